@@ -1,0 +1,108 @@
+"""What the tests share: a trained tiny model, shards of drawn shapes, S3 servers (a mock and a real one), one Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+KEYS = {"AWS_ACCESS_KEY_ID": "AKTEST", "AWS_SECRET_ACCESS_KEY": "SKTEST", "AWS_DEFAULT_REGION": "us-east-1"}
+RGW = Path(__file__).with_name("rgw.sh")
+
+
+@pytest.fixture(scope="session")
+def shapes_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Directory of the tiny ViT, trained once a session on drawn shapes. Asserts the accuracy it was trained for."""
+    import torch
+
+    from vitray.models import shapes
+
+    torch.set_num_threads(2)
+    directory = str(tmp_path_factory.mktemp("shapes-model"))
+    assert shapes.train(directory) >= 0.97
+    return directory
+
+
+@pytest.fixture(scope="session")
+def real_s3() -> Iterator[str]:
+    """Endpoint of a real S3 server: VITRAY_TEST_S3, else a Ceph of our own where Debian's packages are installed."""
+    if given := os.environ.get("VITRAY_TEST_S3"):
+        yield given
+        return
+    if not all(shutil.which(name) for name in ("radosgw", "ceph-mon", "ceph-osd", "ceph", "monmaptool")):
+        if os.environ.get("VITRAY_REQUIRE_S3"):
+            pytest.fail("VITRAY_REQUIRE_S3 is set, but radosgw, ceph-mon and ceph-osd are not installed")
+        pytest.skip("no real S3 server: set VITRAY_TEST_S3, or install radosgw ceph-mon ceph-osd")
+    folder = f"/tmp/vitray-rgw-{uuid.uuid4().hex[:8]}"  # short: unix sockets live in it
+    port, mon = _free_port(), _free_port()
+    subprocess.run(["bash", str(RGW), folder, str(port), str(mon), "start"], check=True, timeout=180)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        subprocess.run(["bash", str(RGW), folder, str(port), str(mon), "stop"], check=False, timeout=60)
+
+
+@pytest.fixture(scope="session")
+def mock_s3() -> Iterator[str]:
+    """Endpoint of moto's S3 in this process."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+def new_bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Point the environment at an S3 server and make an empty bucket there; returns its s3:// URL."""
+    import boto3
+
+    for name, value in {**KEYS, "AWS_ENDPOINT_URL": endpoint}.items():
+        monkeypatch.setenv(name, value)
+    bucket = f"t-{uuid.uuid4().hex[:12]}"
+    boto3.client("s3", endpoint_url=endpoint).create_bucket(Bucket=bucket)
+    return f"s3://{bucket}"
+
+
+@pytest.fixture
+def s3(real_s3: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """s3:// URL of an empty bucket on the real server."""
+    return new_bucket(real_s3, monkeypatch)
+
+
+@pytest.fixture(params=["local", "mock", pytest.param("real", marks=pytest.mark.s3)])
+def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty place to store things, on each kind of store in turn."""
+    if request.param == "local":
+        return str(tmp_path / "root")
+    return new_bucket(request.getfixturevalue(f"{request.param}_s3"), monkeypatch) + "/root"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def ray(request: pytest.FixtureRequest) -> Iterator[None]:
+    """One Ray for the session; its workers know the real S3 server, where there is one."""
+    from vitray.pipeline.cluster import ray_session
+
+    os.environ.update(KEYS)
+    with contextlib.suppress(pytest.skip.Exception):
+        os.environ["AWS_ENDPOINT_URL"] = request.getfixturevalue("real_s3")
+    with ray_session(None):
+        yield

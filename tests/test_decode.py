@@ -1,0 +1,460 @@
+"""decode.py and isolation.py: pixels equal Hugging Face's, every oddity has its value or its reason, and a death costs one row.
+
+Expected values come from Pillow, numpy or Hugging Face, never from the code under test.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage
+from PIL import Image, ImageCms
+
+from vitray.decode import MAX_SCANS, Outcome, Pixels, decode, decode_one
+from vitray.isolation import Limits
+from vitray.schema import REASONS, DecodeSpec, Encoded, PixelSpec
+
+DATA = Path(skimage.__file__).parent / "data"
+FORMATS = ("jpeg", "png", "webp", "bmp", "gif", "tiff")
+PHOTOS = ("chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg", "logo.png", "page.png")
+SIZES = ((1, 1), (1, 7), (9, 1), (3, 500), (500, 3), (224, 224), (223, 225), (256, 256), (113, 225), (301, 1021), (97, 61))
+
+
+@cache
+def photo(width: int = 60, height: int = 40) -> Image.Image:
+    return Image.open(DATA / "chelsea.png").convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encode(image: Image.Image, form: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def spec(
+    size: tuple[int, ...] | None = None, crop: tuple[int, int] | None = (40, 60), resample: int = 2, **fields: object
+) -> DecodeSpec:
+    pixels = PixelSpec(size, resample, crop, 1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    return DecodeSpec(**{"pixels": pixels, "formats": FORMATS, "max_pixels": 50_000_000, "background": None, **fields})
+
+
+def items(*data: bytes | None) -> list[Encoded]:
+    return [Encoded(i, str(i), f"file:{i}", one) for i, one in enumerate(data)]
+
+
+def good(data: bytes, background: tuple[int, int, int] | None = None, shape: tuple[int, int] = (40, 60)) -> Pixels:
+    """The pixels of one image as they are: neither resized nor cropped."""
+    pixels, outcomes = decode(items(data), spec(crop=shape, background=background))
+    assert outcomes[0].reason is None, outcomes
+    return pixels[0]
+
+
+def refused(data: bytes, **fields: object) -> Outcome:
+    pixels, outcomes = decode(items(data), spec(**fields))
+    assert len(pixels) == 0
+    assert outcomes[0].reason in REASONS
+    assert outcomes[0].message.isprintable() and 0 < len(outcomes[0].message) <= 200
+    return outcomes[0]
+
+
+# --- equal to Hugging Face
+
+
+def processors() -> list[tuple[str, dict[str, object], DecodeSpec]]:
+    square, edge = {"height": 224, "width": 224}, {"shortest_edge": 256}
+    return [
+        ("vit", {}, spec((224, 224), None, 2)),
+        ("deit", {}, spec((256, 256), (224, 224), 3)),
+        ("bit", {"size": edge, "crop_size": square}, spec((256,), (224, 224), 3)),  # as DINOv2's checkpoints have it
+        ("bit", {"size": {"shortest_edge": 97}, "crop_size": {"height": 131, "width": 80}}, spec((97,), (131, 80), 3)),
+        ("beit", {}, spec((224, 224), None, 3)),
+        ("beit", {"size": {"height": 256, "width": 256}, "do_center_crop": True}, spec((256, 256), (224, 224), 3)),
+        ("clip", {}, spec((224,), (224, 224), 3)),
+        ("clip", {"do_resize": False}, spec(None, (224, 224), 3)),
+        ("siglip", {}, spec((224, 224), None, 3)),
+        ("siglip", {"size": {"height": 200, "width": 301}, "resample": 1}, spec((200, 301), None, 1)),
+    ]
+
+
+@pytest.mark.parametrize("case", range(len(processors())))
+def test_pixels_equal_hugging_face_bit_for_bit(case: int) -> None:
+    from importlib import import_module
+
+    from transformers.image_utils import load_image
+
+    name, options, wanted = processors()[case]
+    module = import_module(f"transformers.models.{name}.image_processing_pil_{name}")
+    processor = next(getattr(module, n) for n in module.__all__)(**options, do_rescale=False, do_normalize=False)
+    files = [(DATA / photo).read_bytes() for photo in PHOTOS]
+    files += [encode(photo(*size), "PNG") for size in SIZES]
+    files += [encode(photo(640, 423), "JPEG", quality=q, progressive=q > 80) for q in (60, 90)]
+    pixels, outcomes = decode(items(*files), wanted)
+    assert [outcome.reason for outcome in outcomes] == [None] * len(files)
+    for data, ours in zip(files, pixels):
+        theirs = processor(load_image(Image.open(io.BytesIO(data)))).pixel_values[0]
+        assert np.array_equal(ours, np.moveaxis(theirs, 0, -1))
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied_and_the_header_size_reported(form: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(photo(), form, exif=exif)
+    plain = np.asarray(Image.open(io.BytesIO(encode(photo(), form))).convert("RGB"))
+    rows, columns = plain[::-1], plain[:, ::-1]  # the orientations as EXIF 2.3 words them, by numpy alone
+    swapped = plain.transpose(1, 0, 2)
+    upright = [plain, columns, rows[:, ::-1], rows, swapped, swapped[:, ::-1], swapped[::-1, ::-1], swapped[::-1]][
+        orientation - 1
+    ]
+    pixels, outcomes = decode(items(data), spec(crop=upright.shape[:2]))
+    assert outcomes == [Outcome(60, 40, form.lower(), None, "")]
+    assert np.array_equal(pixels[0], upright)
+
+
+def test_broken_exif_costs_the_orientation_and_not_the_image() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(photo(), "JPEG", exif=exif)
+    at = data.index(b"Exif\0\0") + 6
+    pixels = good(data[:at] + b"XXXX" + data[at + 4 :])
+    assert np.array_equal(pixels, np.asarray(Image.open(io.BytesIO(encode(photo(), "JPEG")))))
+
+
+# --- oddities with a value
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "YCbCr"])
+def test_modes_become_rgb_as_pillow_converts_them(mode: str) -> None:
+    form = {"CMYK": "JPEG", "YCbCr": "TIFF"}.get(mode, "PNG")
+    data = encode(photo().convert(mode), form)
+    assert np.array_equal(good(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+def sixteen_bit() -> np.ndarray:
+    return (np.arange(2400, dtype=np.uint32).reshape(40, 60) * 27).astype(np.uint16)
+
+
+def test_16_bit_gray_is_scaled_and_not_saturated() -> None:
+    wanted = np.repeat((sixteen_bit() >> 8).astype(np.uint8)[..., None], 3, axis=2)
+    little = Image.fromarray(sixteen_bit())
+    big = Image.frombytes("I;16B", (60, 40), sixteen_bit().astype(">u2").tobytes())
+    wide = Image.fromarray(sixteen_bit().astype(np.int32))
+    assert (little.mode, wide.mode) == ("I;16", "I")
+    for data in (encode(little, "PNG"), encode(little, "TIFF"), encode(big, "TIFF"), encode(wide, "TIFF")):
+        assert np.array_equal(good(data), wanted)
+
+
+def png(width: int, height: int, depth: int, color: int, raw: bytes, *more: tuple[bytes, bytes]) -> bytes:
+    header = (b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
+    chunks = [header, *more, (b"IDAT", zlib.compress(raw)), (b"IEND", b"")]
+    body = b"".join(struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks)
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def test_16_bit_rgb_keeps_its_high_bytes() -> None:
+    values = (np.arange(12).reshape(4, 3) * 5461).astype(">u2")
+    data = png(4, 1, 16, 2, b"\0" + values.tobytes())
+    assert np.array_equal(good(data, shape=(1, 4))[0], (values >> 8).astype(np.uint8))
+
+
+def test_12_bit_tiff_is_scaled_from_12_bit() -> None:
+    entries = [(256, 4), (257, 1), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 1), (279, 6)]
+    strip = bytes.fromhex("000 800 fff 0f0".replace(" ", ""))
+    table = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
+    data = b"II*\0" + struct.pack("<I", 14) + strip + table + b"\0\0\0\0"
+    assert good(data, shape=(1, 4))[0].tolist() == [[0] * 3, [0x80] * 3, [0xFF] * 3, [0x0F] * 3]
+
+
+def test_alpha_is_dropped_or_composited_over_the_background() -> None:
+    rgba = np.zeros((1, 3, 4), np.uint8)
+    rgba[0] = [(200, 100, 50, 255), (200, 100, 50, 0), (200, 100, 50, 51)]  # 51 / 255 = 0.2
+    dropped, over_white = [[200, 100, 50]] * 3, [[200, 100, 50], [255, 255, 255], [244, 224, 214]]
+    for form, options in (("PNG", {}), ("WEBP", {"lossless": True, "exact": True}), ("TIFF", {})):
+        data = encode(Image.fromarray(rgba), form, **options)
+        assert good(data, shape=(1, 3))[0].tolist() == dropped
+        assert good(data, (255, 255, 255), shape=(1, 3))[0].tolist() == over_white
+
+
+def test_transparency_of_palettes_gray_and_color_keys_is_composited() -> None:
+    palette = (b"PLTE", bytes([200, 100, 50, 10, 20, 30]))
+    indexed = png(2, 1, 8, 3, b"\0\0\1", palette, (b"tRNS", b"\0\xff"))
+    assert good(indexed, shape=(1, 2))[0].tolist() == [[200, 100, 50], [10, 20, 30]]
+    assert good(indexed, (1, 2, 3), shape=(1, 2))[0].tolist() == [[1, 2, 3], [10, 20, 30]]
+    gray_alpha = png(2, 1, 8, 4, bytes([0, 80, 0, 90, 255]))
+    assert good(gray_alpha, (1, 2, 3), shape=(1, 2))[0].tolist() == [[1, 2, 3], [90] * 3]
+    gray = png(2, 1, 8, 0, bytes([0, 80, 90]), (b"tRNS", b"\0\x50"))
+    assert good(gray, (1, 2, 3), shape=(1, 2))[0].tolist() == [[1, 2, 3], [90] * 3]
+    deep = png(2, 1, 16, 0, bytes([0, 80, 7, 90, 7]), (b"tRNS", b"\x50\x07"))
+    assert good(deep, shape=(1, 2))[0].tolist() == [[80] * 3, [90] * 3]
+    assert good(deep, (1, 2, 3), shape=(1, 2))[0].tolist() == [[1, 2, 3], [90] * 3]
+    color = png(2, 1, 8, 2, bytes([0, 1, 1, 1, 9, 9, 9]), (b"tRNS", bytes([0, 9, 0, 9, 0, 9])))
+    assert good(color, (5, 6, 7), shape=(1, 2))[0].tolist() == [[1, 1, 1], [5, 6, 7]]
+
+
+@pytest.mark.parametrize(("form", "options"), [("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {}), ("TIFF", {}), ("MPO", {})])
+def test_the_first_frame_of_many_is_decoded(form: str, options: dict[str, object]) -> None:
+    first, second = Image.new("RGB", (60, 40), (255, 0, 0)), Image.new("RGB", (60, 40), (0, 0, 255))
+    data = encode(first, form, save_all=True, append_images=[second], **options)
+    assert Image.open(io.BytesIO(data)).n_frames == 2
+    pixels, outcomes = decode(items(data), spec())
+    assert outcomes == [Outcome(60, 40, {"MPO": "jpeg"}.get(form, form.lower()), None, "")]
+    assert np.abs(pixels[0].astype(int) - [255, 0, 0]).max() <= 1  # an MPO is lossy
+
+
+def test_icc_profiles_are_ignored() -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    assert np.array_equal(good(encode(photo(), "JPEG", icc_profile=profile)), good(encode(photo(), "JPEG")))
+
+
+def test_scans_outside_the_image_do_not_count() -> None:
+    plain = encode(photo(), "JPEG", progressive=True)
+    filler = b"\xff\xda\0\0" * 300
+    segment = b"\xff\xe2" + struct.pack(">H", 2 + len(filler)) + filler
+    wanted = np.asarray(Image.open(io.BytesIO(plain)))
+    assert np.array_equal(good(plain[:2] + segment + plain[2:] + filler), wanted)
+
+
+# --- oddities with a reason
+
+
+def test_float_and_wide_integer_pixels_are_refused() -> None:
+    assert refused(encode(Image.new("F", (60, 40), 0.5), "TIFF")).reason == "float_pixels"
+    outcome = refused(encode(Image.new("I", (60, 40), 65536), "TIFF"))
+    assert outcome == Outcome(60, 40, "tiff", "unsupported_pixels", "integer pixels from 65536 to 65536")
+    assert refused(encode(Image.new("I", (60, 40), -1), "TIFF")).reason == "unsupported_pixels"
+
+
+@pytest.mark.parametrize("edge", [8_000, 20_000])  # below and far above Pillow's own cap, which warns and then raises
+def test_a_bomb_is_judged_from_its_header(edge: int) -> None:
+    outcome = refused(png(edge, edge, 8, 2, b""))
+    assert outcome == Outcome(edge, edge, "png", "too_many_pixels", f"{edge}x{edge} is more than max_pixels 50000000")
+    assert decode_one(png(edge, edge, 8, 2, b""), spec(), np.zeros((40, 60, 3), np.uint8)).reason == "too_many_pixels"
+
+
+def test_the_pixel_cap_also_holds_for_what_a_resize_makes() -> None:
+    assert refused(encode(photo(1, 3000), "PNG"), size=(256,), crop=(224, 224)).message == "1x3000 resized becomes 256x768000"
+    assert refused(encode(photo(), "PNG"), max_pixels=2399).reason == "too_many_pixels"
+    assert decode(items(encode(photo(), "PNG")), spec(max_pixels=2400))[1][0].reason is None
+
+
+def test_a_jpeg_of_hundreds_of_scans_is_refused() -> None:
+    data = encode(photo(), "JPEG", progressive=True)
+    last = data[data.rindex(b"\xff\xda") : -2]
+    few, many = (data[:-2] + last * n + data[-2:] for n in (MAX_SCANS - data.count(b"\xff\xda"), 400))
+    assert np.array_equal(good(few), np.asarray(Image.open(io.BytesIO(few))))
+    assert refused(many) == Outcome(60, 40, "jpeg", "too_many_scans", "a JPEG of more than 100 scans")
+
+
+def test_formats_are_sniffed_and_only_those_allowed_are_decoded() -> None:
+    outcome = refused(encode(photo(), "PNG"), formats=("jpeg",))
+    assert outcome == Outcome(0, 0, "", "format_not_allowed", "png is not in formats (jpeg)")
+    for data, name in (
+        (encode(photo(), "ICO"), "ico"),
+        (encode(photo(), "AVIF"), "avif"),
+        (encode(photo(), "JPEG2000"), "jpeg2000"),
+        (b"\0\0\0\x18ftypheic" + bytes(99), "heic"),
+        (b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>', "svg"),
+    ):
+        outcome = refused(data)
+        assert (outcome.reason, outcome.message.split()[0]) == ("format_not_allowed", name)
+
+
+def test_other_bytes_are_no_image() -> None:
+    for data in (b"<html>404 Not Found</html>", b"BMW is no bitmap", b"\0" * 4096, b"x", os.urandom(8) + b"noise"):
+        assert refused(data).reason == "not_an_image"
+    assert refused(b"").reason == "empty"
+    assert refused(encode(photo(), "JPEG")[:20]).reason == "not_an_image"
+
+
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [
+        ("JPEG", {}),
+        ("JPEG", {"progressive": True}),
+        ("PNG", {}),
+        ("WEBP", {}),
+        ("WEBP", {"lossless": True}),
+        ("BMP", {}),
+        ("GIF", {}),
+        ("TIFF", {}),
+        ("TIFF", {"compression": "tiff_lzw"}),
+    ],
+)
+def test_a_cut_file_is_truncated(form: str, options: dict[str, object]) -> None:
+    data = encode(photo(300, 200), form, **options)
+    cuts = [data[: len(data) * percent // 100] for percent in (10, 30, 50, 70, 90)]
+    pixels, outcomes = decode(items(*cuts, data), spec(crop=(200, 300)))
+    assert [outcome.reason for outcome in outcomes] == ["truncated"] * 5 + [None]
+    assert np.array_equal(pixels[0], np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+def test_broken_data_is_a_decode_error_with_one_short_line() -> None:
+    data = bytearray(encode(photo(), "PNG"))
+    middle = len(data) // 2
+    data[middle : middle + 40] = bytes(40)
+    outcome = refused(bytes(data))
+    assert (outcome.reason, outcome.width, outcome.format) == ("decode_error", 60, "png")
+    assert outcome.message.startswith("OSError: ")
+
+
+# --- rows
+
+
+def test_every_item_has_its_outcome_and_the_good_ones_their_pixels_in_order() -> None:
+    colors = [Image.new("RGB", (60, 40), (n, 2 * n, 3 * n)) for n in range(5)]
+    files = [encode(color, "PNG") for color in colors]
+    batch = items(files[0], b"", files[1], b"text", None, files[2], files[3][:60], files[4])
+    batch[4] = Encoded(4, "4", "file:4", None, "missing", "no object s3://b/4")
+    pixels, outcomes = decode(batch, spec())
+    assert [outcome.reason for outcome in outcomes] == [None, "empty", None, "not_an_image", "missing", None, "truncated", None]
+    assert outcomes[4].message == "no object s3://b/4"
+    assert pixels.shape == (4, 40, 60, 3) and pixels.dtype == np.uint8
+    assert pixels[:, 0, 0].tolist() == [[n, 2 * n, 3 * n] for n in (0, 1, 2, 4)]
+    assert (pixels == pixels[:, :1, :1]).all()
+
+
+def test_a_batch_without_bytes_starts_no_child() -> None:
+    pixels, outcomes = decode([Encoded(0, "a", "u", None, "too_large", "9 GB")], spec(), one=poison)
+    assert pixels.shape == (0, 40, 60, 3)
+    assert outcomes == [Outcome(0, 0, "", "too_large", "9 GB")]
+    assert decode([], spec())[1] == []
+
+
+# --- isolation
+
+
+def poison(data: bytes, wanted: DecodeSpec, into: Pixels) -> Outcome:
+    """A decoder that dies as its bytes say; of others the first byte is the gray."""
+    if data == b"exit":
+        os._exit(3)
+    if data == b"raise":
+        raise RuntimeError("a bug of ours")
+    if data.startswith(b"SIG"):
+        os.kill(os.getpid(), signal.Signals[data.decode()])
+    if data == b"memory":
+        try:
+            into[...] = np.ones(8 << 30, np.uint8)[0]
+        except MemoryError:
+            return Outcome(1, 1, "png", "decode_error", "MemoryError")
+    if data == b"loop":
+        sum(iter(int, 1))  # one C call without end: a Python signal handler would never run
+    if data == b"sleep":
+        time.sleep(60)
+    if data.startswith(b"/"):  # dies when it comes first
+        try:
+            os.close(os.open(data, os.O_CREAT | os.O_EXCL))
+            os.kill(os.getpid(), signal.SIGKILL)
+        except FileExistsError:
+            data = b"z"
+    into[...] = data[0]
+    return Outcome(7, 5, "png", None, "")
+
+
+@pytest.mark.parametrize(
+    ("data", "reason", "message"),
+    [
+        (b"exit", "decoder_died", "the decoder ended with exit status 3"),
+        (b"raise", "decoder_died", "the decoder ended with exit status 70"),
+        (b"SIGSEGV", "decoder_died", "the decoder was killed by SIGSEGV"),
+        (b"SIGKILL", "decoder_died", "the decoder was killed by SIGKILL"),
+        (b"SIGTERM", "decoder_died", "the decoder was killed by SIGTERM"),
+        (b"memory", "decode_error", "MemoryError"),
+        (b"loop", "time_limit", "the decoder took more than 0.3 s of CPU"),
+        (b"sleep", "time_limit", "the decoder stood still for 0.3 s"),
+        (b"SIGSTOP", "time_limit", "the decoder stood still for 0.3 s"),
+    ],
+)
+def test_a_death_costs_its_row_alone(data: bytes, reason: str, message: str) -> None:
+    wall_s = 0.3 if data in (b"sleep", b"SIGSTOP") else 60  # a busy machine must not stop the others by the clock
+    limits = Limits(cpu_s=0.3, wall_s=wall_s, memory_bytes=1 << 30)
+    pixels, outcomes = decode(items(b"a", data, b"b", b"c", data, b"d"), spec(), poison, limits)
+    assert [outcome.reason for outcome in outcomes] == [None, reason, None, None, reason, None]
+    assert outcomes[1].message == outcomes[4].message == message
+    assert pixels[:, 39, 59, 2].tolist() == list(b"abcd")
+
+
+def test_a_death_that_does_not_repeat_is_not_charged(tmp_path: Path) -> None:
+    once = str(tmp_path / "was-here").encode()
+    pixels, outcomes = decode(items(b"a", once, b"b"), spec(), poison)
+    assert [outcome.reason for outcome in outcomes] == [None, None, None]
+    assert pixels[:, 0, 0, 0].tolist() == list(b"azb")
+
+
+def test_the_real_decoder_keeps_within_its_memory() -> None:
+    big = encode(Image.new("RGB", (6000, 6000)), "PNG")  # 144 MB in Pillow
+    _, outcomes = decode(items(big, encode(photo(), "PNG")), spec(), limits=Limits(memory_bytes=100 << 20))
+    assert [(outcome.reason, outcome.width) for outcome in outcomes] == [("decode_error", 6000), (None, 60)]
+    assert outcomes[0].message.startswith("MemoryError")
+
+
+def test_cpu_seconds_are_counted_for_each_image() -> None:
+    def slow(data: bytes, wanted: DecodeSpec, into: Pixels) -> Outcome:
+        end = time.process_time() + 0.2
+        while time.process_time() < end:
+            pass
+        return Outcome(1, 1, "png", None, "")
+
+    _, outcomes = decode(items(*[b"x"] * 6), spec(), slow, Limits(cpu_s=0.6))
+    assert [outcome.reason for outcome in outcomes] == [None] * 6
+
+
+def test_threads_decode_side_by_side_and_their_signal_masks_do_not_matter() -> None:
+    results: dict[int, list[int]] = {}
+
+    def work(number: int) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPROF, signal.SIGTERM})
+        pixels, outcomes = decode(items(b"a", b"loop", bytes([number])), spec(), poison, Limits(cpu_s=0.2))
+        assert outcomes[1].reason == "time_limit"
+        results[number] = pixels[:, 0, 0, 0].tolist()
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in (1, 2, 3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {number: [ord("a"), number] for number in (1, 2, 3)}
+
+
+def test_an_interrupt_leaves_no_child() -> None:
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with pytest.raises(KeyboardInterrupt):
+            decode(items(b"sleep"), spec(), poison)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert children(os.getpid()) == []
+
+
+def children(pid: int) -> list[str]:
+    return [name for task in Path(f"/proc/{pid}/task").iterdir() for name in (task / "children").read_text().split()]
+
+
+def test_the_child_dies_with_its_parent(tmp_path: Path) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text("import test_decode as t\nt.decode(t.items(b'sleep'), t.spec(), t.poison)\n")
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
+    worker = subprocess.Popen([sys.executable, script], env={**os.environ, "PYTHONPATH": path})
+    while not (found := children(worker.pid)):
+        assert worker.poll() is None
+        time.sleep(0.05)
+    worker.kill()
+    worker.wait()
+    for _ in range(100):
+        if not Path(f"/proc/{found[0]}").exists():
+            return
+        time.sleep(0.05)
+    pytest.fail("the child outlived its parent")

@@ -1,0 +1,153 @@
+"""kill -9 of the driver, of a decode worker, of the model actor, in the middle of a run; then the same command again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from shards import pictures, put_files, put_tars
+
+import vitray
+from vitray.dataset import open_dataset
+from vitray.pipeline.cluster import share_out
+
+IMAGES, FRAGMENT = 1536, 16
+ROUNDS = [pytest.param(n, marks=[pytest.mark.nightly] if n >= 2 else []) for n in range(10)]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("kill")
+    put_tars(str(folder / "in"), pictures(IMAGES), 6, folder)
+    return folder
+
+
+def command(inputs: Path, model: str, out: Path) -> list[str]:
+    fields = ["precision=fp32", "batch_size=8", f"fragment_rows={FRAGMENT}"]
+    sets = [part for field in fields for part in ("--set", field)]
+    return [sys.executable, "-m", "vitray", "run", str(inputs / "in"), "--model", model, "--out", str(out), *sets]
+
+
+def start(argv: list[str], trace: Path) -> subprocess.Popen[str]:
+    trace.mkdir(exist_ok=True)
+    environment = {**os.environ, "VITRAY_TRACE": str(trace), "RAY_AUTH_MODE": "token"}
+    environment.pop("RAY_ADDRESS", None)
+    return subprocess.Popen(
+        argv, env=environment, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    )
+
+
+def lines_of(trace: Path) -> list[dict[str, object]]:
+    found = []
+    for path in trace.glob("*.jsonl"):
+        for line in path.read_text().splitlines():
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError:  # the line a kill cut short
+                continue
+    return found
+
+
+def images_by_step(trace: Path) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    for line in lines_of(trace):
+        counts[str(line["step"])] += int(str(line["stop"])) - int(str(line["start"]))
+    return counts
+
+
+def kill_in_the_middle(process: subprocess.Popen[str], trace: Path, victim: str, share: float) -> None:
+    """SIGKILL once `share` of the images are staged. A kill outside 10 to 90% does not count: the test fails."""
+    deadline = time.monotonic() + 150
+    while images_by_step(trace)["stage"] < share * IMAGES:
+        assert process.poll() is None, f"the run ended before the kill: {process.communicate()}"
+        assert time.monotonic() < deadline, "nothing was staged"
+        time.sleep(0.05)
+    if victim == "driver":
+        os.kill(process.pid, signal.SIGKILL)
+    else:
+        last = max((line for line in lines_of(trace) if line["step"] == victim), key=lambda line: float(str(line["at"])))
+        os.kill(int(str(last["pid"])), signal.SIGKILL)
+    staged = images_by_step(trace)["stage"] / IMAGES
+    assert 0.1 <= staged <= 0.9, f"the kill came at {staged:.0%}"
+
+
+def staged_bytes(out: Path) -> dict[str, bytes]:
+    found = {}
+    for path in (out / "_vitray" / "staging").glob("*/*.arrow"):
+        with contextlib.suppress(FileNotFoundError):  # its shard was committed just now
+            found[str(path)] = path.read_bytes()
+    return found
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("victim", ["driver", "decode", "predict"])
+@pytest.mark.parametrize("round_", ROUNDS)
+def test_killed_process_leaves_no_lost_or_doubled_row(
+    inputs: Path, shapes_model: str, tmp_path: Path, victim: str, round_: int
+) -> None:
+    share = random.Random(f"{victim}{round_}").uniform(0.15, 0.6)
+    out, trace = tmp_path / "out", tmp_path / "trace"
+    argv = command(inputs, shapes_model, out)
+    first = start(argv, trace)
+    kill_in_the_middle(first, trace, victim, share)
+    if victim == "driver":
+        first.wait(30)
+        time.sleep(3)  # its workers notice and go
+        kept = staged_bytes(out)
+        assert len(kept) * FRAGMENT >= 0.05 * IMAGES
+        second = start(argv, trace)
+        while second.poll() is None:  # a fragment keeps its bytes until its shard is committed
+            now = staged_bytes(out)
+            assert all(now.get(path, data) == data for path, data in kept.items())
+            time.sleep(0.2)
+    else:
+        second = first
+    _, stderr = second.communicate(timeout=240)
+    assert second.returncode == 0, stderr
+    again = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=True)
+    assert again.stdout.startswith("0 shards committed now"), again.stdout
+    table = vitray.read(str(out), columns=["key", "shard", "index"])
+    assert sorted(table["key"].to_pylist()) == [f"{n:05d}" for n in range(IMAGES)]
+    assert len(set(zip(table["shard"].to_pylist(), table["index"].to_pylist()))) == IMAGES
+    assert vitray.validate(str(out), content=True).ok
+    counts, shares = images_by_step(trace), share_out([{"CPU": max(2, len(os.sched_getaffinity(0)))}], "cpu")
+    bound = (4 * shares.actors + 2 * shares.readers) * FRAGMENT
+    redone = {step: counts[step] - IMAGES for step in ("decode", "predict", "stage")}
+    assert all(extra <= bound for extra in redone.values()), (redone, bound)
+    dataset = open_dataset(str(out))
+    assert dataset is not None and dataset.fragment_rows == FRAGMENT
+    print(f"{victim} killed at {share:.0%}: done again {redone}, bound {bound}")
+
+
+@pytest.mark.ray
+def test_two_runs_at_once_make_each_object_once(shapes_model: str, tmp_path: Path) -> None:
+    """Two processes on one OUT, with loose files that arrive between their listings."""
+    items, out = pictures(170), tmp_path / "out"
+    put_files(str(tmp_path / "in"), items[:150])
+    argv = [*command(tmp_path, shapes_model, out), "--set", "group_size=32"]
+    first = start(argv, tmp_path / "trace-1")
+    while not list(out.glob("_vitray/shards/*.parquet")):  # its groups are in the log
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.05)
+    put_files(str(tmp_path / "in"), items[150:])
+    second = start(argv, tmp_path / "trace-2")
+    for process in (first, second):
+        _, stderr = process.communicate(timeout=240)
+        assert process.returncode == 0, stderr
+    table = vitray.read(str(out))
+    assert sorted(table["uri"].to_pylist()) == sorted(f"{tmp_path}/in/{p.key}.{p.suffix}" for p in items)
+    success = json.loads((out / "_SUCCESS.json").read_text())
+    assert (success["shards"], success["rows"], success["errors"]) == (6, 170, 0)
+    assert [p.name for p in out.glob("_vitray/manifest-*")] == [success["manifest"]]
+    both = [images_by_step(tmp_path / f"trace-{n}")["stage"] for n in (1, 2)]
+    print(f"staged by each: {both}")
+    assert vitray.validate(str(out), content=True).ok

@@ -1,0 +1,271 @@
+"""The promises, on whole runs in one shared Ray: numbers, formats, resume, odd images, two runs at once."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from shards import Picture, pictures, plain_loop, put, put_files, put_manifest, put_parquet, put_tars, tar_bytes
+
+import vitray
+from vitray.dataset import committed, data_files, open_dataset
+from vitray.errors import ErrorRateExceeded, FingerprintError, ModelError
+from vitray.job import make_job
+from vitray.storage import store_for
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def items() -> list[Picture]:
+    return pictures(1040)
+
+
+def rows_of(out: str) -> dict[str, list[object]]:
+    table = vitray.read(out)
+    return {name: table[name].to_pylist() for name in table.column_names}
+
+
+def listing(out: str) -> dict[str, str]:
+    return {info.url: info.version for info in store_for(out).find(out)}
+
+
+def shape_job(source: str, model: str, out: str, **fields: object) -> vitray.Job:
+    return make_job({"source": source, "model": model, "out": out, "precision": "fp32", **fields})
+
+
+@pytest.mark.s3
+def test_a_thousand_images_on_s3_equal_a_plain_transformers_loop(
+    ray: None, s3: str, shapes_model: str, items: list[Picture], tmp_path: Path
+) -> None:
+    put_tars(f"{s3}/in", items, 11, tmp_path)
+    job = shape_job(f"{s3}/in/*.tar", shapes_model, f"{s3}/out", keep=["cls"], top_k=3)
+    assert str(vitray.plan(job)).splitlines()[0].startswith("source     11 tar shards")
+    result = vitray.run(job)
+    assert (result.shards, result.rows, result.errors, result.exit_code) == (11, 1040, 0, 0)
+    table = vitray.read(job.out)
+    assert table["key"].to_pylist() == [p.key for p in items]  # order of shards, order in each
+    assert len(set(zip(table["shard"].to_pylist(), table["index"].to_pylist()))) == 1040
+    plain = plain_loop(shapes_model, items)
+    assert table["label_id"].to_pylist() == plain.ids.tolist()
+    vectors = np.stack(table["embedding"].to_numpy(zero_copy_only=False))
+    np.testing.assert_allclose(vectors, plain.cls, rtol=1e-4, atol=1e-4 * np.abs(plain.cls).mean())
+    odds = np.exp(plain.logits - plain.logits.max(1, keepdims=True))
+    np.testing.assert_allclose(table["score"].to_numpy(), (odds / odds.sum(1, keepdims=True)).max(1), rtol=1e-4)
+    assert np.mean([a == b for a, b in zip(table["label"].to_pylist(), table["cls"].to_pylist())]) > 0.97
+    before = listing(job.out)
+    again = vitray.run(job)
+    assert (again.committed, again.images) == (0, 0)
+    assert listing(job.out) == before  # a finished job run again: 0 writes
+    checked = vitray.validate(job.out, content=True)
+    assert checked.ok and checked.rows == 1040, str(checked)
+
+
+def test_bf16_keeps_labels_and_directions(ray: None, tmp_path: Path, shapes_model: str, items: list[Picture]) -> None:
+    put_tars(str(tmp_path / "in"), items[:600], 2, tmp_path)
+    job = shape_job(str(tmp_path / "in"), shapes_model, str(tmp_path / "out"), precision="bf16")
+    vitray.run(job)
+    plain, table = plain_loop(shapes_model, items[:600]), vitray.read(job.out)
+    assert np.mean(table["label_id"].to_numpy() == plain.ids) >= 0.995
+    vectors = np.stack(table["embedding"].to_numpy(zero_copy_only=False))
+    cosine = (vectors * plain.cls).sum(1) / np.linalg.norm(vectors, axis=1) / np.linalg.norm(plain.cls, axis=1)
+    assert cosine.min() >= 0.999
+
+
+def test_tar_parquet_files_and_manifest_give_the_same_rows(
+    ray: None, tmp_path: Path, shapes_model: str, items: list[Picture]
+) -> None:
+    some = items[:150]
+    put_tars(str(tmp_path / "tar"), some, 3, tmp_path)
+    put_parquet(str(tmp_path / "parquet"), some, rows_a_group=40)
+    put_files(str(tmp_path / "files"), some)
+    put_manifest(str(tmp_path), some, "files")
+    columns = ["content_hash", "width", "height", "format", "label", "label_id", "score", "embedding"]
+    found = {}
+    sources = {"tar": "tar", "parquet": "parquet/all.parquet", "files": "files", "manifest": "list.jsonl"}
+    for kind, path in sources.items():
+        fields = {"group_size": 64, "batch_size": 8} if kind in ("files", "manifest") else {"batch_size": 8}
+        job = shape_job(str(tmp_path / path), shapes_model, str(tmp_path / f"out-{kind}"), **fields)
+        result = vitray.run(job)
+        assert (result.rows, result.errors) == (150, 0), kind
+        rows = vitray.read(job.out, columns=columns).to_pylist()
+        found[kind] = sorted(rows, key=lambda row: row["content_hash"])
+    for kind in ("parquet", "files", "manifest"):
+        for mine, row in zip(found["tar"], found[kind], strict=True):
+            for name in columns[:6]:
+                assert mine[name] == row[name], (kind, name)
+            np.testing.assert_allclose(mine["embedding"], row["embedding"], rtol=1e-4, atol=1e-4)
+
+
+def odd_images() -> tuple[list[Picture], dict[str, str]]:
+    """Pictures that are odd, and the reason each must get ("" for a row)."""
+
+    def saved(image: Image.Image, kind: str, **options: object) -> bytes:
+        buffer = io.BytesIO()
+        image.save(buffer, kind, **options)
+        return buffer.getvalue()
+
+    base = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    bomb = saved(Image.new("1", (9000, 9000)), "PNG")
+    cases = {
+        "cut": (saved(base, "JPEG")[:700], "jpg", "truncated"),
+        "none": (b"", "jpg", "empty"),
+        "text": (b"hello, I am no image", "png", "not_an_image"),
+        "bomb": (bomb, "png", "too_many_pixels"),
+        "float": (saved(Image.fromarray(np.ones((8, 8), np.float32)), "TIFF"), "tif", "float_pixels"),
+        "cmyk": (saved(base.convert("CMYK"), "JPEG"), "jpg", ""),
+        "deep": (saved(Image.fromarray(np.full((40, 40), 40_000, np.uint16)), "PNG"), "png", ""),
+        "palette": (saved(base.quantize(16), "PNG"), "png", ""),
+        "turned": (saved(base, "JPEG", exif=exif), "jpg", ""),
+        "moving": (saved(base, "GIF", save_all=True, append_images=[base.rotate(90)]), "gif", ""),
+    }
+    return [Picture(f"odd_{k}", d, "", s) for k, (d, s, _) in cases.items()], {f"odd_{k}": r for k, (_, _, r) in cases.items()}
+
+
+def test_odd_images_become_rows_or_reasons_and_change_nothing_else(
+    ray: None, tmp_path: Path, shapes_model: str, items: list[Picture]
+) -> None:
+    odd, reasons = odd_images()
+    clean, mixed = items[:200], [*items[:90], *odd, *items[90:200]]
+    put_tars(str(tmp_path / "clean"), clean, 1, tmp_path)
+    put_tars(str(tmp_path / "mixed"), mixed, 2, tmp_path)
+    jobs = [shape_job(str(tmp_path / n), shapes_model, str(tmp_path / f"out-{n}")) for n in ("clean", "mixed")]
+    results = [vitray.run(job) for job in jobs]
+    bad = {key: reason for key, reason in reasons.items() if reason}
+    assert [r.errors for r in results] == [0, len(bad)] and results[1].exit_code == 0
+    found = {}
+    for path in (tmp_path / "out-mixed" / "errors").iterdir():
+        found |= {row["key"]: row["reason"] for row in pq.read_table(path).to_pylist()}
+    assert found == bad
+    plain = {p.key: n for n, p in enumerate(clean)}
+    reference, table = vitray.read(jobs[0].out), vitray.read(jobs[1].out)
+    assert set(table["key"].to_pylist()) == set(plain) | {key for key, reason in reasons.items() if not reason}
+    for row in table.to_pylist():
+        if row["key"] in plain:
+            mine = reference.slice(plain[row["key"]], 1).to_pylist()[0]
+            assert (row["label"], row["content_hash"]) == (mine["label"], mine["content_hash"])
+            np.testing.assert_allclose(row["embedding"], mine["embedding"], rtol=1e-4, atol=1e-4)
+    sizes = {row["key"]: (row["width"], row["height"]) for row in table.to_pylist()}
+    assert sizes["odd_turned"] == (64, 48)  # of the original, before its orientation
+    assert vitray.validate(jobs[1].out, content=True).ok
+
+
+def test_too_many_bad_images_stop_the_run(ray: None, tmp_path: Path, shapes_model: str, items: list[Picture]) -> None:
+    broken = [Picture(f"b{n:05d}", b"x", "", "jpg") if n % 5 == 0 else p for n, p in enumerate(items)]
+    put_tars(str(tmp_path / "in"), broken, 3, tmp_path)
+    job = shape_job(str(tmp_path / "in"), shapes_model, str(tmp_path / "out"), max_error_rate=0.1)
+    with pytest.raises(ErrorRateExceeded, match="not_an_image") as caught:
+        vitray.run(job)
+    assert caught.value.exit_code == 4
+    result = vitray.run(make_job({**job.model_dump(), "max_error_rate": 0.3}))
+    assert (result.rows, result.errors) == (832, 208)
+
+
+def test_a_changed_gone_and_new_input_each_get_their_due(
+    ray: None, tmp_path: Path, shapes_model: str, items: list[Picture]
+) -> None:
+    put_tars(str(tmp_path / "in"), items[:120], 3, tmp_path)
+    job = shape_job(str(tmp_path / "in/*.tar"), shapes_model, str(tmp_path / "out"))
+    vitray.run(job)
+    first = committed(job.out)
+    put(str(tmp_path / "in" / "s-000.tar"), tar_bytes(items[200:230], tmp_path))
+    os.remove(tmp_path / "in" / "s-001.tar")
+    put(str(tmp_path / "in" / "s-009.tar"), tar_bytes(items[300:310], tmp_path))
+    result = vitray.run(job)
+    assert result.committed == 2 and result.gone == 1
+    keys = vitray.read(job.out, columns=["key"])["key"].to_pylist()
+    gone = [s for s in first if s.startswith("s_001")]
+    kept = pq.read_table(data_files(job.out)[[f.split("/")[-1].startswith("s_001") for f in data_files(job.out)].index(True)])
+    assert set(kept["key"].to_pylist()) <= set(keys) and len(gone) == 1
+    assert {p.key for p in items[200:230]} <= set(keys) and {p.key for p in items[300:310]} <= set(keys)
+    assert not any(f.startswith("s_000") and f in first for f in committed(job.out))
+    states = {r["shard"][:5]: r["state"] for r in vitray_manifest(job.out)}
+    assert states == {"s_000": "current", "s_001": "gone", "s_002": "current", "s_009": "current"}
+    pruned = vitray.run(job, prune=True)
+    assert pruned.gone == 0 and pruned.shards == 3
+
+
+def vitray_manifest(out: str) -> list[dict[str, object]]:
+    from vitray.dataset import read_manifest
+
+    found = read_manifest(out)
+    assert found is not None
+    return found.to_pylist()
+
+
+def test_cut_and_broken_shards_are_named_and_the_rest_completes(
+    ray: None, tmp_path: Path, shapes_model: str, items: list[Picture]
+) -> None:
+    put_tars(str(tmp_path / "in"), items[:90], 3, tmp_path)
+    whole = (tmp_path / "in" / "s-001.tar").read_bytes()
+    put(str(tmp_path / "in" / "s-001.tar"), whole[: len(whole) // 2])
+    put(str(tmp_path / "in" / "s-002.tar"), b"\x1f\x8b not a tar" * 100)
+    job = shape_job(str(tmp_path / "in"), shapes_model, str(tmp_path / "out"))
+    result = vitray.run(job)
+    assert result.exit_code == 3
+    assert [s[:5] for s in result.truncated] == ["s_001"] and [s[:5] for s in result.set_aside] == ["s_002"]
+    assert not (tmp_path / "out" / "_SUCCESS.json").exists()
+    keys = vitray.read(job.out, columns=["key"])["key"].to_pylist()
+    assert keys == [p.key for p in items[: len(keys)]] and 10 < len(keys) < 90
+    assert vitray.run(job).exit_code == 3  # and says so again
+
+
+def test_another_fingerprint_is_refused_with_its_fields(
+    ray: None, tmp_path: Path, shapes_model: str, items: list[Picture]
+) -> None:
+    put_tars(str(tmp_path / "in"), items[:20], 1, tmp_path)
+    job = shape_job(str(tmp_path / "in"), shapes_model, str(tmp_path / "out"))
+    vitray.run(job)
+    before = listing(job.out)
+    with pytest.raises(FingerprintError, match=r"precision differs \(fp32, this job: bf16\)"):
+        vitray.run(make_job({**job.model_dump(), "precision": "bf16"}))
+    with pytest.raises(ModelError, match="layer"):
+        vitray.run(make_job({**job.model_dump(), "embeddings": [{"layer": 99}]}))
+    assert listing(job.out) == before
+
+
+def test_the_line_has_four_operators_that_never_fuse(ray: None, tmp_path: Path, shapes_model: str) -> None:
+    import ray as ray_module
+
+    from vitray.pipeline.cluster import alive_nodes, share_out
+    from vitray.pipeline.line import build_line
+
+    put_tars(str(tmp_path / "in"), pictures(8), 1, tmp_path)
+    job = shape_job(str(tmp_path / "in"), shapes_model, str(tmp_path / "out"))
+    vitray.run(job)
+    dataset = open_dataset(job.out)
+    assert dataset is not None
+    shares = share_out([n["Resources"] for n in alive_nodes()], "auto")
+    from vitray.sources import list_shards
+
+    shards = list_shards(job, []).shards
+    line = build_line([ray_module.put(s) for s in shards], dataset, ray_module.put(dataset), shares).materialize()
+    names = [line_.strip() for line_ in line.stats().splitlines() if line_.startswith("Operator")]
+    assert [n.split()[2].rstrip(":") for n in names[-4:]] == [
+        "MapBatches(read)",
+        "MapBatches(decode)",
+        "MapBatches(Predict)",
+        "MapBatches(stage)",
+    ]
+
+
+def test_a_shard_without_a_kept_column_and_a_broken_first_one_are_set_aside(
+    ray: None, tmp_path: Path, shapes_model: str, items: list[Picture]
+) -> None:
+    put_parquet(str(tmp_path / "in" / "b"), items[:30], rows_a_group=30)
+    put(str(tmp_path / "in" / "a.parquet"), b"PAR1 no footer PAR1")
+    table = pq.read_table(tmp_path / "in" / "b" / "all.parquet").drop_columns(["key"])
+    pq.write_table(table, tmp_path / "in" / "c.parquet")
+    os.rename(tmp_path / "in" / "b" / "all.parquet", tmp_path / "in" / "b.parquet")
+    job = shape_job(str(tmp_path / "in/*.parquet"), shapes_model, str(tmp_path / "out"), keep=["image"], key_column="key")
+    with pytest.raises(vitray.VitrayError):
+        vitray.run(make_job({**job.model_dump(), "keep": ["nothing"]}))
+    result = vitray.run(make_job({**job.model_dump(), "keep": []}))
+    assert result.rows == 30 and sorted(s[:1] for s in result.set_aside) == ["a", "c"] and result.exit_code == 3

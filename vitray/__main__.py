@@ -1,0 +1,3 @@
+from vitray.cli import main
+
+main()

@@ -1,0 +1,318 @@
+"""The command line: each command is one call. The only place that prints, and that configures logging."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from vitray.errors import JobError, VitrayError
+from vitray.version import __version__
+
+if TYPE_CHECKING:
+    from vitray.job import Job
+    from vitray.pipeline import Progress, Result
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Label and embed image collections with a Vision Transformer: one Parquet file a shard, exactly once.",
+    epilog="Exit codes: 0 all committed, 1 a broken system, 2 bad usage or job, 3 done but shards were cut short or set aside, "
+    "4 too many bad images, 130/143 interrupted: run again to go on.",
+)
+
+Target = Annotated[str, typer.Argument(metavar="JOB.yaml|SOURCE", help="a job file, or images: path, glob, prefix, s3://…")]
+Model = Annotated[str | None, typer.Option("--model", help="Hugging Face id, local directory or s3:// directory")]
+Out = Annotated[str | None, typer.Option("--out", help="output directory, local or s3://")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="override a field of the job (repeatable)")]
+OutArgument = Annotated[str, typer.Argument(metavar="OUT", help="a dataset directory")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="show tracebacks and debug logs")] = False,
+    version: Annotated[bool, typer.Option("--version", help="print the version and exit", is_eager=True)] = False,
+) -> None:
+    if version:
+        _say(f"vitray {__version__}")
+        raise typer.Exit
+    terminal = logging.StreamHandler()
+    terminal.setFormatter(_PlainFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, handlers=[terminal])
+    if not debug:
+        for noisy in ("ray", "botocore", "aiobotocore", "s3fs", "fsspec", "urllib3", "httpx", "transformers"):
+            logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+@app.command()
+def run(
+    target: Target,
+    model: Model = None,
+    out: Out = None,
+    sets: Sets = None,
+    address: Annotated[
+        str | None, typer.Option(help="a Ray cluster to join (default: RAY_ADDRESS, else an own local one)")
+    ] = None,
+    prune: Annotated[bool, typer.Option(help="delete rows whose input is gone")] = False,
+    as_json: Json = False,
+) -> None:
+    """Label and embed what is missing; safe to repeat."""
+    from vitray.pipeline import run as run_job
+
+    job = _job(target, model, out, sets)
+    result = run_job(job, address=address, prune=prune, progress=_reporter())
+    _print(result, as_json, _summary(result, job))
+    raise typer.Exit(result.exit_code)
+
+
+@app.command()
+def plan(target: Target, model: Model = None, out: Out = None, sets: Sets = None, as_json: Json = False) -> None:
+    """Say what a run would do; writes nothing."""
+    from vitray.planning import plan as plan_job
+
+    found = plan_job(_job(target, model, out, sets))
+    _print(found, as_json, str(found))
+
+
+@app.command()
+def status(out: OutArgument, as_json: Json = False) -> None:
+    """Say how far a dataset is."""
+    from vitray.planning import status as dataset_status
+
+    found = dataset_status(out)
+    _print(found, as_json, str(found))
+
+
+@app.command()
+def validate(
+    out: OutArgument,
+    inputs: Annotated[bool, typer.Option(help="list the source again and compare")] = True,
+    content: Annotated[bool, typer.Option(help="read every image's bytes again and compare hashes")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check every data file against manifest, footer and inputs; exit code 1 when something is wrong."""
+    from vitray.validation import validate as validate_dataset
+
+    found = validate_dataset(out, inputs, content)
+    _print(found, as_json, str(found))
+    raise typer.Exit(0 if found.ok else 1)
+
+
+@app.command()
+def redo(
+    out: OutArgument,
+    shard: Annotated[list[str] | None, typer.Option(help="a shard id (repeatable)")] = None,
+    reason: Annotated[list[str] | None, typer.Option(help="every shard with an error of this reason (repeatable)")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="delete; without it only list")] = False,
+) -> None:
+    """Delete chosen data files, so that the next run makes them again."""
+    from vitray.dataset import forget, shards_to_redo
+    from vitray.planning import require_dataset
+    from vitray.schema import REASONS
+
+    unknown = set(reason or ()) - REASONS.keys()
+    if unknown or not (shard or reason):
+        raise JobError(f"give --shard ID or --reason R, with R one of {', '.join(REASONS)}")
+    dataset = require_dataset(out)
+    chosen = shards_to_redo(dataset, shard or (), reason or ())
+    for name in chosen:
+        _say(name)
+    if yes:
+        forget(dataset, chosen)
+        _say(f"deleted {len(chosen)} data files; run the job again to make them anew")
+    else:
+        _say(f"{len(chosen)} data files would be deleted; add --yes to do it")
+
+
+@app.command()
+def clean(out: OutArgument) -> None:
+    """Remove staging that no run needs any more."""
+    from vitray.dataset import clean as clean_dataset
+    from vitray.pipeline import groups_of
+    from vitray.planning import require_dataset
+    from vitray.sources import list_shards
+
+    dataset = require_dataset(out)
+    removed = clean_dataset(dataset, [s.id for s in list_shards(dataset.job, groups_of(dataset.out)).shards])
+    for name in removed:
+        _say(name)
+    _say(f"removed {len(removed)} orphans")
+
+
+@app.command()
+def demo(
+    directory: Annotated[str, typer.Argument(help="where to put model, shards and output")] = "demo",
+    address: Annotated[str | None, typer.Option(help="a Ray cluster to join")] = None,
+) -> None:
+    """Draw shapes, train a tiny ViT on them, label and embed them, check the result."""
+    from vitray import demo as shapes
+    from vitray.pipeline import run as run_job
+    from vitray.validation import validate as validate_dataset
+
+    _say("drawing shapes and training a tiny ViT (about 15 s) …")
+    job, held_out = shapes.build(directory)
+    if held_out == held_out:  # NaN: it was trained by an earlier call
+        _say(f"trained: accuracy {held_out:.3f} on held-out shapes")
+    result = run_job(job, address=address, progress=_reporter())
+    _say(_summary(result, job))
+    checked = validate_dataset(job.out, content=True)
+    _say(str(checked))
+    files = os.path.join(job.out, "data", "*.parquet")
+    _say(f"accuracy {shapes.accuracy(job.out):.3f} of the labels against what was drawn")
+    _say(f"Parquet  {files}")
+    _say(f'query    duckdb -c "select label, count(*), avg(score) from {_sql(files)} group by label"')
+    raise typer.Exit(result.exit_code if checked.ok else 1)
+
+
+def _sql(files: str) -> str:
+    return "'" + files.replace("'", "''") + "'"
+
+
+def _job(target: str, model: str | None, out: str | None, sets: list[str] | None) -> Job:
+    from vitray.job import load_job, make_job, parse_set
+
+    flags: dict[str, object] = {name: value for name, value in (("model", model), ("out", out)) if value is not None}
+    overrides = {**parse_set(sets or []), **flags}
+    if target.endswith((".yaml", ".yml")):
+        return load_job(target, overrides)
+    return make_job({"source": target, **overrides})
+
+
+def _print(found: Any, as_json: bool, text: str) -> None:
+    _say(json.dumps(dataclasses.asdict(found)) if as_json else text)
+
+
+def _say(text: str) -> None:
+    print(_plain(text), flush=True)
+
+
+def _plain(text: str) -> str:
+    """Without control characters: keys, file names and messages come from data, and a terminal obeys what it is sent."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+
+
+class _PlainFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return _plain(super().format(record))
+
+
+def _summary(result: Result, job: Job) -> str:
+    speed = f", {result.images / result.seconds:.1f} images/s with start-up" if result.images else ""
+    lines = [
+        f"{result.committed} shards committed now ({result.images} images computed in {result.seconds:.1f} s{speed})",
+        f"{result.out}: {result.shards} shards, {result.rows} rows, {result.errors} errors",
+    ]
+    lines += [f"  {count} {reason}" for reason, count in sorted(result.reasons.items())]
+    lines += [f"set aside  {shard}: {why}" for shard, why in result.set_aside.items()]
+    lines += [
+        f"cut short  {shard}: truncated at byte {byte}; the rows before it are committed"
+        for shard, byte in result.truncated.items()
+    ]
+    if result.gone:
+        lines.append(f"{result.gone} committed shards are no longer in the source; --prune removes them")
+    if result.set_aside:
+        lines.append(f"next: mend or remove those shards, then run again (vitray status {shlex.quote(job.out)})")
+    return "\n".join(lines)
+
+
+def _reporter() -> Callable[[Progress], None]:
+    """A line that is rewritten on a terminal, else one line for each shard."""
+    live, last = sys.stderr.isatty(), {"at": 0.0, "shards": -1}
+
+    def report(progress: Progress) -> None:
+        now = time.monotonic()
+        due = now - last["at"] >= 0.5 if live else progress.shards_done > last["shards"]
+        if due and progress.shards:
+            last["at"], last["shards"] = now, progress.shards_done
+            ending = "\r" if live and progress.shards_done < progress.shards else "\n"
+            print(
+                f"{_progress_line(progress):<100}" if live else _progress_line(progress), end=ending, file=sys.stderr, flush=True
+            )
+
+    return report
+
+
+def _progress_line(progress: Progress) -> str:
+    share = progress.shards_done / progress.shards
+    if progress.images_expected:
+        share = progress.images / progress.images_expected
+    spent = time.monotonic() - progress.started
+    left = spent * (1 - share) / share if share > 0 else None
+    eta = "?" if left is None else f"{int(left) // 3600}:{int(left) % 3600 // 60:02d}:{int(left) % 60:02d}"
+    return (
+        f"shards {progress.shards_done}/{progress.shards}  images {progress.images}  {progress.rate():.1f} images/s  "
+        f"ETA {eta}  failed {progress.errors}"
+    )
+
+
+class _Terminated(BaseException):
+    """SIGTERM came."""
+
+
+def _on_sigterm(*_: object) -> NoReturn:
+    _signals.append("TERM")
+    raise _Terminated
+
+
+_signals: list[str] = []  # native code may turn the exception into another one
+
+
+def main() -> None:
+    """The console script: runs a command, turns every exception into one line and an exit code."""
+    debug = "--debug" in sys.argv
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        code = app(standalone_mode=False, args=_hoist_debug(sys.argv[1:]))
+        if code == 130:  # typer's answer to Ctrl-C
+            _stop(130)
+        sys.exit(code if isinstance(code, int) else 0)
+    except VitrayError as error:
+        _fail(error, type(error).__name__, error.exit_code, debug)
+    except KeyboardInterrupt:
+        _stop(130)
+    except _Terminated:
+        _stop(143)
+    except BrokenPipeError:
+        os._exit(1)
+    except Exception as error:
+        if _signals:
+            _stop(143)
+        if hasattr(error, "exit_code") and hasattr(error, "format_message"):  # click: bad usage
+            if text := _one_line(error.format_message()):  # empty: no command was given, and the help stands there
+                print(f"vitray: {text} (vitray --help)", file=sys.stderr)
+            sys.exit(2)
+        if type(error).__name__ == "Abort":
+            _stop(130)
+        _fail(error, f"unexpected {type(error).__name__}", 1, debug)
+
+
+def _hoist_debug(args: list[str]) -> list[str]:
+    """--debug is taken anywhere on the line."""
+    return (["--debug"] if "--debug" in args else []) + [a for a in args if a != "--debug"]
+
+
+def _fail(error: Exception, kind: str, code: int, debug: bool) -> NoReturn:
+    if debug:
+        logging.getLogger(__name__).error("traceback", exc_info=error)
+    print(f"{kind}: {_one_line(str(error)) or kind}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _one_line(text: str) -> str:
+    return _plain(" ".join(text.split()))
+
+
+def _stop(code: int) -> NoReturn:
+    print("\ninterrupted; what is staged stays. Run the same command again to go on.", file=sys.stderr)
+    sys.exit(code)

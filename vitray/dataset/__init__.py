@@ -1,0 +1,58 @@
+"""The output directory: what it is, what is in it, and how a shard comes to be in it exactly once.
+
+identity.py   dataset.json: fingerprint and frozen values     staging.py   fragments of shards that are not whole yet
+commit.py     fragments -> the one data file of a shard       ledger.py    what is committed: manifest, _SUCCESS, redo
+"""
+
+from vitray.dataset.commit import Commit, Footer, RowsDigest, commit_shard, read_footer
+from vitray.dataset.identity import Dataset, dataset_url, open_dataset, package_versions, resolve_dataset
+from vitray.dataset.ledger import (
+    Ledger,
+    append_group_log,
+    clean,
+    committed,
+    finish,
+    forget,
+    load_group_log,
+    read_manifest,
+    read_run_records,
+    shards_to_redo,
+    unmark_success,
+    write_run_record,
+)
+from vitray.dataset.reading import data_files, read
+from vitray.dataset.staging import Staged, read_fragment, staged, staged_shards, staged_whole, write_end, write_fragment
+
+__all__ = [
+    "Commit",
+    "Dataset",
+    "Footer",
+    "Ledger",
+    "RowsDigest",
+    "Staged",
+    "append_group_log",
+    "clean",
+    "commit_shard",
+    "committed",
+    "data_files",
+    "dataset_url",
+    "finish",
+    "forget",
+    "load_group_log",
+    "open_dataset",
+    "package_versions",
+    "read",
+    "read_footer",
+    "read_fragment",
+    "read_manifest",
+    "read_run_records",
+    "resolve_dataset",
+    "shards_to_redo",
+    "staged",
+    "staged_shards",
+    "staged_whole",
+    "unmark_success",
+    "write_end",
+    "write_fragment",
+    "write_run_record",
+]

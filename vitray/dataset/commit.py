@@ -1,0 +1,316 @@
+"""The commit: fragments of a whole shard become its one data file, by one conditional create.
+
+The protocol, in the order of the code: look; tile; look at the input again; write on scratch disk; create; when the
+answer is "refused" or none at all, look who won; then errors/, then staging.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import logging
+import os
+import re
+import tempfile
+import uuid
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from vitray.dataset.identity import DECODE_MODE, Dataset
+from vitray.dataset.staging import Staged, drop_staging, read_fragment, staged
+from vitray.errors import CommitError, ObjectChanged, ObjectMissing, StorageError
+from vitray.schema import ERROR_SCHEMA, End, Shard, ipc_bytes, ipc_table
+from vitray.storage import is_local, store_for
+from vitray.version import __version__
+
+log = logging.getLogger(__name__)
+
+ROW_GROUP_ROWS = 16_384  # 50 MB of a 768-float vector: small enough for a laptop, large enough for a scan
+DIGEST_ROWS = 1024
+_IN_HEADER = re.compile(r"[!-~]{1,64}")  # object metadata are HTTP headers: visible ASCII, 2 kB in all
+
+
+@dataclass(frozen=True, slots=True)
+class Footer:
+    """What a data file says of itself. reasons: errors by reason. truncated_at: byte at which its shard was cut."""
+
+    write_id: str
+    fingerprint: str
+    shard: str
+    url: str
+    source_version: str
+    rows: int
+    errors: int
+    truncated_at: int | None
+    rows_sha256: str
+    reasons: dict[str, int]
+    error_rows: pa.Table
+
+    @property
+    def total(self) -> int:
+        return self.rows + self.errors
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """A data file that was seen to exist. adopted: another run (or an earlier try) made it."""
+
+    shard: str
+    rows: int
+    errors: int
+    reasons: dict[str, int]
+    truncated_at: int | None
+    adopted: bool
+
+
+def commit_shard(dataset: Dataset, shard: Shard) -> Commit | None:
+    """Make the shard's data file exist, or adopt the one that does. None: fragments are missing, plan it again.
+
+    Raises CommitError when a file is there that this job could not have written, ObjectChanged when the input is no
+    longer the planned version.
+    """
+    footer = _look(dataset, shard.id)
+    adopted = footer is not None
+    if footer is None:
+        made = _make(dataset, shard)
+        # nothing to make it from: another run may have finished this shard and cleaned up meanwhile
+        footer, adopted = made or (_look(dataset, shard.id), True)
+        if footer is None:
+            return None
+    _require_adoptable(dataset, shard.id, footer)
+    repair_errors(dataset, footer)
+    drop_staging(dataset, shard.id)
+    return Commit(shard.id, footer.rows, footer.errors, footer.reasons, footer.truncated_at, adopted)
+
+
+def read_footer(url: str) -> Footer:
+    """The footer of a data file. Raises ObjectMissing, or CommitError when vitray did not write it."""
+    try:
+        with store_for(url).open(url) as stream:
+            marks = pq.read_metadata(stream).metadata or {}
+        return _footer({k.decode(): v.decode() for k, v in marks.items() if k.startswith(b"vitray.")})
+    except (ValueError, KeyError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk; pyarrow's own, for damaged bytes, has none
+            raise
+        what = " ".join(str(error).split())
+        raise CommitError(f"{url} is not a data file of vitray ({what}). Move it away and run again.") from error
+
+
+def repair_errors(dataset: Dataset, footer: Footer) -> None:
+    """Write errors/<shard>.parquet from what the data file carries, when it has errors."""
+    if footer.errors:
+        sink = pa.BufferOutputStream()
+        pq.write_table(footer.error_rows, sink, compression="zstd")
+        store_for(dataset.out).replace(dataset.errors_url(footer.shard), sink.getvalue().to_pybytes())
+
+
+class RowsDigest:
+    """SHA-256 of rows, the same however they are cut into tables, row groups or dictionaries, and read back from Parquet."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._held: pa.Table | None = None
+
+    def add(self, table: pa.Table) -> None:
+        table = _plain(table.replace_schema_metadata(None))
+        held = table if self._held is None else pa.concat_tables([self._held, table])
+        while held.num_rows >= DIGEST_ROWS:
+            self._digest.update(_canonical(held.slice(0, DIGEST_ROWS)))
+            held = held.slice(DIGEST_ROWS)
+        self._held = held
+
+    def hexdigest(self) -> str:
+        """The digest of all that was added; nothing may be added after it."""
+        if self._held is not None and self._held.num_rows:
+            self._digest.update(_canonical(self._held))
+            self._held = None
+        return self._digest.hexdigest()
+
+
+def _plain(table: pa.Table) -> pa.Table:
+    for at, column in enumerate(table.schema):
+        if pa.types.is_dictionary(column.type):
+            table = table.set_column(at, column.name, pc.cast(table[column.name], column.type.value_type))
+    return table
+
+
+def _canonical(table: pa.Table) -> bytes:
+    # take() makes fresh arrays: no offsets, no leftover bits behind the end
+    batches = table.take(pa.array(range(table.num_rows))).combine_chunks().to_batches()
+    # without the schema: Parquet renames the children of lists
+    return b"\0".join([*(name.encode() for name in table.column_names), *(bytes(batch.serialize()) for batch in batches)])
+
+
+def _look(dataset: Dataset, shard_id: str) -> Footer | None:
+    try:
+        return read_footer(dataset.data_url(shard_id))
+    except ObjectMissing:
+        return None
+
+
+def _require_adoptable(dataset: Dataset, shard_id: str, footer: Footer) -> None:
+    if footer.fingerprint != dataset.fingerprint or footer.shard != shard_id:
+        raise CommitError(
+            f"{dataset.data_url(shard_id)} exists with fingerprint {footer.fingerprint[:8]}… (this job: "
+            f"{dataset.fingerprint[:8]}…). Choose another `out`, or move that file away."
+        )
+
+
+def _make(dataset: Dataset, shard: Shard) -> tuple[Footer, bool] | None:
+    """The data file's footer, and whether another run made it. None: fragments are missing, or were while we read."""
+    there = staged(dataset, shard.id)
+    if len(there.ends) > 1:
+        drop_staging(dataset, shard.id)
+        return None
+    if not there.tiles():
+        return None
+    _require_same_input(shard)
+    try:
+        return _write(dataset, shard, there)
+    except ObjectMissing:
+        return None
+
+
+def _require_same_input(shard: Shard) -> None:
+    """The input once more. Members of a group on S3 were read with If-Match, so their rows are true to the version."""
+    planned = (
+        [(m.url, m.version) for m in shard.members if m.size >= 0] if shard.kind == "files" else [(shard.url, shard.version)]
+    )
+    if shard.kind == "files" and not is_local(shard.url):
+        return
+    for url, version in planned:
+        try:
+            same = store_for(url).stat(url).version == version
+        except ObjectMissing as error:
+            raise ObjectChanged(f"{url} was deleted while it was read") from error
+        if not same:
+            raise ObjectChanged(f"{url} changed while it was read")
+
+
+def _write(dataset: Dataset, shard: Shard, there: Staged) -> tuple[Footer, bool]:
+    write_id, end = uuid.uuid4().hex, there.ends[0]
+    with tempfile.TemporaryDirectory(prefix="vitray-") as scratch:
+        path = os.path.join(scratch, "data.parquet")
+        try:
+            marks = _write_parquet(dataset, shard, end, there, write_id, path)
+            with open(path, "rb") as stream:
+                data = stream.read()
+        except OSError as error:
+            raise StorageError(f"scratch disk {tempfile.gettempdir()}: {error}. Free space there or set TMPDIR.") from error
+    metadata = {k.replace("vitray.", "vitray-").replace("_", "-"): v for k, v in marks.items() if _IN_HEADER.fullmatch(v)}
+    metadata["vitray-sha256"] = hashlib.sha256(data).hexdigest()
+    mine = _footer(marks)
+    lost: StorageError | None = None
+    try:
+        if store_for(dataset.out).create(dataset.data_url(shard.id), data, metadata):
+            return mine, False
+    except StorageError as error:
+        lost = error  # the answer may be what was lost: look
+    winner = _look(dataset, shard.id)
+    if winner is None:
+        raise lost or CommitError(f"{dataset.data_url(shard.id)}: the create was refused but nothing is there. Run again.")
+    if winner.write_id == write_id:
+        return mine, False
+    _require_adoptable(dataset, shard.id, winner)
+    if (winner.total, winner.truncated_at) != (mine.total, mine.truncated_at):
+        raise CommitError(
+            f"{dataset.data_url(shard.id)}: another run committed {winner.total} images (cut at {winner.truncated_at}), "
+            f"this one saw {mine.total} (cut at {mine.truncated_at}). Check the input, then `vitray redo --shard {shard.id}`."
+        )
+    if winner.errors != mine.errors:
+        log.warning("%s: another run committed %d errors, this one saw %d; the first stays", shard.id, winner.errors, mine.errors)
+    return winner, True
+
+
+def _write_parquet(dataset: Dataset, shard: Shard, end: End, there: Staged, write_id: str, path: str) -> dict[str, str]:
+    schema = dataset.schema
+    vectors = {v.column for v in dataset.vectors}
+    errors: list[pa.Table] = []
+    held: list[pa.Table] = []
+    written: list[int] = []
+    digest = RowsDigest()
+    with pq.ParquetWriter(
+        path,
+        schema,
+        compression="zstd",
+        use_dictionary=[f.name for f in schema if f.name not in vectors and not pa.types.is_nested(f.type)],
+        use_byte_stream_split=[f"{name}.list.element" for name in vectors],
+    ) as writer:
+
+        def flush() -> None:
+            if held:
+                writer.write_table(pa.concat_tables(held), row_group_size=ROW_GROUP_ROWS)
+                held.clear()
+
+        for start, stop in there.ranges():
+            fragment = read_fragment(dataset, shard.id, start, stop)
+            if fragment is None:
+                raise CommitError(f"{shard.id}: fragment {start}-{stop} is damaged. Run again; it is made anew.")
+            rows = fragment[0].select(schema.names).cast(schema)
+            errors.append(fragment[1])
+            held.append(rows)
+            written.append(rows.num_rows)
+            digest.add(rows)
+            if sum(t.num_rows for t in held) >= ROW_GROUP_ROWS:
+                flush()
+        flush()
+        bad = pa.concat_tables(errors) if errors else None
+        marks = _marks(dataset, shard, end, sum(written), bad, write_id, digest.hexdigest())
+        writer.add_key_value_metadata(marks)
+    return marks
+
+
+def _marks(
+    dataset: Dataset, shard: Shard, end: End, rows: int, errors: pa.Table | None, write_id: str, digest: str
+) -> dict[str, str]:
+    count = 0 if errors is None else errors.num_rows
+    marks = {
+        "write_id": write_id,
+        "fingerprint": dataset.fingerprint,
+        "shard": shard.id,
+        "url": shard.url,
+        "source_version": shard.version,
+        "rows": str(rows),
+        "errors": str(count),
+        "truncated_at": "" if end.truncated_at is None else str(end.truncated_at),
+        "rows_sha256": digest,
+        "reasons": json.dumps({} if errors is None else _counts(errors)),
+        # base64: footer values are text to other readers of Parquet
+        "error_rows": base64.b64encode(ipc_bytes(errors, "zstd")).decode() if errors is not None and count else "",
+        "model": dataset.facts.model,
+        "revision": dataset.facts.revision or "",
+        "weights_sha256": dataset.facts.weights_sha256,
+        "id2label_sha256": dataset.facts.labels_sha256(),
+        "dimension": str(dataset.facts.dimension),
+        "precision": dataset.facts.precision,
+        "engine": dataset.facts.engine,
+        "decode": DECODE_MODE,
+        "version": __version__,
+    }
+    return {f"vitray.{name}": value for name, value in marks.items()}
+
+
+def _counts(errors: pa.Table) -> dict[str, int]:
+    return {item["values"]: item["counts"] for item in pc.value_counts(errors["reason"]).to_pylist()}
+
+
+def _footer(marks: dict[str, str]) -> Footer:
+    get = {name.removeprefix("vitray."): value for name, value in marks.items()}
+    bad = ipc_table(base64.b64decode(get["error_rows"])) if get["error_rows"] else ERROR_SCHEMA.empty_table()
+    return Footer(
+        write_id=get["write_id"],
+        fingerprint=get["fingerprint"],
+        shard=get["shard"],
+        url=get["url"],
+        source_version=get["source_version"],
+        rows=int(get["rows"]),
+        errors=int(get["errors"]),
+        truncated_at=int(get["truncated_at"]) if get["truncated_at"] else None,
+        rows_sha256=get["rows_sha256"],
+        reasons=json.loads(get["reasons"]),
+        error_rows=bad,
+    )

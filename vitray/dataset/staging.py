@@ -1,0 +1,159 @@
+"""Fragments: the rows of one fixed range of a shard, kept until the shard is whole.
+
+A fragment is created if absent and never changes: of two runs that disagree on a bad row the first one's word holds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from vitray.dataset.identity import Dataset
+from vitray.errors import ObjectMissing
+from vitray.schema import End, ipc_bytes, ipc_table
+from vitray.storage import join, read, store_for
+
+_FRAGMENT = re.compile(r"(\d{10})-(\d{10})\.arrow")
+_END = re.compile(r"end-(\d+)\.arrow")
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """What is staged of a shard: fragments as {start: stop}, and the tails (more than one only if readers disagreed)."""
+
+    fragments: dict[int, int]
+    ends: tuple[End, ...]
+
+    def tiles(self) -> bool:
+        """Whether one tail is known and the fragments cover [0, total) without a gap."""
+        if len(self.ends) != 1:
+            return False
+        at = 0
+        while at in self.fragments:
+            at = self.fragments[at]
+        return at == self.ends[0].total
+
+    def ranges(self) -> Iterator[tuple[int, int]]:
+        yield from sorted(self.fragments.items())
+
+
+def staged(dataset: Dataset, shard_id: str) -> Staged:
+    """What is staged of a shard: fragments by names alone, tails read."""
+    return _scan(dataset, shard_id)[0]
+
+
+def staged_shards(dataset: Dataset) -> list[str]:
+    """The ids of all shards that have staging."""
+    inside = join(dataset.out, "_vitray", "staging")
+    try:
+        found = store_for(dataset.out).find(inside)
+    except ObjectMissing:
+        return []
+    return sorted({info.url.removeprefix(inside + "/").split("/")[0] for info in found})
+
+
+def staged_whole(dataset: Dataset, shard_id: str) -> Staged:
+    """Like staged(), but every fragment was opened, and what is damaged deleted, to be made again.
+
+    So is a fragment beyond the one known end: a reader that had seen more rows died.
+    """
+    there, damaged = _scan(dataset, shard_id)
+    last = there.ends[0].total if len(there.ends) == 1 else None
+    good = {}
+    for start, stop in there.ranges():
+        try:
+            whole = read_fragment(dataset, shard_id, start, stop) is not None
+        except ObjectMissing:  # another run finished this shard and cleans up
+            continue
+        if whole and (last is None or stop <= last):
+            good[start] = stop
+        else:
+            damaged.append(_fragment_url(dataset, shard_id, start, stop))
+    store_for(dataset.out).delete(damaged)
+    return Staged(good, there.ends)
+
+
+def write_fragment(dataset: Dataset, shard_id: str, span: tuple[int, int], rows: pa.Table, errors: pa.Table) -> bool:
+    """Stage the good and error rows of [start, stop). False: it was staged already, and what is there stays."""
+    _require_span(rows, errors, span)
+    marked = rows.replace_schema_metadata({"errors": ipc_bytes(errors), "fingerprint": dataset.fingerprint})
+    return store_for(dataset.out).create(_fragment_url(dataset, shard_id, *span), ipc_bytes(marked))
+
+
+def read_fragment(dataset: Dataset, shard_id: str, start: int, stop: int) -> tuple[pa.Table, pa.Table] | None:
+    """(rows, errors) of a fragment, None when it is not what its name says. Raises ObjectMissing when it is gone."""
+    data = read(_fragment_url(dataset, shard_id, start, stop))
+    try:
+        rows = ipc_table(data)
+        marks = rows.schema.metadata or {}
+        if marks.get(b"fingerprint", b"").decode() != dataset.fingerprint:
+            return None
+        errors = ipc_table(marks[b"errors"])
+        rows = rows.replace_schema_metadata(None)
+        _require_span(rows, errors, (start, stop))
+    except (ValueError, KeyError, OSError):  # pyarrow: a stream that ends too early is either
+        return None
+    return rows, errors
+
+
+def write_end(dataset: Dataset, shard_id: str, end: End) -> None:
+    table = pa.table(
+        {
+            "total": pa.array([end.total], pa.int64()),
+            "truncated_at": pa.array([end.truncated_at], pa.int64()),
+            "note": pa.array([end.note], pa.string()),
+        }
+    )
+    store_for(dataset.out).create(join(dataset.staging_url(shard_id), f"end-{end.total}.arrow"), ipc_bytes(table))
+
+
+def drop_staging(dataset: Dataset, shard_id: str) -> None:
+    """Delete a shard's staging. Only after its data file was seen, or when its readers disagreed on its end."""
+    try:
+        found = store_for(dataset.out).find(dataset.staging_url(shard_id))
+    except ObjectMissing:
+        return
+    store_for(dataset.out).delete(info.url for info in found)
+    store_for(dataset.out).delete_folder(dataset.staging_url(shard_id))
+
+
+def _scan(dataset: Dataset, shard_id: str) -> tuple[Staged, list[str]]:
+    """What is staged, and the URLs of damaged tails."""
+    fragments: dict[int, int] = {}
+    ends, damaged = [], []
+    try:
+        found = store_for(dataset.out).find(dataset.staging_url(shard_id))
+    except ObjectMissing:
+        found = []
+    for info in found:
+        name = info.url.rsplit("/", 1)[-1]
+        if match := _FRAGMENT.fullmatch(name):
+            fragments[int(match[1])] = int(match[2])
+        elif match := _END.fullmatch(name):
+            try:
+                ends.append(_read_end(info.url, int(match[1])))
+            except ObjectMissing:  # another run finished this shard and cleans up
+                continue
+            except (ValueError, KeyError, OSError):
+                damaged.append(info.url)
+    return Staged(fragments, tuple(ends)), damaged
+
+
+def _read_end(url: str, total: int) -> End:
+    (row,) = ipc_table(read(url)).to_pylist()
+    if row["total"] != total:
+        raise ValueError(f"{url} says {row['total']}")
+    return End(total, row["truncated_at"], row["note"])
+
+
+def _fragment_url(dataset: Dataset, shard_id: str, start: int, stop: int) -> str:
+    return join(dataset.staging_url(shard_id), f"{start:010d}-{stop:010d}.arrow")
+
+
+def _require_span(rows: pa.Table, errors: pa.Table, span: tuple[int, int]) -> None:
+    good, bad = rows["index"].to_pylist(), errors["index"].to_pylist()
+    if sorted(good + bad) != list(range(*span)) or good != sorted(good) or bad != sorted(bad):
+        raise ValueError(f"rows and errors do not make up {span}")

@@ -1,0 +1,272 @@
+"""Bytes -> pixels or a reason; hides every oddity of image formats.
+
+Good pixels equal Hugging Face's own path bit for bit: load_image (EXIF orientation, RGB), then the checkpoint's PIL processor.
+`decode_one` is the pure part. `decode` runs it in a child (isolation.py), so that a crash, a bomb or an endless decoder costs
+one row. Reading bytes and normalising pixels are elsewhere.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from vitray.isolation import Death, Limits, run_isolated, shared
+from vitray.schema import DecodeSpec, Encoded, PixelSpec
+
+Pixels = NDArray[np.uint8]
+
+MAX_SCANS = 100  # cameras and encoders write about 10; a file of 1,000 scans decodes 100 times slower than it is long
+MESSAGE_CHARS = 200
+
+_SIGNATURES = [  # only tells what an unreadable or unwanted file is; Pillow alone decides what is decoded
+    (name, re.compile(pattern, re.DOTALL))
+    for name, pattern in (
+        ("jpeg", rb"\xff\xd8\xff"),
+        ("png", rb"\x89PNG\r\n\x1a\n"),
+        ("webp", rb"RIFF.{4}WEBP"),
+        ("bmp", rb"BM.{4}\0{4}"),
+        ("gif", rb"GIF8[79]a"),
+        ("tiff", rb"II[*+]\0|MM\0[*+]"),
+        ("avif", rb".{4}ftypavi[fs]"),
+        ("heic", rb".{4}ftyp(?:hei[cmsx]|hev[cmsx]|mif1|msf1)"),
+        ("jpeg2000", rb"\0\0\0\x0cjP {2}\r\n|\xff\x4f\xff\x51"),
+        ("jpegxl", rb"\xff\x0a|\0\0\0\x0cJXL "),
+        ("ico", rb"\0\0[\x01\x02]\0[^\0]"),
+        ("psd", rb"8BPS\0\x01"),
+        ("svg", rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml.{0,512}?)?<svg\b"),
+    )
+]
+_TURN = Image.Transpose
+_ORIENTATIONS = {
+    **{2: _TURN.FLIP_LEFT_RIGHT, 3: _TURN.ROTATE_180, 4: _TURN.FLIP_TOP_BOTTOM, 5: _TURN.TRANSPOSE},
+    **{6: _TURN.ROTATE_270, 7: _TURN.TRANSVERSE, 8: _TURN.ROTATE_90},
+}
+_ENTRY = np.dtype(  # an Outcome in shared memory
+    [("width", "i8"), ("height", "i8"), ("format", "S8"), ("reason", "S24"), ("message", f"S{MESSAGE_CHARS}"), ("good", "?")]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one image. reason None: good. width, height: of the header, before EXIF orientation (0: not known)."""
+
+    width: int
+    height: int
+    format: str
+    reason: str | None
+    message: str
+
+
+def decode_one(data: bytes, spec: DecodeSpec, into: Pixels) -> Outcome:
+    """The outcome of one image; a good one's pixels are in `into`, uint8 [H, W, 3]. In this process: nothing limits it."""
+    outcome = Outcome(0, 0, "", None, "")
+    try:
+        image = _open(data, spec.formats)
+        # a TIFF's `size` is already turned by its orientation
+        width, height = getattr(image, "_tile_size", image.size)
+        outcome = Outcome(width, height, "jpeg" if image.format == "MPO" else image.format.lower(), None, "")
+        _check_header(image, data, outcome.format, spec.max_pixels)
+        into[...] = _fit(_rgb(image, spec.background), spec)
+        return outcome
+    except _Refused as refusal:
+        return replace(outcome, reason=refusal.reason, message=_one_line(str(refusal)))
+    except Exception as error:  # the one place where a bad image turns into data: Pillow raises nearly every type
+        reason = "truncated" if "truncated" in str(error).lower() else "decode_error"
+        return replace(outcome, reason=reason, message=_one_line(f"{type(error).__name__}: {error}"))
+
+
+def decode(
+    items: Sequence[Encoded],
+    spec: DecodeSpec,
+    one: Callable[[bytes, DecodeSpec, Pixels], Outcome] = decode_one,
+    limits: Limits = Limits(),  # noqa: B008 (frozen)
+) -> tuple[Pixels, list[Outcome]]:
+    """Pixels uint8 [n_good, H, W, 3] of the good ones in order, and one outcome an item.
+
+    The pixels are a view of shared memory that lives as long as they do. Raises what isolation.run_isolated raises.
+    """
+    images = [item.data for item in items if item.data]
+    pixels: Pixels = shared((len(images), *spec.pixels.shape, 3), np.uint8)
+    ledger = shared((len(images),), _ENTRY)
+
+    def step(at: int) -> None:
+        Image.MAX_IMAGE_PIXELS = None  # in the child; our own cap is judged from the header
+        good = int(np.count_nonzero(ledger["good"][:at]))
+        ledger[at] = _entry(one(images[at], spec, pixels[good]))
+
+    def charge(at: int, death: Death) -> None:
+        reason = "time_limit" if death.timed_out else "decoder_died"
+        ledger[at] = _entry(Outcome(0, 0, "", reason, f"the decoder {death.message}"))
+
+    _load_decoders()
+    run_isolated(step, len(images), charge, limits)
+    decoded = map(_outcome, ledger.tolist())
+    outcomes = [next(decoded) if item.data else _without_bytes(item) for item in items]
+    return pixels[: int(np.count_nonzero(ledger["good"]))], outcomes
+
+
+@cache
+def _load_decoders() -> None:
+    """Every decoder was imported and run once: a child that imports may wait for ever on a lock of a thread it does not have."""
+    Image.init()
+    for form in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"):
+        buffer = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(buffer, form)
+        image = Image.open(buffer)
+        image.getexif()
+        image.convert("RGB").resize((4, 4))
+
+
+def _without_bytes(item: Encoded) -> Outcome:
+    if item.data is not None:
+        return Outcome(0, 0, "", "empty", "no bytes")
+    return Outcome(0, 0, "", item.reason or "missing", item.message)
+
+
+def _entry(outcome: Outcome) -> tuple[object, ...]:
+    reason, message = (outcome.reason or "").encode(), outcome.message.encode()[:MESSAGE_CHARS]
+    return outcome.width, outcome.height, outcome.format.encode(), reason, message, not reason
+
+
+def _outcome(entry: tuple[Any, ...]) -> Outcome:
+    width, height, form, reason, message, _ = entry
+    return Outcome(width, height, form.decode(), reason.decode() or None, message.decode(errors="ignore"))
+
+
+class _Refused(Exception):
+    """This image breaks our policy."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def _one_line(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))[:MESSAGE_CHARS]
+
+
+def _open(data: bytes, formats: Sequence[str]) -> Any:
+    """The image with its header read and no pixel decoded."""
+    names = [name.lower() for name in formats]
+    try:
+        return Image.open(io.BytesIO(data), formats=[name.upper() for name in names])
+    except Image.DecompressionBombError as error:
+        raise _Refused("too_many_pixels", str(error)) from None
+    except (UnidentifiedImageError, OSError) as error:
+        name = next((name for name, pattern in _SIGNATURES if pattern.match(data)), None)
+        if name is None:
+            raise _Refused("not_an_image", "no known image signature") from None
+        if name not in names:
+            raise _Refused("format_not_allowed", f"{name} is not in formats ({', '.join(names)})") from None
+        if _bytes_needed(name, data) > len(data):
+            raise _Refused("truncated", f"the {name} header points beyond the {len(data)} bytes that are there") from None
+        if isinstance(error, UnidentifiedImageError):
+            raise _Refused(
+                "not_an_image", f"starts like a {name}, but its header is cut, broken, or of a kind that Pillow does not read"
+            ) from None
+        raise
+
+
+def _bytes_needed(name: str, data: bytes) -> int:
+    """The least size that the first bytes promise, for the formats whose cut files Pillow does not call truncated."""
+    if name == "webp":
+        return 8 + int.from_bytes(data[4:8], "little")
+    if name == "tiff" and data[2:4] in (b"*\0", b"\0*"):
+        return 2 + int(struct.unpack("<I" if data[:2] == b"II" else ">I", data[4:8].ljust(4, b"\0"))[0])
+    return 0
+
+
+def _check_header(image: Any, data: bytes, name: str, max_pixels: int) -> None:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise _Refused("too_many_pixels", f"{width}x{height} is more than max_pixels {max_pixels}")
+    if name == "jpeg" and data.count(b"\xff\xda") > MAX_SCANS and (scans := _scans(data)) > MAX_SCANS:
+        raise _Refused("too_many_scans", f"a JPEG of more than {scans - 1} scans")
+    if image.mode == "F":
+        raise _Refused("float_pixels", "32-bit floating-point pixels")
+
+
+def _scans(data: bytes) -> int:
+    """Scans of a JPEG up to its end marker, counted to MAX_SCANS + 1. Those of thumbnails and trailing videos do not count."""
+    marker = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd8]")
+    count = at = 0
+    while (found := marker.search(data, at)) and data[found.end() - 1] != 0xD9 and count <= MAX_SCANS:
+        count += data[found.end() - 1] == 0xDA
+        at = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+    return count
+
+
+def _rgb(image: Any, background: tuple[int, int, int] | None) -> Any:
+    """The upright RGB image that Hugging Face's load_image gives, or our policy where that one raises or spoils."""
+    image.load()
+    if (turn := _ORIENTATIONS.get(_orientation(image))) is not None:
+        image = image.transpose(turn)
+    if image.mode.startswith("I"):
+        image = _to_8bit(image)
+    if background is None or not image.has_transparency_data:
+        return image.convert("RGB")
+    canvas = Image.new("RGBA", image.size, (*background, 255))
+    return Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
+
+
+def _orientation(image: Any) -> Any:
+    """The EXIF orientation. An EXIF block that cannot be read has none: load_image raises there, though the pixels are good."""
+    try:
+        return image.getexif().get(0x0112, 1)
+    except (SyntaxError, ValueError, TypeError, LookupError, OverflowError, struct.error):
+        return 1
+
+
+def _to_8bit(image: Any) -> Any:
+    """The high byte of 16-bit pixels; Pillow's own conversion turns all above 255 into white."""
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > 0xFFFF:
+        raise _Refused("unsupported_pixels", f"integer pixels from {values.min()} to {values.max()}")
+    bits = 12 if getattr(image, "tag_v2", {}).get(258) == (12,) else 16  # TIFF BitsPerSample
+    scaled = Image.fromarray((values >> (bits - 8)).astype(np.uint8))
+    if "transparency" in image.info:
+        scaled.info["transparency"] = image.info["transparency"] >> 8
+    return scaled
+
+
+def _fit(image: Any, spec: DecodeSpec) -> Pixels:
+    size = _target(image.size, spec.pixels)
+    if math.prod(size) > max(spec.max_pixels, math.prod(image.size)):
+        raise _Refused("too_many_pixels", f"{image.size[0]}x{image.size[1]} resized becomes {size[0]}x{size[1]}")
+    if spec.pixels.size is not None:
+        image = image.resize(size, resample=spec.pixels.resample)
+    pixels = np.asarray(image)
+    return pixels if spec.pixels.crop is None else _center_crop(pixels, spec.pixels.crop)
+
+
+def _target(size: tuple[int, int], pixels: PixelSpec) -> tuple[int, int]:
+    """(width, height) after the resize. Source: transformers.image_transforms.get_resize_output_image_size."""
+    if pixels.size is None:
+        return size
+    if len(pixels.size) == 2:
+        return pixels.size[1], pixels.size[0]
+    width, height = size
+    edge = pixels.size[0]
+    if width <= height:
+        return edge, int(edge * height / width)
+    return int(edge * width / height), edge
+
+
+def _center_crop(pixels: Pixels, crop: tuple[int, int]) -> Pixels:
+    """The middle, on zeros where the image is smaller. Source: transformers.image_transforms.center_crop."""
+    out = np.zeros((*crop, 3), np.uint8)
+    top, left = ((have - want) // 2 for have, want in zip(pixels.shape, crop))
+    middle = pixels[max(0, top) : max(0, top) + crop[0], max(0, left) : max(0, left) + crop[1]]
+    below, right = max(0, -top), max(0, -left)
+    out[below : below + middle.shape[0], right : right + middle.shape[1]] = middle
+    return out

@@ -1,0 +1,74 @@
+"""Every exception that vitray raises on purpose.
+
+    VitrayError             exit code 1: a broken system
+    |- JobError             exit code 2: bad usage, a bad job, a model or an input that does not fit it
+    |  |- SourceError           nothing to read, or not what was said
+    |  |- ModelError            no such checkpoint, no trained head, a layer that does not exist
+    |  `- FingerprintError      OUT belongs to another job
+    |- StorageError         a store that does not answer, refuses, or is full
+    |  |- ObjectMissing         no object there
+    |  |- ObjectChanged         the object is not the version that was planned
+    |  `- UnsafeStore           the store ignores a conditional create
+    |- CommitError          a data file exists that this run could not have written
+    |- ShardError           one shard cannot be read: set aside, the rest goes on
+    |- ClusterError         Ray is missing, too small, open, or stalled
+    `- ErrorRateExceeded    exit code 4: more bad images than `max_error_rate` allows
+
+A bad image is none of these: it is a row in `errors/` (schema.REASONS).
+"""
+
+from __future__ import annotations
+
+
+class VitrayError(Exception):
+    """A message for a person: what is wrong, with its name, then the next step."""
+
+    exit_code = 1
+
+
+class JobError(VitrayError):
+    exit_code = 2
+
+
+class SourceError(JobError):
+    pass
+
+
+class ModelError(JobError):
+    pass
+
+
+class FingerprintError(JobError):
+    pass
+
+
+class StorageError(VitrayError):
+    pass
+
+
+class ObjectMissing(StorageError):
+    pass
+
+
+class ObjectChanged(StorageError):
+    pass
+
+
+class UnsafeStore(StorageError):
+    pass
+
+
+class CommitError(VitrayError):
+    pass
+
+
+class ShardError(VitrayError):
+    pass
+
+
+class ClusterError(VitrayError):
+    pass
+
+
+class ErrorRateExceeded(VitrayError):
+    exit_code = 4

@@ -1,0 +1,158 @@
+"""`Job`: what a person writes. Fields, defaults, validation, YAML. Knows nothing of storage, models or Ray."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from vitray.errors import JobError
+from vitray.schema import RESERVED
+
+FORMATS = ("bmp", "gif", "jpeg", "png", "tiff", "webp")
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+Strings = Annotated[list[str], BeforeValidator(_as_list)]
+Urls = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_as_list)]  # "" would be the current directory
+# ValueError: a date like 2024-13-45, bytes that are not UTF-8; RecursionError: thousands of open brackets
+BAD_YAML = (yaml.YAMLError, ValueError, RecursionError)
+
+
+class Embedding(BaseModel):
+    """One vector column. With a single one the column is `embedding`, else `embedding_<name>`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    layer: int | Literal["last"] = Field("last", description="1..L: output of that block; last: after the final LayerNorm")
+    pool: Literal["cls", "mean", "patches_mean"] = Field("cls", description="CLS token, mean of all tokens, or of the patches")
+    normalize: bool = Field(False, description="scale to unit L2 norm (in float32, before dtype)")
+    dtype: Literal["float32", "float16"] = Field("float32", description="type of the stored values")
+    name: str = Field("", description="column suffix; default <pool>_<layer>", pattern=r"^[a-z0-9_]*$")
+
+    @property
+    def label(self) -> str:
+        return self.name or f"{self.pool}_{self.layer}"
+
+
+class Job(BaseModel):
+    """One dataset to make: which images, which model, where to."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: Urls = Field(description="URL, list, glob, {000..099} range or prefix; local path or s3://", min_length=1)
+    model: str = Field(description="Hugging Face id, local directory, or s3:// directory", min_length=1)
+    out: str = Field(description="output directory, local or s3://", min_length=1)
+    revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face id")
+    format: Literal["auto", "tar", "parquet", "files", "manifest"] = Field("auto", description="what the source holds")
+    labels: bool = Field(True, description="classify; needs a checkpoint with a trained head")
+    embeddings: list[Embedding] = Field([Embedding.model_validate({})], description="vectors to keep, all of one forward pass")
+    top_k: int = Field(5, description="how many labels a row keeps", ge=1, le=1000)
+    keep: Strings = Field([], description="input columns or tar member extensions to copy into the output")
+    image_column: str | None = Field(None, description="Parquet or manifest column with the image (default: found by itself)")
+    key_column: str | None = Field(None, description="Parquet or manifest column that names a row")
+    image_member: str | None = Field(None, description="tar: extension of the member to use when a sample has several images")
+    allow: Strings = Field([], description="manifest: prefixes its paths may point into (default: the manifest's directory)")
+    formats: Strings = Field(list(FORMATS), description="image formats that are decoded")
+    max_pixels: int = Field(50_000_000, description="pixel cap of one image", ge=1)
+    background: str | None = Field(
+        None, description="#rrggbb to composite transparent images on (default: alpha is dropped)", pattern=r"^#[0-9a-fA-F]{6}$"
+    )
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="auto: the fastest the hardware has")
+    batch_size: int | Literal["auto"] = Field("auto", description="images a forward pass")
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = Field("auto", description="where the model runs")
+    group_size: int = Field(4096, description="loose files, or rows of a manifest, in a shard", ge=1, le=100_000)
+    fragment_rows: int | Literal["auto"] = Field("auto", description="images staged at a time; a crash costs a few of these")
+    limit: int | None = Field(None, description="only the first so many shards", ge=1)
+    max_error_rate: float = Field(0.05, description="share of bad images that stops the run (judged after 1,000)", ge=0, le=1)
+    stall_timeout_s: float = Field(600, description="seconds without a finished fragment after which the run gives up", gt=0)
+
+    @field_validator("batch_size", "fragment_rows")
+    @classmethod
+    def _positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and not 1 <= value <= 8192:
+            raise ValueError("must be between 1 and 8192")
+        return value
+
+    @field_validator("formats")
+    @classmethod
+    def _known_formats(cls, value: list[str]) -> list[str]:
+        aliases = {"jpg": "jpeg", "tif": "tiff"}
+        names = [aliases.get(v.lower(), v.lower()) for v in value]
+        unknown = sorted(set(names) - set(FORMATS))
+        if unknown:
+            raise ValueError(f"unknown image format {', '.join(unknown)}; known: {', '.join(FORMATS)}")
+        return sorted(set(names))
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Job:
+        if not self.labels and not self.embeddings:
+            raise ValueError("nothing to compute: labels is false and embeddings is empty")
+        names = [e.label for e in self.embeddings]
+        if len(set(names)) != len(names):
+            raise ValueError(f"two embeddings are called {max(names, key=names.count)}; give them a `name`")
+        taken = set(RESERVED) | {self.column(e) for e in self.embeddings}
+        clash = [k for k in self.keep if k in taken]
+        if clash or len(set(self.keep)) != len(self.keep):
+            raise ValueError(f"keep: {', '.join(clash) or 'a name twice'} is already a column of the output")
+        return self
+
+    def column(self, embedding: Embedding) -> str:
+        return "embedding" if len(self.embeddings) == 1 and not embedding.name else f"embedding_{embedding.label}"
+
+
+def make_job(fields: dict[str, object]) -> Job:
+    """A Job, or a JobError that names the field and the nearest known one."""
+    try:
+        return Job.model_validate(fields)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            name = ".".join(str(part) for part in problem["loc"]) or "job"
+            if problem["type"] == "extra_forbidden":
+                known = list(Embedding.model_fields if len(problem["loc"]) > 1 else Job.model_fields)
+                near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+                lines.append(f"unknown field `{name}`" + (f"; did you mean `{near[0]}`?" if near else ""))
+            elif problem["type"] == "missing":
+                lines.append(f"`{name}` is missing: {Job.model_fields[str(problem['loc'][0])].description}")
+            else:
+                lines.append(f"`{name}`: {problem['msg'].removeprefix('Value error, ')}")
+        raise JobError("the job is not valid: " + "; ".join(lines)) from None
+
+
+def read_fields(path: str | Path) -> dict[str, object]:
+    """The mapping in a YAML job file."""
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise JobError(f"cannot read the job file {path}: {error.strerror}. Give the path of a YAML file.") from error
+    except BAD_YAML as error:
+        raise JobError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(loaded, dict):
+        raise JobError(f"{path} holds no fields; write lines like `source: photos/*.tar`")
+    return {str(key): value for key, value in loaded.items()}
+
+
+def parse_set(pairs: list[str]) -> dict[str, object]:
+    """`--set field=value` pairs; values are read as YAML, so lists and numbers work."""
+    fields: dict[str, object] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise JobError(f"--set {pair}: write --set field=value")
+        try:
+            fields[name.strip()] = yaml.safe_load(value)
+        except BAD_YAML as error:
+            raise JobError(f"--set {pair}: the value is not valid YAML") from error
+    return fields
+
+
+def load_job(path: str | Path, overrides: dict[str, object] | None = None) -> Job:
+    """The job of a YAML file, with overrides from the command line on top."""
+    return make_job({**read_fields(path), **(overrides or {})})

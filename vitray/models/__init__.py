@@ -1,0 +1,108 @@
+"""The door to models: what a checkpoint is (`identify`), which vectors it can give, and `open_model`.
+
+Importing this costs nothing: torch and transformers come in with the first call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from vitray.errors import ModelError
+from vitray.job import Job
+from vitray.schema import ModelFacts, VectorColumn
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """What a model says of N images.
+
+    ids: int32 [N, k], scores: float32 [N, k], best first; None when labels are not asked for.
+    vectors: by column name, float32 or float16 [N, D].
+    """
+
+    ids: np.ndarray | None
+    scores: np.ndarray | None
+    vectors: dict[str, np.ndarray]
+
+
+class Model(Protocol):
+    """An opened checkpoint, whatever engine runs it."""
+
+    def predict(self, pixels: np.ndarray) -> Predictions:
+        """Labels and embeddings. pixels: uint8 [N, H, W, 3], RGB, at the processor's size, any N >= 0."""
+        ...
+
+
+def identify(job: Job) -> ModelFacts:
+    """What the job's checkpoint is: fetched once a node, checked and hashed; precision and batch size for this machine.
+
+    Raises ModelError for a checkpoint that is not there, that vitray does not know, or that cannot do what is asked.
+    """
+    from vitray.models import checkpoint, machine, pixels
+
+    found = checkpoint.locate(job.model, job.revision)
+    config = checkpoint.read_config(found)
+    labels = checkpoint.read_labels(found, config) if job.labels else ()
+    if job.labels and not labels:
+        zero_shot = " Zero-shot labels are not supported." if config.family.startswith(("clip", "siglip")) else ""
+        raise ModelError(
+            f"{found.model} has no trained classification head, so it cannot label; set labels: false to keep embeddings only, "
+            f"or choose a checkpoint with a head.{zero_shot}"
+        )
+    device = machine.resolve_device(job.device)
+    return ModelFacts(
+        model=found.model,
+        revision=found.revision,
+        weights_sha256=checkpoint.hash_weights(found),
+        family=config.family,
+        labels=labels,
+        multi_label=config.multi_label,
+        dimension=config.dimension,
+        layers=config.layers,
+        prefix_tokens=config.prefix_tokens,
+        has_cls=config.prefix_tokens > 0,
+        pixels=pixels.read_pixels(found, config),
+        precision=machine.auto_precision(device) if job.precision == "auto" else job.precision,
+        engine="torch",
+        batch_size=machine.auto_batch_size(device, config.dimension) if job.batch_size == "auto" else job.batch_size,
+    )
+
+
+def vector_columns(job: Job, facts: ModelFacts) -> list[VectorColumn]:
+    """One column for each of job.embeddings. Raises ModelError for a layer or a token that the model does not have."""
+    columns = []
+    for embedding in job.embeddings:
+        layer = None if embedding.layer == "last" else embedding.layer
+        if layer is not None and not 1 <= layer <= facts.layers:
+            raise ModelError(f"{facts.model} has no layer {layer}: layers are 1..{facts.layers} or last")
+        if embedding.pool == "cls" and not facts.has_cls:
+            raise ModelError(f"{facts.model} is a {facts.family} model, which has no CLS token; use pool: mean")
+        column = job.column(embedding)
+        columns.append(VectorColumn(column, facts.dimension, layer, embedding.pool, embedding.normalize, embedding.dtype))
+    return columns
+
+
+def open_model(facts: ModelFacts, vectors: list[VectorColumn], top_k: int, labels: bool, device: str, threads: int) -> Model:
+    """The checkpoint, loaded and ready.
+
+    device: as in Job.device. threads: CPU threads of the forward pass, unused on an accelerator.
+    Raises ModelError when the weights are not those of `facts`, or when one that is needed is missing.
+    """
+    from vitray.models import checkpoint, machine, torch_engine
+
+    if labels and not facts.labels:
+        raise ModelError(f"{facts.model} was identified without labels; identify it again with labels: true")
+    found = checkpoint.locate(facts.model, facts.revision)
+    weights = checkpoint.hash_weights(found)
+    if weights != facts.weights_sha256:
+        raise ModelError(
+            f"{facts.model}: the weights changed (sha256 {facts.weights_sha256[:12]}… planned, {weights[:12]}… found). "
+            "Put the old weights back, or choose another `out`."
+        )
+    chosen = machine.resolve_device(device)
+    if chosen == "cpu":
+        machine.set_threads(threads)
+    return torch_engine.load(found, facts, vectors, top_k if labels else 0, chosen)

@@ -1,0 +1,50 @@
+"""What this machine can do for a model: its device, and the precision and batch size that `auto` means on it."""
+
+from __future__ import annotations
+
+from vitray.errors import ModelError
+
+
+def resolve_device(asked: str) -> str:
+    """cuda, xpu, mps or cpu. Raises ModelError when the asked one is not there."""
+    import torch
+
+    present = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    if asked in ("auto", present):
+        return str(present)
+    if asked != "cpu":
+        raise ModelError(f"device {asked} is not available here (torch {torch.__version__} sees {present}). Set device: auto.")
+    return "cpu"
+
+
+def auto_precision(device: str) -> str:
+    """The fastest precision that the hardware computes natively."""
+    import torch
+
+    if device == "cuda":
+        return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
+    if device == "cpu":
+        return "bf16" if _cpu_has_bf16() else "fp32"
+    return "fp16" if device == "mps" else "bf16"
+
+
+def auto_batch_size(device: str, dimension: int) -> int:
+    if device == "cpu":
+        return 16 if dimension < 1024 else 8
+    return 256 if device == "cuda" else 64
+
+
+def set_threads(threads: int) -> None:
+    """OMP_NUM_THREADS follows Ray's num_cpus and is 1 when that is unset, so the threads are set here."""
+    import torch
+
+    torch.set_num_threads(max(1, threads))
+
+
+def _cpu_has_bf16() -> bool:
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as stream:
+            flags = next((line for line in stream if line.startswith("flags")), "").split()
+    except OSError:
+        return False
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)

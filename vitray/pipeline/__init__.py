@@ -1,0 +1,8 @@
+"""The straight line: runner.py, the run from listing to manifest; steps.py, what happens to a fragment; line.py, how Ray Data
+moves it; cluster.py, Ray itself; progress.py, how far it is.
+"""
+
+from vitray.pipeline.progress import Progress, Result
+from vitray.pipeline.runner import groups_of, run
+
+__all__ = ["Progress", "Result", "groups_of", "run"]

@@ -1,0 +1,160 @@
+"""Ray: starting or joining it, and how its machines are shared out between the steps."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from vitray.errors import ClusterError
+
+RETRIES = 3  # of a task or an actor; Ray's own defaults are endless
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """What each step gets. Fractions are of one CPU; every step has its own number, or Ray would fuse decode into the actor.
+
+    A whole CPU always stays beside the actors: with all CPUs taken, readers starve and nothing moves.
+    """
+
+    actors: int
+    actor_cpus: float
+    actor_gpus: float
+    threads: int
+    readers: int
+    reader_cpus: float
+    decoder_cpus: float
+    stagers: int
+    queue_blocks: int
+
+
+def share_out(nodes: list[dict[str, float]], device: str) -> Shares:
+    """Shares for the alive nodes, each {"CPU": n, "GPU": n}. Raises ClusterError with the sizes it needs."""
+    cpus = sum(node.get("CPU", 0) for node in nodes)
+    gpus = sum(node.get("GPU", 0) for node in nodes) if device in ("auto", "cuda") else 0
+    if cpus < 2:
+        raise ClusterError(f"the cluster has {cpus:g} CPUs; the line needs 2: one for the model, one for the rest")
+    if gpus >= 1:
+        actors, actor_cpus, actor_gpus, threads = int(gpus), 1.0, 1.0, 4
+        free = cpus - actors
+        if free < 1:
+            raise ClusterError(f"the cluster has {cpus:g} CPUs for {gpus:g} GPUs; it needs one a GPU and at least one more")
+    else:
+        hosts = [node["CPU"] for node in nodes if node.get("CPU", 0) >= 2]
+        if not hosts:
+            raise ClusterError("no machine of the cluster has 2 CPUs, which the model needs on one machine")
+        smallest = min(hosts)
+        actors, actor_cpus, actor_gpus, threads = len(hosts), smallest - 1, 0.0, int(smallest)
+        free = cpus - actors * actor_cpus
+    readers = max(2, int(free // 4)) if free < 64 else int(free // 8)
+    decoder = 1.0 if free >= 3 else 0.5
+    return Shares(
+        actors=actors,
+        actor_cpus=actor_cpus,
+        actor_gpus=actor_gpus,
+        threads=threads,
+        readers=readers,
+        reader_cpus=0.25,
+        decoder_cpus=decoder,
+        stagers=max(2, min(32, int(cpus // 2))),
+        queue_blocks=2 * actors + max(1, int(free // 2)),  # the actors' next blocks, and what decoders finish meanwhile
+    )
+
+
+@contextlib.contextmanager
+def ray_session(address: str | None) -> Iterator[None]:
+    """Ray for the length of a block: the one at `address` (or RAY_ADDRESS), else one of our own that ends with it.
+
+    Our own has token auth with a token that is written nowhere, no dashboard and no usage reports.
+    """
+    where = address or os.environ.get("RAY_ADDRESS") or "local"
+    if where == "local":
+        _set_up_token()
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
+    if where == "local":
+        options |= {
+            "include_dashboard": False,
+            "num_cpus": max(2, len(os.sched_getaffinity(0))),  # two shares even of one core
+            "object_store_memory": _object_store_bytes(),
+        }
+    with _without_native_noise():
+        is_main, on_sigterm = threading.current_thread() is threading.main_thread(), signal.getsignal(signal.SIGTERM)
+        try:
+            if is_main:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)  # an exception inside ray.init aborts the process
+            ray.init(address=where, **options)
+            if is_main:
+                signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own ends the process with code 15
+        except Exception as error:
+            raise ClusterError(
+                f"Ray at {where} does not answer: {' '.join(str(error).split())[:300]}. Check the address, that the cluster runs "
+                "this version of Ray, and RAY_AUTH_MODE and RAY_AUTH_TOKEN."
+            ) from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _without_native_noise() -> Iterator[None]:
+    """What Ray's C++ writes to file descriptor 2 goes nowhere (it has log files); Python's sys.stderr stays.
+
+    It warns in red of every actor with bounded restarts. With --debug nothing is hidden.
+    """
+    python = sys.__stderr__
+    if python is None or sys.stderr is not python or logging.getLogger().isEnabledFor(logging.DEBUG):
+        yield
+        return
+    python.flush()
+    real = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    sys.stderr = open(real, "w", buffering=1, encoding=python.encoding, errors="backslashreplace", closefd=False)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        sys.stderr = python
+        os.dup2(real, 2)
+        os.close(real)
+        os.close(nowhere)
+
+
+def _set_up_token() -> None:
+    """Token auth for a Ray that we start, unless RAY_AUTH_MODE says otherwise. Ray reads it once, when it is imported."""
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if os.environ["RAY_AUTH_MODE"] == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    if "ray" in sys.modules:
+        raylet: Any = import_module("ray._raylet")
+        raylet.Config.initialize("")
+        raylet.AuthenticationTokenLoader.instance().reset_cache()
+
+
+def alive_nodes() -> list[dict[str, Any]]:
+    """Alive nodes with NodeID and Resources."""
+    import ray
+
+    return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
+
+
+def _object_store_bytes() -> int:
+    """A quarter of the memory, within 256 MB and 8 GB: the line is bounded by fragments, not by this."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(256 << 20, min(8 << 30, total // 4))

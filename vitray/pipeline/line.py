@@ -1,0 +1,125 @@
+"""The line as Ray Data runs it: four operators, bounded retries, one fragment a row. Nothing here decides what is right.
+
+With queues.py the only file that imports ray.data.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+import warnings
+from collections.abc import Generator, Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from vitray.dataset import Dataset
+from vitray.errors import ClusterError
+from vitray.models import open_model
+from vitray.pipeline.cluster import RETRIES, Shares
+from vitray.pipeline.steps import decode_step, predict_step, read_step, stage_step, unpack
+from vitray.schema import Receipt
+
+
+def receipts(dataset: Dataset, shards: list[Any], dataset_ref: Any, shares: Shares) -> Generator[Receipt | None, None, None]:
+    """Receipts as they come, None once a second without one. Raises ClusterError after stall_timeout_s without any.
+
+    Ray's iterator waits without a deadline, so it runs in a thread. Closing this generator ends the line.
+    """
+    arrived: queue.Queue[Receipt | Exception | None] = queue.Queue()
+    line = build_line(shards, dataset, dataset_ref, shares)
+
+    def consume() -> None:
+        try:
+            for block in line.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                for parcel in unpack(block):
+                    arrived.put(parcel.receipt)
+            arrived.put(None)
+        except Exception as error:
+            arrived.put(error)
+
+    thread = threading.Thread(target=consume, name="vitray-receipts", daemon=True)
+    thread.start()
+    last = time.monotonic()
+    try:
+        while True:
+            try:
+                item = arrived.get(timeout=1.0)
+            except queue.Empty:
+                if time.monotonic() - last > dataset.job.stall_timeout_s:
+                    raise ClusterError(
+                        f"no image moved for {dataset.job.stall_timeout_s:g} s. Look at `ray status` and the logs, or raise "
+                        "stall_timeout_s; run the same command again to go on."
+                    ) from None
+                yield None
+                continue
+            if item is None:
+                return
+            if isinstance(item, Exception):
+                raise item
+            last = time.monotonic()
+            yield item
+    finally:
+        executor = getattr(line, "_current_executor", None)
+        if executor is not None:
+            executor.shutdown(force=True)  # else it works on, until it is collected
+        thread.join(30)
+
+
+def build_line(shards: list[Any], dataset: Dataset, dataset_ref: Any, shares: Shares) -> Any:
+    """The Ray dataset of receipts. shards, dataset_ref: object references, fetched where they are used."""
+    import ray
+    from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
+
+    def read(block: pa.Table) -> Iterator[pa.Table]:
+        for n in block["n"].to_pylist():
+            for parcel in read_step(ray.get(dataset_ref), ray.get(shards[n])):
+                yield parcel.pack()
+
+    def decode(block: pa.Table) -> Iterator[pa.Table]:
+        for parcel in unpack(block):
+            yield decode_step(ray.get(dataset_ref), parcel).pack()
+
+    def stage(block: pa.Table) -> Iterator[pa.Table]:
+        for parcel in unpack(block):
+            yield stage_step(ray.get(dataset_ref), parcel).pack()
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # Ray sets its own level when it is imported
+    warnings.filterwarnings("ignore", message=".*ray_remote_args_fn.*")  # the only way to bound retries: see DECISIONS.md
+    from vitray.pipeline.queues import keep_queues_short
+
+    context = DataContext.get_current()
+    keep_queues_short(context, shares.queue_blocks)
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.max_errored_blocks = 0
+    context.target_max_block_size = 1  # every parcel is a block of its own: a retried task yields the same blocks again
+    shape: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
+    task: dict[str, Any] = {**shape, "ray_remote_args_fn": lambda: {"max_retries": RETRIES}}
+    items = ray.data.from_items([{"n": n} for n in range(len(shards))], override_num_blocks=len(shards))
+    encoded = items.map_batches(read, compute=TaskPoolStrategy(shares.readers), num_cpus=shares.reader_cpus, **task)
+    decoded = encoded.map_batches(decode, num_cpus=shares.decoder_cpus, **task)
+    predicted = decoded.map_batches(
+        Predict,
+        fn_constructor_args=(dataset, shares.threads),  # by value: a restarted actor must not need a reference
+        compute=ActorPoolStrategy(size=shares.actors, max_tasks_in_flight_per_actor=2),
+        num_cpus=shares.actor_cpus,
+        num_gpus=shares.actor_gpus,
+        ray_remote_args_fn=lambda: {"max_restarts": RETRIES, "max_task_retries": RETRIES},
+        **shape,
+    )
+    return predicted.map_batches(stage, compute=TaskPoolStrategy(shares.stagers), num_cpus=0, **task)
+
+
+class Predict:
+    """The actor: holds the model. Raises ModelError at its start when the weights are not the frozen ones."""
+
+    def __init__(self, dataset: Dataset, threads: int) -> None:
+        job = dataset.job
+        self._dataset = dataset
+        self._model = open_model(dataset.facts, list(dataset.vectors), job.top_k, job.labels, job.device, threads)
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        return pa.concat_tables([predict_step(self._dataset, self._model, parcel).pack() for parcel in unpack(block)])

@@ -1,0 +1,63 @@
+"""How far a run is, and what it came to."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from vitray.schema import Receipt
+
+
+@dataclass
+class Progress:
+    """How far a run is; one object that grows. Counts are images of this run's shards."""
+
+    shards: int = 0
+    shards_done: int = 0
+    images_expected: int | None = None
+    good: int = 0
+    errors: int = 0
+    resumed: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def images(self) -> int:
+        return self.good + self.errors
+
+    def rate(self) -> float:
+        """Images a second that this run computed."""
+        return (self.images - self.resumed) / max(1e-9, time.monotonic() - self.started)
+
+    def add(self, receipt: Receipt) -> None:
+        size = receipt.stop - receipt.start
+        self.good += size - receipt.errors
+        self.errors += receipt.errors
+        self.resumed += size if receipt.kind == "staged" else 0
+        for reason, count in receipt.reasons.items():
+            self.reasons[reason] = self.reasons.get(reason, 0) + count
+        for step, seconds in receipt.seconds.items():
+            self.seconds[step] = self.seconds.get(step, 0.0) + seconds
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run did. committed: shards it made or adopted; set_aside: {shard: why}; truncated: {shard: byte}."""
+
+    out: str
+    shards: int
+    rows: int
+    errors: int
+    committed: int
+    images: int
+    seconds: float
+    set_aside: dict[str, str]
+    truncated: dict[str, int]
+    reasons: dict[str, int]
+    gone: int
+    pending: int
+
+    @property
+    def exit_code(self) -> int:
+        return 3 if self.set_aside or self.truncated else 0

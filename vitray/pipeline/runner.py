@@ -1,0 +1,274 @@
+"""The straight line: list, plan, read, decode, predict, stage, commit, manifest.
+
+Correctness does not depend on Ray: every fragment has a fixed range and is created once, every commit is conditional.
+Ray (line.py) brings parcels (steps.py) from step to step and tries again what a dead process held.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+
+from vitray.dataset import (
+    Dataset,
+    Ledger,
+    append_group_log,
+    committed,
+    dataset_url,
+    finish,
+    load_group_log,
+    open_dataset,
+    package_versions,
+    resolve_dataset,
+    unmark_success,
+    write_run_record,
+)
+from vitray.errors import ClusterError, JobError, ShardError, StorageError, VitrayError
+from vitray.job import Job
+from vitray.models import identify, vector_columns
+from vitray.pipeline.cluster import RETRIES, Shares, alive_nodes, ray_session, share_out
+from vitray.pipeline.progress import Progress, Result
+from vitray.pipeline.wave import Work, blame, run_wave
+from vitray.schema import ModelFacts, Shard
+from vitray.sources import Group, Listing, kept_schema, list_shards
+from vitray.storage import absolute, exists, is_local, join, probe, store_for
+
+log = logging.getLogger(__name__)
+
+ATTEMPTS = 3
+WAVE_SHARDS = 4096
+
+
+def run(
+    job: Job, *, address: str | None = None, prune: bool = False, progress: Callable[[Progress], None] | None = None
+) -> Result:
+    """Label and embed what is missing in `job.out`; safe to repeat, at any time, from anywhere.
+
+    Raises JobError (and its kinds) before any work when the job does not fit, StorageError, CommitError or ClusterError
+    when something is broken, ErrorRateExceeded above `max_error_rate`. After any of them the same call goes on.
+    """
+    started = time.monotonic()
+    job = _with_absolute_paths(job)
+    listing = list_shards(job, groups_of(job.out))
+    if not exists(dataset_url(job.out)):
+        probe(job.out)
+    if open_dataset(job.out) is not None and not _pending(job, listing) and not listing.new_groups:
+        dataset = _resolve(job, identify(job), listing)
+        return _result(dataset, job, finish(dataset, _ids(listing), _ids(listing, job), prune), Work(), started)
+    with ray_session(address):
+        nodes = alive_nodes()
+        shares = share_out([node["Resources"] for node in nodes], job.device)
+        dataset = _resolve(job, _identify_on_worker(job, shares), listing)
+        _require_shared(dataset, listing.shards, nodes)
+        probe(dataset.out)
+        work = Work(report=progress or (lambda _: None))
+        for _ in range(ATTEMPTS):
+            listing = _settle_groups(job, listing)
+            work.changed.clear()
+            _complete(dataset, job, listing, shares, work)
+            listing = list_shards(job, groups_of(job.out))
+            if not work.changed:
+                break
+        ledger = finish(dataset, _ids(listing), _ids(listing, job), prune)
+        result = _result(dataset, job, ledger, work, started)
+        write_run_record(dataset, work.run_id, _record(dataset, job, result, work, shares))
+        return result
+
+
+def _with_absolute_paths(job: Job) -> Job:
+    """Workers have a working directory of their own, and so has whoever validates the dataset later."""
+    paths = {"source": [absolute(s) for s in job.source], "allow": [absolute(a) for a in job.allow], "out": absolute(job.out)}
+    for source in paths["source"]:
+        if f"{paths['out']}/".startswith(f"{source}/"):
+            raise JobError(
+                f"`out` {paths['out']} lies inside `source` {source}: it would read its own output. Choose another `out`."
+            )
+    model = absolute(job.model) if os.path.isdir(job.model) else job.model
+    return job.model_copy(update={**paths, "model": model})
+
+
+def groups_of(out: str) -> list[Group]:
+    """The membership of grouped small objects, as the log in OUT has it."""
+    members: dict[int, list[str]] = {}
+    for number, url in load_group_log(absolute(out)):
+        members.setdefault(number, []).append(url)
+    return [Group(number, tuple(urls)) for number, urls in sorted(members.items())]
+
+
+def _settle_groups(job: Job, listing: Listing) -> Listing:
+    """A listing whose groups are all in the log: ours, or those of a run that was faster."""
+    for _ in range(20):
+        if not listing.new_groups:
+            return listing
+        append_group_log(absolute(job.out), [(g.number, url) for g in listing.new_groups for url in g.urls])
+        listing = list_shards(job, groups_of(job.out))
+    raise StorageError(f"{job.out}: other runs keep appending groups. Wait for them, then run the same command again.")
+
+
+def _ids(listing: Listing, job: Job | None = None) -> list[str]:
+    return [shard.id for shard in (listing.shards[: job.limit] if job else listing.shards)]
+
+
+def _pending(job: Job, listing: Listing) -> list[Shard]:
+    done = committed(absolute(job.out))
+    return [shard for shard in listing.shards[: job.limit] if shard.id not in done]
+
+
+def _resolve(job: Job, facts: ModelFacts, listing: Listing) -> Dataset:
+    return resolve_dataset(
+        job, facts, vector_columns(job, facts), _kept(job, listing), datetime.now(UTC).isoformat(timespec="seconds")
+    )
+
+
+def _kept(job: Job, listing: Listing) -> pa.Schema:
+    """The types of the kept columns: those of the first shard that can be read."""
+    for shard in listing.shards if job.keep else []:
+        try:
+            return kept_schema(shard, job)
+        except ShardError:  # it will be set aside when it is read
+            continue
+    return pa.schema([])
+
+
+def _identify_on_worker(job: Job, shares: Shares) -> ModelFacts:
+    """`auto` is resolved on the class of worker that will run it."""
+    import ray
+
+    task = ray.remote(_identify_or_error).options(num_cpus=shares.actor_cpus, num_gpus=shares.actor_gpus, max_retries=RETRIES)
+    found = _get(task.remote(job), 900, "the model to be fetched and read")
+    if isinstance(found, VitrayError):
+        raise found
+    facts: ModelFacts = found
+    return facts
+
+
+def _identify_or_error(job: Job) -> ModelFacts | VitrayError:
+    try:
+        return identify(job)
+    except VitrayError as error:
+        return error
+
+
+def _complete(dataset: Dataset, job: Job, listing: Listing, shares: Shares, work: Work) -> None:
+    """Waves until nothing is pending but what was set aside. A wave that a system fault ended is planned again."""
+    pending = _pending(job, listing)
+    if pending:
+        unmark_success(dataset.out)
+    known = [shard.rows for shard in pending]
+    work.progress.shards = len(pending)
+    work.progress.images_expected = sum(r for r in known if r is not None) if None not in known else None
+    faults = 0
+    while pending:
+        alone = faults >= ATTEMPTS - 1  # a death nobody can be blamed for: suspects run one by one
+        wave = pending[: 1 if alone else WAVE_SHARDS]
+        try:
+            run_wave(dataset, wave, shares, work)
+        except Exception as error:
+            cause = _cause(error)
+            if isinstance(cause, VitrayError):
+                raise cause from error
+            faults += 1
+            log.warning("a wave ended early (%s); planning again", _one_line(error))
+            suspects = [s for s in wave if s.id not in work.commits]
+            if len(suspects) == len(wave) and faults > ATTEMPTS and not alone:
+                raise ClusterError(
+                    f"the cluster fails again and again: {_one_line(error)}. Look at Ray's logs, then run again."
+                ) from error
+            for shard in suspects if alone else []:
+                blame(work, shard.id, f"its processes died: {_one_line(error)}")
+        done = committed(dataset.out).keys()
+        pending = [s for s in pending if s.id not in done | work.changed and work.attempts.get(s.id, 0) < ATTEMPTS]
+
+
+def _result(dataset: Dataset, job: Job, ledger: Ledger, work: Work, started: float) -> Result:
+    done = committed(dataset.out)  # a shard that another run finished meanwhile is no failure
+    aside = {s: why for s, why in work.failures.items() if s not in done}
+    images = work.progress.images - work.progress.resumed
+    return Result(
+        out=dataset.out,
+        shards=ledger.shards,
+        rows=ledger.rows,
+        errors=ledger.errors,
+        pending=ledger.pending,
+        committed=len(work.commits),
+        images=images,
+        seconds=time.monotonic() - started,
+        set_aside=aside,
+        truncated=ledger.truncated,
+        reasons=dict(work.progress.reasons),
+        gone=ledger.gone,
+    )
+
+
+def _record(dataset: Dataset, job: Job, result: Result, work: Work, shares: Shares) -> dict[str, object]:
+    return {
+        "run": work.run_id,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "fingerprint": dataset.fingerprint,
+        "versions": package_versions(),
+        "shares": asdict(shares),
+        "seconds_by_step": {step: round(seconds, 3) for step, seconds in work.progress.seconds.items()},
+        "images_per_s": round(result.images / max(1e-9, result.seconds), 2),
+        **asdict(result),
+    }
+
+
+def _require_shared(dataset: Dataset, shards: list[Shard], nodes: list[dict[str, Any]]) -> None:
+    """With more than one machine, local paths must be the same disk everywhere: a nonce says so."""
+    paths = [p for p in (shards[0].url, dataset.facts.model) if is_local(p) and os.path.exists(p)]
+    if len(nodes) < 2 or not (paths or is_local(dataset.out)):
+        return
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nonce = join(dataset.out, "_vitray", f"probe-{uuid.uuid4().hex}")
+    store_for(nonce).create(nonce, b"nonce")
+    try:
+        for node in nodes:
+            here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            task = ray.remote(_missing).options(num_cpus=0, scheduling_strategy=here, max_retries=RETRIES)
+            missing = _get(task.remote([nonce, *paths]), 120, f"node {node['NodeManagerAddress']} to answer")
+            if missing:
+                raise ClusterError(
+                    f"{missing[0]} cannot be seen from node {node['NodeManagerAddress']}: with several machines, source, model "
+                    "and out must be s3:// or on a disk that all of them share."
+                )
+    finally:
+        store_for(nonce).delete([nonce])
+
+
+def _missing(paths: list[str]) -> list[str]:
+    return [path for path in paths if not exists(path) and not os.path.isdir(path)]
+
+
+def _get(ref: Any, timeout_s: float, what: str) -> Any:
+    import ray
+
+    try:
+        return ray.get(ref, timeout=timeout_s)
+    except ray.exceptions.GetTimeoutError as error:
+        raise ClusterError(f"waited {timeout_s:g} s for {what}. Look at `ray status`, then run again.") from error
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The exception of ours at the root of what Ray raised, else the one given."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, VitrayError):
+            return seen
+        inner = getattr(seen, "cause", None)
+        seen = inner if isinstance(inner, BaseException) else seen.__cause__
+    return error
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[:200]

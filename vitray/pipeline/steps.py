@@ -1,0 +1,270 @@
+"""The four steps of the line, as functions of one fragment: read, decode, predict, stage. No Ray in here.
+
+A `Parcel` is one fragment on its way. It is one row of a Ray block, so that no block boundary can cut it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+
+from vitray.dataset import Dataset, read_fragment, staged_whole, write_end, write_fragment
+from vitray.decode import decode
+from vitray.errors import JobError, ObjectChanged, ShardError, StorageError
+from vitray.models import Model, Predictions
+from vitray.schema import (
+    DECODED_FIELDS,
+    ERROR_SCHEMA,
+    LABEL_FIELDS,
+    Encoded,
+    End,
+    Receipt,
+    Shard,
+    content_hash,
+    ipc_bytes,
+    ipc_table,
+)
+from vitray.sources import kept_schema, read_shard
+
+PARCEL_SCHEMA = pa.schema(
+    [
+        ("kind", pa.string()),
+        ("shard", pa.string()),
+        ("start", pa.int64()),
+        ("stop", pa.int64()),
+        ("total", pa.int64()),
+        ("truncated_at", pa.int64()),
+        ("message", pa.string()),
+        ("reasons", pa.string()),
+        ("seconds", pa.string()),
+        ("rows", pa.large_binary()),
+        ("errors", pa.large_binary()),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """A receipt with what it is about: rows and errors are Arrow tables while they travel, None at the end of the line."""
+
+    receipt: Receipt
+    truncated_at: int | None = None
+    rows: pa.Table | None = None
+    errors: pa.Table | None = None
+
+    def pack(self) -> pa.Table:
+        """As one row of a Ray block."""
+        r = self.receipt
+        values = [
+            [r.kind], [r.shard], [r.start], [r.stop], [r.total], [self.truncated_at], [r.message], [json.dumps(r.reasons)],
+            [json.dumps(r.seconds)], [None if self.rows is None else ipc_bytes(self.rows)],
+            [None if self.errors is None else ipc_bytes(self.errors)],
+        ]  # fmt: skip
+        return pa.Table.from_arrays([pa.array(v, f.type) for v, f in zip(values, PARCEL_SCHEMA)], schema=PARCEL_SCHEMA)
+
+
+def unpack(block: pa.Table) -> Iterator[Parcel]:
+    """The parcels in a block; tables are views on the block's memory."""
+    for at in range(block.num_rows):
+        row = {name: block[name][at] for name in PARCEL_SCHEMA.names}
+        plain = {name: row[name].as_py() for name in PARCEL_SCHEMA.names[:9]}
+        truncated_at = plain.pop("truncated_at")
+        plain["reasons"], plain["seconds"] = json.loads(plain["reasons"]), json.loads(plain["seconds"])
+        rows, errors = (ipc_table(row[name].as_buffer()) if row[name].is_valid else None for name in ("rows", "errors"))
+        yield Parcel(Receipt(**plain), truncated_at, rows, errors)
+
+
+def read_step(dataset: Dataset, shard: Shard) -> Iterator[Parcel]:
+    """A shard as parcels of encoded bytes, one for each range of fragment_rows, then its end.
+
+    A range that is staged already becomes a receipt: it is not decoded or predicted again. A shard that cannot be
+    read ends with a "failed" receipt and never raises.
+    """
+    started = time.perf_counter()
+    try:
+        if not kept_schema(shard, dataset.job).equals(dataset.kept):
+            raise ShardError(f"{shard.url}: the types of the kept columns are not those of the first shard; set `keep` apart")
+        there = staged_whole(dataset, shard.id)
+        if there.tiles():
+            for span in there.ranges():
+                yield _was_staged(dataset, shard.id, span)
+            yield Parcel(Receipt("end", shard.id, total=there.ends[0].total), there.ends[0].truncated_at)
+            return
+        yield from _fragments(dataset, shard, there.fragments, started)
+    except (JobError, ShardError, StorageError) as error:  # JobError: this shard lacks a kept column
+        kind = "changed" if isinstance(error, ObjectChanged) else "failed"
+        yield Parcel(Receipt(kind, shard.id, message=str(error)))
+
+
+def _fragments(dataset: Dataset, shard: Shard, there: dict[int, int], started: float) -> Iterator[Parcel]:
+    rows, held, at = dataset.fragment_rows, list[Encoded](), 0
+
+    def parcel(start: int, stop: int) -> Parcel:
+        nonlocal started
+        if there.get(start) == stop:
+            return _was_staged(dataset, shard.id, (start, stop))
+        seconds = {"read": time.perf_counter() - started}
+        started = time.perf_counter()
+        trace("read", shard.id, start, stop)
+        return Parcel(Receipt("fragment", shard.id, start, stop, seconds=seconds), rows=_encoded_table(held, dataset.kept))
+
+    def is_wanted(index: int) -> bool:
+        start = index // rows * rows
+        return there.get(start, 0) <= index
+
+    for item in read_shard(shard, dataset.job, is_wanted):
+        boundary = (item.total if isinstance(item, End) else item.index) // rows * rows
+        while at + rows <= boundary:  # the range is whole, or was skipped whole
+            yield parcel(at, at + rows)
+            held, at = [], at + rows
+        if isinstance(item, End):
+            if at < item.total:
+                yield parcel(at, item.total)
+            yield Parcel(Receipt("end", shard.id, total=item.total, message=item.note), item.truncated_at)
+            return
+        held.append(item)
+        if item.index == at + rows - 1:
+            yield parcel(at, at + rows)
+            held, at = [], at + rows
+            started = time.perf_counter()
+    raise ShardError(f"{shard.url}: the source ended without saying how many images it holds")
+
+
+def _was_staged(dataset: Dataset, shard_id: str, span: tuple[int, int]) -> Parcel:
+    fragment = read_fragment(dataset, shard_id, *span)
+    if fragment is None:
+        raise StorageError(f"{shard_id}: fragment {span[0]}-{span[1]} is damaged. Run again; it is made anew.")
+    return Parcel(Receipt("staged", shard_id, *span, reasons=_counts(fragment[1])))
+
+
+def _encoded_table(items: list[Encoded], kept: pa.Schema) -> pa.Table:
+    columns: dict[str, pa.Array] = {
+        "index": pa.array([i.index for i in items], pa.int32()),
+        "key": pa.array([i.key for i in items], pa.string()),
+        "uri": pa.array([i.uri for i in items], pa.string()),
+        "data": pa.array([i.data for i in items], pa.large_binary()),
+        "reason": pa.array([i.reason for i in items], pa.string()),
+        "message": pa.array([i.message for i in items], pa.string()),
+    }
+    for at, column in enumerate(kept):
+        columns[f"keep:{column.name}"] = pa.array([i.kept[at] for i in items], column.type)
+    return pa.table(columns)
+
+
+def decode_step(dataset: Dataset, parcel: Parcel) -> Parcel:
+    """Encoded bytes -> good rows with a `pixels` column (uint8 H*W*3 of each image), and error rows."""
+    if parcel.rows is None:
+        return parcel
+    started = time.perf_counter()
+    shard = parcel.receipt.shard
+    table = parcel.rows
+    data = table["data"].to_pylist()
+    plain = [table[name].to_pylist() for name in ("index", "key", "uri", "reason", "message")]
+    items = [Encoded(i, k, u, d, r, m) for i, k, u, r, m, d in zip(*plain, data)]
+    pixels, outcomes = decode(items, dataset.decode_spec)
+    hashes = [None if d is None else content_hash(d) for d in data]
+    good = [n for n, o in enumerate(outcomes) if o.reason is None]
+    bad = [n for n, o in enumerate(outcomes) if o.reason is not None]
+    values: dict[str, list[object]] = {
+        "key": [items[n].key for n in good],
+        "shard": [shard] * len(good),
+        "index": [items[n].index for n in good],
+        "uri": [items[n].uri for n in good],
+        "width": [outcomes[n].width for n in good],
+        "height": [outcomes[n].height for n in good],
+        "format": [outcomes[n].format for n in good],
+        "content_hash": [hashes[n] for n in good],
+    }
+    columns = {f.name: pa.array(values[f.name], f.type) for f in DECODED_FIELDS}
+    chosen = table.take(pa.array(good, pa.int64()))
+    columns |= {c.name: chosen[f"keep:{c.name}"] for c in dataset.kept}
+    width = int(np.prod(pixels.shape[1:]))
+    columns["pixels"] = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(good), [None, pa.py_buffer(pixels)])
+    errors = pa.Table.from_pylist(
+        [
+            {"key": items[n].key, "shard": shard, "index": items[n].index, "uri": items[n].uri, "reason": outcomes[n].reason,
+             "message": outcomes[n].message, "content_hash": hashes[n], "size_bytes": len(data[n] or b"")}
+            for n in bad
+        ],
+        schema=ERROR_SCHEMA,
+    )  # fmt: skip
+    trace("decode", shard, parcel.receipt.start, parcel.receipt.stop)
+    return replace(parcel, rows=pa.table(columns), errors=errors, receipt=_timed(parcel.receipt, "decode", started))
+
+
+def predict_step(dataset: Dataset, model: Model, parcel: Parcel) -> Parcel:
+    """Pixels -> labels and vectors, in the dataset's schema."""
+    if parcel.rows is None:
+        return parcel
+    started = time.perf_counter()
+    table = parcel.rows.combine_chunks()
+    height, width = dataset.facts.pixels.shape
+    if table.num_rows:
+        pixels = table["pixels"].chunk(0)
+        flat = np.frombuffer(pixels.buffers()[1], np.uint8)[pixels.offset * height * width * 3 :]
+        found = model.predict(flat[: len(pixels) * height * width * 3].reshape(len(pixels), height, width, 3))
+        columns = {name: table[name] for name in table.column_names if name != "pixels"}
+        rows = pa.table({**columns, **_predicted(dataset, found)}).select(dataset.schema.names).cast(dataset.schema)
+    else:
+        rows = dataset.schema.empty_table()
+    trace("predict", parcel.receipt.shard, parcel.receipt.start, parcel.receipt.stop)
+    return replace(parcel, rows=rows, receipt=_timed(parcel.receipt, "predict", started))
+
+
+def _predicted(dataset: Dataset, found: Predictions) -> dict[str, pa.Array]:
+    columns: dict[str, pa.Array] = {}
+    if found.ids is not None and found.scores is not None:
+        names = np.array(dataset.facts.labels, dtype=object)[found.ids]
+        n, k = found.ids.shape
+        offsets = pa.array(np.arange(0, n * k + 1, k), pa.int32())
+        arrays = [
+            pa.array(names[:, 0], pa.string()),
+            pa.array(found.ids[:, 0], pa.int32()),
+            pa.array(found.scores[:, 0], pa.float32()),
+            pa.ListArray.from_arrays(offsets, pa.array(names.ravel(), pa.string())),
+            pa.ListArray.from_arrays(offsets, pa.array(found.ids.ravel(), pa.int32())),
+            pa.ListArray.from_arrays(offsets, pa.array(found.scores.ravel(), pa.float32())),
+        ]
+        columns = dict(zip([f.name for f in LABEL_FIELDS], arrays))
+    for v in dataset.vectors:
+        values = pa.array(found.vectors[v.column].ravel())
+        columns[v.column] = pa.FixedSizeListArray.from_arrays(values, type=dataset.schema.field(v.column).type)
+    return columns
+
+
+def stage_step(dataset: Dataset, parcel: Parcel) -> Parcel:
+    """Rows -> a staged fragment, an end -> the tail; what goes on is the receipt alone."""
+    started, receipt = time.perf_counter(), parcel.receipt
+    if receipt.kind == "end":
+        write_end(dataset, receipt.shard, End(receipt.total, parcel.truncated_at, receipt.message))
+    if parcel.rows is None or parcel.errors is None:
+        return Parcel(receipt, parcel.truncated_at)
+    write_fragment(dataset, receipt.shard, (receipt.start, receipt.stop), parcel.rows, parcel.errors)
+    trace("stage", receipt.shard, receipt.start, receipt.stop)
+    return Parcel(replace(_timed(receipt, "stage", started), reasons=_counts(parcel.errors)))
+
+
+def _timed(receipt: Receipt, step: str, started: float) -> Receipt:
+    return replace(receipt, seconds={**receipt.seconds, step: time.perf_counter() - started})
+
+
+def _counts(errors: pa.Table) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for reason in errors["reason"].to_pylist():
+        counts[reason] = counts.get(reason, 0) + 1
+    return counts
+
+
+def trace(step: str, shard: str, start: int, stop: int) -> None:
+    """One JSON line for each fragment that leaves a step, in the directory VITRAY_TRACE: what was done where, and when."""
+    folder = os.environ.get("VITRAY_TRACE")
+    if folder:
+        line = {"step": step, "shard": shard, "start": start, "stop": stop, "pid": os.getpid(), "at": time.time()}
+        with open(os.path.join(folder, f"{os.getpid()}.jsonl"), "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")

@@ -1,0 +1,163 @@
+"""One wave: shards through the line, each committed as soon as its fragments tile it, and what the run remembers of it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from vitray.dataset import Commit, Dataset, commit_shard
+from vitray.errors import ClusterError, ErrorRateExceeded, ObjectChanged, VitrayError
+from vitray.job import Job
+from vitray.pipeline.cluster import RETRIES, Shares
+from vitray.pipeline.line import receipts
+from vitray.pipeline.progress import Progress
+from vitray.schema import Receipt, Shard
+
+log = logging.getLogger(__name__)
+
+JUDGED_IMAGES = 1000
+COMMITS_AT_ONCE = 4
+
+
+@dataclass
+class Work:
+    """What a run remembers while it works."""
+
+    report: Callable[[Progress], None] = lambda _: None
+    progress: Progress = field(default_factory=Progress)
+    attempts: dict[str, int] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    changed: set[str] = field(default_factory=set)
+    commits: dict[str, Commit] = field(default_factory=dict)
+    run_id: str = field(default_factory=lambda: f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}")
+
+
+def blame(work: Work, shard_id: str, why: str) -> None:
+    work.attempts[shard_id] = work.attempts.get(shard_id, 0) + 1
+    work.failures[shard_id] = why
+
+
+def run_wave(dataset: Dataset, shards: list[Shard], shares: Shares, work: Work) -> None:
+    """Bring shards through the line and commit each as soon as its fragments tile it."""
+    import ray
+
+    dataset_ref, refs = ray.put(dataset), {shard.id: ray.put(shard) for shard in shards}
+    commits, tiling = _Commits(dataset, dataset_ref, refs, work), _Tiling()
+    with contextlib.closing(receipts(dataset, list(refs.values()), dataset_ref, shares)) as line:
+        for receipt in line:
+            if receipt is None:
+                pass
+            elif receipt.kind == "changed":
+                work.changed.add(receipt.shard)
+            elif receipt.kind == "failed":
+                blame(work, receipt.shard, receipt.message)
+            else:
+                if tiling.add(receipt):
+                    work.progress.add(receipt)
+                    _judge(dataset.job, work.progress)
+                if tiling.is_whole(receipt.shard):
+                    commits.backlog.append(receipt.shard)
+            commits.settle()
+            work.report(work.progress)
+    commits.wait()
+    for shard_id in refs.keys() - work.commits.keys() - work.failures.keys() - work.changed:
+        blame(work, shard_id, "its fragments did not arrive")
+
+
+class _Tiling:
+    """Which shards are whole, by receipts. The commit looks at the fragments themselves again."""
+
+    def __init__(self) -> None:
+        self._covered: dict[str, dict[int, int]] = {}
+        self._totals: dict[str, int] = {}
+
+    def add(self, receipt: Receipt) -> bool:
+        """Take a receipt; True when it stands for images that were not counted yet."""
+        if receipt.kind == "end":
+            self._totals[receipt.shard] = receipt.total
+            return False
+        fragments = self._covered.setdefault(receipt.shard, {})
+        is_new = receipt.start not in fragments
+        fragments[receipt.start] = receipt.stop
+        return is_new
+
+    def is_whole(self, shard_id: str) -> bool:
+        """True once, with the receipt that makes the shard whole."""
+        at, fragments = 0, self._covered.get(shard_id, {})
+        while at in fragments:
+            at = fragments[at]
+        whole = self._totals.get(shard_id) == at
+        if whole:
+            del self._totals[shard_id]
+        return whole
+
+
+class _Commits:
+    """Commit tasks: a few at a time, each taken as it ends."""
+
+    def __init__(self, dataset: Dataset, dataset_ref: Any, refs: dict[str, Any], work: Work) -> None:
+        import ray
+
+        self.backlog: list[str] = []
+        self._dataset, self._dataset_ref, self._refs, self._work = dataset, dataset_ref, refs, work
+        self._running: dict[Any, str] = {}
+        self._task = ray.remote(_commit_or_error).options(num_cpus=0, max_retries=RETRIES)
+
+    def settle(self, wait_s: float = 0) -> int:
+        """Start what can start, take what ended within wait_s; returns how many ended."""
+        import ray
+
+        while self.backlog and len(self._running) < COMMITS_AT_ONCE:
+            shard_id = self.backlog.pop(0)
+            self._running[self._task.remote(self._dataset_ref, self._refs[shard_id])] = shard_id
+        ready = ray.wait(list(self._running), timeout=wait_s)[0] if self._running else []
+        for ref in ready:
+            _take_commit(self._running.pop(ref), ray.get(ref), self._work)
+        return len(ready)
+
+    def wait(self) -> None:
+        """Until all have ended. Raises ClusterError when none ends for stall_timeout_s."""
+        patience = self._dataset.job.stall_timeout_s
+        deadline = time.monotonic() + patience
+        while self.backlog or self._running:
+            if self.settle(wait_s=1.0):
+                deadline = time.monotonic() + patience
+            if time.monotonic() > deadline:
+                raise ClusterError(f"no commit finished in {patience:g} s. Is the store slow? Run again to go on.")
+            self._work.report(self._work.progress)
+
+
+def _judge(job: Job, progress: Progress) -> None:
+    if progress.images >= JUDGED_IMAGES and progress.errors > job.max_error_rate * progress.images:
+        worst = ", ".join(f"{n} {reason}" for reason, n in sorted(progress.reasons.items(), key=lambda item: -item[1]))
+        raise ErrorRateExceeded(
+            f"{progress.errors} of {progress.images} images are bad ({worst}), more than max_error_rate={job.max_error_rate:g}. "
+            "Look at the source, or raise max_error_rate and run again; nothing further was committed."
+        )
+
+
+def _commit_or_error(dataset: Dataset, shard: Shard) -> Commit | VitrayError | None:
+    try:
+        return commit_shard(dataset, shard)
+    except VitrayError as error:
+        return error
+
+
+def _take_commit(shard_id: str, answer: Commit | VitrayError | None, work: Work) -> None:
+    if isinstance(answer, ObjectChanged):
+        work.changed.add(shard_id)
+    elif isinstance(answer, VitrayError):
+        raise answer
+    elif isinstance(answer, Commit):
+        work.commits[shard_id] = answer
+        work.failures.pop(shard_id, None)
+        work.progress.shards_done += 1
+        log.info("committed %s: %d rows, %d errors", shard_id, answer.rows, answer.errors)
+    else:
+        blame(work, shard_id, "a fragment went missing")

@@ -1,0 +1,147 @@
+"""What would be done, and how far it is. Reads only; starts neither torch nor Ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vitray.dataset import Dataset, committed, open_dataset, read_footer, read_manifest, read_run_records, staged, staged_shards
+from vitray.errors import JobError
+from vitray.job import Job
+from vitray.pipeline import groups_of
+from vitray.sources import estimate_images, list_shards
+from vitray.storage import absolute, exists, join
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run would do. images: of all shards, exact or estimated. decided: frozen values, None before the first run."""
+
+    out: str
+    kind: str
+    shards: int
+    images: int
+    images_exact: bool
+    size_bytes: int
+    committed: int
+    pending: int
+    pending_images: int
+    decided: dict[str, str] | None
+
+    def __str__(self) -> str:
+        about = "" if self.images_exact else "about "
+        decided = self.decided or dict.fromkeys(("model", "precision", "batch_size", "fragment_rows"), "decided at run")
+        lines = [
+            f"source     {self.shards} {self.kind} shards, {about}{self.images:,} images, {_size(self.size_bytes)}",
+            f"committed  {self.committed} shards",
+            f"to do      {self.pending} shards, {about}{self.pending_images:,} images",
+            *(f"{name:<10} {value}" for name, value in decided.items()),
+            f"out        {self.out}",
+        ]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """How far a dataset is. complete: _SUCCESS.json is there. staged: {pending shard: images staged of it}."""
+
+    out: str
+    complete: bool
+    shards: int
+    rows: int
+    errors: int
+    truncated: int
+    staged: dict[str, int]
+    decided: dict[str, str]
+    last_run: dict[str, object] | None
+
+    def __str__(self) -> str:
+        state = "complete" if self.complete else "not complete: run the job again to go on"
+        lines = [
+            f"{self.out}: {state}",
+            f"committed  {self.shards} shards, {self.rows:,} rows, {self.errors:,} errors, {self.truncated} shards cut short",
+            f"staged     {sum(self.staged.values()):,} images of {len(self.staged)} shards",
+            *(f"{name:<10} {value}" for name, value in self.decided.items()),
+        ]
+        if self.last_run is not None:
+            lines.append(
+                f"last run   {self.last_run['finished']}: {self.last_run['images']} images, {self.last_run['images_per_s']}/s"
+            )
+            aside = self.last_run.get("set_aside")
+            if isinstance(aside, dict):
+                lines += [f"set aside  {shard}: {why}" for shard, why in aside.items()]
+        return "\n".join(lines)
+
+
+def plan(job: Job) -> Plan:
+    """What `run` would do now. Raises SourceError for an empty or unreadable source."""
+    out = absolute(job.out)
+    shards = list_shards(job, groups_of(out)).shards[: job.limit]
+    done = committed(out).keys()
+    pending = [s for s in shards if s.id not in done]
+    images, exact = estimate_images(shards, job)
+    left = images if len(pending) == len(shards) else estimate_images(pending, job)[0] if pending else 0
+    dataset = open_dataset(out)
+    return Plan(
+        out=out,
+        kind="/".join(sorted({s.kind for s in shards})),
+        shards=len(shards),
+        images=images,
+        images_exact=exact,
+        size_bytes=sum(s.size for s in shards),
+        committed=len(shards) - len(pending),
+        pending=len(pending),
+        pending_images=left,
+        decided=None if dataset is None else decided_values(dataset),
+    )
+
+
+def status(out: str) -> Status:
+    """How far the dataset in `out` is. Raises JobError when there is none."""
+    dataset = require_dataset(out)
+    data, manifest = committed(dataset.out), read_manifest(dataset.out)
+    known = {row["shard"]: row for row in manifest.to_pylist()} if manifest is not None else {}
+    rows = errors = truncated = 0
+    for shard in data:
+        if shard in known:
+            counts = (known[shard]["rows"], known[shard]["errors"], known[shard]["truncated_at"])
+        else:
+            footer = read_footer(dataset.data_url(shard))
+            counts = (footer.rows, footer.errors, footer.truncated_at)
+        rows, errors, truncated = rows + counts[0], errors + counts[1], truncated + (counts[2] is not None)
+    waiting = {
+        shard: there for shard in staged_shards(dataset) if shard not in data and (there := _staged_images(dataset, shard))
+    }
+    records = read_run_records(dataset.out)
+    complete = exists(join(dataset.out, "_SUCCESS.json"))
+    last = records[-1] if records else None
+    return Status(dataset.out, complete, len(data), rows, errors, truncated, waiting, decided_values(dataset), last)
+
+
+def require_dataset(out: str) -> Dataset:
+    dataset = open_dataset(out)
+    if dataset is None:
+        raise JobError(f"{absolute(out)} holds no vitray dataset. Check the path, or run a job into it first.")
+    return dataset
+
+
+def decided_values(dataset: Dataset) -> dict[str, str]:
+    """The frozen values a person asks for."""
+    facts = dataset.facts
+    return {
+        "model": facts.model + (f"@{facts.revision}" if facts.revision else ""),
+        "precision": facts.precision,
+        "batch_size": str(facts.batch_size),
+        "fragment_rows": str(dataset.fragment_rows),
+    }
+
+
+def _staged_images(dataset: Dataset, shard: str) -> int:
+    return sum(stop - start for start, stop in staged(dataset, shard).ranges())
+
+
+def _size(size_bytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size_bytes < 1000 or unit == "TB":
+            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
+        size_bytes /= 1000
+    raise AssertionError

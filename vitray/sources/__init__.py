@@ -1,0 +1,59 @@
+"""From URL patterns to shards, and from a shard to its encoded images in order. One file a format."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import pyarrow as pa
+
+from vitray.errors import JobError, ObjectMissing, ShardError
+from vitray.job import Job
+from vitray.schema import Encoded, End, Shard
+from vitray.sources import files, manifest, parquet, tables, tar
+from vitray.sources.files import Group
+from vitray.sources.listing import Listing, list_shards
+from vitray.sources.objects import base_of
+
+__all__ = ["Group", "Listing", "base_of", "estimate_images", "kept_schema", "list_shards", "read_shard"]
+
+READ = {"tar": tar.read_tar, "files": files.read_files, "parquet": parquet.read_parquet, "manifest": manifest.read_manifest}
+KEPT = {"tar": tar.kept_schema, "files": files.kept_schema, "parquet": tables.kept_schema, "manifest": tables.kept_schema}
+ESTIMATE_SHARDS = 5
+ESTIMATE_BYTES = 64 << 20
+
+
+def read_shard(shard: Shard, job: Job, wanted: Callable[[int], bool]) -> Iterator[Encoded | End]:
+    """The wanted images in the order of their index, then exactly one End, whose total counts all.
+
+    Raises ShardError when the shard is broken, ObjectChanged when it is not what was planned, StorageError.
+    """
+    try:
+        yield from READ[shard.kind](shard, job, wanted)
+    except JobError as error:  # listing saw the job's columns in the first file: one without is broken
+        raise ShardError(f"{shard.url}: {error}") from error
+
+
+def kept_schema(shard: Shard, job: Job) -> pa.Schema:
+    """The types of the job's kept columns as this shard has them, in the order of job.keep.
+
+    Raises JobError for a column that the shard has not, ShardError when it cannot be read.
+    """
+    return KEPT[shard.kind](shard, job)
+
+
+def estimate_images(shards: Sequence[Shard], job: Job) -> tuple[int, bool]:
+    """(images, exact?). Tars do not tell: the headers of a few are walked, and the rest is taken to be like them."""
+    known = sum(shard.rows or 0 for shard in shards)
+    tars = [shard for shard in shards if shard.kind == "tar"]
+    unreadable = any(shard.rows is None for shard in shards if shard.kind != "tar")
+    images, walked, whole = 0, 0, 0
+    for shard in tars[:: math.ceil(len(tars) / ESTIMATE_SHARDS) or 1]:
+        try:
+            count, size = tar.count_samples(shard, job, ESTIMATE_BYTES)
+        except (ShardError, ObjectMissing):
+            continue
+        images, walked, whole = images + count, walked + size, whole + (size == shard.size)
+    if whole == len(tars):
+        return known + images, not unreadable
+    return known + round(sum(shard.size for shard in tars) * images / walked if walked else 0), False

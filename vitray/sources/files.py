@@ -1,0 +1,72 @@
+"""Loose image files, in groups whose membership is fixed for ever. Private to this room."""
+
+from __future__ import annotations
+
+import os.path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from vitray.errors import JobError
+from vitray.job import Job
+from vitray.schema import Encoded, End, Member, Shard, short_hash
+from vitray.sources.objects import MAX_IMAGE_BYTES, follow, shard_id, too_large
+from vitray.storage import ObjectInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The membership of a group of loose files, fixed for ever."""
+
+    number: int
+    urls: tuple[str, ...]
+
+
+def list_files(found: Sequence[ObjectInfo], job: Job, groups: Sequence[Group]) -> tuple[list[Shard], list[Group]]:
+    """The shards of known and new groups, and the new groups: files that no group holds yet, in the order of URLs."""
+    by_url = {info.url: info for info in found}
+    known = {url for group in groups for url in group.urls}
+    fresh = sorted(by_url.keys() - known)
+    first = max((group.number for group in groups), default=-1) + 1
+    starts = range(0, len(fresh), job.group_size)
+    new = [Group(first + n, tuple(fresh[start : start + job.group_size])) for n, start in enumerate(starts)]
+    everyone = sorted([*groups, *new], key=lambda group: group.number)
+    return [_shard(group, by_url) for group in everyone if any(url in by_url for url in group.urls)], new
+
+
+def read_files(shard: Shard, job: Job, wanted: Callable[[int], bool]) -> Iterator[Encoded | End]:
+    """The files of a group in order, then the End."""
+    rows = (_row(index, member, job) for index, member in enumerate(shard.members) if wanted(index))
+    yield from follow(rows, lambda index: shard.members[index].version)
+    yield End(len(shard.members))
+
+
+def kept_schema(shard: Shard, job: Job) -> pa.Schema:
+    if job.keep:
+        raise JobError(f"keep: loose files have no columns, so {', '.join(job.keep)} cannot be kept. Remove `keep`.")
+    return pa.schema([])
+
+
+def _shard(group: Group, by_url: dict[str, ObjectInfo]) -> Shard:
+    infos = [by_url.get(url, ObjectInfo(url, -1, "")) for url in group.urls]
+    members = tuple(Member(info.url, info.size, info.version) for info in infos)
+    versions = "\n".join(member.version for member in members)
+    return Shard(
+        id=shard_id(f"files_{group.number:06d}", "\n".join(group.urls), versions),
+        kind="files",
+        url=os.path.commonprefix(group.urls).rpartition("/")[0],  # noqa: RUF071 (cut at the last slash)
+        size=sum(max(0, member.size) for member in members),
+        version=short_hash(versions, 32),
+        rows=len(members),
+        members=members,
+    )
+
+
+def _row(index: int, member: Member, job: Job) -> Encoded:
+    reason, message = None, ""
+    if member.size < 0:
+        reason, message = "missing", f"{member.url} does not exist any more"
+    elif member.size > MAX_IMAGE_BYTES:
+        reason, message = too_large(member.size)
+    return Encoded(index, member.url, member.url, None, reason, message, (None,) * len(job.keep))

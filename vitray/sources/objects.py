@@ -1,0 +1,99 @@
+"""One object of a source: its shard's id, its bytes at the planned version, and many of them in order. Private to this room."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import BinaryIO
+
+from vitray import storage
+from vitray.errors import JobError, ObjectMissing, ShardError
+from vitray.schema import Encoded, Shard, short_hash
+from vitray.storage import ObjectInfo
+
+MAX_IMAGE_BYTES = 256 << 20  # beyond what 50 MP (job.max_pixels) take as uncompressed 8-bit RGB
+READERS = 16  # objects in flight: hides a store's latency, and bounds memory to as many images
+CHUNK_BYTES = 8 << 20  # one ranged GET of the storage room
+
+
+def whole_shard(info: ObjectInfo, kind: str) -> Shard:
+    return Shard(shard_id(_stem_of(info.url), info.url, info.version), kind, info.url, info.size, info.version)
+
+
+def part_of(whole: Shard, mark: str, rows: int, size: int, span: tuple[int, int]) -> Shard:
+    """A part of a shard's object, from span's start to its stop. mark: what a span counts, as the id says it."""
+    start, stop = span
+    name = shard_id(f"{_stem_of(whole.url)}-{mark}{start}-{stop}", whole.url, whole.version)
+    return replace(whole, id=name, size=size, start=start, stop=stop, rows=rows)
+
+
+def shard_id(stem: str, base: str, version: str) -> str:
+    return f"{stem}-{short_hash(base)}-{short_hash(version, 8)}"
+
+
+def base_of(shard_id: str) -> str:
+    """The part of an id that stays when the version changes: the hash of the URL, or of a group's URLs."""
+    parts = shard_id.split("-")
+    if len(parts) < 3:
+        raise JobError(f"{shard_id} is no shard id")
+    return parts[-2]
+
+
+def printable(text: str) -> str:
+    """The text as valid UTF-8: lone surrogates (undecodable bytes, broken JSON) become visible escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def open_shard(shard: Shard) -> BinaryIO:
+    """The shard's own object at the planned version. Raises ObjectChanged, or ShardError when it is gone."""
+    try:
+        return storage.store_for(shard.url).open(shard.url, shard.version)
+    except ObjectMissing as error:
+        raise ShardError(f"{shard.url} was listed and does not exist any more. Run again to list the source anew.") from error
+
+
+def too_large(size: int) -> tuple[str, str]:
+    """Reason and message of an image beyond the cap."""
+    return "too_large", f"at least {size} encoded bytes; the cap of one image is {MAX_IMAGE_BYTES}"
+
+
+def follow(rows: Iterable[Encoded], version_of: Callable[[int], str | None]) -> Iterator[Encoded]:
+    """The rows in order; one that has no reason yet gets the bytes of the object that its uri names.
+
+    version_of: the version of a row's object by the row's index; None reads what is there now. At most READERS images
+    are held. Raises ObjectChanged.
+    """
+    waiting: deque[Future[Encoded]] = deque()
+    with ThreadPoolExecutor(READERS) as pool:
+        for row in rows:
+            waiting.append(pool.submit(_read_row, row, version_of(row.index)))
+            if len(waiting) >= READERS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _read_row(row: Encoded, version: str | None) -> Encoded:
+    if row.reason is not None:
+        return row
+    data = b""
+    try:
+        with storage.store_for(row.uri).open(row.uri, version) as stream:
+            while len(data) <= MAX_IMAGE_BYTES and (chunk := stream.read(CHUNK_BYTES)):
+                data += chunk
+    except ObjectMissing as error:
+        return replace(row, reason="missing", message=str(error))
+    if len(data) > MAX_IMAGE_BYTES:
+        reason, message = too_large(len(data))
+        return replace(row, reason=reason, message=message)
+    return replace(row, data=data)
+
+
+def _stem_of(url: str) -> str:
+    """The readable part of an id; never empty, and never hidden from tools that skip names like `_x` and `.x`."""
+    name = url.rstrip("/").rsplit("/", 1)[-1]
+    stem = name.rsplit(".", 1)[0] or name
+    return re.sub(r"[^A-Za-z0-9._]", "_", stem)[:60].lstrip("._") or "shard"

@@ -1,0 +1,218 @@
+"""Tables: named columns of a Parquet file, CSV (every column text) or JSON lines (likewise). Private to this room."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vitray.errors import JobError, ShardError
+from vitray.job import Job
+from vitray.schema import Shard
+from vitray.sources.objects import CHUNK_BYTES, open_shard, printable
+
+IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "picture")
+PATH_NAMES = ("path", "file", "filename", "file_name", "image", "image_path", "url", "uri", "key")
+BINARIES = (pa.binary(), pa.large_binary(), pa.binary_view())
+STRINGS = (pa.string(), pa.large_string(), pa.string_view())
+MAX_LINE_BYTES = 16 << 20
+BATCH_ROWS = 32  # images are held by so many
+SAMPLE_LINES = 100  # JSON lines may leave fields out: the first hundred tell the columns
+
+
+def read_schema(shard: Shard) -> pa.Schema:
+    """Column names and types. Raises ShardError."""
+    with open_shard(shard) as stream:
+        kind = _kind(stream, shard)
+        if kind == "parquet":
+            with open_parquet(stream, shard.url) as file:
+                return file.schema_arrow
+        names = next(_csv_records(stream, shard.url), (0, []))[1] if kind == "csv" else _json_names(stream, shard.url)
+        return pa.schema([(name, pa.string()) for name in names])
+
+
+def count_rows(shard: Shard) -> int:
+    with open_shard(shard) as stream:
+        kind = _kind(stream, shard)
+        if kind == "parquet":
+            with open_parquet(stream, shard.url) as file:
+                return int(file.metadata.num_rows)
+        if kind == "csv":
+            return max(0, sum(1 for _ in _csv_records(stream, shard.url)) - 1)
+        return sum(1 for _ in _json_lines(stream, shard.url))
+
+
+def read_rows(shard: Shard, names: list[str], rows: range) -> Iterator[dict[str, object]]:
+    """The named columns of a range of rows."""
+    with open_shard(shard) as stream:
+        kind = _kind(stream, shard)
+        if kind == "parquet":
+            with open_parquet(stream, shard.url) as file:
+                for _, cells in read_cells(file, names, rows, lambda row: True):
+                    yield {name: python_value(cell) for name, cell in cells.items()}
+        elif kind == "csv":
+            records = _csv_records(stream, shard.url)
+            header = next(records)[1]
+            for number, record in islice(records, rows.start, rows.stop):
+                if len(record) != len(header):
+                    what = f"line {number} has {len(record)} fields, the header {len(header)}"
+                    raise ShardError(f"{shard.url}: {what}. Correct the line.")
+                yield dict(zip(header, record))
+        else:
+            for number, line in islice(_json_lines(stream, shard.url), rows.start, rows.stop):
+                fields = _json_record(line, number, shard.url)
+                yield {name: _text(fields.get(name)) for name in names}
+
+
+@contextmanager
+def open_parquet(stream: BinaryIO, url: str) -> Iterator[Any]:
+    """The pq.ParquetFile; what pyarrow says of broken bytes comes as ShardError, and storage's own errors pass."""
+    try:
+        # column chunks are read in pieces, because a row group of images can be gigabytes
+        yield pq.ParquetFile(stream, buffer_size=CHUNK_BYTES, page_checksum_verification=True)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        what = " ".join(str(error).split())[:300]
+        raise ShardError(f"{url} cannot be read: {what}. Replace or remove it, then run again.") from error
+
+
+def read_cells(
+    file: Any, names: list[str], rows: range, wanted: Callable[[int], bool]
+) -> Iterator[tuple[int, dict[str, pa.Scalar]]]:
+    """(row of the file, its cells) of the wanted rows of a range. A row group without one is not read."""
+    stop = 0
+    for group in range(file.num_row_groups):
+        row, stop = stop, stop + file.metadata.row_group(group).num_rows
+        here = range(max(row, rows.start), min(stop, rows.stop))
+        if not any(map(wanted, here)):
+            continue
+        for batch in file.iter_batches(batch_size=BATCH_ROWS, row_groups=[group], columns=names, use_threads=False):
+            for n in range(batch.num_rows):
+                if row + n in here and wanted(row + n):
+                    yield row + n, {name: batch.column(name)[n] for name in names}
+            row += batch.num_rows
+        if row != stop:
+            raise pa.ArrowInvalid(f"row group {group} ends at row {row}, its footer says {stop}")
+
+
+def python_value(scalar: pa.Scalar) -> object:
+    """A value as Python has it; text that is not UTF-8 loses those bytes, not the row."""
+    if scalar.is_valid and scalar.type in STRINGS:
+        return scalar.as_buffer().to_pybytes().decode("utf-8", "replace")
+    return scalar.as_py()
+
+
+def key_of(named: object, path: object, row: int) -> str:
+    """A sample's own name: what its key column says, else the path of its image, else its row in the file."""
+    value = next(value for value in (named, path, row) if value is not None and value != "")
+    return printable(value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value))
+
+
+def columns_to_read(schema: pa.Schema, kind: str, job: Job) -> list[str]:
+    """The job's columns; the first holds the images of a Parquet file, or their paths in a manifest.
+
+    It is the one that the job names, or the likeliest. Raises JobError for a column that is not there.
+    """
+    _require(schema, [job.key_column, *job.keep])
+    if kind == "parquet":
+        what = "column with image bytes (binary, or a struct with `bytes`)"
+        likely = [name for usual in IMAGE_NAMES for name in schema.names if name.lower() == usual] + schema.names
+    else:
+        what, likely = f"string column of paths ({', '.join(PATH_NAMES)})", list(PATH_NAMES)
+    for name in [job.image_column] if job.image_column else likely:
+        n = schema.get_field_index(name)
+        if n >= 0 and (_holds_bytes(schema.field(n).type) if kind == "parquet" else schema.field(n).type in STRINGS):
+            return [column for column in dict.fromkeys([name, job.key_column, *job.keep]) if column]
+    has = ", ".join(f"{field.name}: {field.type}" for field in list(schema)[:20])
+    named = f" named `{job.image_column}`" if job.image_column else ""
+    raise JobError(f"the input has no {what}{named}; it has {has}. Set `image_column`.")
+
+
+def kept_schema(shard: Shard, job: Job) -> pa.Schema:
+    """The kept columns' types. Dictionaries become their values: index types differ from file to file."""
+    schema = read_schema(shard)
+    _require(schema, job.keep)
+    kinds = [schema.field(name).type for name in job.keep]
+    return pa.schema([(n, k.value_type if pa.types.is_dictionary(k) else k) for n, k in zip(job.keep, kinds)])
+
+
+def _require(schema: pa.Schema, names: Sequence[str | None]) -> None:
+    for name in names:
+        if name is not None and schema.get_field_index(name) < 0:
+            raise JobError(f"the input has no column `{name}`; it has {', '.join(schema.names[:20])}")
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        n = kind.get_field_index("bytes")
+        return n >= 0 and kind.field(n).type in BINARIES
+    return kind in BINARIES
+
+
+def _kind(stream: BinaryIO, shard: Shard) -> str:
+    """By content or suffix. The stream stands at its start again."""
+    head = stream.read(64)
+    stream.seek(0)
+    name = shard.url.lower()
+    if shard.kind == "parquet" or head.startswith(b"PAR1") or name.endswith(".parquet"):
+        return "parquet"
+    if name.endswith(".csv"):
+        return "csv"
+    return "jsonl" if name.endswith((".jsonl", ".ndjson")) or head.lstrip().startswith(b"{") else "csv"
+
+
+def _csv_records(stream: BinaryIO, url: str) -> Iterator[tuple[int, list[str]]]:
+    """(last line number, fields), the header first. Python's reader: pyarrow's reads ahead in threads that outlive a range."""
+    texts = (line.decode("utf-8-sig" if number == 1 else "utf-8", "replace") for number, line in _lines(stream, url))
+    reader = csv.reader(texts, strict=True)
+    try:
+        for record in reader:
+            if record:
+                yield reader.line_num, record
+    except csv.Error as error:
+        raise ShardError(f"{url}: line {reader.line_num} is not valid CSV ({error}). Correct or remove the line.") from error
+
+
+def _json_names(stream: BinaryIO, url: str) -> list[str]:
+    names: dict[str, None] = {}
+    damage: ShardError | None = None
+    for number, line in islice(_json_lines(stream, url), SAMPLE_LINES):
+        try:
+            names |= dict.fromkeys(printable(name) for name in _json_record(line, number, url))
+        except ShardError as error:  # breaks only the range that holds the line
+            damage = damage or error
+    if damage is not None and not names:
+        raise damage
+    return list(names)
+
+
+def _json_lines(stream: BinaryIO, url: str) -> Iterator[tuple[int, bytes]]:
+    return ((number, line) for number, line in _lines(stream, url) if line.strip())
+
+
+def _json_record(line: bytes, number: int, url: str) -> dict[str, object]:
+    try:
+        record = json.loads(line)
+        if not isinstance(record, dict):
+            raise ValueError("another value")
+        return record
+    except (ValueError, RecursionError) as error:
+        raise ShardError(f"{url}: line {number} is no JSON object ({error}). Correct or remove the line.") from error
+
+
+def _text(value: object) -> str | None:
+    if value is None:
+        return None
+    return printable(value) if isinstance(value, str) else json.dumps(value, sort_keys=True)
+
+
+def _lines(stream: BinaryIO, url: str) -> Iterator[tuple[int, bytes]]:
+    for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b""), 1):
+        if len(line) > MAX_LINE_BYTES:
+            raise ShardError(f"{url}: line {number} is longer than {MAX_LINE_BYTES} bytes. Split or remove it.")
+        yield number, line

@@ -1,0 +1,167 @@
+"""The only door to storage: list, read, stream, create-if-absent, on a local disk and on S3.
+
+Every call has a deadline and ten attempts with jittered backoff. Reads are conditional on the version that was
+planned. pyarrow's own file systems are not used: see DECISIONS.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import uuid
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+
+from vitray.errors import JobError, ObjectChanged, ObjectMissing, StorageError, UnsafeStore
+from vitray.storage.local import LocalStore
+from vitray.storage.objects import TMP_PREFIX, ObjectInfo, Store, absolute, is_local
+from vitray.storage.s3 import S3Store
+
+__all__ = [
+    "TMP_PREFIX",
+    "ObjectInfo",
+    "Store",
+    "absolute",
+    "exists",
+    "expand",
+    "expand_braces",
+    "is_local",
+    "join",
+    "probe",
+    "read",
+    "read_many",
+    "sha256_of",
+    "store_for",
+]
+
+
+def store_for(url: str) -> Store:
+    """The store that a URL names: a path, file:// or s3://."""
+    scheme, _, rest = url.partition("://")
+    if not rest:
+        return _local()
+    if scheme == "file":
+        return _local()
+    if scheme == "s3":
+        return _s3(os.getpid(), tuple(os.environ.get(name, "") for name in _S3_ENVIRONMENT))
+    raise JobError(f"{url}: vitray reads and writes local paths and s3://, not {scheme}://")
+
+
+def join(base: str, *parts: str) -> str:
+    return "/".join([base.rstrip("/"), *parts])
+
+
+def read(url: str, version: str | None = None) -> bytes:
+    with store_for(url).open(url, version) as stream:
+        return stream.read()
+
+
+def read_many(urls: list[tuple[str, str | None]], threads: int = 16) -> Iterator[bytes | StorageError]:
+    """The objects in order; one that is missing or changed comes as its error. Holds `threads` objects at a time."""
+
+    def one(item: tuple[str, str | None]) -> bytes | StorageError:
+        try:
+            return read(*item)
+        except (ObjectMissing, ObjectChanged) as error:
+            return error
+
+    with ThreadPoolExecutor(threads) as pool:
+        for start in range(0, len(urls), threads):
+            yield from pool.map(one, urls[start : start + threads])
+
+
+def exists(url: str) -> bool:
+    try:
+        store_for(url).stat(url)
+    except ObjectMissing:
+        return False
+    return True
+
+
+def probe(out: str) -> None:
+    """Refuse a store on which a second conditional create would not be refused."""
+    store, url = store_for(out), join(out, "_vitray", f"probe-{uuid.uuid4().hex}")
+    try:
+        first = store.create(url, b"vitray probe")
+        second = store.create(url, b"vitray probe again")
+        kept = read(url)
+    finally:
+        store.delete([url])
+        store.delete_folder(join(out, "_vitray"))
+    if not first or second or kept != b"vitray probe":
+        raise UnsafeStore(
+            f"{out}: the store ignored a conditional create (If-None-Match), so two runs could overwrite each other. "
+            "Use a store that honours it (AWS S3, Ceph, MinIO) or a local disk with hard links."
+        )
+
+
+def expand(pattern: str) -> list[ObjectInfo]:
+    """The objects that a URL, glob, {000..099} range or prefix names, in order. Raises ObjectMissing for one that names none."""
+    found: list[ObjectInfo] = []
+    for url in expand_braces(pattern):
+        store = store_for(url)
+        infos = store.glob(url) if _WILD.search(url) else store.find(url)
+        found += [info for info in infos if not _hidden(info.url, absolute(url))]
+        if not infos:
+            raise ObjectMissing(f"{url} names no object")
+    return found
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """`a-{000..002}.tar` -> three URLs, zeros kept; `{x,y}` works too; ranges of at most a million."""
+    match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
+    if not match:
+        return [pattern]
+    head, tail = pattern[: match.start()], pattern[match.end() :]
+    if match[3] is not None:
+        middles: Iterable[str] = match[3].split(",")
+    else:
+        first, last = int(match[1]), int(match[2])
+        if not first <= last < first + 1_000_000:
+            raise JobError(f"{pattern}: the range {match[0]} is empty or longer than a million")
+        middles = (str(n).zfill(len(match[1])) for n in range(first, last + 1))
+    return [url for middle in middles for url in expand_braces(head + middle + tail)]
+
+
+def _hidden(url: str, pattern: str) -> bool:
+    """Whether a name below the base starts with a dot or an underscore (marks of other tools, not data), unasked for.
+
+    The base is the pattern up to its first wild folder; `_*.tar` asks for underscores.
+    """
+    wild = _WILD.search(pattern)
+    base = pattern[: pattern.rfind("/", 0, wild.start()) + 1] if wild else pattern
+    asked = {part[:1] for part in pattern[len(base) :].split("/")}
+    return any(part[:1] in {".", "_"} - asked for part in url.removeprefix(base).split("/"))
+
+
+_WILD = re.compile(r"[*?\[]")
+
+
+@lru_cache(maxsize=1)
+def _local() -> LocalStore:
+    return LocalStore()
+
+
+_S3_ENVIRONMENT = (
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_PROFILE",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+)
+
+
+@lru_cache(maxsize=4)
+def _s3(pid: int, environment: tuple[str, ...]) -> S3Store:
+    """One client a process and account: event loops do not survive a fork."""
+    return S3Store()
+
+
+def sha256_of(path: str) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,167 @@
+"""A directory tree. Creates by link(2), which is atomic and refuses an existing name. Private to this room."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import glob as globbing
+import os
+import stat
+import tempfile
+import time
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import BinaryIO, NoReturn
+
+from vitray.errors import ObjectChanged, ObjectMissing, StorageError, UnsafeStore
+from vitray.storage.objects import TMP_PREFIX, ObjectInfo, absolute
+
+ABANDONED_S = 3600
+
+
+class LocalStore:
+    def find(self, prefix: str) -> list[ObjectInfo]:
+        root = absolute(prefix)
+        if os.path.isfile(root):
+            return [self.stat(root)]
+        found = []
+        for folder, folders, names in os.walk(root, onerror=lambda error: _raise_in_walk(error, root)):
+            folders.sort()
+            found += [os.path.join(folder, name) for name in names if not name.startswith(TMP_PREFIX)]
+        return sorted((info for path in found if (info := self._stat_or_none(path))), key=lambda info: info.url)
+
+    def glob(self, pattern: str) -> list[ObjectInfo]:
+        paths = globbing.glob(absolute(pattern), recursive=True)
+        return sorted((info for path in paths if (info := self._stat_or_none(path))), key=lambda info: info.url)
+
+    def stat(self, url: str) -> ObjectInfo:
+        path = absolute(url)
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            _raise_read(error, path)
+        if stat.S_ISDIR(status.st_mode):
+            raise ObjectMissing(f"{path} does not exist as a file: it is a folder")
+        return ObjectInfo(path, status.st_size, f"{status.st_size}-{status.st_mtime_ns}")
+
+    def _stat_or_none(self, path: str) -> ObjectInfo | None:
+        try:
+            return self.stat(path)
+        except ObjectMissing:  # a folder, or deleted since it was listed
+            return None
+
+    def open(self, url: str, version: str | None = None) -> BinaryIO:
+        path = absolute(url)
+        if version is not None and self.stat(path).version != version:
+            raise ObjectChanged(f"{path} changed since it was listed")
+        try:
+            return open(path, "rb", buffering=1 << 20)
+        except OSError as error:
+            _raise_read(error, path)
+
+    def create(self, url: str, data: bytes, metadata: dict[str, str] | None = None) -> bool:
+        path = absolute(url)
+        temporary = self._write_temporary(path, data)
+        try:
+            os.link(temporary, path)
+            _fsync_directory(os.path.dirname(path))
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS):
+                raise UnsafeStore(
+                    f"{path}: this file system has no hard links ({error.strerror}), which an atomic commit needs. "
+                    "Put `out` on a local disk (ext4, xfs, btrfs, zfs), on NFS, or on s3://."
+                ) from error
+            _raise_local(error, path)
+        finally:
+            os.unlink(temporary)
+        return True
+
+    def replace(self, url: str, data: bytes) -> None:
+        path = absolute(url)
+        temporary = self._write_temporary(path, data)
+        try:
+            os.replace(temporary, path)
+            _fsync_directory(os.path.dirname(path))
+        except OSError as error:
+            _raise_local(error, path)
+
+    def _write_temporary(self, path: str, data: bytes) -> str:
+        temporary = ""
+        try:
+            descriptor, temporary = _new_file(os.path.dirname(path))
+            os.fchmod(descriptor, 0o666 & ~_umask())
+            with os.fdopen(descriptor, "wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError as error:
+            if temporary:
+                os.unlink(temporary)
+            _raise_local(error, path)
+        return temporary
+
+    def abandoned(self, prefix: str) -> list[str]:
+        walk = os.walk(absolute(prefix))
+        found = [os.path.join(folder, name) for folder, _, names in walk for name in names if name.startswith(TMP_PREFIX)]
+        return [path for path in found if os.path.exists(path) and time.time() - os.path.getmtime(path) > ABANDONED_S]
+
+    def delete_folder(self, url: str) -> None:
+        with contextlib.suppress(OSError):  # not empty: somebody writes there
+            os.rmdir(absolute(url))
+
+    def delete(self, urls: Iterable[str]) -> None:
+        for url in urls:
+            try:
+                os.unlink(absolute(url))
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                _raise_local(error, url)
+
+
+def _new_file(folder: str) -> tuple[int, str]:
+    for _ in range(2):  # another run may remove the folder, when it is empty, between the two calls or inside the first
+        with contextlib.suppress(FileNotFoundError, FileExistsError):
+            os.makedirs(folder, exist_ok=True)
+            return tempfile.mkstemp(prefix=TMP_PREFIX, dir=folder)
+    os.makedirs(folder, exist_ok=True)
+    return tempfile.mkstemp(prefix=TMP_PREFIX, dir=folder)
+
+
+def _raise_in_walk(error: OSError, root: str) -> None:
+    """A folder that another run removed meanwhile holds nothing; only the root itself must be there."""
+    if error.errno != errno.ENOENT or error.filename == root:
+        _raise_read(error, root)
+
+
+def _raise_read(error: OSError, path: str) -> NoReturn:
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+        raise ObjectMissing(f"{path} does not exist") from error
+    _raise_local(error, path)
+
+
+def _raise_local(error: OSError, path: str) -> NoReturn:
+    step = {
+        errno.ENOSPC: "The disk is full: free some space and run the same command again.",
+        errno.EDQUOT: "The quota is used up: free some space and run the same command again.",
+        errno.EACCES: "Check the permissions, or choose another path.",
+        errno.EROFS: "The file system is read-only: choose another `out`.",
+    }.get(error.errno or 0, "Check the path and the disk.")
+    raise StorageError(f"{path}: {error.strerror}. {step}") from error
+
+
+@lru_cache(maxsize=1)
+def _umask() -> int:
+    value = os.umask(0o022)
+    os.umask(value)
+    return value
+
+
+def _fsync_directory(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

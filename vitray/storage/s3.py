@@ -1,0 +1,225 @@
+"""Objects through s3fs. One PUT a create, never multipart; no listing cache; no checksums older stores refuse.
+
+Private to this room. Attempts are counted in objects.retrying alone: layers of retries multiply.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, BinaryIO, NoReturn, cast
+
+from vitray.errors import ObjectChanged, ObjectMissing, StorageError
+from vitray.storage.objects import ObjectInfo, reason, retrying
+
+CALL_TIMEOUT_S = 120.0
+READ_BLOCK_BYTES = 8 << 20
+MAX_OBJECT_BYTES = 5 << 30  # one PUT; conditional multipart is not safe on every store
+
+
+class S3Store:
+    def __init__(self) -> None:
+        import s3fs
+
+        self._fs = s3fs.S3FileSystem(
+            use_listings_cache=False,
+            skip_instance_cache=True,
+            endpoint_url=os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"),
+            config_kwargs={
+                # attempts are counted in retrying() alone: layers of retries multiply
+                "retries": {"total_max_attempts": 1},
+                "connect_timeout": 10,
+                "read_timeout": 60,
+                "max_pool_connections": 64,
+                "request_checksum_calculation": "when_required",
+                "response_checksum_validation": "when_required",
+            },
+        )
+        self._fs.retries = 1
+
+    def find(self, prefix: str) -> list[ObjectInfo]:
+        found = self._call(prefix, lambda: self._fs.find(_key(prefix), detail=True))
+        return _infos(found or self._nothing_in(prefix))
+
+    def glob(self, pattern: str) -> list[ObjectInfo]:
+        found = self._call(pattern, lambda: self._fs.glob(_key(pattern), detail=True))
+        return _infos(found or self._nothing_in(pattern))
+
+    def _nothing_in(self, url: str) -> dict[str, dict[str, Any]]:
+        """Nothing, of a bucket that answers: s3fs lists a missing one as empty."""
+        bucket = _key(url).split("/")[0]
+        try:
+            self._call(f"s3://{bucket}", lambda: self._fs.call_s3("head_bucket", Bucket=bucket))
+        except ObjectMissing as error:  # the answer to a HEAD carries no code
+            raise _no_bucket(url) from error
+        return {}
+
+    def stat(self, url: str) -> ObjectInfo:
+        bucket, _, key = _key(url).partition("/")
+        head = self._call(url, lambda: self._fs.call_s3("head_object", Bucket=bucket, Key=key))
+        return ObjectInfo(url, int(head["ContentLength"]), head["ETag"].strip('"'))
+
+    def open(self, url: str, version: str | None = None) -> BinaryIO:
+        info = self.stat(url)
+        if version is not None and info.version != version:
+            raise ObjectChanged(f"{url} changed since it was listed")
+        return cast(BinaryIO, io.BufferedReader(_RangeReader(self, info), READ_BLOCK_BYTES))
+
+    def read_range(self, info: ObjectInfo, start: int, stop: int) -> bytes:
+        if stop <= start:
+            return b""
+        bucket, _, key = _key(info.url).partition("/")
+
+        async def get() -> bytes:
+            answer = await self._fs._call_s3(
+                "get_object", Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}", IfMatch=info.version
+            )
+            async with answer["Body"] as body:
+                data: bytes = await body.read()
+            if len(data) != stop - start:
+                raise ConnectionError(f"{len(data)} of {stop - start} bytes came")
+            return data
+
+        try:
+            return cast(bytes, self._call(info.url, lambda: self._sync(get)))
+        except FileExistsError as error:
+            raise ObjectChanged(f"{info.url} changed while it was read") from error
+
+    def create(self, url: str, data: bytes, metadata: dict[str, str] | None = None) -> bool:
+        try:
+            self._put(url, data, IfNoneMatch="*", Metadata=metadata or {})
+        except FileExistsError:
+            return False
+        return True
+
+    def replace(self, url: str, data: bytes) -> None:
+        self._put(url, data)
+
+    def _put(self, url: str, data: bytes, **conditions: object) -> None:
+        if len(data) > MAX_OBJECT_BYTES:
+            raise StorageError(f"{url}: {len(data)} bytes do not fit one PUT (5 GB). Use smaller shards or fewer embeddings.")
+        bucket, _, key = _key(url).partition("/")
+
+        async def put() -> None:
+            await self._fs._call_s3("put_object", Bucket=bucket, Key=key, Body=data, **conditions)
+
+        # 4 MB/s is slow enough for any link that can feed a GPU
+        self._call(url, lambda: self._sync(put, CALL_TIMEOUT_S + len(data) / 4e6))
+
+    def abandoned(self, prefix: str) -> list[str]:
+        return []
+
+    def delete_folder(self, url: str) -> None:
+        """Folders are not objects."""
+
+    def delete(self, urls: Iterable[str]) -> None:
+        for url in urls:
+            self._call(url, partial(self._delete, *_key(url).partition("/")[::2]))
+
+    def _delete(self, bucket: str, key: str) -> None:
+        self._fs.call_s3("delete_object", Bucket=bucket, Key=key)
+
+    def _sync(self, work: Callable[[], Any], timeout_s: float = CALL_TIMEOUT_S) -> Any:
+        from fsspec.asyn import sync
+
+        async def bounded() -> Any:
+            return await asyncio.wait_for(work(), timeout_s)
+
+        return sync(self._fs.loop, bounded)
+
+    def _call(self, url: str, call: Callable[[], Any]) -> Any:
+        try:
+            return retrying(url, call, _is_transient)
+        except StorageError:
+            raise
+        except Exception as error:
+            _raise_s3(error, url)
+
+
+class _RangeReader(io.RawIOBase):
+    """Sequential or seeking reads of one version of an object, each a ranged GET with If-Match."""
+
+    def __init__(self, store: S3Store, info: ObjectInfo) -> None:
+        self._store, self._info, self._at = store, info, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._info.size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readall(self) -> bytes:
+        # the one inherited asks for 8 kB at a time
+        parts = []
+        while data := self._store.read_range(self._info, self._at, min(self._at + READ_BLOCK_BYTES, self._info.size)):
+            self._at += len(data)
+            parts.append(data)
+        return b"".join(parts)
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._store.read_range(self._info, self._at, min(self._at + len(buffer), self._info.size))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+def _key(url: str) -> str:
+    return url.removeprefix("s3://").rstrip("/")
+
+
+def _infos(found: dict[str, dict[str, Any]]) -> list[ObjectInfo]:
+    return [
+        ObjectInfo(f"s3://{name}", int(item["size"]), str(item.get("ETag", "")).strip('"'))
+        for name, item in sorted(found.items())
+        if item["type"] == "file" and not name.endswith("/")
+    ]
+
+
+def _answer(error: BaseException) -> tuple[int, str]:
+    """HTTP status and S3 code of what the store said, (0, '') when it said nothing."""
+    cause: BaseException | None = error
+    while cause is not None:
+        response = getattr(cause, "response", None)
+        if isinstance(response, dict):
+            return response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0), response.get("Error", {}).get("Code", "")
+        cause = cause.__cause__
+    return 0, ""
+
+
+def _is_transient(error: Exception) -> bool:
+    status, code = _answer(error)
+    if status:
+        return status >= 500 or status in (408, 409, 429) or code in ("SlowDown", "RequestTimeout", "XAmzContentSHA256Mismatch")
+    name = type(error).__module__.split(".")[0]
+    if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError", "ProfileNotFound"):
+        return False
+    return isinstance(error, (ConnectionError, TimeoutError, asyncio.TimeoutError)) or name in ("aiohttp", "botocore", "fsspec")
+
+
+def _raise_s3(error: Exception, url: str) -> NoReturn:
+    status, code = _answer(error)
+    if status == 412:
+        raise FileExistsError(url) from error  # a condition was refused: create() and read_range() say which
+    if code == "NoSuchBucket":
+        raise _no_bucket(url) from error
+    if isinstance(error, FileNotFoundError) or status == 404:
+        raise ObjectMissing(f"{url} does not exist") from error
+    if isinstance(error, PermissionError) or status in (401, 403) or "Credentials" in type(error).__name__:
+        raise StorageError(
+            f"{url}: access refused ({code or reason(error)}). Check AWS_PROFILE or AWS_ACCESS_KEY_ID and the bucket's policy."
+        ) from error
+    raise StorageError(f"{url}: {reason(error)}") from error
+
+
+def _no_bucket(url: str) -> StorageError:
+    return StorageError(f"{url}: the bucket does not exist. Check its name and AWS_ENDPOINT_URL.")

@@ -1,0 +1,212 @@
+"""Is it whole? Every data file against the manifest, against itself, and against the inputs."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vitray.dataset import Dataset, Footer, RowsDigest, committed, open_dataset, read_footer, read_manifest
+from vitray.errors import CommitError, JobError, ObjectChanged, ObjectMissing, ShardError, StorageError
+from vitray.pipeline import groups_of
+from vitray.schema import Encoded, End, Shard, content_hash
+from vitray.sources import list_shards, read_shard
+from vitray.storage import absolute, exists, join, read, store_for
+
+NORM_TOLERANCE = {"float32": 1e-4, "float16": 5e-3}  # of a unit vector after rounding to that type, D up to 4096
+UNREADABLE = (
+    pa.ArrowException,
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    SystemError,
+)  # what damaged bytes raise, depending on where
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """What was checked and what is wrong. problems: one line each, naming the file. pending: inputs not labelled yet."""
+
+    out: str
+    files: int
+    rows: int
+    errors: int
+    pending: int
+    gone: int
+    problems: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def __str__(self) -> str:
+        verdict = "valid" if self.ok else f"NOT valid: {len(self.problems)} problems"
+        lines = [f"{self.out}: {verdict}; {self.files} files, {self.rows:,} rows, {self.errors:,} errors"]
+        if self.pending or self.gone:
+            lines.append(f"inputs: {self.pending} shards not committed yet, {self.gone} committed ones no longer listed")
+        return "\n".join(lines + [f"  {problem}" for problem in self.problems])
+
+
+def validate(out: str, inputs: bool = True, content: bool = False) -> Validation:
+    """Check a whole dataset. inputs: list the source again too; content: read every image's bytes again and compare hashes.
+
+    Raises JobError when there is no dataset. Everything else that is wrong is a problem in the answer.
+    """
+    dataset = open_dataset(out)
+    if dataset is None:
+        raise JobError(f"{absolute(out)} holds no vitray dataset. Check the path, or run a job into it first.")
+    listed, problems = _manifest_rows(dataset)
+    data = committed(dataset.out)
+    problems += [f"data/{shard}.parquet is in the manifest but missing" for shard in sorted((listed or {}).keys() - data.keys())]
+    if listed is not None and exists(join(dataset.out, "_SUCCESS.json")):
+        unlisted = sorted(data.keys() - listed.keys())
+        problems += [f"data/{shard}.parquet: is not in the manifest, though _SUCCESS.json is there" for shard in unlisted]
+    by_id, unlistable = _inputs(dataset) if inputs or content else ({}, [])
+    problems += unlistable
+    rows = errors = 0
+    with ThreadPoolExecutor(2) as pool:
+        for shard, (footer, found) in zip(
+            sorted(data), pool.map(lambda s: _check_file(dataset, s, (listed or {}).get(s)), sorted(data))
+        ):
+            problems += [f"data/{shard}.parquet: {problem}" for problem in found]
+            if footer is not None:
+                rows, errors = rows + footer.rows, errors + footer.errors
+                if content and shard in by_id:
+                    problems += [f"data/{shard}.parquet: {p}" for p in _check_content(dataset, by_id[shard], footer)]
+    pending = len(by_id.keys() - data.keys())
+    gone = len(data.keys() - by_id.keys()) if by_id else 0
+    return Validation(dataset.out, len(data), rows, errors, pending, gone, tuple(problems))
+
+
+def _manifest_rows(dataset: Dataset) -> tuple[dict[str, dict[str, object]] | None, list[str]]:
+    """The manifest's rows by shard, None when there is none, and what is wrong with it."""
+    try:
+        manifest = read_manifest(dataset.out)
+        success = join(dataset.out, "_SUCCESS.json")
+        if exists(success) and not exists(join(dataset.out, "_vitray", json.loads(read(success))["manifest"])):
+            raise StorageError("the one that _SUCCESS.json names does not exist.")
+        return None if manifest is None else {row["shard"]: row for row in manifest.to_pylist()}, []
+    except (StorageError, *UNREADABLE) as error:
+        step = "Delete _SUCCESS.json and _vitray/manifest-*.parquet, then run the job again to make them anew."
+        return None, [f"the manifest cannot be read: {_one_line(error)}. {step}"]
+
+
+def _inputs(dataset: Dataset) -> tuple[dict[str, Shard], list[str]]:
+    """The shards of the source as it is now, by id, and why it cannot be listed."""
+    try:
+        return {shard.id: shard for shard in list_shards(dataset.job, groups_of(dataset.out)).shards}, []
+    except JobError as error:
+        return {}, [f"the source cannot be listed: {_one_line(error)} --no-inputs leaves it out."]
+
+
+def _check_file(dataset: Dataset, shard: str, listed: dict[str, object] | None) -> tuple[Footer | None, list[str]]:
+    url = dataset.data_url(shard)
+    try:
+        footer = read_footer(url)
+        body = read(url)
+    except (CommitError, ObjectMissing, *UNREADABLE) as error:
+        return None, [_one_line(error)]
+    found = []
+    if footer.fingerprint != dataset.fingerprint:
+        found.append(f"fingerprint {footer.fingerprint[:8]}… is not the dataset's")
+    if footer.shard != shard:
+        found.append(f"its footer names shard {footer.shard}")
+    if listed is not None:
+        mine = {"sha256": hashlib.sha256(body).hexdigest(), "rows": footer.rows, "errors": footer.errors}
+        found += [f"{name} differs from the manifest" for name, value in mine.items() if listed[name] != value]
+    try:
+        found += list(_check_rows(dataset, shard, footer, pq.ParquetFile(pa.BufferReader(body))))
+    except UNREADABLE as error:
+        found.append(f"cannot be read: {_one_line(error)}")
+    return footer, found + (list(_check_errors(dataset, shard, footer)) if footer.errors else [])
+
+
+def _check_errors(dataset: Dataset, shard: str, footer: Footer) -> Iterator[str]:
+    try:
+        copy = pq.ParquetFile(pa.BufferReader(read(dataset.errors_url(shard)))).read()
+        if not copy.equals(footer.error_rows):
+            yield "errors/ differs from what the data file carries; run the job again to repair it"
+    except ObjectMissing:
+        yield "its errors/ file is missing; run the job again to repair it"
+    except UNREADABLE as error:
+        yield f"its errors/ file cannot be read; delete it and run the job again to repair it ({_one_line(error)})"
+
+
+def _check_rows(dataset: Dataset, shard: str, footer: Footer, file: pq.ParquetFile) -> Iterator[str]:
+    if not file.schema_arrow.remove_metadata().equals(dataset.schema):
+        yield "its schema is not the dataset's"
+        return
+    digest, seen, bad = RowsDigest(), list[int](), set[str]()
+    for batch in file.iter_batches(batch_size=4096):
+        table = pa.Table.from_batches([batch])
+        with contextlib.suppress(pa.ArrowInvalid):  # a null vector does not fit: named below, and the hash differs
+            digest.add(table.cast(dataset.schema))
+        seen += table["index"].to_pylist()
+        bad |= set(_check_values(dataset, shard, table))
+    yield from sorted(bad)
+    if len(seen) != footer.rows:
+        yield f"{len(seen)} rows, but its footer says {footer.rows}"
+    if seen != sorted(set(seen)):
+        yield "rows are not in the order of their shard, or one is there twice"
+    if sorted(seen + footer.error_rows["index"].to_pylist()) != list(range(footer.total)):
+        yield f"rows and errors do not make up 0..{footer.total - 1}"
+    if digest.hexdigest() != footer.rows_sha256:
+        yield "the hash of its rows differs from its footer"
+
+
+def _check_values(dataset: Dataset, shard: str, table: pa.Table) -> Iterator[str]:
+    if set(table["shard"].to_pylist()) - {shard}:
+        yield "a row names another shard"
+    if dataset.job.labels:
+        ids = table["label_id"].to_numpy()
+        if len(ids) and not ((ids >= 0) & (ids < len(dataset.facts.labels))).all():
+            yield "a label_id is not a class of the model"
+        elif table["label"].to_pylist() != [dataset.facts.labels[i] for i in ids]:
+            yield "a label is not the name of its label_id"
+        scores = table["score"].to_numpy()
+        if not ((scores >= 0) & (scores <= 1.0001)).all():
+            yield "a score is not within 0 and 1"
+    for v in dataset.vectors:
+        column = table[v.column].combine_chunks()
+        if column.null_count:
+            yield f"{v.column} holds a null"
+            continue
+        values = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, v.dimension)
+        if not np.isfinite(values).all():
+            yield f"{v.column} holds NaN or infinity"
+        elif v.normalize and np.abs(np.linalg.norm(values, axis=1) - 1).max(initial=0) > NORM_TOLERANCE[v.dtype]:
+            yield f"{v.column} is not of unit length"
+
+
+def _check_content(dataset: Dataset, shard: Shard, footer: Footer) -> Iterator[str]:
+    """The source's bytes once more: the same images, in the same order, with the same keys."""
+    try:
+        with store_for(dataset.out).open(dataset.data_url(shard.id)) as stream:
+            table = pq.ParquetFile(stream).read(columns=(names := ["index", "key", "content_hash"]))
+        known = {i: (k, h) for t in (table, footer.error_rows) for i, k, h in zip(*(t[name].to_pylist() for name in names))}
+    except UNREADABLE:
+        return  # _check_file said so
+    try:
+        for item in read_shard(shard, dataset.job, lambda _: True):
+            if isinstance(item, End):
+                if item.total != footer.total:
+                    yield f"the source holds {item.total} images, the dataset {footer.total}"
+            elif isinstance(item, Encoded):
+                mine = (item.key, None if item.data is None else content_hash(item.data))
+                if known.get(item.index) != mine:
+                    yield f"image {item.index} ({item.key}) is not what was labelled"
+                    return
+    except (ShardError, ObjectMissing, ObjectChanged) as error:
+        yield f"the source cannot be read again: {_one_line(error)}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:500]
