@@ -5,8 +5,11 @@ Expected values come from Pillow, numpy or Hugging Face, never from the code und
 
 from __future__ import annotations
 
+import base64
 import io
 import os
+import random
+import re
 import signal
 import struct
 import subprocess
@@ -14,15 +17,18 @@ import sys
 import threading
 import time
 import zlib
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 import skimage
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, JpegImagePlugin, UnidentifiedImageError
 
-from vitray.decode import MAX_SCANS, Outcome, Pixels, decode, decode_one
+from vitray.decode import CHILD_RUNS, DRAFT_GAP, MAX_SCANS, Outcome, Pixels, _load, decode, decode_one
 from vitray.isolation import Limits
 from vitray.schema import REASONS, DecodeSpec, Encoded, PixelSpec
 
@@ -131,6 +137,256 @@ def test_broken_exif_costs_the_orientation_and_not_the_image() -> None:
     at = data.index(b"Exif\0\0") + 6
     pixels = good(data[:at] + b"XXXX" + data[at + 4 :])
     assert np.array_equal(pixels, np.asarray(Image.open(io.BytesIO(encode(photo(), "JPEG")))))
+
+
+# --- JPEGs by libjpeg-turbo itself: Pillow's pixels, Pillow's reasons
+
+SMALL = ((1, 1), (1, 7), (9, 1), (8, 8), (17, 33), (97, 61))
+# 48x32, arithmetic coding: no encoder that is installed writes it
+ARITHMETIC = base64.b85decode(
+    "|JeWF01!$>Nk#wx0RR9200961|JwjV02>k%7Zed27Zw*D92+1gLMtdGB`8rkJupIGRb^yfRb5+Zc$tA}agcLcU4^xVke;Kft*d8%yve$z$C;?Br2okP3"
+    "kU!p05Aao5di<p00saM5C#9*00;pA002J#tuj1YVV<XhsM9QIWq%8$DoBVNPdxG6vH^qrCYe*RvgfOtlJ0ZF(KASo32(#J`Mhbgh8M#^iQ13dXFB5e5gNY"
+    "GIUBe-$y`C`>2eZg+Qn0frYGx~QQV#sBTa~WwsuuJ_|#XP7rOSir)v#1OPp@c+7IOEyckEv_N)S`eqgVjafaA$P9e{NdzPu<@FtpG>Ls<%{{Vp@hK=#Or"
+    "hZR`kEjxKw`{gtMfSKhj(Y{Cn=|~Qux06C|Je"
+)
+
+
+def as_pillow(data: bytes) -> tuple[str | None, Pixels | None]:
+    """The reason, or the pixels, that plain Pillow gives."""
+    try:
+        return None, np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    except UnidentifiedImageError:
+        return "not_an_image", None
+    except OSError as error:
+        return "truncated" if "truncated" in str(error).lower() else "decode_error", None
+
+
+def as_decoded(data: bytes, mode: str = "exact") -> tuple[str | None, Pixels | None]:
+    """The reason, or the pixels at full size, that decode_one gives."""
+    try:
+        shape = Image.open(io.BytesIO(data)).size[::-1]
+    except OSError:
+        shape = (1, 1)
+    into = np.zeros((*shape, 3), np.uint8)
+    reason = decode_one(data, spec(crop=shape, mode=mode), into).reason
+    return reason, into if reason is None else None
+
+
+def is_by_turbo(data: bytes) -> bool:
+    return not isinstance(_load(Image.open(io.BytesIO(data)), data, spec()), JpegImagePlugin.JpegImageFile)
+
+
+def same(one: tuple[str | None, Pixels | None], other: tuple[str | None, Pixels | None]) -> bool:
+    return one[0] == other[0] and (one[1] is None or np.array_equal(one[1], other[1]))
+
+
+@pytest.mark.parametrize("sampling", ["444", "422", "420", "440", "411", "Gray"])
+def test_jpegs_of_every_sampling_size_and_quality_equal_pillow_bit_for_bit(sampling: str) -> None:
+    form = "GRAY" if sampling == "Gray" else "RGB"
+    for size, qualities in [((61, 45), range(1, 101)), *((size, (10, 75, 95, 100)) for size in SMALL)]:
+        pixels = np.array(photo(*size).convert("L"))[..., None] if form == "GRAY" else np.array(photo(*size))
+        for quality in qualities:
+            data = simplejpeg.encode_jpeg(pixels, quality, form, sampling)
+            assert is_by_turbo(data)
+            assert same(as_decoded(data), as_pillow(data)), (size, quality)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"progressive": True},
+        {"progressive": True, "quality": 100, "subsampling": 0},
+        {"optimize": True, "quality": 1},
+        {"restart_marker_blocks": 1},
+        {"restart_marker_rows": 2, "progressive": True},
+        {"keep_rgb": True},
+        {"keep_rgb": True, "progressive": True},
+        {"comment": b"\xff\xd8\xff\xda\xff\xd9", "icc_profile": bytes(70_000)},
+    ],
+)
+def test_jpegs_of_every_kind_equal_pillow_bit_for_bit(options: dict[str, object]) -> None:
+    for size in SMALL:
+        for mode in ("RGB", "L"):
+            data = encode(photo(*size).convert(mode), "JPEG", **options)
+            for more in (b"", b"\0" * 99, b"\xff\xd8\xff\xda", data):
+                assert is_by_turbo(data + more)
+                assert same(as_decoded(data + more), as_pillow(data + more))
+
+
+def test_photographs_equal_pillow_bit_for_bit() -> None:
+    for name in PHOTOS:
+        image = Image.open(DATA / name).convert("RGB")
+        for number, quality in enumerate((50, 75, 90, 98)):
+            data = encode(image, "JPEG", quality=quality, subsampling=number % 3, progressive=quality < 80)
+            assert is_by_turbo(data)
+            assert same(as_decoded(data), as_pillow(data)), (name, quality)
+
+
+def without_scans(progressive: bytes) -> Iterator[bytes]:
+    """Files that end properly, but after fewer scans than were written."""
+    for found in list(re.finditer(b"\xff\xda", progressive))[1:]:
+        yield progressive[: progressive.rindex(b"\xff\xc4", 0, found.start())] + b"\xff\xd9"
+
+
+def damaged(data: bytes, seed: int) -> Iterator[bytes]:
+    rng, header = random.Random(seed), data.index(b"\xff\xda")
+    yield from (data[:-n] for n in range(1, 12))
+    yield from (data[:at] + b"\xff\xd9" for at in range(header, len(data), 97))
+    yield from (
+        data[:2] + junk + data[2:] for junk in (b"\0\0\0", b"\xff\xff", b"\xff\x01", b"\xff\xd8", b"\xff\xd9", b"\xff\xf0\0\4ab")
+    )
+    yield data[:2] + b"\xff\xee\0\7Adobe" + data[2:]
+    for code in range(3):  # the Adobe marker's colour transform, beside JFIF and in its place
+        for rest in (data[2:], data[20:]):
+            yield data[:2] + b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0" + bytes([code]) + rest
+    for at in range(0, len(data), 61):
+        yield data[: rng.randrange(len(data))]
+        for end in (len(data), header):
+            broken = bytearray(data)
+            broken[rng.randrange(end)] = rng.choice((0, 255, 0xC0, 0xC2, 0xD9, rng.randrange(256)))
+            yield bytes(broken)
+        yield data[:at] + rng.randbytes(3) + data[at:]
+        yield data[:at] + data[at + rng.randrange(1, 20) :]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"restart_marker_blocks": 4}, {"quality": 100, "subsampling": 0}, {"mode": "CMYK"}]
+)
+def test_every_flaw_of_a_jpeg_is_judged_as_pillow_does_in_every_mode(options: dict[str, object]) -> None:
+    mode = str(options.get("mode", "RGB"))
+    data = encode(photo(97, 61).convert(mode), "JPEG", **{k: v for k, v in options.items() if k != "mode"})
+    files = [*damaged(data, len(data)), *(without_scans(data) if "progressive" in options else ())]
+    reasons = set()
+    for broken in files:
+        wanted = as_pillow(broken)
+        if wanted[1] is not None and wanted[1].size > 1e6:  # a header that became larger
+            continue
+        reasons.add(wanted[0])
+        assert same(as_decoded(broken), wanted), broken
+        for mode in ("fast", "draft"):
+            assert as_decoded(broken, mode)[0] == wanted[0], broken
+    assert reasons == {None, "truncated", "decode_error", "not_an_image"}
+
+
+def test_arithmetic_coding_is_refused_where_pillow_refuses_it() -> None:
+    assert as_pillow(ARITHMETIC)[0] is None
+    assert same(as_decoded(ARITHMETIC), as_pillow(ARITHMETIC))
+    comment = 65536 - 200  # Pillow reads 64 kB at a time, and libjpeg cannot pause in the midst of arithmetic coding
+    long = ARITHMETIC[:2] + b"\xff\xfe" + struct.pack(">H", comment - 2) + bytes(comment - 4) + ARITHMETIC[2:]
+    assert is_by_turbo(long)  # it would not refuse it
+    assert as_decoded(long) == as_pillow(long) == ("decode_error", None)
+
+
+# --- fast and draft
+
+
+def in_mode(mode: str, files: list[bytes], wanted: DecodeSpec) -> np.ndarray:
+    pixels, outcomes = decode(items(*files), replace(wanted, mode=mode))
+    assert [outcome.reason for outcome in outcomes] == [None] * len(files)
+    return pixels.astype(int)
+
+
+@pytest.mark.parametrize("case", range(len(processors())))
+def test_fast_is_a_level_off_here_and_there(case: int) -> None:
+    wanted = processors()[case][2]
+    files = [(DATA / photo).read_bytes() for photo in PHOTOS]
+    files += [encode(photo(*size), "PNG") for size in SIZES]
+    files += [encode(photo(*size), "JPEG", quality=q) for q in (60, 90) for size in ((640, 423), (300, 640), (500, 375))]
+    exact = in_mode("exact", files, wanted)
+    apart = np.abs(in_mode("fast", files, wanted) - exact)
+    assert apart.mean() < 0.01
+    # torch's weights have 16 bits, Pillow's 24, which bicubic overshoot may double
+    assert apart.max() <= (2 if wanted.pixels.resample == 3 else 1)
+    assert (apart > 1).mean() < 1e-5
+    if wanted.pixels.resample == 1 or wanted.pixels.size is None:  # what torch does not do
+        assert apart.max() == 0
+
+
+def test_fast_on_noise_is_two_levels_off_in_one_value_of_100_000() -> None:
+    noise = np.random.default_rng(0).integers(0, 2, (40, 260, 241, 3), np.uint8) * 255
+    files = [encode(Image.fromarray(one), "BMP") for one in noise]
+    for resample in (2, 3):
+        wanted = spec((224, 224), None, resample)
+        apart = np.abs(in_mode("fast", files, wanted) - in_mode("exact", files, wanted))
+        assert apart.max() <= 2
+        assert (apart > 1).mean() < 1e-5
+
+
+def large(width: int = 2400, height: int = 1800) -> Image.Image:
+    """A photograph again and again, so that it is as rich in detail as a camera's."""
+    canvas, tile = Image.new("RGB", (width, height)), Image.open(DATA / "motorcycle_left.png").convert("RGB")
+    for left in range(0, width, tile.width):
+        for top in range(0, height, tile.height):
+            canvas.paste(tile, (left, top))
+    return canvas
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+@pytest.mark.parametrize(
+    "wanted", [spec((224, 224), None, 2), spec((256,), (224, 224), 3), spec((300, 200), None, 3), spec((96, 96), None, 1)]
+)
+def test_draft_of_a_large_jpeg_is_near(wanted: DecodeSpec, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    files = [encode(large(*size), "JPEG", quality=90, exif=exif) for size in ((2400, 1800), (1800, 2400))]
+    apart = np.abs(in_mode("draft", files, wanted) - in_mode("exact", files, wanted))
+    assert 0.05 < apart.mean() < 0.75
+    assert apart.max() <= 24
+
+
+def test_draft_is_fast_where_nothing_can_be_saved() -> None:
+    wanted = spec((224, 224), None, 2)
+    small = 224 * DRAFT_GAP * 2 - 2  # its half would be too small
+    sizes = ((small, small), (2401, 1800), (2400, 1799), (10, 10))  # and a rounded half would move every pixel
+    files = [*(encode(large(*size), "JPEG") for size in sizes), encode(large(), "BMP")]
+    assert np.array_equal(in_mode("draft", files, wanted), in_mode("fast", files, wanted))
+    plain = spec(None, (40, 60))
+    assert np.array_equal(in_mode("draft", files, plain), in_mode("exact", files, plain))
+
+
+def test_oddities_and_refusals_are_the_same_in_every_mode() -> None:
+    rgba = photo().convert("RGBA")
+    rgba.putalpha(Image.linear_gradient("L").resize((60, 40)))
+    files = [
+        *(encode(photo().convert(mode), form) for mode, form in (("L", "PNG"), ("P", "PNG"), ("CMYK", "JPEG"), ("1", "PNG"))),
+        *(encode(rgba, "PNG"), encode(Image.fromarray(sixteen_bit()), "PNG"), encode(Image.new("F", (60, 40), 0.5), "TIFF")),
+        *(encode(photo(1, 3000), "JPEG"), encode(photo(9000, 10), "JPEG"), encode(photo(), "ICO"), b"text", b""),
+    ]
+    for wanted in (spec((30,), (24, 24), 2, background=(1, 2, 3), max_pixels=60_000), spec((24, 24), None, 2)):
+        pixels, outcomes = decode(items(*files), wanted)
+        for mode in ("fast", "draft"):
+            others, found = decode(items(*files), replace(wanted, mode=mode))
+            assert found == outcomes
+            assert np.abs(others.astype(int) - pixels).max() <= 1
+
+
+def test_fast_decodes_beside_openmp_threads_of_the_parent() -> None:
+    import torch
+
+    def share_out(data: bytes, wanted: DecodeSpec, into: Pixels) -> Outcome:
+        torch.nn.functional.interpolate(torch.zeros(1, 8, 999, 999), (500, 500), mode="bilinear", antialias=True)
+        return decode_one(data, wanted, into)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        wanted, large_one = spec((900, 900), None, 2, mode="fast"), encode(large(), "JPEG")
+        share_out(large_one, wanted, np.zeros((900, 900, 3), np.uint8))
+        _, outcomes = decode(items(large_one), wanted, share_out, Limits(wall_s=20))
+        assert [outcome.reason for outcome in outcomes] == [None]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_only_fast_and_draft_import_torch() -> None:
+    code = (
+        "import sys, test_decode as t\nfor mode in ('exact', 'fast'):\n"
+        "    t.decode(t.items(t.encode(t.photo(), 'JPEG')), t.spec((24, 24), None, mode=mode))\n    print('torch' in sys.modules)"
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "True"], done.stderr
 
 
 # --- oddities with a value
@@ -394,8 +650,8 @@ def test_a_death_that_does_not_repeat_is_not_charged(tmp_path: Path) -> None:
 
 
 def test_the_real_decoder_keeps_within_its_memory() -> None:
-    big = encode(Image.new("RGB", (6000, 6000)), "PNG")  # 144 MB in Pillow
-    _, outcomes = decode(items(big, encode(photo(), "PNG")), spec(), limits=Limits(memory_bytes=100 << 20))
+    big = encode(Image.new("RGB", (6000, 8000)), "PNG")  # 192 MB in Pillow
+    _, outcomes = decode(items(big, encode(photo(), "PNG")), spec(), limits=Limits(memory_bytes=50 << 20))
     assert [(outcome.reason, outcome.width) for outcome in outcomes] == [("decode_error", 6000), (None, 60)]
     assert outcomes[0].message.startswith("MemoryError")
 
@@ -426,6 +682,67 @@ def test_threads_decode_side_by_side_and_their_signal_masks_do_not_matter() -> N
     for thread in threads:
         thread.join()
     assert results == {number: [ord("a"), number] for number in (1, 2, 3)}
+
+
+def which(data: bytes, wanted: DecodeSpec, into: Pixels) -> Outcome:
+    """Its process as the width; bytes that are no number are a bad image."""
+    try:
+        into[...] = int(data)
+    except ValueError:
+        return Outcome(os.getpid(), 0, "png", "decode_error", "no number")
+    return Outcome(os.getpid(), 0, "png", None, "")
+
+
+def child_of(*data: bytes) -> int:
+    (child,) = {outcome.width for outcome in decode(items(*data), spec(), which)[1]}
+    return child
+
+
+def test_a_child_serves_calls_until_a_bad_image_and_no_more_than_its_number() -> None:
+    first = child_of(b"1", b"2")
+    assert child_of(b"3") == first
+    second = child_of(b"1", b"2", b"3")  # more than the memory they share holds
+    assert second != first
+    assert child_of(b"x", b"2") == second
+    third = child_of(b"1", b"2")
+    assert third != second
+    assert [child_of(b"1") for _ in range(CHILD_RUNS - 1)] == [third] * (CHILD_RUNS - 1)
+    assert child_of(b"1") != third
+    gone = {first, second, third}
+    assert not gone & set(map(int, children(os.getpid())))
+
+
+def test_pixels_of_one_call_outlive_the_next() -> None:
+    first, _ = decode(items(b"1", b"2"), spec(), which)
+    decode(items(b"7", b"8"), spec(), which)
+    assert first[:, 0, 0, 0].tolist() == [1, 2]
+
+
+def test_a_child_that_dies_while_idle_costs_nothing() -> None:
+    os.kill(child_of(b"1"), signal.SIGKILL)
+    pixels, outcomes = decode(items(b"4"), spec(), which)
+    assert (outcomes[0].reason, pixels[0, 0, 0, 0]) == (None, 4)
+
+
+def test_large_inputs_and_many_reach_the_child_whole() -> None:
+    def length(data: bytes, wanted: DecodeSpec, into: Pixels) -> Outcome:
+        return Outcome(len(data), zlib.crc32(data), "png", None, "")
+
+    data = [os.urandom(n) for n in (3_000_000, 1, 65_536, 212_992, 1_000_001, *range(2, 300))]
+    _, outcomes = decode(items(*data), spec(), length)
+    assert [(o.width, o.height) for o in outcomes] == [(len(one), zlib.crc32(one)) for one in data]
+
+
+def test_a_child_ends_with_its_thread() -> None:
+    found: list[int] = []
+    thread = threading.Thread(target=lambda: found.append(child_of(b"1")))
+    thread.start()
+    thread.join()
+    for _ in range(100):
+        if str(found[0]) not in children(os.getpid()):
+            return
+        time.sleep(0.05)
+    pytest.fail("the child outlived its thread")
 
 
 def test_an_interrupt_leaves_no_child() -> None:

@@ -1,32 +1,41 @@
 """Bytes -> pixels or a reason; hides every oddity of image formats.
 
 Good pixels equal Hugging Face's own path bit for bit: load_image (EXIF orientation, RGB), then the checkpoint's PIL processor.
-`decode_one` is the pure part. `decode` runs it in a child (isolation.py), so that a crash, a bomb or an endless decoder costs
-one row. Reading bytes and normalising pixels are elsewhere.
+That is mode "exact". "fast" resizes with torch, a level off here and there; "draft" also decodes large JPEGs at a fraction of
+their size. Which rows are good, and why the others are not, is the same in all three. `decode_one` is the pure part. `decode`
+runs it in a child (isolation.py), so that a crash, a bomb or an endless decoder costs one row. Reading bytes and normalising
+pixels are elsewhere.
 """
 
 from __future__ import annotations
 
 import io
 import math
+import os
 import re
 import struct
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from vitray.isolation import Death, Limits, run_isolated, shared
+from vitray.isolation import Child, Death, Limits, shared
 from vitray.schema import DecodeSpec, Encoded, PixelSpec
 
 Pixels = NDArray[np.uint8]
 
 MAX_SCANS = 100  # cameras and encoders write about 10; a file of 1,000 scans decodes 100 times slower than it is long
 MESSAGE_CHARS = 200
+CHILD_RUNS = 64  # calls for which a child is used; a leak or a fragmented heap lives no longer
+DRAFT_GAP = 3  # a draft is decoded at no less than three times the size that it is resized to: a level or less off in the mean
 
 _SIGNATURES = [  # only tells what an unreadable or unwanted file is; Pillow alone decides what is decoded
     (name, re.compile(pattern, re.DOTALL))
@@ -47,6 +56,8 @@ _SIGNATURES = [  # only tells what an unreadable or unwanted file is; Pillow alo
     )
 ]
 _TURN = Image.Transpose
+_ODD_MARKERS = frozenset(b"\xc3\xc9\xca\xcb")  # lossless or arithmetic coding, of which Pillow refuses what exceeds its buffer
+_TORCH_MODES = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
 _ORIENTATIONS = {
     **{2: _TURN.FLIP_LEFT_RIGHT, 3: _TURN.ROTATE_180, 4: _TURN.FLIP_TOP_BOTTOM, 5: _TURN.TRANSPOSE},
     **{6: _TURN.ROTATE_270, 7: _TURN.TRANSVERSE, 8: _TURN.ROTATE_90},
@@ -75,8 +86,10 @@ def decode_one(data: bytes, spec: DecodeSpec, into: Pixels) -> Outcome:
         # a TIFF's `size` is already turned by its orientation
         width, height = getattr(image, "_tile_size", image.size)
         outcome = Outcome(width, height, "jpeg" if image.format == "MPO" else image.format.lower(), None, "")
-        _check_header(image, data, outcome.format, spec.max_pixels)
-        into[...] = _fit(_rgb(image, spec.background), spec)
+        markers = _markers(data) if outcome.format == "jpeg" else b""
+        _check_header(image, data, markers, spec.max_pixels)
+        plain = markers and image.mode in ("RGB", "L") and _ODD_MARKERS.isdisjoint(markers)
+        into[...] = _fit(_rgb(image, data if plain else None, spec), spec)
         return outcome
     except _Refused as refusal:
         return replace(outcome, reason=refusal.reason, message=_one_line(str(refusal)))
@@ -93,38 +106,74 @@ def decode(
 ) -> tuple[Pixels, list[Outcome]]:
     """Pixels uint8 [n_good, H, W, 3] of the good ones in order, and one outcome an item.
 
-    The pixels are a view of shared memory that lives as long as they do. Raises what isolation.run_isolated raises.
+    Raises what isolation.Child.run raises.
     """
     images = [item.data for item in items if item.data]
-    pixels: Pixels = shared((len(images), *spec.pixels.shape, 3), np.uint8)
-    ledger = shared((len(images),), _ENTRY)
-
-    def step(at: int) -> None:
-        Image.MAX_IMAGE_PIXELS = None  # in the child; our own cap is judged from the header
-        good = int(np.count_nonzero(ledger["good"][:at]))
-        ledger[at] = _entry(one(images[at], spec, pixels[good]))
+    _load_decoders(spec.mode)
+    child, pixels, ledger = _desk(one, spec, limits, len(images))
 
     def charge(at: int, death: Death) -> None:
         reason = "time_limit" if death.timed_out else "decoder_died"
         ledger[at] = _entry(Outcome(0, 0, "", reason, f"the decoder {death.message}"))
 
-    _load_decoders()
-    run_isolated(step, len(images), charge, limits)
-    decoded = map(_outcome, ledger.tolist())
+    child.run(images, charge)
+    decoded = map(_outcome, ledger[: len(images)].tolist())
     outcomes = [next(decoded) if item.data else _without_bytes(item) for item in items]
-    return pixels[: int(np.count_nonzero(ledger["good"]))], outcomes
+    good = sum(outcome.reason is None for outcome in outcomes)
+    if good < len(images) or child.runs == CHILD_RUNS:  # a bad image may have spoilt more than its own row
+        _here.desk = None
+    return pixels[:good].copy(), outcomes
+
+
+_Desk = tuple[Child, Pixels, NDArray[Any]]
+
+
+class _Here(threading.local):
+    """A child dies with the thread that forked it."""
+
+    desk: tuple[object, _Desk] | None = None
+
+
+_here = _Here()
+
+
+def _desk(one: Callable[[bytes, DecodeSpec, Pixels], Outcome], spec: DecodeSpec, limits: Limits, rows: int) -> _Desk:
+    """A child that decodes, the pixels and the ledger that it fills: those of this thread's last call, where they fit."""
+    key = (one, spec, limits, os.getpid())
+    if _here.desk is not None and _here.desk[0] == key and len(_here.desk[1][2]) >= rows:
+        return _here.desk[1]
+    pixels: Pixels = shared((rows, *spec.pixels.shape, 3), np.uint8)
+    ledger = shared((rows,), _ENTRY)
+
+    def work(at: int, data: bytes) -> None:
+        _prepare_child(spec.mode)
+        good = int(np.count_nonzero(ledger["good"][:at]))
+        ledger[at] = _entry(one(data, spec, pixels[good]))
+
+    desk = Child(work, rows, limits), pixels, ledger
+    _here.desk = key, desk
+    return desk
 
 
 @cache
-def _load_decoders() -> None:
+def _load_decoders(mode: str) -> None:
     """Every decoder was imported and run once: a child that imports may wait for ever on a lock of a thread it does not have."""
     Image.init()
-    for form in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"):
+    forms = ("jpeg", "png", "webp", "bmp", "gif", "tiff")
+    spec = DecodeSpec(PixelSpec((4, 4), Image.Resampling.BILINEAR, None, 1, (0, 0, 0), (1, 1, 1)), forms, 64, None, mode)
+    for form in forms:
         buffer = io.BytesIO()
         Image.new("RGB", (8, 8)).save(buffer, form)
-        image = Image.open(buffer)
-        image.getexif()
-        image.convert("RGB").resize((4, 4))
+        decode_one(buffer.getvalue(), spec, np.empty((4, 4, 3), np.uint8))
+
+
+@cache
+def _prepare_child(mode: str) -> None:
+    Image.MAX_IMAGE_PIXELS = None  # our own cap is judged from the header
+    if mode != "exact":
+        import torch
+
+        torch.set_num_threads(1)  # OpenMP would wait for ever for the threads that it had before the fork
 
 
 def _without_bytes(item: Encoded) -> Outcome:
@@ -186,11 +235,17 @@ def _bytes_needed(name: str, data: bytes) -> int:
     return 0
 
 
-def _check_header(image: Any, data: bytes, name: str, max_pixels: int) -> None:
+def _markers(data: bytes) -> bytes:
+    """The byte behind each 0xFF of a JPEG; the codes of its markers are among them. Four times as fast as bytes.count."""
+    values = np.frombuffer(data, np.uint8)
+    return bytes(values[1:][values[:-1] == 0xFF])
+
+
+def _check_header(image: Any, data: bytes, markers: bytes, max_pixels: int) -> None:
     width, height = image.size
     if width * height > max_pixels:
         raise _Refused("too_many_pixels", f"{width}x{height} is more than max_pixels {max_pixels}")
-    if name == "jpeg" and data.count(b"\xff\xda") > MAX_SCANS and (scans := _scans(data)) > MAX_SCANS:
+    if markers.count(0xDA) > MAX_SCANS and (scans := _scans(data)) > MAX_SCANS:
         raise _Refused("too_many_scans", f"a JPEG of more than {scans - 1} scans")
     if image.mode == "F":
         raise _Refused("float_pixels", "32-bit floating-point pixels")
@@ -206,17 +261,47 @@ def _scans(data: bytes) -> int:
     return count
 
 
-def _rgb(image: Any, background: tuple[int, int, int] | None) -> Any:
-    """The upright RGB image that Hugging Face's load_image gives, or our policy where that one raises or spoils."""
-    image.load()
+def _rgb(image: Any, jpeg: bytes | None, spec: DecodeSpec) -> Any:
+    """The upright RGB image that Hugging Face's load_image gives, or our policy where that one raises or spoils.
+
+    An array [H, W, 3] instead of an image where that saves a copy.
+    """
+    loaded = _load(image, jpeg, spec)
+    if isinstance(loaded, np.ndarray):
+        return loaded
     if (turn := _ORIENTATIONS.get(_orientation(image))) is not None:
-        image = image.transpose(turn)
-    if image.mode.startswith("I"):
-        image = _to_8bit(image)
-    if background is None or not image.has_transparency_data:
-        return image.convert("RGB")
-    canvas = Image.new("RGBA", image.size, (*background, 255))
-    return Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
+        loaded = loaded.transpose(turn)
+    if loaded.mode.startswith("I"):
+        loaded = _to_8bit(loaded)
+    if spec.background is not None and loaded.has_transparency_data:
+        canvas = Image.new("RGBA", loaded.size, (*spec.background, 255))
+        loaded = Image.alpha_composite(canvas, loaded.convert("RGBA"))
+    return loaded if loaded.mode == "RGB" else loaded.convert("RGB")
+
+
+def _load(image: Any, jpeg: bytes | None, spec: DecodeSpec) -> Any:
+    """The image with its pixels. libjpeg-turbo by itself gives those of Pillow, which is built on it, without Pillow's copies."""
+    if jpeg is not None:
+        packed = spec.mode != "exact" and _orientation(image) not in _ORIENTATIONS
+        width, height = _draft_size(image.size, spec) if spec.mode == "draft" else image.size
+        with suppress(Exception):  # it raises at every flaw; what is good in spite of one, or why not, only Pillow says
+            pixels = simplejpeg.decode_jpeg(jpeg, "RGB" if packed else "RGBX", min_height=height, min_width=width)
+            return pixels if packed else _image(pixels)
+    image.load()
+    return image
+
+
+def _draft_size(size: tuple[int, int], spec: DecodeSpec) -> tuple[int, int]:
+    """An eighth, a quarter or a half, where that divides the sides: a rounded side would move every pixel after the resize."""
+    least = DRAFT_GAP * max(spec.pixels.size or size)
+    part = next((part for part in (8, 4, 2) if all(side % part == 0 and side // part >= least for side in size)), 1)
+    return size[0] // part, size[1] // part
+
+
+def _image(pixels: Pixels) -> Any:
+    """The RGB image whose memory `pixels` is, uint8 [H, W, 4], the last unused: as Pillow keeps them, so nothing is copied."""
+    flat = pa.Array.from_buffers(pa.uint8(), pixels.size, [None, pa.py_buffer(pixels)])
+    return Image.fromarrow(flat, "RGB", (pixels.shape[1], pixels.shape[0]))
 
 
 def _orientation(image: Any) -> Any:
@@ -240,13 +325,31 @@ def _to_8bit(image: Any) -> Any:
 
 
 def _fit(image: Any, spec: DecodeSpec) -> Pixels:
-    size = _target(image.size, spec.pixels)
-    if math.prod(size) > max(spec.max_pixels, math.prod(image.size)):
-        raise _Refused("too_many_pixels", f"{image.size[0]}x{image.size[1]} resized becomes {size[0]}x{size[1]}")
-    if spec.pixels.size is not None:
-        image = image.resize(size, resample=spec.pixels.resample)
+    full = image.shape[1::-1] if isinstance(image, np.ndarray) else image.size
+    size = _target(full, spec.pixels)
+    if math.prod(size) > max(spec.max_pixels, math.prod(full)):
+        raise _Refused("too_many_pixels", f"{full[0]}x{full[1]} resized becomes {size[0]}x{size[1]}")
+    if spec.pixels.size is not None and spec.mode == "exact":
+        image = image.resize(size, spec.pixels.resample)
+    elif spec.pixels.size is not None:
+        image = _resize_fast(np.require(image, np.uint8, "W"), size, spec.pixels.resample)
     pixels = np.asarray(image)
     return pixels if spec.pixels.crop is None else _center_crop(pixels, spec.pixels.crop)
+
+
+def _resize_fast(pixels: Pixels, size: tuple[int, int], resample: int) -> Pixels:
+    """As Pillow's resize, a level off here and there, and several times faster. What torch does otherwise is left to Pillow."""
+    (width, height), (rows, columns, _), mode = size, pixels.shape, _TORCH_MODES.get(resample)
+    if mode is None or width > columns or height > rows:  # enlarging, their bicubics are two levels apart
+        return np.asarray(Image.fromarray(pixels).resize(size, resample))
+    import torch
+
+    shrink = partial(torch.nn.functional.interpolate, mode=mode, antialias=True)
+    # one image, channels last: the layout for which torch's kernel is fast
+    batch = torch.from_numpy(pixels).view(1, rows, columns, 3).permute(0, 3, 1, 2)
+    if rows - height > max(0, 2 * (columns - width)):  # then Pillow shrinks the height first
+        batch = shrink(batch, (height, columns))
+    return np.asarray(shrink(batch, (height, width))[0].permute(1, 2, 0))
 
 
 def _target(size: tuple[int, int], pixels: PixelSpec) -> tuple[int, int]:

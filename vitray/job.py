@@ -64,6 +64,9 @@ class Job(BaseModel):
     background: str | None = Field(
         None, description="#rrggbb to composite transparent images on (default: alpha is dropped)", pattern=r"^#[0-9a-fA-F]{6}$"
     )
+    decode: Literal["exact", "fast", "draft"] = Field(
+        "exact", description="exact: Hugging Face's pixels; fast: a level off here and there; draft: large JPEGs at reduced size"
+    )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="auto: the fastest the hardware has")
     batch_size: int | Literal["auto"] = Field("auto", description="images a forward pass")
     device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = Field("auto", description="where the model runs")

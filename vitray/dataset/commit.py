@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from vitray.dataset.identity import DECODE_MODE, Dataset
+from vitray.dataset.identity import Dataset
 from vitray.dataset.staging import Staged, drop_staging, read_fragment, staged
 from vitray.errors import CommitError, ObjectChanged, ObjectMissing, StorageError
 from vitray.schema import ERROR_SCHEMA, End, Shard, ipc_bytes, ipc_table
@@ -288,7 +288,7 @@ def _marks(
         "dimension": str(dataset.facts.dimension),
         "precision": dataset.facts.precision,
         "engine": dataset.facts.engine,
-        "decode": DECODE_MODE,
+        "decode": dataset.job.decode,
         "version": __version__,
     }
     return {f"vitray.{name}": value for name, value in marks.items()}

@@ -17,8 +17,6 @@ from vitray.job import Job, make_job
 from vitray.schema import SCHEMA_VERSION, DecodeSpec, ModelFacts, PixelSpec, VectorColumn, row_schema
 from vitray.storage import absolute, join, read, store_for
 
-DECODE_MODE = "exact"
-
 
 @dataclass(frozen=True)
 class Dataset:
@@ -39,7 +37,7 @@ class Dataset:
     def decode_spec(self) -> DecodeSpec:
         hexes = self.job.background
         colour = None if hexes is None else (int(hexes[1:3], 16), int(hexes[3:5], 16), int(hexes[5:7], 16))
-        return DecodeSpec(self.facts.pixels, tuple(self.job.formats), self.job.max_pixels, colour)
+        return DecodeSpec(self.facts.pixels, tuple(self.job.formats), self.job.max_pixels, colour, self.job.decode)
 
     @property
     def fingerprint(self) -> str:
@@ -57,7 +55,7 @@ class Dataset:
             "keep": [[f.name, str(f.type)] for f in self.kept],
             "precision": self.facts.precision,
             "engine": self.facts.engine,
-            "decode": DECODE_MODE,
+            "decode": self.job.decode,
             "formats": list(self.job.formats),
             "max_pixels": self.job.max_pixels,
             "background": self.job.background,
@@ -175,7 +173,7 @@ def _as_written(out: str, document: dict[str, Any]) -> Dataset:
 def package_versions() -> dict[str, str]:
     """Versions of what decides numbers and behaviour."""
     found = {"python": platform.python_version()}
-    for name in ("vitray", "ray", "torch", "transformers", "pyarrow", "pillow", "s3fs", "numpy"):
+    for name in ("vitray", "ray", "torch", "transformers", "pyarrow", "pillow", "simplejpeg", "s3fs", "numpy"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
