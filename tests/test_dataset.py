@@ -595,6 +595,34 @@ def test_a_file_of_another_fingerprint_is_an_error(local_out: str) -> None:
     assert read_object(dataset.data_url(shard.id)) == before
 
 
+def test_files_of_another_job_without_their_dataset_json_are_refused(out: str) -> None:
+    other = make(out, top_k=2)
+    commit(other, input_shard(out), 6)
+    store_for(out).delete([dataset_url(out)])
+    with pytest.raises(FingerprintError, match=r"holds 1 files of another job .* such as cats-"):
+        make(out, top_k=3)
+    assert not exists(dataset_url(out))
+    assert make(out, top_k=2).fingerprint == other.fingerprint
+
+
+def test_a_file_of_another_job_put_into_data_is_refused_by_finish(local_out: str, tmp_path: Path) -> None:
+    mine, other = make(local_out), make(str(tmp_path / "other"), top_k=2)
+    shard = input_shard(local_out)
+    commit(other, shard, 6)
+    store_for(local_out).create(mine.data_url(shard.id), read_object(other.data_url(shard.id)))
+    with pytest.raises(FingerprintError, match="of another job"):
+        finish(mine, [shard.id], [shard.id])
+    assert not exists(join(local_out, "_SUCCESS.json"))
+
+
+def test_finish_removes_the_staging_that_a_slower_run_left(quick_out: str) -> None:
+    dataset, shard = make(quick_out), input_shard(quick_out)
+    commit(dataset, shard, 6)
+    stage_fragments(dataset, shard, 6, {})
+    finish(dataset, [shard.id], [shard.id])
+    assert staged_shards(dataset) == []
+
+
 def test_a_file_of_another_shard_is_an_error(local_out: str) -> None:
     dataset, one, two = make(local_out), input_shard(local_out, "one"), input_shard(local_out, "two")
     commit(dataset, one, 4)
@@ -1172,7 +1200,7 @@ def test_redo_by_shard_and_by_reason(local_out: str) -> None:
     assert shards_to_redo(dataset, [], ["empty"]) == sorted([one.id, two.id])
     assert shards_to_redo(dataset, [three.id], ["time_limit"]) == sorted([one.id, three.id])
     assert shards_to_redo(dataset, [], ["missing"]) == shards_to_redo(dataset, [], []) == []
-    with pytest.raises(JobError, match=r"holds no shard nope\. `vitray status`"):
+    with pytest.raises(JobError, match=r"holds no shard nope\. Ids are"):
         shards_to_redo(dataset, ["nope"], [])
     forget(dataset, [one.id])
     assert set(committed(local_out)) == {two.id, three.id} and success(local_out) is None

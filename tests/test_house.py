@@ -235,12 +235,15 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def run_light(*argv: str) -> str:
-    """vitray.cli.main in a fresh interpreter, which must not have imported anything heavy; returns what it printed."""
+    """vitray.cli.main in a fresh interpreter, which must not have imported anything heavy nor left a thread; returns what it printed."""
     code = (
-        "import sys\nfrom vitray.cli import main\n"
+        "import os, sys, numpy, pyarrow.parquet\nfrom vitray.cli import main\n"
+        "started = len(os.listdir('/proc/self/task'))\n"
         f"sys.argv = ['vitray', *{argv!r}]\n"
         "try:\n    main()\nexcept SystemExit as stop:\n    assert stop.code == 0, stop.code\n"
-        f"heavy = {HEAVY} & set(sys.modules)\nassert not heavy, heavy"
+        f"heavy = {HEAVY} & set(sys.modules)\nassert not heavy, heavy\n"
+        # a thread of pyarrow's pool that holds a Python buffer at exit aborts the process
+        "left = len(os.listdir('/proc/self/task')) - started\nassert left <= 0, f'{left} threads left'"
     )
     return python("-c", code).stdout
 

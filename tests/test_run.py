@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from shards import Picture, pictures, plain_loop, put, put_files, put_manifest, 
 
 import vitray
 from vitray.dataset import committed, data_files, open_dataset
-from vitray.errors import ErrorRateExceeded, FingerprintError, ModelError
+from vitray.errors import ErrorRateExceeded, FingerprintError, JobError, ModelError
 from vitray.job import make_job
 from vitray.storage import store_for
 
@@ -168,6 +169,24 @@ def test_too_many_bad_images_stop_the_run(ray: None, tmp_path: Path, shapes_mode
     assert (result.rows, result.errors) == (832, 208)
 
 
+def test_too_many_bad_images_of_few_are_told_at_the_end_each_time(
+    ray: None, tmp_path: Path, shapes_model: str, items: list[Picture]
+) -> None:
+    put_tars(str(tmp_path / "in"), [*items[:18], Picture("bad", b"x", "", "jpg"), Picture("worse", b"", "", "jpg")], 1, tmp_path)
+    job = shape_job(str(tmp_path / "in"), shapes_model, str(tmp_path / "out"), max_error_rate=0.09)
+    for result in (vitray.run(job), vitray.run(job)):  # with work, and with none left
+        assert (result.rows, result.errors, result.too_many_errors, result.exit_code) == (18, 2, True, 4)
+    assert vitray.run(make_job({**job.model_dump(), "max_error_rate": 0.1})).exit_code == 0
+
+
+def test_out_inside_source_is_refused(ray: None, tmp_path: Path, shapes_model: str, items: list[Picture]) -> None:
+    put_tars(str(tmp_path / "in"), items[:4], 1, tmp_path)
+    for out in (tmp_path / "in", tmp_path / "in" / "deep" / "out"):
+        with pytest.raises(JobError, match="lies inside `source`"):
+            vitray.run(shape_job(str(tmp_path / "in"), shapes_model, str(out)))
+    assert [path.name for path in (tmp_path / "in").iterdir()] == ["s-000.tar"]
+
+
 def test_a_changed_gone_and_new_input_each_get_their_due(
     ray: None, tmp_path: Path, shapes_model: str, items: list[Picture]
 ) -> None:
@@ -229,6 +248,11 @@ def test_another_fingerprint_is_refused_with_its_fields(
     with pytest.raises(ModelError, match="layer"):
         vitray.run(make_job({**job.model_dump(), "embeddings": [{"layer": 99}]}))
     assert listing(job.out) == before
+    shutil.rmtree(tmp_path / "out" / "_vitray")  # dataset.json is gone, the data files tell
+    with pytest.raises(FingerprintError, match="holds 1 files of another job"):
+        vitray.run(make_job({**job.model_dump(), "precision": "bf16"}))
+    assert not (tmp_path / "out" / "_vitray").exists()
+    assert vitray.run(job).committed == 0  # the same job takes them over
 
 
 def test_the_line_has_four_operators_that_never_fuse(ray: None, tmp_path: Path, shapes_model: str) -> None:

@@ -42,7 +42,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """How far a dataset is. complete: _SUCCESS.json is there. staged: {pending shard: images staged of it}."""
+    """How far a dataset is. complete: _SUCCESS.json is there, and every file that it counts. staged: {pending shard: images staged of it}."""
 
     out: str
     complete: bool
@@ -112,7 +112,7 @@ def status(out: str) -> Status:
         shard: there for shard in staged_shards(dataset) if shard not in data and (there := _staged_images(dataset, shard))
     }
     records = read_run_records(dataset.out)
-    complete = exists(join(dataset.out, "_SUCCESS.json"))
+    complete = exists(join(dataset.out, "_SUCCESS.json")) and known.keys() <= data.keys()
     last = records[-1] if records else None
     return Status(dataset.out, complete, len(data), rows, errors, truncated, waiting, decided_values(dataset), last)
 

@@ -197,7 +197,8 @@ class End:
 class Receipt:
     """What reaches the driver: never rows, only what became of them.
 
-    kind: "fragment" (staged now), "staged" (was there before), "end" (total is known), "failed" (cannot be read).
+    kind: "fragment" (staged now), "staged" (was there before), "end" (total is known),
+    "failed" (could not be read), "broken" (its bytes are no such shard), "changed" (not the planned version).
     """
 
     kind: str
@@ -226,11 +227,13 @@ def short_hash(text: str, digits: int = 10) -> str:
 def ipc_bytes(table: pa.Table, compression: str | None = None) -> bytes:
     """One table as an Arrow IPC stream."""
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as writer:
+    with pa.ipc.new_stream(
+        sink, table.schema, options=pa.ipc.IpcWriteOptions(compression=compression, use_threads=False)
+    ) as writer:
         writer.write_table(table)
     return bytes(sink.getvalue().to_pybytes())
 
 
 def ipc_table(data: bytes | pa.Buffer) -> pa.Table:
-    with pa.ipc.open_stream(data) as reader:
+    with pa.ipc.open_stream(data, options=pa.ipc.IpcReadOptions(use_threads=False)) as reader:
         return reader.read_all()

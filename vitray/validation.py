@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vitray.dataset import Dataset, Footer, RowsDigest, committed, open_dataset, read_footer, read_manifest
+from vitray.dataset import Dataset, Footer, RowsDigest, committed, open_dataset, read_footer, read_manifest, read_table
 from vitray.errors import CommitError, JobError, ObjectChanged, ObjectMissing, ShardError, StorageError
 from vitray.pipeline import groups_of
 from vitray.schema import Encoded, End, Shard, content_hash
@@ -81,7 +81,7 @@ def validate(out: str, inputs: bool = True, content: bool = False) -> Validation
                 rows, errors = rows + footer.rows, errors + footer.errors
                 if content and shard in by_id:
                     problems += [f"data/{shard}.parquet: {p}" for p in _check_content(dataset, by_id[shard], footer)]
-    pending = len(by_id.keys() - data.keys())
+    pending = len(set(list(by_id)[: dataset.job.limit]) - data.keys())
     gone = len(data.keys() - by_id.keys()) if by_id else 0
     return Validation(dataset.out, len(data), rows, errors, pending, gone, tuple(problems))
 
@@ -123,7 +123,7 @@ def _check_file(dataset: Dataset, shard: str, listed: dict[str, object] | None) 
         mine = {"sha256": hashlib.sha256(body).hexdigest(), "rows": footer.rows, "errors": footer.errors}
         found += [f"{name} differs from the manifest" for name, value in mine.items() if listed[name] != value]
     try:
-        found += list(_check_rows(dataset, shard, footer, pq.ParquetFile(pa.BufferReader(body))))
+        found += list(_check_rows(dataset, shard, footer, pq.ParquetFile(pa.BufferReader(body), pre_buffer=False)))
     except UNREADABLE as error:
         found.append(f"cannot be read: {_one_line(error)}")
     return footer, found + (list(_check_errors(dataset, shard, footer)) if footer.errors else [])
@@ -131,7 +131,7 @@ def _check_file(dataset: Dataset, shard: str, listed: dict[str, object] | None) 
 
 def _check_errors(dataset: Dataset, shard: str, footer: Footer) -> Iterator[str]:
     try:
-        copy = pq.ParquetFile(pa.BufferReader(read(dataset.errors_url(shard)))).read()
+        copy = read_table(pa.BufferReader(read(dataset.errors_url(shard))))
         if not copy.equals(footer.error_rows):
             yield "errors/ differs from what the data file carries; run the job again to repair it"
     except ObjectMissing:
@@ -145,7 +145,7 @@ def _check_rows(dataset: Dataset, shard: str, footer: Footer, file: pq.ParquetFi
         yield "its schema is not the dataset's"
         return
     digest, seen, bad = RowsDigest(), list[int](), set[str]()
-    for batch in file.iter_batches(batch_size=4096):
+    for batch in file.iter_batches(batch_size=4096, use_threads=False):
         table = pa.Table.from_batches([batch])
         with contextlib.suppress(pa.ArrowInvalid):  # a null vector does not fit: named below, and the hash differs
             digest.add(table.cast(dataset.schema))
@@ -190,7 +190,7 @@ def _check_content(dataset: Dataset, shard: Shard, footer: Footer) -> Iterator[s
     """The source's bytes once more: the same images, in the same order, with the same keys."""
     try:
         with store_for(dataset.out).open(dataset.data_url(shard.id)) as stream:
-            table = pq.ParquetFile(stream).read(columns=(names := ["index", "key", "content_hash"]))
+            table = read_table(stream, names := ["index", "key", "content_hash"])
         known = {i: (k, h) for t in (table, footer.error_rows) for i, k, h in zip(*(t[name].to_pylist() for name in names))}
     except UNREADABLE:
         return  # _check_file said so

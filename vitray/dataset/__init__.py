@@ -1,11 +1,12 @@
 """The output directory: what it is, what is in it, and how a shard comes to be in it exactly once.
 
-identity.py   dataset.json: fingerprint and frozen values     staging.py   fragments of shards that are not whole yet
+identity.py   dataset.json: fingerprint and frozen values     resolve.py   the dataset that a job goes on with
+staging.py    fragments of shards that are not whole yet
 commit.py     fragments -> the one data file of a shard       ledger.py    what is committed: manifest, _SUCCESS, redo
 """
 
-from vitray.dataset.commit import Commit, Footer, RowsDigest, commit_shard, read_footer
-from vitray.dataset.identity import Dataset, dataset_url, open_dataset, package_versions, resolve_dataset
+from vitray.dataset.commit import Commit, Footer, RowsDigest, commit_shard, read_footer, read_table
+from vitray.dataset.identity import Dataset, dataset_url, open_dataset, package_versions
 from vitray.dataset.ledger import (
     Ledger,
     append_group_log,
@@ -21,6 +22,7 @@ from vitray.dataset.ledger import (
     write_run_record,
 )
 from vitray.dataset.reading import data_files, read
+from vitray.dataset.resolve import resolve_dataset
 from vitray.dataset.staging import Staged, read_fragment, staged, staged_shards, staged_whole, write_end, write_fragment
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "read_fragment",
     "read_manifest",
     "read_run_records",
+    "read_table",
     "resolve_dataset",
     "shards_to_redo",
     "staged",

@@ -14,7 +14,9 @@ import os
 import re
 import tempfile
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -98,6 +100,14 @@ def read_footer(url: str) -> Footer:
             raise
         what = " ".join(str(error).split())
         raise CommitError(f"{url} is not a data file of vitray ({what}). Move it away and run again.") from error
+
+
+def read_table(source: Any, columns: Sequence[str] | None = None) -> pa.Table:
+    """A Parquet file as a table, read by this thread alone. source: a stream or a pa.BufferReader.
+
+    A thread of pyarrow's pool that still holds a Python buffer when the interpreter ends aborts the process.
+    """
+    return pq.ParquetFile(source, pre_buffer=False).read(columns=columns and list(columns), use_threads=False)
 
 
 def repair_errors(dataset: Dataset, footer: Footer) -> None:

@@ -6,16 +6,16 @@ import base64
 import hashlib
 import json
 import platform
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import pyarrow as pa
 
-from vitray.errors import FingerprintError, ObjectMissing, StorageError
+from vitray.errors import ObjectMissing, StorageError
 from vitray.job import Job, make_job
 from vitray.schema import SCHEMA_VERSION, DecodeSpec, ModelFacts, PixelSpec, VectorColumn, row_schema
-from vitray.storage import absolute, join, read, store_for
+from vitray.storage import absolute, join, read
 
 DECODE_MODE = "exact"
 
@@ -94,47 +94,7 @@ def open_dataset(out: str) -> Dataset | None:
         raise StorageError(f"{dataset_url(out)} is not readable ({error}). Was it written by another version?") from error
 
 
-def resolve_dataset(job: Job, facts: ModelFacts, vectors: list[VectorColumn], kept: pa.Schema, now: str) -> Dataset:
-    """The dataset of this job: made by a conditional create, or the one that is there when its fingerprint is equal.
-
-    `auto` fields adopt what is frozen. Raises FingerprintError with the differing fields.
-    """
-    out = absolute(job.out)
-    there = open_dataset(out)
-    if there is None:
-        rows = job.fragment_rows if job.fragment_rows != "auto" else max(64, facts.batch_size)
-        mine = Dataset(out, job, facts, tuple(vectors), kept, rows)
-        if store_for(out).create(dataset_url(out), _to_json(mine, now)):
-            return mine
-        there = open_dataset(out)
-        if there is None:
-            raise StorageError(f"{dataset_url(out)} was refused but is not there. Run the same command again.")
-    if job.precision == "auto":
-        facts = replace(facts, precision=there.facts.precision)
-    if job.batch_size == "auto":
-        facts = replace(facts, batch_size=there.facts.batch_size)
-    mine = Dataset(out, job, facts, tuple(vectors), kept, there.fragment_rows)
-    if mine.fingerprint != there.fingerprint:
-        raise FingerprintError(_difference(there, mine))
-    return mine
-
-
-def _difference(there: Dataset, mine: Dataset) -> str:
-    old, new = there.deciding(), mine.deciding()
-    names = [name for name in new if json.dumps(old.get(name)) != json.dumps(new[name])]
-    values = "; ".join(f"{n} differs ({_short(old.get(n))}, this job: {_short(new[n])})" for n in names)
-    return (
-        f"{there.out} belongs to fingerprint {there.fingerprint[:8]}… (this job: {mine.fingerprint[:8]}…): {values}. "
-        "Choose another `out`, or give the job the fields of the first run."
-    )
-
-
-def _short(value: object) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 60 else text[:24] + "…"
-
-
-def _to_json(dataset: Dataset, now: str) -> bytes:
+def to_json(dataset: Dataset, now: str) -> bytes:
     document = {
         "fingerprint": dataset.fingerprint,
         "deciding": dataset.deciding(),

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vitray.dataset.commit import Footer, read_footer, repair_errors
+from vitray.dataset.commit import Footer, read_footer, read_table, repair_errors
 from vitray.dataset.identity import Dataset
 from vitray.dataset.staging import drop_staging, staged_shards
-from vitray.errors import JobError, ObjectMissing, StorageError
+from vitray.errors import FingerprintError, JobError, ObjectMissing, StorageError
 from vitray.storage import ObjectInfo, exists, is_local, join, read, sha256_of, store_for
 
 THREADS = 16
@@ -94,7 +94,26 @@ def finish(dataset: Dataset, listed: Sequence[str], planned: Sequence[str], prun
     else:
         _mark_success(dataset, ledger)
     store.delete(info.url for info in before if info.url != url)
+    for shard in set(staged_shards(dataset)) & data.keys():  # of a run that was slower than another
+        drop_staging(dataset, shard)
     return ledger
+
+
+def footers_of(dataset: Dataset, shards: Iterable[str]) -> dict[str, Footer]:
+    """The footers of data files, by shard id."""
+    names = list(shards)
+    with ThreadPoolExecutor(THREADS) as pool:
+        return dict(zip(names, pool.map(lambda s: read_footer(dataset.data_url(s)), names)))
+
+
+def require_own(dataset: Dataset, footers: Iterable[Footer]) -> None:
+    """Raises FingerprintError when one of these data files is not of this dataset."""
+    foreign = [footer for footer in footers if footer.fingerprint != dataset.fingerprint]
+    if foreign:
+        raise FingerprintError(
+            f"{dataset.out}/data holds {len(foreign)} files of another job (fingerprint {foreign[0].fingerprint[:8]}…, this job: "
+            f"{dataset.fingerprint[:8]}…), such as {foreign[0].shard}.parquet. Choose another `out`, or move them away."
+        )
 
 
 def unmark_success(out: str) -> None:
@@ -149,10 +168,10 @@ def shards_to_redo(dataset: Dataset, shards: Iterable[str], reasons: Iterable[st
     data, asked, causes = committed(dataset.out), set(shards), set(reasons)
     unknown = asked - data.keys()
     if unknown:
-        raise JobError(f"{dataset.out} holds no shard {', '.join(sorted(unknown))}. `vitray status` lists what is committed.")
+        raise JobError(f"{dataset.out} holds no shard {', '.join(sorted(unknown))}. Ids are the names in data/ without .parquet.")
     chosen = set(asked)
     if causes:
-        for shard, footer in _footers(dataset, [s for s in data if s not in asked]).items():
+        for shard, footer in footers_of(dataset, [s for s in data if s not in asked]).items():
             if causes & footer.reasons.keys():
                 chosen.add(shard)
     return sorted(chosen)
@@ -184,7 +203,8 @@ def _manifest(dataset: Dataset, admitted: dict[str, ObjectInfo], wanted: set[str
         seen = {row["shard"]: row for row in _parquet(last).to_pylist()}
         known = {s: row for s, row in seen.items() if s in admitted and _is_same(row, admitted[s], last)}
     new = [s for s in admitted if s not in known]
-    footers = _footers(dataset, new)
+    footers = footers_of(dataset, new)
+    require_own(dataset, footers.values())
     rows = []
     for shard, info in sorted(admitted.items()):
         row = known.get(shard) or _row(dataset, info, footers[shard])
@@ -217,16 +237,11 @@ def _row(dataset: Dataset, info: ObjectInfo, footer: Footer) -> dict[str, object
     }
 
 
-def _footers(dataset: Dataset, shards: list[str]) -> dict[str, Footer]:
-    with ThreadPoolExecutor(THREADS) as pool:
-        return dict(zip(shards, pool.map(lambda s: read_footer(dataset.data_url(s)), shards)))
-
-
 def _repair_error_files(dataset: Dataset, manifest: pa.Table) -> None:
     """errors/ holds exactly the copies of what the admitted data files carry."""
     there = {_shard_of(info.url) for info in _under(dataset.out, "errors")}
     should = {row["shard"] for row in manifest.select(["shard", "errors"]).to_pylist() if row["errors"]}
-    for footer in _footers(dataset, sorted(should - there)).values():
+    for footer in footers_of(dataset, sorted(should - there)).values():
         repair_errors(dataset, footer)
     store_for(dataset.out).delete(dataset.errors_url(s) for s in sorted(there - should))
 
@@ -283,7 +298,7 @@ def _manifest_info(out: str) -> ObjectInfo | None:
 
 def _parquet(info: ObjectInfo) -> pa.Table:
     try:
-        return pq.ParquetFile(pa.BufferReader(read(info.url))).read()
+        return read_table(pa.BufferReader(read(info.url)))
     except (pa.ArrowException, OSError) as error:
         raise StorageError(
             f"{info.url} is damaged ({error}). Delete it and run the job again: it is made anew from data/."

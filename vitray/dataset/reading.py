@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from vitray.dataset.commit import read_table
 from vitray.dataset.ledger import base_of, committed, read_manifest, version_of
 from vitray.errors import SourceError
 from vitray.storage import absolute, join, store_for
@@ -29,8 +30,11 @@ def read(out: str, columns: Sequence[str] | None = None) -> pa.Table:
     urls = data_files(out)
     if not urls:
         raise SourceError(f"{out} holds no committed shard. Run a job into it first, or check the path.")
-    tables = []
-    for url in urls:
+
+    def one(url: str) -> pa.Table:
         with store_for(url).open(url) as stream:
-            tables.append(pq.ParquetFile(stream).read(columns=list(columns) if columns is not None else None))
+            return read_table(stream, columns)
+
+    with ThreadPoolExecutor(8) as pool:
+        tables = list(pool.map(one, urls))
     return pa.concat_tables(tables).replace_schema_metadata(None).unify_dictionaries()

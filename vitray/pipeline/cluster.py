@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import secrets
-import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from typing import Any
 from vitray.errors import ClusterError
 
 RETRIES = 3  # of a task or an actor; Ray's own defaults are endless
+START_S = 120  # Ray's own waits inside ray.init are shorter
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,22 +93,37 @@ def ray_session(address: str | None) -> Iterator[None]:
             "object_store_memory": _object_store_bytes(),
         }
     with _without_native_noise():
-        is_main, on_sigterm = threading.current_thread() is threading.main_thread(), signal.getsignal(signal.SIGTERM)
         try:
-            if is_main:
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)  # an exception inside ray.init aborts the process
-            ray.init(address=where, **options)
-            if is_main:
-                signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own ends the process with code 15
-        except Exception as error:
-            raise ClusterError(
-                f"Ray at {where} does not answer: {' '.join(str(error).split())[:300]}. Check the address, that the cluster runs "
-                "this version of Ray, and RAY_AUTH_MODE and RAY_AUTH_TOKEN."
-            ) from error
-        try:
+            _init(where, options)
             yield
         finally:
             ray.shutdown()
+
+
+def _init(where: str, options: dict[str, Any]) -> None:
+    """ray.init in a thread of its own: a signal must not raise inside its C++ (which aborts), nor Ray take SIGTERM over."""
+    import ray
+
+    failed: list[Exception] = []
+
+    def start() -> None:
+        try:
+            ray.init(address=where, **options)
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=start, name="vitray-ray-init", daemon=True)
+    thread.start()
+    try:
+        thread.join(START_S)
+    finally:
+        thread.join(START_S)  # also when a signal ended the first wait: Ray must be up before it can be shut down
+    if failed or thread.is_alive():
+        why = " ".join(str(failed[0]).split())[:300] if failed else f"no answer in {2 * START_S} s"
+        raise ClusterError(
+            f"Ray at {where} does not answer: {why}. Check the address, that the cluster runs this version of Ray, and "
+            "RAY_AUTH_MODE and RAY_AUTH_TOKEN."
+        ) from (failed[0] if failed else None)
 
 
 @contextlib.contextmanager

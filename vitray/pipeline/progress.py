@@ -43,7 +43,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run did. committed: shards it made or adopted; set_aside: {shard: why}; truncated: {shard: byte}."""
+    """What a run did. committed: shards it made or adopted; set_aside: {shard: why}; truncated: {shard: byte}.
+
+    too_many_errors: of all the dataset's images more than the job's max_error_rate are bad.
+    """
 
     out: str
     shards: int
@@ -57,7 +60,10 @@ class Result:
     reasons: dict[str, int]
     gone: int
     pending: int
+    too_many_errors: bool
 
     @property
     def exit_code(self) -> int:
+        if self.too_many_errors:
+            return 4
         return 3 if self.set_aside or self.truncated else 0

@@ -36,14 +36,13 @@ from vitray.job import Job
 from vitray.models import identify, vector_columns
 from vitray.pipeline.cluster import RETRIES, Shares, alive_nodes, ray_session, share_out
 from vitray.pipeline.progress import Progress, Result
-from vitray.pipeline.wave import Work, blame, run_wave
+from vitray.pipeline.wave import ATTEMPTS, Work, blame, run_wave
 from vitray.schema import ModelFacts, Shard
-from vitray.sources import Group, Listing, kept_schema, list_shards
+from vitray.sources import Group, Listing, absent_members, kept_schema, list_shards
 from vitray.storage import absolute, exists, is_local, join, probe, store_for
 
 log = logging.getLogger(__name__)
 
-ATTEMPTS = 3
 WAVE_SHARDS = 4096
 
 
@@ -132,7 +131,12 @@ def _kept(job: Job, listing: Listing) -> pa.Schema:
     """The types of the kept columns: those of the first shard that can be read."""
     for shard in listing.shards if job.keep else []:
         try:
-            return kept_schema(shard, job)
+            schema = kept_schema(shard, job)
+            if absent := absent_members(shard, job):
+                log.warning(
+                    "keep: no sample at the start of %s has a member .%s; null where there is none", shard.url, ", .".join(absent)
+                )
+            return schema
         except ShardError:  # it will be set aside when it is read
             continue
     return pa.schema([])
@@ -205,6 +209,7 @@ def _result(dataset: Dataset, job: Job, ledger: Ledger, work: Work, started: flo
         truncated=ledger.truncated,
         reasons=dict(work.progress.reasons),
         gone=ledger.gone,
+        too_many_errors=ledger.errors > job.max_error_rate * (ledger.rows + ledger.errors),
     )
 
 

@@ -32,6 +32,8 @@ from vitray.schema import (
 )
 from vitray.sources import kept_schema, read_shard
 
+READS = 3  # of a shard whose bytes make no sense: a proxy may have spoilt them
+READ_AGAIN_S = 0.5
 PARCEL_SCHEMA = pa.schema(
     [
         ("kind", pa.string()),
@@ -84,7 +86,7 @@ def read_step(dataset: Dataset, shard: Shard) -> Iterator[Parcel]:
     """A shard as parcels of encoded bytes, one for each range of fragment_rows, then its end.
 
     A range that is staged already becomes a receipt: it is not decoded or predicted again. A shard that cannot be
-    read ends with a "failed" receipt and never raises.
+    read ends with a receipt that says so ("broken": after READS tries) and never raises.
     """
     started = time.perf_counter()
     try:
@@ -96,23 +98,36 @@ def read_step(dataset: Dataset, shard: Shard) -> Iterator[Parcel]:
                 yield _was_staged(dataset, shard.id, span)
             yield Parcel(Receipt("end", shard.id, total=there.ends[0].total), there.ends[0].truncated_at)
             return
-        yield from _fragments(dataset, shard, there.fragments, started)
+        sent: set[int] = set()
+        for attempt in range(1, READS + 1):
+            try:
+                yield from _fragments(dataset, shard, there.fragments, sent, started)
+                return
+            except ShardError:
+                if attempt == READS:
+                    raise
+                time.sleep(READ_AGAIN_S)
     except (JobError, ShardError, StorageError) as error:  # JobError: this shard lacks a kept column
-        kind = "changed" if isinstance(error, ObjectChanged) else "failed"
+        kind = "changed" if isinstance(error, ObjectChanged) else "failed" if isinstance(error, StorageError) else "broken"
         yield Parcel(Receipt(kind, shard.id, message=str(error)))
 
 
-def _fragments(dataset: Dataset, shard: Shard, there: dict[int, int], started: float) -> Iterator[Parcel]:
+def _fragments(dataset: Dataset, shard: Shard, there: dict[int, int], sent: set[int], started: float) -> Iterator[Parcel]:
+    """there: {start: stop} of what is staged; sent: the starts that an earlier try yielded, which grows."""
     rows, held, at = dataset.fragment_rows, list[Encoded](), 0
 
-    def parcel(start: int, stop: int) -> Parcel:
+    def parcel(start: int, stop: int) -> Iterator[Parcel]:
         nonlocal started
+        if start in sent:
+            return
+        sent.add(start)
         if there.get(start) == stop:
-            return _was_staged(dataset, shard.id, (start, stop))
+            yield _was_staged(dataset, shard.id, (start, stop))
+            return
         seconds = {"read": time.perf_counter() - started}
         started = time.perf_counter()
         trace("read", shard.id, start, stop)
-        return Parcel(Receipt("fragment", shard.id, start, stop, seconds=seconds), rows=_encoded_table(held, dataset.kept))
+        yield Parcel(Receipt("fragment", shard.id, start, stop, seconds=seconds), rows=_encoded_table(held, dataset.kept))
 
     def is_wanted(index: int) -> bool:
         start = index // rows * rows
@@ -121,16 +136,16 @@ def _fragments(dataset: Dataset, shard: Shard, there: dict[int, int], started: f
     for item in read_shard(shard, dataset.job, is_wanted):
         boundary = (item.total if isinstance(item, End) else item.index) // rows * rows
         while at + rows <= boundary:  # the range is whole, or was skipped whole
-            yield parcel(at, at + rows)
+            yield from parcel(at, at + rows)
             held, at = [], at + rows
         if isinstance(item, End):
             if at < item.total:
-                yield parcel(at, item.total)
+                yield from parcel(at, item.total)
             yield Parcel(Receipt("end", shard.id, total=item.total, message=item.note), item.truncated_at)
             return
         held.append(item)
         if item.index == at + rows - 1:
-            yield parcel(at, at + rows)
+            yield from parcel(at, at + rows)
             held, at = [], at + rows
             started = time.perf_counter()
     raise ShardError(f"{shard.url}: the source ended without saying how many images it holds")

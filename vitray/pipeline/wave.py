@@ -21,6 +21,7 @@ from vitray.schema import Receipt, Shard
 
 log = logging.getLogger(__name__)
 
+ATTEMPTS = 3
 JUDGED_IMAGES = 1000
 COMMITS_AT_ONCE = 4
 
@@ -38,8 +39,9 @@ class Work:
     run_id: str = field(default_factory=lambda: f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}")
 
 
-def blame(work: Work, shard_id: str, why: str) -> None:
-    work.attempts[shard_id] = work.attempts.get(shard_id, 0) + 1
+def blame(work: Work, shard_id: str, why: str, attempts: int = 1) -> None:
+    """A shard failed; after ATTEMPTS it is set aside."""
+    work.attempts[shard_id] = work.attempts.get(shard_id, 0) + attempts
     work.failures[shard_id] = why
 
 
@@ -55,8 +57,8 @@ def run_wave(dataset: Dataset, shards: list[Shard], shares: Shares, work: Work) 
                 pass
             elif receipt.kind == "changed":
                 work.changed.add(receipt.shard)
-            elif receipt.kind == "failed":
-                blame(work, receipt.shard, receipt.message)
+            elif receipt.kind in ("failed", "broken"):
+                blame(work, receipt.shard, receipt.message, ATTEMPTS if receipt.kind == "broken" else 1)
             else:
                 if tiling.add(receipt):
                     work.progress.add(receipt)

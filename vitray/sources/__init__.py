@@ -15,7 +15,7 @@ from vitray.sources.files import Group
 from vitray.sources.listing import Listing, list_shards
 from vitray.sources.objects import base_of
 
-__all__ = ["Group", "Listing", "base_of", "estimate_images", "kept_schema", "list_shards", "read_shard"]
+__all__ = ["Group", "Listing", "absent_members", "base_of", "estimate_images", "kept_schema", "list_shards", "read_shard"]
 
 READ = {"tar": tar.read_tar, "files": files.read_files, "parquet": parquet.read_parquet, "manifest": manifest.read_manifest}
 KEPT = {"tar": tar.kept_schema, "files": files.kept_schema, "parquet": tables.kept_schema, "manifest": tables.kept_schema}
@@ -40,6 +40,11 @@ def kept_schema(shard: Shard, job: Job) -> pa.Schema:
     Raises JobError for a column that the shard has not, ShardError when it cannot be read.
     """
     return KEPT[shard.kind](shard, job)
+
+
+def absent_members(shard: Shard, job: Job) -> list[str]:
+    """Which of job.keep no sample at the start of a tar has; other kinds refuse a column that is not there."""
+    return tar.absent_members(shard, job, ESTIMATE_BYTES) if shard.kind == "tar" and job.keep else []
 
 
 def estimate_images(shards: Sequence[Shard], job: Job) -> tuple[int, bool]:

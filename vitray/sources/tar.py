@@ -63,6 +63,18 @@ def count_samples(shard: Shard, job: Job, budget: int) -> tuple[int, int]:
     return count, shard.size
 
 
+def absent_members(shard: Shard, job: Job, budget: int) -> list[str]:
+    """Which of job.keep no sample in about the first `budget` bytes has; none of them when there is no sample."""
+    seen: set[str] = set()
+    with open_shard(shard) as stream:
+        source = _Source(stream, shard.url, shard.size)
+        for sample in _samples(source, job, lambda index: False):
+            seen |= sample.extensions.keys()
+            if source.at >= budget:
+                break
+    return [name for name in job.keep if seen and _extension(name) not in seen]
+
+
 class _Cut(Exception):
     """From source.start on the tar cannot be read."""
 

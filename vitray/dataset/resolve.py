@@ -1,0 +1,57 @@
+"""Which dataset a job goes on with: the one in OUT when its fingerprint is equal, else a new one, else a refusal."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pyarrow as pa
+
+from vitray.dataset.identity import Dataset, dataset_url, open_dataset, to_json
+from vitray.dataset.ledger import committed, footers_of, require_own
+from vitray.errors import FingerprintError, StorageError
+from vitray.job import Job
+from vitray.schema import ModelFacts, VectorColumn
+from vitray.storage import absolute, store_for
+
+
+def resolve_dataset(job: Job, facts: ModelFacts, vectors: list[VectorColumn], kept: pa.Schema, now: str) -> Dataset:
+    """The dataset of this job: made by a conditional create, or the one that is there when its fingerprint is equal.
+
+    `auto` fields adopt what is frozen. Raises FingerprintError with the differing fields,
+    also when data files of another one lie there without a dataset.json.
+    """
+    out = absolute(job.out)
+    there = open_dataset(out)
+    if there is None:
+        rows = job.fragment_rows if job.fragment_rows != "auto" else max(64, facts.batch_size)
+        mine = Dataset(out, job, facts, tuple(vectors), kept, rows)
+        require_own(mine, footers_of(mine, committed(out)).values())
+        if store_for(out).create(dataset_url(out), to_json(mine, now)):
+            return mine
+        there = open_dataset(out)
+        if there is None:
+            raise StorageError(f"{dataset_url(out)} was refused but is not there. Run the same command again.")
+    if job.precision == "auto":
+        facts = replace(facts, precision=there.facts.precision)
+    if job.batch_size == "auto":
+        facts = replace(facts, batch_size=there.facts.batch_size)
+    mine = Dataset(out, job, facts, tuple(vectors), kept, there.fragment_rows)
+    if mine.fingerprint != there.fingerprint:
+        raise FingerprintError(_difference(there, mine))
+    return mine
+
+
+def _difference(there: Dataset, mine: Dataset) -> str:
+    old, new = there.deciding(), mine.deciding()
+    names = [name for name in new if json.dumps(old.get(name)) != json.dumps(new[name])]
+    values = "; ".join(f"{n} differs ({_short(old.get(n))}, this job: {_short(new[n])})" for n in names)
+    return (
+        f"{there.out} belongs to fingerprint {there.fingerprint[:8]}… (this job: {mine.fingerprint[:8]}…): {values}. "
+        "Choose another `out`, or give the job the fields of the first run."
+    )
+
+
+def _short(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else text[:24] + "…"
