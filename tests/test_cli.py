@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import inspect
 import json
 import os
+import pickle
 import pwd
 import shutil
 import signal
@@ -16,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import hand_made
 import numpy as np
@@ -24,10 +27,13 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import KEYS, new_bucket
 
-from vitray.cli import main
+from vitray.cli import _summary, main
 from vitray.dataset import Dataset, append_group_log, committed, read_footer, write_fragment
+from vitray.errors import JobError, VitrayError
+from vitray.job import Embedding, Job, make_job, parse_set, read_fields
 from vitray.schema import ERROR_SCHEMA, REASONS, SCHEMA_VERSION, ipc_bytes
 from vitray.sources import list_shards
+from vitray.version import __version__
 
 Call = Callable[..., tuple[int, str, str]]
 ESCAPE = "\x1b]0;owned\x07\x1b[31m"
@@ -86,12 +92,18 @@ def raw(text: str) -> list[str]:
         ({"zzzzzz": 1}, "unknown field `zzzzzz`"),
         ({"top_k": "many"}, "`top_k`: Input should be a valid integer"),
         ({"max_error_rate": 2}, "`max_error_rate`: Input should be less than or equal to 1"),
-        ({"batch_size": 0}, "must be between 1 and 8192"),
+        ({"batch_size": 0}, "valid: `batch_size`: a whole number from 1 to 8192, or auto\n"),
+        ({"batch_size": "abc"}, "valid: `batch_size`: a whole number from 1 to 8192, or auto\n"),
+        ({"fragment_rows": 8193}, "valid: `fragment_rows`: a whole number from 1 to 8192, or auto\n"),
+        ({"embeddings": [{"layer": "first"}]}, "valid: `embeddings.0.layer`: a whole number from 1 to 999, or last\n"),
         ({"precision": "bf17"}, "`precision`: Input should be 'auto', 'bf16', 'fp16' or 'fp32'"),
         ({"formats": ["jpg", "heic"]}, "`formats`: unknown image format heic; known: bmp, gif, jpeg"),
-        ({"labels": False, "embeddings": []}, "nothing to compute"),
-        ({"keep": ["key"]}, "keep: key is already a column"),
-        ({"embeddings": [{}, {}]}, "two embeddings are called cls_last"),
+        ({"labels": False, "embeddings": []}, "valid: nothing to compute"),
+        ({"keep": ["key"]}, "valid: keep: key is an output column"),
+        ({"keep": ["label"]}, "it cannot be kept under that name; rename it in the input"),
+        ({"keep": "txt, cls,txt"}, "valid: keep: txt is there twice\n"),
+        ({"keep": "txt,"}, "`keep.1`: String should have at least 1 character"),
+        ({"embeddings": [{}, {}]}, "valid: two embeddings are called cls_last"),
         ({"background": "white"}, "`background`"),
         ({"model": None}, "`model` is missing: Hugging Face id"),
         ({"out": None}, "`out` is missing: output directory"),
@@ -134,6 +146,7 @@ def refused(vitray: Call, folder: Path, argv: list[object], code: int, *says: st
         ("keep=[a", "--set keep=[a: the value is not valid YAML"),
         ("embeddings=[{pol: cls}]", "unknown field `embeddings.0.pol`; did you mean `pool`?"),
         ("source=", "`source`"),
+        ("embeddings=[{layer: 1, layer: 2}]", "the value is not valid YAML"),
         ("out=2024-13-45", "--set out=2024-13-45: the value is not valid YAML"),
     ],
 )
@@ -149,6 +162,8 @@ def test_a_bad_set_gets_one_line(vitray: Call, tmp_path: Path, pair: str, says: 
         (b"source: a\n\tmodel: b", "is not valid YAML"),
         (b"out: 2024-13-45", "is not valid YAML"),
         (b"[" * 5000, "is not valid YAML"),
+        (b"source: a\nkeep: [a]\nmodel: m\nkeep: [b]\n", "is not valid YAML: `keep` is there twice, again in line 4"),
+        (b"embeddings:\n- layer: 1\n  layer: 2\n", "is not valid YAML: `layer` is there twice, again in line 3"),
         (b"", "holds no fields; write lines like `source: photos/*.tar`"),
         (b"- a\n- b", "holds no fields"),
         (b"just text", "holds no fields"),
@@ -194,6 +209,10 @@ def test_a_missing_job_file_is_named(vitray: Call, tmp_path: Path) -> None:
         (["plan", "x", "--modle", "m"], "No such option: --modle"),
         (["plan", "a", "b"], "unexpected extra argument"),
         (["redo"], "Missing argument 'OUT'"),
+        (["run", "x", "--keep", "cls"], "`keep` is a field of the job: write --set keep=…"),
+        (["plan", "--batch-size=8", "x"], "`batch_size` is a field of the job: write --set batch_size=…"),
+        (["run", "--source", "x"], "No such option: --source"),
+        (["status", "x", "--keep", "cls"], "No such option: --keep"),
         (["plan", "x", "--set"], "requires an argument"),
         ([f"ru{ESCAPE}n"], "No such command"),
         (["plan", "x", f"--{ESCAPE}"], "No such option"),
@@ -203,9 +222,68 @@ def test_bad_usage_exits_2(vitray: Call, tmp_path: Path, argv: list[object], say
     refused(vitray, tmp_path, argv, 2, "vitray: ", says, "(vitray --help)")
 
 
+@pytest.mark.parametrize("field", sorted(set(Job.model_fields) - {"source", "model", "out"}))
+def test_a_field_given_as_an_option_is_told_how_to_be_set(vitray: Call, tmp_path: Path, field: str) -> None:
+    refused(
+        vitray, tmp_path, ["run", "x", f"--{field}", "1"], 2, f"vitray: `{field}` is a field of the job", f"write --set {field}=…"
+    )
+
+
+@pytest.mark.parametrize("argv", [["--version"], ["--debug", "--version"], ["--version", "run"]])
+def test_version_is_printed(vitray: Call, argv: list[str]) -> None:
+    assert vitray(*argv) == (0, f"vitray {__version__}\n", "")
+
+
 def test_no_command_shows_the_help_and_nothing_else(vitray: Call) -> None:
     code, out, err = vitray()
     assert code == 2 and "Label and embed image collections" in out + err and "(vitray --help)" not in err
+
+
+# ---------------------------------------------------------------- a job in Python
+
+
+def test_a_bad_job_in_python_is_a_vitray_error_with_the_same_words() -> None:
+    fields: dict[str, object] = {"source": "a", "model": "m", "out": "o", "batchsize": 8}
+    said = []
+    for make in (lambda: Job(**fields), lambda: Job.model_validate(fields), lambda: make_job(fields)):
+        with pytest.raises(VitrayError) as caught:
+            make()
+        assert isinstance(caught.value, JobError) and caught.value.__suppress_context__
+        said.append(str(caught.value))
+    assert said == ["the job is not valid: unknown field `batchsize`; did you mean `batch_size`?"] * 3
+    with pytest.raises(JobError, match="unknown field `self`"):
+        make_job({**fields, "self": 1})
+
+
+def test_a_job_is_copied_and_pickled_whole() -> None:
+    job = Job(source="a", model="m", out="o", keep="cls", embeddings=[{"layer": 2}, Embedding(pool="mean")])
+    assert pickle.loads(pickle.dumps(job)) == job == Job.model_validate_json(job.model_dump_json())
+    copied = job.model_copy(update={"out": "x"})
+    assert (copied.out, copied.source, copied.embeddings) == ("x", ["a"], job.embeddings)
+    assert list(inspect.signature(Job).parameters)[:3] == ["source", "model", "out"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("keep", "a, b", ["a", "b"]),
+        ("keep", ["a,b"], ["a,b"]),
+        ("allow", "s3://a/,s3://b/", ["s3://a/", "s3://b/"]),
+        ("allow", ["in, out/"], ["in, out/"]),
+        ("formats", "png,jpg", ["jpeg", "png"]),
+        ("source", "in, out/*.tar", ["in, out/*.tar"]),
+    ],
+)
+def test_a_text_of_names_is_cut_at_its_commas(field: str, value: object, expected: list[str]) -> None:
+    assert getattr(make_job({"source": "a", "model": "m", "out": "o", field: value}), field) == expected
+    if isinstance(value, str):
+        assert getattr(make_job({"source": "a", "model": "m", "out": "o", **parse_set([f"{field}={value}"])}), field) == expected
+
+
+def test_yaml_anchors_and_merges_are_no_duplicates(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("one: &a {layer: 1, pool: cls}\ntwo: &b {<<: *a, layer: 2}\nembeddings: [*a, {<<: *b, pool: mean}]\n")
+    assert read_fields(path)["embeddings"] == [{"layer": 1, "pool": "cls"}, {"layer": 2, "pool": "mean"}]
 
 
 # ---------------------------------------------------------------- bad sources, models and outputs
@@ -314,11 +392,22 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     job = hand_made.job_of(folder)
     hand_made.make_dataset(folder, facts=identify(job))
     fields = job.model_dump(mode="json", exclude_unset=True)
-    write_job(folder / "a job.yaml", **fields)
+    write_job(folder / "a job.yaml", **{**fields, "max_error_rate": 0.2})  # one in ten is bad
     return folder
 
 
-LINE = ["--set", "precision=fp32", "--set", "fragment_rows=4", "--set", "top_k=2", "--set", "embeddings=[{normalize: true}]"]
+LINE = [
+    "--set",
+    "max_error_rate=0.2",
+    "--set",
+    "precision=fp32",
+    "--set",
+    "fragment_rows=4",
+    "--set",
+    "top_k=2",
+    "--set",
+    "embeddings=[{normalize: true}]",
+]
 
 
 def test_source_model_out_on_the_line_equal_the_job_file(vitray: Call, labelled: Path) -> None:
@@ -341,6 +430,37 @@ def test_run_says_what_it_did(vitray: Call, labelled: Path) -> None:
     code, out, err = vitray("run", labelled / "a job.yaml")
     assert (code, err) == (0, "")
     assert out.splitlines()[1] == f"{labelled}/out: 3 shards, 27 rows, 3 errors"
+
+
+def test_run_says_when_there_was_nothing_to_see(vitray: Call, labelled: Path, tmp_path: Path) -> None:
+    from vitray.models import identify
+
+    hand_made.write_tar(tmp_path / "in" / "s.tar", {})
+    hand_made.make_dataset(tmp_path, facts=identify(hand_made.job_of(labelled)))
+    argv = [f"{tmp_path}/in/*.tar", "--model", labelled / "model", "--out", tmp_path / "out", *LINE]
+    code, out, err = vitray("run", *argv)
+    assert (code, err) == (0, "")
+    assert out.splitlines()[0].startswith("0 shards committed now (0 images computed in ")
+    assert out.splitlines()[1:] == [f"{tmp_path}/out: 1 shard, 0 rows, 0 errors", "the shards held no image: check `source`"]
+
+
+def test_run_says_that_too_many_images_were_bad(vitray: Call, labelled: Path) -> None:
+    code, out, err = vitray("run", labelled / "a job.yaml", "--set", "max_error_rate=0.05")
+    says = f"too many bad images: 3 of 30, more than max_error_rate=0.05; see {labelled}/out/errors, or raise max_error_rate"
+    assert (code, err, out.splitlines()[2:]) == (4, "", [says])
+
+
+def test_the_summary_counts_in_proper_words() -> None:
+    counts = {"shards": 1, "rows": 1, "errors": 2, "committed": 1, "images": 1, "seconds": 1.0, "gone": 1, "pending": 0}
+    found = {"set_aside": {}, "truncated": {}, "reasons": {"empty": 2}, "too_many_errors": True}
+    job = Job(source="a", model="m", out="o", max_error_rate=0.5)
+    assert _summary(SimpleNamespace(out="/o", **counts, **found), job).splitlines() == [
+        "1 shard committed now (1 image computed in 1.0 s, 1.0 images/s with start-up)",
+        "/o: 1 shard, 1 row, 2 errors",
+        "  2 empty",
+        "no longer in the source: 1 committed shard; --prune removes the rows",
+        "too many bad images: 2 of 3, more than max_error_rate=0.5; see /o/errors, or raise max_error_rate",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -507,9 +627,17 @@ def test_a_damaged_dataset_json_is_named(vitray: Call, tmp_path: Path, command: 
 
 def test_redo_asks_which(vitray: Call, tmp_path: Path) -> None:
     dataset = hand_made.make_dataset(tmp_path)
-    refused(vitray, tmp_path, ["redo", dataset.out], 2, "give --shard ID or --reason R, with R one of ", ", ".join(REASONS))
-    refused(vitray, tmp_path, ["redo", dataset.out, "--yes"], 2, "give --shard ID or --reason R")
-    refused(vitray, tmp_path, ["redo", dataset.out, "--reason", "ugly"], 2, "R one of empty, not_an_image")
+    refused(
+        vitray,
+        tmp_path,
+        ["redo", dataset.out],
+        2,
+        f"give --shard ID (a file in {dataset.out}/data, without .parquet)",
+        "or --reason R, one of ",
+        ", ".join(REASONS),
+    )
+    refused(vitray, tmp_path, ["redo", dataset.out, "--yes"], 2, "give --shard ID ")
+    refused(vitray, tmp_path, ["redo", dataset.out, "--reason", "ugly"], 2, "--reason R, one of empty, not_an_image")
     refused(vitray, tmp_path, ["redo", dataset.out, "--shard", "no-such-shard", "--yes"], 2, "holds no shard no-such-shard")
     refused(vitray, tmp_path, ["redo", dataset.out, "--shard", "../../in/s-000", "--yes"], 2, "holds no shard ../../in/s-000")
 
@@ -519,7 +647,7 @@ def test_redo_deletes_only_what_was_chosen_and_only_with_yes(vitray: Call, tmp_p
     first, *others = sorted(committed(dataset.out))
     before = snapshot(tmp_path)
     code, out, _ = vitray("redo", dataset.out, "--shard", first)
-    assert (code, out) == (0, f"{first}\n1 data files would be deleted; add --yes to do it\n")
+    assert (code, out) == (0, f"{first}\n1 data file would be deleted; add --yes to do it\n")
     assert vitray("redo", dataset.out, "--reason", "empty")[1] == "0 data files would be deleted; add --yes to do it\n"
     assert snapshot(tmp_path) == before
     assert vitray("redo", dataset.out, "--shard", first, "--yes")[0] == 0

@@ -39,14 +39,17 @@ OutArgument = Annotated[str, typer.Argument(metavar="OUT", help="a dataset direc
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        _say(f"vitray {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="show tracebacks and debug logs")] = False,
-    version: Annotated[bool, typer.Option("--version", help="print the version and exit", is_eager=True)] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, help="print the version", is_eager=True)] = False,
 ) -> None:
-    if version:
-        _say(f"vitray {__version__}")
-        raise typer.Exit
     terminal = logging.StreamHandler()
     terminal.setFormatter(_PlainFormatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, handlers=[terminal])
@@ -61,9 +64,7 @@ def run(
     model: Model = None,
     out: Out = None,
     sets: Sets = None,
-    address: Annotated[
-        str | None, typer.Option(help="a Ray cluster to join (default: RAY_ADDRESS, else an own local one)")
-    ] = None,
+    address: Annotated[str | None, typer.Option(help="a Ray cluster to join (default: RAY_ADDRESS, else a local one)")] = None,
     prune: Annotated[bool, typer.Option(help="delete rows whose input is gone")] = False,
     as_json: Json = False,
 ) -> None:
@@ -121,18 +122,15 @@ def redo(
     from vitray.planning import require_dataset
     from vitray.schema import REASONS
 
-    unknown = set(reason or ()) - REASONS.keys()
-    if unknown or not (shard or reason):
-        raise JobError(f"give --shard ID or --reason R, with R one of {', '.join(REASONS)}")
+    if not (shard or reason) or set(reason or ()) - REASONS.keys():
+        raise JobError(f"give --shard ID (a file in {out}/data, without .parquet) or --reason R, one of {', '.join(REASONS)}")
     dataset = require_dataset(out)
     chosen = shards_to_redo(dataset, shard or (), reason or ())
-    for name in chosen:
-        _say(name)
+    files = _count(len(chosen), "data file")
+    deed = f"deleting {files}; run the job again to make them anew" if yes else f"{files} would be deleted; add --yes to do it"
+    _say("\n".join([*chosen, deed]))
     if yes:
         forget(dataset, chosen)
-        _say(f"deleted {len(chosen)} data files; run the job again to make them anew")
-    else:
-        _say(f"{len(chosen)} data files would be deleted; add --yes to do it")
 
 
 @app.command()
@@ -145,9 +143,7 @@ def clean(out: OutArgument) -> None:
 
     dataset = require_dataset(out)
     removed = clean_dataset(dataset, [s.id for s in list_shards(dataset.job, groups_of(dataset.out)).shards])
-    for name in removed:
-        _say(name)
-    _say(f"removed {len(removed)} orphans")
+    _say("\n".join([*removed, f"removed {_count(len(removed), 'orphan')}"]))
 
 
 @app.command()
@@ -160,7 +156,7 @@ def demo(
     from vitray.pipeline import run as run_job
     from vitray.validation import validate as validate_dataset
 
-    _say("drawing shapes and training a tiny ViT (about 15 s) …")
+    _say("drawing shapes and training a tiny ViT …")
     job, held_out = shapes.build(directory)
     if held_out == held_out:  # NaN: it was trained by an earlier call
         _say(f"trained: accuracy {held_out:.3f} on held-out shapes")
@@ -170,23 +166,17 @@ def demo(
     _say(str(checked))
     files = os.path.join(job.out, "data", "*.parquet")
     _say(f"accuracy {shapes.accuracy(job.out):.3f} of the labels against what was drawn")
+    quoted = files.replace("'", "''")
     _say(f"Parquet  {files}")
-    _say(f'query    duckdb -c "select label, count(*), avg(score) from {_sql(files)} group by label"')
+    _say(f"query    duckdb -c \"select label, count(*), avg(score) from '{quoted}' group by label\"")
     raise typer.Exit(result.exit_code if checked.ok else 1)
-
-
-def _sql(files: str) -> str:
-    return "'" + files.replace("'", "''") + "'"
 
 
 def _job(target: str, model: str | None, out: str | None, sets: list[str] | None) -> Job:
     from vitray.job import load_job, make_job, parse_set
 
-    flags: dict[str, object] = {name: value for name, value in (("model", model), ("out", out)) if value is not None}
-    overrides = {**parse_set(sets or []), **flags}
-    if target.endswith((".yaml", ".yml")):
-        return load_job(target, overrides)
-    return make_job({"source": target, **overrides})
+    overrides = parse_set(sets or []) | {name: value for name, value in (("model", model), ("out", out)) if value is not None}
+    return load_job(target, overrides) if target.endswith((".yaml", ".yml")) else make_job({"source": target, **overrides})
 
 
 def _print(found: Any, as_json: bool, text: str) -> None:
@@ -209,21 +199,28 @@ class _PlainFormatter(logging.Formatter):
 
 def _summary(result: Result, job: Job) -> str:
     speed = f", {result.images / result.seconds:.1f} images/s with start-up" if result.images else ""
+    took = f"{_count(result.images, 'image')} computed in {result.seconds:.1f} s{speed}"
     lines = [
-        f"{result.committed} shards committed now ({result.images} images computed in {result.seconds:.1f} s{speed})",
-        f"{result.out}: {result.shards} shards, {result.rows} rows, {result.errors} errors",
+        f"{_count(result.committed, 'shard')} committed now ({took})",
+        f"{result.out}: {_count(result.shards, 'shard')}, {_count(result.rows, 'row')}, {_count(result.errors, 'error')}",
     ]
     lines += [f"  {count} {reason}" for reason, count in sorted(result.reasons.items())]
     lines += [f"set aside  {shard}: {why}" for shard, why in result.set_aside.items()]
-    lines += [
-        f"cut short  {shard}: truncated at byte {byte}; the rows before it are committed"
-        for shard, byte in result.truncated.items()
-    ]
+    lines += [f"cut short  {s}: truncated at byte {n}; the rows before it are committed" for s, n in result.truncated.items()]
     if result.gone:
-        lines.append(f"{result.gone} committed shards are no longer in the source; --prune removes them")
+        lines.append(f"no longer in the source: {_count(result.gone, 'committed shard')}; --prune removes the rows")
+    if result.shards and not result.rows + result.errors:
+        lines.append("the shards held no image: check `source`")
+    if result.too_many_errors:
+        share = f"{result.errors} of {result.rows + result.errors}, more than max_error_rate={job.max_error_rate:g}"
+        lines.append(f"too many bad images: {share}; see {result.out}/errors, or raise max_error_rate")
     if result.set_aside:
         lines.append(f"next: mend or remove those shards, then run again (vitray status {shlex.quote(job.out)})")
     return "\n".join(lines)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + "s" * (number != 1)
 
 
 def _reporter() -> Callable[[Progress], None]:
@@ -236,20 +233,15 @@ def _reporter() -> Callable[[Progress], None]:
         if due and progress.shards:
             last["at"], last["shards"] = now, progress.shards_done
             ending = "\r" if live and progress.shards_done < progress.shards else "\n"
-            print(
-                f"{_progress_line(progress):<100}" if live else _progress_line(progress), end=ending, file=sys.stderr, flush=True
-            )
+            print(f"{_progress_line(progress):<{100 if live else 1}}", end=ending, file=sys.stderr, flush=True)
 
     return report
 
 
 def _progress_line(progress: Progress) -> str:
-    share = progress.shards_done / progress.shards
-    if progress.images_expected:
-        share = progress.images / progress.images_expected
-    spent = time.monotonic() - progress.started
-    left = spent * (1 - share) / share if share > 0 else None
-    eta = "?" if left is None else f"{int(left) // 3600}:{int(left) % 3600 // 60:02d}:{int(left) % 60:02d}"
+    at, of = (progress.images, progress.images_expected) if progress.images_expected else (progress.shards_done, progress.shards)
+    left = int((time.monotonic() - progress.started) * max(0, of - at) / at) if at else None
+    eta = "?" if left is None else f"{left // 3600}:{left % 3600 // 60:02d}:{left % 60:02d}"
     return (
         f"shards {progress.shards_done}/{progress.shards}  images {progress.images}  {progress.rate():.1f} images/s  "
         f"ETA {eta}  failed {progress.errors}"
@@ -289,12 +281,22 @@ def main() -> None:
         if _signals:
             _stop(143)
         if hasattr(error, "exit_code") and hasattr(error, "format_message"):  # click: bad usage
-            if text := _one_line(error.format_message()):  # empty: no command was given, and the help stands there
+            if text := _one_line(_usage(error)):  # empty: no command was given, and the help stands there
                 print(f"vitray: {text} (vitray --help)", file=sys.stderr)
             sys.exit(2)
         if type(error).__name__ == "Abort":
             _stop(130)
         _fail(error, f"unexpected {type(error).__name__}", 1, debug)
+
+
+def _usage(error: Any) -> str:
+    """What click says, or how to set a field of the job that was written as an option."""
+    from vitray.job import Job
+
+    field = getattr(error, "option_name", "").lstrip("-").replace("-", "_")
+    if field in Job.model_fields.keys() - {"source", "model", "out"} and error.ctx.info_name in ("run", "plan"):
+        return f"`{field}` is a field of the job: write --set {field}=…"
+    return str(error.format_message())
 
 
 def _hoist_debug(args: list[str]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -19,8 +19,27 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-Strings = Annotated[list[str], BeforeValidator(_as_list)]
-Urls = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_as_list)]  # "" would be the current directory
+def _cut_at_commas(value: object) -> object:
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+def _whole_or(word: str, most: int) -> BeforeValidator:
+    """One message for the whole union, where pydantic has one for each of its branches."""
+
+    def check(value: object) -> object:
+        if value != word and not (str(value).isdecimal() and 1 <= int(str(value)) <= most):
+            raise ValueError(f"a whole number from 1 to {most}, or {word}")
+        return value
+
+    return BeforeValidator(check)
+
+
+Text = Annotated[str, Field(min_length=1)]  # as a path, "" would be the current directory
+Urls = Annotated[list[Text], BeforeValidator(_as_list)]
+Strings = Annotated[list[Text], BeforeValidator(_cut_at_commas)]
+Color = Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$")]
+Count = Annotated[int | Literal["auto"], _whole_or("auto", 8192)]
+Layer = Annotated[int | Literal["last"], _whole_or("last", 999)]
 # ValueError: a date like 2024-13-45, bytes that are not UTF-8; RecursionError: thousands of open brackets
 BAD_YAML = (yaml.YAMLError, ValueError, RecursionError)
 
@@ -30,7 +49,7 @@ class Embedding(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    layer: int | Literal["last"] = Field("last", description="1..L: output of that block; last: after the final LayerNorm")
+    layer: Layer = Field("last", description="1..L: output of that block; last: after the final LayerNorm")
     pool: Literal["cls", "mean", "patches_mean"] = Field("cls", description="CLS token, mean of all tokens, or of the patches")
     normalize: bool = Field(False, description="scale to unit L2 norm (in float32, before dtype)")
     dtype: Literal["float32", "float16"] = Field("float32", description="type of the stored values")
@@ -54,39 +73,39 @@ class Job(BaseModel):
     labels: bool = Field(True, description="classify; needs a checkpoint with a trained head")
     embeddings: list[Embedding] = Field([Embedding.model_validate({})], description="vectors to keep, all of one forward pass")
     top_k: int = Field(5, description="how many labels a row keeps", ge=1, le=1000)
-    keep: Strings = Field([], description="input columns or tar member extensions to copy into the output")
+    keep: Strings = Field([], description="input columns or tar member extensions to copy into the output: a list, or a,b")
     image_column: str | None = Field(None, description="Parquet or manifest column with the image (default: found by itself)")
     key_column: str | None = Field(None, description="Parquet or manifest column that names a row")
     image_member: str | None = Field(None, description="tar: extension of the member to use when a sample has several images")
     allow: Strings = Field([], description="manifest: prefixes its paths may point into (default: the manifest's directory)")
     formats: Strings = Field(list(FORMATS), description="image formats that are decoded")
     max_pixels: int = Field(50_000_000, description="pixel cap of one image", ge=1)
-    background: str | None = Field(
-        None, description="#rrggbb to composite transparent images on (default: alpha is dropped)", pattern=r"^#[0-9a-fA-F]{6}$"
-    )
+    background: Color | None = Field(None, description="#rrggbb to composite transparent images on (default: alpha is dropped)")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="auto: the fastest the hardware has")
-    batch_size: int | Literal["auto"] = Field("auto", description="images a forward pass")
+    batch_size: Count = Field("auto", description="images a forward pass")
     device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = Field("auto", description="where the model runs")
     group_size: int = Field(4096, description="loose files, or rows of a manifest, in a shard", ge=1, le=100_000)
-    fragment_rows: int | Literal["auto"] = Field("auto", description="images staged at a time; a crash costs a few of these")
+    fragment_rows: Count = Field("auto", description="images staged at a time; a crash costs a few of these")
     limit: int | None = Field(None, description="only the first so many shards", ge=1)
-    max_error_rate: float = Field(0.05, description="share of bad images that stops the run (judged after 1,000)", ge=0, le=1)
+    max_error_rate: float = Field(
+        0.05, description="share of bad images above which the exit code is 4; after 1,000 images a run stops at once", ge=0, le=1
+    )
     stall_timeout_s: float = Field(600, description="seconds without a finished fragment after which the run gives up", gt=0)
 
-    @field_validator("batch_size", "fragment_rows")
-    @classmethod
-    def _positive(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and not 1 <= value <= 8192:
-            raise ValueError("must be between 1 and 8192")
-        return value
+    def __init__(self, /, **fields: object) -> None:
+        """Raises JobError, which names every field that is wrong and the nearest known one."""
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            said = "; ".join(_said(p["type"], p["loc"], p["msg"]) for p in error.errors())
+            raise JobError(f"the job is not valid: {said}") from None
 
     @field_validator("formats")
     @classmethod
     def _known_formats(cls, value: list[str]) -> list[str]:
         aliases = {"jpg": "jpeg", "tif": "tiff"}
         names = [aliases.get(v.lower(), v.lower()) for v in value]
-        unknown = sorted(set(names) - set(FORMATS))
-        if unknown:
+        if unknown := sorted(set(names) - set(FORMATS)):
             raise ValueError(f"unknown image format {', '.join(unknown)}; known: {', '.join(FORMATS)}")
         return sorted(set(names))
 
@@ -98,9 +117,10 @@ class Job(BaseModel):
         if len(set(names)) != len(names):
             raise ValueError(f"two embeddings are called {max(names, key=names.count)}; give them a `name`")
         taken = set(RESERVED) | {self.column(e) for e in self.embeddings}
-        clash = [k for k in self.keep if k in taken]
-        if clash or len(set(self.keep)) != len(self.keep):
-            raise ValueError(f"keep: {', '.join(clash) or 'a name twice'} is already a column of the output")
+        for name in self.keep:
+            if name in taken or self.keep.count(name) > 1:
+                why = "is an output column: it cannot be kept under that name; rename it in the input"
+                raise ValueError(f"keep: {name} {why if name in taken else 'is there twice'}")
         return self
 
     def column(self, embedding: Embedding) -> str:
@@ -108,28 +128,37 @@ class Job(BaseModel):
 
 
 def make_job(fields: dict[str, object]) -> Job:
-    """A Job, or a JobError that names the field and the nearest known one."""
-    try:
-        return Job.model_validate(fields)
-    except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            name = ".".join(str(part) for part in problem["loc"]) or "job"
-            if problem["type"] == "extra_forbidden":
-                known = list(Embedding.model_fields if len(problem["loc"]) > 1 else Job.model_fields)
-                near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
-                lines.append(f"unknown field `{name}`" + (f"; did you mean `{near[0]}`?" if near else ""))
-            elif problem["type"] == "missing":
-                lines.append(f"`{name}` is missing: {Job.model_fields[str(problem['loc'][0])].description}")
-            else:
-                lines.append(f"`{name}`: {problem['msg'].removeprefix('Value error, ')}")
-        raise JobError("the job is not valid: " + "; ".join(lines)) from None
+    """A Job, or a JobError."""
+    return Job(**fields)
+
+
+def _said(kind: str, place: tuple[int | str, ...], message: str) -> str:
+    """What a person reads of one problem that pydantic found."""
+    name = ".".join(map(str, place))
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(str(place[-1]), (Embedding if len(place) > 1 else Job).model_fields, n=1)
+        return f"unknown field `{name}`" + (f"; did you mean `{near[0]}`?" if near else "")
+    if kind == "missing":
+        return f"`{name}` is missing: {Job.model_fields[name].description}"
+    return (f"`{name}`: " if name else "") + message.removeprefix("Value error, ")  # no name: what _consistent says
+
+
+class _Loader(yaml.SafeLoader):
+    """yaml.safe_load, but a field that stands twice is an error and not the last of the two."""
+
+    def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        first: dict[str, yaml.Node] = {}
+        for key, _ in node.value:
+            if first.setdefault(str(key.value), key) is not key:
+                raise ValueError(f"`{key.value}` is there twice, again in line {key.start_mark.line + 1}")
+        return node
 
 
 def read_fields(path: str | Path) -> dict[str, object]:
     """The mapping in a YAML job file."""
     try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        loaded = _Loader(Path(path).read_text(encoding="utf-8")).get_single_data()
     except OSError as error:
         raise JobError(f"cannot read the job file {path}: {error.strerror}. Give the path of a YAML file.") from error
     except BAD_YAML as error:
@@ -147,7 +176,7 @@ def parse_set(pairs: list[str]) -> dict[str, object]:
         if not equals:
             raise JobError(f"--set {pair}: write --set field=value")
         try:
-            fields[name.strip()] = yaml.safe_load(value)
+            fields[name.strip()] = _Loader(value).get_single_data()
         except BAD_YAML as error:
             raise JobError(f"--set {pair}: the value is not valid YAML") from error
     return fields

@@ -92,38 +92,43 @@ def ray_session(address: str | None) -> Iterator[None]:
             "num_cpus": max(2, len(os.sched_getaffinity(0))),  # two shares even of one core
             "object_store_memory": _object_store_bytes(),
         }
-    with _without_native_noise():
-        try:
-            _init(where, options)
-            yield
-        finally:
-            ray.shutdown()
+    with _without_native_noise(), _started(where, options):
+        yield
 
 
-def _init(where: str, options: dict[str, Any]) -> None:
-    """ray.init in a thread of its own: a signal must not raise inside its C++ (which aborts), nor Ray take SIGTERM over."""
+@contextlib.contextmanager
+def _started(where: str, options: dict[str, Any]) -> Iterator[None]:
+    """ray.init in a thread of its own, so that a signal cannot raise inside its C++ (which aborts) and Ray leaves SIGTERM alone.
+
+    The thread lives as long as the session: Ray's processes ask to be killed when the thread that made them ends.
+    """
     import ray
 
     failed: list[Exception] = []
+    is_up, is_over = threading.Event(), threading.Event()
 
-    def start() -> None:
+    def live() -> None:
         try:
+            logging.getLogger("ray").setLevel(logging.ERROR)  # it would warn that it leaves SIGTERM alone
             ray.init(address=where, **options)
         except Exception as error:
             failed.append(error)
+        is_up.set()
+        is_over.wait()
 
-    thread = threading.Thread(target=start, name="vitray-ray-init", daemon=True)
-    thread.start()
+    threading.Thread(target=live, name="vitray-ray", daemon=True).start()
     try:
-        thread.join(START_S)
+        if not is_up.wait(START_S) or failed:
+            why = " ".join(str(failed[0]).split())[:300] if failed else f"nothing came in {START_S} s"
+            raise ClusterError(
+                f"Ray at {where} does not answer: {why}. Check the address, that the cluster runs this version of Ray, and "
+                "RAY_AUTH_MODE and RAY_AUTH_TOKEN."
+            ) from (failed[0] if failed else None)
+        yield
     finally:
-        thread.join(START_S)  # also when a signal ended the first wait: Ray must be up before it can be shut down
-    if failed or thread.is_alive():
-        why = " ".join(str(failed[0]).split())[:300] if failed else f"no answer in {2 * START_S} s"
-        raise ClusterError(
-            f"Ray at {where} does not answer: {why}. Check the address, that the cluster runs this version of Ray, and "
-            "RAY_AUTH_MODE and RAY_AUTH_TOKEN."
-        ) from (failed[0] if failed else None)
+        is_up.wait(START_S)  # a signal may have ended the first wait: what is half up cannot be shut down
+        ray.shutdown()
+        is_over.set()
 
 
 @contextlib.contextmanager

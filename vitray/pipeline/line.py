@@ -99,7 +99,9 @@ def build_line(shards: list[Any], dataset: Dataset, dataset_ref: Any, shares: Sh
     shape: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
     task: dict[str, Any] = {**shape, "ray_remote_args_fn": lambda: {"max_retries": RETRIES}}
     items = ray.data.from_items([{"n": n} for n in range(len(shards))], override_num_blocks=len(shards))
-    encoded = items.map_batches(read, compute=TaskPoolStrategy(shares.readers), num_cpus=shares.reader_cpus, **task)
+    encoded = items.map_batches(
+        read, compute=TaskPoolStrategy(min(shares.readers, len(shards))), num_cpus=shares.reader_cpus, **task
+    )
     decoded = encoded.map_batches(decode, num_cpus=shares.decoder_cpus, **task)
     predicted = decoded.map_batches(
         Predict,
