@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from s3_proxy import FORWARD, LOSE, Call, Proxy, proxied
 
 from vitray.errors import JobError, ObjectChanged, ObjectMissing, StorageError, UnsafeStore
-from vitray.storage import exists, expand, expand_braces, join, probe, read, read_many, sha256_of, store_for
+from vitray.storage import exists, expand, expand_braces, join, probe, read, sha256_of, store_for
 
 MIB = 1 << 20
 
@@ -210,18 +210,9 @@ def test_a_changed_object_is_not_opened(root: str) -> None:
     store_for(url).replace(url, b"version 2, another size")
     with pytest.raises(ObjectChanged, match=r"c\.tar changed since it was listed"):
         store_for(url).open(url, planned)
-    assert [type(x) for x in read_many([(url, planned), (url, None), (join(root, "no"), None)], threads=2)] == [
-        ObjectChanged, bytes, ObjectMissing,
-    ]  # fmt: skip
-
-
-def test_read_many_keeps_the_order(root: str) -> None:
-    urls = [join(root, f"{n:02d}") for n in range(25)]
-    for n, url in enumerate(urls):
-        put(url, str(n).encode() * n)
-    assert list(read_many([(url, None) for url in reversed(urls)], threads=4)) == [
-        str(n).encode() * n for n in reversed(range(25))
-    ]
+    with pytest.raises(ObjectChanged):
+        read(url, planned)
+    assert read(url, store_for(url).stat(url).version) == b"version 2, another size"
 
 
 def test_sixteen_threads_create_one_object(root: str) -> None:
@@ -464,12 +455,63 @@ def test_a_missing_bucket_is_one_error(kind: str, request: pytest.FixtureRequest
         lambda: store_for(url).replace(join(url, "x"), b""),
         lambda: expand(join(url, "x")),
         lambda: expand(join(url, "*.tar")),
+        lambda: store_for(url).find(url),
+        lambda: store_for(url).stat(join(url, "x")),
+        lambda: store_for(url).open(join(url, "x")),
+        lambda: exists(join(url, "x")),
         lambda: probe(join(url, "out")),
     ):
         with pytest.raises(StorageError) as caught:
             work()
         require_one_line_with_next_step(caught.value, url, "bucket does not exist", "Check its name")
         assert type(caught.value) is StorageError
+
+
+def test_a_bucket_that_may_not_be_asked_for_is_no_missing_one(proxy: Proxy, proxy_root: str) -> None:
+    """A policy can allow a prefix and refuse HEAD on its bucket."""
+    proxy.rule = lambda call: 403 if call.method == "HEAD" and call.path.count("/") == 1 else FORWARD
+    assert store_for(proxy_root).find(join(proxy_root, "none")) == [] and not exists(join(proxy_root, "none"))
+    assert store_for(proxy_root).glob(join(proxy_root, "none*")) == [] and proxy.count("HEAD") >= 3
+    proxy.rule = lambda call: 403 if call.method == "GET" else FORWARD
+    for work in (lambda: store_for(proxy_root).find(proxy_root), lambda: expand(join(proxy_root, "*"))):
+        with pytest.raises(StorageError, match="access refused"):
+            work()
+
+
+@pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
+@pytest.mark.parametrize("endpoint", ["127.0.0.1:9000", "localhost:9000", "minio", "http://", "ftp://h:1", "http://h h"])
+def test_an_endpoint_without_its_scheme_is_a_bad_job(name: str, endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable, value in {**KEYS, "AWS_ENDPOINT_URL": "http://127.0.0.1:9", name: endpoint}.items():
+        monkeypatch.setenv(variable, value)
+    for work in (lambda: read("s3://b/x"), lambda: expand("s3://b/*")):
+        with pytest.raises(JobError) as caught:
+            work()
+        assert str(caught.value) == f"{name} is {endpoint!r}: write http://host:port or https://host."
+
+
+def test_an_unknown_profile_is_one_error(mock_s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = new_bucket(mock_s3, monkeypatch)
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("retried"))
+    for work in (lambda: expand(url), lambda: read(join(url, "x")), lambda: store_for(url).create(join(url, "x"), b"")):
+        with pytest.raises(StorageError) as caught:
+            work()
+        require_one_line_with_next_step(caught.value, url, "(nobody)", "Check ~/.aws/config, or unset AWS_PROFILE.")
+    (tmp_path / "config").write_text("no section\n[x")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    with pytest.raises(StorageError) as caught:
+        expand(url)
+    require_one_line_with_next_step(caught.value, url, "Unable to parse config file", "Check ~/.aws/config")
+
+
+def test_another_account_is_another_client(mock_s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = new_bucket(mock_s3, monkeypatch)
+    first = store_for(url)
+    assert store_for(url) is first
+    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, "another")
+        assert store_for(url) is not first
+        first = store_for(url)
 
 
 @pytest.mark.s3

@@ -88,6 +88,7 @@ def build_line(shards: list[Any], dataset: Dataset, dataset_ref: Any, shares: Sh
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # Ray sets its own level when it is imported
     warnings.filterwarnings("ignore", message=".*ray_remote_args_fn.*")  # the only way to bound retries: see DECISIONS.md
+    warnings.filterwarnings("ignore", message="The maximum number of concurrent tasks")  # fewer shards than machines
     from vitray.pipeline.queues import keep_queues_short
 
     context = DataContext.get_current()
@@ -99,9 +100,7 @@ def build_line(shards: list[Any], dataset: Dataset, dataset_ref: Any, shares: Sh
     shape: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
     task: dict[str, Any] = {**shape, "ray_remote_args_fn": lambda: {"max_retries": RETRIES}}
     items = ray.data.from_items([{"n": n} for n in range(len(shards))], override_num_blocks=len(shards))
-    encoded = items.map_batches(
-        read, compute=TaskPoolStrategy(min(shares.readers, len(shards))), num_cpus=shares.reader_cpus, **task
-    )
+    encoded = items.map_batches(read, compute=TaskPoolStrategy(shares.readers), num_cpus=shares.reader_cpus, **task)
     decoded = encoded.map_batches(decode, num_cpus=shares.decoder_cpus, **task)
     predicted = decoded.map_batches(
         Predict,

@@ -14,13 +14,13 @@ from vitray.sources import files, manifest, parquet, tables, tar
 from vitray.sources.files import Group
 from vitray.sources.listing import Listing, list_shards
 from vitray.sources.objects import base_of
+from vitray.sources.tar import absent_members
 
 __all__ = ["Group", "Listing", "absent_members", "base_of", "estimate_images", "kept_schema", "list_shards", "read_shard"]
 
 READ = {"tar": tar.read_tar, "files": files.read_files, "parquet": parquet.read_parquet, "manifest": manifest.read_manifest}
 KEPT = {"tar": tar.kept_schema, "files": files.kept_schema, "parquet": tables.kept_schema, "manifest": tables.kept_schema}
 ESTIMATE_SHARDS = 5
-ESTIMATE_BYTES = 64 << 20
 
 
 def read_shard(shard: Shard, job: Job, wanted: Callable[[int], bool]) -> Iterator[Encoded | End]:
@@ -42,11 +42,6 @@ def kept_schema(shard: Shard, job: Job) -> pa.Schema:
     return KEPT[shard.kind](shard, job)
 
 
-def absent_members(shard: Shard, job: Job) -> list[str]:
-    """Which of job.keep no sample at the start of a tar has; other kinds refuse a column that is not there."""
-    return tar.absent_members(shard, job, ESTIMATE_BYTES) if shard.kind == "tar" and job.keep else []
-
-
 def estimate_images(shards: Sequence[Shard], job: Job) -> tuple[int, bool]:
     """(images, exact?). Tars do not tell: the headers of a few are walked, and the rest is taken to be like them."""
     known = sum(shard.rows or 0 for shard in shards)
@@ -55,7 +50,7 @@ def estimate_images(shards: Sequence[Shard], job: Job) -> tuple[int, bool]:
     images, walked, whole = 0, 0, 0
     for shard in tars[:: math.ceil(len(tars) / ESTIMATE_SHARDS) or 1]:
         try:
-            count, size = tar.count_samples(shard, job, ESTIMATE_BYTES)
+            count, size, _ = tar.count_samples(shard, job)
         except (ShardError, ObjectMissing):
             continue
         images, walked, whole = images + count, walked + size, whole + (size == shard.size)

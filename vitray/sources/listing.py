@@ -10,14 +10,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from vitray import storage
-from vitray.errors import JobError, ObjectChanged, ObjectMissing, ShardError, SourceError
+from vitray.errors import ObjectChanged, ObjectMissing, ShardError, SourceError
 from vitray.job import Job
 from vitray.schema import Shard
 from vitray.sources.files import Group, list_files
 from vitray.sources.manifest import split_manifest
 from vitray.sources.objects import READERS, base_of, printable, whole_shard
 from vitray.sources.parquet import split_parquet
-from vitray.sources.tables import columns_to_read, read_schema
+from vitray.sources.tables import columns_to_read, likely_columns, read_schema
 from vitray.sources.tar import IMAGE_EXTENSIONS
 from vitray.storage import ObjectInfo
 
@@ -51,6 +51,9 @@ def list_shards(job: Job, groups: Sequence[Group]) -> Listing:
     chosen = [info for info in found if _kind_of(info) in kinds or info.url in named]
     if not chosen:
         raise SourceError(f"source {_names(job)} holds nothing of format {kind}: {_counts(found)}. Correct `source` or `format`.")
+    if odd := [info.url for info in chosen if printable(info.url) != info.url]:
+        what = f"{len(odd)} of {len(chosen)} names are not valid UTF-8, the first is {odd[0]!r}"
+        raise SourceError(f"source {_names(job)}: {what}. Rename them, or leave them out.")
     new: list[Group] = []
     if kind == "files":
         shards, new = list_files(chosen, job, groups)
@@ -66,16 +69,11 @@ def _expand(job: Job) -> list[ObjectInfo]:
     found: dict[str, ObjectInfo] = {}
     for pattern in job.source:
         try:
-            infos = storage.expand(pattern)
+            found |= {info.url: info for info in storage.expand(pattern)}
         except ObjectMissing as error:
-            raise SourceError(f"source {pattern} names no object: {error}. Correct `source`, or put the images there.") from error
-        for info in infos:
-            found.setdefault(info.url, info)
+            raise SourceError(f"source {error}. Correct `source`, or put the images there.") from error
     if not found:
         raise SourceError(f"source {_names(job)} holds no object (hidden ones do not count). Correct `source`.")
-    for url in found:
-        if printable(url) != url:
-            raise SourceError(f"source: the name {url!r} is not valid UTF-8. Rename the file.")
     return list(found.values())
 
 
@@ -97,13 +95,11 @@ def _detect(job: Job, found: list[ObjectInfo]) -> str:
 
 def _parquet_kind(job: Job, found: list[ObjectInfo]) -> str:
     for info in [info for info in found if _kind_of(info) == "parquet"][:LOOK_INTO]:
-        with suppress(*UNREADABLE, JobError):
+        with suppress(*UNREADABLE):
             schema = read_schema(whole_shard(info, "parquet"))
-            with suppress(JobError):
-                columns_to_read(schema, "parquet", job)
-                return "parquet"
-            columns_to_read(schema, "manifest", job)
-            return "manifest"
+            for kind in ("parquet", "manifest"):
+                if likely_columns(schema, kind, job):
+                    return kind
     return "parquet"
 
 
@@ -135,7 +131,7 @@ def _kind_of(info: ObjectInfo) -> str | None:
 
 def _suffix(info: ObjectInfo) -> str:
     match = SUFFIX.search(info.url.lower())
-    return match[0] if match else "without suffix"
+    return printable(match[0]) if match else "without suffix"
 
 
 def _names(job: Job) -> str:

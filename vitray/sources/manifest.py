@@ -40,17 +40,16 @@ def _rows(shard: Shard, job: Job, wanted: Callable[[int], bool], total: int) -> 
     names = columns_to_read(read_schema(shard), shard.kind, job)
     folder = shard.url.rpartition("/")[0] or "/"
     allowed = [storage.absolute(prefix) for prefix in job.allow] or [folder]
-    count = 0
+    index = -1
     for index, row in enumerate(read_rows(shard, names, range(shard.start, shard.start + total))):
-        count += 1
         if wanted(index):
             path = row[names[0]]
             key = key_of(row[job.key_column] if job.key_column else None, path, shard.start + index)
             kept = tuple(row[name] for name in job.keep)
             uri, reason, message = _locate(path, folder, allowed)
             yield Encoded(index, key, uri or shard.url, None, reason, message, kept)
-    if count != total:
-        raise ShardError(f"{shard.url}: {count} rows came, {total} were listed. Replace or remove it, then run again.")
+    if index + 1 != total:
+        raise ShardError(f"{shard.url}: {index + 1} rows came, {total} were listed. Replace or remove it, then run again.")
 
 
 def _locate(path: object, folder: str, allowed: Sequence[str]) -> tuple[str, str | None, str]:

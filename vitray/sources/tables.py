@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vitray.errors import JobError, ShardError
+from vitray.errors import JobError, ShardError, SourceError
 from vitray.job import Job
 from vitray.schema import Shard
 from vitray.sources.objects import CHUNK_BYTES, open_shard, printable
 
-IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "picture")
+IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "content", "picture")
 PATH_NAMES = ("path", "file", "filename", "file_name", "image", "image_path", "url", "uri", "key")
 BINARIES = (pa.binary(), pa.large_binary(), pa.binary_view())
 STRINGS = (pa.string(), pa.large_string(), pa.string_view())
 MAX_LINE_BYTES = 16 << 20
+NO_TEXT = re.compile(rb"[\0-\x08\x0e-\x19]")  # control characters, which any tar, image or archive begins with
+Cells = dict[str, pa.Scalar]  # of one row, by column
 BATCH_ROWS = 32  # images are held by so many
 SAMPLE_LINES = 100  # JSON lines may leave fields out: the first hundred tell the columns
 
@@ -74,16 +77,15 @@ def read_rows(shard: Shard, names: list[str], rows: range) -> Iterator[dict[str,
 def open_parquet(stream: BinaryIO, url: str) -> Iterator[Any]:
     """The pq.ParquetFile; what pyarrow says of broken bytes comes as ShardError, and storage's own errors pass."""
     try:
-        # column chunks are read in pieces, because a row group of images can be gigabytes
-        yield pq.ParquetFile(stream, buffer_size=CHUNK_BYTES, page_checksum_verification=True)
+        # column chunks are read in pieces, because a row group of images can be gigabytes; and by this thread alone, because
+        # one of pyarrow's pool that still holds a Python buffer when the interpreter ends aborts the process
+        yield pq.ParquetFile(stream, buffer_size=CHUNK_BYTES, pre_buffer=False, page_checksum_verification=True)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         what = " ".join(str(error).split())[:300]
         raise ShardError(f"{url} cannot be read: {what}. Replace or remove it, then run again.") from error
 
 
-def read_cells(
-    file: Any, names: list[str], rows: range, wanted: Callable[[int], bool]
-) -> Iterator[tuple[int, dict[str, pa.Scalar]]]:
+def read_cells(file: Any, names: list[str], rows: range, wanted: Callable[[int], bool]) -> Iterator[tuple[int, Cells]]:
     """(row of the file, its cells) of the wanted rows of a range. A row group without one is not read."""
     stop = 0
     for group in range(file.num_row_groups):
@@ -116,21 +118,30 @@ def key_of(named: object, path: object, row: int) -> str:
 def columns_to_read(schema: pa.Schema, kind: str, job: Job) -> list[str]:
     """The job's columns; the first holds the images of a Parquet file, or their paths in a manifest.
 
-    It is the one that the job names, or the likeliest. Raises JobError for a column that is not there.
+    Raises JobError for a column that is not there, and for images that could be in several.
     """
     _require(schema, [job.key_column, *job.keep])
-    if kind == "parquet":
-        what = "column with image bytes (binary, or a struct with `bytes`)"
-        likely = [name for usual in IMAGE_NAMES for name in schema.names if name.lower() == usual] + schema.names
-    else:
-        what, likely = f"string column of paths ({', '.join(PATH_NAMES)})", list(PATH_NAMES)
-    for name in [job.image_column] if job.image_column else likely:
-        n = schema.get_field_index(name)
-        if n >= 0 and (_holds_bytes(schema.field(n).type) if kind == "parquet" else schema.field(n).type in STRINGS):
-            return [column for column in dict.fromkeys([name, job.key_column, *job.keep]) if column]
+    likely = likely_columns(schema, kind, job)
+    if len(likely) == 1:
+        return [column for column in dict.fromkeys([*likely, job.key_column, *job.keep]) if column]
+    if likely:
+        raise JobError(f"the input has several columns that could hold the images: {', '.join(likely)}. Set `image_column`.")
+    paths = f"string column of paths ({', '.join(PATH_NAMES)})"
+    what = "column with image bytes (binary, or a struct with `bytes`)" if kind == "parquet" else paths
     has = ", ".join(f"{field.name}: {field.type}" for field in list(schema)[:20])
     named = f" named `{job.image_column}`" if job.image_column else ""
     raise JobError(f"the input has no {what}{named}; it has {has}. Set `image_column`.")
+
+
+def likely_columns(schema: pa.Schema, kind: str, job: Job) -> list[str]:
+    """Where the images, or their paths in a manifest, are: as the job says, or by type and usual names. Several: who knows."""
+    unique = [field for field in schema if schema.get_field_index(field.name) >= 0]
+    fitting = [f.name for f in unique if (_holds_bytes(f.type) if kind == "parquet" else f.type in STRINGS)]
+    if job.image_column:
+        return [name for name in fitting if name == job.image_column]
+    if kind == "parquet":
+        return [name for name in fitting if name.lower() in IMAGE_NAMES] or fitting
+    return [name for name in PATH_NAMES if name in fitting][:1]
 
 
 def kept_schema(shard: Shard, job: Job) -> pa.Schema:
@@ -156,14 +167,17 @@ def _holds_bytes(kind: pa.DataType) -> bool:
 
 def _kind(stream: BinaryIO, shard: Shard) -> str:
     """By content or suffix. The stream stands at its start again."""
-    head = stream.read(64)
+    head = stream.read(512)
     stream.seek(0)
     name = shard.url.lower()
     if shard.kind == "parquet" or head.startswith(b"PAR1") or name.endswith(".parquet"):
         return "parquet"
-    if name.endswith(".csv"):
-        return "csv"
-    return "jsonl" if name.endswith((".jsonl", ".ndjson")) or head.lstrip().startswith(b"{") else "csv"
+    if NO_TEXT.search(head):
+        error = ShardError if name.endswith((".csv", ".jsonl", ".ndjson")) else SourceError  # a bad file, or a bad job
+        what = "is not a manifest (Parquet, CSV or JSONL): its bytes are no UTF-8 text"
+        raise error(f"{shard.url} {what}. Correct `source` or `format`, or replace it.")
+    like_json = head.lstrip().startswith(b"{") and not name.endswith(".csv")
+    return "jsonl" if like_json or name.endswith((".jsonl", ".ndjson")) else "csv"
 
 
 def _csv_records(stream: BinaryIO, url: str) -> Iterator[tuple[int, list[str]]]:
@@ -179,15 +193,12 @@ def _csv_records(stream: BinaryIO, url: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _json_names(stream: BinaryIO, url: str) -> list[str]:
-    names: dict[str, None] = {}
-    damage: ShardError | None = None
+    names, number = dict[str, None](), 0
     for number, line in islice(_json_lines(stream, url), SAMPLE_LINES):
-        try:
+        with suppress(ShardError):  # breaks only the range that holds the line
             names |= dict.fromkeys(printable(name) for name in _json_record(line, number, url))
-        except ShardError as error:  # breaks only the range that holds the line
-            damage = damage or error
-    if damage is not None and not names:
-        raise damage
+    if number and not names:
+        raise ShardError(f"{url}: none of its first {SAMPLE_LINES} lines is a JSON object with fields. Correct or remove it.")
     return list(names)
 
 
@@ -196,13 +207,10 @@ def _json_lines(stream: BinaryIO, url: str) -> Iterator[tuple[int, bytes]]:
 
 
 def _json_record(line: bytes, number: int, url: str) -> dict[str, object]:
-    try:
-        record = json.loads(line)
-        if not isinstance(record, dict):
-            raise ValueError("another value")
-        return record
-    except (ValueError, RecursionError) as error:
-        raise ShardError(f"{url}: line {number} is no JSON object ({error}). Correct or remove the line.") from error
+    with suppress(ValueError, RecursionError):
+        if isinstance(record := json.loads(line), dict):
+            return record
+    raise ShardError(f"{url}: line {number} is not a JSON object. Correct or remove the line.")
 
 
 def _text(value: object) -> str | None:

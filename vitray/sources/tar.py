@@ -8,6 +8,7 @@ a valid checksum, data, the end marker and zeros after it, up to the object's si
 from __future__ import annotations
 
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -24,6 +25,7 @@ IMAGE_EXTENSIONS = frozenset(("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif",
 TEXT_EXTENSIONS = frozenset(("txt", "json", "cls", "caption", "url", "csv", "html", "md", "label"))
 MAX_KEPT_BYTES = 16 << 20
 MAX_EXTENSION_BYTES = 1 << 20  # PAX records or a GNU long name; a real path is under 4 KiB
+START_BYTES = 64 << 20  # what is walked of a tar to tell what is in it: eight GETs of the storage room
 BLOCK = 512
 TAIL_BYTES = 1 << 20
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
@@ -31,48 +33,44 @@ COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb
 
 def read_tar(shard: Shard, job: Job, wanted: Callable[[int], bool]) -> Iterator[Encoded | End]:
     """The samples of a tar in order, then its End. Raises ShardError when it is no tar at all."""
-    total = spare = 0
+    total = 0
     with open_shard(shard) as stream:
         source = _Source(stream, shard.url, shard.size)
         for sample in _samples(source, job, wanted):
             total += 1
-            spare += max(0, sample.images - 1)
+            source.skipped["further images of samples were not used (`image_member` chooses)"] += max(0, sample.images - 1)
             if sample.wanted:
                 yield sample.row(shard.url, job)
-    notes = [source.why] if source.why else []
-    if source.links:
-        notes.append(f"{source.links} links were not followed")
-    if spare:
-        notes.append(f"{spare} further images of samples were not used (`image_member` chooses)")
-    yield End(total, source.truncated_at, "; ".join(notes))
+    notes = [source.why, *(f"{count} {what}" for what, count in source.skipped.items() if count)]
+    yield End(total, source.truncated_at, "; ".join(filter(None, notes)))
 
 
 def kept_schema(shard: Shard, job: Job) -> pa.Schema:
     return pa.schema([(name, pa.string() if _is_text(_extension(name)) else pa.binary()) for name in job.keep])
 
 
-def count_samples(shard: Shard, job: Job, budget: int) -> tuple[int, int]:
-    """(samples, bytes walked) of about the first `budget` bytes; walked equals the shard's size when it was all."""
-    count = 0
-    with open_shard(shard) as stream:
-        source = _Source(stream, shard.url, shard.size)
-        for _ in _samples(source, job, lambda index: False):
-            count += 1
-            if source.at >= budget:
-                return count, source.at
-    return count, shard.size
-
-
-def absent_members(shard: Shard, job: Job, budget: int) -> list[str]:
-    """Which of job.keep no sample in about the first `budget` bytes has; none of them when there is no sample."""
-    seen: set[str] = set()
+def count_samples(shard: Shard, job: Job) -> tuple[int, int, set[str]]:
+    """(samples, bytes walked, extensions) of the start of a tar; walked equals the shard's size when it was all."""
+    count, extensions = 0, set[str]()
     with open_shard(shard) as stream:
         source = _Source(stream, shard.url, shard.size)
         for sample in _samples(source, job, lambda index: False):
-            seen |= sample.extensions.keys()
-            if source.at >= budget:
-                break
-    return [name for name in job.keep if seen and _extension(name) not in seen]
+            count += 1
+            extensions |= sample.extensions.keys()
+            if source.at >= START_BYTES:
+                return count, source.at, extensions
+    return count, shard.size, extensions
+
+
+def absent_members(shard: Shard, job: Job) -> list[str]:
+    """The kept extensions that no sample at the start of a tar has; none for an empty tar and for other kinds.
+
+    Raises ShardError when the tar cannot be read, ObjectChanged, StorageError.
+    """
+    if shard.kind != "tar" or not job.keep:
+        return []
+    samples, _, extensions = count_samples(shard, job)
+    return [name for name in map(_extension, job.keep) if samples and name not in extensions]
 
 
 class _Cut(Exception):
@@ -89,7 +87,7 @@ class _Source:
     at: int = 0
     start: int = 0  # of the member at hand, with its extended headers
     is_tar: bool = False
-    links: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)  # how many of what, for the End's note
     truncated_at: int | None = None
     why: str = ""
 
@@ -147,9 +145,10 @@ def _samples(source: _Source, job: Job, wanted: Callable[[int], bool]) -> Iterat
     sample: _Sample | None = None
     try:
         for member in _members(source):
-            source.links += member.islnk() or member.issym()
             key, extension = _split(member.name)
             if not member.isreg() or not extension:
+                if not member.isdir():
+                    source.skipped[_why_skipped(member)] += 1
                 continue
             # the same extension again is another image of the same name, not a part of this sample
             if sample is None or sample.key != key or extension in sample.extensions:
@@ -167,6 +166,12 @@ def _samples(source: _Source, job: Job, wanted: Callable[[int], bool]) -> Iterat
             source.truncated_at, sample = sample.start, None
     if sample is not None:
         yield sample
+
+
+def _why_skipped(member: tarfile.TarInfo) -> str:
+    if member.isreg():
+        return "members that are hidden or have no extension were skipped"
+    return "links were not followed" if member.islnk() or member.issym() else "special files were skipped"
 
 
 def _split(path: str) -> tuple[str, str]:

@@ -10,43 +10,24 @@ import hashlib
 import os
 import re
 import uuid
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from functools import lru_cache
 
-from vitray.errors import JobError, ObjectChanged, ObjectMissing, StorageError, UnsafeStore
+from vitray.errors import JobError, ObjectMissing, UnsafeStore
 from vitray.storage.local import LocalStore
-from vitray.storage.objects import TMP_PREFIX, ObjectInfo, Store, absolute, is_local
+from vitray.storage.objects import ObjectInfo, Store, absolute, is_local
 from vitray.storage.s3 import S3Store
 
-__all__ = [
-    "TMP_PREFIX",
-    "ObjectInfo",
-    "Store",
-    "absolute",
-    "exists",
-    "expand",
-    "expand_braces",
-    "is_local",
-    "join",
-    "probe",
-    "read",
-    "read_many",
-    "sha256_of",
-    "store_for",
-]
+__all__ = ["ObjectInfo", "absolute", "exists", "expand", "is_local", "join", "probe", "read", "sha256_of", "store_for"]
 
 
 def store_for(url: str) -> Store:
     """The store that a URL names: a path, file:// or s3://."""
-    scheme, _, rest = url.partition("://")
-    if not rest:
-        return _local()
-    if scheme == "file":
-        return _local()
-    if scheme == "s3":
-        return _s3(os.getpid(), tuple(os.environ.get(name, "") for name in _S3_ENVIRONMENT))
-    raise JobError(f"{url}: vitray reads and writes local paths and s3://, not {scheme}://")
+    if is_local(url):
+        return LocalStore()
+    if url.startswith("s3://"):
+        return _s3(os.getpid(), tuple((name, os.environ.get(name)) for name in os.environ if name.startswith("AWS_")))
+    raise JobError(f"{url}: vitray reads and writes local paths and s3://, not {url.partition('://')[0]}://")
 
 
 def join(base: str, *parts: str) -> str:
@@ -56,20 +37,6 @@ def join(base: str, *parts: str) -> str:
 def read(url: str, version: str | None = None) -> bytes:
     with store_for(url).open(url, version) as stream:
         return stream.read()
-
-
-def read_many(urls: list[tuple[str, str | None]], threads: int = 16) -> Iterator[bytes | StorageError]:
-    """The objects in order; one that is missing or changed comes as its error. Holds `threads` objects at a time."""
-
-    def one(item: tuple[str, str | None]) -> bytes | StorageError:
-        try:
-            return read(*item)
-        except (ObjectMissing, ObjectChanged) as error:
-            return error
-
-    with ThreadPoolExecutor(threads) as pool:
-        for start in range(0, len(urls), threads):
-            yield from pool.map(one, urls[start : start + threads])
 
 
 def exists(url: str) -> bool:
@@ -139,25 +106,8 @@ def _hidden(url: str, pattern: str) -> bool:
 _WILD = re.compile(r"[*?\[]")
 
 
-@lru_cache(maxsize=1)
-def _local() -> LocalStore:
-    return LocalStore()
-
-
-_S3_ENVIRONMENT = (
-    "AWS_ENDPOINT_URL",
-    "AWS_ENDPOINT_URL_S3",
-    "AWS_PROFILE",
-    "AWS_ACCESS_KEY_ID",
-    "AWS_SECRET_ACCESS_KEY",
-    "AWS_SESSION_TOKEN",
-    "AWS_REGION",
-    "AWS_DEFAULT_REGION",
-)
-
-
 @lru_cache(maxsize=4)
-def _s3(pid: int, environment: tuple[str, ...]) -> S3Store:
+def _s3(pid: int, environment: tuple[tuple[str, str | None], ...]) -> S3Store:
     """One client a process and account: event loops do not survive a fork."""
     return S3Store()
 

@@ -7,16 +7,16 @@ import errno
 import glob as globbing
 import os
 import stat
-import tempfile
 import time
-from collections.abc import Iterable
-from functools import lru_cache
+import uuid
+from collections.abc import Iterable, Iterator
 from typing import BinaryIO, NoReturn
 
 from vitray.errors import ObjectChanged, ObjectMissing, StorageError, UnsafeStore
 from vitray.storage.objects import TMP_PREFIX, ObjectInfo, absolute
 
 ABANDONED_S = 3600
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
 
 
 class LocalStore:
@@ -24,15 +24,19 @@ class LocalStore:
         root = absolute(prefix)
         if os.path.isfile(root):
             return [self.stat(root)]
-        found = []
-        for folder, folders, names in os.walk(root, onerror=lambda error: _raise_in_walk(error, root)):
-            folders.sort()
-            found += [os.path.join(folder, name) for name in names if not name.startswith(TMP_PREFIX)]
-        return sorted((info for path in found if (info := self._stat_or_none(path))), key=lambda info: info.url)
+        walk = os.walk(root, onerror=lambda error: _raise_in_walk(error, root))
+        paths = (os.path.join(folder, name) for folder, _, names in walk for name in names)
+        return self._infos(path for path in paths if not os.path.basename(path).startswith(TMP_PREFIX))
 
     def glob(self, pattern: str) -> list[ObjectInfo]:
-        paths = globbing.glob(absolute(pattern), recursive=True)
-        return sorted((info for path in paths if (info := self._stat_or_none(path))), key=lambda info: info.url)
+        return self._infos(globbing.iglob(absolute(pattern), recursive=True))
+
+    def _infos(self, paths: Iterable[str]) -> list[ObjectInfo]:
+        found = []
+        for path in paths:
+            with contextlib.suppress(ObjectMissing):  # a folder, or deleted since it was listed
+                found.append(self.stat(path))
+        return sorted(found, key=lambda info: info.url)
 
     def stat(self, url: str) -> ObjectInfo:
         path = absolute(url)
@@ -43,12 +47,6 @@ class LocalStore:
         if stat.S_ISDIR(status.st_mode):
             raise ObjectMissing(f"{path} does not exist as a file: it is a folder")
         return ObjectInfo(path, status.st_size, f"{status.st_size}-{status.st_mtime_ns}")
-
-    def _stat_or_none(self, path: str) -> ObjectInfo | None:
-        try:
-            return self.stat(path)
-        except ObjectMissing:  # a folder, or deleted since it was listed
-            return None
 
     def open(self, url: str, version: str | None = None) -> BinaryIO:
         path = absolute(url)
@@ -61,46 +59,24 @@ class LocalStore:
 
     def create(self, url: str, data: bytes, metadata: dict[str, str] | None = None) -> bool:
         path = absolute(url)
-        temporary = self._write_temporary(path, data)
-        try:
-            os.link(temporary, path)
-            _fsync_directory(os.path.dirname(path))
-        except FileExistsError:
-            return False
-        except OSError as error:
-            if error.errno in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS):
+        with _temporary(path, data) as temporary:
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno not in NO_LINKS:
+                    raise
                 raise UnsafeStore(
                     f"{path}: this file system has no hard links ({error.strerror}), which an atomic commit needs. "
                     "Put `out` on a local disk (ext4, xfs, btrfs, zfs), on NFS, or on s3://."
                 ) from error
-            _raise_local(error, path)
-        finally:
-            os.unlink(temporary)
         return True
 
     def replace(self, url: str, data: bytes) -> None:
         path = absolute(url)
-        temporary = self._write_temporary(path, data)
-        try:
+        with _temporary(path, data) as temporary:
             os.replace(temporary, path)
-            _fsync_directory(os.path.dirname(path))
-        except OSError as error:
-            _raise_local(error, path)
-
-    def _write_temporary(self, path: str, data: bytes) -> str:
-        temporary = ""
-        try:
-            descriptor, temporary = _new_file(os.path.dirname(path))
-            os.fchmod(descriptor, 0o666 & ~_umask())
-            with os.fdopen(descriptor, "wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-        except OSError as error:
-            if temporary:
-                os.unlink(temporary)
-            _raise_local(error, path)
-        return temporary
 
     def abandoned(self, prefix: str) -> list[str]:
         walk = os.walk(absolute(prefix))
@@ -114,20 +90,39 @@ class LocalStore:
     def delete(self, urls: Iterable[str]) -> None:
         for url in urls:
             try:
-                os.unlink(absolute(url))
-            except FileNotFoundError:
-                pass
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(absolute(url))
             except OSError as error:
                 _raise_local(error, url)
 
 
-def _new_file(folder: str) -> tuple[int, str]:
+@contextlib.contextmanager
+def _temporary(path: str, data: bytes) -> Iterator[str]:
+    """A file beside the path that holds the data, to be linked or moved there; it is gone at the end, the rest on the disk."""
+    folder = os.path.dirname(path)
+    temporary = os.path.join(folder, TMP_PREFIX + uuid.uuid4().hex)
+    try:
+        with _new_file(temporary) as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        yield temporary
+        _fsync_directory(folder)
+    except OSError as error:
+        _raise_local(error, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+
+
+def _new_file(path: str) -> BinaryIO:
+    folder = os.path.dirname(path)
     for _ in range(2):  # another run may remove the folder, when it is empty, between the two calls or inside the first
         with contextlib.suppress(FileNotFoundError, FileExistsError):
             os.makedirs(folder, exist_ok=True)
-            return tempfile.mkstemp(prefix=TMP_PREFIX, dir=folder)
+            return open(path, "xb")
     os.makedirs(folder, exist_ok=True)
-    return tempfile.mkstemp(prefix=TMP_PREFIX, dir=folder)
+    return open(path, "xb")
 
 
 def _raise_in_walk(error: OSError, root: str) -> None:
@@ -150,13 +145,6 @@ def _raise_local(error: OSError, path: str) -> NoReturn:
         errno.EROFS: "The file system is read-only: choose another `out`.",
     }.get(error.errno or 0, "Check the path and the disk.")
     raise StorageError(f"{path}: {error.strerror}. {step}") from error
-
-
-@lru_cache(maxsize=1)
-def _umask() -> int:
-    value = os.umask(0o022)
-    os.umask(value)
-    return value
 
 
 def _fsync_directory(path: str) -> None:

@@ -30,7 +30,6 @@ class Store(Protocol):
 
     def find(self, prefix: str) -> list[ObjectInfo]:
         """Every object under a prefix (a directory or one object), in the order of URLs."""
-        ...
 
     def glob(self, pattern: str) -> list[ObjectInfo]: ...
 
@@ -38,11 +37,9 @@ class Store(Protocol):
 
     def open(self, url: str, version: str | None = None) -> BinaryIO:
         """A seekable stream of bounded memory. Raises ObjectChanged when it is not (or no longer) that version."""
-        ...
 
     def create(self, url: str, data: bytes, metadata: dict[str, str] | None = None) -> bool:
         """Make an object exist, whole or not at all. False: refused, something is there (perhaps by a lost answer: look)."""
-        ...
 
     def replace(self, url: str, data: bytes) -> None: ...
 
@@ -50,11 +47,9 @@ class Store(Protocol):
 
     def abandoned(self, prefix: str) -> list[str]:
         """Half-written files that a killed process left, an hour old or more. None can exist on S3."""
-        ...
 
     def delete_folder(self, url: str) -> None:
         """Remove a folder if it is empty, where folders exist."""
-        ...
 
 
 def is_local(url: str) -> bool:

@@ -8,15 +8,16 @@ from __future__ import annotations
 import asyncio
 import io
 import os
-from collections.abc import Callable, Iterable
-from functools import partial
+import re
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, BinaryIO, NoReturn, cast
 
-from vitray.errors import ObjectChanged, ObjectMissing, StorageError
+from vitray.errors import JobError, ObjectChanged, ObjectMissing, StorageError
 from vitray.storage.objects import ObjectInfo, reason, retrying
 
 CALL_TIMEOUT_S = 120.0
 READ_BLOCK_BYTES = 8 << 20
+BAD_CONFIG = ("ProfileNotFound", "ConfigParseError")  # botocore's names of what is wrong in ~/.aws/config
 MAX_OBJECT_BYTES = 5 << 30  # one PUT; conditional multipart is not safe on every store
 
 
@@ -27,7 +28,7 @@ class S3Store:
         self._fs = s3fs.S3FileSystem(
             use_listings_cache=False,
             skip_instance_cache=True,
-            endpoint_url=os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"),
+            endpoint_url=_endpoint(),
             config_kwargs={
                 # attempts are counted in retrying() alone: layers of retries multiply
                 "retries": {"total_max_attempts": 1},
@@ -42,25 +43,30 @@ class S3Store:
 
     def find(self, prefix: str) -> list[ObjectInfo]:
         found = self._call(prefix, lambda: self._fs.find(_key(prefix), detail=True))
-        return _infos(found or self._nothing_in(prefix))
+        return _infos(found) or self._nothing_in(prefix)
 
     def glob(self, pattern: str) -> list[ObjectInfo]:
         found = self._call(pattern, lambda: self._fs.glob(_key(pattern), detail=True))
-        return _infos(found or self._nothing_in(pattern))
-
-    def _nothing_in(self, url: str) -> dict[str, dict[str, Any]]:
-        """Nothing, of a bucket that answers: s3fs lists a missing one as empty."""
-        bucket = _key(url).split("/")[0]
-        try:
-            self._call(f"s3://{bucket}", lambda: self._fs.call_s3("head_bucket", Bucket=bucket))
-        except ObjectMissing as error:  # the answer to a HEAD carries no code
-            raise _no_bucket(url) from error
-        return {}
+        return _infos(found) or self._nothing_in(pattern)
 
     def stat(self, url: str) -> ObjectInfo:
-        bucket, _, key = _key(url).partition("/")
-        head = self._call(url, lambda: self._fs.call_s3("head_object", Bucket=bucket, Key=key))
+        try:
+            head = self._request("head_object", url)
+        except ObjectMissing:
+            self._nothing_in(url)
+            raise
         return ObjectInfo(url, int(head["ContentLength"]), head["ETag"].strip('"'))
+
+    def _nothing_in(self, url: str) -> list[ObjectInfo]:
+        """Nothing, of a bucket that is there: s3fs lists a missing one as empty, and the answer to a HEAD carries no code."""
+        try:
+            self._request("head_bucket", f"s3://{_key(url).split('/')[0]}")
+        except ObjectMissing as error:
+            raise _no_bucket(url) from error
+        except StorageError as error:
+            if _answer(error)[0] != 403:  # a policy may allow a prefix and not its bucket
+                raise
+        return []
 
     def open(self, url: str, version: str | None = None) -> BinaryIO:
         info = self.stat(url)
@@ -72,11 +78,10 @@ class S3Store:
         if stop <= start:
             return b""
         bucket, _, key = _key(info.url).partition("/")
+        span = f"bytes={start}-{stop - 1}"
 
         async def get() -> bytes:
-            answer = await self._fs._call_s3(
-                "get_object", Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}", IfMatch=info.version
-            )
+            answer = await self._fs._call_s3("get_object", Bucket=bucket, Key=key, Range=span, IfMatch=info.version)
             async with answer["Body"] as body:
                 data: bytes = await body.read()
             if len(data) != stop - start:
@@ -84,7 +89,7 @@ class S3Store:
             return data
 
         try:
-            return cast(bytes, self._call(info.url, lambda: self._sync(get)))
+            return cast(bytes, self._call(info.url, lambda: self._sync(get())))
         except FileExistsError as error:
             raise ObjectChanged(f"{info.url} changed while it was read") from error
 
@@ -101,13 +106,8 @@ class S3Store:
     def _put(self, url: str, data: bytes, **conditions: object) -> None:
         if len(data) > MAX_OBJECT_BYTES:
             raise StorageError(f"{url}: {len(data)} bytes do not fit one PUT (5 GB). Use smaller shards or fewer embeddings.")
-        bucket, _, key = _key(url).partition("/")
-
-        async def put() -> None:
-            await self._fs._call_s3("put_object", Bucket=bucket, Key=key, Body=data, **conditions)
-
         # 4 MB/s is slow enough for any link that can feed a GPU
-        self._call(url, lambda: self._sync(put, CALL_TIMEOUT_S + len(data) / 4e6))
+        self._request("put_object", url, CALL_TIMEOUT_S + len(data) / 4e6, Body=data, **conditions)
 
     def abandoned(self, prefix: str) -> list[str]:
         return []
@@ -117,18 +117,18 @@ class S3Store:
 
     def delete(self, urls: Iterable[str]) -> None:
         for url in urls:
-            self._call(url, partial(self._delete, *_key(url).partition("/")[::2]))
+            self._request("delete_object", url)
 
-    def _delete(self, bucket: str, key: str) -> None:
-        self._fs.call_s3("delete_object", Bucket=bucket, Key=key)
+    def _request(self, method: str, url: str, timeout_s: float = CALL_TIMEOUT_S, **arguments: object) -> Any:
+        """The store's answer about the object, or the bucket, that the URL names."""
+        bucket, _, key = _key(url).partition("/")
+        where = {"Bucket": bucket, "Key": key} if key else {"Bucket": bucket}
+        return self._call(url, lambda: self._sync(self._fs._call_s3(method, **where, **arguments), timeout_s))
 
-    def _sync(self, work: Callable[[], Any], timeout_s: float = CALL_TIMEOUT_S) -> Any:
+    def _sync(self, work: Coroutine[Any, Any, Any], timeout_s: float = CALL_TIMEOUT_S) -> Any:
         from fsspec.asyn import sync
 
-        async def bounded() -> Any:
-            return await asyncio.wait_for(work(), timeout_s)
-
-        return sync(self._fs.loop, bounded)
+        return sync(self._fs.loop, asyncio.wait_for, work, timeout_s)
 
     def _call(self, url: str, call: Callable[[], Any]) -> Any:
         try:
@@ -160,17 +160,26 @@ class _RangeReader(io.RawIOBase):
 
     def readall(self) -> bytes:
         # the one inherited asks for 8 kB at a time
-        parts = []
-        while data := self._store.read_range(self._info, self._at, min(self._at + READ_BLOCK_BYTES, self._info.size)):
-            self._at += len(data)
-            parts.append(data)
-        return b"".join(parts)
+        return b"".join(iter(lambda: self._next(READ_BLOCK_BYTES), b""))
 
     def readinto(self, buffer: Any) -> int:
-        data = self._store.read_range(self._info, self._at, min(self._at + len(buffer), self._info.size))
+        data = self._next(len(buffer))
         buffer[: len(data)] = data
-        self._at += len(data)
         return len(data)
+
+    def _next(self, count: int) -> bytes:
+        data = self._store.read_range(self._info, self._at, min(self._at + count, self._info.size))
+        self._at += len(data)
+        return data
+
+
+def _endpoint() -> str | None:
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
+        if value := os.environ.get(name):
+            if not re.fullmatch(r"https?://[^\s/]+\S*", value, re.IGNORECASE):
+                raise JobError(f"{name} is {value!r}: write http://host:port or https://host.")
+            return value
+    return None
 
 
 def _key(url: str) -> str:
@@ -201,7 +210,7 @@ def _is_transient(error: Exception) -> bool:
     if status:
         return status >= 500 or status in (408, 409, 429) or code in ("SlowDown", "RequestTimeout", "XAmzContentSHA256Mismatch")
     name = type(error).__module__.split(".")[0]
-    if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError", "ProfileNotFound"):
+    if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError", *BAD_CONFIG):
         return False
     return isinstance(error, (ConnectionError, TimeoutError, asyncio.TimeoutError)) or name in ("aiohttp", "botocore", "fsspec")
 
@@ -218,7 +227,9 @@ def _raise_s3(error: Exception, url: str) -> NoReturn:
         raise StorageError(
             f"{url}: access refused ({code or reason(error)}). Check AWS_PROFILE or AWS_ACCESS_KEY_ID and the bucket's policy."
         ) from error
-    raise StorageError(f"{url}: {reason(error)}") from error
+    mine = type(error).__name__ in BAD_CONFIG
+    step = "~/.aws/config, or unset AWS_PROFILE" if mine else "the URL, AWS_REGION and AWS_ENDPOINT_URL"
+    raise StorageError(f"{url}: {reason(error).rstrip('.')}. Check {step}.") from error
 
 
 def _no_bucket(url: str) -> StorageError:
