@@ -20,6 +20,7 @@ from typing import Any
 
 import boto3
 import duckdb
+import hand_made
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -61,28 +62,12 @@ from vitray.dataset import (
 )
 from vitray.errors import CommitError, FingerprintError, JobError, ObjectChanged, SourceError, StorageError
 from vitray.job import Job, make_job
-from vitray.schema import ERROR_SCHEMA, End, ModelFacts, PixelSpec, Shard, VectorColumn, content_hash, short_hash
+from vitray.schema import ERROR_SCHEMA, End, ModelFacts, Shard, VectorColumn, content_hash, short_hash
 from vitray.storage import exists, is_local, join, store_for
 from vitray.storage import read as read_object
 
-D = 8
-PIXELS = PixelSpec((8, 8), 2, None, 1 / 255, (0.5, 0.5, 0.5), (0.1, 0.2, 0.3))
-FACTS = ModelFacts(
-    model="tests/drawn",
-    revision="c0ffee",
-    weights_sha256="ab" * 32,
-    family="vit",
-    labels=("cat", "dog", "eel"),
-    multi_label=False,
-    dimension=D,
-    layers=2,
-    prefix_tokens=1,
-    has_cls=True,
-    pixels=PIXELS,
-    precision="fp32",
-    engine="torch-cpu",
-    batch_size=4,
-)
+FACTS = replace(hand_made.facts_of("tests/drawn"), revision="c0ffee")
+D = FACTS.dimension
 VECTOR = VectorColumn("embedding", D, None, "cls", False, "float32")
 KEPT = pa.schema([("caption", pa.string()), ("stars", pa.int16())])
 NOW = "2026-01-01T00:00:00Z"
@@ -228,7 +213,7 @@ def test_no_dataset_is_none(out: str) -> None:
 CHANGES: dict[str, Callable[[str], tuple[Job, ModelFacts, list[VectorColumn], pa.Schema]]] = {
     "weights": lambda out: (job_for(out), replace(FACTS, weights_sha256="cd" * 32), [VECTOR], pa.schema([])),
     "labels": lambda out: (job_for(out), replace(FACTS, labels=("cat", "dog", "fox")), [VECTOR], pa.schema([])),
-    "processor": lambda out: (job_for(out), replace(FACTS, pixels=replace(PIXELS, resample=3)), [VECTOR], pa.schema([])),
+    "processor": lambda out: (job_for(out), replace(FACTS, pixels=replace(FACTS.pixels, resample=2)), [VECTOR], pa.schema([])),
     "embeddings": lambda out: (job_for(out), FACTS, [replace(VECTOR, pool="mean")], pa.schema([])),
     "top_k": lambda out: (job_for(out, top_k=3), FACTS, [VECTOR], pa.schema([])),
     "keep": lambda out: (job_for(out, keep=["caption"]), FACTS, [VECTOR], pa.schema([("caption", pa.string())])),
@@ -414,6 +399,16 @@ def test_a_fragment_beyond_the_end_does_not_block_the_shard(local_out: str) -> N
     assert done is not None and done.rows == 6
 
 
+def test_a_fragment_apart_behind_the_end_is_not_committed(local_out: str) -> None:
+    dataset, shard = make(local_out), input_shard(local_out)
+    write_fragment(dataset, shard.id, (12, 16), rows_of(dataset, shard.id, range(12, 16)), errors_of(shard.id, {}))
+    stage(dataset, shard, 8)  # the reader that died had decoded 12-16 before 8-12
+    assert not staged(dataset, shard.id).tiles() and commit_shard(dataset, shard) is None
+    assert staged_whole(dataset, shard.id).tiles()
+    done = commit_shard(dataset, shard)
+    assert done is not None and done.rows == 8 and data_table(dataset, shard)["index"].to_pylist() == list(range(8))
+
+
 # ---- commit
 
 
@@ -454,11 +449,11 @@ def test_footer_and_object_metadata_say_the_same(root: str) -> None:
         "rows_sha256": digest.hexdigest(),
         "model": "tests/drawn",
         "revision": "c0ffee",
-        "weights_sha256": "ab" * 32,
-        "id2label_sha256": hashlib.sha256(b"cat\0dog\0eel").hexdigest(),
-        "dimension": "8",
+        "weights_sha256": "7" * 64,
+        "id2label_sha256": hashlib.sha256(b"cat\0dog\0emu").hexdigest(),
+        "dimension": "4",
         "precision": "fp32",
-        "engine": "torch-cpu",
+        "engine": "torch",
         "decode": "exact",
     }
     assert {name: marks[f"vitray.{name}"] for name in expected} == expected and len(marks["vitray.write_id"]) == 32

@@ -45,7 +45,7 @@ ONLY_IN = {  # a module, and the beginnings of the paths that may import it
 NEVER_CALLED = {"eval", "exec", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system", "os.popen", "torch.load"}
 NEVER_TRUE = {"trust_remote_code", "shell", "allow_pickle"}
 FILE_LINES = 400
-BUDGET = {"core": 3720, "models": 800, "operating": 1500}  # lines of code; the contract says 3,000 for core: see DECISIONS.md
+BUDGET = {"core": 3640, "models": 800, "operating": 1500}  # lines of code; the contract says 3,000 for core: see DECISIONS.md
 HELP_S = 1.0
 HEAVY = "{'torch', 'ray', 'transformers'}"
 
@@ -237,13 +237,16 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 def run_light(*argv: str) -> str:
     """vitray.cli.main in a fresh interpreter, which must not have imported anything heavy nor left a thread; returns what it printed."""
     code = (
-        "import os, sys, numpy, pyarrow.parquet\nfrom vitray.cli import main\n"
-        "started = len(os.listdir('/proc/self/task'))\n"
+        "import pathlib, sys, numpy, pyarrow.parquet\nfrom vitray.cli import main\n"
+        # jemalloc starts a thread of its own when it likes
+        "def threads():\n    names = [path.read_text() for path in pathlib.Path('/proc/self/task').glob('*/comm')]\n"
+        "    return sum('jemalloc' not in name for name in names)\n"
+        "started = threads()\n"
         f"sys.argv = ['vitray', *{argv!r}]\n"
         "try:\n    main()\nexcept SystemExit as stop:\n    assert stop.code == 0, stop.code\n"
         f"heavy = {HEAVY} & set(sys.modules)\nassert not heavy, heavy\n"
         # a thread of pyarrow's pool that holds a Python buffer at exit aborts the process
-        "left = len(os.listdir('/proc/self/task')) - started\nassert left <= 0, f'{left} threads left'"
+        "left = threads() - started\nassert left <= 0, f'{left} threads left'"
     )
     return python("-c", code).stdout
 

@@ -29,12 +29,11 @@ REASONS = {
     "path_not_allowed": "a manifest path outside the allowed prefixes",
 }
 
+# which image a row is about, good or bad
+_IMAGE = list(pa.schema([("key", pa.string()), ("shard", pa.string()), ("index", pa.int32()), ("uri", pa.string())]))
 ERROR_SCHEMA = pa.schema(
     [
-        ("key", pa.string()),
-        ("shard", pa.string()),
-        ("index", pa.int32()),
-        ("uri", pa.string()),
+        *_IMAGE,
         ("reason", pa.string()),
         ("message", pa.string()),
         ("content_hash", pa.binary(16)),
@@ -43,10 +42,7 @@ ERROR_SCHEMA = pa.schema(
 )
 
 DECODED_FIELDS = [
-    pa.field("key", pa.string()),
-    pa.field("shard", pa.string()),
-    pa.field("index", pa.int32()),
-    pa.field("uri", pa.string()),
+    *_IMAGE,
     pa.field("width", pa.int32()),
     pa.field("height", pa.int32()),
     pa.field("format", pa.dictionary(pa.int8(), pa.string())),
@@ -227,9 +223,8 @@ def short_hash(text: str, digits: int = 10) -> str:
 def ipc_bytes(table: pa.Table, compression: str | None = None) -> bytes:
     """One table as an Arrow IPC stream."""
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(
-        sink, table.schema, options=pa.ipc.IpcWriteOptions(compression=compression, use_threads=False)
-    ) as writer:
+    options = pa.ipc.IpcWriteOptions(compression=compression, use_threads=False)
+    with pa.ipc.new_stream(sink, table.schema, options=options) as writer:
         writer.write_table(table)
     return bytes(sink.getvalue().to_pybytes())
 

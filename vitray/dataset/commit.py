@@ -10,18 +10,17 @@ import base64
 import hashlib
 import json
 import logging
-import os
 import re
 import tempfile
 import uuid
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from vitray.dataset.files import parquet_bytes
 from vitray.dataset.identity import DECODE_MODE, Dataset
 from vitray.dataset.staging import Staged, drop_staging, read_fragment, staged
 from vitray.errors import CommitError, ObjectChanged, ObjectMissing, StorageError
@@ -33,6 +32,8 @@ log = logging.getLogger(__name__)
 
 ROW_GROUP_ROWS = 16_384  # 50 MB of a 768-float vector: small enough for a laptop, large enough for a scan
 DIGEST_ROWS = 1024
+_TEXTS = ("write_id", "fingerprint", "shard", "url", "source_version", "rows_sha256")  # of a Footer, the same in the file
+_FACTS = ("model", "revision", "weights_sha256", "dimension", "precision", "engine")  # of ModelFacts
 _IN_HEADER = re.compile(r"[!-~]{1,64}")  # object metadata are HTTP headers: visible ASCII, 2 kB in all
 
 
@@ -75,15 +76,12 @@ def commit_shard(dataset: Dataset, shard: Shard) -> Commit | None:
     Raises CommitError when a file is there that this job could not have written, ObjectChanged when the input is no
     longer the planned version.
     """
-    footer = _look(dataset, shard.id)
-    adopted = footer is not None
+    footer, adopted = _look(dataset, shard.id), True
     if footer is None:
-        made = _make(dataset, shard)
-        # nothing to make it from: another run may have finished this shard and cleaned up meanwhile
-        footer, adopted = made or (_look(dataset, shard.id), True)
-        if footer is None:
-            return None
-    _require_adoptable(dataset, shard.id, footer)
+        # when there is nothing to make it from, another run may have finished this shard and cleaned up meanwhile
+        footer, adopted = _make(dataset, shard) or (_look(dataset, shard.id), True)
+    if footer is None:
+        return None
     repair_errors(dataset, footer)
     drop_staging(dataset, shard.id)
     return Commit(shard.id, footer.rows, footer.errors, footer.reasons, footer.truncated_at, adopted)
@@ -102,30 +100,22 @@ def read_footer(url: str) -> Footer:
         raise CommitError(f"{url} is not a data file of vitray ({what}). Move it away and run again.") from error
 
 
-def read_table(source: Any, columns: Sequence[str] | None = None) -> pa.Table:
-    """A Parquet file as a table, read by this thread alone. source: a stream or a pa.BufferReader.
-
-    A thread of pyarrow's pool that still holds a Python buffer when the interpreter ends aborts the process.
-    """
-    return pq.ParquetFile(source, pre_buffer=False).read(columns=columns and list(columns), use_threads=False)
-
-
 def repair_errors(dataset: Dataset, footer: Footer) -> None:
     """Write errors/<shard>.parquet from what the data file carries, when it has errors."""
     if footer.errors:
-        sink = pa.BufferOutputStream()
-        pq.write_table(footer.error_rows, sink, compression="zstd")
-        store_for(dataset.out).replace(dataset.errors_url(footer.shard), sink.getvalue().to_pybytes())
+        store_for(dataset.out).replace(dataset.errors_url(footer.shard), parquet_bytes(footer.error_rows))
 
 
 class RowsDigest:
     """SHA-256 of rows, the same however they are cut into tables, row groups or dictionaries, and read back from Parquet."""
 
     def __init__(self) -> None:
+        self.rows = 0
         self._digest = hashlib.sha256()
         self._held: pa.Table | None = None
 
     def add(self, table: pa.Table) -> None:
+        self.rows += table.num_rows
         table = _plain(table.replace_schema_metadata(None))
         held = table if self._held is None else pa.concat_tables([self._held, table])
         while held.num_rows >= DIGEST_ROWS:
@@ -156,26 +146,24 @@ def _canonical(table: pa.Table) -> bytes:
 
 
 def _look(dataset: Dataset, shard_id: str) -> Footer | None:
+    """The footer of the shard's data file, None when there is none. Raises CommitError when this job did not make it."""
     try:
-        return read_footer(dataset.data_url(shard_id))
+        footer = read_footer(dataset.data_url(shard_id))
     except ObjectMissing:
         return None
-
-
-def _require_adoptable(dataset: Dataset, shard_id: str, footer: Footer) -> None:
     if footer.fingerprint != dataset.fingerprint or footer.shard != shard_id:
         raise CommitError(
             f"{dataset.data_url(shard_id)} exists with fingerprint {footer.fingerprint[:8]}… (this job: "
             f"{dataset.fingerprint[:8]}…). Choose another `out`, or move that file away."
         )
+    return footer
 
 
 def _make(dataset: Dataset, shard: Shard) -> tuple[Footer, bool] | None:
     """The data file's footer, and whether another run made it. None: fragments are missing, or were while we read."""
     there = staged(dataset, shard.id)
-    if len(there.ends) > 1:
+    if len(there.ends) > 1:  # its readers disagreed: start anew
         drop_staging(dataset, shard.id)
-        return None
     if not there.tiles():
         return None
     _require_same_input(shard)
@@ -187,11 +175,9 @@ def _make(dataset: Dataset, shard: Shard) -> tuple[Footer, bool] | None:
 
 def _require_same_input(shard: Shard) -> None:
     """The input once more. Members of a group on S3 were read with If-Match, so their rows are true to the version."""
-    planned = (
-        [(m.url, m.version) for m in shard.members if m.size >= 0] if shard.kind == "files" else [(shard.url, shard.version)]
-    )
-    if shard.kind == "files" and not is_local(shard.url):
-        return
+    planned = [(shard.url, shard.version)]
+    if shard.kind == "files":
+        planned = [(m.url, m.version) for m in shard.members if m.size >= 0] if is_local(shard.url) else []
     for url, version in planned:
         try:
             same = store_for(url).stat(url).version == version
@@ -202,13 +188,12 @@ def _require_same_input(shard: Shard) -> None:
 
 
 def _write(dataset: Dataset, shard: Shard, there: Staged) -> tuple[Footer, bool]:
-    write_id, end = uuid.uuid4().hex, there.ends[0]
+    url = dataset.data_url(shard.id)
     with tempfile.TemporaryDirectory(prefix="vitray-") as scratch:
-        path = os.path.join(scratch, "data.parquet")
+        path = Path(scratch, "data.parquet")
         try:
-            marks = _write_parquet(dataset, shard, end, there, write_id, path)
-            with open(path, "rb") as stream:
-                data = stream.read()
+            marks = _write_parquet(dataset, shard, there, path)
+            data = path.read_bytes()
         except OSError as error:
             raise StorageError(f"scratch disk {tempfile.gettempdir()}: {error}. Free space there or set TMPDIR.") from error
     metadata = {k.replace("vitray.", "vitray-").replace("_", "-"): v for k, v in marks.items() if _IN_HEADER.fullmatch(v)}
@@ -216,19 +201,18 @@ def _write(dataset: Dataset, shard: Shard, there: Staged) -> tuple[Footer, bool]
     mine = _footer(marks)
     lost: StorageError | None = None
     try:
-        if store_for(dataset.out).create(dataset.data_url(shard.id), data, metadata):
+        if store_for(url).create(url, data, metadata):
             return mine, False
     except StorageError as error:
         lost = error  # the answer may be what was lost: look
     winner = _look(dataset, shard.id)
     if winner is None:
-        raise lost or CommitError(f"{dataset.data_url(shard.id)}: the create was refused but nothing is there. Run again.")
-    if winner.write_id == write_id:
+        raise lost or CommitError(f"{url}: the create was refused but nothing is there. Run again.")
+    if winner.write_id == mine.write_id:
         return mine, False
-    _require_adoptable(dataset, shard.id, winner)
     if (winner.total, winner.truncated_at) != (mine.total, mine.truncated_at):
         raise CommitError(
-            f"{dataset.data_url(shard.id)}: another run committed {winner.total} images (cut at {winner.truncated_at}), "
+            f"{url}: another run committed {winner.total} images (cut at {winner.truncated_at}), "
             f"this one saw {mine.total} (cut at {mine.truncated_at}). Check the input, then `vitray redo --shard {shard.id}`."
         )
     if winner.errors != mine.errors:
@@ -236,13 +220,10 @@ def _write(dataset: Dataset, shard: Shard, there: Staged) -> tuple[Footer, bool]
     return winner, True
 
 
-def _write_parquet(dataset: Dataset, shard: Shard, end: End, there: Staged, write_id: str, path: str) -> dict[str, str]:
-    schema = dataset.schema
-    vectors = {v.column for v in dataset.vectors}
-    errors: list[pa.Table] = []
-    held: list[pa.Table] = []
-    written: list[int] = []
-    digest = RowsDigest()
+def _write_parquet(dataset: Dataset, shard: Shard, there: Staged, path: Path) -> dict[str, str]:
+    """What the file's footer says, as text."""
+    schema, vectors = dataset.schema, {v.column for v in dataset.vectors}
+    held, errors, digest = list[pa.Table](), list[pa.Table](), RowsDigest()
     with pq.ParquetWriter(
         path,
         schema,
@@ -250,77 +231,53 @@ def _write_parquet(dataset: Dataset, shard: Shard, end: End, there: Staged, writ
         use_dictionary=[f.name for f in schema if f.name not in vectors and not pa.types.is_nested(f.type)],
         use_byte_stream_split=[f"{name}.list.element" for name in vectors],
     ) as writer:
-
-        def flush() -> None:
-            if held:
-                writer.write_table(pa.concat_tables(held), row_group_size=ROW_GROUP_ROWS)
-                held.clear()
-
         for start, stop in there.ranges():
             fragment = read_fragment(dataset, shard.id, start, stop)
             if fragment is None:
                 raise CommitError(f"{shard.id}: fragment {start}-{stop} is damaged. Run again; it is made anew.")
-            rows = fragment[0].select(schema.names).cast(schema)
+            held.append(fragment[0].select(schema.names).cast(schema))
             errors.append(fragment[1])
-            held.append(rows)
-            written.append(rows.num_rows)
-            digest.add(rows)
+            digest.add(held[-1])
             if sum(t.num_rows for t in held) >= ROW_GROUP_ROWS:
-                flush()
-        flush()
-        bad = pa.concat_tables(errors) if errors else None
-        marks = _marks(dataset, shard, end, sum(written), bad, write_id, digest.hexdigest())
+                writer.write_table(pa.concat_tables(held), row_group_size=ROW_GROUP_ROWS)
+                held.clear()
+        if held:
+            writer.write_table(pa.concat_tables(held), row_group_size=ROW_GROUP_ROWS)
+        bad = pa.concat_tables(errors or [ERROR_SCHEMA.empty_table()])
+        marks = _marks(dataset, shard, there.ends[0], digest, bad)
         writer.add_key_value_metadata(marks)
     return marks
 
 
-def _marks(
-    dataset: Dataset, shard: Shard, end: End, rows: int, errors: pa.Table | None, write_id: str, digest: str
-) -> dict[str, str]:
-    count = 0 if errors is None else errors.num_rows
+def _marks(dataset: Dataset, shard: Shard, end: End, digest: RowsDigest, errors: pa.Table) -> dict[str, str]:
     marks = {
-        "write_id": write_id,
+        "write_id": uuid.uuid4().hex,
         "fingerprint": dataset.fingerprint,
         "shard": shard.id,
         "url": shard.url,
         "source_version": shard.version,
-        "rows": str(rows),
-        "errors": str(count),
-        "truncated_at": "" if end.truncated_at is None else str(end.truncated_at),
-        "rows_sha256": digest,
-        "reasons": json.dumps({} if errors is None else _counts(errors)),
+        "rows": digest.rows,
+        "errors": errors.num_rows,
+        "truncated_at": end.truncated_at,
+        "rows_sha256": digest.hexdigest(),
+        "reasons": json.dumps({item["values"]: item["counts"] for item in pc.value_counts(errors["reason"]).to_pylist()}),
         # base64: footer values are text to other readers of Parquet
-        "error_rows": base64.b64encode(ipc_bytes(errors, "zstd")).decode() if errors is not None and count else "",
-        "model": dataset.facts.model,
-        "revision": dataset.facts.revision or "",
-        "weights_sha256": dataset.facts.weights_sha256,
+        "error_rows": base64.b64encode(ipc_bytes(errors, "zstd")).decode() if errors.num_rows else "",
+        **{name: getattr(dataset.facts, name) for name in _FACTS},
         "id2label_sha256": dataset.facts.labels_sha256(),
-        "dimension": str(dataset.facts.dimension),
-        "precision": dataset.facts.precision,
-        "engine": dataset.facts.engine,
         "decode": DECODE_MODE,
         "version": __version__,
     }
-    return {f"vitray.{name}": value for name, value in marks.items()}
-
-
-def _counts(errors: pa.Table) -> dict[str, int]:
-    return {item["values"]: item["counts"] for item in pc.value_counts(errors["reason"]).to_pylist()}
+    return {f"vitray.{name}": "" if value is None else str(value) for name, value in marks.items()}
 
 
 def _footer(marks: dict[str, str]) -> Footer:
     get = {name.removeprefix("vitray."): value for name, value in marks.items()}
-    bad = ipc_table(base64.b64decode(get["error_rows"])) if get["error_rows"] else ERROR_SCHEMA.empty_table()
     return Footer(
-        write_id=get["write_id"],
-        fingerprint=get["fingerprint"],
-        shard=get["shard"],
-        url=get["url"],
-        source_version=get["source_version"],
+        **{name: get[name] for name in _TEXTS},
         rows=int(get["rows"]),
         errors=int(get["errors"]),
         truncated_at=int(get["truncated_at"]) if get["truncated_at"] else None,
-        rows_sha256=get["rows_sha256"],
         reasons=json.loads(get["reasons"]),
-        error_rows=bad,
+        error_rows=ipc_table(base64.b64decode(get["error_rows"])) if get["error_rows"] else ERROR_SCHEMA.empty_table(),
     )

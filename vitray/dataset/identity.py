@@ -18,6 +18,8 @@ from vitray.schema import SCHEMA_VERSION, DecodeSpec, ModelFacts, PixelSpec, Vec
 from vitray.storage import absolute, join, read
 
 DECODE_MODE = "exact"
+# of the job, as they are; of the others some do not count, or count as what was resolved from them
+DECIDING_FIELDS = ("formats", "max_pixels", "background", "image_member", "image_column", "key_column", "allow")
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,7 @@ class Dataset:
             "precision": self.facts.precision,
             "engine": self.facts.engine,
             "decode": DECODE_MODE,
-            "formats": list(self.job.formats),
-            "max_pixels": self.job.max_pixels,
-            "background": self.job.background,
-            "image_member": self.job.image_member,
-            "image_column": self.job.image_column,
-            "key_column": self.job.key_column,
-            "allow": list(self.job.allow),
+            **{name: getattr(self.job, name) for name in DECIDING_FIELDS},
         }
 
     def data_url(self, shard_id: str) -> str:
@@ -109,27 +105,31 @@ def to_json(dataset: Dataset, now: str) -> bytes:
     return json.dumps(document, indent=1).encode()
 
 
+def differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The names on which two deciding() do not agree, in the order of `new`."""
+    old, new = json.loads(json.dumps([old, new]))  # one of them may come from JSON, which has no tuples
+    return [name for name in {**new, **old} if old.get(name) != new.get(name)]
+
+
 def _from_json(out: str, document: dict[str, Any]) -> Dataset:
-    dataset = _as_written(out, document)
-    if document["fingerprint"] != dataset.fingerprint:
-        now = json.loads(json.dumps(dataset.deciding()))
-        names = [name for name in document["deciding"].keys() | now.keys() if document["deciding"].get(name) != now.get(name)]
-        raise ValueError(f"its fingerprint is another one today: {', '.join(sorted(names))}")
-    return dataset
-
-
-def _as_written(out: str, document: dict[str, Any]) -> Dataset:
-    facts = dict(document["facts"])
-    pixels: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in facts.pop("pixels").items()}
-    facts["labels"] = tuple(facts["labels"])
-    return Dataset(
+    facts = _with_tuples(document["facts"])
+    facts["pixels"] = PixelSpec(**_with_tuples(facts["pixels"]))
+    dataset = Dataset(
         out=out,
         job=make_job(document["job"]),
-        facts=ModelFacts(pixels=PixelSpec(**pixels), **facts),
+        facts=ModelFacts(**facts),
         vectors=tuple(VectorColumn(**v) for v in document["vectors"]),
         kept=pa.ipc.read_schema(pa.py_buffer(base64.b64decode(document["kept"]))),
         fragment_rows=int(document["fragment_rows"]),
     )
+    if document["fingerprint"] != dataset.fingerprint:
+        names = differing(document["deciding"], dataset.deciding())
+        raise ValueError(f"its fingerprint is another one today: {', '.join(sorted(names))}")
+    return dataset
+
+
+def _with_tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in dict(fields).items()}
 
 
 def package_versions() -> dict[str, str]:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 
-from vitray.dataset.commit import read_table
+from vitray.dataset.files import read_table
 from vitray.dataset.ledger import base_of, committed, read_manifest, version_of
 from vitray.errors import SourceError
 from vitray.storage import absolute, join, store_for

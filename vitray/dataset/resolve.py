@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pyarrow as pa
 
-from vitray.dataset.identity import Dataset, dataset_url, open_dataset, to_json
+from vitray.dataset.identity import Dataset, dataset_url, differing, open_dataset, to_json
 from vitray.dataset.ledger import committed, footers_of, require_own
 from vitray.errors import FingerprintError, StorageError
 from vitray.job import Job
@@ -32,11 +32,8 @@ def resolve_dataset(job: Job, facts: ModelFacts, vectors: list[VectorColumn], ke
         there = open_dataset(out)
         if there is None:
             raise StorageError(f"{dataset_url(out)} was refused but is not there. Run the same command again.")
-    if job.precision == "auto":
-        facts = replace(facts, precision=there.facts.precision)
-    if job.batch_size == "auto":
-        facts = replace(facts, batch_size=there.facts.batch_size)
-    mine = Dataset(out, job, facts, tuple(vectors), kept, there.fragment_rows)
+    frozen = {name: getattr(there.facts, name) for name in ("precision", "batch_size") if getattr(job, name) == "auto"}
+    mine = Dataset(out, job, replace(facts, **frozen), tuple(vectors), kept, there.fragment_rows)
     if mine.fingerprint != there.fingerprint:
         raise FingerprintError(_difference(there, mine))
     return mine
@@ -44,8 +41,7 @@ def resolve_dataset(job: Job, facts: ModelFacts, vectors: list[VectorColumn], ke
 
 def _difference(there: Dataset, mine: Dataset) -> str:
     old, new = there.deciding(), mine.deciding()
-    names = [name for name in new if json.dumps(old.get(name)) != json.dumps(new[name])]
-    values = "; ".join(f"{n} differs ({_short(old.get(n))}, this job: {_short(new[n])})" for n in names)
+    values = "; ".join(f"{n} differs ({_short(old[n])}, this job: {_short(new[n])})" for n in differing(old, new))
     return (
         f"{there.out} belongs to fingerprint {there.fingerprint[:8]}… (this job: {mine.fingerprint[:8]}…): {values}. "
         "Choose another `out`, or give the job the fields of the first run."

@@ -6,11 +6,11 @@ A fragment is created if absent and never changes: of two runs that disagree on 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import pyarrow as pa
 
+from vitray.dataset.files import under
 from vitray.dataset.identity import Dataset
 from vitray.errors import ObjectMissing
 from vitray.schema import End, ipc_bytes, ipc_table
@@ -18,6 +18,7 @@ from vitray.storage import join, read, store_for
 
 _FRAGMENT = re.compile(r"(\d{10})-(\d{10})\.arrow")
 _END = re.compile(r"end-(\d+)\.arrow")
+_END_SCHEMA = pa.schema([("total", pa.int64()), ("truncated_at", pa.int64()), ("note", pa.string())])
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,16 +29,14 @@ class Staged:
     ends: tuple[End, ...]
 
     def tiles(self) -> bool:
-        """Whether one tail is known and the fragments cover [0, total) without a gap."""
+        """Whether one tail is known and the fragments make up [0, total): no gap, and nothing behind the end."""
         if len(self.ends) != 1:
             return False
-        at = 0
-        while at in self.fragments:
-            at = self.fragments[at]
-        return at == self.ends[0].total
+        edges = [0, *(edge for span in self.ranges() for edge in span), self.ends[0].total]
+        return edges[::2] == edges[1::2]
 
-    def ranges(self) -> Iterator[tuple[int, int]]:
-        yield from sorted(self.fragments.items())
+    def ranges(self) -> list[tuple[int, int]]:
+        return sorted(self.fragments.items())
 
 
 def staged(dataset: Dataset, shard_id: str) -> Staged:
@@ -48,11 +47,7 @@ def staged(dataset: Dataset, shard_id: str) -> Staged:
 def staged_shards(dataset: Dataset) -> list[str]:
     """The ids of all shards that have staging."""
     inside = join(dataset.out, "_vitray", "staging")
-    try:
-        found = store_for(dataset.out).find(inside)
-    except ObjectMissing:
-        return []
-    return sorted({info.url.removeprefix(inside + "/").split("/")[0] for info in found})
+    return sorted({info.url.removeprefix(inside + "/").split("/")[0] for info in under(inside)})
 
 
 def staged_whole(dataset: Dataset, shard_id: str) -> Staged:
@@ -100,35 +95,26 @@ def read_fragment(dataset: Dataset, shard_id: str, start: int, stop: int) -> tup
 
 
 def write_end(dataset: Dataset, shard_id: str, end: End) -> None:
-    table = pa.table(
-        {
-            "total": pa.array([end.total], pa.int64()),
-            "truncated_at": pa.array([end.truncated_at], pa.int64()),
-            "note": pa.array([end.note], pa.string()),
-        }
-    )
+    table = pa.Table.from_pylist([asdict(end)], schema=_END_SCHEMA)
     store_for(dataset.out).create(join(dataset.staging_url(shard_id), f"end-{end.total}.arrow"), ipc_bytes(table))
 
 
 def drop_staging(dataset: Dataset, shard_id: str) -> None:
     """Delete a shard's staging. Only after its data file was seen, or when its readers disagreed on its end."""
+    store, folder = store_for(dataset.out), dataset.staging_url(shard_id)
     try:
-        found = store_for(dataset.out).find(dataset.staging_url(shard_id))
+        found = store.find(folder)
     except ObjectMissing:
         return
-    store_for(dataset.out).delete(info.url for info in found)
-    store_for(dataset.out).delete_folder(dataset.staging_url(shard_id))
+    store.delete(info.url for info in found)
+    store.delete_folder(folder)
 
 
 def _scan(dataset: Dataset, shard_id: str) -> tuple[Staged, list[str]]:
     """What is staged, and the URLs of damaged tails."""
     fragments: dict[int, int] = {}
     ends, damaged = [], []
-    try:
-        found = store_for(dataset.out).find(dataset.staging_url(shard_id))
-    except ObjectMissing:
-        found = []
-    for info in found:
+    for info in under(dataset.staging_url(shard_id)):
         name = info.url.rsplit("/", 1)[-1]
         if match := _FRAGMENT.fullmatch(name):
             fragments[int(match[1])] = int(match[2])

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import secrets
+import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -124,7 +125,12 @@ def _started(where: str, options: dict[str, Any]) -> Iterator[None]:
                 f"Ray at {where} does not answer: {why}. Check the address, that the cluster runs this version of Ray, and "
                 "RAY_AUTH_MODE and RAY_AUTH_TOKEN."
             ) from (failed[0] if failed else None)
+        context = ray.get_runtime_context()
+        logs = os.path.join(context.get_temp_dir(), context.get_session_name())
         yield
+        if where == "local":
+            ray.shutdown()
+            shutil.rmtree(logs, ignore_errors=True)  # 0.4 MB a run; those of a run that failed stay
     finally:
         is_up.wait(START_S)  # a signal may have ended the first wait: what is half up cannot be shut down
         ray.shutdown()
