@@ -99,9 +99,8 @@ def raw(text: str) -> list[str]:
         ({"precision": "bf17"}, "`precision`: Input should be 'auto', 'bf16', 'fp16' or 'fp32'"),
         ({"formats": ["jpg", "heic"]}, "`formats`: unknown image format heic; known: bmp, gif, jpeg"),
         ({"labels": False, "embeddings": []}, "valid: nothing to compute"),
-        ({"keep": ["key"]}, "valid: keep: key is an output column"),
-        ({"keep": ["label"]}, "it cannot be kept under that name; rename it in the input"),
-        ({"keep": "txt, cls,txt"}, "valid: keep: txt is there twice\n"),
+        ({"keep": ["label", "input_label"]}, "valid: keep: two columns of the output would be called input_label\n"),
+        ({"keep": "txt, cls,txt"}, "valid: keep: two columns of the output would be called txt\n"),
         ({"keep": "txt,"}, "`keep.1`: String should have at least 1 character"),
         ({"embeddings": [{}, {}]}, "valid: two embeddings are called cls_last"),
         ({"background": "white"}, "`background`"),
@@ -452,12 +451,13 @@ def test_run_says_that_too_many_images_were_bad(vitray: Call, labelled: Path) ->
 
 def test_the_summary_counts_in_proper_words() -> None:
     counts = {"shards": 1, "rows": 1, "errors": 2, "committed": 1, "images": 1, "seconds": 1.0, "gone": 1, "pending": 0}
-    found = {"set_aside": {}, "truncated": {}, "reasons": {"empty": 2}, "too_many_errors": True}
+    found = {"set_aside": {}, "truncated": {}, "notes": {"s": "links"}, "reasons": {"empty": 2}, "too_many_errors": True}
     job = Job(source="a", model="m", out="o", max_error_rate=0.5)
     assert _summary(SimpleNamespace(out="/o", **counts, **found), job).splitlines() == [
         "1 shard committed now (1 image computed in 1.0 s, 1.0 images/s with start-up)",
         "/o: 1 shard, 1 row, 2 errors",
-        "  2 empty",
+        "  2 empty in this run",
+        "note       s: links",
         "no longer in the source: 1 committed shard; --prune removes the rows",
         "too many bad images: 2 of 3, more than max_error_rate=0.5; see /o/errors, or raise max_error_rate",
     ]

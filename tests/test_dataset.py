@@ -36,6 +36,7 @@ from vitray.dataset import (
     Dataset,
     RowsDigest,
     append_group_log,
+    check_data,
     clean,
     commit_shard,
     committed,
@@ -608,6 +609,21 @@ def test_a_file_of_another_job_put_into_data_is_refused_by_finish(local_out: str
     with pytest.raises(FingerprintError, match="of another job"):
         finish(mine, [shard.id], [shard.id])
     assert not exists(join(local_out, "_SUCCESS.json"))
+
+
+def test_a_data_file_under_the_name_of_another_shard_is_refused(local_out: str) -> None:
+    dataset = make(local_out)
+    cats, dogs = input_shard(local_out), input_shard(local_out, "dogs")
+    for shard in (cats, dogs):
+        commit(dataset, shard, 6, {1: "empty"})
+    finish(dataset, [cats.id, dogs.id], [cats.id, dogs.id])
+    before = stored(local_out)
+    store_for(local_out).replace(dataset.data_url(cats.id), read_object(dataset.data_url(dogs.id)))
+    changed = stored(local_out)
+    for check in (lambda: check_data(dataset), lambda: finish(dataset, [cats.id, dogs.id], [cats.id, dogs.id])):
+        with pytest.raises(CommitError, match=f"{cats.id}.parquet holds shard dogs-"):
+            check()
+    assert stored(local_out) == changed != before
 
 
 def test_finish_removes_the_staging_that_a_slower_run_left(quick_out: str) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -187,6 +189,52 @@ def test_out_inside_source_is_refused(ray: None, tmp_path: Path, shapes_model: s
     assert [path.name for path in (tmp_path / "in").iterdir()] == ["s-000.tar"]
 
 
+def test_a_store_that_fails_in_the_middle_is_one_sentence(
+    ray: None, tmp_path: Path, shapes_model: str, items: list[Picture]
+) -> None:
+    put_tars(str(tmp_path / "in"), items[:40], 1, tmp_path)
+    job = shape_job(str(tmp_path / "in"), shapes_model, str(tmp_path / "out"), fragment_rows=16)
+    put(f"{job.out}/_vitray/staging", b"in the way of a folder")
+    with pytest.raises(vitray.VitrayError, match=r"staging/s_000.*-.*\.arrow: ") as caught:
+        vitray.run(job)
+    assert "Traceback" not in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 400
+    os.remove(tmp_path / "out" / "_vitray" / "staging")
+    assert vitray.run(job).rows == 40
+
+
+def test_a_kept_column_with_the_name_of_an_output_column_is_called_input(
+    ray: None, tmp_path: Path, shapes_model: str, items: list[Picture]
+) -> None:
+    table = pa.table({"image": [p.data for p in items[:30]], "label": list(range(30))})
+    pq.write_table(table, tmp_path / "in.parquet")
+    job = shape_job(str(tmp_path / "in.parquet"), shapes_model, str(tmp_path / "out"), keep=["label"])
+    vitray.run(job)
+    found = vitray.read(job.out, columns=["input_label", "label"])
+    assert found["input_label"].to_pylist() == list(range(30)) and found["label"].type == pa.string()
+
+
+def test_links_in_a_tar_are_error_rows_and_what_was_left_out_is_told(
+    ray: None, tmp_path: Path, shapes_model: str, items: list[Picture], caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "in").mkdir()
+    with tarfile.open(tmp_path / "in" / "links.tar", "w") as archive:
+        for name, kind in (
+            ("a.jpg", tarfile.REGTYPE),
+            ("b.jpg", tarfile.LNKTYPE),
+            ("c.jpg", tarfile.SYMTYPE),
+            ("d.txt", tarfile.SYMTYPE),
+        ):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "a.jpg" if kind != tarfile.REGTYPE else ""
+            info.size = len(items[0].data) if kind == tarfile.REGTYPE else 0
+            archive.addfile(info, io.BytesIO(items[0].data))
+    job = shape_job(str(tmp_path / "in"), shapes_model, str(tmp_path / "out"), keep=["nope"], max_error_rate=1)
+    result = vitray.run(job)
+    assert (result.rows, result.errors, result.reasons) == (1, 2, {"missing": 2})
+    assert list(result.notes.values()) == ["1 links were not followed"]
+    assert "has a member .nope" in caplog.text
+
+
 def test_a_changed_gone_and_new_input_each_get_their_due(
     ray: None, tmp_path: Path, shapes_model: str, items: list[Picture]
 ) -> None:
@@ -270,7 +318,7 @@ def test_the_line_has_four_operators_that_never_fuse(ray: None, tmp_path: Path, 
     from vitray.sources import list_shards
 
     shards = list_shards(job, []).shards
-    line = build_line([ray_module.put(s) for s in shards], dataset, ray_module.put(dataset), shares).materialize()
+    line = build_line([ray_module.put(s) for s in shards], dataset, ray_module.put(dataset), shares, []).materialize()
     names = [line_.strip() for line_ in line.stats().splitlines() if line_.startswith("Operator")]
     assert [n.split()[2].rstrip(":") for n in names[-4:]] == [
         "MapBatches(read)",

@@ -339,7 +339,7 @@ def test_a_name_that_is_not_utf8_is_a_valid_key(tmp_path: Path) -> None:
     assert rows[0].key == "caf\\udce9" and rows[0].key.encode()
 
 
-def test_links_directories_and_devices_are_no_members_and_names_are_no_paths(tmp_path: Path) -> None:
+def test_links_are_error_rows_directories_and_devices_no_members_and_names_are_no_paths(tmp_path: Path) -> None:
     path = tmp_path / "s/a.tar"
     path.parent.mkdir()
     with tarfile.open(path, "w") as archive:
@@ -356,8 +356,10 @@ def test_links_directories_and_devices_are_no_members_and_names_are_no_paths(tmp
             info.size = 1
             archive.addfile(info, io.BytesIO(b"i"))
     rows, end = read_tar(path)
-    assert pairs(rows) == [(0, "../../escape", b"i"), (1, "/abs/olute", b"i"), (2, "in\x01side", b"i")]
-    assert end == End(3, None, "2 special files were skipped; 2 links were not followed")
+    assert [(row.key, row.reason) for row in rows[:2]] == [("s", "missing"), ("l", "missing")]
+    assert "a link to /etc/passwd, which is not followed" in rows[0].message and rows[0].data is None
+    assert pairs(rows[2:]) == [(2, "../../escape", b"i"), (3, "/abs/olute", b"i"), (4, "in\x01side", b"i")]
+    assert end == End(5, None, "2 special files were skipped")
     assert [p.name for p in tmp_path.rglob("*")] == ["s", "a.tar"]
 
 

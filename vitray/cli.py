@@ -50,8 +50,8 @@ def _options(
     debug: Annotated[bool, typer.Option("--debug", help="show tracebacks and debug logs")] = False,
     version: Annotated[bool, typer.Option("--version", callback=_version, help="print the version", is_eager=True)] = False,
 ) -> None:
-    terminal = logging.StreamHandler()
-    terminal.setFormatter(_PlainFormatter("%(levelname)s %(name)s: %(message)s"))
+    terminal = _Terminal()
+    terminal.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, handlers=[terminal])
     if not debug:
         for noisy in ("ray", "botocore", "aiobotocore", "s3fs", "fsspec", "urllib3", "httpx", "transformers"):
@@ -192,9 +192,11 @@ def _plain(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 
-class _PlainFormatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return _plain(super().format(record))
+class _Terminal(logging.Handler):
+    """Writes to what sys.stderr is now: while Ray runs it is another one than at the start."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(_plain(self.format(record)), file=sys.stderr, flush=True)
 
 
 def _summary(result: Result, job: Job) -> str:
@@ -204,9 +206,10 @@ def _summary(result: Result, job: Job) -> str:
         f"{_count(result.committed, 'shard')} committed now ({took})",
         f"{result.out}: {_count(result.shards, 'shard')}, {_count(result.rows, 'row')}, {_count(result.errors, 'error')}",
     ]
-    lines += [f"  {count} {reason}" for reason, count in sorted(result.reasons.items())]
+    lines += [f"  {count} {reason} in this run" for reason, count in sorted(result.reasons.items())]
     lines += [f"set aside  {shard}: {why}" for shard, why in result.set_aside.items()]
     lines += [f"cut short  {s}: truncated at byte {n}; the rows before it are committed" for s, n in result.truncated.items()]
+    lines += [f"note       {shard}: {text}" for shard, text in result.notes.items()]
     if result.gone:
         lines.append(f"no longer in the source: {_count(result.gone, 'committed shard')}; --prune removes the rows")
     if result.shards and not result.rows + result.errors:
@@ -248,8 +251,8 @@ def _progress_line(progress: Progress) -> str:
     )
 
 
-class _Terminated(BaseException):
-    """SIGTERM came."""
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came. Ray's C++ lets no other exception out of its waits, and aborts."""
 
 
 def _on_sigterm(*_: object) -> NoReturn:
@@ -267,25 +270,23 @@ def main() -> None:
     try:
         code = app(standalone_mode=False, args=_hoist_debug(sys.argv[1:]))
         if code == 130:  # typer's answer to Ctrl-C
-            _stop(130)
+            _stop()
         sys.exit(code if isinstance(code, int) else 0)
     except VitrayError as error:
         _fail(error, type(error).__name__, error.exit_code, debug)
     except KeyboardInterrupt:
-        _stop(130)
-    except _Terminated:
-        _stop(143)
+        _stop()
     except BrokenPipeError:
         os._exit(1)
     except Exception as error:
         if _signals:
-            _stop(143)
+            _stop()
         if hasattr(error, "exit_code") and hasattr(error, "format_message"):  # click: bad usage
             if text := _one_line(_usage(error)):  # empty: no command was given, and the help stands there
                 print(f"vitray: {text} (vitray --help)", file=sys.stderr)
             sys.exit(2)
         if type(error).__name__ == "Abort":
-            _stop(130)
+            _stop()
         _fail(error, f"unexpected {type(error).__name__}", 1, debug)
 
 
@@ -315,6 +316,6 @@ def _one_line(text: str) -> str:
     return _plain(" ".join(text.split()))
 
 
-def _stop(code: int) -> NoReturn:
+def _stop() -> NoReturn:
     print("\ninterrupted; what is staged stays. Run the same command again to go on.", file=sys.stderr)
-    sys.exit(code)
+    sys.exit(143 if _signals else 130)

@@ -117,11 +117,15 @@ class Job(BaseModel):
         if len(set(names)) != len(names):
             raise ValueError(f"two embeddings are called {max(names, key=names.count)}; give them a `name`")
         taken = set(RESERVED) | {self.column(e) for e in self.embeddings}
-        for name in self.keep:
-            if name in taken or self.keep.count(name) > 1:
-                why = "is an output column: it cannot be kept under that name; rename it in the input"
-                raise ValueError(f"keep: {name} {why if name in taken else 'is there twice'}")
+        for name in map(self.kept_as, self.keep):
+            if name in taken or [self.kept_as(k) for k in self.keep].count(name) > 1:
+                raise ValueError(f"keep: two columns of the output would be called {name}")
         return self
+
+    def kept_as(self, name: str) -> str:
+        """The output column of a kept one: its own name, input_<name> where the output has such a column already."""
+        taken = {*RESERVED, *(self.column(e) for e in self.embeddings)}
+        return f"input_{name}" if name in taken else name
 
     def column(self, embedding: Embedding) -> str:
         return "embedding" if len(self.embeddings) == 1 and not embedding.name else f"embedding_{embedding.label}"

@@ -55,7 +55,10 @@ class Status:
     last_run: dict[str, object] | None
 
     def __str__(self) -> str:
+        aside = (self.last_run or {}).get("set_aside")
         state = "complete" if self.complete else "not complete: run the job again to go on"
+        if aside and not self.complete:
+            state = "not complete: mend or remove the shards set aside, then run the job again"
         lines = [
             f"{self.out}: {state}",
             f"committed  {self.shards} shards, {self.rows:,} rows, {self.errors:,} errors, {self.truncated} shards cut short",
@@ -66,7 +69,6 @@ class Status:
             lines.append(
                 f"last run   {self.last_run['finished']}: {self.last_run['images']} images, {self.last_run['images_per_s']}/s"
             )
-            aside = self.last_run.get("set_aside")
             if isinstance(aside, dict):
                 lines += [f"set aside  {shard}: {why}" for shard, why in aside.items()]
         return "\n".join(lines)

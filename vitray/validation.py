@@ -66,15 +66,16 @@ def validate(out: str, inputs: bool = True, content: bool = False) -> Validation
     listed, problems = _manifest_rows(dataset)
     data = committed(dataset.out)
     problems += [f"data/{shard}.parquet is in the manifest but missing" for shard in sorted((listed or {}).keys() - data.keys())]
-    if listed is not None and exists(join(dataset.out, "_SUCCESS.json")):
+    is_done = exists(join(dataset.out, "_SUCCESS.json"))
+    if listed is not None and is_done:
         unlisted = sorted(data.keys() - listed.keys())
         problems += [f"data/{shard}.parquet: is not in the manifest, though _SUCCESS.json is there" for shard in unlisted]
     by_id, unlistable = _inputs(dataset) if inputs or content else ({}, [])
     problems += unlistable
     rows = errors = 0
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(2) as pool:  # a manifest of before the work that is going on tells nothing of a file
         for shard, (footer, found) in zip(
-            sorted(data), pool.map(lambda s: _check_file(dataset, s, (listed or {}).get(s)), sorted(data))
+            sorted(data), pool.map(lambda s: _check_file(dataset, s, (listed or {}).get(s) if is_done else None), sorted(data))
         ):
             problems += [f"data/{shard}.parquet: {problem}" for problem in found]
             if footer is not None:

@@ -8,14 +8,24 @@ commit.py     fragments -> the one data file of a shard       ledger.py    what 
 from vitray.dataset.commit import Commit, Footer, RowsDigest, commit_shard, read_footer
 from vitray.dataset.files import append_group_log, load_group_log, read_run_records, read_table, write_run_record
 from vitray.dataset.identity import Dataset, dataset_url, open_dataset, package_versions
-from vitray.dataset.ledger import Ledger, clean, committed, finish, forget, read_manifest, shards_to_redo, unmark_success
+from vitray.dataset.ledger import (
+    Ledger,
+    check_data,
+    clean,
+    committed,
+    finish,
+    forget,
+    read_manifest,
+    shards_to_redo,
+    unmark_success,
+)  # fmt: skip
 from vitray.dataset.reading import data_files, read
 from vitray.dataset.resolve import resolve_dataset
 from vitray.dataset.staging import read_fragment, staged, staged_shards, staged_whole, write_end, write_fragment
 
 __all__ = [
-    "Commit", "Dataset", "Footer", "Ledger", "RowsDigest", "append_group_log", "clean", "commit_shard", "committed", "data_files",
-    "dataset_url", "finish", "forget", "load_group_log", "open_dataset", "package_versions", "read", "read_footer",
+    "Commit", "Dataset", "Footer", "Ledger", "RowsDigest", "append_group_log", "check_data", "clean", "commit_shard", "committed",
+    "data_files", "dataset_url", "finish", "forget", "load_group_log", "open_dataset", "package_versions", "read", "read_footer",
     "read_fragment", "read_manifest", "read_run_records", "read_table", "resolve_dataset", "shards_to_redo", "staged",
     "staged_shards", "staged_whole", "unmark_success", "write_end", "write_fragment", "write_run_record",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from vitray.dataset.commit import Footer, read_footer, repair_errors
 from vitray.dataset.files import parquet_bytes, read_parquet, under
 from vitray.dataset.identity import Dataset
 from vitray.dataset.staging import drop_staging, staged_shards
-from vitray.errors import FingerprintError, JobError, ObjectMissing
+from vitray.errors import CommitError, FingerprintError, JobError, ObjectMissing
 from vitray.storage import ObjectInfo, exists, is_local, join, read, sha256_of, store_for
 
 THREADS = 16
@@ -100,14 +100,26 @@ def footers_of(dataset: Dataset, shards: Iterable[str]) -> dict[str, Footer]:
         return dict(zip(names, pool.map(lambda s: read_footer(dataset.data_url(s)), names)))
 
 
-def require_own(dataset: Dataset, footers: Iterable[Footer]) -> None:
-    """Raises FingerprintError when one of these data files is not of this dataset."""
-    foreign = [footer for footer in footers if footer.fingerprint != dataset.fingerprint]
+def require_own(dataset: Dataset, footers: Mapping[str, Footer]) -> None:
+    """Raises FingerprintError when one of these data files is not of this dataset, CommitError when it is of another shard."""
+    foreign = [name for name, footer in footers.items() if footer.fingerprint != dataset.fingerprint]
     if foreign:
         raise FingerprintError(
-            f"{dataset.out}/data holds {len(foreign)} files of another job (fingerprint {foreign[0].fingerprint[:8]}…, this job: "
-            f"{dataset.fingerprint[:8]}…), such as {foreign[0].shard}.parquet. Choose another `out`, or move them away."
+            f"{dataset.out}/data holds {len(foreign)} files of another job (fingerprint {footers[foreign[0]].fingerprint[:8]}…, "
+            f"this job: {dataset.fingerprint[:8]}…), such as {foreign[0]}.parquet. Choose another `out`, or move them away."
         )
+    for name, footer in footers.items():
+        if footer.shard != name:
+            raise CommitError(f"{dataset.data_url(name)} holds shard {footer.shard}: it was renamed. Delete it and run again.")
+
+
+def check_data(dataset: Dataset) -> None:
+    """Refuse data files that the last manifest does not know and this dataset did not make, before any work. Raises like
+    require_own.
+    """
+    data = committed(dataset.out)
+    known = _known(dataset, data)
+    require_own(dataset, footers_of(dataset, [s for s in data if s not in known]))
 
 
 def unmark_success(out: str) -> None:
@@ -157,16 +169,21 @@ def clean(dataset: Dataset, listed: Iterable[str]) -> list[str]:
 
 def _manifest_rows(dataset: Dataset, admitted: dict[str, ObjectInfo], wanted: set[str]) -> list[dict[str, Any]]:
     """One row a data file, from the last manifest where the file is the same, else from its footer."""
-    known = {}
-    if (last := _manifest_info(dataset.out)) is not None:
-        seen = {row["shard"]: row for row in read_parquet(last.url).to_pylist()}
-        known = {s: row for s, row in seen.items() if s in admitted and _is_same(row, admitted[s], last)}
+    known = _known(dataset, admitted)
     footers = footers_of(dataset, [s for s in admitted if s not in known])
-    require_own(dataset, footers.values())
+    require_own(dataset, footers)
     return [
         {**(known.get(shard) or _row(info, footers[shard])), "state": "current" if shard in wanted else "gone"}
         for shard, info in sorted(admitted.items())
     ]
+
+
+def _known(dataset: Dataset, data: dict[str, ObjectInfo]) -> dict[str, dict[str, Any]]:
+    """The last manifest's rows of the data files that are still what it saw."""
+    if (last := _manifest_info(dataset.out)) is None:
+        return {}
+    rows = {row["shard"]: row for row in read_parquet(last.url).to_pylist()}
+    return {s: row for s, row in rows.items() if s in data and _is_same(row, data[s], last)}
 
 
 def _is_same(row: dict[str, object], info: ObjectInfo, manifest: ObjectInfo) -> bool:

@@ -26,7 +26,7 @@ def resolve_dataset(job: Job, facts: ModelFacts, vectors: list[VectorColumn], ke
     if there is None:
         rows = job.fragment_rows if job.fragment_rows != "auto" else max(64, facts.batch_size)
         mine = Dataset(out, job, facts, tuple(vectors), kept, rows)
-        require_own(mine, footers_of(mine, committed(out)).values())
+        require_own(mine, footers_of(mine, committed(out)))
         if store_for(out).create(dataset_url(out), to_json(mine, now)):
             return mine
         there = open_dataset(out)

@@ -5,10 +5,12 @@ With queues.py the only file that imports ray.data.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
 import time
+import uuid
 import warnings
 from collections.abc import Generator, Iterator
 from typing import Any
@@ -28,8 +30,11 @@ def receipts(dataset: Dataset, shards: list[Any], dataset_ref: Any, shares: Shar
 
     Ray's iterator waits without a deadline, so it runs in a thread. Closing this generator ends the line.
     """
+    import ray
+
     arrived: queue.Queue[Receipt | Exception | None] = queue.Queue()
-    line = build_line(shards, dataset, dataset_ref, shares)
+    actors: list[str] = []
+    line = build_line(shards, dataset, dataset_ref, shares, actors)
 
     def consume() -> None:
         try:
@@ -66,10 +71,16 @@ def receipts(dataset: Dataset, shards: list[Any], dataset_ref: Any, shares: Shar
         if executor is not None:
             executor.shutdown(force=True)  # else it works on, until it is collected
         thread.join(30)
+        for name in actors:  # whoever keeps an error keeps Ray's handles, which keep the CPUs: the next run would wait for ever
+            with contextlib.suppress(ValueError):  # it is gone
+                ray.kill(ray.get_actor(name))
 
 
-def build_line(shards: list[Any], dataset: Dataset, dataset_ref: Any, shares: Shares) -> Any:
-    """The Ray dataset of receipts. shards, dataset_ref: object references, fetched where they are used."""
+def build_line(shards: list[Any], dataset: Dataset, dataset_ref: Any, shares: Shares, actors: list[str]) -> Any:
+    """The Ray dataset of receipts. shards, dataset_ref: object references, fetched where they are used.
+
+    actors: grows by the names of the actors that Ray Data makes.
+    """
     import ray
     from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 
@@ -86,7 +97,12 @@ def build_line(shards: list[Any], dataset: Dataset, dataset_ref: Any, shares: Sh
         for parcel in unpack(block):
             yield stage_step(ray.get(dataset_ref), parcel).pack()
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # Ray sets its own level when it is imported
+    def named() -> dict[str, Any]:
+        actors.append(f"vitray-{uuid.uuid4().hex}")
+        return {"max_restarts": RETRIES, "max_task_retries": RETRIES, "name": actors[-1]}
+
+    if not logging.getLogger().isEnabledFor(logging.DEBUG):
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it prints tracebacks of what we say in one line
     warnings.filterwarnings("ignore", message=".*ray_remote_args_fn.*")  # the only way to bound retries: see DECISIONS.md
     warnings.filterwarnings("ignore", message="The maximum number of concurrent tasks")  # fewer shards than machines
     from vitray.pipeline.queues import keep_queues_short
@@ -108,7 +124,7 @@ def build_line(shards: list[Any], dataset: Dataset, dataset_ref: Any, shares: Sh
         compute=ActorPoolStrategy(size=shares.actors, max_tasks_in_flight_per_actor=2),
         num_cpus=shares.actor_cpus,
         num_gpus=shares.actor_gpus,
-        ray_remote_args_fn=lambda: {"max_restarts": RETRIES, "max_task_retries": RETRIES},
+        ray_remote_args_fn=named,
         **shape,
     )
     return predicted.map_batches(stage, compute=TaskPoolStrategy(shares.stagers), num_cpus=0, **task)

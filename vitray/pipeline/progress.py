@@ -45,6 +45,8 @@ class Progress:
 class Result:
     """What a run did. committed: shards it made or adopted; set_aside: {shard: why}; truncated: {shard: byte}.
 
+    notes: what readers saw beside images, {shard: text}, of this run; reasons: of this run's bad images.
+
     too_many_errors: of all the dataset's images more than the job's max_error_rate are bad.
     """
 
@@ -56,6 +58,7 @@ class Result:
     images: int
     seconds: float
     set_aside: dict[str, str]
+    notes: dict[str, str]
     truncated: dict[str, int]
     reasons: dict[str, int]
     gone: int

@@ -21,6 +21,7 @@ from vitray.dataset import (
     Dataset,
     Ledger,
     append_group_log,
+    check_data,
     committed,
     dataset_url,
     finish,
@@ -66,6 +67,7 @@ def run(
         nodes = alive_nodes()
         shares = share_out([node["Resources"] for node in nodes], job.device)
         dataset = _resolve(job, _identify_on_worker(job, shares), listing)
+        check_data(dataset)
         _require_shared(dataset, listing.shards, nodes)
         probe(dataset.out)
         work = Work(report=progress or (lambda _: None))
@@ -178,7 +180,7 @@ def _complete(dataset: Dataset, job: Job, listing: Listing, shares: Shares, work
         except Exception as error:
             cause = _cause(error)
             if isinstance(cause, VitrayError):
-                raise cause from error
+                raise type(cause)(str(cause).partition("\n")[0]) from error  # Ray appends advice of its own
             faults += 1
             log.warning("a wave ended early (%s); planning again", _one_line(error))
             suspects = [s for s in wave if s.id not in work.commits]
@@ -206,6 +208,7 @@ def _result(dataset: Dataset, job: Job, ledger: Ledger, work: Work, started: flo
         images=images,
         seconds=time.monotonic() - started,
         set_aside=aside,
+        notes=work.notes,
         truncated=ledger.truncated,
         reasons=dict(work.progress.reasons),
         gone=ledger.gone,
@@ -267,9 +270,9 @@ def _cause(error: BaseException) -> BaseException:
     """The exception of ours at the root of what Ray raised, else the one given."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, VitrayError):
+        inner = getattr(seen, "cause", None)  # first: Ray's own is a VitrayError too, but with a traceback as its text
+        if isinstance(seen, VitrayError) and not isinstance(inner, BaseException):
             return seen
-        inner = getattr(seen, "cause", None)
         seen = inner if isinstance(inner, BaseException) else seen.__cause__
     return error
 

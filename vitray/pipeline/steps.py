@@ -96,7 +96,8 @@ def read_step(dataset: Dataset, shard: Shard) -> Iterator[Parcel]:
         if there.tiles():
             for span in there.ranges():
                 yield _was_staged(dataset, shard.id, span)
-            yield Parcel(Receipt("end", shard.id, total=there.ends[0].total), there.ends[0].truncated_at)
+            end = there.ends[0]
+            yield Parcel(Receipt("end", shard.id, total=end.total, message=end.note), end.truncated_at)
             return
         sent: set[int] = set()
         for attempt in range(1, READS + 1):

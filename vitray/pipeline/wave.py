@@ -34,6 +34,7 @@ class Work:
     progress: Progress = field(default_factory=Progress)
     attempts: dict[str, int] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
     changed: set[str] = field(default_factory=set)
     commits: dict[str, Commit] = field(default_factory=dict)
     run_id: str = field(default_factory=lambda: f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}")
@@ -60,6 +61,8 @@ def run_wave(dataset: Dataset, shards: list[Shard], shares: Shares, work: Work) 
             elif receipt.kind in ("failed", "broken"):
                 blame(work, receipt.shard, receipt.message, ATTEMPTS if receipt.kind == "broken" else 1)
             else:
+                if receipt.message:
+                    work.notes[receipt.shard] = receipt.message
                 if tiling.add(receipt):
                     work.progress.add(receipt)
                     _judge(dataset.job, work.progress)

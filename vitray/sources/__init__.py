@@ -39,7 +39,8 @@ def kept_schema(shard: Shard, job: Job) -> pa.Schema:
 
     Raises JobError for a column that the shard has not, ShardError when it cannot be read.
     """
-    return KEPT[shard.kind](shard, job)
+    schema = KEPT[shard.kind](shard, job)
+    return pa.schema([field.with_name(job.kept_as(field.name)) for field in schema])
 
 
 def estimate_images(shards: Sequence[Shard], job: Job) -> tuple[int, bool]:

@@ -118,14 +118,18 @@ class _Sample:
     reason: str | None = None
     message: str = ""
 
-    def add(self, extension: str, size: int, source: _Source, job: Job) -> None:
+    def add(self, extension: str, member: tarfile.TarInfo, source: _Source, job: Job) -> None:
         """Take what the row needs of a member: the image and kept text, nothing else is read."""
+        size = member.size
         self.extensions[extension] = None
         picked = _is_image(extension, job) and self.images == 0
         self.images += _is_image(extension, job)
         places = [n for n, name in enumerate(job.keep) if _extension(name) == extension and size <= MAX_KEPT_BYTES]
         if picked and size > MAX_IMAGE_BYTES:
             self.reason, self.message = too_large(size)
+        elif not member.isreg():
+            if picked:
+                self.reason, self.message = "missing", f"a link to {printable(member.linkname)[:200]}, which is not followed"
         elif self.wanted and (picked or places):
             data = source.take(size)
             self.data = data if picked else self.data
@@ -146,7 +150,8 @@ def _samples(source: _Source, job: Job, wanted: Callable[[int], bool]) -> Iterat
     try:
         for member in _members(source):
             key, extension = _split(member.name)
-            if not member.isreg() or not extension:
+            is_link = member.islnk() or member.issym()
+            if not (member.isreg() or (is_link and _is_image(extension, job))) or not extension:
                 if not member.isdir():
                     source.skipped[_why_skipped(member)] += 1
                 continue
@@ -156,7 +161,7 @@ def _samples(source: _Source, job: Job, wanted: Callable[[int], bool]) -> Iterat
                     yield sample
                 index = sample.index + 1 if sample else 0
                 sample = _Sample(index, key, source.start, wanted(index), [None] * len(job.keep))
-            sample.add(extension, member.size, source, job)
+            sample.add(extension, member, source, job)
     except _Cut as cut:
         if not source.is_tar:
             raise _not_a_tar(source) from None
