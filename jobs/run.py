@@ -2,7 +2,7 @@
 
 import sys
 
-from vitray.cli import main
+from vitray.cli import entry
 
 sys.argv.insert(1, "run")
-main()
+entry()

@@ -1,3 +1,3 @@
-from vitray.cli import main
+from vitray.cli import entry
 
-main()
+entry()

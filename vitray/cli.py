@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -251,42 +252,43 @@ def _progress_line(progress: Progress) -> str:
     )
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM came. Ray's C++ lets no other exception out of its waits, and aborts."""
+def _on_signal(number: int, _frame: object) -> NoReturn:
+    """Ends at once, as a crash would, which is safe at any moment. An exception in Ray's C++ can abort the process."""
+    with contextlib.suppress(OSError, ValueError):
+        os.write(sys.stderr.fileno(), b"\ninterrupted; what is staged stays. Run the same command again to go on.\n")
+    os._exit(128 + number)
 
 
-def _on_sigterm(*_: object) -> NoReturn:
-    _signals.append("TERM")
-    raise _Terminated
-
-
-_signals: list[str] = []  # native code may turn the exception into another one
+def entry() -> NoReturn:
+    """The console script. Ends without the interpreter's clean-up, where native threads that still wake abort the process."""
+    code: object = 0
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _on_signal)
+    try:
+        main()
+    except SystemExit as stop:
+        code = stop.code
+    with contextlib.suppress(OSError):  # nobody reads any more
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 0)
 
 
 def main() -> None:
-    """The console script: runs a command, turns every exception into one line and an exit code."""
+    """Runs a command, turns every exception into one line and an exit code."""
     debug = "--debug" in sys.argv
-    signal.signal(signal.SIGTERM, _on_sigterm)
     try:
         code = app(standalone_mode=False, args=_hoist_debug(sys.argv[1:]))
-        if code == 130:  # typer's answer to Ctrl-C
-            _stop()
         sys.exit(code if isinstance(code, int) else 0)
     except VitrayError as error:
         _fail(error, type(error).__name__, error.exit_code, debug)
-    except KeyboardInterrupt:
-        _stop()
     except BrokenPipeError:
         os._exit(1)
     except Exception as error:
-        if _signals:
-            _stop()
         if hasattr(error, "exit_code") and hasattr(error, "format_message"):  # click: bad usage
             if text := _one_line(_usage(error)):  # empty: no command was given, and the help stands there
                 print(f"vitray: {text} (vitray --help)", file=sys.stderr)
             sys.exit(2)
-        if type(error).__name__ == "Abort":
-            _stop()
         _fail(error, f"unexpected {type(error).__name__}", 1, debug)
 
 
@@ -314,8 +316,3 @@ def _fail(error: Exception, kind: str, code: int, debug: bool) -> NoReturn:
 
 def _one_line(text: str) -> str:
     return _plain(" ".join(text.split()))
-
-
-def _stop() -> NoReturn:
-    print("\ninterrupted; what is staged stays. Run the same command again to go on.", file=sys.stderr)
-    sys.exit(143 if _signals else 130)
