@@ -15,8 +15,8 @@ import torch
 from small_models import drop_weights, edit, job_for, make_checkpoint, noise, pooled, run
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
-from vitray.errors import ModelError
-from vitray.job import Embedding
+from vitray.errors import JobError, ModelError
+from vitray.job import Embedding, Job
 from vitray.models import identify, open_model, vector_columns
 from vitray.models.checkpoint import locate
 
@@ -60,8 +60,8 @@ def test_layers_and_tokens_that_do_not_exist_are_refused(tmp_path: Path) -> None
     facts = identify(job_for(directory, False, [Embedding(pool="mean")]))
     with pytest.raises(ModelError, match=r"no layer 4: layers are 1\.\.3 or last"):
         vector_columns(job_for(directory, False, [Embedding(layer=4, pool="mean")]), facts)
-    with pytest.raises(ModelError, match=r"layers are 1\.\.3"):
-        vector_columns(job_for(directory, False, [Embedding(layer=0, pool="mean")]), facts)
+    with pytest.raises(JobError, match=r"`embeddings\.0\.layer`: a whole number from 1 to 999, or last"):
+        Job(source="s", model=directory, out="o", embeddings=[{"layer": 0}])
     with pytest.raises(ModelError, match="no CLS token; use pool: mean"):
         vector_columns(job_for(directory, False, [Embedding()]), facts)
 
