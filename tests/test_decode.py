@@ -22,7 +22,7 @@ import pytest
 import skimage
 from PIL import Image, ImageCms
 
-from vitray.decode import MAX_SCANS, Outcome, Pixels, decode, decode_one
+from vitray.decode import CHILD_RUNS, MAX_SCANS, Outcome, Pixels, decode, decode_one
 from vitray.isolation import Limits
 from vitray.schema import REASONS, DecodeSpec, Encoded, PixelSpec
 
@@ -426,6 +426,67 @@ def test_threads_decode_side_by_side_and_their_signal_masks_do_not_matter() -> N
     for thread in threads:
         thread.join()
     assert results == {number: [ord("a"), number] for number in (1, 2, 3)}
+
+
+def which(data: bytes, wanted: DecodeSpec, into: Pixels) -> Outcome:
+    """Its process as the width; bytes that are no number are a bad image."""
+    try:
+        into[...] = int(data)
+    except ValueError:
+        return Outcome(os.getpid(), 0, "png", "decode_error", "no number")
+    return Outcome(os.getpid(), 0, "png", None, "")
+
+
+def child_of(*data: bytes) -> int:
+    (child,) = {outcome.width for outcome in decode(items(*data), spec(), which)[1]}
+    return child
+
+
+def test_a_child_serves_calls_until_a_bad_image_and_no_more_than_its_number() -> None:
+    first = child_of(b"1", b"2")
+    assert child_of(b"3") == first
+    second = child_of(b"1", b"2", b"3")  # more than the memory they share holds
+    assert second != first
+    assert child_of(b"x", b"2") == second
+    third = child_of(b"1", b"2")
+    assert third != second
+    assert [child_of(b"1") for _ in range(CHILD_RUNS - 1)] == [third] * (CHILD_RUNS - 1)
+    assert child_of(b"1") != third
+    gone = {first, second, third}
+    assert not gone & set(map(int, children(os.getpid())))
+
+
+def test_pixels_of_one_call_outlive_the_next() -> None:
+    first, _ = decode(items(b"1", b"2"), spec(), which)
+    decode(items(b"7", b"8"), spec(), which)
+    assert first[:, 0, 0, 0].tolist() == [1, 2]
+
+
+def test_a_child_that_dies_while_idle_costs_nothing() -> None:
+    os.kill(child_of(b"1"), signal.SIGKILL)
+    pixels, outcomes = decode(items(b"4"), spec(), which)
+    assert (outcomes[0].reason, pixels[0, 0, 0, 0]) == (None, 4)
+
+
+def test_large_inputs_and_many_reach_the_child_whole() -> None:
+    def length(data: bytes, wanted: DecodeSpec, into: Pixels) -> Outcome:
+        return Outcome(len(data), zlib.crc32(data), "png", None, "")
+
+    data = [os.urandom(n) for n in (3_000_000, 1, 65_536, 212_992, 1_000_001, *range(2, 300))]
+    _, outcomes = decode(items(*data), spec(), length)
+    assert [(o.width, o.height) for o in outcomes] == [(len(one), zlib.crc32(one)) for one in data]
+
+
+def test_a_child_ends_with_its_thread() -> None:
+    found: list[int] = []
+    thread = threading.Thread(target=lambda: found.append(child_of(b"1")))
+    thread.start()
+    thread.join()
+    for _ in range(100):
+        if str(found[0]) not in children(os.getpid()):
+            return
+        time.sleep(0.05)
+    pytest.fail("the child outlived its thread")
 
 
 def test_an_interrupt_leaves_no_child() -> None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import re
 import struct
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -20,13 +22,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from vitray.isolation import Death, Limits, run_isolated, shared
+from vitray.isolation import Child, Death, Limits, shared
 from vitray.schema import DecodeSpec, Encoded, PixelSpec
 
 Pixels = NDArray[np.uint8]
 
 MAX_SCANS = 100  # cameras and encoders write about 10; a file of 1,000 scans decodes 100 times slower than it is long
 MESSAGE_CHARS = 200
+CHILD_RUNS = 64  # calls for which a child is used; a leak or a fragmented heap lives no longer
 
 _SIGNATURES = [  # only tells what an unreadable or unwanted file is; Pillow alone decides what is decoded
     (name, re.compile(pattern, re.DOTALL))
@@ -93,26 +96,53 @@ def decode(
 ) -> tuple[Pixels, list[Outcome]]:
     """Pixels uint8 [n_good, H, W, 3] of the good ones in order, and one outcome an item.
 
-    The pixels are a view of shared memory that lives as long as they do. Raises what isolation.run_isolated raises.
+    Raises what isolation.Child.run raises.
     """
     images = [item.data for item in items if item.data]
-    pixels: Pixels = shared((len(images), *spec.pixels.shape, 3), np.uint8)
-    ledger = shared((len(images),), _ENTRY)
-
-    def step(at: int) -> None:
-        Image.MAX_IMAGE_PIXELS = None  # in the child; our own cap is judged from the header
-        good = int(np.count_nonzero(ledger["good"][:at]))
-        ledger[at] = _entry(one(images[at], spec, pixels[good]))
+    _load_decoders()
+    child, pixels, ledger = _desk(one, spec, limits, len(images))
 
     def charge(at: int, death: Death) -> None:
         reason = "time_limit" if death.timed_out else "decoder_died"
         ledger[at] = _entry(Outcome(0, 0, "", reason, f"the decoder {death.message}"))
 
-    _load_decoders()
-    run_isolated(step, len(images), charge, limits)
-    decoded = map(_outcome, ledger.tolist())
+    child.run(images, charge)
+    decoded = map(_outcome, ledger[: len(images)].tolist())
     outcomes = [next(decoded) if item.data else _without_bytes(item) for item in items]
-    return pixels[: int(np.count_nonzero(ledger["good"]))], outcomes
+    good = sum(outcome.reason is None for outcome in outcomes)
+    if good < len(images) or child.runs == CHILD_RUNS:  # a bad image may have spoilt more than its own row
+        _here.desk = None
+    return pixels[:good].copy(), outcomes
+
+
+_Desk = tuple[Child, Pixels, NDArray[Any]]
+
+
+class _Here(threading.local):
+    """A child dies with the thread that forked it."""
+
+    desk: tuple[object, _Desk] | None = None
+
+
+_here = _Here()
+
+
+def _desk(one: Callable[[bytes, DecodeSpec, Pixels], Outcome], spec: DecodeSpec, limits: Limits, rows: int) -> _Desk:
+    """A child that decodes, the pixels and the ledger that it fills: those of this thread's last call, where they fit."""
+    key = (one, spec, limits, os.getpid())
+    if _here.desk is not None and _here.desk[0] == key and len(_here.desk[1][2]) >= rows:
+        return _here.desk[1]
+    pixels: Pixels = shared((rows, *spec.pixels.shape, 3), np.uint8)
+    ledger = shared((rows,), _ENTRY)
+
+    def work(at: int, data: bytes) -> None:
+        Image.MAX_IMAGE_PIXELS = None  # our own cap is judged from the header
+        good = int(np.count_nonzero(ledger["good"][:at]))
+        ledger[at] = _entry(one(data, spec, pixels[good]))
+
+    desk = Child(work, rows, limits), pixels, ledger
+    _here.desk = key, desk
+    return desk
 
 
 @cache

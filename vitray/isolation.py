@@ -1,6 +1,6 @@
-"""Work that may kill its process, or never end, done in forked children: a death costs one step, and the caller lives.
+"""Work that may kill its process, or never end, done in a forked child: a death costs one input, and the caller lives.
 
-Knows nothing of images. Results travel through memory that both processes share (`shared`). Linux only.
+Knows nothing of images. Inputs travel through a socket, results through memory that both processes share (`shared`). Linux only.
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ import os
 import resource
 import select
 import signal
+import socket
+import struct
 import time
 import warnings
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import chain
 from typing import Any, NoReturn
 
 import numpy as np
@@ -28,6 +32,7 @@ from numpy.typing import DTypeLike, NDArray
 from vitray.errors import VitrayError
 
 _STARTED, _DONE = 1, 2
+_HEAD = struct.Struct("=qq")  # the index of the first input and how many come; then the size of each, then all their bytes
 # Ray, faulthandler and absl catch these: their reports take locks that a child may never get
 _RESET = (
     *(signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT),
@@ -37,7 +42,7 @@ _RESET = (
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one step may cost: CPU seconds, seconds without any progress, bytes beyond what the worker already holds."""
+    """What one input may cost: CPU seconds, seconds without any progress, bytes beyond what the worker already holds."""
 
     cpu_s: float = 10.0  # decoding and resizing 50 MP, the default pixel cap, takes about 1 s
     wall_s: float = 60.0
@@ -46,7 +51,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Death:
-    """Why a step has no result. timed_out: it used up its CPU seconds, or stood still."""
+    """Why an input has no result. timed_out: it used up its CPU seconds, or stood still."""
 
     timed_out: bool
     message: str
@@ -59,39 +64,121 @@ def shared(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
     return np.frombuffer(memory, dtype, count).reshape(shape)
 
 
-def run_isolated(step: Callable[[int], None], steps: int, charge: Callable[[int, Death], None], limits: Limits) -> None:
-    """step(0) ... step(steps - 1) were done in children, in order; charge(i, death) was called here for those that died.
+class Child:
+    """A forked process that works on inputs, and on those of later runs too: a fork costs as much as ten small images.
 
-    A death is charged when it repeats: the first may come from a dying node, or from a neighbour's hunger for memory.
-    `step` must not import, log or wait for a thread. Raises OSError when no child can be started, VitrayError when children
-    die outside any step.
+    `work(index, data)` leaves its result in memory that was `shared` before. It must not import, log or wait for a thread.
+    The process ends with this object, and with the thread that made it.
     """
-    states: NDArray[np.uint8] = shared((steps,), np.uint8)
-    suspect = -1
-    while (at := int(np.count_nonzero(states == _DONE))) < steps:
-        death = _wait(_fork(partial(_child, step, at, states, limits)), states, limits)
-        at = int(np.count_nonzero(states == _DONE))
-        if at == steps:
-            return
-        if suspect != at:
-            suspect, states[at] = at, 0
-        elif states[at] == _STARTED:
-            charge(at, death)
-            states[at] = _DONE
-        else:
-            raise VitrayError(
-                f"a child process {death.message} before its work began. Look for a lack of memory, then run again."
-            )
+
+    def __init__(self, work: Callable[[int, bytes], None], capacity: int, limits: Limits) -> None:
+        self._work, self._limits = work, limits
+        self._states: NDArray[np.uint8] = shared((capacity,), np.uint8)
+        self._end: Callable[[], int | None] | None = None
+        self.runs = 0
+
+    def run(self, inputs: Sequence[bytes], charge: Callable[[int, Death], None]) -> None:
+        """work(i, inputs[i]) was done in order, for no more than `capacity`; charge(i, death) was called here where it died.
+
+        A death is charged when it repeats: the first may come from a dying node, or from a neighbour's hunger for memory.
+        Raises OSError when no process can be started, VitrayError when it dies outside any work.
+        """
+        states, suspect = self._states[: len(inputs)], -1
+        states[:] = 0
+        self.runs += 1
+        while (at := int(np.count_nonzero(states == _DONE))) < len(inputs):
+            if self._end is None:
+                self._start()
+            death = self._feed(inputs, at)
+            at = int(np.count_nonzero(states == _DONE))
+            if at == len(inputs):
+                return
+            if suspect != at:
+                suspect, states[at] = at, 0
+            elif states[at] == _STARTED:
+                charge(at, death)
+                states[at] = _DONE
+            else:
+                raise VitrayError(
+                    f"a child process {death.message} before its work began. Look for a lack of memory, then run again."
+                )
+
+    def _start(self) -> None:
+        self._line, theirs = socket.socketpair()
+        with theirs:
+            pid = _fork(partial(self._serve, theirs))
+        self._line.setblocking(False)
+        self._pidfd = os.pidfd_open(pid)
+        self._end = weakref.finalize(self, _reap, os.getpid(), pid, self._pidfd, self._line)
+
+    def _serve(self, line: socket.socket) -> None:
+        _limit_memory(self._limits.memory_bytes)
+        stream = line.makefile("rb")
+        while head := stream.read(_HEAD.size):
+            start, count = _HEAD.unpack(head)
+            for at, size in enumerate(struct.unpack(f"={count}q", stream.read(8 * count)), start):
+                data = stream.read(size)
+                self._states[at] = _STARTED
+                # the default action, by the kernel: a Python handler would wait for the C code to return
+                signal.setitimer(signal.ITIMER_PROF, self._limits.cpu_s)
+                self._work(at, data)
+                self._states[at] = _DONE
+            line.send(b".")
+
+    def _feed(self, inputs: Sequence[bytes], start: int) -> Death:
+        """All inputs are done, or how the process ended: by itself, or because it stood still."""
+        sizes = [len(one) for one in inputs[start:]]
+        head = _HEAD.pack(start, len(sizes)) + struct.pack(f"={len(sizes)}q", *sizes)
+        rest = (memoryview(piece) for piece in chain([head], inputs[start:]) if piece)
+        piece, line, answered = next(rest), self._line.fileno(), False
+        poller = select.poll()
+        poller.register(self._pidfd, select.POLLIN)
+        poller.register(line, select.POLLIN | select.POLLOUT)
+        progress, since, stalled = -1, 0.0, False
+        try:
+            while not stalled:
+                events = dict(poller.poll(self._limits.wall_s * 250))  # ms: looks four times in that span
+                if events.get(line, 0) & select.POLLIN and (answered := bool(self._line.recv(1))):
+                    return Death(False, "lives")
+                if self._pidfd in events:
+                    break
+                if events.get(line, 0) & select.POLLOUT:
+                    piece = piece[self._line.send(piece) :] or next(rest, piece[:0])
+                    if not piece:
+                        poller.modify(line, select.POLLIN)
+                if (now := int(self._states.sum())) != progress:
+                    progress, since = now, time.monotonic()
+                stalled = time.monotonic() - since >= self._limits.wall_s
+        except ConnectionError:  # it has just died
+            pass
+        finally:
+            if not answered:
+                end, self._end = self._end, None
+                status = end() if end else None
+        return _death(status, stalled, self._limits)
 
 
-def _child(step: Callable[[int], None], start: int, states: NDArray[np.uint8], limits: Limits) -> None:
-    _limit_memory(limits.memory_bytes)
-    for at in range(start, len(states)):
-        states[at] = _STARTED
-        # the default action, by the kernel: a Python handler would wait for the C code to return
-        signal.setitimer(signal.ITIMER_PROF, limits.cpu_s)
-        step(at)
-        states[at] = _DONE
+def _reap(owner: int, pid: int, pidfd: int, line: socket.socket) -> int | None:
+    """The wait status of a child of this process that was ended; None where somebody else in it asked before."""
+    if os.getpid() != owner:
+        return None
+    with suppress(ProcessLookupError):
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    os.close(pidfd)
+    line.close()
+    with suppress(ChildProcessError):
+        return os.waitpid(pid, 0)[1]
+    return None
+
+
+def _death(status: int | None, stalled: bool, limits: Limits) -> Death:
+    if stalled:
+        return Death(True, f"stood still for {limits.wall_s:g} s")
+    if status is None or not os.WIFSIGNALED(status):
+        return Death(False, "ended" if status is None else f"ended with exit status {os.WEXITSTATUS(status)}")
+    if os.WTERMSIG(status) == signal.SIGPROF:
+        return Death(True, f"took more than {limits.cpu_s:g} s of CPU")
+    return Death(False, f"was killed by {signal.Signals(os.WTERMSIG(status)).name}")
 
 
 def _limit_memory(allowance: int) -> None:
@@ -107,7 +194,7 @@ def _fork(body: Callable[[], None]) -> int:
     """The process id of a child that runs `body` and ends."""
     prctl, parent = _prctl(), os.getpid()
     with warnings.catch_warnings():
-        # of a fork beside threads: the child takes no lock of theirs, and should it stand still after all, _wait ends it
+        # of a fork beside threads: the child takes no lock of theirs, and should it stand still after all, _feed ends it
         warnings.simplefilter("ignore", DeprecationWarning)
         pid = os.fork()
     if pid == 0:
@@ -137,29 +224,3 @@ def _become_child(prctl: Callable[..., int], parent: int, body: Callable[[], Non
             status = 0
     finally:
         os._exit(status)  # no atexit, no finalizers, no flush of the parent's buffers
-
-
-def _wait(pid: int, states: NDArray[np.uint8], limits: Limits) -> Death:
-    """How the child ended, by itself or because it stood still."""
-    pidfd, status = os.pidfd_open(pid), None
-    poller = select.poll()
-    poller.register(pidfd, select.POLLIN)
-    progress, since, stalled = -1, 0.0, False
-    try:
-        while not stalled and not poller.poll(limits.wall_s * 250):  # ms: looks four times in that span
-            if (now := int(states.sum())) != progress:
-                progress, since = now, time.monotonic()
-            stalled = time.monotonic() - since >= limits.wall_s
-    finally:
-        with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        os.close(pidfd)
-        with suppress(ChildProcessError):  # somebody else in this process reaped it
-            status = os.waitpid(pid, 0)[1]
-    if stalled:
-        return Death(True, f"stood still for {limits.wall_s:g} s")
-    if status is None or not os.WIFSIGNALED(status):
-        return Death(False, "ended" if status is None else f"ended with exit status {os.WEXITSTATUS(status)}")
-    if os.WTERMSIG(status) == signal.SIGPROF:
-        return Death(True, f"took more than {limits.cpu_s:g} s of CPU")
-    return Death(False, f"was killed by {signal.Signals(os.WTERMSIG(status)).name}")
