@@ -35,6 +35,7 @@ LEVELS = {
 ONLY_IN = {  # a module, and the beginnings of the paths that may import it
     "torch": ("models/",),
     "transformers": ("models/",),
+    "simplejpeg": ("decode.py",),
     "ray": ("pipeline/",),
     "ray.data": ("pipeline/line.py", "pipeline/queues.py"),
     "fsspec": ("storage/",),

@@ -135,7 +135,7 @@ def _with_tuples(fields: dict[str, Any]) -> dict[str, Any]:
 def package_versions() -> dict[str, str]:
     """Versions of what decides numbers and behaviour."""
     found = {"python": platform.python_version()}
-    for name in ("vitray", "ray", "torch", "transformers", "pyarrow", "pillow", "s3fs", "numpy"):
+    for name in ("vitray", "ray", "torch", "transformers", "pyarrow", "pillow", "simplejpeg", "s3fs", "numpy"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
