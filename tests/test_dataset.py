@@ -207,6 +207,15 @@ def test_a_dataset_opens_as_it_was_made(out: str) -> None:
     assert document["deciding"] == json.loads(json.dumps(made.deciding()))
 
 
+def test_a_dataset_from_before_decode_was_a_field_keeps_its_fingerprint(out: str) -> None:
+    made = make(out)
+    document = json.loads(read_object(dataset_url(out)))
+    assert document["job"].pop("decode") == document["deciding"]["decode"] == "exact"
+    store_for(out).replace(dataset_url(out), json.dumps(document).encode())
+    there = open_dataset(out)
+    assert there is not None and there.fingerprint == made.fingerprint and there.decode_spec.mode == "exact"
+
+
 def test_no_dataset_is_none(out: str) -> None:
     assert open_dataset(out) is None
 
@@ -220,6 +229,7 @@ CHANGES: dict[str, Callable[[str], tuple[Job, ModelFacts, list[VectorColumn], pa
     "keep": lambda out: (job_for(out, keep=["caption"]), FACTS, [VECTOR], pa.schema([("caption", pa.string())])),
     "precision": lambda out: (job_for(out, precision="bf16"), replace(FACTS, precision="bf16"), [VECTOR], pa.schema([])),
     "engine": lambda out: (job_for(out), replace(FACTS, engine="other"), [VECTOR], pa.schema([])),
+    "decode": lambda out: (job_for(out, decode="fast"), FACTS, [VECTOR], pa.schema([])),
     "formats": lambda out: (job_for(out, formats=["jpeg"]), FACTS, [VECTOR], pa.schema([])),
     "max_pixels": lambda out: (job_for(out, max_pixels=7), FACTS, [VECTOR], pa.schema([])),
     "background": lambda out: (job_for(out, background="#000000"), FACTS, [VECTOR], pa.schema([])),

@@ -18,6 +18,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -27,7 +28,7 @@ import simplejpeg
 import skimage
 from PIL import Image, ImageCms, JpegImagePlugin, UnidentifiedImageError
 
-from vitray.decode import CHILD_RUNS, MAX_SCANS, Outcome, Pixels, _load, decode, decode_one
+from vitray.decode import CHILD_RUNS, DRAFT_GAP, MAX_SCANS, Outcome, Pixels, _load, decode, decode_one
 from vitray.isolation import Limits
 from vitray.schema import REASONS, DecodeSpec, Encoded, PixelSpec
 
@@ -160,19 +161,19 @@ def as_pillow(data: bytes) -> tuple[str | None, Pixels | None]:
         return "truncated" if "truncated" in str(error).lower() else "decode_error", None
 
 
-def as_decoded(data: bytes) -> tuple[str | None, Pixels | None]:
+def as_decoded(data: bytes, mode: str = "exact") -> tuple[str | None, Pixels | None]:
     """The reason, or the pixels at full size, that decode_one gives."""
     try:
         shape = Image.open(io.BytesIO(data)).size[::-1]
     except OSError:
         shape = (1, 1)
     into = np.zeros((*shape, 3), np.uint8)
-    reason = decode_one(data, spec(crop=shape), into).reason
+    reason = decode_one(data, spec(crop=shape, mode=mode), into).reason
     return reason, into if reason is None else None
 
 
 def is_by_turbo(data: bytes) -> bool:
-    return not isinstance(_load(Image.open(io.BytesIO(data)), data), JpegImagePlugin.JpegImageFile)
+    return not isinstance(_load(Image.open(io.BytesIO(data)), data, spec()), JpegImagePlugin.JpegImageFile)
 
 
 def same(one: tuple[str | None, Pixels | None], other: tuple[str | None, Pixels | None]) -> bool:
@@ -251,7 +252,7 @@ def damaged(data: bytes, seed: int) -> Iterator[bytes]:
 @pytest.mark.parametrize(
     "options", [{}, {"progressive": True}, {"restart_marker_blocks": 4}, {"quality": 100, "subsampling": 0}, {"mode": "CMYK"}]
 )
-def test_every_flaw_of_a_jpeg_is_judged_as_pillow_does(options: dict[str, object]) -> None:
+def test_every_flaw_of_a_jpeg_is_judged_as_pillow_does_in_every_mode(options: dict[str, object]) -> None:
     mode = str(options.get("mode", "RGB"))
     data = encode(photo(97, 61).convert(mode), "JPEG", **{k: v for k, v in options.items() if k != "mode"})
     files = [*damaged(data, len(data)), *(without_scans(data) if "progressive" in options else ())]
@@ -262,6 +263,8 @@ def test_every_flaw_of_a_jpeg_is_judged_as_pillow_does(options: dict[str, object
             continue
         reasons.add(wanted[0])
         assert same(as_decoded(broken), wanted), broken
+        for mode in ("fast", "draft"):
+            assert as_decoded(broken, mode)[0] == wanted[0], broken
     assert reasons == {None, "truncated", "decode_error", "not_an_image"}
 
 
@@ -272,6 +275,118 @@ def test_arithmetic_coding_is_refused_where_pillow_refuses_it() -> None:
     long = ARITHMETIC[:2] + b"\xff\xfe" + struct.pack(">H", comment - 2) + bytes(comment - 4) + ARITHMETIC[2:]
     assert is_by_turbo(long)  # it would not refuse it
     assert as_decoded(long) == as_pillow(long) == ("decode_error", None)
+
+
+# --- fast and draft
+
+
+def in_mode(mode: str, files: list[bytes], wanted: DecodeSpec) -> np.ndarray:
+    pixels, outcomes = decode(items(*files), replace(wanted, mode=mode))
+    assert [outcome.reason for outcome in outcomes] == [None] * len(files)
+    return pixels.astype(int)
+
+
+@pytest.mark.parametrize("case", range(len(processors())))
+def test_fast_is_a_level_off_here_and_there(case: int) -> None:
+    wanted = processors()[case][2]
+    files = [(DATA / photo).read_bytes() for photo in PHOTOS]
+    files += [encode(photo(*size), "PNG") for size in SIZES]
+    files += [encode(photo(*size), "JPEG", quality=q) for q in (60, 90) for size in ((640, 423), (300, 640), (500, 375))]
+    exact = in_mode("exact", files, wanted)
+    apart = np.abs(in_mode("fast", files, wanted) - exact)
+    assert apart.mean() < 0.01
+    # torch's weights have 16 bits, Pillow's 24, which bicubic overshoot may double
+    assert apart.max() <= (2 if wanted.pixels.resample == 3 else 1)
+    assert (apart > 1).mean() < 1e-5
+    if wanted.pixels.resample == 1 or wanted.pixels.size is None:  # what torch does not do
+        assert apart.max() == 0
+
+
+def test_fast_on_noise_is_two_levels_off_in_one_value_of_100_000() -> None:
+    noise = np.random.default_rng(0).integers(0, 2, (40, 260, 241, 3), np.uint8) * 255
+    files = [encode(Image.fromarray(one), "BMP") for one in noise]
+    for resample in (2, 3):
+        wanted = spec((224, 224), None, resample)
+        apart = np.abs(in_mode("fast", files, wanted) - in_mode("exact", files, wanted))
+        assert apart.max() <= 2
+        assert (apart > 1).mean() < 1e-5
+
+
+def large(width: int = 2400, height: int = 1800) -> Image.Image:
+    """A photograph again and again, so that it is as rich in detail as a camera's."""
+    canvas, tile = Image.new("RGB", (width, height)), Image.open(DATA / "motorcycle_left.png").convert("RGB")
+    for left in range(0, width, tile.width):
+        for top in range(0, height, tile.height):
+            canvas.paste(tile, (left, top))
+    return canvas
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+@pytest.mark.parametrize(
+    "wanted", [spec((224, 224), None, 2), spec((256,), (224, 224), 3), spec((300, 200), None, 3), spec((96, 96), None, 1)]
+)
+def test_draft_of_a_large_jpeg_is_near(wanted: DecodeSpec, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    files = [encode(large(*size), "JPEG", quality=90, exif=exif) for size in ((2400, 1800), (1800, 2400))]
+    apart = np.abs(in_mode("draft", files, wanted) - in_mode("exact", files, wanted))
+    assert 0.05 < apart.mean() < 0.75
+    assert apart.max() <= 24
+
+
+def test_draft_is_fast_where_nothing_can_be_saved() -> None:
+    wanted = spec((224, 224), None, 2)
+    small = 224 * DRAFT_GAP * 2 - 2  # its half would be too small
+    sizes = ((small, small), (2401, 1800), (2400, 1799), (10, 10))  # and a rounded half would move every pixel
+    files = [*(encode(large(*size), "JPEG") for size in sizes), encode(large(), "BMP")]
+    assert np.array_equal(in_mode("draft", files, wanted), in_mode("fast", files, wanted))
+    plain = spec(None, (40, 60))
+    assert np.array_equal(in_mode("draft", files, plain), in_mode("exact", files, plain))
+
+
+def test_oddities_and_refusals_are_the_same_in_every_mode() -> None:
+    rgba = photo().convert("RGBA")
+    rgba.putalpha(Image.linear_gradient("L").resize((60, 40)))
+    files = [
+        *(encode(photo().convert(mode), form) for mode, form in (("L", "PNG"), ("P", "PNG"), ("CMYK", "JPEG"), ("1", "PNG"))),
+        *(encode(rgba, "PNG"), encode(Image.fromarray(sixteen_bit()), "PNG"), encode(Image.new("F", (60, 40), 0.5), "TIFF")),
+        *(encode(photo(1, 3000), "JPEG"), encode(photo(9000, 10), "JPEG"), encode(photo(), "ICO"), b"text", b""),
+    ]
+    for wanted in (spec((30,), (24, 24), 2, background=(1, 2, 3), max_pixels=60_000), spec((24, 24), None, 2)):
+        pixels, outcomes = decode(items(*files), wanted)
+        for mode in ("fast", "draft"):
+            others, found = decode(items(*files), replace(wanted, mode=mode))
+            assert found == outcomes
+            assert np.abs(others.astype(int) - pixels).max() <= 1
+
+
+def test_fast_decodes_beside_openmp_threads_of_the_parent() -> None:
+    import torch
+
+    def share_out(data: bytes, wanted: DecodeSpec, into: Pixels) -> Outcome:
+        torch.nn.functional.interpolate(torch.zeros(1, 8, 999, 999), (500, 500), mode="bilinear", antialias=True)
+        return decode_one(data, wanted, into)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        wanted, large_one = spec((900, 900), None, 2, mode="fast"), encode(large(), "JPEG")
+        share_out(large_one, wanted, np.zeros((900, 900, 3), np.uint8))
+        _, outcomes = decode(items(large_one), wanted, share_out, Limits(wall_s=20))
+        assert [outcome.reason for outcome in outcomes] == [None]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_only_fast_and_draft_import_torch() -> None:
+    code = (
+        "import sys, test_decode as t\nfor mode in ('exact', 'fast'):\n"
+        "    t.decode(t.items(t.encode(t.photo(), 'JPEG')), t.spec((24, 24), None, mode=mode))\n    print('torch' in sys.modules)"
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "True"], done.stderr
 
 
 # --- oddities with a value

@@ -1,8 +1,10 @@
 """Bytes -> pixels or a reason; hides every oddity of image formats.
 
 Good pixels equal Hugging Face's own path bit for bit: load_image (EXIF orientation, RGB), then the checkpoint's PIL processor.
-`decode_one` is the pure part. `decode` runs it in a child (isolation.py), so that a crash, a bomb or an endless decoder costs
-one row. Reading bytes and normalising pixels are elsewhere.
+That is mode "exact". "fast" resizes with torch, a level off here and there; "draft" also decodes large JPEGs at a fraction of
+their size. Which rows are good, and why the others are not, is the same in all three. `decode_one` is the pure part. `decode`
+runs it in a child (isolation.py), so that a crash, a bomb or an endless decoder costs one row. Reading bytes and normalising
+pixels are elsewhere.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,7 @@ Pixels = NDArray[np.uint8]
 MAX_SCANS = 100  # cameras and encoders write about 10; a file of 1,000 scans decodes 100 times slower than it is long
 MESSAGE_CHARS = 200
 CHILD_RUNS = 64  # calls for which a child is used; a leak or a fragmented heap lives no longer
+DRAFT_GAP = 3  # a draft is decoded at no less than three times the size that it is resized to: a level or less off in the mean
 
 _SIGNATURES = [  # only tells what an unreadable or unwanted file is; Pillow alone decides what is decoded
     (name, re.compile(pattern, re.DOTALL))
@@ -54,6 +57,7 @@ _SIGNATURES = [  # only tells what an unreadable or unwanted file is; Pillow alo
 ]
 _TURN = Image.Transpose
 _ODD_MARKERS = frozenset(b"\xc3\xc9\xca\xcb")  # lossless or arithmetic coding, of which Pillow refuses what exceeds its buffer
+_TORCH_MODES = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
 _ORIENTATIONS = {
     **{2: _TURN.FLIP_LEFT_RIGHT, 3: _TURN.ROTATE_180, 4: _TURN.FLIP_TOP_BOTTOM, 5: _TURN.TRANSPOSE},
     **{6: _TURN.ROTATE_270, 7: _TURN.TRANSVERSE, 8: _TURN.ROTATE_90},
@@ -85,7 +89,7 @@ def decode_one(data: bytes, spec: DecodeSpec, into: Pixels) -> Outcome:
         markers = _markers(data) if outcome.format == "jpeg" else b""
         _check_header(image, data, markers, spec.max_pixels)
         plain = markers and image.mode in ("RGB", "L") and _ODD_MARKERS.isdisjoint(markers)
-        into[...] = _fit(_rgb(image, data if plain else None, spec.background), spec)
+        into[...] = _fit(_rgb(image, data if plain else None, spec), spec)
         return outcome
     except _Refused as refusal:
         return replace(outcome, reason=refusal.reason, message=_one_line(str(refusal)))
@@ -105,7 +109,7 @@ def decode(
     Raises what isolation.Child.run raises.
     """
     images = [item.data for item in items if item.data]
-    _load_decoders()
+    _load_decoders(spec.mode)
     child, pixels, ledger = _desk(one, spec, limits, len(images))
 
     def charge(at: int, death: Death) -> None:
@@ -142,7 +146,7 @@ def _desk(one: Callable[[bytes, DecodeSpec, Pixels], Outcome], spec: DecodeSpec,
     ledger = shared((rows,), _ENTRY)
 
     def work(at: int, data: bytes) -> None:
-        Image.MAX_IMAGE_PIXELS = None  # our own cap is judged from the header
+        _prepare_child(spec.mode)
         good = int(np.count_nonzero(ledger["good"][:at]))
         ledger[at] = _entry(one(data, spec, pixels[good]))
 
@@ -152,15 +156,24 @@ def _desk(one: Callable[[bytes, DecodeSpec, Pixels], Outcome], spec: DecodeSpec,
 
 
 @cache
-def _load_decoders() -> None:
+def _load_decoders(mode: str) -> None:
     """Every decoder was imported and run once: a child that imports may wait for ever on a lock of a thread it does not have."""
     Image.init()
     forms = ("jpeg", "png", "webp", "bmp", "gif", "tiff")
-    spec = DecodeSpec(PixelSpec((4, 4), Image.Resampling.BILINEAR, None, 1, (0, 0, 0), (1, 1, 1)), forms, 64, None)
+    spec = DecodeSpec(PixelSpec((4, 4), Image.Resampling.BILINEAR, None, 1, (0, 0, 0), (1, 1, 1)), forms, 64, None, mode)
     for form in forms:
         buffer = io.BytesIO()
         Image.new("RGB", (8, 8)).save(buffer, form)
         decode_one(buffer.getvalue(), spec, np.empty((4, 4, 3), np.uint8))
+
+
+@cache
+def _prepare_child(mode: str) -> None:
+    Image.MAX_IMAGE_PIXELS = None  # our own cap is judged from the header
+    if mode != "exact":
+        import torch
+
+        torch.set_num_threads(1)  # OpenMP would wait for ever for the threads that it had before the fork
 
 
 def _without_bytes(item: Encoded) -> Outcome:
@@ -248,26 +261,41 @@ def _scans(data: bytes) -> int:
     return count
 
 
-def _rgb(image: Any, jpeg: bytes | None, background: tuple[int, int, int] | None) -> Any:
-    """The upright RGB image that Hugging Face's load_image gives, or our policy where that one raises or spoils."""
-    loaded = _load(image, jpeg)
+def _rgb(image: Any, jpeg: bytes | None, spec: DecodeSpec) -> Any:
+    """The upright RGB image that Hugging Face's load_image gives, or our policy where that one raises or spoils.
+
+    An array [H, W, 3] instead of an image where that saves a copy.
+    """
+    loaded = _load(image, jpeg, spec)
+    if isinstance(loaded, np.ndarray):
+        return loaded
     if (turn := _ORIENTATIONS.get(_orientation(image))) is not None:
         loaded = loaded.transpose(turn)
     if loaded.mode.startswith("I"):
         loaded = _to_8bit(loaded)
-    if background is not None and loaded.has_transparency_data:
-        canvas = Image.new("RGBA", loaded.size, (*background, 255))
+    if spec.background is not None and loaded.has_transparency_data:
+        canvas = Image.new("RGBA", loaded.size, (*spec.background, 255))
         loaded = Image.alpha_composite(canvas, loaded.convert("RGBA"))
     return loaded if loaded.mode == "RGB" else loaded.convert("RGB")
 
 
-def _load(image: Any, jpeg: bytes | None) -> Any:
+def _load(image: Any, jpeg: bytes | None, spec: DecodeSpec) -> Any:
     """The image with its pixels. libjpeg-turbo by itself gives those of Pillow, which is built on it, without Pillow's copies."""
     if jpeg is not None:
+        packed = spec.mode != "exact" and _orientation(image) not in _ORIENTATIONS
+        width, height = _draft_size(image.size, spec) if spec.mode == "draft" else image.size
         with suppress(Exception):  # it raises at every flaw; what is good in spite of one, or why not, only Pillow says
-            return _image(simplejpeg.decode_jpeg(jpeg, "RGBX"))
+            pixels = simplejpeg.decode_jpeg(jpeg, "RGB" if packed else "RGBX", min_height=height, min_width=width)
+            return pixels if packed else _image(pixels)
     image.load()
     return image
+
+
+def _draft_size(size: tuple[int, int], spec: DecodeSpec) -> tuple[int, int]:
+    """An eighth, a quarter or a half, where that divides the sides: a rounded side would move every pixel after the resize."""
+    least = DRAFT_GAP * max(spec.pixels.size or size)
+    part = next((part for part in (8, 4, 2) if all(side % part == 0 and side // part >= least for side in size)), 1)
+    return size[0] // part, size[1] // part
 
 
 def _image(pixels: Pixels) -> Any:
@@ -297,13 +325,31 @@ def _to_8bit(image: Any) -> Any:
 
 
 def _fit(image: Any, spec: DecodeSpec) -> Pixels:
-    size = _target(image.size, spec.pixels)
-    if math.prod(size) > max(spec.max_pixels, math.prod(image.size)):
-        raise _Refused("too_many_pixels", f"{image.size[0]}x{image.size[1]} resized becomes {size[0]}x{size[1]}")
-    if spec.pixels.size is not None:
-        image = image.resize(size, resample=spec.pixels.resample)
+    full = image.shape[1::-1] if isinstance(image, np.ndarray) else image.size
+    size = _target(full, spec.pixels)
+    if math.prod(size) > max(spec.max_pixels, math.prod(full)):
+        raise _Refused("too_many_pixels", f"{full[0]}x{full[1]} resized becomes {size[0]}x{size[1]}")
+    if spec.pixels.size is not None and spec.mode == "exact":
+        image = image.resize(size, spec.pixels.resample)
+    elif spec.pixels.size is not None:
+        image = _resize_fast(np.require(image, np.uint8, "W"), size, spec.pixels.resample)
     pixels = np.asarray(image)
     return pixels if spec.pixels.crop is None else _center_crop(pixels, spec.pixels.crop)
+
+
+def _resize_fast(pixels: Pixels, size: tuple[int, int], resample: int) -> Pixels:
+    """As Pillow's resize, a level off here and there, and several times faster. What torch does otherwise is left to Pillow."""
+    (width, height), (rows, columns, _), mode = size, pixels.shape, _TORCH_MODES.get(resample)
+    if mode is None or width > columns or height > rows:  # enlarging, their bicubics are two levels apart
+        return np.asarray(Image.fromarray(pixels).resize(size, resample))
+    import torch
+
+    shrink = partial(torch.nn.functional.interpolate, mode=mode, antialias=True)
+    # one image, channels last: the layout for which torch's kernel is fast
+    batch = torch.from_numpy(pixels).view(1, rows, columns, 3).permute(0, 3, 1, 2)
+    if rows - height > max(0, 2 * (columns - width)):  # then Pillow shrinks the height first
+        batch = shrink(batch, (height, columns))
+    return np.asarray(shrink(batch, (height, width))[0].permute(1, 2, 0))
 
 
 def _target(size: tuple[int, int], pixels: PixelSpec) -> tuple[int, int]:

@@ -81,6 +81,9 @@ class Job(BaseModel):
     formats: Strings = Field(list(FORMATS), description="image formats that are decoded")
     max_pixels: int = Field(50_000_000, description="pixel cap of one image", ge=1)
     background: Color | None = Field(None, description="#rrggbb to composite transparent images on (default: alpha is dropped)")
+    decode: Literal["exact", "fast", "draft"] = Field(
+        "exact", description="exact: Hugging Face's pixels; fast: a level off here and there; draft: large JPEGs at reduced size"
+    )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="auto: the fastest the hardware has")
     batch_size: Count = Field("auto", description="images a forward pass")
     device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = Field("auto", description="where the model runs")

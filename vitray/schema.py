@@ -106,12 +106,13 @@ class PixelSpec:
 
 @dataclass(frozen=True, slots=True)
 class DecodeSpec:
-    """All that decides a row's pixels, or its reason."""
+    """All that decides a row's pixels, or its reason. mode: exact | fast | draft, see decode.py."""
 
     pixels: PixelSpec
     formats: tuple[str, ...]
     max_pixels: int
     background: tuple[int, int, int] | None
+    mode: str = "exact"
 
 
 @dataclass(frozen=True, slots=True)

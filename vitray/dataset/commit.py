@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vitray.dataset.files import parquet_bytes
-from vitray.dataset.identity import DECODE_MODE, Dataset
+from vitray.dataset.identity import Dataset
 from vitray.dataset.staging import Staged, drop_staging, read_fragment, staged
 from vitray.errors import CommitError, ObjectChanged, ObjectMissing, StorageError
 from vitray.schema import ERROR_SCHEMA, End, Shard, ipc_bytes, ipc_table
@@ -265,7 +265,7 @@ def _marks(dataset: Dataset, shard: Shard, end: End, digest: RowsDigest, errors:
         "error_rows": base64.b64encode(ipc_bytes(errors, "zstd")).decode() if errors.num_rows else "",
         **{name: getattr(dataset.facts, name) for name in _FACTS},
         "id2label_sha256": dataset.facts.labels_sha256(),
-        "decode": DECODE_MODE,
+        "decode": dataset.job.decode,
         "version": __version__,
     }
     return {f"vitray.{name}": "" if value is None else str(value) for name, value in marks.items()}

@@ -17,9 +17,8 @@ from vitray.job import Job, make_job
 from vitray.schema import SCHEMA_VERSION, DecodeSpec, ModelFacts, PixelSpec, VectorColumn, row_schema
 from vitray.storage import absolute, join, read
 
-DECODE_MODE = "exact"
 # of the job, as they are; of the others some do not count, or count as what was resolved from them
-DECIDING_FIELDS = ("formats", "max_pixels", "background", "image_member", "image_column", "key_column", "allow")
+DECIDING_FIELDS = ("decode", "formats", "max_pixels", "background", "image_member", "image_column", "key_column", "allow")
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Dataset:
     def decode_spec(self) -> DecodeSpec:
         hexes = self.job.background
         colour = None if hexes is None else (int(hexes[1:3], 16), int(hexes[3:5], 16), int(hexes[5:7], 16))
-        return DecodeSpec(self.facts.pixels, tuple(self.job.formats), self.job.max_pixels, colour)
+        return DecodeSpec(self.facts.pixels, tuple(self.job.formats), self.job.max_pixels, colour, self.job.decode)
 
     @property
     def fingerprint(self) -> str:
@@ -59,7 +58,6 @@ class Dataset:
             "keep": [[f.name, str(f.type)] for f in self.kept],
             "precision": self.facts.precision,
             "engine": self.facts.engine,
-            "decode": DECODE_MODE,
             **{name: getattr(self.job, name) for name in DECIDING_FIELDS},
         }
 
