@@ -91,7 +91,7 @@ def open_model(facts: ModelFacts, vectors: list[VectorColumn], top_k: int, label
     device: as in Job.device. threads: CPU threads of the forward pass, unused on an accelerator.
     Raises ModelError when the weights are not those of `facts`, or when one that is needed is missing.
     """
-    from vitray.models import checkpoint, machine, torch_engine
+    from vitray.models import checkpoint, loading, machine, torch_engine
 
     if labels and not facts.labels:
         raise ModelError(f"{facts.model} was identified without labels; identify it again with labels: true")
@@ -105,4 +105,5 @@ def open_model(facts: ModelFacts, vectors: list[VectorColumn], top_k: int, label
     chosen = machine.resolve_device(device)
     if chosen == "cpu":
         machine.set_threads(threads)
-    return torch_engine.load(found, facts, vectors, top_k if labels else 0, chosen)
+    network = loading.load_network(found, headed=labels)
+    return torch_engine.TorchModel(network, facts, vectors, top_k if labels else 0, chosen)

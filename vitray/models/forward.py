@@ -1,0 +1,88 @@
+"""The whole of one forward pass, pixels to labels and vectors, as one module: what a compiler gets to see.
+
+Embeddings are caught by forward hooks on the vision tower and its blocks, so that the head's class computes what it always
+computes and nothing runs twice. What nothing asks for is not computed: blocks above the highest layer asked for, and in the
+last block all but the prefix tokens where only they are read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vitray.models.blocks import ask_first_tokens_only, fuse_attention
+from vitray.models.loading import Network
+from vitray.schema import ModelFacts, VectorColumn
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+LABELS_FROM_PREFIX = ("vit", "deit")  # the others' heads read all tokens, or may
+
+
+class Forward(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
+    """Called with pixels uint8 [n, H, W, 3]; gives scores and ids [n, k], then one [n, D] a vector column."""
+
+    def __init__(self, network: Network, facts: ModelFacts, vectors: list[VectorColumn], k: int, device: torch.device) -> None:
+        super().__init__()
+        self.module, self.final_norm = network.module, network.final_norm
+        self._facts, self._vectors, self._k, self._dtype = facts, vectors, k, DTYPES[facts.precision]
+        spec = facts.pixels
+        # no buffers: they stay float32 when the weights do not
+        self._mean, self._std = (torch.tensor(v, dtype=torch.float32, device=device) for v in (spec.mean, spec.std))
+        self.tokens: dict[int | None, Any] = {}
+        self._leave_out_what_nobody_reads(network.blocks)
+        for layer in {v.layer for v in vectors}:
+            (network.tower if layer is None else network.blocks[layer - 1]).register_forward_hook(self._catch(layer))
+        self.eval().to(device, self._dtype)
+
+    def _leave_out_what_nobody_reads(self, blocks: Any) -> None:
+        fuse_attention(blocks)
+        layers = {v.layer for v in self._vectors}
+        depth = len(blocks) if self._k or None in layers else max(layer for layer in layers if layer)
+        del blocks[depth:]
+        cls_only = all(v.pool == "cls" for v in self._vectors if v.layer in (None, depth))
+        family = self._facts.family
+        readable = family in LABELS_FROM_PREFIX if self._k else family != "beit"  # whose blocks add a bias to pairs of tokens
+        if blocks and cls_only and readable:
+            ask_first_tokens_only(blocks[-1], self._facts.prefix_tokens)
+
+    def _catch(self, layer: int | None) -> Any:
+        def keep(_module: Any, _inputs: Any, output: Any) -> None:
+            found = output.last_hidden_state if layer is None else output
+            self.tokens[layer] = found[0] if isinstance(found, tuple) else found
+
+        return keep
+
+    def forward(self, pixels: Any) -> list[Any]:
+        answer = self.module(pixel_values=self._normalise(pixels))
+        nothing = torch.empty(len(pixels), 0)
+        scores, ids = self._rank(answer.logits.float()) if self._k else (nothing, nothing)
+        found = [scores, ids] + [self._vector(column) for column in self._vectors]
+        self.tokens.clear()
+        return found
+
+    def _normalise(self, pixels: Any) -> Any:
+        """(x/255 - mean)/std in float32, in that order, then the precision: float [n, 3, H, W]."""
+        rescale = self._facts.pixels.rescale
+        x = pixels.float().div_(255) if rescale == 1 / 255 else pixels.float().mul_(rescale)
+        x = x.sub_(self._mean).div_(self._std)
+        return x.permute(0, 3, 1, 2).to(self._dtype).contiguous()
+
+    def _rank(self, logits: Any) -> tuple[Any, Any]:
+        chances = logits.sigmoid() if self._facts.multi_label else logits.softmax(-1)
+        scores, ids = chances.topk(self._k, dim=-1)
+        return scores, ids
+
+    def _vector(self, column: VectorColumn) -> Any:
+        """One column's [n, D], pooled and normalised in float32."""
+        tokens = self.tokens[column.layer]
+        if column.layer is None and self.final_norm is not None:
+            tokens = self.final_norm(tokens)
+        if column.pool == "cls":
+            vector = tokens[:, 0].float()
+        else:
+            skipped = self._facts.prefix_tokens if column.pool == "patches_mean" else 0
+            vector = tokens[:, skipped:].mean(1, dtype=torch.float32)
+        if column.normalize:
+            vector = torch.nn.functional.normalize(vector, dim=-1)
+        return vector.to(torch.float16 if column.dtype == "float16" else torch.float32)
