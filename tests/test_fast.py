@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,14 +16,20 @@ import torch
 from small_models import PREFIX, STEM, job_for, make_checkpoint, noise, plain_loop, run
 
 from vitray.job import Embedding
-from vitray.models import identify, open_model, vector_columns
+from vitray.models import identify, open_model, shapes, vector_columns
 from vitray.models.blocks import Attention, PackedLinear, ask_first_tokens_only, fuse_attention, pack
-from vitray.models.torch_engine import TorchModel
+from vitray.models.cutting import PADDING, cut, ladder
+from vitray.models.machine import compiling_pays
+from vitray.models.torch_engine import Network, TorchModel
+from vitray.schema import VectorColumn
+
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ on a CPU")
 
 
 @pytest.fixture(autouse=True)
 def _two_threads() -> None:
     torch.set_num_threads(2)
+    torch._dynamo.reset()  # its limit of recompilations is one for all models of a process
 
 
 # ---------------------------------------------------------------- only what is asked for
@@ -92,3 +104,122 @@ def test_linear_layers_are_packed_with_their_gelu_on_this_kind_of_cpu(tmp_path: 
         pytest.skip("no oneDNN here")
     assert kinds.count(PackedLinear) == 3 * 5  # query, key and value, out, fc1 and fc2 of three blocks
     assert kinds.count(torch.nn.Linear) == 1 and not any(kind.__name__ == "GELUActivation" for kind in kinds)
+
+
+# ---------------------------------------------------------------- cutting
+
+
+def test_hardly_a_row_is_padded_in_shards_of_any_size() -> None:
+    for batch in (8, 16, 48, 64, 100, 256):
+        sizes, fragment = ladder(batch), max(64, batch)
+        for shard in range(100, 10_001):
+            whole, tail = divmod(shard, fragment)
+            batches = cut(fragment, sizes, PADDING) * whole + cut(tail, sizes, PADDING)
+            assert 0 <= sum(batches) - shard <= 0.02 * shard
+            assert sum(size not in sizes for size in batches) <= whole + 1
+
+
+def test_images_are_cut_into_the_largest_sizes_that_fit() -> None:
+    assert ladder(16) == (16, 8) and ladder(256) == (256, 128, 64, 32) and ladder(100) == (100, 50, 25, 12) and ladder(3) == (3,)
+    assert cut(64, (16, 8), PADDING) == [16] * 4
+    assert cut(63, (16, 8), PADDING) == [16] * 4  # one row of padding; a bad image must not cost three small passes
+    assert cut(60, (16, 8), PADDING) == [16, 16, 16, 8, 4]
+    assert cut(253, ladder(256), PADDING) == [256] and cut(3, ladder(256), PADDING) == [3]
+    assert cut(21, (4,), 0.0) == [4, 4, 4, 4, 4, 1] and cut(0, (4,), 0.0) == []
+
+
+def test_compiling_pays_for_large_jobs_only() -> None:
+    assert compiling_pays("cpu", 1_000_000) and compiling_pays("cuda", 1_000_000)
+    assert not compiling_pays("cpu", 10_000) and not compiling_pays("cuda", 10_000)
+
+
+# ---------------------------------------------------------------- compiled
+
+
+def drawn(count: int) -> np.ndarray:
+    rng = np.random.default_rng(99)
+    return shapes.pixels_of([shapes.draw(n % len(shapes.NAMES), rng) for n in range(count)])
+
+
+@needs_compiler
+def test_compiled_says_the_same_and_never_compiles_again(shapes_model: str) -> None:
+    job = job_for(shapes_model, embeddings=[Embedding()], batch_size=16)
+    facts = identify(job)
+    columns = vector_columns(job, facts)
+    plain, compiled = (open_model(facts, columns, 3, True, "cpu", 2, compiled=c) for c in (False, True))
+    assert sorted(compiled._compiled) == [8, 16]
+    before = dict(torch._dynamo.utils.counters["frames"])
+    assert before["ok"] == 2
+    pixels = drawn(200)
+    for count in (1, 7, 8, 15, 16, 23, 63, 200):
+        expected, found = plain.predict(pixels[:count]), compiled.predict(pixels[:count])
+        np.testing.assert_array_equal(found.ids[:, 0], expected.ids[:, 0])
+        np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found.vectors["embedding"], expected.vectors["embedding"], rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["frames"] == before
+
+
+@needs_compiler
+def test_compiled_bf16_agrees_with_fp32(shapes_model: str) -> None:
+    job, pixels = job_for(shapes_model, embeddings=[Embedding()], batch_size=8), drawn(600)
+    facts = identify(job)
+    exact = run(job, pixels, facts)
+    mixed = open_model(dataclasses.replace(facts, precision="bf16"), vector_columns(job, facts), 3, True, "cpu", 2, compiled=True)
+    found = mixed.predict(pixels)
+    assert (found.ids[:, 0] == exact.ids[:, 0]).mean() >= 0.995
+    a, b = exact.vectors["embedding"], found.vectors["embedding"]
+    assert ((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)).min() >= 0.999
+
+
+def test_without_a_compiler_one_line_says_so_and_the_model_runs(tmp_path: Path) -> None:
+    directory = make_checkpoint(tmp_path / "m", "vit", True)
+    code = f"""
+import logging, sys
+logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from small_models import *
+job = job_for({directory!r}, batch_size=8)
+found = open_model(identify(job), [], 5, True, "cpu", 2, compiled=True).predict(noise(11))
+np.testing.assert_array_equal(found.ids, run(job, noise(11)).ids)
+"""
+    env = {**os.environ, "CXX": "/nowhere/g++", "XDG_CACHE_HOME": str(tmp_path), "PATH": "/nowhere"}
+    env.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = [line for line in done.stderr.splitlines() if line.startswith("vitray.models")]
+    assert len(said) == 1 and "runs uncompiled, torch.compile failed" in said[0] and "Install g++" in said[0]
+    assert (tmp_path / "vitray" / "compiled").is_dir()
+
+
+@torch.library.custom_op("vitray_tests::fits", mutates_args=())
+def fits(pixels: torch.Tensor, room: int) -> torch.Tensor:
+    """Its input again, if it holds no more images than there is room for: also inside a compiled graph."""
+    if len(pixels) > room:
+        raise torch.OutOfMemoryError("out of memory")
+    return pixels.clone()
+
+
+@fits.register_fake
+def _(pixels: torch.Tensor, room: int) -> torch.Tensor:
+    return torch.empty_like(pixels)
+
+
+class SmallMemory(torch.nn.Module):
+    room = 100
+
+    def forward(self, pixel_values: torch.Tensor) -> SimpleNamespace:
+        means = fits(pixel_values, self.room).mean((1, 2, 3))
+        return SimpleNamespace(last_hidden_state=means[:, None, None].expand(-1, 4, 32))
+
+
+@needs_compiler
+@pytest.mark.parametrize(("room", "sizes"), [(20, (16, 8)), (9, (8,)), (3, (2,))])
+def test_too_little_memory_steps_down_the_ladder_and_below_it(tmp_path: Path, room: int, sizes: tuple[int, ...]) -> None:
+    facts = dataclasses.replace(identify(job_for(make_checkpoint(tmp_path, "vit", True))), batch_size=32)
+    tower, pixels = SmallMemory(), noise(43)
+    tower.room = room
+    column = VectorColumn("embedding", 32, None, "mean", False, "float32")
+    model = TorchModel(Network(tower, tower, [], None), facts, [column], 0, "cpu", compiled=True)
+    vectors = model.predict(pixels).vectors["embedding"]
+    np.testing.assert_allclose(vectors[:, 0], (pixels / 255 - 0.5).mean((1, 2, 3)) / 0.5, atol=1e-5)
+    assert model._sizes == sizes

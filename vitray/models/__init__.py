@@ -85,10 +85,13 @@ def vector_columns(job: Job, facts: ModelFacts) -> list[VectorColumn]:
     return columns
 
 
-def open_model(facts: ModelFacts, vectors: list[VectorColumn], top_k: int, labels: bool, device: str, threads: int) -> Model:
+def open_model(
+    facts: ModelFacts, vectors: list[VectorColumn], top_k: int, labels: bool, device: str, threads: int, compiled: bool = False
+) -> Model:
     """The checkpoint, loaded and ready.
 
-    device: as in Job.device. threads: CPU threads of the forward pass, unused on an accelerator.
+    device: as in Job.device. threads: CPU threads of the forward pass, unused on an accelerator. compiled: let torch compile
+    the forward pass first: a minute, and the same numbers within the precision's tolerance (machine.compiling_pays: when).
     Raises ModelError when the weights are not those of `facts`, or when one that is needed is missing.
     """
     from vitray.models import checkpoint, loading, machine, torch_engine
@@ -106,4 +109,4 @@ def open_model(facts: ModelFacts, vectors: list[VectorColumn], top_k: int, label
     if chosen == "cpu":
         machine.set_threads(threads)
     network = loading.load_network(found, headed=labels)
-    return torch_engine.TorchModel(network, facts, vectors, top_k if labels else 0, chosen)
+    return torch_engine.TorchModel(network, facts, vectors, top_k if labels else 0, chosen, compiled)

@@ -113,8 +113,7 @@ def _from_s3(url: str) -> str:
     except ObjectMissing as error:
         raise ModelError(f"{url} holds no checkpoint: there is no object under it. Check the URL.") from error
     files = {name: info for name, info in listed.items() if "/" not in name and name.endswith((".json", ".txt", ".safetensors"))}
-    root = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "vitray", "models")
-    os.makedirs(root, exist_ok=True)
+    root = cache_directory("models")
     target = os.path.join(root, short_hash("\0".join(f"{i.url} {i.version}" for i in files.values()), 32))
     with open(f"{target}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -127,6 +126,13 @@ def _from_s3(url: str) -> str:
                         shutil.copyfileobj(source, copy, 8 << 20)
                 os.rename(whole, target)
     return target
+
+
+def cache_directory(name: str) -> str:
+    """vitray's own directory of that name in the user's cache, made if it is not there."""
+    path = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "vitray", name)
+    os.makedirs(path, exist_ok=True)
+    return path
 
 
 # ---------------------------------------------------------------- what it says
