@@ -43,6 +43,7 @@ def identify(job: Job) -> ModelFacts:
     """
     from vitray.models import checkpoint, machine, pixels
 
+    machine.sleep_while_waiting()
     found = checkpoint.locate(job.model, job.revision)
     config = checkpoint.read_config(found)
     labels = checkpoint.read_labels(found, config) if job.labels else ()
@@ -94,7 +95,10 @@ def open_model(
     the forward pass first: a minute, and the same numbers within the precision's tolerance (machine.compiling_pays: when).
     Raises ModelError when the weights are not those of `facts`, or when one that is needed is missing.
     """
-    from vitray.models import checkpoint, loading, machine, torch_engine
+    from vitray.models import machine
+
+    machine.sleep_while_waiting()
+    from vitray.models import checkpoint, loading, torch_engine
 
     if labels and not facts.labels:
         raise ModelError(f"{facts.model} was identified without labels; identify it again with labels: true")
