@@ -43,7 +43,6 @@ def identify(job: Job) -> ModelFacts:
     """
     from vitray.models import checkpoint, machine, pixels
 
-    machine.sleep_while_waiting()
     found = checkpoint.locate(job.model, job.revision)
     config = checkpoint.read_config(found)
     labels = checkpoint.read_labels(found, config) if job.labels else ()
@@ -72,6 +71,13 @@ def identify(job: Job) -> ModelFacts:
     )
 
 
+def runs_on(job: Job) -> str:
+    """cuda, xpu, mps or cpu: what job.device means on this machine. Raises ModelError when it is not there."""
+    from vitray.models import machine
+
+    return "cpu" if job.device == "cpu" else machine.resolve_device(job.device)
+
+
 def vector_columns(job: Job, facts: ModelFacts) -> list[VectorColumn]:
     """One column for each of job.embeddings. Raises ModelError for a layer or a token that the model does not have."""
     columns = []
@@ -91,14 +97,11 @@ def open_model(
 ) -> Model:
     """The checkpoint, loaded and ready.
 
-    device: as in Job.device. threads: CPU threads of the forward pass, unused on an accelerator. compiled: let torch compile
+    device: as in Job.device. threads: how many batches a CPU computes at once, unused on an accelerator. compiled: let torch compile
     the forward pass first: a minute, and the same numbers within the precision's tolerance (machine.compiling_pays: when).
     Raises ModelError when the weights are not those of `facts`, or when one that is needed is missing.
     """
-    from vitray.models import machine
-
-    machine.sleep_while_waiting()
-    from vitray.models import checkpoint, loading, torch_engine
+    from vitray.models import checkpoint, loading, machine, torch_engine
 
     if labels and not facts.labels:
         raise ModelError(f"{facts.model} was identified without labels; identify it again with labels: true")
@@ -110,7 +113,6 @@ def open_model(
             "Put the old weights back, or choose another `out`."
         )
     chosen = machine.resolve_device(device)
-    if chosen == "cpu":
-        machine.set_threads(threads)
     network = loading.load_network(found, headed=labels)
-    return torch_engine.TorchModel(network, facts, vectors, top_k if labels else 0, chosen, compiled)
+    workers = threads if chosen == "cpu" else 1
+    return torch_engine.TorchModel(network, facts, vectors, top_k if labels else 0, chosen, workers, compiled)

@@ -7,6 +7,7 @@ A block that looks different is left as it is: slower, never wrong.
 from __future__ import annotations
 
 import platform
+import threading
 from typing import Any
 
 import torch
@@ -37,11 +38,11 @@ def ask_first_tokens_only(block: Any, tokens: int) -> bool:
         return False
 
     def cut(_block: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        attention.context = norm(inputs[0])
+        attention.here.context = norm(inputs[0])
         return (inputs[0][:, :tokens], *inputs[1:]), named
 
     def forget(*_: Any) -> None:
-        attention.context = None
+        attention.here.context = None
 
     block.register_forward_pre_hook(cut, with_kwargs=True)
     block.register_forward_hook(forget)
@@ -82,11 +83,14 @@ class PackedLinear(torch.nn.Module):  # type: ignore[misc]  # torch is not typed
         return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, *self._after)
 
 
-class Attention(torch.nn.Module):  # type: ignore[misc]
-    """One block's self-attention: two projections instead of three, and queries of the first tokens only where `context` is set.
+class _Here(threading.local):
+    """context: what keys and values are made of, when that is more than what queries are made of. Each thread has its own."""
 
-    context: what keys and values are made of, when that is more than what queries are made of.
-    """
+    context: Any = None
+
+
+class Attention(torch.nn.Module):  # type: ignore[misc]
+    """One block's self-attention: two projections instead of three; queries of the first tokens only where there is a context."""
 
     def __init__(self, plain: Any, scale: float) -> None:
         super().__init__()
@@ -100,11 +104,11 @@ class Attention(torch.nn.Module):  # type: ignore[misc]
         self.head_dim = int(plain.head_dim)
         # torch's fused CPU kernel (2.13) multiplies bf16 fast with AMX alone: a Zen 5 took 15 ms where matmuls take 7
         self._matmuls = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
-        self.context: Any = None
+        self.here = _Here()
 
     def forward(self, hidden_states: Any, attention_mask: Any = None, **_unused: Any) -> tuple[Any, None]:
         images, asked, _ = hidden_states.shape
-        context = hidden_states if self.context is None else self.context
+        context = hidden_states if self.here.context is None else self.here.context
         q = self.query(hidden_states).view(images, asked, -1, self.head_dim).transpose(1, 2)
         k, v = self.key_value(context).view(images, context.shape[1], 2, -1, self.head_dim).permute(2, 0, 3, 1, 4)
         if attention_mask is None and self._matmuls and q.is_cpu and q.dtype is torch.bfloat16:

@@ -7,6 +7,7 @@ last block all but the prefix tokens where only they are read.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -19,6 +20,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LABELS_FROM_PREFIX = ("vit", "deit")  # the others' heads read all tokens, or may
 
 
+class Caught(threading.local):
+    """What the hooks saw, by layer: float [n, T, D]. Several threads run one Forward, each with images of its own."""
+
+    def __init__(self) -> None:
+        self.tokens: dict[int | None, Any] = {}
+
+
 class Forward(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
     """Called with pixels uint8 [n, H, W, 3]; gives scores and ids [n, k], then one [n, D] a vector column."""
 
@@ -29,7 +37,7 @@ class Forward(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
         spec = facts.pixels
         # no buffers: they stay float32 when the weights do not
         self._mean, self._std = (torch.tensor(v, dtype=torch.float32, device=device) for v in (spec.mean, spec.std))
-        self.tokens: dict[int | None, Any] = {}
+        self.caught = Caught()
         self._leave_out_what_nobody_reads(network.blocks)
         for layer in {v.layer for v in vectors}:
             (network.tower if layer is None else network.blocks[layer - 1]).register_forward_hook(self._catch(layer))
@@ -49,7 +57,7 @@ class Forward(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
     def _catch(self, layer: int | None) -> Any:
         def keep(_module: Any, _inputs: Any, output: Any) -> None:
             found = output.last_hidden_state if layer is None else output
-            self.tokens[layer] = found[0] if isinstance(found, tuple) else found
+            self.caught.tokens[layer] = found[0] if isinstance(found, tuple) else found
 
         return keep
 
@@ -58,7 +66,7 @@ class Forward(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
         nothing = torch.empty(len(pixels), 0)
         scores, ids = self._rank(answer.logits.float()) if self._k else (nothing, nothing)
         found = [scores, ids] + [self._vector(column) for column in self._vectors]
-        self.tokens.clear()
+        self.caught.tokens.clear()
         return found
 
     def _normalise(self, pixels: Any) -> Any:
@@ -75,7 +83,7 @@ class Forward(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
 
     def _vector(self, column: VectorColumn) -> Any:
         """One column's [n, D], pooled and normalised in float32."""
-        tokens = self.tokens[column.layer]
+        tokens = self.caught.tokens[column.layer]
         if column.layer is None and self.final_norm is not None:
             tokens = self.final_norm(tokens)
         if column.pool == "cls":

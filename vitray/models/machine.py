@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 from vitray.errors import ModelError
 
 
@@ -42,21 +40,6 @@ def compiling_pays(device: str, images: int) -> bool:
     Two Zen 5 cores: 15 s a batch size against 4 % of ViT-B's time, 13 % of ViT-Tiny's. Accelerators: an estimate.
     """
     return images >= (50_000 if device == "cpu" else 200_000)
-
-
-def sleep_while_waiting() -> None:
-    """Let OpenMP's threads sleep, not spin, while they wait for each other. Too late once torch is imported.
-
-    Beside one busy process on two cores, a ViT-B went from 1.5 to 5.6 images/s.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-
-def set_threads(threads: int) -> None:
-    """OMP_NUM_THREADS follows Ray's num_cpus and is 1 when that is unset, so the threads are set here."""
-    import torch
-
-    torch.set_num_threads(max(1, threads))
 
 
 def _cpu_has_bf16() -> bool:

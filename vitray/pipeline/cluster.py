@@ -80,6 +80,9 @@ def ray_session(address: str | None) -> Iterator[None]:
     where = address or os.environ.get("RAY_ADDRESS") or "local"
     if where == "local":
         _set_up_token()
+        os.environ.setdefault(
+            "RAY_num_workers_soft_limit", "64"
+        )  # idle workers beyond it are killed, and started again: 2 s each
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 

@@ -9,69 +9,67 @@ import contextlib
 import logging
 import queue
 import threading
-import time
 import uuid
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
 
-from vitray.dataset import Dataset
-from vitray.errors import ClusterError
+from vitray.dataset import Commit, Dataset
+from vitray.errors import VitrayError
 from vitray.models import open_model
 from vitray.pipeline.cluster import RETRIES, Shares
-from vitray.pipeline.steps import decode_step, predict_step, read_step, stage_step, unpack
-from vitray.schema import Receipt
+from vitray.pipeline.steps import commit_step, decode_step, predict_step, read_step, stage_step, unpack
+from vitray.schema import Receipt, Shard
 
 
-def receipts(dataset: Dataset, shards: list[Any], dataset_ref: Any, shares: Shares) -> Generator[Receipt | None, None, None]:
-    """Receipts as they come, None once a second without one. Raises ClusterError after stall_timeout_s without any.
+class RayLine:
+    """Shards through Ray Data, commits as Ray tasks."""
 
-    Ray's iterator waits without a deadline, so it runs in a thread. Closing this generator ends the line.
-    """
-    import ray
+    def __init__(self, dataset: Dataset, shards: list[Shard], shares: Shares) -> None:
+        import ray
 
-    arrived: queue.Queue[Receipt | Exception | None] = queue.Queue()
-    actors: list[str] = []
-    line = build_line(shards, dataset, dataset_ref, shares, actors)
+        self._dataset, self._refs = ray.put(dataset), {shard.id: ray.put(shard) for shard in shards}
+        self._actors: list[str] = []
+        self._line = build_line(list(self._refs.values()), dataset, self._dataset, shares, self._actors)
+        self._commit = ray.remote(commit_step).options(num_cpus=0, max_retries=RETRIES)
+        self._running: dict[Any, str] = {}
 
-    def consume() -> None:
-        try:
-            for block in line.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-                for parcel in unpack(block):
-                    arrived.put(parcel.receipt)
-            arrived.put(None)
-        except Exception as error:
-            arrived.put(error)
+    def start(self, arrived: queue.Queue[Receipt | Exception | None]) -> None:
+        """Ray's iterator waits without a deadline, so it runs in a thread."""
 
-    thread = threading.Thread(target=consume, name="vitray-receipts", daemon=True)
-    thread.start()
-    last = time.monotonic()
-    try:
-        while True:
+        def consume() -> None:
             try:
-                item = arrived.get(timeout=1.0)
-            except queue.Empty:
-                if time.monotonic() - last > dataset.job.stall_timeout_s:
-                    raise ClusterError(
-                        f"no image moved for {dataset.job.stall_timeout_s:g} s. Look at `ray status` and the logs, or raise "
-                        "stall_timeout_s; run the same command again to go on."
-                    ) from None
-                yield None
-                continue
-            if item is None:
-                return
-            if isinstance(item, Exception):
-                raise item
-            last = time.monotonic()
-            yield item
-    finally:
-        executor = getattr(line, "_current_executor", None)
+                for block in self._line.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                    for parcel in unpack(block):
+                        arrived.put(parcel.receipt)
+                arrived.put(None)
+            except Exception as error:
+                arrived.put(error)
+
+        self._thread = threading.Thread(target=consume, name="vitray-receipts", daemon=True)
+        self._thread.start()
+
+    def commit(self, shard_id: str) -> None:
+        self._running[self._commit.remote(self._dataset, self._refs[shard_id])] = shard_id
+
+    def commits(self, wait_s: float) -> list[tuple[str, Commit | VitrayError | None]]:
+        import ray
+
+        ready = ray.wait(list(self._running), timeout=wait_s)[0]
+        return [(self._running.pop(ref), ray.get(ref)) for ref in ready]
+
+    def close(self) -> None:
+        import ray
+
+        executor = getattr(self._line, "_current_executor", None)
         if executor is not None:
             executor.shutdown(force=True)  # else it works on, until it is collected
-        thread.join(30)
-        for name in actors:  # whoever keeps an error keeps Ray's handles, which keep the CPUs: the next run would wait for ever
+        self._thread.join(30)
+        for (
+            name
+        ) in self._actors:  # whoever keeps an error keeps Ray's handles, which keep the CPUs: the next run would wait for ever
             with contextlib.suppress(ValueError):  # it is gone
                 ray.kill(ray.get_actor(name))
 

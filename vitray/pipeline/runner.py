@@ -6,13 +6,17 @@ Ray (line.py) brings parcels (steps.py) from step to step and tries again what a
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
+from importlib import import_module
 from typing import Any
 
 import pyarrow as pa
@@ -34,10 +38,12 @@ from vitray.dataset import (
 )
 from vitray.errors import ClusterError, JobError, ShardError, StorageError, VitrayError
 from vitray.job import Job
-from vitray.models import identify, vector_columns
+from vitray.models import identify, runs_on, vector_columns
 from vitray.pipeline.cluster import RETRIES, Shares, alive_nodes, ray_session, share_out
+from vitray.pipeline.line import RayLine
+from vitray.pipeline.local import LocalLine
 from vitray.pipeline.progress import Progress, Result
-from vitray.pipeline.wave import ATTEMPTS, Work, blame, run_wave
+from vitray.pipeline.wave import ATTEMPTS, Line, Work, blame, run_wave
 from vitray.schema import ModelFacts, Shard
 from vitray.sources import Group, Listing, absent_members, kept_schema, list_shards
 from vitray.storage import absolute, exists, is_local, join, probe, store_for
@@ -45,6 +51,7 @@ from vitray.storage import absolute, exists, is_local, join, probe, store_for
 log = logging.getLogger(__name__)
 
 WAVE_SHARDS = 4096
+OpenLine = Callable[[Dataset, list[Shard]], Line]
 
 
 def run(
@@ -63,10 +70,9 @@ def run(
     if open_dataset(job.out) is not None and not _pending(job, listing) and not listing.new_groups:
         dataset = _resolve(job, identify(job), listing)
         return _result(dataset, job, finish(dataset, _ids(listing), _ids(listing, job), prune), Work(), started)
-    with ray_session(address):
-        nodes = alive_nodes()
-        shares = share_out([node["Resources"] for node in nodes], job.device)
-        dataset = _resolve(job, _identify_on_worker(job, shares), listing)
+    with _machines(job, address) as (open_line, shares, nodes):
+        facts = _identify_on_worker(job, shares) if nodes else identify(job)
+        dataset = _resolve(job, facts, listing)
         check_data(dataset)
         _require_shared(dataset, listing.shards, nodes)
         probe(dataset.out)
@@ -74,7 +80,7 @@ def run(
         for _ in range(ATTEMPTS):
             listing = _settle_groups(job, listing)
             work.changed.clear()
-            _complete(dataset, job, listing, shares, work)
+            _complete(dataset, job, listing, open_line, work)
             listing = list_shards(job, groups_of(job.out))
             if not work.changed:
                 break
@@ -82,6 +88,24 @@ def run(
         result = _result(dataset, job, ledger, work, started)
         write_run_record(dataset, work.run_id, _record(dataset, job, result, work, shares))
         return result
+
+
+@contextlib.contextmanager
+def _machines(job: Job, address: str | None) -> Iterator[tuple[OpenLine, Shares, list[dict[str, Any]]]]:
+    """What makes a line, its shares, and Ray's nodes: none where this process does it all.
+
+    That is where nobody asked for Ray, by an address (`local` for one of our own) or by having started it, and the model runs on
+    the CPU.
+    """
+    asked = address or os.environ.get("RAY_ADDRESS") or ("ray" in sys.modules and import_module("ray").is_initialized())
+    if not asked and runs_on(job) == "cpu":
+        shares = share_out([{"CPU": max(2, len(os.sched_getaffinity(0)))}], "cpu")
+        yield partial(LocalLine, shares=shares), shares, []
+        return
+    with ray_session(address):
+        nodes = alive_nodes()
+        shares = share_out([node["Resources"] for node in nodes], job.device)
+        yield partial(RayLine, shares=shares), shares, nodes
 
 
 def _with_absolute_paths(job: Job) -> Job:
@@ -163,7 +187,7 @@ def _identify_or_error(job: Job) -> ModelFacts | VitrayError:
         return error
 
 
-def _complete(dataset: Dataset, job: Job, listing: Listing, shares: Shares, work: Work) -> None:
+def _complete(dataset: Dataset, job: Job, listing: Listing, open_line: OpenLine, work: Work) -> None:
     """Waves until nothing is pending but what was set aside. A wave that a system fault ended is planned again."""
     pending = _pending(job, listing)
     if pending:
@@ -176,7 +200,7 @@ def _complete(dataset: Dataset, job: Job, listing: Listing, shares: Shares, work
         alone = faults >= ATTEMPTS - 1  # a death nobody can be blamed for: suspects run one by one
         wave = pending[: 1 if alone else WAVE_SHARDS]
         try:
-            run_wave(dataset, wave, shares, work)
+            run_wave(dataset, wave, open_line(dataset, wave), work)
         except Exception as error:
             cause = _cause(error)
             if isinstance(cause, VitrayError):

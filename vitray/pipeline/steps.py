@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow as pa
 
-from vitray.dataset import Dataset, read_fragment, staged_whole, write_end, write_fragment
+from vitray.dataset import Commit, Dataset, commit_shard, read_fragment, staged_whole, write_end, write_fragment
 from vitray.decode import decode
-from vitray.errors import JobError, ObjectChanged, ShardError, StorageError
+from vitray.errors import JobError, ObjectChanged, ShardError, StorageError, VitrayError
 from vitray.models import Model, Predictions
 from vitray.schema import (
     DECODED_FIELDS,
@@ -264,6 +264,14 @@ def stage_step(dataset: Dataset, parcel: Parcel) -> Parcel:
     write_fragment(dataset, receipt.shard, (receipt.start, receipt.stop), parcel.rows, parcel.errors)
     trace("stage", receipt.shard, receipt.start, receipt.stop)
     return Parcel(replace(_timed(receipt, "stage", started), reasons=_counts(parcel.errors)))
+
+
+def commit_step(dataset: Dataset, shard: Shard) -> Commit | VitrayError | None:
+    """What commit_shard says or raises: an error that was unpickled by another process would have lost its type."""
+    try:
+        return commit_shard(dataset, shard)
+    except VitrayError as error:
+        return error
 
 
 def _timed(receipt: Receipt, step: str, started: float) -> Receipt:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import queue
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Protocol
 
-from vitray.dataset import Commit, Dataset, commit_shard
+from vitray.dataset import Commit, Dataset
 from vitray.errors import ClusterError, ErrorRateExceeded, ObjectChanged, VitrayError
 from vitray.job import Job
-from vitray.pipeline.cluster import RETRIES, Shares
-from vitray.pipeline.line import receipts
 from vitray.pipeline.progress import Progress
 from vitray.schema import Receipt, Shard
 
@@ -46,14 +45,31 @@ def blame(work: Work, shard_id: str, why: str, attempts: int = 1) -> None:
     work.failures[shard_id] = why
 
 
-def run_wave(dataset: Dataset, shards: list[Shard], shares: Shares, work: Work) -> None:
-    """Bring shards through the line and commit each as soon as its fragments tile it."""
-    import ray
+class Line(Protocol):
+    """What brings shards through the four steps: processes of a Ray cluster (line.py), or threads of this one (local.py)."""
 
-    dataset_ref, refs = ray.put(dataset), {shard.id: ray.put(shard) for shard in shards}
-    commits, tiling = _Commits(dataset, dataset_ref, refs, work), _Tiling()
-    with contextlib.closing(receipts(dataset, list(refs.values()), dataset_ref, shares)) as line:
-        for receipt in line:
+    def start(self, arrived: queue.Queue[Receipt | Exception | None]) -> None:
+        """Begin; put every receipt, then None, or what ended the line."""
+        ...
+
+    def commit(self, shard_id: str) -> None:
+        """Begin the commit of a shard whose fragments are there."""
+        ...
+
+    def commits(self, wait_s: float) -> list[tuple[str, Commit | VitrayError | None]]:
+        """What commits that ended within wait_s say. Raises what is not a VitrayError."""
+        ...
+
+    def close(self) -> None:
+        """End whatever still works, within seconds."""
+        ...
+
+
+def run_wave(dataset: Dataset, shards: list[Shard], line: Line, work: Work) -> None:
+    """Bring shards through the line and commit each as soon as its fragments tile it."""
+    commits, tiling = _Commits(line, dataset.job.stall_timeout_s, work), _Tiling()
+    with contextlib.closing(line):
+        for receipt in _receipts(line, dataset.job.stall_timeout_s):
             if receipt is None:
                 pass
             elif receipt.kind == "changed":
@@ -70,9 +86,33 @@ def run_wave(dataset: Dataset, shards: list[Shard], shares: Shares, work: Work) 
                     commits.backlog.append(receipt.shard)
             commits.settle()
             work.report(work.progress)
-    commits.wait()
-    for shard_id in refs.keys() - work.commits.keys() - work.failures.keys() - work.changed:
+        commits.wait()
+    for shard_id in {shard.id for shard in shards} - work.commits.keys() - work.failures.keys() - work.changed:
         blame(work, shard_id, "its fragments did not arrive")
+
+
+def _receipts(line: Line, patience_s: float) -> Iterator[Receipt | None]:
+    """Receipts as they come, None once a second without one. Raises ClusterError after patience_s without any."""
+    arrived: queue.Queue[Receipt | Exception | None] = queue.Queue()
+    line.start(arrived)
+    last = time.monotonic()
+    while True:
+        try:
+            item = arrived.get(timeout=1.0)
+        except queue.Empty:
+            if time.monotonic() - last > patience_s:
+                raise ClusterError(
+                    f"no image moved for {patience_s:g} s. Look at `ray status` and the logs, or raise stall_timeout_s; "
+                    "run the same command again to go on."
+                ) from None
+            yield None
+            continue
+        if item is None:
+            return
+        if isinstance(item, Exception):
+            raise item
+        last = time.monotonic()
+        yield item
 
 
 class _Tiling:
@@ -104,37 +144,32 @@ class _Tiling:
 
 
 class _Commits:
-    """Commit tasks: a few at a time, each taken as it ends."""
+    """Commits: a few at a time, each taken as it ends."""
 
-    def __init__(self, dataset: Dataset, dataset_ref: Any, refs: dict[str, Any], work: Work) -> None:
-        import ray
-
+    def __init__(self, line: Line, patience_s: float, work: Work) -> None:
         self.backlog: list[str] = []
-        self._dataset, self._dataset_ref, self._refs, self._work = dataset, dataset_ref, refs, work
-        self._running: dict[Any, str] = {}
-        self._task = ray.remote(_commit_or_error).options(num_cpus=0, max_retries=RETRIES)
+        self._line, self._patience_s, self._work = line, patience_s, work
+        self._running = 0
 
     def settle(self, wait_s: float = 0) -> int:
         """Start what can start, take what ended within wait_s; returns how many ended."""
-        import ray
-
-        while self.backlog and len(self._running) < COMMITS_AT_ONCE:
-            shard_id = self.backlog.pop(0)
-            self._running[self._task.remote(self._dataset_ref, self._refs[shard_id])] = shard_id
-        ready = ray.wait(list(self._running), timeout=wait_s)[0] if self._running else []
-        for ref in ready:
-            _take_commit(self._running.pop(ref), ray.get(ref), self._work)
-        return len(ready)
+        while self.backlog and self._running < COMMITS_AT_ONCE:
+            self._line.commit(self.backlog.pop(0))
+            self._running += 1
+        ended = self._line.commits(wait_s) if self._running else []
+        self._running -= len(ended)
+        for shard_id, answer in ended:
+            _take_commit(shard_id, answer, self._work)
+        return len(ended)
 
     def wait(self) -> None:
-        """Until all have ended. Raises ClusterError when none ends for stall_timeout_s."""
-        patience = self._dataset.job.stall_timeout_s
-        deadline = time.monotonic() + patience
+        """Until all have ended. Raises ClusterError when none ends for patience_s."""
+        deadline = time.monotonic() + self._patience_s
         while self.backlog or self._running:
             if self.settle(wait_s=1.0):
-                deadline = time.monotonic() + patience
+                deadline = time.monotonic() + self._patience_s
             if time.monotonic() > deadline:
-                raise ClusterError(f"no commit finished in {patience:g} s. Is the store slow? Run again to go on.")
+                raise ClusterError(f"no commit finished in {self._patience_s:g} s. Is the store slow? Run again to go on.")
             self._work.report(self._work.progress)
 
 
@@ -145,13 +180,6 @@ def _judge(job: Job, progress: Progress) -> None:
             f"{progress.errors} of {progress.images} images are bad ({worst}), more than max_error_rate={job.max_error_rate:g}. "
             "Look at the source, or raise max_error_rate and run again; nothing further was committed."
         )
-
-
-def _commit_or_error(dataset: Dataset, shard: Shard) -> Commit | VitrayError | None:
-    try:
-        return commit_shard(dataset, shard)
-    except VitrayError as error:
-        return error
 
 
 def _take_commit(shard_id: str, answer: Commit | VitrayError | None, work: Work) -> None:
