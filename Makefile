@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test check fast nightly clean
+.PHONY: demo test check fast nightly bench clean
 
 demo: $(STAMP)
 	$(BIN)/vitray demo demo
@@ -23,6 +23,17 @@ fast: $(STAMP)
 nightly: $(STAMP)
 	$(BIN)/python -m pytest -q
 
+# An environment of its own: daft asks for an older pyarrow and tqdm. BENCH='--model vit-b --sizes 64,192' passes options on.
+bench: .venv-bench/.installed
+	.venv-bench/bin/python tests/bench_peers.py $(BENCH)
+
+.venv-bench/.installed: pyproject.toml cluster/constraints.txt
+	$(PYTHON) -m venv .venv-bench
+	grep -vE '^(pyarrow|tqdm)=' cluster/constraints.txt > .venv-bench/constraints.txt
+	.venv-bench/bin/python -m pip install -q --upgrade "pip>=24"
+	.venv-bench/bin/python -m pip install -q -e ".[dev,bench]" -c .venv-bench/constraints.txt
+	touch $@
+
 $(STAMP): pyproject.toml cluster/constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --upgrade "pip>=24"
@@ -30,4 +41,4 @@ $(STAMP): pyproject.toml cluster/constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv demo build *.egg-info
+	rm -rf .venv .venv-bench bench demo build *.egg-info
