@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -41,7 +42,7 @@ def make_model(directory: str, name: str) -> None:
 
 def variants(directory: str, args: argparse.Namespace, batch: int) -> dict[str, Callable[[np.ndarray], object]]:
     vectors = [Embedding()] if args.embed else []
-    options = {"precision": args.precision, "batch_size": batch, "device": "cpu", "embeddings": vectors}
+    options = {"precision": args.precision, "batch_size": batch, "device": "cpu", "engine": "torch", "embeddings": vectors}
     job = Job(source=["in"], out="out", model=directory, **options)
     facts = identify(job)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}[facts.precision]
@@ -55,6 +56,8 @@ def variants(directory: str, args: argparse.Namespace, batch: int) -> dict[str, 
 
     columns = vector_columns(job, facts)
     chosen = {"plain": plain_loop, "vitray": open_model(facts, columns, 5, True, "cpu", args.threads).predict}
+    for engine in args.engines:
+        chosen[engine] = open_model(replace(facts, engine=engine), columns, 5, True, "cpu", args.threads).predict
     if args.compiled:
         chosen["compiled"] = open_model(facts, columns, 5, True, "cpu", args.threads, compiled=True).predict
     return chosen
@@ -70,6 +73,7 @@ def main() -> None:
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--embed", action="store_true", help="the CLS embedding too, not the labels alone")
     parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--engines", type=lambda text: text.split(","), default=[], help="openvino,onnx: those beside torch")
     args = parser.parse_args()
     now = time.process_time if args.clock == "cpu" else time.perf_counter
     torch.set_num_threads(args.threads)

@@ -58,7 +58,7 @@ def write_tars(folder: Path, count: int = 3) -> str:
 
 def job_of(folder: Path, **fields: object) -> Job:
     """A job for tars in folder/in, to folder/out, with one vector of unit length."""
-    base = {"source": f"{folder}/in/*.tar", "model": str(folder / "model"), "out": str(folder / "out")}
+    base = {"source": f"{folder}/in/*.tar", "model": str(folder / "model"), "out": str(folder / "out"), "engine": "torch"}
     return make_job({**base, "precision": "fp32", "fragment_rows": 4, "top_k": 2, "embeddings": [{"normalize": True}], **fields})
 
 

@@ -74,7 +74,7 @@ def make_checkpoint(directory: Path, name: str, headed: bool, side: int = 32, **
 
 
 def job_for(model: str, labels: bool = True, embeddings: list[Embedding] | None = None, **more: object) -> Job:
-    fields = {"precision": "fp32", "device": "cpu", **more}
+    fields = {"precision": "fp32", "device": "cpu", "engine": "torch", **more}
     return Job(source=["in"], out="out", model=model, labels=labels, embeddings=embeddings or [], **fields)
 
 

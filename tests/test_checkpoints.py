@@ -200,7 +200,7 @@ from vitray.models import identify
 assert "torch" not in sys.modules and "transformers" not in sys.modules
 for model, revision in (("acme/tiny", None), ("acme/tiny", "v9"), ("acme/tinny", None)):
     try:
-        print(identify(Job(source=["in"], out="out", model=model, revision=revision, device="cpu")).revision)
+        print(identify(Job(source=["in"], out="out", model=model, revision=revision, device="cpu", engine="torch")).revision)
     except ModelError as error:
         print(error)
 """

@@ -528,7 +528,8 @@ def test_plan_counts_tars_and_what_is_committed(vitray: Call, tmp_path: Path) ->
     size = sum(p.stat().st_size for p in (tmp_path / "in").iterdir())
     assert (plan["kind"], plan["shards"], plan["images"], plan["images_exact"], plan["size_bytes"]) == ("tar", 3, 30, True, size)
     assert (plan["committed"], plan["pending"], plan["pending_images"]) == (2, 1, 10)
-    assert plan["decided"] == {"model": f"{tmp_path}/model", "precision": "fp32", "batch_size": "4", "fragment_rows": "4"}
+    decided = {"model": f"{tmp_path}/model", "precision": "fp32", "engine": "torch", "batch_size": "4", "fragment_rows": "4"}
+    assert plan["decided"] == decided
     code, out, _ = vitray("plan", f"{tmp_path}/in", "--model", "m", "--out", f"{tmp_path}/new")
     assert code == 0
     assert out.splitlines()[:3] == [

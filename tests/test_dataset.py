@@ -228,7 +228,7 @@ CHANGES: dict[str, Callable[[str], tuple[Job, ModelFacts, list[VectorColumn], pa
     "top_k": lambda out: (job_for(out, top_k=3), FACTS, [VECTOR], pa.schema([])),
     "keep": lambda out: (job_for(out, keep=["caption"]), FACTS, [VECTOR], pa.schema([("caption", pa.string())])),
     "precision": lambda out: (job_for(out, precision="bf16"), replace(FACTS, precision="bf16"), [VECTOR], pa.schema([])),
-    "engine": lambda out: (job_for(out), replace(FACTS, engine="other"), [VECTOR], pa.schema([])),
+    "engine": lambda out: (job_for(out, engine="onnx"), replace(FACTS, engine="onnx"), [VECTOR], pa.schema([])),
     "decode": lambda out: (job_for(out, decode="fast"), FACTS, [VECTOR], pa.schema([])),
     "formats": lambda out: (job_for(out, formats=["jpeg"]), FACTS, [VECTOR], pa.schema([])),
     "max_pixels": lambda out: (job_for(out, max_pixels=7), FACTS, [VECTOR], pa.schema([])),
@@ -264,13 +264,14 @@ def test_auto_adopts_what_the_first_run_froze(local_out: str) -> None:
     first = make(local_out)
     later = resolve_dataset(
         make_job({"source": "elsewhere", "model": "tests/drawn", "out": local_out, "stall_timeout_s": 5}),
-        replace(FACTS, precision="bf16", batch_size=256),
+        replace(FACTS, precision="bf16", engine="openvino", batch_size=256),
         [VECTOR],
         pa.schema([]),
         "later",
     )
     assert later.fingerprint == first.fingerprint
-    assert (later.facts.precision, later.facts.batch_size, later.fragment_rows) == ("fp32", 4, 4)
+    frozen = (later.facts.precision, later.facts.engine, later.facts.batch_size, later.fragment_rows)
+    assert frozen == ("fp32", "torch", 4, 4)
     assert json.loads(read_object(dataset_url(local_out)))["created"] == NOW
 
 

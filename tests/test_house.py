@@ -35,6 +35,7 @@ LEVELS = {
 ONLY_IN = {  # a module, and the beginnings of the paths that may import it
     "torch": ("models/", "decode.py"),  # decode.py: not where it is exact, see test_decode.py
     "transformers": ("models/",),
+    **dict.fromkeys(("openvino", "onnxruntime", "onnx", "onnxscript"), ("models/",)),
     "simplejpeg": ("decode.py",),
     "ray": ("pipeline/",),
     "ray.data": ("pipeline/line.py", "pipeline/queues.py"),
@@ -48,7 +49,7 @@ NEVER_TRUE = {"trust_remote_code", "shell", "allow_pickle"}
 FILE_LINES = 400
 BUDGET = {"core": 3820, "models": 1600, "operating": 1500}  # lines of code; the contract says 3,000 for core: see DECISIONS.md
 HELP_S = 1.0
-HEAVY = "{'torch', 'ray', 'transformers'}"
+HEAVY = "{'torch', 'ray', 'transformers', 'openvino', 'onnxruntime'}"
 
 
 def name_of(path: Path) -> str:
@@ -204,7 +205,7 @@ def test_public_functions_stay_functions_after_every_module_was_imported() -> No
 def test_every_job_field_says_what_it_means_and_they_stay_few() -> None:
     for model in (Job, Embedding):
         assert [name for name, field in model.model_fields.items() if not (field.description or "").strip()] == []
-    assert len(Job.model_fields) <= 25
+    assert len(Job.model_fields) <= 26
 
 
 def test_the_readme_lists_every_job_field() -> None:

@@ -32,7 +32,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(inputs: Path, model: str, out: Path) -> list[str]:
-    fields = ["precision=fp32", "batch_size=8", f"fragment_rows={FRAGMENT}"]
+    fields = ["precision=fp32", "engine=torch", "batch_size=8", f"fragment_rows={FRAGMENT}"]
     sets = [part for field in fields for part in ("--set", field)]
     return [sys.executable, "-m", "vitray", "run", str(inputs / "in"), "--model", model, "--out", str(out), *sets]
 

@@ -39,7 +39,7 @@ def listing(out: str) -> dict[str, str]:
 
 
 def shape_job(source: str, model: str, out: str, **fields: object) -> vitray.Job:
-    return make_job({"source": source, "model": model, "out": out, "precision": "fp32", **fields})
+    return make_job({"source": source, "model": model, "out": out, "precision": "fp32", "engine": "torch", **fields})
 
 
 @pytest.mark.s3

@@ -36,6 +36,7 @@ def build(directory: str, seed: int = 7) -> tuple[Job, float]:
         "model": model,
         "out": os.path.join(directory, "out"),
         "keep": ["cls"],
+        "engine": "torch",  # 600 images do not repay timing the others
     }
     return make_job(fields), accuracy
 

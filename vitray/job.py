@@ -85,6 +85,9 @@ class Job(BaseModel):
         "exact", description="exact: Hugging Face's pixels; fast: a level off here and there; draft: large JPEGs at reduced size"
     )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="auto: the fastest the hardware has")
+    engine: Literal["auto", "torch", "openvino", "onnx"] = Field(
+        "auto", description="what computes; auto: the fastest that is installed and says what torch says in fp32"
+    )
     batch_size: Count = Field("auto", description="images a forward pass")
     device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = Field("auto", description="where the model runs")
     group_size: int = Field(4096, description="loose files, or rows of a manifest, in a shard", ge=1, le=100_000)

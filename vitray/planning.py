@@ -29,7 +29,7 @@ class Plan:
 
     def __str__(self) -> str:
         about = "" if self.images_exact else "about "
-        decided = self.decided or dict.fromkeys(("model", "precision", "batch_size", "fragment_rows"), "decided at run")
+        decided = self.decided or dict.fromkeys(("model", "precision", "engine", "batch_size", "fragment_rows"), "decided at run")
         lines = [
             f"source     {self.shards} {self.kind} shards, {about}{self.images:,} images, {_size(self.size_bytes)}",
             f"committed  {self.committed} shards",
@@ -132,6 +132,7 @@ def decided_values(dataset: Dataset) -> dict[str, str]:
     return {
         "model": facts.model + (f"@{facts.revision}" if facts.revision else ""),
         "precision": facts.precision,
+        "engine": facts.engine + (f" ({facts.engine_why})" if facts.engine_why else ""),
         "batch_size": str(facts.batch_size),
         "fragment_rows": str(dataset.fragment_rows),
     }

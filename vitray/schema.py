@@ -119,7 +119,8 @@ class DecodeSpec:
 class ModelFacts:
     """What a checkpoint is, found once and frozen in dataset.json.
 
-    labels: class names by id, empty when the checkpoint has no trained head. precision, batch_size: resolved.
+    labels: class names by id, empty when the checkpoint has no trained head. precision, engine, batch_size: resolved.
+    engine_why: what each engine did, where `auto` chose between several.
     """
 
     model: str
@@ -136,6 +137,7 @@ class ModelFacts:
     precision: str
     engine: str
     batch_size: int
+    engine_why: str = ""
 
     def labels_sha256(self) -> str:
         return hashlib.sha256("\0".join(self.labels).encode()).hexdigest()

@@ -19,6 +19,8 @@ from vitray.storage import absolute, join, read
 
 # of the job, as they are; of the others some do not count, or count as what was resolved from them
 DECIDING_FIELDS = ("decode", "formats", "max_pixels", "background", "image_member", "image_column", "key_column", "allow")
+# whose versions decide numbers and behaviour
+PACKAGES = "vitray ray torch transformers openvino onnxruntime pyarrow pillow simplejpeg s3fs numpy"
 
 
 @dataclass(frozen=True)
@@ -131,9 +133,9 @@ def _with_tuples(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of what decides numbers and behaviour."""
+    """Versions of PACKAGES, and of Python."""
     found = {"python": platform.python_version()}
-    for name in ("vitray", "ray", "torch", "transformers", "pyarrow", "pillow", "simplejpeg", "s3fs", "numpy"):
+    for name in PACKAGES.split():
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -32,7 +32,7 @@ def resolve_dataset(job: Job, facts: ModelFacts, vectors: list[VectorColumn], ke
         there = open_dataset(out)
         if there is None:
             raise StorageError(f"{dataset_url(out)} was refused but is not there. Run the same command again.")
-    frozen = {name: getattr(there.facts, name) for name in ("precision", "batch_size") if getattr(job, name) == "auto"}
+    frozen = {name: getattr(there.facts, name) for name in ("precision", "engine", "batch_size") if getattr(job, name) == "auto"}
     mine = Dataset(out, job, replace(facts, **frozen), tuple(vectors), kept, there.fragment_rows)
     if mine.fingerprint != there.fingerprint:
         raise FingerprintError(_difference(there, mine))

@@ -5,7 +5,8 @@ Importing this costs nothing: torch and transformers come in with the first call
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -37,11 +38,12 @@ class Model(Protocol):
 
 
 def identify(job: Job) -> ModelFacts:
-    """What the job's checkpoint is: fetched once a node, checked and hashed; precision and batch size for this machine.
+    """What the job's checkpoint is: fetched once a node, checked and hashed; precision, engine and batch size for this machine.
 
+    With engine: auto and more than one engine installed each is opened, checked and timed, for 10 s at most.
     Raises ModelError for a checkpoint that is not there, that vitray does not know, or that cannot do what is asked.
     """
-    from vitray.models import checkpoint, machine, pixels
+    from vitray.models import checkpoint, engines, machine, pixels
 
     found = checkpoint.locate(job.model, job.revision)
     config = checkpoint.read_config(found)
@@ -53,7 +55,8 @@ def identify(job: Job) -> ModelFacts:
             f"or choose a checkpoint with a head.{zero_shot}"
         )
     device = machine.resolve_device(job.device)
-    return ModelFacts(
+    fastest = "fp32" if job.engine == "onnx" else machine.auto_precision(device)
+    facts = ModelFacts(
         model=found.model,
         revision=found.revision,
         weights_sha256=checkpoint.hash_weights(found),
@@ -65,10 +68,27 @@ def identify(job: Job) -> ModelFacts:
         prefix_tokens=config.prefix_tokens,
         has_cls=config.prefix_tokens > 0,
         pixels=pixels.read_pixels(found, config),
-        precision=machine.auto_precision(device) if job.precision == "auto" else job.precision,
-        engine="torch",
+        precision=fastest if job.precision == "auto" else job.precision,
+        engine="torch" if job.engine == "auto" else job.engine,
         batch_size=machine.auto_batch_size(device, config.dimension) if job.batch_size == "auto" else job.batch_size,
     )
+    engines.require(facts.engine, device, facts.precision)
+    usable = engines.usable(device, facts.precision) if job.engine == "auto" else [facts.engine]
+    return facts if len(usable) == 1 else _with_fastest_engine(job, facts, usable)
+
+
+def _with_fastest_engine(job: Job, facts: ModelFacts, names: list[str]) -> ModelFacts:
+    from vitray.models import engines, machine
+
+    columns, threads = vector_columns(job, facts), machine.cores()
+
+    def opening(engine: str, precision: str, top_k: int) -> engines.Open:
+        chosen = replace(facts, engine=engine, precision=precision)
+        return lambda: open_model(chosen, columns, top_k, job.labels, job.device, threads)
+
+    choices = {name: opening(name, facts.precision, job.top_k) for name in names}
+    engine, why = engines.fastest(facts, choices, opening("torch", "fp32", len(facts.labels)))
+    return replace(facts, engine=engine, engine_why=why)
 
 
 def runs_on(job: Job) -> str:
@@ -99,9 +119,10 @@ def open_model(
 
     device: as in Job.device. threads: how many batches a CPU computes at once, unused on an accelerator. compiled: let torch compile
     the forward pass first: a minute, and the same numbers within the precision's tolerance (machine.compiling_pays: when).
-    Raises ModelError when the weights are not those of `facts`, or when one that is needed is missing.
+    Raises ModelError when the weights are not those of `facts`, when one that is needed is missing, and when facts.engine
+    cannot run here.
     """
-    from vitray.models import checkpoint, loading, machine, torch_engine
+    from vitray.models import checkpoint, engines, loading, machine
 
     if labels and not facts.labels:
         raise ModelError(f"{facts.model} was identified without labels; identify it again with labels: true")
@@ -113,6 +134,21 @@ def open_model(
             "Put the old weights back, or choose another `out`."
         )
     chosen = machine.resolve_device(device)
+    engines.require(facts.engine, chosen, facts.precision)
     network = loading.load_network(found, headed=labels)
-    workers = threads if chosen == "cpu" else 1
-    return torch_engine.TorchModel(network, facts, vectors, top_k if labels else 0, chosen, workers, compiled)
+    k = top_k if labels else 0
+    if facts.engine == "torch":
+        from vitray.models.torch_engine import TorchModel
+
+        return TorchModel(network, facts, vectors, k, chosen, threads if chosen == "cpu" else 1, compiled)
+    from vitray.models.graph import GraphModel
+
+    if facts.engine == "onnx":
+        from vitray.models import onnx_engine
+
+        return GraphModel(network, facts, vectors, k, threads, onnx_engine.compile_graph)
+    from vitray.models import openvino_engine
+
+    return GraphModel(
+        network, facts, vectors, k, threads, partial(openvino_engine.compile_graph, precision=facts.precision, threads=threads)
+    )

@@ -111,11 +111,16 @@ class Attention(torch.nn.Module):  # type: ignore[misc]
         context = hidden_states if self.here.context is None else self.here.context
         q = self.query(hidden_states).view(images, asked, -1, self.head_dim).transpose(1, 2)
         k, v = self.key_value(context).view(images, context.shape[1], 2, -1, self.head_dim).permute(2, 0, 3, 1, 4)
-        if attention_mask is None and self._matmuls and q.is_cpu and q.dtype is torch.bfloat16:
+        if torch.compiler.is_exporting():
+            scores = q @ k.transpose(-2, -1)
+            # in an export transformers makes a boolean mask of padding, all true: images have none; BEiT's is a bias
+            biased = attention_mask is not None and attention_mask.dtype is not torch.bool
+            mixed = (scores + attention_mask if biased else scores).softmax(-1) @ v
+        elif attention_mask is None and self._matmuls and q.is_cpu and q.dtype is torch.bfloat16:
             mixed = _attend_by_matmul(q, k, v)
         else:
             mixed = scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, scale=1.0)
-        return self.out(mixed.transpose(1, 2).reshape(images, asked, -1)), None
+        return self.out(mixed.transpose(1, 2).flatten(2)), None
 
 
 def _linear(weight: Any, bias: Any) -> torch.nn.Linear:

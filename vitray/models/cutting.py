@@ -24,3 +24,9 @@ def cut(images: int, sizes: tuple[int, ...], padding: float) -> list[int]:
         if left and size - left <= images * padding:
             return [*batches, size]
     return [*batches, left] if left else batches
+
+
+def share(images: int, batch: int, workers: int) -> list[int]:
+    """Batch sizes of at most `batch`, as many for one worker as for another, and all alike."""
+    batches = min(images, -(-images // (batch * workers)) * workers)
+    return [images // batches + (n < images % batches) for n in range(batches)]

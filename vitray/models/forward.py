@@ -63,7 +63,7 @@ class Forward(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
 
     def forward(self, pixels: Any) -> list[Any]:
         answer = self.module(pixel_values=self._normalise(pixels))
-        nothing = torch.empty(len(pixels), 0)
+        nothing = torch.empty(pixels.shape[0], 0)
         scores, ids = self._rank(answer.logits.float()) if self._k else (nothing, nothing)
         found = [scores, ids] + [self._vector(column) for column in self._vectors]
         self.caught.tokens.clear()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from vitray.errors import ModelError
 
 
@@ -40,6 +42,11 @@ def compiling_pays(device: str, images: int) -> bool:
     Two Zen 5 cores: 15 s a batch size against 4 % of ViT-B's time, 13 % of ViT-Tiny's. Accelerators: an estimate.
     """
     return images >= (50_000 if device == "cpu" else 200_000)
+
+
+def cores() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def _cpu_has_bf16() -> bool:

@@ -17,9 +17,10 @@ import torch
 
 from vitray.errors import ModelError
 from vitray.models import Predictions
+from vitray.models.answers import check_pixels, gather
 from vitray.models.blocks import pack
 from vitray.models.checkpoint import cache_directory
-from vitray.models.cutting import PADDING, cut, ladder
+from vitray.models.cutting import PADDING, cut, ladder, share
 from vitray.models.forward import DTYPES, Forward
 from vitray.models.loading import Network
 from vitray.schema import ModelFacts, VectorColumn
@@ -90,10 +91,7 @@ class TorchModel:
         pixels: uint8 [N, H, W, 3], RGB, at the processor's size. Raises ModelError for another shape, for results that
         are not finite in this precision, and when not even one image fits the device.
         """
-        height, width = self._facts.pixels.shape
-        if pixels.dtype != np.uint8 or pixels.shape[1:] != (height, width, 3):
-            got = f"{pixels.dtype} {list(pixels.shape)}"
-            raise ModelError(f"{self._facts.model} takes pixels as uint8 [N, {height}, {width}, 3], not {got}.")
+        check_pixels(self._facts, pixels)
         parts, done = list[list[Any]](), 0
         while done < len(pixels):
             sizes = self._cut(len(pixels) - done)
@@ -104,14 +102,14 @@ class TorchModel:
                     break
                 parts.append(part)
                 done += len(part[0])
-        return self._gather(parts)
+        columns = [torch.cat(column).cpu().numpy() for column in zip(*parts)]
+        return gather(self._facts, self._vectors, self._k, columns)
 
     def _cut(self, images: int) -> list[int]:
         """Batch sizes. Where no size is compiled every worker gets as much as the others."""
         if self._compiled or self._workers == 1:
             return cut(images, self._sizes, PADDING if self._compiled else 0.0)
-        rounds = -(-images // (self._sizes[0] * self._workers))
-        return [len(part) for part in np.array_split(np.empty(images), min(images, rounds * self._workers))]
+        return share(images, self._sizes[0], self._workers)
 
     def _run_if_it_fits(self, batch: np.ndarray, size: int) -> list[Any] | None:
         """Scores, ids, then one tensor a vector column, all on the device; None when the memory does not suffice.
@@ -144,18 +142,3 @@ class TorchModel:
         if batch == self._facts.batch_size:
             log.warning("%s: out of memory with %d images at once, halving; set batch_size lower", self._facts.model, batch)
         self._sizes = self._sizes[1:] or (batch // 2,)
-
-    def _gather(self, parts: list[list[Any]]) -> Predictions:
-        if not parts:  # shapes and types without a forward pass
-            widths = [(self._k, torch.float32), (self._k, torch.int64)]
-            widths += [(v.dimension, torch.float16 if v.dtype == "float16" else torch.float32) for v in self._vectors]
-            parts = [[torch.empty(0, width, dtype=dtype) for width, dtype in widths]]
-        scores, ids, *vectors = (torch.cat(column).cpu().numpy() for column in zip(*parts))
-        for name, values in [("score", scores)] + [(v.column, x) for v, x in zip(self._vectors, vectors)]:
-            if not np.isfinite(values).all():
-                raise ModelError(
-                    f"{self._facts.model}: `{name}` is not finite in precision {self._facts.precision}. "
-                    "Set precision: fp32 (or bf16), and dtype: float32 if the embedding is float16."
-                )
-        named = {column.column: values for column, values in zip(self._vectors, vectors)}
-        return Predictions(ids.astype(np.int32) if self._k else None, scores if self._k else None, named)

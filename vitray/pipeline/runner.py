@@ -68,11 +68,14 @@ def run(
     if not exists(dataset_url(job.out)):
         probe(job.out)
     if open_dataset(job.out) is not None and not _pending(job, listing) and not listing.new_groups:
-        dataset = _resolve(job, identify(job), listing)
+        dataset = _resolve(job, identify(_with_frozen_engine(job)), listing)
         return _result(dataset, job, finish(dataset, _ids(listing), _ids(listing, job), prune), Work(), started)
     with _machines(job, address) as (open_line, shares, nodes):
-        facts = _identify_on_worker(job, shares) if nodes else identify(job)
+        frozen = _with_frozen_engine(job)
+        facts = _identify_on_worker(frozen, shares) if nodes else identify(frozen)
         dataset = _resolve(job, facts, listing)
+        if facts.engine_why:
+            log.warning("engine: auto is %s (%s)", dataset.facts.engine, facts.engine_why)
         check_data(dataset)
         _require_shared(dataset, listing.shards, nodes)
         probe(dataset.out)
@@ -166,6 +169,12 @@ def _kept(job: Job, listing: Listing) -> pa.Schema:
         except ShardError:  # it will be set aside when it is read
             continue
     return pa.schema([])
+
+
+def _with_frozen_engine(job: Job) -> Job:
+    """The job with the engine that `auto` was in the first run, so that engines are timed once."""
+    there = open_dataset(job.out) if job.engine == "auto" else None
+    return job if there is None else job.model_copy(update={"engine": there.facts.engine})
 
 
 def _identify_on_worker(job: Job, shares: Shares) -> ModelFacts:

@@ -1,0 +1,253 @@
+"""Engines: each keeps the same contract behind the one seam, and `auto` takes the fastest of those that do."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import hand_made
+import numpy as np
+import pytest
+import torch
+import transformers
+from bench_model import make_model
+from small_models import CLASSES, PREFIX, STEM, every_vector, job_for, make_checkpoint, noise, plain_loop, pooled, run
+
+from vitray.errors import ModelError
+from vitray.job import Embedding, Job
+from vitray.models import Model, Predictions, engines, identify, machine, open_model, shapes, vector_columns
+from vitray.schema import ModelFacts
+
+ENGINES = ("torch", "openvino", "onnx")
+OTHERS = ENGINES[1:]
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+def open_job(job: Job, facts: ModelFacts | None = None, threads: int = 2) -> Model:
+    facts = facts or identify(job)
+    return open_model(facts, vector_columns(job, facts), job.top_k, job.labels, "cpu", threads)
+
+
+# ---------------------------------------------------------------- the contract
+
+CASES = [(name, True, False) for name in STEM] + [("vit", False, False), ("siglip", False, False)]
+CASES += [("vit", True, True), ("deit", True, True), ("clip", False, True)]  # lean: the last block for CLS alone
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("name", "headed", "lean"), CASES)
+def test_an_engine_says_what_plain_transformers_says(tmp_path: Path, engine: str, name: str, headed: bool, lean: bool) -> None:
+    directory, pixels = make_checkpoint(tmp_path / "m", name, headed), noise(5)
+    embeddings = [Embedding()] if lean else every_vector(name != "siglip")
+    job = job_for(directory, headed, embeddings, top_k=3, batch_size=4, engine=engine)
+    assert (identify(job).engine, identify(job).precision) == (engine, "fp32")
+    found = run(job, pixels)
+    logits, tokens = plain_loop(directory, name, headed, pixels)
+    for embedding in embeddings:
+        expected = pooled(tokens[embedding.layer], embedding.pool, PREFIX[name])
+        np.testing.assert_allclose(found.vectors[job.column(embedding)], expected, rtol=1e-4, atol=1e-4, err_msg=str(embedding))
+    if headed:
+        scores, ids = logits.softmax(-1).topk(3)
+        np.testing.assert_array_equal(found.ids, ids)
+        np.testing.assert_allclose(found.scores, scores, rtol=1e-4, atol=1e-6)
+        assert (found.ids.dtype, found.scores.dtype) == (np.int32, np.float32)
+    else:
+        assert found.ids is None and found.scores is None
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_any_number_of_images_any_kind_of_vector(tmp_path: Path, engine: str) -> None:
+    directory = make_checkpoint(tmp_path, "vit", True, problem_type="multi_label_classification")
+    vectors = [Embedding(name="plain"), Embedding(normalize=True, dtype="float16", name="unit")]
+    job, pixels = job_for(directory, True, vectors, top_k=CLASSES, batch_size=4, engine=engine), noise(17)
+    pixels.flags.writeable = False
+    logits, tokens = plain_loop(directory, "vit", True, pixels)
+    model = open_job(job)
+    for count in (17, 0, 1, 2, 4, 5, 15):
+        found = model.predict(pixels[:count])
+        np.testing.assert_allclose(found.scores, logits[:count].sigmoid().topk(CLASSES)[0], rtol=1e-4, atol=1e-6)
+        plain, unit = (found.vectors[f"embedding_{name}"] for name in ("plain", "unit"))
+        np.testing.assert_allclose(plain, tokens["last"][:count, 0], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(unit, plain / np.linalg.norm(plain, axis=1, keepdims=True), atol=5e-4)
+        assert (found.ids.dtype, found.scores.dtype, plain.dtype, unit.dtype) == (np.int32, np.float32, np.float32, np.float16)
+        assert found.ids.shape == (count, CLASSES) and unit.shape == (count, 32)
+    with pytest.raises(ModelError, match=r"uint8 \[N, 32, 32, 3\], not uint8 \[2, 16, 16, 3\]"):
+        model.predict(noise(2, 16))
+    with pytest.raises(ModelError, match=r"not float32 \[2, 32, 32, 3\]"):
+        model.predict(pixels[:2].astype(np.float32))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("weight", "column"), [("classifier.weight", "score"), ("vit.layernorm.weight", "embedding")])
+def test_what_is_not_finite_raises_instead_of_being_stored(tmp_path: Path, engine: str, weight: str, column: str) -> None:
+    directory = make_checkpoint(tmp_path, "vit", True)
+    model = transformers.ViTForImageClassification.from_pretrained(directory)
+    torch.nn.init.constant_(model.get_parameter(weight), float("nan"))
+    model.save_pretrained(directory)
+    labels = column == "score"
+    if not labels:
+        model.vit.save_pretrained(directory)
+    with pytest.raises(ModelError, match=f"`{column}` is not finite in precision fp32"):
+        run(job_for(directory, labels, [] if labels else [Embedding()], engine=engine), noise(2))
+
+
+def busy_threads(model: Model, pixels: np.ndarray, seconds: float = 1.5) -> int:
+    """How many of this process' threads do a fifth of the work or more."""
+
+    def ticks() -> dict[str, int]:
+        stats = {path.parent.name: path.read_text().rpartition(")")[2].split() for path in Path("/proc/self/task").glob("*/stat")}
+        return {thread: int(stat[11]) + int(stat[12]) for thread, stat in stats.items()}
+
+    model.predict(pixels)
+    before, started = ticks(), time.monotonic()
+    while time.monotonic() - started < seconds:
+        model.predict(pixels)
+    spent = [now - before.get(thread, 0) for thread, now in ticks().items()]
+    return sum(one * 5 >= sum(spent) for one in spent)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_engine_computes_with_the_threads_it_was_given(tmp_path: Path, engine: str) -> None:
+    make_model(str(tmp_path), "vit-tiny")
+    job, pixels = job_for(str(tmp_path), engine=engine, batch_size=8), noise(8, 224)
+    facts = identify(job)
+    assert [busy_threads(open_job(job, facts, threads), pixels) for threads in (1, 2)] == [1, 2]
+
+
+def drawn(count: int) -> np.ndarray:
+    rng = np.random.default_rng(99)
+    return shapes.pixels_of([shapes.draw(n % len(shapes.NAMES), rng) for n in range(count)])
+
+
+def test_openvino_in_bf16_agrees_with_fp32_or_says_that_it_cannot(shapes_model: str) -> None:
+    jobs = {p: job_for(shapes_model, embeddings=[Embedding()], precision=p, engine="openvino") for p in ("fp32", "bf16")}
+    if machine.auto_precision("cpu") != "bf16":
+        with pytest.raises(ModelError, match="not in bf16 on this CPU"):
+            open_job(jobs["bf16"])
+        return
+    exact, mixed = (run(job, drawn(600)) for job in jobs.values())
+    assert (mixed.ids[:, 0] == exact.ids[:, 0]).mean() >= 0.995
+    a, b = exact.vectors["embedding"], mixed.vectors["embedding"]
+    cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    assert 0.999 <= cosine.min() < 1 - 1e-7, "as exact as float32: the hint was not taken"
+
+
+# ---------------------------------------------------------------- which engine
+
+
+@pytest.mark.parametrize("engine", OTHERS)
+def test_an_engine_that_is_not_installed_is_named_with_its_extra(
+    tmp_path: Path, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = job_for(make_checkpoint(tmp_path, "vit", True), engine=engine)
+    facts = identify(job)
+    monkeypatch.setitem(sys.modules, engines.MODULES[engine][0], None)
+    for act in (lambda: identify(job), lambda: open_job(job, facts)):
+        with pytest.raises(ModelError, match=rf"engine {engine} is not installed here: pip install 'vitray\[{engine}\]'"):
+            act()
+
+
+def test_precisions_and_devices_that_an_engine_has_not_are_refused(tmp_path: Path) -> None:
+    directory = make_checkpoint(tmp_path, "vit", True)
+    assert identify(job_for(directory, engine="onnx", precision="auto")).precision == "fp32"
+    with pytest.raises(ModelError, match=r"engine onnx computes in fp32, not in bf16\. Set precision: fp32"):
+        identify(job_for(directory, engine="onnx", precision="bf16"))
+    with pytest.raises(ModelError, match="engine openvino computes in bf16 or fp32, not in fp16"):
+        identify(job_for(directory, engine="openvino", precision="fp16"))
+    assert "runs on the CPU, and this job on cuda" in (engines.refusal("openvino", "cuda", "bf16") or "")
+    assert engines.usable("cuda", "bf16") == engines.usable("cpu", "fp16") == ["torch"]
+    assert engines.usable("cpu", "bf16") == ["torch", "openvino"] and engines.usable("cpu", "fp32") == list(ENGINES)
+
+
+@dataclasses.dataclass
+class Fake:
+    """An engine that says what another one says, but late, or with other labels, or turned vectors."""
+
+    model: Model
+    delay_s: float = 0.0
+    shift: int = 0
+    turn: float = 0.0
+    calls: int = 0
+
+    def predict(self, pixels: np.ndarray) -> Predictions:
+        self.calls += 1
+        time.sleep(self.delay_s)
+        found = self.model.predict(pixels)
+        turned = {name: v + self.turn * np.roll(v, 1, axis=1) for name, v in found.vectors.items()}
+        return Predictions((found.ids + self.shift) % CLASSES, found.scores, turned)
+
+
+def test_auto_takes_the_fastest_engine_and_none_that_strays(tmp_path: Path) -> None:
+    job = job_for(make_checkpoint(tmp_path, "vit", True), embeddings=[Embedding()], batch_size=4)
+    facts = identify(job)
+    torch_model = open_job(job, facts)
+    all_labels = open_model(facts, vector_columns(job, facts), CLASSES, True, "cpu", 2)
+    liar, turned = Fake(torch_model, shift=1), Fake(torch_model, turn=0.1)
+    slow, slower = Fake(torch_model, 0.05), Fake(torch_model, 0.1)
+
+    def broken() -> Model:
+        raise RuntimeError("no kernel\nfor this")
+
+    choices = {"torch": lambda: slower, "a": lambda: slow, "b": lambda: liar, "c": lambda: turned, "d": broken}
+    engine, why = engines.fastest(facts, choices, lambda: all_labels)
+    assert engine == "a" and liar.calls == turned.calls == 1
+    parts = why.split(", ")
+    assert parts[0].startswith("torch ") and parts[0].endswith(" images/s") and parts[1].endswith(" images/s")
+    assert parts[2] == "b left out (another label than torch in fp32 for 16 of 16 images)"
+    assert parts[3].startswith("c left out (cosine 0.9") and parts[4] == "d left out (no kernel for this)"
+    assert engines.fastest(facts, {"torch": lambda: slow, "a": lambda: slower}, lambda: all_labels)[0] == "torch"
+    quick, late = Fake(torch_model), Fake(torch_model, delay_s=0.3)
+    started = time.monotonic()
+    engines.fastest(facts, {"torch": lambda: quick, "a": lambda: late}, lambda: all_labels, seconds=0.5)
+    assert time.monotonic() - started < 3, "ten rounds of the late one"
+
+
+def test_auto_is_one_of_those_installed_and_says_how_fast_each_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = job_for(make_checkpoint(tmp_path, "vit", True), embeddings=[Embedding()], engine="auto")
+    facts = identify(job)
+    assert facts.engine in ENGINES
+    assert [part.split()[0] for part in facts.engine_why.split(", ")] == list(ENGINES) and "left out" not in facts.engine_why
+    for engine in OTHERS:
+        monkeypatch.setitem(sys.modules, engines.MODULES[engine][0], None)
+    alone = identify(job)
+    assert (alone.engine, alone.engine_why) == ("torch", "")
+
+
+def in_fresh_python(code: str, **environment: str) -> None:
+    setup = f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+    done = subprocess.run(
+        [sys.executable, "-c", setup + code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_dataset_that_has_an_engine_keeps_it_and_no_other_is_opened(tmp_path: Path) -> None:
+    job = hand_made.job_of(tmp_path)
+    make_checkpoint(tmp_path / "model", "vit", True)
+    hand_made.make_dataset(tmp_path, facts=identify(job))
+    in_fresh_python(
+        "import vitray, hand_made, pathlib\n"
+        f"job = hand_made.job_of(pathlib.Path({str(tmp_path)!r}), engine='auto', max_error_rate=1)\n"
+        "assert vitray.run(job).committed == 0\n"
+        "assert not {'openvino', 'onnxruntime'} & set(sys.modules)"
+    )
+
+
+def test_openvino_reports_its_use_to_nobody(tmp_path: Path) -> None:
+    directory, home = make_checkpoint(tmp_path / "m", "vit", True), tmp_path / "home"
+    home.mkdir()
+    in_fresh_python(
+        "from small_models import *\n"
+        f"run(job_for({directory!r}, engine='openvino'), noise(2))\n"
+        "assert sys.modules['openvino'] and not any(sys.modules[m] for m in sys.modules if m.startswith('openvino_telemetry'))",
+        HOME=str(home),
+    )
+    assert not list(home.glob("intel*"))

@@ -1,0 +1,107 @@
+"""Which engines can run a job here, and which of them `auto` is: the fastest whose answers are those of torch in float32."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+
+import numpy as np
+
+from vitray.errors import ModelError
+from vitray.models import Model, Predictions
+from vitray.schema import ModelFacts
+
+MODULES = {"openvino": ("openvino",), "onnx": ("onnxruntime", "onnx", "onnxscript")}
+PRECISIONS = {"openvino": ("bf16", "fp32"), "onnx": ("fp32",)}
+CLOSE = {"fp32": (0.99999, 1e-3), "bf16": (0.999, 0.05)}  # least cosine; how far the label's score may be below the best one's
+IMAGES = 16  # that every engine is checked on
+ROUNDS, SECONDS = 10, 10.0  # of timing; seconds an engine, at most
+
+Open = Callable[[], Model]
+
+
+def refusal(engine: str, device: str, precision: str) -> str | None:
+    """Why an engine cannot run this here, with what to do; None when it can."""
+    if engine == "torch":
+        return None
+    if any(find_spec(module) is None for module in MODULES[engine]):
+        return f"engine {engine} is not installed here: pip install 'vitray[{engine}]', or set engine: torch."
+    if device != "cpu":
+        return f"engine {engine} runs on the CPU, and this job on {device}. Set device: cpu, or engine: torch."
+    if precision not in PRECISIONS[engine]:
+        known = " or ".join(PRECISIONS[engine])
+        return f"engine {engine} computes in {known}, not in {precision}. Set precision: {known}, or engine: torch."
+    return None
+
+
+def require(engine: str, device: str, precision: str) -> None:
+    """Raises ModelError when the engine cannot run this here."""
+    if reason := refusal(engine, device, precision):
+        raise ModelError(reason)
+
+
+def usable(device: str, precision: str) -> list[str]:
+    """The engines that can run this here, torch first."""
+    return [engine for engine in ("torch", *MODULES) if refusal(engine, device, precision) is None]
+
+
+def fastest(facts: ModelFacts, engines: Mapping[str, Open], exact: Open, seconds: float = SECONDS) -> tuple[str, str]:
+    """The name of the fastest engine, and a line that says what each did.
+
+    exact: opens torch in float32 with all labels. An engine that fails or strays from its answers is left out; torch,
+    what the others are held against, is not checked. seconds: of timing, an engine.
+    """
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (max(IMAGES, facts.batch_size), *facts.pixels.shape, 3), dtype=np.uint8)
+    expected = exact().predict(pixels[:IMAGES])
+    opened, said = dict[str, Model](), dict[str, str]()
+    for name, open_engine in engines.items():
+        try:
+            model = open_engine()
+            stray = None if name == "torch" else strays(model.predict(pixels[:IMAGES]), expected, facts.precision)
+        except Exception as error:  # an engine may not know this model: each has its own exceptions
+            stray = " ".join(str(error).split())[:120] or type(error).__name__
+        if stray is None:
+            opened[name] = model
+        else:
+            said[name] = f"left out ({stray})"
+    speeds = _speeds(opened, pixels[: facts.batch_size], seconds)
+    said |= {name: f"{speed:.1f} images/s" for name, speed in speeds.items()}
+    return max(speeds, key=lambda name: speeds[name]), ", ".join(f"{name} {said[name]}" for name in engines)
+
+
+def strays(found: Predictions, expected: Predictions, precision: str) -> str | None:
+    """How an engine's answers differ too much from those of torch in float32; None when they do not.
+
+    expected: ids and scores of all labels: another label is no fault where its score is as good as the best one.
+    """
+    least, below = CLOSE[precision]
+    for name, exact in expected.vectors.items():
+        a, b = found.vectors[name].astype(np.float32), exact.astype(np.float32)
+        cosine = float(((a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))).min())
+        if not cosine >= least:
+            return f"cosine {cosine:.5f} of {name} with torch in fp32"
+    if found.ids is not None and expected.ids is not None and expected.scores is not None:
+        place = (expected.ids == found.ids[:, :1]).argmax(1)
+        score = np.take_along_axis(expected.scores, place[:, None], 1)[:, 0]
+        wrong = int((score < expected.scores[:, 0] * (1 - below)).sum())
+        if wrong:
+            return f"another label than torch in fp32 for {wrong} of {len(score)} images"
+    return None
+
+
+def _speeds(models: Mapping[str, Model], pixels: np.ndarray, seconds: float) -> dict[str, float]:
+    """Images/s of each, at its best: in turn, so that what else the machine does meets all of them."""
+    best = dict.fromkeys(models, float("inf"))
+    for model in models.values():
+        model.predict(pixels)
+    started = time.perf_counter()
+    for _ in range(ROUNDS if len(models) > 1 else 1):
+        for name, model in models.items():
+            before = time.perf_counter()
+            model.predict(pixels)
+            best[name] = min(best[name], time.perf_counter() - before)
+        if time.perf_counter() - started > seconds * len(models):
+            break
+    return {name: len(pixels) / took for name, took in best.items()}

@@ -1,0 +1,43 @@
+"""The OpenVINO engine: a graph compiled for this CPU, in bf16 or fp32. Imported only when it is opened."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import Any
+
+import numpy as np
+
+from vitray.errors import ModelError
+from vitray.models.graph import Run
+
+HINTS = {"bf16": "bf16", "fp32": "f32"}
+
+
+def compile_graph(exported: Any, precision: str, threads: int) -> Run:
+    """What runs an ExportedProgram for `threads` callers at once. Raises ModelError when this CPU cannot compute in `precision`."""
+    # OpenVINO reports its use, and writes an id into the home directory, without being asked; without this module it cannot
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    options = {
+        "INFERENCE_PRECISION_HINT": HINTS[precision],
+        "INFERENCE_NUM_THREADS": max(1, threads),
+        "NUM_STREAMS": max(1, threads),  # a thread a batch: see torch_engine.py
+        "ENABLE_CPU_PINNING": False,  # decoders work beside it on the same cores
+    }
+    compiled = openvino.Core().compile_model(openvino.convert_model(exported), "CPU", options)
+    taken = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+    if taken != HINTS[precision]:
+        raise ModelError(
+            f"OpenVINO computes in {taken} and not in {precision} on this CPU. Set precision: fp32, or engine: torch."
+        )
+
+    here = threading.local()
+
+    def run(pixels: np.ndarray) -> list[np.ndarray]:
+        if not hasattr(here, "request"):
+            here.request = compiled.create_infer_request()
+        return [np.array(values) for values in here.request.infer([pixels]).values()]  # the request's own are written again
+
+    return run
