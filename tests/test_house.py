@@ -34,6 +34,7 @@ LEVELS = {
 }
 ONLY_IN = {  # a module, and the beginnings of the paths that may import it
     "torch": ("models/", "decode.py"),  # decode.py: not where it is exact, see test_decode.py
+    "torchvision": ("models/gpu_decode.py",),
     "transformers": ("models/",),
     **dict.fromkeys(("openvino", "onnxruntime", "onnx", "onnxscript"), ("models/",)),
     "simplejpeg": ("decode.py",),

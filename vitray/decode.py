@@ -2,9 +2,9 @@
 
 Good pixels equal Hugging Face's own path bit for bit: load_image (EXIF orientation, RGB), then the checkpoint's PIL processor.
 That is mode "exact". "fast" resizes with torch, a level off here and there; "draft" also decodes large JPEGs at a fraction of
-their size. Which rows are good, and why the others are not, is the same in all three. `decode_one` is the pure part. `decode`
-runs it in a child (isolation.py), so that a crash, a bomb or an endless decoder costs one row. Reading bytes and normalising
-pixels are elsewhere.
+their size; "gpu" and "hybrid" are "fast" for all that is not `left_to_device`. Which rows are good, and why others are not, is the
+same in all. `decode_one` is the pure part. `decode` runs it in a child (isolation.py), so that a crash, a bomb or an endless
+decoder costs one row. Reading bytes and normalising pixels are elsewhere.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ MESSAGE_CHARS = 200
 CHILD_RUNS = 64  # calls for which a child is used; a leak or a fragmented heap lives no longer
 DRAFT_GAP = 3  # a draft is decoded at no less than three times the size that it is resized to: a level or less off in the mean
 
+ON_DEVICE = ("gpu", "hybrid")  # modes in which plain JPEGs are decoded where the model is
+
 _SIGNATURES = [  # only tells what an unreadable or unwanted file is; Pillow alone decides what is decoded
     (name, re.compile(pattern, re.DOTALL))
     for name, pattern in (
@@ -57,6 +59,9 @@ _SIGNATURES = [  # only tells what an unreadable or unwanted file is; Pillow alo
 ]
 _TURN = Image.Transpose
 _ODD_MARKERS = frozenset(b"\xc3\xc9\xca\xcb")  # lossless or arithmetic coding, of which Pillow refuses what exceeds its buffer
+_NOT_BASELINE = frozenset(
+    b"\xc1\xc2\xc3\xc5\xc6\xc7\xc9\xca\xcb\xcd\xce\xcf"
+)  # frames; what looks like one but is not costs speed
 _TORCH_MODES = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
 _ORIENTATIONS = {
     **{2: _TURN.FLIP_LEFT_RIGHT, 3: _TURN.ROTATE_180, 4: _TURN.FLIP_TOP_BOTTOM, 5: _TURN.TRANSPOSE},
@@ -123,6 +128,25 @@ def decode(
     if good < len(images) or child.runs == CHILD_RUNS:  # a bad image may have spoilt more than its own row
         _here.desk = None
     return pixels[:good].copy(), outcomes
+
+
+def left_to_device(data: bytes | None, spec: DecodeSpec) -> tuple[Outcome, int] | None:
+    """Header and EXIF orientation (1..8) of a JPEG for a hardware decoder: baseline, whole, within limits, to be shrunk."""
+    resized = spec.pixels.size is not None and spec.pixels.resample in _TORCH_MODES
+    if spec.mode not in ON_DEVICE or not resized or not data or data[:3] + data[-2:] != b"\xff\xd8\xff\xff\xd9":
+        return None
+    with suppress(Exception):  # `decode` says what is wrong with it
+        image, markers = _open(data, spec.formats), _markers(data)
+        _check_header(image, data, markers, spec.max_pixels)
+        turn = _orientation(image)
+        width, height = image.size[::-1] if turn in (5, 6, 7, 8) else image.size
+        to_width, to_height = fit_size((width, height), spec.pixels)
+        rows, columns = spec.pixels.crop or (to_height, to_width)
+        baseline = 0xC0 in markers and _NOT_BASELINE.isdisjoint(markers) and image.info.get("adobe_transform", 1) == 1
+        plain = baseline and image.format == "JPEG" and [part[0] for part in image.layer] == [1, 2, 3]
+        if plain and columns <= to_width <= width and rows <= to_height <= height:
+            return Outcome(image.width, image.height, "jpeg", None, ""), turn if turn in _ORIENTATIONS else 1
+    return None
 
 
 _Desk = tuple[Child, Pixels, NDArray[Any]]
@@ -326,7 +350,7 @@ def _to_8bit(image: Any) -> Any:
 
 def _fit(image: Any, spec: DecodeSpec) -> Pixels:
     full = image.shape[1::-1] if isinstance(image, np.ndarray) else image.size
-    size = _target(full, spec.pixels)
+    size = fit_size(full, spec.pixels)
     if math.prod(size) > max(spec.max_pixels, math.prod(full)):
         raise _Refused("too_many_pixels", f"{full[0]}x{full[1]} resized becomes {size[0]}x{size[1]}")
     if spec.pixels.size is not None and spec.mode == "exact":
@@ -352,7 +376,7 @@ def _resize_fast(pixels: Pixels, size: tuple[int, int], resample: int) -> Pixels
     return np.asarray(shrink(batch, (height, width))[0].permute(1, 2, 0))
 
 
-def _target(size: tuple[int, int], pixels: PixelSpec) -> tuple[int, int]:
+def fit_size(size: tuple[int, int], pixels: PixelSpec) -> tuple[int, int]:
     """(width, height) after the resize. Source: transformers.image_transforms.get_resize_output_image_size."""
     if pixels.size is None:
         return size

@@ -81,10 +81,15 @@ class Job(BaseModel):
     formats: Strings = Field(list(FORMATS), description="image formats that are decoded")
     max_pixels: int = Field(50_000_000, description="pixel cap of one image", ge=1)
     background: Color | None = Field(None, description="#rrggbb to composite transparent images on (default: alpha is dropped)")
-    decode: Literal["exact", "fast", "draft"] = Field(
-        "exact", description="exact: Hugging Face's pixels; fast: a level off here and there; draft: large JPEGs at reduced size"
+    decode: Literal["exact", "fast", "draft", "gpu", "hybrid"] = Field(
+        "exact",
+        description="exact: Hugging Face's pixels; fast: a level off here and there; draft: large JPEGs at reduced size; "
+        "gpu: baseline JPEGs by the GPU's decoder, the rest as fast; hybrid: CPU threads take a share of those, too",
     )
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="auto: the fastest the hardware has")
+    precision: Literal["auto", "bf16", "fp16", "fp32", "fp8"] = Field(
+        "auto",
+        description="auto: the fastest the hardware has, except fp8 (Ada, Hopper or newer), which says how well it agrees with bf16",
+    )
     engine: Literal["auto", "torch", "openvino", "onnx"] = Field(
         "auto", description="what computes; auto: the fastest that is installed and says what torch says in fp32"
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -32,8 +32,11 @@ class Predictions:
 class Model(Protocol):
     """An opened checkpoint, whatever engine runs it."""
 
-    def predict(self, pixels: np.ndarray) -> Predictions:
-        """Labels and embeddings. pixels: uint8 [N, H, W, 3], RGB, at the processor's size, any N >= 0."""
+    def predict(self, pixels: Any) -> Predictions:
+        """Labels and embeddings. pixels: uint8 [N, H, W, 3], RGB, at the processor's size, any N >= 0; an array.
+
+        After a decode on the device it is a tensor there.
+        """
         ...
 
 
@@ -55,6 +58,7 @@ def identify(job: Job) -> ModelFacts:
             f"or choose a checkpoint with a head.{zero_shot}"
         )
     device = machine.resolve_device(job.device)
+    machine.require(device, job.precision, job.decode)
     fastest = "fp32" if job.engine == "onnx" else machine.auto_precision(device)
     facts = ModelFacts(
         model=found.model,
@@ -135,6 +139,7 @@ def open_model(
         )
     chosen = machine.resolve_device(device)
     engines.require(facts.engine, chosen, facts.precision)
+    machine.require(chosen, facts.precision, "")
     network = loading.load_network(found, headed=labels)
     k = top_k if labels else 0
     if facts.engine == "torch":

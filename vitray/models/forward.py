@@ -16,7 +16,7 @@ from vitray.models.blocks import ask_first_tokens_only, fuse_attention
 from vitray.models.loading import Network
 from vitray.schema import ModelFacts, VectorColumn
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}  # fp8: see fp8.py
 LABELS_FROM_PREFIX = ("vit", "deit")  # the others' heads read all tokens, or may
 
 

@@ -19,6 +19,18 @@ def resolve_device(asked: str) -> str:
     return "cpu"
 
 
+def require(device: str, precision: str, decode: str) -> None:
+    """Raises ModelError where the device cannot do what is asked for by name."""
+    if precision == "fp8":
+        from vitray.models import fp8
+
+        fp8.require(device)
+    if decode in ("gpu", "hybrid"):
+        from vitray.models import gpu_decode
+
+        gpu_decode.require(device)
+
+
 def auto_precision(device: str) -> str:
     """The fastest precision that the hardware computes natively."""
     import torch

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -16,13 +18,14 @@ import numpy as np
 import torch
 
 from vitray.errors import ModelError
-from vitray.models import Predictions
+from vitray.models import Predictions, fp8
 from vitray.models.answers import check_pixels, gather
 from vitray.models.blocks import pack
 from vitray.models.checkpoint import cache_directory
 from vitray.models.cutting import PADDING, cut, ladder, share
 from vitray.models.forward import DTYPES, Forward
 from vitray.models.loading import Network
+from vitray.models.ring import CudaLanes, Ring
 from vitray.schema import ModelFacts, VectorColumn
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
@@ -47,9 +50,14 @@ class TorchModel:
         if facts.precision == "fp32" and device == "cuda":
             torch.backends.cudnn.allow_tf32 = False  # the patch embedding is a convolution: 10 bits of mantissa otherwise
         self._forward = Forward(network, facts, vectors, self._k, self._device)
+        if facts.precision == "fp8":
+            synthetic = fp8.synthetic(min(fp8.IMAGES, facts.batch_size), facts.pixels.shape, self._device)
+            self.agreement = fp8.quantise(self._forward, network.blocks, synthetic)
+        self._ring = Ring(CudaLanes(self._device), (facts.batch_size, *facts.pixels.shape, 3)) if device == "cuda" else None
+        self._stepping = threading.Lock()
         self._sizes: tuple[int, ...] = (facts.batch_size,)
         self._workers = workers
-        self._map: Callable[..., Iterable[list[Any] | None]] = map
+        self._map: Callable[..., Iterable[Callable[[], list[Any]] | None]] = map
         if device == "cpu":
             # A thread a batch, and not threads within it: they would wait for each other after every layer, for long where
             # decoders share the cores. Two cores and ViT-Tiny beside two decoders: 105 -> FIGURE images/s.
@@ -77,7 +85,7 @@ class TorchModel:
             with torch._inductor.config.patch(on_cpu):
                 for size in self._compiled:
                     if self._run_if_it_fits(np.zeros((size, *self._facts.pixels.shape, 3), np.uint8), size) is None:
-                        self._step_down()
+                        self._step_down(self._sizes)
         except TorchDynamoException as error:
             reason = " ".join(str(error).split())[:200]
             log.warning(
@@ -85,53 +93,68 @@ class TorchModel:
             )
             self._sizes, self._compiled = (self._facts.batch_size,), {}
 
-    def predict(self, pixels: np.ndarray) -> Predictions:
-        """Labels and embeddings, batch by batch.
+    def predict(self, pixels: Any) -> Predictions:
+        """Labels and embeddings, batch by batch; on a GPU from several threads at once, to hide what each does besides.
 
-        pixels: uint8 [N, H, W, 3], RGB, at the processor's size. Raises ModelError for another shape, for results that
+        pixels: uint8 [N, H, W, 3], RGB, at the processor's size; an array, or a tensor on the device. Raises ModelError for another shape, for results that
         are not finite in this precision, and when not even one image fits the device.
         """
         check_pixels(self._facts, pixels)
-        parts, done = list[list[Any]](), 0
+        parts, done = list[Callable[[], list[Any]]](), 0
         while done < len(pixels):
-            sizes = self._cut(len(pixels) - done)
-            ends = list(accumulate(sizes, initial=done))
-            for part in self._map(self._run_if_it_fits, [pixels[start : start + n] for start, n in zip(ends, sizes)], sizes):
+            sizes = self._sizes
+            batches = self._cut(len(pixels) - done, sizes)
+            spans = [pixels[start : start + n] for start, n in zip(accumulate(batches, initial=done), batches)]
+            for n, part in zip(batches, self._map(self._run_if_it_fits, spans, batches)):
                 if part is None:
-                    self._step_down()
+                    self._step_down(sizes)
                     break
                 parts.append(part)
-                done += len(part[0])
-        columns = [torch.cat(column).cpu().numpy() for column in zip(*parts)]
+                done += n
+        columns = [torch.cat(column).cpu().numpy() for column in zip(*(part() for part in parts))]
         return gather(self._facts, self._vectors, self._k, columns)
 
-    def _cut(self, images: int) -> list[int]:
+    def _cut(self, images: int, sizes: tuple[int, ...]) -> list[int]:
         """Batch sizes. Where no size is compiled every worker gets as much as the others."""
         if self._compiled or self._workers == 1:
-            return cut(images, self._sizes, PADDING if self._compiled else 0.0)
-        return share(images, self._sizes[0], self._workers)
+            return cut(images, sizes, PADDING if self._compiled else 0.0)
+        return share(images, sizes[0], self._workers)
 
-    def _run_if_it_fits(self, batch: np.ndarray, size: int) -> list[Any] | None:
-        """Scores, ids, then one tensor a vector column, all on the device; None when the memory does not suffice.
+    def _run_if_it_fits(self, batch: Any, size: int) -> Callable[[], list[Any]] | None:
+        """What waits for scores, ids, then one tensor a vector column; None when the memory does not suffice.
 
         size: how many images the pass is for; what the batch lacks is padded, and cut off the answer.
         """
-        forward = self._compiled.get(size, self._forward)
         try:
             with torch.inference_mode():
-                pixels = torch.from_numpy(np.require(batch, requirements=["C", "W"])).to(self._device)
-                if len(batch) < size:
-                    pixels = torch.cat([pixels, pixels[:1].expand(size - len(batch), -1, -1, -1)])
-                return [column[: len(batch)] for column in forward(pixels)]
+                if self._ring is not None:
+                    return self._ring.start(batch, partial(self._pass, size)).wait
+                if isinstance(batch, np.ndarray):
+                    batch = torch.from_numpy(np.require(batch, requirements=["C", "W"]))
+                columns = self._pass(size, batch.to(self._device))
+                return lambda: columns
         except RuntimeError as error:  # torch.OutOfMemoryError is one; CPU and MPS raise plain ones
             known = ("out of memory", "can't allocate memory")
             if isinstance(error, torch.OutOfMemoryError) or any(text in str(error).lower() for text in known):
                 return None
             raise
+
+    def _pass(self, size: int, pixels: Any) -> list[Any]:
+        forward, images = self._compiled.get(size, self._forward), len(pixels)
+        try:
+            if images < size:
+                pixels = torch.cat([pixels, pixels[:1].expand(size - images, -1, -1, -1)])
+            return [column[:images] for column in forward(pixels)]
         finally:
             self._forward.caught.tokens.clear()
 
-    def _step_down(self) -> None:
+    def _step_down(self, sizes: tuple[int, ...]) -> None:
+        """sizes: those that were too large. Another thread may have stepped down from them meanwhile."""
+        with self._stepping:
+            if self._sizes == sizes:
+                self._halve()
+
+    def _halve(self) -> None:
         if self._sizes == (1,):
             raise ModelError(
                 f"{self._facts.model} does not fit {self._device}: one image is too much for it. Use a larger device."

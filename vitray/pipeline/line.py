@@ -20,7 +20,7 @@ from vitray.dataset import Commit, Dataset
 from vitray.errors import VitrayError
 from vitray.models import open_model
 from vitray.pipeline.cluster import RETRIES, Shares
-from vitray.pipeline.steps import commit_step, decode_step, predict_step, read_step, stage_step, unpack
+from vitray.pipeline.steps import commit_step, decode_step, open_device_decoder, predict_step, read_step, stage_step, unpack
 from vitray.schema import Receipt, Shard
 
 
@@ -67,9 +67,8 @@ class RayLine:
         if executor is not None:
             executor.shutdown(force=True)  # else it works on, until it is collected
         self._thread.join(30)
-        for (
-            name
-        ) in self._actors:  # whoever keeps an error keeps Ray's handles, which keep the CPUs: the next run would wait for ever
+        # whoever keeps an error keeps Ray's handles, which keep the CPUs: the next run would wait for ever
+        for name in self._actors:
             with contextlib.suppress(ValueError):  # it is gone
                 ray.kill(ray.get_actor(name))
 
@@ -116,10 +115,14 @@ def build_line(shards: list[Any], dataset: Dataset, dataset_ref: Any, shares: Sh
     items = ray.data.from_items([{"n": n} for n in range(len(shards))], override_num_blocks=len(shards))
     encoded = items.map_batches(read, compute=TaskPoolStrategy(shares.readers), num_cpus=shares.reader_cpus, **task)
     decoded = encoded.map_batches(decode, num_cpus=shares.decoder_cpus, **task)
+    # a GPU computes one fragment while Python unpacks the next and packs the last; a CPU has nothing to hide it behind
+    pool = {"max_tasks_in_flight_per_actor": 2}
+    if shares.actor_gpus:
+        pool = {"max_tasks_in_flight_per_actor": 3, "max_concurrent_calls_per_actor": 2, "enable_true_multi_threading": True}
     predicted = decoded.map_batches(
         Predict,
         fn_constructor_args=(dataset, shares.threads),  # by value: a restarted actor must not need a reference
-        compute=ActorPoolStrategy(size=shares.actors, max_tasks_in_flight_per_actor=2),
+        compute=ActorPoolStrategy(size=shares.actors, **pool),
         num_cpus=shares.actor_cpus,
         num_gpus=shares.actor_gpus,
         ray_remote_args_fn=named,
@@ -129,12 +132,14 @@ def build_line(shards: list[Any], dataset: Dataset, dataset_ref: Any, shares: Sh
 
 
 class Predict:
-    """The actor: holds the model. Raises ModelError at its start when the weights are not the frozen ones."""
+    """The actor: holds the model, and is called from two threads where that is a GPU's. Raises ModelError at its start when the weights are not the frozen ones."""
 
     def __init__(self, dataset: Dataset, threads: int) -> None:
         job = dataset.job
         self._dataset = dataset
         self._model = open_model(dataset.facts, list(dataset.vectors), job.top_k, job.labels, job.device, threads)
+        self._decoder = open_device_decoder(dataset, threads)
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        return pa.concat_tables([predict_step(self._dataset, self._model, parcel).pack() for parcel in unpack(block)])
+        steps = (predict_step(self._dataset, self._model, parcel, self._decoder) for parcel in unpack(block))
+        return pa.concat_tables([parcel.pack() for parcel in steps])

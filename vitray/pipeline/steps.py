@@ -1,5 +1,7 @@
 """The four steps of the line, as functions of one fragment: read, decode, predict, stage. No Ray in here.
 
+With decode: gpu or hybrid the decode step leaves plain JPEGs as they are, and the predict step decodes them where the model is.
+
 A `Parcel` is one fragment on its way. It is one row of a Ray block, so that no block boundary can cut it.
 """
 
@@ -10,18 +12,21 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from vitray.dataset import Commit, Dataset, commit_shard, read_fragment, staged_whole, write_end, write_fragment
-from vitray.decode import decode
+from vitray.decode import ON_DEVICE, Outcome, decode, fit_size, left_to_device
 from vitray.errors import JobError, ObjectChanged, ShardError, StorageError, VitrayError
 from vitray.models import Model, Predictions
 from vitray.schema import (
     DECODED_FIELDS,
     ERROR_SCHEMA,
     LABEL_FIELDS,
+    DecodeSpec,
     Encoded,
     End,
     Receipt,
@@ -31,6 +36,9 @@ from vitray.schema import (
     ipc_table,
 )
 from vitray.sources import kept_schema, read_shard
+
+if TYPE_CHECKING:
+    from vitray.models.gpu_decode import DeviceDecoder
 
 READS = 3  # of a shard whose bytes make no sense: a proxy may have spoilt them
 READ_AGAIN_S = 0.5
@@ -174,7 +182,10 @@ def _encoded_table(items: list[Encoded], kept: pa.Schema) -> pa.Table:
 
 
 def decode_step(dataset: Dataset, parcel: Parcel) -> Parcel:
-    """Encoded bytes -> good rows with a `pixels` column (uint8 H*W*3 of each image), and error rows."""
+    """Encoded bytes -> good rows with a `pixels` column (uint8 H*W*3 of each image), and error rows.
+
+    Where plain JPEGs are left to the device, their bytes stand in `pixels`, and in `turn` their EXIF orientation (0: it is pixels).
+    """
     if parcel.rows is None:
         return parcel
     started = time.perf_counter()
@@ -183,7 +194,10 @@ def decode_step(dataset: Dataset, parcel: Parcel) -> Parcel:
     data = table["data"].to_pylist()
     plain = [table[name].to_pylist() for name in ("index", "key", "uri", "reason", "message")]
     items = [Encoded(i, k, u, d, r, m) for i, k, u, r, m, d in zip(*plain, data)]
-    pixels, outcomes = decode(items, dataset.decode_spec)
+    left = [left_to_device(d, dataset.decode_spec) for d in data]
+    pixels, decoded = decode([item for item, plain in zip(items, left) if plain is None], dataset.decode_spec)
+    rest = iter(decoded)
+    outcomes = [next(rest) if plain is None else plain[0] for plain in left]
     hashes = [None if d is None else content_hash(d) for d in data]
     good = [n for n, o in enumerate(outcomes) if o.reason is None]
     bad = [n for n, o in enumerate(outcomes) if o.reason is not None]
@@ -200,8 +214,13 @@ def decode_step(dataset: Dataset, parcel: Parcel) -> Parcel:
     columns = {f.name: pa.array(values[f.name], f.type) for f in DECODED_FIELDS}
     chosen = table.take(pa.array(good, pa.int64()))
     columns |= {c.name: chosen[f"keep:{c.name}"] for c in dataset.kept}
-    width = int(np.prod(pixels.shape[1:]))
-    columns["pixels"] = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(good), [None, pa.py_buffer(pixels)])
+    if dataset.job.decode in ON_DEVICE:
+        rows = iter(pixels)
+        columns["pixels"] = pa.array([data[n] if left[n] else next(rows).tobytes() for n in good], pa.large_binary())
+        columns["turn"] = pa.array([plain[1] if plain else 0 for plain in map(left.__getitem__, good)], pa.int8())
+    else:
+        width = int(np.prod(pixels.shape[1:]))
+        columns["pixels"] = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(good), [None, pa.py_buffer(pixels)])
     errors = pa.Table.from_pylist(
         [
             {"key": items[n].key, "shard": shard, "index": items[n].index, "uri": items[n].uri, "reason": outcomes[n].reason,
@@ -214,23 +233,61 @@ def decode_step(dataset: Dataset, parcel: Parcel) -> Parcel:
     return replace(parcel, rows=pa.table(columns), errors=errors, receipt=_timed(parcel.receipt, "decode", started))
 
 
-def predict_step(dataset: Dataset, model: Model, parcel: Parcel) -> Parcel:
+def open_device_decoder(dataset: Dataset, threads: int) -> DeviceDecoder | None:
+    """What `predict_step` decodes plain JPEGs with; None where decode_step has left none. Raises ModelError without a GPU."""
+    spec = dataset.decode_spec
+    if spec.mode not in ON_DEVICE:
+        return None
+    from vitray.models.gpu_decode import open_decoder
+
+    fit = partial(fit_size, pixels=spec.pixels)
+    return open_decoder(spec.pixels, partial(decode_bytes, spec=spec), fit, threads, shares=spec.mode == "hybrid")
+
+
+def decode_bytes(blobs: list[Any], spec: DecodeSpec) -> tuple[np.ndarray, list[Outcome]]:
+    return decode([Encoded(n, "", "", bytes(blob)) for n, blob in enumerate(blobs)], spec)
+
+
+def predict_step(dataset: Dataset, model: Model, parcel: Parcel, decoder: DeviceDecoder | None = None) -> Parcel:
     """Pixels -> labels and vectors, in the dataset's schema."""
     if parcel.rows is None:
         return parcel
     started = time.perf_counter()
-    table = parcel.rows.combine_chunks()
+    table, errors = parcel.rows.combine_chunks(), parcel.errors
     height, width = dataset.facts.pixels.shape
+    if decoder is not None:
+        pixels, table, errors = _decode_there(decoder, (height, width, 3), table, errors)
+    elif table.num_rows:
+        column = table["pixels"].chunk(0)
+        flat = np.frombuffer(column.buffers()[1], np.uint8)[column.offset * height * width * 3 :]
+        pixels = flat[: len(column) * height * width * 3].reshape(len(column), height, width, 3)
     if table.num_rows:
-        pixels = table["pixels"].chunk(0)
-        flat = np.frombuffer(pixels.buffers()[1], np.uint8)[pixels.offset * height * width * 3 :]
-        found = model.predict(flat[: len(pixels) * height * width * 3].reshape(len(pixels), height, width, 3))
-        columns = {name: table[name] for name in table.column_names if name != "pixels"}
+        found = model.predict(pixels)
+        columns = {name: table[name] for name in table.column_names if name not in ("pixels", "turn")}
         rows = pa.table({**columns, **_predicted(dataset, found)}).select(dataset.schema.names).cast(dataset.schema)
     else:
         rows = dataset.schema.empty_table()
     trace("predict", parcel.receipt.shard, parcel.receipt.start, parcel.receipt.stop)
-    return replace(parcel, rows=rows, receipt=_timed(parcel.receipt, "predict", started))
+    return replace(parcel, rows=rows, errors=errors, receipt=_timed(parcel.receipt, "predict", started))
+
+
+def _decode_there(
+    decoder: DeviceDecoder, shape: tuple[int, ...], table: pa.Table, errors: pa.Table
+) -> tuple[Any, pa.Table, pa.Table]:
+    """Pixels on the device of the rows that are good, those rows, and the error rows with those that are not."""
+    from vitray.models.gpu_decode import Coded
+
+    blobs = [blob.as_buffer() for blob in table["pixels"]]
+    plain = zip(blobs, *(table[name].to_pylist() for name in ("turn", "width", "height")))
+    images = [Coded(b, t, w, h) if t else np.frombuffer(b, np.uint8).reshape(shape) for b, t, w, h in plain]
+    pixels, bad = decoder.decode(images)
+    if not bad:
+        return pixels, table, errors
+    refused = table.take(pa.array(sorted(bad), pa.int64())).select(["key", "shard", "index", "uri", "content_hash"]).to_pylist()
+    said = [{"reason": bad[n].reason, "message": bad[n].message, "size_bytes": blobs[n].size} for n in sorted(bad)]
+    more = pa.Table.from_pylist([{**row, **why} for row, why in zip(refused, said)], schema=ERROR_SCHEMA)
+    good = table.take(pa.array([n for n in range(len(blobs)) if n not in bad], pa.int64())).combine_chunks()
+    return pixels, good, pa.concat_tables([errors, more]).sort_by("index")
 
 
 def _predicted(dataset: Dataset, found: Predictions) -> dict[str, pa.Array]:
