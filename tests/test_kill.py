@@ -31,10 +31,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(inputs: Path, model: str, out: Path) -> list[str]:
+def command(inputs: Path, model: str, out: Path, *more: str) -> list[str]:
     fields = ["precision=fp32", "engine=torch", "batch_size=8", f"fragment_rows={FRAGMENT}"]
     sets = [part for field in fields for part in ("--set", field)]
-    return [sys.executable, "-m", "vitray", "run", str(inputs / "in"), "--model", model, "--out", str(out), *sets]
+    return [sys.executable, "-m", "vitray", "run", str(inputs / "in"), "--model", model, "--out", str(out), *sets, *more]
 
 
 def start(argv: list[str], trace: Path, **more: str) -> subprocess.Popen[str]:
@@ -89,17 +89,18 @@ def staged_bytes(out: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("victim", ["driver", "decode", "predict"])
+@pytest.mark.parametrize("victim", ["driver", "driver on ray", "decode", "predict"])
 @pytest.mark.parametrize("round_", ROUNDS)
 def test_killed_process_leaves_no_lost_or_doubled_row(
     inputs: Path, shapes_model: str, tmp_path: Path, victim: str, round_: int
 ) -> None:
     share = random.Random(f"{victim}{round_}").uniform(0.15, 0.6)
     out, trace = tmp_path / "out", tmp_path / "trace"
-    argv = command(inputs, shapes_model, out)
+    on_ray = victim != "driver"  # else all is in one process
+    argv = command(inputs, shapes_model, out, *(["--address", "local"] if on_ray else []))
     first = start(argv, trace)
     kill_in_the_middle(first, trace, victim, share)
-    if victim == "driver":
+    if victim.startswith("driver"):
         first.wait(30)
         time.sleep(3)  # its workers notice and go
         kept = staged_bytes(out)
