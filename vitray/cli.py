@@ -65,7 +65,9 @@ def run(
     model: Model = None,
     out: Out = None,
     sets: Sets = None,
-    address: Annotated[str | None, typer.Option(help="a Ray cluster to join (default: RAY_ADDRESS, else a local one)")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="a Ray cluster, or local for one of our own (default: RAY_ADDRESS, else none on a CPU)")
+    ] = None,
     prune: Annotated[bool, typer.Option(help="delete rows whose input is gone")] = False,
     as_json: Json = False,
 ) -> None:
@@ -84,6 +86,21 @@ def plan(target: Target, model: Model = None, out: Out = None, sets: Sets = None
     from vitray.planning import plan as plan_job
 
     found = plan_job(_job(target, model, out, sets))
+    _print(found, as_json, str(found))
+
+
+@app.command()
+def bench(
+    target: Target,
+    model: Model = None,
+    sets: Sets = None,
+    images: Annotated[int, typer.Option(help="how many images of the source to measure with", min=32)] = 256,
+    as_json: Json = False,
+) -> None:
+    """Time each step alone and the whole line on the first images of the source; writes nothing to `out`."""
+    from vitray.bench import bench as bench_job
+
+    found = bench_job(_job(target, model, None if _is_file(target) else "not-written", sets), images)
     _print(found, as_json, str(found))
 
 
@@ -150,7 +167,7 @@ def clean(out: OutArgument) -> None:
 @app.command()
 def demo(
     directory: Annotated[str, typer.Argument(help="where to put model, shards and output")] = "demo",
-    address: Annotated[str | None, typer.Option(help="a Ray cluster to join")] = None,
+    address: Annotated[str | None, typer.Option(help="a Ray cluster, or local")] = None,
 ) -> None:
     """Draw shapes, train a tiny ViT on them, label and embed them, check the result."""
     from vitray import demo as shapes
@@ -177,7 +194,11 @@ def _job(target: str, model: str | None, out: str | None, sets: list[str] | None
     from vitray.job import load_job, make_job, parse_set
 
     overrides = parse_set(sets or []) | {name: value for name, value in (("model", model), ("out", out)) if value is not None}
-    return load_job(target, overrides) if target.endswith((".yaml", ".yml")) else make_job({"source": target, **overrides})
+    return load_job(target, overrides) if _is_file(target) else make_job({"source": target, **overrides})
+
+
+def _is_file(target: str) -> bool:
+    return target.endswith((".yaml", ".yml"))
 
 
 def _print(found: Any, as_json: bool, text: str) -> None:

@@ -93,6 +93,9 @@ class Job(BaseModel):
     engine: Literal["auto", "torch", "openvino", "onnx"] = Field(
         "auto", description="what computes; auto: the fastest that is installed and says what torch says in fp32"
     )
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description="torch.compile, of engine torch; auto: where the images repay its minute, as plan says"
+    )
     batch_size: Count = Field("auto", description="images a forward pass")
     device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = Field("auto", description="where the model runs")
     group_size: int = Field(4096, description="loose files, or rows of a manifest, in a shard", ge=1, le=100_000)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from vitray.dataset import Dataset, committed, open_dataset, read_footer, read_manifest, read_run_records, staged, staged_shards
 from vitray.errors import JobError
 from vitray.job import Job
+from vitray.models import when_compiling_pays
 from vitray.pipeline import groups_of
 from vitray.sources import estimate_images, list_shards
 from vitray.storage import absolute, exists, join
@@ -25,6 +26,7 @@ class Plan:
     committed: int
     pending: int
     pending_images: int
+    compile: str
     decided: dict[str, str] | None
 
     def __str__(self) -> str:
@@ -35,6 +37,7 @@ class Plan:
             f"committed  {self.committed} shards",
             f"to do      {self.pending} shards, {about}{self.pending_images:,} images",
             *(f"{name:<10} {value}" for name, value in decided.items()),
+            f"compile    {self.compile}",
             f"out        {self.out}",
         ]
         return "\n".join(lines)
@@ -93,6 +96,7 @@ def plan(job: Job) -> Plan:
         committed=len(shards) - len(pending),
         pending=len(pending),
         pending_images=left,
+        compile=f"auto: {when_compiling_pays()}" if job.compile == "auto" else job.compile,
         decided=None if dataset is None else decided_values(dataset),
     )
 

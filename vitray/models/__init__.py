@@ -102,6 +102,28 @@ def runs_on(job: Job) -> str:
     return "cpu" if job.device == "cpu" else machine.resolve_device(job.device)
 
 
+def compiles(job: Job, images: int, device: str) -> bool:
+    """Whether an actor that will see so many images lets torch compile its model. Needs no torch."""
+    from vitray.models import machine
+
+    return job.compile == "on" or (job.compile == "auto" and machine.compiling_pays(device, images))
+
+
+def when_compiling_pays() -> str:
+    """For people: from how many images on compile: auto is on. Needs no torch."""
+    from vitray.models.machine import COMPILE_PAYS
+
+    return f"on from {COMPILE_PAYS['cpu']:,} images a machine, or {COMPILE_PAYS['cuda']:,} a GPU, in one run"
+
+
+def ceiling(facts: ModelFacts, device: str) -> tuple[float, float]:
+    """Images/s that this machine would reach if it only multiplied matrices, and the operations/s behind that. Takes 2 s."""
+    from vitray.models.ceiling import flop_per_image, matmul_flops
+
+    rate = matmul_flops(facts.precision, device)
+    return rate / flop_per_image(facts), rate
+
+
 def vector_columns(job: Job, facts: ModelFacts) -> list[VectorColumn]:
     """One column for each of job.embeddings. Raises ModelError for a layer or a token that the model does not have."""
     columns = []
@@ -122,7 +144,7 @@ def open_model(
     """The checkpoint, loaded and ready.
 
     device: as in Job.device. threads: how many batches a CPU computes at once, unused on an accelerator. compiled: let torch compile
-    the forward pass first: a minute, and the same numbers within the precision's tolerance (machine.compiling_pays: when).
+    the forward pass first: a minute, and the same numbers within the precision's tolerance (`compiles` says when).
     Raises ModelError when the weights are not those of `facts`, when one that is needed is missing, and when facts.engine
     cannot run here.
     """

@@ -54,9 +54,7 @@ def pack(blocks: Any, dtype: torch.dtype) -> bool:
 
     Linear layers of a Zen 5: float32 95 -> 210 GFLOP/s a core (torch takes MKL otherwise), bfloat16 390 -> 430.
     """
-    known = torch.ops.mkldnn
-    supported = {torch.bfloat16: known._is_mkldnn_bf16_supported, torch.float16: known._is_mkldnn_fp16_supported}
-    if platform.machine() not in ("x86_64", "AMD64") or not supported.get(dtype, torch.backends.mkldnn.is_available)():
+    if not can_pack(dtype):
         return False
     for module in [m for block in blocks for m in block.modules()]:
         activation = type(getattr(module, "activation_fn", None)).__name__
@@ -67,6 +65,13 @@ def pack(blocks: Any, dtype: torch.dtype) -> bool:
                 if gelu:
                     module.activation_fn = torch.nn.Identity()
     return True
+
+
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies this type here."""
+    known = torch.ops.mkldnn
+    supported = {torch.bfloat16: known._is_mkldnn_bf16_supported, torch.float16: known._is_mkldnn_fp16_supported}
+    return platform.machine() in ("x86_64", "AMD64") and bool(supported.get(dtype, torch.backends.mkldnn.is_available)())
 
 
 class PackedLinear(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here

@@ -36,6 +36,7 @@ class Shares:
     decoder_cpus: float
     stagers: int
     queue_blocks: int
+    compiled: bool = False
 
 
 def share_out(nodes: list[dict[str, float]], device: str) -> Shares:

@@ -121,7 +121,7 @@ def build_line(shards: list[Any], dataset: Dataset, dataset_ref: Any, shares: Sh
         pool = {"max_tasks_in_flight_per_actor": 3, "max_concurrent_calls_per_actor": 2, "enable_true_multi_threading": True}
     predicted = decoded.map_batches(
         Predict,
-        fn_constructor_args=(dataset, shares.threads),  # by value: a restarted actor must not need a reference
+        fn_constructor_args=(dataset, shares.threads, shares.compiled),  # by value: a restarted actor must not need a reference
         compute=ActorPoolStrategy(size=shares.actors, **pool),
         num_cpus=shares.actor_cpus,
         num_gpus=shares.actor_gpus,
@@ -132,12 +132,15 @@ def build_line(shards: list[Any], dataset: Dataset, dataset_ref: Any, shares: Sh
 
 
 class Predict:
-    """The actor: holds the model, and is called from two threads where that is a GPU's. Raises ModelError at its start when the weights are not the frozen ones."""
+    """The actor: holds the model, and is called from two threads where that is a GPU's.
 
-    def __init__(self, dataset: Dataset, threads: int) -> None:
+    Raises ModelError at its start when the weights are not the frozen ones.
+    """
+
+    def __init__(self, dataset: Dataset, threads: int, compiled: bool) -> None:
         job = dataset.job
         self._dataset = dataset
-        self._model = open_model(dataset.facts, list(dataset.vectors), job.top_k, job.labels, job.device, threads)
+        self._model = open_model(dataset.facts, list(dataset.vectors), job.top_k, job.labels, job.device, threads, compiled)
         self._decoder = open_device_decoder(dataset, threads)
 
     def __call__(self, block: pa.Table) -> pa.Table:

@@ -44,7 +44,7 @@ class LocalLine:
     def start(self, arrived: queue.Queue[Receipt | Exception | None]) -> None:
         dataset, job, shares = self._dataset, self._dataset.job, self._shares
         model = self._pool.submit(
-            open_model, dataset.facts, list(dataset.vectors), job.top_k, job.labels, job.device, shares.threads
+            open_model, dataset.facts, list(dataset.vectors), job.top_k, job.labels, job.device, shares.threads, shares.compiled
         )
         shards: queue.Queue[Any] = queue.Queue()
         for shard in [*self._shards, None]:

@@ -13,7 +13,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib import import_module
@@ -38,20 +38,21 @@ from vitray.dataset import (
 )
 from vitray.errors import ClusterError, JobError, ShardError, StorageError, VitrayError
 from vitray.job import Job
-from vitray.models import identify, runs_on, vector_columns
+from vitray.models import compiles, identify, runs_on, vector_columns
 from vitray.pipeline.cluster import RETRIES, Shares, alive_nodes, ray_session, share_out
 from vitray.pipeline.line import RayLine
 from vitray.pipeline.local import LocalLine
 from vitray.pipeline.progress import Progress, Result
 from vitray.pipeline.wave import ATTEMPTS, Line, Work, blame, run_wave
 from vitray.schema import ModelFacts, Shard
-from vitray.sources import Group, Listing, absent_members, kept_schema, list_shards
+from vitray.sources import Group, Listing, absent_members, estimate_images, kept_schema, list_shards
 from vitray.storage import absolute, exists, is_local, join, probe, store_for
 
 log = logging.getLogger(__name__)
 
 WAVE_SHARDS = 4096
-OpenLine = Callable[[Dataset, list[Shard]], Line]
+LEAST_IMAGE_BYTES = 4096  # no photo is smaller: fewer bytes than that times images need no estimate
+MakeLine = Callable[[Dataset, list[Shard]], Line]
 
 
 def run(
@@ -83,7 +84,7 @@ def run(
         for _ in range(ATTEMPTS):
             listing = _settle_groups(job, listing)
             work.changed.clear()
-            _complete(dataset, job, listing, open_line, work)
+            _complete(dataset, job, listing, partial(open_line, shares=_compiling(job, listing, shares)), work)
             listing = list_shards(job, groups_of(job.out))
             if not work.changed:
                 break
@@ -94,7 +95,7 @@ def run(
 
 
 @contextlib.contextmanager
-def _machines(job: Job, address: str | None) -> Iterator[tuple[OpenLine, Shares, list[dict[str, Any]]]]:
+def _machines(job: Job, address: str | None) -> Iterator[tuple[type[LocalLine] | type[RayLine], Shares, list[dict[str, Any]]]]:
     """What makes a line, its shares, and Ray's nodes: none where this process does it all.
 
     That is where nobody asked for Ray, by an address (`local` for one of our own) or by having started it, and the model runs on
@@ -102,13 +103,11 @@ def _machines(job: Job, address: str | None) -> Iterator[tuple[OpenLine, Shares,
     """
     asked = address or os.environ.get("RAY_ADDRESS") or ("ray" in sys.modules and import_module("ray").is_initialized())
     if not asked and runs_on(job) == "cpu":
-        shares = share_out([{"CPU": max(2, len(os.sched_getaffinity(0)))}], "cpu")
-        yield partial(LocalLine, shares=shares), shares, []
+        yield LocalLine, share_out([{"CPU": max(2, len(os.sched_getaffinity(0)))}], "cpu"), []
         return
     with ray_session(address):
         nodes = alive_nodes()
-        shares = share_out([node["Resources"] for node in nodes], job.device)
-        yield partial(RayLine, shares=shares), shares, nodes
+        yield RayLine, share_out([node["Resources"] for node in nodes], job.device), nodes
 
 
 def _with_absolute_paths(job: Job) -> Job:
@@ -196,7 +195,16 @@ def _identify_or_error(job: Job) -> ModelFacts | VitrayError:
         return error
 
 
-def _complete(dataset: Dataset, job: Job, listing: Listing, open_line: OpenLine, work: Work) -> None:
+def _compiling(job: Job, listing: Listing, shares: Shares) -> Shares:
+    """The shares, with `compiled` as the first wave of what is pending has it."""
+    wave, device = _pending(job, listing)[:WAVE_SHARDS], "cuda" if shares.actor_gpus else "cpu"
+    images = sum(shard.size for shard in wave) // LEAST_IMAGE_BYTES
+    if compiles(job, images // shares.actors, device):
+        images = estimate_images(wave, job)[0]
+    return replace(shares, compiled=compiles(job, images // shares.actors, device))
+
+
+def _complete(dataset: Dataset, job: Job, listing: Listing, open_line: MakeLine, work: Work) -> None:
     """Waves until nothing is pending but what was set aside. A wave that a system fault ended is planned again."""
     pending = _pending(job, listing)
     if pending:

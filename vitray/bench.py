@@ -1,0 +1,185 @@
+"""Where the time goes: images/s of each step alone, of the whole line, and which step is the limit.
+
+All on the same images: the first ones of the job's source, encoded as they are. Nothing is written to the job's `out`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
+
+import numpy as np
+import pyarrow as pa
+
+from vitray.dataset import Dataset
+from vitray.decode import decode
+from vitray.errors import JobError
+from vitray.job import Job
+from vitray.models import ceiling, identify, open_model, runs_on, vector_columns
+from vitray.pipeline import run
+from vitray.schema import Encoded
+from vitray.sources import list_shards, read_shard
+
+LINE_TIMES = 3  # the whole line gets so many times the seconds of a step alone; it never has fewer images than the sample
+SHARD_IMAGES = 512
+WARM_UP = 0.25  # of the line's images, which do not count: queues fill
+NEAR = 0.9  # of the slowest step: a line slower than that loses time between the steps
+
+ADVICE = {
+    "read": "larger shards, a store nearby, or more machines",
+    "decode": "more cores for each accelerator, decode: fast (or draft for photos of many megapixels)",
+    "model": "an accelerator, precision: bf16, another engine, or a smaller model",
+    "line": "seconds_by_step in OUT/_vitray/runs tells what waits; larger shards and fragment_rows help",
+}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Images/s, unless named otherwise. ceiling: of the matrix products alone; first_rows_s: from the call to the first staged rows."""
+
+    images: int
+    kilobytes: float
+    cores: int
+    device: str
+    engine: str
+    precision: str
+    batch_size: int
+    decode_mode: str
+    read: float
+    decode_core: float
+    decode: float
+    model: float
+    ceiling: float
+    gflops: float
+    line: float
+    first_rows_s: float
+    limit: str  # read, decode or model: the slowest alone; line: what lies between the steps
+
+    def __str__(self) -> str:
+        rows = [
+            ("read", self.read, f"from the source, {self.read * self.kilobytes / 1000:.0f} MB/s"),
+            ("decode, 1 core", self.decode_core, self.decode_mode),
+            (f"decode, {self.cores} cores", self.decode, self.decode_mode),
+            ("model alone", self.model, f"{self.engine}, {self.precision}, batch {self.batch_size}, {self.device}"),
+            (
+                "ceiling",
+                self.ceiling,
+                f"{self.gflops:,.0f} GFLOP/s of matrix products: the model has {self.model / self.ceiling:.2f}",
+            ),
+            (
+                "whole line",
+                self.line,
+                f"{self.line / self.model:.2f} of the model alone; first rows after {self.first_rows_s:.1f} s",
+            ),
+        ]
+        table = [f"{name:18}{rate:12,.1f} images/s   {note}" for name, rate, note in rows]
+        return "\n".join([*table, f"limit: {self.limit}. To change that: {ADVICE[self.limit]}"])
+
+
+def bench(job: Job, images: int = 256, seconds: float = 6.0) -> Bench:
+    """Time every step alone, for so many seconds, and together, on the first `images` of the source. Wants the whole machine.
+
+    Raises JobError when the source holds no image, and what `run` raises.
+    """
+    sample, read = _read(job, images)
+    facts, device = identify(job), runs_on(job)
+    dataset = Dataset(job.out, job, facts, tuple(vector_columns(job, facts)), pa.schema([]), len(sample))
+    count = len(os.sched_getaffinity(0))
+    decode_core, decode_all = (_decode(dataset, sample, threads, seconds / 2) for threads in (1, count))
+    model = _model(dataset, device, count, seconds)
+    most, flops = ceiling(facts, device)
+    alone = {"read": read, "decode": decode_all, "model": model}
+    slowest = min(alone, key=lambda step: alone[step])
+    line, first = _line(dataset, sample, int(max(len(sample), model * seconds * LINE_TIMES)))
+    return Bench(
+        images=len(sample),
+        kilobytes=sum(len(one.data or b"") for one in sample) / len(sample) / 1000,
+        cores=count,
+        device=device,
+        engine=facts.engine,
+        precision=facts.precision,
+        batch_size=facts.batch_size,
+        decode_mode=job.decode,
+        read=read,
+        decode_core=decode_core,
+        decode=decode_all,
+        model=model,
+        ceiling=most,
+        gflops=flops / 1e9,
+        line=line,
+        first_rows_s=first,
+        limit=slowest if line >= NEAR * alone[slowest] else "line",
+    )
+
+
+def _read(job: Job, images: int) -> tuple[list[Encoded], float]:
+    def encoded() -> Iterator[Encoded]:
+        for shard in list_shards(job, []).shards:
+            for item in read_shard(shard, job, lambda _: True):
+                if isinstance(item, Encoded) and item.data:
+                    yield item
+
+    started = time.perf_counter()
+    sample = list(itertools.islice(encoded(), images))
+    if not sample:
+        raise JobError(f"{', '.join(job.source)} holds no image to measure with. Check `source` and `format`.")
+    return sample, len(sample) / (time.perf_counter() - started)
+
+
+def _decode(dataset: Dataset, sample: list[Encoded], threads: int, seconds: float) -> float:
+    """Each thread has a child of its own, as in the line."""
+    parts = [sample[n : n + 32] for n in range(0, len(sample), 32)]
+    parts *= -(-4 * threads // len(parts))
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda part: decode(part[:1], dataset.decode_spec), parts[:threads]))
+        done, started = 0, time.perf_counter()
+        while time.perf_counter() - started < seconds:
+            done += sum(len(outcomes) for _, outcomes in pool.map(lambda part: decode(part, dataset.decode_spec), parts))
+        return done / (time.perf_counter() - started)
+
+
+def _model(dataset: Dataset, device: str, threads: int, seconds: float) -> float:
+    """On what the line gives it at a time: four batches of synthetic pixels."""
+    facts, job = dataset.facts, dataset.job
+    model = open_model(facts, list(dataset.vectors), job.top_k, job.labels, device, threads, job.compile == "on")
+    pixels = np.random.default_rng(0).integers(0, 256, (4 * facts.batch_size, *facts.pixels.shape, 3), dtype=np.uint8)
+    model.predict(pixels)
+    done, started = 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        model.predict(pixels)
+        done += len(pixels)
+    return done / (time.perf_counter() - started)
+
+
+def _line(dataset: Dataset, sample: list[Encoded], images: int) -> tuple[float, float]:
+    """Images/s once the queues are full, and seconds until the first rows, of a run on tars of the sample in a scratch directory."""
+    with tempfile.TemporaryDirectory(prefix="vitray-bench-") as scratch:
+        _write_tars(scratch, sample, images)
+        own = {"source": [f"{scratch}/in"], "out": f"{scratch}/out", "format": "tar", "image_member": None, "keep": []}
+        fixed = {"engine": dataset.facts.engine, "limit": None, "max_error_rate": 1.0}
+        seen: list[tuple[float, int]] = []
+        started = time.perf_counter()
+        run(dataset.job.model_copy(update=own | fixed), progress=lambda now: seen.append((time.perf_counter(), now.images)))
+    first = next(at for at, count in seen if count)
+    begin, already = next((at, count) for at, count in seen if count >= WARM_UP * images)
+    end, total = next((at, count) for at, count in seen if count == seen[-1][1])
+    return (total - already) / max(1e-9, end - begin), first - started
+
+
+def _write_tars(scratch: str, sample: list[Encoded], images: int) -> None:
+    os.mkdir(f"{scratch}/in")
+    again = itertools.islice(itertools.cycle(sample), images)
+    for number in range(-(-images // SHARD_IMAGES)):
+        with tarfile.open(f"{scratch}/in/{number:05d}.tar", "w") as tar:
+            for at, item in enumerate(itertools.islice(again, SHARD_IMAGES)):
+                data = item.data or b""
+                member = tarfile.TarInfo(f"{at:06d}.jpg")  # whatever it is: content decides
+                member.size = len(data)
+                tar.addfile(member, BytesIO(data))
