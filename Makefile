@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test check fast nightly bench clean
+.PHONY: demo test check lint fast nightly bench clean
 
 demo: $(STAMP)
 	$(BIN)/vitray demo demo
@@ -11,11 +11,12 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -m "not nightly"
 
-check: $(STAMP)
+check: lint fast
+
+lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(MAKE) fast
 
 fast: $(STAMP)
 	$(BIN)/python -m pytest -q -m "not nightly and not ray and not s3"

@@ -54,7 +54,7 @@ PEERS = {  # name -> what it reads, command; {images} {out} {model} {batch} are 
     "daft": ("loose", "peers/daft_udf.py {images} {out} {model} {batch}"),
     "hand": ("tars", "peers/hand.py {images} {out} {model} {batch}"),
     "hand-compiled": ("tars", "peers/hand.py {images} {out} {model} {batch} compiled"),
-    "vitray": ("tars", "-m vitray run {images}/*.tar --model {model} --out {out} --set device=cpu"),
+    "vitray": ("tars", "-m vitray run {images}/*.tar --model {model} --out {out} --set device=cpu --set engine=torch"),
 }
 QUIET = {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1"}
 QUIET |= {"DO_NOT_TRACK": "1", "DAFT_ANALYTICS_ENABLED": "0"}

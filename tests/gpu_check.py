@@ -82,6 +82,7 @@ class Check:
             **{
                 "batch_size": batch or self.batch,
                 "decode": "exact",
+                "engine": "torch",
                 "embeddings": [Embedding()],
                 "column": lambda _: "embedding",
             },

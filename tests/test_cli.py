@@ -96,7 +96,7 @@ def raw(text: str) -> list[str]:
         ({"batch_size": "abc"}, "valid: `batch_size`: a whole number from 1 to 8192, or auto\n"),
         ({"fragment_rows": 8193}, "valid: `fragment_rows`: a whole number from 1 to 8192, or auto\n"),
         ({"embeddings": [{"layer": "first"}]}, "valid: `embeddings.0.layer`: a whole number from 1 to 999, or last\n"),
-        ({"precision": "bf17"}, "`precision`: Input should be 'auto', 'bf16', 'fp16' or 'fp32'"),
+        ({"precision": "bf17"}, "`precision`: Input should be 'auto', 'bf16', 'fp16', 'fp32' or 'fp8'"),
         ({"formats": ["jpg", "heic"]}, "`formats`: unknown image format heic; known: bmp, gif, jpeg"),
         ({"labels": False, "embeddings": []}, "valid: nothing to compute"),
         ({"keep": ["label", "input_label"]}, "valid: keep: two columns of the output would be called input_label\n"),

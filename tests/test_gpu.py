@@ -140,7 +140,7 @@ def test_a_tensor_that_is_there_already_takes_no_slot() -> None:
 def with_ring(directory: str, device: LateDevice, **fields: object) -> TorchModel:
     job = job_for(directory, embeddings=[Embedding()], **fields)
     facts = identify(job)
-    model = open_model(facts, vector_columns(job, facts), 3, True, "cpu", 2)
+    model = open_model(facts, vector_columns(job, facts), 3, True, "cpu", 1)
     assert isinstance(model, TorchModel)
     model._ring = Ring(device, (facts.batch_size, *facts.pixels.shape, 3))
     return model

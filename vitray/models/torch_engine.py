@@ -62,6 +62,7 @@ class TorchModel:
             # A thread a batch, and not threads within it: they would wait for each other after every layer, for long where
             # decoders share the cores. Two cores and ViT-Tiny beside two decoders: 105 -> FIGURE images/s.
             torch.set_num_threads(1)
+        if workers > 1:
             self._map = ThreadPoolExecutor(workers, "vitray-predict").map
         self._compiled: dict[int, Any] = {}  # by batch size; other sizes run uncompiled
         if compiled:

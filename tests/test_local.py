@@ -1,0 +1,120 @@
+"""The line as threads of one process: the same rows as on Ray, the same ledger, and an end whenever something breaks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from shards import Picture, pictures, put_tars
+
+import vitray
+from vitray.dataset import Dataset, open_dataset
+from vitray.errors import ModelError
+from vitray.pipeline.cluster import share_out
+from vitray.pipeline.local import LocalLine
+from vitray.pipeline.wave import Work, run_wave
+from vitray.sources import list_shards
+
+IMAGES = 160
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("local")
+    items = pictures(IMAGES)
+    broken = {7: b"", 50: b"no image", 90: items[90].data[:200]}
+    items = [Picture(p.key, broken.get(n, p.data), p.truth, p.suffix) for n, p in enumerate(items)]
+    put_tars(str(folder / "in"), items, 3, folder)
+    return folder / "in"
+
+
+def run(inputs: Path, model: str, out: Path, *more: str) -> str:
+    fields = ["precision=fp32", "engine=torch", "batch_size=8", "fragment_rows=16", "max_error_rate=1"]
+    sets = [part for field in fields for part in ("--set", field)]
+    argv = [sys.executable, "-m", "vitray", "run", str(inputs), "--model", model, "--out", str(out), *sets, *more]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=200, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.ray
+def test_threads_and_ray_write_the_same_rows(inputs: Path, shapes_model: str, tmp_path: Path) -> None:
+    run(inputs, shapes_model, tmp_path / "threads")
+    run(inputs, shapes_model, tmp_path / "ray", "--address", "local")
+    mine, rays = (vitray.read(str(tmp_path / name)).sort_by("key") for name in ("threads", "ray"))
+    assert mine.num_rows == IMAGES - 3
+    plain = [name for name in mine.column_names if name not in ("embedding", "score", "top_scores")]
+    assert mine.select(plain).equals(rays.select(plain))
+    vectors = [np.stack(table["embedding"].to_numpy()) for table in (mine, rays)]
+    np.testing.assert_allclose(*vectors, atol=1e-5)
+    errors = [[pq.read_table(path) for path in sorted((tmp_path / name / "errors").iterdir())] for name in ("threads", "ray")]
+    assert errors[0] == errors[1] and sum(table.num_rows for table in errors[0]) == 3
+
+
+@pytest.mark.ray
+def test_a_dataset_begun_on_ray_is_finished_by_threads(inputs: Path, shapes_model: str, tmp_path: Path) -> None:
+    run(inputs, shapes_model, tmp_path / "out", "--address", "local", "--set", "limit=1")
+    said = run(inputs, shapes_model, tmp_path / "out")
+    assert said.startswith("2 shards committed now"), said
+    checked = vitray.validate(str(tmp_path / "out"), content=True)
+    assert checked.ok and (checked.rows, checked.errors) == (IMAGES - 3, 3)
+    assert run(inputs, shapes_model, tmp_path / "out").startswith("0 shards committed now")
+
+
+@pytest.fixture
+def dataset(inputs: Path, shapes_model: str, tmp_path: Path) -> Dataset:
+    run(inputs, shapes_model, tmp_path / "out", "--set", "limit=1")
+    found = open_dataset(str(tmp_path / "out"))
+    assert found is not None
+    return found
+
+
+def line_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name == "vitray-step"]
+
+
+def test_a_model_that_cannot_be_opened_ends_the_line_with_its_error(dataset: Dataset) -> None:
+    other = replace(dataset, facts=replace(dataset.facts, weights_sha256="0" * 64))
+    shards = list_shards(dataset.job, []).shards
+    started = time.monotonic()
+    with pytest.raises(ModelError, match="the weights changed"):
+        run_wave(other, shards, LocalLine(other, shards, share_out([{"CPU": 2}], "cpu")), Work())
+    assert time.monotonic() - started < 30 and line_threads() == []
+
+
+def test_closing_a_line_ends_its_threads_while_queues_are_full(dataset: Dataset) -> None:
+    shards = list_shards(dataset.job, []).shards
+    line = LocalLine(dataset, shards, replace(share_out([{"CPU": 2}], "cpu"), queue_blocks=1))
+
+    class Impatient(Exception):
+        pass
+
+    def stop(progress: object) -> None:
+        raise Impatient
+
+    with pytest.raises(Impatient):
+        run_wave(dataset, shards, line, Work(report=stop))
+    assert line_threads() == []
+
+
+def test_more_threads_than_shards_and_a_compiled_model_change_nothing(dataset: Dataset, tmp_path: Path) -> None:
+    """Written into a dataset of its own, with four times the threads, and torch.compile."""
+    shards = list_shards(dataset.job, []).shards
+    shares = replace(share_out([{"CPU": 8}], "cpu"), readers=6, stagers=5, compiled=True)
+    other = replace(dataset, out=str(tmp_path / "other"))
+    work = Work()
+    run_wave(other, shards, LocalLine(other, shards, shares), work)
+    assert sorted(work.commits) == sorted(shard.id for shard in shards) and work.progress.images == IMAGES
+    (path,) = (tmp_path / "out" / "data").iterdir()
+    mine, theirs = pq.read_table(tmp_path / "other" / "data" / path.name), pq.read_table(path)
+    assert mine["key"].equals(theirs["key"]) and mine["label"].equals(theirs["label"])
+    np.testing.assert_allclose(*(np.stack(t["embedding"].to_numpy()) for t in (mine, theirs)), atol=1e-4)
