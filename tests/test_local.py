@@ -91,6 +91,19 @@ def test_a_model_that_cannot_be_opened_ends_the_line_with_its_error(dataset: Dat
     assert time.monotonic() - started < 30 and line_threads() == []
 
 
+def test_a_run_from_python_leaves_torch_its_threads(inputs: Path, shapes_model: str, tmp_path: Path) -> None:
+    code = f"""
+import torch, vitray
+torch.set_num_threads(2)
+job = vitray.Job(source={str(inputs)!r}, model={shapes_model!r}, out={str(tmp_path / "out")!r}, engine="torch", max_error_rate=1)
+result = vitray.run(job)
+print(result.rows, torch.get_num_threads())
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, env=environment)
+    assert done.stdout.split() == [str(IMAGES - 3), "2"], done.stderr
+
+
 def test_closing_a_line_ends_its_threads_while_queues_are_full(dataset: Dataset) -> None:
     shards = list_shards(dataset.job, []).shards
     line = LocalLine(dataset, shards, replace(share_out([{"CPU": 2}], "cpu"), queue_blocks=1))

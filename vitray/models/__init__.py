@@ -5,6 +5,8 @@ Importing this costs nothing: torch and transformers come in with the first call
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -100,6 +102,18 @@ def runs_on(job: Job) -> str:
     from vitray.models import machine
 
     return "cpu" if job.device == "cpu" else machine.resolve_device(job.device)
+
+
+@contextmanager
+def torch_threads_kept() -> Iterator[None]:
+    """Afterwards torch has as many threads as before: a model on the CPU leaves it with one."""
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def compiles(job: Job, images: int, device: str) -> bool:

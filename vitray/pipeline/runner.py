@@ -38,7 +38,7 @@ from vitray.dataset import (
 )
 from vitray.errors import ClusterError, JobError, ShardError, StorageError, VitrayError
 from vitray.job import Job
-from vitray.models import compiles, identify, runs_on, vector_columns
+from vitray.models import compiles, identify, runs_on, torch_threads_kept, vector_columns
 from vitray.pipeline.cluster import RETRIES, Shares, alive_nodes, ray_session, share_out
 from vitray.pipeline.line import RayLine
 from vitray.pipeline.local import LocalLine
@@ -103,7 +103,8 @@ def _machines(job: Job, address: str | None) -> Iterator[tuple[type[LocalLine] |
     """
     asked = address or os.environ.get("RAY_ADDRESS") or ("ray" in sys.modules and import_module("ray").is_initialized())
     if not asked and runs_on(job) == "cpu":
-        yield LocalLine, share_out([{"CPU": max(2, len(os.sched_getaffinity(0)))}], "cpu"), []
+        with torch_threads_kept():
+            yield LocalLine, share_out([{"CPU": max(2, len(os.sched_getaffinity(0)))}], "cpu"), []
         return
     with ray_session(address):
         nodes = alive_nodes()
