@@ -1,4 +1,4 @@
-"""What more images cost: images/s of 1x, 4x and 16x, and S3 requests a shard: `python tests/bench_growth.py MODEL [images]`.
+"""What more images cost: images/s of 1x, 4x and 16x, the ledger's share, S3 requests a shard: `python tests/bench_growth.py MODEL [images]`.
 
 Images are JPEGs of 500x375 in tars of 500 (the same ones again in every tar: only the model and the pipeline are measured). Images/s
 are those of the steady state, from when a tenth is staged to when all is, in whole commands. Requests are counted at the client,
@@ -8,14 +8,19 @@ against a mock S3 in this process, of 2 shards and of 8: the difference is what 
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from bench_decode import cpu_s
 from bench_memory import jpegs
 
 from vitray.demo import write_tar
@@ -42,6 +47,40 @@ def steady(folder: Path, model: str, shards: int, ready: Path) -> tuple[float, f
             begin = (at, done)
     record = json.loads(next((out / "_vitray" / "runs").iterdir()).read_text())
     return (total - begin[1]) / (staged[-1][0] - begin[0]), record["seconds"] - (staged[-1][0] - staged[0][0])
+
+
+def ledger_share(folder: Path, model: str, ready: Path) -> dict[str, float]:
+    """CPU seconds of each step for one shard, all in one thread: what staging, commits and hashes take of the whole."""
+    from vitray.dataset import open_dataset
+    from vitray.models import open_model
+    from vitray.pipeline.steps import commit_step, decode_step, predict_step, read_step, stage_step
+    from vitray.schema import content_hash
+    from vitray.sources import list_shards
+
+    steady(folder, model, 1, ready)
+    dataset = open_dataset(str(folder / "out-1"))
+    assert dataset is not None
+    (shard,) = list_shards(dataset.job, []).shards
+    network = open_model(dataset.facts, list(dataset.vectors), 5, True, "cpu", 1)
+    dataset = dataclasses.replace(dataset, out=str(folder / "ledger"))
+    took: Counter[str] = collections.Counter()
+
+    def timed(name: str, work: Callable[[], Any]) -> Any:
+        before = cpu_s()
+        try:
+            return work()
+        finally:
+            took[name] += cpu_s() - before
+
+    parcels = timed("read", lambda: list(read_step(dataset, shard)))
+    images = [image for parcel in parcels if parcel.rows for image in parcel.rows["data"].to_pylist()]
+    timed("hash", lambda: [content_hash(image) for image in images])
+    decoded = [timed("decode", partial(decode_step, dataset, parcel)) for parcel in parcels]
+    predicted = [timed("predict", partial(predict_step, dataset, network, parcel)) for parcel in decoded]
+    for parcel in predicted:
+        timed("stage", partial(stage_step, dataset, parcel))
+    timed("commit", lambda: commit_step(dataset, shard))
+    return dict(took)
 
 
 def requests(model: str, shards: int, ready: bytes) -> Counter[str]:
@@ -87,6 +126,10 @@ def main(model: str, images: int = 1000) -> None:
         members = [(f"{n:05d}.jpg", data) for n, data in enumerate(jpegs(SHARD))]
         write_tar(str(folder / "ready.tar"), members)
         write_tar(str(folder / "small.tar"), members[:128])
+        took = ledger_share(folder, model, folder / "ready.tar")
+        print(", ".join(f"{name} {seconds * 1000 / SHARD:.3f} ms" for name, seconds in took.items()), "of CPU an image")
+        whole = sum(took.values()) - took["hash"]  # decode hashes too
+        print(f"stage, commit and hashes are {sum(took[n] for n in ('stage', 'commit', 'hash')) / whole:.1%} of it", flush=True)
         first = 0.0
         for times in (1, 4, 16):
             rate, start = steady(folder, model, times * images // SHARD, folder / "ready.tar")
