@@ -83,7 +83,8 @@ class TorchModel:
         # passes turn `Attention`'s matmuls back into the slower fused kernel.
         on_cpu = {"freezing": True, "use_joint_graph_passes": False} if self._device.type == "cpu" else {}
         try:
-            with torch._inductor.config.patch(on_cpu):
+            # Dynamo counts compilations by code, for all models of a process; a ladder is all that one model ever asks for
+            with torch._inductor.config.patch(on_cpu), torch._dynamo.config.patch(recompile_limit=256):
                 for size in self._compiled:
                     if self._run_if_it_fits(np.zeros((size, *self._facts.pixels.shape, 3), np.uint8), size) is None:
                         self._step_down(self._sizes)
