@@ -40,7 +40,7 @@ def test_bench_times_every_step_and_names_the_limit(inputs: str, shapes_model: s
 def test_bench_speaks_json_on_the_command_line(inputs: str, shapes_model: str, tmp_path: Path) -> None:
     job = tmp_path / "job.yaml"
     job.write_text(f"source: {inputs}\nmodel: {shapes_model}\nout: {tmp_path / 'out'}\ndevice: cpu\nengine: torch\n")
-    answer = CliRunner().invoke(app, ["bench", str(job), "--images", "32", "--json"])
+    answer = CliRunner().invoke(app, ["bench", str(job), "--images", "32", "--seconds", "0.5", "--json"])
     assert answer.exit_code == 0, answer.output
     said = json.loads(answer.stdout.splitlines()[-1])
     assert said["images"] == 32 and said["limit"] in ("read", "decode", "model", "line")

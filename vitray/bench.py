@@ -97,7 +97,7 @@ def bench(job: Job, images: int = 256, seconds: float = 6.0) -> Bench:
     most, flops = ceiling(facts, device)
     alone = {"read": read, "decode": decode_all, "model": model}
     slowest = min(alone, key=lambda step: alone[step])
-    line, first = _line(dataset, sample, int(max(len(sample), model * seconds * LINE_TIMES)))
+    line, first = _line(dataset, sample, int(max(len(sample), alone[slowest] * seconds * LINE_TIMES)))
     return Bench(
         images=len(sample),
         kilobytes=sum(len(one.data or b"") for one in sample) / len(sample) / 1000,

@@ -95,12 +95,13 @@ def bench(
     model: Model = None,
     sets: Sets = None,
     images: Annotated[int, typer.Option(help="how many images of the source to measure with", min=32)] = 256,
+    seconds: Annotated[float, typer.Option(help="how long each step is timed alone", min=0.1)] = 6.0,
     as_json: Json = False,
 ) -> None:
     """Time each step alone and the whole line on the first images of the source; writes nothing to `out`."""
     from vitray.bench import bench as bench_job
 
-    found = bench_job(_job(target, model, None if _is_file(target) else "not-written", sets), images)
+    found = bench_job(_job(target, model, None if _is_file(target) else "not-written", sets), images, seconds)
     _print(found, as_json, str(found))
 
 
