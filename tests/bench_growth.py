@@ -31,7 +31,7 @@ SHARD = 500
 def steady(folder: Path, model: str, shards: int, ready: Path) -> tuple[float, float]:
     """(images/s, seconds from the command to its first staged fragment) of one run."""
     source, out, trace = (folder / f"{name}-{shards}" for name in ("in", "out", "trace"))
-    source.mkdir()
+    source.mkdir(parents=True)
     trace.mkdir()
     for n in range(shards):
         os.link(ready, source / f"{n:05d}.tar")
@@ -126,7 +126,7 @@ def main(model: str, images: int = 1000) -> None:
         members = [(f"{n:05d}.jpg", data) for n, data in enumerate(jpegs(SHARD))]
         write_tar(str(folder / "ready.tar"), members)
         write_tar(str(folder / "small.tar"), members[:128])
-        took = ledger_share(folder, model, folder / "ready.tar")
+        took = ledger_share(folder / "ledger-share", model, folder / "ready.tar")
         print(", ".join(f"{name} {seconds * 1000 / SHARD:.3f} ms" for name, seconds in took.items()), "of CPU an image")
         whole = sum(took.values()) - took["hash"]  # decode hashes too
         print(f"stage, commit and hashes are {sum(took[n] for n in ('stage', 'commit', 'hash')) / whole:.1%} of it", flush=True)

@@ -11,8 +11,6 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads would take the cores from the decoders
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
