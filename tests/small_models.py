@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 from vitray.job import Embedding, Job
-from vitray.models import Predictions, identify, open_model, vector_columns
+from vitray.models import Model, Predictions, identify, open_model, vector_columns
 from vitray.schema import ModelFacts
 
 POOLS = ("cls", "mean", "patches_mean")
@@ -86,9 +86,30 @@ def every_vector(has_cls: bool) -> list[Embedding]:
     return [Embedding(layer=layer, pool=pool) for layer in (1, 2, 3, "last") for pool in POOLS if has_cls or pool != "cls"]
 
 
-def run(job: Job, pixels: np.ndarray, facts: ModelFacts | None = None) -> Predictions:
+def open_job(job: Job, facts: ModelFacts | None = None, threads: int = 2) -> Model:
     facts = facts or identify(job)
-    return open_model(facts, vector_columns(job, facts), job.top_k, job.labels, "cpu", 2).predict(pixels)
+    return open_model(facts, vector_columns(job, facts), job.top_k, job.labels, "cpu", threads)
+
+
+def run(job: Job, pixels: np.ndarray, facts: ModelFacts | None = None) -> Predictions:
+    return open_job(job, facts).predict(pixels)
+
+
+def require_plain(found: Predictions, job: Job, name: str, pixels: np.ndarray, atol: float) -> None:
+    """`found` are the vectors and labels, with their types, of a plain loop over the job's checkpoint."""
+    logits, tokens = plain_loop(job.model, name, job.labels, pixels)
+    for embedding in job.embeddings:
+        vectors = found.vectors[job.column(embedding)]
+        expected = pooled(tokens[embedding.layer], embedding.pool, PREFIX[name])
+        assert vectors.dtype == np.float32
+        np.testing.assert_allclose(vectors, expected, rtol=1e-4, atol=atol, err_msg=str(embedding))
+    if job.labels:
+        scores, ids = logits.softmax(-1).topk(job.top_k)
+        np.testing.assert_array_equal(found.ids, ids)
+        np.testing.assert_allclose(found.scores, scores, rtol=1e-4, atol=1e-6)
+        assert (found.ids.dtype, found.scores.dtype) == (np.int32, np.float32)
+    else:
+        assert found.ids is None and found.scores is None
 
 
 def plain_loop(

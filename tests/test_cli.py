@@ -58,7 +58,7 @@ def vitray(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 
 def subprocess_vitray(*argv: object, **options: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "vitray", *map(str, argv)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)  # type: ignore[call-overload, no-any-return]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:

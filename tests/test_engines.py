@@ -15,12 +15,22 @@ import pytest
 import torch
 import transformers
 from bench_model import make_model
-from small_models import CLASSES, PREFIX, STEM, every_vector, job_for, make_checkpoint, noise, plain_loop, pooled, run
+from small_models import (
+    CLASSES,
+    STEM,
+    every_vector,
+    job_for,
+    make_checkpoint,
+    noise,
+    open_job,
+    plain_loop,
+    require_plain,
+    run,
+)
 
 from vitray.errors import ModelError
-from vitray.job import Embedding, Job
+from vitray.job import Embedding
 from vitray.models import Model, Predictions, engines, identify, machine, open_model, shapes, vector_columns
-from vitray.schema import ModelFacts
 
 ENGINES = ("torch", "openvino", "onnx")
 OTHERS = ENGINES[1:]
@@ -29,11 +39,6 @@ OTHERS = ENGINES[1:]
 @pytest.fixture(autouse=True)
 def _two_threads() -> None:
     torch.set_num_threads(2)
-
-
-def open_job(job: Job, facts: ModelFacts | None = None, threads: int = 2) -> Model:
-    facts = facts or identify(job)
-    return open_model(facts, vector_columns(job, facts), job.top_k, job.labels, "cpu", threads)
 
 
 # ---------------------------------------------------------------- the contract
@@ -49,18 +54,7 @@ def test_an_engine_says_what_plain_transformers_says(tmp_path: Path, engine: str
     embeddings = [Embedding()] if lean else every_vector(name != "siglip")
     job = job_for(directory, headed, embeddings, top_k=3, batch_size=4, engine=engine)
     assert (identify(job).engine, identify(job).precision) == (engine, "fp32")
-    found = run(job, pixels)
-    logits, tokens = plain_loop(directory, name, headed, pixels)
-    for embedding in embeddings:
-        expected = pooled(tokens[embedding.layer], embedding.pool, PREFIX[name])
-        np.testing.assert_allclose(found.vectors[job.column(embedding)], expected, rtol=1e-4, atol=1e-4, err_msg=str(embedding))
-    if headed:
-        scores, ids = logits.softmax(-1).topk(3)
-        np.testing.assert_array_equal(found.ids, ids)
-        np.testing.assert_allclose(found.scores, scores, rtol=1e-4, atol=1e-6)
-        assert (found.ids.dtype, found.scores.dtype) == (np.int32, np.float32)
-    else:
-        assert found.ids is None and found.scores is None
+    require_plain(run(job, pixels), job, name, pixels, atol=1e-4)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

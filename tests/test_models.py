@@ -10,7 +10,18 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from small_models import CLASSES, PREFIX, STEM, every_vector, job_for, make_checkpoint, noise, plain_loop, pooled, run
+from small_models import (
+    CLASSES,
+    PREFIX,
+    STEM,
+    every_vector,
+    job_for,
+    make_checkpoint,
+    noise,
+    plain_loop,
+    require_plain,
+    run,
+)
 
 from vitray.errors import ModelError
 from vitray.job import Embedding
@@ -37,20 +48,7 @@ def test_predictions_equal_the_plain_transformers_loop(tmp_path: Path, name: str
     assert facts.labels == (tuple(f"LABEL_{i}" for i in range(CLASSES)) if headed else ())
     assert (facts.pixels.shape, facts.precision, facts.batch_size, facts.engine) == ((side, side), "fp32", 2, "torch")
 
-    found = run(job, pixels, facts)
-    logits, tokens = plain_loop(directory, name, headed, pixels)
-    for embedding in embeddings:
-        vectors = found.vectors[job.column(embedding)]
-        expected = pooled(tokens[embedding.layer], embedding.pool, PREFIX[name])
-        assert vectors.dtype == np.float32
-        np.testing.assert_allclose(vectors, expected, rtol=1e-4, atol=1e-5, err_msg=str(embedding))
-    if headed:
-        scores, ids = logits.softmax(-1).topk(3)
-        np.testing.assert_array_equal(found.ids, ids)
-        np.testing.assert_allclose(found.scores, scores, rtol=1e-4, atol=1e-6)
-        assert (found.ids.dtype, found.scores.dtype) == (np.int32, np.float32)
-    else:
-        assert found.ids is None and found.scores is None
+    require_plain(run(job, pixels, facts), job, name, pixels, atol=1e-5)
 
 
 def test_labels_alone_and_no_images_keep_shapes_and_types(tmp_path: Path) -> None:

@@ -45,6 +45,6 @@ def test_the_python_of_the_readme_runs(ray: None, shapes_model: str, tmp_path: P
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), names)
     result, nearest = names["result"], names["nearest"]
-    assert (result.rows, result.errors, result.exit_code) == (588, 12, 0)  # type: ignore[attr-defined]
-    assert nearest[0][0] == "000/00000" and nearest[0][2] == pytest.approx(1, abs=1e-5)  # type: ignore[index]
+    assert (result.rows, result.errors, result.exit_code) == (588, 12, 0)
+    assert nearest[0][0] == "000/00000" and nearest[0][2] == pytest.approx(1, abs=1e-5)
     assert demo.accuracy("demo/out") >= 0.97

@@ -300,22 +300,22 @@ def test_nine_failures_are_survived(proxy: Proxy, proxy_root: str, verdict: int)
         "DELETE": lambda: store.delete([join(proxy_root, "absent")]) is None,
     }.items():
         proxy.calls.clear()
-        proxy.rule = first(9, verdict, method)  # type: ignore[assignment]
+        proxy.rule = first(9, verdict, method)
         assert work()
         assert proxy.count(method) == 10
 
 
 def test_a_listing_survives_failures(proxy: Proxy, proxy_root: str) -> None:
-    proxy.rule = first(4, 503)  # type: ignore[assignment]
+    proxy.rule = first(4, 503)
     assert [i.url for i in store_for(proxy_root).find(proxy_root)] == [join(proxy_root, "there")]
-    proxy.rule = first(4, 503)  # type: ignore[assignment]
+    proxy.rule = first(4, 503)
     assert [i.url for i in expand(join(proxy_root, "th*"))] == [join(proxy_root, "there")]
 
 
 @pytest.mark.parametrize("verdict", [503, 409])
 def test_a_create_survives_failures_before_it_arrives(proxy: Proxy, proxy_root: str, verdict: int) -> None:
     url = join(proxy_root, "new")
-    proxy.rule = first(3, verdict, "PUT")  # type: ignore[assignment]
+    proxy.rule = first(3, verdict, "PUT")
     assert store_for(url).create(url, b"mine") is True
     assert read(url) == b"mine" and proxy.count("PUT", "/new") == 4
 
@@ -347,7 +347,7 @@ def test_a_refusal_is_not_retried(proxy: Proxy, proxy_root: str) -> None:
 
 def test_a_lost_answer_of_a_create_never_writes_twice(proxy: Proxy, proxy_root: str) -> None:
     url = join(proxy_root, "lost")
-    proxy.rule = first(1, LOSE, "PUT")  # type: ignore[assignment]
+    proxy.rule = first(1, LOSE, "PUT")
     assert store_for(url).create(url, b"mine") is False, "it is there: whoever asks must look"
     assert read(url) == b"mine" and proxy.count("PUT", "/lost") == 2
     assert all(call.headers["if-none-match"] == "*" for call in proxy.calls if call.method == "PUT")
@@ -377,7 +377,7 @@ def test_a_replaced_local_file_is_read_to_its_end(tmp_path: Path) -> None:
 
 def test_a_read_cut_short_is_tried_again(mock_s3: str, proxy: Proxy, proxy_root: str) -> None:
     url = join(proxy_root, "there")
-    proxy.rule = first(2, LOSE, "GET")  # type: ignore[assignment]
+    proxy.rule = first(2, LOSE, "GET")
     assert read(url) == b"bytes that are there"
     gets = [call for call in proxy.calls if call.method == "GET"]
     assert len(gets) == 3 and {call.headers["if-match"].strip('"') for call in gets} == {store_for(url).stat(url).version}
@@ -518,7 +518,7 @@ def test_another_account_is_another_client(mock_s3: str, monkeypatch: pytest.Mon
 def test_a_create_of_110_mb_is_one_put_and_conditional(s3: str) -> None:
     data, url = os.urandom(MIB) * 110, join(s3, "big.parquet")
     assert store_for(url).create(url, data, {"vitray-sha256": "ab"}) is True
-    head = client().head_object(Bucket=s3.removeprefix("s3://"), Key="big.parquet")  # type: ignore[attr-defined]
+    head = client().head_object(Bucket=s3.removeprefix("s3://"), Key="big.parquet")
     assert head["ETag"].strip('"') == hashlib.md5(data).hexdigest(), "the etag of a multipart upload would be another"
     assert head["ContentLength"] == len(data) and head["Metadata"] == {"vitray-sha256": "ab"}
     assert store_for(url).create(url, bytes(len(data))) is False
@@ -530,7 +530,7 @@ def test_a_create_of_110_mb_is_one_put_and_conditional(s3: str) -> None:
 def test_metadata_is_kept(kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     bucket = new_bucket(request.getfixturevalue(f"{kind}_s3"), monkeypatch)
     assert store_for(bucket).create(join(bucket, "m"), b"", {"vitray-write-id": "7f", "vitray-rows": "12"})
-    head = client().head_object(Bucket=bucket.removeprefix("s3://"), Key="m")  # type: ignore[attr-defined]
+    head = client().head_object(Bucket=bucket.removeprefix("s3://"), Key="m")
     assert head["Metadata"] == {"vitray-write-id": "7f", "vitray-rows": "12"} and head["ContentLength"] == 0
 
 
