@@ -1,4 +1,4 @@
-"""Peak memory of driver, workers and object store when the input grows tenfold: `python tests/bench_memory.py MODEL`.
+"""Peak memory when the input grows tenfold, of threads and of Ray's driver, workers and object store: `python tests/bench_memory.py MODEL`.
 
 MODEL is a checkpoint directory (make demo leaves one in demo/model). Images are JPEGs of 500x375 cut from the photographs
 that scikit-image ships. PSS is what counts: pages shared by processes are shared out between them.
@@ -7,6 +7,7 @@ that scikit-image ships. PSS is what counts: pages shared by processes are share
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import subprocess
 import sys
@@ -68,16 +69,29 @@ def peak_mb(argv: list[str]) -> dict[str, float]:
 
 def main(model: str) -> None:
     pool = jpegs(IMAGES)
-    for times in (1, 10):
+    for where, times in itertools.product(([], ["--address", "local"]), (1, 10)):
         with tempfile.TemporaryDirectory() as folder:
             for shard in range(4 * times):
                 part = pool[shard % 4 * (IMAGES // 4) : (shard % 4 + 1) * (IMAGES // 4)]
                 write_tar(f"{folder}/in-{shard:03d}.tar", [(f"{n:05d}.jpg", data) for n, data in enumerate(part)])
             started = time.monotonic()
-            argv = [sys.executable, "-m", "vitray", "run", f"{folder}/in-*.tar", "--model", model, "--out", f"{folder}/out"]
+            argv = [
+                sys.executable,
+                "-m",
+                "vitray",
+                "run",
+                f"{folder}/in-*.tar",
+                "--model",
+                model,
+                "--out",
+                f"{folder}/out",
+                *where,
+            ]
             found = {name: round(mb) for name, mb in peak_mb(argv).items()}
             print(
-                json.dumps({"images": IMAGES * times, "peak_mb": found, "seconds": round(time.monotonic() - started, 1)}),
+                json.dumps(
+                    {"where": where, "images": IMAGES * times, "peak_mb": found, "seconds": round(time.monotonic() - started, 1)}
+                ),
                 flush=True,
             )
 

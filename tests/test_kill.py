@@ -18,7 +18,7 @@ from shards import pictures, put_files, put_tars
 
 import vitray
 from vitray.dataset import open_dataset
-from vitray.pipeline.cluster import share_out
+from vitray.pipeline.cluster import own_cpus, share_out
 
 IMAGES, FRAGMENT = 1536, 16
 ROUNDS = [pytest.param(n, marks=[pytest.mark.nightly] if n >= 1 else []) for n in range(10)]
@@ -120,8 +120,8 @@ def test_killed_process_leaves_no_lost_or_doubled_row(
     assert sorted(table["key"].to_pylist()) == [f"{n:05d}" for n in range(IMAGES)]
     assert len(set(zip(table["shard"].to_pylist(), table["index"].to_pylist()))) == IMAGES
     assert vitray.validate(str(out), content=True).ok
-    counts, shares = images_by_step(trace), share_out([{"CPU": max(2, len(os.sched_getaffinity(0)))}], "cpu")
-    bound = (4 * shares.actors + 2 * shares.readers) * FRAGMENT
+    counts, shares = images_by_step(trace), share_out([{"CPU": own_cpus()}], "cpu")
+    bound = (4 * shares.actors + 2 * shares.readers if on_ray else shares.threads + 6) * FRAGMENT
     redone = {step: counts[step] - IMAGES for step in ("decode", "predict", "stage")}
     assert all(extra <= bound for extra in redone.values()), (redone, bound)
     dataset = open_dataset(str(out))

@@ -22,14 +22,13 @@ from vitray.dataset import Dataset
 from vitray.decode import decode
 from vitray.errors import JobError
 from vitray.job import Job
-from vitray.models import ceiling, identify, open_model, runs_on, vector_columns
+from vitray.models import ceiling, identify, open_model, runs_on, torch_threads_kept, vector_columns
 from vitray.pipeline import run
 from vitray.schema import Encoded
 from vitray.sources import list_shards, read_shard
 
-LINE_TIMES = 3  # the whole line gets so many times the seconds of a step alone; it never has fewer images than the sample
+LINE_TIMES = 3  # the whole line gets so many times the seconds of a step alone, after one time that does not count
 SHARD_IMAGES = 512
-WARM_UP = 0.25  # of the line's images, which do not count: queues fill
 NEAR = 0.9  # of the slowest step: a line slower than that loses time between the steps
 
 ADVICE = {
@@ -97,7 +96,7 @@ def bench(job: Job, images: int = 256, seconds: float = 6.0) -> Bench:
     most, flops = ceiling(facts, device)
     alone = {"read": read, "decode": decode_all, "model": model}
     slowest = min(alone, key=lambda step: alone[step])
-    line, first = _line(dataset, sample, int(max(len(sample), alone[slowest] * seconds * LINE_TIMES)))
+    line, first = _line(dataset, sample, int(max(len(sample), alone[slowest] * seconds)))
     return Bench(
         images=len(sample),
         kilobytes=sum(len(one.data or b"") for one in sample) / len(sample) / 1000,
@@ -148,36 +147,47 @@ def _decode(dataset: Dataset, sample: list[Encoded], threads: int, seconds: floa
 def _model(dataset: Dataset, device: str, threads: int, seconds: float) -> float:
     """On what the line gives it at a time: four batches of synthetic pixels."""
     facts, job = dataset.facts, dataset.job
-    model = open_model(facts, list(dataset.vectors), job.top_k, job.labels, device, threads, job.compile == "on")
     pixels = np.random.default_rng(0).integers(0, 256, (4 * facts.batch_size, *facts.pixels.shape, 3), dtype=np.uint8)
-    model.predict(pixels)
-    done, started = 0, time.perf_counter()
-    while time.perf_counter() - started < seconds:
+    with torch_threads_kept():
+        model = open_model(facts, list(dataset.vectors), job.top_k, job.labels, device, threads, job.compile == "on")
         model.predict(pixels)
-        done += len(pixels)
-    return done / (time.perf_counter() - started)
+        done, started = 0, time.perf_counter()
+        while time.perf_counter() - started < seconds:
+            model.predict(pixels)
+            done += len(pixels)
+        return done / (time.perf_counter() - started)
 
 
 def _line(dataset: Dataset, sample: list[Encoded], images: int) -> tuple[float, float]:
-    """Images/s once the queues are full, and seconds until the first rows, of a run on tars of the sample in a scratch directory."""
+    """Images/s, and seconds until the first rows, of runs on tars of the sample in a scratch directory.
+
+    The rate is the slope between a short run and a long one: what is in the queues at the first rows and at the end cancels out.
+    """
+    long = (1 + LINE_TIMES) * images
     with tempfile.TemporaryDirectory(prefix="vitray-bench-") as scratch:
-        _write_tars(scratch, sample, images)
-        own = {"source": [f"{scratch}/in"], "out": f"{scratch}/out", "format": "tar", "image_member": None, "keep": []}
-        fixed = {"engine": dataset.facts.engine, "limit": None, "max_error_rate": 1.0}
-        seen: list[tuple[float, int]] = []
-        started = time.perf_counter()
-        run(dataset.job.model_copy(update=own | fixed), progress=lambda now: seen.append((time.perf_counter(), now.images)))
+        runs = [_run(dataset, sample, many, f"{scratch}/{many}") for many in (images, long)]
+    (first, short_s), (_, long_s) = runs
+    return (long - images) / max(1e-9, long_s - short_s), first
+
+
+def _run(dataset: Dataset, sample: list[Encoded], images: int, folder: str) -> tuple[float, float]:
+    """Seconds from the call to the first rows, and from those to the last, of one run."""
+    _write_tars(f"{folder}/in", sample, images)
+    own = {"source": [f"{folder}/in"], "out": f"{folder}/out", "format": "tar", "image_member": None, "keep": []}
+    fixed = {"engine": dataset.facts.engine, "limit": None, "max_error_rate": 1.0}
+    seen: list[tuple[float, int]] = []
+    started = time.perf_counter()
+    run(dataset.job.model_copy(update=own | fixed), progress=lambda now: seen.append((time.perf_counter(), now.images)))
     first = next(at for at, count in seen if count)
-    begin, already = next((at, count) for at, count in seen if count >= WARM_UP * images)
-    end, total = next((at, count) for at, count in seen if count == seen[-1][1])
-    return (total - already) / max(1e-9, end - begin), first - started
+    last = next(at for at, count in seen if count == seen[-1][1])
+    return first - started, last - first
 
 
-def _write_tars(scratch: str, sample: list[Encoded], images: int) -> None:
-    os.mkdir(f"{scratch}/in")
+def _write_tars(folder: str, sample: list[Encoded], images: int) -> None:
+    os.makedirs(folder)
     again = itertools.islice(itertools.cycle(sample), images)
     for number in range(-(-images // SHARD_IMAGES)):
-        with tarfile.open(f"{scratch}/in/{number:05d}.tar", "w") as tar:
+        with tarfile.open(f"{folder}/{number:05d}.tar", "w") as tar:
             for at, item in enumerate(itertools.islice(again, SHARD_IMAGES)):
                 data = item.data or b""
                 member = tarfile.TarInfo(f"{at:06d}.jpg")  # whatever it is: content decides

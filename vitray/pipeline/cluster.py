@@ -72,6 +72,11 @@ def share_out(nodes: list[dict[str, float]], device: str) -> Shares:
     )
 
 
+def own_cpus() -> int:
+    """Cores that this process may use; two shares even of one."""
+    return max(2, len(os.sched_getaffinity(0)))
+
+
 @contextlib.contextmanager
 def ray_session(address: str | None) -> Iterator[None]:
     """Ray for the length of a block: the one at `address` (or RAY_ADDRESS), else one of our own that ends with it.
@@ -94,7 +99,7 @@ def ray_session(address: str | None) -> Iterator[None]:
     if where == "local":
         options |= {
             "include_dashboard": False,
-            "num_cpus": max(2, len(os.sched_getaffinity(0))),  # two shares even of one core
+            "num_cpus": own_cpus(),
             "object_store_memory": _object_store_bytes(),
         }
     with _without_native_noise(), _started(where, options):

@@ -24,6 +24,7 @@ from vitray.schema import Receipt, Shard
 
 COMMITTERS = 4
 PREDICTORS = 2  # one prepares and packs while the other's batches are computed
+STAGERS = 2
 LOOK_S = 0.2  # how often a thread that waits looks whether the line is closed
 
 
@@ -49,12 +50,12 @@ class LocalLine:
         shards: queue.Queue[Any] = queue.Queue()
         for shard in [*self._shards, None]:
             shards.put(shard)
-        encoded, decoded, predicted = (queue.Queue[Any](shares.queue_blocks) for _ in range(3))
+        encoded, decoded, predicted = (queue.Queue[Any](1) for _ in range(3))  # what waits there is done twice after a kill
         self._arrived = arrived
         self._step(shares.readers, shards, lambda shard: read_step(dataset, shard), encoded)
         self._step(shares.threads, encoded, lambda parcel: [decode_step(dataset, parcel)], decoded)
         self._step(PREDICTORS, decoded, lambda parcel: [predict_step(dataset, model.result(), parcel)], predicted)
-        self._step(shares.stagers, predicted, lambda parcel: [stage_step(dataset, parcel).receipt], arrived)
+        self._step(STAGERS, predicted, lambda parcel: [stage_step(dataset, parcel).receipt], arrived)
 
     def commit(self, shard_id: str) -> None:
         shard = next(shard for shard in self._shards if shard.id == shard_id)

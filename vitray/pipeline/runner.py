@@ -39,7 +39,7 @@ from vitray.dataset import (
 from vitray.errors import ClusterError, JobError, ShardError, StorageError, VitrayError
 from vitray.job import Job
 from vitray.models import compiles, identify, runs_on, torch_threads_kept, vector_columns
-from vitray.pipeline.cluster import RETRIES, Shares, alive_nodes, ray_session, share_out
+from vitray.pipeline.cluster import RETRIES, Shares, alive_nodes, own_cpus, ray_session, share_out
 from vitray.pipeline.line import RayLine
 from vitray.pipeline.local import LocalLine
 from vitray.pipeline.progress import Progress, Result
@@ -104,7 +104,7 @@ def _machines(job: Job, address: str | None) -> Iterator[tuple[type[LocalLine] |
     asked = address or os.environ.get("RAY_ADDRESS") or ("ray" in sys.modules and import_module("ray").is_initialized())
     if not asked and runs_on(job) == "cpu":
         with torch_threads_kept():
-            yield LocalLine, share_out([{"CPU": max(2, len(os.sched_getaffinity(0)))}], "cpu"), []
+            yield LocalLine, share_out([{"CPU": own_cpus()}], "cpu"), []
         return
     with ray_session(address):
         nodes = alive_nodes()
@@ -228,7 +228,8 @@ def _complete(dataset: Dataset, job: Job, listing: Listing, open_line: MakeLine,
             suspects = [s for s in wave if s.id not in work.commits]
             if len(suspects) == len(wave) and faults > ATTEMPTS and not alone:
                 raise ClusterError(
-                    f"the cluster fails again and again: {_one_line(error)}. Look at Ray's logs, then run again."
+                    f"the line fails again and again: {_one_line(error)}. Look at that (and at Ray's logs, where it runs on Ray), "
+                    "then run again."
                 ) from error
             for shard in suspects if alone else []:
                 blame(work, shard.id, f"its processes died: {_one_line(error)}")

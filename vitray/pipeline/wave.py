@@ -102,8 +102,8 @@ def _receipts(line: Line, patience_s: float) -> Iterator[Receipt | None]:
         except queue.Empty:
             if time.monotonic() - last > patience_s:
                 raise ClusterError(
-                    f"no image moved for {patience_s:g} s. Look at `ray status` and the logs, or raise stall_timeout_s; "
-                    "run the same command again to go on."
+                    f"no image moved for {patience_s:g} s. Is the store slow, or the model stuck? On a cluster, `ray status` tells "
+                    "more. Raise stall_timeout_s if that is how long it takes; run the same command again to go on."
                 ) from None
             yield None
             continue
