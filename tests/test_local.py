@@ -16,10 +16,11 @@ import pytest
 from shards import Picture, pictures, put_tars
 
 import vitray
-from vitray.dataset import Dataset, open_dataset
-from vitray.errors import ModelError
+from vitray.dataset import Dataset, open_dataset, staged
+from vitray.errors import ClusterError, Interrupted, ModelError
 from vitray.pipeline.cluster import share_out
 from vitray.pipeline.local import LocalLine
+from vitray.pipeline.progress import Progress
 from vitray.pipeline.wave import Work, run_wave
 from vitray.sources import list_shards
 
@@ -117,6 +118,35 @@ def test_closing_a_line_ends_its_threads_while_queues_are_full(dataset: Dataset)
     with pytest.raises(Impatient):
         run_wave(dataset, shards, line, Work(report=stop))
     assert line_threads() == []
+
+
+def test_a_line_in_which_nothing_moves_ends_and_says_where_it_stood(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards, over = list_shards(dataset.job, []).shards, threading.Event()
+    stuck = replace(dataset, job=dataset.job.model_copy(update={"stall_timeout_s": 3}), out=f"{dataset.out}-stuck")
+    monkeypatch.setattr("vitray.pipeline.local.predict_step", lambda *_: over.wait(8))
+    line = LocalLine(stuck, shards, share_out([{"CPU": 2}], "cpu"))
+    with pytest.raises(ClusterError, match=r"no image moved for 3 s \(.*1 fragments wait for predict"):
+        run_wave(stuck, shards, line, Work())
+    over.set()
+
+
+def test_a_run_that_is_asked_to_end_stages_what_is_in_the_line(dataset: Dataset) -> None:
+    """All that was decoded is there afterwards, every whole shard is committed, and nothing more is read."""
+    shards, work = list_shards(dataset.job, []).shards, Work()
+    other = replace(dataset, out=f"{dataset.out}-stopped")
+
+    def stop(progress: Progress) -> None:
+        if progress.images >= 16:
+            work.stop.set()
+
+    work.report = stop
+    run_wave(other, shards, LocalLine(other, shards, share_out([{"CPU": 2}], "cpu")), work)
+    assert 16 <= work.progress.images < IMAGES and work.failures == {}
+    there = [staged(other, shard.id).fragments for shard in shards if shard.id not in work.commits]
+    kept = sum(stop - start for spans in there for start, stop in spans.items())
+    assert kept + sum(done.rows + done.errors for done in work.commits.values()) == work.progress.images
+    with pytest.raises(Interrupted):
+        vitray.run(other.job.model_copy(update={"out": f"{dataset.out}-none"}), stop=work.stop)
 
 
 def test_more_threads_than_shards_and_a_compiled_model_change_nothing(dataset: Dataset, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from vitray.sources import list_shards, read_shard
 
 LINE_TIMES = 3  # the whole line gets so many times the seconds of a step alone, after one time that does not count
 SHARD_IMAGES = 512
+CALLERS = 2  # of the model at a time, as in the line: one's batches are computed while the other's last one ends
 NEAR = 0.9  # of the slowest step: a line slower than that loses time between the steps
 
 ADVICE = {
@@ -145,16 +146,23 @@ def _decode(dataset: Dataset, sample: list[Encoded], threads: int, seconds: floa
 
 
 def _model(dataset: Dataset, device: str, threads: int, seconds: float) -> float:
-    """On what the line gives it at a time: four batches of synthetic pixels."""
+    """On what the line gives it at a time: four batches of synthetic pixels, from CALLERS threads."""
     facts, job = dataset.facts, dataset.job
     pixels = np.random.default_rng(0).integers(0, 256, (4 * facts.batch_size, *facts.pixels.shape, 3), dtype=np.uint8)
     with torch_threads_kept():
         model = open_model(facts, list(dataset.vectors), job.top_k, job.labels, device, threads, job.compile == "on")
         model.predict(pixels)
-        done, started = 0, time.perf_counter()
-        while time.perf_counter() - started < seconds:
-            model.predict(pixels)
-            done += len(pixels)
+        started = time.perf_counter()
+
+        def call(_: int) -> int:
+            done = 0
+            while time.perf_counter() - started < seconds:
+                model.predict(pixels)
+                done += len(pixels)
+            return done
+
+        with ThreadPoolExecutor(CALLERS) as pool:
+            done = sum(pool.map(call, range(CALLERS)))
         return done / (time.perf_counter() - started)
 
 

@@ -10,6 +10,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -31,6 +32,8 @@ app = typer.Typer(
     epilog="Exit codes: 0 all committed, 1 a broken system, 2 bad usage or job, 3 done but shards were cut short or set aside, "
     "4 too many bad images, 130/143 interrupted: run again to go on.",
 )
+
+STOP_S = 15.0
 
 Target = Annotated[str, typer.Argument(metavar="JOB.yaml|SOURCE", help="a job file, or images: path, glob, prefix, s3://…")]
 Model = Annotated[str | None, typer.Option("--model", help="Hugging Face id, local directory or s3:// directory")]
@@ -69,13 +72,16 @@ def run(
         str | None, typer.Option(help="a Ray cluster, or local for one of our own (default: RAY_ADDRESS, else none on a CPU)")
     ] = None,
     prune: Annotated[bool, typer.Option(help="delete rows whose input is gone")] = False,
+    allow_open_cluster: Annotated[bool, typer.Option(help="join a Ray cluster that asks for no token")] = False,
     as_json: Json = False,
 ) -> None:
     """Label and embed what is missing; safe to repeat."""
     from vitray.pipeline import run as run_job
 
     job = _job(target, model, out, sets)
-    result = run_job(job, address=address, prune=prune, progress=_reporter())
+    threading.Thread(target=_end_if_stopped, daemon=True).start()
+    report = _reporter()
+    result = run_job(job, address=address, prune=prune, progress=report, stop=_stop, allow_open_cluster=allow_open_cluster)
     _print(result, as_json, _summary(result, job))
     raise typer.Exit(result.exit_code)
 
@@ -274,8 +280,26 @@ def _progress_line(progress: Progress) -> str:
     )
 
 
-def _on_signal(number: int, _frame: object) -> NoReturn:
-    """Ends at once, as a crash would, which is safe at any moment. An exception in Ray's C++ can abort the process."""
+_stop, _is_running = threading.Event(), threading.Event()
+
+
+def _end_if_stopped() -> None:
+    """SIGTERM is what a machine that goes away sends, some seconds before: writes that began get STOP_S to end."""
+    _is_running.set()
+    _stop.wait()
+    time.sleep(STOP_S)
+    _end(signal.SIGTERM)
+
+
+def _on_signal(number: int, _frame: object) -> None:
+    """The first SIGTERM lets a run end what it writes. All else ends at once, as a crash would, which is safe at any moment."""
+    if number != signal.SIGTERM or not _is_running.is_set() or _stop.is_set():
+        _end(number)
+    _stop.set()
+
+
+def _end(number: int) -> NoReturn:
+    """No exception: in Ray's C++ it can abort the process."""
     with contextlib.suppress(OSError, ValueError):
         os.write(sys.stderr.fileno(), b"\ninterrupted; what is staged stays. Run the same command again to go on.\n")
     os._exit(128 + number)

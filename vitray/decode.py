@@ -27,13 +27,14 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from vitray.isolation import Child, Death, Limits, shared
+from vitray.isolation import Child, Death, Limits, Pages, shared
 from vitray.schema import DecodeSpec, Encoded, PixelSpec
 
 Pixels = NDArray[np.uint8]
 
 MAX_SCANS = 100  # cameras and encoders write about 10; a file of 1,000 scans decodes 100 times slower than it is long
 MESSAGE_CHARS = 200
+PAGES = 4  # of pixels: what one thread's callers hold at a time in the line
 CHILD_RUNS = 64  # calls for which a child is used; a leak or a fragmented heap lives no longer
 DRAFT_GAP = 3  # a draft is decoded at no less than three times the size that it is resized to: a level or less off in the mean
 
@@ -106,28 +107,29 @@ def decode_one(data: bytes, spec: DecodeSpec, into: Pixels) -> Outcome:
 def decode(
     items: Sequence[Encoded],
     spec: DecodeSpec,
-    one: Callable[[bytes, DecodeSpec, Pixels], Outcome] = decode_one,
+    one: Callable[..., Outcome] = decode_one,
     limits: Limits = Limits(),  # noqa: B008 (frozen)
 ) -> tuple[Pixels, list[Outcome]]:
     """Pixels uint8 [n_good, H, W, 3] of the good ones in order, and one outcome an item.
 
-    Raises what isolation.Child.run raises.
+    The pixels lie where the child wrote them, until the array and all views on it are gone. Raises what isolation.Child.run raises.
     """
     images = [item.data for item in items if item.data]
     _load_decoders(spec.mode)
-    child, pixels, ledger = _desk(one, spec, limits, len(images))
+    desk = _desk_for(one, spec, limits, len(images))
+    ledger = desk.ledger
 
     def charge(at: int, death: Death) -> None:
         reason = "time_limit" if death.timed_out else "decoder_died"
         ledger[at] = _entry(Outcome(0, 0, "", reason, f"the decoder {death.message}"))
 
-    child.run(images, charge)
+    desk.child.run(images, charge)
     decoded = map(_outcome, ledger[: len(images)].tolist())
     outcomes = [next(decoded) if item.data else _without_bytes(item) for item in items]
     good = sum(outcome.reason is None for outcome in outcomes)
-    if good < len(images) or child.runs == CHILD_RUNS:  # a bad image may have spoilt more than its own row
+    if good < len(images) or desk.child.runs == CHILD_RUNS:  # a bad image may have spoilt more than its own row
         _here.desk = None
-    return pixels[:good].copy(), outcomes
+    return desk.pages.current[:good], outcomes
 
 
 def left_to_device(data: bytes | None, spec: DecodeSpec) -> tuple[Outcome, int] | None:
@@ -149,33 +151,30 @@ def left_to_device(data: bytes | None, spec: DecodeSpec) -> tuple[Outcome, int] 
     return None
 
 
-_Desk = tuple[Child, Pixels, NDArray[Any]]
+class _Desk:
+    """A child that decodes, the pages of pixels that it fills, and the ledger of what became of each image."""
+
+    def __init__(self, key: tuple[Callable[..., Outcome], DecodeSpec, Limits, int], rows: int) -> None:
+        self.key, (one, spec, limits, _) = key, key
+        self.pages = pages = Pages(PAGES, (rows, *spec.pixels.shape, 3), np.uint8)
+        self.ledger = ledger = shared((rows,), _ENTRY)
+
+        def work(at: int, data: bytes) -> None:
+            _prepare_child(spec.mode)
+            good = int(np.count_nonzero(ledger["good"][:at]))
+            ledger[at] = _entry(one(data, spec, pages.current[good]))
+
+        self.child = Child(work, rows, limits)
 
 
-class _Here(threading.local):
-    """A child dies with the thread that forked it."""
-
-    desk: tuple[object, _Desk] | None = None
+_here = threading.local()  # a child dies with the thread that forked it
 
 
-_here = _Here()
-
-
-def _desk(one: Callable[[bytes, DecodeSpec, Pixels], Outcome], spec: DecodeSpec, limits: Limits, rows: int) -> _Desk:
-    """A child that decodes, the pixels and the ledger that it fills: those of this thread's last call, where they fit."""
-    key = (one, spec, limits, os.getpid())
-    if _here.desk is not None and _here.desk[0] == key and len(_here.desk[1][2]) >= rows:
-        return _here.desk[1]
-    pixels: Pixels = shared((rows, *spec.pixels.shape, 3), np.uint8)
-    ledger = shared((rows,), _ENTRY)
-
-    def work(at: int, data: bytes) -> None:
-        _prepare_child(spec.mode)
-        good = int(np.count_nonzero(ledger["good"][:at]))
-        ledger[at] = _entry(one(data, spec, pixels[good]))
-
-    desk = Child(work, rows, limits), pixels, ledger
-    _here.desk = key, desk
+def _desk_for(one: Callable[..., Outcome], spec: DecodeSpec, limits: Limits, rows: int) -> _Desk:
+    """That of this thread's last call, where it fits and has a free page."""
+    desk, key = getattr(_here, "desk", None), (one, spec, limits, os.getpid())
+    if desk is None or desk.key != key or len(desk.ledger) < rows or not desk.pages.turn():
+        desk = _here.desk = _Desk(key, rows)
     return desk
 
 

@@ -12,7 +12,8 @@
     |- CommitError          a data file exists that this run could not have written
     |- ShardError           one shard cannot be read: set aside, the rest goes on
     |- ClusterError         Ray is missing, too small, open, or stalled
-    `- ErrorRateExceeded    exit code 4: more bad images than `max_error_rate` allows
+    |- ErrorRateExceeded    exit code 4: more bad images than `max_error_rate` allows
+    `- Interrupted          exit code 143: it was asked to end
 
 A bad image is none of these: it is a row in `errors/` (schema.REASONS).
 """
@@ -72,3 +73,7 @@ class ClusterError(VitrayError):
 
 class ErrorRateExceeded(VitrayError):
     exit_code = 4
+
+
+class Interrupted(VitrayError):
+    exit_code = 143

@@ -16,6 +16,7 @@ import select
 import signal
 import socket
 import struct
+import sys
 import time
 import warnings
 import weakref
@@ -59,9 +60,27 @@ class Death:
 
 def shared(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
     """Zeros that parent and children see alike; freed with their last view."""
-    count = math.prod(shape)
-    memory = mmap.mmap(-1, max(1, count * np.dtype(dtype).itemsize))
-    return np.frombuffer(memory, dtype, count).reshape(shape)
+    memory = mmap.mmap(-1, max(1, math.prod(shape) * np.dtype(dtype).itemsize))
+    return np.ndarray(shape, dtype, memory)
+
+
+class Pages:
+    """Arrays that parent and children see alike. One is `current`; it is used again when nobody holds it or a view on it any more."""
+
+    def __init__(self, count: int, shape: tuple[int, ...], dtype: DTypeLike) -> None:
+        self._pages, self._turn = [shared(shape, dtype) for _ in range(count)], shared((1,), np.uint8)
+
+    @property
+    def current(self) -> NDArray[Any]:
+        page: NDArray[Any] = self._pages[self._turn[0]]
+        return page
+
+    def turn(self) -> bool:
+        """Make another one current. False: all are held."""
+        # two references are the list's and the call's; every view on an array holds the array itself
+        free = [n for n in range(len(self._pages)) if sys.getrefcount(self._pages[n]) == 2]
+        self._turn[0] = free[0] if free else self._turn[0]
+        return bool(free)
 
 
 class Child:

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from vitray.crash import crash_point
 from vitray.dataset.files import parquet_bytes
 from vitray.dataset.identity import Dataset
 from vitray.dataset.staging import Staged, drop_staging, read_fragment, staged
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 
 ROW_GROUP_ROWS = 16_384  # 50 MB of a 768-float vector: small enough for a laptop, large enough for a scan
 DIGEST_ROWS = 1024
+READS = 3  # of a file that makes no sense: the way here may have spoilt it
 _TEXTS = ("write_id", "fingerprint", "shard", "url", "source_version", "rows_sha256")  # of a Footer, the same in the file
 _FACTS = ("model", "revision", "weights_sha256", "dimension", "precision", "engine")  # of ModelFacts
 _IN_HEADER = re.compile(r"[!-~]{1,64}")  # object metadata are HTTP headers: visible ASCII, 2 kB in all
@@ -82,22 +84,28 @@ def commit_shard(dataset: Dataset, shard: Shard) -> Commit | None:
         footer, adopted = _make(dataset, shard) or (_look(dataset, shard.id), True)
     if footer is None:
         return None
+    crash_point("commit-created", shard.id)
     repair_errors(dataset, footer)
+    crash_point("commit-errors", shard.id)
     drop_staging(dataset, shard.id)
+    crash_point("commit-cleaned", shard.id)
     return Commit(shard.id, footer.rows, footer.errors, footer.reasons, footer.truncated_at, adopted)
 
 
 def read_footer(url: str) -> Footer:
     """The footer of a data file. Raises ObjectMissing, or CommitError when vitray did not write it."""
-    try:
-        with store_for(url).open(url) as stream:
-            marks = pq.read_metadata(stream).metadata or {}
-        return _footer({k.decode(): v.decode() for k, v in marks.items() if k.startswith(b"vitray.")})
-    except (ValueError, KeyError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the disk; pyarrow's own, for damaged bytes, has none
-            raise
-        what = " ".join(str(error).split())
-        raise CommitError(f"{url} is not a data file of vitray ({what}). Move it away and run again.") from error
+    for attempt in range(1, READS + 1):
+        try:
+            with store_for(url).open(url) as stream:
+                marks = pq.read_metadata(stream).metadata or {}
+            return _footer({k.decode(): v.decode() for k, v in marks.items() if k.startswith(b"vitray.")})
+        except (ValueError, KeyError, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # the disk; pyarrow's own, for damaged bytes, has none
+                raise
+            if attempt == READS:
+                what = " ".join(str(error).split())
+                raise CommitError(f"{url} is not a data file of vitray ({what}). Move it away and run again.") from error
+    raise AssertionError
 
 
 def repair_errors(dataset: Dataset, footer: Footer) -> None:
@@ -160,7 +168,7 @@ def _look(dataset: Dataset, shard_id: str) -> Footer | None:
 
 
 def _make(dataset: Dataset, shard: Shard) -> tuple[Footer, bool] | None:
-    """The data file's footer, and whether another run made it. None: fragments are missing, or were while we read."""
+    """The data file's footer, and whether another run made it. None: fragments are missing or damaged, or were while we read."""
     there = staged(dataset, shard.id)
     if len(there.ends) > 1:  # its readers disagreed: start anew
         drop_staging(dataset, shard.id)
@@ -199,6 +207,7 @@ def _write(dataset: Dataset, shard: Shard, there: Staged) -> tuple[Footer, bool]
     metadata = {k.replace("vitray.", "vitray-").replace("_", "-"): v for k, v in marks.items() if _IN_HEADER.fullmatch(v)}
     metadata["vitray-sha256"] = hashlib.sha256(data).hexdigest()
     mine = _footer(marks)
+    crash_point("commit-written", shard.id)
     lost: StorageError | None = None
     try:
         if store_for(url).create(url, data, metadata):
@@ -234,7 +243,7 @@ def _write_parquet(dataset: Dataset, shard: Shard, there: Staged, path: Path) ->
         for start, stop in there.ranges():
             fragment = read_fragment(dataset, shard.id, start, stop)
             if fragment is None:
-                raise CommitError(f"{shard.id}: fragment {start}-{stop} is damaged. Run again; it is made anew.")
+                raise ObjectMissing(f"{shard.id}: fragment {start}-{stop} is damaged")  # the next reader makes it anew
             held.append(fragment[0].select(schema.names).cast(schema))
             errors.append(fragment[1])
             digest.add(held[-1])

@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from vitray.crash import crash_point
 from vitray.dataset.commit import Footer, read_footer, repair_errors
 from vitray.dataset.files import parquet_bytes, read_parquet, under
 from vitray.dataset.identity import Dataset
@@ -61,6 +62,7 @@ def finish(dataset: Dataset, listed: Sequence[str], planned: Sequence[str], prun
     Removes superseded files and, with prune, those whose input is gone; repairs errors/; writes the manifest and
     _SUCCESS.json. Writes nothing that is there already.
     """
+    crash_point("manifest-started")
     store = store_for(dataset.out)
     before = _directly_in_vitray(dataset.out, "manifest-")
     data, wanted = committed(dataset.out), set(listed)
@@ -80,6 +82,7 @@ def finish(dataset: Dataset, listed: Sequence[str], planned: Sequence[str], prun
     name = f"manifest-{hashlib.sha256(body).hexdigest()[:16]}.parquet"
     url = join(dataset.out, "_vitray", name)
     _keep(url, body)
+    crash_point("manifest-written")
     good, bad = (sum(row[column] for row in rows) for column in ("rows", "errors"))
     cuts = {row["shard"]: row["truncated_at"] for row in rows if row["truncated_at"] is not None}
     ledger = Ledger(len(rows), good, bad, cuts, len(pending), 0 if prune else len(gone), name)
@@ -87,6 +90,7 @@ def finish(dataset: Dataset, listed: Sequence[str], planned: Sequence[str], prun
         unmark_success(dataset.out)
     else:
         _mark_success(dataset, ledger)
+    crash_point("manifest-marked")
     store.delete(info.url for info in before if info.url != url)
     for shard in set(staged_shards(dataset)) & data.keys():  # of a run that was slower than another
         drop_staging(dataset, shard)

@@ -6,6 +6,8 @@ A fragment is created if absent and never changes: of two runs that disagree on 
 from __future__ import annotations
 
 import re
+import struct
+import zlib
 from dataclasses import asdict, dataclass
 
 import pyarrow as pa
@@ -17,6 +19,7 @@ from vitray.schema import End, ipc_bytes, ipc_table
 from vitray.storage import join, read, store_for
 
 _FRAGMENT = re.compile(r"(\d{10})-(\d{10})\.arrow")
+_SEAL = struct.Struct("<4sI")  # behind the Arrow stream: a mark, and the CRC-32 of what stands before
 _END = re.compile(r"end-(\d+)\.arrow")
 _END_SCHEMA = pa.schema([("total", pa.int64()), ("truncated_at", pa.int64()), ("note", pa.string())])
 
@@ -75,14 +78,14 @@ def write_fragment(dataset: Dataset, shard_id: str, span: tuple[int, int], rows:
     """Stage the good and error rows of [start, stop). False: it was staged already, and what is there stays."""
     _require_span(rows, errors, span)
     marked = rows.replace_schema_metadata({"errors": ipc_bytes(errors), "fingerprint": dataset.fingerprint})
-    return store_for(dataset.out).create(_fragment_url(dataset, shard_id, *span), ipc_bytes(marked))
+    return store_for(dataset.out).create(_fragment_url(dataset, shard_id, *span), _sealed(marked))
 
 
 def read_fragment(dataset: Dataset, shard_id: str, start: int, stop: int) -> tuple[pa.Table, pa.Table] | None:
     """(rows, errors) of a fragment, None when it is not what its name says. Raises ObjectMissing when it is gone."""
     data = read(_fragment_url(dataset, shard_id, start, stop))
     try:
-        rows = ipc_table(data)
+        rows = _unsealed(data)
         marks = rows.schema.metadata or {}
         if marks.get(b"fingerprint", b"").decode() != dataset.fingerprint:
             return None
@@ -96,7 +99,7 @@ def read_fragment(dataset: Dataset, shard_id: str, start: int, stop: int) -> tup
 
 def write_end(dataset: Dataset, shard_id: str, end: End) -> None:
     table = pa.Table.from_pylist([asdict(end)], schema=_END_SCHEMA)
-    store_for(dataset.out).create(join(dataset.staging_url(shard_id), f"end-{end.total}.arrow"), ipc_bytes(table))
+    store_for(dataset.out).create(join(dataset.staging_url(shard_id), f"end-{end.total}.arrow"), _sealed(table))
 
 
 def drop_staging(dataset: Dataset, shard_id: str) -> None:
@@ -129,10 +132,23 @@ def _scan(dataset: Dataset, shard_id: str) -> tuple[Staged, list[str]]:
 
 
 def _read_end(url: str, total: int) -> End:
-    (row,) = ipc_table(read(url)).to_pylist()
+    (row,) = _unsealed(read(url)).to_pylist()
     if row["total"] != total:
         raise ValueError(f"{url} says {row['total']}")
     return End(total, row["truncated_at"], row["note"])
+
+
+def _sealed(table: pa.Table) -> bytes:
+    data = ipc_bytes(table)
+    return data + _SEAL.pack(b"crc1", zlib.crc32(data))
+
+
+def _unsealed(data: bytes) -> pa.Table:
+    """Raises ValueError when a bit is not what was written: Arrow itself would not see it."""
+    body = memoryview(data)[: -_SEAL.size]
+    if data[-_SEAL.size :] != _SEAL.pack(b"crc1", zlib.crc32(body)):
+        raise ValueError("damaged")
+    return ipc_table(pa.py_buffer(body))
 
 
 def _fragment_url(dataset: Dataset, shard_id: str, start: int, stop: int) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 from vitray.errors import ClusterError
 
 RETRIES = 3  # of a task or an actor; Ray's own defaults are endless
+PROBE_S = 10
 START_S = 120  # Ray's own waits inside ray.init are shorter
 
 
@@ -78,10 +79,11 @@ def own_cpus() -> int:
 
 
 @contextlib.contextmanager
-def ray_session(address: str | None) -> Iterator[None]:
+def ray_session(address: str | None, allow_open: bool = False) -> Iterator[None]:
     """Ray for the length of a block: the one at `address` (or RAY_ADDRESS), else one of our own that ends with it.
 
-    Our own has token auth with a token that is written nowhere, no dashboard and no usage reports.
+    Our own has token auth with a token that is written nowhere, no dashboard and no usage reports. Raises ClusterError at one
+    that asks for no token, unless `allow_open`.
     """
     where = address or os.environ.get("RAY_ADDRESS") or "local"
     if where == "local":
@@ -103,7 +105,30 @@ def ray_session(address: str | None) -> Iterator[None]:
             "object_store_memory": _object_store_bytes(),
         }
     with _without_native_noise(), _started(where, options):
+        if where != "local" and not allow_open:
+            _require_token(where, ray.get_runtime_context().gcs_address)
         yield
+
+
+def _require_token(where: str, gcs: str) -> None:
+    """Ask Ray's head something without a token, as a stranger would."""
+    import grpc
+    from ray.core.generated import gcs_service_pb2 as messages
+
+    with grpc.insecure_channel(gcs) as channel:
+        ask = channel.unary_unary(
+            "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo",
+            request_serializer=messages.GetAllNodeInfoRequest.SerializeToString,
+            response_deserializer=messages.GetAllNodeInfoReply.FromString,
+        )
+        try:
+            ask(messages.GetAllNodeInfoRequest(), timeout=PROBE_S)
+        except grpc.RpcError:
+            return
+    raise ClusterError(
+        f"Ray at {where} answers without a token: whoever reaches it can run code there. Start it with RAY_AUTH_MODE=token, "
+        "or say --allow-open-cluster."
+    )
 
 
 @contextlib.contextmanager

@@ -38,6 +38,7 @@ class RayLine:
 
     def start(self, arrived: queue.Queue[Receipt | Exception | None]) -> None:
         """Ray's iterator waits without a deadline, so it runs in a thread."""
+        self._arrived = arrived
 
         def consume() -> None:
             try:
@@ -51,6 +52,9 @@ class RayLine:
         self._thread = threading.Thread(target=consume, name="vitray-receipts", daemon=True)
         self._thread.start()
 
+    def stop(self) -> None:
+        self._arrived.put(None)  # Ray has no way to end its reading alone: what is in the line is lost, what is staged stays
+
     def commit(self, shard_id: str) -> None:
         self._running[self._commit.remote(self._dataset, self._refs[shard_id])] = shard_id
 
@@ -59,6 +63,13 @@ class RayLine:
 
         ready = ray.wait(list(self._running), timeout=wait_s)[0]
         return [(self._running.pop(ref), ray.get(ref)) for ref in ready]
+
+    def state(self) -> str:
+        steps = getattr(getattr(self._line, "_current_executor", None), "_topology", None) or {}
+        said = (
+            f"{op.name}: {op.num_active_tasks()} tasks, {at.total_enqueued_input_blocks()} waiting" for op, at in steps.items()
+        )
+        return "; ".join(said) or "Ray has not begun"
 
     def close(self) -> None:
         import ray

@@ -7,10 +7,11 @@ children (isolation.py), and the model computes outside Python's lock, so thread
 from __future__ import annotations
 
 import contextlib
+import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any
@@ -19,7 +20,7 @@ from vitray.dataset import Commit, Dataset
 from vitray.errors import VitrayError
 from vitray.models import open_model
 from vitray.pipeline.cluster import Shares
-from vitray.pipeline.steps import commit_step, decode_step, predict_step, read_step, stage_step
+from vitray.pipeline.steps import Parcel, commit_step, decode_step, predict_step, read_step, stage_step
 from vitray.schema import Receipt, Shard
 
 COMMITTERS = 4
@@ -37,7 +38,7 @@ class LocalLine:
 
     def __init__(self, dataset: Dataset, shards: list[Shard], shares: Shares) -> None:
         self._dataset, self._shards, self._shares = dataset, shards, shares
-        self._closed = threading.Event()
+        self._stopped, self._closed = threading.Event(), threading.Event()
         self._threads: list[threading.Thread] = []
         self._pool = ThreadPoolExecutor(COMMITTERS, "vitray-commit")
         self._running: dict[Future[Commit | VitrayError | None], str] = {}
@@ -51,11 +52,15 @@ class LocalLine:
         for shard in [*self._shards, None]:
             shards.put(shard)
         encoded, decoded, predicted = (queue.Queue[Any](1) for _ in range(3))  # what waits there is done twice after a kill
+        self._queues = {"decode": encoded, "predict": decoded, "stage": predicted}
         self._arrived = arrived
-        self._step(shares.readers, shards, lambda shard: read_step(dataset, shard), encoded)
+        self._step(shares.readers, shards, self._read, encoded)
         self._step(shares.threads, encoded, lambda parcel: [decode_step(dataset, parcel)], decoded)
         self._step(PREDICTORS, decoded, lambda parcel: [predict_step(dataset, model.result(), parcel)], predicted)
         self._step(STAGERS, predicted, lambda parcel: [stage_step(dataset, parcel).receipt], arrived)
+
+    def stop(self) -> None:
+        self._stopped.set()
 
     def commit(self, shard_id: str) -> None:
         shard = next(shard for shard in self._shards if shard.id == shard_id)
@@ -65,12 +70,19 @@ class LocalLine:
         ended = wait(self._running, wait_s, return_when="FIRST_COMPLETED").done
         return [(self._running.pop(future), future.result()) for future in ended]
 
+    def state(self) -> str:
+        return ", ".join(f"{waiting.qsize()} fragments wait for {step}" for step, waiting in self._queues.items())
+
     def close(self) -> None:
         self._closed.set()
         deadline = time.monotonic() + 30
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _read(self, shard: Shard) -> Iterator[Parcel]:
+        parcels = iter(()) if self._stopped.is_set() else read_step(self._dataset, shard)
+        return itertools.takewhile(lambda _: not self._stopped.is_set(), parcels)
 
     def _step(
         self, threads: int, inbox: queue.Queue[Any], work: Callable[[Any], Iterable[Any]], outbox: queue.Queue[Any]

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from vitray.crash import crash_point
 from vitray.dataset import (
     Dataset,
     Ledger,
@@ -36,7 +38,7 @@ from vitray.dataset import (
     unmark_success,
     write_run_record,
 )
-from vitray.errors import ClusterError, JobError, ShardError, StorageError, VitrayError
+from vitray.errors import ClusterError, Interrupted, JobError, ShardError, StorageError, VitrayError
 from vitray.job import Job
 from vitray.models import compiles, identify, runs_on, torch_threads_kept, vector_columns
 from vitray.pipeline.cluster import RETRIES, Shares, alive_nodes, own_cpus, ray_session, share_out
@@ -56,9 +58,18 @@ MakeLine = Callable[[Dataset, list[Shard]], Line]
 
 
 def run(
-    job: Job, *, address: str | None = None, prune: bool = False, progress: Callable[[Progress], None] | None = None
+    job: Job,
+    *,
+    address: str | None = None,
+    prune: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    stop: threading.Event | None = None,
+    allow_open_cluster: bool = False,
 ) -> Result:
     """Label and embed what is missing in `job.out`; safe to repeat, at any time, from anywhere.
+
+    allow_open_cluster: join a Ray that asks for no token, too.
+    stop: once it is set, no more images are taken, writes that have begun are ended, and Interrupted is raised.
 
     Raises JobError (and its kinds) before any work when the job does not fit, StorageError, CommitError or ClusterError
     when something is broken, ErrorRateExceeded above `max_error_rate`. After any of them the same call goes on.
@@ -71,19 +82,22 @@ def run(
     if open_dataset(job.out) is not None and not _pending(job, listing) and not listing.new_groups:
         dataset = _resolve(job, identify(_with_frozen_engine(job)), listing)
         return _result(dataset, job, finish(dataset, _ids(listing), _ids(listing, job), prune), Work(), started)
-    with _machines(job, address) as (open_line, shares, nodes):
+    crash_point("driver-listed")
+    with _machines(job, address, allow_open_cluster) as (open_line, shares, nodes):
         frozen = _with_frozen_engine(job)
         facts = _identify_on_worker(frozen, shares) if nodes else identify(frozen)
         dataset = _resolve(job, facts, listing)
         if facts.engine_why:
             log.warning("engine: auto is %s (%s)", dataset.facts.engine, facts.engine_why)
+        crash_point("driver-resolved")
         check_data(dataset)
         _require_shared(dataset, listing.shards, nodes)
         probe(dataset.out)
-        work = Work(report=progress or (lambda _: None))
+        work = Work(report=progress or (lambda _: None), stop=stop or threading.Event())
         for _ in range(ATTEMPTS):
             listing = _settle_groups(job, listing)
             work.changed.clear()
+            crash_point("driver-planned")
             _complete(dataset, job, listing, partial(open_line, shares=_compiling(job, listing, shares)), work)
             listing = list_shards(job, groups_of(job.out))
             if not work.changed:
@@ -91,11 +105,14 @@ def run(
         ledger = finish(dataset, _ids(listing), _ids(listing, job), prune)
         result = _result(dataset, job, ledger, work, started)
         write_run_record(dataset, work.run_id, _record(dataset, job, result, work, shares))
+        crash_point("driver-recorded")
         return result
 
 
 @contextlib.contextmanager
-def _machines(job: Job, address: str | None) -> Iterator[tuple[type[LocalLine] | type[RayLine], Shares, list[dict[str, Any]]]]:
+def _machines(
+    job: Job, address: str | None, allow_open: bool
+) -> Iterator[tuple[type[LocalLine] | type[RayLine], Shares, list[dict[str, Any]]]]:
     """What makes a line, its shares, and Ray's nodes: none where this process does it all.
 
     That is where nobody asked for Ray, by an address (`local` for one of our own) or by having started it, and the model runs on
@@ -106,7 +123,7 @@ def _machines(job: Job, address: str | None) -> Iterator[tuple[type[LocalLine] |
         with torch_threads_kept():
             yield LocalLine, share_out([{"CPU": own_cpus()}], "cpu"), []
         return
-    with ray_session(address):
+    with ray_session(address, allow_open):
         nodes = alive_nodes()
         yield RayLine, share_out([node["Resources"] for node in nodes], job.device), nodes
 
@@ -215,6 +232,8 @@ def _complete(dataset: Dataset, job: Job, listing: Listing, open_line: MakeLine,
     work.progress.images_expected = sum(r for r in known if r is not None) if None not in known else None
     faults = 0
     while pending:
+        if work.stop.is_set():
+            raise Interrupted("what is staged stays. Run the same command again to go on.")
         alone = faults >= ATTEMPTS - 1  # a death nobody can be blamed for: suspects run one by one
         wave = pending[: 1 if alone else WAVE_SHARDS]
         try:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from vitray.crash import crash_point
 from vitray.dataset import Commit, Dataset, commit_shard, read_fragment, staged_whole, write_end, write_fragment
 from vitray.decode import ON_DEVICE, Outcome, decode, fit_size, left_to_device
 from vitray.errors import JobError, ObjectChanged, ShardError, StorageError, VitrayError
@@ -316,6 +317,7 @@ def stage_step(dataset: Dataset, parcel: Parcel) -> Parcel:
     started, receipt = time.perf_counter(), parcel.receipt
     if receipt.kind == "end":
         write_end(dataset, receipt.shard, End(receipt.total, parcel.truncated_at, receipt.message))
+        crash_point("stage-end", receipt.shard)
     if parcel.rows is None or parcel.errors is None:
         return Parcel(receipt, parcel.truncated_at)
     write_fragment(dataset, receipt.shard, (receipt.start, receipt.stop), parcel.rows, parcel.errors)
@@ -344,6 +346,7 @@ def _counts(errors: pa.Table) -> dict[str, int]:
 
 def trace(step: str, shard: str, start: int, stop: int) -> None:
     """One JSON line for each fragment that leaves a step, in the directory VITRAY_TRACE: what was done where, and when."""
+    crash_point(step, shard)
     folder = os.environ.get("VITRAY_TRACE")
     if folder:
         line = {"step": step, "shard": shard, "start": start, "stop": stop, "pid": os.getpid(), "at": time.time()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import queue
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -36,6 +37,7 @@ class Work:
     notes: dict[str, str] = field(default_factory=dict)
     changed: set[str] = field(default_factory=set)
     commits: dict[str, Commit] = field(default_factory=dict)
+    stop: threading.Event = field(default_factory=threading.Event)  # somebody wants the run to end soon
     run_id: str = field(default_factory=lambda: f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}")
 
 
@@ -52,6 +54,10 @@ class Line(Protocol):
         """Begin; put every receipt, then None, or what ended the line."""
         ...
 
+    def stop(self) -> None:
+        """Take no more images; end as if there were none."""
+        ...
+
     def commit(self, shard_id: str) -> None:
         """Begin the commit of a shard whose fragments are there."""
         ...
@@ -60,16 +66,20 @@ class Line(Protocol):
         """What commits that ended within wait_s say. Raises what is not a VitrayError."""
         ...
 
+    def state(self) -> str:
+        """For people: what each step does and what waits for it."""
+        ...
+
     def close(self) -> None:
         """End whatever still works, within seconds."""
         ...
 
 
 def run_wave(dataset: Dataset, shards: list[Shard], line: Line, work: Work) -> None:
-    """Bring shards through the line and commit each as soon as its fragments tile it."""
+    """Bring shards through the line and commit each as soon as its fragments tile it. Ends early when work.stop is set."""
     commits, tiling = _Commits(line, dataset.job.stall_timeout_s, work), _Tiling()
     with contextlib.closing(line):
-        for receipt in _receipts(line, dataset.job.stall_timeout_s):
+        for receipt in _receipts(line, dataset.job.stall_timeout_s, work.stop):
             if receipt is None:
                 pass
             elif receipt.kind == "changed":
@@ -87,22 +97,27 @@ def run_wave(dataset: Dataset, shards: list[Shard], line: Line, work: Work) -> N
             commits.settle()
             work.report(work.progress)
         commits.wait()
+    if work.stop.is_set():
+        return
     for shard_id in {shard.id for shard in shards} - work.commits.keys() - work.failures.keys() - work.changed:
         blame(work, shard_id, "its fragments did not arrive")
 
 
-def _receipts(line: Line, patience_s: float) -> Iterator[Receipt | None]:
+def _receipts(line: Line, patience_s: float, stop: threading.Event) -> Iterator[Receipt | None]:
     """Receipts as they come, None once a second without one. Raises ClusterError after patience_s without any."""
     arrived: queue.Queue[Receipt | Exception | None] = queue.Queue()
     line.start(arrived)
-    last = time.monotonic()
+    last, is_told = time.monotonic(), False
     while True:
+        if stop.is_set() and not is_told:
+            line.stop()
+            is_told = True
         try:
             item = arrived.get(timeout=1.0)
         except queue.Empty:
             if time.monotonic() - last > patience_s:
                 raise ClusterError(
-                    f"no image moved for {patience_s:g} s. Is the store slow, or the model stuck? On a cluster, `ray status` tells "
+                    f"no image moved for {patience_s:g} s ({line.state()}). Is the store slow, or the model stuck? On a cluster, `ray status` tells "
                     "more. Raise stall_timeout_s if that is how long it takes; run the same command again to go on."
                 ) from None
             yield None

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO, NoReturn
 
+from vitray.crash import crash_point
 from vitray.errors import ObjectChanged, ObjectMissing, StorageError, UnsafeStore
 from vitray.storage.objects import TMP_PREFIX, ObjectInfo, absolute
 
@@ -106,6 +107,7 @@ def _temporary(path: str, data: bytes) -> Iterator[str]:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
+        crash_point("object-written")
         yield temporary
         _fsync_directory(folder)
     except OSError as error:

@@ -1,0 +1,117 @@
+"""Jobs in a loop under random faults, each compared with the ids that must come out: `make soak MINUTES=60`.
+
+A round is one dataset: up to FAULTY runs are killed, told to end, stopped for a while, crashed at a named point, or work against a
+store that fails (with Ceph's packages installed; else on a local disk), sometimes two at once; then a run without faults ends it.
+Prints one JSON line a round, and a total. Exits with 1 at the first lost, doubled or foreign row.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+
+import boto3
+from conftest import KEYS, RGW, _free_port
+from s3_proxy import Proxy, proxied
+from shards import pictures, put_tars
+from test_faults import STORMS
+from test_kill import command
+
+import vitray
+from vitray.crash import POINTS
+from vitray.models import shapes
+from vitray.storage import join
+
+IMAGES, SHARDS, FAULTY = 480, 8, 5
+LIMIT_S = 300  # of one run: what is not over by then hangs
+
+
+def s3_endpoint(stack: ExitStack) -> str | None:
+    if not all(shutil.which(name) for name in ("radosgw", "ceph-mon", "ceph-osd")):
+        return None
+    folder, port, mon = f"/tmp/vitray-soak-{uuid.uuid4().hex[:8]}", _free_port(), _free_port()
+    subprocess.run(["bash", str(RGW), folder, str(port), str(mon), "start"], check=True, timeout=180)
+    stack.callback(subprocess.run, ["bash", str(RGW), folder, str(port), str(mon), "stop"], check=False, timeout=60)
+    return f"http://127.0.0.1:{port}"
+
+
+def befall(process: subprocess.Popen[bytes], what: str, rng: random.Random) -> None:
+    """One fault, some time after the start."""
+    time.sleep(rng.uniform(1, 8))
+    if process.poll() is not None:
+        return
+    if what in ("kill", "term"):
+        process.send_signal(signal.SIGKILL if what == "kill" else signal.SIGTERM)
+    elif what == "stop":
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(rng.uniform(1, 5))
+        process.send_signal(signal.SIGCONT)
+
+
+def faulty_run(argv: list[str], proxy: Proxy | None, rng: random.Random) -> tuple[str, int]:
+    """What befell one run, and its exit code."""
+    what = rng.choice(["kill", "kill", "term", "stop", "crash", "storm", "two"])
+    environment = dict(os.environ)
+    if what == "crash":
+        point = rng.choice(POINTS)
+        environment["VITRAY_CRASH_AT"] = point
+    if what == "storm" and proxy is not None:
+        proxy.rule = rng.choice(STORMS)(rng)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
+    processes = [subprocess.Popen(argv, **quiet) for _ in range(2 if what == "two" else 1)]
+    befall(processes[0], what if what != "two" else "kill", rng)
+    codes = [process.wait(LIMIT_S) for process in processes]
+    if proxy is not None:
+        proxy.rule = Proxy().rule
+    return what, max(codes, key=abs)
+
+
+def main(minutes: float, seed: int) -> None:
+    rng, until = random.Random(seed), time.monotonic() + minutes * 60
+    total, befallen = Counter[str](), Counter[str]()
+    with tempfile.TemporaryDirectory(prefix="vitray-soak-") as scratch, ExitStack() as stack:
+        folder = Path(scratch)
+        shapes.train(str(folder / "model"))
+        put_tars(str(folder / "in"), pictures(IMAGES), SHARDS, folder)
+        endpoint = s3_endpoint(stack)
+        proxy = stack.enter_context(proxied(endpoint)) if endpoint else None
+        if endpoint and proxy:
+            os.environ |= {**KEYS, "AWS_ENDPOINT_URL": proxy.url}
+            boto3.client("s3", endpoint_url=endpoint).create_bucket(Bucket="soak")
+        while time.monotonic() < until:
+            on_s3 = proxy is not None and rng.random() < 0.5
+            out = join("s3://soak", uuid.uuid4().hex) if on_s3 else str(folder / uuid.uuid4().hex)
+            argv = command(folder, str(folder / "model"), folder / "out")
+            argv[argv.index(str(folder / "out"))] = out
+            history = [faulty_run(argv, proxy, rng) for _ in range(rng.randint(1, FAULTY))]
+            last = subprocess.run(argv, capture_output=True, text=True, timeout=LIMIT_S)
+            keys = Counter(vitray.read(out, columns=["key"])["key"].to_pylist()) if last.returncode == 0 else Counter[str]()
+            lost = IMAGES - len(keys)
+            doubled = sum(keys.values()) - len(keys)
+            checked = last.returncode == 0 and vitray.validate(out, content=True).ok
+            befallen.update(what for what, _ in history)
+            total.update(rounds=1, runs=len(history) + 1, images=sum(keys.values()), lost=lost, doubled=doubled)
+            print(
+                json.dumps({"s3": on_s3, "befell": history, "last": last.returncode, "lost": lost, "doubled": doubled}),
+                flush=True,
+            )
+            if lost or doubled or not checked:
+                sys.exit(f"the dataset is not whole: {last.stdout} {last.stderr}")
+            if not on_s3:
+                shutil.rmtree(out)
+        print(json.dumps({"minutes": minutes, "seed": seed, **total, "faults": dict(befallen)}), flush=True)
+
+
+if __name__ == "__main__":
+    main(float(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else random.randrange(1 << 30))
