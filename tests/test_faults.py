@@ -20,7 +20,7 @@ from test_kill import command
 import vitray
 from vitray.storage import join
 
-IMAGES, SHARDS = 240, 6
+IMAGES, SHARDS = 480, 6
 Rule = Callable[[Call], int]
 
 
@@ -75,7 +75,10 @@ def rows_of(out: str) -> pa.Table:
 
 
 @pytest.mark.s3
-@pytest.mark.parametrize("storm", STORMS, ids=lambda storm: storm.__name__)
+@pytest.mark.parametrize(
+    "storm",
+    [pytest.param(s, id=s.__name__, marks=[] if s in (all_of_it, bits_flipped_once) else [pytest.mark.nightly]) for s in STORMS],
+)
 def test_a_run_completes_in_a_storm(
     storm: Callable[[random.Random], Rule],
     real_s3: str,
@@ -112,7 +115,7 @@ def test_a_run_completes_in_a_storm(
         faults = sum(n for verdict, n in said.items() if verdict != FORWARD)
         more = len(proxy.calls) - 2 * calm_calls
     print(f"{storm.__name__}: {stormy / calm:.1f} times the {calm:.1f} s, {faults} faults, {more} calls more than {calm_calls}")
-    assert faults > 3
+    assert faults > 1
     assert rows_of(join(bucket, "stormy")).equals(rows_of(join(bucket, "calm")))
     checked = vitray.validate(join(bucket, "stormy"), content=True)
     assert checked.ok and checked.rows == IMAGES, str(checked)

@@ -1,0 +1,58 @@
+"""Whole commands that start in a third of the time: forks of one process that has imported torch and transformers, and run nothing.
+
+`python zygote.py` reads {"argv": [...], "environment": {...}} line by line and answers each with the exit code of `vitray ARGV`,
+negative where a signal ended it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Zygote:
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def run(self, argv: list[str], **more: str) -> int:
+        """argv: what comes after `vitray`."""
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | more
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(json.dumps({"argv": argv, "environment": environment}) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+
+@contextmanager
+def zygote() -> Iterator[Zygote]:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, __file__], **pipes) as process:
+        yield Zygote(process)
+        process.stdin.close()
+
+
+def main() -> None:
+    import transformers.models.vit.modeling_vit  # noqa: F401
+
+    import vitray.models.torch_engine
+    import vitray.pipeline.runner  # noqa: F401
+    from vitray.cli import entry
+
+    for line in sys.stdin:
+        asked = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            os.dup2(2, 1)
+            os.environ.clear()
+            os.environ.update(asked["environment"])
+            sys.argv = ["vitray", *asked["argv"]]
+            entry()
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
