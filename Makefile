@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test check lint fast nightly soak bench clean
+.PHONY: demo test check lint fast nightly soak fuzz bench clean
 
 demo: $(STAMP)
 	$(BIN)/vitray demo demo
@@ -28,6 +28,12 @@ nightly: $(STAMP)
 MINUTES ?= 60
 soak: $(STAMP)
 	$(BIN)/python tests/soak.py $(MINUTES)
+
+# Hostile bytes for the readers; SECONDS each.
+SECONDS ?= 300
+fuzz: $(STAMP)
+	$(BIN)/python -m pip install -q -e ".[fuzz]" -c cluster/constraints.txt
+	for target in decode tar parquet; do $(BIN)/python tests/fuzz.py $$target $(SECONDS) || exit 1; done
 
 # An environment of its own: daft asks for an older pyarrow and tqdm. BENCH='--model vit-b --sizes 64,192' passes options on.
 bench: .venv-bench/.installed

@@ -45,7 +45,7 @@ def real_s3() -> Iterator[str]:
             pytest.fail("VITRAY_REQUIRE_S3 is set, but radosgw, ceph-mon and ceph-osd are not installed")
         pytest.skip("no real S3 server: set VITRAY_TEST_S3, or install radosgw ceph-mon ceph-osd")
     folder = f"/tmp/vitray-rgw-{uuid.uuid4().hex[:8]}"  # short: unix sockets live in it
-    port, mon = _free_port(), _free_port()
+    port, mon = free_port(), free_port()
     subprocess.run(["bash", str(RGW), folder, str(port), str(mon), "start"], check=True, timeout=180)
     try:
         yield f"http://127.0.0.1:{port}"
@@ -90,7 +90,7 @@ def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     return new_bucket(request.getfixturevalue(f"{request.param}_s3"), monkeypatch) + "/root"
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

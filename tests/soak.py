@@ -22,7 +22,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import boto3
-from conftest import KEYS, RGW, _free_port
+from conftest import KEYS, RGW, free_port
 from s3_proxy import Proxy, proxied
 from shards import pictures, put_tars
 from test_faults import STORMS
@@ -40,7 +40,7 @@ LIMIT_S = 300  # of one run: what is not over by then hangs
 def s3_endpoint(stack: ExitStack) -> str | None:
     if not all(shutil.which(name) for name in ("radosgw", "ceph-mon", "ceph-osd")):
         return None
-    folder, port, mon = f"/tmp/vitray-soak-{uuid.uuid4().hex[:8]}", _free_port(), _free_port()
+    folder, port, mon = f"/tmp/vitray-soak-{uuid.uuid4().hex[:8]}", free_port(), free_port()
     subprocess.run(["bash", str(RGW), folder, str(port), str(mon), "start"], check=True, timeout=180)
     stack.callback(subprocess.run, ["bash", str(RGW), folder, str(port), str(mon), "stop"], check=False, timeout=60)
     return f"http://127.0.0.1:{port}"
@@ -97,7 +97,7 @@ def main(minutes: float, seed: int) -> None:
             history = [faulty_run(argv, proxy, rng) for _ in range(rng.randint(1, FAULTY))]
             last = subprocess.run(argv, capture_output=True, text=True, timeout=LIMIT_S)
             keys = Counter(vitray.read(out, columns=["key"])["key"].to_pylist()) if last.returncode == 0 else Counter[str]()
-            lost = IMAGES - len(keys)
+            lost = len({f"{n:05d}" for n in range(IMAGES)} - keys.keys())
             doubled = sum(keys.values()) - len(keys)
             checked = last.returncode == 0 and vitray.validate(out, content=True).ok
             befallen.update(what for what, _ in history)

@@ -32,7 +32,8 @@ def test_bench_times_every_step_and_names_the_limit(inputs: str, shapes_model: s
     assert min(rates.values()) > 1 and 0.1 < found.first_rows_s < 60
     assert found.model < found.ceiling and found.line < 2 * min(found.read, found.decode, found.model)  # noise
     slowest = min(("read", "decode", "model"), key=lambda step: rates[step])
-    assert found.limit == (slowest if found.line >= 0.9 * rates[slowest] else "line")
+    shared = 1 / (1 / found.decode + 1 / found.model)  # by the cores of a CPU
+    assert found.limit == (slowest if found.line >= 0.9 * min(rates[slowest], shared) else "line")
     assert f"limit: {found.limit}" in str(found)
     assert not (tmp_path / "out").exists()
 

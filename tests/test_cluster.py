@@ -6,7 +6,6 @@ import contextlib
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,18 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from conftest import free_port
 from shards import pictures, put_tars
 from test_kill import command, images_by_step, lines_of
 
 import vitray
 from vitray.errors import ClusterError
 from vitray.pipeline.cluster import share_out
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def answers(argv: list[str], environment: dict[str, str]) -> bool:

@@ -10,11 +10,11 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 from conftest import new_bucket
 from s3_proxy import CUT, FLIP, FORWARD, LOSE, SLOW, Call, proxied
 from shards import pictures, put_tars
+from test_crash import rows_of
 from test_kill import command
 
 import vitray
@@ -68,10 +68,6 @@ def all_of_it(rng: random.Random) -> Rule:
 
 
 STORMS = [a_fifth_503, answers_of_puts_lost, every_body_cut_once, bits_flipped_once, slow_bodies, all_of_it]
-
-
-def rows_of(out: str) -> pa.Table:
-    return vitray.read(out).sort_by([("shard", "ascending"), ("index", "ascending")])
 
 
 @pytest.mark.s3

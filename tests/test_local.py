@@ -24,7 +24,8 @@ from vitray.pipeline.progress import Progress
 from vitray.pipeline.wave import Work, run_wave
 from vitray.sources import list_shards
 
-IMAGES = 160
+IMAGES = 480
+SHARES = replace(share_out([{"CPU": 2}], "cpu"), queue_blocks=1)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,7 @@ def test_a_model_that_cannot_be_opened_ends_the_line_with_its_error(dataset: Dat
     shards = list_shards(dataset.job, []).shards
     started = time.monotonic()
     with pytest.raises(ModelError, match="the weights changed"):
-        run_wave(other, shards, LocalLine(other, shards, share_out([{"CPU": 2}], "cpu")), Work())
+        run_wave(other, shards, LocalLine(other, shards, SHARES), Work())
     assert time.monotonic() - started < 30 and line_threads() == []
 
 
@@ -107,7 +108,7 @@ print(result.rows, torch.get_num_threads())
 
 def test_closing_a_line_ends_its_threads_while_queues_are_full(dataset: Dataset) -> None:
     shards = list_shards(dataset.job, []).shards
-    line = LocalLine(dataset, shards, replace(share_out([{"CPU": 2}], "cpu"), queue_blocks=1))
+    line = LocalLine(dataset, shards, SHARES)
 
     class Impatient(Exception):
         pass
@@ -123,11 +124,11 @@ def test_closing_a_line_ends_its_threads_while_queues_are_full(dataset: Dataset)
 def test_a_line_in_which_nothing_moves_ends_and_says_where_it_stood(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     shards, over = list_shards(dataset.job, []).shards, threading.Event()
     stuck = replace(dataset, job=dataset.job.model_copy(update={"stall_timeout_s": 3}), out=f"{dataset.out}-stuck")
-    monkeypatch.setattr("vitray.pipeline.local.predict_step", lambda *_: over.wait(8))
-    line = LocalLine(stuck, shards, share_out([{"CPU": 2}], "cpu"))
+    monkeypatch.setattr("vitray.pipeline.local.predict_step", lambda *_: over.wait(30))
+    line = LocalLine(stuck, shards, SHARES)
+    threading.Timer(6, over.set).start()
     with pytest.raises(ClusterError, match=r"no image moved for 3 s \(.*1 fragments wait for predict"):
         run_wave(stuck, shards, line, Work())
-    over.set()
 
 
 def test_a_run_that_is_asked_to_end_stages_what_is_in_the_line(dataset: Dataset) -> None:
@@ -140,7 +141,7 @@ def test_a_run_that_is_asked_to_end_stages_what_is_in_the_line(dataset: Dataset)
             work.stop.set()
 
     work.report = stop
-    run_wave(other, shards, LocalLine(other, shards, share_out([{"CPU": 2}], "cpu")), work)
+    run_wave(other, shards, LocalLine(other, shards, SHARES), work)
     assert 16 <= work.progress.images < IMAGES and work.failures == {}
     there = [staged(other, shard.id).fragments for shard in shards if shard.id not in work.commits]
     kept = sum(stop - start for spans in there for start, stop in spans.items())

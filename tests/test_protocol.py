@@ -201,7 +201,7 @@ def tell(name: str, found: Found) -> None:
 def test_no_order_and_no_fault_breaks_a_promise(name: str) -> None:
     found = explore(scenario(SCENARIOS[name]), Bounds(preemptions=2, faults=1, states=3000))
     tell(name, found)
-    assert found.complete or found.states >= 3000
+    assert found.ends >= 50
 
 
 @NIGHTLY

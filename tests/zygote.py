@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+LIMIT_S = 120
 
 
 class Zygote:
@@ -24,13 +28,16 @@ class Zygote:
         assert self._process.stdin and self._process.stdout
         self._process.stdin.write(json.dumps({"argv": argv, "environment": environment}) + "\n")
         self._process.stdin.flush()
+        if not select.select([self._process.stdout], [], [], LIMIT_S)[0]:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            raise TimeoutError(f"no end in {LIMIT_S} s: vitray {' '.join(argv)}")
         return int(self._process.stdout.readline())
 
 
 @contextmanager
 def zygote() -> Iterator[Zygote]:
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, __file__], **pipes) as process:
+    with subprocess.Popen([sys.executable, __file__], start_new_session=True, **pipes) as process:
         yield Zygote(process)
         process.stdin.close()
 

@@ -281,6 +281,7 @@ def _progress_line(progress: Progress) -> str:
 
 
 _stop, _is_running = threading.Event(), threading.Event()
+_signals: list[int] = []  # that came; an Event's lock is not for handlers that may interrupt each other
 
 
 def _end_if_stopped() -> None:
@@ -293,7 +294,8 @@ def _end_if_stopped() -> None:
 
 def _on_signal(number: int, _frame: object) -> None:
     """The first SIGTERM lets a run end what it writes. All else ends at once, as a crash would, which is safe at any moment."""
-    if number != signal.SIGTERM or not _is_running.is_set() or _stop.is_set():
+    _signals.append(number)
+    if number != signal.SIGTERM or not _is_running.is_set() or len(_signals) > 1:
         _end(number)
     _stop.set()
 

@@ -164,7 +164,7 @@ class _Desk:
             good = int(np.count_nonzero(ledger["good"][:at]))
             ledger[at] = _entry(one(data, spec, pages.current[good]))
 
-        self.child = Child(work, rows, limits)
+        self.child = Child(work, rows, limits, [ledger, *pages.memory])
 
 
 _here = threading.local()  # a child dies with the thread that forked it

@@ -71,6 +71,10 @@ class Pages:
         self._pages, self._turn = [shared(shape, dtype) for _ in range(count)], shared((1,), np.uint8)
 
     @property
+    def memory(self) -> list[NDArray[Any]]:
+        return [*self._pages, self._turn]
+
+    @property
     def current(self) -> NDArray[Any]:
         page: NDArray[Any] = self._pages[self._turn[0]]
         return page
@@ -90,9 +94,13 @@ class Child:
     The process ends with this object, and with the thread that made it.
     """
 
-    def __init__(self, work: Callable[[int, bytes], None], capacity: int, limits: Limits) -> None:
+    def __init__(
+        self, work: Callable[[int, bytes], None], capacity: int, limits: Limits, memory: Sequence[NDArray[Any]] = ()
+    ) -> None:
+        """memory: what `work` writes to. Children of other threads, forked later, do not get it."""
         self._work, self._limits = work, limits
         self._states: NDArray[np.uint8] = shared((capacity,), np.uint8)
+        self._maps: list[Any] = [array.base for array in (self._states, *memory)]  # not the arrays: Pages counts who holds them
         self._end: Callable[[], int | None] | None = None
         self.runs = 0
 
@@ -125,7 +133,11 @@ class Child:
     def _start(self) -> None:
         self._line, theirs = socket.socketpair()
         with theirs:
+            for memory in self._maps:
+                memory.madvise(mmap.MADV_DOFORK)
             pid = _fork(partial(self._serve, theirs))
+            for memory in self._maps:
+                memory.madvise(mmap.MADV_DONTFORK)
         self._line.setblocking(False)
         self._pidfd = os.pidfd_open(pid)
         self._end = weakref.finalize(self, _reap, os.getpid(), pid, self._pidfd, self._line)

@@ -65,6 +65,7 @@ def finish(dataset: Dataset, listed: Sequence[str], planned: Sequence[str], prun
     crash_point("manifest-started")
     store = store_for(dataset.out)
     before = _directly_in_vitray(dataset.out, "manifest-")
+    error_files = {_shard_of(info.url) for info in under(dataset.out, "errors")}  # first: they are written after their data files
     data, wanted = committed(dataset.out), set(listed)
     bases, pending = {base_of(s) for s in listed}, set(planned) - data.keys()
     waiting = {base_of(s) for s in wanted - data.keys()}
@@ -77,7 +78,7 @@ def finish(dataset: Dataset, listed: Sequence[str], planned: Sequence[str], prun
         store.delete(dataset.errors_url(s) for s in drop)
     admitted = {s: info for s, info in data.items() if s in wanted or (s in gone and not prune)}
     rows = _manifest_rows(dataset, admitted, wanted)
-    _repair_error_files(dataset, {row["shard"] for row in rows if row["errors"]})
+    _repair_error_files(dataset, {row["shard"] for row in rows if row["errors"]}, error_files)
     body = parquet_bytes(pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA))
     name = f"manifest-{hashlib.sha256(body).hexdigest()[:16]}.parquet"
     url = join(dataset.out, "_vitray", name)
@@ -86,9 +87,9 @@ def finish(dataset: Dataset, listed: Sequence[str], planned: Sequence[str], prun
     good, bad = (sum(row[column] for row in rows) for column in ("rows", "errors"))
     cuts = {row["shard"]: row["truncated_at"] for row in rows if row["truncated_at"] is not None}
     ledger = Ledger(len(rows), good, bad, cuts, len(pending), 0 if prune else len(gone), name)
-    if pending:
+    if pending and pending - committed(dataset.out).keys():  # another run may have ended meanwhile
         unmark_success(dataset.out)
-    else:
+    elif not pending:
         _mark_success(dataset, ledger)
     crash_point("manifest-marked")
     store.delete(info.url for info in before if info.url != url)
@@ -210,9 +211,8 @@ def _row(info: ObjectInfo, footer: Footer) -> dict[str, object]:
     }
 
 
-def _repair_error_files(dataset: Dataset, should: set[str]) -> None:
-    """errors/ holds exactly the copies of what the admitted data files carry."""
-    there = {_shard_of(info.url) for info in under(dataset.out, "errors")}
+def _repair_error_files(dataset: Dataset, should: set[str], there: set[str]) -> None:
+    """errors/ holds exactly the copies of what the admitted data files carry. there: those that it held before they were listed."""
     for footer in footers_of(dataset, sorted(should - there)).values():
         repair_errors(dataset, footer)
     store_for(dataset.out).delete(dataset.errors_url(s) for s in sorted(there - should))

@@ -96,7 +96,7 @@ class DeviceDecoder:
             good = iter(pixels)
             for at, outcome in zip(chosen, outcomes):
                 if outcome.reason is None:
-                    rows[at] = next(good)
+                    rows[at] = next(good).copy()  # pages of decoded pixels are few
                 else:
                     bad[at] = outcome
 

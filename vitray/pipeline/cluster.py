@@ -115,7 +115,7 @@ def _require_token(where: str, gcs: str) -> None:
     import grpc
     from ray.core.generated import gcs_service_pb2 as messages
 
-    with grpc.insecure_channel(gcs) as channel:
+    with grpc.insecure_channel(gcs, options=[("grpc.enable_http_proxy", 0)]) as channel:
         ask = channel.unary_unary(
             "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo",
             request_serializer=messages.GetAllNodeInfoRequest.SerializeToString,
@@ -123,8 +123,12 @@ def _require_token(where: str, gcs: str) -> None:
         )
         try:
             ask(messages.GetAllNodeInfoRequest(), timeout=PROBE_S)
-        except grpc.RpcError:
-            return
+        except grpc.RpcError as error:
+            if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAVAILABLE):
+                return  # unavailable without TLS, where Ray has it
+            raise ClusterError(
+                f"Ray at {where} does not say whether it asks for a token ({error.code().name}). Run again, or say --allow-open-cluster."
+            ) from error
     raise ClusterError(
         f"Ray at {where} answers without a token: whoever reaches it can run code there. Start it with RAY_AUTH_MODE=token, "
         "or say --allow-open-cluster."

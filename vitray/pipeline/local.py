@@ -18,14 +18,13 @@ from typing import Any
 
 from vitray.dataset import Commit, Dataset
 from vitray.errors import VitrayError
-from vitray.models import open_model
+from vitray.models import Model, open_model
 from vitray.pipeline.cluster import Shares
 from vitray.pipeline.steps import Parcel, commit_step, decode_step, predict_step, read_step, stage_step
+from vitray.pipeline.wave import COMMITS_AT_ONCE
 from vitray.schema import Receipt, Shard
 
-COMMITTERS = 4
 PREDICTORS = 2  # one prepares and packs while the other's batches are computed
-STAGERS = 2
 LOOK_S = 0.2  # how often a thread that waits looks whether the line is closed
 
 
@@ -40,7 +39,7 @@ class LocalLine:
         self._dataset, self._shards, self._shares = dataset, shards, shares
         self._stopped, self._closed = threading.Event(), threading.Event()
         self._threads: list[threading.Thread] = []
-        self._pool = ThreadPoolExecutor(COMMITTERS, "vitray-commit")
+        self._pool = ThreadPoolExecutor(COMMITS_AT_ONCE, "vitray-commit")
         self._running: dict[Future[Commit | VitrayError | None], str] = {}
 
     def start(self, arrived: queue.Queue[Receipt | Exception | None]) -> None:
@@ -51,13 +50,13 @@ class LocalLine:
         shards: queue.Queue[Any] = queue.Queue()
         for shard in [*self._shards, None]:
             shards.put(shard)
-        encoded, decoded, predicted = (queue.Queue[Any](1) for _ in range(3))  # what waits there is done twice after a kill
+        encoded, decoded, predicted = (queue.Queue[Any](shares.queue_blocks) for _ in range(3))
         self._queues = {"decode": encoded, "predict": decoded, "stage": predicted}
         self._arrived = arrived
         self._step(shares.readers, shards, self._read, encoded)
         self._step(shares.threads, encoded, lambda parcel: [decode_step(dataset, parcel)], decoded)
-        self._step(PREDICTORS, decoded, lambda parcel: [predict_step(dataset, model.result(), parcel)], predicted)
-        self._step(STAGERS, predicted, lambda parcel: [stage_step(dataset, parcel).receipt], arrived)
+        self._step(PREDICTORS, decoded, lambda parcel: [predict_step(dataset, self._opened(model), parcel)], predicted)
+        self._step(shares.stagers, predicted, lambda parcel: [stage_step(dataset, parcel).receipt], arrived)
 
     def stop(self) -> None:
         self._stopped.set()
@@ -78,7 +77,7 @@ class LocalLine:
         deadline = time.monotonic() + 30
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.shutdown(wait=True, cancel_futures=True)  # a model that is being opened sets torch's threads at its end
 
     def _read(self, shard: Shard) -> Iterator[Parcel]:
         parcels = iter(()) if self._stopped.is_set() else read_step(self._dataset, shard)
@@ -105,6 +104,12 @@ class LocalLine:
         for _ in range(threads):
             self._threads.append(threading.Thread(target=live, name="vitray-step", daemon=True))
             self._threads[-1].start()
+
+    def _opened(self, model: Future[Model]) -> Model:
+        while not self._closed.is_set():
+            with contextlib.suppress(TimeoutError):
+                return model.result(LOOK_S)
+        raise _ClosedError
 
     def _take(self, inbox: queue.Queue[Any]) -> Any:
         while not self._closed.is_set():

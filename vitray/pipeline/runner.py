@@ -53,6 +53,7 @@ from vitray.storage import absolute, exists, is_local, join, probe, store_for
 log = logging.getLogger(__name__)
 
 WAVE_SHARDS = 4096
+NARROWER = 8  # from the second fault on, the next wave has so many times fewer shards; after a good one so many times more
 LEAST_IMAGE_BYTES = 4096  # no photo is smaller: fewer bytes than that times images need no estimate
 MakeLine = Callable[[Dataset, list[Shard]], Line]
 
@@ -121,7 +122,7 @@ def _machines(
     asked = address or os.environ.get("RAY_ADDRESS") or ("ray" in sys.modules and import_module("ray").is_initialized())
     if not asked and runs_on(job) == "cpu":
         with torch_threads_kept():
-            yield LocalLine, share_out([{"CPU": own_cpus()}], "cpu"), []
+            yield LocalLine, replace(share_out([{"CPU": own_cpus()}], "cpu"), stagers=2, queue_blocks=1), []
         return
     with ray_session(address, allow_open):
         nodes = alive_nodes()
@@ -230,28 +231,30 @@ def _complete(dataset: Dataset, job: Job, listing: Listing, open_line: MakeLine,
     known = [shard.rows for shard in pending]
     work.progress.shards = len(pending)
     work.progress.images_expected = sum(r for r in known if r is not None) if None not in known else None
-    faults = 0
+    faults, size, dead = 0, WAVE_SHARDS, set[str]()
     while pending:
         if work.stop.is_set():
             raise Interrupted("what is staged stays. Run the same command again to go on.")
-        alone = faults >= ATTEMPTS - 1  # a death nobody can be blamed for: suspects run one by one
-        wave = pending[: 1 if alone else WAVE_SHARDS]
+        wave = pending[:size]
         try:
             run_wave(dataset, wave, open_line(dataset, wave), work)
+            size, dead = min(WAVE_SHARDS, NARROWER * size), set()
         except Exception as error:
             cause = _cause(error)
             if isinstance(cause, VitrayError):
                 raise type(cause)(str(cause).partition("\n")[0]) from error  # Ray appends advice of its own
-            faults += 1
             log.warning("a wave ended early (%s); planning again", _one_line(error))
-            suspects = [s for s in wave if s.id not in work.commits]
-            if len(suspects) == len(wave) and faults > ATTEMPTS and not alone:
+            faults += 1
+            if len(wave) == 1:
+                blame(work, wave[0].id, f"its processes died: {_one_line(error)}")
+                dead.add(wave[0].id)
+            if faults > 1:  # a death nobody can be blamed for: in ever smaller waves, until one shard is alone
+                size = max(1, len(wave) // NARROWER)
+            if len(dead) == ATTEMPTS:  # it is not the shards
                 raise ClusterError(
                     f"the line fails again and again: {_one_line(error)}. Look at that (and at Ray's logs, where it runs on Ray), "
                     "then run again."
                 ) from error
-            for shard in suspects if alone else []:
-                blame(work, shard.id, f"its processes died: {_one_line(error)}")
         done = committed(dataset.out).keys()
         pending = [s for s in pending if s.id not in done | work.changed and work.attempts.get(s.id, 0) < ATTEMPTS]
 

@@ -37,6 +37,7 @@ class Work:
     notes: dict[str, str] = field(default_factory=dict)
     changed: set[str] = field(default_factory=set)
     commits: dict[str, Commit] = field(default_factory=dict)
+    counted: dict[str, set[int]] = field(default_factory=dict)  # where the fragments start that `progress` has, by shard
     stop: threading.Event = field(default_factory=threading.Event)  # somebody wants the run to end soon
     run_id: str = field(default_factory=lambda: f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}")
 
@@ -77,7 +78,7 @@ class Line(Protocol):
 
 def run_wave(dataset: Dataset, shards: list[Shard], line: Line, work: Work) -> None:
     """Bring shards through the line and commit each as soon as its fragments tile it. Ends early when work.stop is set."""
-    commits, tiling = _Commits(line, dataset.job.stall_timeout_s, work), _Tiling()
+    commits, tiling, blamed = _Commits(line, dataset.job.stall_timeout_s, work), _Tiling(), set[str]()
     with contextlib.closing(line):
         for receipt in _receipts(line, dataset.job.stall_timeout_s, work.stop):
             if receipt is None:
@@ -86,10 +87,13 @@ def run_wave(dataset: Dataset, shards: list[Shard], line: Line, work: Work) -> N
                 work.changed.add(receipt.shard)
             elif receipt.kind in ("failed", "broken"):
                 blame(work, receipt.shard, receipt.message, ATTEMPTS if receipt.kind == "broken" else 1)
+                blamed.add(receipt.shard)
             else:
                 if receipt.message:
                     work.notes[receipt.shard] = receipt.message
-                if tiling.add(receipt):
+                counted = work.counted.setdefault(receipt.shard, set())
+                if tiling.add(receipt) and receipt.start not in counted:  # not in an earlier wave either
+                    counted.add(receipt.start)
                     work.progress.add(receipt)
                     _judge(dataset.job, work.progress)
                 if tiling.is_whole(receipt.shard):
@@ -99,7 +103,7 @@ def run_wave(dataset: Dataset, shards: list[Shard], line: Line, work: Work) -> N
         commits.wait()
     if work.stop.is_set():
         return
-    for shard_id in {shard.id for shard in shards} - work.commits.keys() - work.failures.keys() - work.changed:
+    for shard_id in {shard.id for shard in shards} - work.commits.keys() - blamed - commits.missed - work.changed:
         blame(work, shard_id, "its fragments did not arrive")
 
 
@@ -138,7 +142,7 @@ class _Tiling:
         self._totals: dict[str, int] = {}
 
     def add(self, receipt: Receipt) -> bool:
-        """Take a receipt; True when it stands for images that were not counted yet."""
+        """Take a receipt; True when it is the first of its fragment."""
         if receipt.kind == "end":
             self._totals[receipt.shard] = receipt.total
             return False
@@ -163,6 +167,7 @@ class _Commits:
 
     def __init__(self, line: Line, patience_s: float, work: Work) -> None:
         self.backlog: list[str] = []
+        self.missed: set[str] = set()  # a fragment was gone
         self._line, self._patience_s, self._work = line, patience_s, work
         self._running = 0
 
@@ -174,8 +179,24 @@ class _Commits:
         ended = self._line.commits(wait_s) if self._running else []
         self._running -= len(ended)
         for shard_id, answer in ended:
-            _take_commit(shard_id, answer, self._work)
+            self._take(shard_id, answer)
         return len(ended)
+
+    def _take(self, shard_id: str, answer: Commit | VitrayError | None) -> None:
+        work = self._work
+        if isinstance(answer, ObjectChanged):
+            work.changed.add(shard_id)
+        elif isinstance(answer, VitrayError):
+            raise answer
+        elif isinstance(answer, Commit):
+            work.commits[shard_id] = answer
+            work.failures.pop(shard_id, None)
+            work.counted.pop(shard_id, None)
+            work.progress.shards_done += 1
+            log.info("committed %s: %d rows, %d errors", shard_id, answer.rows, answer.errors)
+        else:
+            blame(work, shard_id, "a fragment went missing")
+            self.missed.add(shard_id)
 
     def wait(self) -> None:
         """Until all have ended. Raises ClusterError when none ends for patience_s."""
@@ -195,17 +216,3 @@ def _judge(job: Job, progress: Progress) -> None:
             f"{progress.errors} of {progress.images} images are bad ({worst}), more than max_error_rate={job.max_error_rate:g}. "
             "Look at the source, or raise max_error_rate and run again; nothing further was committed."
         )
-
-
-def _take_commit(shard_id: str, answer: Commit | VitrayError | None, work: Work) -> None:
-    if isinstance(answer, ObjectChanged):
-        work.changed.add(shard_id)
-    elif isinstance(answer, VitrayError):
-        raise answer
-    elif isinstance(answer, Commit):
-        work.commits[shard_id] = answer
-        work.failures.pop(shard_id, None)
-        work.progress.shards_done += 1
-        log.info("committed %s: %d rows, %d errors", shard_id, answer.rows, answer.errors)
-    else:
-        blame(work, shard_id, "a fragment went missing")

@@ -1,0 +1,114 @@
+"""What a run does when the line itself dies: waves that grow narrower until one shard is alone. No model, no Ray, no threads."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator
+from pathlib import Path
+
+import hand_made
+import pytest
+
+from vitray.dataset import Commit, Dataset, committed, staged
+from vitray.errors import ClusterError, VitrayError
+from vitray.pipeline.runner import _complete
+from vitray.pipeline.steps import commit_step
+from vitray.pipeline.wave import Work
+from vitray.schema import Receipt, Shard
+from vitray.sources import list_shards
+
+SHARDS = 20
+
+
+class DrawnLine:
+    """Stages drawn rows. Dies where a wave holds a shard of `deadly`; keeps the first fragment back where `forgets` says so."""
+
+    deadly: frozenset[str] = frozenset()
+    forgets: Iterator[bool] = iter(())
+    waves: list[int] = []
+
+    def __init__(self, dataset: Dataset, shards: list[Shard]) -> None:
+        self._dataset, self._shards, self._done = dataset, shards, list[tuple[str, Commit | VitrayError | None]]()
+        self.waves.append(len(shards))
+
+    def start(self, arrived: queue.Queue[Receipt | Exception | None]) -> None:
+        for shard in self._shards:
+            if shard.id in self.deadly:
+                arrived.put(RuntimeError("a process died"))
+                return
+            before = staged(self._dataset, shard.id).tiles()
+            hand_made.stage(self._dataset, shard)
+            for start, stop in staged(self._dataset, shard.id).ranges():
+                bad = {"not_an_image": 1} if start <= hand_made.BAD < stop else {}
+                arrived.put(Receipt("staged" if before else "fragment", shard.id, start, stop, reasons=bad))
+            if not next(self.forgets, False):
+                arrived.put(Receipt("end", shard.id, total=hand_made.IMAGES))
+        arrived.put(None)
+
+    def stop(self) -> None: ...
+
+    def state(self) -> str:
+        return "drawn"
+
+    def close(self) -> None: ...
+
+    def commit(self, shard_id: str) -> None:
+        shard = next(shard for shard in self._shards if shard.id == shard_id)
+        self._done.append((shard_id, commit_step(self._dataset, shard)))
+
+    def commits(self, wait_s: float) -> list[tuple[str, Commit | VitrayError | None]]:
+        done, self._done = self._done, []
+        return done
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    hand_made.write_tars(tmp_path / "in", SHARDS)
+    DrawnLine.deadly, DrawnLine.forgets, DrawnLine.waves = frozenset(), iter(()), []
+    return hand_made.make_dataset(tmp_path, commit=0)
+
+
+def complete(dataset: Dataset) -> Work:
+    work = Work()
+    _complete(dataset, dataset.job, list_shards(dataset.job, []), DrawnLine, work)
+    return work
+
+
+def ids(dataset: Dataset) -> list[str]:
+    return [shard.id for shard in list_shards(dataset.job, []).shards]
+
+
+@pytest.mark.parametrize("which", [0, 7, SHARDS - 1])
+def test_a_deadly_shard_is_found_and_the_rest_completes(dataset: Dataset, which: int) -> None:
+    killer = ids(dataset)[which]
+    DrawnLine.deadly = frozenset({killer})
+    work = complete(dataset)
+    assert set(committed(dataset.out)) == set(ids(dataset)) - {killer}
+    assert work.failures == {killer: "its processes died: a process died"}
+    assert len(DrawnLine.waves) < SHARDS, DrawnLine.waves
+
+
+def test_two_deadly_shards_are_two_failures(dataset: Dataset) -> None:
+    DrawnLine.deadly = frozenset(ids(dataset)[3:5])
+    work = complete(dataset)
+    assert set(work.failures) == DrawnLine.deadly and len(committed(dataset.out)) == SHARDS - 2
+
+
+def test_a_line_that_always_dies_is_an_error_and_no_shard_is_blamed_for_it(dataset: Dataset) -> None:
+    DrawnLine.deadly = frozenset(ids(dataset))
+    with pytest.raises(ClusterError, match="fails again and again: a process died"):
+        complete(dataset)
+    assert len(DrawnLine.waves) < 15, DrawnLine.waves
+
+
+def test_a_shard_that_is_planned_again_is_counted_once(dataset: Dataset) -> None:
+    DrawnLine.forgets = iter([True] * SHARDS)  # in the first wave no end arrives
+    work = complete(dataset)
+    assert (work.progress.images, work.progress.errors) == (SHARDS * hand_made.IMAGES, SHARDS)
+    assert work.progress.reasons == {"not_an_image": SHARDS} and work.failures == {} and work.counted == {}
+
+
+def test_a_shard_whose_end_never_arrives_is_set_aside(dataset: Dataset) -> None:
+    DrawnLine.forgets = iter([True] * SHARDS * 10)
+    work = complete(dataset)
+    assert set(work.failures.values()) == {"its fragments did not arrive"} and len(DrawnLine.waves) == 3
