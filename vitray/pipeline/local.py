@@ -41,12 +41,14 @@ class LocalLine:
         self._threads: list[threading.Thread] = []
         self._pool = ThreadPoolExecutor(COMMITS_AT_ONCE, "vitray-commit")
         self._running: dict[Future[Commit | VitrayError | None], str] = {}
+        self._opening: list[Future[Model]] = []
 
     def start(self, arrived: queue.Queue[Receipt | Exception | None]) -> None:
         dataset, job, shares = self._dataset, self._dataset.job, self._shares
         model = self._pool.submit(
             open_model, dataset.facts, list(dataset.vectors), job.top_k, job.labels, job.device, shares.threads, shares.compiled
         )
+        self._opening.append(model)
         shards: queue.Queue[Any] = queue.Queue()
         for shard in [*self._shards, None]:
             shards.put(shard)
@@ -77,7 +79,9 @@ class LocalLine:
         deadline = time.monotonic() + 30
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-        self._pool.shutdown(wait=True, cancel_futures=True)  # a model that is being opened sets torch's threads at its end
+        # a model that is being opened sets torch's threads at its end
+        wait([*self._opening, *self._running], max(0.0, deadline - time.monotonic()))
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _read(self, shard: Shard) -> Iterator[Parcel]:
         parcels = iter(()) if self._stopped.is_set() else read_step(self._dataset, shard)
