@@ -80,7 +80,8 @@ class LocalLine:
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         # a model that is being opened sets torch's threads at its end
-        wait([*self._opening, *self._running], max(0.0, deadline - time.monotonic()))
+        left: list[Future[Any]] = [*self._opening, *self._running]
+        wait(left, max(0.0, deadline - time.monotonic()))
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _read(self, shard: Shard) -> Iterator[Parcel]:
