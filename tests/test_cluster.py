@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import free_port
 from shards import pictures, put_tars
-from test_kill import command, images_by_step, lines_of
+from test_kill import command, images_by_step, lines_of, wait_until_staged
 
 import vitray
 from vitray.errors import ClusterError
@@ -120,11 +120,7 @@ def test_a_lost_node_costs_no_row_and_a_new_one_is_used(shapes_model: str, tmp_p
         argv = [*command(tmp_path, shapes_model, tmp_path / "out"), "--address", cluster.address]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         process = subprocess.Popen(argv, env=cluster.environment, **pipes)
-        deadline = time.monotonic() + 200
-        while images_by_step(trace)["stage"] < 0.2 * images:
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline, "nothing was staged"
-            time.sleep(0.1)
+        wait_until_staged(process, trace, 0.2 * images)
         os.killpg(cluster.nodes[1].pid, signal.SIGKILL)
         lost, before = time.time(), images_by_step(trace)["stage"]
         assert before < 0.9 * images

@@ -64,13 +64,17 @@ def images_by_step(trace: Path) -> Counter[str]:
     return counts
 
 
+def wait_until_staged(process: subprocess.Popen[str], trace: Path, images: float) -> None:
+    deadline = time.monotonic() + 200
+    while images_by_step(trace)["stage"] < images:
+        assert process.poll() is None, f"the run ended too early: {process.communicate()}"
+        assert time.monotonic() < deadline, "too little was staged"
+        time.sleep(0.05)
+
+
 def kill_in_the_middle(process: subprocess.Popen[str], trace: Path, victim: str, share: float) -> None:
     """SIGKILL once `share` of the images are staged. A kill outside 10 to 90% does not count: the test fails."""
-    deadline = time.monotonic() + 150
-    while images_by_step(trace)["stage"] < share * IMAGES:
-        assert process.poll() is None, f"the run ended before the kill: {process.communicate()}"
-        assert time.monotonic() < deadline, "nothing was staged"
-        time.sleep(0.05)
+    wait_until_staged(process, trace, share * IMAGES)
     if victim.startswith("driver"):
         os.kill(process.pid, signal.SIGKILL)
     else:

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from shards import pictures, put_tars
 from test_cluster import Cluster
-from test_kill import command, images_by_step, lines_of
+from test_kill import command, lines_of, wait_until_staged
 
 import vitray
 
@@ -89,11 +89,7 @@ def test_three_hosts_lose_one(fault: str, hosts: Hosts, shapes_model: str, tmp_p
         argv = [*hosts.inside(0), *command(tmp_path, shapes_model, tmp_path / "out"), "--address", cluster.address]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         process = subprocess.Popen(argv, env=cluster.environment, **pipes)
-        deadline = time.monotonic() + 200
-        while images_by_step(trace)["stage"] < 0.2 * IMAGES:
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline, "nothing was staged"
-            time.sleep(0.1)
+        wait_until_staged(process, trace, 0.2 * IMAGES)
         happened = time.time()
         if fault == "host lost":
             os.killpg(cluster.nodes[2].pid, signal.SIGKILL)
