@@ -20,7 +20,7 @@ from test_kill import command
 import vitray
 from vitray.storage import join
 
-IMAGES, SHARDS = 480, 6
+IMAGES, SHARDS = 240, 6
 Rule = Callable[[Call], int]
 
 

@@ -24,7 +24,7 @@ from vitray.pipeline.progress import Progress
 from vitray.pipeline.wave import Work, run_wave
 from vitray.sources import list_shards
 
-IMAGES = 480
+IMAGES = 320
 SHARES = replace(share_out([{"CPU": 2}], "cpu"), queue_blocks=1)
 
 

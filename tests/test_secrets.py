@@ -15,7 +15,7 @@ SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "H
 
 
 @pytest.mark.parametrize("where", [[], pytest.param(["--address", "local"], marks=pytest.mark.ray)], ids=["threads", "ray"])
-@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("fails", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_no_secret_is_written_or_printed(where: list[str], fails: bool, shapes_model: str, tmp_path: Path) -> None:
     canaries = {name: f"canary{secrets.token_hex(12)}" for name in SECRETS}
     put_tars(str(tmp_path / "in"), pictures(32), 2, tmp_path)

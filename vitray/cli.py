@@ -297,6 +297,7 @@ def _on_signal(number: int, _frame: object) -> None:
     _signals.append(number)
     if number != signal.SIGTERM or not _is_running.is_set() or len(_signals) > 1:
         _end(number)
+    signal.alarm(0)  # Ray's own handler in C++, which came before this one, has set an alarm that aborts the process after 3 s
     _stop.set()
 
 
