@@ -1032,3 +1032,10 @@ def test_the_footer_of_a_data_file_is_checked_against_the_dataset(vitray: Call, 
     )
     assert read_footer(str(path)).errors == 1 and SCHEMA_VERSION == 1
     assert np.isclose(np.linalg.norm(pq.ParquetFile(files(dataset)[1]).read()["embedding"][0].as_py()), 1)
+
+
+@pytest.mark.parametrize("value", ["auto", "on", "off"])
+def test_on_and_off_are_words_also_where_yaml_thinks_otherwise(tmp_path: Path, value: str) -> None:
+    (tmp_path / "job.yaml").write_text(f"source: s\nmodel: m\nout: o\ncompile: {value}\n")
+    assert make_job(read_fields(tmp_path / "job.yaml")).compile == value
+    assert make_job({"source": "s", "model": "m", "out": "o", **parse_set([f"compile={value}"])}).compile == value

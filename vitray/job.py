@@ -114,6 +114,12 @@ class Job(BaseModel):
             said = "; ".join(_said(p["type"], p["loc"], p["msg"]) for p in error.errors())
             raise JobError(f"the job is not valid: {said}") from None
 
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _on_and_off(cls, value: object) -> object:
+        """YAML takes both for truth values."""
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
     @field_validator("formats")
     @classmethod
     def _known_formats(cls, value: list[str]) -> list[str]:

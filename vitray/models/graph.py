@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -36,7 +37,9 @@ class GraphModel:
         self._facts, self._vectors, self._workers = facts, vectors, workers
         self._map = ThreadPoolExecutor(workers, "vitray-predict").map
         self._k = min(top_k, len(facts.labels))
-        self._run = compile_graph(self._export(network))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch's, of torch
+            self._run = compile_graph(self._export(network))
 
     def _export(self, network: Network) -> Any:
         """torch's ExportedProgram."""

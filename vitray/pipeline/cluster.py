@@ -17,7 +17,6 @@ from typing import Any
 from vitray.errors import ClusterError
 
 RETRIES = 3  # of a task or an actor; Ray's own defaults are endless
-PROBE_S = 10
 START_S = 120  # Ray's own waits inside ray.init are shorter
 
 
@@ -122,7 +121,7 @@ def _require_token(where: str, gcs: str) -> None:
             response_deserializer=messages.GetAllNodeInfoReply.FromString,
         )
         try:
-            ask(messages.GetAllNodeInfoRequest(), timeout=PROBE_S)
+            ask(messages.GetAllNodeInfoRequest(), timeout=10)
         except grpc.RpcError as error:
             if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAVAILABLE):
                 return  # unavailable without TLS, where Ray has it

@@ -40,8 +40,8 @@ class LocalLine:
         self._stopped, self._closed = threading.Event(), threading.Event()
         self._threads: list[threading.Thread] = []
         self._pool = ThreadPoolExecutor(COMMITS_AT_ONCE, "vitray-commit")
-        self._running: dict[Future[Commit | VitrayError | None], str] = {}
-        self._opening: list[Future[Model]] = []
+        self._running: dict[Future[Any], str] = {}
+        self._opening: list[Future[Any]] = []
 
     def start(self, arrived: queue.Queue[Receipt | Exception | None]) -> None:
         dataset, job, shares = self._dataset, self._dataset.job, self._shares
@@ -80,8 +80,7 @@ class LocalLine:
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         # a model that is being opened sets torch's threads at its end
-        left: list[Future[Any]] = [*self._opening, *self._running]
-        wait(left, max(0.0, deadline - time.monotonic()))
+        wait([*self._opening, *self._running], max(0.0, deadline - time.monotonic()))
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _read(self, shard: Shard) -> Iterator[Parcel]:
