@@ -88,17 +88,18 @@ def test_a_deadly_shard_is_found_and_the_rest_completes(dataset: Dataset, which:
     assert len(DrawnLine.waves) < SHARDS, DrawnLine.waves
 
 
-def test_two_deadly_shards_are_two_failures(dataset: Dataset) -> None:
-    DrawnLine.deadly = frozenset(ids(dataset)[3:5])
+@pytest.mark.parametrize("first", [0, 3, SHARDS - 4])
+def test_deadly_neighbours_are_so_many_failures(dataset: Dataset, first: int) -> None:
+    DrawnLine.deadly = frozenset(ids(dataset)[first : first + 4])
     work = complete(dataset)
-    assert set(work.failures) == DrawnLine.deadly and len(committed(dataset.out)) == SHARDS - 2
+    assert set(work.failures) == DrawnLine.deadly and len(committed(dataset.out)) == SHARDS - 4
 
 
 def test_a_line_that_always_dies_is_an_error_and_no_shard_is_blamed_for_it(dataset: Dataset) -> None:
     DrawnLine.deadly = frozenset(ids(dataset))
     with pytest.raises(ClusterError, match="fails again and again: a process died"):
         complete(dataset)
-    assert len(DrawnLine.waves) < 15, DrawnLine.waves
+    assert DrawnLine.waves == [20, 20, 2] + [1] * 13
 
 
 def test_a_shard_that_is_planned_again_is_counted_once(dataset: Dataset) -> None:

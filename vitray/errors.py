@@ -77,3 +77,8 @@ class ErrorRateExceeded(VitrayError):
 
 class Interrupted(VitrayError):
     exit_code = 143
+
+
+def one_line(error: BaseException) -> str:
+    """What another library's error says, as part of a message of ours."""
+    return " ".join(str(error).split())[:400] or type(error).__name__

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vitray.dataset import Dataset, Footer, RowsDigest, committed, open_dataset, read_footer, read_manifest, read_table
-from vitray.errors import CommitError, JobError, ObjectChanged, ObjectMissing, ShardError, StorageError
+from vitray.errors import CommitError, JobError, ObjectChanged, ObjectMissing, ShardError, StorageError, one_line
 from vitray.pipeline import groups_of
 from vitray.schema import Encoded, End, Shard, content_hash
 from vitray.sources import list_shards, read_shard
@@ -97,7 +97,7 @@ def _manifest_rows(dataset: Dataset) -> tuple[dict[str, dict[str, object]] | Non
         return None if manifest is None else {row["shard"]: row for row in manifest.to_pylist()}, []
     except (StorageError, *UNREADABLE) as error:
         step = "Delete _SUCCESS.json and _vitray/manifest-*.parquet, then run the job again to make them anew."
-        return None, [f"the manifest cannot be read: {_one_line(error)}. {step}"]
+        return None, [f"the manifest cannot be read: {one_line(error)}. {step}"]
 
 
 def _inputs(dataset: Dataset) -> tuple[dict[str, Shard], list[str]]:
@@ -105,7 +105,7 @@ def _inputs(dataset: Dataset) -> tuple[dict[str, Shard], list[str]]:
     try:
         return {shard.id: shard for shard in list_shards(dataset.job, groups_of(dataset.out)).shards}, []
     except JobError as error:
-        return {}, [f"the source cannot be listed: {_one_line(error)} --no-inputs leaves it out."]
+        return {}, [f"the source cannot be listed: {one_line(error)} --no-inputs leaves it out."]
 
 
 def _check_file(dataset: Dataset, shard: str, listed: dict[str, object] | None) -> tuple[Footer | None, list[str]]:
@@ -114,7 +114,7 @@ def _check_file(dataset: Dataset, shard: str, listed: dict[str, object] | None) 
         footer = read_footer(url)
         body = read(url)
     except (CommitError, ObjectMissing, *UNREADABLE) as error:
-        return None, [_one_line(error)]
+        return None, [one_line(error)]
     found = []
     if footer.fingerprint != dataset.fingerprint:
         found.append(f"fingerprint {footer.fingerprint[:8]}… is not the dataset's")
@@ -126,7 +126,7 @@ def _check_file(dataset: Dataset, shard: str, listed: dict[str, object] | None) 
     try:
         found += list(_check_rows(dataset, shard, footer, pq.ParquetFile(pa.BufferReader(body), pre_buffer=False)))
     except UNREADABLE as error:
-        found.append(f"cannot be read: {_one_line(error)}")
+        found.append(f"cannot be read: {one_line(error)}")
     return footer, found + (list(_check_errors(dataset, shard, footer)) if footer.errors else [])
 
 
@@ -138,7 +138,7 @@ def _check_errors(dataset: Dataset, shard: str, footer: Footer) -> Iterator[str]
     except ObjectMissing:
         yield "its errors/ file is missing; run the job again to repair it"
     except UNREADABLE as error:
-        yield f"its errors/ file cannot be read; delete it and run the job again to repair it ({_one_line(error)})"
+        yield f"its errors/ file cannot be read; delete it and run the job again to repair it ({one_line(error)})"
 
 
 def _check_rows(dataset: Dataset, shard: str, footer: Footer, file: pq.ParquetFile) -> Iterator[str]:
@@ -206,8 +206,4 @@ def _check_content(dataset: Dataset, shard: Shard, footer: Footer) -> Iterator[s
                     yield f"image {item.index} ({item.key}) is not what was labelled"
                     return
     except (ShardError, ObjectMissing, ObjectChanged) as error:
-        yield f"the source cannot be read again: {_one_line(error)}"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:500]
+        yield f"the source cannot be read again: {one_line(error)}"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vitray import storage
-from vitray.errors import ModelError, ObjectMissing
+from vitray.errors import ModelError, ObjectMissing, one_line
 from vitray.schema import short_hash
 
 # tokens before the patches: CLS, DeiT's distillation token; registers are added by read_config
@@ -162,7 +162,7 @@ def read_config(found: Checkpoint) -> VisionConfig:
             hf=config,
         )
     except Exception as error:  # strict dataclasses raise their own kinds
-        raise ModelError(f"{found.model}: config.json is not a valid {family} config ({_one_line(error)}).") from error
+        raise ModelError(f"{found.model}: config.json is not a valid {family} config ({one_line(error)}).") from error
     if vision.num_channels != 3:
         raise ModelError(f"{found.model} takes images of {vision.num_channels} channels; vitray feeds RGB.")
     return facts
@@ -192,7 +192,7 @@ def head_shapes(found: Checkpoint) -> dict[str, list[int]]:
                 heads = {name for names in HEADS for name in names} & set(tensors.keys())
                 shapes |= {name: tensors.get_slice(name).get_shape() for name in heads}
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{found.model}: {os.path.basename(path)} is damaged ({_one_line(error)}); fetch it.") from error
+            raise ModelError(f"{found.model}: {os.path.basename(path)} is damaged ({one_line(error)}); fetch it.") from error
     return shapes
 
 
@@ -247,11 +247,7 @@ def _read_json(found: Checkpoint, name: str) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ModelError(f"{found.model} holds no {name}, so it is not a checkpoint of transformers.") from error
     except (OSError, ValueError) as error:
-        raise ModelError(f"{found.model}: {name} cannot be read ({_one_line(error)}).") from error
+        raise ModelError(f"{found.model}: {name} cannot be read ({one_line(error)}).") from error
     if not isinstance(loaded, dict):
         raise ModelError(f"{found.model}: {name} is not a JSON object.")
     return loaded
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -54,6 +54,7 @@ log = logging.getLogger(__name__)
 
 WAVE_SHARDS = 4096
 NARROWER = 8  # from the second fault on, the next wave has so many times fewer shards; after a good one so many times more
+DEADLY = 5  # so many shards that die alone, one after the other: it is not the shards
 LEAST_IMAGE_BYTES = 4096  # no photo is smaller: fewer bytes than that times images need no estimate
 MakeLine = Callable[[Dataset, list[Shard]], Line]
 
@@ -122,6 +123,7 @@ def _machines(
     asked = address or os.environ.get("RAY_ADDRESS") or ("ray" in sys.modules and import_module("ray").is_initialized())
     if not asked and runs_on(job) == "cpu":
         with torch_threads_kept():
+            # few wait: what does is computed again after a kill
             yield LocalLine, replace(share_out([{"CPU": own_cpus()}], "cpu"), stagers=2, queue_blocks=1), []
         return
     with ray_session(address, allow_open):
@@ -243,18 +245,16 @@ def _complete(dataset: Dataset, job: Job, listing: Listing, open_line: MakeLine,
             cause = _cause(error)
             if isinstance(cause, VitrayError):
                 raise type(cause)(str(cause).partition("\n")[0]) from error  # Ray appends advice of its own
-            log.warning("a wave ended early (%s); planning again", _one_line(error))
+            log.warning("a wave ended early (%s); planning again", _last_line(error))
             faults += 1
             if len(wave) == 1:
-                blame(work, wave[0].id, f"its processes died: {_one_line(error)}")
+                blame(work, wave[0].id, f"its processes died: {_last_line(error)}")
                 dead.add(wave[0].id)
             if faults > 1:  # a death nobody can be blamed for: in ever smaller waves, until one shard is alone
                 size = max(1, len(wave) // NARROWER)
-            if len(dead) == ATTEMPTS:  # it is not the shards
-                raise ClusterError(
-                    f"the line fails again and again: {_one_line(error)}. Look at that (and at Ray's logs, where it runs on Ray), "
-                    "then run again."
-                ) from error
+            if len(dead) == DEADLY:
+                why = f"the line fails again and again: {_last_line(error)}"
+                raise ClusterError(f"{why}. Look at that (and at Ray's logs, where it runs on Ray), then run again.") from error
         done = committed(dataset.out).keys()
         pending = [s for s in pending if s.id not in done | work.changed and work.attempts.get(s.id, 0) < ATTEMPTS]
 
@@ -342,6 +342,5 @@ def _cause(error: BaseException) -> BaseException:
     return error
 
 
-def _one_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__)[:200]
+def _last_line(error: BaseException) -> str:
+    return ([line for line in str(error).splitlines() if line.strip()] or [type(error).__name__])[-1][:200]

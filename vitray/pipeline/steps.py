@@ -345,7 +345,7 @@ def _counts(errors: pa.Table) -> dict[str, int]:
 
 
 def trace(step: str, shard: str, start: int, stop: int) -> None:
-    """One JSON line for each fragment that leaves a step, in the directory VITRAY_TRACE: what was done where, and when."""
+    """The crash point of a step; one JSON line for each fragment that leaves it, in the directory VITRAY_TRACE: what, where, when."""
     crash_point(step, shard)
     folder = os.environ.get("VITRAY_TRACE")
     if folder:
