@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test check lint fast nightly soak fuzz bench clean
+.PHONY: demo test check lint fast nightly audit lock soak fuzz bench clean
 
 demo: $(STAMP)
 	$(BIN)/vitray demo demo
@@ -23,6 +23,18 @@ fast: $(STAMP)
 
 nightly: $(STAMP)
 	$(BIN)/python -m pytest -q
+	$(MAKE) audit
+
+# Known holes in what cluster/requirements.txt names; asks PyPI's advisory service.
+audit: $(STAMP)
+	$(BIN)/python -m pip install -q -e ".[audit]" -c cluster/constraints.txt
+	$(BIN)/pip-audit --strict --disable-pip --require-hashes -r cluster/requirements.txt
+
+# Anew from cluster/constraints.txt, which says the versions.
+lock: $(STAMP)
+	$(BIN)/python -m pip install -q -e ".[audit]" -c cluster/constraints.txt
+	$(BIN)/uv pip compile -q --generate-hashes --universal --python-version 3.11 --no-header --no-annotate --extra openvino --extra onnx \
+		-c cluster/constraints.txt pyproject.toml -o cluster/requirements.txt
 
 # Jobs in a loop under random faults; each must end whole.
 MINUTES ?= 60

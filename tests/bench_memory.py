@@ -1,4 +1,4 @@
-"""Peak memory when the input grows tenfold, of threads and of Ray's driver, workers and object store: `python tests/bench_memory.py MODEL`.
+"""Peak memory when the input grows a hundredfold, and of a tar of 20 GB, on threads and on Ray: `python tests/bench_memory.py MODEL [10]`.
 
 MODEL is a checkpoint directory (make demo leaves one in demo/model). Images are JPEGs of 500x375 cut from the photographs
 that scikit-image ships. PSS is what counts: pages shared by processes are shared out between them.
@@ -9,8 +9,10 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import os
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -19,6 +21,7 @@ import numpy as np
 import psutil
 from PIL import Image
 
+import vitray
 from vitray.demo import write_tar
 
 IMAGES = 400
@@ -46,55 +49,69 @@ def jpegs(count: int, seed: int = 0) -> list[bytes]:
 
 
 def peak_mb(argv: list[str]) -> dict[str, float]:
-    """Peak PSS in MB of the driver, and of its busiest worker, over one run; and images/s."""
-    process, peak = (
-        psutil.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL),
-        {"driver": 0.0, "worker": 0.0, "all": 0.0},
-    )
+    """Peak PSS in MB of the driver, of its busiest worker and of all processes together, over one run."""
+    peak = {"driver": 0.0, "worker": 0.0, "all": 0.0}
+    process = psutil.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     while process.poll() is None:
         sizes = {}
         for one in [process, *process.children(recursive=True)]:
             try:
-                sizes[one.pid] = (one.name(), one.memory_full_info().pss / 1e6)
+                sizes[one.pid] = one.memory_full_info().pss / 1e6
             except psutil.Error:
                 continue
-        workers = [mb for name, mb in sizes.values() if name.startswith("ray::")]
-        peak["driver"] = max(peak["driver"], sizes.get(process.pid, ("", 0.0))[1])
-        peak["worker"] = max([peak["worker"], *workers])
-        peak["all"] = max(peak["all"], sum(mb for _, mb in sizes.values()))
+        driver = sizes.pop(process.pid, 0.0)
+        now = {"driver": driver, "worker": max(sizes.values(), default=0.0), "all": driver + sum(sizes.values())}
+        peak = {name: max(mb, now[name]) for name, mb in peak.items()}
         time.sleep(0.5)
     assert process.returncode == 0
     return peak
 
 
-def main(model: str) -> None:
-    pool = jpegs(IMAGES)
-    for where, times in itertools.product(([], ["--address", "local"]), (1, 10)):
+def fifty_megapixels() -> bytes:
+    buffer = io.BytesIO()
+    photographs()[0].resize((8160, 6120)).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def write_growing(folder: str, times: int) -> int:
+    """Shards of 100 photographs; one in four has an image of 50 MP besides. Returns the number of images."""
+    pool, large = jpegs(IMAGES), fifty_megapixels()
+    for shard in range(4 * times):
+        part = pool[shard % 4 * (IMAGES // 4) : (shard % 4 + 1) * (IMAGES // 4)] + [large] * (shard % 4 == 0)
+        write_tar(f"{folder}/in-{shard:03d}.tar", [(f"{n:05d}.jpg", data) for n, data in enumerate(part)])
+    return IMAGES * times + times
+
+
+def write_20_gb(folder: str, times: int) -> int:
+    """One tar of 400 photographs with a member of 20 GB in their middle, which is a hole of the file."""
+    del times
+    with open(f"{folder}/in-000.tar", "wb") as stream:
+        for n, data in enumerate(jpegs(IMAGES)):
+            if n == IMAGES // 2:
+                member = tarfile.TarInfo("film.mov")
+                member.size = 20 << 30
+                stream.write(member.tobuf(tarfile.GNU_FORMAT))
+                stream.seek(member.size, os.SEEK_CUR)
+            member = tarfile.TarInfo(f"{n:05d}.jpg")
+            member.size = len(data)
+            stream.write(member.tobuf() + data + bytes(-len(data) % 512))
+        stream.write(bytes(1024))
+    return IMAGES
+
+
+def main(model: str, largest: int = 100) -> None:
+    inputs = [*((write_growing, times) for times in (1, 10, 100) if times <= largest), (write_20_gb, 1)]
+    for where, (write, times) in itertools.product(([], ["--address", "local"]), inputs):
         with tempfile.TemporaryDirectory() as folder:
-            for shard in range(4 * times):
-                part = pool[shard % 4 * (IMAGES // 4) : (shard % 4 + 1) * (IMAGES // 4)]
-                write_tar(f"{folder}/in-{shard:03d}.tar", [(f"{n:05d}.jpg", data) for n, data in enumerate(part)])
+            images = write(folder, times)
+            argv = [sys.executable, "-m", "vitray", "run", f"{folder}/in-*.tar", "--model", model, "--out", f"{folder}/out"]
             started = time.monotonic()
-            argv = [
-                sys.executable,
-                "-m",
-                "vitray",
-                "run",
-                f"{folder}/in-*.tar",
-                "--model",
-                model,
-                "--out",
-                f"{folder}/out",
-                *where,
-            ]
-            found = {name: round(mb) for name, mb in peak_mb(argv).items()}
-            print(
-                json.dumps(
-                    {"where": where, "images": IMAGES * times, "peak_mb": found, "seconds": round(time.monotonic() - started, 1)}
-                ),
-                flush=True,
-            )
+            found = {name: round(mb) for name, mb in peak_mb([*argv, *where]).items()}
+            seconds = round(time.monotonic() - started, 1)
+            rows = vitray.read(f"{folder}/out", columns=["key"]).num_rows
+        what = {"where": "Ray" if where else "threads", "input": write.__name__, "images": images, "rows": rows}
+        print(json.dumps(what | {"peak_mb": found, "seconds": seconds}), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], *map(int, sys.argv[2:]))

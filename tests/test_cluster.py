@@ -38,6 +38,7 @@ class Cluster:
     environment: dict[str, str]
     address: str = field(default_factory=lambda: f"127.0.0.1:{free_port()}")
     nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    store_bytes: int = 300_000_000
 
     def join(self, *more: str, inside: Sequence[str] = ()) -> None:
         """One more node, with more options, started by another command; the first is the head."""
@@ -45,7 +46,7 @@ class Cluster:
         folder = f"/tmp/vr-{secrets.token_hex(3)}"  # short: Ray's sockets live in it
         first = ["--head", f"--port={self.address.split(':')[1]}", "--include-dashboard=false", f"--temp-dir={folder}"]
         argv = [*inside, ray, "start", *([f"--address={self.address}"] if self.nodes else first), *more]
-        argv += ["--num-cpus=2", "--object-store-memory=300000000", "--block", "--disable-usage-stats"]
+        argv += ["--num-cpus=2", f"--object-store-memory={self.store_bytes}", "--block", "--disable-usage-stats"]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         self.nodes.append(subprocess.Popen(argv, env=self.environment, start_new_session=True, **quiet))
         deadline = time.monotonic() + 120

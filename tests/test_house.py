@@ -289,3 +289,17 @@ def test_no_command_but_run_and_demo_needs_torch_or_ray(tmp_path: Path) -> None:
     assert "3 data files would be deleted" in run_light("redo", dataset.out, "--reason", "not_an_image")
     assert "removed 0 orphans" in run_light("clean", dataset.out)
     assert not os.path.exists(tmp_path / "model")
+
+
+# ---------------------------------------------------------------- versions
+
+
+def test_every_locked_package_has_hashes_and_the_version_that_was_tested() -> None:
+    cluster = HOUSE.parent / "cluster"
+    tested = dict(line.split("==") for line in (cluster / "constraints.txt").read_text().split() if "==" in line)
+    lock = (cluster / "requirements.txt").read_text()
+    locked = re.findall(r"^([\w.-]+)==([^\s;]+)[^\n]*\\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", lock, re.M)
+    assert len(locked) == len(re.findall(r"^[\w.-]+==", lock, re.M)) > 50
+    other = {name: version for name, version, _ in locked if tested.get(name, version) != version}
+    assert other == {}
+    assert {"torch", "ray", "transformers", "pyarrow", "pillow", "s3fs"} <= {name for name, *_ in locked}

@@ -99,7 +99,7 @@ def test_a_line_that_always_dies_is_an_error_and_no_shard_is_blamed_for_it(datas
     DrawnLine.deadly = frozenset(ids(dataset))
     with pytest.raises(ClusterError, match="fails again and again: a process died"):
         complete(dataset)
-    assert DrawnLine.waves == [20, 20, 2] + [1] * 13
+    assert DrawnLine.waves == [20, 20, 2] + [1] * 5
 
 
 def test_a_shard_that_is_planned_again_is_counted_once(dataset: Dataset) -> None:

@@ -6,7 +6,7 @@ import os
 import signal
 
 POINTS = (
-    *("driver-listed", "driver-resolved", "driver-planned"),
+    *("driver-listed", "driver-resolved", "driver-planned", "model-loaded"),
     *("read", "decode", "predict", "stage", "stage-end", "object-written"),
     *("commit-written", "commit-created", "commit-errors", "commit-cleaned"),
     *("manifest-started", "manifest-written", "manifest-marked", "driver-recorded"),

@@ -60,9 +60,7 @@ _SIGNATURES = [  # only tells what an unreadable or unwanted file is; Pillow alo
 ]
 _TURN = Image.Transpose
 _ODD_MARKERS = frozenset(b"\xc3\xc9\xca\xcb")  # lossless or arithmetic coding, of which Pillow refuses what exceeds its buffer
-_NOT_BASELINE = frozenset(
-    b"\xc1\xc2\xc3\xc5\xc6\xc7\xc9\xca\xcb\xcd\xce\xcf"
-)  # frames; what looks like one but is not costs speed
+_NOT_BASELINE = frozenset(b"\xc1\xc2\xc3\xc5\xc6\xc7\xc9\xca\xcb\xcd\xce\xcf")  # frames; what only looks like one costs speed
 _TORCH_MODES = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
 _ORIENTATIONS = {
     **{2: _TURN.FLIP_LEFT_RIGHT, 3: _TURN.ROTATE_180, 4: _TURN.FLIP_TOP_BOTTOM, 5: _TURN.TRANSPOSE},

@@ -21,14 +21,8 @@ from vitray.sources import list_shards, read_shard
 from vitray.storage import absolute, exists, join, read, store_for
 
 NORM_TOLERANCE = {"float32": 1e-4, "float16": 5e-3}  # of a unit vector after rounding to that type, D up to 4096
-UNREADABLE = (
-    pa.ArrowException,
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    SystemError,
-)  # what damaged bytes raise, depending on where
+# what damaged bytes raise, depending on where
+UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, SystemError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +42,8 @@ class Validation:
         return not self.problems
 
     def __str__(self) -> str:
-        verdict = "valid" if self.ok else f"NOT valid: {len(self.problems)} problems"
+        good = "valid so far" if self.pending else "valid"
+        verdict = good if self.ok else f"NOT valid: {len(self.problems)} problems"
         lines = [f"{self.out}: {verdict}; {self.files} files, {self.rows:,} rows, {self.errors:,} errors"]
         if self.pending or self.gone:
             lines.append(f"inputs: {self.pending} shards not committed yet, {self.gone} committed ones no longer listed")

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from vitray.crash import crash_point
 from vitray.errors import ModelError
 from vitray.job import Job
 from vitray.schema import ModelFacts, VectorColumn
@@ -177,6 +178,7 @@ def open_model(
     engines.require(facts.engine, chosen, facts.precision)
     machine.require(chosen, facts.precision, "")
     network = loading.load_network(found, headed=labels)
+    crash_point("model-loaded")
     k = top_k if labels else 0
     if facts.engine == "torch":
         from vitray.models.torch_engine import TorchModel

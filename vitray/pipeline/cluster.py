@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -87,9 +88,8 @@ def ray_session(address: str | None, allow_open: bool = False) -> Iterator[None]
     where = address or os.environ.get("RAY_ADDRESS") or "local"
     if where == "local":
         _set_up_token()
-        os.environ.setdefault(
-            "RAY_num_workers_soft_limit", "64"
-        )  # idle workers beyond it are killed, and started again: 2 s each
+        # idle workers beyond it are killed, and started again: 2 s each
+        os.environ.setdefault("RAY_num_workers_soft_limit", "64")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
@@ -98,11 +98,7 @@ def ray_session(address: str | None, allow_open: bool = False) -> Iterator[None]
         return
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
     if where == "local":
-        options |= {
-            "include_dashboard": False,
-            "num_cpus": own_cpus(),
-            "object_store_memory": _object_store_bytes(),
-        }
+        options |= {"include_dashboard": False, "num_cpus": own_cpus(), "object_store_memory": _object_store_bytes()}
     with _without_native_noise(), _started(where, options):
         if where != "local" and not allow_open:
             _require_token(where, ray.get_runtime_context().gcs_address)
@@ -148,6 +144,9 @@ def _started(where: str, options: dict[str, Any]) -> Iterator[None]:
     def live() -> None:
         try:
             logging.getLogger("ray").setLevel(logging.ERROR)  # it would warn that it leaves SIGTERM alone
+            host, _, port = where.rpartition(":")
+            if "://" not in where and port.isdecimal():  # Ray itself would try for two minutes
+                socket.create_connection((host, int(port)), timeout=10).close()
             ray.init(address=where, **options)
         except Exception as error:
             failed.append(error)

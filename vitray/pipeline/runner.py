@@ -257,6 +257,7 @@ def _complete(dataset: Dataset, job: Job, listing: Listing, open_line: MakeLine,
                 raise ClusterError(f"{why}. Look at that (and at Ray's logs, where it runs on Ray), then run again.") from error
         done = committed(dataset.out).keys()
         pending = [s for s in pending if s.id not in done | work.changed and work.attempts.get(s.id, 0) < ATTEMPTS]
+        pending.sort(key=lambda shard: work.attempts.get(shard.id, 0))  # what has died before comes last
 
 
 def _result(dataset: Dataset, job: Job, ledger: Ledger, work: Work, started: float) -> Result:

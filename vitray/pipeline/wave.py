@@ -111,11 +111,10 @@ def _receipts(line: Line, patience_s: float, stop: threading.Event) -> Iterator[
     """Receipts as they come, None once a second without one. Raises ClusterError after patience_s without any."""
     arrived: queue.Queue[Receipt | Exception | None] = queue.Queue()
     line.start(arrived)
-    last, is_told = time.monotonic(), False
+    last = time.monotonic()
     while True:
-        if stop.is_set() and not is_told:
+        if stop.is_set():
             line.stop()
-            is_told = True
         try:
             item = arrived.get(timeout=1.0)
         except queue.Empty:

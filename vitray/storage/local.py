@@ -35,6 +35,9 @@ class LocalStore:
     def _infos(self, paths: Iterable[str]) -> list[ObjectInfo]:
         found = []
         for path in paths:
+            if os.path.islink(path) and not os.path.exists(path):  # a broken link is reported as what it names
+                found.append(ObjectInfo(path, -1, ""))
+                continue
             with contextlib.suppress(ObjectMissing):  # a folder, or deleted since it was listed
                 found.append(self.stat(path))
         return sorted(found, key=lambda info: info.url)
@@ -144,6 +147,7 @@ def _raise_local(error: OSError, path: str) -> NoReturn:
         errno.ENOSPC: "The disk is full: free some space and run the same command again.",
         errno.EDQUOT: "The quota is used up: free some space and run the same command again.",
         errno.EACCES: "Check the permissions, or choose another path.",
+        errno.ENOTDIR: "A file stands where a folder must be: choose another path.",
         errno.EROFS: "The file system is read-only: choose another `out`.",
     }.get(error.errno or 0, "Check the path and the disk.")
     raise StorageError(f"{path}: {error.strerror}. {step}") from error
