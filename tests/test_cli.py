@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import KEYS, new_bucket
+from conftest import KEYS, free_port, new_bucket
 
 from vitray.cli import _summary, main
 from vitray.dataset import Dataset, append_group_log, committed, read_footer, write_fragment
@@ -332,9 +332,15 @@ def test_an_out_of_unknown_scheme_is_refused(vitray: Call, tmp_path: Path, out: 
 def test_a_file_in_place_of_out_is_named(vitray: Call, tmp_path: Path) -> None:
     hand_made.write_tars(tmp_path / "in")
     (tmp_path / "out").write_bytes(b"x")
-    refused(
-        vitray, tmp_path, ["run", f"{tmp_path}/in", "--model", "m", "--out", tmp_path / "out"], 1, f"{tmp_path}/out", "irectory"
-    )
+    argv = ["run", f"{tmp_path}/in", "--model", "m", "--out", tmp_path / "out"]
+    refused(vitray, tmp_path, argv, 1, f"{tmp_path}/out", "A file stands where a folder must be: choose another path.")
+
+
+def test_an_address_where_nobody_listens_is_named_at_once(labelled: Path, tmp_path: Path) -> None:
+    argv = ["run", labelled / "in", "--model", labelled / "model", "--out", tmp_path / "out"]
+    found = subprocess_vitray(*argv, "--address", f"127.0.0.1:{free_port()}")
+    assert found.returncode == 1 and found.stderr.startswith("ClusterError: Ray at 127.0.0.1:"), found.stderr
+    assert "Connection refused" in found.stderr and found.stderr.count("\n") == 1
 
 
 def test_an_out_without_write_permission_is_named(vitray: Call) -> None:
@@ -762,8 +768,9 @@ def problems_of(vitray: Call, dataset: Dataset, *argv: str) -> list[str]:
     assert err == ""
     again, text, _ = vitray("validate", dataset.out, "--json", *argv)
     problems: list[str] = json.loads(text)["problems"]
+    good = "valid so far" if json.loads(text)["pending"] else "valid"
     assert code == again == (1 if problems else 0)
-    assert out.splitlines()[0].startswith(f"{dataset.out}: {f'NOT valid: {len(problems)} problems' if problems else 'valid'};")
+    assert out.splitlines()[0].startswith(f"{dataset.out}: {f'NOT valid: {len(problems)} problems' if problems else good};")
     assert [line.strip() for line in out.splitlines() if line.startswith("  ")] == [" ".join(p.split()) for p in problems]
     return problems
 
@@ -984,6 +991,7 @@ def test_inputs_that_changed_went_or_came_are_counted_and_are_no_damage(vitray: 
     hand_made.write_tar(tmp_path / "in" / "s-001.tar", {"0.jpg": b"another"})
     assert counts() == (0, 2, 2)
     text = vitray("validate", dataset.out)[1]
+    assert ": valid so far; 3 files" in text.splitlines()[0]
     assert text.splitlines()[1] == "inputs: 2 shards not committed yet, 2 committed ones no longer listed"
     assert vitray("validate", dataset.out, "--no-inputs")[1].count("\n") == 1
 

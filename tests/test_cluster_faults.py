@@ -106,7 +106,7 @@ def test_an_actor_that_dies_whenever_it_opens_the_model_is_one_error(inputs: Pat
 @pytest.fixture(scope="module")
 def large_pixels(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny model of 224x224: the pixels of all images are 231 MB."""
-    return make_checkpoint(tmp_path_factory.mktemp("large"), "ViT", headed=True, side=224)
+    return make_checkpoint(tmp_path_factory.mktemp("large"), "vit", headed=True, side=224)
 
 
 BLOCKS = ("--set", "fragment_rows=128")  # 19 MB each: a few fill a store of 80 MB

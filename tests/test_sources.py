@@ -268,6 +268,30 @@ def test_a_file_beyond_the_cap_is_a_row_and_is_not_read(tmp_path: Path) -> None:
     assert [(r.reason, r.data) for r in rows] == [("too_large", None)]
 
 
+@pytest.mark.parametrize("pattern", ["", "*.png"])
+def test_a_broken_link_is_a_row_and_a_folder_behind_a_link_is_none(tmp_path: Path, pattern: str) -> None:
+    (tmp_path / "in" / "folder.png").mkdir(parents=True)
+    (tmp_path / "in" / "a.png").write_bytes(b"x")
+    (tmp_path / "in" / "b.png").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "in" / "c.png").symlink_to(tmp_path / "in" / "a.png")
+    (tmp_path / "in" / "d.png").symlink_to(tmp_path / "in" / "folder.png")
+    job = job_for(tmp_path / "in" / pattern)
+    rows, end = read_all(only_shard(job), job)
+    assert [(Path(r.key).name, r.data, r.reason) for r in rows] == [
+        ("a.png", b"x", None),
+        ("b.png", None, "missing"),
+        ("c.png", b"x", None),
+    ]
+    assert end == End(3)
+
+
+def test_a_broken_link_to_a_tar_is_a_broken_shard(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").symlink_to(tmp_path / "nowhere")
+    job = job_for(tmp_path / "*.tar")
+    with pytest.raises(ShardError, match="does not exist any more"):
+        read_all(only_shard(job), job)
+
+
 def test_kept_columns_of_loose_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"x")
     job = job_for(tmp_path, keep=["caption"])
