@@ -1,121 +1,49 @@
-"""Coverage-guided fuzzing (atheris) of what reads hostile bytes: `python tests/fuzz.py decode|tar|parquet SECONDS`.
+"""Coverage-guided fuzzing (atheris) of what reads hostile bytes: `python tests/fuzz.py decode|tar|parquet SECONDS [KEEP]`.
 
-What must hold for any bytes: a reason of the closed list or pixels; rows numbered from 0 whose number the end tells, or one ShardError;
-and never another exception, a crash, or more than SLOW_S of CPU.
+Begins with tests/data/fuzz and small files of each kind. What new bytes reached is copied into KEEP, when it is given.
 """
 
 from __future__ import annotations
 
-import io
+import atexit
 import os
+import shutil
 import sys
-import tarfile
-import tempfile
 import time
 from pathlib import Path
 
 import atheris
-import numpy as np
 
 with atheris.instrument_imports(include=["vitray", "PIL"]):
-    from PIL import Image
-
-    from vitray.decode import decode_one
-    from vitray.errors import JobError, ShardError
-    from vitray.job import make_job
-    from vitray.schema import REASONS, DecodeSpec, Encoded, End, PixelSpec, Shard
-    from vitray.sources import read_shard
-
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-SLOW_S = 5.0
-FORMS = ("jpeg", "png", "webp", "gif", "tiff", "bmp")
-SPEC = DecodeSpec(PixelSpec((16, 16), 2, None, 1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), FORMS, 1_000_000, None, "exact")
-INTO = np.empty((16, 16, 3), np.uint8)
-SCRATCH = Path(tempfile.mkdtemp(prefix="vitray-fuzz-"))
+    from fuzz_targets import CORPUS, SCRATCH, SLOW_S, check, seeds
 
 
-def decode_target(data: bytes) -> None:
-    if not data:
-        return
-    outcome = decode_one(data, SPEC, INTO)
-    assert outcome.reason is None or outcome.reason in REASONS, outcome
-    assert "\n" not in outcome.message and len(outcome.message) < 1000
-
-
-def read_target(form: str, data: bytes) -> None:
-    path = SCRATCH / f"shard.{form}"
-    path.write_bytes(data)
-    status = path.stat()
-    shard = Shard("s-0-0", form, str(path), status.st_size, f"{status.st_size}-{status.st_mtime_ns}")
-    job = make_job({"source": [str(path)], "model": "m", "out": "o", "format": form})
-    try:
-        *rows, end = read_shard(shard, job, lambda index: True)
-    except (ShardError, JobError):
-        return
-    assert isinstance(end, End) and all(isinstance(row, Encoded) for row in rows)
-    assert [row.index for row in rows] == list(range(end.total)), (len(rows), end)
-
-
-def seeds(target: str) -> list[bytes]:
-    rng = np.random.default_rng(0)
-    images = []
-    for mode, form in (
-        ("RGB", "jpeg"),
-        ("RGBA", "png"),
-        ("RGB", "webp"),
-        ("L", "gif"),
-        ("RGB", "tiff"),
-        ("RGB", "bmp"),
-        ("CMYK", "jpeg"),
-    ):
-        buffer = io.BytesIO()
-        Image.fromarray(rng.integers(0, 256, (24, 20, len(mode)), np.uint8).squeeze(), mode).save(buffer, form)
-        images.append(buffer.getvalue())
-    if target == "decode":
-        return images
-    if target == "parquet":
-        sink = pa.BufferOutputStream()
-        pq.write_table(pa.table({"image": images, "caption": [str(n) for n in range(len(images))]}), sink)
-        return [sink.getvalue().to_pybytes()]
-    tars = []
-    for form in (tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
-        buffer = io.BytesIO()
-        with tarfile.open(fileobj=buffer, mode="w", format=form) as archive:
-            for n, image in enumerate(images[:3]):
-                member = tarfile.TarInfo(f"{'long/' * 30 if form != tarfile.USTAR_FORMAT else ''}{n}.jpg")
-                member.size = len(image)
-                archive.addfile(member, io.BytesIO(image))
-        tars.append(buffer.getvalue())
-    return tars
-
-
-def main(target: str, seconds: str) -> None:
+def main(target: str, seconds: str, keep: str = "") -> None:
     corpus = SCRATCH / "corpus"
     corpus.mkdir()
     for n, data in enumerate(seeds(target)):
         (corpus / f"seed-{n}").write_bytes(data)
+    for path in (CORPUS / target).glob("*"):
+        shutil.copy(path, corpus)
     slowest = 0.0
 
     def once(data: bytes) -> None:
         nonlocal slowest
         started = time.process_time()
-        if target == "decode":
-            decode_target(data)
-        else:
-            read_target(target, data)
+        check(target, data)
         slowest = max(slowest, time.process_time() - started)
         assert slowest < SLOW_S, f"{slowest:.1f} s for one input"
 
-    options = [
-        f"-max_total_time={seconds}",
-        "-max_len=20000",
-        "-timeout=60",
-        f"-artifact_prefix={os.getcwd()}/",
-        "-print_final_stats=1",
-    ]
-    atheris.Setup([sys.argv[0], *options, str(corpus)], once)
+    def end() -> None:
+        print(f"{target}: the slowest input took {slowest:.2f} s", flush=True)
+        if keep:
+            Path(keep).mkdir(parents=True, exist_ok=True)
+            for path in corpus.glob("*"):
+                shutil.copy(path, keep)
+
+    options = [f"-max_total_time={seconds}", "-max_len=20000", "-timeout=60", "-print_final_stats=1"]
+    atheris.Setup([sys.argv[0], *options, f"-artifact_prefix={os.getcwd()}/", str(corpus)], once)
+    atexit.register(end)
     atheris.Fuzz()
 
 

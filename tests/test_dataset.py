@@ -546,6 +546,22 @@ def test_a_second_commit_adopts_the_first(out: str) -> None:
     assert stored(out).keys() == before.keys()
 
 
+def test_a_link_that_was_made_and_then_refused_is_a_commit(local_out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a client of NFS sees when the answer to its first request was lost and the second finds the name taken."""
+    real = os.link
+
+    def twice(source: str, target: str) -> None:
+        real(source, target)
+        real(source, target)
+
+    dataset, shard = make(local_out), input_shard(local_out)
+    monkeypatch.setattr(os, "link", twice)
+    found = commit(dataset, shard, 6, {1: "empty"})
+    assert (found.rows, found.errors) == (5, 1)
+    assert data_table(dataset, shard)["index"].to_pylist() == [0, 2, 3, 4, 5]
+    assert error_table(dataset, shard)["index"].to_pylist() == [1] and staging(dataset) == []
+
+
 def test_missing_fragments_are_no_commit(local_out: str) -> None:
     dataset, shard = make(local_out), input_shard(local_out)
     assert commit_shard(dataset, shard) is None

@@ -505,6 +505,19 @@ def test_a_damaged_header_ends_the_tar_there(tmp_path: Path, whole_tar: bytes, w
     assert "damaged header" in end.note
 
 
+def test_one_wrong_bit_in_any_field_of_a_header_is_seen(tmp_path: Path, whole_tar: bytes) -> None:
+    names = "name mode uid gid size mtime chksum typeflag linkname magic version uname gname devmajor devminor prefix padding"
+    offsets = (0, 100, 108, 116, 124, 136, 148, 156, 157, 257, 263, 265, 297, 329, 337, 345, 500)
+    at = member_starts()[2]
+    for name, offset in zip(names.split(), offsets):
+        broken = bytearray(whole_tar)
+        broken[at + offset] ^= 1
+        (tmp_path / "a.tar").write_bytes(broken)
+        rows, end = read_tar(tmp_path / "a.tar")
+        assert pairs(rows) == expected(IMAGES)[:2] and (end.total, end.truncated_at) == (2, at), name
+        assert "damaged header" in end.note, name
+
+
 def test_bytes_after_the_end_marker_are_reported(tmp_path: Path, whole_tar: bytes) -> None:
     (tmp_path / "a.tar").write_bytes(whole_tar + whole_tar)  # `cat a.tar b.tar`: the second half must not be lost unseen
     rows, end = read_tar(tmp_path / "a.tar")
