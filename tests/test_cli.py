@@ -27,13 +27,14 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import KEYS, free_port, new_bucket
 
-from vitray.cli import _summary, main
+from vitray.cli import main
 from vitray.dataset import Dataset, append_group_log, committed, read_footer, write_fragment
 from vitray.errors import JobError, VitrayError
 from vitray.job import Embedding, Job, make_job, parse_set, read_fields
 from vitray.schema import ERROR_SCHEMA, REASONS, SCHEMA_VERSION, ipc_bytes
 from vitray.sources import list_shards
 from vitray.version import __version__
+from vitray.watching import summary
 
 Call = Callable[..., tuple[int, str, str]]
 ESCAPE = "\x1b]0;owned\x07\x1b[31m"
@@ -459,7 +460,7 @@ def test_the_summary_counts_in_proper_words() -> None:
     counts = {"shards": 1, "rows": 1, "errors": 2, "committed": 1, "images": 1, "seconds": 1.0, "gone": 1, "pending": 0}
     found = {"set_aside": {}, "truncated": {}, "notes": {"s": "links"}, "reasons": {"empty": 2}, "too_many_errors": True}
     job = Job(source="a", model="m", out="o", max_error_rate=0.5)
-    assert _summary(SimpleNamespace(out="/o", **counts, **found), job).splitlines() == [
+    assert summary(SimpleNamespace(out="/o", **counts, **found), job).splitlines() == [
         "1 shard committed now (1 image computed in 1.0 s, 1.0 images/s with start-up)",
         "/o: 1 shard, 1 row, 2 errors",
         "  2 empty in this run",

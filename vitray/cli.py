@@ -7,12 +7,10 @@ import dataclasses
 import json
 import logging
 import os
-import shlex
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -22,7 +20,6 @@ from vitray.version import __version__
 
 if TYPE_CHECKING:
     from vitray.job import Job
-    from vitray.pipeline import Progress, Result
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Label and embed image collections with a Vision Transformer: one Parquet file a shard, exactly once.",
     epilog="Exit codes: 0 all committed, 1 a broken system, 2 bad usage or job, 3 done but shards were cut short or set aside, "
-    "4 too many bad images, 130/143 interrupted: run again to go on.",
+    "4 too many bad images, 5 compare: too few labels agree, 130/143 interrupted: run again to go on.",
 )
 
 STOP_S = 15.0
@@ -77,12 +74,13 @@ def run(
 ) -> None:
     """Label and embed what is missing; safe to repeat."""
     from vitray.pipeline import run as run_job
+    from vitray.watching import reporter, summary
 
     job = _job(target, model, out, sets)
     threading.Thread(target=_end_if_stopped, daemon=True).start()
-    report = _reporter()
+    report = reporter()
     result = run_job(job, address=address, prune=prune, progress=report, stop=_stop, allow_open_cluster=allow_open_cluster)
-    _print(result, as_json, _summary(result, job))
+    _print(result, as_json, summary(result, job))
     raise typer.Exit(result.exit_code)
 
 
@@ -136,6 +134,23 @@ def validate(
 
 
 @app.command()
+def compare(
+    old: Annotated[str, typer.Argument(metavar="OLD", help="a dataset directory")],
+    new: Annotated[str, typer.Argument(metavar="NEW", help="another, made from the same input")],
+    min_agreement: Annotated[float | None, typer.Option(help="exit code 5 where fewer labels agree", min=0, max=1)] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what another model or other settings changed: labels, scores, embeddings."""
+    from vitray.comparing import compare as compare_datasets
+
+    found = compare_datasets(old, new)
+    if min_agreement is not None and found.agreement is None:
+        raise JobError("--min-agreement: the two have no labels to compare. Leave it out, or compare datasets with labels.")
+    _print(found, as_json, str(found))
+    raise typer.Exit(5 if min_agreement is not None and (found.agreement or 0.0) < min_agreement else 0)
+
+
+@app.command()
 def redo(
     out: OutArgument,
     shard: Annotated[list[str] | None, typer.Option(help="a shard id (repeatable)")] = None,
@@ -146,12 +161,13 @@ def redo(
     from vitray.dataset import forget, shards_to_redo
     from vitray.planning import require_dataset
     from vitray.schema import REASONS
+    from vitray.watching import count
 
     if not (shard or reason) or set(reason or ()) - REASONS.keys():
         raise JobError(f"give --shard ID (a file in {out}/data, without .parquet) or --reason R, one of {', '.join(REASONS)}")
     dataset = require_dataset(out)
     chosen = shards_to_redo(dataset, shard or (), reason or ())
-    files = _count(len(chosen), "data file")
+    files = count(len(chosen), "data file")
     deed = f"deleting {files}; run the job again to make them anew" if yes else f"{files} would be deleted; add --yes to do it"
     _say("\n".join([*chosen, deed]))
     if yes:
@@ -165,10 +181,11 @@ def clean(out: OutArgument) -> None:
     from vitray.pipeline import groups_of
     from vitray.planning import require_dataset
     from vitray.sources import list_shards
+    from vitray.watching import count
 
     dataset = require_dataset(out)
     removed = clean_dataset(dataset, [s.id for s in list_shards(dataset.job, groups_of(dataset.out)).shards])
-    _say("\n".join([*removed, f"removed {_count(len(removed), 'orphan')}"]))
+    _say("\n".join([*removed, f"removed {count(len(removed), 'orphan')}"]))
 
 
 @app.command()
@@ -180,13 +197,14 @@ def demo(
     from vitray import demo as shapes
     from vitray.pipeline import run as run_job
     from vitray.validation import validate as validate_dataset
+    from vitray.watching import reporter, summary
 
     _say("drawing shapes and training a tiny ViT …")
     job, held_out = shapes.build(directory)
     if held_out == held_out:  # NaN: it was trained by an earlier call
         _say(f"trained: accuracy {held_out:.3f} on held-out shapes")
-    result = run_job(job, address=address, progress=_reporter())
-    _say(_summary(result, job))
+    result = run_job(job, address=address, progress=reporter())
+    _say(summary(result, job))
     checked = validate_dataset(job.out, content=True)
     _say(str(checked))
     files = os.path.join(job.out, "data", "*.parquet")
@@ -226,58 +244,6 @@ class _Terminal(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         print(_plain(self.format(record)), file=sys.stderr, flush=True)
-
-
-def _summary(result: Result, job: Job) -> str:
-    speed = f", {result.images / result.seconds:.1f} images/s with start-up" if result.images else ""
-    took = f"{_count(result.images, 'image')} computed in {result.seconds:.1f} s{speed}"
-    lines = [
-        f"{_count(result.committed, 'shard')} committed now ({took})",
-        f"{result.out}: {_count(result.shards, 'shard')}, {_count(result.rows, 'row')}, {_count(result.errors, 'error')}",
-    ]
-    lines += [f"  {count} {reason} in this run" for reason, count in sorted(result.reasons.items())]
-    lines += [f"set aside  {shard}: {why}" for shard, why in result.set_aside.items()]
-    lines += [f"cut short  {s}: truncated at byte {n}; the rows before it are committed" for s, n in result.truncated.items()]
-    lines += [f"note       {shard}: {text}" for shard, text in result.notes.items()]
-    if result.gone:
-        lines.append(f"no longer in the source: {_count(result.gone, 'committed shard')}; --prune removes the rows")
-    if result.shards and not result.rows + result.errors:
-        lines.append("the shards held no image: check `source`")
-    if result.too_many_errors:
-        share = f"{result.errors} of {result.rows + result.errors}, more than max_error_rate={job.max_error_rate:g}"
-        lines.append(f"too many bad images: {share}; see {result.out}/errors, or raise max_error_rate")
-    if result.set_aside:
-        lines.append(f"next: mend or remove those shards, then run again (vitray status {shlex.quote(job.out)})")
-    return "\n".join(lines)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + "s" * (number != 1)
-
-
-def _reporter() -> Callable[[Progress], None]:
-    """A line that is rewritten on a terminal, else one line for each shard."""
-    live, last = sys.stderr.isatty(), {"at": 0.0, "shards": -1}
-
-    def report(progress: Progress) -> None:
-        now = time.monotonic()
-        due = now - last["at"] >= 0.5 if live else progress.shards_done > last["shards"]
-        if due and progress.shards:
-            last["at"], last["shards"] = now, progress.shards_done
-            ending = "\r" if live and progress.shards_done < progress.shards else "\n"
-            print(f"{_progress_line(progress):<{100 if live else 1}}", end=ending, file=sys.stderr, flush=True)
-
-    return report
-
-
-def _progress_line(progress: Progress) -> str:
-    at, of = (progress.images, progress.images_expected) if progress.images_expected else (progress.shards_done, progress.shards)
-    left = int((time.monotonic() - progress.started) * max(0, of - at) / at) if at else None
-    eta = "?" if left is None else f"{left // 3600}:{left % 3600 // 60:02d}:{left % 60:02d}"
-    return (
-        f"shards {progress.shards_done}/{progress.shards}  images {progress.images}  {progress.rate():.1f} images/s  "
-        f"ETA {eta}  failed {progress.errors}"
-    )
 
 
 _stop, _is_running = threading.Event(), threading.Event()

@@ -1,0 +1,79 @@
+"""vitray compare: what differs between two datasets of the same input, to the row."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import hand_made
+import numpy as np
+import pytest
+
+from vitray.comparing import Move, compare, linear_cka, neighbour_overlap
+from vitray.errors import JobError
+
+
+@pytest.fixture
+def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
+    """Of three tars; the second calls cats dogs and dogs cats, could not read another image, and lacks the last shard."""
+    old = hand_made.make_dataset(tmp_path)
+    monkeypatch.setattr(hand_made, "BAD", 4)
+    facts = replace(hand_made.facts_of(str(tmp_path / "model")), labels=("dog", "cat", "emu"), weights_sha256="8" * 64)
+    new = hand_made.make_dataset(tmp_path, commit=2, facts=facts, out=str(tmp_path / "new"))
+    return old.out, new.out
+
+
+def test_labels_that_moved_and_rows_of_one_alone_are_counted(two: tuple[str, str]) -> None:
+    found = compare(*two)
+    assert (found.rows, found.only_old_rows, found.only_new_rows) == (16, 2, 2)
+    assert (found.only_old_shards, found.only_new_shards) == (1, 0)
+    # of 10 images a shard, 3 and 4 are bad in one: 0 6 9 are cats, 1 7 dogs, 2 5 8 emus
+    assert found.agreement == 6 / 16 and found.score_shift == 0.0
+    assert found.moves == (
+        Move("cat", "dog", 6, ("0/00", "0/06", "0/09")),
+        Move("dog", "cat", 4, ("0/01", "0/07", "1/01")),
+    )
+    assert (found.sample, found.cka, found.neighbours) == (16, pytest.approx(1), 1.0)
+
+
+def test_the_command_prints_it_and_is_a_gate(two: tuple[str, str]) -> None:
+    def call(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "vitray", "compare", *two, *more], capture_output=True, text=True, timeout=60
+        )
+
+    assert [call("--min-agreement", gate).returncode for gate in ("0.37", "0.38")] == [0, 5]
+    plain = call()
+    assert (
+        plain.returncode == 0
+        and "same label         37.5000%" in plain.stdout
+        and "6  cat -> dog  (0/00, 0/06, 0/09)" in plain.stdout
+    )
+    assert json.loads(call("--json").stdout)["agreement"] == 0.375
+
+
+def test_what_cannot_be_compared_is_one_error(two: tuple[str, str], tmp_path: Path) -> None:
+    with pytest.raises(JobError, match="holds no vitray dataset"):
+        compare(two[0], str(tmp_path))
+    (tmp_path / "other").mkdir()
+    foreign = hand_made.make_dataset(tmp_path / "other")
+    with pytest.raises(JobError, match="no shard in common"):
+        compare(two[0], foreign.out)
+
+
+def test_cka_is_one_for_a_turned_space_and_small_for_a_foreign_one() -> None:
+    rng = np.random.default_rng(0)
+    x, turn = rng.normal(size=(500, 8)), np.linalg.qr(rng.normal(size=(8, 8)))[0]
+    assert linear_cka(x, 3 * x @ turn + 1) == pytest.approx(1)
+    assert linear_cka(x, rng.normal(size=(500, 8))) < 0.1
+    assert linear_cka(x, np.ones((500, 8))) == 0
+
+
+def test_neighbours_are_shared_by_turned_spaces_only() -> None:
+    rng = np.random.default_rng(0)
+    x, turn = rng.normal(size=(300, 8)), np.linalg.qr(rng.normal(size=(8, 8)))[0]
+    assert neighbour_overlap(x, x @ turn, 10) == pytest.approx(1)
+    assert neighbour_overlap(x, rng.normal(size=(300, 8)), 10) < 0.1
