@@ -151,6 +151,20 @@ def compare(
 
 
 @app.command()
+def compact(
+    out: OutArgument,
+    into: Annotated[str, typer.Option("--into", help="directory for the large files, local or s3://")],
+    megabytes: Annotated[int, typer.Option(help="a file gets at least so many", min=1, max=2000)] = 256,
+    as_json: Json = False,
+) -> None:
+    """Gather the data files of a complete dataset into few large ones with the same rows."""
+    from vitray.compacting import compact as compact_dataset
+
+    found = compact_dataset(out, into, megabytes)
+    _print(found, as_json, str(found))
+
+
+@app.command()
 def redo(
     out: OutArgument,
     shard: Annotated[list[str] | None, typer.Option(help="a shard id (repeatable)")] = None,

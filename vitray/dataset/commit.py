@@ -13,6 +13,7 @@ import logging
 import re
 import tempfile
 import uuid
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -229,10 +230,10 @@ def _write(dataset: Dataset, shard: Shard, there: Staged) -> tuple[Footer, bool]
     return winner, True
 
 
-def _write_parquet(dataset: Dataset, shard: Shard, there: Staged, path: Path) -> dict[str, str]:
-    """What the file's footer says, as text."""
+def write_rows(dataset: Dataset, path: Path, tables: Iterable[pa.Table], marks: Callable[[], dict[str, str]]) -> dict[str, str]:
+    """Tables of rows as one Parquet file. marks: what its footer says, asked for when all rows are written; the answer too."""
     schema, vectors = dataset.schema, {v.column for v in dataset.vectors}
-    held, errors, digest = list[pa.Table](), list[pa.Table](), RowsDigest()
+    held = list[pa.Table]()
     with pq.ParquetWriter(
         path,
         schema,
@@ -240,22 +241,36 @@ def _write_parquet(dataset: Dataset, shard: Shard, there: Staged, path: Path) ->
         use_dictionary=[f.name for f in schema if f.name not in vectors and not pa.types.is_nested(f.type)],
         use_byte_stream_split=[f"{name}.list.element" for name in vectors],
     ) as writer:
-        for start, stop in there.ranges():
-            fragment = read_fragment(dataset, shard.id, start, stop)
-            if fragment is None:
-                raise ObjectMissing(f"{shard.id}: fragment {start}-{stop} is damaged")  # the next reader makes it anew
-            held.append(fragment[0].select(schema.names).cast(schema))
-            errors.append(fragment[1])
-            digest.add(held[-1])
+        for table in tables:
+            held.append(table.select(schema.names).cast(schema))
             if sum(t.num_rows for t in held) >= ROW_GROUP_ROWS:
                 writer.write_table(pa.concat_tables(held), row_group_size=ROW_GROUP_ROWS)
                 held.clear()
         if held:
             writer.write_table(pa.concat_tables(held), row_group_size=ROW_GROUP_ROWS)
-        bad = pa.concat_tables(errors or [ERROR_SCHEMA.empty_table()])
-        marks = _marks(dataset, shard, there.ends[0], digest, bad)
-        writer.add_key_value_metadata(marks)
-    return marks
+        said = marks()
+        writer.add_key_value_metadata(said)
+    return said
+
+
+def _write_parquet(dataset: Dataset, shard: Shard, there: Staged, path: Path) -> dict[str, str]:
+    """What the file's footer says, as text."""
+    errors, digest = list[pa.Table](), RowsDigest()
+
+    def rows() -> Iterator[pa.Table]:
+        for start, stop in there.ranges():
+            fragment = read_fragment(dataset, shard.id, start, stop)
+            if fragment is None:
+                raise ObjectMissing(f"{shard.id}: fragment {start}-{stop} is damaged")  # the next reader makes it anew
+            good = fragment[0].select(dataset.schema.names).cast(dataset.schema)
+            errors.append(fragment[1])
+            digest.add(good)
+            yield good
+
+    def marks() -> dict[str, str]:
+        return _marks(dataset, shard, there.ends[0], digest, pa.concat_tables(errors or [ERROR_SCHEMA.empty_table()]))
+
+    return write_rows(dataset, path, rows(), marks)
 
 
 def _marks(dataset: Dataset, shard: Shard, end: End, digest: RowsDigest, errors: pa.Table) -> dict[str, str]:

@@ -1,0 +1,114 @@
+"""vitray compact: the same rows in few files, whatever happens on the way."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import hand_made
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import new_bucket
+
+import vitray
+from vitray import compacting
+from vitray.compacting import compact
+from vitray.dataset import Dataset, commit_shard, finish
+from vitray.errors import JobError
+from vitray.sources import list_shards
+from vitray.storage import join, store_for
+
+IN_ONE = 256
+EACH_ALONE = 0  # megabytes
+
+
+def rows_of(into: str) -> pa.Table:
+    urls = [info.url for info in store_for(into).find(into) if info.url.endswith(".parquet")]
+    tables = []
+    for url in urls:
+        with store_for(url).open(url) as stream:
+            tables.append(pq.read_table(stream))
+    return pa.concat_tables(tables).replace_schema_metadata(None).unify_dictionaries()
+
+
+@pytest.fixture(params=["local", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "local":
+        return str(tmp_path)
+    return new_bucket(request.getfixturevalue("mock_s3"), monkeypatch)
+
+
+@pytest.mark.parametrize(("megabytes", "parts"), [(IN_ONE, 1), (EACH_ALONE, 3)])
+def test_the_rows_are_those_of_the_dataset(place: str, tmp_path: Path, megabytes: int, parts: int) -> None:
+    dataset = hand_made.make_dataset(tmp_path, out=join(place, "out"))
+    into = join(place, "into")
+    found = compact(dataset.out, into, megabytes)
+    assert (found.files, found.parts, found.written, found.rows) == (3, parts, parts, 27)
+    assert rows_of(into).equals(vitray.read(dataset.out))
+    again = compact(dataset.out, into, megabytes)
+    assert (again.written, again.rows) == (0, 27)
+    assert json.loads(store_for(into).open(join(into, "_COMPACT.json")).read())["source"] == dataset.out
+
+
+def grow(dataset: Dataset, folder: Path) -> None:
+    hand_made.write_tar(folder / "in" / "s-003.tar", {f"3/{i:02d}.jpg": f"new {i}".encode() for i in range(10)})
+    shards = list_shards(dataset.job, []).shards
+    hand_made.stage(dataset, shards[3])
+    assert commit_shard(dataset, shards[3])
+    finish(dataset, [s.id for s in shards], [s.id for s in shards])
+
+
+def test_a_dataset_that_grew_costs_its_new_parts_only(tmp_path: Path) -> None:
+    dataset = hand_made.make_dataset(tmp_path)
+    into = tmp_path / "into"
+    compact(dataset.out, str(into), EACH_ALONE)
+    before = {path: path.stat().st_mtime_ns for path in into.glob("part-*")}
+    grow(dataset, tmp_path)
+    found = compact(dataset.out, str(into), EACH_ALONE)
+    assert (found.files, found.written, found.rows) == (4, 1, 36)
+    assert all(path.stat().st_mtime_ns == at for path, at in before.items())
+    assert rows_of(str(into)).equals(vitray.read(dataset.out))
+    assert compact(dataset.out, str(into), IN_ONE).parts == 1 and len(list(into.glob("part-*"))) == 1
+    assert rows_of(str(into)).equals(vitray.read(dataset.out))
+
+
+def test_a_call_that_died_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset, into, real = hand_made.make_dataset(tmp_path), tmp_path / "into", compacting._write
+    left = iter([True, True])
+
+    def dying(*args: object) -> None:
+        if not next(left, False):
+            raise KeyboardInterrupt
+        real(*args)
+
+    monkeypatch.setattr(compacting, "_write", dying)
+    with pytest.raises(KeyboardInterrupt):
+        compact(dataset.out, str(into), EACH_ALONE)
+    assert len(list(into.glob("part-*"))) == 2 and not (into / "_COMPACT.json").exists()
+    monkeypatch.setattr(compacting, "_write", real)
+    assert compact(dataset.out, str(into), EACH_ALONE).written == 1
+    assert rows_of(str(into)).equals(vitray.read(dataset.out))
+
+
+def test_what_must_not_be_gathered_or_written_is_refused(tmp_path: Path) -> None:
+    dataset = hand_made.make_dataset(tmp_path, commit=2)
+    with pytest.raises(JobError, match="is not complete"):
+        compact(dataset.out, str(tmp_path / "into"))
+    finish(dataset, [], [])
+    for into in (dataset.out, f"{dataset.out}/data"):
+        with pytest.raises(JobError, match="lies inside the dataset"):
+            compact(dataset.out, into)
+    with pytest.raises(JobError, match=r"holds s-000\.tar, which is no part"):
+        compact(dataset.out, str(tmp_path / "in"))
+    assert len(list((tmp_path / "in").iterdir())) == 3
+
+
+def test_the_command_says_what_it_did(tmp_path: Path) -> None:
+    dataset = hand_made.make_dataset(tmp_path)
+    argv = [sys.executable, "-m", "vitray", "compact", dataset.out, "--into", str(tmp_path / "into")]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{tmp_path}/into: 3 data files in 1 part, 1 of them written now, 27 rows\n"

@@ -1,0 +1,121 @@
+"""Few large files instead of one a shard: the same rows in the same order, for readers that want few.
+
+A part is named by a hash of the data files that it gathers and is created once, so that the same call goes on after a kill and does
+only what is new when the dataset has grown. `_COMPACT.json` comes last: it is there exactly while all parts are, and none besides.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vitray.dataset import Dataset, committed, data_files, open_dataset, read_table, write_rows
+from vitray.errors import JobError, ObjectMissing, StorageError
+from vitray.storage import absolute, exists, join, read, store_for
+
+PART = "part-"
+
+
+@dataclass(frozen=True, slots=True)
+class Compaction:
+    """What was gathered. written: parts made by this call; parts: all there are."""
+
+    into: str
+    files: int
+    parts: int
+    written: int
+    rows: int
+
+    def __str__(self) -> str:
+        files, parts = f"{self.files} data file{'s' * (self.files != 1)}", f"{self.parts} part{'s' * (self.parts != 1)}"
+        return f"{self.into}: {files} in {parts}, {self.written} of them written now, {self.rows:,} rows"
+
+
+def compact(out: str, into: str, megabytes: int = 256) -> Compaction:
+    """Gather the data files of a complete dataset into files of at least so many megabytes each, but for the last.
+
+    Raises JobError when `out` is not complete or `into` holds something else.
+    """
+    dataset = _complete(out)
+    into = absolute(into)
+    if into == dataset.out or f"{into}/".startswith(f"{dataset.out}/"):
+        raise JobError(f"--into {into} lies inside the dataset: choose another directory.")
+    there = _parts_there(into)
+    groups = {_name(n, group): group for n, group in enumerate(_grouped(dataset, megabytes * 1_000_000))}
+    mark, told = join(into, "_COMPACT.json"), {"source": dataset.out, "fingerprint": dataset.fingerprint}
+    if not (exists(mark) and groups.keys() == there and json.loads(read(mark)).items() >= told.items()):
+        store_for(mark).delete([mark])
+        for name in groups.keys() - there:
+            _write(dataset, groups[name], join(into, name))
+        store_for(into).delete([join(into, name) for name in there - groups.keys()])
+        marks = {**told, "parts": sorted(groups), "files": sum(map(len, groups.values()))}
+        store_for(mark).replace(mark, json.dumps(marks, indent=1).encode())
+    rows = sum(_rows(join(into, name)) for name in groups)
+    return Compaction(into, sum(map(len, groups.values())), len(groups), len(groups.keys() - there), rows)
+
+
+def _complete(out: str) -> Dataset:
+    dataset = open_dataset(out)
+    if dataset is None:
+        raise JobError(f"{absolute(out)} holds no vitray dataset. Check the path.")
+    if not exists(join(dataset.out, "_SUCCESS.json")):
+        raise JobError(f"{dataset.out} is not complete: run its job first (vitray status {dataset.out}).")
+    return dataset
+
+
+def _parts_there(into: str) -> set[str]:
+    try:
+        names = {info.url.rpartition("/")[2] for info in store_for(into).find(into)}
+    except ObjectMissing:
+        return set()
+    foreign = sorted(name for name in names if not name.startswith(PART) and name != "_COMPACT.json")
+    if foreign:
+        raise JobError(f"--into {into} holds {foreign[0]}, which is no part: choose an empty directory.")
+    return names - {"_COMPACT.json"}
+
+
+def _grouped(dataset: Dataset, size_bytes: int) -> Iterator[list[tuple[str, str]]]:
+    """URL and version of data files, in order, in groups of at least so many bytes."""
+    infos = {info.url: info for info in committed(dataset.out).values()}
+    group, held = list[tuple[str, str]](), 0
+    for url in data_files(dataset.out):
+        group.append((url, infos[url].version))
+        held += infos[url].size
+        if held >= size_bytes:
+            yield group
+            group, held = [], 0
+    if group:
+        yield group
+
+
+def _name(number: int, group: list[tuple[str, str]]) -> str:
+    return f"{PART}{number:05d}-{hashlib.sha256(json.dumps(group).encode()).hexdigest()[:12]}.parquet"
+
+
+def _write(dataset: Dataset, group: list[tuple[str, str]], url: str) -> None:
+    def tables() -> Iterator[pa.Table]:
+        for source, version in group:
+            with store_for(source).open(source, version) as stream:
+                yield read_table(stream)
+
+    with tempfile.TemporaryDirectory(prefix="vitray-") as scratch:
+        path = Path(scratch, "part.parquet")
+        try:
+            marks = {"vitray.fingerprint": dataset.fingerprint, "vitray.files": str(len(group))}
+            write_rows(dataset, path, tables(), lambda: marks)
+            data = path.read_bytes()
+        except OSError as error:
+            raise StorageError(f"scratch disk {tempfile.gettempdir()}: {error}. Free space there or set TMPDIR.") from error
+    store_for(url).create(url, data)  # refused: another call gathered the same files
+
+
+def _rows(url: str) -> int:
+    with store_for(url).open(url) as stream:
+        return int(pq.ParquetFile(stream, pre_buffer=False).metadata.num_rows)
