@@ -29,7 +29,7 @@ LEVELS = {
     **dict.fromkeys(("storage", "isolation"), 2),
     **dict.fromkeys(("sources", "decode", "models", "dataset"), 3),
     "pipeline": 4,
-    **dict.fromkeys(("planning", "validation", "bench", "demo", "watching", "comparing", "compacting"), 5),
+    **dict.fromkeys(("planning", "validation", "bench", "demo", "watching", "comparing", "compacting", "backfilling"), 5),
     **dict.fromkeys(("cli", "__main__", "__init__"), 6),
 }
 ONLY_IN = {  # a module, and the beginnings of the paths that may import it

@@ -37,6 +37,11 @@ Model = Annotated[str | None, typer.Option("--model", help="Hugging Face id, loc
 Out = Annotated[str | None, typer.Option("--out", help="output directory, local or s3://")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="override a field of the job (repeatable)")]
 OutArgument = Annotated[str, typer.Argument(metavar="OUT", help="a dataset directory")]
+Address = Annotated[
+    str | None,
+    typer.Option("--address", help="a Ray cluster, or local for one of our own (default: RAY_ADDRESS, else none on a CPU)"),
+]
+Open = Annotated[bool, typer.Option("--allow-open-cluster", help="join a Ray cluster that asks for no token")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 
 
@@ -65,21 +70,39 @@ def run(
     model: Model = None,
     out: Out = None,
     sets: Sets = None,
-    address: Annotated[
-        str | None, typer.Option(help="a Ray cluster, or local for one of our own (default: RAY_ADDRESS, else none on a CPU)")
-    ] = None,
+    address: Address = None,
     prune: Annotated[bool, typer.Option(help="delete rows whose input is gone")] = False,
-    allow_open_cluster: Annotated[bool, typer.Option(help="join a Ray cluster that asks for no token")] = False,
+    allow_open_cluster: Open = False,
     as_json: Json = False,
 ) -> None:
     """Label and embed what is missing; safe to repeat."""
+    _run(_job(target, model, out, sets), address, allow_open_cluster, as_json, prune)
+
+
+@app.command()
+def backfill(
+    target: Annotated[str, typer.Argument(metavar="JOB.yaml", help="the job of the dataset that is there")],
+    model: Annotated[str, typer.Option("--model", help="the next model: Hugging Face id, local directory or s3:// directory")],
+    out: Annotated[
+        str | None, typer.Option("--out", help="the next dataset (default: the job's out and the model's name)")
+    ] = None,
+    sets: Sets = None,
+    address: Address = None,
+    allow_open_cluster: Open = False,
+    as_json: Json = False,
+) -> None:
+    """Make the next dataset, by another model, beside the old one from the same shards; safe to repeat."""
+    from vitray.backfilling import next_job
+
+    _run(next_job(_job(target, None, None, sets), model, out), address, allow_open_cluster, as_json)
+
+
+def _run(job: Job, address: str | None, allow_open_cluster: bool, as_json: bool, prune: bool = False) -> NoReturn:
     from vitray.pipeline import run as run_job
     from vitray.watching import reporter, summary
 
-    job = _job(target, model, out, sets)
     threading.Thread(target=_end_if_stopped, daemon=True).start()
-    report = reporter()
-    result = run_job(job, address=address, prune=prune, progress=report, stop=_stop, allow_open_cluster=allow_open_cluster)
+    result = run_job(job, address=address, prune=prune, progress=reporter(), stop=_stop, allow_open_cluster=allow_open_cluster)
     _print(result, as_json, summary(result, job))
     raise typer.Exit(result.exit_code)
 

@@ -1,0 +1,30 @@
+"""The next dataset: the same input through another model, beside the one that is there."""
+
+from __future__ import annotations
+
+import re
+
+from vitray.dataset import append_group_log, load_group_log, open_dataset
+from vitray.errors import JobError
+from vitray.job import Job
+from vitray.storage import absolute
+
+
+def next_job(job: Job, model: str, out: str | None = None) -> Job:
+    """The job with another model, into `out` (default: job.out with the model's name behind it).
+
+    Loose files get the groups that job.out has, so that both datasets have the same shards. Raises JobError where job.out holds none.
+    """
+    if open_dataset(job.out) is None:
+        raise JobError(f"{absolute(job.out)} holds no vitray dataset to go on from. Check `out`, or run the job first.")
+    beside = out or f"{job.out.rstrip('/')}-{_name_of(model)}"
+    if absolute(beside) == absolute(job.out):
+        raise JobError(f"--out {beside} is the dataset that is there: choose another directory.")
+    known = load_group_log(absolute(job.out))
+    if known and not load_group_log(absolute(beside)):
+        append_group_log(absolute(beside), known)  # refused: another call did the same
+    return job.model_copy(update={"model": model, "revision": None, "out": beside})
+
+
+def _name_of(model: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", model.rstrip("/").rpartition("/")[2]).strip("-.") or "next"
