@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from vitray.dataset import Dataset, commit_shard, finish, resolve_dataset, write_end, write_fragment
+from vitray.dataset import Dataset, Ledger, commit_shard, finish, resolve_dataset, write_end, write_fragment
 from vitray.job import Job, make_job
 from vitray.schema import ERROR_SCHEMA, Encoded, End, ModelFacts, PixelSpec, Shard, VectorColumn, content_hash
 from vitray.sources import kept_schema, list_shards, read_shard
@@ -74,8 +75,13 @@ def make_dataset(folder: Path, commit: int | None = None, facts: ModelFacts | No
         stage(dataset, shard)
         assert commit_shard(dataset, shard) is not None
     if commit is None:
-        finish(dataset, [s.id for s in shards], [s.id for s in shards])
+        finish_with(dataset, [s.id for s in shards], [s.id for s in shards])
     return dataset
+
+
+def finish_with(dataset: Dataset, listed: Sequence[str], planned: Sequence[str], prune: bool = False) -> Ledger:
+    """The manifest step over a source that is listed so."""
+    return finish(dataset, lambda: (listed, planned), prune)
 
 
 def stage(dataset: Dataset, shard: Shard) -> None:

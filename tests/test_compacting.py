@@ -12,11 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import new_bucket
+from hand_made import finish_with
 
 import vitray
 from vitray import compacting
 from vitray.compacting import compact
-from vitray.dataset import Dataset, commit_shard, finish
+from vitray.dataset import Dataset, commit_shard
 from vitray.errors import JobError
 from vitray.sources import list_shards
 from vitray.storage import join, store_for
@@ -58,7 +59,7 @@ def grow(dataset: Dataset, folder: Path) -> None:
     shards = list_shards(dataset.job, []).shards
     hand_made.stage(dataset, shards[3])
     assert commit_shard(dataset, shards[3])
-    finish(dataset, [s.id for s in shards], [s.id for s in shards])
+    finish_with(dataset, [s.id for s in shards], [s.id for s in shards])
 
 
 def test_a_dataset_that_grew_costs_its_new_parts_only(tmp_path: Path) -> None:
@@ -97,7 +98,7 @@ def test_what_must_not_be_gathered_or_written_is_refused(tmp_path: Path) -> None
     dataset = hand_made.make_dataset(tmp_path, commit=2)
     with pytest.raises(JobError, match="is not complete"):
         compact(dataset.out, str(tmp_path / "into"))
-    finish(dataset, [], [])
+    finish_with(dataset, [], [])
     for into in (dataset.out, f"{dataset.out}/data"):
         with pytest.raises(JobError, match="lies inside the dataset"):
             compact(dataset.out, into)

@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import new_bucket
+from hand_made import finish_with
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from s3_proxy import FORWARD, LOSE, Call, Proxy, proxied
@@ -36,6 +37,7 @@ from vitray.dataset import (
     Dataset,
     RowsDigest,
     append_group_log,
+    base_of,
     check_data,
     clean,
     commit_shard,
@@ -520,7 +522,7 @@ def test_a_truncated_shard_is_committed_with_that_verdict(local_out: str) -> Non
     stage(dataset, shard, 5, {4: "truncated"}, truncated_at=12_345)
     assert commit_shard(dataset, shard) == Commit(shard.id, 4, 1, {"truncated": 1}, 12_345, False)
     assert read_footer(dataset.data_url(shard.id)).truncated_at == 12_345
-    ledger = finish(dataset, [shard.id], [shard.id])
+    ledger = finish_with(dataset, [shard.id], [shard.id])
     assert ledger.truncated == {shard.id: 12_345}
 
 
@@ -645,7 +647,7 @@ def test_a_file_of_another_job_put_into_data_is_refused_by_finish(local_out: str
     commit(other, shard, 6)
     store_for(local_out).create(mine.data_url(shard.id), read_object(other.data_url(shard.id)))
     with pytest.raises(FingerprintError, match="of another job"):
-        finish(mine, [shard.id], [shard.id])
+        finish_with(mine, [shard.id], [shard.id])
     assert not exists(join(local_out, "_SUCCESS.json"))
 
 
@@ -654,11 +656,11 @@ def test_a_data_file_under_the_name_of_another_shard_is_refused(local_out: str) 
     cats, dogs = input_shard(local_out), input_shard(local_out, "dogs")
     for shard in (cats, dogs):
         commit(dataset, shard, 6, {1: "empty"})
-    finish(dataset, [cats.id, dogs.id], [cats.id, dogs.id])
+    finish_with(dataset, [cats.id, dogs.id], [cats.id, dogs.id])
     before = stored(local_out)
     store_for(local_out).replace(dataset.data_url(cats.id), read_object(dataset.data_url(dogs.id)))
     changed = stored(local_out)
-    for check in (lambda: check_data(dataset), lambda: finish(dataset, [cats.id, dogs.id], [cats.id, dogs.id])):
+    for check in (lambda: check_data(dataset), lambda: finish_with(dataset, [cats.id, dogs.id], [cats.id, dogs.id])):
         with pytest.raises(CommitError, match=f"{cats.id}.parquet holds shard dogs-"):
             check()
     assert stored(local_out) == changed != before
@@ -668,7 +670,7 @@ def test_finish_removes_the_staging_that_a_slower_run_left(quick_out: str) -> No
     dataset, shard = make(quick_out), input_shard(quick_out)
     commit(dataset, shard, 6)
     stage_fragments(dataset, shard, 6, {})
-    finish(dataset, [shard.id], [shard.id])
+    finish_with(dataset, [shard.id], [shard.id])
     assert staged_shards(dataset) == []
 
 
@@ -857,7 +859,7 @@ def test_a_crash_before_errors_is_repaired_by_finish(local_out: str) -> None:
     dataset, shard = make(local_out), input_shard(local_out)
     commit(dataset, shard, 6, {1: "empty"})
     store_for(local_out).delete([dataset.errors_url(shard.id)])
-    finish(dataset, [shard.id], [shard.id])
+    finish_with(dataset, [shard.id], [shard.id])
     assert error_table(dataset, shard).equals(errors_of(shard.id, {1: "empty"}))
 
 
@@ -1002,7 +1004,7 @@ def test_finish_writes_manifest_and_success(out: str) -> None:
     commit(dataset, one, 6, {1: "empty"})
     commit(dataset, two, 4)
     ids = [two.id, one.id]
-    ledger = finish(dataset, ids, ids)
+    ledger = finish_with(dataset, ids, ids)
     assert (ledger.shards, ledger.rows, ledger.errors, ledger.truncated, ledger.pending, ledger.gone) == (2, 9, 1, {}, 0, 0)
     assert names_of(out, "manifest-") == [f"_vitray/{ledger.manifest}"]
     assert success(out) == {
@@ -1025,18 +1027,18 @@ def test_finish_writes_manifest_and_success(out: str) -> None:
 def test_a_second_finish_writes_nothing(out: str) -> None:
     dataset, shard = make(out), input_shard(out)
     commit(dataset, shard, 6, {1: "empty"})
-    first = finish(dataset, [shard.id], [shard.id])
+    first = finish_with(dataset, [shard.id], [shard.id])
     before = stored(out)
-    assert finish(dataset, [shard.id], [shard.id]) == first
+    assert finish_with(dataset, [shard.id], [shard.id]) == first
     assert stored(out) == before
 
 
 def test_a_second_finish_sends_no_write_that_could_change_anything(behind: Callable[[], Any], proxy: Proxy) -> None:
     dataset, shard = behind()
     commit_shard(dataset, shard)
-    finish(dataset, [shard.id], [shard.id])
+    finish_with(dataset, [shard.id], [shard.id])
     proxy.calls.clear()
-    finish(dataset, [shard.id], [shard.id])
+    finish_with(dataset, [shard.id], [shard.id])
     writes = [call for call in proxy.calls if call.method not in ("GET", "HEAD")]
     assert all(call.method == "PUT" and call.headers.get("if-none-match") == "*" and "/manifest-" in call.path for call in writes)
 
@@ -1046,28 +1048,28 @@ def test_manifest_and_success_are_the_same_bytes_when_made_again(quick_out: str)
     commit(dataset, one, 6, {1: "empty"})
     commit(dataset, two, 4)
     ids = [one.id, two.id]
-    first = finish(dataset, ids, ids)
+    first = finish_with(dataset, ids, ids)
     urls = [join(quick_out, "_SUCCESS.json"), join(quick_out, "_vitray", first.manifest)]
     before = [read_object(url) for url in urls]
     store_for(quick_out).delete(urls)
-    assert finish(dataset, list(reversed(ids)), ids) == first
+    assert finish_with(dataset, list(reversed(ids)), ids) == first
     assert [read_object(url) for url in urls] == before
 
 
 def test_pending_shards_mean_no_success(local_out: str) -> None:
     dataset, one, two = make(local_out), input_shard(local_out, "one"), input_shard(local_out, "two")
     commit(dataset, one, 4)
-    ledger = finish(dataset, [one.id, two.id], [one.id, two.id])
+    ledger = finish_with(dataset, [one.id, two.id], [one.id, two.id])
     assert (ledger.pending, ledger.rows) == (1, 4) and success(local_out) is None
     assert names_of(local_out, "manifest-") == [f"_vitray/{ledger.manifest}"]
-    assert finish(dataset, [one.id, two.id], [one.id]).pending == 0, "`limit` left the other one local_out"
+    assert finish_with(dataset, [one.id, two.id], [one.id]).pending == 0, "`limit` left the other one local_out"
     assert success(local_out) is not None
-    finish(dataset, [one.id, two.id], [one.id, two.id])
+    finish_with(dataset, [one.id, two.id], [one.id, two.id])
     assert success(local_out) is None
 
 
 def test_an_empty_dataset_can_be_finished(local_out: str) -> None:
-    ledger = finish(make(local_out), [], [])
+    ledger = finish_with(make(local_out), [], [])
     assert (ledger.shards, ledger.rows, ledger.pending) == (0, 0, 0)
 
 
@@ -1076,19 +1078,19 @@ def test_a_superseded_version_stays_until_its_replacement_is_committed(quick_out
     old = input_shard(quick_out, "photos", b"version 1")
     commit(dataset, old, 5, {0: "empty"})
     commit(dataset, kept, 4)
-    finish(dataset, [old.id, kept.id], [old.id, kept.id])
+    finish_with(dataset, [old.id, kept.id], [old.id, kept.id])
     new = input_shard(quick_out, "photos", b"version 2, longer")
     listed = [new.id, kept.id]
 
-    finish(dataset, listed, listed)
+    finish_with(dataset, listed, listed)
     assert set(committed(quick_out)) == {old.id, kept.id} and success(quick_out) is None
-    finish(dataset, listed, [kept.id])
+    finish_with(dataset, listed, [kept.id])
     assert set(committed(quick_out)) == {old.id, kept.id}, "`limit` leaves the new version quick_out: the old one is all there is"
 
     commit(dataset, new, 6)
     table = read(quick_out)
     assert len(set(table["shard"].to_pylist())) == 2, "never two versions of an input, also before the manifest step"
-    finish(dataset, listed, listed)
+    finish_with(dataset, listed, listed)
     assert set(committed(quick_out)) == {new.id, kept.id} and not exists(dataset.errors_url(old.id))
     assert data_files(quick_out) == [dataset.data_url(shard) for shard in sorted(listed)]
     assert read(quick_out).num_rows == 10 and success(quick_out) is not None
@@ -1097,7 +1099,7 @@ def test_a_superseded_version_stays_until_its_replacement_is_committed(quick_out
 def test_a_manifest_of_before_the_change_still_names_the_old_version(local_out: str) -> None:
     dataset, old = make(local_out), input_shard(local_out, "photos", b"version 1")
     commit(dataset, old, 4)
-    finish(dataset, [old.id], [old.id])
+    finish_with(dataset, [old.id], [old.id])
     new = input_shard(local_out, "photos", b"version 2, longer")
     commit(dataset, new, 6)
     assert data_files(local_out) == [dataset.data_url(old.id)], "the run that changes it has not come to its manifest step"
@@ -1110,7 +1112,7 @@ def test_ranges_of_one_file_are_shards_of_one_version(local_out: str) -> None:
     dataset, whole = make(local_out), input_shard(local_out, "rows")
     ranges = [replace(whole, id=whole.id.replace("rows-", f"rows-rg{n}-{n + 1}-"), start=n, stop=n + 1) for n in range(3)]
     commit(dataset, ranges[0], 4)
-    finish(dataset, [s.id for s in ranges], [s.id for s in ranges])
+    finish_with(dataset, [s.id for s in ranges], [s.id for s in ranges])
     commit(dataset, ranges[1], 4)
     assert data_files(local_out) == [dataset.data_url(s.id) for s in ranges[:2]], (
         "committed since the manifest: rows count at once"
@@ -1118,10 +1120,10 @@ def test_ranges_of_one_file_are_shards_of_one_version(local_out: str) -> None:
     commit(dataset, ranges[2], 4)
     assert read(local_out).num_rows == 12
     newer = input_shard(local_out, "rows", b"longer by far than it was")
-    finish(dataset, [newer.id], [newer.id])
+    finish_with(dataset, [newer.id], [newer.id])
     assert len(committed(local_out)) == 3
     commit(dataset, newer, 5)
-    finish(dataset, [newer.id], [newer.id])
+    finish_with(dataset, [newer.id], [newer.id])
     assert list(committed(local_out)) == [newer.id]
 
 
@@ -1129,13 +1131,13 @@ def test_a_gone_input_keeps_its_rows_until_prune(quick_out: str) -> None:
     dataset, one, two = make(quick_out), input_shard(quick_out, "one"), input_shard(quick_out, "two")
     commit(dataset, one, 4)
     commit(dataset, two, 4, {0: "empty"})
-    ledger = finish(dataset, [one.id], [one.id])
+    ledger = finish_with(dataset, [one.id], [one.id])
     assert (ledger.gone, ledger.shards, ledger.rows) == (1, 2, 7)
     manifest = read_manifest(quick_out)
     assert manifest is not None
     assert dict(zip(manifest["shard"].to_pylist(), manifest["state"].to_pylist())) == {one.id: "current", two.id: "gone"}
     assert read(quick_out).num_rows == 7
-    ledger = finish(dataset, [one.id], [one.id], prune=True)
+    ledger = finish_with(dataset, [one.id], [one.id], prune=True)
     assert (ledger.gone, ledger.shards, ledger.rows) == (0, 1, 4)
     assert list(committed(quick_out)) == [one.id] and names_of(quick_out, "errors/") == [] and names_of(quick_out, "manifest-") == [
         f"_vitray/{ledger.manifest}"
@@ -1146,14 +1148,14 @@ def test_finish_repairs_errors_and_removes_what_belongs_to_nothing(quick_out: st
     dataset, one, two = make(quick_out), input_shard(quick_out, "one"), input_shard(quick_out, "two")
     commit(dataset, one, 4, {0: "empty"})
     commit(dataset, two, 4)
-    first = finish(dataset, [one.id], [one.id])
+    first = finish_with(dataset, [one.id], [one.id])
     copy_file(
         dataset, join(quick_out, "_vitray", first.manifest), join(quick_out, "_vitray", "manifest-0123456789abcdef.parquet")
     )
     copy_file(dataset, dataset.errors_url(one.id), dataset.errors_url(two.id))
     copy_file(dataset, dataset.errors_url(one.id), dataset.errors_url("never-0-0"))
     store_for(quick_out).delete([dataset.errors_url(one.id)])
-    ledger = finish(dataset, [one.id, two.id], [one.id, two.id])
+    ledger = finish_with(dataset, [one.id, two.id], [one.id, two.id])
     assert names_of(quick_out, "errors/") == [f"errors/{one.id}.parquet"]
     assert error_table(dataset, one).equals(errors_of(one.id, {0: "empty"}))
     assert names_of(quick_out, "manifest-") == [f"_vitray/{ledger.manifest}"]
@@ -1162,10 +1164,10 @@ def test_finish_repairs_errors_and_removes_what_belongs_to_nothing(quick_out: st
 def test_a_data_file_deleted_by_hand_and_made_again_has_its_own_hash_in_the_manifest(quick_out: str) -> None:
     dataset, shard = make(quick_out), input_shard(quick_out)
     commit(dataset, shard, 4)
-    finish(dataset, [shard.id], [shard.id])
+    finish_with(dataset, [shard.id], [shard.id])
     store_for(quick_out).delete([dataset.data_url(shard.id)])
     commit(dataset, shard, 4)
-    finish(dataset, [shard.id], [shard.id])
+    finish_with(dataset, [shard.id], [shard.id])
     manifest = read_manifest(quick_out)
     assert manifest is not None
     assert manifest["sha256"].to_pylist() == [hashlib.sha256(read_object(dataset.data_url(shard.id))).hexdigest()]
@@ -1174,10 +1176,10 @@ def test_a_data_file_deleted_by_hand_and_made_again_has_its_own_hash_in_the_mani
 def test_a_success_that_names_a_lost_manifest_is_healed(quick_out: str) -> None:
     dataset, shard = make(quick_out), input_shard(quick_out)
     commit(dataset, shard, 4)
-    first = finish(dataset, [shard.id], [shard.id])
+    first = finish_with(dataset, [shard.id], [shard.id])
     store_for(quick_out).delete([join(quick_out, "_vitray", first.manifest)])
     assert read_manifest(quick_out) is None and read(quick_out).num_rows == 4
-    assert finish(dataset, [shard.id], [shard.id]) == first and read_manifest(quick_out) is not None
+    assert finish_with(dataset, [shard.id], [shard.id]) == first and read_manifest(quick_out) is not None
 
 
 @pytest.mark.parametrize("name", ["part", "part-0", "a-b-c-d"])
@@ -1186,7 +1188,7 @@ def test_a_foreign_file_in_data_is_named(local_out: str, name: str) -> None:
     commit(dataset, shard, 4)
     store_for(local_out).create(dataset.data_url(name), parquet_bytes(pa.table({"a": [1]})))
     with pytest.raises(CommitError, match=rf"data/{name}\.parquet is not a data file of vitray"):
-        finish(dataset, [shard.id], [shard.id])
+        finish_with(dataset, [shard.id], [shard.id])
     assert exists(dataset.data_url(name)) and success(local_out) is None
 
 
@@ -1197,8 +1199,8 @@ def test_a_name_with_manifest_in_it_is_no_manifest(quick_out: str) -> None:
     stage_fragments(dataset, underway, 8, {})
     append_group_log(out, [(0, "s3://b/a")])
     before = set(stored(out))
-    ledger = finish(dataset, [done.id, underway.id], [done.id, underway.id])
-    assert finish(dataset, [done.id, underway.id], [done.id, underway.id]) == ledger
+    ledger = finish_with(dataset, [done.id, underway.id], [done.id, underway.id])
+    assert finish_with(dataset, [done.id, underway.id], [done.id, underway.id]) == ledger
     assert set(stored(out)) == before | {f"_vitray/{ledger.manifest}"}
     forget(dataset, [])
     assert set(stored(out)) == before
@@ -1244,7 +1246,7 @@ def test_redo_by_shard_and_by_reason(local_out: str) -> None:
     commit(dataset, two, 4, {3: "empty"})
     commit(dataset, three, 4)
     ids = [one.id, two.id, three.id]
-    finish(dataset, ids, ids)
+    finish_with(dataset, ids, ids)
     assert shards_to_redo(dataset, [], ["time_limit"]) == [one.id]
     assert shards_to_redo(dataset, [], ["empty"]) == sorted([one.id, two.id])
     assert shards_to_redo(dataset, [three.id], ["time_limit"]) == sorted([one.id, three.id])
@@ -1255,14 +1257,14 @@ def test_redo_by_shard_and_by_reason(local_out: str) -> None:
     assert set(committed(local_out)) == {two.id, three.id} and success(local_out) is None
     assert names_of(local_out, "errors/") == [f"errors/{two.id}.parquet"] and names_of(local_out, "manifest-") == []
     commit(dataset, one, 4)
-    assert finish(dataset, ids, ids).errors == 1
+    assert finish_with(dataset, ids, ids).errors == 1
 
 
 def test_clean_removes_orphans_only(quick_out: str) -> None:
     dataset = make(quick_out)
     done, unlisted, underway = (input_shard(quick_out, name) for name in ("done", "unlisted", "underway"))
     commit(dataset, done, 4, {0: "empty"})
-    finish(dataset, [done.id, underway.id], [done.id, underway.id])
+    finish_with(dataset, [done.id, underway.id], [done.id, underway.id])
     before = set(stored(quick_out))
     stage_fragments(dataset, underway, 8, {})
     working = set(stored(quick_out))
@@ -1288,9 +1290,98 @@ def test_read_gives_rows_in_the_order_of_shards_and_the_columns_asked_for(local_
     ]  # fmt: skip
     assert table["format"].to_pylist() == [("jpeg", "png", "webp")[i % 3] for i in [0, 1, 2, 3, 4, 5, 0, 1, 3, 4]]
     assert set(table.column_names) == {"index", "shard", "format"}
-    finish(dataset, ids, ids)
+    finish_with(dataset, ids, ids)
     whole = read(local_out)
     assert whole.schema.equals(dataset.schema) and data_files(local_out) == [dataset.data_url(s) for s in ids]
     assert whole.drop_columns(["format"]).equals(
         pa.concat_tables([rows_of(dataset, a.id, range(6)), rows_of(dataset, b.id, [0, 1, 3, 4])]).drop_columns(["format"])
     )
+
+
+# ---- the manifest step beside other runs
+
+
+def test_a_version_that_was_committed_after_the_listing_is_not_removed(quick_out: str) -> None:
+    """A lists the old version; the input changes, another run commits the new one; A goes on."""
+    dataset, old = make(quick_out), input_shard(quick_out)
+    commit(dataset, old, 6)
+    later: list[Shard] = []
+
+    def list_ids() -> tuple[list[str], list[str]]:
+        if later:
+            return [later[0].id], [later[0].id]
+        later.append(input_shard(quick_out, body=b"another tar, as it is now"))
+        commit(dataset, later[0], 4)
+        return [old.id], [old.id]
+
+    ledger = finish(dataset, list_ids)
+    assert committed(quick_out).keys() == {later[0].id}
+    assert (ledger.rows, ledger.pending) == (4, 0) and read_manifest(quick_out)["shard"].to_pylist() == [later[0].id]
+
+
+def test_an_input_that_arrived_after_the_listing_is_not_pruned(quick_out: str) -> None:
+    dataset, one = make(quick_out), input_shard(quick_out)
+    commit(dataset, one, 6)
+    ids = [one.id]
+
+    def list_ids() -> tuple[list[str], list[str]]:
+        listed = list(ids)
+        if len(ids) == 1:
+            arrived = input_shard(quick_out, "dogs")
+            commit(dataset, arrived, 4)
+            ids.append(arrived.id)
+        return listed, listed
+
+    assert finish(dataset, list_ids, prune=True).shards == 2 and committed(quick_out).keys() == set(ids)
+
+
+def test_a_listing_that_never_knows_what_others_commit_removes_nothing_and_says_so(local_out: str) -> None:
+    dataset, shard = make(local_out), input_shard(local_out)
+
+    def list_ids() -> tuple[list[str], list[str]]:
+        commit(dataset, input_shard(local_out, f"new-{len(committed(local_out))}"), 2)
+        return [shard.id], [shard.id]
+
+    with pytest.raises(StorageError, match="another run committed"):
+        finish(dataset, list_ids, prune=True)
+    assert len(committed(local_out)) == 4 and not os.path.exists(join(local_out, "_SUCCESS.json"))
+
+
+def test_a_manifest_that_another_run_replaces_while_it_is_read_is_looked_for_again(
+    quick_out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vitray.dataset import ledger
+
+    dataset, one = make(quick_out), input_shard(quick_out)
+    commit(dataset, one, 6)
+    finish_with(dataset, [one.id], [one.id])
+    real, left = ledger.read_parquet, iter([True])
+
+    def overtaken(url: str) -> pa.Table:
+        if next(left, False):
+            commit(dataset, input_shard(quick_out, "dogs"), 4)
+            two = sorted(committed(quick_out))
+            finish_with(dataset, two, two)
+        return real(url)
+
+    monkeypatch.setattr(ledger, "read_parquet", overtaken)
+    assert read_manifest(quick_out)["rows"].to_pylist() == [6, 4]
+
+
+def test_an_outdated_version_keeps_its_errors_and_its_place_in_the_manifest(quick_out: str) -> None:
+    """Its input changed, and the new version is set aside, or left out by `limit`."""
+    dataset, old = make(quick_out), input_shard(quick_out)
+    commit(dataset, old, 6, {1: "empty"})
+    new = input_shard(quick_out, body=b"changed")
+    for planned, is_done in (([new.id], False), ([], True)):
+        ledger = finish_with(dataset, [new.id], planned)
+        assert (ledger.rows, ledger.errors, ledger.pending) == (5, 1, len(planned))
+        assert read_manifest(quick_out).select(["shard", "state"]).to_pylist() == [{"shard": old.id, "state": "outdated"}]
+        assert error_table(dataset, old).num_rows == 1 and exists(join(quick_out, "_SUCCESS.json")) == is_done
+    commit(dataset, new, 4)
+    assert finish_with(dataset, [new.id], [new.id]).rows == 4 and committed(quick_out).keys() == {new.id}
+
+
+def test_inputs_whose_hashes_are_equal_are_two_where_their_names_differ() -> None:
+    assert base_of("cats-0123456789-aaaaaaaa") == base_of("cats-rg0-4-0123456789-bbbbbbbb")
+    assert base_of("cats-0123456789-aaaaaaaa") != base_of("dogs-0123456789-aaaaaaaa")

@@ -650,6 +650,20 @@ def test_a_death_that_does_not_repeat_is_not_charged(tmp_path: Path) -> None:
     assert pixels[:, 0, 0, 0].tolist() == list(b"azb")
 
 
+def test_an_image_that_uses_up_its_cpu_seconds_is_tried_once(tmp_path: Path) -> None:
+    """Thirty of them in one fragment would hold it for ten minutes, were each tried twice."""
+    tries = tmp_path / "tries"
+
+    def slow(data: bytes, wanted: DecodeSpec, into: Pixels) -> Outcome:
+        if data == b"loop":
+            with open(tries, "ab") as stream:
+                stream.write(b".")
+        return poison(data, wanted, into)
+
+    _, outcomes = decode(items(b"a", b"loop", b"b"), spec(), slow, Limits(cpu_s=0.3))
+    assert [outcome.reason for outcome in outcomes] == [None, "time_limit", None] and tries.read_bytes() == b"."
+
+
 def test_the_real_decoder_keeps_within_its_memory() -> None:
     big = encode(Image.new("RGB", (6000, 8000)), "PNG")  # 192 MB in Pillow
     _, outcomes = decode(items(big, encode(photo(), "PNG")), spec(), limits=Limits(memory_bytes=50 << 20))

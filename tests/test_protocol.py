@@ -6,6 +6,7 @@ the protocol, each a mistake that somebody could make, must all be caught by the
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -64,6 +65,14 @@ def planned() -> Shard:
     return Shard(f"cats-{short_hash(SOURCE)}-{short_hash(info.version, 8)}", "tar", SOURCE, info.size, info.version)
 
 
+def _id_of(source: bytes) -> str:
+    return f"cats-{short_hash(SOURCE)}-{short_hash(hashlib.md5(source).hexdigest(), 8)}"
+
+
+def listed() -> tuple[list[str], list[str]]:
+    return [planned().id], [planned().id]
+
+
 def a_run(name: str, bad: dict[int, str] | None = None, drift: float = 0.0) -> Callable[[], Commit | None]:
     """What a run does with one shard. bad: the images it cannot decode; drift: what its vectors differ by from another's."""
 
@@ -74,7 +83,7 @@ def a_run(name: str, bad: dict[int, str] | None = None, drift: float = 0.0) -> C
             if shard.id not in committed(OUT):
                 done = _make(shard, bad or {}, drift)
             if shard.id in committed(OUT):
-                finish(_now.dataset, [shard.id], [shard.id])
+                finish(_now.dataset, listed)
                 return done
         raise StorageError("set aside after 3 attempts")
 
@@ -123,6 +132,8 @@ def broken_by(url: str, before: bytes | None, after: bytes | None) -> str:
     data = join(OUT, "data", name)
     if folder == "data" and before is not None and after is not None:
         return f"{url} was written a second time"
+    if folder == "data" and after is None and name == f"{_id_of(_now.store.objects[SOURCE])}.parquet":
+        return f"{url} was deleted, and it is what the input holds now"
     if folder == "data" and after is None and not any(o.startswith(f"{OUT}/data/") and o != url for o in objects):
         return f"{url} was deleted, and nothing superseded it"
     if folder == "errors" and after is not None and data not in objects:
@@ -362,7 +373,7 @@ def record_before_data(patch: pytest.MonkeyPatch) -> None:
     real = protocol.commit_shard
 
     def commit_late(dataset: Any, shard: Shard) -> Commit | None:
-        finish(dataset, [shard.id], [])
+        finish(dataset, lambda: ([shard.id], []))
         return real(dataset, shard)
 
     patch.setitem(globals(), "commit_shard", commit_late)

@@ -9,8 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from vitray.dataset import write_end, write_fragment
 from vitray.pipeline.steps import read_step
-from vitray.sources import list_shards
+from vitray.schema import ERROR_SCHEMA, Encoded, End
+from vitray.sources import list_shards, read_shard
 
 
 def test_a_broken_shard_is_read_again_at_once_and_yields_each_fragment_once(tmp_path: Path) -> None:
@@ -39,3 +41,25 @@ def test_what_is_no_tar_is_broken_at_once(tmp_path: Path, caplog: pytest.LogCapt
     shard = list_shards(dataset.job, []).shards[-1]
     (receipt,) = [parcel.receipt for parcel in read_step(dataset, shard)]
     assert receipt.kind == "broken" and "is not a tar" in receipt.message
+
+
+def test_the_tail_of_a_reading_that_ended_elsewhere_cuts_no_fragment(tmp_path: Path) -> None:
+    """A reader that saw the tar cut after 6 images left 4-6 and its end; now there are 10."""
+    dataset = hand_made.make_dataset(tmp_path, commit=0)
+    shard = list_shards(dataset.job, []).shards[0]
+    hand_made.stage(dataset, shard)
+    staging = tmp_path / "out" / "_vitray" / "staging" / shard.id
+    for path in staging.iterdir():
+        path.unlink()
+    images = [item for item in read_shard(shard, dataset.job, lambda _: True) if isinstance(item, Encoded)]
+    rows = pa.Table.from_pylist([hand_made.row(dataset, shard, image) for image in images[4:6]], schema=dataset.schema)
+    write_fragment(dataset, shard.id, (4, 6), rows, ERROR_SCHEMA.empty_table())
+    write_end(dataset, shard.id, End(6, 5000))
+    parcels = list(read_step(dataset, shard))
+    assert [(p.receipt.kind, p.receipt.start, p.receipt.stop) for p in parcels[:-1]] == [
+        ("fragment", 0, 4),
+        ("fragment", 4, 8),
+        ("fragment", 8, 10),
+    ]
+    assert [p.rows["index"].to_pylist() for p in parcels if p.rows is not None] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert parcels[-1].receipt.total == 10

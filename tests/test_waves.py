@@ -11,7 +11,8 @@ import pytest
 
 from vitray.dataset import Commit, Dataset, committed, staged
 from vitray.errors import ClusterError, VitrayError
-from vitray.pipeline.runner import _complete
+from vitray.pipeline import wave
+from vitray.pipeline.runner import _complete, _finished
 from vitray.pipeline.steps import commit_step
 from vitray.pipeline.wave import Work
 from vitray.schema import Receipt, Shard
@@ -46,6 +47,9 @@ class DrawnLine:
         arrived.put(None)
 
     def stop(self) -> None: ...
+
+    def is_short(self) -> bool:
+        return False
 
     def state(self) -> str:
         return "drawn"
@@ -113,3 +117,39 @@ def test_a_shard_whose_end_never_arrives_is_set_aside(dataset: Dataset) -> None:
     DrawnLine.forgets = iter([True] * SHARDS * 10)
     work = complete(dataset)
     assert set(work.failures.values()) == {"its fragments did not arrive"} and len(DrawnLine.waves) == 3
+
+
+@pytest.mark.parametrize("few", [1, 4])
+def test_where_nothing_ever_moved_no_shard_is_blamed_however_few_there_are(dataset: Dataset, tmp_path: Path, few: int) -> None:
+    for path in sorted((tmp_path / "in").iterdir())[few:]:
+        path.unlink()
+    DrawnLine.deadly = frozenset(ids(dataset))
+    with pytest.raises(ClusterError, match="fails again and again: a process died"):
+        complete(dataset)
+    assert len(DrawnLine.waves) <= 2 + 3 * few
+
+
+def test_an_input_that_changes_each_time_is_set_aside_and_a_failure_of_an_older_version_is_forgotten(dataset: Dataset) -> None:
+    now = ids(dataset)
+    for shard in list_shards(dataset.job, []).shards[2:]:
+        hand_made.stage(dataset, shard)
+        assert commit_step(dataset, shard)
+    old = [f"{shard.rpartition('-')[0]}-00000000" for shard in now]
+    work = Work(changed={old[0]}, failures={old[2]: "broken"})
+    result = _finished(dataset, dataset.job, False, work, 0.0)
+    assert result.set_aside == {now[0]: "its input changed each time it was read"}  # the second one came after the listing
+    assert result.pending == 2
+
+
+def test_a_wave_whose_machine_is_lost_is_planned_again(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first line stands still with a machine gone; the next one does it."""
+    monkeypatch.setattr(wave, "LOST_S", 0.5)
+    real, stands = DrawnLine.start, iter([True])
+
+    def start(line: DrawnLine, arrived: queue.Queue[Receipt | Exception | None]) -> None:
+        line.is_short = lambda: True  # type: ignore[method-assign]
+        if not next(stands, False):
+            real(line, arrived)
+
+    monkeypatch.setattr(DrawnLine, "start", start)
+    assert complete(dataset).failures == {} and len(committed(dataset.out)) == SHARDS and DrawnLine.waves == [SHARDS] * 2

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vitray.dataset import Dataset, committed, data_files, open_dataset, read_table, write_rows
-from vitray.errors import JobError, ObjectMissing, StorageError
+from vitray.dataset import Dataset, committed, data_files, open_dataset, parquet_of, read_table
+from vitray.errors import JobError, ObjectMissing
 from vitray.storage import absolute, exists, join, read, store_for
 
 PART = "part-"
@@ -105,14 +103,8 @@ def _write(dataset: Dataset, group: list[tuple[str, str]], url: str) -> None:
             with store_for(source).open(source, version) as stream:
                 yield read_table(stream)
 
-    with tempfile.TemporaryDirectory(prefix="vitray-") as scratch:
-        path = Path(scratch, "part.parquet")
-        try:
-            marks = {"vitray.fingerprint": dataset.fingerprint, "vitray.files": str(len(group))}
-            write_rows(dataset, path, tables(), lambda: marks)
-            data = path.read_bytes()
-        except OSError as error:
-            raise StorageError(f"scratch disk {tempfile.gettempdir()}: {error}. Free space there or set TMPDIR.") from error
+    marks = {"vitray.fingerprint": dataset.fingerprint, "vitray.files": str(len(group))}
+    data, _ = parquet_of(dataset, tables(), lambda: marks)
     store_for(url).create(url, data)  # refused: another call gathered the same files
 
 

@@ -52,10 +52,11 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Death:
-    """Why an input has no result. timed_out: it used up its CPU seconds, or stood still."""
+    """Why an input has no result. timed_out: it used up its CPU seconds, or stood still. is_certain: nothing else can be the cause."""
 
     timed_out: bool
     message: str
+    is_certain: bool = False
 
 
 def shared(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
@@ -107,7 +108,8 @@ class Child:
     def run(self, inputs: Sequence[bytes], charge: Callable[[int, Death], None]) -> None:
         """work(i, inputs[i]) was done in order, for no more than `capacity`; charge(i, death) was called here where it died.
 
-        A death is charged when it repeats: the first may come from a dying node, or from a neighbour's hunger for memory.
+        A death is charged when it repeats: the first may come from a dying node, or from a neighbour's hunger for memory. One
+        by the clock of its CPU seconds is charged at once.
         Raises OSError when no process can be started, VitrayError when it dies outside any work.
         """
         states, suspect = self._states[: len(inputs)], -1
@@ -120,7 +122,7 @@ class Child:
             at = int(np.count_nonzero(states == _DONE))
             if at == len(inputs):
                 return
-            if suspect != at:
+            if suspect != at and not death.is_certain:
                 suspect, states[at] = at, 0
             elif states[at] == _STARTED:
                 charge(at, death)
@@ -208,7 +210,7 @@ def _death(status: int | None, stalled: bool, limits: Limits) -> Death:
     if status is None or not os.WIFSIGNALED(status):
         return Death(False, "ended" if status is None else f"ended with exit status {os.WEXITSTATUS(status)}")
     if os.WTERMSIG(status) == signal.SIGPROF:
-        return Death(True, f"took more than {limits.cpu_s:g} s of CPU")
+        return Death(True, f"took more than {limits.cpu_s:g} s of CPU", is_certain=True)
     return Death(False, f"was killed by {signal.Signals(os.WTERMSIG(status)).name}")
 
 

@@ -30,6 +30,8 @@ def summary(result: Result, job: Job) -> str:
     if result.too_many_errors:
         share = f"{result.errors} of {result.rows + result.errors}, more than max_error_rate={job.max_error_rate:g}"
         lines.append(f"too many bad images: {share}; see {result.out}/errors, or raise max_error_rate")
+    if arrived := result.pending - len(result.set_aside):
+        lines.append(f"arrived since: {count(arrived, 'shard')}; run again")
     if result.set_aside:
         lines.append(f"next: mend or remove those shards, then run again (vitray status {shlex.quote(job.out)})")
     return "\n".join(lines)

@@ -5,11 +5,12 @@ staging.py    fragments of shards that are not whole yet      files.py     the o
 commit.py     fragments -> the one data file of a shard       ledger.py    what is committed: manifest, _SUCCESS, redo
 """
 
-from vitray.dataset.commit import Commit, Footer, RowsDigest, commit_shard, read_footer, write_rows
+from vitray.dataset.commit import Commit, Footer, RowsDigest, commit_shard, parquet_of, read_footer
 from vitray.dataset.files import append_group_log, load_group_log, read_run_records, read_table, write_run_record
 from vitray.dataset.identity import Dataset, dataset_url, open_dataset, package_versions
 from vitray.dataset.ledger import (
     Ledger,
+    base_of,
     check_data,
     clean,
     committed,
@@ -24,8 +25,8 @@ from vitray.dataset.resolve import resolve_dataset
 from vitray.dataset.staging import read_fragment, staged, staged_shards, staged_whole, write_end, write_fragment
 
 __all__ = [
-    "Commit", "Dataset", "Footer", "Ledger", "RowsDigest", "append_group_log", "check_data", "clean", "commit_shard", "committed",
-    "data_files", "dataset_url", "finish", "forget", "load_group_log", "open_dataset", "package_versions", "read", "read_footer",
+    "Commit", "Dataset", "Footer", "Ledger", "RowsDigest", "append_group_log", "base_of", "check_data", "clean", "commit_shard", "committed",
+    "data_files", "dataset_url", "finish", "forget", "load_group_log", "open_dataset", "package_versions", "parquet_of", "read", "read_footer",
     "read_fragment", "read_manifest", "read_run_records", "read_table", "resolve_dataset", "shards_to_redo", "staged",
-    "staged_shards", "staged_whole", "unmark_success", "write_end", "write_fragment", "write_rows", "write_run_record",
+    "staged_shards", "staged_whole", "unmark_success", "write_end", "write_fragment", "write_run_record",
 ]  # fmt: skip

@@ -198,13 +198,7 @@ def _require_same_input(shard: Shard) -> None:
 
 def _write(dataset: Dataset, shard: Shard, there: Staged) -> tuple[Footer, bool]:
     url = dataset.data_url(shard.id)
-    with tempfile.TemporaryDirectory(prefix="vitray-") as scratch:
-        path = Path(scratch, "data.parquet")
-        try:
-            marks = _write_parquet(dataset, shard, there, path)
-            data = path.read_bytes()
-        except OSError as error:
-            raise StorageError(f"scratch disk {tempfile.gettempdir()}: {error}. Free space there or set TMPDIR.") from error
+    data, marks = _parquet_of(dataset, shard, there)
     metadata = {k.replace("vitray.", "vitray-").replace("_", "-"): v for k, v in marks.items() if _IN_HEADER.fullmatch(v)}
     metadata["vitray-sha256"] = hashlib.sha256(data).hexdigest()
     mine = _footer(marks)
@@ -230,8 +224,23 @@ def _write(dataset: Dataset, shard: Shard, there: Staged) -> tuple[Footer, bool]
     return winner, True
 
 
-def write_rows(dataset: Dataset, path: Path, tables: Iterable[pa.Table], marks: Callable[[], dict[str, str]]) -> dict[str, str]:
-    """Tables of rows as one Parquet file. marks: what its footer says, asked for when all rows are written; the answer too."""
+def parquet_of(dataset: Dataset, tables: Iterable[pa.Table], marks: Callable[[], dict[str, str]]) -> tuple[bytes, dict[str, str]]:
+    """Tables of rows as one Parquet file, and `marks`: what its footer says, asked for when all rows are written.
+
+    It grows on the scratch disk, without a name there, so that a death leaves nothing.
+    """
+    try:
+        number, name = tempfile.mkstemp(prefix="vitray-")
+        with open(number, "rb") as scratch:
+            said = _write_parquet(dataset, Path(name), tables, marks)
+            return scratch.read(), said
+    except OSError as error:
+        raise StorageError(f"scratch disk {tempfile.gettempdir()}: {error}. Free space there or set TMPDIR.") from error
+
+
+def _write_parquet(
+    dataset: Dataset, path: Path, tables: Iterable[pa.Table], marks: Callable[[], dict[str, str]]
+) -> dict[str, str]:
     schema, vectors = dataset.schema, {v.column for v in dataset.vectors}
     held = list[pa.Table]()
     with pq.ParquetWriter(
@@ -241,6 +250,7 @@ def write_rows(dataset: Dataset, path: Path, tables: Iterable[pa.Table], marks: 
         use_dictionary=[f.name for f in schema if f.name not in vectors and not pa.types.is_nested(f.type)],
         use_byte_stream_split=[f"{name}.list.element" for name in vectors],
     ) as writer:
+        path.unlink()
         for table in tables:
             held.append(table.select(schema.names).cast(schema))
             if sum(t.num_rows for t in held) >= ROW_GROUP_ROWS:
@@ -253,8 +263,8 @@ def write_rows(dataset: Dataset, path: Path, tables: Iterable[pa.Table], marks: 
     return said
 
 
-def _write_parquet(dataset: Dataset, shard: Shard, there: Staged, path: Path) -> dict[str, str]:
-    """What the file's footer says, as text."""
+def _parquet_of(dataset: Dataset, shard: Shard, there: Staged) -> tuple[bytes, dict[str, str]]:
+    """A shard's fragments as its data file, and what the footer says, as text."""
     errors, digest = list[pa.Table](), RowsDigest()
 
     def rows() -> Iterator[pa.Table]:
@@ -270,7 +280,7 @@ def _write_parquet(dataset: Dataset, shard: Shard, there: Staged, path: Path) ->
     def marks() -> dict[str, str]:
         return _marks(dataset, shard, there.ends[0], digest, pa.concat_tables(errors or [ERROR_SCHEMA.empty_table()]))
 
-    return write_rows(dataset, path, rows(), marks)
+    return parquet_of(dataset, rows(), marks)
 
 
 def _marks(dataset: Dataset, shard: Shard, end: End, digest: RowsDigest, errors: pa.Table) -> dict[str, str]:

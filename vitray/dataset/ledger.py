@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
@@ -20,9 +20,12 @@ from vitray.dataset.files import parquet_bytes, read_parquet, under
 from vitray.dataset.identity import Dataset
 from vitray.dataset.staging import drop_staging, staged_shards
 from vitray.errors import CommitError, FingerprintError, JobError, ObjectMissing
+from vitray.schema import ERROR_SCHEMA
 from vitray.storage import ObjectInfo, exists, is_local, join, read, sha256_of, store_for
 
 THREADS = 16
+LOOKS = 4  # when another run changes what this one reads
+T = TypeVar("T")
 MANIFEST_SCHEMA = pa.schema(
     [(name, pa.string()) for name in ("shard", "url", "source_version", "path", "etag")]
     + [(name, pa.int64()) for name in ("size_bytes", "rows", "errors", "truncated_at")]
@@ -52,32 +55,59 @@ def committed(out: str) -> dict[str, ObjectInfo]:
 
 def read_manifest(out: str) -> pa.Table | None:
     """The manifest that _SUCCESS.json names, else the one there is; None when there is none."""
-    info = _manifest_info(out)
-    return None if info is None else read_parquet(info.url)
+
+    def look() -> pa.Table | None:
+        info = _manifest_info(out)
+        return None if info is None else read_parquet(info.url)
+
+    return _again(look)
 
 
-def finish(dataset: Dataset, listed: Sequence[str], planned: Sequence[str], prune: bool = False) -> Ledger:
-    """The manifest step. listed: every shard id of the current listing; planned: those of them that `limit` leaves.
+def finish(dataset: Dataset, list_ids: Callable[[], tuple[Sequence[str], Sequence[str]]], prune: bool = False) -> Ledger:
+    """The manifest step. list_ids: lists the source now: every shard id, and those of them that `limit` leaves.
 
     Removes superseded files and, with prune, those whose input is gone; repairs errors/; writes the manifest and
-    _SUCCESS.json. Writes nothing that is there already.
+    _SUCCESS.json. Writes nothing that is there already. Begins again when another run commits or removes something meanwhile.
     """
+    return _again(lambda: _finish(dataset, list_ids, prune))
+
+
+def _again(work: Callable[[], T]) -> T:
+    """What `work` says; it begins again when another run removes what it reads."""
+    for left in reversed(range(LOOKS)):
+        try:
+            return work()
+        except ObjectMissing:
+            if not left:
+                raise
+    raise AssertionError
+
+
+def _finish(dataset: Dataset, list_ids: Callable[[], tuple[Sequence[str], Sequence[str]]], prune: bool) -> Ledger:
     crash_point("manifest-started")
-    store = store_for(dataset.out)
-    before = _directly_in_vitray(dataset.out, "manifest-")
+    seen = committed(dataset.out).keys()  # before the listing: no other may be removed
+    listed, planned = list_ids()
     error_files = {_shard_of(info.url) for info in under(dataset.out, "errors")}  # first: they are written after their data files
-    data, wanted = committed(dataset.out), set(listed)
-    bases, pending = {base_of(s) for s in listed}, set(planned) - data.keys()
+    data = committed(dataset.out)
+    if newer := data.keys() - seen - set(listed):
+        raise ObjectMissing(
+            f"{dataset.out}: another run committed {min(newer)}, which was not listed. Run the same command again."
+        )
+    store, before = store_for(dataset.out), _directly_in_vitray(dataset.out, "manifest-")
+    wanted, pending = set(listed), set(planned) - data.keys()
+    bases = {base_of(s) for s in listed}
     waiting = {base_of(s) for s in wanted - data.keys()}
-    old = [s for s in data if s not in wanted and base_of(s) in bases and base_of(s) not in waiting]
-    gone = [s for s in data if s not in wanted and base_of(s) not in bases]
-    drop = old + (gone if prune else [])
+    outdated = {s for s in data if s not in wanted and base_of(s) in waiting}
+    gone = {s for s in data if s not in wanted and base_of(s) not in bases}
+    drop = seen & (data.keys() - wanted - outdated - (set() if prune else gone))
     if drop:
         unmark_success(dataset.out)
-        store.delete(dataset.data_url(s) for s in drop)
-        store.delete(dataset.errors_url(s) for s in drop)
-    admitted = {s: info for s, info in data.items() if s in wanted or (s in gone and not prune)}
-    rows = _manifest_rows(dataset, admitted, wanted)
+        store.delete(dataset.data_url(s) for s in sorted(drop))
+        store.delete(dataset.errors_url(s) for s in sorted(drop))
+    states = (
+        dict.fromkeys(data.keys() & wanted, "current") | dict.fromkeys(gone - drop, "gone") | dict.fromkeys(outdated, "outdated")
+    )
+    rows = _manifest_rows(dataset, {s: data[s] for s in states}, states)
     _repair_error_files(dataset, {row["shard"] for row in rows if row["errors"]}, error_files)
     body = parquet_bytes(pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA))
     name = f"manifest-{hashlib.sha256(body).hexdigest()[:16]}.parquet"
@@ -86,7 +116,7 @@ def finish(dataset: Dataset, listed: Sequence[str], planned: Sequence[str], prun
     crash_point("manifest-written")
     good, bad = (sum(row[column] for row in rows) for column in ("rows", "errors"))
     cuts = {row["shard"]: row["truncated_at"] for row in rows if row["truncated_at"] is not None}
-    ledger = Ledger(len(rows), good, bad, cuts, len(pending), 0 if prune else len(gone), name)
+    ledger = Ledger(len(rows), good, bad, cuts, len(pending), len(gone - drop), name)
     if pending and pending - committed(dataset.out).keys():  # another run may have ended meanwhile
         unmark_success(dataset.out)
     elif not pending:
@@ -99,10 +129,14 @@ def finish(dataset: Dataset, listed: Sequence[str], planned: Sequence[str], prun
 
 
 def footers_of(dataset: Dataset, shards: Iterable[str]) -> dict[str, Footer]:
-    """The footers of data files, by shard id."""
-    names = list(shards)
+    """The footers of data files, by shard id, without their error rows: those of a whole dataset may not fit into memory."""
+    return _of_each(shards, lambda shard: replace(read_footer(dataset.data_url(shard)), error_rows=ERROR_SCHEMA.empty_table()))
+
+
+def _of_each(shards: Iterable[str], work: Callable[[str], T]) -> dict[str, T]:
+    names = sorted(shards)
     with ThreadPoolExecutor(THREADS) as pool:
-        return dict(zip(names, pool.map(lambda s: read_footer(dataset.data_url(s)), names)))
+        return dict(zip(names, pool.map(work, names)))
 
 
 def require_own(dataset: Dataset, footers: Mapping[str, Footer]) -> None:
@@ -136,7 +170,7 @@ def unmark_success(out: str) -> None:
 def base_of(shard_id: str) -> str:
     """What stays the same in an id when the version of its input changes; a name that is no id stays itself."""
     parts = shard_id.split("-")
-    return parts[-2] if len(parts) > 2 else shard_id
+    return f"{parts[0]}-{parts[-2]}" if len(parts) > 2 else shard_id
 
 
 def version_of(shard_id: str) -> str:
@@ -172,15 +206,13 @@ def clean(dataset: Dataset, listed: Iterable[str]) -> list[str]:
     return orphans + [url.removeprefix(dataset.out + "/") for url in left]
 
 
-def _manifest_rows(dataset: Dataset, admitted: dict[str, ObjectInfo], wanted: set[str]) -> list[dict[str, Any]]:
+def _manifest_rows(dataset: Dataset, admitted: dict[str, ObjectInfo], states: Mapping[str, str]) -> list[dict[str, Any]]:
     """One row a data file, from the last manifest where the file is the same, else from its footer."""
     known = _known(dataset, admitted)
-    footers = footers_of(dataset, [s for s in admitted if s not in known])
+    footers = footers_of(dataset, admitted.keys() - known.keys())
     require_own(dataset, footers)
-    return [
-        {**(known.get(shard) or _row(info, footers[shard])), "state": "current" if shard in wanted else "gone"}
-        for shard, info in sorted(admitted.items())
-    ]
+    rows = known | _of_each(footers, lambda shard: _row(admitted[shard], footers[shard]))
+    return [{**rows[shard], "state": states[shard]} for shard in sorted(rows)]
 
 
 def _known(dataset: Dataset, data: dict[str, ObjectInfo]) -> dict[str, dict[str, Any]]:
@@ -207,14 +239,13 @@ def _row(info: ObjectInfo, footer: Footer) -> dict[str, object]:
         "path": f"data/{footer.shard}.parquet",
         "etag": "" if is_local(info.url) else info.version,  # a local version is a time
         "size_bytes": info.size,
-        "sha256": sha256_of(info.url) if is_local(info.url) else hashlib.sha256(read(info.url)).hexdigest(),
+        "sha256": sha256_of(info.url),
     }
 
 
 def _repair_error_files(dataset: Dataset, should: set[str], there: set[str]) -> None:
     """errors/ holds exactly the copies of what the admitted data files carry. there: those that it held before they were listed."""
-    for footer in footers_of(dataset, sorted(should - there)).values():
-        repair_errors(dataset, footer)
+    _of_each(should - there, lambda shard: repair_errors(dataset, read_footer(dataset.data_url(shard))))
     store_for(dataset.out).delete(dataset.errors_url(s) for s in sorted(there - should))
 
 

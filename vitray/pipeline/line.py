@@ -19,7 +19,7 @@ import pyarrow as pa
 from vitray.dataset import Commit, Dataset
 from vitray.errors import VitrayError
 from vitray.models import open_model
-from vitray.pipeline.cluster import RETRIES, Shares
+from vitray.pipeline.cluster import RETRIES, Shares, alive_nodes
 from vitray.pipeline.steps import commit_step, decode_step, open_device_decoder, predict_step, read_step, stage_step, unpack
 from vitray.schema import Receipt, Shard
 
@@ -35,6 +35,15 @@ class RayLine:
         self._line = build_line(list(self._refs.values()), dataset, self._dataset, shares, self._actors)
         self._commit = ray.remote(commit_step).options(num_cpus=0, max_retries=RETRIES)
         self._running: dict[Any, str] = {}
+        self._nodes = {node["NodeID"] for node in alive_nodes()}
+        self._executor: Any = None
+        make = self._line._create_executor
+
+        def remembered() -> Any:  # Ray itself keeps it after the first output only
+            self._executor = make()
+            return self._executor
+
+        self._line._create_executor = remembered
 
     def start(self, arrived: queue.Queue[Receipt | Exception | None]) -> None:
         """Ray's iterator waits without a deadline, so it runs in a thread."""
@@ -64,8 +73,11 @@ class RayLine:
         ready = ray.wait(list(self._running), timeout=wait_s)[0]
         return [(self._running.pop(ref), ray.get(ref)) for ref in ready]
 
+    def is_short(self) -> bool:
+        return not self._nodes <= {node["NodeID"] for node in alive_nodes()}
+
     def state(self) -> str:
-        steps = getattr(getattr(self._line, "_current_executor", None), "_topology", None) or {}
+        steps = getattr(self._executor, "_topology", None) or {}
         said = (
             f"{op.name}: {op.num_active_tasks()} tasks, {at.total_enqueued_input_blocks()} waiting" for op, at in steps.items()
         )
@@ -74,9 +86,8 @@ class RayLine:
     def close(self) -> None:
         import ray
 
-        executor = getattr(self._line, "_current_executor", None)
-        if executor is not None:
-            executor.shutdown(force=True)  # else it works on, until it is collected
+        if self._executor is not None:
+            self._executor.shutdown(force=True)  # else it works on, until it is collected
         self._thread.join(30)
         # whoever keeps an error keeps Ray's handles, which keep the CPUs: the next run would wait for ever
         for name in self._actors:

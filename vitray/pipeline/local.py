@@ -71,6 +71,9 @@ class LocalLine:
         ended = wait(self._running, wait_s, return_when="FIRST_COMPLETED").done
         return [(self._running.pop(future), future.result()) for future in ended]
 
+    def is_short(self) -> bool:
+        return False
+
     def state(self) -> str:
         return ", ".join(f"{waiting.qsize()} fragments wait for {step}" for step, waiting in self._queues.items())
 

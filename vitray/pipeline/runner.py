@@ -25,8 +25,8 @@ import pyarrow as pa
 from vitray.crash import crash_point
 from vitray.dataset import (
     Dataset,
-    Ledger,
     append_group_log,
+    base_of,
     check_data,
     committed,
     dataset_url,
@@ -83,7 +83,7 @@ def run(
         probe(job.out)
     if open_dataset(job.out) is not None and not _pending(job, listing) and not listing.new_groups:
         dataset = _resolve(job, identify(_with_frozen_engine(job)), listing)
-        return _result(dataset, job, finish(dataset, _ids(listing), _ids(listing, job), prune), Work(), started)
+        return _finished(dataset, job, prune, Work(), started)
     crash_point("driver-listed")
     with _machines(job, address, allow_open_cluster) as (open_line, shares, nodes):
         frozen = _with_frozen_engine(job)
@@ -104,8 +104,7 @@ def run(
             listing = list_shards(job, groups_of(job.out))
             if not work.changed:
                 break
-        ledger = finish(dataset, _ids(listing), _ids(listing, job), prune)
-        result = _result(dataset, job, ledger, work, started)
+        result = _finished(dataset, job, prune, work, started)
         write_run_record(dataset, work.run_id, _record(dataset, job, result, work, shares))
         crash_point("driver-recorded")
         return result
@@ -114,7 +113,7 @@ def run(
 @contextlib.contextmanager
 def _machines(
     job: Job, address: str | None, allow_open: bool
-) -> Iterator[tuple[type[LocalLine] | type[RayLine], Shares, list[dict[str, Any]]]]:
+) -> Iterator[tuple[Callable[..., Line], Shares, list[dict[str, Any]]]]:
     """What makes a line, its shares, and Ray's nodes: none where this process does it all.
 
     That is where nobody asked for Ray, by an address (`local` for one of our own) or by having started it, and the model runs on
@@ -126,9 +125,15 @@ def _machines(
             # few wait: what does is computed again after a kill
             yield LocalLine, replace(share_out([{"CPU": own_cpus()}], "cpu"), stagers=2, queue_blocks=1), []
         return
+
+    def now() -> Shares:
+        return share_out([node["Resources"] for node in alive_nodes()], job.device)
+
+    def open_ray(dataset: Dataset, shards: list[Shard], shares: Shares) -> RayLine:
+        return RayLine(dataset, shards, replace(now(), compiled=shares.compiled))  # machines come and go between waves
+
     with ray_session(address, allow_open):
-        nodes = alive_nodes()
-        yield RayLine, share_out([node["Resources"] for node in nodes], job.device), nodes
+        yield open_ray, now(), alive_nodes()
 
 
 def _with_absolute_paths(job: Job) -> Job:
@@ -159,10 +164,6 @@ def _settle_groups(job: Job, listing: Listing) -> Listing:
         append_group_log(absolute(job.out), [(g.number, url) for g in listing.new_groups for url in g.urls])
         listing = list_shards(job, groups_of(job.out))
     raise StorageError(f"{job.out}: other runs keep appending groups. Wait for them, then run the same command again.")
-
-
-def _ids(listing: Listing, job: Job | None = None) -> list[str]:
-    return [shard.id for shard in (listing.shards[: job.limit] if job else listing.shards)]
 
 
 def _pending(job: Job, listing: Listing) -> list[Shard]:
@@ -233,7 +234,7 @@ def _complete(dataset: Dataset, job: Job, listing: Listing, open_line: MakeLine,
     known = [shard.rows for shard in pending]
     work.progress.shards = len(pending)
     work.progress.images_expected = sum(r for r in known if r is not None) if None not in known else None
-    faults, size, dead = 0, WAVE_SHARDS, set[str]()
+    faults, size, dead, last = 0, WAVE_SHARDS, set[str](), ""
     while pending:
         if work.stop.is_set():
             raise Interrupted("what is staged stays. Run the same command again to go on.")
@@ -245,24 +246,41 @@ def _complete(dataset: Dataset, job: Job, listing: Listing, open_line: MakeLine,
             cause = _cause(error)
             if isinstance(cause, VitrayError):
                 raise type(cause)(str(cause).partition("\n")[0]) from error  # Ray appends advice of its own
-            log.warning("a wave ended early (%s); planning again", _last_line(error))
+            last = _last_line(error)
+            log.warning("a wave ended early (%s); planning again", last)
             faults += 1
             if len(wave) == 1:
-                blame(work, wave[0].id, f"its processes died: {_last_line(error)}")
+                blame(work, wave[0].id, f"its processes died: {last}")
                 dead.add(wave[0].id)
             if faults > 1:  # a death nobody can be blamed for: in ever smaller waves, until one shard is alone
                 size = max(1, len(wave) // NARROWER)
             if len(dead) == DEADLY:
-                why = f"the line fails again and again: {_last_line(error)}"
-                raise ClusterError(f"{why}. Look at that (and at Ray's logs, where it runs on Ray), then run again.") from error
+                break
         done = committed(dataset.out).keys()
         pending = [s for s in pending if s.id not in done | work.changed and work.attempts.get(s.id, 0) < ATTEMPTS]
         pending.sort(key=lambda shard: work.attempts.get(shard.id, 0))  # what has died before comes last
+    if len(dead) == DEADLY or (
+        dead and work.progress.images == work.progress.resumed
+    ):  # the few there were died, and no image moved
+        raise ClusterError(
+            f"the line fails again and again: {last}. Look at that (and at Ray's logs, where it runs on Ray), then run again."
+        )
 
 
-def _result(dataset: Dataset, job: Job, ledger: Ledger, work: Work, started: float) -> Result:
-    done = committed(dataset.out)  # a shard that another run finished meanwhile is no failure
-    aside = {s: why for s, why in work.failures.items() if s not in done}
+def _finished(dataset: Dataset, job: Job, prune: bool, work: Work, started: float) -> Result:
+    """The manifest step, on what the source holds now, and what the run comes to."""
+    planned: list[str] = []
+
+    def list_ids() -> tuple[list[str], list[str]]:
+        listed = [shard.id for shard in list_shards(job, groups_of(job.out)).shards]
+        planned[:] = listed[: job.limit]
+        return listed, planned
+
+    ledger = finish(dataset, list_ids, prune)
+    left = set(planned) - committed(dataset.out).keys()  # what another run finished, or what is listed no more, is no failure
+    restless = {base_of(shard) for shard in work.changed}
+    aside = {s: "its input changed each time it was read" for s in sorted(left) if base_of(s) in restless}
+    aside |= {s: why for s, why in work.failures.items() if s in left}
     images = work.progress.images - work.progress.resumed
     return Result(
         out=dataset.out,

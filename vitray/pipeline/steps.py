@@ -108,10 +108,12 @@ def read_step(dataset: Dataset, shard: Shard) -> Iterator[Parcel]:
             end = there.ends[0]
             yield Parcel(Receipt("end", shard.id, total=end.total, message=end.note), end.truncated_at)
             return
+        # not a short one: it may be the tail of a reading that ended elsewhere, and would cut this one's fragments
+        full = {start: stop for start, stop in there.fragments.items() if stop - start == dataset.fragment_rows}
         sent: set[int] = set()
         for attempt in range(1, READS + 1):
             try:
-                yield from _fragments(dataset, shard, there.fragments, sent, started)
+                yield from _fragments(dataset, shard, full, sent, started)
                 return
             except ShardError:
                 if attempt == READS:

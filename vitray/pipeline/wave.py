@@ -21,6 +21,7 @@ from vitray.schema import Receipt, Shard
 
 log = logging.getLogger(__name__)
 
+LOST_S = 30.0  # without a receipt, then whose machine is gone is planned again
 ATTEMPTS = 3
 JUDGED_IMAGES = 1000
 COMMITS_AT_ONCE = 4
@@ -67,6 +68,10 @@ class Line(Protocol):
         """What commits that ended within wait_s say. Raises what is not a VitrayError."""
         ...
 
+    def is_short(self) -> bool:
+        """Whether a machine that it began with is gone: what waits for that one may wait for ever."""
+        ...
+
     def state(self) -> str:
         """For people: what each step does and what waits for it."""
         ...
@@ -108,7 +113,9 @@ def run_wave(dataset: Dataset, shards: list[Shard], line: Line, work: Work) -> N
 
 
 def _receipts(line: Line, patience_s: float, stop: threading.Event) -> Iterator[Receipt | None]:
-    """Receipts as they come, None once a second without one. Raises ClusterError after patience_s without any."""
+    """Receipts as they come, None once a second without one. Raises ClusterError after patience_s without any, RuntimeError
+    after LOST_S where a machine is gone.
+    """
     arrived: queue.Queue[Receipt | Exception | None] = queue.Queue()
     line.start(arrived)
     last = time.monotonic()
@@ -118,6 +125,8 @@ def _receipts(line: Line, patience_s: float, stop: threading.Event) -> Iterator[
         try:
             item = arrived.get(timeout=1.0)
         except queue.Empty:
+            if time.monotonic() - last > LOST_S and line.is_short():
+                raise RuntimeError("a machine was lost") from None
             if time.monotonic() - last > patience_s:
                 raise ClusterError(
                     f"no image moved for {patience_s:g} s ({line.state()}). Is the store slow, or the model stuck? On a cluster, `ray status` tells "

@@ -13,10 +13,9 @@ from vitray.schema import Encoded, End, Shard
 from vitray.sources import files, manifest, parquet, tables, tar
 from vitray.sources.files import Group
 from vitray.sources.listing import Listing, list_shards
-from vitray.sources.objects import base_of
 from vitray.sources.tar import absent_members
 
-__all__ = ["Group", "Listing", "absent_members", "base_of", "estimate_images", "kept_schema", "list_shards", "read_shard"]
+__all__ = ["Group", "Listing", "absent_members", "estimate_images", "kept_schema", "list_shards", "read_shard"]
 
 READ = {"tar": tar.read_tar, "files": files.read_files, "parquet": parquet.read_parquet, "manifest": manifest.read_manifest}
 KEPT = {"tar": tar.kept_schema, "files": files.kept_schema, "parquet": tables.kept_schema, "manifest": tables.kept_schema}

@@ -15,7 +15,7 @@ from vitray.job import Job
 from vitray.schema import Shard
 from vitray.sources.files import Group, list_files
 from vitray.sources.manifest import split_manifest
-from vitray.sources.objects import READERS, base_of, printable, whole_shard
+from vitray.sources.objects import READERS, printable, whole_shard
 from vitray.sources.parquet import split_parquet
 from vitray.sources.tables import columns_to_read, likely_columns, read_schema
 from vitray.sources.tar import IMAGE_EXTENSIONS
@@ -35,11 +35,10 @@ LOOK_INTO = 5  # Parquet files tried until one can be opened
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """What a source holds now. bases: base_of every shard's id."""
+    """What a source holds now."""
 
     shards: list[Shard]
     new_groups: list[Group]
-    bases: frozenset[str]
 
 
 def list_shards(job: Job, groups: Sequence[Group]) -> Listing:
@@ -61,7 +60,7 @@ def list_shards(job: Job, groups: Sequence[Group]) -> Listing:
         shards = [whole_shard(info, kind) for info in chosen]
     if kind in ("parquet", "manifest"):
         shards = _split(shards, job)
-    return Listing(shards, new, frozenset(base_of(shard.id) for shard in shards))
+    return Listing(shards, new)
 
 
 def _expand(job: Job) -> list[ObjectInfo]:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import BinaryIO
 
 from vitray import storage
-from vitray.errors import JobError, ObjectMissing, ShardError
+from vitray.errors import ObjectChanged, ObjectMissing, ShardError
 from vitray.schema import Encoded, Shard, short_hash
 from vitray.storage import ObjectInfo
 
@@ -32,14 +32,6 @@ def part_of(whole: Shard, mark: str, rows: int, size: int, span: tuple[int, int]
 
 def shard_id(stem: str, base: str, version: str) -> str:
     return f"{stem}-{short_hash(base)}-{short_hash(version, 8)}"
-
-
-def base_of(shard_id: str) -> str:
-    """The part of an id that stays when the version changes: the hash of the URL, or of a group's URLs."""
-    parts = shard_id.split("-")
-    if len(parts) < 3:
-        raise JobError(f"{shard_id} is no shard id")
-    return parts[-2]
 
 
 def printable(text: str) -> str:
@@ -85,6 +77,8 @@ def _read_row(row: Encoded, version: str | None) -> Encoded:
             while len(data) <= MAX_IMAGE_BYTES and (chunk := stream.read(CHUNK_BYTES)):
                 data += chunk
     except ObjectMissing as error:
+        if version is not None:
+            raise ObjectChanged(f"{row.uri} was deleted since it was listed") from error
         return replace(row, reason="missing", message=str(error))
     if len(data) > MAX_IMAGE_BYTES:
         reason, message = too_large(len(data))

@@ -12,6 +12,8 @@ import re
 import uuid
 from collections.abc import Iterable
 from functools import lru_cache
+from io import BufferedReader
+from typing import cast
 
 from vitray.errors import JobError, ObjectMissing, UnsafeStore
 from vitray.storage.local import LocalStore
@@ -113,6 +115,6 @@ def _s3(pid: int, environment: tuple[tuple[str, str | None], ...]) -> S3Store:
     return S3Store()
 
 
-def sha256_of(path: str) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def sha256_of(url: str) -> str:
+    with store_for(url).open(url) as stream:
+        return hashlib.file_digest(cast(BufferedReader, stream), "sha256").hexdigest()
