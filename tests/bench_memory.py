@@ -74,12 +74,14 @@ def fifty_megapixels() -> bytes:
 
 
 def write_growing(folder: str, times: int) -> int:
-    """Shards of 100 photographs; one in four has an image of 50 MP besides. Returns the number of images."""
+    """Shards of 100 photographs; one in four has four of 50 MP among them, far enough apart for two decoders to meet them at once."""
     pool, large = jpegs(IMAGES), fifty_megapixels()
     for shard in range(4 * times):
-        part = pool[shard % 4 * (IMAGES // 4) : (shard % 4 + 1) * (IMAGES // 4)] + [large] * (shard % 4 == 0)
+        part = pool[shard % 4 * (IMAGES // 4) : (shard % 4 + 1) * (IMAGES // 4)]
+        if shard % 4 == 0:
+            part[::25] = [large] * 4
         write_tar(f"{folder}/in-{shard:03d}.tar", [(f"{n:05d}.jpg", data) for n, data in enumerate(part)])
-    return IMAGES * times + times
+    return IMAGES * times
 
 
 def write_20_gb(folder: str, times: int) -> int:
@@ -100,6 +102,7 @@ def write_20_gb(folder: str, times: int) -> int:
 
 
 def main(model: str, largest: int = 100) -> None:
+    """largest: leave out inputs that are more than so many times the first."""
     inputs = [*((write_growing, times) for times in (1, 10, 100) if times <= largest), (write_20_gb, 1)]
     for where, (write, times) in itertools.product(([], ["--address", "local"]), inputs):
         with tempfile.TemporaryDirectory() as folder:

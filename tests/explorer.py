@@ -211,16 +211,20 @@ class _Execution:
         able = [n for n, run in enumerate(self.runs) if not run.is_over]
         able.sort(key=lambda n: n != self._current)
         for n in able:
-            if n != self._current and not self.runs[self._current].is_over and self.preemptions >= bounds.preemptions:
+            if self._preempts(n) and self.preemptions >= bounds.preemptions:
                 continue
             yield n, WELL
             if self.faults < bounds.faults:
                 yield from ((n, fault) for fault in self.runs[n].faults)
 
+    def _preempts(self, n: int) -> bool:
+        """Whether another run could go on; who goes first is free."""
+        return bool(self.trace) and n != self._current and not self.runs[self._current].is_over
+
     def step(self, choice: Choice) -> None:
         n, fault = choice
         run = self.runs[n]
-        self.preemptions += n != self._current and not self.runs[self._current].is_over
+        self.preemptions += self._preempts(n)
         self.faults += fault != WELL
         self.trace = (*self.trace, choice)
         if fault != WELL:

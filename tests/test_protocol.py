@@ -136,12 +136,13 @@ def broken_by(url: str, before: bytes | None, after: bytes | None) -> str:
         return f"{url} was deleted, and it is what the input holds now"
     if folder == "data" and after is None and not any(o.startswith(f"{OUT}/data/") and o != url for o in objects):
         return f"{url} was deleted, and nothing superseded it"
-    if folder == "errors" and after is not None and data not in objects:
+    if folder == "errors" and after is not None and data not in objects and name == f"{_id_of(objects[SOURCE])}.parquet":
         return f"{url} was written before its data file"
     if name.startswith("staging/") and before is not None:
         if after is not None:
             return f"{url} was written a second time"
-        if join(OUT, "data", f"{name.split('/')[1]}.parquet") not in objects:
+        shard = name.split("/")[1]
+        if join(OUT, "data", f"{shard}.parquet") not in objects and shard == _id_of(objects[SOURCE]):
             return f"{url} was deleted before its data file was there"
     if folder == "_SUCCESS.json" and after is not None and not any(o.startswith(f"{OUT}/data/") for o in objects):
         return "_SUCCESS.json was written before the data"
@@ -174,10 +175,12 @@ def check_whole(store: MemoryStore, runs: list[Run]) -> None:
         raise Violation(f"{footer.errors} errors, but errors/ is {'there' if exists(errors) else 'not there'}")
     if footer.errors and pq.read_table(pa.BufferReader(store.objects[errors])) != footer.error_rows:
         raise Violation("errors/ is not what the data file carries")
+    if others := [url for url in store.objects if url.startswith(join(OUT, "errors", "")) and url != errors]:
+        raise Violation(f"errors/ holds {others}, the input is {shard.id}")
     manifest = read_manifest(OUT)
     if manifest is None or manifest["etag"].to_pylist() != [data[shard.id].version] or not exists(join(OUT, "_SUCCESS.json")):
         raise Violation(f"the manifest is {manifest and manifest.to_pylist()}")
-    if staged_shards(_now.dataset):
+    if shard.id in staged_shards(_now.dataset):  # of an older version, a run that was left behind may write some at any time
         raise Violation(f"staging is left: {staged_shards(_now.dataset)}")
 
 
@@ -379,6 +382,17 @@ def record_before_data(patch: pytest.MonkeyPatch) -> None:
     patch.setitem(globals(), "commit_shard", commit_late)
 
 
+def listed_before_looking(patch: pytest.MonkeyPatch) -> None:
+    """What is committed between a run's listing and its manifest step looks superseded."""
+    real = finish
+
+    def finish_late(dataset: Any, list_ids: Callable[[], tuple[list[str], list[str]]]) -> Any:
+        ids = list_ids()
+        return real(dataset, lambda: ids)
+
+    patch.setitem(globals(), "finish", finish_late)
+
+
 def fragments_written_again(patch: pytest.MonkeyPatch) -> None:
     from vitray.dataset import staging
 
@@ -400,6 +414,7 @@ MUTANTS: dict[Callable[[pytest.MonkeyPatch], None], tuple[str, Bounds]] = {
     errors_of_the_loser: ("two runs that disagree on a bad row", SHORT),
     record_before_data: ("two runs that disagree on a bad row", SHORT),
     fragments_written_again: ("two runs that disagree on a bad row", SHORT),
+    listed_before_looking: ("two runs, and the input changes", Bounds(preemptions=2, faults=0, states=60_000)),
 }
 
 
