@@ -59,8 +59,18 @@ def befall(process: subprocess.Popen[bytes], what: str, rng: random.Random) -> N
         process.send_signal(signal.SIGCONT)
 
 
-def faulty_run(argv: list[str], proxy: Proxy | None, rng: random.Random) -> tuple[str, int]:
-    """What befell one run, and its exit code."""
+def wrong_with(out: str) -> str:
+    """Why a dataset that a run called complete is not; empty when it is."""
+    keys = Counter(vitray.read(out, columns=["key"])["key"].to_pylist())
+    wanted = {f"{n:05d}" for n in range(IMAGES)}
+    if keys != Counter(wanted):
+        return f"lost {len(wanted - keys.keys())}, doubled {sum(keys.values()) - len(keys)}, foreign {len(keys.keys() - wanted)}"
+    checked = vitray.validate(out, content=True)
+    return "" if checked.ok else str(checked)
+
+
+def faulty_run(argv: list[str], out: str, proxy: Proxy | None, rng: random.Random) -> tuple[str, list[int]]:
+    """What befell one run, or two at once, and the exit codes. Exits where one claims what is not so, or prints a traceback."""
     what = rng.choice(["kill", "kill", "term", "stop", "crash", "storm", "two"])
     environment = dict(os.environ)
     if what == "crash":
@@ -68,13 +78,20 @@ def faulty_run(argv: list[str], proxy: Proxy | None, rng: random.Random) -> tupl
         environment["VITRAY_CRASH_AT"] = point
     if what == "storm" and proxy is not None:
         proxy.rule = rng.choice(STORMS)(rng)
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
-    processes = [subprocess.Popen(argv, **quiet) for _ in range(2 if what == "two" else 1)]
-    befall(processes[0], what if what != "two" else "kill", rng)
-    codes = [process.wait(LIMIT_S) for process in processes]
+    with tempfile.TemporaryFile("w+") as stderr:
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": stderr, "env": environment}
+        processes = [subprocess.Popen(argv, **quiet) for _ in range(2 if what == "two" else 1)]
+        befall(processes[0], what if what != "two" else "kill", rng)
+        codes = [process.wait(LIMIT_S) for process in processes]
+        stderr.seek(0)
+        said = stderr.read()
     if proxy is not None:
         proxy.rule = Proxy().rule
-    return what, max(codes, key=abs)
+    if "Traceback" in said:
+        sys.exit(f"{what}: {said}")
+    if 0 in codes and (problem := wrong_with(out)):
+        sys.exit(f"{what}: a run ended with 0, but {problem}")
+    return what, codes
 
 
 def main(minutes: float, seed: int) -> None:
@@ -94,20 +111,14 @@ def main(minutes: float, seed: int) -> None:
             out = join("s3://soak", uuid.uuid4().hex) if on_s3 else str(folder / uuid.uuid4().hex)
             argv = command(folder, str(folder / "model"), folder / "out")
             argv[argv.index(str(folder / "out"))] = out
-            history = [faulty_run(argv, proxy, rng) for _ in range(rng.randint(1, FAULTY))]
+            history = [faulty_run(argv, out, proxy, rng) for _ in range(rng.randint(1, FAULTY))]
             last = subprocess.run(argv, capture_output=True, text=True, timeout=LIMIT_S)
-            keys = Counter(vitray.read(out, columns=["key"])["key"].to_pylist()) if last.returncode == 0 else Counter[str]()
-            lost = len({f"{n:05d}" for n in range(IMAGES)} - keys.keys())
-            doubled = sum(keys.values()) - len(keys)
-            checked = last.returncode == 0 and vitray.validate(out, content=True).ok
+            problem = wrong_with(out) if last.returncode == 0 else last.stderr
             befallen.update(what for what, _ in history)
-            total.update(rounds=1, runs=len(history) + 1, images=sum(keys.values()), lost=lost, doubled=doubled)
-            print(
-                json.dumps({"s3": on_s3, "befell": history, "last": last.returncode, "lost": lost, "doubled": doubled}),
-                flush=True,
-            )
-            if lost or doubled or not checked:
-                sys.exit(f"the dataset is not whole: {last.stdout} {last.stderr}")
+            total.update(rounds=1, runs=len(history) + 1, images=IMAGES)
+            print(json.dumps({"s3": on_s3, "befell": history, "last": last.returncode, "problem": problem}), flush=True)
+            if problem:
+                sys.exit(f"the dataset is not whole: {problem}")
             if not on_s3:
                 shutil.rmtree(out)
         print(json.dumps({"minutes": minutes, "seed": seed, **total, "faults": dict(befallen)}), flush=True)

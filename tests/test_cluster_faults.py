@@ -20,7 +20,7 @@ from test_kill import command, images_by_step, lines_of, start, wait_until_stage
 
 import vitray
 
-pytestmark = [pytest.mark.ray, pytest.mark.nightly]
+pytestmark = [pytest.mark.ray, pytest.mark.nightly, pytest.mark.timeout(600)]
 IMAGES = 1536
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
@@ -137,12 +137,12 @@ def test_a_full_disk_for_spilling(inputs: Path, large_pixels: str, tmp_path: Pat
 
 def test_a_machine_whose_memory_is_always_full_is_one_error(inputs: Path, shapes_model: str, tmp_path: Path) -> None:
     """Ray's memory monitor kills whatever works. With memory again, the same command ends whole."""
-    argv = command(inputs, shapes_model, tmp_path / "out")
-    with one_node(RAY_memory_usage_threshold="0.01", RAY_memory_monitor_refresh_ms="100") as cluster:
-        started = time.monotonic()
-        run = subprocess.Popen([*argv, "--address", cluster.address], env=cluster.environment, **PIPES)
-        _, stderr = run.communicate(timeout=550)
-        print(f"gave up after {time.monotonic() - started:.0f} s: {stderr.splitlines()[-1][:200]}")
+    argv = command(inputs, shapes_model, tmp_path / "out", "--address", "local")
+    started = time.monotonic()
+    limits = {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "100"}
+    run = start(argv, tmp_path / "trace", **limits)
+    _, stderr = run.communicate(timeout=500)
+    print(f"gave up after {time.monotonic() - started:.0f} s: {stderr.splitlines()[-1][:200]}")
     assert run.returncode == 1 and stderr.splitlines()[-1].startswith("ClusterError"), stderr
     assert subprocess.run(argv, capture_output=True, timeout=200).returncode == 0
     require_whole(tmp_path / "out")

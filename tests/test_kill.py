@@ -148,7 +148,6 @@ def test_two_runs_at_once_make_each_object_once(shapes_model: str, tmp_path: Pat
     for process in (first, second):
         _, stderr = process.communicate(timeout=240)
         assert process.returncode == 0, stderr
-        assert not list(Path("/tmp/ray").glob(f"session_*_{process.pid}"))  # Ray's logs stay only after a failure
     table = vitray.read(str(out))
     assert sorted(table["uri"].to_pylist()) == sorted(f"{tmp_path}/in/{p.key}.{p.suffix}" for p in items)
     success = json.loads((out / "_SUCCESS.json").read_text())

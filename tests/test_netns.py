@@ -25,6 +25,7 @@ import vitray
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.nightly,
+    pytest.mark.timeout(600),
     pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and iproute2"),
 ]
 IMAGES = 1536

@@ -90,6 +90,7 @@ def ray_session(address: str | None, allow_open: bool = False) -> Iterator[None]
         _set_up_token()
         # idle workers beyond it are killed, and started again: 2 s each
         os.environ.setdefault("RAY_num_workers_soft_limit", "64")
+        os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))  # of a task that was killed for lack of memory; else endless
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
