@@ -168,4 +168,6 @@ def test_memory_that_is_short_for_a_while(inputs: Path, shapes_model: str, tmp_p
         _, stderr = run.communicate(timeout=300)
     assert run.returncode == 0, stderr
     require_whole(tmp_path / "out")
-    print(f"done again: { {s: n - IMAGES for s, n in images_by_step(trace).items()} }")
+    again = {step: count - IMAGES for step, count in images_by_step(trace).items()}
+    print(f"done again: {again}")
+    assert sum(again.values()) > 0, "nothing was killed"
