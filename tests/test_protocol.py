@@ -226,6 +226,15 @@ def test_many_states_hold(name: str, faults: int) -> None:
     tell(f"{name}, {faults} faults", found)
 
 
+@NIGHTLY
+@pytest.mark.timeout(900)
+def test_every_order_of_two_runs_and_a_changing_input_holds() -> None:
+    """With at most two preemptions and no fault, all of them."""
+    found = explore(scenario(SCENARIOS["two runs, and the input changes"]), Bounds(preemptions=2, faults=0, states=200_000))
+    tell("two runs, and the input changes", found)
+    assert found.complete and found.states > 50_000
+
+
 # ---- two runs that begin a dataset, or a group, at once
 
 
