@@ -606,7 +606,7 @@ def test_status_tells_how_far(vitray: Call, tmp_path: Path) -> None:
     code, out, err = vitray("status", dataset.out, "--json")
     assert (code, err) == (0, "")
     status = json.loads(out)
-    assert (status["complete"], status["shards"], status["rows"], status["errors"], status["truncated"]) == (False, 2, 18, 2, 0)
+    assert (status["complete"], status["shards"], status["rows"], status["errors"], status["truncated"]) == (False, 2, 18, 2, {})
     assert (status["staged"], status["last_run"]) == ({last.id: 4}, None)
     assert vitray("status", dataset.out)[1].splitlines()[:3] == [
         f"{dataset.out}: not complete: run the job again to go on",
@@ -707,6 +707,7 @@ def test_hostile_text_on_stdout_is_not_raw(vitray: Call, tmp_path: Path) -> None
     runs.mkdir()
     record = {"finished": "now", "images": 1, "images_per_s": 1, "set_aside": {"s": f"cannot {ESCAPE} read"}}
     (runs / "20250101.json").write_text(json.dumps(record))
+    (out / "_SUCCESS.json").unlink()
     code, text, err = vitray("status", dataset.out)
     assert code == 0 and "set aside  s: cannot ?]0;owned??[31m read" in text
     assert raw(text + err) == []
@@ -1048,3 +1049,13 @@ def test_on_and_off_are_words_also_where_yaml_thinks_otherwise(tmp_path: Path, v
     (tmp_path / "job.yaml").write_text(f"source: s\nmodel: m\nout: o\ncompile: {value}\n")
     assert make_job(read_fields(tmp_path / "job.yaml")).compile == value
     assert make_job({"source": "s", "model": "m", "out": "o", **parse_set([f"compile={value}"])}).compile == value
+
+
+def test_a_colour_is_never_taken_for_a_comment(tmp_path: Path) -> None:
+    assert parse_set(["background=#ffffff"]) == {"background": "#ffffff"}
+    file = tmp_path / "job.yaml"
+    file.write_text("source: a\nbackground: #ffffff\n")
+    with pytest.raises(JobError, match="`background` has no value in line 2; what begins with # goes in quotes"):
+        read_fields(file)
+    file.write_text("source: a\nbackground: '#ffffff'\nrevision: null\n")
+    assert read_fields(file) == {"source": "a", "background": "#ffffff", "revision": None}

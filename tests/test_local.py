@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from shards import Picture, pictures, put_tars
+from shards import Picture, pictures, put_files, put_tars
 
 import vitray
 from vitray.dataset import Dataset, open_dataset, staged
@@ -162,3 +162,42 @@ def test_more_threads_than_shards_and_a_compiled_model_change_nothing(dataset: D
     mine, theirs = pq.read_table(tmp_path / "other" / "data" / path.name), pq.read_table(path)
     assert mine["key"].equals(theirs["key"]) and mine["label"].equals(theirs["label"])
     np.testing.assert_allclose(*(np.stack(t["embedding"].to_numpy()) for t in (mine, theirs)), atol=1e-4)
+
+
+def test_files_that_are_deleted_later_are_missing_and_not_bad(shapes_model: str, tmp_path: Path) -> None:
+    put_files(str(tmp_path / "in"), pictures(12))
+    job = vitray.Job(source=[f"{tmp_path}/in"], model=shapes_model, out=f"{tmp_path}/out", engine="torch")
+    assert vitray.run(job).exit_code == 0
+    for path in sorted((tmp_path / "in").iterdir())[:5]:
+        path.unlink()
+    result = vitray.run(job)
+    assert (result.rows, result.errors, result.reasons, result.exit_code) == (7, 5, {"missing": 5}, 0)
+    (tmp_path / "in" / "bad.png").write_bytes(b"no image")
+    again = vitray.run(job)
+    assert (again.rows, again.errors, again.exit_code) == (7, 6, 4)  # one of eight is bad
+
+
+def test_a_run_that_gives_up_leaves_no_row_twice(
+    inputs: Path, shapes_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its new version of an input is committed, the old one was not removed yet."""
+    from vitray.errors import ErrorRateExceeded
+    from vitray.pipeline import runner
+
+    put_tars(str(tmp_path / "in"), pictures(40), 2, tmp_path)
+    job = vitray.Job(source=[f"{tmp_path}/in"], model=shapes_model, out=f"{tmp_path}/out", engine="torch")
+    vitray.run(job)
+    put_tars(str(tmp_path / "in"), pictures(60), 2, tmp_path)
+    real = runner._complete
+
+    def giving_up(*args: object) -> None:
+        real(*args)
+        raise ErrorRateExceeded("too many")
+
+    monkeypatch.setattr(runner, "_complete", giving_up)
+    with pytest.raises(ErrorRateExceeded):
+        vitray.run(job)
+    keys = [
+        row["key"] for path in (tmp_path / "out" / "data").iterdir() for row in pq.read_table(path, columns=["key"]).to_pylist()
+    ]
+    assert sorted(keys) == [f"{n:05d}" for n in range(60)]

@@ -271,20 +271,23 @@ def test_a_file_beyond_the_cap_is_a_row_and_is_not_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["", "*.png"])
-def test_a_broken_link_is_a_row_and_a_folder_behind_a_link_is_none(tmp_path: Path, pattern: str) -> None:
+def test_a_broken_link_and_a_pipe_are_rows_and_a_folder_behind_a_link_is_none(tmp_path: Path, pattern: str) -> None:
     (tmp_path / "in" / "folder.png").mkdir(parents=True)
     (tmp_path / "in" / "a.png").write_bytes(b"x")
     (tmp_path / "in" / "b.png").symlink_to(tmp_path / "nowhere")
     (tmp_path / "in" / "c.png").symlink_to(tmp_path / "in" / "a.png")
     (tmp_path / "in" / "d.png").symlink_to(tmp_path / "in" / "folder.png")
+    os.mkfifo(tmp_path / "in" / "e.png")
     job = job_for(tmp_path / "in" / pattern)
     rows, end = read_all(only_shard(job), job)
     assert [(Path(r.key).name, r.data, r.reason) for r in rows] == [
         ("a.png", b"x", None),
         ("b.png", None, "missing"),
         ("c.png", b"x", None),
+        ("e.png", None, "missing"),
     ]
-    assert end == End(3)
+    assert [r.message.rpartition("png ")[2] for r in rows if r.reason] == ["is a link to nothing", "is no regular file"]
+    assert end == End(4)
 
 
 def test_a_broken_link_to_a_tar_is_a_broken_shard(tmp_path: Path) -> None:

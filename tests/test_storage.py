@@ -134,10 +134,10 @@ def test_expand_refuses_what_names_no_object(root: str) -> None:
 
 
 def test_expand_hides_the_marks_of_other_tools(root: str) -> None:
-    for name in ("a.tar", "_SUCCESS", ".crc", "_tmp/b.tar", "x/.hid/c.tar", "x/d.tar", "_x/e.tar"):
+    for name in ("_DSC1.JPG", "a.tar", "_SUCCESS", ".crc", ".x.jpg", "_tmp/b.tar", "x/.hid/c.tar", "x/d.tar", "_x/e.tar"):
         put(join(root, name))
-    assert [i.url for i in expand(root)] == [join(root, "a.tar"), join(root, "x/d.tar")]
-    assert [i.url for i in expand(join(root, "*"))] == [join(root, "a.tar")]
+    assert [i.url for i in expand(root)] == [join(root, name) for name in ("_DSC1.JPG", "a.tar", "x/d.tar")]
+    assert [i.url for i in expand(join(root, "*"))] == [join(root, "_DSC1.JPG"), join(root, "a.tar")]
     assert [i.url for i in expand(join(root, "_tmp"))] == [join(root, "_tmp/b.tar")], "a hidden folder named outright is meant"
     assert [i.url for i in expand(join(root, "_tmp", "*.tar"))] == [join(root, "_tmp/b.tar")]
     assert [i.url for i in expand(join(root, "_SUCCESS"))] == [join(root, "_SUCCESS")]

@@ -80,7 +80,9 @@ class Job(BaseModel):
     allow: Strings = Field([], description="manifest: prefixes its paths may point into (default: the manifest's directory)")
     formats: Strings = Field(list(FORMATS), description="image formats that are decoded")
     max_pixels: int = Field(50_000_000, description="pixel cap of one image", ge=1)
-    background: Color | None = Field(None, description="#rrggbb to composite transparent images on (default: alpha is dropped)")
+    background: Color | None = Field(
+        None, description="'#rrggbb' (in quotes) to composite transparent images on (default: alpha is dropped)"
+    )
     decode: Literal["exact", "fast", "draft", "gpu", "hybrid"] = Field(
         "exact",
         description="exact: Hugging Face's pixels; fast: a level off here and there; draft: large JPEGs at reduced size; "
@@ -173,7 +175,11 @@ class _Loader(yaml.SafeLoader):
     def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         first: dict[str, yaml.Node] = {}
-        for key, _ in node.value:
+        for key, value in node.value:
+            if value.tag.endswith(":null") and not value.value:
+                raise ValueError(
+                    f"`{key.value}` has no value in line {key.start_mark.line + 1}; what begins with # goes in quotes"
+                )
             if first.setdefault(str(key.value), key) is not key:
                 raise ValueError(f"`{key.value}` is there twice, again in line {key.start_mark.line + 1}")
         return node
@@ -200,7 +206,7 @@ def parse_set(pairs: list[str]) -> dict[str, object]:
         if not equals:
             raise JobError(f"--set {pair}: write --set field=value")
         try:
-            fields[name.strip()] = _Loader(value).get_single_data()
+            fields[name.strip()] = value if value.startswith("#") else _Loader(value).get_single_data()
         except BAD_YAML as error:
             raise JobError(f"--set {pair}: the value is not valid YAML") from error
     return fields

@@ -52,7 +52,7 @@ class Status:
     shards: int
     rows: int
     errors: int
-    truncated: int
+    truncated: dict[str, int]  # {shard: byte at which it was cut}
     staged: dict[str, int]
     decided: dict[str, str]
     last_run: dict[str, object] | None
@@ -64,7 +64,8 @@ class Status:
             state = "not complete: mend or remove the shards set aside, then run the job again"
         lines = [
             f"{self.out}: {state}",
-            f"committed  {self.shards} shards, {self.rows:,} rows, {self.errors:,} errors, {self.truncated} shards cut short",
+            f"committed  {self.shards} shards, {self.rows:,} rows, {self.errors:,} errors, {len(self.truncated)} shards cut short",
+            *(f"cut short  {shard}: at byte {at:,}" for shard, at in self.truncated.items()),
             f"staged     {sum(self.staged.values()):,} images of {len(self.staged)} shards",
             *(f"{name:<10} {value}" for name, value in self.decided.items()),
         ]
@@ -72,7 +73,7 @@ class Status:
             lines.append(
                 f"last run   {self.last_run['finished']}: {self.last_run['images']} images, {self.last_run['images_per_s']}/s"
             )
-            if isinstance(aside, dict):
+            if isinstance(aside, dict) and not self.complete:
                 lines += [f"set aside  {shard}: {why}" for shard, why in aside.items()]
         return "\n".join(lines)
 
@@ -106,14 +107,15 @@ def status(out: str) -> Status:
     dataset = require_dataset(out)
     data, manifest = committed(dataset.out), read_manifest(dataset.out)
     known = {row["shard"]: row for row in manifest.to_pylist()} if manifest is not None else {}
-    rows = errors = truncated = 0
+    rows, errors, truncated = 0, 0, dict[str, int]()
     for shard in data:
         if shard in known:
             counts = (known[shard]["rows"], known[shard]["errors"], known[shard]["truncated_at"])
         else:
             footer = read_footer(dataset.data_url(shard))
             counts = (footer.rows, footer.errors, footer.truncated_at)
-        rows, errors, truncated = rows + counts[0], errors + counts[1], truncated + (counts[2] is not None)
+        rows, errors = rows + counts[0], errors + counts[1]
+        truncated |= {shard: counts[2]} if counts[2] is not None else {}
     waiting = {
         shard: there for shard in staged_shards(dataset) if shard not in data and (there := _staged_images(dataset, shard))
     }

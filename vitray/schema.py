@@ -12,6 +12,7 @@ import pyarrow as pa
 
 SCHEMA_VERSION = 1
 
+IMAGE_EXTENSIONS = frozenset(("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"))
 REASONS = {
     "empty": "no bytes",
     "not_an_image": "the bytes are no image that Pillow knows",

@@ -38,7 +38,7 @@ from vitray.dataset import (
     unmark_success,
     write_run_record,
 )
-from vitray.errors import ClusterError, Interrupted, JobError, ShardError, StorageError, VitrayError
+from vitray.errors import ClusterError, ErrorRateExceeded, Interrupted, JobError, ShardError, StorageError, VitrayError, one_line
 from vitray.job import Job
 from vitray.models import compiles, identify, runs_on, torch_threads_kept, vector_columns
 from vitray.pipeline.cluster import RETRIES, Shares, alive_nodes, own_cpus, ray_session, share_out
@@ -96,14 +96,19 @@ def run(
         _require_shared(dataset, listing.shards, nodes)
         probe(dataset.out)
         work = Work(report=progress or (lambda _: None), stop=stop or threading.Event())
-        for _ in range(ATTEMPTS):
-            listing = _settle_groups(job, listing)
-            work.changed.clear()
-            crash_point("driver-planned")
-            _complete(dataset, job, listing, partial(open_line, shares=_compiling(job, listing, shares)), work)
-            listing = list_shards(job, groups_of(job.out))
-            if not work.changed:
-                break
+        try:
+            for _ in range(ATTEMPTS):
+                listing = _settle_groups(job, listing)
+                work.changed.clear()
+                crash_point("driver-planned")
+                _complete(dataset, job, listing, partial(open_line, shares=_compiling(job, listing, shares)), work)
+                listing = list_shards(job, groups_of(job.out))
+                if not work.changed:
+                    break
+        except (ErrorRateExceeded, Interrupted, ClusterError):
+            with contextlib.suppress(VitrayError):  # what was committed may have superseded files that readers see twice now
+                _finished(dataset, job, prune, work, started)
+            raise
         result = _finished(dataset, job, prune, work, started)
         write_run_record(dataset, work.run_id, _record(dataset, job, result, work, shares))
         crash_point("driver-recorded")
@@ -231,6 +236,7 @@ def _complete(dataset: Dataset, job: Job, listing: Listing, open_line: MakeLine,
     pending = _pending(job, listing)
     if pending:
         unmark_success(dataset.out)
+    work.vanished = sum(_vanished(shard) for shard in pending)
     known = [shard.rows for shard in pending]
     work.progress.shards = len(pending)
     work.progress.images_expected = sum(r for r in known if r is not None) if None not in known else None
@@ -269,12 +275,13 @@ def _complete(dataset: Dataset, job: Job, listing: Listing, open_line: MakeLine,
 
 def _finished(dataset: Dataset, job: Job, prune: bool, work: Work, started: float) -> Result:
     """The manifest step, on what the source holds now, and what the run comes to."""
-    planned: list[str] = []
+    planned, vanished = list[str](), 0
 
     def list_ids() -> tuple[list[str], list[str]]:
-        listed = [shard.id for shard in list_shards(job, groups_of(job.out)).shards]
-        planned[:] = listed[: job.limit]
-        return listed, planned
+        nonlocal planned, vanished
+        shards = list_shards(job, groups_of(job.out)).shards
+        planned, vanished = [shard.id for shard in shards[: job.limit]], sum(map(_vanished, shards))
+        return [shard.id for shard in shards], planned
 
     ledger = finish(dataset, list_ids, prune)
     left = set(planned) - committed(dataset.out).keys()  # what another run finished, or what is listed no more, is no failure
@@ -296,8 +303,13 @@ def _finished(dataset: Dataset, job: Job, prune: bool, work: Work, started: floa
         truncated=ledger.truncated,
         reasons=dict(work.progress.reasons),
         gone=ledger.gone,
-        too_many_errors=ledger.errors > job.max_error_rate * (ledger.rows + ledger.errors),
+        too_many_errors=ledger.errors - vanished > job.max_error_rate * (ledger.rows + ledger.errors - vanished),
     )
+
+
+def _vanished(shard: Shard) -> int:
+    """Files of a group that are listed no more. Each is an error row, since a group's rows are numbered for ever; nothing is bad in it."""
+    return sum(member.size < 0 and not member.version for member in shard.members)
 
 
 def _record(dataset: Dataset, job: Job, result: Result, work: Work, shares: Shares) -> dict[str, object]:
@@ -346,7 +358,9 @@ def _get(ref: Any, timeout_s: float, what: str) -> Any:
 
     try:
         return ray.get(ref, timeout=timeout_s)
-    except ray.exceptions.GetTimeoutError as error:
+    except ray.exceptions.RayError as error:
+        if not isinstance(error, ray.exceptions.GetTimeoutError):
+            raise ClusterError(f"{what} failed: {one_line(error)}. Look at Ray's logs, then run again.") from error
         raise ClusterError(f"waited {timeout_s:g} s for {what}. Look at `ray status`, then run again.") from error
 
 

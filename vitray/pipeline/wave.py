@@ -39,6 +39,7 @@ class Work:
     changed: set[str] = field(default_factory=set)
     commits: dict[str, Commit] = field(default_factory=dict)
     counted: dict[str, set[int]] = field(default_factory=dict)  # where the fragments start that `progress` has, by shard
+    vanished: int = 0  # files that were deleted since they got their place in a shard: `missing`, but not bad
     stop: threading.Event = field(default_factory=threading.Event)  # somebody wants the run to end soon
     run_id: str = field(default_factory=lambda: f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}")
 
@@ -100,7 +101,7 @@ def run_wave(dataset: Dataset, shards: list[Shard], line: Line, work: Work) -> N
                 if tiling.add(receipt) and receipt.start not in counted:  # not in an earlier wave either
                     counted.add(receipt.start)
                     work.progress.add(receipt)
-                    _judge(dataset.job, work.progress)
+                    _judge(dataset.job, work.progress, work.vanished)
                 if tiling.is_whole(receipt.shard):
                     commits.backlog.append(receipt.shard)
             commits.settle()
@@ -217,10 +218,11 @@ class _Commits:
             self._work.report(self._work.progress)
 
 
-def _judge(job: Job, progress: Progress) -> None:
-    if progress.images >= JUDGED_IMAGES and progress.errors > job.max_error_rate * progress.images:
+def _judge(job: Job, progress: Progress, vanished: int) -> None:
+    bad = progress.errors - min(vanished, progress.reasons.get("missing", 0))
+    if progress.images >= JUDGED_IMAGES and bad > job.max_error_rate * progress.images:
         worst = ", ".join(f"{n} {reason}" for reason, n in sorted(progress.reasons.items(), key=lambda item: -item[1]))
         raise ErrorRateExceeded(
-            f"{progress.errors} of {progress.images} images are bad ({worst}), more than max_error_rate={job.max_error_rate:g}. "
+            f"{bad} of {progress.images} images are bad ({worst}), more than max_error_rate={job.max_error_rate:g}. "
             "Look at the source, or raise max_error_rate and run again; nothing further was committed."
         )

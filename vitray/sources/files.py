@@ -66,7 +66,7 @@ def _shard(group: Group, by_url: dict[str, ObjectInfo]) -> Shard:
 def _row(index: int, member: Member, job: Job) -> Encoded:
     reason, message = None, ""
     if member.size < 0:
-        reason, message = "missing", f"{member.url} does not exist any more"
+        reason, message = "missing", f"{member.url} {member.version or 'does not exist any more'}"
     elif member.size > MAX_IMAGE_BYTES:
         reason, message = too_large(member.size)
     return Encoded(index, member.url, member.url, None, reason, message, (None,) * len(job.keep))

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from vitray import storage
 from vitray.errors import ObjectChanged, ObjectMissing, ShardError, SourceError
 from vitray.job import Job
-from vitray.schema import Shard
+from vitray.schema import IMAGE_EXTENSIONS, Shard
 from vitray.sources.files import Group, list_files
 from vitray.sources.manifest import split_manifest
 from vitray.sources.objects import READERS, printable, whole_shard
 from vitray.sources.parquet import split_parquet
 from vitray.sources.tables import columns_to_read, likely_columns, read_schema
-from vitray.sources.tar import IMAGE_EXTENSIONS
 from vitray.storage import ObjectInfo
 
 KINDS = {

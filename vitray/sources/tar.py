@@ -18,10 +18,9 @@ import pyarrow as pa
 
 from vitray.errors import ShardError, StorageError
 from vitray.job import Job
-from vitray.schema import Encoded, End, Shard
+from vitray.schema import IMAGE_EXTENSIONS, Encoded, End, Shard
 from vitray.sources.objects import MAX_IMAGE_BYTES, open_shard, printable, too_large
 
-IMAGE_EXTENSIONS = frozenset(("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"))
 TEXT_EXTENSIONS = frozenset(("txt", "json", "cls", "caption", "url", "csv", "html", "md", "label"))
 MAX_KEPT_BYTES = 16 << 20
 MAX_EXTENSION_BYTES = 1 << 20  # PAX records or a GNU long name; a real path is under 4 KiB

@@ -16,6 +16,7 @@ from io import BufferedReader
 from typing import cast
 
 from vitray.errors import JobError, ObjectMissing, UnsafeStore
+from vitray.schema import IMAGE_EXTENSIONS
 from vitray.storage.local import LocalStore
 from vitray.storage.objects import ObjectInfo, Store, absolute, is_local
 from vitray.storage.s3 import S3Store
@@ -98,12 +99,14 @@ def expand_braces(pattern: str) -> list[str]:
 def _hidden(url: str, pattern: str) -> bool:
     """Whether a name below the base starts with a dot or an underscore (marks of other tools, not data), unasked for.
 
-    The base is the pattern up to its first wild folder; `_*.tar` asks for underscores.
+    Not an image's: cameras call theirs _DSC0001.JPG. The base is the pattern up to its first wild folder; `_*.tar` asks for underscores.
     """
     wild = _WILD.search(pattern)
     base = pattern[: pattern.rfind("/", 0, wild.start()) + 1] if wild else pattern
     asked = {part[:1] for part in pattern[len(base) :].split("/")}
-    return any(part[:1] in {".", "_"} - asked for part in url.removeprefix(base).split("/"))
+    *folders, name = url.removeprefix(base).split("/")
+    is_image = name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
+    return any(part[:1] in {".", "_"} - asked for part in folders) or name[:1] in {".", *("_" * (not is_image))} - asked
 
 
 _WILD = re.compile(r"[*?\[]")

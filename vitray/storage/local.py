@@ -35,8 +35,8 @@ class LocalStore:
     def _infos(self, paths: Iterable[str]) -> list[ObjectInfo]:
         found = []
         for path in paths:
-            if os.path.islink(path) and not os.path.exists(path):  # a broken link is reported as what it names
-                found.append(ObjectInfo(path, -1, ""))
+            if odd := _oddity(path):  # listed, so that it is reported
+                found.append(ObjectInfo(path, -1, odd))
                 continue
             with contextlib.suppress(ObjectMissing):  # a folder, or deleted since it was listed
                 found.append(self.stat(path))
@@ -128,6 +128,15 @@ def _new_file(path: str) -> BinaryIO:
             return open(path, "xb")
     os.makedirs(folder, exist_ok=True)
     return open(path, "xb")
+
+
+def _oddity(path: str) -> str:
+    """Why a name in a folder is no file that could be read."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return "is a link to nothing" if os.path.islink(path) else ""
+    return "" if stat.S_ISREG(mode) or stat.S_ISDIR(mode) else "is no regular file"
 
 
 def _raise_in_walk(error: OSError, root: str) -> None:
