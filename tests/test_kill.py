@@ -93,7 +93,7 @@ def staged_bytes(out: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("victim", ["driver", "driver on ray", "decode", "predict"])
+@pytest.mark.parametrize("victim", ["driver", pytest.param("driver on ray", marks=pytest.mark.nightly), "decode", "predict"])
 @pytest.mark.parametrize("round_", ROUNDS)
 def test_killed_process_leaves_no_lost_or_doubled_row(
     inputs: Path, shapes_model: str, tmp_path: Path, victim: str, round_: int

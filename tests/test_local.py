@@ -63,6 +63,7 @@ def test_threads_and_ray_write_the_same_rows(inputs: Path, shapes_model: str, tm
 
 
 @pytest.mark.ray
+@pytest.mark.nightly
 def test_a_dataset_begun_on_ray_is_finished_by_threads(inputs: Path, shapes_model: str, tmp_path: Path) -> None:
     run(inputs, shapes_model, tmp_path / "out", "--address", "local", "--set", "limit=1")
     said = run(inputs, shapes_model, tmp_path / "out")

@@ -253,7 +253,7 @@ def test_one_of_two_first_runs_decides_what_the_dataset_is(top_k: int) -> None:
         _now.store = MemoryStore()
         return _now.store, [lambda: make(OUT, top_k=2), lambda: make(OUT, top_k=top_k)]
 
-    found = explore(Scenario(begin, check_one_dataset), Bounds(preemptions=4, faults=3, states=20_000))
+    found = explore(Scenario(begin, check_one_dataset), Bounds(preemptions=4, faults=2, states=20_000))
     tell("dataset.json", found)
     assert found.complete
 
