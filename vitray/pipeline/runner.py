@@ -45,7 +45,7 @@ from vitray.pipeline.cluster import RETRIES, Shares, alive_nodes, own_cpus, ray_
 from vitray.pipeline.line import RayLine
 from vitray.pipeline.local import LocalLine
 from vitray.pipeline.progress import Progress, Result
-from vitray.pipeline.wave import ATTEMPTS, Line, Work, blame, run_wave
+from vitray.pipeline.wave import ATTEMPTS, Line, MachineLostError, Work, blame, run_wave
 from vitray.schema import ModelFacts, Shard
 from vitray.sources import Group, Listing, absent_members, estimate_images, kept_schema, list_shards
 from vitray.storage import absolute, exists, is_local, join, probe, store_for
@@ -102,9 +102,9 @@ def run(
                 work.changed.clear()
                 crash_point("driver-planned")
                 _complete(dataset, job, listing, partial(open_line, shares=_compiling(job, listing, shares)), work)
-                listing = list_shards(job, groups_of(job.out))
                 if not work.changed:
                     break
+                listing = list_shards(job, groups_of(job.out))
         except (ErrorRateExceeded, Interrupted, ClusterError):
             with contextlib.suppress(VitrayError):  # what was committed may have superseded files that readers see twice now
                 _finished(dataset, job, prune, work, started)
@@ -240,7 +240,7 @@ def _complete(dataset: Dataset, job: Job, listing: Listing, open_line: MakeLine,
     known = [shard.rows for shard in pending]
     work.progress.shards = len(pending)
     work.progress.images_expected = sum(r for r in known if r is not None) if None not in known else None
-    faults, size, dead, last = 0, WAVE_SHARDS, set[str](), ""
+    faults, size, dead, last = 0, WAVE_SHARDS, set[str](), Exception()
     while pending:
         if work.stop.is_set():
             raise Interrupted("what is staged stays. Run the same command again to go on.")
@@ -252,25 +252,27 @@ def _complete(dataset: Dataset, job: Job, listing: Listing, open_line: MakeLine,
             cause = _cause(error)
             if isinstance(cause, VitrayError):
                 raise type(cause)(str(cause).partition("\n")[0]) from error  # Ray appends advice of its own
-            last = _last_line(error)
-            log.warning("a wave ended early (%s); planning again", last)
-            faults += 1
-            if len(wave) == 1:
-                blame(work, wave[0].id, f"its processes died: {last}")
+            log.warning("a wave ended early (%s); planning again", _last_line(error))
+            last = error
+            is_blamable = not isinstance(error, MachineLostError)
+            faults += is_blamable
+            if len(wave) == 1 and is_blamable:
+                blame(work, wave[0].id, f"its processes died: {_last_line(error)}")
                 dead.add(wave[0].id)
-            if faults > 1:  # a death nobody can be blamed for: in ever smaller waves, until one shard is alone
+            if faults > 1 and is_blamable:  # a death nobody can be blamed for: in ever smaller waves, until one shard is alone
                 size = max(1, len(wave) // NARROWER)
             if len(dead) == DEADLY:
                 break
         done = committed(dataset.out).keys()
         pending = [s for s in pending if s.id not in done | work.changed and work.attempts.get(s.id, 0) < ATTEMPTS]
         pending.sort(key=lambda shard: work.attempts.get(shard.id, 0))  # what has died before comes last
-    if len(dead) == DEADLY or (
-        dead and work.progress.images == work.progress.resumed
-    ):  # the few there were died, and no image moved
+    is_still = work.progress.images == work.progress.resumed
+    if len(dead) == DEADLY or (dead and is_still):  # all that were left died, and no image moved
+        alone = ", ".join(sorted(dead)[:3])
         raise ClusterError(
-            f"the line fails again and again: {last}. Look at that (and at Ray's logs, where it runs on Ray), then run again."
-        )
+            f"the line fails again and again, also with {alone} alone: {_last_line(last)}. Look at that (and at Ray's logs, where it "
+            "runs on Ray) and at that input, then run again."
+        ) from last
 
 
 def _finished(dataset: Dataset, job: Job, prune: bool, work: Work, started: float) -> Result:

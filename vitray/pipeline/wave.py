@@ -50,6 +50,10 @@ def blame(work: Work, shard_id: str, why: str, attempts: int = 1) -> None:
     work.failures[shard_id] = why
 
 
+class MachineLostError(Exception):
+    """What waits for that machine may wait for ever: plan the wave again."""
+
+
 class Line(Protocol):
     """What brings shards through the four steps: processes of a Ray cluster (line.py), or threads of this one (local.py)."""
 
@@ -114,8 +118,8 @@ def run_wave(dataset: Dataset, shards: list[Shard], line: Line, work: Work) -> N
 
 
 def _receipts(line: Line, patience_s: float, stop: threading.Event) -> Iterator[Receipt | None]:
-    """Receipts as they come, None once a second without one. Raises ClusterError after patience_s without any, RuntimeError
-    after LOST_S where a machine is gone.
+    """Receipts as they come, None once a second without one. Raises ClusterError after patience_s without any,
+    MachineLostError after LOST_S where a machine is gone.
     """
     arrived: queue.Queue[Receipt | Exception | None] = queue.Queue()
     line.start(arrived)
@@ -127,7 +131,7 @@ def _receipts(line: Line, patience_s: float, stop: threading.Event) -> Iterator[
             item = arrived.get(timeout=1.0)
         except queue.Empty:
             if time.monotonic() - last > LOST_S and line.is_short():
-                raise RuntimeError("a machine was lost") from None
+                raise MachineLostError("a machine was lost") from None
             if time.monotonic() - last > patience_s:
                 raise ClusterError(
                     f"no image moved for {patience_s:g} s ({line.state()}). Is the store slow, or the model stuck? On a cluster, `ray status` tells "
