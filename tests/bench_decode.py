@@ -15,7 +15,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,9 +103,10 @@ def serve(name: str, folder: str) -> None:
     """CPU seconds an image, for each line that comes in."""
     files = [path.read_bytes() for path in sorted(Path(folder).iterdir())]
     work = contender(name)
-    started = time.process_time()
+    work(files)  # the first imports and compiles
+    started = cpu_s()
     work(files)
-    times = max(1, round(ROUND_S / max(0.01, time.process_time() - started)))
+    times = max(1, round(ROUND_S / max(0.01, cpu_s() - started)))
     for _ in sys.stdin:
         before = cpu_s()
         for _ in range(times):

@@ -9,6 +9,7 @@ decoder costs one row. Reading bytes and normalising pixels are elsewhere.
 
 from __future__ import annotations
 
+import ctypes
 import io
 import math
 import os
@@ -28,6 +29,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from vitray.isolation import Child, Death, Limits, Pages, shared
+from vitray.resize import height_first, resize
 from vitray.schema import DecodeSpec, Encoded, PixelSpec
 
 Pixels = NDArray[np.uint8]
@@ -191,6 +193,8 @@ def _load_decoders(mode: str) -> None:
 @cache
 def _prepare_child(mode: str) -> None:
     Image.MAX_IMAGE_PIXELS = None  # our own cap is judged from the header
+    with suppress(AttributeError):  # not glibc. M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: a page that was freed serves the next image
+        _ = [ctypes.CDLL(None).mallopt(option, limit) for option, limit in ((-3, 1 << 25), (-1, 1 << 28))]
     if mode != "exact":
         import torch
 
@@ -303,7 +307,7 @@ def _rgb(image: Any, jpeg: bytes | None, spec: DecodeSpec) -> Any:
 def _load(image: Any, jpeg: bytes | None, spec: DecodeSpec) -> Any:
     """The image with its pixels. libjpeg-turbo by itself gives those of Pillow, which is built on it, without Pillow's copies."""
     if jpeg is not None:
-        packed = spec.mode != "exact" and _orientation(image) not in _ORIENTATIONS
+        packed = _orientation(image) not in _ORIENTATIONS
         width, height = _draft_size(image.size, spec) if spec.mode == "draft" else image.size
         with suppress(Exception):  # it raises at every flaw; what is good in spite of one, or why not, only Pillow says
             pixels = simplejpeg.decode_jpeg(jpeg, "RGB" if packed else "RGBX", min_height=height, min_width=width)
@@ -351,7 +355,8 @@ def _fit(image: Any, spec: DecodeSpec) -> Pixels:
     if math.prod(size) > max(spec.max_pixels, math.prod(full)):
         raise _Refused("too_many_pixels", f"{full[0]}x{full[1]} resized becomes {size[0]}x{size[1]}")
     if spec.pixels.size is not None and spec.mode == "exact":
-        image = image.resize(size, spec.pixels.resample)
+        to = partial(resize, image) if isinstance(image, np.ndarray) else image.resize
+        image = to(size, spec.pixels.resample)
     elif spec.pixels.size is not None:
         image = _resize_fast(np.require(image, np.uint8, "W"), size, spec.pixels.resample)
     pixels = np.asarray(image)
@@ -368,7 +373,7 @@ def _resize_fast(pixels: Pixels, size: tuple[int, int], resample: int) -> Pixels
     shrink = partial(torch.nn.functional.interpolate, mode=mode, antialias=True)
     # one image, channels last: the layout for which torch's kernel is fast
     batch = torch.from_numpy(pixels).view(1, rows, columns, 3).permute(0, 3, 1, 2)
-    if rows - height > max(0, 2 * (columns - width)):  # then Pillow shrinks the height first
+    if height_first(pixels.shape, size):
         batch = shrink(batch, (height, columns))
     return np.asarray(shrink(batch, (height, width))[0].permute(1, 2, 0))
 
