@@ -355,8 +355,7 @@ def _fit(image: Any, spec: DecodeSpec) -> Pixels:
     if math.prod(size) > max(spec.max_pixels, math.prod(full)):
         raise _Refused("too_many_pixels", f"{full[0]}x{full[1]} resized becomes {size[0]}x{size[1]}")
     if spec.pixels.size is not None and spec.mode == "exact":
-        to = partial(resize, image) if isinstance(image, np.ndarray) else image.resize
-        image = to(size, spec.pixels.resample)
+        image = (partial(resize, image) if isinstance(image, np.ndarray) else image.resize)(size, spec.pixels.resample)
     elif spec.pixels.size is not None:
         image = _resize_fast(np.require(image, np.uint8, "W"), size, spec.pixels.resample)
     pixels = np.asarray(image)

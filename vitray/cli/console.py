@@ -1,0 +1,106 @@
+"""What every command shares: options, the job they name, what they print, and what a signal does to a run."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from vitray.job import Job
+
+STOP_S = 15.0
+
+Target = Annotated[str, typer.Argument(metavar="JOB.yaml|SOURCE", help="a job file, or images: path, glob, prefix, s3://…")]
+Model = Annotated[str | None, typer.Option("--model", help="Hugging Face id, local directory or s3:// directory")]
+Out = Annotated[str | None, typer.Option("--out", help="output directory, local or s3://")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="override a field of the job (repeatable)")]
+OutArgument = Annotated[str, typer.Argument(metavar="OUT", help="a dataset directory")]
+Address = Annotated[
+    str | None,
+    typer.Option("--address", help="a Ray cluster, or local for one of our own (default: RAY_ADDRESS, else none on a CPU)"),
+]
+Open = Annotated[bool, typer.Option("--allow-open-cluster", help="join a Ray cluster that asks for no token")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
+
+
+def run_shown(job: Job, address: str | None, allow_open_cluster: bool, as_json: bool, prune: bool = False) -> NoReturn:
+    from vitray.pipeline import run as run_job
+    from vitray.watching import reporter, summary
+
+    threading.Thread(target=_end_if_stopped, daemon=True).start()
+    result = run_job(job, address=address, prune=prune, progress=reporter(), stop=_stop, allow_open_cluster=allow_open_cluster)
+    show(result, as_json, summary(result, job))
+    raise typer.Exit(result.exit_code)
+
+
+def job_of(target: str, model: str | None, out: str | None, sets: list[str] | None) -> Job:
+    from vitray.job import load_job, make_job, parse_set
+
+    overrides = parse_set(sets or []) | {name: value for name, value in (("model", model), ("out", out)) if value is not None}
+    return load_job(target, overrides) if is_file(target) else make_job({"source": target, **overrides})
+
+
+def is_file(target: str) -> bool:
+    return target.endswith((".yaml", ".yml"))
+
+
+def show(found: Any, as_json: bool, text: str) -> None:
+    say(json.dumps(dataclasses.asdict(found)) if as_json else text)
+
+
+def say(text: str) -> None:
+    print(plain(text), flush=True)
+
+
+def plain(text: str) -> str:
+    """Without control characters: keys, file names and messages come from data, and a terminal obeys what it is sent."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+
+
+class Terminal(logging.Handler):
+    """Writes to what sys.stderr is now: while Ray runs it is another one than at the start."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(plain(self.format(record)), file=sys.stderr, flush=True)
+
+
+_stop, _is_running = threading.Event(), threading.Event()
+_signals: list[int] = []  # that came; an Event's lock is not for handlers that may interrupt each other
+
+
+def _end_if_stopped() -> None:
+    """SIGTERM is what a machine that goes away sends, some seconds before: writes that began get STOP_S to end."""
+    _is_running.set()
+    _stop.wait()
+    time.sleep(STOP_S)
+    _end(signal.SIGTERM)
+
+
+def on_signal(number: int, _frame: object) -> None:
+    """The first SIGTERM lets a run end what it writes. All else ends at once, as a crash would, which is safe at any moment."""
+    _signals.append(number)
+    if number != signal.SIGTERM or not _is_running.is_set() or len(_signals) > 1:
+        _end(number)
+    signal.alarm(0)  # Ray's own handler in C++, which came before this one, has set an alarm that aborts the process after 3 s
+    _stop.set()
+
+
+def _end(number: int) -> NoReturn:
+    """No exception: in Ray's C++ it can abort the process."""
+    with contextlib.suppress(OSError, ValueError):
+        os.write(sys.stderr.fileno(), b"\ninterrupted; what is staged stays. Run the same command again to go on.\n")
+    os._exit(128 + number)
+
+
+def one_line(text: str) -> str:
+    return plain(" ".join(text.split()))

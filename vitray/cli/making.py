@@ -1,0 +1,135 @@
+"""Commands that make a dataset, and those that look at one."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from vitray.cli.console import Address, Json, Model, Open, Out, OutArgument, Sets, Target, is_file, job_of, run_shown, say, show
+from vitray.errors import JobError
+
+
+def run(
+    target: Target,
+    model: Model = None,
+    out: Out = None,
+    sets: Sets = None,
+    address: Address = None,
+    prune: Annotated[bool, typer.Option(help="delete rows whose input is gone")] = False,
+    allow_open_cluster: Open = False,
+    as_json: Json = False,
+) -> None:
+    """Label and embed what is missing; safe to repeat."""
+    run_shown(job_of(target, model, out, sets), address, allow_open_cluster, as_json, prune)
+
+
+def plan(target: Target, model: Model = None, out: Out = None, sets: Sets = None, as_json: Json = False) -> None:
+    """Say what a run would do; writes nothing."""
+    from vitray.planning import plan as plan_job
+
+    found = plan_job(job_of(target, model, out, sets))
+    show(found, as_json, str(found))
+
+
+def bench(
+    target: Target,
+    model: Model = None,
+    sets: Sets = None,
+    images: Annotated[int, typer.Option(help="how many images of the source to measure with", min=32)] = 256,
+    seconds: Annotated[float, typer.Option(help="how long each step is timed alone", min=0.1)] = 6.0,
+    as_json: Json = False,
+) -> None:
+    """Time each step alone and the whole line on the first images of the source; writes nothing to `out`."""
+    from vitray.bench import bench as bench_job
+
+    found = bench_job(job_of(target, model, None if is_file(target) else "not-written", sets), images, seconds)
+    show(found, as_json, str(found))
+
+
+def status(out: OutArgument, as_json: Json = False) -> None:
+    """Say how far a dataset is."""
+    from vitray.planning import status as dataset_status
+
+    found = dataset_status(out)
+    show(found, as_json, str(found))
+
+
+def validate(
+    out: OutArgument,
+    inputs: Annotated[bool, typer.Option(help="list the source again and compare")] = True,
+    content: Annotated[bool, typer.Option(help="read every image's bytes again and compare hashes")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check every data file against manifest, footer and inputs; exit code 1 when something is wrong."""
+    from vitray.validation import validate as validate_dataset
+
+    found = validate_dataset(out, inputs, content)
+    show(found, as_json, str(found))
+    raise typer.Exit(0 if found.ok else 1)
+
+
+def redo(
+    out: OutArgument,
+    shard: Annotated[list[str] | None, typer.Option(help="a shard id (repeatable)")] = None,
+    reason: Annotated[list[str] | None, typer.Option(help="every shard with an error of this reason (repeatable)")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="delete; without it only list")] = False,
+) -> None:
+    """Delete chosen data files, so that the next run makes them again."""
+    from vitray.dataset import forget, shards_to_redo
+    from vitray.planning import require_dataset
+    from vitray.schema import REASONS
+    from vitray.watching import count
+
+    if not (shard or reason) or set(reason or ()) - REASONS.keys():
+        raise JobError(f"give --shard ID (a file in {out}/data, without .parquet) or --reason R, one of {', '.join(REASONS)}")
+    dataset = require_dataset(out)
+    chosen = shards_to_redo(dataset, shard or (), reason or ())
+    files = count(len(chosen), "data file")
+    deed = f"deleting {files}; run the job again to make them anew" if yes else f"{files} would be deleted; add --yes to do it"
+    say("\n".join([*chosen, deed]))
+    if yes:
+        forget(dataset, chosen)
+
+
+def clean(out: OutArgument) -> None:
+    """Remove staging that no run needs any more."""
+    from vitray.dataset import clean as clean_dataset
+    from vitray.pipeline import groups_of
+    from vitray.planning import require_dataset
+    from vitray.sources import list_shards
+    from vitray.watching import count
+
+    dataset = require_dataset(out)
+    removed = clean_dataset(dataset, [s.id for s in list_shards(dataset.job, groups_of(dataset.out)).shards])
+    say("\n".join([*removed, f"removed {count(len(removed), 'orphan')}"]))
+
+
+def demo(
+    directory: Annotated[str, typer.Argument(help="where to put model, shards and output")] = "demo",
+    address: Annotated[str | None, typer.Option(help="a Ray cluster, or local")] = None,
+) -> None:
+    """Draw shapes, train a tiny ViT on them, label and embed them, check the result."""
+    from vitray import demo as shapes
+    from vitray.pipeline import run as run_job
+    from vitray.validation import validate as validate_dataset
+    from vitray.watching import reporter, summary
+
+    say("drawing shapes and training a tiny ViT …")
+    job, held_out = shapes.build(directory)
+    if held_out == held_out:  # NaN: it was trained by an earlier call
+        say(f"trained: accuracy {held_out:.3f} on held-out shapes")
+    result = run_job(job, address=address, progress=reporter())
+    say(summary(result, job))
+    checked = validate_dataset(job.out, content=True)
+    say(str(checked))
+    files = os.path.join(job.out, "data", "*.parquet")
+    say(f"accuracy {shapes.accuracy(job.out):.3f} of the labels against what was drawn")
+    quoted = files.replace("'", "''")
+    say(f"Parquet  {files}")
+    say(f"query    duckdb -c \"select label, count(*), avg(score) from '{quoted}' group by label\"")
+    raise typer.Exit(result.exit_code if checked.ok else 1)
+
+
+COMMANDS = (run, plan, bench, status, validate, redo, clean, demo)

@@ -1,0 +1,59 @@
+"""Commands for a team that runs vitray again and again: the next model, what it changed, fewer files."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from vitray.cli.console import Address, Json, Open, OutArgument, Sets, job_of, run_shown, show
+from vitray.errors import JobError
+
+
+def backfill(
+    target: Annotated[str, typer.Argument(metavar="JOB.yaml", help="the job of the dataset that is there")],
+    model: Annotated[str, typer.Option("--model", help="the next model: Hugging Face id, local directory or s3:// directory")],
+    out: Annotated[
+        str | None, typer.Option("--out", help="the next dataset (default: the job's out and the model's name)")
+    ] = None,
+    sets: Sets = None,
+    address: Address = None,
+    allow_open_cluster: Open = False,
+    as_json: Json = False,
+) -> None:
+    """Make the next dataset, by another model, beside the old one from the same shards; safe to repeat."""
+    from vitray.backfilling import next_job
+
+    run_shown(next_job(job_of(target, None, None, sets), model, out), address, allow_open_cluster, as_json)
+
+
+def compare(
+    old: Annotated[str, typer.Argument(metavar="OLD", help="a dataset directory")],
+    new: Annotated[str, typer.Argument(metavar="NEW", help="another, made from the same input")],
+    min_agreement: Annotated[float | None, typer.Option(help="exit code 5 where fewer labels agree", min=0, max=1)] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what another model or other settings changed: labels, scores, embeddings."""
+    from vitray.comparing import compare as compare_datasets
+
+    found = compare_datasets(old, new)
+    if min_agreement is not None and found.agreement is None:
+        raise JobError("--min-agreement: the two have no labels to compare. Leave it out, or compare datasets with labels.")
+    show(found, as_json, str(found))
+    raise typer.Exit(5 if min_agreement is not None and (found.agreement or 0.0) < min_agreement else 0)
+
+
+def compact(
+    out: OutArgument,
+    into: Annotated[str, typer.Option("--into", help="directory for the large files, local or s3://")],
+    megabytes: Annotated[int, typer.Option(help="a file gets at least so many", min=1, max=2000)] = 256,
+    as_json: Json = False,
+) -> None:
+    """Gather the data files of a complete dataset into few large ones with the same rows."""
+    from vitray.compacting import compact as compact_dataset
+
+    found = compact_dataset(out, into, megabytes)
+    show(found, as_json, str(found))
+
+
+COMMANDS = (backfill, compare, compact)
