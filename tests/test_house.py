@@ -159,11 +159,12 @@ def test_no_file_and_no_floor_outgrows_its_budget() -> None:
     assert {name_of(p): n for p in FILES if (n := len(p.read_text().splitlines())) > FILE_LINES} == {}
     rooms: dict[str, int] = {}
     for path in FILES:
-        rooms[room_of(path)] = rooms.get(room_of(path), 0) + code_lines(path.read_text())
+        room = "operating" if name_of(path) == "cli/operating.py" else room_of(path)
+        rooms[room] = rooms.get(room, 0) + code_lines(path.read_text())
     floors = dict.fromkeys(BUDGET, 0)
     for room, lines in rooms.items():
-        floors["models" if room == "models" else "operating" if LEVELS[room] == 5 else "core"] += lines
-    print(f"lines of code: {floors}, by room: {dict(sorted(rooms.items(), key=lambda item: LEVELS[item[0]]))}")
+        floors[room if room in BUDGET else "operating" if LEVELS[room] == 5 else "core"] += lines
+    print(f"lines of code: {floors}, by room: {rooms}")
     assert {floor: lines for floor, lines in floors.items() if lines > BUDGET[floor]} == {}
 
 
