@@ -39,12 +39,14 @@ class Cluster:
     address: str = field(default_factory=lambda: f"127.0.0.1:{free_port()}")
     nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     store_bytes: int = 300_000_000
+    dashboard: int | None = None  # its port
 
     def join(self, *more: str, inside: Sequence[str] = ()) -> None:
         """One more node, with more options, started by another command; the first is the head."""
         ray = str(Path(sys.executable).with_name("ray"))
         folder = f"/tmp/vr-{secrets.token_hex(3)}"  # short: Ray's sockets live in it
-        first = ["--head", f"--port={self.address.split(':')[1]}", "--include-dashboard=false", f"--temp-dir={folder}"]
+        first = ["--head", f"--port={self.address.split(':')[1]}", f"--temp-dir={folder}"]
+        first += ["--include-dashboard=false"] if self.dashboard is None else [f"--dashboard-port={self.dashboard}"]
         argv = [*inside, ray, "start", *([f"--address={self.address}"] if self.nodes else first), *more]
         argv += ["--num-cpus=2", f"--object-store-memory={self.store_bytes}", "--block", "--disable-usage-stats"]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}

@@ -29,6 +29,7 @@ Address = Annotated[
     str | None,
     typer.Option("--address", help="a Ray cluster, or local for one of our own (default: RAY_ADDRESS, else none on a CPU)"),
 ]
+JobAddress = Annotated[str, typer.Option("--address", metavar="URL", help="the cluster's job API, like http://head:8265")]
 Open = Annotated[bool, typer.Option("--allow-open-cluster", help="join a Ray cluster that asks for no token")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 
@@ -58,8 +59,8 @@ def show(found: Any, as_json: bool, text: str) -> None:
     say(json.dumps(dataclasses.asdict(found)) if as_json else text)
 
 
-def say(text: str) -> None:
-    print(plain(text), flush=True)
+def say(text: str, err: bool = False) -> None:
+    print(plain(text), file=sys.stderr if err else sys.stdout, flush=True)
 
 
 def plain(text: str) -> str:
@@ -75,7 +76,12 @@ class Terminal(logging.Handler):
 
 
 _stop, _is_running = threading.Event(), threading.Event()
+_farewell = ["what is staged stays. Run the same command again to go on."]
 _signals: list[int] = []  # that came; an Event's lock is not for handlers that may interrupt each other
+
+
+def say_when_interrupted(text: str) -> None:
+    _farewell.append(text)
 
 
 def _end_if_stopped() -> None:
@@ -98,7 +104,7 @@ def on_signal(number: int, _frame: object) -> None:
 def _end(number: int) -> NoReturn:
     """No exception: in Ray's C++ it can abort the process."""
     with contextlib.suppress(OSError, ValueError):
-        os.write(sys.stderr.fileno(), b"\ninterrupted; what is staged stays. Run the same command again to go on.\n")
+        os.write(sys.stderr.fileno(), f"\ninterrupted; {_farewell[-1]}\n".encode())
     os._exit(128 + number)
 
 

@@ -48,14 +48,6 @@ def bench(
     show(found, as_json, str(found))
 
 
-def status(out: OutArgument, as_json: Json = False) -> None:
-    """Say how far a dataset is."""
-    from vitray.planning import status as dataset_status
-
-    found = dataset_status(out)
-    show(found, as_json, str(found))
-
-
 def validate(
     out: OutArgument,
     inputs: Annotated[bool, typer.Option(help="list the source again and compare")] = True,
@@ -132,4 +124,4 @@ def demo(
     raise typer.Exit(result.exit_code if checked.ok else 1)
 
 
-COMMANDS = (run, plan, bench, status, validate, redo, clean, demo)
+COMMANDS = (run, plan, bench, validate, redo, clean, demo)

@@ -1,13 +1,31 @@
-"""Commands for a team that runs vitray again and again: the next model, what it changed, fewer files."""
+"""Commands for a team that runs vitray again and again: on a cluster, with the next model, and what it changed."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vitray.cli.console import Address, Json, Open, OutArgument, Sets, job_of, run_shown, show
+from vitray.cli.console import (
+    Address,
+    JobAddress,
+    Json,
+    Model,
+    Open,
+    Out,
+    OutArgument,
+    Sets,
+    Target,
+    job_of,
+    run_shown,
+    say,
+    say_when_interrupted,
+    show,
+)
 from vitray.errors import JobError
+
+if TYPE_CHECKING:
+    from vitray.submitting import Cluster, Submission
 
 
 def backfill(
@@ -56,4 +74,72 @@ def compact(
     show(found, as_json, str(found))
 
 
-COMMANDS = (backfill, compare, compact)
+def submit(
+    target: Target,
+    address: JobAddress,
+    model: Model = None,
+    out: Out = None,
+    sets: Sets = None,
+    working_dir: Annotated[
+        str | None, typer.Option(help="a directory that travels too, without what its .gitignore names: for paths in the job")
+    ] = None,
+    submission_id: Annotated[str | None, typer.Option(help="a name for it; the cluster takes each once")] = None,
+    wait: Annotated[bool, typer.Option(help="follow it, and exit as it does")] = True,
+    allow_open_cluster: Open = False,
+    as_json: Json = False,
+) -> None:
+    """Run a job on a cluster, by Ray's job API; Ctrl-C leaves it running."""
+    from vitray.submitting import Cluster
+
+    cluster = Cluster(address, allow_open_cluster)
+    given = cluster.submit(job_of(target, model, out, sets), working_dir, submission_id)
+    _tell(cluster, given, wait, as_json)
+
+
+def stop(
+    submission: Annotated[str, typer.Argument(metavar="SUBMISSION", help="what submit named")],
+    address: JobAddress,
+    allow_open_cluster: Open = False,
+    as_json: Json = False,
+) -> None:
+    """Ask a submitted job to end; what is staged stays, and submitting it again goes on."""
+    from vitray.submitting import Cluster
+
+    found = Cluster(address, allow_open_cluster).stop(submission)
+    show(found, as_json, str(found))
+
+
+def status(
+    out: Annotated[
+        str, typer.Argument(metavar="OUT|SUBMISSION", help="a dataset directory, or with --address what submit named")
+    ],
+    address: Annotated[str | None, typer.Option(metavar="URL", help="the cluster's job API, like http://head:8265")] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="of a submission: print what it prints, and exit as it does")] = False,
+    allow_open_cluster: Open = False,
+    as_json: Json = False,
+) -> None:
+    """Say how far a dataset is, or a submitted job."""
+    if address is not None:
+        from vitray.submitting import Cluster
+
+        cluster = Cluster(address, allow_open_cluster)
+        return _tell(cluster, cluster.find(out), follow, as_json)
+    from vitray.planning import status as dataset_status
+
+    found = dataset_status(out)
+    show(found, as_json, str(found))
+
+
+def _tell(cluster: Cluster, submission: Submission, follow: bool, as_json: bool) -> None:
+    if follow:
+        say_when_interrupted(
+            f"the job goes on. Come back with vitray status {submission.id} --follow --address {cluster.address}"
+        )
+        if not as_json:
+            say(str(submission))
+        submission = cluster.follow(submission.id, lambda text: say(text.rstrip("\n"), err=as_json))
+    show(submission, as_json, str(submission))
+    raise typer.Exit(submission.exit_code or 0 if follow else 0)
+
+
+COMMANDS = (status, submit, stop, backfill, compare, compact)

@@ -1,0 +1,149 @@
+"""`vitray submit` on a real head with its dashboard and a token, on loopback: what travels, how it is followed, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import free_port
+from shards import pictures, put_tars
+from test_cluster import Cluster
+
+import vitray
+from vitray.errors import ClusterError, JobError
+from vitray.submitting import Cluster as Api
+
+VITRAY = [sys.executable, "-m", "vitray"]
+IMAGES = 120
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Cluster]:
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), "CANARY": f"canary-{secrets.token_hex(8)}"}
+    path = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # where the cluster's machines have vitray
+    cluster = Cluster({**os.environ, **token, **path}, dashboard=free_port())
+    try:
+        cluster.join()
+        deadline = time.monotonic() + 60  # the dashboard comes after the head
+        while "nobody" not in vitray_on(cluster, "status", "nobody").stderr:
+            assert time.monotonic() < deadline
+        yield cluster
+    finally:
+        cluster.end()
+
+
+def url(head: Cluster) -> str:
+    return f"http://127.0.0.1:{head.dashboard}"
+
+
+def vitray_on(head: Cluster, *argv: object, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [*VITRAY, *map(str, argv), "--address", url(head)]
+    return subprocess.run(command, env=head.environment, capture_output=True, text=True, timeout=240, **options)
+
+
+@pytest.fixture
+def job_file(shapes_model: str, tmp_path: Path) -> Path:
+    put_tars(f"{tmp_path}/in", pictures(IMAGES), 3, tmp_path)
+    path = tmp_path / "job.yaml"
+    fields = {"source": f"{tmp_path}/in/*.tar", "model": shapes_model, "out": f"{tmp_path}/out"}
+    path.write_text("".join(f"{name}: {value}\n" for name, value in fields.items()))
+    return path
+
+
+@pytest.mark.ray
+def test_a_submitted_job_is_followed_and_ends_as_a_run_does(head: Cluster, job_file: Path, tmp_path: Path) -> None:
+    """With a working tree beside it: what its .gitignore names stays here, and so does every secret."""
+    tree = tmp_path / "tree"
+    (tree / "data").mkdir(parents=True)
+    (tree / ".gitignore").write_text("data/\n")
+    (tree / "data" / "large.bin").write_bytes(b"0" * 1000)
+    (tree / "labels.csv").write_text("a,b\n")
+    done = vitray_on(head, "submit", job_file, "--working-dir", tree, "--submission-id", "first")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{IMAGES} rows" in done.stdout and "first: SUCCEEDED, exit code 0" in done.stdout and done.stderr == ""
+    table = vitray.read(str(tmp_path / "out"))
+    assert len(set(zip(table["shard"].to_pylist(), table["index"].to_pylist()))) == len(table) == IMAGES
+    assert vitray.validate(str(tmp_path / "out")).ok
+
+    assert sorted(path.name for path in tree.iterdir()) == [".gitignore", "data", "labels.csv"]
+    session = max(Path("/tmp").glob("vr-*/session_2*"), key=lambda path: path.stat().st_mtime)
+    packed = [path.name for path in session.glob("runtime_resources/working_dir_files/*/*")]
+    assert "labels.csv" in packed and "data" not in packed
+    everywhere = [path.read_bytes() for path in [*session.rglob("*"), *(tmp_path / "out").rglob("*")] if path.is_file()]
+    assert len(everywhere) > 10 and not [text for text in everywhere if head.environment["CANARY"].encode() in text]
+
+    found = json.loads(vitray_on(head, "status", "first", "--json").stdout)
+    assert (found["status"], found["exit_code"], found["out"]) == ("SUCCEEDED", 0, str(tmp_path / "out"))
+    again = vitray_on(head, "status", "first", "--follow")
+    assert again.returncode == 0 and f"{IMAGES} rows" in again.stdout
+    twice = vitray_on(head, "submit", job_file, "--submission-id", "first")
+    assert twice.returncode == 2 and "first was submitted before: SUCCEEDED" in twice.stderr
+
+
+@pytest.mark.ray
+def test_a_job_that_fails_there_fails_here_with_the_same_code(head: Cluster, job_file: Path, tmp_path: Path) -> None:
+    bad = vitray_on(head, "submit", job_file, "--set", f"model={tmp_path}/nowhere")
+    assert bad.returncode == 2 and "nowhere" in bad.stdout
+
+
+@pytest.mark.ray
+@pytest.mark.nightly
+def test_a_shard_set_aside_there_is_3_here(head: Cluster, job_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "in" / "broken.tar").write_bytes(b"no tar" * 1000)
+    assert vitray_on(head, "submit", job_file).returncode == 3
+
+
+@pytest.mark.ray
+def test_ctrl_c_detaches_and_stop_ends_it(head: Cluster, job_file: Path, tmp_path: Path) -> None:
+    argv = [*VITRAY, "submit", str(job_file), "--submission-id", "long", "--address", url(head)]
+    following = subprocess.Popen(argv, env=head.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while '"RUNNING"' not in vitray_on(head, "status", "long", "--json").stdout:
+        assert time.monotonic() < deadline
+    following.send_signal(signal.SIGINT)
+    _, said = following.communicate(timeout=30)
+    assert following.returncode == 130
+    assert f"vitray status long --follow --address {url(head)}" in said
+    assert '"RUNNING"' in vitray_on(head, "status", "long", "--json").stdout
+
+    stopped = vitray_on(head, "stop", "long")
+    assert stopped.returncode == 0 and "long: STOPPED" in stopped.stdout
+
+
+@pytest.mark.ray
+def test_a_wrong_token_and_an_unknown_submission_are_one_line(head: Cluster, job_file: Path) -> None:
+    head_with_another = Cluster({**head.environment, "RAY_AUTH_TOKEN": secrets.token_hex(16)}, dashboard=head.dashboard)
+    for found in (vitray_on(head_with_another, "submit", job_file), vitray_on(head, "status", "nobody")):
+        assert found.returncode == 1 and len(found.stderr.strip().splitlines()) == 1
+        assert found.stderr.startswith("ClusterError: ")
+
+
+@pytest.mark.ray
+def test_a_head_without_a_token_is_refused(job_file: Path) -> None:
+    cluster = Cluster({**os.environ, "RAY_AUTH_MODE": "disabled"}, dashboard=free_port())
+    try:
+        cluster.join()
+        deadline = time.monotonic() + 60
+        while "answers without a token" not in (said := vitray_on(cluster, "submit", job_file).stderr):
+            assert time.monotonic() < deadline, said
+    finally:
+        cluster.end()
+
+
+def test_what_would_mean_something_else_there_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(ClusterError, match="like http://head:8265"):
+        Api("ray://head:10001")
+    with pytest.raises(ClusterError, match="Check the address"):
+        Api(f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setattr(Api, "__init__", lambda self: None)
+    for fields in ({"source": "in/*.tar"}, {"out": "out"}, {"model": "tests"}):
+        with pytest.raises(JobError, match="path of this machine"):
+            Api().submit(vitray.Job(**{"source": "s3://in/*.tar", "model": "a/b", "out": "s3://out", **fields}))  # type: ignore[call-arg]

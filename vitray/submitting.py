@@ -1,0 +1,199 @@
+"""A job on a cluster that is reached by HTTP: handed over by Ray's job API, followed, stopped. The cluster needs vitray installed.
+
+What travels is the job, and a working tree where one is asked for; never an environment, a credential or a token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import re
+import secrets
+import shlex
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from vitray.errors import ClusterError, JobError, VitrayError, one_line
+from vitray.job import Job
+from vitray.version import __version__
+
+ANSWER_S = 60.0  # for one answer of the cluster
+LOST_S = 300.0  # without any answer, after which following ends; the job goes on
+OVER = ("SUCCEEDED", "FAILED", "STOPPED")
+JOB_FILE = "vitray-job.yaml"
+_SCHEME = re.compile(r"https?://[^/@\s]+/?$")
+_LEFT_HERE = (".git", ".venv", JOB_FILE)
+_REMOTE = re.compile(r"[a-z0-9]+://")
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A job that a cluster was given. status: PENDING, RUNNING, or one of OVER. exit_code: vitray's, None until it is over."""
+
+    id: str
+    address: str
+    status: str
+    exit_code: int | None
+    message: str
+    out: str
+
+    def __str__(self) -> str:
+        ended = "" if self.exit_code is None else f", exit code {self.exit_code}"
+        lines = [f"{self.id}: {self.status}{ended}", f"out      {self.out}"]
+        if self.exit_code is None:
+            lines += [f"follow   vitray status {self.id} --follow {self._where}", f"stop     vitray stop {self.id} {self._where}"]
+        elif self.status == "FAILED":
+            lines.append(f"because  {self.message}")
+        return "\n".join(lines)
+
+    @property
+    def _where(self) -> str:
+        return f"--address {self.address}"
+
+
+class Cluster:
+    """Ray's job API at `address`, like http://head:8265. Reads RAY_AUTH_MODE and RAY_AUTH_TOKEN, as Ray does.
+
+    Raises ClusterError where nothing answers, or where it answers without a token and not `allow_open`.
+    """
+
+    def __init__(self, address: str, allow_open: bool = False) -> None:
+        if not _SCHEME.match(address):
+            raise ClusterError(f"--address {address}: give the URL of the cluster's job API, like http://head:8265")
+        self.address, self.allow_open = address.rstrip("/"), allow_open
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        with self._told():
+            if not allow_open and _answers_strangers(self.address):
+                raise ClusterError(
+                    f"{self.address} answers without a token: whoever reaches it can run code there. Start it with "
+                    "RAY_AUTH_MODE=token, or say --allow-open-cluster."
+                )
+            from ray.job_submission import JobSubmissionClient
+
+            for chatty in ("dashboard_sdk", "job.sdk"):  # at INFO since their import
+                logging.getLogger(f"ray.dashboard.modules.{chatty}").setLevel(logging.WARNING)
+            self._client: Any = JobSubmissionClient(self.address)
+
+    def submit(self, job: Job, working_dir: str | None = None, submission_id: str | None = None) -> Submission:
+        """Hand a job over. Its paths must mean the same there: s3://, or absolute.
+
+        working_dir: a directory that travels too, without what its .gitignore names; it is the job's current directory there.
+        """
+        _require_shared_paths(job)
+        name = submission_id or f"vitray-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+        with contextlib.suppress(ClusterError):
+            raise JobError(
+                f"{name} was submitted before: {self.find(name).status}. Choose another --submission-id, or leave it out."
+            )
+        entrypoint = ["vitray", "run", JOB_FILE, "--address", "auto", *(["--allow-open-cluster"] if self.allow_open else [])]
+        with tempfile.TemporaryDirectory(prefix="vitray-submit-") as scratch, self._told():
+            folder = os.path.join(scratch, "job")
+            _link(working_dir, folder)
+            with open(os.path.join(folder, JOB_FILE), "w", encoding="utf-8") as file:
+                yaml.safe_dump(job.model_dump(exclude_unset=True), file)
+            self._client.submit_job(
+                entrypoint=shlex.join(entrypoint),
+                submission_id=name,
+                runtime_env={"working_dir": folder},
+                metadata={"vitray": __version__, "out": job.out},
+            )
+        return self.find(name)
+
+    def find(self, submission_id: str) -> Submission:
+        """Where a submission stands. Raises ClusterError for one that the cluster does not know."""
+        with self._told():
+            info = self._client.get_job_info(submission_id)
+        status, code = info.status.value, info.driver_exit_code
+        ended = {"SUCCEEDED": 0, "STOPPED": 143, "FAILED": code if code and 0 < code < 256 else 1}.get(status)
+        out = (info.metadata or {}).get("out", "")
+        return Submission(submission_id, self.address, status, ended, " ".join((info.message or "").split())[:400], out)
+
+    def follow(self, submission_id: str, write: Callable[[str], None]) -> Submission:
+        """Gives `write` what the job prints, from its beginning, and returns when it is over."""
+        self.find(submission_id)
+        return asyncio.run(self._follow(submission_id, write))
+
+    def stop(self, submission_id: str) -> Submission:
+        """Ask it to end, as SIGTERM does; what is staged stays. Waits until it is over."""
+        with self._told():
+            self._client.stop_job(submission_id)
+        deadline = time.monotonic() + ANSWER_S
+        while (found := self.find(submission_id)).exit_code is None and time.monotonic() < deadline:
+            time.sleep(0.5)
+        return found
+
+    async def _follow(self, submission_id: str, write: Callable[[str], None]) -> Submission:
+        written, heard = 0, time.monotonic()
+        while True:
+            try:
+                seen = 0
+                async for text in self._lines(submission_id):
+                    fresh, seen = text[max(0, written - seen) :], seen + len(text)
+                    if fresh:
+                        write(fresh)
+                    written, heard = max(written, seen), time.monotonic()
+                found = await asyncio.to_thread(self.find, submission_id)
+                heard = time.monotonic()
+                if found.exit_code is not None:
+                    return found
+            except (ClusterError, OSError, RuntimeError) as error:  # a broken connection comes as any of them
+                if time.monotonic() - heard > LOST_S:
+                    where = f"vitray status {submission_id} --follow --address {self.address}"
+                    raise ClusterError(
+                        f"{self.address} has not answered for {LOST_S:.0f} s ({one_line(error)}); the job may go on: {where}"
+                    ) from error
+            await asyncio.sleep(1)
+
+    async def _lines(self, submission_id: str) -> AsyncIterator[str]:
+        """What the job has printed and prints, until it is over or silent for a while."""
+        tail = self._client.tail_job_logs(submission_id)
+        try:
+            while True:
+                yield await asyncio.wait_for(anext(tail), ANSWER_S)
+        except (StopAsyncIteration, TimeoutError):
+            return
+        finally:
+            await tail.aclose()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Whatever Ray's client raises, as one line."""
+        try:
+            yield
+        except VitrayError:
+            raise
+        except Exception as error:  # of five libraries
+            raise ClusterError(
+                f"{self.address}: {one_line(error)}. Check the address, RAY_AUTH_MODE and RAY_AUTH_TOKEN."
+            ) from error
+
+
+def _answers_strangers(address: str) -> bool:
+    import requests
+
+    return int(requests.get(f"{address}/api/jobs/", timeout=ANSWER_S, allow_redirects=False).status_code) == 200
+
+
+def _require_shared_paths(job: Job) -> None:
+    places = [*job.source, job.out, *([job.model] if os.path.exists(job.model) else [])]
+    if local := next((place for place in places if not _REMOTE.match(place) and not os.path.isabs(place)), None):
+        raise JobError(
+            f"{local!r} is a path of this machine; on a cluster give s3://… or an absolute path that every machine sees"
+        )
+
+
+def _link(working_dir: str | None, folder: str) -> None:
+    """A directory of links to what stands in another: Ray packs what they lead to, and a file of ours can stand beside them."""
+    os.mkdir(folder)
+    if working_dir is not None and not os.path.isdir(working_dir):
+        raise JobError(f"--working-dir {working_dir} is not a directory")
+    for name in os.listdir(working_dir) if working_dir is not None else ():
+        if name not in _LEFT_HERE:
+            os.symlink(os.path.abspath(os.path.join(working_dir or "", name)), os.path.join(folder, name))
