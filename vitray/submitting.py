@@ -77,8 +77,8 @@ class Cluster:
                 )
             from ray.job_submission import JobSubmissionClient
 
-            for chatty in ("dashboard_sdk", "job.sdk"):  # at INFO since their import
-                logging.getLogger(f"ray.dashboard.modules.{chatty}").setLevel(logging.WARNING)
+            for chatty in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+                logging.getLogger(chatty).setLevel(logging.WARNING)  # at INFO since their import
             self._client: Any = JobSubmissionClient(self.address)
 
     def submit(self, job: Job, working_dir: str | None = None, submission_id: str | None = None) -> Submission:
