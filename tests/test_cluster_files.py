@@ -290,9 +290,10 @@ def faults_of_query(query: str, legend: str) -> list[str]:
 def crd(kind: str) -> jsonschema.Draft202012Validator:
     """KubeRay's schema of a kind, closed wherever it does not say that it is open; `metadata` is Kubernetes' own."""
     path = CRDS / f"ray.io_{kind.lower()}s.yaml"
-    assert path.exists(), (
-        f"{path} is missing: put ray-operator/config/crd/bases of github.com/ray-project/kuberay (commit feeaf72f) into {CRDS}"
-    )
+    if not path.exists():
+        what = f"{path} is missing: ray-operator/config/crd/bases of github.com/ray-project/kuberay, commit feeaf72f"
+        assert not os.environ.get("CI"), what
+        pytest.skip(what)
     whole = yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     (schema,) = [v["schema"]["openAPIV3Schema"] for v in whole["spec"]["versions"] if v["name"] == "v1"]
     close(schema)

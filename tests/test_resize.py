@@ -46,9 +46,9 @@ RESIZED = """
 import sys
 {before}
 import numpy as np
-from vitray.resize import _compiled, resize
+from vitray.resize import compiled, resize
 sys.stdout.buffer.write(resize(np.arange(60000, dtype=np.uint16).astype(np.uint8).reshape(100, 200, 3), (64, 32), 2).tobytes())
-assert (_compiled() is None) is {without}
+assert compiled() is not {without}
 """
 
 
@@ -76,3 +76,23 @@ def test_what_numba_cannot_do_here_costs_no_bit(before: str, without: bool, tmp_
     assert run.returncode == 0, run.stderr
     pixels = np.arange(60000, dtype=np.uint16).astype(np.uint8).reshape(100, 200, 3)
     assert run.stdout == by_pillow(pixels, (64, 32), 2).tobytes()
+
+
+def test_the_first_use_in_many_threads_beside_imports_spoils_no_image(tmp_path: Path) -> None:
+    """As a run begins: decoding threads, while another one imports torch. Numba's first use is not safe there, so it comes before."""
+    script = (
+        "import io, threading\nimport numpy as np\nfrom PIL import Image\n"
+        "from vitray.decode import decode\nfrom vitray.resize import compiled\nfrom vitray.schema import DecodeSpec, Encoded, PixelSpec\n"
+        "spec = DecodeSpec(PixelSpec((64, 64), 2, None, 1, (0, 0, 0), (1, 1, 1)), ('jpeg',), 10**6, None, 'exact')\n"
+        "buffer = io.BytesIO()\nImage.linear_gradient('L').convert('RGB').save(buffer, 'jpeg')\n"
+        "want = np.asarray(Image.open(buffer).resize((64, 64), 2))\nseen = []\n"
+        "def work():\n    pixels, outcomes = decode([Encoded(n, '', '', buffer.getvalue()) for n in range(20)], spec)\n"
+        "    seen.append([o.reason for o in outcomes] == [None] * 20 and bool((pixels == want).all()))\n"
+        "def heavy():\n    import transformers.models.vit.modeling_vit\n"
+        "threads = [threading.Thread(target=t) for t in (heavy, work, work, work, work)]\n"
+        "[t.start() for t in threads]\n[t.join() for t in threads]\n"
+        "assert seen == [True] * 4, seen\nprint(compiled())"
+    )
+    for _ in range(3):
+        run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+        assert run.returncode == 0, run.stderr

@@ -25,14 +25,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import simplejpeg
-from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from vitray.isolation import Child, Death, Limits, Pages, shared
-from vitray.resize import height_first, resize
+from vitray.resize import TORCH_MODES, Pixels, compiled, resize, resize_fast
 from vitray.schema import DecodeSpec, Encoded, PixelSpec
-
-Pixels = NDArray[np.uint8]
 
 MAX_SCANS = 100  # cameras and encoders write about 10; a file of 1,000 scans decodes 100 times slower than it is long
 MESSAGE_CHARS = 200
@@ -63,7 +60,6 @@ _SIGNATURES = [  # only tells what an unreadable or unwanted file is; Pillow alo
 _TURN = Image.Transpose
 _ODD_MARKERS = frozenset(b"\xc3\xc9\xca\xcb")  # lossless or arithmetic coding, of which Pillow refuses what exceeds its buffer
 _NOT_BASELINE = frozenset(b"\xc1\xc2\xc3\xc5\xc6\xc7\xc9\xca\xcb\xcd\xce\xcf")  # frames; what only looks like one costs speed
-_TORCH_MODES = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
 _ORIENTATIONS = {
     **{2: _TURN.FLIP_LEFT_RIGHT, 3: _TURN.ROTATE_180, 4: _TURN.FLIP_TOP_BOTTOM, 5: _TURN.TRANSPOSE},
     **{6: _TURN.ROTATE_270, 7: _TURN.TRANSVERSE, 8: _TURN.ROTATE_90},
@@ -115,7 +111,7 @@ def decode(
     The pixels lie where the child wrote them, until the array and all views on it are gone. Raises what isolation.Child.run raises.
     """
     images = [item.data for item in items if item.data]
-    _load_decoders(spec.mode)
+    load_decoders(spec.mode)
     desk = _desk_for(one, spec, limits, len(images))
     ledger = desk.ledger
 
@@ -134,7 +130,7 @@ def decode(
 
 def left_to_device(data: bytes | None, spec: DecodeSpec) -> tuple[Outcome, int] | None:
     """Header and EXIF orientation (1..8) of a JPEG for a hardware decoder: baseline, whole, within limits, to be shrunk."""
-    resized = spec.pixels.size is not None and spec.pixels.resample in _TORCH_MODES
+    resized = spec.pixels.size is not None and spec.pixels.resample in TORCH_MODES
     if spec.mode not in ON_DEVICE or not resized or not data or data[:3] + data[-2:] != b"\xff\xd8\xff\xff\xd9":
         return None
     with suppress(Exception):  # `decode` says what is wrong with it
@@ -167,6 +163,7 @@ class _Desk:
         self.child = Child(work, rows, limits, [ledger, *pages.memory])
 
 
+_loading = threading.Lock()
 _here = threading.local()  # a child dies with the thread that forked it
 
 
@@ -178,9 +175,16 @@ def _desk_for(one: Callable[..., Outcome], spec: DecodeSpec, limits: Limits, row
     return desk
 
 
+def load_decoders(mode: str) -> None:
+    """Every decoder was imported and run once: a child that imports may wait for ever on a lock of a thread it does not have."""
+    with _loading:
+        _load_decoders(mode)
+
+
 @cache
 def _load_decoders(mode: str) -> None:
-    """Every decoder was imported and run once: a child that imports may wait for ever on a lock of a thread it does not have."""
+    if mode == "exact":
+        compiled()
     Image.init()
     forms = ("jpeg", "png", "webp", "bmp", "gif", "tiff")
     spec = DecodeSpec(PixelSpec((4, 4), Image.Resampling.BILINEAR, None, 1, (0, 0, 0), (1, 1, 1)), forms, 64, None, mode)
@@ -357,24 +361,9 @@ def _fit(image: Any, spec: DecodeSpec) -> Pixels:
     if spec.pixels.size is not None and spec.mode == "exact":
         image = (partial(resize, image) if isinstance(image, np.ndarray) else image.resize)(size, spec.pixels.resample)
     elif spec.pixels.size is not None:
-        image = _resize_fast(np.require(image, np.uint8, "W"), size, spec.pixels.resample)
+        image = resize_fast(np.require(image, np.uint8, "W"), size, spec.pixels.resample)
     pixels = np.asarray(image)
     return pixels if spec.pixels.crop is None else _center_crop(pixels, spec.pixels.crop)
-
-
-def _resize_fast(pixels: Pixels, size: tuple[int, int], resample: int) -> Pixels:
-    """As Pillow's resize, a level off here and there, and several times faster. What torch does otherwise is left to Pillow."""
-    (width, height), (rows, columns, _), mode = size, pixels.shape, _TORCH_MODES.get(resample)
-    if mode is None or width > columns or height > rows:  # enlarging, their bicubics are two levels apart
-        return np.asarray(Image.fromarray(pixels).resize(size, resample))
-    import torch
-
-    shrink = partial(torch.nn.functional.interpolate, mode=mode, antialias=True)
-    # one image, channels last: the layout for which torch's kernel is fast
-    batch = torch.from_numpy(pixels).view(1, rows, columns, 3).permute(0, 3, 1, 2)
-    if height_first(pixels.shape, size):
-        batch = shrink(batch, (height, columns))
-    return np.asarray(shrink(batch, (height, width))[0].permute(1, 2, 0))
 
 
 def fit_size(size: tuple[int, int], pixels: PixelSpec) -> tuple[int, int]:

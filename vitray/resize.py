@@ -6,30 +6,48 @@ other. Numba compiles the same sums for this machine's vector units. Source: Res
 
 from __future__ import annotations
 
+import logging
 import math
+import threading
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import lru_cache, partial
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from vitray.errors import one_line
+
+log = logging.getLogger(__name__)
+
 Pixels = NDArray[np.uint8]
 Passes = Callable[[Pixels, Any, Pixels], None]  # source, weights, result
 
+TORCH_MODES = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
+
 _BITS = 22
+_first_use = threading.Lock()
+_known: list[tuple[Passes, Passes] | None] = []
 _ROWS = 32  # what the pass across turns at a time: stays in the nearest cache
 
 
 def resize(pixels: Pixels, size: tuple[int, int], resample: int) -> Pixels:
-    """uint8 [H, W, 3], contiguous, as uint8 [height, width, 3] for `size` (width, height). What Numba is not here for, Pillow does."""
+    """uint8 [H, W, 3] as uint8 [height, width, 3] for `size` (width, height). What Numba is not here for, Pillow does."""
     kernel, passes = _KERNELS.get(resample), _compiled()
     if kernel is None or passes is None:
-        return np.asarray(Image.fromarray(pixels).resize(size, resample))
-    (rows, columns, _), (width, height) = pixels.shape, size
-    down, across = passes
-    for axis in (0, 1) if height_first(pixels.shape, size) else (1, 0):
+        return _by_pillow(pixels, size, resample)
+    return _resized(np.require(pixels, np.uint8, ("C", "W")), size, kernel, passes)
+
+
+def _by_pillow(pixels: Pixels, size: tuple[int, int], resample: int) -> Pixels:
+    return np.asarray(Image.fromarray(pixels).resize(size, resample))
+
+
+def _resized(pixels: Pixels, size: tuple[int, int], kernel: tuple[Any, float], passes: tuple[Passes, Passes]) -> Pixels:
+    (rows, columns, _), (width, height), (down, across) = pixels.shape, size, passes
+    for axis in (0, 1) if _height_first(pixels.shape, size) else (1, 0):
         if axis and width != columns:
             wide = np.empty((len(pixels), width, 3), np.uint8)
             across(pixels, _weights(columns, width, *kernel), wide)
@@ -41,7 +59,22 @@ def resize(pixels: Pixels, size: tuple[int, int], resample: int) -> Pixels:
     return pixels
 
 
-def height_first(shape: tuple[int, ...], size: tuple[int, int]) -> bool:
+def resize_fast(pixels: Pixels, size: tuple[int, int], resample: int) -> Pixels:
+    """As Pillow's resize, a level off here and there, and several times faster. What torch does otherwise is left to Pillow."""
+    (width, height), (rows, columns, _), mode = size, pixels.shape, TORCH_MODES.get(resample)
+    if mode is None or width > columns or height > rows:  # enlarging, their bicubics are two levels apart
+        return _by_pillow(pixels, size, resample)
+    import torch
+
+    shrink = partial(torch.nn.functional.interpolate, mode=mode, antialias=True)
+    # one image, channels last: the layout for which torch's kernel is fast
+    batch = torch.from_numpy(pixels).view(1, rows, columns, 3).permute(0, 3, 1, 2)
+    if _height_first(pixels.shape, size):
+        batch = shrink(batch, (height, columns))
+    return np.asarray(shrink(batch, (height, width))[0].permute(1, 2, 0))
+
+
+def _height_first(shape: tuple[int, ...], size: tuple[int, int]) -> bool:
     """Pillow begins with the direction that leaves less to do for the other."""
     return shape[0] - size[1] > max(0, 2 * (shape[1] - size[0]))
 
@@ -76,13 +109,39 @@ def _weights(
     return first, count, np.trunc(weights + np.copysign(0.5, weights)).astype(np.int32)
 
 
-@cache
+def compiled() -> bool:
+    """Whether Numba does it here. Best asked before threads start: Numba's first use and an import in another thread disturb each other."""
+    return _compiled() is not None
+
+
 def _compiled() -> tuple[Passes, Passes] | None:
-    """The pass down and the pass across; None without Numba."""
+    if not _known:  # no lock after that: one held by another thread at a fork would be held in the child for ever
+        with _first_use:
+            _known.extend([] if _known else [_compile()])
+    return _known[0]
+
+
+def _compile() -> tuple[Passes, Passes] | None:
+    """The pass down and the pass across, checked against Pillow; None without a Numba that works."""
     try:
-        import numba
-    except ImportError:  # also what it raises beside a NumPy that is newer than it knows
+        passes = _passes(import_module("numba"))
+    except Exception as error:  # ImportError also beside a NumPy that is newer than it knows; else whatever its compiler raises
+        if not isinstance(error, ModuleNotFoundError):
+            log.warning("Numba cannot be used here (%s): Pillow resizes, with the same bits, more slowly", one_line(error))
         return None
+    sample = np.arange(60 * 40 * 3, dtype=np.uint32).astype(np.uint8).reshape(60, 40, 3)
+    right = all(
+        np.array_equal(_resized(sample, size, kernel, passes), _by_pillow(sample, size, number))
+        for number, kernel in _KERNELS.items()
+        for size in ((9, 50), (50, 9))
+    )
+    if not right:
+        log.warning("this Numba and this Pillow resize differently: Pillow does it, more slowly")
+    return passes if right else None
+
+
+def _passes(numba: Any) -> tuple[Passes, Passes]:
+    weights = "Tuple((int64[::1], int64[::1], int32[:,::1]))"
     half, low, high = np.int32(1 << (_BITS - 1)), np.int32(0), np.int32(255)
 
     def down(source: Pixels, weights: Any, result: Pixels) -> None:
@@ -98,7 +157,7 @@ def _compiled() -> tuple[Passes, Passes] | None:
             for x in range(len(sums)):
                 line[x] = np.uint8(min(max(sums[x] >> _BITS, low), high))
 
-    down = _jit(numba, down)
+    down = _jit(numba, f"void(uint8[:,::1], {weights}, uint8[:,::1])", down)
 
     def across(source: Pixels, weights: Any, result: Pixels) -> None:
         height, width, _ = source.shape
@@ -118,11 +177,12 @@ def _compiled() -> tuple[Passes, Passes] | None:
                     for c in range(3):
                         line[x, c] = done[x, 3 * y + c]
 
-    return down, _jit(numba, across)
+    return down, _jit(numba, f"void(uint8[:,:,::1], {weights}, uint8[:,:,::1])", across)
 
 
-def _jit(numba: Any, function: Any) -> Any:
+def _jit(numba: Any, signature: str, function: Any) -> Any:
+    """Compiled now, for one signature: nothing is compiled when an image is resized."""
     try:
-        return numba.njit(function, cache=True, error_model="numpy", nogil=True)
+        return numba.njit(signature, cache=True, error_model="numpy", nogil=True)(function)
     except RuntimeError:  # no folder may be written: compiled in each process
-        return numba.njit(function, error_model="numpy", nogil=True)
+        return numba.njit(signature, error_model="numpy", nogil=True)(function)

@@ -209,6 +209,7 @@ class Receipt:
     seconds: dict[str, float] = field(default_factory=dict)
     total: int = 0
     message: str = ""
+    size_bytes: int = 0  # of the encoded images, where they were read now
 
     @property
     def errors(self) -> int:

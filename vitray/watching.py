@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
 import shlex
-import sys
+import shutil
+import subprocess
 import time
-from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+
+import psutil
+from rich.console import RenderableType
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 from vitray.job import Job
 from vitray.pipeline import Progress, Result
+
+LOOK_S = 5.0
 
 
 def summary(result: Result, job: Job) -> str:
@@ -42,26 +54,74 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}" + "s" * (number != 1)
 
 
-def reporter() -> Callable[[Progress], None]:
-    """A line that is rewritten on a terminal, else one line for each shard."""
-    live, last = sys.stderr.isatty(), {"at": 0.0, "shards": -1}
+def json_line(progress: Progress) -> str:
+    """How far a run is, for a program that reads its log."""
+    fields = {
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "images": progress.images,
+        "images_expected": progress.images_expected,
+        "images_per_s": round(progress.rate(), 2),
+        "images_per_s_now": round(progress.rate_now(), 2),
+        "eta_s": None if (left := progress.left_s()) is None else round(left),
+        "shards": progress.shards,
+        "shards_done": progress.shards_done,
+        "shards_set_aside": progress.set_aside,
+        "resumed": progress.resumed,
+        "failed": progress.reasons,
+        "bytes": progress.size_bytes,
+        "seconds_by_step": {step: round(seconds, 1) for step, seconds in progress.seconds.items()},
+        "waiting": progress.waiting(),
+        "cpu": psutil.cpu_percent() / 100,
+        "gpu": _gpus(),
+    }
+    return json.dumps(fields)
 
-    def report(progress: Progress) -> None:
-        now = time.monotonic()
-        due = now - last["at"] >= 0.5 if live else progress.shards_done > last["shards"]
-        if due and progress.shards:
-            last["at"], last["shards"] = now, progress.shards_done
-            ending = "\r" if live and progress.shards_done < progress.shards else "\n"
-            print(f"{_progress_line(progress):<{100 if live else 1}}", end=ending, file=sys.stderr, flush=True)
 
-    return report
-
-
-def _progress_line(progress: Progress) -> str:
-    at, of = (progress.images, progress.images_expected) if progress.images_expected else (progress.shards_done, progress.shards)
-    left = int((time.monotonic() - progress.started) * max(0, of - at) / at) if at else None
-    eta = "?" if left is None else f"{left // 3600}:{left % 3600 // 60:02d}:{left % 60:02d}"
-    return (
-        f"shards {progress.shards_done}/{progress.shards}  images {progress.images}  {progress.rate():.1f} images/s  "
-        f"ETA {eta}  failed {progress.errors}"
+def view(progress: Progress) -> Table:
+    """How far a run is, for a person at a terminal."""
+    left = progress.left_s()
+    of = f" of {progress.images_expected:,}" if progress.images_expected else ""
+    bar = ProgressBar(
+        total=progress.images_expected or progress.shards, completed=progress.images if of else progress.shards_done
     )
+    computed = max(1, progress.images - progress.resumed)
+    rows: list[tuple[str, RenderableType]] = [
+        ("", bar),
+        ("shards", f"{progress.shards_done:,} of {progress.shards:,} done, {progress.set_aside} set aside"),
+        ("images", f"{progress.images:,}{of}, {progress.errors:,} failed, {progress.resumed:,} found staged"),
+        ("images/s", f"{progress.rate_now():,.1f} now, {progress.rate():,.1f} in the mean, {_size(progress.size_bytes)} read"),
+        ("ETA", "not known yet" if left is None else str(timedelta(seconds=round(left)))),
+        *(("failed", f"{count:,} {reason}") for reason, count in sorted(progress.reasons.items())),
+        *((f"{step}", f"{1000 * s / computed:,.1f} ms an image, {s:,.0f} s in all") for step, s in progress.seconds.items()),
+        ("waiting", progress.waiting()),
+        ("CPU here", f"{psutil.cpu_percent():.0f}%"),
+        *((f"GPU {n} here", f"{100 * share:.0f}%") for n, share in enumerate(_gpus())),
+    ]
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows:
+        table.add_row(name, value if isinstance(value, ProgressBar) else Text(str(value)))
+    return table
+
+
+def _gpus() -> list[float]:
+    """The share of time in which each NVIDIA GPU of this machine worked; asked for once in LOOK_S."""
+    if _seen and time.monotonic() - _seen[-1][0] < LOOK_S:
+        return _seen[-1][1]
+    command = shutil.which("nvidia-smi")
+    shares: list[float] = []
+    if command:
+        argv = [command, "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
+        with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
+            shares = [int(line) / 100 for line in subprocess.run(argv, capture_output=True, timeout=5).stdout.split()]
+    _seen[:] = [(time.monotonic(), shares)]
+    return shares
+
+
+_seen: list[tuple[float, list[float]]] = []
+
+
+def _size(number: float) -> str:
+    """Bytes in the largest unit that leaves at least 1."""
+    units = ("B", "kB", "MB", "GB", "TB")
+    power = min(len(units) - 1, int(math.log(max(1, number), 1000)))
+    return f"{number / 1000**power:,.1f} {units[power]}"

@@ -7,14 +7,16 @@ import logging
 import os
 import signal
 import sys
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
 from vitray.cli import making, operating
-from vitray.cli.console import Terminal, on_signal, one_line, say
+from vitray.cli.console import JsonFormatter, Terminal, on_signal, one_line, say
 from vitray.errors import VitrayError
 from vitray.version import __version__
+
+LogFormat = Literal["text", "json"]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -35,10 +37,12 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="show tracebacks and debug logs")] = False,
+    log_format: Annotated[LogFormat, typer.Option("--log-format", help="of warnings, and of --debug")] = "text",
     version: Annotated[bool, typer.Option("--version", callback=_version, help="print the version", is_eager=True)] = False,
 ) -> None:
     terminal = Terminal()
-    terminal.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    text = logging.Formatter("%(levelname)s %(name)s: %(message)s")
+    terminal.setFormatter(text if log_format == "text" else JsonFormatter())
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, handlers=[terminal])
     if not debug:
         for noisy in ("ray", "botocore", "aiobotocore", "s3fs", "fsspec", "urllib3", "httpx", "transformers"):

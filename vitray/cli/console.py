@@ -11,14 +11,19 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 if TYPE_CHECKING:
     from vitray.job import Job
+    from vitray.pipeline import Progress
 
 STOP_S = 15.0
+EVERY_S = 10.0
+_live: list[Any] = []  # the view on the terminal, while there is one
 
 Target = Annotated[str, typer.Argument(metavar="JOB.yaml|SOURCE", help="a job file, or images: path, glob, prefix, s3://…")]
 Model = Annotated[str | None, typer.Option("--model", help="Hugging Face id, local directory or s3:// directory")]
@@ -36,12 +41,45 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 
 def run_shown(job: Job, address: str | None, allow_open_cluster: bool, as_json: bool, prune: bool = False) -> NoReturn:
     from vitray.pipeline import run as run_job
-    from vitray.watching import reporter, summary
+    from vitray.watching import summary
 
     threading.Thread(target=_end_if_stopped, daemon=True).start()
-    result = run_job(job, address=address, prune=prune, progress=reporter(), stop=_stop, allow_open_cluster=allow_open_cluster)
+    with watched() as report:
+        result = run_job(job, address=address, prune=prune, progress=report, stop=_stop, allow_open_cluster=allow_open_cluster)
     show(result, as_json, summary(result, job))
     raise typer.Exit(result.exit_code)
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[Callable[[Progress], None]]:
+    """What shows a run's progress: a view on a terminal, else one JSON line in EVERY_S, and one at the end."""
+    from rich.console import Console
+    from rich.live import Live
+
+    from vitray.watching import json_line, view
+
+    if sys.stderr.isatty():
+        live = Live(console=Console(stderr=True), auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
+        with live:
+            _live.append(live)
+            yield _at_most_every(0.5, lambda progress: live.update(view(progress), refresh=True))
+            _live.clear()
+        return
+    yield _at_most_every(EVERY_S, lambda progress: print(json_line(progress), file=sys.stderr, flush=True))
+
+
+def _at_most_every(seconds: float, tell: Callable[[Progress], None]) -> Callable[[Progress], None]:
+    """And once when all is done."""
+    last, ends = time.monotonic() - seconds, 0
+
+    def report(progress: Progress) -> None:
+        nonlocal last, ends
+        ends += progress.shards_done == progress.shards
+        if progress.shards and (ends == 1 or time.monotonic() - last >= seconds):
+            last = time.monotonic()
+            tell(progress)
+
+    return report
 
 
 def job_of(target: str, model: str | None, out: str | None, sets: list[str] | None) -> Job:
@@ -68,11 +106,23 @@ def plain(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 
+class JsonFormatter(logging.Formatter):
+    """One object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        return json.dumps({"at": at, "level": record.levelname, "logger": record.name, "message": record.getMessage()})
+
+
 class Terminal(logging.Handler):
     """Writes to what sys.stderr is now: while Ray runs it is another one than at the start."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(plain(self.format(record)), file=sys.stderr, flush=True)
+        text = plain(self.format(record))
+        if _live:  # above the view, which would else be torn
+            _live[0].console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
 
 
 _stop, _is_running = threading.Event(), threading.Event()
@@ -104,6 +154,8 @@ def on_signal(number: int, _frame: object) -> None:
 def _end(number: int) -> NoReturn:
     """No exception: in Ray's C++ it can abort the process."""
     with contextlib.suppress(OSError, ValueError):
+        if _live:
+            os.write(sys.stderr.fileno(), b"\x1b[?25h")  # the view hides the cursor
         os.write(sys.stderr.fileno(), f"\ninterrupted; {_farewell[-1]}\n".encode())
     os._exit(128 + number)
 

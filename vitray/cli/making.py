@@ -7,7 +7,22 @@ from typing import Annotated
 
 import typer
 
-from vitray.cli.console import Address, Json, Model, Open, Out, OutArgument, Sets, Target, is_file, job_of, run_shown, say, show
+from vitray.cli.console import (
+    Address,
+    Json,
+    Model,
+    Open,
+    Out,
+    OutArgument,
+    Sets,
+    Target,
+    is_file,
+    job_of,
+    run_shown,
+    say,
+    show,
+    watched,
+)
 from vitray.errors import JobError
 
 
@@ -106,13 +121,14 @@ def demo(
     from vitray import demo as shapes
     from vitray.pipeline import run as run_job
     from vitray.validation import validate as validate_dataset
-    from vitray.watching import reporter, summary
+    from vitray.watching import summary
 
     say("drawing shapes and training a tiny ViT …")
     job, held_out = shapes.build(directory)
     if held_out == held_out:  # NaN: it was trained by an earlier call
         say(f"trained: accuracy {held_out:.3f} on held-out shapes")
-    result = run_job(job, address=address, progress=reporter())
+    with watched() as report:
+        result = run_job(job, address=address, progress=report)
     say(summary(result, job))
     checked = validate_dataset(job.out, content=True)
     say(str(checked))

@@ -14,7 +14,7 @@ import re
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
@@ -71,6 +71,7 @@ class Commit:
     reasons: dict[str, int]
     truncated_at: int | None
     adopted: bool
+    seconds: float = field(default=0.0, compare=False)
 
 
 def commit_shard(dataset: Dataset, shard: Shard) -> Commit | None:

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 from vitray.dataset import Commit, Dataset
+from vitray.decode import load_decoders
 from vitray.errors import VitrayError
 from vitray.models import Model, open_model
 from vitray.pipeline.cluster import Shares
@@ -45,6 +46,7 @@ class LocalLine:
 
     def start(self, arrived: queue.Queue[Receipt | Exception | None]) -> None:
         dataset, job, shares = self._dataset, self._dataset.job, self._shares
+        load_decoders(job.decode)  # before other threads import: see vitray/resize.py
         model = self._pool.submit(
             open_model, dataset.facts, list(dataset.vectors), job.top_k, job.labels, job.device, shares.threads, shares.compiled
         )

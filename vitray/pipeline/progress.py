@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from vitray.schema import Receipt
+
+MARKS = 400
+NOW_S = 10.0
 
 
 @dataclass
@@ -18,9 +22,13 @@ class Progress:
     good: int = 0
     errors: int = 0
     resumed: int = 0
+    set_aside: int = 0
+    size_bytes: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
+    timeline: list[tuple[float, int]] = field(default_factory=list)  # seconds since the start, images computed by then
+    waiting: Callable[[], str] = lambda: ""  # what waits for which step; for people
 
     @property
     def images(self) -> int:
@@ -30,11 +38,26 @@ class Progress:
         """Images a second that this run computed."""
         return (self.images - self.resumed) / max(1e-9, time.monotonic() - self.started)
 
+    def rate_now(self) -> float:
+        """Images a second, of the last NOW_S or more."""
+        seconds, images = time.monotonic() - self.started, self.images - self.resumed
+        at, there = next((mark for mark in reversed(self.timeline) if seconds - mark[0] >= NOW_S), (0.0, 0))
+        return (images - there) / max(1e-9, seconds - at)
+
+    def left_s(self) -> float | None:
+        """Seconds that what is left will take at the mean rate so far; None where nothing is known yet."""
+        at, of = (self.images, self.images_expected) if self.images_expected else (self.shards_done, self.shards)
+        return (time.monotonic() - self.started) * max(0, of - at) / at if at else None
+
     def add(self, receipt: Receipt) -> None:
         size = receipt.stop - receipt.start
         self.good += size - receipt.errors
         self.errors += receipt.errors
         self.resumed += size if receipt.kind == "staged" else 0
+        self.size_bytes += receipt.size_bytes
+        self.timeline.append((round(time.monotonic() - self.started, 2), self.images - self.resumed))
+        if len(self.timeline) > MARKS:  # every other one stays: half as fine, and never more
+            self.timeline = self.timeline[1::2]
         for reason, count in receipt.reasons.items():
             self.reasons[reason] = self.reasons.get(reason, 0) + count
         for step, seconds in receipt.seconds.items():

@@ -44,6 +44,7 @@ from vitray.models import compiles, identify, runs_on, torch_threads_kept, vecto
 from vitray.pipeline.cluster import RETRIES, Shares, alive_nodes, own_cpus, ray_session, share_out
 from vitray.pipeline.line import RayLine
 from vitray.pipeline.local import LocalLine
+from vitray.pipeline.metrics import RayMeter, Unmetered
 from vitray.pipeline.progress import Progress, Result
 from vitray.pipeline.wave import ATTEMPTS, Line, MachineLostError, Work, blame, run_wave
 from vitray.schema import ModelFacts, Shard
@@ -95,7 +96,8 @@ def run(
         check_data(dataset)
         _require_shared(dataset, listing.shards, nodes)
         probe(dataset.out)
-        work = Work(report=progress or (lambda _: None), stop=stop or threading.Event())
+        meter = RayMeter() if nodes else Unmetered()
+        work = Work(report=progress or (lambda _: None), stop=stop or threading.Event(), meter=meter)
         try:
             for _ in range(ATTEMPTS):
                 listing = _settle_groups(job, listing)
@@ -322,6 +324,8 @@ def _record(dataset: Dataset, job: Job, result: Result, work: Work, shares: Shar
         "versions": package_versions(),
         "shares": asdict(shares),
         "seconds_by_step": {step: round(seconds, 3) for step, seconds in work.progress.seconds.items()},
+        "bytes": work.progress.size_bytes,
+        "timeline": work.progress.timeline,
         "images_per_s": round(result.images / max(1e-9, result.seconds), 2),
         **asdict(result),
     }

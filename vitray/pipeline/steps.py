@@ -54,6 +54,7 @@ PARCEL_SCHEMA = pa.schema(
         ("message", pa.string()),
         ("reasons", pa.string()),
         ("seconds", pa.string()),
+        ("size_bytes", pa.int64()),
         ("rows", pa.large_binary()),
         ("errors", pa.large_binary()),
     ]
@@ -74,7 +75,7 @@ class Parcel:
         r = self.receipt
         values = [
             [r.kind], [r.shard], [r.start], [r.stop], [r.total], [self.truncated_at], [r.message], [json.dumps(r.reasons)],
-            [json.dumps(r.seconds)], [None if self.rows is None else ipc_bytes(self.rows)],
+            [json.dumps(r.seconds)], [r.size_bytes], [None if self.rows is None else ipc_bytes(self.rows)],
             [None if self.errors is None else ipc_bytes(self.errors)],
         ]  # fmt: skip
         return pa.Table.from_arrays([pa.array(v, f.type) for v, f in zip(values, PARCEL_SCHEMA)], schema=PARCEL_SCHEMA)
@@ -84,7 +85,7 @@ def unpack(block: pa.Table) -> Iterator[Parcel]:
     """The parcels in a block; tables are views on the block's memory."""
     for at in range(block.num_rows):
         row = {name: block[name][at] for name in PARCEL_SCHEMA.names}
-        plain = {name: row[name].as_py() for name in PARCEL_SCHEMA.names[:9]}
+        plain = {name: row[name].as_py() for name in PARCEL_SCHEMA.names[:-2]}
         truncated_at = plain.pop("truncated_at")
         plain["reasons"], plain["seconds"] = json.loads(plain["reasons"]), json.loads(plain["seconds"])
         rows, errors = (ipc_table(row[name].as_buffer()) if row[name].is_valid else None for name in ("rows", "errors"))
@@ -139,7 +140,9 @@ def _fragments(dataset: Dataset, shard: Shard, there: dict[int, int], sent: set[
         seconds = {"read": time.perf_counter() - started}
         started = time.perf_counter()
         trace("read", shard.id, start, stop)
-        yield Parcel(Receipt("fragment", shard.id, start, stop, seconds=seconds), rows=_encoded_table(held, dataset.kept))
+        size = sum(len(item.data or b"") for item in held)
+        receipt = Receipt("fragment", shard.id, start, stop, seconds=seconds, size_bytes=size)
+        yield Parcel(receipt, rows=_encoded_table(held, dataset.kept))
 
     def is_wanted(index: int) -> bool:
         start = index // rows * rows
@@ -329,8 +332,10 @@ def stage_step(dataset: Dataset, parcel: Parcel) -> Parcel:
 
 def commit_step(dataset: Dataset, shard: Shard) -> Commit | VitrayError | None:
     """What commit_shard says or raises: an error that was unpickled by another process would have lost its type."""
+    started = time.perf_counter()
     try:
-        return commit_shard(dataset, shard)
+        commit = commit_shard(dataset, shard)
+        return commit and replace(commit, seconds=time.perf_counter() - started)
     except VitrayError as error:
         return error
 

@@ -16,6 +16,7 @@ from typing import Protocol
 from vitray.dataset import Commit, Dataset
 from vitray.errors import ClusterError, ErrorRateExceeded, ObjectChanged, VitrayError
 from vitray.job import Job
+from vitray.pipeline.metrics import Meter, Unmetered
 from vitray.pipeline.progress import Progress
 from vitray.schema import Receipt, Shard
 
@@ -33,6 +34,7 @@ class Work:
 
     report: Callable[[Progress], None] = lambda _: None
     progress: Progress = field(default_factory=Progress)
+    meter: Meter = field(default_factory=Unmetered)
     attempts: dict[str, int] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
@@ -48,6 +50,7 @@ def blame(work: Work, shard_id: str, why: str, attempts: int = 1) -> None:
     """A shard failed; after ATTEMPTS it is set aside."""
     work.attempts[shard_id] = work.attempts.get(shard_id, 0) + attempts
     work.failures[shard_id] = why
+    work.progress.set_aside = sum(count >= ATTEMPTS for count in work.attempts.values())
 
 
 class MachineLostError(Exception):
@@ -89,6 +92,7 @@ class Line(Protocol):
 def run_wave(dataset: Dataset, shards: list[Shard], line: Line, work: Work) -> None:
     """Bring shards through the line and commit each as soon as its fragments tile it. Ends early when work.stop is set."""
     commits, tiling, blamed = _Commits(line, dataset.job.stall_timeout_s, work), _Tiling(), set[str]()
+    work.progress.waiting = line.state
     with contextlib.closing(line):
         for receipt in _receipts(line, dataset.job.stall_timeout_s, work.stop):
             if receipt is None:
@@ -105,6 +109,8 @@ def run_wave(dataset: Dataset, shards: list[Shard], line: Line, work: Work) -> N
                 if tiling.add(receipt) and receipt.start not in counted:  # not in an earlier wave either
                     counted.add(receipt.start)
                     work.progress.add(receipt)
+                    if receipt.kind == "fragment":
+                        work.meter.fragment(receipt)
                     _judge(dataset.job, work.progress, work.vanished)
                 if tiling.is_whole(receipt.shard):
                     commits.backlog.append(receipt.shard)
@@ -206,6 +212,7 @@ class _Commits:
             work.failures.pop(shard_id, None)
             work.counted.pop(shard_id, None)
             work.progress.shards_done += 1
+            work.meter.commit(answer)
             log.info("committed %s: %d rows, %d errors", shard_id, answer.rows, answer.errors)
         else:
             blame(work, shard_id, "a fragment went missing")

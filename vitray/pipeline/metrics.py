@@ -1,0 +1,64 @@
+"""What a run counts for Prometheus: by Ray's own exporter, on the port of every node, as `ray_vitray_…`."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from vitray.dataset import Commit
+from vitray.schema import Receipt
+
+COUNTERS = {  # and their tags
+    "vitray_images": ("images, good or bad", ("outcome",)),
+    "vitray_bytes": ("bytes of encoded images that were read", ()),
+    "vitray_failures": ("bad images by reason", ("reason",)),
+    "vitray_shard_commits": ("shards whose data file exists", ()),
+}
+STEP_SECONDS = ("vitray_step_seconds", "seconds that a step took for one fragment; of commit: for one shard", ("step",))
+BOUNDARIES = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300]
+
+
+class Meter(Protocol):
+    """What is told of each fragment that was computed, and of each commit."""
+
+    def fragment(self, receipt: Receipt) -> None: ...
+
+    def commit(self, commit: Commit) -> None: ...
+
+
+class Unmetered:
+    """Without Ray nobody asks."""
+
+    def fragment(self, receipt: Receipt) -> None:
+        pass
+
+    def commit(self, commit: Commit) -> None:
+        pass
+
+
+class RayMeter:
+    """Of one run, on the machine of its driver. Ray must have been started."""
+
+    def __init__(self) -> None:
+        from ray.util.metrics import Counter, Histogram
+
+        self._counters = {name: Counter(name, description=what, tag_keys=tags) for name, (what, tags) in COUNTERS.items()}
+        name, what, tags = STEP_SECONDS
+        self._seconds = Histogram(name, description=what, boundaries=BOUNDARIES, tag_keys=tags)
+
+    def fragment(self, receipt: Receipt) -> None:
+        images = {"good": receipt.stop - receipt.start - receipt.errors, "bad": receipt.errors}
+        for outcome, count in images.items():
+            self._add("vitray_images", count, {"outcome": outcome})
+        self._add("vitray_bytes", receipt.size_bytes, {})
+        for reason, count in receipt.reasons.items():
+            self._add("vitray_failures", count, {"reason": reason})
+        for step, seconds in receipt.seconds.items():
+            self._seconds.observe(seconds, {"step": step})
+
+    def commit(self, commit: Commit) -> None:
+        self._add("vitray_shard_commits", 1, {})
+        self._seconds.observe(commit.seconds, {"step": "commit"})
+
+    def _add(self, name: str, count: int, tags: dict[str, str]) -> None:
+        if count:  # Ray refuses zeros
+            self._counters[name].inc(count, tags)
