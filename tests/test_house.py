@@ -29,7 +29,9 @@ LEVELS = {
     **dict.fromkeys(("storage", "isolation", "resize"), 2),
     **dict.fromkeys(("sources", "decode", "models", "dataset"), 3),
     "pipeline": 4,
-    **dict.fromkeys(("planning", "validation", "bench", "demo", "watching", "comparing", "compacting", "backfilling"), 5),
+    **dict.fromkeys(
+        ("planning", "validation", "bench", "demo", "watching", "comparing", "compacting", "backfilling", "searching"), 5
+    ),
     **dict.fromkeys(("cli", "__main__", "__init__"), 6),
 }
 ONLY_IN = {  # a module, and the beginnings of the paths that may import it
@@ -44,14 +46,16 @@ ONLY_IN = {  # a module, and the beginnings of the paths that may import it
     "fsspec": ("storage/",),
     "s3fs": ("storage/",),
     "PIL": ("decode.py", "resize.py", "models/shapes.py"),
+    "faiss": ("searching.py", "exporting.py"),
+    "lancedb": ("exporting.py",),
     **dict.fromkeys(("pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"), ()),
 }
 NEVER_CALLED = {"eval", "exec", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system", "os.popen", "torch.load"}
 NEVER_TRUE = {"trust_remote_code", "shell", "allow_pickle"}
 FILE_LINES = 400
-BUDGET = {"core": 4400, "models": 1600, "operating": 1500}  # lines of code; the contract says 3,000 for core: see DECISIONS.md
+BUDGET = {"core": 4450, "models": 1600, "operating": 1500}  # lines of code; the contract says 3,000 for core: see DECISIONS.md
 HELP_S = 1.0
-HEAVY = "{'torch', 'ray', 'transformers', 'openvino', 'onnxruntime', 'numba'}"
+HEAVY = "{'torch', 'ray', 'transformers', 'openvino', 'onnxruntime', 'numba', 'faiss', 'lancedb'}"
 
 
 def name_of(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Commands for a team that runs vitray again and again: the next model, what it changed, fewer files."""
+"""Commands for a team that runs vitray again and again: the next model, what it changed, fewer files; and for those who use the embeddings."""
 
 from __future__ import annotations
 
@@ -56,4 +56,25 @@ def compact(
     show(found, as_json, str(found))
 
 
-COMMANDS = (backfill, compare, compact)
+def search(
+    out: OutArgument,
+    image: Annotated[str | None, typer.Option("--image", help="a picture: local path or s3://")] = None,
+    key: Annotated[str | None, typer.Option("--key", help="the row of this key; the first, when several have it")] = None,
+    shard: Annotated[str | None, typer.Option("--shard", help="with --row: the row of this shard")] = None,
+    row: Annotated[int | None, typer.Option("--row", help="with --shard: the row of this index", min=0)] = None,
+    k: Annotated[int, typer.Option("--k", help="how many rows to name", min=1, max=10_000)] = 10,
+    column: Annotated[str | None, typer.Option("--column", help="the vector column, where there are several")] = None,
+    index: Annotated[
+        str | None, typer.Option("--index", metavar="FILE", help="search by a FAISS index: made here when missing or old")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Name the rows nearest to a picture, or to a row, by cosine."""
+    from vitray.searching import Query
+    from vitray.searching import search as search_dataset
+
+    found = search_dataset(out, Query(image, key, shard, row), k, column, index)
+    show(found, as_json, str(found))
+
+
+COMMANDS = (backfill, compare, compact, search)
