@@ -30,7 +30,19 @@ LEVELS = {
     **dict.fromkeys(("sources", "decode", "models", "dataset"), 3),
     "pipeline": 4,
     **dict.fromkeys(
-        ("planning", "validation", "bench", "demo", "watching", "comparing", "compacting", "backfilling", "searching"), 5
+        (
+            "planning",
+            "validation",
+            "bench",
+            "demo",
+            "watching",
+            "comparing",
+            "compacting",
+            "backfilling",
+            "searching",
+            "exporting",
+        ),
+        5,
     ),
     **dict.fromkeys(("cli", "__main__", "__init__"), 6),
 }

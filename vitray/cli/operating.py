@@ -77,4 +77,22 @@ def search(
     show(found, as_json, str(found))
 
 
-COMMANDS = (backfill, compare, compact, search)
+def export(
+    out: OutArgument,
+    to: Annotated[str, typer.Option("--to", help="lance, faiss, npy, webdataset or csv")],
+    into: Annotated[str, typer.Option("--into", help="a new local folder")],
+    column: Annotated[str | None, typer.Option("--column", help="faiss, npy: the vector column, where there are several")] = None,
+    vectors: Annotated[bool, typer.Option("--vectors", help="csv: with the vectors, as [1,2,3]")] = False,
+    partial: Annotated[bool, typer.Option("--partial", help="also of a dataset that is not complete")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write the rows as other tools read them; exit code 3 when images of a webdataset could not be read again."""
+    from vitray.exporting import Wanted
+    from vitray.exporting import export as export_dataset
+
+    found = export_dataset(out, into, Wanted(to, column, vectors, partial))
+    show(found, as_json, str(found))
+    raise typer.Exit(3 if found.missing else 0)
+
+
+COMMANDS = (backfill, compare, compact, search, export)
