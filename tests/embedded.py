@@ -36,23 +36,32 @@ class Shown:
 
 
 def make(
-    folder: Path, shards: Sequence[Shown], dtype: str = "float32", more: Sequence[str] = (), commit: int | None = None
+    folder: Path,
+    shards: Sequence[Shown],
+    dtype: str = "float32",
+    more: Sequence[str] = (),
+    commit: int | None = None,
+    keep: Sequence[str] = (),
 ) -> Dataset:
-    """A dataset of these shards in folder/out. more: further vector columns, each its vectors times 2, 3 …; commit: only so many."""
+    """A dataset of these shards in folder/out.
+
+    more: further vector columns, each its vectors times 2, 3 …; commit: only so many shards; keep: columns that hold the label again.
+    """
     for n, shown in enumerate(shards):
         members = {f"{i:04d}.jpg": f"image {n} {i}".encode() for i in range(len(shown.keys))}
         hand_made.write_tar(folder / "in" / f"s-{n:03d}.tar", members)
     named = ["embedding"] if not more else [f"embedding_{name}" for name in ("first", *more)]
     embeddings = [{"dtype": dtype, "name": name.removeprefix("embedding").lstrip("_")} for name in named]
-    job = hand_made.job_of(folder, embeddings=embeddings)
+    job = hand_made.job_of(folder, embeddings=embeddings, keep=list(keep))
     dimension = shards[0].vectors.shape[1]
     facts = replace(hand_made.facts_of(job.model), dimension=dimension)
     columns = [VectorColumn(name, dimension, None, "cls", False, dtype) for name in named]
-    dataset = resolve_dataset(job, facts, columns, pa.schema([]), "2025-01-01T00:00:00+00:00")
+    dataset = resolve_dataset(job, facts, columns, pa.schema([(name, pa.string()) for name in keep]), "2025-01-01T00:00:00+00:00")
     listed = list_shards(job, []).shards
     for shard, shown in list(zip(listed, shards))[:commit]:
         images = [item for item in read_shard(shard, job, lambda _: True) if isinstance(item, Encoded)]
         rows = [_row(shard.id, image, shown, named, dtype) for image in images]
+        rows = [{**row, **dict.fromkeys(keep, row["label"])} for row in rows]
         table = pa.Table.from_pylist(rows, schema=dataset.schema)
         write_fragment(dataset, shard.id, (0, len(rows)), table, ERROR_SCHEMA.empty_table())
         write_end(dataset, shard.id, End(len(rows)))
