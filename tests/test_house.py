@@ -30,7 +30,11 @@ LEVELS = {
     **dict.fromkeys(("sources", "decode", "models", "dataset"), 3),
     "pipeline": 4,
     **dict.fromkeys(
-        ("planning", "validation", "bench", "demo", "watching", "comparing", "compacting", "backfilling", "submitting"), 5
+        (
+            *("planning", "validation", "bench", "demo", "watching", "comparing", "compacting", "backfilling", "submitting"),
+            *("searching", "exporting"),
+        ),
+        5,
     ),
     **dict.fromkeys(("cli", "__main__", "__init__"), 6),
 }
@@ -46,14 +50,16 @@ ONLY_IN = {  # a module, and the beginnings of the paths that may import it
     "fsspec": ("storage/",),
     "s3fs": ("storage/",),
     "PIL": ("decode.py", "resize.py", "models/shapes.py"),
+    "faiss": ("searching.py", "exporting.py"),
+    "lancedb": ("exporting.py",),
     **dict.fromkeys(("pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"), ()),
 }
 NEVER_CALLED = {"eval", "exec", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system", "os.popen", "torch.load"}
 NEVER_TRUE = {"trust_remote_code", "shell", "allow_pickle"}
 FILE_LINES = 400
-BUDGET = {"core": 4600, "models": 1600, "operating": 1500}  # lines of code; the contract says 3,000 for core: see DECISIONS.md
+BUDGET = {"core": 4600, "models": 1600, "operating": 2100}  # lines of code; the contract says 3,000 for core: see DECISIONS.md
 HELP_S = 1.0
-HEAVY = "{'torch', 'ray', 'transformers', 'openvino', 'onnxruntime', 'numba'}"
+HEAVY = "{'torch', 'ray', 'transformers', 'openvino', 'onnxruntime', 'numba', 'faiss', 'lancedb'}"
 
 
 def name_of(path: Path) -> str:

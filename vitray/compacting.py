@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from vitray.dataset import Dataset, committed, data_files, open_dataset, parquet_of, read_table
+from vitray.dataset import Dataset, committed, data_files, parquet_of, read_table, require_complete, require_outside, rows_in
 from vitray.errors import JobError, ObjectMissing
 from vitray.storage import absolute, exists, join, read, store_for
 
@@ -41,10 +40,8 @@ def compact(out: str, into: str, megabytes: int = 256) -> Compaction:
 
     Raises JobError when `out` is not complete or `into` holds something else.
     """
-    dataset = _complete(out)
-    into = absolute(into)
-    if into == dataset.out or f"{into}/".startswith(f"{dataset.out}/"):
-        raise JobError(f"--into {into} lies inside the dataset: choose another directory.")
+    dataset, into = require_complete(out), absolute(into)
+    require_outside(dataset, "--into", into)
     there = _parts_there(into)
     groups = {_name(n, group): group for n, group in enumerate(_grouped(dataset, megabytes * 1_000_000))}
     mark, told = join(into, "_COMPACT.json"), {"source": dataset.out, "fingerprint": dataset.fingerprint}
@@ -55,17 +52,8 @@ def compact(out: str, into: str, megabytes: int = 256) -> Compaction:
         store_for(into).delete([join(into, name) for name in there - groups.keys()])
         marks = {**told, "parts": sorted(groups), "files": sum(map(len, groups.values()))}
         store_for(mark).replace(mark, json.dumps(marks, indent=1).encode())
-    rows = sum(_rows(join(into, name)) for name in groups)
+    rows = sum(rows_in(join(into, name)) for name in groups)
     return Compaction(into, sum(map(len, groups.values())), len(groups), len(groups.keys() - there), rows)
-
-
-def _complete(out: str) -> Dataset:
-    dataset = open_dataset(out)
-    if dataset is None:
-        raise JobError(f"{absolute(out)} holds no vitray dataset. Check the path.")
-    if not exists(join(dataset.out, "_SUCCESS.json")):
-        raise JobError(f"{dataset.out} is not complete: run its job first (vitray status {dataset.out}).")
-    return dataset
 
 
 def _parts_there(into: str) -> set[str]:
@@ -106,8 +94,3 @@ def _write(dataset: Dataset, group: list[tuple[str, str]], url: str) -> None:
     marks = {"vitray.fingerprint": dataset.fingerprint, "vitray.files": str(len(group))}
     data, _ = parquet_of(dataset, tables(), lambda: marks)
     store_for(url).create(url, data)  # refused: another call gathered the same files
-
-
-def _rows(url: str) -> int:
-    with store_for(url).open(url) as stream:
-        return int(pq.ParquetFile(stream, pre_buffer=False).metadata.num_rows)

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from vitray.dataset import Dataset, data_files, open_dataset, read_table
+from vitray.dataset import data_files, matrix_of, read_table, require_dataset
 from vitray.errors import JobError
 from vitray.storage import absolute, store_for
 
@@ -77,7 +77,7 @@ class Comparison:
 
 def compare(old: str, new: str) -> Comparison:
     """Row against row. Raises JobError when one of the two is no dataset, or when they have no shard in common."""
-    datasets = [_dataset(out) for out in (old, new)]
+    datasets = [require_dataset(out) for out in (old, new)]
     first, second = ({_shard_of(url): url for url in data_files(dataset.out)} for dataset in datasets)
     both = sorted(first.keys() & second.keys())
     if not both:
@@ -147,13 +147,6 @@ def _nearest(x: np.ndarray, k: int) -> np.ndarray:
     return np.argpartition(-likeness, k, axis=1)[:, :k]
 
 
-def _dataset(out: str) -> Dataset:
-    dataset = open_dataset(out)
-    if dataset is None:
-        raise JobError(f"{absolute(out)} holds no vitray dataset. Check the path.")
-    return dataset
-
-
 def _shard_of(url: str) -> str:
     return url.rpartition("/")[2].removesuffix(".parquet")
 
@@ -171,6 +164,4 @@ def _common(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _matrix(column: pa.ChunkedArray) -> np.ndarray:
-    flat = column.combine_chunks()
-    values: np.ndarray = flat.flatten().to_numpy(zero_copy_only=False).reshape(len(flat), -1).astype(np.float64)
-    return values
+    return matrix_of(column).astype(np.float64)

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vitray.dataset import Dataset, committed, open_dataset, read_footer, read_manifest, read_run_records, staged, staged_shards
-from vitray.errors import JobError
+from vitray.dataset import (
+    Dataset,
+    committed,
+    open_dataset,
+    read_footer,
+    read_manifest,
+    read_run_records,
+    require_dataset,
+    staged,
+    staged_shards,
+)
 from vitray.job import Job
 from vitray.models import when_compiling_pays
 from vitray.pipeline import groups_of
@@ -123,13 +132,6 @@ def status(out: str) -> Status:
     complete = exists(join(dataset.out, "_SUCCESS.json")) and known.keys() <= data.keys()
     last = records[-1] if records else None
     return Status(dataset.out, complete, len(data), rows, errors, truncated, waiting, decided_values(dataset), last)
-
-
-def require_dataset(out: str) -> Dataset:
-    dataset = open_dataset(out)
-    if dataset is None:
-        raise JobError(f"{absolute(out)} holds no vitray dataset. Check the path, or run a job into it first.")
-    return dataset
 
 
 def decided_values(dataset: Dataset) -> dict[str, str]:

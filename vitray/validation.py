@@ -13,12 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vitray.dataset import Dataset, Footer, RowsDigest, committed, open_dataset, read_footer, read_manifest, read_table
+from vitray.dataset import Dataset, Footer, RowsDigest, committed, read_footer, read_manifest, read_table, require_dataset
 from vitray.errors import CommitError, JobError, ObjectChanged, ObjectMissing, ShardError, StorageError, one_line
 from vitray.pipeline import groups_of
 from vitray.schema import Encoded, End, Shard, content_hash
 from vitray.sources import list_shards, read_shard
-from vitray.storage import absolute, exists, join, read, store_for
+from vitray.storage import exists, join, read, store_for
 
 NORM_TOLERANCE = {"float32": 1e-4, "float16": 5e-3}  # of a unit vector after rounding to that type, D up to 4096
 # what damaged bytes raise, depending on where
@@ -55,9 +55,7 @@ def validate(out: str, inputs: bool = True, content: bool = False) -> Validation
 
     Raises JobError when there is no dataset. Everything else that is wrong is a problem in the answer.
     """
-    dataset = open_dataset(out)
-    if dataset is None:
-        raise JobError(f"{absolute(out)} holds no vitray dataset. Check the path, or run a job into it first.")
+    dataset = require_dataset(out)
     listed, problems = _manifest_rows(dataset)
     data = committed(dataset.out)
     problems += [f"data/{shard}.parquet is in the manifest but missing" for shard in sorted((listed or {}).keys() - data.keys())]

@@ -84,8 +84,7 @@ def redo(
     yes: Annotated[bool, typer.Option("--yes", help="delete; without it only list")] = False,
 ) -> None:
     """Delete chosen data files, so that the next run makes them again."""
-    from vitray.dataset import forget, shards_to_redo
-    from vitray.planning import require_dataset
+    from vitray.dataset import forget, require_dataset, shards_to_redo
     from vitray.schema import REASONS
     from vitray.watching import count
 
@@ -103,8 +102,8 @@ def redo(
 def clean(out: OutArgument) -> None:
     """Remove staging that no run needs any more."""
     from vitray.dataset import clean as clean_dataset
+    from vitray.dataset import require_dataset
     from vitray.pipeline import groups_of
-    from vitray.planning import require_dataset
     from vitray.sources import list_shards
     from vitray.watching import count
 

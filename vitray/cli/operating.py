@@ -1,4 +1,4 @@
-"""Commands for a team that runs vitray again and again: on a cluster, with the next model, and what it changed."""
+"""Commands for a team that runs vitray again and again, on a cluster, with the next model; and for those who use what it made."""
 
 from __future__ import annotations
 
@@ -142,4 +142,43 @@ def _tell(cluster: Cluster, submission: Submission, follow: bool, as_json: bool)
     raise typer.Exit(submission.exit_code or 0 if follow else 0)
 
 
-COMMANDS = (status, submit, stop, backfill, compare, compact)
+def search(
+    out: OutArgument,
+    image: Annotated[str | None, typer.Option("--image", help="a picture: local path or s3://")] = None,
+    key: Annotated[str | None, typer.Option("--key", help="the row of this key; the first, when several have it")] = None,
+    shard: Annotated[str | None, typer.Option("--shard", help="with --row: the row of this shard")] = None,
+    row: Annotated[int | None, typer.Option("--row", help="with --shard: the row of this index", min=0)] = None,
+    k: Annotated[int, typer.Option("--k", help="how many rows to name", min=1, max=10_000)] = 10,
+    column: Annotated[str | None, typer.Option("--column", help="the vector column, where there are several")] = None,
+    index: Annotated[
+        str | None, typer.Option("--index", metavar="FILE", help="search by a FAISS index: made here when missing or old")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Name the rows nearest to a picture, or to a row, by cosine."""
+    from vitray.searching import Query
+    from vitray.searching import search as search_dataset
+
+    found = search_dataset(out, Query(image, key, shard, row), k, column, index)
+    show(found, as_json, str(found))
+
+
+def export(
+    out: OutArgument,
+    to: Annotated[str, typer.Option("--to", help="lance, faiss, npy, webdataset or csv")],
+    into: Annotated[str, typer.Option("--into", help="a new local folder")],
+    column: Annotated[str | None, typer.Option("--column", help="faiss, npy: the vector column, where there are several")] = None,
+    vectors: Annotated[bool, typer.Option("--vectors", help="csv: with the vectors, as [1,2,3]")] = False,
+    partial: Annotated[bool, typer.Option("--partial", help="also of a dataset that is not complete")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write the rows as other tools read them; exit code 3 when images of a webdataset could not be read again."""
+    from vitray.exporting import Wanted
+    from vitray.exporting import export as export_dataset
+
+    found = export_dataset(out, into, Wanted(to, column, vectors, partial))
+    show(found, as_json, str(found))
+    raise typer.Exit(3 if found.missing else 0)
+
+
+COMMANDS = (status, submit, stop, backfill, compare, compact, search, export)

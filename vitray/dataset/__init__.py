@@ -20,13 +20,25 @@ from vitray.dataset.ledger import (
     shards_to_redo,
     unmark_success,
 )  # fmt: skip
-from vitray.dataset.reading import data_files, read
+from vitray.dataset.reading import (
+    choose_vector,
+    data_files,
+    is_complete,
+    matrix_of,
+    read,
+    require_complete,
+    require_dataset,
+    require_outside,
+    row_blocks,
+    row_counts,
+    rows_in,
+)  # fmt: skip
 from vitray.dataset.resolve import resolve_dataset
 from vitray.dataset.staging import read_fragment, staged, staged_shards, staged_whole, write_end, write_fragment
 
 __all__ = [
-    "Commit", "Dataset", "Footer", "Ledger", "RowsDigest", "append_group_log", "base_of", "check_data", "clean", "commit_shard", "committed",
-    "data_files", "dataset_url", "finish", "forget", "load_group_log", "open_dataset", "package_versions", "parquet_of", "read", "read_footer",
-    "read_fragment", "read_manifest", "read_run_records", "read_table", "resolve_dataset", "shards_to_redo", "staged",
-    "staged_shards", "staged_whole", "unmark_success", "write_end", "write_fragment", "write_run_record",
+    "Commit", "Dataset", "Footer", "Ledger", "RowsDigest", "append_group_log", "base_of", "check_data", "choose_vector", "clean", "commit_shard", "committed",
+    "data_files", "dataset_url", "finish", "forget", "is_complete", "load_group_log", "matrix_of", "open_dataset", "package_versions", "parquet_of", "read", "read_footer",
+    "read_fragment", "read_manifest", "read_run_records", "read_table", "require_complete", "require_dataset", "require_outside", "resolve_dataset",
+    "row_blocks", "row_counts", "rows_in", "shards_to_redo", "staged",    "staged_shards", "staged_whole", "unmark_success", "write_end", "write_fragment", "write_run_record",
 ]  # fmt: skip

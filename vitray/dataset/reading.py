@@ -1,16 +1,48 @@
-"""Reading a dataset back: the rows that the manifest admits, in order."""
+"""Reading a dataset back: the rows that the manifest admits, in order, at once or in blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from vitray.dataset.files import read_table
+from vitray.dataset.identity import Dataset, open_dataset
 from vitray.dataset.ledger import base_of, committed, read_manifest, version_of
-from vitray.errors import SourceError
-from vitray.storage import absolute, join, store_for
+from vitray.errors import JobError, SourceError
+from vitray.schema import VectorColumn
+from vitray.storage import absolute, exists, join, store_for
+
+BLOCK_ROWS = 4096  # 12 MB of a 768-float vector
+
+
+def require_dataset(out: str) -> Dataset:
+    """The dataset in a directory. Raises JobError when there is none."""
+    dataset = open_dataset(out)
+    if dataset is None:
+        raise JobError(f"{absolute(out)} holds no vitray dataset. Check the path, or run a job into it first.")
+    return dataset
+
+
+def require_complete(out: str) -> Dataset:
+    """The complete dataset in a directory. Raises JobError when there is none, or something is pending."""
+    dataset = require_dataset(out)
+    if not is_complete(dataset):
+        raise JobError(f"{dataset.out} is not complete: run its job first (vitray status {dataset.out}).")
+    return dataset
+
+
+def is_complete(dataset: Dataset) -> bool:
+    return exists(join(dataset.out, "_SUCCESS.json"))
+
+
+def require_outside(dataset: Dataset, option: str, url: str) -> None:
+    """Raises JobError for a place inside the dataset: what lies there is vitray's."""
+    if f"{url}/".startswith(f"{dataset.out}/"):
+        raise JobError(f"{option} {url} lies inside the dataset: choose another place.")
 
 
 def data_files(out: str) -> list[str]:
@@ -38,3 +70,43 @@ def read(out: str, columns: Sequence[str] | None = None) -> pa.Table:
     with ThreadPoolExecutor(8) as pool:
         tables = list(pool.map(one, urls))
     return pa.concat_tables(tables).replace_schema_metadata(None).unify_dictionaries()
+
+
+def row_blocks(dataset: Dataset, urls: Iterable[str], columns: Sequence[str]) -> Iterator[pa.Table]:
+    """These columns of the rows of data files, in their order, at most BLOCK_ROWS at a time."""
+    schema = pa.schema([dataset.schema.field(name) for name in columns])
+    for url in urls:
+        with store_for(url).open(url) as stream:
+            file = pq.ParquetFile(stream, pre_buffer=False)
+            for batch in file.iter_batches(BLOCK_ROWS, columns=list(columns), use_threads=False):
+                yield pa.Table.from_batches([batch]).select(schema.names).cast(schema)
+
+
+def row_counts(dataset: Dataset) -> dict[str, int]:
+    """The rows of each data file that counts, by URL, in the order of data_files."""
+    manifest = read_manifest(dataset.out) if is_complete(dataset) else None
+    known = {} if manifest is None else dict(zip(manifest["path"].to_pylist(), manifest["rows"].to_pylist()))
+    start = len(dataset.out) + 1
+    return {url: known[url[start:]] if url[start:] in known else rows_in(url) for url in data_files(dataset.out)}
+
+
+def rows_in(url: str) -> int:
+    """How many rows a Parquet file holds, by its footer."""
+    with store_for(url).open(url) as stream:
+        return int(pq.ParquetFile(stream, pre_buffer=False).metadata.num_rows)
+
+
+def choose_vector(dataset: Dataset, name: str | None) -> VectorColumn:
+    """The vector column of that name, or the only one. Raises JobError when it is not clear which."""
+    columns = {vector.column: vector for vector in dataset.vectors}
+    chosen = name or (next(iter(columns)) if len(columns) == 1 else "")
+    if chosen not in columns:
+        raise JobError(f"{dataset.out} has the vector columns {', '.join(columns) or '(none)'}: choose one with --column.")
+    return columns[chosen]
+
+
+def matrix_of(column: pa.ChunkedArray) -> np.ndarray:
+    """A vector column as an array [N, D] of its own type."""
+    flat = column.combine_chunks()
+    values: np.ndarray = flat.flatten().to_numpy(zero_copy_only=False).reshape(len(flat), flat.type.list_size)
+    return values
