@@ -193,7 +193,7 @@ def _run(dataset: Dataset, sample: list[Encoded], images: int, folder: str) -> t
     """Seconds from the call to the first rows, and from those to the last, of one run."""
     _write_tars(f"{folder}/in", sample, images)
     own = {"source": [f"{folder}/in"], "out": f"{folder}/out", "format": "tar", "image_member": None, "keep": []}
-    fixed = {"engine": dataset.facts.engine, "limit": None, "max_error_rate": 1.0}
+    fixed = {"engine": dataset.facts.engine, "limit": None, "sample": None, "since": None, "max_error_rate": 1.0}
     seen: list[tuple[float, int]] = []
     started = time.perf_counter()
     run(dataset.job.model_copy(update=own | fixed), progress=lambda now: seen.append((time.perf_counter(), now.images)))

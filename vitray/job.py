@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import re
+import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -102,7 +105,11 @@ class Job(BaseModel):
     device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = Field("auto", description="where the model runs")
     group_size: int = Field(4096, description="loose files, or rows of a manifest, in a shard", ge=1, le=100_000)
     fragment_rows: Count = Field("auto", description="images staged at a time; a crash costs a few of these")
-    limit: int | None = Field(None, description="only the first so many shards", ge=1)
+    since: str | None = Field(
+        None, description="only shards modified since: 2026-11-01, 2026-11-01T06:00Z (UTC where no zone is given), or 36h, 7d ago"
+    )
+    sample: float | None = Field(None, description="only this share of the shards, chosen by their names", gt=0, le=1)
+    limit: int | None = Field(None, description="only the first so many shards, of those that since and sample leave", ge=1)
     max_error_rate: float = Field(
         0.05, description="share of bad images above which the exit code is 4; after 1,000 images a run stops at once", ge=0, le=1
     )
@@ -131,6 +138,17 @@ class Job(BaseModel):
             raise ValueError(f"unknown image format {', '.join(unknown)}; known: {', '.join(FORMATS)}")
         return sorted(set(names))
 
+    @field_validator("since", mode="before")
+    @classmethod
+    def _readable_since(cls, value: object) -> object:
+        text = None if value is None else str(value)  # YAML makes dates of dates
+        _moment(text)
+        return text
+
+    def since_s(self) -> float | None:
+        """`since` as seconds since 1970; None without it."""
+        return _moment(self.since)
+
     @model_validator(mode="after")
     def _consistent(self) -> Job:
         if not self.labels and not self.embeddings:
@@ -151,6 +169,18 @@ class Job(BaseModel):
 
     def column(self, embedding: Embedding) -> str:
         return "embedding" if len(self.embeddings) == 1 and not embedding.name else f"embedding_{embedding.label}"
+
+
+def _moment(text: str | None) -> float | None:
+    if text is None:
+        return None
+    if ago := re.fullmatch(r"(\d{1,6})\s*([hd])", text):
+        return time.time() - int(ago[1]) * {"h": 3600, "d": 86400}[ago[2]]
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise ValueError("a date like 2026-11-01, a time like 2026-11-01T06:00Z, or a span like 36h or 7d") from None
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
 def make_job(fields: dict[str, object]) -> Job:

@@ -18,7 +18,7 @@ from vitray.dataset import (
 from vitray.job import Job
 from vitray.models import when_compiling_pays
 from vitray.pipeline import groups_of
-from vitray.sources import estimate_images, list_shards
+from vitray.sources import chosen, estimate_images, list_shards
 from vitray.storage import absolute, exists, join
 
 
@@ -35,6 +35,7 @@ class Plan:
     committed: int
     pending: int
     pending_images: int
+    left_out: int  # shards, by since, sample and limit
     compile: str
     decided: dict[str, str] | None
 
@@ -44,6 +45,7 @@ class Plan:
         lines = [
             f"source     {self.shards} {self.kind} shards, {about}{self.images:,} images, {_size(self.size_bytes)}",
             f"committed  {self.committed} shards",
+            *([f"left out   {self.left_out} shards, by since, sample or limit"] if self.left_out else []),
             f"to do      {self.pending} shards, {about}{self.pending_images:,} images",
             *(f"{name:<10} {value}" for name, value in decided.items()),
             f"compile    {self.compile}",
@@ -90,7 +92,8 @@ class Status:
 def plan(job: Job) -> Plan:
     """What `run` would do now. Raises SourceError for an empty or unreadable source."""
     out = absolute(job.out)
-    shards = list_shards(job, groups_of(out)).shards[: job.limit]
+    listed = list_shards(job, groups_of(out)).shards
+    shards = chosen(listed, job)
     done = committed(out).keys()
     pending = [s for s in shards if s.id not in done]
     images, exact = estimate_images(shards, job)
@@ -106,6 +109,7 @@ def plan(job: Job) -> Plan:
         committed=len(shards) - len(pending),
         pending=len(pending),
         pending_images=left,
+        left_out=len(listed) - len(shards),
         compile=f"auto: {when_compiling_pays()}" if job.compile == "auto" else job.compile,
         decided=None if dataset is None else decided_values(dataset),
     )

@@ -169,6 +169,7 @@ class Shard:
     stop: int = 0
     rows: int | None = None
     members: tuple[Member, ...] = ()
+    modified: float | None = field(default=None, compare=False)  # the object, or the newest member; seconds since 1970
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from vitray.dataset import Dataset, Footer, RowsDigest, committed, read_footer, 
 from vitray.errors import CommitError, JobError, ObjectChanged, ObjectMissing, ShardError, StorageError, one_line
 from vitray.pipeline import groups_of
 from vitray.schema import Encoded, End, Shard, content_hash
-from vitray.sources import list_shards, read_shard
+from vitray.sources import chosen, list_shards, read_shard
 from vitray.storage import exists, join, read, store_for
 
 NORM_TOLERANCE = {"float32": 1e-4, "float16": 5e-3}  # of a unit vector after rounding to that type, D up to 4096
@@ -75,7 +75,7 @@ def validate(out: str, inputs: bool = True, content: bool = False) -> Validation
                 rows, errors = rows + footer.rows, errors + footer.errors
                 if content and shard in by_id:
                     problems += [f"data/{shard}.parquet: {p}" for p in _check_content(dataset, by_id[shard], footer)]
-    pending = len(set(list(by_id)[: dataset.job.limit]) - data.keys())
+    pending = len({shard.id for shard in chosen(list(by_id.values()), dataset.job)} - data.keys())
     gone = len(data.keys() - by_id.keys()) if by_id else 0
     return Validation(dataset.out, len(data), rows, errors, pending, gone, tuple(problems))
 

@@ -37,6 +37,8 @@ def summary(result: Result, job: Job) -> str:
     lines += [f"note       {shard}: {text}" for shard, text in result.notes.items()]
     if result.gone:
         lines.append(f"no longer in the source: {count(result.gone, 'committed shard')}; --prune removes the rows")
+    if result.left_out:
+        lines.append(f"left out by since, sample or limit: {count(result.left_out, 'shard')}")
     if result.shards and not result.rows + result.errors:
         lines.append("the shards held no image: check `source`")
     if result.too_many_errors:

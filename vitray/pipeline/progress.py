@@ -70,6 +70,7 @@ class Result:
 
     notes: what readers saw beside images, {shard: text}, of this run; reasons: of this run's bad images.
 
+    left_out: shards of the source that since, sample or limit leave out.
     too_many_errors: of all the dataset's images more than the job's max_error_rate are bad.
     """
 
@@ -86,6 +87,7 @@ class Result:
     reasons: dict[str, int]
     gone: int
     pending: int
+    left_out: int
     too_many_errors: bool
 
     @property

@@ -48,7 +48,7 @@ from vitray.pipeline.metrics import RayMeter, Unmetered
 from vitray.pipeline.progress import Progress, Result
 from vitray.pipeline.wave import ATTEMPTS, Line, MachineLostError, Work, blame, run_wave
 from vitray.schema import ModelFacts, Shard
-from vitray.sources import Group, Listing, absent_members, estimate_images, kept_schema, list_shards
+from vitray.sources import Group, Listing, absent_members, chosen, estimate_images, kept_schema, list_shards
 from vitray.storage import absolute, exists, is_local, join, probe, store_for
 
 log = logging.getLogger(__name__)
@@ -175,7 +175,7 @@ def _settle_groups(job: Job, listing: Listing) -> Listing:
 
 def _pending(job: Job, listing: Listing) -> list[Shard]:
     done = committed(absolute(job.out))
-    return [shard for shard in listing.shards[: job.limit] if shard.id not in done]
+    return [shard for shard in chosen(listing.shards, job) if shard.id not in done]
 
 
 def _resolve(job: Job, facts: ModelFacts, listing: Listing) -> Dataset:
@@ -279,12 +279,13 @@ def _complete(dataset: Dataset, job: Job, listing: Listing, open_line: MakeLine,
 
 def _finished(dataset: Dataset, job: Job, prune: bool, work: Work, started: float) -> Result:
     """The manifest step, on what the source holds now, and what the run comes to."""
-    planned, vanished = list[str](), 0
+    planned, vanished, listed = list[str](), 0, 0
 
     def list_ids() -> tuple[list[str], list[str]]:
-        nonlocal planned, vanished
+        nonlocal planned, vanished, listed
         shards = list_shards(job, groups_of(job.out)).shards
-        planned, vanished = [shard.id for shard in shards[: job.limit]], sum(map(_vanished, shards))
+        planned, vanished = [shard.id for shard in chosen(shards, job)], sum(map(_vanished, shards))
+        listed = len(shards)
         return [shard.id for shard in shards], planned
 
     ledger = finish(dataset, list_ids, prune)
@@ -299,6 +300,7 @@ def _finished(dataset: Dataset, job: Job, prune: bool, work: Work, started: floa
         rows=ledger.rows,
         errors=ledger.errors,
         pending=ledger.pending,
+        left_out=listed - len(planned),
         committed=len(work.commits),
         images=images,
         seconds=time.monotonic() - started,

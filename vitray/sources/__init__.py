@@ -9,13 +9,13 @@ import pyarrow as pa
 
 from vitray.errors import JobError, ObjectMissing, ShardError
 from vitray.job import Job
-from vitray.schema import Encoded, End, Shard
+from vitray.schema import Encoded, End, Shard, short_hash
 from vitray.sources import files, manifest, parquet, tables, tar
 from vitray.sources.files import Group
 from vitray.sources.listing import Listing, list_shards
 from vitray.sources.tar import absent_members
 
-__all__ = ["Group", "Listing", "absent_members", "estimate_images", "kept_schema", "list_shards", "read_shard"]
+__all__ = ["Group", "Listing", "absent_members", "chosen", "estimate_images", "kept_schema", "list_shards", "read_shard"]
 
 READ = {"tar": tar.read_tar, "files": files.read_files, "parquet": parquet.read_parquet, "manifest": manifest.read_manifest}
 KEPT = {"tar": tar.kept_schema, "files": files.kept_schema, "parquet": tables.kept_schema, "manifest": tables.kept_schema}
@@ -31,6 +31,18 @@ def read_shard(shard: Shard, job: Job, wanted: Callable[[int], bool]) -> Iterato
         yield from READ[shard.kind](shard, job, wanted)
     except JobError as error:  # listing saw the job's columns in the first file: one without is broken
         raise ShardError(f"{shard.url}: {error}") from error
+
+
+def chosen(shards: Sequence[Shard], job: Job) -> list[Shard]:
+    """Those that `since`, `sample` and `limit` leave, one after the other: whole shards, and the same ones when the source has grown."""
+    least = job.since_s()
+    recent = [shard for shard in shards if least is None or shard.modified is None or shard.modified >= least]
+    return [shard for shard in recent if job.sample is None or _lot(shard) < job.sample][: job.limit]
+
+
+def _lot(shard: Shard) -> float:
+    """0..1, by what stays of the id when the shard's bytes change."""
+    return int(short_hash(shard.id.rpartition("-")[0], 12), 16) / 16**12
 
 
 def kept_schema(shard: Shard, job: Job) -> pa.Schema:

@@ -60,6 +60,7 @@ def _shard(group: Group, by_url: dict[str, ObjectInfo]) -> Shard:
         version=short_hash(versions, 32),
         rows=len(members),
         members=members,
+        modified=max((info.modified for info in infos if info.modified is not None), default=None),
     )
 
 

@@ -20,7 +20,9 @@ CHUNK_BYTES = 8 << 20  # one ranged GET of the storage room
 
 
 def whole_shard(info: ObjectInfo, kind: str) -> Shard:
-    return Shard(shard_id(_stem_of(info.url), info.url, info.version), kind, info.url, info.size, info.version)
+    return Shard(
+        shard_id(_stem_of(info.url), info.url, info.version), kind, info.url, info.size, info.version, modified=info.modified
+    )
 
 
 def part_of(whole: Shard, mark: str, rows: int, size: int, span: tuple[int, int]) -> Shard:

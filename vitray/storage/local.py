@@ -50,7 +50,7 @@ class LocalStore:
             _raise_read(error, path)
         if stat.S_ISDIR(status.st_mode):
             raise ObjectMissing(f"{path} does not exist as a file: it is a folder")
-        return ObjectInfo(path, status.st_size, f"{status.st_size}-{status.st_mtime_ns}")
+        return ObjectInfo(path, status.st_size, f"{status.st_size}-{status.st_mtime_ns}", status.st_mtime)
 
     def open(self, url: str, version: str | None = None) -> BinaryIO:
         path = absolute(url)

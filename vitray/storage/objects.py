@@ -6,7 +6,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import BinaryIO, Protocol, TypeVar
 
 from vitray.errors import StorageError
@@ -23,6 +23,7 @@ class ObjectInfo:
     url: str
     size: int
     version: str
+    modified: float | None = field(default=None, compare=False)  # seconds since 1970
 
 
 class Store(Protocol):

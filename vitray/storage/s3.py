@@ -55,7 +55,7 @@ class S3Store:
         except ObjectMissing:
             self._nothing_in(url)
             raise
-        return ObjectInfo(url, int(head["ContentLength"]), head["ETag"].strip('"'))
+        return ObjectInfo(url, int(head["ContentLength"]), head["ETag"].strip('"'), head["LastModified"].timestamp())
 
     def _nothing_in(self, url: str) -> list[ObjectInfo]:
         """Nothing, of a bucket that is there: s3fs lists a missing one as empty, and the answer to a HEAD carries no code."""
@@ -188,7 +188,7 @@ def _key(url: str) -> str:
 
 def _infos(found: dict[str, dict[str, Any]]) -> list[ObjectInfo]:
     return [
-        ObjectInfo(f"s3://{name}", int(item["size"]), str(item.get("ETag", "")).strip('"'))
+        ObjectInfo(f"s3://{name}", int(item["size"]), str(item.get("ETag", "")).strip('"'), item["LastModified"].timestamp())
         for name, item in sorted(found.items())
         if item["type"] == "file" and not name.endswith("/")
     ]
