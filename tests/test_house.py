@@ -29,7 +29,7 @@ LEVELS = {
     **dict.fromkeys(("storage", "isolation", "resize"), 2),
     **dict.fromkeys(("sources", "decode", "models", "dataset"), 3),
     "pipeline": 4,
-    **dict.fromkeys(("planning", "validation", "bench", "demo", "watching", "comparing", "compacting", "backfilling"), 5),
+    **dict.fromkeys(("planning", "validation", "bench", "demo", "watching", "comparing", "compacting", "backfilling", "report"), 5),
     **dict.fromkeys(("cli", "__main__", "__init__"), 6),
 }
 ONLY_IN = {  # a module, and the beginnings of the paths that may import it
@@ -37,7 +37,7 @@ ONLY_IN = {  # a module, and the beginnings of the paths that may import it
     "torchvision": ("models/gpu_decode.py",),
     "transformers": ("models/",),
     **dict.fromkeys(("openvino", "onnxruntime", "onnx", "onnxscript"), ("models/",)),
-    "simplejpeg": ("decode.py",),
+    "simplejpeg": ("decode.py", "report/pictures.py"),  # pictures.py: writes JPEGs, reads none
     "numba": ("resize.py",),
     "ray": ("pipeline/",),
     "ray.data": ("pipeline/line.py", "pipeline/queues.py"),

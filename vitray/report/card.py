@@ -1,0 +1,82 @@
+"""README.md of a dataset, as the Hugging Face Hub reads it. Private to this room."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+import yaml
+
+from vitray.dataset import Dataset, data_files, open_dataset, read_footer
+from vitray.errors import JobError, ObjectMissing
+from vitray.storage import absolute, join, read, store_for
+
+SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
+LARGER = ((10**8, "10M<n<100M"), (10**9, "100M<n<1B"), (10**10, "1B<n<10B"))
+SEAL = re.compile(rb"(.*\n)<!-- vitray report --card ([0-9a-f]{64}) -->\n", re.DOTALL)
+
+
+def write_card(out: str, license: str = "unknown") -> str:
+    """Write the dataset card into OUT, anew where it is as we left it; returns its URL.
+
+    license: an identifier of the Hub, such as cc-by-4.0. Raises JobError for a README.md that is not ours, or was edited.
+    """
+    dataset = open_dataset(out)
+    if dataset is None:
+        raise JobError(f"{absolute(out)} holds no vitray dataset. Check the path, or run a job into it first.")
+    url, store = join(dataset.out, "README.md"), store_for(dataset.out)
+    footers = [read_footer(file) for file in data_files(dataset.out)]
+    text = card_of(dataset, sum(f.rows for f in footers), sum(f.errors for f in footers), license).encode()
+    body = text + f"<!-- vitray report --card {hashlib.sha256(text).hexdigest()} -->\n".encode()
+    if not store.create(url, body):
+        if not _is_ours(url):
+            raise JobError(f"{url} was not made by vitray, or was edited since. Move it away to have another one written.")
+        store.replace(url, body)
+    return url
+
+
+def card_of(dataset: Dataset, rows: int, errors: int, license: str) -> str:
+    """Front matter and text. https://huggingface.co/docs/hub/datasets-cards names the fields."""
+    facts, name = dataset.facts, dataset.out.rpartition("/")[2]
+    configs = [{"config_name": "default", "data_files": [{"split": "train", "path": "data/*.parquet"}]}]
+    if errors:
+        configs.append({"config_name": "errors", "data_files": [{"split": "train", "path": "errors/*.parquet"}]})
+    tasks = ["image-classification"] * dataset.job.labels + ["image-feature-extraction"] * bool(dataset.vectors)
+    front = {
+        "pretty_name": name,
+        "license": license,
+        "task_categories": tasks,
+        "tags": ["vitray", facts.family, *(["embeddings"] if dataset.vectors else [])],
+        "size_categories": [next((text for limit, text in (*SIZES, *LARGER) if rows < limit), "n>1T")],
+        "configs": configs,
+    }
+    columns = [f"| `{_plain(field.name)}` | `{_plain(str(field.type))}` |" for field in dataset.schema]
+    model = facts.model.rpartition("/")[2] if facts.model.startswith("/") else facts.model  # a card is for others to read
+    return "\n".join(
+        [
+            f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n",
+            f"# `{_plain(name)}`\n",
+            f"{rows:,} images, labelled or embedded by `{_plain(model)}`"
+            f"{f' at revision `{_plain(facts.revision)}`' if facts.revision else ''} with vitray. {errors:,} more could not be decoded:",
+            "they are in `errors/`, each with a reason. The images themselves are not part of this dataset.\n",
+            "| column | type |\n| --- | --- |",
+            *columns,
+            "\n| made with | |\n| --- | --- |",
+            f"| weights, SHA-256 | `{facts.weights_sha256}` |",
+            f"| precision, engine, decode | {facts.precision}, {facts.engine}, {dataset.job.decode} |",
+            f"| fingerprint | `{dataset.fingerprint}` |\n",
+        ]
+    )
+
+
+def _is_ours(url: str) -> bool:
+    try:
+        sealed = SEAL.fullmatch(read(url))
+    except ObjectMissing:  # removed since
+        return True
+    return sealed is not None and hashlib.sha256(sealed[1]).hexdigest() == sealed[2].decode()
+
+
+def _plain(text: str) -> str:
+    """As code within one cell of a table in Markdown."""
+    return "".join(c if c.isprintable() and c not in "`|" else "?" for c in " ".join(text.split()))
