@@ -115,7 +115,7 @@ def _add(counts: Counts, dataset: Dataset, url: str, truth: str | None, sample: 
     if labelled:
         _add_labels(counts, footer.shard, table, indexes, bool(sample))
     if labelled and truth:
-        _add_truth(counts, table, truth, not any(label.isdecimal() for label in dataset.facts.labels))
+        _add_truth(counts, table, dataset, truth)
     if vector and len(table):
         at = np.linspace(0, len(table) - 1, min(sample, len(table))).astype(int)
         counts.sampled += [(footer.shard, int(indexes[n])) for n in at]
@@ -149,11 +149,12 @@ def _add_labels(counts: Counts, shard: str, table: pa.Table, indexes: np.ndarray
         counts.by_label[label] = sorted([*counts.by_label.get(label, []), *refs], key=lambda ref: ref[1])[:EACH_LABEL]
 
 
-def _add_truth(counts: Counts, table: pa.Table, column: str, by_id: bool) -> None:
-    told = [None if value is None else text_of(value).strip() for value in table[column].to_pylist()]
-    known = np.array([value not in (None, "") for value in told], bool)
-    names, ids = table["label"].to_pylist(), table["label_id"].to_pylist()
-    right = np.array([value == name or (by_id and value == str(n)) for value, name, n in zip(told, names, ids)], bool)
+def _add_truth(counts: Counts, table: pa.Table, dataset: Dataset, column: str) -> None:
+    told = [text_of(value) for value in table[column].to_pylist()]
+    known = np.array([value != "" for value in told], bool)
+    right = np.array(
+        [is_right(dataset, *row) for row in zip(told, table["label"].to_pylist(), table["label_id"].to_pylist())], bool
+    )
     scores = table["score"].to_numpy()
     bins = np.clip((scores * TRUTH_BINS).astype(int), 0, TRUTH_BINS - 1)
     for at, values in enumerate((np.ones(len(scores)), right, scores)):
@@ -161,9 +162,14 @@ def _add_truth(counts: Counts, table: pa.Table, column: str, by_id: bool) -> Non
     counts.untold += int((~known).sum())
 
 
+def is_right(dataset: Dataset, told: str, label: str, label_id: int) -> bool:
+    """Whether the true label is this one. It is given by name, or by id where no name is a number."""
+    return told == label or (told == str(label_id) and not any(name.isdecimal() for name in dataset.facts.labels))
+
+
 def text_of(value: object) -> str:
-    """A kept value as text; members of a tar can be bytes."""
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+    """A kept value as text, empty for null; members of a tar can be bytes."""
+    return "" if value is None else (value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)).strip()
 
 
 def _values(column: pa.ChunkedArray) -> dict[str, int]:

@@ -18,7 +18,7 @@ from markupsafe import Markup
 from vitray.dataset import Dataset, dataset_url, read_run_records
 from vitray.errors import VitrayError, one_line
 from vitray.pipeline import groups_of
-from vitray.report.counts import SCORE_BINS, Counts, Ref, count, text_of
+from vitray.report.counts import SCORE_BINS, Counts, Ref, count, is_right, text_of
 from vitray.report.pictures import pictures_of, rows_of
 from vitray.report.space import NEAR, near_groups, on_a_plane
 from vitray.schema import REASONS, Shard
@@ -49,13 +49,13 @@ def page_of(dataset: Dataset, urls: Sequence[str], truth: str | None, pictures: 
     listed, notes = _listed(dataset)
     groups = {"twins": _twins(counts), "alike": _alike(counts)}
     shown = _shown(counts, groups)
-    names = ["key", "content_hash", *(["label", "score"] if dataset.job.labels else []), *([truth] if truth else [])]
+    names = ["key", "content_hash", *(["label", "label_id", "score"] if dataset.job.labels else []), *([truth] if truth else [])]
     rows = rows_of(dataset, shown, list(dict.fromkeys(names)))
     images, why = pictures_of(dataset, listed, rows) if pictures and listed else ({}, [])
     notes += why
 
     def cards(refs: Iterable[Ref]) -> list[dict[str, Any]]:
-        return [_card(rows[ref], images.get(ref), truth) for ref in refs]
+        return [_card(dataset, rows[ref], images.get(ref), truth) for ref in refs]
 
     html = _template().render(
         mark=Markup(f'{MARK} {__version__}">'),
@@ -156,10 +156,10 @@ def _state(dataset: Dataset, counts: Counts, listed: dict[str, Shard]) -> str:
     return f"not complete: {pending:,} of {len(planned):,} shards are still to do" if pending else "not complete"
 
 
-def _card(row: dict[str, Any], picture: str | None, truth: str | None) -> dict[str, Any]:
-    told = row.get(truth) if truth else None
-    true = None if told is None else text_of(told).strip()
-    return {"key": row["key"], "label": row.get("label"), "score": row.get("score"), "truth": true, "picture": picture}
+def _card(dataset: Dataset, row: dict[str, Any], picture: str | None, truth: str | None) -> dict[str, Any]:
+    true = text_of(row[truth]) if truth else ""
+    wrong = true != "" and not is_right(dataset, true, row["label"], row["label_id"])
+    return {"key": row["key"], "label": row.get("label"), "score": row.get("score"), "picture": picture, "truth": true, "wrong": wrong}
 
 
 def _shown(counts: Counts, groups: dict[str, list[tuple[int, list[Ref]]]]) -> list[Ref]:
