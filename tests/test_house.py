@@ -29,7 +29,9 @@ LEVELS = {
     **dict.fromkeys(("storage", "isolation", "resize"), 2),
     **dict.fromkeys(("sources", "decode", "models", "dataset"), 3),
     "pipeline": 4,
-    **dict.fromkeys(("planning", "validation", "bench", "demo", "watching", "comparing", "compacting", "backfilling", "report"), 5),
+    **dict.fromkeys(
+        ("planning", "validation", "bench", "demo", "watching", "comparing", "compacting", "backfilling", "report"), 5
+    ),
     **dict.fromkeys(("cli", "__main__", "__init__"), 6),
 }
 ONLY_IN = {  # a module, and the beginnings of the paths that may import it

@@ -58,7 +58,9 @@ def compact(
 
 def report(
     out: OutArgument,
-    to: Annotated[str | None, typer.Option("--to", metavar="FILE.html", help="where (default: ./<name of OUT>-report.html)")] = None,
+    to: Annotated[
+        str | None, typer.Option("--to", metavar="FILE.html", help="where (default: ./<name of OUT>-report.html)")
+    ] = None,
     truth: Annotated[str | None, typer.Option(metavar="COLUMN", help="kept column with the true label, for calibration")] = None,
     pictures: Annotated[bool, typer.Option(help="read images of the source again to show some")] = True,
     card: Annotated[bool, typer.Option("--card", help="also write OUT/README.md, a Hugging Face dataset card")] = False,

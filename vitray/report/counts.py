@@ -1,6 +1,6 @@
 """What one pass over the data files adds up: labels, scores, truth, duplicates, failures, and which rows to show. Private to this room.
 
-Memory holds one shard's scalars, a sample of vectors, and hashes of so many images as `SameBytes` keeps.
+Memory holds one shard's scalars, a sample of vectors, and hashes of HASHES images.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ TRUTH_BINS = 10
 LEAST_SURE = 18
 EACH_LABEL = 6
 EXAMPLES = 4  # told of each reason
-HASHES = 2_000_000  # 32 MB
+HASHES = 2_000_000  # 48 MB
 
 Ref = tuple[str, int]  # of a row: (shard, index)
 
 
 class SameBytes:
-    """Groups of rows with the same encoded bytes. Beyond HASHES images only those of a share of all hashes, so that groups stay whole."""
+    """Groups of rows with the same encoded bytes. Beyond `limit` images only those of a share of all hashes, so that groups stay whole."""
 
-    def __init__(self) -> None:
-        self.halvings = 0  # the share is 1 / 2**halvings
+    def __init__(self, limit: int = HASHES) -> None:
+        self.limit, self.halvings = limit, 0  # the share is 1 / 2**halvings
         self._held = [np.empty((0, 3), np.uint64)]  # the hash's first 8 bytes, shard number, index
 
     def add(self, number: int, hashes: pa.ChunkedArray, indexes: np.ndarray) -> None:
@@ -42,7 +42,7 @@ class SameBytes:
         first = np.frombuffer(flat, np.uint64).reshape(-1, 2)[:, 0]
         rows = np.stack([first, np.full(len(first), number, np.uint64), indexes.astype(np.uint64)], axis=1)
         self._held.append(self._share(rows))
-        while sum(map(len, self._held)) > HASHES:
+        while sum(map(len, self._held)) > self.limit:
             self.halvings += 1
             self._held = [self._share(part) for part in self._held]
 
@@ -55,7 +55,8 @@ class SameBytes:
         return sorted(([(int(s), int(i)) for s, i in group] for group in found), key=lambda group: (-len(group), group))
 
     def _share(self, rows: np.ndarray) -> np.ndarray:
-        return rows[rows[:, 0] % np.uint64(1 << self.halvings) == 0]
+        kept: np.ndarray = rows[rows[:, 0] % np.uint64(1 << self.halvings) == 0]
+        return kept
 
 
 @dataclass(slots=True)
@@ -106,7 +107,7 @@ def _add(counts: Counts, dataset: Dataset, url: str, truth: str | None, sample: 
     vector = next((v.column for v in dataset.vectors), None) if sample else None
     names = ["index", "format", "content_hash", *(["label", "label_id", "score"] if labelled else [])]
     with store_for(url).open(url) as stream:
-        table = read_table(stream, dict.fromkeys([*names, *([truth] if truth else []), *([vector] if vector else [])]))
+        table = read_table(stream, list(dict.fromkeys([*names, *([truth] if truth else []), *([vector] if vector else [])])))
     indexes = table["index"].to_numpy()
     counts.rows += len(table)
     counts.formats.update(_values(table["format"].cast(pa.string())))

@@ -159,7 +159,14 @@ def _state(dataset: Dataset, counts: Counts, listed: dict[str, Shard]) -> str:
 def _card(dataset: Dataset, row: dict[str, Any], picture: str | None, truth: str | None) -> dict[str, Any]:
     true = text_of(row[truth]) if truth else ""
     wrong = true != "" and not is_right(dataset, true, row["label"], row["label_id"])
-    return {"key": row["key"], "label": row.get("label"), "score": row.get("score"), "picture": picture, "truth": true, "wrong": wrong}
+    return {
+        "key": row["key"],
+        "label": row.get("label"),
+        "score": row.get("score"),
+        "picture": picture,
+        "truth": true,
+        "wrong": wrong,
+    }
 
 
 def _shown(counts: Counts, groups: dict[str, list[tuple[int, list[Ref]]]]) -> list[Ref]:

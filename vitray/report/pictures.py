@@ -59,7 +59,8 @@ def pictures_of(
             for item in _images(dataset, shard, wanted[name]):
                 ref = (name, item.index)
                 if content_hash(item.data or b"") == rows[ref]["content_hash"]:
-                    pictures |= {ref: url for url in [_jpeg(item, dataset)] if url}
+                    if (url := _jpeg(item, dataset)) is not None:
+                        pictures[ref] = url
                 else:
                     why["Some images have changed since they were labelled."] = None
         except (VitrayError, OSError) as error:

@@ -39,8 +39,8 @@ def near_groups(vectors: np.ndarray) -> list[list[int]]:
     near = unit @ unit.T >= NEAR
     free, groups = np.ones(len(vectors), bool), []
     for n in range(len(vectors)):
-        members = np.flatnonzero(near[n] & free) if free[n] else []
-        free[members] = False
-        if len(members) > 1:
+        members = np.flatnonzero(near[n] & free)
+        if free[n] and len(members) > 1:
+            free[members] = False
             groups.append([int(m) for m in members])
     return sorted(groups, key=lambda group: (-len(group), group))
