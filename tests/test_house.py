@@ -278,7 +278,7 @@ def test_help_imports_nothing_heavy_and_is_quick() -> None:
     assert statistics.median(took) < HELP_S
 
 
-def test_plan_status_and_validate_import_nothing_heavy(tmp_path: Path) -> None:
+def test_plan_status_validate_and_report_import_nothing_heavy(tmp_path: Path) -> None:
     dataset = hand_made.make_dataset(tmp_path)
     file = tmp_path / "job.yaml"
     file.write_text(f"source: {tmp_path}/in/*.tar\nmodel: {tmp_path}/model\nout: {tmp_path}/out\n")
@@ -286,6 +286,8 @@ def test_plan_status_and_validate_import_nothing_heavy(tmp_path: Path) -> None:
     assert "decided at run" in run_light("plan", str(file), "--out", str(tmp_path / "new"))
     assert ": complete" in run_light("status", dataset.out)
     assert ": valid; 3 files, 27 rows, 3 errors" in run_light("validate", dataset.out, "--content")
+    # pictures need Numba; test_report.py holds that they need neither torch nor Ray
+    assert "30 images, 0 pictures" in run_light("report", dataset.out, "--no-pictures", "--to", f"{tmp_path}/page.html")
 
 
 def test_no_command_but_run_and_demo_needs_torch_or_ray(tmp_path: Path) -> None:

@@ -90,7 +90,9 @@ def hostile_dataset(folder: Path, monkeypatch: pytest.MonkeyPatch, **fields: obj
         members[f"{n}-again.png"] = members[f"{n}-plain.png"]
         hand_made.write_tar(folder / "in" / f"s-{n}.tar", members)
     plain = hand_made.error
-    monkeypatch.setattr(hand_made, "error", lambda shard, image: {**plain(shard, image), "message": f"{HOSTILE[1]}\n\u202e"})
+    monkeypatch.setattr(
+        hand_made, "error", lambda shard, image: {**plain(shard, image), "message": f"{HOSTILE[1]} http://127.0.0.1:9/x\n\u202e"}
+    )
     facts = replace(hand_made.facts_of(str(folder / "model")), labels=HOSTILE)
     return hand_made.make_dataset(folder, facts=facts, **fields)
 
@@ -153,6 +155,7 @@ def test_names_labels_and_messages_stay_text(tmp_path: Path, monkeypatch: pytest
     report(dataset.out, str(tmp_path / "page.html"))
     html = (tmp_path / "page.html").read_text()
     page = Tables(html)
+    assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'" in html
     assert page.tags.isdisjoint({"script", "iframe", "object", "embed", "form", "base", "audio", "video", "image", "use"})
     assert [
         link for link in page.links if not re.fullmatch(r"href=#[a-z-]+|href=data:,|src=data:image/jpeg;base64,.+", link)
@@ -200,6 +203,14 @@ def test_a_browser_shows_it_asks_for_nothing_and_runs_nothing(
         assert made.pictures > 15 and loaded == images >= made.pictures
         assert (nothing, seen.requests, seen.said, seen.dialogs) == ([0, 0, 0], [], [], [])
         assert seen.width <= width
+
+
+def test_a_script_that_came_into_the_page_all_the_same_would_not_run(chromium: browser.Browser, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    report(hand_made.make_dataset(tmp_path).out, str(page))
+    page.write_text(page.read_text().replace("<main>", "<main><script>document.title = 'ran'</script>"))
+    seen = chromium.visit(page, 400, ("document.scripts.length", "document.title"))
+    assert seen.values == [1, "out: vitray report"] and "Content Security Policy" in seen.said[0]
 
 
 def test_the_browser_of_these_tests_sees_requests_errors_and_width(chromium: browser.Browser, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ LABELS = 30  # of the histogram
 GALLERY = 12  # labels with pictures; with EACH_LABEL, LEAST_SURE and TWINS at most 120 pictures
 SERIES = 8  # colours of the map
 TWINS, ALIKE, MEMBERS = 4, 6, 3  # groups of equal and of similar images, and pictures of each
-CHARS = 200  # of a key or a message
+CHARS, TAIL = 200, 48  # of a key or a message; of a key under its picture, which ends in what tells it from others
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ def axis(top: float) -> list[float]:
     """Round values from 0 to `top` or just above, five at most."""
     raw = max(top, 1e-9) / 4
     size = 10.0 ** math.floor(math.log10(raw))
-    step = next(size * n for n in (1, 2, 5, 10) if size * n >= raw * 0.999)
+    step = next(size * n for n in (1, 2, 2.5, 5, 10) if size * n >= raw * 0.999 and (n != 2.5 or size > 1))
     return [step * n for n in range(math.ceil(top / step - 1e-9) + 1)] if top > 0 else [0.0, 1.0]
 
 
@@ -125,6 +125,7 @@ def _template() -> Any:
         lstrip_blocks=True,
     )
     world.filters["short"] = lambda text: text if len(text) <= CHARS else text[: CHARS - 1] + "…"
+    world.filters["tail"] = lambda text: text if len(text) <= TAIL else "…" + text[1 - TAIL :]
     world.filters["line"] = lambda text: " ".join(str(text).split())
     world.filters["n"] = lambda number: f"{number:,.0f}"
     world.filters["brief"] = _brief

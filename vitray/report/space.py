@@ -17,7 +17,7 @@ def on_a_plane(vectors: np.ndarray) -> tuple[np.ndarray, str]:
         how = "UMAP by cosine: neighbours are near, distances between groups mean little."
     else:
         points, share = principal(vectors)
-        how = f"The first two principal components hold {share:.0%} of the variance."
+        how = f"The first two principal components, to the right and upwards, hold {share:.0%} of the variance."
     low, span = points.min(0), np.ptp(points, axis=0)
     return (points - low) / np.where(span > 0, span, 1), how
 
