@@ -11,8 +11,19 @@ from vitray.dataset import Dataset, data_files, open_dataset, read_footer
 from vitray.errors import JobError, ObjectMissing
 from vitray.storage import absolute, join, read, store_for
 
-SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
-LARGER = ((10**8, "10M<n<100M"), (10**9, "100M<n<1B"), (10**10, "1B<n<10B"))
+SIZES = [
+    "n<1K",
+    "1K<n<10K",
+    "10K<n<100K",
+    "100K<n<1M",
+    "1M<n<10M",
+    "10M<n<100M",
+    "100M<n<1B",
+    "1B<n<10B",
+    "10B<n<100B",
+    "100B<n<1T",
+    "n>1T",
+]
 SEAL = re.compile(rb"(.*\n)<!-- vitray report --card ([0-9a-f]{64}) -->\n", re.DOTALL)
 
 
@@ -21,9 +32,7 @@ def write_card(out: str, license: str = "unknown") -> str:
 
     license: an identifier of the Hub, such as cc-by-4.0. Raises JobError for a README.md that is not ours, or was edited.
     """
-    dataset = open_dataset(out)
-    if dataset is None:
-        raise JobError(f"{absolute(out)} holds no vitray dataset. Check the path, or run a job into it first.")
+    dataset = opened(out)
     url, store = join(dataset.out, "README.md"), store_for(dataset.out)
     footers = [read_footer(file) for file in data_files(dataset.out)]
     text = card_of(dataset, sum(f.rows for f in footers), sum(f.errors for f in footers), license).encode()
@@ -33,6 +42,13 @@ def write_card(out: str, license: str = "unknown") -> str:
             raise JobError(f"{url} was not made by vitray, or was edited since. Move it away to have another one written.")
         store.replace(url, body)
     return url
+
+
+def opened(out: str) -> Dataset:
+    """The dataset in OUT. Raises JobError when there is none."""
+    if (dataset := open_dataset(out)) is None:
+        raise JobError(f"{absolute(out)} holds no vitray dataset. Check the path, or run a job into it first.")
+    return dataset
 
 
 def card_of(dataset: Dataset, rows: int, errors: int, license: str) -> str:
@@ -47,7 +63,7 @@ def card_of(dataset: Dataset, rows: int, errors: int, license: str) -> str:
         "license": license,
         "task_categories": tasks,
         "tags": ["vitray", facts.family, *(["embeddings"] if dataset.vectors else [])],
-        "size_categories": [next((text for limit, text in (*SIZES, *LARGER) if rows < limit), "n>1T")],
+        "size_categories": [SIZES[min(max(0, len(str(rows)) - 3), len(SIZES) - 1)]],
         "configs": configs,
     }
     columns = [f"| `{_plain(field.name)}` | `{_plain(str(field.type))}` |" for field in dataset.schema]

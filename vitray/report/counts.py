@@ -24,6 +24,7 @@ SCORE_BINS = 20
 TRUTH_BINS = 10
 LEAST_SURE = 18
 EACH_LABEL = 6
+MEMBERS = 3  # shown of each group of duplicates
 EXAMPLES = 4  # told of each reason
 HASHES = 2_000_000  # 48 MB
 
@@ -38,25 +39,24 @@ class SameBytes:
         self._held = [np.empty((0, 3), np.uint64)]  # the hash's first 8 bytes, shard number, index
 
     def add(self, number: int, hashes: pa.ChunkedArray, indexes: np.ndarray) -> None:
-        flat = b"".join(hashes.to_pylist())
-        first = np.frombuffer(flat, np.uint64).reshape(-1, 2)[:, 0]
+        first = np.frombuffer(b"".join(hashes.to_pylist()), np.uint64)[::2]
         rows = np.stack([first, np.full(len(first), number, np.uint64), indexes.astype(np.uint64)], axis=1)
         self._held.append(self._share(rows))
         while sum(map(len, self._held)) > self.limit:
             self.halvings += 1
             self._held = [self._share(part) for part in self._held]
 
-    def groups(self) -> list[list[tuple[int, int]]]:
-        """(shard number, index) of the members of each group of two or more, the largest first."""
+    def groups(self, most: int) -> tuple[int, list[tuple[int, list[tuple[int, int]]]]]:
+        """How many rows equal another one, and the largest groups: their sizes and their first rows, each (shard number, index)."""
         rows = np.concatenate(self._held)
         rows = rows[np.lexsort((rows[:, 2], rows[:, 1], rows[:, 0]))]
-        cuts = np.flatnonzero(np.diff(rows[:, 0])) + 1
-        found = [part[:, 1:].tolist() for part in np.split(rows, cuts) if len(part) > 1]
-        return sorted(([(int(s), int(i)) for s, i in group] for group in found), key=lambda group: (-len(group), group))
+        _, starts, sizes = np.unique(rows[:, 0], return_index=True, return_counts=True)
+        largest = [n for n in np.argsort(-sizes, kind="stable")[:most] if sizes[n] > 1]
+        groups = [(int(sizes[n]), rows[starts[n] : starts[n] + min(sizes[n], MEMBERS), 1:].tolist()) for n in largest]
+        return int(sizes[sizes > 1].sum()), [(size, [(int(s), int(i)) for s, i in first]) for size, first in groups]
 
     def _share(self, rows: np.ndarray) -> np.ndarray:
-        kept: np.ndarray = rows[rows[:, 0] % np.uint64(1 << self.halvings) == 0]
-        return kept
+        return np.compress(rows[:, 0] % np.uint64(1 << self.halvings) == 0, rows, axis=0)
 
 
 @dataclass(slots=True)
@@ -79,6 +79,7 @@ class Counts:
     same_bytes: SameBytes = field(default_factory=SameBytes)
     sampled: list[Ref] = field(default_factory=list)
     sampled_labels: list[str] = field(default_factory=list)
+    sampled_hashes: list[bytes] = field(default_factory=list)
     vectors: list[np.ndarray] = field(default_factory=list)
 
     @property
@@ -103,7 +104,8 @@ def count(dataset: Dataset, urls: Sequence[str], truth: str | None) -> Counts:
 
 def _add(counts: Counts, dataset: Dataset, url: str, truth: str | None, sample: int) -> None:
     footer, labelled = read_footer(url), dataset.job.labels
-    _add_errors(counts, footer.shard, footer.truncated_at, footer.error_rows)
+    _add_errors(counts, footer.error_rows)
+    counts.truncated |= {} if footer.truncated_at is None else {footer.shard: footer.truncated_at}
     vector = next((v.column for v in dataset.vectors), None) if sample else None
     names = ["index", "format", "content_hash", *(["label", "label_id", "score"] if labelled else [])]
     with store_for(url).open(url) as stream:
@@ -121,13 +123,13 @@ def _add(counts: Counts, dataset: Dataset, url: str, truth: str | None, sample: 
         at = np.linspace(0, len(table) - 1, min(sample, len(table))).astype(int)
         counts.sampled += [(footer.shard, int(indexes[n])) for n in at]
         counts.sampled_labels += table["label"].take(at).to_pylist() if labelled else [""] * len(at)
+        counts.sampled_hashes += table["content_hash"].take(at).to_pylist()
         flat = table[vector].take(at).combine_chunks()
         counts.vectors.append(flat.flatten().to_numpy(zero_copy_only=False).reshape(len(at), -1).astype(np.float32))
 
 
-def _add_errors(counts: Counts, shard: str, truncated_at: int | None, rows: pa.Table) -> None:
+def _add_errors(counts: Counts, rows: pa.Table) -> None:
     counts.errors += len(rows)
-    counts.truncated |= {} if truncated_at is None else {shard: truncated_at}
     counts.reasons.update(_values(rows["reason"]))
     for reason in rows["reason"].unique().to_pylist():
         told = counts.examples.setdefault(reason, [])
@@ -153,9 +155,8 @@ def _add_labels(counts: Counts, shard: str, table: pa.Table, indexes: np.ndarray
 def _add_truth(counts: Counts, table: pa.Table, dataset: Dataset, column: str) -> None:
     told = [text_of(value) for value in table[column].to_pylist()]
     known = np.array([value != "" for value in told], bool)
-    right = np.array(
-        [is_right(dataset, *row) for row in zip(told, table["label"].to_pylist(), table["label_id"].to_pylist())], bool
-    )
+    labels = zip(told, table["label"].to_pylist(), table["label_id"].to_pylist())
+    right = np.array([is_right(dataset, *row) for row in labels], bool)
     scores = table["score"].to_numpy()
     bins = np.clip((scores * TRUTH_BINS).astype(int), 0, TRUTH_BINS - 1)
     for at, values in enumerate((np.ones(len(scores)), right, scores)):

@@ -18,7 +18,7 @@ from markupsafe import Markup
 from vitray.dataset import Dataset, dataset_url, read_run_records
 from vitray.errors import VitrayError, one_line
 from vitray.pipeline import groups_of
-from vitray.report.counts import SCORE_BINS, Counts, Ref, count, is_right, text_of
+from vitray.report.counts import MEMBERS, SCORE_BINS, Counts, Ref, count, is_right, text_of
 from vitray.report.pictures import pictures_of, rows_of
 from vitray.report.space import NEAR, near_groups, on_a_plane
 from vitray.schema import REASONS, Shard
@@ -31,7 +31,7 @@ RUNS = 40  # the latest
 LABELS = 30  # of the histogram
 GALLERY = 12  # labels with pictures; with EACH_LABEL, LEAST_SURE and TWINS at most 120 pictures
 SERIES = 8  # colours of the map
-TWINS, ALIKE, MEMBERS = 4, 6, 3  # groups of equal and of similar images, and pictures of each
+TWINS, ALIKE = 4, 6  # groups of equal and of similar images, each with MEMBERS pictures
 CHARS, TAIL = 200, 48  # of a key or a message; of a key under its picture, which ends in what tells it from others
 
 
@@ -47,7 +47,8 @@ def page_of(dataset: Dataset, urls: Sequence[str], truth: str | None, pictures: 
     """The page of a dataset with these data files."""
     counts = count(dataset, urls, truth)
     listed, notes = _listed(dataset)
-    groups = {"twins": _twins(counts), "alike": _alike(counts)}
+    twin_rows, twins = counts.same_bytes.groups(TWINS)
+    groups = {"twins": [(n, [(counts.shards[s], i) for s, i in first]) for n, first in twins], "alike": _alike(counts)}
     shown = _shown(counts, groups)
     names = ["key", "content_hash", *(["label", "label_id", "score"] if dataset.job.labels else []), *([truth] if truth else [])]
     rows = rows_of(dataset, shown, list(dict.fromkeys(names)))
@@ -60,27 +61,25 @@ def page_of(dataset: Dataset, urls: Sequence[str], truth: str | None, pictures: 
     html = _template().render(
         mark=Markup(f'{MARK} {__version__}">'),
         name=dataset.out.rpartition("/")[2],
-        out=dataset.out,
         made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         state=_state(dataset, counts, listed),
         notes=notes,
         counts=counts,
         truth=truth,
-        kept=dataset.kept.names,
-        accuracy=_accuracy(counts),
         runs=_runs(dataset),
-        labels=_labels(counts) if dataset.job.labels and counts.rows else None,
-        scores=_scores(counts),
+        labels=counts.labels.most_common(LABELS),
+        scores=[(n / SCORE_BINS, (n + 1) / SCORE_BINS, int(value)) for n, value in enumerate(counts.scores)],
+        score_axis=axis(int(counts.scores.max())),
         calibration=_calibration(counts),
         gallery=[(label, n, cards(counts.by_label.get(label, []))) for label, n in counts.labels.most_common(GALLERY)],
         least_sure=cards(ref for _, ref in counts.least_sure),
         failures=[(reason, REASONS.get(reason, ""), n, counts.examples[reason]) for reason, n in counts.reasons.most_common()],
         map=_map(counts) if sum(map(len, counts.vectors)) > 2 else None,
         groups={name: [(size, cards(refs)) for size, refs in found] for name, found in groups.items()},
-        twin_rows=sum(map(len, counts.same_bytes.groups())),
+        twin_rows=twin_rows,
         near=NEAR,
-        provenance=_provenance(dataset),
-        versions=json.loads(read(dataset_url(dataset.out)))["versions"],
+        dataset=dataset,
+        document=json.loads(read(dataset_url(dataset.out))),
     )
     return Page(html, counts.images, len(images), tuple(notes))
 
@@ -112,9 +111,7 @@ def wilson(right: float, of: float) -> tuple[float, float]:
 
 def _template() -> Any:
     def finish(value: object) -> object:
-        if isinstance(value, Markup):
-            return value
-        return visible(value) if isinstance(value, str) else value
+        return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
     world = Environment(
         loader=PackageLoader("vitray", "report"),
@@ -133,10 +130,7 @@ def _template() -> Any:
 
 
 def _brief(number: float) -> str:
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if number >= size:
-            return f"{number / min(size, 10 ** (3 * (math.floor(math.log10(number)) // 3))):g}{letter}"
-    return f"{number:,g}"
+    return f"{number / 1e6:g}M" if number >= 1e6 else f"{number / 1e3:g}k" if number >= 1e4 else f"{number:g}"
 
 
 def _listed(dataset: Dataset) -> tuple[dict[str, Shard], list[str]]:
@@ -159,15 +153,8 @@ def _state(dataset: Dataset, counts: Counts, listed: dict[str, Shard]) -> str:
 
 def _card(dataset: Dataset, row: dict[str, Any], picture: str | None, truth: str | None) -> dict[str, Any]:
     true = text_of(row[truth]) if truth else ""
-    wrong = true != "" and not is_right(dataset, true, row["label"], row["label_id"])
-    return {
-        "key": row["key"],
-        "label": row.get("label"),
-        "score": row.get("score"),
-        "picture": picture,
-        "truth": true,
-        "wrong": wrong,
-    }
+    is_wrong = true != "" and not is_right(dataset, true, row["label"], row["label_id"])
+    return {**row, "picture": picture, "true": true if is_wrong else ""}
 
 
 def _shown(counts: Counts, groups: dict[str, list[tuple[int, list[Ref]]]]) -> list[Ref]:
@@ -177,17 +164,12 @@ def _shown(counts: Counts, groups: dict[str, list[tuple[int, list[Ref]]]]) -> li
     return list(dict.fromkeys(refs + [ref for found in groups.values() for _, members in found for ref in members]))
 
 
-def _twins(counts: Counts) -> list[tuple[int, list[Ref]]]:
-    groups = counts.same_bytes.groups()[:TWINS]
-    return [(len(group), [(counts.shards[shard], index) for shard, index in group[:MEMBERS]]) for group in groups]
-
-
 def _alike(counts: Counts) -> list[tuple[int, list[Ref]]]:
-    """Groups of near vectors in the sample, without those that are equal to the byte."""
+    """Groups of near vectors in the sample, in which equal images count once."""
     if not counts.vectors:
         return []
-    twins = {(counts.shards[s], i) for group in counts.same_bytes.groups() for s, i in group[1:]}
-    own = [n for n, ref in enumerate(counts.sampled) if ref not in twins]
+    _, own = np.unique(counts.sampled_hashes, return_index=True)
+    own.sort()
     groups = near_groups(np.concatenate(counts.vectors)[own])[:ALIKE]
     return [(len(group), [counts.sampled[own[n]] for n in group[:MEMBERS]]) for group in groups]
 
@@ -209,30 +191,12 @@ def _runs(dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def _labels(counts: Counts) -> dict[str, Any]:
-    top = counts.labels.most_common(LABELS)
-    rest = counts.labels.total() - sum(n for _, n in top)
-    return {"top": top, "most": top[0][1], "others": len(counts.labels) - len(top), "rest": rest}
-
-
-def _scores(counts: Counts) -> dict[str, Any] | None:
-    if not counts.scores.sum():
-        return None
-    bins = [(n / SCORE_BINS, (n + 1) / SCORE_BINS, int(value)) for n, value in enumerate(counts.scores)]
-    return {"bins": bins, "axis": axis(int(counts.scores.max()))}
-
-
-def _accuracy(counts: Counts) -> float | None:
-    known, right, _ = counts.truth.sum(0)
-    return right / known if known else None
-
-
 def _calibration(counts: Counts) -> dict[str, Any] | None:
-    """Bins of (rows, mean score, share right, its interval), and the mean gap between score and share."""
+    """Bins of (rows, mean score, share right, its interval); the mean gap between score and share; None without a truth."""
     bins = [(int(n), score / n, right / n, *wilson(right, n)) for n, right, score in counts.truth if n]
-    known = sum(n for n, *_ in bins)
+    known, right, _ = counts.truth.sum(0)
     gap = sum(n * abs(score - share) for n, score, share, *_ in bins) / max(1, known)
-    return {"bins": bins, "known": known, "gap": gap, "most": max(n for n, *_ in bins)} if bins else None
+    return {"bins": bins, "known": known, "gap": gap, "most": max(bins)[0], "accuracy": right / known} if bins else None
 
 
 def _map(counts: Counts) -> dict[str, Any]:
@@ -245,20 +209,3 @@ def _map(counts: Counts) -> dict[str, Any]:
         kinds.append((f"{len(set(counts.sampled_labels)) - len(named)} other labels", others))
     paths = [(label, len(some), "".join(f"M{10 + 460 * x:.1f} {470 - 460 * y:.1f}h0" for x, y in some)) for label, some in kinds]
     return {"series": paths, "how": how, "rows": len(points)}
-
-
-def _provenance(dataset: Dataset) -> list[tuple[str, str]]:
-    facts, job = dataset.facts, dataset.job
-    vectors = [f"{v.column}: {v.dimension} x {v.dtype}, layer {v.layer or 'last'}, {v.pool}" for v in dataset.vectors]
-    return [
-        ("Model", facts.model),
-        ("Revision", facts.revision or "none"),
-        ("Weights, SHA-256", facts.weights_sha256),
-        ("Precision", facts.precision),
-        ("Engine", facts.engine + (f" ({facts.engine_why})" if facts.engine_why else "")),
-        ("Decode", job.decode),
-        ("Embeddings", "; ".join(vectors) or "none"),
-        ("Source", ", ".join(job.source)),
-        ("Fingerprint", dataset.fingerprint),
-        ("Created", str(json.loads(read(dataset_url(dataset.out)))["created"])),
-    ]
