@@ -336,13 +336,13 @@ def test_the_card_is_what_the_hub_reads_and_only_ours_is_overwritten(shapes_data
 def test_the_command_writes_both_without_torch_or_ray(shapes_dataset: str, tmp_path: Path) -> None:
     code = (
         "import sys\nfrom vitray.cli import main\n"
-        f"sys.argv = ['vitray', 'report', {shapes_dataset!r}, '--truth', 'cls', '--card']\n"
+        f"sys.argv = ['vitray', 'report', {shapes_dataset!r}, '--to', {str(tmp_path / 'page.html')!r}, '--truth', 'cls', '--card']\n"
         "try:\n    main()\nexcept SystemExit as stop:\n    assert stop.code == 0, stop.code\n"
         "assert not {'torch', 'ray', 'transformers'} & set(sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "out-report.html: 300 images" in done.stdout and "README.md: the dataset card" in done.stdout
+    assert "page.html: 300 images" in done.stdout and "README.md: the dataset card" in done.stdout
     (Path(shapes_dataset) / "README.md").unlink()
 
 
