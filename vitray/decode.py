@@ -39,7 +39,6 @@ MESSAGE_CHARS = 200
 PAGES = 4  # of pixels: what one thread's callers hold at a time in the line
 CHILD_RUNS = 64  # calls for which a child is used; a leak or a fragmented heap lives no longer
 DRAFT_GAP = 3  # a draft is decoded at no less than three times the size that it is resized to: a level or less off in the mean
-
 ON_DEVICE = ("gpu", "hybrid")  # modes in which plain JPEGs are decoded where the model is
 
 _SIGNATURES = [  # only tells what an unreadable or unwanted file is; Pillow alone decides what is decoded
@@ -115,7 +114,8 @@ def decode(
     The pixels lie where the child wrote them, until the array and all views on it are gone. Raises what isolation.Child.run raises.
     """
     images = [item.data for item in items if item.data]
-    _load_decoders(spec.mode)
+    with _loading:  # a child that is forked while another thread compiles may wait for ever on the compiler's lock
+        _load_decoders(spec.mode)
     desk = _desk_for(one, spec, limits, len(images))
     ledger = desk.ledger
 
@@ -167,7 +167,7 @@ class _Desk:
         self.child = Child(work, rows, limits, [ledger, *pages.memory])
 
 
-_here = threading.local()  # a child dies with the thread that forked it
+_here, _loading = threading.local(), threading.Lock()  # a child dies with the thread that forked it
 
 
 def _desk_for(one: Callable[..., Outcome], spec: DecodeSpec, limits: Limits, rows: int) -> _Desk:
