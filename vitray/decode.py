@@ -36,7 +36,6 @@ MESSAGE_CHARS = 200
 PAGES = 4  # of pixels: what one thread's callers hold at a time in the line
 CHILD_RUNS = 64  # calls for which a child is used; a leak or a fragmented heap lives no longer
 DRAFT_GAP = 3  # a draft is decoded at no less than three times the size that it is resized to: a level or less off in the mean
-
 ON_DEVICE = ("gpu", "hybrid")  # modes in which plain JPEGs are decoded where the model is
 
 _SIGNATURES = [  # only tells what an unreadable or unwanted file is; Pillow alone decides what is decoded

@@ -181,4 +181,24 @@ def export(
     raise typer.Exit(3 if found.missing else 0)
 
 
-COMMANDS = (status, submit, stop, backfill, compare, compact, search, export)
+def report(
+    out: OutArgument,
+    to: Annotated[
+        str | None, typer.Option("--to", metavar="FILE.html", help="where (default: ./<name of OUT>-report.html)")
+    ] = None,
+    truth: Annotated[str | None, typer.Option(metavar="COLUMN", help="kept column with the true label, for calibration")] = None,
+    pictures: Annotated[bool, typer.Option(help="read images of the source again to show some")] = True,
+    card: Annotated[bool, typer.Option("--card", help="also write OUT/README.md, a Hugging Face dataset card")] = False,
+    license: Annotated[str, typer.Option(metavar="ID", help="the card's license, such as cc-by-4.0")] = "unknown",
+    as_json: Json = False,
+) -> None:
+    """Show a dataset on one HTML page that needs nothing else."""
+    from vitray.report import report as report_dataset
+    from vitray.report import write_card
+
+    found = report_dataset(out, to, truth, pictures)
+    text = str(found) + (f"\n{write_card(out, license)}: the dataset card" if card else "")
+    show(found, as_json, text)
+
+
+COMMANDS = (status, submit, stop, backfill, compare, compact, search, export, report)

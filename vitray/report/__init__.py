@@ -1,0 +1,67 @@
+"""Show me: one HTML file of a dataset that needs nothing else, and a dataset card.
+
+counts.py   one pass over the data files      space.py   where vectors lie, which are alike    pictures.py   from the source anew
+page.py     what the page says                page.html  how it looks                          card.py       README.md of the dataset
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vitray.dataset import Dataset, data_files
+from vitray.errors import JobError, ObjectMissing
+from vitray.report.card import opened, write_card
+from vitray.report.page import MARK, page_of
+from vitray.storage import absolute, store_for
+
+__all__ = ["Report", "report", "write_card"]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What was written. pictures: of images of the source; notes: why there are not more, and what else the page could not tell."""
+
+    page: str
+    size_bytes: int
+    images: int
+    pictures: int
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        what = f"{self.images:,} images, {self.pictures} pictures, {self.size_bytes / 1e6:.1f} MB"
+        return "\n".join([f"{self.page}: {what}", *(f"note       {note}" for note in self.notes)])
+
+
+def report(out: str, to: str | None = None, truth: str | None = None, pictures: bool = True) -> Report:
+    """Write the page of a dataset, also of one that is not complete or whose source is gone.
+
+    to: where; by default <name of out>-report.html in the current directory. A file there that is no report is not overwritten.
+    truth: a kept column that holds the true label, for accuracy and calibration. pictures: read images of the source again.
+    Raises JobError for what is no dataset, CommitError for a data file that cannot be read.
+    """
+    dataset = opened(out)
+    _require_truth(dataset, truth)
+    target = absolute(to or f"{dataset.out.rpartition('/')[2]}-report.html")
+    _require_ours(target)
+    found = page_of(dataset, data_files(dataset.out), truth, pictures)
+    body = found.html.encode()
+    if not store_for(target).create(target, body):
+        _require_ours(target)
+        store_for(target).replace(target, body)
+    return Report(target, len(body), found.images, found.pictures, found.notes)
+
+
+def _require_truth(dataset: Dataset, truth: str | None) -> None:
+    if truth is not None and (truth not in dataset.kept.names or not dataset.job.labels):
+        has = ", ".join(dataset.kept.names) or "none: set `keep` in a job with another `out`"
+        raise JobError(f"--truth {truth}: no kept column of a dataset with labels is called so. Kept columns: {has}.")
+
+
+def _require_ours(target: str) -> None:
+    try:
+        with store_for(target).open(target) as stream:
+            head = stream.read(1000)
+    except ObjectMissing:
+        return
+    if MARK.encode() not in head:
+        raise JobError(f"{target} exists and is no report of vitray. Choose another file with --to, or move it away.")

@@ -1,0 +1,98 @@
+"""README.md of a dataset, as the Hugging Face Hub reads it. Private to this room."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+import yaml
+
+from vitray.dataset import Dataset, data_files, open_dataset, read_footer
+from vitray.errors import JobError, ObjectMissing
+from vitray.storage import absolute, join, read, store_for
+
+SIZES = [
+    "n<1K",
+    "1K<n<10K",
+    "10K<n<100K",
+    "100K<n<1M",
+    "1M<n<10M",
+    "10M<n<100M",
+    "100M<n<1B",
+    "1B<n<10B",
+    "10B<n<100B",
+    "100B<n<1T",
+    "n>1T",
+]
+SEAL = re.compile(rb"(.*\n)<!-- vitray report --card ([0-9a-f]{64}) -->\n", re.DOTALL)
+
+
+def write_card(out: str, license: str = "unknown") -> str:
+    """Write the dataset card into OUT, anew where it is as we left it; returns its URL.
+
+    license: an identifier of the Hub, such as cc-by-4.0. Raises JobError for a README.md that is not ours, or was edited.
+    """
+    dataset = opened(out)
+    url, store = join(dataset.out, "README.md"), store_for(dataset.out)
+    footers = [read_footer(file) for file in data_files(dataset.out)]
+    text = card_of(dataset, sum(f.rows for f in footers), sum(f.errors for f in footers), license).encode()
+    body = text + f"<!-- vitray report --card {hashlib.sha256(text).hexdigest()} -->\n".encode()
+    if not store.create(url, body):
+        if not _is_ours(url):
+            raise JobError(f"{url} was not made by vitray, or was edited since. Move it away to have another one written.")
+        store.replace(url, body)
+    return url
+
+
+def opened(out: str) -> Dataset:
+    """The dataset in OUT. Raises JobError when there is none."""
+    if (dataset := open_dataset(out)) is None:
+        raise JobError(f"{absolute(out)} holds no vitray dataset. Check the path, or run a job into it first.")
+    return dataset
+
+
+def card_of(dataset: Dataset, rows: int, errors: int, license: str) -> str:
+    """Front matter and text. https://huggingface.co/docs/hub/datasets-cards names the fields."""
+    facts, name = dataset.facts, dataset.out.rpartition("/")[2]
+    configs = [{"config_name": "default", "data_files": [{"split": "train", "path": "data/*.parquet"}]}]
+    if errors:
+        configs.append({"config_name": "errors", "data_files": [{"split": "train", "path": "errors/*.parquet"}]})
+    tasks = ["image-classification"] * dataset.job.labels + ["image-feature-extraction"] * bool(dataset.vectors)
+    front = {
+        "pretty_name": name,
+        "license": license,
+        "task_categories": tasks,
+        "tags": ["vitray", facts.family, *(["embeddings"] if dataset.vectors else [])],
+        "size_categories": [SIZES[min(max(0, len(str(rows)) - 3), len(SIZES) - 1)]],
+        "configs": configs,
+    }
+    columns = [f"| `{_plain(field.name)}` | `{_plain(str(field.type))}` |" for field in dataset.schema]
+    model = facts.model.rpartition("/")[2] if facts.model.startswith("/") else facts.model  # a card is for others to read
+    return "\n".join(
+        [
+            f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n",
+            f"# `{_plain(name)}`\n",
+            f"{rows:,} images, labelled or embedded by `{_plain(model)}`"
+            f"{f' at revision `{_plain(facts.revision)}`' if facts.revision else ''} with vitray. {errors:,} more could not be decoded:",
+            "they are in `errors/`, each with a reason. The images themselves are not part of this dataset.\n",
+            "| column | type |\n| --- | --- |",
+            *columns,
+            "\n| made with | |\n| --- | --- |",
+            f"| weights, SHA-256 | `{facts.weights_sha256}` |",
+            f"| precision, engine, decode | {facts.precision}, {facts.engine}, {dataset.job.decode} |",
+            f"| fingerprint | `{dataset.fingerprint}` |\n",
+        ]
+    )
+
+
+def _is_ours(url: str) -> bool:
+    try:
+        sealed = SEAL.fullmatch(read(url))
+    except ObjectMissing:  # removed since
+        return True
+    return sealed is not None and hashlib.sha256(sealed[1]).hexdigest() == sealed[2].decode()
+
+
+def _plain(text: str) -> str:
+    """As code within one cell of a table in Markdown."""
+    return "".join(c if c.isprintable() and c not in "`|" else "?" for c in " ".join(text.split()))
