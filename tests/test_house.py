@@ -32,7 +32,7 @@ LEVELS = {
     **dict.fromkeys(
         (
             *("planning", "validation", "bench", "demo", "watching", "comparing", "compacting", "backfilling", "submitting"),
-            *("searching", "exporting", "report"),
+            *("searching", "exporting", "report", "costing"),
         ),
         5,
     ),

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -60,6 +61,8 @@ class Bench:
     gflops: float
     line: float
     first_rows_s: float
+    identify_s: float  # imports, reading the checkpoint, and timing the engines where `auto` has several
+    out_kilobytes: float  # of a row, in Parquet
     limit: str  # read, decode or model: the slowest alone; line: what lies between the steps
 
     def __str__(self) -> str:
@@ -93,7 +96,9 @@ def bench(job: Job, images: int = 256, seconds: float = 6.0) -> Bench:
     Raises JobError when the source holds no image, and what `run` raises.
     """
     sample, read = _read(job, images)
+    started = time.perf_counter()
     facts, device = identify(job), runs_on(job)
+    identify_s = time.perf_counter() - started
     dataset = Dataset(job.out, job, facts, tuple(vector_columns(job, facts)), pa.schema([]), len(sample))
     count = len(os.sched_getaffinity(0))
     decode_core, decode_all = (_decode(dataset, sample, threads, seconds / 2) for threads in (1, count))
@@ -103,7 +108,7 @@ def bench(job: Job, images: int = 256, seconds: float = 6.0) -> Bench:
     alone = {"read": read, "decode": decode_all, "model": model}
     if job.decode in ON_DEVICE:  # what was timed is the CPU's share
         del alone["decode"]
-    line, first = _line(dataset, sample, int(max(len(sample), min(alone.values()) * seconds)))
+    line, first, out_bytes = _line(dataset, sample, int(max(len(sample), min(alone.values()) * seconds)))
     if line > read:  # one reader alone; the line has several
         del alone["read"]
     slowest = min(alone, key=lambda step: alone[step])
@@ -126,6 +131,8 @@ def bench(job: Job, images: int = 256, seconds: float = 6.0) -> Bench:
         gflops=flops / 1e9,
         line=line,
         first_rows_s=first,
+        identify_s=identify_s,
+        out_kilobytes=out_bytes / 1000,
         limit=slowest if line >= NEAR * together else "line",
     )
 
@@ -177,16 +184,17 @@ def _model(dataset: Dataset, device: str, threads: int, seconds: float) -> float
         return more * len(pixels) / max(1e-9, seconds_of(CALLERS + more) - short_s)
 
 
-def _line(dataset: Dataset, sample: list[Encoded], images: int) -> tuple[float, float]:
-    """Images/s, and seconds until the first rows, of runs on tars of the sample in a scratch directory.
+def _line(dataset: Dataset, sample: list[Encoded], images: int) -> tuple[float, float, float]:
+    """Images/s, seconds until the first rows, and bytes of a row, of runs on tars of the sample in a scratch directory.
 
     The rate is the slope between a short run and a long one: what is in the queues at the first rows and at the end cancels out.
     """
     long = (1 + LINE_TIMES) * images
     with tempfile.TemporaryDirectory(prefix="vitray-bench-") as scratch:
         runs = [_run(dataset, sample, many, f"{scratch}/{many}") for many in (images, long)]
+        written = sum(path.stat().st_size for path in Path(f"{scratch}/{long}/out/data").iterdir())
     (first, short_s), (_, long_s) = runs
-    return (long - images) / max(1e-9, long_s - short_s), first
+    return (long - images) / max(1e-9, long_s - short_s), first, written / long
 
 
 def _run(dataset: Dataset, sample: list[Encoded], images: int, folder: str) -> tuple[float, float]:

@@ -84,6 +84,8 @@ class Status:
             lines.append(
                 f"last run   {self.last_run['finished']}: {self.last_run['images']} images, {self.last_run['images_per_s']}/s"
             )
+            if "planned" in self.last_run:
+                lines.append(f"planned    took {self.last_run['seconds_over_planned']} of the time that was planned")
             if isinstance(aside, dict) and not self.complete:
                 lines += [f"set aside  {shard}: {why}" for shard, why in aside.items()]
         return "\n".join(lines)

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from vitray.errors import JobError
+
 if TYPE_CHECKING:
     from vitray.job import Job
     from vitray.pipeline import Progress
@@ -39,15 +41,39 @@ Open = Annotated[bool, typer.Option("--allow-open-cluster", help="join a Ray clu
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 
 
-def run_shown(job: Job, address: str | None, allow_open_cluster: bool, as_json: bool, prune: bool = False) -> NoReturn:
+def run_shown(
+    job: Job, address: str | None, allow_open_cluster: bool, as_json: bool, prune: bool = False, planned: str | None = None
+) -> NoReturn:
     from vitray.pipeline import run as run_job
     from vitray.watching import summary
 
+    expected = _planned(planned)
     threading.Thread(target=_end_if_stopped, daemon=True).start()
     with watched() as report:
-        result = run_job(job, address=address, prune=prune, progress=report, stop=_stop, allow_open_cluster=allow_open_cluster)
+        result = run_job(
+            job,
+            address=address,
+            prune=prune,
+            progress=report,
+            stop=_stop,
+            allow_open_cluster=allow_open_cluster,
+            planned=expected,
+        )
     show(result, as_json, summary(result, job))
     raise typer.Exit(result.exit_code)
+
+
+def _planned(path: str | None) -> dict[str, Any] | None:
+    """What `plan --probe --json` printed."""
+    if path is None:
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            expected: dict[str, Any] = json.load(file)
+        float(expected["seconds"]), int(expected["images"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise JobError(f"--planned {path} is not what vitray plan --probe --json prints: {error}") from error
+    return expected
 
 
 @contextlib.contextmanager

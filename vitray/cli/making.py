@@ -23,7 +23,10 @@ from vitray.cli.console import (
     show,
     watched,
 )
+from vitray.costing import PRICES, estimate, read_prices
 from vitray.errors import JobError
+
+PROBE_S = 3.0
 
 
 def run(
@@ -33,19 +36,41 @@ def run(
     sets: Sets = None,
     address: Address = None,
     prune: Annotated[bool, typer.Option(help="delete rows whose input is gone")] = False,
+    planned: Annotated[
+        str | None, typer.Option(metavar="PLAN.json", help="what plan --probe --json said, for the run record to hold against")
+    ] = None,
     allow_open_cluster: Open = False,
     as_json: Json = False,
 ) -> None:
     """Label and embed what is missing; safe to repeat."""
-    run_shown(job_of(target, model, out, sets), address, allow_open_cluster, as_json, prune)
+    run_shown(job_of(target, model, out, sets), address, allow_open_cluster, as_json, prune, planned)
 
 
-def plan(target: Target, model: Model = None, out: Out = None, sets: Sets = None, as_json: Json = False) -> None:
-    """Say what a run would do; writes nothing."""
+def plan(
+    target: Target,
+    model: Model = None,
+    out: Out = None,
+    sets: Sets = None,
+    probe: Annotated[
+        int, typer.Option(help="time so many images of the source on this machine, and say what the rest takes")
+    ] = 0,
+    machines: Annotated[int, typer.Option(help="with --probe: how many machines like this one", min=1)] = 1,
+    prices: Annotated[str | None, typer.Option(metavar="PRICES.yaml", help=f"with --probe: {', '.join(PRICES)}")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a run would do, and with --probe what it would take; writes nothing."""
     from vitray.planning import plan as plan_job
 
-    found = plan_job(job_of(target, model, out, sets))
-    show(found, as_json, str(found))
+    table = read_prices(prices) if prices is not None else None
+    job = job_of(target, model, out, sets)
+    found = plan_job(job)
+    if not (probe and as_json):
+        show(found, as_json, str(found))
+    if probe:
+        from vitray.bench import bench as bench_job
+
+        expected = estimate(found.pending_images, found.pending, bench_job(job, probe, PROBE_S), machines, table)
+        show(expected, as_json, str(expected))
 
 
 def bench(

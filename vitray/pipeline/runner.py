@@ -68,10 +68,12 @@ def run(
     progress: Callable[[Progress], None] | None = None,
     stop: threading.Event | None = None,
     allow_open_cluster: bool = False,
+    planned: dict[str, Any] | None = None,
 ) -> Result:
     """Label and embed what is missing in `job.out`; safe to repeat, at any time, from anywhere.
 
     allow_open_cluster: join a Ray that asks for no token, too.
+    planned: what was expected of it, at least {"images", "seconds"}; the run record holds it against what came.
     stop: once it is set, no more images are taken, writes that have begun are ended, and Interrupted is raised.
 
     Raises JobError (and its kinds) before any work when the job does not fit, StorageError, CommitError or ClusterError
@@ -112,7 +114,7 @@ def run(
                 _finished(dataset, job, prune, work, started)
             raise
         result = _finished(dataset, job, prune, work, started)
-        write_run_record(dataset, work.run_id, _record(dataset, job, result, work, shares))
+        write_run_record(dataset, work.run_id, _record(dataset, job, result, work, shares, planned))
         crash_point("driver-recorded")
         return result
 
@@ -318,8 +320,14 @@ def _vanished(shard: Shard) -> int:
     return sum(member.size < 0 and not member.version for member in shard.members)
 
 
-def _record(dataset: Dataset, job: Job, result: Result, work: Work, shares: Shares) -> dict[str, object]:
+def _record(
+    dataset: Dataset, job: Job, result: Result, work: Work, shares: Shares, planned: dict[str, Any] | None
+) -> dict[str, object]:
+    against = (
+        {} if planned is None else {"planned": planned, "seconds_over_planned": round(result.seconds / planned["seconds"], 3)}
+    )
     return {
+        **against,
         "run": work.run_id,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "fingerprint": dataset.fingerprint,
