@@ -24,11 +24,9 @@ RGW = Path(__file__).with_name("rgw.sh")
 @pytest.fixture(scope="session")
 def shapes_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Directory of the tiny ViT, trained once a session on drawn shapes. Asserts the accuracy it was trained for."""
-    import torch
 
     from vitray.models import shapes
 
-    torch.set_num_threads(2)
     directory = str(tmp_path_factory.mktemp("shapes-model"))
     assert shapes.train(directory) >= 0.97
     return directory

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import secrets
 import signal
 import subprocess
 import sys
+import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,15 +27,18 @@ from vitray.submitting import Cluster as Api
 
 VITRAY = [sys.executable, "-m", "vitray"]
 IMAGES = 120
+METRICS = free_port()
 
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Cluster]:
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), "CANARY": f"canary-{secrets.token_hex(8)}"}
     path = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # where the cluster's machines have vitray
-    cluster = Cluster({**os.environ, **token, **path}, dashboard=free_port())
+    often = {"RAY_metrics_report_interval_ms": "500"}
+    cluster = Cluster({**os.environ, **token, **path, **often}, dashboard=free_port())
     try:
-        cluster.join()
+        # ports of its own: the agent's default is taken where another Ray runs
+        cluster.join(f"--metrics-export-port={METRICS}", f"--dashboard-agent-listen-port={free_port()}")
         deadline = time.monotonic() + 60  # the dashboard comes after the head
         while "nobody" not in vitray_on(cluster, "status", "nobody").stderr:
             assert time.monotonic() < deadline
@@ -47,6 +54,30 @@ def url(head: Cluster) -> str:
 def vitray_on(head: Cluster, *argv: object, **options: object) -> subprocess.CompletedProcess[str]:
     command = [*VITRAY, *map(str, argv), "--address", url(head)]
     return subprocess.run(command, env=head.environment, capture_output=True, text=True, timeout=240, **options)
+
+
+@contextlib.contextmanager
+def scraped() -> Iterator[dict[str, float]]:
+    """The most that Ray's exporter said of each metric of ours while the block ran, summed over tags."""
+    most: dict[str, float] = {}
+    is_over = threading.Event()
+
+    def scrape() -> None:
+        while not is_over.wait(0.3):
+            with contextlib.suppress(OSError):
+                page = urllib.request.urlopen(f"http://127.0.0.1:{METRICS}/metrics", timeout=5).read().decode()
+                sums: dict[str, float] = {}
+                for name, value in re.findall(r"^(ray_vitray_\w+)(?:\{[^}]*\})? (\S+)$", page, re.MULTILINE):
+                    sums[name] = sums.get(name, 0) + float(value)
+                most.update({name: max(value, most.get(name, 0)) for name, value in sums.items()})
+
+    thread = threading.Thread(target=scrape)
+    thread.start()
+    try:
+        yield most
+    finally:
+        is_over.set()
+        thread.join()
 
 
 @pytest.fixture
@@ -66,7 +97,12 @@ def test_a_submitted_job_is_followed_and_ends_as_a_run_does(head: Cluster, job_f
     (tree / ".gitignore").write_text("data/\n")
     (tree / "data" / "large.bin").write_bytes(b"0" * 1000)
     (tree / "labels.csv").write_text("a,b\n")
-    done = vitray_on(head, "submit", job_file, "--working-dir", tree, "--submission-id", "first")
+    with scraped() as metrics:
+        done = vitray_on(head, "submit", job_file, "--working-dir", tree, "--submission-id", "first")
+    assert {name: metrics.get(f"ray_vitray_{name}") for name in ("images_total", "shard_commits_total")} == {
+        "images_total": IMAGES, "shard_commits_total": 3,
+    }  # fmt: skip
+    assert metrics["ray_vitray_bytes_total"] > 0 and metrics["ray_vitray_step_seconds_count"] > 0
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{IMAGES} rows" in done.stdout and "first: SUCCEEDED, exit code 0" in done.stdout and done.stderr == ""
     table = vitray.read(str(tmp_path / "out"))

@@ -98,12 +98,20 @@ class Cluster:
             _link(working_dir, folder)
             with open(os.path.join(folder, JOB_FILE), "w", encoding="utf-8") as file:
                 yaml.safe_dump(job.model_dump(exclude_unset=True), file)
-            self._client.submit_job(
-                entrypoint=shlex.join(entrypoint),
-                submission_id=name,
-                runtime_env={"working_dir": folder},
-                metadata={"vitray": __version__, "out": job.out},
-            )
+            deadline = time.monotonic() + ANSWER_S
+            while True:
+                try:
+                    self._client.submit_job(
+                        entrypoint=shlex.join(entrypoint),
+                        submission_id=name,
+                        runtime_env={"working_dir": folder},
+                        metadata={"vitray": __version__, "out": job.out},
+                    )
+                    break
+                except RuntimeError as error:  # a cluster that has just come up has no agent for it yet
+                    if "No available agent" not in str(error) or time.monotonic() > deadline:
+                        raise
+                    time.sleep(1)
         return self.find(name)
 
     def find(self, submission_id: str) -> Submission:

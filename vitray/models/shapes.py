@@ -64,7 +64,8 @@ def pixels_of(images: list[Image.Image]) -> np.ndarray:
 def train(directory: str, seed: int = 0, steps: int = 600, examples: int = 6000) -> float:
     """Train the tiny ViT, save checkpoint and image processor into the directory, and return its validation accuracy.
 
-    About 10 s on 2 cores. The same seed and thread count give the same weights.
+    About 14 s of one core: with two it is little faster on a quiet machine, and twenty times slower beside other work, since the
+    threads wait for each other at every small product. The same seed gives the same weights.
     """
     import torch
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
@@ -87,7 +88,12 @@ def train(directory: str, seed: int = 0, steps: int = 600, examples: int = 6000)
             label2id={name: i for i, name in enumerate(NAMES)},
         )
         model = ViTForImageClassification(config)
-        _fit(model, pixels, kinds, steps)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            _fit(model, pixels, kinds, steps)
+        finally:
+            torch.set_num_threads(threads)
     with torch.inference_mode():
         guesses = model(pixel_values=unseen).logits.argmax(-1)
     side = {"height": SIDE_PX, "width": SIDE_PX}

@@ -1,0 +1,91 @@
+"""What `plan --probe` says: the arithmetic, prices, and that it comes true."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+from shards import pictures, put_tars
+
+from vitray.costing import estimate, read_prices
+from vitray.errors import JobError
+
+VITRAY = [sys.executable, "-m", "vitray"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    line: float = 100.0
+    decode_core: float = 150.0
+    decode: float = 300.0
+    model: float = 120.0
+    cores: int = 2
+    device: str = "cpu"
+    limit: str = "model"
+    first_rows_s: float = 4.0
+    identify_s: float = 5.0
+    out_kilobytes: float = 3.0
+
+
+def test_time_is_start_up_and_images_over_the_rate_of_the_line() -> None:
+    found = estimate(36_000, 36, Measured())
+    assert (found.seconds, found.out_bytes, found.money) == (1 + 5 + 4 + 360, 108_000_000, None)
+    assert estimate(36_000, 36, Measured(), machines=4).seconds == 1 + 5 + 4 + 90
+    assert estimate(0, 0, Measured()).seconds == 0
+    assert "6.2 min on 1 of this machine (100.0 images/s each)" in str(found)
+
+
+def test_what_one_core_or_gpu_more_would_bring() -> None:
+    on_cpu = estimate(1000, 1, Measured())
+    assert (on_cpu.more_cpu, on_cpu.more_gpu) == (150.0, None)  # the cores do everything
+    starved = Measured(device="cuda", line=290.0, model=2000.0, limit="decode")
+    fed = replace(starved, line=1900.0, decode=30_000.0, limit="model")
+    assert estimate(1000, 1, starved).more_cpu == 435.0 and estimate(1000, 1, starved).more_gpu == 300.0  # still starved
+    assert estimate(1000, 1, fed).more_gpu == 4000.0 and round(estimate(1000, 1, fed).more_cpu) == 1910
+
+
+def test_money_is_machines_requests_and_what_is_stored(tmp_path: Path) -> None:
+    (tmp_path / "prices.yaml").write_text("machine_hour: 0.5\nput_1000: 0.005\nget_1000: 0.0004\ngb_month: 0.023\n")
+    found = estimate(10_000_000, 1000, Measured(), machines=10, prices=read_prices(str(tmp_path / "prices.yaml")))
+    assert found.money is not None
+    assert round(found.money["machines"], 3) == round((10 + 10_000) / 3600 * 10 * 0.5, 3)
+    assert round(found.money["requests"], 6) == round((6000 + 9766) / 1000 * 0.005 + 15 * 0.0004, 6)
+    assert round(found.money["gb_month"], 6) == round(30 * 0.023, 6)
+    assert "money      machines 13.90, requests 0.08; then 0.69 a month for what is stored" in str(found)
+
+
+@pytest.mark.parametrize("text", ["", "- 1", "machine_hour: yes", "machine_hour: -1", "gpu: 3", "a: [", "put_1000: cheap"])
+def test_what_is_no_table_of_prices_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "prices.yaml"
+    path.write_text(text)
+    with pytest.raises(JobError, match="--prices"):
+        read_prices(str(path))
+
+
+def test_a_plan_that_is_none_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text('{"images": 3}')
+    argv = [*VITRAY, "run", "nowhere", "--model", "m", "--out", str(tmp_path / "out"), "--planned", str(tmp_path / "plan.json")]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "--planned" in done.stderr and not (tmp_path / "out").exists()
+
+
+@pytest.mark.nightly
+def test_the_plan_for_drawn_shapes_comes_true_within_a_quarter(shapes_model: str, tmp_path: Path) -> None:
+    put_tars(f"{tmp_path}/in", pictures(600), 6, tmp_path)
+    over = []
+    for n in range(3):
+        job = [f"{tmp_path}/in", "--model", shapes_model, "--out", f"{tmp_path}/out-{n}"]
+        planned = subprocess.run(
+            [*VITRAY, "plan", *job, "--probe", "200", "--json"], capture_output=True, timeout=240, check=True
+        )
+        (tmp_path / "plan.json").write_bytes(planned.stdout)
+        assert json.loads(planned.stdout)["images"] == pytest.approx(600, rel=0.05)
+        subprocess.run([*VITRAY, "run", *job, "--planned", f"{tmp_path}/plan.json"], capture_output=True, timeout=240, check=True)
+        (record,) = (tmp_path / f"out-{n}" / "_vitray" / "runs").glob("*.json")
+        over.append(json.loads(record.read_text())["seconds_over_planned"])
+    print(over)
+    assert 0.75 <= sorted(over)[1] <= 1.25
