@@ -163,6 +163,34 @@ def test_a_wrong_token_and_an_unknown_submission_are_one_line(head: Cluster, job
 
 
 @pytest.mark.ray
+@pytest.mark.nightly
+def test_a_node_that_dies_under_a_submitted_job_costs_no_row(head: Cluster, shapes_model: str, tmp_path: Path) -> None:
+    """Three nodes; one is killed when the first shards are committed. The job ends well, and a report is made of it."""
+    for _ in range(2):
+        head.join(f"--dashboard-agent-listen-port={free_port()}", f"--metrics-export-port={free_port()}")
+    images = 6000
+    put_tars(f"{tmp_path}/in", pictures(images), 60, tmp_path)
+    job = [f"{tmp_path}/in", "--model", shapes_model, "--out", f"{tmp_path}/out"]
+    given = vitray_on(head, "submit", *job, "--submission-id", "three", "--no-wait", "--set", "fragment_rows=32")
+    assert given.returncode == 0, given.stderr
+    deadline = time.monotonic() + 180
+    while len(list((tmp_path / "out" / "data").glob("*.parquet"))) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(head.nodes[-1].pid, signal.SIGKILL)
+    at = len(list((tmp_path / "out" / "data").glob("*.parquet")))
+    done = vitray_on(head, "status", "three", "--follow")
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = vitray.read(str(tmp_path / "out"), columns=["shard", "index", "key"])
+    assert sorted(table["key"].to_pylist()) == sorted(picture.key for picture in pictures(images))
+    assert vitray.validate(str(tmp_path / "out")).ok
+    page = tmp_path / "report.html"
+    made = subprocess.run([*VITRAY, "report", f"{tmp_path}/out", "--to", str(page)], capture_output=True, text=True, timeout=120)
+    assert made.returncode == 0 and "6,000" in page.read_text(), made.stderr
+    assert at < 60, "the node died too late to matter"
+
+
+@pytest.mark.ray
 def test_a_head_without_a_token_is_refused(job_file: Path) -> None:
     cluster = Cluster({**os.environ, "RAY_AUTH_MODE": "disabled"}, dashboard=free_port())
     try:
