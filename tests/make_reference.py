@@ -29,8 +29,8 @@ from vitray.schema import DECODED_FIELDS, ERROR_SCHEMA, LABEL_FIELDS, REASONS
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference.md"
 IMAGE_COLUMNS = {
-    "key": "the sample's own name: the path in a tar up to the base name's first dot, the key column, or the object's path. Need not be "
-    "unique: (`shard`, `index`) is",
+    "key": "the sample's own name: in a tar the path up to the base name's first dot, else the key column, the image's path, or the row's "
+    "number. Need not be unique: (`shard`, `index`) is",
     "shard": "id of the shard, which is the data file's name",
     "index": "place of the image in its shard, from 0",
     "uri": "the object that the image came from",
@@ -100,7 +100,7 @@ def page() -> str:
         f"```text\n{inspect.cleandoc(errors.__doc__ or '').partition(chr(10) * 2)[2].partition(chr(10) * 2)[0]}\n```",
         "## Commands",
         "`vitray COMMAND --help` says the same. Before the command:",
-        _table("option | meaning", [_option_row(p) for p in group().params]),
+        _table("option | meaning", _option_rows(group())),
         *[part for name, command in group().commands.items() for part in _command(name, command)],
         "## Python",
         *[part for name in vitray.__all__ if name[0].islower() for part in _function(name)],
@@ -185,17 +185,20 @@ def _vector_row() -> list[str]:
 
 def _command(name: str, command: Any) -> list[str]:
     arguments = [p for p in command.params if p.param_type_name == "argument"]
-    options = [p for p in command.params if p.param_type_name == "option"]
     usage = " ".join(["vitray", name, *(p.metavar or f"[{p.name.upper()}]" for p in arguments)])
     rows = [[f"`{p.metavar or p.name.upper()}`", (p.help or "") + _with_default(p)] for p in arguments]
-    return [f"### `vitray {name}`", f"    {usage} [OPTIONS]", command.help, _table("name | meaning", rows + [_option_row(p) for p in options])]
+    return [f"### `vitray {name}`", f"    {usage} [OPTIONS]", command.help, _table("name | meaning", rows + _option_rows(command))]
 
 
-def _option_row(option: Any) -> list[str]:
-    choices = "|".join(getattr(option.type, "choices", ()))
-    value = "" if option.is_flag else f" {option.metavar or choices or option.name.upper()}"
-    names = ", ".join(f"`{name}{value}`" for name in [*option.opts, *option.secondary_opts])
-    return [names, (option.help or "") + _with_default(option)]
+def _option_rows(command: Any) -> list[list[str]]:
+    kinds, rows = typing.get_type_hints(inspect.unwrap(command.callback)), []
+    for option in command.params:
+        if option.param_type_name == "option":
+            choices = "|".join(typing.get_args(kinds[option.name])) if typing.get_origin(kinds[option.name]) is typing.Literal else ""
+            value = "" if option.is_flag else f" {option.metavar or choices or option.name.upper()}"
+            names = ", ".join(f"`{name}{value}`" for name in [*option.opts, *option.secondary_opts])
+            rows.append([names, (option.help or "") + _with_default(option)])
+    return rows
 
 
 def _with_default(parameter: Any) -> str:
