@@ -187,7 +187,7 @@ def _command(name: str, command: Any) -> list[str]:
     arguments = [p for p in command.params if p.param_type_name == "argument"]
     usage = " ".join(["vitray", name, *(p.metavar or f"[{p.name.upper()}]" for p in arguments)])
     rows = [[f"`{p.metavar or p.name.upper()}`", (p.help or "") + _with_default(p)] for p in arguments]
-    return [f"### `vitray {name}`", f"    {usage} [OPTIONS]", command.help, _table("name | meaning", rows + _option_rows(command))]
+    return [f"### `vitray {name}`", f"`{usage} [OPTIONS]`", command.help, _table("name | meaning", rows + _option_rows(command))]
 
 
 def _option_rows(command: Any) -> list[list[str]]:
