@@ -194,7 +194,9 @@ def _option_rows(command: Any) -> list[list[str]]:
     kinds, rows = typing.get_type_hints(inspect.unwrap(command.callback)), []
     for option in command.params:
         if option.param_type_name == "option":
-            choices = "|".join(typing.get_args(kinds[option.name])) if typing.get_origin(kinds[option.name]) is typing.Literal else ""
+            choices = (
+                "|".join(typing.get_args(kinds[option.name])) if typing.get_origin(kinds[option.name]) is typing.Literal else ""
+            )
             value = "" if option.is_flag else f" {option.metavar or choices or option.name.upper()}"
             names = ", ".join(f"`{name}{value}`" for name in [*option.opts, *option.secondary_opts])
             rows.append([names, (option.help or "") + _with_default(option)])

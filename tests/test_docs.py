@@ -200,7 +200,9 @@ def test_every_fence_is_one_that_a_test_looks_into_and_the_shell_takes_it(page: 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
 def test_files_that_a_page_names_exist(page: Path) -> None:
-    for name in re.findall(r"`((?:tests|cluster|jobs|kuberay|vitray)/[\w./-]+\.\w+|\w+\.sbatch|aws\.yaml)`", prose(page.read_text())):
+    for name in re.findall(
+        r"`((?:tests|cluster|jobs|kuberay|vitray)/[\w./-]+\.\w+|\w+\.sbatch|aws\.yaml)`", prose(page.read_text())
+    ):
         assert (HOME / name).exists() or (HOME / "cluster" / name).exists(), name
 
 
