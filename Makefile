@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test check lint fast nightly audit lock soak fuzz bench clean
+.PHONY: demo test check lint fast docs nightly audit lock soak fuzz bench clean
 
 demo: $(STAMP)
 	$(BIN)/vitray demo demo
@@ -20,6 +20,10 @@ lint: $(STAMP)
 
 fast: $(STAMP)
 	$(BIN)/python -m pytest -q -m "not nightly and not ray and not s3"
+
+# docs/reference.md, from the code.
+docs: $(STAMP)
+	$(BIN)/python tests/make_reference.py
 
 nightly: $(STAMP)
 	$(BIN)/python -m pytest -q

@@ -1,0 +1,243 @@
+"""Writes docs/reference.md from the code: `python tests/make_reference.py`, or `make docs`. tests/test_docs.py fails where it is stale.
+
+Tables come from the job, the schema, the command line, the exception tree and the metrics. What a column holds stands here, since
+an Arrow schema has no room for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import typing
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import typer
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+import vitray
+from vitray import errors
+from vitray.cli import app
+from vitray.dataset.ledger import MANIFEST_SCHEMA
+from vitray.job import FORMATS, Embedding, Job
+from vitray.pipeline import Result
+from vitray.pipeline.metrics import COUNTERS, STEP_SECONDS
+from vitray.schema import DECODED_FIELDS, ERROR_SCHEMA, LABEL_FIELDS, REASONS
+
+PAGE = Path(__file__).parent.parent / "docs" / "reference.md"
+IMAGE_COLUMNS = {
+    "key": "the sample's own name: in a tar the path up to the base name's first dot, else the key column, the image's path, or the row's "
+    "number. Need not be unique: (`shard`, `index`) is",
+    "shard": "id of the shard, which is the data file's name",
+    "index": "place of the image in its shard, from 0",
+    "uri": "the object that the image came from",
+    "content_hash": "BLAKE2b of the encoded bytes, 16 bytes",
+}
+ROW_COLUMNS = {
+    "width": "of the original, in pixels, as its header says (before EXIF orientation)",
+    "height": "likewise",
+    "format": f"one of {', '.join(FORMATS)}, found by content",
+    "label": "name of the best class",
+    "label_id": "its number in the model",
+    "score": "softmax over the classes; sigmoid where the model has several labels an image",
+    "top_labels": "names of the `top_k` best classes, best first",
+    "top_ids": "their numbers",
+    "top_scores": "their scores",
+}
+ERROR_COLUMNS = {
+    "reason": "one of the reasons below",
+    "message": "what the reader or the decoder said",
+    "size_bytes": "of the encoded image",
+}
+MANIFEST_COLUMNS = {
+    "shard": "id of the shard",
+    "url": "its input",
+    "source_version": "etag of the input; on a local disk size and time",
+    "path": "of the data file, in the dataset",
+    "etag": "of the data file; empty on a local disk",
+    "size_bytes": "of the data file",
+    "rows": "good images",
+    "errors": "bad images",
+    "truncated_at": "byte at which the input was cut, null where it was whole",
+    "sha256": "of the data file",
+    "state": "current; gone: the input is listed no more; outdated: the input changed, and is not committed anew yet",
+}
+
+
+def page() -> str:
+    parts = [
+        "# Reference",
+        "Made from the code by `make docs`; not edited by hand.",
+        "[Job](#job) · [Embeddings](#embeddings) · [Columns of `data/`](#columns-of-data) · [Columns of `errors/`](#columns-of-errors) · "
+        "[Reasons](#reasons) · [Manifest](#manifest) · [Exit codes](#exit-codes) · [Commands](#commands) · [Python](#python) · "
+        "[Metrics](#metrics)",
+        "## Job",
+        "The fields of a job file, of `--set`, and of `vitray.Job`. An unknown one is refused with the nearest known name.",
+        _table("field | type | default | meaning", [_field_row(*item) for item in Job.model_fields.items()]),
+        "## Embeddings",
+        "The entries of `embeddings`. With a single one without a `name` the column is called `embedding`, else `embedding_<name>`.",
+        _table("field | type | default | meaning", [_field_row(*item) for item in Embedding.model_fields.items()]),
+        "## Columns of `data/`",
+        "`OUT/data/<shard>.parquet` has the good images of a shard, in its order. Kept columns stand before `label`, under their own name, or "
+        "`input_<name>` where the output has that column already. Vectors stand last. `label` and what follows it up to the vectors is "
+        "absent with `labels: false`.",
+        _columns([*DECODED_FIELDS, *LABEL_FIELDS], IMAGE_COLUMNS | ROW_COLUMNS, _vector_row()),
+        "## Columns of `errors/`",
+        "`OUT/errors/<shard>.parquet` has the bad images of a shard. It is there only where a shard has some.",
+        _columns(ERROR_SCHEMA, IMAGE_COLUMNS | ERROR_COLUMNS),
+        "## Reasons",
+        "Why an image is bad: the values of `reason`.",
+        _table("reason | meaning", [[f"`{name}`", said] for name, said in REASONS.items()]),
+        "## Manifest",
+        "`OUT/_SUCCESS.json` names it: a row for each data file that counts.",
+        _columns(MANIFEST_SCHEMA, MANIFEST_COLUMNS),
+        "## Exit codes",
+        _table("code | meaning", exit_codes()),
+        "The exceptions behind them, all of `vitray.errors`:",
+        f"```text\n{inspect.cleandoc(errors.__doc__ or '').partition(chr(10) * 2)[2].partition(chr(10) * 2)[0]}\n```",
+        "## Commands",
+        "`vitray COMMAND --help` says the same. Before the command:",
+        _table("option | meaning", _option_rows(group())),
+        *[part for name, command in group().commands.items() for part in _command(name, command)],
+        "## Python",
+        *[part for name in vitray.__all__ if name[0].islower() for part in _function(name)],
+        "### `Result`",
+        inspect.cleandoc(Result.__doc__ or ""),
+        _table("field | type", [[f"`{f.name}`", f"`{f.type}`"] for f in dataclasses.fields(Result)] + [["`exit_code`", "`int`"]]),
+        "## Metrics",
+        "Of a run on Ray, by Ray's own exporter. Without Ray there are none; the run record in `OUT/_vitray/runs/` has the same counts.",
+        _table("metric | kind | tags | meaning", metrics()),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def group() -> Any:
+    return typer.main.get_command(app)
+
+
+def exit_codes() -> list[list[str]]:
+    """What the command line says of them, a row each."""
+    said = (app.info.epilog or "").removeprefix("Exit codes: ").removesuffix(".")
+    return [[f"`{code}`", meaning] for code, meaning in (part.split(" ", 1) for part in re.split(r", (?=\d)", said))]
+
+
+def metrics() -> list[list[str]]:
+    """Name as Prometheus sees it, kind, tags, meaning."""
+    rows = [(f"ray_{name}_total", "counter", tags, what) for name, (what, tags) in COUNTERS.items()]
+    name, what, tags = STEP_SECONDS
+    rows.append((f"ray_{name}", "histogram", tags, what))
+    return [[f"`{name}`", kind, ", ".join(f"`{tag}`" for tag in tags), what] for name, kind, tags, what in rows]
+
+
+def _field_row(name: str, field: FieldInfo) -> list[str]:
+    return [f"`{name}`", _type_of(field.annotation), _default_of(field), field.description or ""]
+
+
+def _type_of(kind: Any) -> str:
+    """`list of text`, `one of a, b`, `whole number`."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Annotated:
+        return _type_of(arguments[0])
+    if origin is typing.Literal:
+        return ", ".join(f"`{value}`" for value in arguments)
+    if origin is list:
+        return f"list of {_type_of(arguments[0])}"
+    if arguments:
+        return " or ".join(_type_of(part) for part in arguments if part is not type(None))
+    return {str: "text", int: "whole number", float: "number", bool: "true, false", Embedding: "embedding"}[kind]
+
+
+def _default_of(field: FieldInfo) -> str:
+    if field.default is PydanticUndefined:
+        return "required"
+    if field.default is None or field.default in ([], ""):
+        return "none"
+    if isinstance(field.default, list):
+        return f"[{', '.join(map(_entry, field.default))}]"
+    if isinstance(field.default, bool):
+        return str(field.default).lower()
+    return f"{field.default:,}" if isinstance(field.default, int) else f"{field.default}"
+
+
+def _entry(value: object) -> str:
+    return f"{{layer: {value.layer}, pool: {value.pool}}}" if isinstance(value, Embedding) else str(value)
+
+
+def _columns(fields: Any, meanings: dict[str, str], *more: list[str]) -> str:
+    rows = [[f"`{field.name}`", _arrow(field.type), meanings[field.name]] for field in fields]
+    return _table("column | type | meaning", [*rows, *more])
+
+
+def _arrow(kind: pa.DataType) -> str:
+    if pa.types.is_dictionary(kind):
+        return f"{kind.value_type}, dictionary"
+    if pa.types.is_list(kind):
+        return f"list of {_arrow(kind.value_type)}"
+    return "float32" if kind == pa.float32() else str(kind).replace("fixed_size_binary", "binary")
+
+
+def _vector_row() -> list[str]:
+    return ["`embedding`, or `embedding_<name>`", "fixed-size list of float32 or float16", "the vector; never null"]
+
+
+def _command(name: str, command: Any) -> list[str]:
+    arguments = [p for p in command.params if p.param_type_name == "argument"]
+    usage = " ".join(["vitray", name, *(p.metavar or f"[{p.name.upper()}]" for p in arguments)])
+    rows = [[f"`{p.metavar or p.name.upper()}`", (p.help or "") + _with_default(p)] for p in arguments]
+    return [f"### `vitray {name}`", f"`{usage} [OPTIONS]`", command.help, _table("name | meaning", rows + _option_rows(command))]
+
+
+def _option_rows(command: Any) -> list[list[str]]:
+    kinds, rows = typing.get_type_hints(inspect.unwrap(command.callback)), []
+    for option in command.params:
+        if option.param_type_name == "option":
+            choices = (
+                "|".join(typing.get_args(kinds[option.name])) if typing.get_origin(kinds[option.name]) is typing.Literal else ""
+            )
+            value = "" if option.is_flag else f" {option.metavar or choices or option.name.upper()}"
+            names = ", ".join(f"`{name}{value}`" for name in [*option.opts, *option.secondary_opts])
+            rows.append([names, (option.help or "") + _with_default(option)])
+    return rows
+
+
+def _with_default(parameter: Any) -> str:
+    if parameter.required:
+        return " (required)"
+    if parameter.default is None or parameter.default is False:
+        return ""
+    if parameter.default is True:
+        return f" (default: `{parameter.opts[0]}`)"
+    return f" (default: {parameter.default})"
+
+
+def _function(name: str) -> list[str]:
+    thing = getattr(vitray, name)
+    return [f"### `vitray.{name}`", f"```text\nvitray.{name}{_signature(thing)}\n```", inspect.cleandoc(thing.__doc__ or "")]
+
+
+def _signature(thing: Any) -> str:
+    """Without what only a type checker reads."""
+    parameters = inspect.signature(thing).parameters.values()
+    said = [p.name + ("" if p.default is p.empty else f"={p.default!r}") for p in parameters]
+    if at := next((n for n, p in enumerate(parameters) if p.kind is p.KEYWORD_ONLY), None):
+        said.insert(at, "*")
+    return f"({', '.join(said)})"
+
+
+def _table(heads: str, rows: list[list[str]]) -> str:
+    width = heads.count("|") + 1
+    assert all(len(row) == width for row in rows), rows
+    return "\n".join([f"| {heads} |", "| --- " * width + "|", *("| " + " | ".join(map(_cell, row)) + " |" for row in rows)])
+
+
+def _cell(text: str) -> str:
+    """Bars would end the cell, and <words> outside of code would be tags."""
+    parts = text.replace("|", "\\|").split("`")
+    return "`".join(part.replace("<", "&lt;") if n % 2 == 0 else part for n, part in enumerate(parts))
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
