@@ -22,11 +22,11 @@ from conftest import new_bucket
 from PIL import Image
 
 import vitray
-from vitray.dataset import Dataset, data_files, open_dataset
+from vitray.dataset import Dataset, data_files, open_dataset, write_run_record
 from vitray.errors import CommitError, JobError
 from vitray.report import report, write_card
 from vitray.report.counts import SameBytes, count
-from vitray.report.page import axis, visible, wilson
+from vitray.report.page import STEPS, axis, visible, wilson, within
 from vitray.report.space import near_groups, on_a_plane, principal
 
 HOSTILE = ("<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "{{7*7}}{% raw %}")
@@ -151,6 +151,53 @@ def test_pictures_are_made_anew_from_the_source(shapes_dataset: str, tmp_path: P
     assert report(shapes_dataset, str(tmp_path / "page.html"), pictures=False).pictures == 0  # our own page is written anew
 
 
+MARKS = [200, 400, 600, 600, 600, 600, 1200, 1800, 2400, 2600, 2800, 3000]  # images after 20, 40 ... 240 seconds
+
+
+def record_run(dataset: Dataset, run: str, images: int, timeline: list[tuple[float, int]] | None) -> None:
+    ended = {
+        "run": run,
+        "finished": f"2026-05-0{run}T03:00:00+00:00",
+        "images": images,
+        "seconds": 300.0,
+        "images_per_s": images / 300,
+    }
+    write_run_record(dataset, run, {**ended, **({} if timeline is None else {"timeline": timeline})})
+
+
+def test_throughput_is_drawn_within_the_last_run_that_computed_images(tmp_path: Path) -> None:
+    dataset, page = hand_made.make_dataset(tmp_path), tmp_path / "page.html"
+    record_run(dataset, "1", 5, [(1.0, 5)])
+    record_run(dataset, "2", 3000, [(20.0 * (n + 1), images) for n, images in enumerate(MARKS)])
+    record_run(dataset, "3", 0, [])
+    report(dataset.out, str(page))
+    html = page.read_text()
+    rows = Tables(html).tables["Images/s within the last run"]
+    assert rows == [["0.00", "10.0"], ["1.00", "0.0"], ["2.00", "30.0"], ["3.00", "10.0"]]  # minutes
+    # 30 images/s, the top of the axis, is at 12; nothing at 220: what lies between is 208 units high
+    assert 'd="M48 220V150.7H154.0V220.0H260.0V12.0H366.0V150.7H472.0V220Z"' in html
+    assert '<line class="mean" x1="48" x2="472" y1="133.3" y2="133.3"/>' in html and "dashed: mean 12.5<" in html
+    assert "the run that ended 2026-05-02 03:00: from 0.0 to 30.0, in the mean 12.5" in html
+    assert "minutes; upwards" in html and re.findall(r'y="238" text-anchor="[a-z]+">([0-9]+)<', html)[-5:] == list("01234")
+    record_run(dataset, "4", 7, None)
+    report(dataset.out, str(page))
+    assert "Within the last run" not in page.read_text()
+
+
+def test_steps_of_a_run_add_up_to_its_images_however_uneven_its_marks() -> None:
+    rng = np.random.default_rng(3)
+    for marks in (6, 50, 400):
+        seconds = np.cumsum(rng.exponential(30.0, marks)).round(2)
+        seconds[marks // 2] = seconds[marks // 2 - 1]  # two receipts at once
+        images = np.cumsum(rng.integers(0, 500, marks))
+        found = within({"finished": "", "timeline": list(zip(seconds.tolist(), images.tolist()))})
+        assert found is not None and len(found["rates"]) == min(STEPS, marks // 3)
+        assert sum(rate for _, rate in found["rates"]) * found["step_s"] == pytest.approx(images[-1])
+        assert found["mean"] == pytest.approx(images[-1] / seconds[-1])
+    for short in ([], [(1.0, 4)] * 5, [(0.0, 4)] * 9):
+        assert within({"finished": "", "timeline": short}) is None
+
+
 def test_names_labels_and_messages_stay_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = hostile_dataset(tmp_path, monkeypatch)
     report(dataset.out, str(tmp_path / "page.html"))
@@ -190,6 +237,7 @@ def test_a_browser_shows_it_asks_for_nothing_and_runs_nothing(
     chromium: browser.Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int
 ) -> None:
     dataset = hostile_dataset(tmp_path, monkeypatch)
+    record_run(dataset, "1", 3000, [(20.0 * (n + 1), images) for n, images in enumerate(MARKS)])
     made = report(dataset.out, str(tmp_path / "page.html"))
     for scheme in ("light", "dark"):
         asked = (

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import queue
+import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import hand_made
@@ -12,6 +14,7 @@ import pytest
 from vitray.dataset import Commit, Dataset, committed, staged
 from vitray.errors import ClusterError, VitrayError
 from vitray.pipeline import wave
+from vitray.pipeline.progress import MARKS, Progress
 from vitray.pipeline.runner import _complete, _finished
 from vitray.pipeline.steps import commit_step
 from vitray.pipeline.wave import Work
@@ -160,3 +163,15 @@ def test_a_wave_whose_machine_is_lost_is_planned_again(
     work = complete(dataset)
     assert len(committed(dataset.out)) == shards and DrawnLine.waves == [shards] * 2
     assert work.failures == work.attempts == {}
+
+
+def test_the_timeline_of_a_long_run_is_as_fine_at_its_start_as_at_its_end() -> None:
+    progress = Progress()
+    for second in range(1, 20_001):
+        progress.started = time.monotonic() - second
+        progress.add(Receipt("fragment", "s", 0, 4 if second <= 19_980 else 1))
+    seconds = [at for at, _ in progress.timeline]
+    assert MARKS / 2 <= len(seconds) <= MARKS and seconds[0] < 101 and seconds[-1] > 19_900
+    assert {round(later - at) for at, later in pairwise(seconds)} == {64}
+    assert [images for _, images in progress.timeline[:3]] == [256, 512, 768]
+    assert progress.rate_now() == pytest.approx(1.0, abs=0.01) and len(progress.latest) <= 12

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -28,6 +29,11 @@ class Progress:
     seconds: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
     timeline: list[tuple[float, int]] = field(default_factory=list)  # seconds since the start, images computed by then
+    every: int = 1  # so many fragments make a mark of the timeline
+    fragments: int = 0
+    latest: deque[tuple[float, int]] = field(
+        default_factory=deque
+    )  # marks of every fragment; the first is NOW_S old, or of the start
     waiting: Callable[[], str] = lambda: ""  # what waits for which step; for people
 
     @property
@@ -41,7 +47,7 @@ class Progress:
     def rate_now(self) -> float:
         """Images a second, of the last NOW_S or more."""
         seconds, images = time.monotonic() - self.started, self.images - self.resumed
-        at, there = next((mark for mark in reversed(self.timeline) if seconds - mark[0] >= NOW_S), (0.0, 0))
+        at, there = next((mark for mark in reversed(self.latest) if seconds - mark[0] >= NOW_S), (0.0, 0))
         return (images - there) / max(1e-9, seconds - at)
 
     def left_s(self) -> float | None:
@@ -55,13 +61,21 @@ class Progress:
         self.errors += receipt.errors
         self.resumed += size if receipt.kind == "staged" else 0
         self.size_bytes += receipt.size_bytes
-        self.timeline.append((round(time.monotonic() - self.started, 2), self.images - self.resumed))
-        if len(self.timeline) > MARKS:  # every other one stays: half as fine, and never more
-            self.timeline = self.timeline[1::2]
+        self._mark((round(time.monotonic() - self.started, 2), self.images - self.resumed))
         for reason, count in receipt.reasons.items():
             self.reasons[reason] = self.reasons.get(reason, 0) + count
         for step, seconds in receipt.seconds.items():
             self.seconds[step] = self.seconds.get(step, 0.0) + seconds
+
+    def _mark(self, mark: tuple[float, int]) -> None:
+        self.latest.append(mark)
+        while len(self.latest) > 1 and mark[0] - self.latest[1][0] >= NOW_S:
+            self.latest.popleft()
+        self.fragments += 1
+        if self.fragments % self.every == 0:
+            self.timeline.append(mark)
+        if len(self.timeline) > MARKS:  # every other one stays, of those to come too: as fine at the start as at the end
+            self.timeline, self.every = self.timeline[1::2], 2 * self.every
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from vitray.version import __version__
 
 MARK = '<meta name="generator" content="vitray report'
 RUNS = 40  # the latest
+STEPS, STEP_MARKS = 48, 3  # of one run over time, at most; marks of its timeline for each step, or bursts would look like speed
 LABELS = 30  # of the histogram
 GALLERY = 12  # labels with pictures; with EACH_LABEL, LEAST_SURE and TWINS at most 120 pictures
 SERIES = 8  # colours of the map
@@ -109,6 +110,29 @@ def wilson(right: float, of: float) -> tuple[float, float]:
     return max(0.0, middle - width), min(1.0, middle + width)
 
 
+def within(record: dict[str, Any]) -> dict[str, Any] | None:
+    """Images/s of one run in equal steps of its time, and in the mean; None where too little was recorded."""
+    marks = np.array([(0, 0), *record.get("timeline", ())], float)
+    steps, (end, images) = min(STEPS, (len(marks) - 1) // STEP_MARKS), marks[-1]
+    if steps < 2 or not end:
+        return None
+    edges = np.linspace(0, end, steps + 1)
+    rates = np.diff(np.interp(edges, *marks.T)) * steps / end
+    unit, unit_s = ("seconds", 1) if end < 120 else ("minutes", 60) if end < 3 * 3600 else ("hours", 3600)
+    top, wide = axis(rates.max()), 424 / steps
+    path = "".join(f"V{220 - 208 * rate / top[-1]:.1f}H{48 + wide * (n + 1):.1f}" for n, rate in enumerate(rates))
+    return {
+        "finished": record["finished"],
+        "rates": [(n * end / steps / unit_s, float(rate)) for n, rate in enumerate(rates)],
+        "mean": images / end,
+        "step_s": end / steps,
+        "unit": unit,
+        "times": [(tick, 48 + 424 * tick * unit_s / end) for tick in axis(end / unit_s) if tick * unit_s <= end],
+        "axis": top,
+        "path": f"M48 220{path}V220Z",
+    }
+
+
 def _template() -> Any:
     def finish(value: object) -> object:
         return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
@@ -125,6 +149,7 @@ def _template() -> Any:
     world.filters["tail"] = lambda text: text if len(text) <= TAIL else "…" + text[1 - TAIL :]
     world.filters["line"] = lambda text: " ".join(str(text).split())
     world.filters["n"] = lambda number: f"{number:,.0f}"
+    world.filters["rate"] = lambda number: f"{number:,.1f}"
     world.filters["brief"] = _brief
     return world.get_template("page.html")
 
@@ -188,6 +213,7 @@ def _runs(dataset: Dataset) -> dict[str, Any]:
         "axis": axis(max((record["images_per_s"] for record in worked[-RUNS:]), default=1)),
         "steps": [(step, s, s / total, images / s if s else 0) for step, s in steps.items()] if total else [],
         "images": images,
+        "within": within(worked[-1]) if worked else None,
     }
 
 
