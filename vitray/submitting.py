@@ -9,13 +9,16 @@ import asyncio
 import contextlib
 import logging
 import os
+import queue
 import re
 import secrets
 import shlex
 import tempfile
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import yaml
@@ -30,7 +33,8 @@ OVER = ("SUCCEEDED", "FAILED", "STOPPED")
 JOB_FILE = "vitray-job.yaml"
 _SCHEME = re.compile(r"https?://[^/@\s]+/?$")
 _LEFT_HERE = (".git", ".venv", JOB_FILE)
-_REMOTE = re.compile(r"[a-z0-9]+://")
+_REMOTE = re.compile(r"s3://")
+_ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +70,11 @@ class Cluster:
 
     def __init__(self, address: str, allow_open: bool = False) -> None:
         if not _SCHEME.match(address):
-            raise ClusterError(f"--address {address}: give the URL of the cluster's job API, like http://head:8265")
+            shown = re.sub(r"//[^/]*@", "//***@", address)
+            raise ClusterError(f"--address {shown}: give the URL of the cluster's job API, like http://head:8265")
         self.address, self.allow_open = address.rstrip("/"), allow_open
+        if not os.environ.get("RAY_AUTH_TOKEN", "").strip().isprintable():  # requests would show it in its error
+            raise ClusterError("RAY_AUTH_TOKEN holds a line break or a control character. Set it again.")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         with self._told():
             if not allow_open and _answers_strangers(self.address):
@@ -79,7 +86,7 @@ class Cluster:
 
             for chatty in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
                 logging.getLogger(chatty).setLevel(logging.WARNING)  # at INFO since their import
-            self._client: Any = JobSubmissionClient(self.address)
+            self._client: Any = self._ask(partial(JobSubmissionClient, self.address))
 
     def submit(self, job: Job, working_dir: str | None = None, submission_id: str | None = None) -> Submission:
         """Hand a job over. Its paths must mean the same there: s3://, or absolute.
@@ -87,7 +94,9 @@ class Cluster:
         working_dir: a directory that travels too, without what its .gitignore names; it is the job's current directory there.
         """
         _require_shared_paths(job)
-        name = submission_id or f"vitray-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+        name = submission_id or new_id()
+        if not _ID.fullmatch(name):
+            raise JobError(f"--submission-id {name!r}: letters, digits, - and _ only, 100 at most")
         with contextlib.suppress(ClusterError):
             raise JobError(
                 f"{name} was submitted before: {self.find(name).status}. Choose another --submission-id, or leave it out."
@@ -101,23 +110,26 @@ class Cluster:
             deadline = time.monotonic() + ANSWER_S
             while True:
                 try:
-                    self._client.submit_job(
-                        entrypoint=shlex.join(entrypoint),
-                        submission_id=name,
-                        runtime_env={"working_dir": folder},
-                        metadata={"vitray": __version__, "out": job.out},
+                    self._ask(
+                        partial(
+                            self._client.submit_job,
+                            entrypoint=shlex.join(entrypoint),
+                            submission_id=name,
+                            runtime_env={"working_dir": folder},
+                            metadata={"vitray": __version__, "out": job.out},
+                        )
                     )
                     break
                 except RuntimeError as error:  # a cluster that has just come up has no agent for it yet
                     if "No available agent" not in str(error) or time.monotonic() > deadline:
                         raise
                     time.sleep(1)
-        return self.find(name)
+        return Submission(name, self.address, "PENDING", None, "", job.out)
 
     def find(self, submission_id: str) -> Submission:
         """Where a submission stands. Raises ClusterError for one that the cluster does not know."""
         with self._told():
-            info = self._client.get_job_info(submission_id)
+            info = self._ask(partial(self._client.get_job_info, submission_id))
         status, code = info.status.value, info.driver_exit_code
         ended = {"SUCCEEDED": 0, "STOPPED": 143, "FAILED": code if code and 0 < code < 256 else 1}.get(status)
         out = (info.metadata or {}).get("out", "")
@@ -131,10 +143,12 @@ class Cluster:
     def stop(self, submission_id: str) -> Submission:
         """Ask it to end, as SIGTERM does; what is staged stays. Waits until it is over."""
         with self._told():
-            self._client.stop_job(submission_id)
+            self._ask(partial(self._client.stop_job, submission_id))
         deadline = time.monotonic() + ANSWER_S
         while (found := self.find(submission_id)).exit_code is None and time.monotonic() < deadline:
             time.sleep(0.5)
+        if found.exit_code is None:
+            raise ClusterError(f"{submission_id} is still {found.status} {ANSWER_S:.0f} s after it was asked to end. Ask again.")
         return found
 
     async def _follow(self, submission_id: str, write: Callable[[str], None]) -> Submission:
@@ -151,7 +165,7 @@ class Cluster:
                 heard = time.monotonic()
                 if found.exit_code is not None:
                     return found
-            except (ClusterError, OSError, RuntimeError) as error:  # a broken connection comes as any of them
+            except Exception as error:  # a broken connection comes as one of many
                 if time.monotonic() - heard > LOST_S:
                     where = f"vitray status {submission_id} --follow --address {self.address}"
                     raise ClusterError(
@@ -170,6 +184,25 @@ class Cluster:
         finally:
             await tail.aclose()
 
+    def _ask(self, question: Callable[[], Any]) -> Any:
+        """What Ray's client says, which itself would wait for ever."""
+        answers: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
+
+        def ask() -> None:
+            try:
+                answers.put((question(), None))
+            except Exception as error:
+                answers.put((None, error))
+
+        threading.Thread(target=ask, daemon=True).start()
+        try:
+            value, error = answers.get(timeout=ANSWER_S)
+        except queue.Empty:
+            raise ClusterError(f"{self.address} has not answered for {ANSWER_S:.0f} s. Run the same command again.") from None
+        if error is not None:
+            raise error
+        return value
+
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
         """Whatever Ray's client raises, as one line."""
@@ -183,14 +216,24 @@ class Cluster:
             ) from error
 
 
+def new_id() -> str:
+    """A name for a submission that nobody else gives."""
+    return f"vitray-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+
+
 def _answers_strangers(address: str) -> bool:
     import requests
 
-    return int(requests.get(f"{address}/api/jobs/", timeout=ANSWER_S, allow_redirects=False).status_code) == 200
+    status = requests.get(f"{address}/api/jobs/", timeout=ANSWER_S, allow_redirects=False).status_code
+    if status not in (200, 401, 403):  # a redirect could lead to an open one
+        raise ClusterError(
+            f"{address} does not say whether it asks for a token (HTTP {status}). Give the job API's own URL; else run again."
+        )
+    return bool(status == 200)
 
 
 def _require_shared_paths(job: Job) -> None:
-    places = [*job.source, job.out, *([job.model] if os.path.exists(job.model) else [])]
+    places = [*job.source, *job.allow, job.out, *([job.model] if os.path.exists(job.model) else [])]
     if local := next((place for place in places if not _REMOTE.match(place) and not os.path.isabs(place)), None):
         raise JobError(
             f"{local!r} is a path of this machine; on a cluster give s3://… or an absolute path that every machine sees"

@@ -100,7 +100,7 @@ def _at_most_every(seconds: float, tell: Callable[[Progress], None]) -> Callable
 
     def report(progress: Progress) -> None:
         nonlocal last, ends
-        ends += progress.shards_done == progress.shards
+        ends += progress.shards_done + progress.set_aside >= progress.shards
         if progress.shards and (ends == 1 or time.monotonic() - last >= seconds):
             last = time.monotonic()
             tell(progress)
@@ -137,7 +137,8 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        return json.dumps({"at": at, "level": record.levelname, "logger": record.name, "message": record.getMessage()})
+        said = {"at": at, "level": record.levelname, "logger": record.name, "message": record.getMessage()}
+        return json.dumps(said | ({"traceback": self.formatException(record.exc_info)} if record.exc_info else {}))
 
 
 class Terminal(logging.Handler):

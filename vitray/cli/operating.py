@@ -81,7 +81,8 @@ def submit(
     out: Out = None,
     sets: Sets = None,
     working_dir: Annotated[
-        str | None, typer.Option(help="a directory that travels too, without what its .gitignore names: for paths in the job")
+        str | None,
+        typer.Option(help="a directory that travels too, without what its .gitignore names: the job's current one there"),
     ] = None,
     submission_id: Annotated[str | None, typer.Option(help="a name for it; the cluster takes each once")] = None,
     wait: Annotated[bool, typer.Option(help="follow it, and exit as it does")] = True,
@@ -89,10 +90,11 @@ def submit(
     as_json: Json = False,
 ) -> None:
     """Run a job on a cluster, by Ray's job API; Ctrl-C leaves it running."""
-    from vitray.submitting import Cluster
+    from vitray.submitting import Cluster, new_id
 
-    cluster = Cluster(address, allow_open_cluster)
-    given = cluster.submit(job_of(target, model, out, sets), working_dir, submission_id)
+    cluster, name = Cluster(address, allow_open_cluster), submission_id or new_id()
+    say_when_interrupted(f"it may have been submitted. Look: vitray status {name} --address {cluster.address}")
+    given = cluster.submit(job_of(target, model, out, sets), working_dir, name)
     _tell(cluster, given, wait, as_json)
 
 

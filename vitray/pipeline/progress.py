@@ -52,8 +52,11 @@ class Progress:
 
     def left_s(self) -> float | None:
         """Seconds that what is left will take at the mean rate so far; None where nothing is known yet."""
-        at, of = (self.images, self.images_expected) if self.images_expected else (self.shards_done, self.shards)
-        return (time.monotonic() - self.started) * max(0, of - at) / at if at else None
+        if self.images_expected:  # what was found staged took no time
+            done, left = self.images - self.resumed, self.images_expected - self.images
+        else:
+            done, left = self.shards_done, self.shards - self.shards_done
+        return (time.monotonic() - self.started) * max(0, left) / done if done else None
 
     def add(self, receipt: Receipt) -> None:
         size = receipt.stop - receipt.start

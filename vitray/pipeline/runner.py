@@ -242,8 +242,9 @@ def _complete(dataset: Dataset, job: Job, listing: Listing, open_line: MakeLine,
         unmark_success(dataset.out)
     work.vanished = sum(_vanished(shard) for shard in pending)
     known = [shard.rows for shard in pending]
-    work.progress.shards = len(pending)
-    work.progress.images_expected = sum(r for r in known if r is not None) if None not in known else None
+    progress = work.progress  # which goes on where inputs that changed are planned again
+    progress.shards = progress.shards_done + len(pending)
+    progress.images_expected = progress.images + sum(r for r in known if r is not None) if None not in known else None
     faults, size, dead, last = 0, WAVE_SHARDS, set[str](), Exception()
     while pending:
         if work.stop.is_set():
