@@ -611,7 +611,10 @@ def test_the_slurm_script_is_understood_by_bash_sbatch_and_ray() -> None:
 
     text = text_of("slurm.sbatch")
     assert faults_of_batch(text) == []
-    assert "export RAY_AUTH_TOKEN RAY_AUTH_MODE=token RAY_task_oom_retries=3 RAY_USAGE_STATS_ENABLED=0" in text
+    assert (
+        "export RAY_AUTH_TOKEN RAY_AUTH_MODE=token RAY_task_oom_retries=3 RAY_num_workers_soft_limit=64 RAY_USAGE_STATS_ENABLED=0"
+        in text
+    )
     assert {option for parameter in symmetric_run.params for option in parameter.opts} >= {"--address", "--min-nodes"}
 
 
@@ -655,7 +658,10 @@ def test_the_image_is_pinned_runs_without_root_and_holds_no_weights(tmp_path: Pa
     assert all((HOME / path).exists() for path in copied)
     assert copied <= {line[1:] for line in text_of("Dockerfile.dockerignore").splitlines() if line.startswith("!")}
     arguments = [value for instruction, value in steps if instruction in ("ARG", "ENV")]
-    assert arguments == ["TORCH=cuda", "HF_HOME=/weights RAY_AUTH_MODE=token RAY_task_oom_retries=3 RAY_USAGE_STATS_ENABLED=0"]
+    assert arguments == [
+        "TORCH=cuda",
+        "HF_HOME=/weights RAY_AUTH_MODE=token RAY_task_oom_retries=3 RAY_num_workers_soft_limit=64 RAY_USAGE_STATS_ENABLED=0",
+    ]
     installs = [value for _, value in steps if "pip install" in value]
     assert all("--require-hashes" in value or "--no-deps" in value for value in installs)
 

@@ -31,9 +31,8 @@ class Progress:
     timeline: list[tuple[float, int]] = field(default_factory=list)  # seconds since the start, images computed by then
     every: int = 1  # so many fragments make a mark of the timeline
     fragments: int = 0
-    latest: deque[tuple[float, int]] = field(
-        default_factory=deque
-    )  # marks of every fragment; the first is NOW_S old, or of the start
+    # marks of every fragment; the first is NOW_S old, or of the start
+    latest: deque[tuple[float, int]] = field(default_factory=deque)
     waiting: Callable[[], str] = lambda: ""  # what waits for which step; for people
 
     @property
