@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 from small_models import job_for, make_checkpoint, noise, run
 from test_decode import encode, items, photo, spec
 
-from vitray.decode import Outcome, _resize_fast, decode, fit_size, left_to_device
+from vitray.decode import Outcome, decode, fit_size, left_to_device
 from vitray.errors import ModelError
 from vitray.job import Embedding, Job
 from vitray.models import checkpoint, fp8, identify, loading, open_model, vector_columns
@@ -32,6 +32,7 @@ from vitray.models.gpu_decode import TURNS, Coded, DeviceDecoder, _pieces, shrin
 from vitray.models.ring import SLOTS, Ring
 from vitray.models.torch_engine import TorchModel
 from vitray.pipeline.steps import Parcel, _encoded_table, decode_bytes, decode_step, predict_step
+from vitray.resize import resize_fast
 from vitray.schema import DecodeSpec, Receipt
 
 HOME = Path(__file__).parent.parent
@@ -224,7 +225,7 @@ def software(blobs: list, refuses: tuple[bytes, ...] = ()) -> list[torch.Tensor]
 
 
 def as_fast(batch: torch.Tensor, size: tuple[int, int], resample: int) -> torch.Tensor:
-    fitted = [_resize_fast(image.permute(1, 2, 0).contiguous().numpy(), size[::-1], resample) for image in batch]
+    fitted = [resize_fast(image.permute(1, 2, 0).contiguous().numpy(), size[::-1], resample) for image in batch]
     return torch.from_numpy(np.stack(fitted)).permute(0, 3, 1, 2)
 
 
