@@ -54,3 +54,10 @@ def test_without_an_old_dataset_or_into_it_nothing_is_done(tmp_path: Path) -> No
     with pytest.raises(JobError, match="holds no vitray dataset to go on from"):
         next_job(make_job({"source": "x", "model": "m", "out": str(tmp_path / "none")}), "n")
     assert next_job(dataset.job, "google/vit-base:../x", None).out == f"{dataset.out}-x"
+
+
+def test_the_next_model_has_its_own_revision_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vitray.backfilling.open_dataset", lambda out: object())
+    job = make_job({"source": "in", "model": "a/old", "revision": "v1", "out": str(tmp_path / "out")})
+    assert next_job(job, "a/new").revision is None
+    assert next_job(job, "a/new", revision="v2").revision == "v2"

@@ -10,7 +10,7 @@ from vitray.job import Job
 from vitray.storage import absolute
 
 
-def next_job(job: Job, model: str, out: str | None = None) -> Job:
+def next_job(job: Job, model: str, out: str | None = None, revision: str | None = None) -> Job:
     """The job with another model, into `out` (default: job.out with the model's name behind it).
 
     Loose files get the groups that job.out has, so that both datasets have the same shards. Raises JobError where job.out holds none.
@@ -23,7 +23,7 @@ def next_job(job: Job, model: str, out: str | None = None) -> Job:
     known = load_group_log(absolute(job.out))
     if known and not load_group_log(absolute(beside)):
         append_group_log(absolute(beside), known)  # refused: another call did the same
-    return job.model_copy(update={"model": model, "revision": None, "out": beside})
+    return job.model_copy(update={"model": model, "revision": revision, "out": beside})
 
 
 def _name_of(model: str) -> str:

@@ -34,6 +34,7 @@ def backfill(
     out: Annotated[
         str | None, typer.Option("--out", help="the next dataset (default: the job's out and the model's name)")
     ] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="branch, tag or commit of the next model")] = None,
     sets: Sets = None,
     address: Address = None,
     allow_open_cluster: Open = False,
@@ -42,7 +43,7 @@ def backfill(
     """Make the next dataset, by another model, beside the old one from the same shards; safe to repeat."""
     from vitray.backfilling import next_job
 
-    run_shown(next_job(job_of(target, None, None, sets), model, out), address, allow_open_cluster, as_json)
+    run_shown(next_job(job_of(target, None, None, sets), model, out, revision), address, allow_open_cluster, as_json)
 
 
 def compare(

@@ -228,7 +228,7 @@ def _raise_s3(error: Exception, url: str) -> NoReturn:
             f"{url}: access refused ({code or reason(error)}). Check AWS_PROFILE or AWS_ACCESS_KEY_ID and the bucket's policy."
         ) from error
     mine = type(error).__name__ in BAD_CONFIG
-    step = "~/.aws/config, or unset AWS_PROFILE" if mine else "the URL, AWS_REGION and AWS_ENDPOINT_URL"
+    step = "~/.aws/config, or unset AWS_PROFILE" if mine else "the URL, AWS_DEFAULT_REGION and AWS_ENDPOINT_URL"
     raise StorageError(f"{url}: {reason(error).rstrip('.')}. Check {step}.") from error
 
 
