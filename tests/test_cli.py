@@ -457,7 +457,17 @@ def test_run_says_that_too_many_images_were_bad(vitray: Call, labelled: Path) ->
 
 
 def test_the_summary_counts_in_proper_words() -> None:
-    counts = {"shards": 1, "rows": 1, "errors": 2, "committed": 1, "images": 1, "seconds": 1.0, "gone": 1, "pending": 0}
+    counts = {
+        "shards": 1,
+        "rows": 1,
+        "errors": 2,
+        "committed": 1,
+        "images": 1,
+        "seconds": 1.0,
+        "gone": 1,
+        "pending": 0,
+        "left_out": 2,
+    }
     found = {"set_aside": {}, "truncated": {}, "notes": {"s": "links"}, "reasons": {"empty": 2}, "too_many_errors": True}
     job = Job(source="a", model="m", out="o", max_error_rate=0.5)
     assert summary(SimpleNamespace(out="/o", **counts, **found), job).splitlines() == [
@@ -466,6 +476,7 @@ def test_the_summary_counts_in_proper_words() -> None:
         "  2 empty in this run",
         "note       s: links",
         "no longer in the source: 1 committed shard; --prune removes the rows",
+        "left out by since, sample or limit: 2 shards",
         "too many bad images: 2 of 3, more than max_error_rate=0.5; see /o/errors, or raise max_error_rate",
     ]
 
