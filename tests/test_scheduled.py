@@ -72,8 +72,8 @@ def test_two_days_of_a_nightly_job(shards: list[tuple[list[Picture], bytes]], sh
 
     code, again = run(tmp_path, shapes_model, out)
     cut = [key for key in keys(out) if keys(out).count(key) > 1]  # the half of a, once more under the name y
-    assert (code, again["committed"], again["gone"], len(again["truncated"])) == (3, 0, 1, 1)  # type: ignore[arg-type]
-    assert [name.split("-")[0] for name in again["set_aside"]] == ["x"]  # type: ignore[union-attr]
+    assert (code, again["committed"], again["gone"], len(again["truncated"])) == (3, 0, 1, 1)
+    assert [name.split("-")[0] for name in again["set_aside"]] == ["x"]
     assert sorted(set(keys(out))) == of(a, c, d, e, f, g)
     assert 0 < len(cut) // 2 < EACH and set(cut) <= set(of(a))
 
@@ -107,7 +107,7 @@ def test_since_sample_and_limit_choose_whole_shards_and_say_what_they_left_out(
 
 def test_a_sample_keeps_its_shards_while_the_source_grows(tmp_path: Path) -> None:
     def chosen() -> set[str]:
-        job = vitray.Job(source=str(tmp_path / "in"), model="a/b", out=str(tmp_path / "out"), format="tar", sample=0.3)  # type: ignore[call-arg]
+        job = vitray.Job(source=str(tmp_path / "in"), model="a/b", out=str(tmp_path / "out"), format="tar", sample=0.3)
         from vitray.sources import chosen, list_shards
 
         return {os.path.basename(shard.url) for shard in chosen(list_shards(job, []).shards, job)}
@@ -125,12 +125,12 @@ def test_a_sample_keeps_its_shards_while_the_source_grows(tmp_path: Path) -> Non
 @pytest.mark.parametrize("since", ["yesterday", "2026-13-01", "7 weeks", "-1d", ""])
 def test_a_since_that_is_no_time_is_refused(since: str) -> None:
     with pytest.raises(JobError, match="a date like 2026-11-01"):
-        vitray.Job(source="in", model="m", out="out", since=since)  # type: ignore[call-arg]
+        vitray.Job(source="in", model="m", out="out", since=since)
 
 
 def test_a_since_without_a_zone_is_utc() -> None:
     def moment(text: object) -> float | None:
-        return vitray.Job(source="in", model="m", out="out", since=text).since_s()  # type: ignore[call-arg]
+        return vitray.Job(source="in", model="m", out="out", since=text).since_s()
 
     assert moment("2026-11-01T06:00Z") == moment("2026-11-01T07:00+01:00") == moment("2026-11-01T06:00") == 1793512800.0
     assert abs((moment("36h") or 0) - (time.time() - 36 * 3600)) < 5

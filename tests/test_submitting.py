@@ -213,7 +213,7 @@ def test_what_would_mean_something_else_there_is_refused(monkeypatch: pytest.Mon
     monkeypatch.setattr(Api, "__init__", lambda self: None)
     for fields in ({"source": "in/*.tar"}, {"out": "out"}, {"model": "tests"}):
         with pytest.raises(JobError, match="path of this machine"):
-            Api().submit(vitray.Job(**{"source": "s3://in/*.tar", "model": "a/b", "out": "s3://out", **fields}))  # type: ignore[call-arg]
+            Api().submit(vitray.Job(**{"source": "s3://in/*.tar", "model": "a/b", "out": "s3://out", **fields}))
 
 
 class Answering(http.server.BaseHTTPRequestHandler):

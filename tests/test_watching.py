@@ -47,7 +47,7 @@ def test_the_json_line_has_the_numbers() -> None:
 def test_the_view_has_them_too() -> None:
     console = Console(file=io.StringIO(), width=100, force_terminal=False)
     console.print(view(some_progress()))
-    text = console.file.getvalue()  # type: ignore[attr-defined]
+    text = console.file.getvalue()
     for part in (
         "1 of 4 done, 1 set aside", "200 of 400, 5 failed, 100 found staged", "3 truncated", "4.0 MB read",
         "40.0 ms an image", "3 fragments wait for decode", "CPU here",
