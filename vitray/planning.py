@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rich.filesize import decimal
+
 from vitray.dataset import (
     Dataset,
     committed,
@@ -43,7 +45,7 @@ class Plan:
         about = "" if self.images_exact else "about "
         decided = self.decided or dict.fromkeys(("model", "precision", "engine", "batch_size", "fragment_rows"), "decided at run")
         lines = [
-            f"source     {self.shards} {self.kind} shards, {about}{self.images:,} images, {_size(self.size_bytes)}",
+            f"source     {self.shards} {self.kind} shards, {about}{self.images:,} images, {decimal(self.size_bytes)}",
             f"committed  {self.committed} shards",
             *([f"left out   {self.left_out} shards, by since, sample or limit"] if self.left_out else []),
             f"to do      {self.pending} shards, {about}{self.pending_images:,} images",
@@ -154,11 +156,3 @@ def decided_values(dataset: Dataset) -> dict[str, str]:
 
 def _staged_images(dataset: Dataset, shard: str) -> int:
     return sum(stop - start for start, stop in staged(dataset, shard).ranges())
-
-
-def _size(size_bytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if size_bytes < 1000 or unit == "TB":
-            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
-        size_bytes /= 1000
-    raise AssertionError

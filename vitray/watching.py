@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 
 import psutil
 from rich.console import RenderableType
+from rich.filesize import decimal
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -91,7 +92,7 @@ def view(progress: Progress) -> Table:
         ("", bar),
         ("shards", f"{progress.shards_done:,} of {progress.shards:,} done, {progress.set_aside} set aside"),
         ("images", f"{progress.images:,}{of}, {progress.errors:,} failed, {progress.resumed:,} found staged"),
-        ("images/s", f"{progress.rate_now():,.1f} now, {progress.rate():,.1f} in the mean, {_size(progress.size_bytes)} read"),
+        ("images/s", f"{progress.rate_now():,.1f} now, {progress.rate():,.1f} in the mean, {decimal(progress.size_bytes)} read"),
         ("ETA", "not known yet" if left is None else str(timedelta(seconds=round(left)))),
         *(("failed", f"{count:,} {reason}") for reason, count in sorted(progress.reasons.items())),
         *((f"{step}", f"{1000 * s / computed:,.1f} ms an image, {s:,.0f} s in all") for step, s in progress.seconds.items()),
@@ -105,25 +106,18 @@ def view(progress: Progress) -> Table:
     return table
 
 
-def _gpus() -> list[float]:
-    """The share of time in which each NVIDIA GPU of this machine worked; asked for once in LOOK_S."""
-    if _seen and time.monotonic() - _seen[-1][0] < LOOK_S:
-        return _seen[-1][1]
-    command = shutil.which("nvidia-smi")
-    shares: list[float] = []
-    if command:
-        argv = [command, "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
-        with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
-            shares = [int(line) / 100 for line in subprocess.run(argv, capture_output=True, timeout=5).stdout.split()]
-    _seen[:] = [(time.monotonic(), shares)]
-    return shares
-
-
 _seen: list[tuple[float, list[float]]] = []
 
 
-def _size(number: float) -> str:
-    """Bytes in the largest unit that leaves at least 1."""
-    units = ("B", "kB", "MB", "GB", "TB")
-    power = min(len(units) - 1, int(math.log(max(1, number), 1000)))
-    return f"{number / 1000**power:,.1f} {units[power]}"
+def _gpus() -> list[float]:
+    """The share of time in which each NVIDIA GPU of this machine worked; asked for once in LOOK_S, and no more once it did not answer."""
+    if _seen and time.monotonic() - _seen[-1][0] < LOOK_S:
+        return _seen[-1][1]
+    at, shares, command = math.inf, list[float](), shutil.which("nvidia-smi")
+    if command:
+        argv = [command, "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
+        with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
+            answer = subprocess.run(argv, capture_output=True, timeout=5, check=True).stdout
+            at, shares = time.monotonic(), [int(line) / 100 for line in answer.split()]
+    _seen[:] = [(at, shares)]
+    return shares

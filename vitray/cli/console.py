@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -70,7 +71,8 @@ def _planned(path: str | None) -> dict[str, Any] | None:
     try:
         with open(path, encoding="utf-8") as file:
             expected: dict[str, Any] = json.load(file)
-        float(expected["seconds"]), int(expected["images"])
+        if not all(type(expected[name]) in (int, float) and 0 <= expected[name] < math.inf for name in ("seconds", "images")):
+            raise ValueError("its seconds or images are no numbers")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise JobError(f"--planned {path} is not what vitray plan --probe --json prints: {error}") from error
     return expected
@@ -88,22 +90,25 @@ def watched() -> Iterator[Callable[[Progress], None]]:
         live = Live(console=Console(stderr=True), auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
         with live:
             _live.append(live)
-            yield _at_most_every(0.5, lambda progress: live.update(view(progress), refresh=True))
-            _live.clear()
+            try:
+                yield _at_most_every(0.5, lambda progress: live.update(view(progress), refresh=True))
+            finally:
+                _live.clear()
         return
     yield _at_most_every(EVERY_S, lambda progress: print(json_line(progress), file=sys.stderr, flush=True))
 
 
 def _at_most_every(seconds: float, tell: Callable[[Progress], None]) -> Callable[[Progress], None]:
-    """And once when all is done."""
-    last, ends = time.monotonic() - seconds, 0
+    """And whenever all has just been done."""
+    last, was_over = time.monotonic() - seconds, False
 
     def report(progress: Progress) -> None:
-        nonlocal last, ends
-        ends += progress.shards_done + progress.set_aside >= progress.shards
-        if progress.shards and (ends == 1 or time.monotonic() - last >= seconds):
+        nonlocal last, was_over
+        is_over = progress.shards_done + progress.set_aside >= progress.shards
+        if progress.shards and ((is_over and not was_over) or time.monotonic() - last >= seconds):
             last = time.monotonic()
             tell(progress)
+        was_over = is_over
 
     return report
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vitray.dataset import Dataset, data_files
+from vitray.dataset import Dataset, data_files, require_dataset
 from vitray.errors import JobError, ObjectMissing
-from vitray.report.card import opened, write_card
+from vitray.report.card import write_card
 from vitray.report.page import MARK, page_of
 from vitray.storage import absolute, store_for
 
@@ -39,7 +39,7 @@ def report(out: str, to: str | None = None, truth: str | None = None, pictures: 
     truth: a kept column that holds the true label, for accuracy and calibration. pictures: read images of the source again.
     Raises JobError for what is no dataset, CommitError for a data file that cannot be read.
     """
-    dataset = opened(out)
+    dataset = require_dataset(out)
     _require_truth(dataset, truth)
     target = absolute(to or f"{dataset.out.rpartition('/')[2]}-report.html")
     _require_ours(target)

@@ -7,9 +7,9 @@ import re
 
 import yaml
 
-from vitray.dataset import Dataset, data_files, open_dataset, read_footer
+from vitray.dataset import Dataset, data_files, read_footer, require_dataset
 from vitray.errors import JobError, ObjectMissing
-from vitray.storage import absolute, join, read, store_for
+from vitray.storage import join, read, store_for
 
 SIZES = [
     "n<1K",
@@ -32,7 +32,7 @@ def write_card(out: str, license: str = "unknown") -> str:
 
     license: an identifier of the Hub, such as cc-by-4.0. Raises JobError for a README.md that is not ours, or was edited.
     """
-    dataset = opened(out)
+    dataset = require_dataset(out)
     url, store = join(dataset.out, "README.md"), store_for(dataset.out)
     footers = [read_footer(file) for file in data_files(dataset.out)]
     text = card_of(dataset, sum(f.rows for f in footers), sum(f.errors for f in footers), license).encode()
@@ -42,13 +42,6 @@ def write_card(out: str, license: str = "unknown") -> str:
             raise JobError(f"{url} was not made by vitray, or was edited since. Move it away to have another one written.")
         store.replace(url, body)
     return url
-
-
-def opened(out: str) -> Dataset:
-    """The dataset in OUT. Raises JobError when there is none."""
-    if (dataset := open_dataset(out)) is None:
-        raise JobError(f"{absolute(out)} holds no vitray dataset. Check the path, or run a job into it first.")
-    return dataset
 
 
 def card_of(dataset: Dataset, rows: int, errors: int, license: str) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from vitray.dataset import Dataset, read_footer, read_table
+from vitray.dataset import Dataset, matrix_of, read_footer, read_table
 from vitray.errors import CommitError
 from vitray.storage import store_for
 
@@ -124,8 +124,7 @@ def _add(counts: Counts, dataset: Dataset, url: str, truth: str | None, sample: 
         counts.sampled += [(footer.shard, int(indexes[n])) for n in at]
         counts.sampled_labels += table["label"].take(at).to_pylist() if labelled else [""] * len(at)
         counts.sampled_hashes += table["content_hash"].take(at).to_pylist()
-        flat = table[vector].take(at).combine_chunks()
-        counts.vectors.append(flat.flatten().to_numpy(zero_copy_only=False).reshape(len(at), -1).astype(np.float32))
+        counts.vectors.append(matrix_of(table[vector].take(at)).astype(np.float32))
 
 
 def _add_errors(counts: Counts, rows: pa.Table) -> None:

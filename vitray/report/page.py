@@ -22,7 +22,7 @@ from vitray.report.counts import MEMBERS, SCORE_BINS, Counts, Ref, count, is_rig
 from vitray.report.pictures import pictures_of, rows_of
 from vitray.report.space import NEAR, near_groups, on_a_plane
 from vitray.schema import REASONS, Shard
-from vitray.sources import list_shards
+from vitray.sources import chosen, list_shards
 from vitray.storage import exists, join, read
 from vitray.version import __version__
 
@@ -159,7 +159,7 @@ def _brief(number: float) -> str:
 
 
 def _listed(dataset: Dataset) -> tuple[dict[str, Shard], list[str]]:
-    """The planned shards of the source as it is now, and why it cannot be listed."""
+    """The shards of the source as it is now, and why it cannot be listed."""
     try:
         return {shard.id: shard for shard in list_shards(dataset.job, groups_of(dataset.out)).shards}, []
     except (VitrayError, OSError) as error:
@@ -167,8 +167,8 @@ def _listed(dataset: Dataset) -> tuple[dict[str, Shard], list[str]]:
 
 
 def _state(dataset: Dataset, counts: Counts, listed: dict[str, Shard]) -> str:
-    planned = list(listed)[: dataset.job.limit]
-    pending = len(set(planned) - set(counts.shards))
+    planned = chosen(list(listed.values()), dataset.job)
+    pending = len({shard.id for shard in planned} - set(counts.shards))
     if not counts.shards:
         return "empty: nothing is committed yet"
     if exists(join(dataset.out, "_SUCCESS.json")) and not pending:
