@@ -1,0 +1,70 @@
+"""A linear head apart from its backbone: what `finetune` writes for a probe, and what `head:` reads. Needs no torch.
+
+Two files in a directory: head.json says what it reads and what it names, head.safetensors holds its numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+
+import numpy as np
+
+from vitray.errors import ModelError, VitrayError, one_line
+from vitray.storage import join, read
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """weight float32 [C, D], bias float32 [C], over an embedding [D] of the model whose weights have that sha256.
+
+    layer: None after the final LayerNorm, else 1..L. pool, normalize: as in Job.embeddings. Its scores are a softmax.
+    """
+
+    labels: tuple[str, ...]
+    weight: np.ndarray
+    bias: np.ndarray
+    layer: int | None
+    pool: str
+    normalize: bool
+    model: str
+    weights_sha256: str
+
+
+def write_head(directory: str, head: Head) -> None:
+    """head.json and head.safetensors in a local directory that is there."""
+    from safetensors.numpy import save_file
+
+    weight, bias = (np.ascontiguousarray(x, np.float32) for x in (head.weight, head.bias))
+    save_file({"weight": weight, "bias": bias}, os.path.join(directory, "head.safetensors"))
+    said = {"format": FORMAT, "model": head.model, "weights_sha256": head.weights_sha256, "layer": head.layer or "last"}
+    said |= {"pool": head.pool, "normalize": head.normalize, "labels": list(head.labels)}
+    with open(os.path.join(directory, "head.json"), "w", encoding="utf-8") as file:
+        json.dump(said, file, indent=1, ensure_ascii=False)
+
+
+def read_head(url: str) -> Head:
+    """The head in a directory, local or s3://. Raises ModelError for what is no head, or not a whole one."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        said = json.loads(read(join(url, "head.json")))
+        tensors = load(read(join(url, "head.safetensors")))
+        if said["format"] != FORMAT:
+            raise ValueError(f"format {said['format']}, this vitray knows {FORMAT}")
+        weight, bias, labels = tensors["weight"], tensors["bias"], tuple(map(str, said["labels"]))
+        if weight.dtype != np.float32 or weight.shape[:1] != bias.shape or weight.ndim != 2 or len(labels) != len(weight):
+            raise ValueError(f"weight {list(weight.shape)}, bias {list(bias.shape)} and {len(labels)} labels do not fit")
+        if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
+            raise ValueError("its weights are not finite")
+        layer = None if said["layer"] == "last" else int(said["layer"])
+        facts = str(said["pool"]), bool(said["normalize"]), str(said["model"]), str(said["weights_sha256"])
+    except (VitrayError, OSError) as error:
+        raise ModelError(f"head {url} cannot be read: {one_line(error)}") from error
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ModelError(f"head {url} is not a head that vitray wrote ({one_line(error)}).") from error
+    return Head(labels, weight, bias, layer, *facts)
