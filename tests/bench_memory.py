@@ -62,7 +62,7 @@ def peak_mb(argv: list[str]) -> dict[str, float]:
         driver = sizes.pop(process.pid, 0.0)
         now = {"driver": driver, "worker": max(sizes.values(), default=0.0), "all": driver + sum(sizes.values())}
         peak = {name: max(mb, now[name]) for name, mb in peak.items()}
-        time.sleep(0.5)
+        time.sleep(0.1)
     assert process.returncode == 0
     return peak
 
@@ -74,11 +74,13 @@ def fifty_megapixels() -> bytes:
 
 
 def write_growing(folder: str, times: int) -> int:
-    """Shards of 100 photographs; one in four has four of 50 MP among them, far enough apart for two decoders to meet them at once."""
+    """Shards of 100 photographs. The first four, and one in forty of the rest, have four of 50 MP each, so that whatever can meet meets
+    in the smallest input, too: what a larger one holds beyond it is what grows.
+    """
     pool, large = jpegs(IMAGES), fifty_megapixels()
     for shard in range(4 * times):
         part = pool[shard % 4 * (IMAGES // 4) : (shard % 4 + 1) * (IMAGES // 4)]
-        if shard % 4 == 0:
+        if shard < 4 or shard % 40 == 0:
             part[::25] = [large] * 4
         write_tar(f"{folder}/in-{shard:03d}.tar", [(f"{n:05d}.jpg", data) for n, data in enumerate(part)])
     return IMAGES * times

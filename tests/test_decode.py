@@ -29,7 +29,7 @@ import simplejpeg
 import skimage
 from PIL import Image, ImageCms, JpegImagePlugin, UnidentifiedImageError
 
-from vitray.decode import CHILD_RUNS, DRAFT_GAP, MAX_SCANS, PAGES, Outcome, Pixels, _load, decode, decode_one
+from vitray.decode import CHILD_RUNS, DRAFT_GAP, MAX_SCANS, PAGES, Outcome, Pixels, _load, decode, decode_one, limits_of
 from vitray.isolation import Limits
 from vitray.schema import REASONS, DecodeSpec, Encoded, PixelSpec
 
@@ -662,6 +662,12 @@ def test_an_image_that_uses_up_its_cpu_seconds_is_tried_once(tmp_path: Path) -> 
 
     _, outcomes = decode(items(b"a", b"loop", b"b"), spec(), slow, Limits(cpu_s=0.3))
     assert [outcome.reason for outcome in outcomes] == [None, "time_limit", None] and tries.read_bytes() == b"."
+
+
+def test_an_image_has_five_cpu_seconds_and_more_only_under_a_higher_pixel_cap() -> None:
+    _, outcomes = decode(items(b"a", b"loop"), spec(max_pixels=1000), poison)
+    assert (outcomes[1].reason, outcomes[1].message) == ("time_limit", "the decoder took more than 5 s of CPU")
+    assert limits_of(spec(max_pixels=50_000_000)).cpu_s == 5 and limits_of(spec(max_pixels=200_000_000)).cpu_s == 20
 
 
 def test_the_real_decoder_keeps_within_its_memory() -> None:

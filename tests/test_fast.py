@@ -16,7 +16,7 @@ import torch
 from small_models import PREFIX, STEM, job_for, make_checkpoint, noise, plain_loop, run
 
 from vitray.job import Embedding
-from vitray.models import identify, open_model, shapes, vector_columns
+from vitray.models import identify, open_model, shapes, torch_engine, vector_columns
 from vitray.models.blocks import Attention, PackedLinear, ask_first_tokens_only, fuse_attention, pack
 from vitray.models.cutting import PADDING, cut, ladder
 from vitray.models.machine import compiling_pays
@@ -169,6 +169,46 @@ def test_compiled_bf16_agrees_with_fp32(shapes_model: str) -> None:
     assert (found.ids[:, 0] == exact.ids[:, 0]).mean() >= 0.995
     a, b = exact.vectors["embedding"], found.vectors["embedding"]
     assert ((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)).min() >= 0.999
+
+
+KEPT = """
+import sys
+sys.path.insert(0, {tests!r})
+from small_models import *
+from torch._dynamo.utils import counters
+job = job_for({directory!r}, embeddings=[Embedding()], batch_size=16)
+facts = identify(job)
+other = open_model(facts, [], 1, True, "cpu", 1)  # holds numbers of packed layers, which are free again when it is gone
+del other
+found = open_model(facts, vector_columns(job, facts), 5, True, "cpu", 2, compiled=True).predict(noise(24))
+print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"], found.vectors["embedding"].tobytes().hex())
+"""
+
+
+@needs_compiler
+def test_graphs_are_kept_for_the_next_start_and_say_the_same(tmp_path: Path) -> None:
+    directory = make_checkpoint(tmp_path / "m", "vit", True)
+    if not pack([], torch.float32):
+        pytest.skip("no oneDNN here")
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    env.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    code, said = KEPT.format(directory=directory, tests=str(Path(__file__).parent)), list[list[str]]()
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=250)
+        assert done.returncode == 0, done.stderr[-3000:]
+        said.append(done.stdout.split())
+    assert [line[:2] for line in said] == [["0", "2"], ["2", "0"]]
+    assert said[0][2] == said[1][2]
+
+
+def test_nothing_compiled_is_read_from_where_others_may_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    private = torch_engine._kept_graphs()
+    assert private == str(tmp_path / "vitray" / "compiled") and not os.stat(private).st_mode & 0o022
+    os.chmod(private, 0o777)
+    assert not torch_engine._kept_graphs().startswith(str(tmp_path / "vitray")) and "written by others" in caplog.text
 
 
 def test_without_a_compiler_one_line_says_so_and_the_model_runs(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ MAX_SCANS = 100  # cameras and encoders write about 10; a file of 1,000 scans de
 MESSAGE_CHARS = 200
 PAGES = 4  # of pixels: what one thread's callers hold at a time in the line
 CHILD_RUNS = 64  # calls for which a child is used; a leak or a fragmented heap lives no longer
+CPU_S, CPU_S_PIXELS = 5.0, 50_000_000  # the slowest honest image of so many pixels, a progressive JPEG of noise, takes 2.5 s
 DRAFT_GAP = 3  # a draft is decoded at no less than three times the size that it is resized to: a level or less off in the mean
 ON_DEVICE = ("gpu", "hybrid")  # modes in which plain JPEGs are decoded where the model is
 
@@ -103,15 +104,15 @@ def decode(
     items: Sequence[Encoded],
     spec: DecodeSpec,
     one: Callable[..., Outcome] = decode_one,
-    limits: Limits = Limits(),  # noqa: B008 (frozen)
+    limits: Limits | None = None,
 ) -> tuple[Pixels, list[Outcome]]:
-    """Pixels uint8 [n_good, H, W, 3] of the good ones in order, and one outcome an item.
+    """Pixels uint8 [n_good, H, W, 3] of the good ones in order, and one outcome an item. limits: None for those of spec.max_pixels.
 
     The pixels lie where the child wrote them, until the array and all views on it are gone. Raises what isolation.Child.run raises.
     """
     images = [item.data for item in items if item.data]
     load_decoders(spec.mode)
-    desk = _desk_for(one, spec, limits, len(images))
+    desk = _desk_for(one, spec, limits or limits_of(spec), len(images))
     ledger = desk.ledger
 
     def charge(at: int, death: Death) -> None:
@@ -125,6 +126,11 @@ def decode(
     if good < len(images) or desk.child.runs == CHILD_RUNS:  # a bad image may have spoilt more than its own row
         _here.desk = None
     return desk.pages.current[:good], outcomes
+
+
+def limits_of(spec: DecodeSpec) -> Limits:
+    """CPU seconds grow with the pixel cap."""
+    return Limits(cpu_s=CPU_S * max(1.0, spec.max_pixels / CPU_S_PIXELS))
 
 
 def left_to_device(data: bytes | None, spec: DecodeSpec) -> tuple[Outcome, int] | None:

@@ -45,7 +45,7 @@ _RESET = (
 class Limits:
     """What one input may cost: CPU seconds, seconds without any progress, bytes beyond what the worker already holds."""
 
-    cpu_s: float = 10.0  # decoding and resizing 50 MP, the default pixel cap, takes about 1 s
+    cpu_s: float = 5.0
     wall_s: float = 60.0
     memory_bytes: int = 4 << 30
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import platform
 import threading
+import weakref
+from itertools import count
 from typing import Any
 
 import torch
@@ -74,6 +76,22 @@ def can_pack(dtype: torch.dtype) -> bool:
     return platform.machine() in ("x86_64", "AMD64") and bool(supported.get(dtype, torch.backends.mkldnn.is_available)())
 
 
+# Compiled graphs name a packed layer by its number: with its weights inside torch could not keep them for the next start, as oneDNN's
+# layout cannot be written to disk. Numbers that are free again are given again, so that the next start has the same ones.
+_packed: weakref.WeakValueDictionary[int, PackedLinear] = weakref.WeakValueDictionary()
+_numbering = threading.Lock()
+
+
+_library = torch.library.Library("vitray", "FRAGMENT")
+_library.define("packed_linear(Tensor x, int number, int outputs) -> Tensor")
+_library.impl("packed_linear", lambda x, number, outputs: _packed[number].multiply(x), "CPU")
+
+
+@torch.library.register_fake("vitray::packed_linear")  # type: ignore[untyped-decorator]
+def _(x: Any, number: int, outputs: int) -> Any:
+    return x.new_empty(*x.shape[:-1], outputs)
+
+
 class PackedLinear(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
     """A linear layer as oneDNN wants it, with GELU in the same pass if one is named."""
 
@@ -82,9 +100,18 @@ class PackedLinear(torch.nn.Module):  # type: ignore[misc]  # torch is not typed
         self._weight = torch.ops.mkldnn._reorder_linear_weight(plain.weight.detach().contiguous())
         self._bias = None if plain.bias is None else plain.bias.detach()
         self._after = ("gelu" if gelu else "none", list[float](), gelu or "")
+        self._outputs = plain.out_features
+        with _numbering:
+            self._number = next(number for number in count() if number not in _packed)
+            _packed[self._number] = self
 
     def forward(self, x: Any) -> Any:
         """float [..., in] -> [..., out]."""
+        if torch.compiler.is_compiling():
+            return torch.ops.vitray.packed_linear(x, self._number, self._outputs)
+        return self.multiply(x)
+
+    def multiply(self, x: Any) -> Any:
         return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, *self._after)
 
 

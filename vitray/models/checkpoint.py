@@ -131,7 +131,7 @@ def _from_s3(url: str) -> str:
 def cache_directory(name: str) -> str:
     """vitray's own directory of that name in the user's cache, made if it is not there."""
     path = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "vitray", name)
-    os.makedirs(path, exist_ok=True)
+    os.makedirs(path, 0o755, exist_ok=True)
     return path
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -64,24 +65,24 @@ class TorchModel:
             torch.set_num_threads(1)
         if workers > 1:
             self._map = ThreadPoolExecutor(workers, "vitray-predict").map
+        packed = device == "cpu" and pack(network.blocks, DTYPES[facts.precision])
         self._compiled: dict[int, Any] = {}  # by batch size; other sizes run uncompiled
         if compiled:
-            self._compile()
-        if not self._compiled and device == "cpu":
-            pack(network.blocks, DTYPES[facts.precision])
+            self._compile(packed)
 
-    def _compile(self) -> None:
+    def _compile(self, packed: bool) -> None:
         """Every size of the ladder, now: none is compiled later. Where that fails all sizes run uncompiled."""
         from torch._dynamo.exc import TorchDynamoException
         from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
         if os.environ.setdefault(CACHE, default_cache_dir()) == default_cache_dir():  # in /tmp, where others may write
-            os.environ[CACHE] = cache_directory("compiled")
+            os.environ[CACHE] = _kept_graphs()
         self._sizes = ladder(self._facts.batch_size)
         self._compiled = dict.fromkeys(self._sizes, torch.compile(self._forward, dynamic=False))
-        # Freezing lays the weights out for oneDNN; it must be on while dynamo traces, so `options=` would not do. The joint
-        # passes turn `Attention`'s matmuls back into the slower fused kernel.
-        on_cpu = {"freezing": True, "use_joint_graph_passes": False} if self._device.type == "cpu" else {}
+        # Freezing lays the weights out as this CPU likes them, where they are not packed; then no graph is kept for the next start.
+        # It must be on while dynamo traces, so `options=` would not do. The joint passes turn `Attention`'s matmuls back into the
+        # slower fused kernel.
+        on_cpu = {"freezing": not packed, "use_joint_graph_passes": False} if self._device.type == "cpu" else {}
         try:
             # Dynamo counts compilations by code, for all models of a process; a ladder is all that one model ever asks for
             with torch._inductor.config.patch(on_cpu), torch._dynamo.config.patch(recompile_limit=256):
@@ -167,3 +168,13 @@ class TorchModel:
         if batch == self._facts.batch_size:
             log.warning("%s: out of memory with %d images at once, halving; set batch_size lower", self._facts.model, batch)
         self._sizes = self._sizes[1:] or (batch // 2,)
+
+
+def _kept_graphs() -> str:
+    """Where compiled code and graphs wait for the next start. Both are run when they are read: nobody else may write there."""
+    path = cache_directory("compiled")
+    there = os.stat(path)
+    if there.st_uid == os.getuid() and not there.st_mode & 0o022:
+        return path
+    log.warning("%s can be written by others, so nothing compiled is kept. chmod go-w it, or set XDG_CACHE_HOME.", path)
+    return tempfile.mkdtemp(prefix="vitray-")
