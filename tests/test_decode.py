@@ -30,7 +30,7 @@ import skimage
 from PIL import Image, ImageCms, JpegImagePlugin, UnidentifiedImageError
 
 from vitray.decode import CHILD_RUNS, DRAFT_GAP, MAX_SCANS, PAGES, Outcome, Pixels, _load, decode, decode_one, limits_of
-from vitray.isolation import Limits
+from vitray.isolation import CHUNK_BYTES, Limits
 from vitray.schema import REASONS, DecodeSpec, Encoded, PixelSpec
 
 DATA = Path(skimage.__file__).parent / "data"
@@ -664,6 +664,19 @@ def test_an_image_that_uses_up_its_cpu_seconds_is_tried_once(tmp_path: Path) -> 
     assert [outcome.reason for outcome in outcomes] == [None, "time_limit", None] and tries.read_bytes() == b"."
 
 
+def test_inputs_larger_and_smaller_than_what_lies_there_at_a_time_arrive_whole() -> None:
+    def last(data: bytes, wanted: DecodeSpec, into: Pixels) -> Outcome:
+        into[...] = np.frombuffer(data[-3:], np.uint8)
+        return Outcome(len(data), 1, "png", None, "")
+
+    sizes = [3, CHUNK_BYTES + 7, 3, CHUNK_BYTES - 3, 3, 4, 3 * CHUNK_BYTES, 5]
+    for seed in (1, 2):  # the second time the child and its file have been used
+        blobs = [np.random.default_rng([seed, size, n]).bytes(size) for n, size in enumerate(sizes)]
+        pixels, outcomes = decode(items(*blobs), spec(), last)
+        assert [outcome.width for outcome in outcomes] == sizes
+        assert [bytes(p[7, 5]) for p in pixels] == [blob[-3:] for blob in blobs]
+
+
 def test_an_image_has_five_cpu_seconds_and_more_only_under_a_higher_pixel_cap() -> None:
     _, outcomes = decode(items(b"a", b"loop"), spec(max_pixels=1000), poison)
     assert (outcomes[1].reason, outcomes[1].message) == ("time_limit", "the decoder took more than 5 s of CPU")
@@ -813,7 +826,7 @@ def test_the_child_dies_with_its_parent(tmp_path: Path) -> None:
 def test_threads_that_begin_at_once_leave_no_child_waiting_for_a_lock(tmp_path: Path) -> None:
     """One that forked while another compiled had a child that waited for the compiler's lock until it was killed, a minute later."""
     code = (
-        "import io, threading\nfrom PIL import Image\nfrom vitray.decode import decode\nfrom vitray.isolation import Limits\n"
+        "import io, threading\nfrom PIL import Image\nfrom vitray.decode import decode\nfrom vitray.isolation import CHUNK_BYTES, Limits\n"
         "from vitray.schema import DecodeSpec, Encoded, PixelSpec\n"
         "buffer = io.BytesIO()\nImage.new('RGB', (64, 48)).save(buffer, 'JPEG')\n"
         "spec = DecodeSpec(PixelSpec((16, 16), 2, None, 1, (0, 0, 0), (1, 1, 1)), ('jpeg',), 10**6, None)\n"

@@ -1,6 +1,6 @@
 """Work that may kill its process, or never end, done in a forked child: a death costs one input, and the caller lives.
 
-Knows nothing of images. Inputs travel through a socket, results through memory that both processes share (`shared`). Linux only.
+Knows nothing of images. Inputs and results lie in memory that both processes share; a socket says what is there. Linux only.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import chain
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -33,7 +32,8 @@ from numpy.typing import DTypeLike, NDArray
 from vitray.errors import VitrayError
 
 _STARTED, _DONE = 1, 2
-_HEAD = struct.Struct("=qq")  # the index of the first input and how many come; then the size of each, then all their bytes
+_HEAD = struct.Struct("=qqq")  # the index of the first input, how many come, and their bytes in all
+CHUNK_BYTES = 4 << 20  # of inputs that lie there at a time, if one is no longer: a fragment of photographs may have gigabytes
 # Ray, faulthandler and absl catch these: their reports take locks that a child may never get
 _RESET = (
     *(signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT),
@@ -101,6 +101,9 @@ class Child:
         """memory: what `work` writes to. Children of other threads, forked later, do not get it."""
         self._work, self._limits = work, limits
         self._states: NDArray[np.uint8] = shared((capacity,), np.uint8)
+        self._sizes: NDArray[np.int64] = shared((capacity,), np.int64)
+        self._inputs = os.fdopen(os.memfd_create("vitray"), "wb")
+        weakref.finalize(self, self._inputs.close)
         self._maps: list[Any] = [array.base for array in (self._states, *memory)]  # not the arrays: Pages counts who holds them
         self._end: Callable[[], int | None] | None = None
         self.runs = 0
@@ -120,8 +123,8 @@ class Child:
                 self._start()
             death = self._feed(inputs, at)
             at = int(np.count_nonzero(states == _DONE))
-            if at == len(inputs):
-                return
+            if death is None or at == len(inputs):
+                continue
             if suspect != at and not death.is_certain:
                 suspect, states[at] = at, 0
             elif states[at] == _STARTED:
@@ -146,11 +149,14 @@ class Child:
 
     def _serve(self, line: socket.socket) -> None:
         _limit_memory(self._limits.memory_bytes)
-        stream = line.makefile("rb")
+        stream, inputs = line.makefile("rb"), cast(bytes | mmap.mmap, b"")
         while head := stream.read(_HEAD.size):
-            start, count = _HEAD.unpack(head)
-            for at, size in enumerate(struct.unpack(f"={count}q", stream.read(8 * count)), start):
-                data = stream.read(size)
+            start, count, size = _HEAD.unpack(head)
+            if size > len(inputs):
+                inputs = mmap.mmap(self._inputs.fileno(), size, prot=mmap.PROT_READ)
+            stops = np.cumsum(self._sizes[start : start + count]).tolist()
+            for at, begin, stop in zip(range(start, start + count), [0, *stops], stops):
+                data = inputs[begin:stop]
                 self._states[at] = _STARTED
                 # the default action, by the kernel: a Python handler would wait for the C code to return
                 signal.setitimer(signal.ITIMER_PROF, self._limits.cpu_s)
@@ -158,27 +164,29 @@ class Child:
                 self._states[at] = _DONE
             line.send(b".")
 
-    def _feed(self, inputs: Sequence[bytes], start: int) -> Death:
-        """All inputs are done, or how the process ended: by itself, or because it stood still."""
-        sizes = [len(one) for one in inputs[start:]]
-        head = _HEAD.pack(start, len(sizes)) + struct.pack(f"={len(sizes)}q", *sizes)
-        rest = (memoryview(piece) for piece in chain([head], inputs[start:]) if piece)
-        piece, line, answered = next(rest), self._line.fileno(), False
-        poller = select.poll()
+    def _feed(self, inputs: Sequence[bytes], start: int) -> Death | None:
+        """As many inputs as fit are done; else how the process ended: by itself, or because it stood still."""
+        stop, size = start, 0
+        self._inputs.seek(0)
+        self._inputs.truncate(CHUNK_BYTES)
+        while stop < len(inputs) and (stop == start or size + len(inputs[stop]) <= CHUNK_BYTES):
+            self._inputs.write(inputs[stop])
+            self._sizes[stop] = len(inputs[stop])
+            size += len(inputs[stop])
+            stop += 1
+        self._inputs.flush()
+        poller, line = select.poll(), self._line.fileno()
         poller.register(self._pidfd, select.POLLIN)
-        poller.register(line, select.POLLIN | select.POLLOUT)
-        progress, since, stalled = -1, 0.0, False
+        poller.register(line, select.POLLIN)
+        progress, since, stalled, answered = -1, 0.0, False, False
         try:
+            self._line.send(_HEAD.pack(start, stop - start, size))
             while not stalled:
                 events = dict(poller.poll(self._limits.wall_s * 250))  # ms: looks four times in that span
                 if events.get(line, 0) & select.POLLIN and (answered := bool(self._line.recv(1))):
-                    return Death(False, "lives")
+                    return None
                 if self._pidfd in events:
                     break
-                if events.get(line, 0) & select.POLLOUT:
-                    piece = piece[self._line.send(piece) :] or next(rest, piece[:0])
-                    if not piece:
-                        poller.modify(line, select.POLLIN)
                 if (now := int(self._states.sum())) != progress:
                     progress, since = now, time.monotonic()
                 stalled = time.monotonic() - since >= self._limits.wall_s
