@@ -16,7 +16,7 @@ import pytest
 from shards import Picture, pictures, put_files, put_tars
 
 import vitray
-from vitray.dataset import Dataset, open_dataset, staged
+from vitray.dataset import Dataset, load_group_log, open_dataset, staged
 from vitray.errors import ClusterError, Interrupted, ModelError
 from vitray.pipeline.cluster import share_out
 from vitray.pipeline.local import LocalLine
@@ -202,3 +202,26 @@ def test_a_run_that_gives_up_leaves_no_row_twice(
         row["key"] for path in (tmp_path / "out" / "data").iterdir() for row in pq.read_table(path, columns=["key"]).to_pylist()
     ]
     assert sorted(keys) == [f"{n:05d}" for n in range(60)]
+
+
+def test_files_that_arrive_while_a_run_plans_wait_for_the_next_one_and_make_no_groups_of_their_own(
+    shapes_model: str, tmp_path: Path
+) -> None:
+    items, ended = pictures(60), threading.Event()
+    put_files(str(tmp_path / "in"), items[:10])
+
+    def arrive() -> None:
+        for n in range(100_000):
+            if ended.wait(0.01):
+                return
+            put_files(str(tmp_path / "in"), [replace(items[n % 50 + 10], key=f"late-{n:06d}")])
+
+    thread = threading.Thread(target=arrive)
+    thread.start()
+    try:
+        vitray.run(vitray.Job(source=[str(tmp_path / "in")], model=shapes_model, out=str(tmp_path / "out"), engine="torch"))
+    finally:
+        ended.set()
+        thread.join()
+    assert len(load_group_log(str(tmp_path / "out"))) >= 10
+    assert {number for number, _ in load_group_log(str(tmp_path / "out"))} == {0}

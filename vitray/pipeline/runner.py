@@ -168,9 +168,10 @@ def groups_of(out: str) -> list[Group]:
 def _settle_groups(job: Job, listing: Listing) -> Listing:
     """A listing whose groups are all in the log: ours, or those of a run that was faster."""
     for _ in range(20):
-        if not listing.new_groups:
+        members = [(group.number, url) for group in listing.new_groups for url in group.urls]
+        # not listed again after that: files that arrive meanwhile would become groups of one or two
+        if not members or append_group_log(absolute(job.out), members):
             return listing
-        append_group_log(absolute(job.out), [(g.number, url) for g in listing.new_groups for url in g.urls])
         listing = list_shards(job, groups_of(job.out))
     raise StorageError(f"{job.out}: other runs keep appending groups. Wait for them, then run the same command again.")
 
