@@ -8,8 +8,9 @@ STAMP := .venv/.installed
 demo: $(STAMP)
 	$(BIN)/vitray demo demo
 
+# Two processes: one with Ray and S3, one with the rest.
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -m "not nightly"
+	$(BIN)/python -m pytest -q -m "not nightly" -n 2 --dist loadgroup
 
 check: lint fast
 

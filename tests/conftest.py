@@ -21,6 +21,13 @@ KEYS = {"AWS_ACCESS_KEY_ID": "AKTEST", "AWS_SECRET_ACCESS_KEY": "SKTEST", "AWS_D
 RGW = Path(__file__).with_name("rgw.sh")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several test processes one of them has Ray and the real S3 server, for all tests that need them."""
+    for item in items:
+        if {"ray", "s3"} & {mark.name for mark in item.iter_markers()}:
+            item.add_marker(pytest.mark.xdist_group("servers"))
+
+
 @pytest.fixture(scope="session")
 def shapes_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Directory of the tiny ViT, trained once a session on drawn shapes. Asserts the accuracy it was trained for."""
