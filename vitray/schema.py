@@ -120,7 +120,8 @@ class DecodeSpec:
 class ModelFacts:
     """What a checkpoint is, found once and frozen in dataset.json.
 
-    labels: class names by id, empty when the checkpoint has no trained head. precision, engine, batch_size: resolved.
+    labels: class names by id, empty when there are none. prompts, text_sha256: of labels that a text tower reads, and the hash of what
+    its tokenizer makes of them. head, head_sha256: a linear head of its own, where it is and its hash. precision, engine, batch_size: resolved.
     engine_why: what each engine did, where `auto` chose between several.
     """
 
@@ -139,6 +140,10 @@ class ModelFacts:
     engine: str
     batch_size: int
     engine_why: str = ""
+    prompts: tuple[str, ...] = ()
+    text_sha256: str = ""
+    head: str = ""
+    head_sha256: str = ""
 
     def labels_sha256(self) -> str:
         return hashlib.sha256("\0".join(self.labels).encode()).hexdigest()

@@ -50,7 +50,7 @@ def card_of(dataset: Dataset, rows: int, errors: int, license: str) -> str:
     configs = [{"config_name": "default", "data_files": [{"split": "train", "path": "data/*.parquet"}]}]
     if errors:
         configs.append({"config_name": "errors", "data_files": [{"split": "train", "path": "errors/*.parquet"}]})
-    tasks = ["image-classification"] * dataset.job.labels + ["image-feature-extraction"] * bool(dataset.vectors)
+    tasks = ["image-classification"] * dataset.job.labelled + ["image-feature-extraction"] * bool(dataset.vectors)
     front = {
         "pretty_name": name,
         "license": license,
