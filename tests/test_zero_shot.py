@@ -168,14 +168,13 @@ def test_other_engines_give_the_same_scores(towers: dict[str, str], stem: str, e
     np.testing.assert_allclose(found.vectors["embedding"], torch_says.vectors["embedding"], atol=1e-4)
 
 
-def test_a_compiled_pass_gives_the_same_scores(towers: dict[str, str]) -> None:
-    for stem, directory in towers.items():
-        job = job_for(directory, LABELS, batch_size=1)
-        facts = identify(job)
-        model = open_model(facts, vector_columns(job, facts), 5, True, "cpu", 1, compiled=True)
-        np.testing.assert_allclose(
-            by_label(model.predict(noise(3))), by_label(run(job, noise(3))), atol=1e-4, err_msg=stem
-        )
+@pytest.mark.parametrize("stem", ["CLIP", pytest.param("Siglip", marks=pytest.mark.nightly)])
+def test_a_compiled_pass_gives_the_same_scores(towers: dict[str, str], stem: str) -> None:
+    job = job_for(towers[stem], LABELS, batch_size=1)
+    facts = identify(job)
+    model = open_model(facts, vector_columns(job, facts), 5, True, "cpu", 1, compiled=True)
+    assert len(model._compiled) == 1  # type: ignore[attr-defined]
+    np.testing.assert_allclose(by_label(model.predict(noise(3))), by_label(run(job, noise(3))), atol=1e-4)
 
 
 @pytest.mark.parametrize("stem", ["CLIP", "Siglip"])
@@ -259,8 +258,8 @@ def test_models_that_cannot_read_say_so_in_one_line(towers: dict[str, str], clip
     os.unlink(f"{clip}/tokenizer.json")
     assert "holds no tokenizer (tokenizer.json, or vocab.json and merges.txt, or spiece.model)" in refused(job_for(clip, LABELS))
     Path(f"{clip}/tokenizer.json").write_text("{}")
-    assert "its tokenizer cannot be loaded" in refused(job_for(clip, LABELS))
-    shutil.copy(f"{towers['Siglip']}/tokenizer.json", clip)
+    assert "its tokenizer does not work" in refused(job_for(clip, LABELS))
+    shutil.copy(f"{towers['CLIP']}/tokenizer.json", clip)
     drop_weights(clip, "text_model.encoder")
     job = job_for(clip, LABELS)
     with pytest.raises(ModelError, match="weights that CLIPModel needs"):

@@ -44,9 +44,7 @@ def tokens(found: Checkpoint, config: VisionConfig, labels: list[str], prompts: 
             "Choose a CLIP or SigLIP checkpoint, or labels: true or false."
         )
     texts = [prompt.replace("{}", label) for label in labels for prompt in prompts]
-    tokenizer = _tokenizer(found, config)
-    with quiet():
-        arrays = dict(tokenizer(texts, return_tensors="np", **PADDING[config.family]))
+    arrays = _tokenised(found, config, texts)
     ids, tower = arrays["input_ids"], config.hf.text_config
     if ids.shape[1] > tower.max_position_embeddings:
         raise ModelError(
@@ -58,7 +56,7 @@ def tokens(found: Checkpoint, config: VisionConfig, labels: list[str], prompts: 
     return Tokens(arrays, len(prompts))
 
 
-def _tokenizer(found: Checkpoint, config: VisionConfig) -> Any:
+def _tokenised(found: Checkpoint, config: VisionConfig, texts: list[str]) -> dict[str, np.ndarray]:
     if not any(all(os.path.isfile(os.path.join(found.directory, name)) for name in names) for names in VOCABULARIES):
         # transformers would make an empty CLIP tokenizer up
         raise ModelError(
@@ -69,11 +67,14 @@ def _tokenizer(found: Checkpoint, config: VisionConfig) -> Any:
 
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(found.directory, trust_remote_code=False, local_files_only=True, config=config.hf)
+            tokenizer = AutoTokenizer.from_pretrained(
+                found.directory, trust_remote_code=False, local_files_only=True, config=config.hf
+            )
+            return dict(tokenizer(texts, return_tensors="np", **PADDING[config.family]))
     except ImportError as error:
         raise ModelError(f"{found.model}: its tokenizer needs SentencePiece: pip install 'vitray[siglip]'.") from error
     except Exception as error:  # whatever a broken or foreign file makes transformers raise
-        raise ModelError(f"{found.model}: its tokenizer cannot be loaded ({one_line(error)}). Fetch the checkpoint again.") from error
+        raise ModelError(f"{found.model}: its tokenizer does not work ({one_line(error)}). Fetch the checkpoint again.") from error
 
 
 def embed(two_towers: Any, texts: Tokens, device: str) -> Any:
