@@ -298,7 +298,12 @@ def test_siglips_own_tokenizer_needs_sentencepiece(towers: dict[str, str], tmp_p
         return
     (tmp_path / "words.txt").write_text("\n".join(word.lower() for word in WORDS))
     sentencepiece.SentencePieceTrainer.train(
-        input=f"{tmp_path}/words.txt", model_prefix=f"{directory}/spiece", vocab_size=80, pad_id=-1, bos_id=-1, hard_vocab_limit=False
+        input=f"{tmp_path}/words.txt",
+        model_prefix=f"{directory}/spiece",
+        vocab_size=80,
+        pad_id=-1,
+        bos_id=-1,
+        hard_vocab_limit=False,
     )
     found = by_label(run(job_for(directory, LABELS), noise(IMAGES)))
     np.testing.assert_allclose(found, pipeline_scores(directory, noise(IMAGES), "This is a photo of {}."), atol=1e-4)
@@ -355,5 +360,5 @@ def test_a_dataset_keeps_its_labels_and_refuses_others(towers: dict[str, str], t
         vitray.run(job)
     with pytest.raises(FingerprintError, match="prompts differs"):
         vitray.run(Job(**base, device="cpu", labels=LABELS, group_size=5, prompts=["a {}"]))
-    with pytest.raises(FingerprintError, match="labels differs .*; embeddings differs|labels differs"):
+    with pytest.raises(FingerprintError, match="labels differs"):
         vitray.run(Job(**base, device="cpu", labels=False, group_size=5))

@@ -62,7 +62,7 @@ class Dataset:
             "engine": self.facts.engine,
             # absent where there are none: datasets that were begun before there were any go on
             **({"prompts": [*self.facts.prompts, self.facts.text_sha256]} if self.facts.prompts else {}),
-            **({"head": self.facts.head_sha256} if self.facts.head else {}),
+            **({"head": [self.facts.head_sha256, self.facts.head_column]} if self.facts.head else {}),
             **{name: getattr(self.job, name) for name in DECIDING_FIELDS},
         }
 

@@ -112,7 +112,11 @@ def _from_s3(url: str) -> str:
         listed = {info.url.removeprefix(base): info for info in storage.expand(base)}
     except ObjectMissing as error:
         raise ModelError(f"{url} holds no checkpoint: there is no object under it. Check the URL.") from error
-    files = {name: info for name, info in listed.items() if "/" not in name and name.endswith((".json", ".txt", ".safetensors", "spiece.model"))}
+    files = {
+        name: info
+        for name, info in listed.items()
+        if "/" not in name and name.endswith((".json", ".txt", ".safetensors", "spiece.model"))
+    }
     root = cache_directory("models")
     target = os.path.join(root, short_hash("\0".join(f"{i.url} {i.version}" for i in files.values()), 32))
     with open(f"{target}.lock", "w") as lock:

@@ -66,7 +66,9 @@ def read_own_head(url: str, facts: ModelFacts) -> Head:
             f"({facts.weights_sha256[:12]}…). Take the model it was made for, or make a head for this one (vitray finetune)."
         )
     if head.weight.shape[1] != facts.dimension:
-        raise ModelError(f"head {url} takes {head.weight.shape[1]} values, and an embedding of {facts.model} has {facts.dimension}.")
+        raise ModelError(
+            f"head {url} takes {head.weight.shape[1]} values, and an embedding of {facts.model} has {facts.dimension}."
+        )
     require_vector(facts, head.layer, head.pool)
     return head
 

@@ -42,7 +42,9 @@ def open_head(facts: ModelFacts, found: Checkpoint, device: str) -> LinearHead |
     device: where labels are read.
     """
     if facts.prompts:
-        return LinearHead(None, *_read_labels(facts.labels, facts.prompts, facts.text_sha256, facts.weights_sha256, found, device))
+        return LinearHead(
+            None, *_read_labels(facts.labels, facts.prompts, facts.text_sha256, facts.weights_sha256, found, device)
+        )
     if not facts.head:
         return None
     head = read_own_head(facts.head, facts)
@@ -59,7 +61,9 @@ def _read_labels(
     config = read_config(found)
     texts = text.tokens(found, config, list(labels), list(prompts))
     if texts.sha256() != text_sha256:
-        raise ModelError(f"{found.model}: its tokenizer changed since it was planned. Put the old one back, or choose another `out`.")
+        raise ModelError(
+            f"{found.model}: its tokenizer changed since it was planned. Put the old one back, or choose another `out`."
+        )
     is_clip = config.family == "clip"
     whole = load_weights(found, transformers.CLIPModel if is_clip else transformers.SiglipModel, config.hf)
     vectors = text.embed(whole, texts, device)

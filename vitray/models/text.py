@@ -52,7 +52,9 @@ def tokens(found: Checkpoint, config: VisionConfig, labels: list[str], prompts: 
             f"prompts shorter, such as {max(texts, key=len)[:80]!r}."
         )
     if ids.max() >= tower.vocab_size:
-        raise ModelError(f"{found.model}: its tokenizer is another model's, its tokens go beyond the text tower's {tower.vocab_size}.")
+        raise ModelError(
+            f"{found.model}: its tokenizer is another model's, its tokens go beyond the text tower's {tower.vocab_size}."
+        )
     return Tokens(arrays, len(prompts))
 
 
@@ -74,7 +76,9 @@ def _tokenised(found: Checkpoint, config: VisionConfig, texts: list[str]) -> dic
     except ImportError as error:
         raise ModelError(f"{found.model}: its tokenizer needs SentencePiece: pip install 'vitray[siglip]'.") from error
     except Exception as error:  # whatever a broken or foreign file makes transformers raise
-        raise ModelError(f"{found.model}: its tokenizer does not work ({one_line(error)}). Fetch the checkpoint again.") from error
+        raise ModelError(
+            f"{found.model}: its tokenizer does not work ({one_line(error)}). Fetch the checkpoint again."
+        ) from error
 
 
 def embed(two_towers: Any, texts: Tokens, device: str) -> Any:
