@@ -32,7 +32,9 @@ NAMES = ("ant", "bee", "cow", "doe")
 IMAGES = 14
 
 
-def make_head(folder: Path, model: str, layer: int | None = None, pool: str = "cls", normalize: bool = False, **more: object) -> str:
+def make_head(
+    folder: Path, model: str, layer: int | None = None, pool: str = "cls", normalize: bool = False, **more: object
+) -> str:
     """A head of random numbers for the model's embeddings [32], whose scores tell images apart."""
     rng = np.random.default_rng(3)
     weight = rng.normal(size=(len(NAMES), 32)).astype(np.float32) * (8 if normalize else 1.5)

@@ -53,7 +53,7 @@ def open_head(facts: ModelFacts, found: Checkpoint, device: str) -> LinearHead |
     return LinearHead(head_column(head, facts), torch.from_numpy(head.weight), torch.from_numpy(head.bias))
 
 
-@lru_cache(maxsize=2)  # `engine: auto` opens a model several times; a thousand labels in 80 prompts take minutes on a CPU
+@lru_cache(maxsize=2)  # `engine: auto` opens a model several times; a thousand labels in 80 prompts are 80,000 texts
 def _read_labels(
     labels: tuple[str, ...], prompts: tuple[str, ...], text_sha256: str, weights_sha256: str, found: Checkpoint, device: str
 ) -> tuple[Any, Any, Any]:
