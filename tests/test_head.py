@@ -25,7 +25,7 @@ from vitray.models.checkpoint import hash_weights, locate
 from vitray.models.head import Head, read_head, write_head
 from vitray.planning import status
 from vitray.relabelling import relabel
-from vitray.report import report
+from vitray.report import report, write_card
 from vitray.storage import join, store_for
 
 NAMES = ("ant", "bee", "cow", "doe")
@@ -168,6 +168,7 @@ def test_a_dataset_relabelled_equals_a_run_with_the_head(
     assert compare(into, ran.out).rows == IMAGES and (compare(into, ran.out).agreement or 0) >= clear.mean()
     report(into, f"{tmp_path}/page.html", None, False)
     assert new["label"][0].as_py() in Path(f"{tmp_path}/page.html").read_text()
+    assert f"`{read_head(head).sha256()}`, over the stored `{found.column}`" in Path(write_card(into)).read_text()
     assert relabel(job.out, head, into).written == 0
     with pytest.raises(FingerprintError, match="head differs"):  # a run's labels are of the pass itself
         vitray.run(ran.model_copy(update={"out": into}))
