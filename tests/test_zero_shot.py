@@ -168,7 +168,8 @@ def test_other_engines_give_the_same_scores(towers: dict[str, str], stem: str, e
     np.testing.assert_allclose(found.vectors["embedding"], torch_says.vectors["embedding"], atol=1e-4)
 
 
-@pytest.mark.parametrize("stem", ["CLIP", pytest.param("Siglip", marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("stem", ["CLIP", "Siglip"])
 def test_a_compiled_pass_gives_the_same_scores(towers: dict[str, str], stem: str) -> None:
     job = job_for(towers[stem], LABELS, batch_size=1)
     facts = identify(job)
