@@ -42,7 +42,7 @@ ROW_COLUMNS = {
     "format": f"one of {', '.join(FORMATS)}, found by content",
     "label": "name of the best class",
     "label_id": "its number in the model",
-    "score": "softmax over the classes; sigmoid where the model has several labels an image",
+    "score": "softmax over the classes; sigmoid where the model has several labels an image, and of labels that a SigLIP reads",
     "top_labels": "names of the `top_k` best classes, best first",
     "top_ids": "their numbers",
     "top_scores": "their scores",

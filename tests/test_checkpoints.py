@@ -26,7 +26,7 @@ def test_labels_without_a_trained_head_are_refused(tmp_path: Path, name: str) ->
     directory = make_checkpoint(tmp_path, name, False)
     with pytest.raises(ModelError, match="has no trained classification head, so it cannot label; set labels: false") as raised:
         identify(job_for(directory))
-    assert ("Zero-shot labels are not supported" in str(raised.value)) == (name != "vit")
+    assert ("labels: [cat, dog]" in str(raised.value)) == (name != "vit")
 
 
 def test_a_checkpoint_without_pooler_embeds_and_a_needed_pooler_is_never_made_up(tmp_path: Path) -> None:

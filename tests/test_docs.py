@@ -208,7 +208,7 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
 
 def test_what_may_not_change_is_what_the_fingerprint_holds() -> None:
     page = (HOME / "docs/how-to/scheduled.md").read_text().partition("## What may change")[2].partition("`auto` takes")[0]
-    own = {"labels", "embeddings", "top_k", "keep", "precision", "engine", "model", "revision"}
+    own = {"labels", "prompts", "head", "embeddings", "top_k", "keep", "precision", "engine", "model", "revision"}
     assert set(re.findall(r"`(\w+)`", page)) == own | set(DECIDING_FIELDS)
 
 

@@ -171,7 +171,7 @@ def _model(dataset: Dataset, device: str, threads: int, seconds: float) -> float
     facts, job = dataset.facts, dataset.job
     pixels = np.random.default_rng(0).integers(0, 256, (4 * facts.batch_size, *facts.pixels.shape, 3), dtype=np.uint8)
     with torch_threads_kept(), ThreadPoolExecutor(CALLERS) as pool:
-        model = open_model(facts, list(dataset.vectors), job.top_k, job.labels, device, threads, job.compile == "on")
+        model = open_model(facts, list(dataset.vectors), job.top_k, job.labelled, device, threads, job.compile == "on")
 
         def seconds_of(calls: int) -> float:
             started = time.perf_counter()

@@ -86,7 +86,7 @@ def compare(old: str, new: str) -> Comparison:
     alone, shift = [0, 0], 0.0
     moves, examples = Counter[tuple[str, str]](), dict[tuple[str, str], list[str]]()
     vectors: list[tuple[np.ndarray, np.ndarray]] = []
-    labelled = all(dataset.job.labels for dataset in datasets)
+    labelled = all(dataset.job.labelled for dataset in datasets)
     embedded = [next((vector.column for vector in dataset.vectors), None) for dataset in datasets]
     share = max(1, SAMPLE // len(both))
     for shard in both:

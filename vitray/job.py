@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from vitray.errors import JobError
 from vitray.schema import RESERVED
 
+PROMPT = "This is a photo of {}."  # of transformers' zero-shot pipeline
 FORMATS = ("bmp", "gif", "jpeg", "png", "tiff", "webp")
 
 
@@ -37,8 +39,34 @@ def _whole_or(word: str, most: int) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+def _labels(value: object) -> object:
+    """One message for the whole union."""
+    if isinstance(value, list):
+        return distinct_labels(value)
+    if not isinstance(value, bool) and (not isinstance(value, str) or not value):
+        raise ValueError("true, false, a list of labels, or a file with one label a line")
+    return value
+
+
+def distinct_labels(names: Sequence[object]) -> list[str]:
+    """Labels without the spaces around them. Raises ValueError when there is none, or one is no text, empty or there twice."""
+    if not names:
+        raise ValueError("no label; write at least one")
+    for name in names:
+        if not isinstance(name, str):
+            raise ValueError(f"{name!r} is not text; put it in quotes")  # YAML reads no, on and 7 as something else
+    found = [str(name).strip() for name in names]
+    if "" in found:
+        raise ValueError(f"label {found.index('') + 1} is empty")
+    if len(set(found)) < len(found):
+        raise ValueError(f"label {max(found, key=found.count)} is there twice")
+    return found
+
+
 Text = Annotated[str, Field(min_length=1)]  # as a path, "" would be the current directory
 Urls = Annotated[list[Text], BeforeValidator(_as_list)]
+Labels = Annotated[bool | Text | list[Text], BeforeValidator(_labels)]
+Prompts = Annotated[list[Text], BeforeValidator(_as_list), Field(min_length=1)]
 Strings = Annotated[list[Text], BeforeValidator(_cut_at_commas)]
 Color = Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$")]
 Count = Annotated[int | Literal["auto"], _whole_or("auto", 8192)]
@@ -73,7 +101,15 @@ class Job(BaseModel):
     out: str = Field(description="output directory, local or s3://", min_length=1)
     revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face id")
     format: Literal["auto", "tar", "parquet", "files", "manifest"] = Field("auto", description="what the source holds")
-    labels: bool = Field(True, description="classify; needs a checkpoint with a trained head")
+    labels: Labels = Field(
+        True,
+        description="classify: true by the checkpoint's trained head; a list, or a file with one label a line, by the text tower of "
+        "CLIP or SigLIP; false: embed only",
+    )
+    prompts: Prompts = Field(
+        [PROMPT], description="what the text tower reads of a label, for {}; the vectors of several are averaged"
+    )
+    head: Text | None = Field(None, description="directory of a linear head for this model's embeddings, which labels instead")
     embeddings: list[Embedding] = Field([Embedding.model_validate({})], description="vectors to keep, all of one forward pass")
     top_k: int = Field(5, description="how many labels a row keeps", ge=1, le=1000)
     keep: Strings = Field([], description="input columns or tar member extensions to copy into the output: a list, or a,b")
@@ -129,6 +165,13 @@ class Job(BaseModel):
         """YAML takes both for truth values."""
         return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
+    @field_validator("prompts")
+    @classmethod
+    def _with_a_place(cls, value: list[str]) -> list[str]:
+        if without := next((prompt for prompt in value if "{}" not in prompt), None):
+            raise ValueError(f"{without!r} has no {{}}, where the label stands")
+        return value
+
     @field_validator("formats")
     @classmethod
     def _known_formats(cls, value: list[str]) -> list[str]:
@@ -153,6 +196,10 @@ class Job(BaseModel):
     def _consistent(self) -> Job:
         if not self.labels and not self.embeddings:
             raise ValueError("nothing to compute: labels is false and embeddings is empty")
+        if self.head is not None and self.labels is not True:
+            raise ValueError("head has labels of its own; leave labels out, or head")
+        if self.prompts != [PROMPT] and isinstance(self.labels, bool):
+            raise ValueError("prompts are for labels of your own, such as labels: [cat, dog]")
         names = [e.label for e in self.embeddings]
         if len(set(names)) != len(names):
             raise ValueError(f"two embeddings are called {max(names, key=names.count)}; give them a `name`")
@@ -161,6 +208,10 @@ class Job(BaseModel):
             if name in taken or [self.kept_as(k) for k in self.keep].count(name) > 1:
                 raise ValueError(f"keep: two columns of the output would be called {name}")
         return self
+
+    @property
+    def labelled(self) -> bool:
+        return self.labels is not False
 
     def kept_as(self, name: str) -> str:
         """The output column of a kept one: its own name, input_<name> where the output has such a column already."""

@@ -6,8 +6,10 @@ Pure data, no input or output. What a model or a source does is in their rooms.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import pyarrow as pa
 
 SCHEMA_VERSION = 1
@@ -57,6 +59,18 @@ LABEL_FIELDS = [
     pa.field("top_ids", pa.list_(pa.int32())),
     pa.field("top_scores", pa.list_(pa.float32())),
 ]
+
+
+def label_columns(names: Sequence[str], ids: np.ndarray, scores: np.ndarray) -> dict[str, pa.Array]:
+    """LABEL_FIELDS of ids int [N, k] and scores [N, k], best first."""
+    said, (n, k) = np.array(names, dtype=object)[ids], ids.shape
+    offsets = pa.array(np.arange(0, n * k + 1, k), pa.int32())
+    columns = [(said, pa.string()), (ids, pa.int32()), (scores, pa.float32())]
+    best = [pa.array(values[:, 0], kind) for values, kind in columns]
+    lists = [pa.ListArray.from_arrays(offsets, pa.array(values.ravel(), kind)) for values, kind in columns]
+    return dict(zip([f.name for f in LABEL_FIELDS], best + lists))
+
+
 RESERVED = tuple(f.name for f in DECODED_FIELDS + LABEL_FIELDS)
 
 
@@ -120,7 +134,9 @@ class DecodeSpec:
 class ModelFacts:
     """What a checkpoint is, found once and frozen in dataset.json.
 
-    labels: class names by id, empty when the checkpoint has no trained head. precision, engine, batch_size: resolved.
+    labels: class names by id, empty when there are none. prompts, text_sha256: of labels that a text tower reads, and the hash of what
+    its tokenizer makes of them. head, head_sha256: a linear head of its own, where it is and its hash; head_column: the stored
+    embedding that it read instead of images. precision, engine, batch_size: resolved.
     engine_why: what each engine did, where `auto` chose between several.
     """
 
@@ -139,6 +155,11 @@ class ModelFacts:
     engine: str
     batch_size: int
     engine_why: str = ""
+    prompts: tuple[str, ...] = ()
+    text_sha256: str = ""
+    head: str = ""
+    head_sha256: str = ""
+    head_column: str = ""
 
     def labels_sha256(self) -> str:
         return hashlib.sha256("\0".join(self.labels).encode()).hexdigest()

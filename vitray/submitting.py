@@ -25,6 +25,7 @@ import yaml
 
 from vitray.errors import ClusterError, JobError, VitrayError, one_line
 from vitray.job import Job
+from vitray.models import with_label_names
 from vitray.version import __version__
 
 ANSWER_S = 60.0  # for one answer of the cluster
@@ -93,6 +94,7 @@ class Cluster:
 
         working_dir: a directory that travels too, without what its .gitignore names; it is the job's current directory there.
         """
+        job = with_label_names(job)
         _require_shared_paths(job)
         name = submission_id or new_id()
         if not _ID.fullmatch(name):
@@ -233,7 +235,7 @@ def _answers_strangers(address: str) -> bool:
 
 
 def _require_shared_paths(job: Job) -> None:
-    places = [*job.source, *job.allow, job.out, *([job.model] if os.path.exists(job.model) else [])]
+    places = [*job.source, *job.allow, job.out, *filter(None, [job.head]), *([job.model] if os.path.exists(job.model) else [])]
     if local := next((place for place in places if not _REMOTE.match(place) and not os.path.isabs(place)), None):
         raise JobError(
             f"{local!r} is a path of this machine; on a cluster give s3://… or an absolute path that every machine sees"

@@ -159,7 +159,7 @@ def _check_rows(dataset: Dataset, shard: str, footer: Footer, file: pq.ParquetFi
 def _check_values(dataset: Dataset, shard: str, table: pa.Table) -> Iterator[str]:
     if set(table["shard"].to_pylist()) - {shard}:
         yield "a row names another shard"
-    if dataset.job.labels:
+    if dataset.job.labelled:
         ids = table["label_id"].to_numpy()
         if len(ids) and not ((ids >= 0) & (ids < len(dataset.facts.labels))).all():
             yield "a label_id is not a class of the model"

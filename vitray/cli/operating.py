@@ -75,6 +75,19 @@ def compact(
     show(found, as_json, str(found))
 
 
+def relabel(
+    out: OutArgument,
+    head: Annotated[str, typer.Option("--head", help="directory of a linear head for this dataset's model, local or s3://")],
+    into: Annotated[str, typer.Option("--into", help="directory for the new dataset, local or s3://")],
+    as_json: Json = False,
+) -> None:
+    """Label a complete dataset anew by a head over its embeddings, as a dataset beside it; no image is read; safe to repeat."""
+    from vitray.relabelling import relabel as relabel_dataset
+
+    found = relabel_dataset(out, head, into)
+    show(found, as_json, str(found))
+
+
 def submit(
     target: Target,
     address: JobAddress,
@@ -204,4 +217,4 @@ def report(
     show(found, as_json, text)
 
 
-COMMANDS = (status, submit, stop, backfill, compare, compact, search, export, report)
+COMMANDS = (status, submit, stop, backfill, compare, compact, relabel, search, export, report)

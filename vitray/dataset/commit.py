@@ -94,6 +94,23 @@ def commit_shard(dataset: Dataset, shard: Shard) -> Commit | None:
     return Commit(shard.id, footer.rows, footer.errors, footer.reasons, footer.truncated_at, adopted)
 
 
+def commit_rows(dataset: Dataset, origin: Footer, rows: Iterable[pa.Table]) -> Commit:
+    """Make the data file out of the rows of another dataset's, whose footer says shard, input, errors and verdict. Raises like commit_shard."""
+    shard, digest = Shard(origin.shard, "", origin.url, 0, origin.source_version), RowsDigest()
+
+    def counted() -> Iterator[pa.Table]:
+        for table in rows:
+            good = table.select(dataset.schema.names).cast(dataset.schema)
+            digest.add(good)
+            yield good
+
+    end = End(origin.total, origin.truncated_at)
+    made = parquet_of(dataset, counted(), lambda: _marks(dataset, shard, end, digest, origin.error_rows))
+    footer, adopted = _create(dataset, shard, *made)
+    repair_errors(dataset, footer)
+    return Commit(shard.id, footer.rows, footer.errors, footer.reasons, footer.truncated_at, adopted)
+
+
 def read_footer(url: str) -> Footer:
     """The footer of a data file. Raises ObjectMissing, or CommitError when vitray did not write it."""
     for attempt in range(1, READS + 1):
@@ -198,8 +215,11 @@ def _require_same_input(shard: Shard) -> None:
 
 
 def _write(dataset: Dataset, shard: Shard, there: Staged) -> tuple[Footer, bool]:
+    return _create(dataset, shard, *_parquet_of(dataset, shard, there))
+
+
+def _create(dataset: Dataset, shard: Shard, data: bytes, marks: dict[str, str]) -> tuple[Footer, bool]:
     url = dataset.data_url(shard.id)
-    data, marks = _parquet_of(dataset, shard, there)
     metadata = {k.replace("vitray.", "vitray-").replace("_", "-"): v for k, v in marks.items() if _IN_HEADER.fullmatch(v)}
     metadata["vitray-sha256"] = hashlib.sha256(data).hexdigest()
     mine = _footer(marks)

@@ -36,7 +36,7 @@ class Dataset:
 
     @property
     def schema(self) -> pa.Schema:
-        return row_schema(self.job.labels, list(self.vectors), self.kept)
+        return row_schema(self.job.labelled, list(self.vectors), self.kept)
 
     @property
     def decode_spec(self) -> DecodeSpec:
@@ -53,13 +53,16 @@ class Dataset:
         return {
             "schema_version": SCHEMA_VERSION,
             "weights": self.facts.weights_sha256,
-            "labels": [self.job.labels, self.facts.labels_sha256(), self.facts.multi_label],
+            "labels": [self.job.labelled, self.facts.labels_sha256(), self.facts.multi_label],
             "processor": asdict(self.facts.pixels),
             "embeddings": [asdict(v) for v in self.vectors],
-            "top_k": self.job.top_k if self.job.labels else 0,
+            "top_k": self.job.top_k if self.job.labelled else 0,
             "keep": [[f.name, str(f.type)] for f in self.kept],
             "precision": self.facts.precision,
             "engine": self.facts.engine,
+            # absent where there are none: datasets that were begun before there were any go on
+            **({"prompts": [*self.facts.prompts, self.facts.text_sha256]} if self.facts.prompts else {}),
+            **({"head": [self.facts.head_sha256, self.facts.head_column]} if self.facts.head else {}),
             **{name: getattr(self.job, name) for name in DECIDING_FIELDS},
         }
 

@@ -41,7 +41,7 @@ def resolve_dataset(job: Job, facts: ModelFacts, vectors: list[VectorColumn], ke
 
 def _difference(there: Dataset, mine: Dataset) -> str:
     old, new = there.deciding(), mine.deciding()
-    values = "; ".join(f"{n} differs ({_short(old[n])}, this job: {_short(new[n])})" for n in differing(old, new))
+    values = "; ".join(f"{n} differs ({_short(old.get(n))}, this job: {_short(new.get(n))})" for n in differing(old, new))
     return (
         f"{there.out} belongs to fingerprint {there.fingerprint[:8]}… (this job: {mine.fingerprint[:8]}…): {values}. "
         "Choose another `out`, or give the job the fields of the first run."

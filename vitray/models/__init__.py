@@ -49,17 +49,11 @@ def identify(job: Job) -> ModelFacts:
     With engine: auto and more than one engine installed each is opened, checked and timed, for 10 s at most.
     Raises ModelError for a checkpoint that is not there, that vitray does not know, or that cannot do what is asked.
     """
-    from vitray.models import checkpoint, engines, machine, pixels
+    from vitray.models import checkpoint, engines, labelling, machine, pixels
 
+    job = labelling.with_label_names(job)
     found = checkpoint.locate(job.model, job.revision)
     config = checkpoint.read_config(found)
-    labels = checkpoint.read_labels(found, config) if job.labels else ()
-    if job.labels and not labels:
-        zero_shot = " Zero-shot labels are not supported." if config.family.startswith(("clip", "siglip")) else ""
-        raise ModelError(
-            f"{found.model} has no trained classification head, so it cannot label; set labels: false to keep embeddings only, "
-            f"or choose a checkpoint with a head.{zero_shot}"
-        )
     device = machine.resolve_device(job.device)
     machine.require(device, job.precision, job.decode)
     fastest = "fp32" if job.engine == "onnx" else machine.auto_precision(device)
@@ -68,7 +62,7 @@ def identify(job: Job) -> ModelFacts:
         revision=found.revision,
         weights_sha256=checkpoint.hash_weights(found),
         family=config.family,
-        labels=labels,
+        labels=(),
         multi_label=config.multi_label,
         dimension=config.dimension,
         layers=config.layers,
@@ -79,6 +73,7 @@ def identify(job: Job) -> ModelFacts:
         engine="torch" if job.engine == "auto" else job.engine,
         batch_size=machine.auto_batch_size(device, config.dimension) if job.batch_size == "auto" else job.batch_size,
     )
+    facts = labelling.labelled(job, facts, found, config)
     engines.require(facts.engine, device, facts.precision)
     usable = engines.usable(device, facts.precision) if job.engine == "auto" else [facts.engine]
     return facts if len(usable) == 1 else _with_fastest_engine(job, facts, usable)
@@ -91,11 +86,18 @@ def _with_fastest_engine(job: Job, facts: ModelFacts, names: list[str]) -> Model
 
     def opening(engine: str, precision: str, top_k: int) -> engines.Open:
         chosen = replace(facts, engine=engine, precision=precision)
-        return lambda: open_model(chosen, columns, top_k, job.labels, job.device, threads)
+        return lambda: open_model(chosen, columns, top_k, job.labelled, job.device, threads)
 
     choices = {name: opening(name, facts.precision, job.top_k) for name in names}
     engine, why = engines.fastest(facts, choices, opening("torch", "fp32", len(facts.labels)))
     return replace(facts, engine=engine, engine_why=why)
+
+
+def with_label_names(job: Job) -> Job:
+    """The job with its file of labels read, so that no other machine needs it. Raises JobError when that cannot be."""
+    from vitray.models import labelling
+
+    return labelling.with_label_names(job)
 
 
 def runs_on(job: Job) -> str:
@@ -141,13 +143,12 @@ def ceiling(facts: ModelFacts, device: str) -> tuple[float, float]:
 
 def vector_columns(job: Job, facts: ModelFacts) -> list[VectorColumn]:
     """One column for each of job.embeddings. Raises ModelError for a layer or a token that the model does not have."""
+    from vitray.models.labelling import require_vector
+
     columns = []
     for embedding in job.embeddings:
         layer = None if embedding.layer == "last" else embedding.layer
-        if layer is not None and not 1 <= layer <= facts.layers:
-            raise ModelError(f"{facts.model} has no layer {layer}: layers are 1..{facts.layers} or last")
-        if embedding.pool == "cls" and not facts.has_cls:
-            raise ModelError(f"{facts.model} is a {facts.family} model, which has no CLS token; use pool: mean")
+        require_vector(facts, layer, embedding.pool)
         column = job.column(embedding)
         columns.append(VectorColumn(column, facts.dimension, layer, embedding.pool, embedding.normalize, embedding.dtype))
     return columns
@@ -163,7 +164,7 @@ def open_model(
     Raises ModelError when the weights are not those of `facts`, when one that is needed is missing, and when facts.engine
     cannot run here.
     """
-    from vitray.models import checkpoint, engines, loading, machine
+    from vitray.models import checkpoint, engines, linear, loading, machine
 
     if labels and not facts.labels:
         raise ModelError(f"{facts.model} was identified without labels; identify it again with labels: true")
@@ -177,7 +178,7 @@ def open_model(
     chosen = machine.resolve_device(device)
     engines.require(facts.engine, chosen, facts.precision)
     machine.require(chosen, facts.precision, "")
-    network = loading.load_network(found, headed=labels)
+    network = loading.load_network(found, labels, linear.open_head(facts, found, chosen) if labels else None)
     crash_point("model-loaded")
     k = top_k if labels else 0
     if facts.engine == "torch":

@@ -31,7 +31,7 @@ FAMILIES = {
     "siglip_vision_model": 0,
 }
 HEADS = (("classifier.weight",), ("cls_classifier.weight", "distillation_classifier.weight"))
-HUB_FILES = ["*.json", "model.safetensors", "model-*.safetensors"]
+HUB_FILES = ["*.json", "model.safetensors", "model-*.safetensors", "merges.txt", "spiece.model"]
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -112,7 +112,11 @@ def _from_s3(url: str) -> str:
         listed = {info.url.removeprefix(base): info for info in storage.expand(base)}
     except ObjectMissing as error:
         raise ModelError(f"{url} holds no checkpoint: there is no object under it. Check the URL.") from error
-    files = {name: info for name, info in listed.items() if "/" not in name and name.endswith((".json", ".txt", ".safetensors"))}
+    files = {
+        name: info
+        for name, info in listed.items()
+        if "/" not in name and name.endswith((".json", ".txt", ".safetensors", "spiece.model"))
+    }
     root = cache_directory("models")
     target = os.path.join(root, short_hash("\0".join(f"{i.url} {i.version}" for i in files.values()), 32))
     with open(f"{target}.lock", "w") as lock:
@@ -182,15 +186,19 @@ def read_labels(found: Checkpoint, config: VisionConfig) -> tuple[str, ...]:
 
 
 def head_shapes(found: Checkpoint) -> dict[str, list[int]]:
-    """The shapes of the classification heads in the weights, by name; out of the headers alone."""
+    """The shapes of the classification heads in the weights, by name."""
+    return tensor_shapes(found, {name for names in HEADS for name in names})
+
+
+def tensor_shapes(found: Checkpoint, names: set[str]) -> dict[str, list[int]]:
+    """The shapes of those of the names that are in the weights; out of the headers alone."""
     from safetensors import SafetensorError, safe_open
 
     shapes: dict[str, list[int]] = {}
     for path in weight_files(found):
         try:
             with safe_open(path, framework="np") as tensors:
-                heads = {name for names in HEADS for name in names} & set(tensors.keys())
-                shapes |= {name: tensors.get_slice(name).get_shape() for name in heads}
+                shapes |= {name: tensors.get_slice(name).get_shape() for name in names & set(tensors.keys())}
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{found.model}: {os.path.basename(path)} is damaged ({one_line(error)}); fetch it.") from error
     return shapes

@@ -18,6 +18,7 @@ from vitray.schema import ModelFacts, VectorColumn
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}  # fp8: see fp8.py
 LABELS_FROM_PREFIX = ("vit", "deit")  # the others' heads read all tokens, or may
+POOLED_FROM_PREFIX = ("clip",)  # SigLIP's pooler reads all
 
 
 class Caught(threading.local):
@@ -38,19 +39,23 @@ class Forward(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
         # no buffers: they stay float32 when the weights do not
         self._mean, self._std = (torch.tensor(v, dtype=torch.float32, device=device) for v in (spec.mean, spec.std))
         self.caught = Caught()
-        self._leave_out_what_nobody_reads(network.blocks)
-        for layer in {v.layer for v in vectors}:
+        self._read = [*vectors, network.head.column] if k and network.head and network.head.column else vectors
+        self._leave_out_what_nobody_reads(network.blocks, network.head)
+        for layer in {v.layer for v in self._read}:
             (network.tower if layer is None else network.blocks[layer - 1]).register_forward_hook(self._catch(layer))
         self.eval().to(device, self._dtype)
+        self.head = None if network.head is None else network.head.to(device)  # after that: it stays float32
 
-    def _leave_out_what_nobody_reads(self, blocks: Any) -> None:
+    def _leave_out_what_nobody_reads(self, blocks: Any, head: Any | None) -> None:
         fuse_attention(blocks)
-        layers = {v.layer for v in self._vectors}
-        depth = len(blocks) if self._k or None in layers else max(layer for layer in layers if layer)
+        layers = {v.layer for v in self._read}
+        asks_tower = self._k and (head is None or head.column is None)
+        depth = len(blocks) if asks_tower or None in layers else max(layer for layer in layers if layer)
         del blocks[depth:]
-        cls_only = all(v.pool == "cls" for v in self._vectors if v.layer in (None, depth))
+        cls_only = all(v.pool == "cls" for v in self._read if v.layer in (None, depth))
         family = self._facts.family
-        readable = family in LABELS_FROM_PREFIX if self._k else family != "beit"  # whose blocks add a bias to pairs of tokens
+        prefix_labels = LABELS_FROM_PREFIX if head is None else POOLED_FROM_PREFIX
+        readable = family in prefix_labels if asks_tower else family != "beit"  # whose blocks add a bias to pairs of tokens
         if blocks and cls_only and readable:
             ask_first_tokens_only(blocks[-1], self._facts.prefix_tokens)
 
@@ -64,7 +69,7 @@ class Forward(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
     def forward(self, pixels: Any) -> list[Any]:
         answer = self.module(pixel_values=self._normalise(pixels))
         nothing = torch.empty(pixels.shape[0], 0)
-        scores, ids = self._rank(answer.logits.float()) if self._k else (nothing, nothing)
+        scores, ids = self._rank(self._logits(answer)) if self._k else (nothing, nothing)
         found = [scores, ids] + [self._vector(column) for column in self._vectors]
         self.caught.tokens.clear()
         return found
@@ -75,6 +80,13 @@ class Forward(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
         x = pixels.float().div_(255) if rescale == 1 / 255 else pixels.float().mul_(rescale)
         x = x.sub_(self._mean).div_(self._std)
         return x.permute(0, 3, 1, 2).to(self._dtype).contiguous()
+
+    def _logits(self, answer: Any) -> Any:
+        """float32 [n, C]."""
+        if self.head is None:
+            return answer.logits.float()
+        column = self.head.column
+        return self.head(answer.pooler_output.float() if column is None else self._vector(column))
 
     def _rank(self, logits: Any) -> tuple[Any, Any]:
         chances = logits.sigmoid() if self._facts.multi_label else logits.softmax(-1)

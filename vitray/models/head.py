@@ -5,6 +5,7 @@ Two files in a directory: head.json says what it reads and what it names, head.s
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -32,6 +33,11 @@ class Head:
     normalize: bool
     model: str
     weights_sha256: str
+
+    def sha256(self) -> str:
+        """Of its numbers, its labels and what it reads."""
+        said = json.dumps([self.labels, self.layer, self.pool, self.normalize, self.weights_sha256])
+        return hashlib.sha256(said.encode() + self.weight.tobytes() + self.bias.tobytes()).hexdigest()
 
 
 def write_head(directory: str, head: Head) -> None:

@@ -21,20 +21,22 @@ class Network:
     module: called as module(pixel_values=float [N, 3, H, W]); with a head its answer has .logits.
     tower: the submodule (or module itself) whose answer has .last_hidden_state [N, T, D].
     blocks: the transformer's blocks in order, a ModuleList. final_norm: what `last` still needs after the tower, None for most families.
+    head: a linear.LinearHead that labels instead of the module; where it names no vector, the answer has .pooler_output.
     """
 
     module: Any
     tower: Any
     blocks: Any
     final_norm: Any | None
+    head: Any | None = None
 
 
-def load_network(found: Checkpoint, headed: bool) -> Network:
-    """The checkpoint's module in float32 on the CPU; without its head unless `headed`."""
+def load_network(found: Checkpoint, labels: bool, head: Any | None = None) -> Network:
+    """The checkpoint's module in float32 on the CPU, with its own head where there shall be labels and `head` does not give them."""
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
-    config = read_config(found)
+    config, headed = read_config(found), labels and head is None
     family = config.family.removesuffix("_vision_model")
     hf = config.hf if headed else getattr(config.hf, "vision_config", config.hf)
     kind = "ForImageClassification" if headed else "VisionModel" if family in VISION_TEXT else "Model"
@@ -42,16 +44,16 @@ def load_network(found: Checkpoint, headed: bool) -> Network:
     if headed and "distillation_classifier.weight" in head_shapes(found):
         name += "WithTeacher"
     options = {"add_pooling_layer": False} if not headed and family in WITH_POOLER else {}
-    if family == "siglip":  # its attention pooler is used by none of our outputs, and not every checkpoint has it
-        getattr(hf, "vision_config", hf).vision_use_head = False
-    module = _from_pretrained(found, getattr(transformers, name), hf, options)
+    if family == "siglip":  # its attention pooler serves the text tower's labels alone, and not every checkpoint has it
+        getattr(hf, "vision_config", hf).vision_use_head = head is not None and head.column is None
+    module = load_weights(found, getattr(transformers, name), hf, **options)
     tower = getattr(module, "vision_model" if family in VISION_TEXT else family, module)
     blocks = next(m for m in tower.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == config.layers)
     # CLIP gives its tokens before the norm that its pooler_output has seen
-    return Network(module, tower, blocks, tower.post_layernorm if family == "clip" else None)
+    return Network(module, tower, blocks, tower.post_layernorm if family == "clip" else None, head)
 
 
-def _from_pretrained(found: Checkpoint, kind: Any, config: Any, options: dict[str, Any]) -> Any:
+def load_weights(found: Checkpoint, kind: Any, config: Any, **options: bool) -> Any:
     """The module with every weight out of the checkpoint: a random head, pooler or block raises ModelError."""
     try:
         with quiet():

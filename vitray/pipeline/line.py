@@ -162,7 +162,7 @@ class Predict:
     def __init__(self, dataset: Dataset, threads: int, compiled: bool) -> None:
         job = dataset.job
         self._dataset = dataset
-        self._model = open_model(dataset.facts, list(dataset.vectors), job.top_k, job.labels, job.device, threads, compiled)
+        self._model = open_model(dataset.facts, list(dataset.vectors), job.top_k, job.labelled, job.device, threads, compiled)
         self._decoder = open_device_decoder(dataset, threads)
 
     def __call__(self, block: pa.Table) -> pa.Table:

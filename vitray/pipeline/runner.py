@@ -40,7 +40,7 @@ from vitray.dataset import (
 )
 from vitray.errors import ClusterError, ErrorRateExceeded, Interrupted, JobError, ShardError, StorageError, VitrayError, one_line
 from vitray.job import Job
-from vitray.models import compiles, identify, runs_on, torch_threads_kept, vector_columns
+from vitray.models import compiles, identify, runs_on, torch_threads_kept, vector_columns, with_label_names
 from vitray.pipeline.cluster import RETRIES, Shares, alive_nodes, own_cpus, ray_session, share_out
 from vitray.pipeline.line import RayLine
 from vitray.pipeline.local import LocalLine
@@ -80,7 +80,7 @@ def run(
     when something is broken, ErrorRateExceeded above `max_error_rate`. After any of them the same call goes on.
     """
     started = time.monotonic()
-    job = _with_absolute_paths(job)
+    job = with_label_names(_with_absolute_paths(job))
     listing = list_shards(job, groups_of(job.out))
     if not exists(dataset_url(job.out)):
         probe(job.out)
@@ -154,7 +154,8 @@ def _with_absolute_paths(job: Job) -> Job:
                 f"`out` {paths['out']} lies inside `source` {source}: it would read its own output. Choose another `out`."
             )
     model = absolute(job.model) if os.path.isdir(job.model) else job.model
-    return job.model_copy(update={**paths, "model": model})
+    head = None if job.head is None else absolute(job.head)
+    return job.model_copy(update={**paths, "model": model, "head": head})
 
 
 def groups_of(out: str) -> list[Group]:
@@ -345,7 +346,8 @@ def _record(
 
 def _require_shared(dataset: Dataset, shards: list[Shard], nodes: list[dict[str, Any]]) -> None:
     """With more than one machine, local paths must be the same disk everywhere: a nonce says so."""
-    paths = [p for p in (shards[0].url, dataset.facts.model) if is_local(p) and os.path.exists(p)]
+    named = (shards[0].url, dataset.facts.model, *filter(None, [dataset.facts.head]))
+    paths = [p for p in named if is_local(p) and os.path.exists(p)]
     if len(nodes) < 2 or not (paths or is_local(dataset.out)):
         return
     import ray

@@ -26,7 +26,6 @@ from vitray.models import Model, Predictions
 from vitray.schema import (
     DECODED_FIELDS,
     ERROR_SCHEMA,
-    LABEL_FIELDS,
     DecodeSpec,
     Encoded,
     End,
@@ -35,6 +34,7 @@ from vitray.schema import (
     content_hash,
     ipc_bytes,
     ipc_table,
+    label_columns,
 )
 from vitray.sources import kept_schema, read_shard
 
@@ -299,18 +299,7 @@ def _decode_there(
 def _predicted(dataset: Dataset, found: Predictions) -> dict[str, pa.Array]:
     columns: dict[str, pa.Array] = {}
     if found.ids is not None and found.scores is not None:
-        names = np.array(dataset.facts.labels, dtype=object)[found.ids]
-        n, k = found.ids.shape
-        offsets = pa.array(np.arange(0, n * k + 1, k), pa.int32())
-        arrays = [
-            pa.array(names[:, 0], pa.string()),
-            pa.array(found.ids[:, 0], pa.int32()),
-            pa.array(found.scores[:, 0], pa.float32()),
-            pa.ListArray.from_arrays(offsets, pa.array(names.ravel(), pa.string())),
-            pa.ListArray.from_arrays(offsets, pa.array(found.ids.ravel(), pa.int32())),
-            pa.ListArray.from_arrays(offsets, pa.array(found.scores.ravel(), pa.float32())),
-        ]
-        columns = dict(zip([f.name for f in LABEL_FIELDS], arrays))
+        columns = label_columns(dataset.facts.labels, found.ids, found.scores)
     for v in dataset.vectors:
         values = pa.array(found.vectors[v.column].ravel())
         columns[v.column] = pa.FixedSizeListArray.from_arrays(values, type=dataset.schema.field(v.column).type)

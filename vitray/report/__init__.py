@@ -52,7 +52,7 @@ def report(out: str, to: str | None = None, truth: str | None = None, pictures: 
 
 
 def _require_truth(dataset: Dataset, truth: str | None) -> None:
-    if truth is not None and (truth not in dataset.kept.names or not dataset.job.labels):
+    if truth is not None and (truth not in dataset.kept.names or not dataset.job.labelled):
         has = ", ".join(dataset.kept.names) or "none: set `keep` in a job with another `out`"
         raise JobError(f"--truth {truth}: no kept column of a dataset with labels is called so. Kept columns: {has}.")
 

@@ -9,6 +9,7 @@ import yaml
 
 from vitray.dataset import Dataset, data_files, read_footer, require_dataset
 from vitray.errors import JobError, ObjectMissing
+from vitray.schema import ModelFacts
 from vitray.storage import join, read, store_for
 
 SIZES = [
@@ -50,7 +51,7 @@ def card_of(dataset: Dataset, rows: int, errors: int, license: str) -> str:
     configs = [{"config_name": "default", "data_files": [{"split": "train", "path": "data/*.parquet"}]}]
     if errors:
         configs.append({"config_name": "errors", "data_files": [{"split": "train", "path": "errors/*.parquet"}]})
-    tasks = ["image-classification"] * dataset.job.labels + ["image-feature-extraction"] * bool(dataset.vectors)
+    tasks = ["image-classification"] * dataset.job.labelled + ["image-feature-extraction"] * bool(dataset.vectors)
     front = {
         "pretty_name": name,
         "license": license,
@@ -72,10 +73,19 @@ def card_of(dataset: Dataset, rows: int, errors: int, license: str) -> str:
             *columns,
             "\n| made with | |\n| --- | --- |",
             f"| weights, SHA-256 | `{facts.weights_sha256}` |",
+            *_labelled_by(facts),
             f"| precision, engine, decode | {facts.precision}, {facts.engine}, {dataset.job.decode} |",
             f"| fingerprint | `{dataset.fingerprint}` |\n",
         ]
     )
+
+
+def _labelled_by(facts: ModelFacts) -> list[str]:
+    """A row of the table where labels are not those of the checkpoint's own head."""
+    if facts.head:
+        over = f", over the stored `{facts.head_column}`" if facts.head_column else ""
+        return [f"| labelled by a linear head, SHA-256 | `{facts.head_sha256}`{over} |"]
+    return [f"| labels read as | {', '.join(f'`{_plain(prompt)}`' for prompt in facts.prompts)} |"] if facts.prompts else []
 
 
 def _is_ours(url: str) -> bool:

@@ -103,7 +103,7 @@ def count(dataset: Dataset, urls: Sequence[str], truth: str | None) -> Counts:
 
 
 def _add(counts: Counts, dataset: Dataset, url: str, truth: str | None, sample: int) -> None:
-    footer, labelled = read_footer(url), dataset.job.labels
+    footer, labelled = read_footer(url), dataset.job.labelled
     _add_errors(counts, footer.error_rows)
     counts.truncated |= {} if footer.truncated_at is None else {footer.shard: footer.truncated_at}
     vector = next((v.column for v in dataset.vectors), None) if sample else None

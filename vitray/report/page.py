@@ -51,7 +51,12 @@ def page_of(dataset: Dataset, urls: Sequence[str], truth: str | None, pictures: 
     twin_rows, twins = counts.same_bytes.groups(TWINS)
     groups = {"twins": [(n, [(counts.shards[s], i) for s, i in first]) for n, first in twins], "alike": _alike(counts)}
     shown = _shown(counts, groups)
-    names = ["key", "content_hash", *(["label", "label_id", "score"] if dataset.job.labels else []), *([truth] if truth else [])]
+    names = [
+        "key",
+        "content_hash",
+        *(["label", "label_id", "score"] if dataset.job.labelled else []),
+        *([truth] if truth else []),
+    ]
     rows = rows_of(dataset, shown, list(dict.fromkeys(names)))
     images, why = pictures_of(dataset, listed, rows) if pictures and listed else ({}, [])
     notes += why
