@@ -182,8 +182,10 @@ def test_a_compiled_pass_gives_the_same_scores(towers: dict[str, str], stem: str
 def test_bf16_labels_are_those_of_fp32_where_its_margin_is_clear(towers: dict[str, str], stem: str) -> None:
     pixels = noise(400)
     exact = run(job_for(towers[stem], LABELS), pixels)
-    clear = exact.scores[:, 0] - exact.scores[:, 1] > 0.05
-    assert clear.mean() > 0.3
+    logits = np.log(exact.scores) - (np.log1p(-exact.scores) if stem == "Siglip" else 0)  # CLIP's but for a constant
+    clear = logits[:, 0] - logits[:, 1] > 0.1
+    print(f"{stem}: {clear.mean():.2f} of the images are clear")
+    assert clear.mean() > 0.5
     found = run(job_for(towers[stem], LABELS, precision="bf16"), pixels)
     assert (found.ids[clear, 0] == exact.ids[clear, 0]).mean() >= 0.995
     model = open_job(job_for(towers[stem], LABELS, precision="bf16"))
