@@ -57,7 +57,7 @@ ONLY_IN = {  # a module, and the beginnings of the paths that may import it
 NEVER_CALLED = {"eval", "exec", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system", "os.popen", "torch.load"}
 NEVER_TRUE = {"trust_remote_code", "shell", "allow_pickle"}
 FILE_LINES = 400
-BUDGET = {"core": 4750, "models": 1600, "operating": 2300}  # lines of code; the contract says 3,000 for core: see DECISIONS.md
+BUDGET = {"core": 4750, "models": 1600, "operating": 2400}  # lines of code; the contract says 3,000 for core: see DECISIONS.md
 HELP_S = 1.0
 HEAVY = "{'torch', 'ray', 'transformers', 'openvino', 'onnxruntime', 'numba', 'faiss', 'lancedb'}"
 
