@@ -150,22 +150,20 @@ def test_a_cluster_that_is_none_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.nightly
 def test_the_plan_for_a_cluster_comes_true_within_a_quarter(shapes_model: str, tmp_path: Path) -> None:
     put_tars(f"{tmp_path}/in", pictures(2400), 6, tmp_path)
-    over = []
+    job = (f"{tmp_path}/in", "--model", shapes_model, "--out", f"{tmp_path}/out")
     with cluster_of(1, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(16)) as cluster:
 
         def vitray_there(*argv: str) -> bytes:
             argv = (*VITRAY, *argv, "--address", cluster.address, "--json")
-            return subprocess.run(argv, capture_output=True, timeout=240, check=True, env=cluster.environment).stdout
+            return subprocess.run(argv, capture_output=True, timeout=400, check=True, env=cluster.environment).stdout
 
-        for n in range(3):
-            job = (f"{tmp_path}/in", "--model", shapes_model, "--out", f"{tmp_path}/out-{n}")
-            planned = vitray_there("plan", *job, "--probe", "200")
-            assert not (tmp_path / f"out-{n}").exists()  # what it wrote there is gone
-            said = json.loads(planned)
-            assert said["machines"] == 1 and f"on Ray at {cluster.address}: each step alone on" in said["measured"]
-            (tmp_path / "plan.json").write_bytes(planned)
-            vitray_there("run", *job, "--planned", f"{tmp_path}/plan.json")
-            (record,) = (tmp_path / f"out-{n}" / "_vitray" / "runs").glob("*.json")
-            over.append(json.loads(record.read_text())["seconds_over_planned"])
-            print(said, over[-1])
-    assert 0.75 <= sorted(over)[1] <= 1.25
+        planned = vitray_there("plan", *job, "--probe", "200")
+        assert not (tmp_path / "out").exists()  # what it wrote there is gone
+        said = json.loads(planned)
+        assert said["machines"] == 1 and f"on Ray at {cluster.address}: each step alone on" in said["measured"]
+        (tmp_path / "plan.json").write_bytes(planned)
+        vitray_there("run", *job, "--planned", f"{tmp_path}/plan.json")
+    (record,) = (tmp_path / "out" / "_vitray" / "runs").glob("*.json")
+    over = json.loads(record.read_text())["seconds_over_planned"]
+    print(said, over)
+    assert 0.75 <= over <= 1.25

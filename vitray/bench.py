@@ -32,9 +32,9 @@ from vitray.schema import Encoded
 from vitray.sources import list_shards, read_shard
 from vitray.storage import is_local, join, store_for
 
-LINE_TIMES = 3  # the whole line gets so many times the seconds of a step alone, after one time that does not count
+LINE_GROWS = 4  # each run of the whole line has so many times the images of the one before
 SHARD_IMAGES, SHARD_BYTES = 512, 128 << 20  # at most; a tar is made in memory
-SCRATCH_BYTES = 4 << 30  # of the long run of a cluster: what one machine can upload within minutes
+SCRATCH_BYTES = 4 << 30  # of the longest: what one machine can upload within minutes
 CALLERS = 2  # of the model at a time, as in the line: one's batches are computed while the other's last one ends
 NEAR = 0.9  # of what the steps alone allow: a line slower than that loses time between them
 
@@ -105,9 +105,8 @@ def bench(job: Job, images: int = 256, seconds: float = 6.0) -> Bench:
     """
     alone = _alone(job, images, seconds, len(os.sched_getaffinity(0)))
     frozen = job.model_copy(update={"engine": alone.dataset.facts.engine})
-    many = int(max(len(alone.sample), alone.slowest * seconds))
     with tempfile.TemporaryDirectory(prefix="vitray-bench-") as scratch:
-        return _bench(alone, _line(frozen, alone.sample, many, scratch, run))
+        return _bench(alone, _line(frozen, alone, 1, seconds, _Start(scratch, run)))
 
 
 def bench_cluster(job: Job, address: str, images: int, seconds: float, allow_open_cluster: bool = False) -> Bench:
@@ -121,11 +120,9 @@ def bench_cluster(job: Job, address: str, images: int, seconds: float, allow_ope
     with joined(address, allow_open_cluster, job.device) as machine:
         joined_s = time.perf_counter() - started
         alone: _Alone = on_machine(machine, _alone, job, images, seconds, machine.cpus)
-        most = SCRATCH_BYTES / (1 + LINE_TIMES) / alone.kilobytes / 1000
-        many = int(max(len(alone.sample), min(most, alone.slowest * max(1, machine.gpus) * machine.alike * seconds)))
-        run_there = partial(run, address=address, allow_open_cluster=allow_open_cluster)
+        there = partial(run, address=address, allow_open_cluster=allow_open_cluster)
         with _scratch(job.out) as scratch:
-            line = _line(job, alone.sample, many, scratch, run_there)
+            line = _line(job, alone, machine.alike * max(1, machine.gpus), seconds, _Start(scratch, there))
     each = replace(line, rate=line.rate / machine.alike)
     others = f" and others: {machine.others}" if machine.others else ""
     return replace(
@@ -164,6 +161,14 @@ class _Alone:
     @property
     def slowest(self) -> float:
         return min(self.steps.values())
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """What starts a run, and the folder that it may write to."""
+
+    scratch: str
+    run: Callable[..., object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,27 +271,35 @@ def _model(dataset: Dataset, device: str, threads: int, seconds: float) -> float
         return more * len(pixels) / max(1e-9, seconds_of(CALLERS + more) - short_s)
 
 
-def _line(job: Job, sample: list[Encoded], images: int, scratch: str, run_job: Callable[..., object]) -> _Line:
-    """Of two runs on tars of the sample. The second one has the engine that the first one chose.
+def _line(job: Job, alone: _Alone, machines: int, seconds: float, start: _Start) -> _Line:
+    """Of runs on tars of the sample in `start.scratch`, each LINE_GROWS times the one before, until two differ by so many seconds.
 
-    The rate is the slope between a short run and a long one: what is in the queues at the first rows and at the end cancels out.
+    The rate is the slope between the last two: what is in the queues at the first rows and at the end cancels out. How fast the
+    line is, its steps alone do not say: a tiny ViT on a Ray of two busy cores made 54 images/s, the model alone 3,500.
     """
-    long = (1 + LINE_TIMES) * images
-    first_s, short_s = _run(job, sample, images, f"{scratch}/{images}", run_job)
-    frozen = require_dataset(f"{scratch}/{images}/out").facts.engine
-    _, long_s = _run(job.model_copy(update={"engine": frozen}), sample, long, f"{scratch}/{long}", run_job)
-    written = sum(file.size for file in store_for(scratch).find(f"{scratch}/{long}/out/data"))
-    return _Line((long - images) / max(1e-9, long_s - short_s), first_s, written / long)
+    images = int(max(len(alone.sample), machines * min(alone.slowest * seconds, LINE_GROWS * len(alone.sample))))
+    most = max(LINE_GROWS * images, SCRATCH_BYTES / alone.kilobytes / 1000)
+    first_s, before_s = _run(job, alone.sample, images, start)
+    job = job.model_copy(update={"engine": require_dataset(f"{start.scratch}/{images}/out").facts.engine})
+    while True:
+        images *= LINE_GROWS
+        _, rows_s = _run(job, alone.sample, images, start)
+        if rows_s - before_s >= seconds or images * LINE_GROWS > most:
+            break
+        before_s = rows_s
+    written = sum(file.size for file in store_for(start.scratch).find(f"{start.scratch}/{images}/out/data"))
+    return _Line((images - images // LINE_GROWS) / max(1e-9, rows_s - before_s), first_s, written / images)
 
 
-def _run(job: Job, sample: list[Encoded], images: int, folder: str, run_job: Callable[..., object]) -> tuple[float, float]:
+def _run(job: Job, sample: list[Encoded], images: int, start: _Start) -> tuple[float, float]:
     """Seconds from the call to the first rows, and from those to the last, of one run."""
+    folder = f"{start.scratch}/{images}"
     _write_tars(f"{folder}/in", sample, images)
     own = {"source": [f"{folder}/in"], "out": f"{folder}/out", "format": "tar", "image_member": None, "keep": []}
     whole = {"limit": None, "sample": None, "since": None, "max_error_rate": 1.0}
     seen: list[tuple[float, int]] = []
     started = time.perf_counter()
-    run_job(job.model_copy(update=own | whole), progress=lambda now: seen.append((time.perf_counter(), now.images)))
+    start.run(job.model_copy(update=own | whole), progress=lambda now: seen.append((time.perf_counter(), now.images)))
     first = next(at for at, count in seen if count)
     last = next(at for at, count in seen if count == seen[-1][1])
     return first - started, last - first
