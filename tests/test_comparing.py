@@ -32,9 +32,16 @@ def test_labels_that_moved_and_rows_of_one_alone_are_counted(two: tuple[str, str
     assert (found.only_old_shards, found.only_new_shards) == (1, 0)
     # of 10 images a shard, 3 and 4 are bad in one: 0 6 9 are cats, 1 7 dogs, 2 5 8 emus
     assert found.agreement == 6 / 16 and found.score_shift == 0.0
+    first, second = sorted(Path(path).stem for path in Path(two[1], "data").iterdir())
     assert found.moves == (
-        Move("cat", "dog", 6, ("0/00", "0/06", "0/09")),
-        Move("dog", "cat", 4, ("0/01", "0/07", "1/01")),
+        Move(
+            "cat",
+            "dog",
+            6,
+            ("0/00", "0/06", "0/09", "1/00", "1/06", "1/09"),
+            tuple((s, i) for s in (first, second) for i in (0, 6, 9)),
+        ),
+        Move("dog", "cat", 4, ("0/01", "0/07", "1/01", "1/07"), tuple((s, i) for s in (first, second) for i in (1, 7))),
     )
     assert (found.sample, found.cka, found.neighbours) == (16, pytest.approx(1), 1.0)
 
@@ -52,7 +59,14 @@ def test_the_command_prints_it_and_is_a_gate(two: tuple[str, str]) -> None:
         and "same label         37.5000%" in plain.stdout
         and "6  cat -> dog  (0/00, 0/06, 0/09)" in plain.stdout
     )
-    assert json.loads(call("--json").stdout)["agreement"] == 0.375
+    page = two[1] + "-page.html"
+    told = call("--json", "--page", page, "--min-agreement", "0.38")
+    assert json.loads(told.stdout)["agreement"] == 0.375 and json.loads(told.stdout)["moves"][1]["examples"][0] == "0/01"
+    assert told.returncode == 5 and told.stderr.startswith(f"{page}: 16 images, 0 pictures")
+    assert "Images by move" in Path(page).read_text()
+    Path(page).write_text("mine")
+    refused = call("--page", page)
+    assert refused.returncode == 2 and "was not made by vitray compare" in refused.stderr and Path(page).read_text() == "mine"
 
 
 def test_what_cannot_be_compared_is_one_error(two: tuple[str, str], tmp_path: Path) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import secrets
 import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from conftest import free_port
 from shards import pictures, put_tars
+from test_cluster import cluster_of
 
 from vitray.costing import estimate, read_prices
-from vitray.errors import JobError
+from vitray.errors import ClusterError, JobError
+from vitray.pipeline.cluster import typical_machine
 
 VITRAY = [sys.executable, "-m", "vitray"]
 
@@ -29,6 +33,9 @@ class Measured:
     first_rows_s: float = 4.0
     identify_s: float = 5.0
     out_kilobytes: float = 3.0
+    gpus: int = 1
+    machines: int = 1
+    measured: str = "on this machine"
 
 
 def test_time_is_start_up_and_images_over_the_rate_of_the_line() -> None:
@@ -36,7 +43,7 @@ def test_time_is_start_up_and_images_over_the_rate_of_the_line() -> None:
     assert (found.seconds, found.out_bytes, found.money) == (1 + 5 + 4 + 360, 108_000_000, None)
     assert estimate(36_000, 36, Measured(), machines=4).seconds == 1 + 5 + 4 + 90
     assert estimate(0, 0, Measured()).seconds == 0
-    assert "6.2 min on 1 of this machine (100.0 images/s each)" in str(found)
+    assert "6.2 min on 1 such machine (100.0 images/s each)" in str(found)
 
 
 def test_what_one_core_or_gpu_more_would_bring() -> None:
@@ -89,3 +96,74 @@ def test_the_plan_for_drawn_shapes_comes_true_within_a_quarter(shapes_model: str
         over.append(json.loads(record.read_text())["seconds_over_planned"])
     print(over)
     assert 0.75 <= sorted(over)[1] <= 1.25
+
+
+# ---------------------------------------------------------------- of a cluster
+
+
+def test_the_machine_to_measure_on_is_of_the_commonest_size_that_computes() -> None:
+    def node(name: str, cpus: float, gpus: float = 0) -> dict[str, object]:
+        return {
+            "NodeID": name,
+            "NodeManagerAddress": f"10.0.0.{name}",
+            "Resources": {"CPU": cpus, **({"GPU": gpus} if gpus else {})},
+        }
+
+    nodes = [node("1", 1), node("2", 4), node("3", 8, 1), node("4", 4), node("5", 16, 4), node("6", 16, 4)]
+    on_gpus, on_cpus = typical_machine(nodes, "auto"), typical_machine(nodes[:4], "cpu")
+    assert (on_gpus.node, on_gpus.cpus, on_gpus.gpus, on_gpus.alike, on_gpus.others) == ("5", 16, 4, 2, 4)
+    assert (on_cpus.node, on_cpus.cpus, on_cpus.gpus, on_cpus.alike, on_cpus.others) == ("2", 4, 0, 2, 2)
+    assert typical_machine([node("1", 4), node("2", 2)], "auto").cpus == 2  # of equally many the smaller: no promise is too large
+    with pytest.raises(ClusterError, match="needs 2"):
+        typical_machine([node("1", 1)], "auto")
+
+
+def test_a_cluster_is_the_machines_that_were_measured() -> None:
+    cluster = Measured(device="cuda", decode=9000.0, model=4000.0, gpus=4, machines=3, measured="on Ray at head:6379")
+    found = estimate(36_000, 36, cluster)
+    assert (found.machines, found.seconds, found.more_gpu) == (3, 1 + 5 + 4 + 120, 5000.0)
+    assert estimate(36_000, 36, cluster, machines=6).seconds == 1 + 5 + 4 + 60
+    assert "2.2 min on 3 such machines (100.0 images/s each)\nmeasured   on Ray at head:6379\n" in str(found)
+
+
+def test_a_cluster_that_is_none_is_one_line(tmp_path: Path) -> None:
+    put_tars(f"{tmp_path}/in", pictures(4), 1, tmp_path)
+    argv = [
+        *VITRAY,
+        "plan",
+        f"{tmp_path}/in",
+        "--model",
+        "m",
+        "--out",
+        f"{tmp_path}/out",
+        "--address",
+        f"127.0.0.1:{free_port()}",
+    ]
+    alone = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    assert alone.returncode == 2 and alone.stderr.startswith("JobError: --address: only --probe N measures there")
+    nobody = subprocess.run([*argv, "--probe", "4", "--json"], capture_output=True, text=True, timeout=120)
+    assert nobody.returncode == 1 and nobody.stdout == "" and nobody.stderr.count("\n") == 1
+    assert nobody.stderr.startswith("ClusterError: Ray at 127.0.0.1:") and not (tmp_path / "out").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.nightly
+def test_the_plan_for_a_cluster_comes_true_within_a_quarter(shapes_model: str, tmp_path: Path) -> None:
+    put_tars(f"{tmp_path}/in", pictures(2400), 6, tmp_path)
+    job = (f"{tmp_path}/in", "--model", shapes_model, "--out", f"{tmp_path}/out")
+    with cluster_of(1, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(16)) as cluster:
+
+        def vitray_there(*argv: str) -> bytes:
+            argv = (*VITRAY, *argv, "--address", cluster.address, "--json")
+            return subprocess.run(argv, capture_output=True, timeout=400, check=True, env=cluster.environment).stdout
+
+        planned = vitray_there("plan", *job, "--probe", "200")
+        assert not (tmp_path / "out").exists()  # what it wrote there is gone
+        said = json.loads(planned)
+        assert said["machines"] == 1 and f"on Ray at {cluster.address}: each step alone on" in said["measured"]
+        (tmp_path / "plan.json").write_bytes(planned)
+        vitray_there("run", *job, "--planned", f"{tmp_path}/plan.json")
+    (record,) = (tmp_path / "out" / "_vitray" / "runs").glob("*.json")
+    over = json.loads(record.read_text())["seconds_over_planned"]
+    print(said, over)
+    assert 0.75 <= over <= 1.25

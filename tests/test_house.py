@@ -60,7 +60,7 @@ FILE_LINES = 400
 BUDGET = {
     "core": 4775,
     "models": 1690,
-    "operating": 2300,
+    "operating": 2400,
     "adapting": 1200,
 }  # lines of code; the contract says 3,000 for core: see DECISIONS.md
 ADAPTING = ("relabelling",)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,9 +24,10 @@ from conftest import new_bucket
 from PIL import Image
 
 import vitray
+from vitray.comparing import compare
 from vitray.dataset import Dataset, data_files, open_dataset, write_run_record
 from vitray.errors import CommitError, JobError
-from vitray.report import report, write_card
+from vitray.report import report, report_changes, write_card
 from vitray.report.counts import SameBytes, count
 from vitray.report.page import STEPS, axis, visible, wilson, within
 from vitray.report.space import near_groups, on_a_plane, principal
@@ -272,6 +275,74 @@ def test_the_browser_of_these_tests_sees_requests_errors_and_width(chromium: bro
     assert any("hello" in text for text in seen.said) and any("ReferenceError" in text for text in seen.said)
 
 
+# ---------------------------------------------------------------- the page of a comparison
+
+
+def test_pictures_of_a_comparison_are_those_of_the_rows_that_moved(tmp_path: Path) -> None:
+    """Every image has a colour of its own, and the file says it in its key."""
+    colours = [(60 * (n % 4) + 30, 60 * (n // 4 % 4) + 30, 100 * (n // 16) + 30) for n in range(20)]
+    for n in range(2):
+        members = {}
+        for i in range(10):
+            buffer = io.BytesIO()
+            Image.new("RGB", (40, 40), colours[10 * n + i]).save(buffer, "PNG")
+            members[f"{10 * n + i}.png"] = buffer.getvalue()
+        hand_made.write_tar(tmp_path / "in" / f"s-{n}.tar", members)
+    old, new, page = *two_datasets(tmp_path, ("dog", "cat", "emu")), tmp_path / "page.html"
+    found = compare(old, new)
+    made = report_changes(found, str(page))
+    html = page.read_text()
+    shown = re.findall(
+        r'<img src="data:image/jpeg;base64,([^"]+)".*?<b><bdi>(\w+)</bdi></b>.*?<b><bdi>(\w+)</bdi></b>.*?"key"><bdi>(\d+)',
+        html,
+        re.S,
+    )
+    told = [(move.old, move.new, key) for move in found.moves for key in move.examples]
+    assert [(before, after, key) for _, before, after, key in shown] == told and len(told) == made.pictures == 12
+    for data, _, _, key in shown:
+        mean = np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))).mean((0, 1))
+        assert np.abs(mean - colours[int(key)]).max() < 4, key
+    assert Tables(html).tables["Images by move"] == [["cat", "dog", "6", "33.33%"], ["dog", "cat", "6", "33.33%"]]
+    shutil.rmtree(tmp_path / "in")
+    gone = report_changes(found, str(page))  # our own page is written anew
+    html = page.read_text()
+    assert gone.pictures == 0 and "The source cannot be listed" in gone.notes[0] and html.count("no picture of") == 12
+    report(new, str(tmp_path / "report.html"))
+    with pytest.raises(JobError, match="was not made by vitray compare"):
+        report_changes(found, str(tmp_path / "report.html"))
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+def test_a_browser_shows_a_comparison_with_hostile_names_and_asks_for_nothing(
+    chromium: browser.Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    old, page = hostile_dataset(tmp_path, monkeypatch), tmp_path / "page.html"
+    facts = replace(hand_made.facts_of(str(tmp_path / "model")), labels=HOSTILE[::-1], weights_sha256="8" * 64)
+    new = hand_made.make_dataset(tmp_path, facts=facts, out=f"{tmp_path}/new")
+    made = report_changes(compare(old.out, new.out), str(page))
+    html = page.read_text()
+    found = Tables(html)
+    assert [
+        link for link in found.links if not re.fullmatch(r"href=data:,|src=data:image/jpeg;base64,.+", link)
+    ] == [] and "script" not in found.tags
+    assert [row[:2] for row in found.tables["Images by move"]] == [[HOSTILE[0], HOSTILE[2]], [HOSTILE[2], HOSTILE[0]]]
+    for scheme in ("light", "dark"):
+        asked = (
+            "[...document.images].filter(i => i.complete && i.naturalWidth == 128).length",
+            "document.scripts.length",
+            "[...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1).length",
+        )
+        seen = chromium.visit(page, width, asked, scheme)
+        assert seen.values == [made.pictures, 0, 0] and made.pictures > 8
+        assert (seen.requests, seen.said, seen.dialogs) == ([], [], []) and seen.width <= width
+
+
+def two_datasets(folder: Path, labels: tuple[str, ...]) -> tuple[str, str]:
+    """Of the same tars; the second by a model that gives these labels for hand_made.CLASSES."""
+    facts = replace(hand_made.facts_of(str(folder / "model")), labels=labels, weights_sha256="8" * 64)
+    return hand_made.make_dataset(folder).out, hand_made.make_dataset(folder, facts=facts, out=f"{folder}/new").out
+
+
 # ---------------------------------------------------------------- what may be missing
 
 
@@ -335,7 +406,7 @@ def test_what_cannot_be_reported_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(JobError, match="no kept column"):
         report(dataset.out, truth="cls")
     (tmp_path / "mine.html").write_text("<p>my own</p>")
-    with pytest.raises(JobError, match="is no report of vitray"):
+    with pytest.raises(JobError, match=r"was not made by vitray report"):
         report(dataset.out, str(tmp_path / "mine.html"))
     assert (tmp_path / "mine.html").read_text() == "<p>my own</p>"
     Path(data_files(dataset.out)[0]).write_bytes(b"PAR1")

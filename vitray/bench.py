@@ -1,35 +1,40 @@
 """Where the time goes: images/s of each step alone, of the whole line, and which step is the limit.
 
-All on the same images: the first ones of the job's source, encoded as they are. Nothing is written to the job's `out`.
+All on the same images: the first ones of the job's source, encoded as they are. What is written is removed again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+import shutil
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from vitray.dataset import Dataset
+from vitray.dataset import Dataset, require_dataset
 from vitray.decode import ON_DEVICE, decode
 from vitray.errors import JobError
 from vitray.job import Job
 from vitray.models import ceiling, identify, open_model, runs_on, torch_threads_kept, vector_columns
-from vitray.pipeline import run
+from vitray.pipeline import joined, on_machine, run, with_absolute_paths
 from vitray.schema import Encoded
 from vitray.sources import list_shards, read_shard
+from vitray.storage import is_local, join, store_for
 
-LINE_TIMES = 3  # the whole line gets so many times the seconds of a step alone, after one time that does not count
-SHARD_IMAGES = 512
+LINE_GROWS = 4  # each run of the whole line has so many times the images of the one before
+SHARD_IMAGES, SHARD_BYTES = 512, 128 << 20  # at most; a tar is made in memory
+SCRATCH_BYTES = 4 << 30  # of the longest: what one machine can upload within minutes
 CALLERS = 2  # of the model at a time, as in the line: one's batches are computed while the other's last one ends
 NEAR = 0.9  # of what the steps alone allow: a line slower than that loses time between them
 
@@ -64,6 +69,9 @@ class Bench:
     identify_s: float  # imports, reading the checkpoint, and timing the engines where `auto` has several
     out_kilobytes: float  # of a row, in Parquet
     limit: str  # read, decode or model: the slowest alone; line: what lies between the steps
+    gpus: int = 1  # that `model` is of, where the device is one
+    machines: int = 1  # that `line` is the mean of
+    measured: str = "on this machine"
 
     def __str__(self) -> str:
         rows = [
@@ -95,45 +103,124 @@ def bench(job: Job, images: int = 256, seconds: float = 6.0) -> Bench:
 
     Raises JobError when the source holds no image, and what `run` raises.
     """
+    alone = _alone(job, images, seconds, len(os.sched_getaffinity(0)))
+    frozen = job.model_copy(update={"engine": alone.dataset.facts.engine})
+    with tempfile.TemporaryDirectory(prefix="vitray-bench-") as scratch:
+        return _bench(alone, _line(frozen, alone, 1, seconds, _Start(scratch, run)))
+
+
+def bench_cluster(job: Job, address: str, images: int, seconds: float, allow_open_cluster: bool = False) -> Bench:
+    """The same of a Ray cluster: every step alone on one whole machine of it, and the whole line on all of it.
+
+    The line runs on tars of the sample in OUT/_vitray/probe-<random>, which is removed afterwards: where OUT is, a run would
+    write too. identify_s: until Ray had let us in; first_rows_s has the rest.
+    Raises what `bench` and `run` raise, so ClusterError where OUT is not seen by all machines.
+    """
+    job, started = with_absolute_paths(job), time.perf_counter()
+    with joined(address, allow_open_cluster, job.device) as machine:
+        joined_s = time.perf_counter() - started
+        alone: _Alone = on_machine(machine, _alone, job, images, seconds, machine.cpus)
+        there = partial(run, address=address, allow_open_cluster=allow_open_cluster)
+        with _scratch(job.out) as scratch:
+            line = _line(job, alone, machine.alike * max(1, machine.gpus), seconds, _Start(scratch, there))
+    each = replace(line, rate=line.rate / machine.alike)
+    others = f" and others: {machine.others}" if machine.others else ""
+    return replace(
+        _bench(replace(alone, identify_s=joined_s), each, max(1, machine.gpus)),
+        machines=machine.alike,
+        measured=f"on Ray at {address}: each step alone on {machine.host} (CPUs: {machine.cpus}, GPUs: {machine.gpus}), "
+        f"the whole line on all machines of that size: {machine.alike}{others}",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Alone:
+    """What one machine does in each step by itself, images/s, one GPU at most; flops: FLOP/s of the matrix products."""
+
+    dataset: Dataset
+    sample: list[Encoded]
+    device: str
+    cores: int
+    identify_s: float
+    read: float
+    decode_core: float
+    decode: float
+    model: float
+    ceiling: float
+    flops: float
+
+    @property
+    def kilobytes(self) -> float:
+        return sum(len(one.data or b"") for one in self.sample) / len(self.sample) / 1000
+
+    @property
+    def steps(self) -> dict[str, float]:
+        on_device = self.dataset.job.decode in ON_DEVICE  # what was timed is the CPU's share
+        return {"read": self.read, **({} if on_device else {"decode": self.decode}), "model": self.model}
+
+    @property
+    def slowest(self) -> float:
+        return min(self.steps.values())
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """What starts a run, and the folder that it may write to."""
+
+    scratch: str
+    run: Callable[..., object]
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    rate: float
+    first_s: float
+    row_bytes: float
+
+
+def _alone(job: Job, images: int, seconds: float, cores: int) -> _Alone:
     sample, read = _read(job, images)
     started = time.perf_counter()
     facts, device = identify(job), runs_on(job)
     identify_s = time.perf_counter() - started
     dataset = Dataset(job.out, job, facts, tuple(vector_columns(job, facts)), pa.schema([]), len(sample))
-    count = len(os.sched_getaffinity(0))
-    decode_core, decode_all = (_decode(dataset, sample, threads, seconds / 2) for threads in (1, count))
+    decode_core, decode_all = (_decode(dataset, sample, threads, seconds / 2) for threads in (1, cores))
     before = ceiling(facts, device)  # twice, since other work on the machine comes and goes
-    model = _model(dataset, device, count, seconds)
+    model = _model(dataset, device, cores, seconds)
     most, flops = (sum(pair) / 2 for pair in zip(before, ceiling(facts, device)))
-    alone = {"read": read, "decode": decode_all, "model": model}
-    if job.decode in ON_DEVICE:  # what was timed is the CPU's share
-        del alone["decode"]
-    line, first, out_bytes = _line(dataset, sample, int(max(len(sample), min(alone.values()) * seconds)))
-    if line > read:  # one reader alone; the line has several
-        del alone["read"]
-    slowest = min(alone, key=lambda step: alone[step])
+    return _Alone(dataset, sample, device, cores, identify_s, read, decode_core, decode_all, model, most, flops)
+
+
+def _bench(alone: _Alone, line: _Line, gpus: int = 1) -> Bench:
+    """What one machine with so many GPUs comes to, and what its limit is."""
+    facts, job = alone.dataset.facts, alone.dataset.job
+    steps = alone.steps | {"model": gpus * alone.model}
+    if line.rate > alone.read:  # one reader alone; the line has several
+        del steps["read"]
+    slowest = min(steps, key=lambda step: steps[step])
     # on a CPU the cores are shared
-    together = alone[slowest] if device != "cpu" else min(alone[slowest], 1 / (1 / decode_all + 1 / model))
+    together = steps[slowest] if alone.device != "cpu" else min(steps[slowest], 1 / (1 / alone.decode + 1 / alone.model))
     return Bench(
-        images=len(sample),
-        kilobytes=sum(len(one.data or b"") for one in sample) / len(sample) / 1000,
-        cores=count,
-        device=device,
+        images=len(alone.sample),
+        kilobytes=alone.kilobytes,
+        cores=alone.cores,
+        device=alone.device,
         engine=facts.engine,
         precision=facts.precision,
         batch_size=facts.batch_size,
         decode_mode=job.decode,
-        read=read,
-        decode_core=decode_core,
-        decode=decode_all,
-        model=model,
-        ceiling=most,
-        gflops=flops / 1e9,
-        line=line,
-        first_rows_s=first,
-        identify_s=identify_s,
-        out_kilobytes=out_bytes / 1000,
-        limit=slowest if line >= NEAR * together else "line",
+        read=alone.read,
+        decode_core=alone.decode_core,
+        decode=alone.decode,
+        model=gpus * alone.model,
+        ceiling=gpus * alone.ceiling,
+        gflops=gpus * alone.flops / 1e9,
+        line=line.rate,
+        first_rows_s=line.first_s,
+        identify_s=alone.identify_s,
+        out_kilobytes=line.row_bytes / 1000,
+        limit=slowest if line.rate >= NEAR * together else "line",
+        gpus=gpus,
     )
 
 
@@ -184,39 +271,66 @@ def _model(dataset: Dataset, device: str, threads: int, seconds: float) -> float
         return more * len(pixels) / max(1e-9, seconds_of(CALLERS + more) - short_s)
 
 
-def _line(dataset: Dataset, sample: list[Encoded], images: int) -> tuple[float, float, float]:
-    """Images/s, seconds until the first rows, and bytes of a row, of runs on tars of the sample in a scratch directory.
+def _line(job: Job, alone: _Alone, machines: int, seconds: float, start: _Start) -> _Line:
+    """Of runs on tars of the sample in `start.scratch`, each LINE_GROWS times the one before, until two differ by so many seconds.
 
-    The rate is the slope between a short run and a long one: what is in the queues at the first rows and at the end cancels out.
+    The rate is the slope between the last two: what is in the queues at the first rows and at the end cancels out. How fast the
+    line is, its steps alone do not say: a tiny ViT on a Ray of two busy cores made 54 images/s, the model alone 3,500.
     """
-    long = (1 + LINE_TIMES) * images
-    with tempfile.TemporaryDirectory(prefix="vitray-bench-") as scratch:
-        runs = [_run(dataset, sample, many, f"{scratch}/{many}") for many in (images, long)]
-        written = sum(path.stat().st_size for path in Path(f"{scratch}/{long}/out/data").iterdir())
-    (first, short_s), (_, long_s) = runs
-    return (long - images) / max(1e-9, long_s - short_s), first, written / long
+    images = int(max(len(alone.sample), machines * min(alone.slowest * seconds, LINE_GROWS * len(alone.sample))))
+    most = max(LINE_GROWS * images, SCRATCH_BYTES / alone.kilobytes / 1000)
+    first_s, before_s = _run(job, alone.sample, images, start)
+    job = job.model_copy(update={"engine": require_dataset(f"{start.scratch}/{images}/out").facts.engine})
+    while True:
+        images *= LINE_GROWS
+        _, rows_s = _run(job, alone.sample, images, start)
+        if rows_s - before_s >= seconds or images * LINE_GROWS > most:
+            break
+        before_s = rows_s
+    written = sum(file.size for file in store_for(start.scratch).find(f"{start.scratch}/{images}/out/data"))
+    return _Line((images - images // LINE_GROWS) / max(1e-9, rows_s - before_s), first_s, written / images)
 
 
-def _run(dataset: Dataset, sample: list[Encoded], images: int, folder: str) -> tuple[float, float]:
+def _run(job: Job, sample: list[Encoded], images: int, start: _Start) -> tuple[float, float]:
     """Seconds from the call to the first rows, and from those to the last, of one run."""
+    folder = f"{start.scratch}/{images}"
     _write_tars(f"{folder}/in", sample, images)
     own = {"source": [f"{folder}/in"], "out": f"{folder}/out", "format": "tar", "image_member": None, "keep": []}
-    fixed = {"engine": dataset.facts.engine, "limit": None, "sample": None, "since": None, "max_error_rate": 1.0}
+    whole = {"limit": None, "sample": None, "since": None, "max_error_rate": 1.0}
     seen: list[tuple[float, int]] = []
     started = time.perf_counter()
-    run(dataset.job.model_copy(update=own | fixed), progress=lambda now: seen.append((time.perf_counter(), now.images)))
+    start.run(job.model_copy(update=own | whole), progress=lambda now: seen.append((time.perf_counter(), now.images)))
     first = next(at for at, count in seen if count)
     last = next(at for at, count in seen if count == seen[-1][1])
     return first - started, last - first
 
 
 def _write_tars(folder: str, sample: list[Encoded], images: int) -> None:
-    os.makedirs(folder)
     again = itertools.islice(itertools.cycle(sample), images)
-    for number in range(-(-images // SHARD_IMAGES)):
-        with tarfile.open(f"{folder}/{number:05d}.tar", "w") as tar:
-            for at, item in enumerate(itertools.islice(again, SHARD_IMAGES)):
+    mean = sum(len(item.data or b"") for item in sample) / len(sample)
+    each = max(1, min(SHARD_IMAGES, int(SHARD_BYTES / mean)))
+    for number in range(-(-images // each)):
+        body = BytesIO()
+        with tarfile.open(fileobj=body, mode="w") as tar:
+            for at, item in enumerate(itertools.islice(again, each)):
                 data = item.data or b""
                 member = tarfile.TarInfo(f"{at:06d}.jpg")  # whatever it is: content decides
                 member.size = len(data)
                 tar.addfile(member, BytesIO(data))
+        store_for(folder).create(join(folder, f"{number:05d}.tar"), body.getvalue())
+
+
+@contextlib.contextmanager
+def _scratch(out: str) -> Iterator[str]:
+    """A folder within `out`, since next to it another bucket might begin; gone when the block ends."""
+    folder = join(out, "_vitray", f"probe-{uuid.uuid4().hex}")
+    store = store_for(folder)
+    try:
+        yield folder
+    finally:
+        if is_local(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            store.delete([file.url for file in store.find(folder)])
+        for above in (join(out, "_vitray"), out):
+            store.delete_folder(above)

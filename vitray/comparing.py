@@ -20,17 +20,19 @@ from vitray.storage import absolute, store_for
 SAMPLE = 2000  # vectors that drift is measured on
 NEIGHBOURS = 10
 MOVES = 20  # pairs of labels that are told
-EXAMPLES = 3  # keys told of each
+EXAMPLES = 6  # rows named of each: six pictures fill a line of the page
+TOLD = 3  # of these as text
 
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """Images whose label went from one to another. examples: their keys."""
+    """Images whose label went from one to another. examples: keys of the first; refs: their (shard, index), since keys may repeat."""
 
     old: str
     new: str
     images: int
     examples: tuple[str, ...]
+    refs: tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ class Comparison:
             lines.append(
                 f"embeddings         CKA {self.cka:.4f}, {self.neighbours:.1%} of {NEIGHBOURS} neighbours shared, {self.sample:,} rows"
             )
-        lines += [f"  {move.images:>8,}  {move.old} -> {move.new}  ({', '.join(move.examples)})" for move in self.moves]
+        lines += [f"  {move.images:>8,}  {move.old} -> {move.new}  ({', '.join(move.examples[:TOLD])})" for move in self.moves]
         return "\n".join(lines)
 
 
@@ -84,7 +86,7 @@ def compare(old: str, new: str) -> Comparison:
         raise JobError(f"{absolute(old)} and {absolute(new)} have no shard in common: they were not made from the same input.")
     rows = agreed = 0
     alone, shift = [0, 0], 0.0
-    moves, examples = Counter[tuple[str, str]](), dict[tuple[str, str], list[str]]()
+    moves, examples = Counter[tuple[str, str]](), dict[tuple[str, str], list[tuple[str, str, int]]]()
     vectors: list[tuple[np.ndarray, np.ndarray]] = []
     labelled = all(dataset.job.labelled for dataset in datasets)
     embedded = [next((vector.column for vector in dataset.vectors), None) for dataset in datasets]
@@ -104,7 +106,7 @@ def compare(old: str, new: str) -> Comparison:
                 pair = (a["label"][int(n)].as_py(), b["label"][int(n)].as_py())
                 moves[pair] += 1
                 if moves[pair] <= EXAMPLES:
-                    examples.setdefault(pair, []).append(a["key"][int(n)].as_py())
+                    examples.setdefault(pair, []).append((a["key"][int(n)].as_py(), shard, a["index"][int(n)].as_py()))
         if None not in embedded and len(at_a) and len(vectors) * share < SAMPLE:
             some = np.linspace(0, len(at_a) - 1, min(share, len(at_a))).astype(int)
             vectors.append((_matrix(a["vector"].take(some)), _matrix(b["vector"].take(some))))
@@ -119,7 +121,7 @@ def compare(old: str, new: str) -> Comparison:
         only_old_shards=len(first.keys() - second.keys()),
         only_new_shards=len(second.keys() - first.keys()),
         agreement=agreed / rows if labelled and rows else None,
-        moves=tuple(Move(*pair, count, tuple(examples[pair])) for pair, count in moves.most_common(MOVES)),
+        moves=tuple(_move(*pair, count, examples[pair]) for pair, count in moves.most_common(MOVES)),
         score_shift=shift / agreed if labelled and agreed else None,
         sample=len(x),
         cka=linear_cka(x, y) if enough else None,
@@ -145,6 +147,10 @@ def _nearest(x: np.ndarray, k: int) -> np.ndarray:
     likeness = unit @ unit.T
     np.fill_diagonal(likeness, -np.inf)
     return np.argpartition(-likeness, k, axis=1)[:, :k]
+
+
+def _move(old: str, new: str, images: int, examples: list[tuple[str, str, int]]) -> Move:
+    return Move(old, new, images, tuple(key for key, *_ in examples), tuple((shard, index) for _, shard, index in examples))
 
 
 def _shard_of(url: str) -> str:

@@ -13,7 +13,7 @@ from vitray.errors import JobError
 from vitray.job import BAD_YAML
 
 PRICES = {
-    "machine_hour": "one machine like this one, an hour",
+    "machine_hour": "one machine like the one measured, an hour",
     "put_1000": "a thousand PUT, LIST and COPY requests",
     "get_1000": "a thousand GET and HEAD requests",
     "gb_month": "a gigabyte stored for a month",
@@ -24,7 +24,7 @@ WRITES_A_SHARD, READS_A_SHARD, WRITES_A_FRAGMENT = 6, 15, 1
 
 
 class Rates(Protocol):
-    """What `bench` measured. Images/s; identify_s, first_rows_s: seconds until the model is known, and from there to the first rows; kilobytes, of an image, in and out."""
+    """What `bench` measured, of one of `machines`. Images/s; identify_s, first_rows_s: seconds until the model is known, and from there to the first rows; kilobytes, of an image, in and out."""
 
     @property
     def line(self) -> float: ...
@@ -46,6 +46,12 @@ class Rates(Protocol):
     def identify_s(self) -> float: ...
     @property
     def out_kilobytes(self) -> float: ...
+    @property
+    def gpus(self) -> int: ...
+    @property
+    def machines(self) -> int: ...
+    @property
+    def measured(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +70,13 @@ class Estimate:
     more_cpu: float
     more_gpu: float | None
     money: dict[str, float] | None
+    measured: str
 
     def __str__(self) -> str:
         gpu = "" if self.more_gpu is None else f", one more GPU {self.more_gpu:,.1f}"
         lines = [
-            f"time       {_span(self.seconds)} on {self.machines} of this machine ({self.images_per_s:,.1f} images/s each)",
+            f"time       {_span(self.seconds)} on {self.machines} such machine{'s' * (self.machines != 1)} ({self.images_per_s:,.1f} images/s each)",
+            f"measured   {self.measured}",
             f"limit      {self.limit}; one more core would give {self.more_cpu:,.1f} images/s{gpu}",
             f"bytes out  {self.out_bytes / 1e9:,.3f} GB",
         ]
@@ -78,8 +86,11 @@ class Estimate:
         return "\n".join(lines)
 
 
-def estimate(images: int, shards: int, rates: Rates, machines: int = 1, prices: dict[str, float] | None = None) -> Estimate:
-    """What `images` in `shards` will take on so many machines like the one that was measured."""
+def estimate(
+    images: int, shards: int, rates: Rates, machines: int | None = None, prices: dict[str, float] | None = None
+) -> Estimate:
+    """What `images` in `shards` will take on so many machines like the one that was measured; by default on all that were."""
+    machines = machines or rates.machines
     seconds = START_S + rates.identify_s + rates.first_rows_s + images / rates.line / machines if images else 0.0
     on_cpu = rates.device == "cpu"
     more_core = rates.line * (rates.cores + 1) / rates.cores
@@ -95,9 +106,9 @@ def estimate(images: int, shards: int, rates: Rates, machines: int = 1, prices: 
             "requests": writes / 1000 * prices.get("put_1000", 0) + shards * READS_A_SHARD / 1000 * prices.get("get_1000", 0),
             "gb_month": stored / 1e9 * prices.get("gb_month", 0),
         }
-    more_gpu = None if on_cpu else min(rates.decode, 2 * rates.model)
+    more_gpu = None if on_cpu else min(rates.decode, (rates.gpus + 1) / rates.gpus * rates.model)
     limit = {"line": "what lies between the steps"}.get(rates.limit, rates.limit)
-    return Estimate(images, machines, seconds, rates.line, limit, stored, more_core, more_gpu, money)
+    return Estimate(images, machines, seconds, rates.line, limit, stored, more_core, more_gpu, money, rates.measured)
 
 
 def read_prices(path: str) -> dict[str, float]:

@@ -52,15 +52,23 @@ def plan(
     out: Out = None,
     sets: Sets = None,
     probe: Annotated[
-        int, typer.Option(help="time so many images of the source on this machine, and say what the rest takes")
+        int, typer.Option(help="time so many images of the source, here or at --address, and say what the rest takes", min=0)
     ] = 0,
-    machines: Annotated[int, typer.Option(help="with --probe: how many machines like this one", min=1)] = 1,
+    machines: Annotated[
+        int | None, typer.Option(help="with --probe: how many such machines (default: those that were measured)", min=1)
+    ] = None,
     prices: Annotated[str | None, typer.Option(metavar="PRICES.yaml", help=f"with --probe: {', '.join(PRICES)}")] = None,
+    address: Annotated[
+        str | None, typer.Option("--address", help="with --probe: the Ray cluster to measure (default: RAY_ADDRESS, else none)")
+    ] = None,
+    allow_open_cluster: Open = False,
     as_json: Json = False,
 ) -> None:
-    """Say what a run would do, and with --probe what it would take; writes nothing."""
+    """Say what a run would do, and with --probe what it would take; leaves nothing behind."""
     from vitray.planning import plan as plan_job
 
+    if address is not None and not probe:
+        raise JobError("--address: only --probe N measures there. Add it, or leave --address out.")
     table = read_prices(prices) if prices is not None else None
     job = job_of(target, model, out, sets)
     found = plan_job(job)
@@ -68,8 +76,11 @@ def plan(
         show(found, as_json, str(found))
     if probe:
         from vitray.bench import bench as bench_job
+        from vitray.bench import bench_cluster
 
-        expected = estimate(found.pending_images, found.pending, bench_job(job, probe, PROBE_S), machines, table)
+        where = address or os.environ.get("RAY_ADDRESS")
+        rates = bench_cluster(job, where, probe, PROBE_S, allow_open_cluster) if where else bench_job(job, probe, PROBE_S)
+        expected = estimate(found.pending_images, found.pending, rates, machines, table)
         show(expected, as_json, str(expected))
 
 

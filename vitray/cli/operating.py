@@ -50,6 +50,9 @@ def compare(
     old: Annotated[str, typer.Argument(metavar="OLD", help="a dataset directory")],
     new: Annotated[str, typer.Argument(metavar="NEW", help="another, made from the same input")],
     min_agreement: Annotated[float | None, typer.Option(help="exit code 5 where fewer labels agree", min=0, max=1)] = None,
+    page: Annotated[
+        str | None, typer.Option("--page", metavar="FILE.html", help="also write a page with pictures of what moved")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Say what another model or other settings changed: labels, scores, embeddings."""
@@ -59,6 +62,10 @@ def compare(
     if min_agreement is not None and found.agreement is None:
         raise JobError("--min-agreement: the two have no labels to compare. Leave it out, or compare datasets with labels.")
     show(found, as_json, str(found))
+    if page is not None:
+        from vitray.report import report_changes
+
+        say(str(report_changes(found, page)), err=as_json)
     raise typer.Exit(5 if min_agreement is not None and (found.agreement or 0.0) < min_agreement else 0)
 
 

@@ -2,7 +2,8 @@
 moves it; cluster.py, Ray itself; progress.py, how far it is.
 """
 
+from vitray.pipeline.cluster import joined, on_machine
 from vitray.pipeline.progress import Progress, Result
-from vitray.pipeline.runner import groups_of, run
+from vitray.pipeline.runner import groups_of, run, with_absolute_paths
 
-__all__ = ["Progress", "Result", "groups_of", "run"]
+__all__ = ["Progress", "Result", "groups_of", "joined", "on_machine", "run", "with_absolute_paths"]

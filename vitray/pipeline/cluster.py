@@ -10,12 +10,12 @@ import shutil
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from vitray.errors import ClusterError
+from vitray.errors import ClusterError, VitrayError, one_line
 
 RETRIES = 3  # of a task or an actor; Ray's own defaults are endless
 START_S = 120  # Ray's own waits inside ray.init are shorter
@@ -38,6 +38,18 @@ class Shares:
     stagers: int
     queue_blocks: int
     compiled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """One machine of a cluster. alike: how many have its size, with it; others: machines of other sizes."""
+
+    node: str
+    host: str
+    cpus: int
+    gpus: int
+    alike: int
+    others: int
 
 
 def share_out(nodes: list[dict[str, float]], device: str) -> Shares:
@@ -215,6 +227,60 @@ def alive_nodes() -> list[dict[str, Any]]:
     import ray
 
     return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
+
+
+def typical_machine(nodes: list[dict[str, Any]], device: str) -> Machine:
+    """Of the alive nodes: where the model would run, the commonest size. Raises ClusterError where nothing could run."""
+    share_out([node["Resources"] for node in nodes], device)
+    sizes = [(int(r.get("GPU", 0)) if device != "cpu" else 0, int(r["CPU"])) for r in (node["Resources"] for node in nodes)]
+    computing = [size for size in sizes if size[0]] or [size for size in sizes if size[1] >= 2]
+    size = max(sorted(set(computing)), key=computing.count)  # the smaller of equally many
+    node = nodes[sizes.index(size)]
+    alike = sizes.count(size)
+    return Machine(node["NodeID"], node["NodeManagerAddress"], size[1], size[0], alike, len(sizes) - alike)
+
+
+@contextlib.contextmanager
+def joined(address: str, allow_open: bool, device: str) -> Iterator[Machine]:
+    """As `ray_session`, and the machine to measure on."""
+    with ray_session(address, allow_open):
+        yield typical_machine(alive_nodes(), device)
+
+
+def on_machine(machine: Machine, work: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns there, while nothing else of Ray runs on that machine; it waits for that."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    there = NodeAffinitySchedulingStrategy(machine.node, soft=False)
+    # max_calls: a process of its own, so that what comes after starts as cold as a run does
+    task = ray.remote(max_calls=1)(outcome).options(
+        num_cpus=machine.cpus, num_gpus=machine.gpus, scheduling_strategy=there, max_retries=RETRIES
+    )
+    return answer(task.remote(work, *arguments), 900, f"all of {machine.host} to be free, and measured")
+
+
+def outcome(work: Callable[..., Any], *arguments: Any) -> Any:
+    """What a task does: its exceptions of ours come back as values, which Ray would wrap in text of its own."""
+    try:
+        return work(*arguments)
+    except VitrayError as error:
+        return error
+
+
+def answer(ref: Any, timeout_s: float, what: str) -> Any:
+    """The value of a task. Raises what `outcome` returned, and ClusterError for a task that failed or did not answer in time."""
+    import ray
+
+    try:
+        found = ray.get(ref, timeout=timeout_s)
+    except ray.exceptions.RayError as error:
+        if not isinstance(error, ray.exceptions.GetTimeoutError):
+            raise ClusterError(f"{what} failed: {one_line(error)}. Look at Ray's logs, then run again.") from error
+        raise ClusterError(f"waited {timeout_s:g} s for {what}. Look at `ray status`, then run again.") from error
+    if isinstance(found, VitrayError):
+        raise found
+    return found
 
 
 def _object_store_bytes() -> int:

@@ -38,10 +38,10 @@ from vitray.dataset import (
     unmark_success,
     write_run_record,
 )
-from vitray.errors import ClusterError, ErrorRateExceeded, Interrupted, JobError, ShardError, StorageError, VitrayError, one_line
+from vitray.errors import ClusterError, ErrorRateExceeded, Interrupted, JobError, ShardError, StorageError, VitrayError
 from vitray.job import Job
 from vitray.models import compiles, identify, runs_on, torch_threads_kept, vector_columns, with_label_names
-from vitray.pipeline.cluster import RETRIES, Shares, alive_nodes, own_cpus, ray_session, share_out
+from vitray.pipeline.cluster import RETRIES, Shares, alive_nodes, answer, outcome, own_cpus, ray_session, share_out
 from vitray.pipeline.line import RayLine
 from vitray.pipeline.local import LocalLine
 from vitray.pipeline.metrics import RayMeter, Unmetered
@@ -80,7 +80,7 @@ def run(
     when something is broken, ErrorRateExceeded above `max_error_rate`. After any of them the same call goes on.
     """
     started = time.monotonic()
-    job = with_label_names(_with_absolute_paths(job))
+    job = with_label_names(with_absolute_paths(job))
     listing = list_shards(job, groups_of(job.out))
     if not exists(dataset_url(job.out)):
         probe(job.out)
@@ -145,7 +145,7 @@ def _machines(
         yield open_ray, now(), alive_nodes()
 
 
-def _with_absolute_paths(job: Job) -> Job:
+def with_absolute_paths(job: Job) -> Job:
     """Workers have a working directory of their own, and so has whoever validates the dataset later."""
     paths = {"source": [absolute(s) for s in job.source], "allow": [absolute(a) for a in job.allow], "out": absolute(job.out)}
     for source in paths["source"]:
@@ -213,19 +213,9 @@ def _identify_on_worker(job: Job, shares: Shares) -> ModelFacts:
     """`auto` is resolved on the class of worker that will run it."""
     import ray
 
-    task = ray.remote(_identify_or_error).options(num_cpus=shares.actor_cpus, num_gpus=shares.actor_gpus, max_retries=RETRIES)
-    found = _get(task.remote(job), 900, "the model to be fetched and read")
-    if isinstance(found, VitrayError):
-        raise found
-    facts: ModelFacts = found
+    task = ray.remote(outcome).options(num_cpus=shares.actor_cpus, num_gpus=shares.actor_gpus, max_retries=RETRIES)
+    facts: ModelFacts = answer(task.remote(identify, job), 900, "the model to be fetched and read")
     return facts
-
-
-def _identify_or_error(job: Job) -> ModelFacts | VitrayError:
-    try:
-        return identify(job)
-    except VitrayError as error:
-        return error
 
 
 def _compiling(job: Job, listing: Listing, shares: Shares) -> Shares:
@@ -359,7 +349,7 @@ def _require_shared(dataset: Dataset, shards: list[Shard], nodes: list[dict[str,
         for node in nodes:
             here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             task = ray.remote(_missing).options(num_cpus=0, scheduling_strategy=here, max_retries=RETRIES)
-            missing = _get(task.remote([nonce, *paths]), 120, f"node {node['NodeManagerAddress']} to answer")
+            missing = answer(task.remote([nonce, *paths]), 120, f"node {node['NodeManagerAddress']} to answer")
             if missing:
                 raise ClusterError(
                     f"{missing[0]} cannot be seen from node {node['NodeManagerAddress']}: with several machines, source, model "
@@ -371,17 +361,6 @@ def _require_shared(dataset: Dataset, shards: list[Shard], nodes: list[dict[str,
 
 def _missing(paths: list[str]) -> list[str]:
     return [path for path in paths if not exists(path) and not os.path.isdir(path)]
-
-
-def _get(ref: Any, timeout_s: float, what: str) -> Any:
-    import ray
-
-    try:
-        return ray.get(ref, timeout=timeout_s)
-    except ray.exceptions.RayError as error:
-        if not isinstance(error, ray.exceptions.GetTimeoutError):
-            raise ClusterError(f"{what} failed: {one_line(error)}. Look at Ray's logs, then run again.") from error
-        raise ClusterError(f"waited {timeout_s:g} s for {what}. Look at `ray status`, then run again.") from error
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -2,6 +2,7 @@
 
 counts.py   one pass over the data files      space.py   where vectors lie, which are alike    pictures.py   from the source anew
 page.py     what the page says                page.html  how it looks                          card.py       README.md of the dataset
+changes.py  what the page of a comparison says, changes.html how it looks; base.html and macros.html are of both pages
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from dataclasses import dataclass
 from vitray.dataset import Dataset, data_files, require_dataset
 from vitray.errors import JobError, ObjectMissing
 from vitray.report.card import write_card
-from vitray.report.page import MARK, page_of
+from vitray.report.changes import Changes, changes_page
+from vitray.report.page import Page, page_of
 from vitray.storage import absolute, store_for
 
-__all__ = ["Report", "report", "write_card"]
+__all__ = ["Report", "report", "report_changes", "write_card"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +44,26 @@ def report(out: str, to: str | None = None, truth: str | None = None, pictures: 
     dataset = require_dataset(out)
     _require_truth(dataset, truth)
     target = absolute(to or f"{dataset.out.rpartition('/')[2]}-report.html")
-    _require_ours(target)
-    found = page_of(dataset, data_files(dataset.out), truth, pictures)
-    body = found.html.encode()
+    _require_ours(target, "report")
+    return _written(page_of(dataset, data_files(dataset.out), truth, pictures), target, "report")
+
+
+def report_changes(found: Changes, to: str) -> Report:
+    """Write the page of a comparison: figures, moves, and pictures of rows that moved where the source still has them.
+
+    to: where. A file there that is no page of a comparison is not overwritten: JobError.
+    """
+    target = absolute(to)
+    _require_ours(target, "compare")
+    return _written(changes_page(found), target, "compare")
+
+
+def _written(page: Page, target: str, command: str) -> Report:
+    body = page.html.encode()
     if not store_for(target).create(target, body):
-        _require_ours(target)
+        _require_ours(target, command)
         store_for(target).replace(target, body)
-    return Report(target, len(body), found.images, found.pictures, found.notes)
+    return Report(target, len(body), page.images, page.pictures, page.notes)
 
 
 def _require_truth(dataset: Dataset, truth: str | None) -> None:
@@ -57,11 +72,11 @@ def _require_truth(dataset: Dataset, truth: str | None) -> None:
         raise JobError(f"--truth {truth}: no kept column of a dataset with labels is called so. Kept columns: {has}.")
 
 
-def _require_ours(target: str) -> None:
+def _require_ours(target: str, command: str) -> None:
     try:
         with store_for(target).open(target) as stream:
             head = stream.read(1000)
     except ObjectMissing:
         return
-    if MARK.encode() not in head:
-        raise JobError(f"{target} exists and is no report of vitray. Choose another file with --to, or move it away.")
+    if f'<meta name="generator" content="vitray {command} '.encode() not in head:
+        raise JobError(f"{target} exists and was not made by vitray {command}. Choose another file, or move it away.")

@@ -26,7 +26,6 @@ from vitray.sources import chosen, list_shards
 from vitray.storage import exists, join, read
 from vitray.version import __version__
 
-MARK = '<meta name="generator" content="vitray report'
 RUNS = 40  # the latest
 STEPS, STEP_MARKS = 48, 3  # of one run over time, at most; marks of its timeline for each step, or bursts would look like speed
 LABELS = 30  # of the histogram
@@ -47,7 +46,7 @@ class Page:
 def page_of(dataset: Dataset, urls: Sequence[str], truth: str | None, pictures: bool) -> Page:
     """The page of a dataset with these data files."""
     counts = count(dataset, urls, truth)
-    listed, notes = _listed(dataset)
+    shards, notes = listed(dataset)
     twin_rows, twins = counts.same_bytes.groups(TWINS)
     groups = {"twins": [(n, [(counts.shards[s], i) for s, i in first]) for n, first in twins], "alike": _alike(counts)}
     shown = _shown(counts, groups)
@@ -58,17 +57,17 @@ def page_of(dataset: Dataset, urls: Sequence[str], truth: str | None, pictures: 
         *([truth] if truth else []),
     ]
     rows = rows_of(dataset, shown, list(dict.fromkeys(names)))
-    images, why = pictures_of(dataset, listed, rows) if pictures and listed else ({}, [])
+    images, why = pictures_of(dataset, shards, rows) if pictures and shards else ({}, [])
     notes += why
 
     def cards(refs: Iterable[Ref]) -> list[dict[str, Any]]:
         return [_card(dataset, rows[ref], images.get(ref), truth) for ref in refs]
 
-    html = _template().render(
-        mark=Markup(f'{MARK} {__version__}">'),
+    html = rendered(
+        "page.html",
+        maker="vitray report",
         name=dataset.out.rpartition("/")[2],
-        made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        state=_state(dataset, counts, listed),
+        state=_state(dataset, counts, shards),
         notes=notes,
         counts=counts,
         truth=truth,
@@ -86,6 +85,8 @@ def page_of(dataset: Dataset, urls: Sequence[str], truth: str | None, pictures: 
         near=NEAR,
         dataset=dataset,
         document=json.loads(read(dataset_url(dataset.out))),
+        made_from="the dataset's own files",
+        holds_pictures=bool(images),
     )
     return Page(html, counts.images, len(images), tuple(notes))
 
@@ -138,7 +139,9 @@ def within(record: dict[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def _template() -> Any:
+def rendered(template: str, **values: object) -> str:
+    """HTML of a template of this room: everything is escaped, and `visible`."""
+
     def finish(value: object) -> object:
         return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
@@ -156,14 +159,14 @@ def _template() -> Any:
     world.filters["n"] = lambda number: f"{number:,.0f}"
     world.filters["rate"] = lambda number: f"{number:,.1f}"
     world.filters["brief"] = _brief
-    return world.get_template("page.html")
+    return world.get_template(template).render(made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", version=__version__, **values)
 
 
 def _brief(number: float) -> str:
     return f"{number / 1e6:g}M" if number >= 1e6 else f"{number / 1e3:g}k" if number >= 1e4 else f"{number:g}"
 
 
-def _listed(dataset: Dataset) -> tuple[dict[str, Shard], list[str]]:
+def listed(dataset: Dataset) -> tuple[dict[str, Shard], list[str]]:
     """The shards of the source as it is now, and why it cannot be listed."""
     try:
         return {shard.id: shard for shard in list_shards(dataset.job, groups_of(dataset.out)).shards}, []
