@@ -32,17 +32,19 @@ LEVELS = {
     **dict.fromkeys(
         (
             *("planning", "validation", "bench", "demo", "watching", "comparing", "compacting", "backfilling", "submitting"),
-            *("searching", "exporting", "report", "costing"),
+            *("searching", "exporting", "report", "costing", "adapt"),
         ),
         5,
     ),
     **dict.fromkeys(("cli", "__main__", "__init__"), 6),
 }
 ONLY_IN = {  # a module, and the beginnings of the paths that may import it
-    "torch": ("models/", "decode.py", "resize.py"),  # decode.py: not where it is exact, see test_decode.py
+    "torch": ("models/", "adapt/", "decode.py", "resize.py"),  # decode.py: not where it is exact, see test_decode.py
     "torchvision": ("models/gpu_decode.py",),
     "transformers": ("models/",),
-    **dict.fromkeys(("openvino", "onnxruntime", "onnx", "onnxscript"), ("models/",)),
+    **dict.fromkeys(("openvino", "onnxscript"), ("models/",)),
+    **dict.fromkeys(("onnxruntime", "onnx"), ("models/", "adapt/graphs.py")),
+    **dict.fromkeys(("nncf", "coremltools"), ("adapt/graphs.py",)),
     "simplejpeg": ("decode.py", "report/pictures.py"),  # pictures.py: writes JPEGs, reads none
     "numba": ("resize.py",),
     "ray": ("pipeline/", "submitting.py"),
@@ -54,10 +56,25 @@ ONLY_IN = {  # a module, and the beginnings of the paths that may import it
     "lancedb": ("exporting.py",),
     **dict.fromkeys(("pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"), ()),
 }
-NEVER_CALLED = {"eval", "exec", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system", "os.popen", "torch.load"}
+NEVER_CALLED = {
+    "eval",
+    "exec",
+    "yaml.load",
+    "yaml.unsafe_load",
+    "yaml.full_load",
+    "os.system",
+    "os.popen",
+    "torch.load",
+    "torch.export.load",
+}
 NEVER_TRUE = {"trust_remote_code", "shell", "allow_pickle"}
 FILE_LINES = 400
-BUDGET = {"core": 4750, "models": 1600, "operating": 2300}  # lines of code; the contract says 3,000 for core: see DECISIONS.md
+BUDGET = {
+    "core": 4750,
+    "models": 1600,
+    "adapt": 1200,
+    "operating": 2300,
+}  # lines of code; the contract says 3,000 for core: see DECISIONS.md
 HELP_S = 1.0
 HEAVY = "{'torch', 'ray', 'transformers', 'openvino', 'onnxruntime', 'numba', 'faiss', 'lancedb'}"
 
