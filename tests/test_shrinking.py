@@ -162,6 +162,7 @@ def test_the_directory_says_what_it_is_and_what_made_it(small: tuple[str, Shrunk
     assert said["graph"] == {"model.onnx": digest} and made.weights_sha256 == digest
     original = hashlib.sha256(Path(shapes_model, "model.safetensors").read_bytes()).hexdigest()
     assert said["source_weights_sha256"] == original and said["source"] == os.path.basename(shapes_model)
+    assert tuple(said["labels"]) == shapes.NAMES and said["multi_label"] is False
     assert (said["to"], said["quantisation"], said["results"]) == ("onnx", "int8", ["scores", "mean_2", "cls_last"])
     assert said["judgement"]["agreement"] == made.judgement.agreement
     card = Path(into, "README.md").read_text()

@@ -54,7 +54,7 @@ def identify(job: Job) -> ModelFacts:
     graph = exported.read_graph(found)
     config = checkpoint.read_config(found)
     asked = exported.engine_of(graph, found.model, job.engine) if graph else job.engine
-    labels = () if not job.labels else exported.labels_of(graph, config) if graph else checkpoint.read_labels(found, config)
+    labels = () if not job.labels else graph.labels if graph else checkpoint.read_labels(found, config)
     if job.labels and not labels:
         zero_shot = " Zero-shot labels are not supported." if config.family.startswith(("clip", "siglip")) else ""
         raise ModelError(
@@ -70,7 +70,7 @@ def identify(job: Job) -> ModelFacts:
         weights_sha256=exported.hash_graph(found, graph) if graph else checkpoint.hash_weights(found),
         family=config.family,
         labels=labels,
-        multi_label=config.multi_label,
+        multi_label=graph.multi_label if graph else config.multi_label,
         dimension=config.dimension,
         layers=config.layers,
         prefix_tokens=config.prefix_tokens,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vitray.errors import ModelError
-from vitray.models.checkpoint import EXPORT, GRAPH_FILES, Checkpoint, VisionConfig, read_json
+from vitray.models.checkpoint import EXPORT, GRAPH_FILES, Checkpoint, read_json
 from vitray.schema import ModelFacts, VectorColumn
 
 if TYPE_CHECKING:
@@ -28,14 +28,16 @@ ENGINES = ("onnx", "openvino")  # those of which the graph is what vitray comput
 class Exported:
     """to, how: what --to and the quantisation said. source: the model that it was made from.
 
-    labels: whether the graph's first result is the scores of all labels. vectors: (layer, pool) of the results that follow, each
+    labels: the class names, in the order of the scores that are the graph's first result; empty where it gives none.
+    multi_label: whether those scores are sigmoids. vectors: (layer, pool) of the results that follow, each
     [n, D] in float32 and not normalised. graph: SHA-256 by file.
     """
 
     to: str
     how: str
     source: str
-    labels: bool
+    labels: tuple[str, ...]
+    multi_label: bool
     vectors: tuple[tuple[int | None, str], ...]
     graph: dict[str, str]
 
@@ -55,7 +57,8 @@ def read_export(found: Checkpoint) -> Exported | None:
         graph = {str(name): str(digest) for name, digest in said["graph"].items()}
         if said["to"] in ENGINES and not graph.keys() <= set(GRAPH_FILES):
             raise ValueError(f"graph files {', '.join(graph)}")
-        return Exported(str(said["to"]), str(said["quantisation"]), str(said["source"]), bool(said["labels"]), vectors, graph)
+        labels = tuple(map(str, said["labels"])), bool(said["multi_label"])
+        return Exported(str(said["to"]), str(said["quantisation"]), str(said["source"]), *labels, vectors, graph)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{found.model}: {EXPORT} is not one that vitray wrote ({error}). Export the model again.") from error
 
@@ -76,12 +79,6 @@ def engine_of(export: Exported, model: str, asked: str) -> str:
     if asked not in ("auto", export.to):
         raise ModelError(f"{model} was exported for engine {export.to}, so engine {asked} cannot run it. Set engine: auto.")
     return export.to
-
-
-def labels_of(export: Exported, config: VisionConfig) -> tuple[str, ...]:
-    """Class names in the order of the graph's scores; empty when it gives none."""
-    names = {int(i): str(name) for i, name in config.hf.id2label.items()}
-    return tuple(names[i] for i in sorted(names)) if export.labels else ()
 
 
 def places(export: Exported, model: str, vectors: Sequence[VectorColumn]) -> list[int]:
@@ -121,7 +118,7 @@ def open_exported(
     """The graph, compiled and ready. top_k: 0 without labels. Raises ModelError for a vector that it lacks."""
     from vitray.models.graph import GraphModel
 
-    first, chosen = int(export.labels), places(export, found.model, vectors)
+    first, chosen = int(bool(export.labels)), places(export, found.model, vectors)
     file = export.files_in(found.directory)[0 if export.to == "onnx" else 1]
     if export.to == "onnx":
         from vitray.models import onnx_engine
