@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 ENGINES = ("onnx", "openvino")  # those of which the graph is what vitray computes with
+NEEDED = {"onnx": {"model.onnx"}, "openvino": {"openvino_model.xml", "openvino_model.bin"}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ def read_export(found: Checkpoint) -> Exported | None:
             raise ValueError(f"format {said['format']}, this vitray knows {FORMAT}")
         vectors = tuple((None if v["layer"] == "last" else int(v["layer"]), str(v["pool"])) for v in said["vectors"])
         graph = {str(name): str(digest) for name, digest in said["graph"].items()}
-        if said["to"] in ENGINES and not graph.keys() <= set(GRAPH_FILES):
+        if said["to"] in ENGINES and not NEEDED[said["to"]] <= graph.keys() <= set(GRAPH_FILES):
             raise ValueError(f"graph files {', '.join(graph)}")
         labels = tuple(map(str, said["labels"])), bool(said["multi_label"])
         return Exported(str(said["to"]), str(said["quantisation"]), str(said["source"]), *labels, vectors, graph)
