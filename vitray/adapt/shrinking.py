@@ -132,10 +132,10 @@ def _judge(job: Job, source: graphs.Source, images: Sample, to: str, folder: Pat
     """And the weights_sha256 that a dataset made with it will have; None for what is no `model:` here."""
     facts, threads = source.facts, cores()
     sizes = [sum(os.path.getsize(path) for path in paths) for paths in (_graph_files(folder), weight_files(source.found))]
-    common: dict[str, Any] = {"images": len(images.judged), "calibrated_on": len(images.calibration), "apart": images.apart}
-    common |= {"megabytes": sizes[0] / 1e6, "ratio": sizes[0] / sizes[1], "torch_precision": facts.precision}
+    figures: dict[str, Any] = {"images": len(images.judged), "calibrated_on": len(images.calibration), "apart": images.apart}
+    figures |= {"megabytes": sizes[0] / 1e6, "ratio": sizes[0] / sizes[1], "torch_precision": facts.precision}
     if to == "coreml":
-        return Judgement(**common), None
+        return Judgement(**figures), None
 
     def opened(said: ModelFacts, precision: str, top_k: int) -> Model:
         return open_model(replace(said, precision=precision), source.vectors, top_k, job.labels, "cpu", threads)
@@ -150,11 +150,11 @@ def _judge(job: Job, source: graphs.Source, images: Sample, to: str, folder: Pat
         exact = exported if precision == "fp32" else opened(mine, "fp32", len(facts.labels))
     expected = opened(facts, "fp32", len(facts.labels)).predict(images.judged)
     found = exported.predict(images.judged)
-    said = judging.answers(expected, found)
-    off = judging.error(expected, found if exact is exported else exact.predict(images.judged))
+    figures |= judging.answers(expected, found) | {"precision": precision}
+    figures["error"] = judging.error(expected, found if exact is exported else exact.predict(images.judged))
     pixels = np.resize(images.judged, (2 * threads * facts.batch_size, *images.judged.shape[1:]))
-    speed = judging.speeds(exported, opened(facts, facts.precision, job.top_k), pixels)
-    return Judgement(**common, precision=precision, error=off, **said, **speed), mine.weights_sha256
+    figures |= judging.speeds(exported, opened(facts, facts.precision, job.top_k), pixels)
+    return Judgement(**figures), mine.weights_sha256
 
 
 def _sign(folder: Path, source: graphs.Source, done: Shrunk) -> None:
