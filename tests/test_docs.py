@@ -146,7 +146,7 @@ def test_what_is_called_a_command_in_passing_exists_and_has_these_options(page: 
         name = span.split()[1]
         if name in known:
             options = {option for parameter in known[name].params for option in [*parameter.opts, *parameter.secondary_opts]}
-            assert set(re.findall(r"(?<=\s)--[a-z-]+", span)) <= options | {"--debug", "--log-format"}, span
+            assert set(re.findall(r"(?<=\s)--[a-z0-9-]+", span)) <= options | {"--debug", "--log-format"}, span
         else:
             assert span in ("vitray COMMAND --help",), span
 

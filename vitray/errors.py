@@ -12,6 +12,7 @@
     |- CommitError          a data file exists that this run could not have written
     |- ShardError           one shard cannot be read: set aside, the rest goes on
     |- ClusterError         Ray is missing, too small, open, or stalled
+    |- Disagreement         exit code 5: an exported model says too often what the original does not
     |- ErrorRateExceeded    exit code 4: more bad images than `max_error_rate` allows
     `- Interrupted          exit code 143: it was asked to end
 
@@ -73,6 +74,10 @@ class ClusterError(VitrayError):
 
 class ErrorRateExceeded(VitrayError):
     exit_code = 4
+
+
+class Disagreement(VitrayError):
+    exit_code = 5
 
 
 class Interrupted(VitrayError):

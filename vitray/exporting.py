@@ -9,10 +9,7 @@ from __future__ import annotations
 import io
 import json
 import logging
-import os
-import shutil
 import tarfile
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +36,7 @@ from vitray.errors import JobError, ObjectChanged, ObjectMissing, ShardError, St
 from vitray.pipeline import groups_of
 from vitray.schema import IMAGE_EXTENSIONS, Encoded, Shard, content_hash
 from vitray.sources import list_shards, read_shard
-from vitray.storage import absolute, is_local
+from vitray.storage import absolute, new_folder
 
 log = logging.getLogger(__name__)
 TABLE = "images"  # in a LanceDB database
@@ -92,39 +89,19 @@ def export(out: str, into: str, wanted: Wanted) -> Export:
     Raises JobError when the dataset is not complete (unless partial), when `into` is there, and for a library that is not installed.
     """
     if wanted.to not in WRITERS:
-        raise JobError(f"--to {wanted.to}: choose one of {', '.join(WRITERS)}.")
+        raise JobError(f"--to {wanted.to}: choose one of {', '.join(WRITERS)}, or a format of models (vitray export --help).")
     dataset = require_dataset(out) if wanted.partial else require_complete(out)
-    if not is_local(into):
-        raise JobError(f"--into {into}: an export is a local folder. Write it there, then copy it.")
-    target = Path(absolute(into))
-    require_outside(dataset, "--into", str(target))
-    if os.path.lexists(target):
-        raise JobError(f"--into {target} is there already: choose a new folder.")
-    complete, folder = is_complete(dataset), target.with_name(f".tmp-{uuid.uuid4().hex}")
+    target = absolute(into)
+    require_outside(dataset, "--into", target)
+    complete = is_complete(dataset)
     try:
-        folder.mkdir(parents=True)
-        done = WRITERS[wanted.to](dataset, folder, wanted)
-        marks = {"source": dataset.out, "fingerprint": dataset.fingerprint, "to": wanted.to, "complete": complete}
-        (folder / "_EXPORT.json").write_text(json.dumps({**marks, "rows": done.rows, "missing": done.missing}, indent=1))
-        _settle(folder)
-        folder.rename(target)
+        with new_folder(into, "--into") as folder:
+            done = WRITERS[wanted.to](dataset, folder, wanted)
+            marks = {"source": dataset.out, "fingerprint": dataset.fingerprint, "to": wanted.to, "complete": complete}
+            (folder / "_EXPORT.json").write_text(json.dumps({**marks, "rows": done.rows, "missing": done.missing}, indent=1))
     except ImportError as error:
         raise JobError(f"--to {wanted.to} needs {error.name}: pip install 'vitray[{EXTRAS[wanted.to]}]'.") from error
-    except OSError as error:
-        raise StorageError(f"{target}: {one_line(error)}. Check the path, and that the disk has room.") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return Export(str(target), wanted.to, done.rows, done.missing, complete, done.examples)
-
-
-def _settle(folder: Path) -> None:
-    """What is in the folder is on the disk, before it gets its name."""
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    return Export(target, wanted.to, done.rows, done.missing, complete, done.examples)
 
 
 def _npy(dataset: Dataset, folder: Path, wanted: Wanted) -> Written:

@@ -187,21 +187,62 @@ def search(
 
 
 def export(
-    out: OutArgument,
-    to: Annotated[str, typer.Option("--to", help="lance, faiss, npy, webdataset or csv")],
+    what: Annotated[str, typer.Argument(metavar="OUT|MODEL", help="a dataset directory; or what model: takes")],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to", help="of rows: lance, faiss, npy, webdataset, csv; of a model: onnx, openvino, torch-export, coreml"
+        ),
+    ],
     into: Annotated[str, typer.Option("--into", help="a new local folder")],
     column: Annotated[str | None, typer.Option("--column", help="faiss, npy: the vector column, where there are several")] = None,
     vectors: Annotated[bool, typer.Option("--vectors", help="csv: with the vectors, as [1,2,3]")] = False,
-    partial: Annotated[bool, typer.Option("--partial", help="also of a dataset that is not complete")] = False,
+    partial: Annotated[bool, typer.Option("--partial", help="rows: also of a dataset that is not complete")] = False,
+    calibrate: Annotated[
+        str | None,
+        typer.Option("--calibrate", metavar="SOURCE", help="a model: some 800 images to quantise with, and to judge on"),
+    ] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="onnx, openvino: weights and activations")] = False,
+    fp16: Annotated[bool, typer.Option("--fp16", help="onnx, openvino, coreml: half the size")] = False,
+    int8_weights: Annotated[bool, typer.Option("--int8-weights", help="onnx, openvino: a quarter of the size")] = False,
+    int4_weights: Annotated[bool, typer.Option("--int4-weights", help="onnx, openvino: an eighth of the size")] = False,
+    min_agreement: Annotated[
+        float | None, typer.Option(help="a model: exit code 5, and nothing written, where fewer labels agree", min=0, max=1)
+    ] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="a model: a field of the job, such as embeddings=[…]")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write the rows as other tools read them; exit code 3 when images of a webdataset could not be read again."""
-    from vitray.exporting import Wanted
-    from vitray.exporting import export as export_dataset
+    """Write a dataset's rows as other tools read them, or a model as other engines run it, smaller and judged on your images.
 
-    found = export_dataset(out, into, Wanted(to, column, vectors, partial))
-    show(found, as_json, str(found))
-    raise typer.Exit(3 if found.missing else 0)
+    Of rows: exit code 3 when images of a webdataset could not be read again.
+    """
+    chosen = {"int8": int8, "fp16": fp16, "int8-weights": int8_weights, "int4-weights": int4_weights}
+    how = [name for name, wanted in chosen.items() if wanted]
+    of_model = {"--calibrate": calibrate, "--min-agreement": min_agreement, "--set": sets, **{f"--{name}": True for name in how}}
+    of_rows = {"--column": column, "--vectors": vectors or None, "--partial": partial or None}
+    is_model = to in ("onnx", "openvino", "torch-export", "coreml")
+    odd = [name for name, value in (of_rows if is_model else of_model).items() if value is not None]
+    if odd:
+        raise JobError(f"--to {to} takes no {', '.join(odd)}: {'that is for rows' if is_model else 'that is for a model'}.")
+    if not is_model:
+        from vitray.exporting import Wanted
+        from vitray.exporting import export as export_dataset
+
+        found = export_dataset(what, into, Wanted(to, column, vectors, partial))
+        show(found, as_json, str(found))
+        raise typer.Exit(3 if found.missing else 0)
+    from vitray.adapt.shrinking import shrink
+    from vitray.job import make_job, parse_set
+
+    if len(how) > 1:
+        raise JobError(f"choose one of --{', --'.join(how)}.")
+    if calibrate is None:
+        raise JobError("--calibrate SOURCE is missing: an export is judged on your own images before it is written.")
+    job = make_job({**parse_set(sets or []), "source": calibrate, "model": what, "out": "not-written"})
+    made = shrink(job, to, how[0] if how else "", into, min_agreement)
+    show(made, as_json, str(made))
 
 
 def report(

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -49,33 +48,38 @@ def identify(job: Job) -> ModelFacts:
     With engine: auto and more than one engine installed each is opened, checked and timed, for 10 s at most.
     Raises ModelError for a checkpoint that is not there, that vitray does not know, or that cannot do what is asked.
     """
-    from vitray.models import checkpoint, engines, labelling, machine, pixels
+    from vitray.models import checkpoint, engines, exported, labelling, machine, pixels
 
     job = labelling.with_label_names(job)
     found = checkpoint.locate(job.model, job.revision)
+    graph = exported.read_graph(found)
     config = checkpoint.read_config(found)
+    asked = exported.engine_of(graph, found.model, job.engine) if graph else job.engine
     device = machine.resolve_device(job.device)
     machine.require(device, job.precision, job.decode)
-    fastest = "fp32" if job.engine == "onnx" else machine.auto_precision(device)
+    fastest = "fp32" if asked == "onnx" else machine.auto_precision(device)
     facts = ModelFacts(
         model=found.model,
         revision=found.revision,
-        weights_sha256=checkpoint.hash_weights(found),
+        weights_sha256=exported.hash_graph(found, graph) if graph else checkpoint.hash_weights(found),
         family=config.family,
         labels=(),
-        multi_label=config.multi_label,
+        multi_label=graph.multi_label if graph else config.multi_label,
         dimension=config.dimension,
         layers=config.layers,
         prefix_tokens=config.prefix_tokens,
         has_cls=config.prefix_tokens > 0,
         pixels=pixels.read_pixels(found, config),
         precision=fastest if job.precision == "auto" else job.precision,
-        engine="torch" if job.engine == "auto" else job.engine,
+        engine="torch" if asked == "auto" else asked,
         batch_size=machine.auto_batch_size(device, config.dimension) if job.batch_size == "auto" else job.batch_size,
     )
-    facts = labelling.labelled(job, facts, found, config)
+    facts = exported.labelled(job, facts, graph) if graph else labelling.labelled(job, facts, found, config)
     engines.require(facts.engine, device, facts.precision)
-    usable = engines.usable(device, facts.precision) if job.engine == "auto" else [facts.engine]
+    engines.require_pixels(facts.engine, job.decode)
+    if graph:
+        exported.places(graph, found.model, vector_columns(job, facts))
+    usable = engines.usable(device, facts.precision) if asked == "auto" else [facts.engine]
     return facts if len(usable) == 1 else _with_fastest_engine(job, facts, usable)
 
 
@@ -164,12 +168,13 @@ def open_model(
     Raises ModelError when the weights are not those of `facts`, when one that is needed is missing, and when facts.engine
     cannot run here.
     """
-    from vitray.models import checkpoint, engines, linear, loading, machine
+    from vitray.models import checkpoint, engines, exported, linear, loading, machine
 
     if labels and not facts.labels:
         raise ModelError(f"{facts.model} was identified without labels; identify it again with labels: true")
     found = checkpoint.locate(facts.model, facts.revision)
-    weights = checkpoint.hash_weights(found)
+    graph = exported.read_graph(found)
+    weights = exported.hash_graph(found, graph) if graph else checkpoint.hash_weights(found)
     if weights != facts.weights_sha256:
         raise ModelError(
             f"{facts.model}: the weights changed (sha256 {facts.weights_sha256[:12]}… planned, {weights[:12]}… found). "
@@ -178,21 +183,23 @@ def open_model(
     chosen = machine.resolve_device(device)
     engines.require(facts.engine, chosen, facts.precision)
     machine.require(chosen, facts.precision, "")
+    k = top_k if labels else 0
+    if graph:
+        return exported.open_exported(found, graph, facts, vectors, k, chosen, threads)
     network = loading.load_network(found, labels, linear.open_head(facts, found, chosen) if labels else None)
     crash_point("model-loaded")
-    k = top_k if labels else 0
     if facts.engine == "torch":
         from vitray.models.torch_engine import TorchModel
 
         return TorchModel(network, facts, vectors, k, chosen, threads if chosen == "cpu" else 1, compiled)
-    from vitray.models.graph import GraphModel
+    from vitray.models.graph import GraphModel, export_graph
 
+    program = export_graph(network, facts, vectors, labels)
     if facts.engine == "onnx":
         from vitray.models import onnx_engine
 
-        return GraphModel(network, facts, vectors, k, threads, onnx_engine.compile_graph)
+        return GraphModel(onnx_engine.compile_graph(program, chosen), facts, vectors, k, threads if chosen == "cpu" else 1)
     from vitray.models import openvino_engine
 
-    return GraphModel(
-        network, facts, vectors, k, threads, partial(openvino_engine.compile_graph, precision=facts.precision, threads=threads)
-    )
+    run = openvino_engine.open_graph(openvino_engine.convert(program), facts.precision, threads)
+    return GraphModel(run, facts, vectors, k, threads)

@@ -19,6 +19,12 @@ def check_pixels(facts: ModelFacts, pixels: Any) -> None:
         raise ModelError(f"{facts.model} takes pixels as uint8 [N, {height}, {width}, 3], not {kind} {list(pixels.shape)}.")
 
 
+def best(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k best of scores [N, C], best first, and their ids, both [N, k]; of equal ones the lower id."""
+    ids = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(scores, ids, 1), ids
+
+
 def gather(facts: ModelFacts, vectors: list[VectorColumn], k: int, columns: list[np.ndarray]) -> Predictions:
     """Predictions of the columns scores and ids [N, k], then one [N, D] a vector; of no columns where there was no image.
 

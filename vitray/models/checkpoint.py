@@ -32,6 +32,8 @@ FAMILIES = {
 }
 HEADS = (("classifier.weight",), ("cls_classifier.weight", "distillation_classifier.weight"))
 HUB_FILES = ["*.json", "model.safetensors", "model-*.safetensors", "merges.txt", "spiece.model"]
+EXPORT = "vitray_export.json"  # what `vitray export` wrote holds it, and of the graph's files these: see exported.py
+GRAPH_FILES = ("model.onnx", "model.onnx.data", "openvino_model.xml", "openvino_model.bin")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -83,6 +85,8 @@ def _from_hub(model: str, revision: str | None) -> Checkpoint:
     named = f"model {model}" + (f" at revision {revision}" if revision else "")
     try:
         directory = snapshot_download(model, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=["*/*"])
+        if os.path.isfile(os.path.join(directory, EXPORT)):  # others' repositories hold graphs that nobody asked for
+            snapshot_download(model, revision=revision, allow_patterns=list(GRAPH_FILES))
     except errors.GatedRepoError as error:
         raise ModelError(f"{named} is gated: accept its terms on huggingface.co and set HF_TOKEN.") from error
     except errors.RepositoryNotFoundError as error:
@@ -112,11 +116,8 @@ def _from_s3(url: str) -> str:
         listed = {info.url.removeprefix(base): info for info in storage.expand(base)}
     except ObjectMissing as error:
         raise ModelError(f"{url} holds no checkpoint: there is no object under it. Check the URL.") from error
-    files = {
-        name: info
-        for name, info in listed.items()
-        if "/" not in name and name.endswith((".json", ".txt", ".safetensors", "spiece.model"))
-    }
+    wanted = (".json", ".txt", ".safetensors", "spiece.model", *GRAPH_FILES)
+    files = {name: info for name, info in listed.items() if "/" not in name and name.endswith(wanted)}
     root = cache_directory("models")
     target = os.path.join(root, short_hash("\0".join(f"{i.url} {i.version}" for i in files.values()), 32))
     with open(f"{target}.lock", "w") as lock:
@@ -144,7 +145,7 @@ def cache_directory(name: str) -> str:
 
 def read_config(found: Checkpoint) -> VisionConfig:
     """config.json, read by transformers' own class of that model_type; `auto_map` is not looked at."""
-    raw = _read_json(found, "config.json")
+    raw = read_json(found, "config.json")
     family = str(raw.get("model_type"))
     if family not in FAMILIES:
         raise ModelError(f"{found.model} is of model type {family}, which vitray does not know. Known: {', '.join(FAMILIES)}.")
@@ -210,7 +211,7 @@ def weight_files(found: Checkpoint) -> list[str]:
     if os.path.isfile(single):
         return [single]
     if os.path.isfile(f"{single}.index.json"):
-        names = sorted(set(_read_json(found, "model.safetensors.index.json").get("weight_map", {}).values()))
+        names = sorted(set(read_json(found, "model.safetensors.index.json").get("weight_map", {}).values()))
         paths = [os.path.join(found.directory, name) for name in names]
         missing = [name for name, path in zip(names, paths) if os.path.basename(name) != name or not os.path.isfile(path)]
         if missing:
@@ -248,7 +249,8 @@ def quiet() -> Iterator[None]:
             loud.enable_progress_bar()
 
 
-def _read_json(found: Checkpoint, name: str) -> dict[str, Any]:
+def read_json(found: Checkpoint, name: str) -> dict[str, Any]:
+    """One JSON object of the directory. Raises ModelError when it is not there, or none."""
     try:
         with open(os.path.join(found.directory, name), encoding="utf-8") as stream:
             loaded = json.load(stream)

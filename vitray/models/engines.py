@@ -27,7 +27,7 @@ def refusal(engine: str, device: str, precision: str) -> str | None:
         return None
     if any(find_spec(module) is None for module in MODULES[engine]):
         return f"engine {engine} is not installed here: pip install 'vitray[{engine}]', or set engine: torch."
-    if device != "cpu":
+    if device != "cpu" and not (engine == "onnx" and device == "cuda" and _onnx_computes_on_cuda()):
         return f"engine {engine} runs on the CPU, and this job on {device}. Set device: cpu, or engine: torch."
     if precision not in PRECISIONS[engine]:
         known = " or ".join(PRECISIONS[engine])
@@ -35,10 +35,25 @@ def refusal(engine: str, device: str, precision: str) -> str | None:
     return None
 
 
+def _onnx_computes_on_cuda() -> bool:
+    """Whether the installed ONNX Runtime is one for NVIDIA's GPUs (onnxruntime-gpu)."""
+    import onnxruntime
+
+    from vitray.models import onnx_engine
+
+    return len(onnx_engine.providers("cuda", onnxruntime.get_available_providers())) > 1
+
+
 def require(engine: str, device: str, precision: str) -> None:
     """Raises ModelError when the engine cannot run this here."""
     if reason := refusal(engine, device, precision):
         raise ModelError(reason)
+
+
+def require_pixels(engine: str, decode: str) -> None:
+    """Raises ModelError when pixels would be on the GPU, in torch's hands, and the engine wants them here."""
+    if engine != "torch" and decode in ("gpu", "hybrid"):
+        raise ModelError(f"decode: {decode} leaves pixels to engine torch. Set decode: exact or fast, or engine: torch.")
 
 
 def usable(device: str, precision: str) -> list[str]:

@@ -17,6 +17,7 @@ from vitray.models.loading import Network
 from vitray.schema import ModelFacts, VectorColumn
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}  # fp8: see fp8.py
+WHOLE = -1  # as k: the scores of all labels in their own order, for an engine that ranks them itself
 LABELS_FROM_PREFIX = ("vit", "deit")  # the others' heads read all tokens, or may
 POOLED_FROM_PREFIX = ("clip",)  # SigLIP's pooler reads all
 
@@ -29,7 +30,10 @@ class Caught(threading.local):
 
 
 class Forward(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
-    """Called with pixels uint8 [n, H, W, 3]; gives scores and ids [n, k], then one [n, D] a vector column."""
+    """Called with pixels uint8 [n, H, W, 3]; gives scores and ids [n, k], then one [n, D] a vector column.
+
+    With k = WHOLE scores are [n, C] and ids are empty.
+    """
 
     def __init__(self, network: Network, facts: ModelFacts, vectors: list[VectorColumn], k: int, device: torch.device) -> None:
         super().__init__()
@@ -90,6 +94,8 @@ class Forward(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
 
     def _rank(self, logits: Any) -> tuple[Any, Any]:
         chances = logits.sigmoid() if self._facts.multi_label else logits.softmax(-1)
+        if self._k == WHOLE:
+            return chances, chances[:, :0]
         scores, ids = chances.topk(self._k, dim=-1)
         return scores, ids
 

@@ -1,29 +1,50 @@
-"""The ONNX Runtime engine: a graph on this CPU, in fp32. Imported only when it is opened."""
+"""The ONNX Runtime engine: a graph on this CPU or GPU, in fp32 where it is not quantised. Imported only when it is opened."""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import onnxruntime
 import torch
 
-from vitray.models.graph import Run
+from vitray.models.graph import Run, without_warnings
+
+ON_GPU = ("TensorrtExecutionProvider", "CUDAExecutionProvider")  # the first that is there, the next for what it cannot do
+IN_MEMORY = 1_500_000_000  # bytes of weights; protobuf ends at 2 GiB
 
 
-def compile_graph(exported: Any) -> Run:
-    """What runs an ExportedProgram, each call on one thread."""
+def providers(device: str, available: Sequence[str]) -> list[str]:
+    """What ONNX Runtime may compute with on a device, best first; the CPU last, for operations that nothing else knows."""
+    return [name for name in ON_GPU if name in available and device == "cuda"] + ["CPUExecutionProvider"]
+
+
+def write_graph(exported: Any, file: str, names: Sequence[str] | None = None) -> None:
+    """An ExportedProgram as ONNX, its results so named; beside it FILE.data where protobuf is too small for the weights."""
+    with without_warnings():
+        program = torch.onnx.export(exported, dynamo=True, verbose=False, output_names=names)
+    weights = sum(tensor.nbytes for tensor in exported.state_dict.values())
+    program.save(file, external_data=weights > IN_MEMORY)
+
+
+def open_graph(file: str, device: str) -> Run:
+    """What runs the graph in a file, each call on one thread of the CPU."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1  # a thread a batch: see torch_engine.py
     options.log_severity_level = 3  # errors
-    with tempfile.TemporaryDirectory(prefix="vitray-") as directory:  # in memory a graph must not exceed 2 GB
-        file = f"{directory}/model.onnx"
-        torch.onnx.export(exported, dynamo=True, verbose=False).save(file, external_data=True)
-        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(file, options, providers=providers(device, onnxruntime.get_available_providers()))
     (pixels_name,) = (node.name for node in session.get_inputs())
 
     def run(pixels: np.ndarray) -> list[np.ndarray]:
         return list(session.run(None, {pixels_name: pixels}))
 
     return run
+
+
+def compile_graph(exported: Any, device: str) -> Run:
+    """What runs an ExportedProgram."""
+    with tempfile.TemporaryDirectory(prefix="vitray-") as directory:
+        write_graph(exported, f"{directory}/model.onnx")
+        return open_graph(f"{directory}/model.onnx", device)

@@ -17,11 +17,24 @@ from typing import cast
 
 from vitray.errors import JobError, ObjectMissing, UnsafeStore
 from vitray.schema import IMAGE_EXTENSIONS
+from vitray.storage.folder import new_folder
 from vitray.storage.local import LocalStore
 from vitray.storage.objects import ObjectInfo, Store, absolute, is_local
 from vitray.storage.s3 import S3Store
 
-__all__ = ["ObjectInfo", "absolute", "exists", "expand", "is_local", "join", "probe", "read", "sha256_of", "store_for"]
+__all__ = [
+    "ObjectInfo",
+    "absolute",
+    "exists",
+    "expand",
+    "is_local",
+    "join",
+    "new_folder",
+    "probe",
+    "read",
+    "sha256_of",
+    "store_for",
+]
 
 
 def store_for(url: str) -> Store:

@@ -112,7 +112,7 @@ def _temporary(path: str, data: bytes) -> Iterator[str]:
             os.fsync(stream.fileno())
         crash_point("object-written")
         yield temporary
-        _fsync_directory(folder)
+        fsync(folder)
     except OSError as error:
         _raise_local(error, path)
     finally:
@@ -162,7 +162,8 @@ def _raise_local(error: OSError, path: str) -> NoReturn:
     raise StorageError(f"{path}: {error.strerror}. {step}") from error
 
 
-def _fsync_directory(path: str) -> None:
+def fsync(path: str) -> None:
+    """What a file, or a folder's list of names, holds is on the disk afterwards."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

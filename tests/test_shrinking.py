@@ -1,0 +1,452 @@
+"""`vitray export MODEL`: what is written is a model that says what the original says, is judged on other images, or is not there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from small_models import every_vector, job_for, make_checkpoint, noise, open_job, run
+
+import vitray
+from vitray.adapt import graphs, judging
+from vitray.adapt.shrinking import Shrunk, shrink
+from vitray.cli import main
+from vitray.errors import Disagreement, JobError, ModelError, SourceError, StorageError
+from vitray.job import Embedding, Job
+from vitray.models import Predictions, engines, identify, onnx_engine, shapes
+from vitray.models.answers import best
+from vitray.models.checkpoint import locate
+from vitray.models.exported import read_export
+
+FLOATS = ("onnx", "openvino", "torch-export")
+SMALL = [(to, how) for to in ("onnx", "openvino") for how in graphs.QUANTISED]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder of 240 drawn shapes, class by class, as people's folders are."""
+    folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(7)
+    for kind, name in enumerate(shapes.NAMES):
+        (folder / name).mkdir()
+        for n in range(40):
+            shapes.draw(kind, rng).save(folder / name / f"{n:03d}.png")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def unseen() -> np.ndarray:
+    rng = np.random.default_rng(11)
+    return shapes.pixels_of([shapes.draw(n % len(shapes.NAMES), rng) for n in range(600)])
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judging, "SECONDS", 0.2)
+
+
+def asked(model: str, photos: str, **more: object) -> Job:
+    return Job(source=photos, out="o", model=model, **more)
+
+
+def predictions(model: str, embeddings: list[Embedding] | None = None, **more: object) -> Predictions:
+    return run(job_for(model, engine="auto", top_k=6, embeddings=embeddings or [Embedding()], **more), UNSEEN[0])
+
+
+UNSEEN: list[np.ndarray] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _unseen(unseen: np.ndarray) -> None:
+    UNSEEN[:] = [unseen]
+
+
+def cosines(a: Predictions, b: Predictions) -> np.ndarray:
+    x, y = a.vectors["embedding"], b.vectors["embedding"]
+    return (x * y).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(y, axis=1)
+
+
+# ---------------------------------------------------------------- what it says
+
+
+@pytest.mark.parametrize("to", FLOATS)
+def test_a_float_export_says_what_torch_says_within_a_thousandth(tmp_path: Path, shapes_model: str, photos: str, to: str) -> None:
+    made = shrink(asked(shapes_model, photos), to, "", str(tmp_path / "x"), 0.999)
+    assert made.judgement.error is not None and made.judgement.error < 1e-3
+    assert (made.judgement.agreement, made.judgement.images, made.judgement.apart) == (1.0, 240, True)
+    expected = run(job_for(shapes_model, top_k=6, embeddings=[Embedding()]), UNSEEN[0])
+    if to == "torch-export":  # what others open
+        program = torch.export.load(str(tmp_path / "x/model.pt2")).module()
+        with torch.no_grad():
+            scores, vector = (result.numpy() for result in program(torch.from_numpy(UNSEEN[0])))
+        found = Predictions(*best(scores, 6)[::-1], {"embedding": vector})
+    else:
+        found = predictions(str(tmp_path / "x"))
+    np.testing.assert_array_equal(found.ids, expected.ids)
+    np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(found.vectors["embedding"], expected.vectors["embedding"], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("to", "how"), SMALL)
+def test_a_quantised_export_agrees_and_is_smaller(tmp_path: Path, shapes_model: str, photos: str, to: str, how: str) -> None:
+    made = shrink(asked(shapes_model, photos), to, how, str(tmp_path / "x"))
+    expected = run(job_for(shapes_model, top_k=6, embeddings=[Embedding()]), UNSEEN[0])
+    found = predictions(str(tmp_path / "x"), precision="auto")
+    assert (found.ids[:, 0] == expected.ids[:, 0]).mean() >= 0.99
+    assert np.quantile(cosines(found, expected), 0.05) >= 0.98
+    assert np.abs(found.scores - expected.scores).max() > 0, "nothing was quantised"
+    weights = {"onnx": "model.onnx", "openvino": "openvino_model.bin"}[to]
+    # a tiny model's graph weighs as much as its weights: OpenVINO's is apart, ONNX's in the same file
+    most = {"fp16": 0.55, "int8": 0.4, "int8-weights": 0.4, "int4-weights": 0.3}[how] + (0.1 if to == "onnx" else 0)
+    assert os.path.getsize(tmp_path / "x" / weights) <= most * os.path.getsize(f"{shapes_model}/model.safetensors")
+    calibrated = how == "int8"
+    assert (made.judgement.calibrated_on, made.judgement.images) == ((120, 120) if calibrated else (0, 240))
+    assert made.judgement.agreement is not None and made.judgement.agreement >= 0.99
+
+
+def test_every_vector_of_every_family_comes_out_of_its_graph(tmp_path: Path, photos: str) -> None:
+    for name in ("clip", "siglip", "dinov2"):
+        directory = make_checkpoint(tmp_path / name, name, False)
+        wanted = every_vector(name != "siglip")
+        shrink(asked(directory, photos, labels=False, embeddings=wanted), "onnx", "", str(tmp_path / f"{name}-x"))
+        halved = [e.model_copy(update={"normalize": True, "dtype": "float16"}) for e in wanted[::-1]]
+        pixels = noise(17)
+        expected = run(job_for(directory, False, halved), pixels)
+        found = run(job_for(str(tmp_path / f"{name}-x"), False, halved, engine="auto"), pixels)
+        assert found.ids is None and found.vectors.keys() == expected.vectors.keys()
+        for column, values in expected.vectors.items():
+            assert found.vectors[column].dtype == np.float16
+            np.testing.assert_allclose(found.vectors[column], values, atol=2e-3, err_msg=column)
+
+
+def test_core_ml_is_converted_and_its_graph_is_checked(tmp_path: Path, shapes_model: str, photos: str) -> None:
+    import coremltools
+
+    shrink(asked(shapes_model, photos), "coreml", "fp16", str(tmp_path / "x"))
+    said = coremltools.models.MLModel(str(tmp_path / "x/model.mlpackage"), skip_model_load=True).get_spec().description
+    fields = {field.name: tuple(field.type.multiArrayType.shape) for field in (*said.input, *said.output)}
+    assert fields == {"pixels": (1, 32, 32, 3), "scores": (1, 6), "cls_last": (1, 64)}
+    with pytest.raises(ModelError, match=r"Core ML export, which runs in apps on Apple's devices\. Use shapes-model0 here"):
+        identify(asked(str(tmp_path / "x"), photos))
+    with pytest.raises(JobError, match="--min-agreement: Core ML does not run here"):
+        shrink(asked(shapes_model, photos), "coreml", "", str(tmp_path / "y"), 0.9)
+
+
+# ---------------------------------------------------------------- the directory
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory, shapes_model: str, photos: str) -> tuple[str, Shrunk]:
+    """An int8 ONNX export with two embeddings."""
+    into = str(tmp_path_factory.mktemp("small") / "x")
+    wanted = [Embedding(), Embedding(layer=2, pool="mean")]
+    return into, shrink(asked(shapes_model, photos, embeddings=wanted), "onnx", "int8", into)
+
+
+def test_the_directory_says_what_it_is_and_what_made_it(small: tuple[str, Shrunk], shapes_model: str) -> None:
+    into, made = small
+    assert sorted(os.listdir(into)) == [
+        *("README.md", "config.json", "model.onnx", "preprocessor_config.json", "vitray_export.json"),
+    ]
+    said = json.loads(Path(into, "vitray_export.json").read_text())
+    digest = hashlib.sha256(Path(into, "model.onnx").read_bytes()).hexdigest()
+    assert said["graph"] == {"model.onnx": digest} and made.weights_sha256 == digest
+    original = hashlib.sha256(Path(shapes_model, "model.safetensors").read_bytes()).hexdigest()
+    assert said["source_weights_sha256"] == original and said["source"] == os.path.basename(shapes_model)
+    assert tuple(said["labels"]) == shapes.NAMES and said["multi_label"] is False
+    assert (said["to"], said["quantisation"], said["results"]) == ("onnx", "int8", ["scores", "mean_2", "cls_last"])
+    assert said["judgement"]["agreement"] == made.judgement.agreement
+    card = Path(into, "README.md").read_text()
+    assert f"| same label | {made.judgement.agreement:.2%} |" in card and original in card and "| speed |" in card
+    everything = b"".join(path.read_bytes() for path in Path(into).iterdir())
+    assert os.path.dirname(shapes_model).encode() not in everything and b"site-packages" not in everything
+
+
+def test_an_export_is_a_model_of_a_run_and_its_graph_is_in_the_fingerprint(
+    small: tuple[str, Shrunk], shapes_model: str, photos: str, tmp_path: Path
+) -> None:
+    into, made = small
+    tables = {}
+    for name, model in (("a", shapes_model), ("b", into)):
+        job = vitray.Job(source=photos, model=model, out=str(tmp_path / name), device="cpu", top_k=2)
+        vitray.run(job)
+        tables[name] = vitray.read(job.out, columns=["key", "label", "top_scores", "embedding"]).sort_by("key")
+    assert tables["a"]["key"].equals(tables["b"]["key"])
+    same = np.mean([x == y for x, y in zip(tables["a"]["label"].to_pylist(), tables["b"]["label"].to_pylist())])
+    assert same >= 0.99 and {len(scores) for scores in tables["b"]["top_scores"].to_pylist()} == {2}
+    frozen = json.loads((tmp_path / "b/_vitray/dataset.json").read_text())
+    assert frozen["deciding"]["weights"] == made.weights_sha256 and frozen["facts"]["engine"] == "onnx"
+    file = next((tmp_path / "b/data").iterdir())
+    assert made.weights_sha256.encode() in b"".join(pq.read_metadata(file).metadata.values())
+
+
+def test_what_an_export_cannot_do_is_refused_with_what_it_can(
+    small: tuple[str, Shrunk], shapes_model: str, photos: str, tmp_path: Path
+) -> None:
+    into, _ = small
+    for more, message in (
+        ({"engine": "torch"}, r"was exported for engine onnx, so engine torch cannot run it\. Set engine: auto\."),
+        ({"precision": "bf16"}, "engine onnx computes in fp32, not in bf16"),
+        (
+            {"embeddings": [Embedding(layer=1)]},
+            r"gives mean of layer 2, cls of layer last, and not cls of layer 1: .*export .* again",
+        ),
+    ):
+        with pytest.raises(ModelError, match=message):
+            identify(asked(into, photos, **more))
+    with pytest.raises(ModelError, match=r"is an export already \(onnx\)\. Give the checkpoint"):
+        shrink(asked(into, photos), "openvino", "", str(tmp_path / "y"))
+    unlabelled = str(tmp_path / "z")
+    shrink(asked(shapes_model, photos, labels=False), "openvino", "", unlabelled)
+    with pytest.raises(ModelError, match="so it cannot label; set labels: false"):
+        identify(asked(unlabelled, photos))
+    assert predictions(unlabelled, labels=False).ids is None
+
+
+def test_a_graph_that_changed_is_not_opened(small: tuple[str, Shrunk], photos: str, tmp_path: Path) -> None:
+    copy = str(tmp_path / "copy")
+    shutil.copytree(small[0], copy)
+    job = job_for(copy, engine="auto", embeddings=[Embedding()])
+    facts = identify(job)
+    with open(f"{copy}/model.onnx", "ab") as file:
+        file.write(b"\0")
+    for act in (lambda: identify(job), lambda: open_job(job, facts)):
+        with pytest.raises(ModelError, match=r"model\.onnx is not the file that was exported: its sha256 changed"):
+            act()
+    os.unlink(f"{copy}/model.onnx")
+    with pytest.raises(ModelError, match=r"model\.onnx cannot be read \(No such file or directory\)\. Copy the whole directory"):
+        identify(job)
+    for text in ("[]", "{}", '{"format": 9}'):
+        Path(copy, "vitray_export.json").write_text(text)
+        with pytest.raises(ModelError, match=r"vitray_export\.json is not"):
+            identify(job)
+
+
+def test_graph_files_are_named_by_us_and_lie_in_the_directory(small: tuple[str, Shrunk], tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(small[0], copy)
+    said = json.loads((copy / "vitray_export.json").read_text())
+    (copy / "vitray_export.json").write_text(json.dumps(said | {"graph": {"../secret.onnx": "0" * 64}}))
+    with pytest.raises(ModelError, match=r"is not one that vitray wrote \(graph files \.\./secret\.onnx\)"):
+        read_export(locate(str(copy), None))
+
+
+def test_a_graph_reads_no_file_outside_its_directory(tmp_path: Path) -> None:
+    """ONNX may name a file for its weights: a stranger's could name anybody's."""
+    import onnx
+
+    (tmp_path / "secret").write_bytes(np.arange(4, dtype=np.float32).tobytes())
+    (tmp_path / "model").mkdir()
+    secret = onnx.TensorProto(name="w", data_type=onnx.TensorProto.FLOAT, dims=[4], data_location=onnx.TensorProto.EXTERNAL)
+    secret.external_data.add(key="location", value="../secret")
+    pixels, out = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [4]) for name in ("pixels", "out"))
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Add", ["pixels", "w"], ["out"])], "g", [pixels], [out], [secret])
+    made = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+    (tmp_path / "model/model.onnx").write_bytes(made.SerializeToString())
+    with pytest.raises(Exception, match=r"(?i)external|escape|outside"):
+        onnx_engine.open_graph(str(tmp_path / "model/model.onnx"), "cpu")
+
+
+def test_a_torch_export_is_opened_by_its_safetensors_and_never_by_its_archive(
+    tmp_path: Path, shapes_model: str, photos: str
+) -> None:
+    into = str(tmp_path / "x")
+    shrink(asked(shapes_model, photos), "torch-export", "", into)
+    Path(into, "model.pt2").write_bytes(b"would be unpickled")
+    job = job_for(into, engine="torch", embeddings=[Embedding(layer=1)])
+    assert identify(job).weights_sha256 == identify(job.model_copy(update={"model": shapes_model})).weights_sha256
+    assert np.array_equal(run(job, UNSEEN[0]).ids, run(job.model_copy(update={"model": shapes_model}), UNSEEN[0]).ids)
+
+
+# ---------------------------------------------------------------- the judgement
+
+
+def test_below_min_agreement_nothing_is_written_and_the_exit_code_is_5(
+    tmp_path: Path, shapes_model: str, photos: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = graphs._by_nncf
+
+    def spoiled(graph: object, how: str, calibration: np.ndarray) -> object:
+        return real(graph, how, np.zeros_like(calibration))  # calibrated on black images: no range fits
+
+    monkeypatch.setattr(graphs, "_by_nncf", spoiled)
+    command = [
+        "vitray",
+        "export",
+        shapes_model,
+        "--to",
+        "openvino",
+        "--int8",
+        "--calibrate",
+        photos,
+        "--into",
+        str(tmp_path / "x"),
+    ]
+    monkeypatch.setattr(sys, "argv", [*command, "--min-agreement", "0.99"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    said = capsys.readouterr()
+    assert stop.value.code == 5 and said.out == "" and len(said.err.splitlines()) == 1
+    assert "agree with the original, below --min-agreement 0.99; nothing was written. Calibrate on more images" in said.err
+    assert os.listdir(tmp_path) == []
+
+
+def test_answers_and_errors_are_counted_by_hand() -> None:
+    ids = np.array([[0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0]], np.int32)
+    scores = np.array([[0.5, 0.1, 0.1, 0.1, 0.1, 0.1]] * 2, np.float32)
+    a = Predictions(ids, scores, {"e": np.array([[1, 0], [0, 2]], np.float32)})
+    other = np.array([[0, 1, 2, 3, 5, 4], [4, 5, 3, 2, 1, 0]], np.int32)
+    b = Predictions(other, scores, {"e": np.array([[1, 0], [2, 0]], np.float32)})
+    assert judging.answers(a, b) == {"agreement": 0.5, "top5": (0.8 + 1) / 2, "cosine": 0.5, "least_cosine": 0.0}
+    assert judging.error(a, a) == 0 and judging.error(a, b) == pytest.approx(np.sqrt(2))
+
+
+def test_calibration_and_judgement_share_no_image_and_copies_count_once(tmp_path: Path, shapes_model: str, photos: str) -> None:
+    job = asked(shapes_model, photos)
+    facts = identify(job.model_copy(update={"engine": "torch"}))
+    found = judging.sample(job, facts, calibrates=True)
+    seen = [{image.tobytes() for image in images} for images in (found.calibration, found.judged)]
+    assert not seen[0] & seen[1] and (len(found.calibration), len(found.judged)) == (120, 120)
+    folder = tmp_path / "few"
+    folder.mkdir()
+    for n, path in enumerate(sorted(Path(photos).rglob("*.png"))[::8]):
+        shutil.copy(path, folder / f"{n}.png")
+        shutil.copy(path, folder / f"{n}-again.png")
+    (folder / "bad.png").write_bytes(b"no image")
+    few = judging.sample(asked(shapes_model, str(folder)), facts, calibrates=True)
+    assert (len(few.calibration), len(few.judged), few.apart) == (30, 30, False)
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        tar.add(photos, ".")
+    assert len(judging.sample(asked(shapes_model, f"{tmp_path}/t.tar"), facts, calibrates=False).judged) == 240
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path, shapes_model: str, photos: str) -> None:
+    (tmp_path / "none").mkdir()
+    (tmp_path / "few").mkdir()
+    for path in sorted(Path(photos).rglob("*.png"))[:3]:
+        shutil.copy(path, tmp_path / "few" / path.name)
+    (tmp_path / "there").mkdir()
+    before = sorted(path.name for path in tmp_path.iterdir())
+    job, into = asked(shapes_model, photos), str(tmp_path / "x")
+    for act, kind, message in (
+        (
+            lambda: shrink(asked(shapes_model, f"{tmp_path}/few"), "onnx", "", into),
+            SourceError,
+            "holds 3 good images that differ; .* 16",
+        ),
+        (lambda: shrink(asked(shapes_model, f"{tmp_path}/none"), "onnx", "", into), SourceError, "none"),
+        (lambda: shrink(asked(shapes_model, f"{tmp_path}/nowhere"), "onnx", "", into), JobError, "nowhere"),
+        (lambda: shrink(job, "onnx", "", str(tmp_path / "there")), JobError, "--into .* is there already: choose a new folder"),
+        (lambda: shrink(job, "onnx", "", "s3://bucket/x"), JobError, "an export is a local folder"),
+        (lambda: shrink(job, "onnx", "", "/proc/x"), StorageError, "Check the path, and that the disk has room"),
+        (lambda: shrink(job, "torch-export", "int8", into), JobError, r"has no --int8: torch's own int8 \(torchao\) wants a GPU"),
+        (lambda: shrink(job, "coreml", "int8", into), JobError, "--to coreml has no --int8: .*Use --fp16"),
+        (lambda: shrink(job, "tflite", "", into), JobError, "choose one of onnx, openvino, torch-export, coreml"),
+        (lambda: shrink(asked(f"{tmp_path}/none", photos), "onnx", "", into), ModelError, r"holds no config\.json"),
+    ):
+        with pytest.raises(kind, match=message) as caught:
+            act()
+        assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_no_space_is_said_before_anything_is_computed(
+    tmp_path: Path, shapes_model: str, photos: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = os.path.getsize(f"{shapes_model}/model.safetensors")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - free, free))
+    with pytest.raises(StorageError, match=r"an export may take 1\.4 MB for a while, and 0\.5 MB are free\. Make room"):
+        shrink(asked(shapes_model, photos), "openvino", "", str(tmp_path / "x"))
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_library_that_is_missing_is_named_with_its_extra(
+    tmp_path: Path, shapes_model: str, photos: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = asked(shapes_model, photos)
+    for module, to, how, extra in (
+        ("nncf", "openvino", "int8", "quantise"),
+        ("coremltools", "coreml", "", "coreml"),
+        ("onnxscript", "onnx", "", "onnx"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, module, None)
+            with pytest.raises(JobError, match=rf"needs {module}: pip install 'vitray\[{extra}\]'"):
+                shrink(job, to, how, str(tmp_path / "x"))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "--calibrate SOURCE is missing"),
+        (["--calibrate", "p", "--int8", "--fp16"], "choose one of --int8, --fp16"),
+        (["--calibrate", "p", "--vectors"], "--to onnx takes no --vectors: that is for rows"),
+    ],
+)
+def test_the_command_says_which_options_belong_together(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], more: list[str], message: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["vitray", "export", "m", "--to", "onnx", "--into", "x", *more])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["vitray", "export", "out", "--to", "npy", "--into", "x", "--int8", "--calibrate", "p"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "--to npy takes no --calibrate, --int8: that is for a model" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- engines
+
+
+def test_onnx_takes_the_best_of_what_is_there_on_a_gpu_and_the_cpu_alone_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensorrt, cuda, cpu = "TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"
+    assert onnx_engine.providers("cuda", [cpu, cuda, "AzureExecutionProvider", tensorrt]) == [tensorrt, cuda, cpu]
+    assert onnx_engine.providers("cuda", [cuda, cpu]) == [cuda, cpu]
+    assert onnx_engine.providers("cpu", [tensorrt, cuda, cpu]) == onnx_engine.providers("cuda", [cpu]) == [cpu]
+    assert "runs on the CPU, and this job on cuda" in (engines.refusal("onnx", "cuda", "fp32") or "")
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: [cuda, cpu])
+    assert engines.refusal("onnx", "cuda", "fp32") is None
+    assert "runs on the CPU" in (engines.refusal("onnx", "xpu", "fp32") or "")
+    with pytest.raises(ModelError, match="decode: gpu leaves pixels to engine torch"):
+        engines.require_pixels("onnx", "gpu")
+    engines.require_pixels("torch", "gpu")
+
+
+def test_equal_scores_are_ranked_by_id() -> None:
+    scores, ids = best(np.array([[0.25, 0.5, 0.25]], np.float32), 2)
+    assert ids.tolist() == [[1, 0]] and scores.tolist() == [[0.5, 0.25]]
+
+
+def test_nncf_reports_its_use_to_nobody(tmp_path: Path, shapes_model: str, photos: str) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    code = (
+        "import sys\nfrom vitray.cli import main\n"
+        f"sys.argv = ['vitray', 'export', {shapes_model!r}, '--to', 'openvino', '--int8', '--json', '--calibrate', {photos!r}, "
+        f"'--into', {str(tmp_path / 'x')!r}]\n"
+        "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        "assert sys.modules['nncf'] and not any(sys.modules[m] for m in sys.modules if m.startswith('openvino_telemetry'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "HOME": str(home)}, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["judgement"]["agreement"] >= 0.95 and done.stderr == ""
+    assert not list(home.glob("intel*"))
+
+
+def test_disagreement_is_an_error_of_its_own() -> None:
+    assert Disagreement.exit_code == 5 and not issubclass(Disagreement, JobError)

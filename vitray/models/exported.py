@@ -1,0 +1,159 @@
+"""An exported model: a directory that `vitray export` wrote, as a `model:`. Needs no torch; its graph is data, nothing in it is executed.
+
+vitray_export.json says what the directory is; config.json and the image processor's file are those of the checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vitray.errors import ModelError
+from vitray.job import Job
+from vitray.models.checkpoint import EXPORT, GRAPH_FILES, Checkpoint, read_json
+from vitray.schema import ModelFacts, VectorColumn
+
+if TYPE_CHECKING:
+    from vitray.models.graph import GraphModel
+
+FORMAT = 1
+ENGINES = ("onnx", "openvino")  # those of which the graph is what vitray computes with
+NEEDED = {"onnx": {"model.onnx"}, "openvino": {"openvino_model.xml", "openvino_model.bin"}}
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """to, how: what --to and the quantisation said. source: the model that it was made from.
+
+    labels: the class names, in the order of the scores that are the graph's first result; empty where it gives none.
+    multi_label: whether those scores are sigmoids. vectors: (layer, pool) of the results that follow, each
+    [n, D] in float32 and not normalised. graph: SHA-256 by file.
+    """
+
+    to: str
+    how: str
+    source: str
+    labels: tuple[str, ...]
+    multi_label: bool
+    vectors: tuple[tuple[int | None, str], ...]
+    graph: dict[str, str]
+
+    def files_in(self, directory: str) -> list[str]:
+        return [os.path.join(directory, name) for name in sorted(self.graph)]
+
+
+def read_export(found: Checkpoint) -> Exported | None:
+    """What vitray_export.json says; None for a checkpoint. Raises ModelError for one that no export wrote."""
+    if not os.path.isfile(os.path.join(found.directory, EXPORT)):
+        return None
+    said = read_json(found, EXPORT)
+    try:
+        if said["format"] != FORMAT:
+            raise ValueError(f"format {said['format']}, this vitray knows {FORMAT}")
+        vectors = tuple((None if v["layer"] == "last" else int(v["layer"]), str(v["pool"])) for v in said["vectors"])
+        graph = {str(name): str(digest) for name, digest in said["graph"].items()}
+        if said["to"] in ENGINES and not NEEDED[said["to"]] <= graph.keys() <= set(GRAPH_FILES):
+            raise ValueError(f"graph files {', '.join(graph)}")
+        labels = tuple(map(str, said["labels"])), bool(said["multi_label"])
+        return Exported(str(said["to"]), str(said["quantisation"]), str(said["source"]), *labels, vectors, graph)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{found.model}: {EXPORT} is not one that vitray wrote ({error}). Export the model again.") from error
+
+
+def read_graph(found: Checkpoint) -> Exported | None:
+    """The export whose graph is what computes; None for a checkpoint, and for a torch-export, whose checkpoint computes.
+
+    Raises ModelError for what only other machines can run.
+    """
+    export = read_export(found)
+    if export is not None and export.to == "coreml":
+        raise ModelError(f"{found.model} is a Core ML export, which runs in apps on Apple's devices. Use {export.source} here.")
+    return export if export is not None and export.to in ENGINES else None
+
+
+def engine_of(export: Exported, model: str, asked: str) -> str:
+    """The engine of an export. Raises ModelError when the job asks for another."""
+    if asked not in ("auto", export.to):
+        raise ModelError(f"{model} was exported for engine {export.to}, so engine {asked} cannot run it. Set engine: auto.")
+    return export.to
+
+
+def places(export: Exported, model: str, vectors: Sequence[VectorColumn]) -> list[int]:
+    """Which of export.vectors each column is made of. Raises ModelError for one that the graph does not give."""
+    found = []
+    for vector in vectors:
+        if (vector.layer, vector.pool) not in export.vectors:
+            has = ", ".join(f"{pool} of layer {layer or 'last'}" for layer, pool in export.vectors) or "no embedding at all"
+            raise ModelError(
+                f"{model} gives {has}, and not {vector.pool} of layer {vector.layer or 'last'}: what it gives was fixed when it was "
+                f"exported. Set embeddings to those, or export {export.source} again with the ones you want."
+            )
+        found.append(export.vectors.index((vector.layer, vector.pool)))
+    return found
+
+
+def labelled(job: Job, facts: ModelFacts, export: Exported) -> ModelFacts:
+    """The facts with the labels that the graph gives. Raises ModelError when the job asks for other ones."""
+    if job.head is not None or isinstance(job.labels, list):
+        field = "labels" if job.head is None else "head"
+        raise ModelError(
+            f"{facts.model} gives scores that were fixed when it was exported, so `{field}` cannot change its labels. "
+            f"Use {export.source}, or relabel the dataset's embeddings (vitray relabel)."
+        )
+    if job.labelled and not export.labels:
+        raise ModelError(f"{facts.model} was exported without labels; set labels: false, or export {export.source} with them.")
+    return replace(facts, labels=export.labels if job.labelled else ())
+
+
+def hash_graph(found: Checkpoint, export: Exported) -> str:
+    """sha256 over the graph's files, one after another in the order of their names. Raises ModelError where they changed."""
+    together = hashlib.sha256()
+    for name, path in zip(sorted(export.graph), export.files_in(found.directory)):
+        alone = hashlib.sha256()
+        try:
+            with open(path, "rb") as stream:
+                while block := stream.read(8 << 20):
+                    together.update(block)
+                    alone.update(block)
+        except OSError as error:
+            raise ModelError(f"{found.model}: {name} cannot be read ({error.strerror}). Copy the whole directory.") from error
+        if alone.hexdigest() != export.graph[name]:
+            raise ModelError(f"{found.model}: {name} is not the file that was exported: its sha256 changed. Copy it again.")
+    return together.hexdigest()
+
+
+def open_exported(
+    found: Checkpoint, export: Exported, facts: ModelFacts, vectors: list[VectorColumn], top_k: int, device: str, threads: int
+) -> GraphModel:
+    """The graph, compiled and ready. top_k: 0 without labels. Raises ModelError for a vector that it lacks."""
+    from vitray.models.graph import GraphModel
+
+    first, chosen = int(bool(export.labels)), places(export, found.model, vectors)
+    file = export.files_in(found.directory)[0 if export.to == "onnx" else 1]
+    if export.to == "onnx":
+        from vitray.models import onnx_engine
+
+        run = onnx_engine.open_graph(file, device)
+    else:
+        from vitray.models import openvino_engine
+
+        run = openvino_engine.open_graph(file, facts.precision, threads)
+
+    def asked(pixels: np.ndarray) -> list[np.ndarray]:
+        results = run(pixels)
+        scores = results[:1] if first and top_k else []
+        return scores + [_finish(vector, results[first + place]) for vector, place in zip(vectors, chosen)]
+
+    return GraphModel(asked, facts, vectors, top_k, threads if device == "cpu" else 1)
+
+
+def _finish(vector: VectorColumn, values: np.ndarray) -> np.ndarray:
+    """As Forward does it: normalised in float32, then the column's type."""
+    if vector.normalize:
+        values = values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)
+    return values.astype(vector.dtype)

@@ -1,0 +1,39 @@
+"""A new local folder, which appears whole or not at all: what exports write. Private to this room."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from vitray.errors import JobError, StorageError, one_line
+from vitray.storage.local import fsync
+from vitray.storage.objects import absolute, is_local
+
+
+@contextlib.contextmanager
+def new_folder(into: str, option: str) -> Iterator[Path]:
+    """A folder beside `into`, which gets that name, by a rename, when the block ends; an exception leaves nothing.
+
+    option: what a person wrote to name it, for messages. Raises JobError when `into` is no local path or is there already,
+    StorageError when the disk is full or fails.
+    """
+    if not is_local(into):
+        raise JobError(f"{option} {into}: an export is a local folder. Write it there, then copy it.")
+    target = Path(absolute(into))
+    if os.path.lexists(target):
+        raise JobError(f"{option} {target} is there already: choose a new folder.")
+    folder = target.with_name(f".tmp-{uuid.uuid4().hex}")
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+        for path in [*folder.rglob("*"), folder]:  # on the disk, before it gets its name
+            fsync(str(path))
+        folder.rename(target)
+    except OSError as error:
+        raise StorageError(f"{target}: {one_line(error)}. Check the path, and that the disk has room.") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
