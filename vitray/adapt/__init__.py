@@ -1,0 +1,7 @@
+"""Models made the user's own, and smaller.
+
+recipe.py        `vitray finetune JOB.yaml`: what a person writes     examples.py   labelled images, decoded once
+finetuning.py    from a recipe to a checkpoint                        fitting.py    the loop, on one worker or many
+trainee.py       what of a network learns, and its losses             probe.py      a linear head on stored embeddings
+checkpoints.py   where training stands, in storage                    outputs.py    checkpoint, card, metrics, page
+"""
