@@ -32,20 +32,22 @@ LEVELS = {
     **dict.fromkeys(
         (
             *("planning", "validation", "bench", "demo", "watching", "comparing", "compacting", "backfilling", "submitting"),
-            *("searching", "exporting", "report", "costing"),
+            *("searching", "exporting", "report", "costing", "adapt"),
         ),
         5,
     ),
     **dict.fromkeys(("cli", "__main__", "__init__"), 6),
 }
 ONLY_IN = {  # a module, and the beginnings of the paths that may import it
-    "torch": ("models/", "decode.py", "resize.py"),  # decode.py: not where it is exact, see test_decode.py
+    "torch": ("models/", "decode.py", "resize.py", "adapt/"),  # decode.py: not where it is exact, see test_decode.py
     "torchvision": ("models/gpu_decode.py",),
     "transformers": ("models/",),
     **dict.fromkeys(("openvino", "onnxruntime", "onnx", "onnxscript"), ("models/",)),
-    "simplejpeg": ("decode.py", "report/pictures.py"),  # pictures.py: writes JPEGs, reads none
+    "simplejpeg": ("decode.py", "report/pictures.py", "adapt/page.py"),  # the latter two write JPEGs, and read none
+    "peft": ("adapt/trainee.py",),
     "numba": ("resize.py",),
-    "ray": ("pipeline/", "submitting.py"),
+    "ray": ("pipeline/", "submitting.py", "adapt/team.py", "adapt/fitting.py"),
+    "ray.train": ("adapt/",),
     "ray.data": ("pipeline/line.py", "pipeline/queues.py"),
     "fsspec": ("storage/",),
     "s3fs": ("storage/",),
@@ -57,9 +59,14 @@ ONLY_IN = {  # a module, and the beginnings of the paths that may import it
 NEVER_CALLED = {"eval", "exec", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system", "os.popen", "torch.load"}
 NEVER_TRUE = {"trust_remote_code", "shell", "allow_pickle"}
 FILE_LINES = 400
-BUDGET = {"core": 4750, "models": 1600, "operating": 2300}  # lines of code; the contract says 3,000 for core: see DECISIONS.md
+BUDGET = {
+    "core": 4750,
+    "models": 1600,
+    "operating": 2300,
+    "adapt": 750,
+}  # lines of code; the contract says 3,000 for core: see DECISIONS.md
 HELP_S = 1.0
-HEAVY = "{'torch', 'ray', 'transformers', 'openvino', 'onnxruntime', 'numba', 'faiss', 'lancedb'}"
+HEAVY = "{'torch', 'ray', 'transformers', 'openvino', 'onnxruntime', 'numba', 'faiss', 'lancedb', 'peft'}"
 
 
 def name_of(path: Path) -> str:
@@ -167,7 +174,7 @@ def test_no_file_and_no_floor_outgrows_its_budget() -> None:
     assert {name_of(p): n for p in FILES if (n := len(p.read_text().splitlines())) > FILE_LINES} == {}
     rooms: dict[str, int] = {}
     for path in FILES:
-        room = "operating" if name_of(path) == "cli/operating.py" else room_of(path)
+        room = {"cli/operating.py": "operating", "cli/adapting.py": "adapt"}.get(name_of(path), room_of(path))
         rooms[room] = rooms.get(room, 0) + code_lines(path.read_text())
     floors = dict.fromkeys(BUDGET, 0)
     for room, lines in rooms.items():

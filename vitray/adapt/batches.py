@@ -55,7 +55,9 @@ class Teaching:
             return
         places = {name: n for n, name in enumerate(classes)}
         if lost := [name for name in dataset.facts.labels if name not in places]:
-            raise JobError(f"the teacher's class {lost[0]} is not among `classes`. Name all of the teacher's, or leave `classes` out.")
+            raise JobError(
+                f"the teacher's class {lost[0]} is not among `classes`. Name all of the teacher's, or leave `classes` out."
+            )
         to = np.array([places[name] for name in dataset.facts.labels])
         k = len(table["top_ids"][0])
         self.ids = to[table["top_ids"].combine_chunks().flatten().to_numpy().reshape(-1, k)]
@@ -90,7 +92,9 @@ class Batches:
         parts = self.recipe.workers * self.recipe.accumulate
         size = min(self.recipe.batch_size, len(self.examples.ids) // parts * parts)
         if not size:
-            raise JobError(f"{len(self.examples.ids)} images are too few for {parts} parts of a step. Set fewer workers or `accumulate`.")
+            raise JobError(
+                f"{len(self.examples.ids)} images are too few for {parts} parts of a step. Set fewer workers or `accumulate`."
+            )
         return size
 
     @property
@@ -110,7 +114,10 @@ class Batches:
         if share == 1:
             return batch
         partner = self._seen(places[::-1][mine], views[::-1][mine])
-        mix = [share * a + (1 - share) * b for a, b in ((getattr(batch, n), getattr(partner, n)) for n in ("pixels", "target", "taught"))]
+        mix = [
+            share * a + (1 - share) * b
+            for a, b in ((getattr(batch, n), getattr(partner, n)) for n in ("pixels", "target", "taught"))
+        ]
         return Batch(*mix, batch.known & partner.known)
 
     def _views(self, chance: np.random.Generator) -> np.ndarray:
@@ -135,7 +142,9 @@ class Batches:
         target = functional.one_hot(torch.from_numpy(self.examples.ids[places]), self.classes).float()
         target = target * (1 - self.recipe.label_smoothing) + self.recipe.label_smoothing / self.classes
         if self.teaching is None:
-            return Batch(normalised(pixels, self.spec), target, torch.zeros(len(places), 0), torch.zeros(len(places), dtype=torch.bool))
+            return Batch(
+                normalised(pixels, self.spec), target, torch.zeros(len(places), 0), torch.zeros(len(places), dtype=torch.bool)
+            )
         known = torch.from_numpy(self.teaching.rows[places] >= 0)
         return Batch(normalised(pixels, self.spec), target, torch.from_numpy(self.teaching.of(places)), known)
 

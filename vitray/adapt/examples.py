@@ -187,14 +187,18 @@ class _Source:
         names = ["key", "shard", "index", "content_hash", *more]
         names += [name for name in (self.recipe.label_at, "score") if name in self.dataset.schema.names]
         table = read(self.dataset.out, list(dict.fromkeys(names)))
-        return table.filter(pa.array(table["score"].to_numpy() >= self.recipe.min_score)) if "score" in table.column_names else table
+        return (
+            table.filter(pa.array(table["score"].to_numpy() >= self.recipe.min_score)) if "score" in table.column_names else table
+        )
 
     def images(self) -> Iterator[tuple[Labelled, Encoded]]:
         for shard, wanted, texts in self._parts():
             for item in read_shard(shard, self.job, wanted):
                 if isinstance(item, End):
                     if item.truncated_at is not None:
-                        log.warning("%s is cut short at byte %d: %d images of it are used", shard.url, item.truncated_at, item.total)
+                        log.warning(
+                            "%s is cut short at byte %d: %d images of it are used", shard.url, item.truncated_at, item.total
+                        )
                     continue
                 text = texts(item)
                 yield Labelled(self.short(item.key), self.label_of(item.key, text)), item
@@ -263,7 +267,11 @@ def _decode_into(folder: str, source: _Source, specs: tuple[DecodeSpec, DecodeSp
     rows: list[tuple[str, str | None, bool, bytes]] = []
     skipped: list[dict[str, str]] = []
     workers = len(os.sched_getaffinity(0))
-    with ThreadPoolExecutor(workers) as pool, open(f"{folder}/{names[0]}", "wb") as one, open(f"{folder}/{names[1]}", "wb") as two:
+    with (
+        ThreadPoolExecutor(workers) as pool,
+        open(f"{folder}/{names[0]}", "wb") as one,
+        open(f"{folder}/{names[1]}", "wb") as two,
+    ):
         waiting: deque[tuple[int, list[tuple[Labelled, Encoded]], Future[Any]]] = deque()
 
         def settle() -> None:

@@ -1,10 +1,10 @@
 """`vitray finetune`: from a recipe to a checkpoint in OUT that `model:` takes. Safe to kill and to repeat.
 
-    OUT/config.json, model.safetensors, preprocessor_config.json   the checkpoint; a probe also has head.json, head.safetensors
-    OUT/README.md, metrics.jsonl, report.html, tensorboard/        what it is, how it went
-    OUT/_vitray/training.json                                      what decides the numbers; conditional create, first run wins
-    OUT/_vitray/state/                                             best and last checkpoints
-    OUT/_vitray/result.json                                        the end; there exactly when all of the above is
+OUT/config.json, model.safetensors, preprocessor_config.json   the checkpoint; a probe also has head.json, head.safetensors
+OUT/README.md, metrics.jsonl, report.html, tensorboard/        what it is, how it went
+OUT/_vitray/training.json                                      what decides the numbers; conditional create, first run wins
+OUT/_vitray/state/                                             best and last checkpoints
+OUT/_vitray/result.json                                        the end; there exactly when all of the above is
 """
 
 from __future__ import annotations
@@ -21,7 +21,17 @@ from typing import Any
 import numpy as np
 
 from vitray.adapt import checkpoints, outputs
-from vitray.adapt.examples import Material, choose_classes, class_ids, forget, gather, is_held_out, label_rows, require_labels, work_folder
+from vitray.adapt.examples import (
+    Material,
+    choose_classes,
+    class_ids,
+    forget,
+    gather,
+    is_held_out,
+    label_rows,
+    require_labels,
+    work_folder,
+)
 from vitray.adapt.recipe import Recipe
 from vitray.dataset import Dataset, choose_vector, matrix_of, require_complete
 from vitray.errors import FingerprintError, JobError, ModelError, ObjectMissing
@@ -49,10 +59,16 @@ class Result:
 
     def __str__(self) -> str:
         judged = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in self.figures.items())
-        lines = [f"{self.out}: {self.train} on {self.images:,} images of {self.classes} classes in {self.seconds:.1f} s; {judged or 'not judged'}"]
+        lines = [
+            f"{self.out}: {self.train} on {self.images:,} images of {self.classes} classes in {self.seconds:.1f} s; {judged or 'not judged'}"
+        ]
         if self.skipped:
             lines.append(f"skipped    {self.skipped:,} images, listed in {join(self.out, 'skipped.json')}")
-        use = f"use it     vitray run SOURCE --model {self.out} --out …" if self.model else f"use it     set `head: {self.out}` in a job"
+        use = (
+            f"use it     vitray run SOURCE --model {self.out} --out …"
+            if self.model
+            else f"use it     set `head: {self.out}` in a job"
+        )
         return "\n".join([*lines, use, f"look       {join(self.out, 'report.html')}"])
 
 
@@ -79,7 +95,12 @@ def _train(recipe: Recipe, done: dict[str, Any] | None, tell: Tell, address: str
     study = Study.of(recipe)
     fitting = study.fitting()
     material = study.material
-    same = {"weights": study.weights, "data": material.digest, "classes": list(material.classes), "images_a_step": fitting.batches.size}
+    same = {
+        "weights": study.weights,
+        "data": material.digest,
+        "classes": list(material.classes),
+        "images_a_step": fitting.batches.size,
+    }
     _require_same(recipe, same)
     if done is not None:
         return Result(**done)
@@ -111,7 +132,9 @@ def _probe(recipe: Recipe, done: dict[str, Any] | None) -> Result:
     keys, labels, column = label_rows(recipe, vector.column)
     found = checkpoint.locate(recipe.model or dataset.facts.model, recipe.revision if recipe.model else dataset.facts.revision)
     if (weights := checkpoint.hash_weights(found)) != dataset.facts.weights_sha256:
-        raise ModelError(f"{found.model} is not the model of {dataset.out}: its weights are others. Leave `model` out, or make a new dataset.")
+        raise ModelError(
+            f"{found.model} is not the model of {dataset.out}: its weights are others. Leave `model` out, or make a new dataset."
+        )
     require_labels(recipe, keys, labels)
     kept = [n for n, label in enumerate(labels) if label is not None]
     pairs = [(keys[n], str(labels[n])) for n in kept]
@@ -124,7 +147,9 @@ def _probe(recipe: Recipe, done: dict[str, Any] | None) -> Result:
     if recipe.validation and not held.any():
         raise JobError("no image fell into the held-out share. Set a larger `validation`, or 0 to train without.")
     sides = (vectors[~held], ids[~held]), (vectors[held], ids[held])
-    fitted = fit_probe(*sides[0], sides[1], len(classes), class_weights(recipe, sides[0][1], len(classes)), recipe.label_smoothing)
+    fitted = fit_probe(
+        *sides[0], sides[1], len(classes), class_weights(recipe, sides[0][1], len(classes)), recipe.label_smoothing
+    )
     figures = {name: value for name, value in fitted.best.items() if name.startswith("validation")}
     head = Head(classes, fitted.weight, fitted.bias, vector.layer, vector.pool, vector.normalize, found.model, weights)
     module = _with_head(recipe, found, head, dataset.facts.family)
@@ -135,7 +160,9 @@ def _probe(recipe: Recipe, done: dict[str, Any] | None) -> Result:
     seen = outputs.Seen([key for (key, _), there in zip(pairs, held) if there], sides[1][1], judged, None) if held.any() else None
     outputs.write(told, module, head, seen)
     count = (len(classes), int((~held).sum()), int(held.sum()), len(skipped))
-    return _finish(recipe, Result(absolute(recipe.out), "probe", *count, 1, time.monotonic() - started, figures, module is not None))
+    return _finish(
+        recipe, Result(absolute(recipe.out), "probe", *count, 1, time.monotonic() - started, figures, module is not None)
+    )
 
 
 @dataclass(frozen=True)
@@ -205,7 +232,9 @@ def _require_same(recipe: Recipe, more: dict[str, object]) -> None:
         return
     theirs = json.loads(read(url))
     if names := [name for name in mine if theirs.get(name) != mine[name]]:
-        raise FingerprintError(f"{recipe.out} was begun with another {', '.join(names)}. Choose another `out`, or go back to what it was.")
+        raise FingerprintError(
+            f"{recipe.out} was begun with another {', '.join(names)}. Choose another `out`, or go back to what it was."
+        )
 
 
 def _result(recipe: Recipe, material: Material, figures: dict[str, float], seconds: float, epochs: int) -> Result:

@@ -141,12 +141,16 @@ class Fitting:
         self.optimizer.zero_grad(set_to_none=True)
         mean = float(self.team.total(total))
         if not np.isfinite(mean):
-            raise Diverged(f"the loss is {mean} in step {self.progress.step + 1}. Set a smaller `lr`, or precision: bf16 or fp32.")
+            raise Diverged(
+                f"the loss is {mean} in step {self.progress.step + 1}. Set a smaller `lr`, or precision: bf16 or fp32."
+            )
         return rate, mean
 
     def _loss(self, wrapped: Any, batch: Batch, part: slice) -> Any:
         """The sum over these images."""
-        pixels, target, taught, known = (values[part].to(self.device) for values in (batch.pixels, batch.target, batch.taught, batch.known))
+        pixels, target, taught, known = (
+            values[part].to(self.device) for values in (batch.pixels, batch.target, batch.taught, batch.known)
+        )
         with self._autocast():
             logits, own = wrapped(pixels)
         hard = cost(logits, target, self.weights)
@@ -198,7 +202,9 @@ class Fitting:
         if self.team.rank:
             return
         moments = {
-            f"{kind}.{name}": self.optimizer.state[p][kind] for kind in ("exp_avg", "exp_avg_sq") for name, p in self.learning.items()
+            f"{kind}.{name}": self.optimizer.state[p][kind]
+            for kind in ("exp_avg", "exp_avg_sq")
+            for name, p in self.learning.items()
         }
         numbers = {name: getattr(self.progress, name) for name in Progress.__dataclass_fields__}
         counts = [int(self.optimizer.state[p]["step"]) for p in self.learning.values()]  # fewer than steps where fp16 overflowed

@@ -117,9 +117,16 @@ def _card(told: Told, is_model: bool) -> str:
     head = ["---", "library_name: transformers", "pipeline_tag: image-classification", "tags: [vitray]"]
     head += [f"base_model: {json.dumps(base)}"] if base else []
     lines = [*head, "---", "", f"# An image classifier of {len(told.classes)} classes", ""]
-    what = {"probe": "a linear probe of stored embeddings", "head": "its head", "last": f"its last {recipe.last} blocks and its head"}
+    what = {
+        "probe": "a linear probe of stored embeddings",
+        "head": "its head",
+        "last": f"its last {recipe.last} blocks and its head",
+    }
     what |= {"lora": f"low-rank adapters (rank {recipe.rank}, merged) and its head", "full": "all of it"}
-    lines += [f"Trained by vitray {versions['vitray']}: {what[recipe.train]}" + (", from random weights." if recipe.init == "scratch" else ".")]
+    lines += [
+        f"Trained by vitray {versions['vitray']}: {what[recipe.train]}"
+        + (", from random weights." if recipe.init == "scratch" else ".")
+    ]
     lines += [] if is_model else ["", "This is a head alone, for vitray's `head:`. It reads an embedding of its backbone."]
     if told.figures:
         lines += ["", "| held-out images | |", "| --- | --- |"]

@@ -28,7 +28,9 @@ def page_of(
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     world = Environment(loader=PackageLoader("vitray", "adapt"), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    world.filters["said"] = lambda value: "".join("\ufffd" if unicodedata.category(c)[0] in "CZ" and c != " " else c for c in str(value))[:200]
+    world.filters["said"] = lambda value: "".join(
+        "\ufffd" if unicodedata.category(c)[0] in "CZ" and c != " " else c for c in str(value)
+    )[:200]
     return world.get_template("page.html").render(
         version=__version__,
         name=recipe.out.rstrip("/").rpartition("/")[2],
@@ -49,7 +51,11 @@ def curves(records: list[dict[str, float]]) -> list[dict[str, Any]]:
     """A drawing for each figure: its name, last value, range, and an SVG path in a box of WIDTH x HEIGHT."""
     drawn = []
     for name in ("loss", "validation_loss", "validation_accuracy", "lr"):
-        points = [(record.get("step", n), record[name]) for n, record in enumerate(records) if name in record and ("epoch" not in record or name != "loss")]
+        points = [
+            (record.get("step", n), record[name])
+            for n, record in enumerate(records)
+            if name in record and ("epoch" not in record or name != "loss")
+        ]
         if len(points) < 2:
             continue
         xs, ys = np.array(points, float).T
@@ -57,7 +63,9 @@ def curves(records: list[dict[str, float]]) -> list[dict[str, Any]]:
         right = WIDTH * (xs - xs[0]) / max(1, xs[-1] - xs[0])
         down = HEIGHT * (1 - (ys - low) / (high - low))
         path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in zip(right, down))
-        drawn.append({"name": name.replace("_", " "), "path": path, "last": ys[-1], "low": low, "high": high, "steps": int(xs[-1])})
+        drawn.append(
+            {"name": name.replace("_", " "), "path": path, "last": ys[-1], "low": low, "high": high, "steps": int(xs[-1])}
+        )
     return drawn
 
 

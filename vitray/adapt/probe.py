@@ -24,7 +24,12 @@ class Probe:
 
 
 def fit_probe(
-    vectors: np.ndarray, ids: np.ndarray, held_out: tuple[np.ndarray, np.ndarray], classes: int, weights: torch.Tensor, smoothing: float
+    vectors: np.ndarray,
+    ids: np.ndarray,
+    held_out: tuple[np.ndarray, np.ndarray],
+    classes: int,
+    weights: torch.Tensor,
+    smoothing: float,
 ) -> Probe:
     """vectors float [N, D], ids int64 [N]; held_out: the same of the rows that choose the strength. weights: float32 [C]."""
     mean, scale = vectors.mean(0, dtype=np.float64), vectors.std(0, dtype=np.float64) + 1e-6
@@ -40,7 +45,9 @@ def fit_probe(
         found.append((plain.astype(np.float32), (bias.detach().numpy() - plain @ mean).astype(np.float32)))
         record = {"strength": strength, "loss": loss}
         records.append(record | (judge_probe(*found[-1], *held_out) if judged else {}))
-    best = max(range(len(records)), key=lambda n: (records[n].get("validation_accuracy", 0), -records[n].get("validation_loss", 0)))
+    best = max(
+        range(len(records)), key=lambda n: (records[n].get("validation_accuracy", 0), -records[n].get("validation_loss", 0))
+    )
     return Probe(*found[best], records, records[best])
 
 
@@ -58,7 +65,9 @@ def _loss(
 
 
 def _minimise(loss: Callable[[], torch.Tensor], parameters: list[torch.Tensor]) -> float:
-    optimizer = torch.optim.LBFGS(parameters, max_iter=STEPS, tolerance_change=1e-9, history_size=10, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        parameters, max_iter=STEPS, tolerance_change=1e-9, history_size=10, line_search_fn="strong_wolfe"
+    )
 
     def closure() -> float:
         optimizer.zero_grad()

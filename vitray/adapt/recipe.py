@@ -50,8 +50,12 @@ class Recipe(BaseModel):
     init: Literal["weights", "scratch"] = Field("weights", description="scratch: random weights; config and processor suffice")
     last: int = Field(1, description="train: last: how many blocks", ge=1)
     rank: int = Field(8, description="train: lora: rank of the adapters, which are merged in the end", ge=1)
-    column: str | None = Field(None, description="vector column of dataset (probe) or teacher (embedding), where there are several")
-    distill: Literal["labels", "embedding"] = Field("labels", description="what is learnt of the teacher: its scores or its vectors")
+    column: str | None = Field(
+        None, description="vector column of dataset (probe) or teacher (embedding), where there are several"
+    )
+    distill: Literal["labels", "embedding"] = Field(
+        "labels", description="what is learnt of the teacher: its scores or its vectors"
+    )
     teacher_weight: float = Field(0.5, description="share of the teacher's loss beside that of the labels", ge=0, le=1)
     temperature: float = Field(2.0, description="distill: labels: softens both distributions", gt=0)
     epochs: int = Field(20, description="how often each image is seen", ge=1)
@@ -89,7 +93,9 @@ class Recipe(BaseModel):
         if self.source and self.dataset:
             raise ValueError("source and dataset: give one of them")
         if self.train == "probe" and not (self.dataset and not self.teacher):
-            raise ValueError("train: probe learns from stored embeddings: give `dataset`, made by vitray run, and no source or teacher")
+            raise ValueError(
+                "train: probe learns from stored embeddings: give `dataset`, made by vitray run, and no source or teacher"
+            )
         if not (self.source or self.dataset or self.teacher):
             raise ValueError("`source` is missing: images, as in a job, or `dataset`")
         if self.train != "probe" and self.model is None:

@@ -33,7 +33,9 @@ def fit_with_ray(recipe: Recipe, tell: Tell, address: str | None, allow_open: bo
             trainer.fit()
         except Exception as error:  # Ray wraps what a worker raised
             cause = _ours(error)
-            raise cause or ClusterError(f"training on {recipe.workers} workers failed: {one_line(error)}. Run again to go on.") from error
+            raise cause or ClusterError(
+                f"training on {recipe.workers} workers failed: {one_line(error)}. Run again to go on."
+            ) from error
 
 
 def work(fields: dict[str, Any]) -> None:

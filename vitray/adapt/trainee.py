@@ -76,7 +76,9 @@ def _freeze(trainee: Trainee, network: Network, recipe: Recipe) -> None:
     if recipe.train == "last":
         norms = [part for name, part in network.tower.named_children() if "norm" in name or name == "pooler"]
         awake += [*network.blocks[-recipe.last :], *norms]
-    kept = {id(p) for part in awake for p in part.parameters()} | {id(p) for p in (trainee.projector or torch.nn.Identity()).parameters()}
+    kept = {id(p) for part in awake for p in part.parameters()} | {
+        id(p) for p in (trainee.projector or torch.nn.Identity()).parameters()
+    }
     for name, parameter in trainee.named_parameters():
         parameter.requires_grad_(id(parameter) in kept or "lora_" in name)
 

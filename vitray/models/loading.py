@@ -59,7 +59,9 @@ def load_trainable(found: Checkpoint, classes: Sequence[str], seed: int, scratch
     config = read_config(found)
     family = config.family
     if family.endswith("_vision_model"):
-        raise ModelError(f"{found.model} is a vision tower alone, which transformers has no head for; take the whole {family[:-13]}.")
+        raise ModelError(
+            f"{found.model} is a vision tower alone, which transformers has no head for; take the whole {family[:-13]}."
+        )
     has_head = not scratch and tuple(classes) == read_labels(found, config) and "classifier.weight" in head_shapes(found)
     hf = config.hf
     hf.id2label, hf.label2id = dict(enumerate(classes)), {name: n for n, name in enumerate(classes)}
@@ -72,7 +74,9 @@ def load_trainable(found: Checkpoint, classes: Sequence[str], seed: int, scratch
             return _parts(kind._from_config(hf, dtype=torch.float32, attn_implementation="sdpa"), config)
         module = _from_pretrained(found, kind, hf, {}, () if has_head else ("classifier.weight", "classifier.bias"))
         if not has_head:  # of other classes, where their number is the same
-            torch.nn.init.normal_(module.classifier.weight, std=hf.initializer_range if hasattr(hf, "initializer_range") else 0.02)
+            torch.nn.init.normal_(
+                module.classifier.weight, std=hf.initializer_range if hasattr(hf, "initializer_range") else 0.02
+            )
             torch.nn.init.zeros_(module.classifier.bias)
     return _parts(module, config)
 
