@@ -34,6 +34,7 @@ from vitray.models import checkpoint
 from vitray.models.head import read_head
 from vitray.schema import PixelSpec
 
+TRAINED = {"epochs": 25, "batch_size": 16, "lr": 3e-3}
 PIXELS = PixelSpec((16, 16), 2, None, 1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
@@ -52,7 +53,15 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     folder = tmp_path_factory.mktemp("small")
     source = digits.tar(folder / "digits.tar", digits.few(20))
     model = digits.model(folder / "model", width=32, layers=2)
-    fields = {"source": source, "model": model, "train": "full", "init": "scratch", "epochs": 3, "validation": 0.2, "device": "cpu"}
+    fields = {
+        "source": source,
+        "model": model,
+        "train": "full",
+        "init": "scratch",
+        "epochs": 3,
+        "validation": 0.2,
+        "device": "cpu",
+    }
     return {**digits.RECIPE, **fields, "batch_size": 32}
 
 
@@ -60,7 +69,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
 def trained(small: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> str:
     """OUT of the small recipe."""
     out = str(tmp_path_factory.mktemp("trained") / "out")
-    finetune(Recipe(**{**small, "out": out, "epochs": 12}))
+    finetune(Recipe(**{**small, **TRAINED, "out": out}))
     return out
 
 
@@ -79,7 +88,9 @@ def test_the_output_is_a_checkpoint_that_model_takes(trained: str, small: dict[s
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     result = json.loads(Path(trained, "_vitray", "result.json").read_text())
-    job = vitray.Job(source=small["source"], model=trained, out=str(tmp_path / "out"), keep=["cls"], precision="fp32", engine="torch")
+    job = vitray.Job(
+        source=small["source"], model=trained, out=str(tmp_path / "out"), keep=["cls"], precision="fp32", engine="torch"
+    )
     vitray.run(job)
     rows = vitray.read(job.out).to_pylist()
     held = [row for row in rows if is_held_out(row["key"], 0.2)]
@@ -97,7 +108,7 @@ def test_metrics_events_card_and_page_tell_the_same(trained: str) -> None:
 
     records = [json.loads(line) for line in Path(trained, "metrics.jsonl").read_text().splitlines()]
     epochs = [record for record in records if "epoch" in record]
-    assert [record["epoch"] for record in epochs] == list(range(1, 13)) and epochs[-1]["loss"] < records[0]["loss"]
+    assert [record["epoch"] for record in epochs] == list(range(1, 26)) and epochs[-1]["loss"] < records[0]["loss"]
     events = EventAccumulator(f"{trained}/tensorboard")
     events.Reload()
     told = [(event.step, event.value) for event in events.Scalars("validation_accuracy")]
@@ -124,10 +135,10 @@ def test_hostile_class_names_stay_inert(small: dict[str, object], tmp_path: Path
 
 def test_repeating_the_command_does_nothing_and_another_recipe_is_refused(trained: str, small: dict[str, object]) -> None:
     before = os.stat(f"{trained}/model.safetensors").st_mtime_ns
-    again = finetune(Recipe(**{**small, "out": trained, "epochs": 12}), tell=lambda record: pytest.fail("trained again"))
+    again = finetune(Recipe(**{**small, **TRAINED, "out": trained}), tell=lambda record: pytest.fail("trained again"))
     assert again.figures and os.stat(f"{trained}/model.safetensors").st_mtime_ns == before
     with pytest.raises(FingerprintError, match="begun with another epochs, seed"):
-        finetune(Recipe(**{**small, "out": trained, "epochs": 13, "seed": 1}))
+        finetune(Recipe(**{**small, **TRAINED, "out": trained, "epochs": 13, "seed": 1}))
 
 
 # ---------------------------------------------------------------- what is read
@@ -149,7 +160,7 @@ def test_a_label_is_found_wherever_it_stands(small: dict[str, object], tmp_path:
         {"source": source, "label": "cls"},
         {"source": source, "label": "folder"},
         {"source": source, "label": "json", "label_field": "digit"},
-        {"source": str(tmp_path / "d.parquet"), "label": "digit"},
+        {"source": str(tmp_path / "d.parquet"), "label": "digit", "key_column": "key"},
         {"source": source, "label": "digit", "label_table": str(tmp_path / "labels.parquet")},
         {"source": loose},
         {"source": pattern, "label": "digit", "label_table": str(tmp_path / "labels.csv"), "table_key": "file"},
@@ -160,7 +171,13 @@ def test_a_label_is_found_wherever_it_stands(small: dict[str, object], tmp_path:
         material = gather(Recipe(**fields, **way, out="unused"), PIXELS, (), str(tmp_path / f"work{n}"))
         assert material.classes == ("3", "5", "8") and not material.skipped
         sides = (material.train, material.held_out)
-        found.append({h: (material.classes[i], k.removesuffix(".png")) for side in sides for h, i, k in zip(side.hashes, side.ids, side.keys)})
+        found.append(
+            {
+                h: (material.classes[i], k.removesuffix(".png"))
+                for side in sides
+                for h, i, k in zip(side.hashes, side.ids, side.keys)
+            }
+        )
     assert len(found[0]) == 36 and sorted(label for label, _ in found[0].values()) == ["3"] * 12 + ["5"] * 12 + ["8"] * 12
     assert all(other == found[0] for other in found[1:])
 
@@ -172,7 +189,9 @@ def test_what_is_held_out_stays_so_while_data_grows_and_moves(small: dict[str, o
     sides = []
     for folder, chosen in (("one", digits.few(10)), ("two", digits.few(15))):
         root = digits.folders(tmp_path / folder, chosen)
-        material = gather(Recipe(**{**small, "source": root, "label": "folder", "out": "x"}), PIXELS, (), str(tmp_path / f"w-{folder}"))
+        material = gather(
+            Recipe(**{**small, "source": root, "label": "folder", "out": "x"}), PIXELS, (), str(tmp_path / f"w-{folder}")
+        )
         sides.append({key: side for side, part in enumerate((material.train, material.held_out)) for key in part.keys})
     assert sides[0].items() <= sides[1].items() and len(sides[1]) == 150 and 0 < sum(sides[0].values()) < 50
 
@@ -199,7 +218,7 @@ def test_corrupt_images_are_counted_skipped_and_listed(small: dict[str, object],
     (root / "0" / "text.png").write_bytes(b"no image")
     result = finetune(Recipe(**{**small, "source": str(root), "label": "folder", "out": str(tmp_path / "out"), "epochs": 1}))
     listed = json.loads((tmp_path / "out" / "skipped.json").read_text())
-    assert (result.skipped, result.images + result.held_out) == (2, 28)
+    assert (result.skipped, result.images + result.held_out) == (2, 29)
     assert {entry["key"]: entry["reason"] for entry in listed} == {f"0/{broken.name}": "truncated", "0/text.png": "not_an_image"}
     assert "2 images were not used" in (tmp_path / "out" / "report.html").read_text()
 
@@ -210,7 +229,15 @@ def test_corrupt_images_are_counted_skipped_and_listed(small: dict[str, object],
 @pytest.mark.parametrize("train", ["head", "last", "lora"])
 def test_only_what_the_recipe_names_learns(train: str, trained: str, small: dict[str, object], tmp_path: Path) -> None:
     out = str(tmp_path / "out")
-    fields = {**small, "model": trained, "train": train, "init": "weights", "out": out, "epochs": 1, "classes": [str(n) for n in range(9, -1, -1)]}
+    fields = {
+        **small,
+        "model": trained,
+        "train": train,
+        "init": "weights",
+        "out": out,
+        "epochs": 1,
+        "classes": [str(n) for n in range(9, -1, -1)],
+    }
     finetune(Recipe(**fields))
     before, after = weights(trained), weights(out)
     assert before.keys() == after.keys()
@@ -252,7 +279,9 @@ def test_lower_blocks_learn_more_slowly(trained: str, small: dict[str, object]) 
 
 def test_the_rate_rises_and_falls() -> None:
     fields = {"source": "x", "model": "m", "out": "o", "lr": 1.0, "warmup": 0.1}
-    rates = {name: [rate_at(n, 100, Recipe(**fields, schedule=name)) for n in range(100)] for name in ("cosine", "linear", "constant")}
+    rates = {
+        name: [rate_at(n, 100, Recipe(**fields, schedule=name)) for n in range(100)] for name in ("cosine", "linear", "constant")
+    }
     assert [found[4] for found in rates.values()] == [0.5] * 3 and all(found[10] == 1 for found in rates.values())
     assert rates["cosine"][55] == pytest.approx(0.5) and rates["linear"][55] == pytest.approx(0.5) and rates["constant"][99] == 1
     assert 0 < rates["cosine"][99] < rates["linear"][99] < 0.02
@@ -272,7 +301,13 @@ def test_batches_follow_from_epoch_and_step_and_are_shared_out_whole(small: dict
         half = halves.batch(1, 2, rank)
         assert torch.equal(half.pixels, one.pixels[rank::2]) and torch.equal(half.target, one.target[rank::2])
     assert torch.allclose(one.target.sum(1), torch.ones(32)) and one.pixels.shape == (32, 3, 16, 16)
-    plain = Batches(Recipe(**{**small, "out": "x", "crop": 1.0, "flip": True}), replace(material.train, pixels=material.train.pixels[:, :16, :16]), PIXELS, 10, None)
+    plain = Batches(
+        Recipe(**{**small, "out": "x", "crop": 1.0, "flip": True}),
+        replace(material.train, pixels=material.train.pixels[:, :16, :16]),
+        PIXELS,
+        10,
+        None,
+    )
     order = np.random.default_rng([0, 0]).permutation(len(material.train.ids))[:32]
     kept = torch.from_numpy((plain.examples.pixels[order] / 255 - 0.5) / 0.5).permute(0, 3, 1, 2).float()
     same = (torch.isclose(plain.batch(0, 0).pixels, kept, atol=1e-6)).flatten(1).all(1)
@@ -292,7 +327,9 @@ def test_parts_of_a_step_add_up_to_it(small: dict[str, object], tmp_path: Path) 
 
 def start(recipe: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     known = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run([sys.executable, "-m", "vitray", "finetune", str(recipe)], env=known, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-m", "vitray", "finetune", str(recipe)], env=known, capture_output=True, text=True, timeout=120
+    )
 
 
 def write_recipe(path: Path, fields: dict[str, object]) -> Path:
@@ -311,7 +348,10 @@ def test_killed_training_ends_with_equal_weights(small: dict[str, object], tmp_p
     done = start(path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert equal(weights(str(tmp_path / "whole")), weights(str(tmp_path / "killed")))
-    both = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("whole", "killed")]
+    both = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "killed")
+    ]
     assert both[0] == both[1] and "epoch 3: loss" in done.stderr and f"{whole.figures['validation_accuracy']:.4g}" in done.stdout
     left = [p.name for p in (tmp_path / "killed" / "_vitray" / "state").iterdir() if p.suffix == ".safetensors"]
     assert sorted(name.partition("-")[0] for name in left) == ["best", "last"]
@@ -426,7 +466,17 @@ def test_pseudo_labels_are_the_models_own(trained: str, small: dict[str, object]
     dataset = embedded(trained, small["source"], tmp_path / "dataset")
     scores = vitray.read(dataset)["score"].to_numpy()
     least = float(np.median(scores))
-    recipe = Recipe(**{**small, "source": [], "label": None, "dataset": dataset, "min_score": least, "out": str(tmp_path / "out"), "epochs": 1})
+    recipe = Recipe(
+        **{
+            **small,
+            "source": [],
+            "label": None,
+            "dataset": dataset,
+            "min_score": least,
+            "out": str(tmp_path / "out"),
+            "epochs": 1,
+        }
+    )
     result = finetune(recipe)
     assert result.images + result.held_out == int((scores >= np.float32(least)).sum())
 
@@ -453,7 +503,9 @@ def test_pseudo_labels_are_the_models_own(trained: str, small: dict[str, object]
         ({"lr": 1e30, "clip": 1e30, "warmup": 0.0}, vitray.VitrayError, "the loss is"),
     ],
 )
-def test_bad_input_is_one_line(fields: dict[str, object], error: type[Exception], says: str, small: dict[str, object], tmp_path: Path) -> None:
+def test_bad_input_is_one_line(
+    fields: dict[str, object], error: type[Exception], says: str, small: dict[str, object], tmp_path: Path
+) -> None:
     with pytest.raises(error, match=says) as raised:
         finetune(Recipe(**{**small, "out": str(tmp_path / "out"), **fields}))
     assert "\n" not in str(raised.value)
@@ -466,7 +518,9 @@ def test_one_class_and_a_checkpoint_of_another_shape_are_refused(trained: str, s
     shutil.copytree(trained, tmp_path / "wide")
     edit(str(tmp_path / "wide" / "config.json"), intermediate_size=80)
     with pytest.raises(ModelError, match="weights of another shape than its config.json says"):
-        finetune(Recipe(**{**small, "model": str(tmp_path / "wide"), "train": "head", "init": "weights", "out": str(tmp_path / "b")}))
+        finetune(
+            Recipe(**{**small, "model": str(tmp_path / "wide"), "train": "head", "init": "weights", "out": str(tmp_path / "b")})
+        )
 
 
 def test_no_space_is_one_clear_error(small: dict[str, object], tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def _minimise(loss: Callable[[], torch.Tensor], parameters: list[torch.Tensor]) 
         optimizer.zero_grad()
         value = loss()
         value.backward()  # type: ignore[no-untyped-call]
-        return float(value)
+        return float(value.detach())
 
     optimizer.step(closure)
-    return float(loss())
+    return float(loss().detach())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -98,7 +99,9 @@ def _adapters(network: Network, recipe: Recipe) -> Any:
 
     inside = {id(layer) for layer in network.blocks.modules() if isinstance(layer, torch.nn.Linear)}
     names = [name for name, layer in network.module.named_modules() if id(layer) in inside]
-    return get_peft_model(network.module, LoraConfig(r=recipe.rank, lora_alpha=LORA_SCALE * recipe.rank, target_modules=names))
+    config = LoraConfig(r=recipe.rank, lora_alpha=LORA_SCALE * recipe.rank, target_modules=names)
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # peft calls what transformers renames
+        return get_peft_model(network.module, config)
 
 
 def _depths(network: Network) -> dict[int, int]:
