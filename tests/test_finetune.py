@@ -434,7 +434,7 @@ def test_a_probe_is_the_minimum_of_its_loss() -> None:
     images, labels = digits.load()
     rows = images[:900].reshape(900, -1).astype(np.float32)
     none = (np.zeros((0, 64), np.float32), np.zeros(0, np.int64))
-    found = fit_probe(rows, labels[:900].astype(np.int64), none, 10, torch.ones(10), 0.0)
+    found = fit_probe(rows, labels[:900].astype(np.int64), none, torch.ones(10), 0.0)
     scaled = (rows - rows.mean(0)) / (rows.std(0) + 1e-6)
     known = LogisticRegression(C=1 / (900 * 1e-2), max_iter=2000, tol=1e-8).fit(scaled, labels[:900])
     ours, theirs = rows @ found.weight.T + found.bias, known.decision_function(scaled)
@@ -517,7 +517,7 @@ def test_one_class_and_a_checkpoint_of_another_shape_are_refused(trained: str, s
         finetune(Recipe(**{**small, "source": alone, "out": str(tmp_path / "a")}))
     shutil.copytree(trained, tmp_path / "wide")
     edit(str(tmp_path / "wide" / "config.json"), intermediate_size=80)
-    with pytest.raises(ModelError, match="weights of another shape than its config.json says"):
+    with pytest.raises(ModelError, match=r"weights of another shape than its config.json says"):
         finetune(
             Recipe(**{**small, "model": str(tmp_path / "wide"), "train": "head", "init": "weights", "out": str(tmp_path / "b")})
         )

@@ -158,6 +158,14 @@ def require_labels(recipe: Recipe, keys: Sequence[str], labels: Sequence[str | N
         )
 
 
+def require_both(recipe: Recipe, train: np.ndarray, held_out: np.ndarray) -> None:
+    """Raises JobError where the split leaves one side of these class ids without what it needs."""
+    if len(set(train.tolist())) < 2:
+        raise JobError("the images that are not held out have one class only. Give more images, or a smaller `validation`.")
+    if recipe.validation and not len(held_out):
+        raise JobError("no image fell into the held-out share. Set a larger `validation`, or 0 to train without.")
+
+
 class _Source:
     """The images of a recipe with their labels, whichever of its fields says where they are."""
 
@@ -319,17 +327,10 @@ def _open(recipe: Recipe, cache: str, shapes: tuple[tuple[int, int], tuple[int, 
         shape = (len(here), *shapes[side], 3)
         pixels = np.memmap(f"{cache}/{name}", np.uint8, "r", shape=shape) if here else np.zeros(shape, np.uint8)
         sides.append(Examples(pixels, ids[here], [rows[n]["key"] for n in here], [rows[n]["hash"] for n in here]))
-    _require_both(recipe, sides[0], sides[1])
+    require_both(recipe, sides[0].ids, sides[1].ids)
     digest = short_hash(repr([(row["key"], row["label"], row["hash"].hex()) for row in rows]), 32)
     lost = [{"key": row["key"], "reason": "no_label", "message": "skipped"} for row in table if row["label"] is None]
     return Material(classes, sides[0], sides[1], skipped + lost, digest)
-
-
-def _require_both(recipe: Recipe, train: Examples, held_out: Examples) -> None:
-    if len(set(train.ids.tolist())) < 2:
-        raise JobError("the images that are not held out have one class only. Give more images, or a smaller `validation`.")
-    if recipe.validation and not len(held_out.ids):
-        raise JobError("no image fell into the held-out share. Set a larger `validation`, or 0 to train without.")
 
 
 def work_folder(out: str) -> str:

@@ -29,6 +29,7 @@ from vitray.adapt.examples import (
     gather,
     is_held_out,
     label_rows,
+    require_both,
     require_labels,
     work_folder,
 )
@@ -59,15 +60,11 @@ class Result:
 
     def __str__(self) -> str:
         judged = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in self.figures.items())
-        lines = [
-            f"{self.out}: {self.train} on {self.images:,} images of {self.classes} classes in {self.seconds:.1f} s; {judged or 'not judged'}"
-        ]
-        if self.skipped:
-            lines.append(f"skipped    {self.skipped:,} images, listed in {join(self.out, 'skipped.json')}")
-        use = (
-            f"use it     vitray run SOURCE --model {self.out} --out …"
-            if self.model
-            else f"use it     set `head: {self.out}` in a job"
+        what = f"{self.train} on {self.images:,} images of {self.classes} classes in {self.seconds:.1f} s"
+        lines = [f"{self.out}: {what}; {judged or 'not judged'}"]
+        lines += [f"skipped    {self.skipped:,} images, listed in {join(self.out, 'skipped.json')}"] if self.skipped else []
+        use = "use it     " + (
+            f"vitray run SOURCE --model {self.out} --out …" if self.model else f"set `head: {self.out}` in a job"
         )
         return "\n".join([*lines, use, f"look       {join(self.out, 'report.html')}"])
 
@@ -82,48 +79,53 @@ def finetune(recipe: Recipe, tell: Tell = lambda record: None, address: str | No
         try:
             done = json.loads(read(_url(recipe, "result.json")))
         except ObjectMissing:
-            done = None
             probe(recipe.out)
-        result = _probe(recipe, done) if recipe.train == "probe" else _train(recipe, done, tell, address, allow_open)
+        else:
+            _require_same(recipe, {})
+            return Result(**done)
+        result = _probe(recipe) if recipe.train == "probe" else _train(recipe, tell, address, allow_open)
+        store_for(recipe.out).replace(_url(recipe, "result.json"), json.dumps(vars(result), indent=1).encode())
+        checkpoints.sweep(_url(recipe, "state"))
         forget(recipe.out)
         return result
 
 
-def _train(recipe: Recipe, done: dict[str, Any] | None, tell: Tell, address: str | None, allow_open: bool) -> Result:
+def _train(recipe: Recipe, tell: Tell, address: str | None, allow_open: bool) -> Result:
     from vitray.adapt.fitting import put
 
     study = Study.of(recipe)
-    fitting = study.fitting()
-    material = study.material
-    same = {
-        "weights": study.weights,
-        "data": material.digest,
-        "classes": list(material.classes),
-        "images_a_step": fitting.batches.size,
-    }
-    _require_same(recipe, same)
-    if done is not None:
-        return Result(**done)
+    fitting, material = study.fitting(), study.material
+    same = {"weights": study.weights, "data": material.digest, "classes": list(material.classes)}
+    _require_same(recipe, {**same, "images_a_step": fitting.batches.size})
     if recipe.workers > 1:
         from vitray.adapt.team import fit_with_ray
 
-        fit_with_ray(recipe, tell, address, allow_open)
-    fitting.run(tell)  # with workers: reads how they ended
-    best = checkpoints.load(fitting.state, "best")
-    if best is not None:
+        fit_with_ray(recipe, address, allow_open)
+    progress = fitting.run(tell)  # after workers: reads how they ended
+    if recipe.workers > 1:
+        for record in progress.records:
+            if "epoch" in record:
+                tell(record)
+    if (best := checkpoints.load(fitting.state, "best")) is not None:
         put(fitting.learning, best[0])
-    judged = fitting.judge(material.held_out, study.pixels) if len(material.held_out.ids) else None
-    figures = judged.figures(material.held_out.ids) if judged is not None else {}
-    result = _result(recipe, material, figures, fitting.progress.seconds, int(fitting.progress.records[-1]["epoch"]))
-    told = outputs.Told(recipe, study.found, material.classes, fitting.progress.records, material.skipped, figures)
-    seen = outputs.seen(material.held_out, judged) if judged is not None else None
-    outputs.write(told, fitting.trainee.finished().cpu(), None, seen)
-    return _finish(recipe, result)
+    held = material.held_out
+    judged = fitting.judge(held, study.pixels) if len(held.ids) else None
+    figures = judged.figures(held.ids) if judged is not None else {}
+    told = outputs.Told(recipe, study.found, material.classes, progress.records, material.skipped, figures)
+    outputs.write(told, fitting.trainee.finished().cpu(), None, judged and outputs.Seen(held.keys, held.ids, judged, held.pixels))
+    counts = (
+        len(material.classes),
+        len(material.train.ids),
+        len(held.ids),
+        len(material.skipped),
+        int(progress.records[-1]["epoch"]),
+    )
+    return Result(absolute(recipe.out), recipe.train, *counts, progress.seconds, figures, True)
 
 
-def _probe(recipe: Recipe, done: dict[str, Any] | None) -> Result:
-    from vitray.adapt.fitting import Judged, class_weights
-    from vitray.adapt.probe import fit_probe
+def _probe(recipe: Recipe) -> Result:
+    from vitray.adapt.fitting import class_weights
+    from vitray.adapt.probe import fit_probe, judge_probe
     from vitray.models.head import Head
 
     started = time.monotonic()
@@ -132,37 +134,29 @@ def _probe(recipe: Recipe, done: dict[str, Any] | None) -> Result:
     keys, labels, column = label_rows(recipe, vector.column)
     found = checkpoint.locate(recipe.model or dataset.facts.model, recipe.revision if recipe.model else dataset.facts.revision)
     if (weights := checkpoint.hash_weights(found)) != dataset.facts.weights_sha256:
-        raise ModelError(
-            f"{found.model} is not the model of {dataset.out}: its weights are others. Leave `model` out, or make a new dataset."
-        )
+        what = f"{found.model} is not the model of {dataset.out}: its weights are others"
+        raise ModelError(f"{what}. Leave `model` out, or make a new dataset.")
     require_labels(recipe, keys, labels)
-    kept = [n for n, label in enumerate(labels) if label is not None]
-    pairs = [(keys[n], str(labels[n])) for n in kept]
+    pairs = [(key, label) for key, label in zip(keys, labels) if label is not None]
     classes = choose_classes(recipe, {label for _, label in pairs})
-    ids, vectors = class_ids(pairs, classes), matrix_of(column)[kept].astype(np.float32)
-    _require_same(recipe, {"weights": weights, "data": dataset.fingerprint, "classes": list(classes), "rows": len(kept)})
-    if done is not None:
-        return Result(**done)
+    ids = class_ids(pairs, classes)
+    vectors = matrix_of(column)[[n for n, label in enumerate(labels) if label is not None]].astype(np.float32)
+    _require_same(recipe, {"weights": weights, "data": dataset.fingerprint, "classes": list(classes), "rows": len(ids)})
     held = np.array([is_held_out(key, recipe.validation) for key, _ in pairs])
-    if recipe.validation and not held.any():
-        raise JobError("no image fell into the held-out share. Set a larger `validation`, or 0 to train without.")
-    sides = (vectors[~held], ids[~held]), (vectors[held], ids[held])
-    fitted = fit_probe(
-        *sides[0], sides[1], len(classes), class_weights(recipe, sides[0][1], len(classes)), recipe.label_smoothing
-    )
+    require_both(recipe, ids[~held], ids[held])
+    unseen = vectors[held], ids[held]
+    loss_weights = class_weights(recipe, ids[~held], len(classes))
+    fitted = fit_probe(vectors[~held], ids[~held], unseen, loss_weights, recipe.label_smoothing)
     figures = {name: value for name, value in fitted.best.items() if name.startswith("validation")}
     head = Head(classes, fitted.weight, fitted.bias, vector.layer, vector.pool, vector.normalize, found.model, weights)
     module = _with_head(recipe, found, head, dataset.facts.family)
-    skipped = [{"key": keys[n], "reason": "no_label", "message": "skipped"} for n, label in enumerate(labels) if label is None]
+    skipped = [{"key": key, "reason": "no_label", "message": "skipped"} for key, label in zip(keys, labels) if label is None]
     told = outputs.Told(recipe, found, classes, fitted.records, skipped, figures)
-    scores = _softmax(sides[1][0] @ fitted.weight.T + fitted.bias)
-    judged = Judged(scores.argmax(1), scores.max(1), -np.log(np.maximum(scores[range(len(scores)), sides[1][1]], 1e-30)))
-    seen = outputs.Seen([key for (key, _), there in zip(pairs, held) if there], sides[1][1], judged, None) if held.any() else None
-    outputs.write(told, module, head, seen)
-    count = (len(classes), int((~held).sum()), int(held.sum()), len(skipped))
-    return _finish(
-        recipe, Result(absolute(recipe.out), "probe", *count, 1, time.monotonic() - started, figures, module is not None)
-    )
+    judged = judge_probe(fitted.weight, fitted.bias, *unseen) if held.any() else None
+    shown = [key for (key, _), there in zip(pairs, held) if there]
+    outputs.write(told, module, head, judged and outputs.Seen(shown, ids[held], judged, None))
+    counts = len(classes), int((~held).sum()), int(held.sum()), len(skipped), 1
+    return Result(absolute(recipe.out), "probe", *counts, time.monotonic() - started, figures, module is not None)
 
 
 @dataclass(frozen=True)
@@ -189,18 +183,19 @@ class Study:
         taught = teacher.facts.labels if teacher is not None and recipe.distill == "labels" else ()
         return cls(recipe, found, weights, pixels, gather(recipe, pixels, taught, work_folder(recipe.out)), teacher)
 
-    def fitting(self, rank: int = 0, world: int = 1) -> Any:
-        """A fitting.Fitting for one worker of a team."""
+    def fitting(self, team: Any = None) -> Any:
+        """A fitting.Fitting for one worker of a fitting.Team, or for one that is alone."""
         from vitray.adapt.batches import Batches, Teaching
         from vitray.adapt.fitting import Fitting, Team
         from vitray.adapt.trainee import prepare
 
+        team = team or Team()
         classes, train = self.material.classes, self.material.train
         teaching = Teaching(self.recipe, self.teacher, train.hashes, classes) if self.teacher is not None else None
         dimension = teaching.size if teaching is not None and self.recipe.distill == "embedding" else None
-        batches = Batches(self.recipe, train, self.pixels, len(classes), teaching, world)
+        batches = Batches(self.recipe, train, self.pixels, len(classes), teaching, team.world)
         trainee = prepare(self.recipe, self.found, classes, dimension)
-        return Fitting(self.recipe, trainee, batches, self.material.held_out, Team(rank, world), _url(self.recipe, "state"))
+        return Fitting(self.recipe, trainee, batches, self.material.held_out, team, _url(self.recipe, "state"))
 
 
 def _with_head(recipe: Recipe, found: checkpoint.Checkpoint, head: Any, family: str) -> Any | None:
@@ -218,12 +213,6 @@ def _with_head(recipe: Recipe, found: checkpoint.Checkpoint, head: Any, family: 
     return module
 
 
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    powers = np.exp(logits - logits.max(1, keepdims=True))
-    found: np.ndarray = powers / powers.sum(1, keepdims=True)
-    return found
-
-
 def _require_same(recipe: Recipe, more: dict[str, object]) -> None:
     """Raises FingerprintError when OUT was begun with something else, and names it."""
     mine = json.loads(json.dumps({**recipe.deciding(), **more}))
@@ -235,18 +224,6 @@ def _require_same(recipe: Recipe, more: dict[str, object]) -> None:
         raise FingerprintError(
             f"{recipe.out} was begun with another {', '.join(names)}. Choose another `out`, or go back to what it was."
         )
-
-
-def _result(recipe: Recipe, material: Material, figures: dict[str, float], seconds: float, epochs: int) -> Result:
-    counts = (len(material.classes), len(material.train.ids), len(material.held_out.ids), len(material.skipped))
-    return Result(absolute(recipe.out), recipe.train, *counts, epochs, seconds, figures, True)
-
-
-def _finish(recipe: Recipe, result: Result) -> Result:
-    url = _url(recipe, "result.json")
-    store_for(url).replace(url, json.dumps(vars(result), indent=1).encode())
-    checkpoints.sweep(_url(recipe, "state"))
-    return result
 
 
 def _url(recipe: Recipe, name: str) -> str:

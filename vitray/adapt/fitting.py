@@ -39,6 +39,7 @@ class Team:
 
     rank: int = 0
     world: int = 1
+    device: str = ""  # as Ray Train shares them out
 
     def wrap(self, trainee: Trainee) -> Any:
         """What is called instead of the trainee, so that gradients are the mean over the team."""
@@ -87,12 +88,13 @@ class Fitting:
     def __init__(self, recipe: Recipe, trainee: Trainee, batches: Batches, held_out: Examples, team: Team, state: str) -> None:
         """state: the folder of its checkpoints."""
         self.recipe, self.batches, self.held_out, self.team, self.state = recipe, batches, held_out, team, state
-        self.device = machine.resolve_device(recipe.device)
-        self.precision = precision_of(recipe, self.device)
+        self.device = team.device or machine.resolve_device(recipe.device)
+        self.kind = torch.device(self.device).type
+        self.precision = precision_of(recipe, self.kind)
         self.trainee = trainee.to(self.device)
         self.learning = trainee.learning()
         self.optimizer = torch.optim.AdamW(groups(trainee, recipe), lr=recipe.rate)
-        self.scaler = torch.amp.GradScaler(self.device, enabled=self.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(self.kind, enabled=self.precision == "fp16")
         self.weights = class_weights(recipe, batches.examples.ids, batches.classes).to(self.device)
         self.progress = Progress()
         self.steps = recipe.epochs * batches.steps
@@ -162,7 +164,7 @@ class Fitting:
 
     def _autocast(self) -> Any:
         kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
-        return nullcontext() if kind is None else torch.autocast(torch.device(self.device).type, kind)
+        return nullcontext() if kind is None else torch.autocast(self.kind, kind)
 
     def _judge(self, epoch: int, loss: float) -> dict[str, float]:
         """The epoch's record; keeps the weights where they are the best so far, and says when it is enough."""

@@ -23,7 +23,6 @@ from vitray.models.pixels import FILES
 from vitray.storage import absolute, join, store_for
 
 if TYPE_CHECKING:
-    from vitray.adapt.examples import Examples
     from vitray.adapt.fitting import Judged
 
 log = logging.getLogger(__name__)
@@ -51,10 +50,6 @@ class Seen:
     truth: np.ndarray
     judged: Judged
     pixels: np.ndarray | None
-
-
-def seen(examples: Examples, judged: Judged) -> Seen:
-    return Seen(examples.keys, examples.ids, judged, examples.pixels)
 
 
 def write(told: Told, module: Any | None, head: Head | None, seen: Seen | None) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from vitray.adapt.fitting import Judged
+
 STRENGTHS = tuple(10.0**n for n in range(-5, 2))  # of the L2 penalty on standardised features; the held-out share chooses
 STRENGTH = 1e-2  # where nothing is held out
 STEPS = 200  # of L-BFGS for each strength, from where the stronger one ended
@@ -24,14 +26,10 @@ class Probe:
 
 
 def fit_probe(
-    vectors: np.ndarray,
-    ids: np.ndarray,
-    held_out: tuple[np.ndarray, np.ndarray],
-    classes: int,
-    weights: torch.Tensor,
-    smoothing: float,
+    vectors: np.ndarray, ids: np.ndarray, held_out: tuple[np.ndarray, np.ndarray], weights: torch.Tensor, smoothing: float
 ) -> Probe:
     """vectors float [N, D], ids int64 [N]; held_out: the same of the rows that choose the strength. weights: float32 [C]."""
+    classes = len(weights)
     mean, scale = vectors.mean(0, dtype=np.float64), vectors.std(0, dtype=np.float64) + 1e-6
     rows = torch.from_numpy(((vectors - mean) / scale).astype(np.float32))
     target = torch.nn.functional.one_hot(torch.from_numpy(ids), classes).float() * (1 - smoothing) + smoothing / classes
@@ -44,17 +42,18 @@ def fit_probe(
         plain = weight.detach().numpy() / scale
         found.append((plain.astype(np.float32), (bias.detach().numpy() - plain @ mean).astype(np.float32)))
         record = {"strength": strength, "loss": loss}
-        records.append(record | (judge_probe(*found[-1], *held_out) if judged else {}))
+        records.append(record | (judge_probe(*found[-1], *held_out).figures(held_out[1]) if judged else {}))
     best = max(
         range(len(records)), key=lambda n: (records[n].get("validation_accuracy", 0), -records[n].get("validation_loss", 0))
     )
     return Probe(*found[best], records, records[best])
 
 
-def judge_probe(weight: np.ndarray, bias: np.ndarray, vectors: np.ndarray, ids: np.ndarray) -> dict[str, float]:
+def judge_probe(weight: np.ndarray, bias: np.ndarray, vectors: np.ndarray, ids: np.ndarray) -> Judged:
     logits = torch.from_numpy(vectors @ weight.T + bias)
-    loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(ids))
-    return {"validation_loss": float(loss), "validation_accuracy": float((logits.argmax(1).numpy() == ids).mean())}
+    scores, said = logits.softmax(1).max(1)
+    losses = torch.nn.functional.cross_entropy(logits, torch.from_numpy(ids), reduction="none")
+    return Judged(said.numpy(), scores.numpy(), losses.numpy())
 
 
 def _loss(

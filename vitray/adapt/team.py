@@ -5,14 +5,15 @@ from __future__ import annotations
 import tempfile
 from typing import Any
 
-from vitray.adapt.finetuning import Study, Tell
+from vitray.adapt.finetuning import Study
+from vitray.adapt.fitting import Team
 from vitray.adapt.recipe import Recipe
 from vitray.errors import ClusterError, VitrayError, one_line
 from vitray.models import machine
 from vitray.pipeline.cluster import RETRIES, ray_session
 
 
-def fit_with_ray(recipe: Recipe, tell: Tell, address: str | None, allow_open: bool) -> None:
+def fit_with_ray(recipe: Recipe, address: str | None, allow_open: bool) -> None:
     """Train to the end on recipe.workers workers; how it ended is in the state of OUT.
 
     A worker that dies takes the others with it: all begin again from the last checkpoint, three times at most. Raises ClusterError.
@@ -41,10 +42,11 @@ def fit_with_ray(recipe: Recipe, tell: Tell, address: str | None, allow_open: bo
 def work(fields: dict[str, Any]) -> None:
     """One worker, in a process of Ray's: makes everything from the recipe, as the others do."""
     from ray.train import get_context, report
+    from ray.train.torch import get_device
 
     context = get_context()
-    study = Study.of(Recipe(**fields))
-    study.fitting(context.get_world_rank(), context.get_world_size()).run(report)
+    team = Team(context.get_world_rank(), context.get_world_size(), str(get_device()))
+    Study.of(Recipe(**fields)).fitting(team).run(report)
 
 
 def _ours(error: BaseException | None) -> VitrayError | None:
