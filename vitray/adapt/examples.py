@@ -40,16 +40,10 @@ from vitray.storage import read as read_object
 log = logging.getLogger(__name__)
 MARGIN = 1.15  # side of what is kept for random crops, against what the model takes
 CHUNK = 64  # images decoded by one call
-ROWS = pa.schema([("key", pa.string()), ("label", pa.string()), ("held_out", pa.bool_()), ("hash", pa.binary(16))])
+NO_LABEL = "no_label"
+TEXTS = ("key", "label", "reason", "message")
+ROWS = pa.schema([*((name, pa.string()) for name in TEXTS), ("held_out", pa.bool_()), ("hash", pa.binary(16))])
 TOLD = 3  # keys named in an error
-
-
-@dataclass(frozen=True, slots=True)
-class Labelled:
-    """What is known of an image but its pixels. key: without the folder of the source, so that a move changes nothing."""
-
-    key: str
-    label: str | None
 
 
 @dataclass(frozen=True)
@@ -102,15 +96,14 @@ def gather(recipe: Recipe, pixels: PixelSpec, taught: tuple[str, ...], folder: s
     return _open(recipe, cache, (larger.pixels.shape, spec.pixels.shape), taught)
 
 
-def label_rows(recipe: Recipe, column: str) -> tuple[list[str], list[str | None], pa.ChunkedArray]:
-    """Keys, labels and a vector column of the recipe's dataset: what a probe learns from."""
+def label_rows(recipe: Recipe, column: str) -> tuple[list[tuple[str, str | None]], pa.ChunkedArray]:
+    """(key, label) of each row of the recipe's dataset, and a vector column: what a probe learns from."""
     source = _Source(recipe)
     assert source.dataset is not None
     table = source.rows([column])
     keys = table["key"].to_pylist()
     texts = table[recipe.label_at].to_pylist() if recipe.label_at in table.column_names else [None] * len(keys)
-    labels = [source.label_of(key, text) for key, text in zip(keys, texts)]
-    return [source.short(key) for key in keys], labels, table[column]
+    return [(source.short(key), source.label_of(key, text)) for key, text in zip(keys, texts)], table[column]
 
 
 def is_held_out(key: str, share: float) -> bool:
@@ -124,10 +117,9 @@ def enlarged(pixels: PixelSpec) -> PixelSpec:
     return replace(pixels, size=size, crop=crop)
 
 
-def class_ids(labels: Iterable[tuple[str, str]], classes: tuple[str, ...]) -> np.ndarray:
+def class_ids(pairs: Sequence[tuple[str, str]], classes: tuple[str, ...]) -> np.ndarray:
     """int64 places in the classes of (key, label) pairs; a number that is no name is a place itself. Raises JobError."""
     places = {str(n): n for n in range(len(classes))} | {name: n for n, name in enumerate(classes)}
-    pairs = list(labels)
     if unknown := [f"{label} of {key}" for key, label in pairs if label not in places]:
         raise JobError(
             f"{len(unknown):,} labels are not among the {len(classes)} classes, such as {', '.join(unknown[:TOLD])}. Correct `classes`."
@@ -148,9 +140,9 @@ def choose_classes(recipe: Recipe, seen: set[str], taught: tuple[str, ...] = ())
     return found
 
 
-def require_labels(recipe: Recipe, keys: Sequence[str], labels: Sequence[str | None]) -> None:
+def require_labels(recipe: Recipe, pairs: Sequence[tuple[str, str | None]]) -> None:
     """Raises JobError where images have no label and the recipe does not skip them."""
-    lacking = [key for key, label in zip(keys, labels) if label is None]
+    lacking = [key for key, label in pairs if label is None]
     if lacking and recipe.unlabelled == "refuse":
         raise JobError(
             f"{len(lacking):,} images have no label ({recipe.label_at}), such as {', '.join(lacking[:TOLD])}. "
@@ -199,7 +191,8 @@ class _Source:
             table.filter(pa.array(table["score"].to_numpy() >= self.recipe.min_score)) if "score" in table.column_names else table
         )
 
-    def images(self) -> Iterator[tuple[Labelled, Encoded]]:
+    def images(self) -> Iterator[tuple[str, str | None, Encoded]]:
+        """Keys without the folder of the source, so that a move changes nothing; labels; images."""
         for shard, wanted, texts in self._parts():
             for item in read_shard(shard, self.job, wanted):
                 if isinstance(item, End):
@@ -208,8 +201,7 @@ class _Source:
                             "%s is cut short at byte %d: %d images of it are used", shard.url, item.truncated_at, item.total
                         )
                     continue
-                text = texts(item)
-                yield Labelled(self.short(item.key), self.label_of(item.key, text)), item
+                yield self.short(item.key), self.label_of(item.key, texts(item)), item
 
     def _parts(self) -> Iterator[tuple[Shard, Callable[[int], bool], Callable[[Encoded], object]]]:
         """Shards, which of their rows are wanted, and what stands in the label's place of a row."""
@@ -270,57 +262,46 @@ def _label_table(recipe: Recipe) -> dict[str, str] | None:
 
 
 def _decode_into(folder: str, source: _Source, specs: tuple[DecodeSpec, DecodeSpec], share: float) -> None:
-    """train.u8 and held-out.u8, pixels one after the other; rows.parquet; skipped.json."""
-    names = ("train.u8", "held-out.u8")
-    rows: list[tuple[str, str | None, bool, bytes]] = []
-    skipped: list[dict[str, str]] = []
-    workers = len(os.sched_getaffinity(0))
-    with (
-        ThreadPoolExecutor(workers) as pool,
-        open(f"{folder}/{names[0]}", "wb") as one,
-        open(f"{folder}/{names[1]}", "wb") as two,
-    ):
-        waiting: deque[tuple[int, list[tuple[Labelled, Encoded]], Future[Any]]] = deque()
+    """train.u8 and held-out.u8, pixels one after the other; rows.parquet, with a reason where a row has no pixels there."""
+    rows: list[tuple[object, ...]] = []
+    workers, images = len(os.sched_getaffinity(0)), source.images()
+    waiting: deque[tuple[int, list[tuple[str, str | None, Encoded]], Future[Any]]] = deque()
+    with ThreadPoolExecutor(workers) as pool, open(f"{folder}/train.u8", "wb") as one, open(f"{folder}/held-out.u8", "wb") as two:
 
         def settle() -> None:
             side, chunk, future = waiting.popleft()
             pixels, outcomes = future.result()
             (one, two)[side].write(pixels.tobytes())
-            for (row, image), outcome in zip(chunk, outcomes):
-                if outcome.reason is None:
-                    rows.append((row.key, row.label, bool(side), content_hash(image.data or b"")))
-                else:
-                    skipped.append({"key": row.key, "reason": outcome.reason, "message": outcome.message})
+            for (key, label, image), outcome in zip(chunk, outcomes):
+                rows.append((key, label, outcome.reason, outcome.message, bool(side), content_hash(image.data or b"")))
 
-        images = source.images()
         while chunk := list(islice(images, CHUNK)):
-            labelled = [pair for pair in chunk if pair[0].label is not None]
-            rows += [(row.key, None, False, b"\0" * 16) for row, _ in chunk if row.label is None]
+            rows += [(key, None, NO_LABEL, "skipped", False, None) for key, label, _ in chunk if label is None]
             for side in (0, 1):
-                if part := [pair for pair in labelled if is_held_out(pair[0].key, share) == bool(side)]:
-                    waiting.append((side, part, pool.submit(decode, [image for _, image in part], specs[side])))
+                part = [it for it in chunk if it[1] is not None and is_held_out(it[0], share) == bool(side)]
+                if part:
+                    waiting.append((side, part, pool.submit(decode, [image for *_, image in part], specs[side])))
             while len(waiting) > 2 * workers:
                 settle()
         while waiting:
             settle()
-    columns = list(zip(*rows)) if rows else [(), (), (), ()]
-    pq.write_table(pa.table([pa.array(c, f.type) for c, f in zip(columns, ROWS)], schema=ROWS), f"{folder}/rows.parquet")
-    with open(f"{folder}/skipped.json", "w", encoding="utf-8") as file:
-        json.dump(skipped, file)
+    columns = [pa.array([row[n] for row in rows], field.type) for n, field in enumerate(ROWS)]
+    pq.write_table(pa.table(columns, schema=ROWS), f"{folder}/rows.parquet")
 
 
 def _open(recipe: Recipe, cache: str, shapes: tuple[tuple[int, int], tuple[int, int]], taught: tuple[str, ...]) -> Material:
     with open(f"{cache}/rows.parquet", "rb") as stream:
         table = read_table(stream, ROWS.names).to_pylist()
-    with open(f"{cache}/skipped.json", encoding="utf-8") as file:
-        skipped = json.load(file)
-    require_labels(recipe, [row["key"] for row in table], [row["label"] for row in table])
-    rows = [row for row in table if row["label"] is not None]
+    require_labels(recipe, [(row["key"], row["label"]) for row in table])
+    rows = [row for row in table if row["reason"] is None]
+    skipped = [{name: row[name] for name in ("key", "reason", "message")} for row in table if row["reason"] is not None]
     if not rows:
-        why = f"{len(skipped):,} images could not be decoded, such as {skipped[0]['key']}" if skipped else "no image has a label"
+        why = f"{len(skipped):,} of {len(table):,} images cannot be used" + "".join(
+            f", {s['key']}: {s['reason']}" for s in skipped[:1]
+        )
         raise JobError(f"there is nothing to learn from: {why}. Correct `source` or `label`.")
     classes = choose_classes(recipe, {row["label"] for row in rows}, taught)
-    ids = class_ids(((row["key"], row["label"]) for row in rows), classes)
+    ids = class_ids([(row["key"], row["label"]) for row in rows], classes)
     sides = []
     for side, name in enumerate(("train.u8", "held-out.u8")):
         here = [n for n, row in enumerate(rows) if row["held_out"] == bool(side)]
@@ -329,8 +310,7 @@ def _open(recipe: Recipe, cache: str, shapes: tuple[tuple[int, int], tuple[int, 
         sides.append(Examples(pixels, ids[here], [rows[n]["key"] for n in here], [rows[n]["hash"] for n in here]))
     require_both(recipe, sides[0].ids, sides[1].ids)
     digest = short_hash(repr([(row["key"], row["label"], row["hash"].hex()) for row in rows]), 32)
-    lost = [{"key": row["key"], "reason": "no_label", "message": "skipped"} for row in table if row["label"] is None]
-    return Material(classes, sides[0], sides[1], skipped + lost, digest)
+    return Material(classes, sides[0], sides[1], skipped, digest)
 
 
 def work_folder(out: str) -> str:

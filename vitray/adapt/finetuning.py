@@ -22,6 +22,7 @@ import numpy as np
 
 from vitray.adapt import checkpoints, outputs
 from vitray.adapt.examples import (
+    NO_LABEL,
     Material,
     choose_classes,
     class_ids,
@@ -131,16 +132,16 @@ def _probe(recipe: Recipe) -> Result:
     started = time.monotonic()
     dataset = require_complete(str(recipe.dataset))
     vector = choose_vector(dataset, recipe.column)
-    keys, labels, column = label_rows(recipe, vector.column)
+    rows, column = label_rows(recipe, vector.column)
     found = checkpoint.locate(recipe.model or dataset.facts.model, recipe.revision if recipe.model else dataset.facts.revision)
     if (weights := checkpoint.hash_weights(found)) != dataset.facts.weights_sha256:
         what = f"{found.model} is not the model of {dataset.out}: its weights are others"
         raise ModelError(f"{what}. Leave `model` out, or make a new dataset.")
-    require_labels(recipe, keys, labels)
-    pairs = [(key, label) for key, label in zip(keys, labels) if label is not None]
+    require_labels(recipe, rows)
+    pairs = [(key, label) for key, label in rows if label is not None]
     classes = choose_classes(recipe, {label for _, label in pairs})
     ids = class_ids(pairs, classes)
-    vectors = matrix_of(column)[[n for n, label in enumerate(labels) if label is not None]].astype(np.float32)
+    vectors = matrix_of(column)[[n for n, row in enumerate(rows) if row[1] is not None]].astype(np.float32)
     _require_same(recipe, {"weights": weights, "data": dataset.fingerprint, "classes": list(classes), "rows": len(ids)})
     held = np.array([is_held_out(key, recipe.validation) for key, _ in pairs])
     require_both(recipe, ids[~held], ids[held])
@@ -150,7 +151,7 @@ def _probe(recipe: Recipe) -> Result:
     figures = {name: value for name, value in fitted.best.items() if name.startswith("validation")}
     head = Head(classes, fitted.weight, fitted.bias, vector.layer, vector.pool, vector.normalize, found.model, weights)
     module = _with_head(recipe, found, head, dataset.facts.family)
-    skipped = [{"key": key, "reason": "no_label", "message": "skipped"} for key, label in zip(keys, labels) if label is None]
+    skipped = [{"key": key, "reason": NO_LABEL, "message": "skipped"} for key, label in rows if label is None]
     told = outputs.Told(recipe, found, classes, fitted.records, skipped, figures)
     judged = judge_probe(fitted.weight, fitted.bias, *unseen) if held.any() else None
     shown = [key for (key, _), there in zip(pairs, held) if there]
