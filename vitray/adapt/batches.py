@@ -66,7 +66,7 @@ class Teaching:
     def of(self, places: np.ndarray) -> np.ndarray:
         """float32 [n, C]: the top scores, what they leave of 1 spread over the other classes; or float32 [n, D]."""
         rows = self.rows[places]
-        values = self.values[rows].astype(np.float32)
+        values: np.ndarray = self.values[rows].astype(np.float32)
         if self.ids is None:
             return values
         rest = np.clip(1 - values.sum(1, keepdims=True), 0, 1) / max(1, self.size - values.shape[1])
@@ -114,11 +114,12 @@ class Batches:
         if share == 1:
             return batch
         partner = self._seen(places[::-1][mine], views[::-1][mine])
-        mix = [
-            share * a + (1 - share) * b
-            for a, b in ((getattr(batch, n), getattr(partner, n)) for n in ("pixels", "target", "taught"))
-        ]
-        return Batch(*mix, batch.known & partner.known)
+
+        def mix(one: Any, two: Any) -> Any:
+            return share * one + (1 - share) * two
+
+        pixels, target = mix(batch.pixels, partner.pixels), mix(batch.target, partner.target)
+        return Batch(pixels, target, mix(batch.taught, partner.taught), batch.known & partner.known)
 
     def _views(self, chance: np.random.Generator) -> np.ndarray:
         """float32 [B, 2, 3]: where each image's crop lies, for affine_grid."""

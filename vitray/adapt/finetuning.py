@@ -39,6 +39,7 @@ from vitray.dataset import Dataset, choose_vector, matrix_of, require_complete
 from vitray.errors import FingerprintError, JobError, ModelError, ObjectMissing
 from vitray.models import checkpoint
 from vitray.models.pixels import read_pixels
+from vitray.schema import short_hash
 from vitray.storage import absolute, join, probe, read, store_for
 
 Tell = Callable[[dict[str, float]], None]
@@ -113,7 +114,9 @@ def _train(recipe: Recipe, tell: Tell, address: str | None, allow_open: bool) ->
     judged = fitting.judge(held, study.pixels) if len(held.ids) else None
     figures = judged.figures(held.ids) if judged is not None else {}
     told = outputs.Told(recipe, study.found, material.classes, progress.records, material.skipped, figures)
-    outputs.write(told, fitting.trainee.finished().cpu(), None, judged and outputs.Seen(held.keys, held.ids, judged, held.pixels))
+    outputs.write(
+        told, fitting.trainee.finished().cpu(), None, outputs.Seen(held.keys, held.ids, judged, held.pixels) if judged else None
+    )
     counts = (
         len(material.classes),
         len(material.train.ids),
@@ -155,7 +158,7 @@ def _probe(recipe: Recipe) -> Result:
     told = outputs.Told(recipe, found, classes, fitted.records, skipped, figures)
     judged = judge_probe(fitted.weight, fitted.bias, *unseen) if held.any() else None
     shown = [key for (key, _), there in zip(pairs, held) if there]
-    outputs.write(told, module, head, judged and outputs.Seen(shown, ids[held], judged, None))
+    outputs.write(told, module, head, outputs.Seen(shown, ids[held], judged, None) if judged else None)
     counts = len(classes), int((~held).sum()), int(held.sum()), len(skipped), 1
     return Result(absolute(recipe.out), "probe", *counts, time.monotonic() - started, figures, module is not None)
 
@@ -234,7 +237,7 @@ def _url(recipe: Recipe, name: str) -> str:
 @contextmanager
 def _alone(out: str) -> Iterator[None]:
     """Two trainings of this machine into one OUT would delete each other's checkpoints. Raises JobError."""
-    path = os.path.join(checkpoint.cache_directory("finetune"), f"{checkpoint.short_hash(absolute(out), 24)}.lock")
+    path = os.path.join(checkpoint.cache_directory("finetune"), f"{short_hash(absolute(out), 24)}.lock")
     with open(path, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

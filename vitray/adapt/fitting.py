@@ -181,7 +181,6 @@ class Fitting:
         progress.done = epoch == recipe.epochs or stale
         return record
 
-    @torch.no_grad()
     def judge(self, examples: Examples, spec: PixelSpec) -> Judged:
         """What the network says of images, each worker of its share."""
         self.trainee.eval()
@@ -192,7 +191,7 @@ class Fitting:
         for start in range(0, len(mine), JUDGED_AT_ONCE):
             places = mine[start : start + JUDGED_AT_ONCE]
             pixels = normalised(torch.from_numpy(examples.pixels[places]).permute(0, 3, 1, 2).float(), spec)
-            with self._autocast():
+            with torch.no_grad(), self._autocast():
                 logits, _ = self.trainee(pixels.to(self.device))
             truth = torch.nn.functional.one_hot(torch.from_numpy(examples.ids[places]), self.batches.classes).to(self.device)
             scores, ids = logits.float().softmax(-1).max(-1)
@@ -228,11 +227,11 @@ class Fitting:
             self.optimizer.state[parameter] = {"step": updates.clone(), **moments}
 
 
-@torch.no_grad()
 def put(learning: dict[str, Any], tensors: dict[str, Any]) -> None:
     """Saved values into the parameters of those names."""
-    for name, parameter in learning.items():
-        parameter.copy_(tensors[name])
+    with torch.no_grad():
+        for name, parameter in learning.items():
+            parameter.copy_(tensors[name])
 
 
 def _merit(record: dict[str, float], recipe: Recipe) -> tuple[float, ...]:

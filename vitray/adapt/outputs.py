@@ -90,11 +90,11 @@ def _events(folder: str, records: list[dict[str, float]]) -> None:
     except ImportError:
         log.info("no TensorBoard events: pip install 'vitray[finetune]'")
         return
-    with SummaryWriter(os.path.join(folder, "tensorboard")) as writer:  # type: ignore[no-untyped-call]
+    with SummaryWriter(os.path.join(folder, "tensorboard")) as writer:
         for n, record in enumerate(records):
             step = int(record.get("step", n))
             for name in record.keys() - {"step", "epoch"}:
-                writer.add_scalar(name, record[name], step, time.time())  # type: ignore[no-untyped-call]
+                writer.add_scalar(name, record[name], step, time.time())
 
 
 def _send(folder: str, out: str) -> None:
