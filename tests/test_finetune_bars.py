@@ -26,9 +26,14 @@ from vitray.adapt.recipe import Recipe
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(1500)]
 TRAINED, SHOTS = 120, 50  # of each digit; the other 60 or so are for judging
-BACKBONE: dict[str, object] = {}
-WAYS: dict[str, dict[str, object]] = {}
 SCRATCH = {**digits.RECIPE, "train": "full", "init": "scratch", "epochs": 60, "label_smoothing": 0.1}
+BACKBONE = {**SCRATCH, "label_smoothing": 0.0, "mixup": 0.4, "validation": 0.0}
+WAYS: dict[str, dict[str, object]] = {
+    "full": {"lr": 5e-4, "epochs": 60},
+    "head": {"lr": 1e-2, "epochs": 60},
+    "last": {"lr": 5e-4, "epochs": 60},
+    "lora": {"lr": 2e-3, "epochs": 60},
+}
 
 
 @pytest.fixture(autouse=True)
