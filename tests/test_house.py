@@ -63,7 +63,7 @@ BUDGET = {
     "core": 4750,
     "models": 1600,
     "operating": 2300,
-    "adapt": 750,
+    "adapt": 1320,
 }  # lines of code; the contract says 3,000 for core: see DECISIONS.md
 HELP_S = 1.0
 HEAVY = "{'torch', 'ray', 'transformers', 'openvino', 'onnxruntime', 'numba', 'faiss', 'lancedb', 'peft'}"
