@@ -97,7 +97,7 @@ def _train(recipe: Recipe, tell: Tell, address: str | None, allow_open: bool) ->
 
     study = Study.of(recipe)
     fitting, material = study.fitting(), study.material
-    same = {"weights": study.weights, "data": material.digest, "classes": list(material.classes)}
+    same = {"weights": study.weights, "data": material.digest, "class_names": list(material.classes)}
     _require_same(recipe, {**same, "images_a_step": fitting.batches.size})
     if recipe.workers > 1:
         from vitray.adapt.team import fit_with_ray
@@ -145,7 +145,7 @@ def _probe(recipe: Recipe) -> Result:
     classes = choose_classes(recipe, {label for _, label in pairs})
     ids = class_ids(pairs, classes)
     vectors = matrix_of(column)[[n for n, row in enumerate(rows) if row[1] is not None]].astype(np.float32)
-    _require_same(recipe, {"weights": weights, "data": dataset.fingerprint, "classes": list(classes), "rows": len(ids)})
+    _require_same(recipe, {"weights": weights, "data": dataset.fingerprint, "class_names": list(classes), "rows": len(ids)})
     held = np.array([is_held_out(key, recipe.validation) for key, _ in pairs])
     require_both(recipe, ids[~held], ids[held])
     unseen = vectors[held], ids[held]

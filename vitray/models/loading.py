@@ -72,7 +72,9 @@ def load_trainable(found: Checkpoint, classes: Sequence[str], seed: int, scratch
         torch.manual_seed(seed)
         if scratch:
             return _parts(kind._from_config(hf, dtype=torch.float32, attn_implementation="sdpa"), config)
-        module = _from_pretrained(found, kind, hf, {}, () if has_head else ("classifier.weight", "classifier.bias"))
+        module = _from_pretrained(
+            found, kind, hf, {"ignore_mismatched_sizes": True}, () if has_head else ("classifier.weight", "classifier.bias")
+        )
         if not has_head:  # of other classes, where their number is the same
             torch.nn.init.normal_(
                 module.classifier.weight, std=hf.initializer_range if hasattr(hf, "initializer_range") else 0.02
@@ -96,8 +98,6 @@ def _parts(module: Any, config: VisionConfig) -> Network:
 
 def _from_pretrained(found: Checkpoint, kind: Any, config: Any, options: dict[str, Any], made_up: Sequence[str] = ()) -> Any:
     """The module with every weight out of the checkpoint: a random head, pooler or block raises ModelError, but for those `made_up`."""
-    if made_up:
-        options = {**options, "ignore_mismatched_sizes": True}
     try:
         with quiet():
             module, report = kind.from_pretrained(
