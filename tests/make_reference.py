@@ -20,6 +20,7 @@ from pydantic_core import PydanticUndefined
 
 import vitray
 from vitray import errors
+from vitray.adapt.recipe import Recipe
 from vitray.cli import app
 from vitray.dataset.ledger import MANIFEST_SCHEMA
 from vitray.job import FORMATS, Embedding, Job
@@ -71,7 +72,7 @@ def page() -> str:
     parts = [
         "# Reference",
         "Made from the code by `make docs`; not edited by hand.",
-        "[Job](#job) · [Embeddings](#embeddings) · [Columns of `data/`](#columns-of-data) · [Columns of `errors/`](#columns-of-errors) · "
+        "[Job](#job) · [Embeddings](#embeddings) · [Training](#training) · [Columns of `data/`](#columns-of-data) · [Columns of `errors/`](#columns-of-errors) · "
         "[Reasons](#reasons) · [Manifest](#manifest) · [Exit codes](#exit-codes) · [Commands](#commands) · [Python](#python) · "
         "[Metrics](#metrics)",
         "## Job",
@@ -80,6 +81,9 @@ def page() -> str:
         "## Embeddings",
         "The entries of `embeddings`. With a single one without a `name` the column is called `embedding`, else `embedding_<name>`.",
         _table("field | type | default | meaning", [_field_row(*item) for item in Embedding.model_fields.items()]),
+        "## Training",
+        "The fields of a `vitray finetune` file, and of its `--set`: see [how to](how-to/finetune.md).",
+        _table("field | type | default | meaning", [_field_row(*item) for item in Recipe.model_fields.items()]),
         "## Columns of `data/`",
         "`OUT/data/<shard>.parquet` has the good images of a shard, in its order. Kept columns stand before `label`, under their own name, or "
         "`input_<name>` where the output has that column already. Vectors stand last. `label` and what follows it up to the vectors is "

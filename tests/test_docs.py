@@ -18,6 +18,7 @@ import yaml
 from shards import pictures
 
 import vitray
+from vitray.adapt.recipe import Recipe
 from vitray.dataset.identity import DECIDING_FIELDS
 from vitray.errors import JobError
 from vitray.job import Job, make_job, parse_set
@@ -74,7 +75,11 @@ def parse(line: str) -> None:
         raise JobError(f"no command among {words}")
     name, *rest = words[len(options) :]
     given = group.commands[name].make_context(name, rest).params
-    make_job({"source": "in", "model": "m", "out": "out", **parse_set(given.get("sets") or [])})
+    fields = {"source": "in", "model": "m", "out": "out", **parse_set(given.get("sets") or [])}
+    if name == "finetune":
+        Recipe(**{**fields, "source": [] if "dataset" in fields else "in"})
+    else:
+        make_job(fields)
 
 
 def anchors(page: str) -> set[str]:
@@ -108,6 +113,7 @@ def test_the_reference_names_every_field_column_reason_and_command() -> None:
     assert re.findall(r"^\| `(\w+)` \|", reasons, re.MULTILINE) == list(vitray.schema.REASONS)
     assert set(vitray.schema.RESERVED) <= set(re.findall(r"^\| `(\w+)` \|", data, re.MULTILINE))
     assert set(Job.model_fields) <= set(re.findall(r"^\| `(\w+)` \|", page.partition("## Embeddings")[0], re.MULTILINE))
+    assert set(Recipe.model_fields) <= set(re.findall(r"^\| `(\w+)` \|", page.partition("## Training")[2], re.MULTILINE))
     assert re.findall(r"^### `vitray (\w+)`", page, re.MULTILINE) == list(make_reference.group().commands)
     codes = [row[0].strip("`") for row in make_reference.exit_codes()]
     assert codes == ["0", "1", "2", "3", "4", "5", "130/143"]
@@ -164,6 +170,7 @@ def test_what_is_called_a_command_in_passing_exists_and_has_these_options(page: 
         "vitray redo",
         "vitray bench job.yaml --images 1",
         "vitray submit job.yaml",
+        "vitray finetune pets.yaml --set epohcs=3",
     ],
 )
 def test_a_wrong_command_is_seen(line: str) -> None:
@@ -195,7 +202,8 @@ def test_every_fence_is_one_that_a_test_looks_into_and_the_shell_takes_it(page: 
             scripts = re.findall(r"^python (\S+)", fence.text, re.MULTILINE)
             assert all((HOME / script).is_file() for script in scripts)
         elif fence.language == "yaml":
-            assert Job(**yaml.safe_load(fence.text)).source
+            fields = yaml.safe_load(fence.text)
+            assert (Recipe if "train" in fields else Job)(**fields).out
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)

@@ -45,9 +45,11 @@ ONLY_IN = {  # a module, and the beginnings of the paths that may import it
     **dict.fromkeys(("openvino", "onnxscript"), ("models/",)),
     **dict.fromkeys(("onnxruntime", "onnx"), ("models/", "adapt/graphs.py")),
     **dict.fromkeys(("nncf", "coremltools"), ("adapt/graphs.py",)),
-    "simplejpeg": ("decode.py", "report/pictures.py"),  # pictures.py: writes JPEGs, reads none
+    "simplejpeg": ("decode.py", "report/pictures.py", "adapt/page.py"),  # the latter two write JPEGs, and read none
+    "peft": ("adapt/trainee.py",),
     "numba": ("resize.py",),
-    "ray": ("pipeline/", "submitting.py"),
+    "ray": ("pipeline/", "submitting.py", "adapt/team.py", "adapt/fitting.py"),
+    "ray.train": ("adapt/",),
     "ray.data": ("pipeline/line.py", "pipeline/queues.py"),
     "fsspec": ("storage/",),
     "s3fs": ("storage/",),
@@ -73,11 +75,11 @@ BUDGET = {
     "core": 4775,
     "models": 1690,
     "operating": 2400,
-    "adapting": 1200,
+    "adapting": 1950,
 }  # lines of code; the contract says 3,000 for core: see DECISIONS.md
 ADAPTING = ("adapt", "relabelling")
 HELP_S = 1.0
-HEAVY = "{'torch', 'ray', 'transformers', 'openvino', 'onnxruntime', 'numba', 'faiss', 'lancedb'}"
+HEAVY = "{'torch', 'ray', 'transformers', 'openvino', 'onnxruntime', 'numba', 'faiss', 'lancedb', 'peft'}"
 
 
 def name_of(path: Path) -> str:
@@ -185,7 +187,7 @@ def test_no_file_and_no_floor_outgrows_its_budget() -> None:
     assert {name_of(p): n for p in FILES if (n := len(p.read_text().splitlines())) > FILE_LINES} == {}
     rooms: dict[str, int] = {}
     for path in FILES:
-        room = "operating" if name_of(path) == "cli/operating.py" else room_of(path)
+        room = {"cli/operating.py": "operating", "cli/adapting.py": "adapt"}.get(name_of(path), room_of(path))
         rooms[room] = rooms.get(room, 0) + code_lines(path.read_text())
     floors = dict.fromkeys(BUDGET, 0)
     for room, lines in rooms.items():

@@ -156,8 +156,7 @@ class Job(BaseModel):
         try:
             super().__init__(**fields)
         except ValidationError as error:
-            said = "; ".join(_said(p["type"], p["loc"], p["msg"]) for p in error.errors())
-            raise JobError(f"the job is not valid: {said}") from None
+            raise not_valid(error, Job) from None
 
     @field_validator("compile", mode="before")
     @classmethod
@@ -239,14 +238,20 @@ def make_job(fields: dict[str, object]) -> Job:
     return Job(**fields)
 
 
-def _said(kind: str, place: tuple[int | str, ...], message: str) -> str:
+def not_valid(error: ValidationError, written: type[BaseModel]) -> JobError:
+    """The one line that names every field of such a description that is wrong."""
+    said = "; ".join(_said(written, p["type"], p["loc"], p["msg"]) for p in error.errors())
+    return JobError(f"the job is not valid: {said}")
+
+
+def _said(written: type[BaseModel], kind: str, place: tuple[int | str, ...], message: str) -> str:
     """What a person reads of one problem that pydantic found."""
     name = ".".join(map(str, place))
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(str(place[-1]), (Embedding if len(place) > 1 else Job).model_fields, n=1)
+        near = difflib.get_close_matches(str(place[-1]), (Embedding if len(place) > 1 else written).model_fields, n=1)
         return f"unknown field `{name}`" + (f"; did you mean `{near[0]}`?" if near else "")
     if kind == "missing":
-        return f"`{name}` is missing: {Job.model_fields[name].description}"
+        return f"`{name}` is missing: {written.model_fields[name].description}"
     return (f"`{name}`: " if name else "") + message.removeprefix("Value error, ")  # no name: what _consistent says
 
 

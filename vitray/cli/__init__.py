@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from vitray.cli import making, operating
+from vitray.cli import adapting, making, operating
 from vitray.cli.console import JsonFormatter, Terminal, on_signal, one_line, say
 from vitray.errors import VitrayError
 from vitray.version import __version__
@@ -49,7 +49,7 @@ def _options(
             logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
-for command in (*making.COMMANDS, *operating.COMMANDS):
+for command in (*making.COMMANDS, *operating.COMMANDS, *adapting.COMMANDS):
     app.command()(command)
 
 

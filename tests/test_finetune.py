@@ -1,0 +1,545 @@
+"""Fine-tuning in seconds: what is read, what learns, what is written, what is refused. The bars are in test_finetune_bars.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import digits
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_models import PREFIX, edit, make_checkpoint
+
+import vitray
+from vitray.adapt import checkpoints
+from vitray.adapt.batches import Batches, Teaching
+from vitray.adapt.examples import gather, is_held_out
+from vitray.adapt.finetuning import Study, finetune
+from vitray.adapt.probe import fit_probe
+from vitray.adapt.recipe import Recipe, load_recipe
+from vitray.adapt.trainee import groups, prepare, rate_at
+from vitray.errors import FingerprintError, JobError, ModelError, StorageError
+from vitray.models import checkpoint
+from vitray.models.head import read_head
+from vitray.schema import PixelSpec
+
+TRAINED = {"epochs": 25, "batch_size": 16, "lr": 3e-3}
+PIXELS = PixelSpec((16, 16), 2, None, 1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny products are slower on two threads, and much slower beside other work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """A recipe of a second: 200 digits, a ViT of two narrow layers, from scratch."""
+    folder = tmp_path_factory.mktemp("small")
+    source = digits.tar(folder / "digits.tar", digits.few(20))
+    model = digits.model(folder / "model", width=32, layers=2)
+    fields = {
+        "source": source,
+        "model": model,
+        "train": "full",
+        "init": "scratch",
+        "epochs": 3,
+        "validation": 0.2,
+        "device": "cpu",
+    }
+    return {**digits.RECIPE, **fields, "batch_size": 32}
+
+
+@pytest.fixture(scope="module")
+def trained(small: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """OUT of the small recipe."""
+    out = str(tmp_path_factory.mktemp("trained") / "out")
+    finetune(Recipe(**{**small, **TRAINED, "out": out}))
+    return out
+
+
+def weights(out: str) -> dict[str, torch.Tensor]:
+    return load_file(f"{out}/model.safetensors")
+
+
+def equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+# ---------------------------------------------------------------- what is written
+
+
+def test_the_output_is_a_checkpoint_that_model_takes(trained: str, small: dict[str, object], tmp_path: Path) -> None:
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    result = json.loads(Path(trained, "_vitray", "result.json").read_text())
+    job = vitray.Job(
+        source=small["source"], model=trained, out=str(tmp_path / "out"), keep=["cls"], precision="fp32", engine="torch"
+    )
+    vitray.run(job)
+    rows = vitray.read(job.out).to_pylist()
+    held = [row for row in rows if is_held_out(row["key"], 0.2)]
+    assert len(held) == result["held_out"] and len(rows) == result["images"] + result["held_out"]
+    accuracy = np.mean([row["label"] == row["cls"] for row in held])
+    assert accuracy == pytest.approx(result["figures"]["validation_accuracy"]) and accuracy > 0.3
+    # transformers alone says the same, and finds no weight missing
+    model, info = AutoModelForImageClassification.from_pretrained(trained, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and model.config.id2label[3] == "3"
+    assert AutoImageProcessor.from_pretrained(trained, backend="pil").size == {"height": 16, "width": 16}
+
+
+def test_metrics_events_card_and_page_tell_the_same(trained: str) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    records = [json.loads(line) for line in Path(trained, "metrics.jsonl").read_text().splitlines()]
+    epochs = [record for record in records if "epoch" in record]
+    assert [record["epoch"] for record in epochs] == list(range(1, 26)) and epochs[-1]["loss"] < records[0]["loss"]
+    events = EventAccumulator(f"{trained}/tensorboard")
+    events.Reload()
+    told = [(event.step, event.value) for event in events.Scalars("validation_accuracy")]
+    assert [step for step, _ in told] == [record["step"] for record in epochs]
+    assert [value for _, value in told] == pytest.approx([record["validation_accuracy"] for record in epochs])
+    result = json.loads(Path(trained, "_vitray", "result.json").read_text())
+    card, page = Path(trained, "README.md").read_text(), Path(trained, "report.html").read_text()
+    assert f"| accuracy | {result['figures']['validation_accuracy']:.4f} |" in card and trained not in card
+    assert f"{100 * result['figures']['validation_accuracy']:.2f}%" in page and "data:image/jpeg;base64," in page
+    assert not os.path.exists(f"{trained}/_vitray/images")
+
+
+def test_hostile_class_names_stay_inert(small: dict[str, object], tmp_path: Path) -> None:
+    root = tmp_path / "in"
+    digits.folders(root, digits.few(8, [0, 1]))
+    (root / "0").rename(root / "<script>alert(1)<")
+    (root / "1").rename(root / "{{ 7*7 }} [x](javascript:y) ‮")
+    out = str(tmp_path / "out")
+    finetune(Recipe(**{**small, "source": [str(root)], "label": "folder", "out": out, "epochs": 1, "batch_size": 4}))
+    page, card = Path(out, "report.html").read_text(), Path(out, "README.md").read_text()
+    assert "<script" not in page and "&lt;script&gt;" in page and "‮" not in page and "{{ 7*7 }}" in page
+    assert "<script" not in card and "](javascript" not in card
+    assert json.loads(Path(out, "config.json").read_text())["id2label"]["0"] == "<script>alert(1)<"
+
+
+def test_repeating_the_command_does_nothing_and_another_recipe_is_refused(trained: str, small: dict[str, object]) -> None:
+    before = os.stat(f"{trained}/model.safetensors").st_mtime_ns
+    again = finetune(Recipe(**{**small, **TRAINED, "out": trained}), tell=lambda record: pytest.fail("trained again"))
+    assert again.figures and os.stat(f"{trained}/model.safetensors").st_mtime_ns == before
+    with pytest.raises(FingerprintError, match="begun with another epochs, seed"):
+        finetune(Recipe(**{**small, **TRAINED, "out": trained, "epochs": 13, "seed": 1}))
+
+
+# ---------------------------------------------------------------- what is read
+
+
+def test_a_label_is_found_wherever_it_stands(small: dict[str, object], tmp_path: Path) -> None:
+    images, labels = digits.load()
+    chosen = digits.few(12, [3, 5, 8])
+    source = digits.tar(tmp_path / "d.tar", chosen)
+    blobs = [digits.png(images[n]) for n in chosen]
+    table = pa.table({"image": blobs, "key": [f"{labels[n]}/{n:04d}" for n in chosen], "digit": [int(labels[n]) for n in chosen]})
+    pq.write_table(table, tmp_path / "d.parquet")
+    pq.write_table(table.drop(["image"]), tmp_path / "labels.parquet")
+    lines = [f"{labels[n]}/{n:04d}.png,{labels[n]}" for n in chosen]
+    (tmp_path / "labels.csv").write_text("\n".join(["file,digit", *lines]))
+    loose = digits.folders(tmp_path / "loose", chosen)
+    pattern = f"{tmp_path}/loose/*/*.png"
+    ways: list[dict[str, object]] = [
+        {"source": source, "label": "cls"},
+        {"source": source, "label": "folder"},
+        {"source": source, "label": "json", "label_field": "digit"},
+        {"source": str(tmp_path / "d.parquet"), "label": "digit", "key_column": "key"},
+        {"source": source, "label": "digit", "label_table": str(tmp_path / "labels.parquet")},
+        {"source": loose},
+        {"source": pattern, "label": "digit", "label_table": str(tmp_path / "labels.csv"), "table_key": "file"},
+    ]
+    found = []
+    for n, way in enumerate(ways):
+        fields = {name: value for name, value in small.items() if name not in ("source", "label")}
+        material = gather(Recipe(**fields, **way, out="unused"), PIXELS, (), str(tmp_path / f"work{n}"))
+        assert material.classes == ("3", "5", "8") and not material.skipped
+        sides = (material.train, material.held_out)
+        found.append(
+            {
+                h: (material.classes[i], k.removesuffix(".png"))
+                for side in sides
+                for h, i, k in zip(side.hashes, side.ids, side.keys)
+            }
+        )
+    assert len(found[0]) == 36 and sorted(label for label, _ in found[0].values()) == ["3"] * 12 + ["5"] * 12 + ["8"] * 12
+    assert all(other == found[0] for other in found[1:])
+
+
+def test_what_is_held_out_stays_so_while_data_grows_and_moves(small: dict[str, object], tmp_path: Path) -> None:
+    keys = [f"{n:05d}" for n in range(20_000)]
+    share = np.mean([is_held_out(key, 0.1) for key in keys])
+    assert 0.09 < share < 0.11 and not any(is_held_out(key, 0.0) for key in keys)
+    sides = []
+    for folder, chosen in (("one", digits.few(10)), ("two", digits.few(15))):
+        root = digits.folders(tmp_path / folder, chosen)
+        material = gather(
+            Recipe(**{**small, "source": root, "label": "folder", "out": "x"}), PIXELS, (), str(tmp_path / f"w-{folder}")
+        )
+        sides.append({key: side for side, part in enumerate((material.train, material.held_out)) for key in part.keys})
+    assert sides[0].items() <= sides[1].items() and len(sides[1]) == 150 and 0 < sum(sides[0].values()) < 50
+
+
+def test_images_are_decoded_once_and_held_out_ones_as_the_processor_does(small: dict[str, object], tmp_path: Path) -> None:
+    from PIL import Image
+
+    recipe = Recipe(**{**small, "out": "x"})
+    material = gather(recipe, PIXELS, (), str(tmp_path))
+    assert material.train.pixels.shape[1:] == (19, 19, 3) and material.held_out.pixels.shape[1:] == (16, 16, 3)
+    images, _ = digits.load()
+    key = material.held_out.keys[0]
+    plain = Image.fromarray(images[int(key.rpartition("/")[2])]).convert("RGB").resize((16, 16), Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(material.held_out.pixels[0], np.asarray(plain))
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.u8")}
+    again = gather(recipe, PIXELS, (), str(tmp_path))
+    assert again.digest == material.digest and {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.u8")} == files
+
+
+def test_corrupt_images_are_counted_skipped_and_listed(small: dict[str, object], tmp_path: Path) -> None:
+    root = Path(digits.folders(tmp_path / "in", digits.few(15, [0, 1])))
+    broken = sorted(root.rglob("*.png"))[3]
+    broken.write_bytes(broken.read_bytes()[:60])
+    (root / "0" / "text.png").write_bytes(b"no image")
+    result = finetune(Recipe(**{**small, "source": str(root), "label": "folder", "out": str(tmp_path / "out"), "epochs": 1}))
+    listed = json.loads((tmp_path / "out" / "skipped.json").read_text())
+    assert (result.skipped, result.images + result.held_out) == (2, 29)
+    assert {entry["key"]: entry["reason"] for entry in listed} == {f"0/{broken.name}": "truncated", "0/text.png": "not_an_image"}
+    assert "2 images were not used" in (tmp_path / "out" / "report.html").read_text()
+
+
+# ---------------------------------------------------------------- what learns
+
+
+@pytest.mark.parametrize("train", ["head", "last", "lora"])
+def test_only_what_the_recipe_names_learns(train: str, trained: str, small: dict[str, object], tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    fields = {
+        **small,
+        "model": trained,
+        "train": train,
+        "init": "weights",
+        "out": out,
+        "epochs": 1,
+        "classes": [str(n) for n in range(9, -1, -1)],
+    }
+    finetune(Recipe(**fields))
+    before, after = weights(trained), weights(out)
+    assert before.keys() == after.keys()
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    linear = {name for name in after if "layer." in name and name.endswith("weight") and "norm" not in name}
+    expected = {
+        "head": {"classifier.weight", "classifier.bias"},
+        "last": {name for name in after if "layer.1." in name or "classifier" in name or name.startswith("vit.layernorm")},
+        "lora": {"classifier.weight", "classifier.bias"} | linear,
+    }[train]
+    assert changed == expected
+    assert json.loads(Path(out, "config.json").read_text())["id2label"]["0"] == "9"
+
+
+@pytest.mark.parametrize("name", PREFIX)
+def test_every_family_trains_every_way(name: str, small: dict[str, object], tmp_path: Path) -> None:
+    found = checkpoint.locate(make_checkpoint(tmp_path / "model", name, headed=False), None)
+    for train in ("head", "last", "lora", "full"):
+        recipe = Recipe(**{**small, "out": "x", "train": train, "init": "weights", "gradient_checkpointing": True})
+        trainee = prepare(recipe, found, ("a", "b", "c"), 5)
+        logits, own = trainee(torch.randn(2, 3, 32, 32))
+        assert logits.shape == (2, 3) and own.shape == (2, 5)
+        (logits.square().sum() + own.sum()).backward()
+        assert trainee.learning() and all(p.grad is not None for p in trainee.learning().values())
+        plain = trainee.eval()(pixels := torch.randn(1, 3, 32, 32))[0]
+        torch.testing.assert_close(trainee.finished()(pixel_values=pixels).logits, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_lower_blocks_learn_more_slowly(trained: str, small: dict[str, object]) -> None:
+    recipe = Recipe(**{**small, "model": trained, "init": "weights", "out": "x", "layer_decay": 0.5})
+    trainee = prepare(recipe, checkpoint.locate(trained, None), tuple("0123456789"), None)
+    names = {id(p): name for name, p in trainee.named_parameters()}
+    scales = {names[id(p)]: (g["scale"], g["weight_decay"]) for g in groups(trainee, recipe) for p in g["params"]}
+    assert scales["module.classifier.weight"] == (1.0, 0.05) and scales["module.classifier.bias"] == (1.0, 0.0)
+    assert scales["module.vit.layers.1.attention.q_proj.weight"][0] == 0.5
+    assert scales["module.vit.layers.0.attention.q_proj.weight"][0] == 0.25
+    assert scales["module.vit.embeddings.cls_token"][0] == 0.125
+
+
+def test_the_rate_rises_and_falls() -> None:
+    fields = {"source": "x", "model": "m", "out": "o", "lr": 1.0, "warmup": 0.1}
+    rates = {
+        name: [rate_at(n, 100, Recipe(**fields, schedule=name)) for n in range(100)] for name in ("cosine", "linear", "constant")
+    }
+    assert [found[4] for found in rates.values()] == [0.5] * 3 and all(found[10] == 1 for found in rates.values())
+    assert rates["cosine"][55] == pytest.approx(0.5) and rates["linear"][55] == pytest.approx(0.5) and rates["constant"][99] == 1
+    assert 0 < rates["cosine"][99] < rates["linear"][99] < 0.02
+
+
+# ---------------------------------------------------------------- the same numbers again
+
+
+def test_batches_follow_from_epoch_and_step_and_are_shared_out_whole(small: dict[str, object], tmp_path: Path) -> None:
+    recipe = Recipe(**{**small, "out": "x", "workers": 2, "mixup": 0.4, "flip": True, "label_smoothing": 0.1})
+    material = gather(recipe, PIXELS, (), str(tmp_path))
+    whole = Batches(recipe, material.train, PIXELS, 10, None)
+    halves = Batches(recipe, material.train, PIXELS, 10, None, world=2)
+    one, again, other = whole.batch(1, 2), whole.batch(1, 2), whole.batch(1, 3)
+    assert torch.equal(one.pixels, again.pixels) and not torch.equal(one.pixels, other.pixels)
+    for rank in (0, 1):
+        half = halves.batch(1, 2, rank)
+        assert torch.equal(half.pixels, one.pixels[rank::2]) and torch.equal(half.target, one.target[rank::2])
+    assert torch.allclose(one.target.sum(1), torch.ones(32)) and one.pixels.shape == (32, 3, 16, 16)
+    plain = Batches(
+        Recipe(**{**small, "out": "x", "crop": 1.0, "flip": True}),
+        replace(material.train, pixels=material.train.pixels[:, :16, :16]),
+        PIXELS,
+        10,
+        None,
+    )
+    order = np.random.default_rng([0, 0]).permutation(len(material.train.ids))[:32]
+    kept = torch.from_numpy((plain.examples.pixels[order] / 255 - 0.5) / 0.5).permute(0, 3, 1, 2).float()
+    same = (torch.isclose(plain.batch(0, 0).pixels, kept, atol=1e-6)).flatten(1).all(1)
+    mirrored = (torch.isclose(plain.batch(0, 0).pixels, kept.flip(3), atol=1e-6)).flatten(1).all(1)
+    assert bool((same | mirrored).all()) and 0 < int(same.sum()) < 32
+
+
+def test_parts_of_a_step_add_up_to_it(small: dict[str, object], tmp_path: Path) -> None:
+    found = []
+    for parts in (1, 4):
+        out = str(tmp_path / str(parts))
+        finetune(Recipe(**{**small, "out": out, "accumulate": parts, "epochs": 2}))
+        found.append(weights(out))
+    for name in found[0]:
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-3, atol=1e-4)
+
+
+def start(recipe: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    known = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(
+        [sys.executable, "-m", "vitray", "finetune", str(recipe)], env=known, capture_output=True, text=True, timeout=120
+    )
+
+
+def write_recipe(path: Path, fields: dict[str, object]) -> Path:
+    path.write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in fields.items()))
+    return path
+
+
+def test_killed_training_ends_with_equal_weights(small: dict[str, object], tmp_path: Path) -> None:
+    fields = {**small, "save_steps": 3, "mixup": 0.2, "flip": True}
+    whole = finetune(Recipe(**fields, out=str(tmp_path / "whole")))
+    path = write_recipe(tmp_path / "killed.yaml", {**fields, "out": str(tmp_path / "killed")})
+    # within an epoch, behind its last checkpoint; and between two objects of a checkpoint
+    for point in ("train-step:8", "object-written"):
+        done = start(path, VITRAY_CRASH_AT=point)
+        assert done.returncode == -9, done.stderr[-2000:]
+    done = start(path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert equal(weights(str(tmp_path / "whole")), weights(str(tmp_path / "killed")))
+    both = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "killed")
+    ]
+    assert both[0] == both[1] and "epoch 3: loss" in done.stderr and f"{whole.figures['validation_accuracy']:.4g}" in done.stdout
+    left = [p.name for p in (tmp_path / "killed" / "_vitray" / "state").iterdir() if p.suffix == ".safetensors"]
+    assert sorted(name.partition("-")[0] for name in left) == ["best", "last"]
+
+
+def test_states_replace_each_other_and_damage_is_seen(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "PART_BYTES", 100)
+    tensors = {name: torch.randn(20) for name in "abc"}
+    assert checkpoints.load(root, "last") is None
+    checkpoints.save(root, "last", {"a": torch.zeros(2)}, {"step": 1})
+    checkpoints.save(root, "last", tensors, {"step": 2, "loss": 0.1 + 0.2})
+    found, numbers = checkpoints.load(root, "last") or ({}, {})
+    assert equal(found, tensors) and numbers == {"step": 2, "loss": 0.1 + 0.2}
+    from vitray.storage import store_for
+
+    objects = [info.url for info in store_for(root).find(root)]
+    assert len(objects) == 4  # three parts and their list; the first state is gone
+    part = next(url for url in objects if url.endswith(".safetensors"))
+    store_for(root).replace(part, b"x")
+    with pytest.raises(StorageError, match="damaged"):
+        checkpoints.load(root, "last")
+    store_for(root).replace(f"{root}/last-orphan.safetensors", b"x")
+    checkpoints.sweep(root)
+    assert sorted(info.url for info in store_for(root).find(root)) == objects
+
+
+def test_training_stops_when_it_gets_no_better(small: dict[str, object], tmp_path: Path) -> None:
+    told: list[dict[str, float]] = []
+    fields = {**small, "out": str(tmp_path / "out"), "epochs": 30, "patience": 2, "lr": 1e-9, "metric": "accuracy"}
+    result = finetune(Recipe(**fields), tell=told.append)
+    assert result.epochs == len(told) < 30
+    best = max(told, key=lambda record: (record["validation_accuracy"], -record["validation_loss"]))
+    assert result.epochs == best["epoch"] + 2
+    assert result.figures["validation_loss"] == pytest.approx(best["validation_loss"], rel=1e-6)
+
+
+def test_precision_bf16_and_class_weights_train(small: dict[str, object], tmp_path: Path) -> None:
+    fields = {**small, "out": str(tmp_path / "out"), "precision": "bf16", "class_weights": "balanced", "epochs": 8}
+    told: list[dict[str, float]] = []
+    finetune(Recipe(**fields), tell=told.append)
+    assert told[-1]["loss"] < told[0]["loss"] and weights(fields["out"])["classifier.weight"].dtype == torch.float32
+
+
+# ---------------------------------------------------------------- probes and teachers
+
+
+def embedded(model: str, source: object, out: Path, **more: object) -> str:
+    job = vitray.Job(source=source, model=model, out=str(out), keep=["cls"], precision="fp32", engine="torch", **more)
+    vitray.run(job)
+    return job.out
+
+
+def test_a_probe_reads_no_image_and_is_a_checkpoint_and_a_head(trained: str, small: dict[str, object], tmp_path: Path) -> None:
+    source = tmp_path / "d.tar"
+    shutil.copyfile(str(small["source"]), source)
+    dataset = embedded(trained, str(source), tmp_path / "dataset")
+    # only listed: what stands in it is gone
+    status = source.stat()
+    source.write_bytes(b"\0" * status.st_size)
+    os.utime(source, ns=(status.st_atime_ns, status.st_mtime_ns))
+    out = str(tmp_path / "out")
+    result = finetune(Recipe(dataset=dataset, train="probe", label="cls", validation=0.2, out=out))
+    assert result.model and result.images + result.held_out == 200
+    head, rows = read_head(out), vitray.read(dataset)
+    vectors = np.stack(rows["embedding"].to_numpy())
+    said = [head.labels[n] for n in (vectors @ head.weight.T + head.bias).argmax(1)]
+    held = [n for n, key in enumerate(rows["key"].to_pylist()) if is_held_out(key, 0.2)]
+    truth = rows["cls"].to_pylist()
+    assert np.mean([said[n] == truth[n] for n in held]) == pytest.approx(result.figures["validation_accuracy"])
+    again = embedded(out, small["source"], tmp_path / "again")
+    assert vitray.read(again)["label"].to_pylist() == said
+    with pytest.raises(ModelError, match="is not the model of"):
+        other = make_checkpoint(tmp_path / "other", "vit", headed=True)
+        finetune(Recipe(dataset=dataset, model=other, train="probe", label="cls", out=str(tmp_path / "x")))
+
+
+def test_a_probe_is_the_minimum_of_its_loss() -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    images, labels = digits.load()
+    rows = images[:900].reshape(900, -1).astype(np.float32)
+    none = (np.zeros((0, 64), np.float32), np.zeros(0, np.int64))
+    found = fit_probe(rows, labels[:900].astype(np.int64), none, torch.ones(10), 0.0)
+    scaled = (rows - rows.mean(0)) / (rows.std(0) + 1e-6)
+    known = LogisticRegression(C=1 / (900 * 1e-2), max_iter=2000, tol=1e-8).fit(scaled, labels[:900])
+    ours, theirs = rows @ found.weight.T + found.bias, known.decision_function(scaled)
+    np.testing.assert_allclose(ours - ours.mean(1, keepdims=True), theirs - theirs.mean(1, keepdims=True), atol=2e-2)
+
+
+def test_a_teacher_is_joined_by_bytes_and_its_rest_is_spread(trained: str, small: dict[str, object], tmp_path: Path) -> None:
+    dataset = embedded(trained, small["source"], tmp_path / "dataset", top_k=3)
+    fields = {**small, "source": [], "teacher": dataset, "out": str(tmp_path / "out"), "label": "cls", "epochs": 1}
+    study = Study.of(Recipe(**fields))
+    assert study.teacher is not None and study.material.classes == tuple("0123456789")
+    teaching = Teaching(study.recipe, study.teacher, study.material.train.hashes, study.material.classes)
+    dense = teaching.of(np.arange(len(study.material.train.ids)))
+    rows = {row["content_hash"]: row for row in vitray.read(dataset).to_pylist()}
+    for n in (0, 7, 50):
+        row = rows[study.material.train.hashes[n]]
+        np.testing.assert_allclose(dense[n, row["top_ids"]], row["top_scores"], rtol=1e-6)
+        rest = np.delete(dense[n], row["top_ids"])
+        np.testing.assert_allclose(rest, (1 - sum(row["top_scores"])) / 7, atol=1e-6)
+    for distill in ("labels", "embedding"):
+        result = finetune(Recipe(**{**fields, "distill": distill, "out": str(tmp_path / distill)}))
+        assert result.images + result.held_out == 200 and "projector" not in " ".join(weights(result.out))
+    other = digits.tar(tmp_path / "other.tar", digits.few(5, [0, 1], skip=60))
+    with pytest.raises(JobError, match="has seen none of these images"):
+        finetune(Recipe(**{**fields, "source": other, "out": str(tmp_path / "y")}))
+
+
+def test_pseudo_labels_are_the_models_own(trained: str, small: dict[str, object], tmp_path: Path) -> None:
+    dataset = embedded(trained, small["source"], tmp_path / "dataset")
+    scores = vitray.read(dataset)["score"].to_numpy()
+    least = float(np.median(scores))
+    recipe = Recipe(
+        **{
+            **small,
+            "source": [],
+            "label": None,
+            "dataset": dataset,
+            "min_score": least,
+            "out": str(tmp_path / "out"),
+            "epochs": 1,
+        }
+    )
+    result = finetune(recipe)
+    assert result.images + result.held_out == int((scores >= np.float32(least)).sum())
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "says"),
+    [
+        ({"epohcs": 3}, JobError, "unknown field `epohcs`; did you mean `epochs`"),
+        ({"dataset": "d"}, JobError, "source and dataset: give one of them"),
+        ({"train": "probe", "init": "weights"}, JobError, "stored embeddings: give `dataset`"),
+        ({"train": "head"}, JobError, "init: scratch needs train: full"),
+        ({"batch_size": 10, "accumulate": 3}, JobError, "cannot be cut into"),
+        ({"label": "txt"}, JobError, "200 images have no label .txt., such as"),
+        ({"label": "json", "label_field": "digits"}, JobError, "200 images have no label"),
+        ({"classes": ["0", "1", "2"]}, JobError, "140 labels are not among the 3 classes, such as"),
+        ({"label_table": "nowhere.csv", "label": "x"}, StorageError, "nowhere.csv does not exist"),
+        ({"workers": 64, "batch_size": 640, "accumulate": 10}, JobError, "images are too few for 640 parts"),
+        ({"validation": 1e-9}, JobError, "no image fell into the held-out share"),
+        ({"init": "weights"}, ModelError, "holds no model.safetensors"),
+        ({"teacher": "nowhere"}, JobError, "holds no vitray dataset"),
+        ({"lr": 1e30, "clip": 1e30, "warmup": 0.0}, vitray.VitrayError, "the loss is"),
+    ],
+)
+def test_bad_input_is_one_line(
+    fields: dict[str, object], error: type[Exception], says: str, small: dict[str, object], tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=says) as raised:
+        finetune(Recipe(**{**small, "out": str(tmp_path / "out"), **fields}))
+    assert "\n" not in str(raised.value)
+
+
+def test_one_class_and_a_checkpoint_of_another_shape_are_refused(trained: str, small: dict[str, object], tmp_path: Path) -> None:
+    alone = digits.tar(tmp_path / "alone.tar", digits.few(30, [4]))
+    with pytest.raises(JobError, match=r"have 1 class \(4\); to tell classes apart takes two"):
+        finetune(Recipe(**{**small, "source": alone, "out": str(tmp_path / "a")}))
+    shutil.copytree(trained, tmp_path / "wide")
+    edit(str(tmp_path / "wide" / "config.json"), intermediate_size=80)
+    with pytest.raises(ModelError, match=r"weights of another shape than its config.json says"):
+        finetune(
+            Recipe(**{**small, "model": str(tmp_path / "wide"), "train": "head", "init": "weights", "out": str(tmp_path / "b")})
+        )
+
+
+def test_no_space_is_one_clear_error(small: dict[str, object], tmp_path: Path) -> None:
+    path = write_recipe(tmp_path / "job.yaml", {**small, "out": str(tmp_path / "out")})
+    limit = 100_000  # bytes a file may have: less than the decoded images take
+
+    def few_bytes() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    done = subprocess.run(
+        [sys.executable, "-m", "vitray", "finetune", str(path)], capture_output=True, text=True, timeout=120, preexec_fn=few_bytes
+    )
+    assert done.returncode == 1 and done.stderr.startswith("StorageError: ") and "free some" in done.stderr, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and not list((tmp_path / "out").rglob("*.u8"))
+
+
+def test_a_recipe_file_and_its_overrides(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path / "job.yaml", {"source": "in", "model": "m", "out": "o", "train": "lora"})
+    recipe = load_recipe(path, {"rank": 4})
+    assert (recipe.train, recipe.rank, recipe.rate, recipe.label_at) == ("lora", 4, 1e-3, "folder")
+    assert all((field.description or "").strip() for field in Recipe.model_fields.values())

@@ -1,0 +1,246 @@
+"""`vitray finetune`: from a recipe to a checkpoint in OUT that `model:` takes. Safe to kill and to repeat.
+
+OUT/config.json, model.safetensors, preprocessor_config.json   the checkpoint; a probe also has head.json, head.safetensors
+OUT/README.md, metrics.jsonl, report.html, tensorboard/        what it is, how it went
+OUT/_vitray/training.json                                      what decides the numbers; conditional create, first run wins
+OUT/_vitray/state/                                             best and last checkpoints
+OUT/_vitray/result.json                                        the end; there exactly when all of the above is
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vitray.adapt import checkpoints, outputs
+from vitray.adapt.examples import (
+    NO_LABEL,
+    Material,
+    choose_classes,
+    class_ids,
+    forget,
+    gather,
+    is_held_out,
+    label_rows,
+    require_both,
+    require_labels,
+    work_folder,
+)
+from vitray.adapt.recipe import Recipe
+from vitray.dataset import Dataset, choose_vector, matrix_of, require_complete
+from vitray.errors import FingerprintError, JobError, ModelError, ObjectMissing
+from vitray.models import checkpoint
+from vitray.models.pixels import read_pixels
+from vitray.schema import short_hash
+from vitray.storage import absolute, join, probe, read, store_for
+
+Tell = Callable[[dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was trained. figures: of the held-out images, by the weights that were chosen; skipped: images that were not used."""
+
+    out: str
+    train: str
+    classes: int
+    images: int
+    held_out: int
+    skipped: int
+    epochs: int
+    seconds: float
+    figures: dict[str, float]
+    model: bool  # whether OUT is a checkpoint that `model:` takes; else a head for `head:`
+
+    def __str__(self) -> str:
+        judged = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in self.figures.items())
+        what = f"{self.train} on {self.images:,} images of {self.classes} classes in {self.seconds:.1f} s"
+        lines = [f"{self.out}: {what}; {judged or 'not judged'}"]
+        lines += [f"skipped    {self.skipped:,} images, listed in {join(self.out, 'skipped.json')}"] if self.skipped else []
+        use = "use it     " + (
+            f"vitray run SOURCE --model {self.out} --out …" if self.model else f"set `head: {self.out}` in a job"
+        )
+        return "\n".join([*lines, use, f"look       {join(self.out, 'report.html')}"])
+
+
+def finetune(recipe: Recipe, tell: Tell = lambda record: None, address: str | None = None, allow_open: bool = False) -> Result:
+    """Train what is missing and write OUT. tell: gets a record an epoch.
+
+    address, allow_open: of Ray, where there are several workers. Raises JobError for a recipe that does not fit its data or model,
+    FingerprintError when OUT was begun with another recipe or other data, StorageError.
+    """
+    with _alone(recipe.out):
+        try:
+            done = json.loads(read(_url(recipe, "result.json")))
+        except ObjectMissing:
+            probe(recipe.out)
+        else:
+            _require_same(recipe, {})
+            return Result(**done)
+        result = _probe(recipe) if recipe.train == "probe" else _train(recipe, tell, address, allow_open)
+        store_for(recipe.out).replace(_url(recipe, "result.json"), json.dumps(vars(result), indent=1).encode())
+        checkpoints.sweep(_url(recipe, "state"))
+        forget(recipe.out)
+        return result
+
+
+def _train(recipe: Recipe, tell: Tell, address: str | None, allow_open: bool) -> Result:
+    from vitray.adapt.fitting import put
+
+    study = Study.of(recipe)
+    fitting, material = study.fitting(), study.material
+    same = {"weights": study.weights, "data": material.digest, "class_names": list(material.classes)}
+    _require_same(recipe, {**same, "images_a_step": fitting.batches.size})
+    if recipe.workers > 1:
+        from vitray.adapt.team import fit_with_ray
+
+        fit_with_ray(recipe, address, allow_open)
+    progress = fitting.run(tell)  # after workers: reads how they ended
+    if recipe.workers > 1:
+        for record in progress.records:
+            if "epoch" in record:
+                tell(record)
+    if (best := checkpoints.load(fitting.state, "best")) is not None:
+        put(fitting.learning, best[0])
+    held = material.held_out
+    judged = fitting.judge(held, study.pixels) if len(held.ids) else None
+    figures = judged.figures(held.ids) if judged is not None else {}
+    told = outputs.Told(recipe, study.found, material.classes, progress.records, material.skipped, figures)
+    outputs.write(
+        told, fitting.trainee.finished().cpu(), None, outputs.Seen(held.keys, held.ids, judged, held.pixels) if judged else None
+    )
+    counts = (
+        len(material.classes),
+        len(material.train.ids),
+        len(held.ids),
+        len(material.skipped),
+        int(progress.records[-1]["epoch"]),
+    )
+    return Result(absolute(recipe.out), recipe.train, *counts, progress.seconds, figures, True)
+
+
+def _probe(recipe: Recipe) -> Result:
+    from vitray.adapt.fitting import class_weights
+    from vitray.adapt.probe import fit_probe, judge_probe
+    from vitray.models.head import Head
+
+    started = time.monotonic()
+    dataset = require_complete(str(recipe.dataset))
+    vector = choose_vector(dataset, recipe.column)
+    rows, column = label_rows(recipe, vector.column)
+    found = checkpoint.locate(recipe.model or dataset.facts.model, recipe.revision if recipe.model else dataset.facts.revision)
+    if (weights := checkpoint.hash_weights(found)) != dataset.facts.weights_sha256:
+        what = f"{found.model} is not the model of {dataset.out}: its weights are others"
+        raise ModelError(f"{what}. Leave `model` out, or make a new dataset.")
+    require_labels(recipe, rows)
+    pairs = [(key, label) for key, label in rows if label is not None]
+    classes = choose_classes(recipe, {label for _, label in pairs})
+    ids = class_ids(pairs, classes)
+    vectors = matrix_of(column)[[n for n, row in enumerate(rows) if row[1] is not None]].astype(np.float32)
+    _require_same(recipe, {"weights": weights, "data": dataset.fingerprint, "class_names": list(classes), "rows": len(ids)})
+    held = np.array([is_held_out(key, recipe.validation) for key, _ in pairs])
+    require_both(recipe, ids[~held], ids[held])
+    unseen = vectors[held], ids[held]
+    loss_weights = class_weights(recipe, ids[~held], len(classes))
+    fitted = fit_probe(vectors[~held], ids[~held], unseen, loss_weights, recipe.label_smoothing)
+    figures = {name: value for name, value in fitted.best.items() if name.startswith("validation")}
+    head = Head(classes, fitted.weight, fitted.bias, vector.layer, vector.pool, vector.normalize, found.model, weights)
+    module = _with_head(recipe, found, head, dataset.facts.family)
+    skipped = [{"key": key, "reason": NO_LABEL, "message": "skipped"} for key, label in rows if label is None]
+    told = outputs.Told(recipe, found, classes, fitted.records, skipped, figures)
+    judged = judge_probe(fitted.weight, fitted.bias, *unseen) if held.any() else None
+    shown = [key for (key, _), there in zip(pairs, held) if there]
+    outputs.write(told, module, head, outputs.Seen(shown, ids[held], judged, None) if judged else None)
+    counts = len(classes), int((~held).sum()), int(held.sum()), len(skipped), 1
+    return Result(absolute(recipe.out), "probe", *counts, time.monotonic() - started, figures, module is not None)
+
+
+@dataclass(frozen=True)
+class Study:
+    """All that a worker needs, made from the recipe alone, so that each worker makes its own."""
+
+    recipe: Recipe
+    found: checkpoint.Checkpoint
+    weights: str
+    pixels: Any
+    material: Material
+    teacher: Dataset | None
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Study:
+        found = checkpoint.locate(str(recipe.model), recipe.revision)
+        config = checkpoint.read_config(found)
+        scratch = recipe.init == "scratch"
+        weights = json.dumps(config.hf.to_diff_dict(), sort_keys=True, default=str) if scratch else checkpoint.hash_weights(found)
+        pixels = read_pixels(found, config)
+        teacher = require_complete(recipe.teacher) if recipe.teacher else None
+        if teacher is not None and recipe.distill == "labels" and not teacher.job.labelled:
+            raise JobError(f"teacher {teacher.out} holds no labels. Set distill: embedding, or make one with labels: true.")
+        taught = teacher.facts.labels if teacher is not None and recipe.distill == "labels" else ()
+        return cls(recipe, found, weights, pixels, gather(recipe, pixels, taught, work_folder(recipe.out)), teacher)
+
+    def fitting(self, team: Any = None) -> Any:
+        """A fitting.Fitting for one worker of a fitting.Team, or for one that is alone."""
+        from vitray.adapt.batches import Batches, Teaching
+        from vitray.adapt.fitting import Fitting, Team
+        from vitray.adapt.trainee import prepare
+
+        team = team or Team()
+        classes, train = self.material.classes, self.material.train
+        teaching = Teaching(self.recipe, self.teacher, train.hashes, classes) if self.teacher is not None else None
+        dimension = teaching.size if teaching is not None and self.recipe.distill == "embedding" else None
+        batches = Batches(self.recipe, train, self.pixels, len(classes), teaching, team.world)
+        trainee = prepare(self.recipe, self.found, classes, dimension)
+        return Fitting(self.recipe, trainee, batches, self.material.held_out, team, _url(self.recipe, "state"))
+
+
+def _with_head(recipe: Recipe, found: checkpoint.Checkpoint, head: Any, family: str) -> Any | None:
+    """The whole module where its own head reads what the probe does, CLS after the final LayerNorm; else None."""
+    if family not in ("vit", "deit") or (head.layer, head.pool, head.normalize) != (None, "cls", False):
+        return None
+    import torch
+
+    from vitray.models.loading import load_trainable
+
+    module = load_trainable(found, head.labels, recipe.seed, scratch=False).module
+    with torch.no_grad():
+        module.classifier.weight.copy_(torch.from_numpy(head.weight))
+        module.classifier.bias.copy_(torch.from_numpy(head.bias))
+    return module
+
+
+def _require_same(recipe: Recipe, more: dict[str, object]) -> None:
+    """Raises FingerprintError when OUT was begun with something else, and names it."""
+    mine = json.loads(json.dumps({**recipe.deciding(), **more}))
+    url = _url(recipe, "training.json")
+    if store_for(url).create(url, json.dumps(mine, indent=1).encode()):
+        return
+    theirs = json.loads(read(url))
+    if names := [name for name in mine if theirs.get(name) != mine[name]]:
+        raise FingerprintError(
+            f"{recipe.out} was begun with another {', '.join(names)}. Choose another `out`, or go back to what it was."
+        )
+
+
+def _url(recipe: Recipe, name: str) -> str:
+    return join(absolute(recipe.out), "_vitray", name)
+
+
+@contextmanager
+def _alone(out: str) -> Iterator[None]:
+    """Two trainings of this machine into one OUT would delete each other's checkpoints. Raises JobError."""
+    path = os.path.join(checkpoint.cache_directory("finetune"), f"{short_hash(absolute(out), 24)}.lock")
+    with open(path, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise JobError(f"another vitray finetune trains into {out}. Wait for it, or choose another `out`.") from None
+        yield

@@ -1,0 +1,33 @@
+"""Commands that make a model the user's own."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from vitray.cli.console import Address, Json, Open, Sets, say, say_when_interrupted, show
+
+
+def finetune(
+    recipe: Annotated[str, typer.Argument(metavar="JOB.yaml", help="what to train: images, labels, model, out")],
+    sets: Sets = None,
+    address: Address = None,
+    allow_open_cluster: Open = False,
+    as_json: Json = False,
+) -> None:
+    """Train a model on labelled images, or on a dataset; writes a checkpoint that --model takes. Safe to repeat."""
+    from vitray.adapt.finetuning import finetune as train
+    from vitray.adapt.recipe import load_recipe
+    from vitray.job import parse_set
+
+    def tell(record: dict[str, float]) -> None:
+        figures = ", ".join(f"{name.replace('_', ' ')} {record[name]:.4g}" for name in record if name not in ("epoch", "step"))
+        say(f"epoch {record['epoch']:g}: {figures}", err=True)
+
+    say_when_interrupted("checkpoints stay. Run the same command again to go on.")
+    found = train(load_recipe(recipe, parse_set(sets or [])), tell, address, allow_open_cluster)
+    show(found, as_json, str(found))
+
+
+COMMANDS = (finetune,)
