@@ -148,6 +148,7 @@ def test_a_cluster_that_is_none_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.nightly
+@pytest.mark.timeout(900)
 def test_the_plan_for_a_cluster_comes_true_within_a_quarter(shapes_model: str, tmp_path: Path) -> None:
     put_tars(f"{tmp_path}/in", pictures(2400), 6, tmp_path)
     job = (f"{tmp_path}/in", "--model", shapes_model, "--out", f"{tmp_path}/out")
