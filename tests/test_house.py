@@ -72,10 +72,10 @@ NEVER_CALLED = {
 NEVER_TRUE = {"trust_remote_code", "shell", "allow_pickle"}
 FILE_LINES = 400
 BUDGET = {
-    "core": 4775,
-    "models": 1690,
-    "operating": 2400,
-    "adapting": 1950,
+    "core": 4870,
+    "models": 1870,
+    "operating": 2440,
+    "adapting": 1860,
 }  # lines of code; the contract says 3,000 for core: see DECISIONS.md
 ADAPTING = ("adapt", "relabelling")
 HELP_S = 1.0

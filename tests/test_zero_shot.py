@@ -45,13 +45,12 @@ def clip_tokenizer() -> CLIPTokenizer:
 
 
 def siglip_tokenizer() -> PreTrainedTokenizerFast:
-    """A unigram model trained on a few words, as a tokenizer.json."""
-    trained = Tokenizer(models.Unigram())
+    """A unigram model of a few words and their letters, as a tokenizer.json; a trained one would be another in each process."""
+    words = sorted({f"\u2581{word.lower()}" for line in WORDS for word in line.split()})
+    letters = sorted({letter for word in words for letter in word} - set(words))
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((word, -3.0) for word in words), *((letter, -6.0) for letter in letters)]
+    trained = Tokenizer(models.Unigram(pieces, unk_id=0))
     trained.normalizer, trained.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Metaspace()
-    special = ["<unk>", "</s>"]
-    trained.train_from_iterator(
-        WORDS * 5, trainers.UnigramTrainer(vocab_size=120, special_tokens=special, unk_token="<unk>", show_progress=False)
-    )
     trained.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=trained, unk_token="<unk>", eos_token="</s>", pad_token="</s>", model_input_names=["input_ids"]
@@ -76,7 +75,7 @@ def make_two_towers(directory: Path, stem: str) -> str:
             parameter += 0.1 * torch.randn_like(parameter)
         model.logit_scale.fill_(4.6 if stem == "CLIP" else 3.0)
         if stem == "Siglip":
-            model.logit_bias.fill_(-4.0)
+            model.logit_bias.fill_(2.0)  # scores far from 0 and 1
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     square = {"height": 32, "width": 32}
