@@ -78,7 +78,8 @@ class Check:
 
         where = device or self.device
         job: Any = SimpleNamespace(
-            **{"model": self.model_dir, "revision": None, "labels": True, "device": where, "precision": precision},
+            **{"model": self.model_dir, "revision": None, "labels": True, "labelled": True, "head": None},
+            **{"device": where, "precision": precision},
             **{
                 "batch_size": batch or self.batch,
                 "decode": "exact",

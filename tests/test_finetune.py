@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from small_models import PREFIX, edit, make_checkpoint
 
@@ -522,6 +523,29 @@ def test_one_class_and_a_checkpoint_of_another_shape_are_refused(trained: str, s
         finetune(
             Recipe(**{**small, "model": str(tmp_path / "wide"), "train": "head", "init": "weights", "out": str(tmp_path / "b")})
         )
+
+
+def test_more_blocks_than_there_are_and_columns_of_loose_files_are_refused(
+    trained: str, small: dict[str, object], tmp_path: Path
+) -> None:
+    fields = {**small, "model": trained, "init": "weights", "train": "last", "out": str(tmp_path / "a")}
+    with pytest.raises(JobError, match=r"last: 99, and the model has \d+ blocks"):
+        finetune(Recipe(**fields, last=99))
+    (tmp_path / "loose").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "loose" / "a.png")
+    with pytest.raises(JobError, match=r"label: cls: loose files have no columns\. Set label: folder, or give a label_table"):
+        finetune(Recipe(**{**fields, "source": str(tmp_path / "loose"), "label": "cls"}))
+
+
+def test_a_probe_chooses_its_strength_by_the_metric() -> None:
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 3, 120)
+    vectors = (np.eye(3)[ids] @ rng.normal(size=(3, 40)) + 3 * rng.normal(size=(120, 40))).astype(np.float32)
+    sides = vectors[:80], ids[:80], (vectors[80:], ids[80:]), torch.ones(3), 0.0
+    by_loss, by_accuracy = (fit_probe(*sides, metric) for metric in ("loss", "accuracy"))
+    assert by_loss.best["validation_loss"] == min(record["validation_loss"] for record in by_loss.records)
+    assert by_accuracy.best["validation_accuracy"] == max(record["validation_accuracy"] for record in by_accuracy.records)
+    assert by_loss.best != by_accuracy.best  # else the test shows nothing
 
 
 def test_no_space_is_one_clear_error(small: dict[str, object], tmp_path: Path) -> None:

@@ -391,7 +391,7 @@ def test_a_float8_model_says_how_well_it_agrees(tmp_path: Path, caplog: pytest.L
     directory = make_checkpoint(tmp_path / "m", "vit", True)
     job = job_for(directory, embeddings=[Embedding()], precision="bf16", batch_size=8)
     mixed = dataclasses.replace(identify(job), precision="fp8")
-    network = loading.load_network(checkpoint.locate(directory, None), headed=True)
+    network = loading.load_network(checkpoint.locate(directory, None), labels=True)
     with caplog.at_level(logging.WARNING):
         model = TorchModel(network, mixed, vector_columns(job, mixed), 3, "cpu")
     kinds = [type(m).__name__ for block in network.blocks for m in block.modules()]

@@ -77,7 +77,13 @@ class ErrorRateExceeded(VitrayError):
 
 
 class Disagreement(VitrayError):
+    """judged: what disagrees, which says itself as text."""
+
     exit_code = 5
+
+    def __init__(self, message: str, judged: object) -> None:
+        super().__init__(message)
+        self.judged = judged
 
 
 class Interrupted(VitrayError):

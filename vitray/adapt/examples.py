@@ -170,6 +170,10 @@ class _Source:
         self.shards = list_shards(self.job, groups_of(self.dataset.out) if self.dataset else ()).shards
         self.table = _label_table(recipe)
         if self.dataset is None:
+            if self.job.keep and self.shards[0].kind == "files":
+                raise JobError(
+                    f"label: {recipe.label_at}: loose files have no columns. Set label: folder, or give a label_table."
+                )
             kept_schema(self.shards[0], self.job)  # says which columns there are, where the label's is not
             return
         known = [*self.dataset.schema.names, "folder"]

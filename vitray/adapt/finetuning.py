@@ -150,7 +150,7 @@ def _probe(recipe: Recipe) -> Result:
     require_both(recipe, ids[~held], ids[held])
     unseen = vectors[held], ids[held]
     loss_weights = class_weights(recipe, ids[~held], len(classes))
-    fitted = fit_probe(vectors[~held], ids[~held], unseen, loss_weights, recipe.label_smoothing)
+    fitted = fit_probe(vectors[~held], ids[~held], unseen, loss_weights, recipe.label_smoothing, recipe.metric)
     figures = {name: value for name, value in fitted.best.items() if name.startswith("validation")}
     head = Head(classes, fitted.weight, fitted.bias, vector.layer, vector.pool, vector.normalize, found.model, weights)
     module = _with_head(recipe, found, head, dataset.facts.family)

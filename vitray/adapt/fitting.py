@@ -172,7 +172,7 @@ class Fitting:
         record: dict[str, float] = {"epoch": epoch, "loss": loss, "step": progress.step}
         if len(self.held_out.ids):
             record |= self.judge(self.held_out, self.batches.spec).figures(self.held_out.ids)
-            if progress.best is None or _merit(record, recipe) > _merit(progress.best, recipe):
+            if progress.best is None or merit(record, recipe.metric) > merit(progress.best, recipe.metric):
                 progress.best = record
                 if self.team.rank == 0:
                     checkpoints.save(self.state, "best", dict(self.learning), record)
@@ -234,10 +234,10 @@ def put(learning: dict[str, Any], tensors: dict[str, Any]) -> None:
             parameter.copy_(tensors[name])
 
 
-def _merit(record: dict[str, float], recipe: Recipe) -> tuple[float, ...]:
+def merit(record: dict[str, float], metric: str) -> tuple[float, ...]:
     """Larger is better; of equal accuracies the smaller loss."""
     loss = -record["validation_loss"]
-    return (record["validation_accuracy"], loss) if recipe.metric == "accuracy" else (loss,)
+    return (record["validation_accuracy"], loss) if metric == "accuracy" else (loss,)
 
 
 def precision_of(recipe: Recipe, device: str) -> str:

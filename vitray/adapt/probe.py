@@ -8,10 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vitray.adapt.fitting import Judged
+from vitray.adapt.fitting import Judged, merit
 
 STRENGTHS = tuple(10.0**n for n in range(-5, 2))  # of the L2 penalty on standardised features; the held-out share chooses
 STRENGTH = 1e-2  # where nothing is held out
+ONE_THREAD = (
+    10_000_000  # values below which threads wait for each other longer than they multiply: 24 s against 6 on two busy cores
+)
 STEPS = 200  # of L-BFGS for each strength, from where the stronger one ended
 
 
@@ -26,9 +29,17 @@ class Probe:
 
 
 def fit_probe(
-    vectors: np.ndarray, ids: np.ndarray, held_out: tuple[np.ndarray, np.ndarray], weights: torch.Tensor, smoothing: float
+    vectors: np.ndarray,
+    ids: np.ndarray,
+    held_out: tuple[np.ndarray, np.ndarray],
+    weights: torch.Tensor,
+    smoothing: float,
+    metric: str = "accuracy",
 ) -> Probe:
-    """vectors float [N, D], ids int64 [N]; held_out: the same of the rows that choose the strength. weights: float32 [C]."""
+    """vectors float [N, D], ids int64 [N]; held_out: the same of the rows that choose the strength. weights: float32 [C].
+
+    metric: what the strength is chosen by, accuracy (of equal ones the smaller loss) or loss.
+    """
     classes = len(weights)
     mean, scale = vectors.mean(0, dtype=np.float64), vectors.std(0, dtype=np.float64) + 1e-6
     rows = torch.from_numpy(((vectors - mean) / scale).astype(np.float32))
@@ -37,15 +48,17 @@ def fit_probe(
     bias = torch.zeros(classes, requires_grad=True)
     judged, records = len(held_out[1]) > 0, list[dict[str, float]]()
     found: list[tuple[np.ndarray, np.ndarray]] = []
+    threads = torch.get_num_threads()
+    if rows.numel() < ONE_THREAD:
+        torch.set_num_threads(1)
     for strength in sorted(STRENGTHS if judged else [STRENGTH], reverse=True):
         loss = _minimise(lambda: _loss(rows, target, weight, bias, weights, strength), [weight, bias])  # noqa: B023 (called here)
         plain = weight.detach().numpy() / scale
         found.append((plain.astype(np.float32), (bias.detach().numpy() - plain @ mean).astype(np.float32)))
         record = {"strength": strength, "loss": loss}
         records.append(record | (judge_probe(*found[-1], *held_out).figures(held_out[1]) if judged else {}))
-    best = max(
-        range(len(records)), key=lambda n: (records[n].get("validation_accuracy", 0), -records[n].get("validation_loss", 0))
-    )
+    torch.set_num_threads(threads)
+    best = max(range(len(records)), key=lambda n: merit(records[n], metric) if judged else (0.0,))
     return Probe(*found[best], records, records[best])
 
 

@@ -71,13 +71,13 @@ def shrink(job: Job, to: str, how: str, into: str, min_agreement: float | None =
         graphs.write(replace(source, calibration=images.calibration), to, how, folder)
         _describe(source, to, how, folder)
         judgement, weights = _judge(job, source, images, to, folder)
-        share = judgement.share()
+        done, share = Shrunk(absolute(into), _name(source), to, how, weights, judgement), judgement.share()
         if min_agreement is not None and (share is None or share < min_agreement):
             raise Disagreement(
                 f"{to} {how or 'float32'}: {share or 0:.2%} agree with the original, below --min-agreement {min_agreement:g}; nothing was "
-                "written. Calibrate on more images that are like those to come, or quantise less: --int8-weights, --fp16 or not at all."
+                "written. Calibrate on more images that are like those to come, or quantise less: --int8-weights, --fp16 or not at all.",
+                done,
             )
-        done = Shrunk(absolute(into), _name(source), to, how, weights, judgement)
         _sign(folder, source, done)
     return done
 

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from vitray.adapt.recipe import Recipe
+from vitray.errors import JobError
 from vitray.models.checkpoint import Checkpoint, VisionConfig, read_config
 from vitray.models.loading import Network, load_trainable
 
@@ -75,6 +76,10 @@ def _freeze(trainee: Trainee, network: Network, recipe: Recipe) -> None:
     """All but the head, and what else `train` says; DDP waits for ever for a gradient that never comes."""
     awake = [network.module.classifier]
     if recipe.train == "last":
+        if recipe.last > len(network.blocks):
+            raise JobError(
+                f"last: {recipe.last}, and the model has {len(network.blocks)} blocks. Set a smaller one, or train: full."
+            )
         norms = [part for name, part in network.tower.named_children() if "norm" in name or name == "pooler"]
         awake += [*network.blocks[-recipe.last :], *norms]
     kept = {id(p) for part in awake for p in part.parameters()} | {

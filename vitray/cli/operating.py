@@ -132,6 +132,9 @@ def stop(
     show(found, as_json, str(found))
 
 
+ROWS, MODELS = ("lance", "faiss", "npy", "webdataset", "csv"), ("onnx", "openvino", "torch-export", "coreml")
+
+
 def status(
     out: Annotated[
         str, typer.Argument(metavar="OUT|SUBMISSION", help="a dataset directory, or with --address what submit named")
@@ -222,7 +225,9 @@ def export(
     how = [name for name, wanted in chosen.items() if wanted]
     of_model = {"--calibrate": calibrate, "--min-agreement": min_agreement, "--set": sets, **{f"--{name}": True for name in how}}
     of_rows = {"--column": column, "--vectors": vectors or None, "--partial": partial or None}
-    is_model = to in ("onnx", "openvino", "torch-export", "coreml")
+    is_model = to in MODELS
+    if not is_model and to not in ROWS:
+        raise JobError(f"--to {to}: of a dataset's rows choose one of {', '.join(ROWS)}; of a model {', '.join(MODELS)}.")
     odd = [name for name, value in (of_rows if is_model else of_model).items() if value is not None]
     if odd:
         raise JobError(f"--to {to} takes no {', '.join(odd)}: {'that is for rows' if is_model else 'that is for a model'}.")
@@ -234,6 +239,7 @@ def export(
         show(found, as_json, str(found))
         raise typer.Exit(3 if found.missing else 0)
     from vitray.adapt.shrinking import shrink
+    from vitray.errors import Disagreement
     from vitray.job import make_job, parse_set
 
     if len(how) > 1:
@@ -241,7 +247,11 @@ def export(
     if calibrate is None:
         raise JobError("--calibrate SOURCE is missing: an export is judged on your own images before it is written.")
     job = make_job({**parse_set(sets or []), "source": calibrate, "model": what, "out": "not-written"})
-    made = shrink(job, to, how[0] if how else "", into, min_agreement)
+    try:
+        made = shrink(job, to, how[0] if how else "", into, min_agreement)
+    except Disagreement as error:
+        show(error.judged, as_json, str(error.judged))
+        raise
     show(made, as_json, str(made))
 
 

@@ -73,7 +73,7 @@ def load_trainable(found: Checkpoint, classes: Sequence[str], seed: int, scratch
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if scratch:
-            return _parts(kind._from_config(hf, dtype=torch.float32, attn_implementation="sdpa"), config)
+            return _parts(_uncached(kind._from_config(hf, dtype=torch.float32, attn_implementation="sdpa")), config)
         made_up = () if has_head else ("classifier.weight", "classifier.bias")
         module = load_weights(found, kind, hf, made_up, ignore_mismatched_sizes=True)
         if not has_head:  # of other classes, where their number is the same
@@ -81,7 +81,15 @@ def load_trainable(found: Checkpoint, classes: Sequence[str], seed: int, scratch
                 module.classifier.weight, std=hf.initializer_range if hasattr(hf, "initializer_range") else 0.02
             )
             torch.nn.init.zeros_(module.classifier.bias)
-    return _parts(module, config)
+    return _parts(_uncached(module), config)
+
+
+def _uncached(module: Any) -> Any:
+    """BEiT keeps an index for all models of a process, which is no good for training once it was made in inference mode."""
+    for part in module.modules():
+        if (index := getattr(part, "generate_relative_position_index", None)) is not None:
+            part.generate_relative_position_index = index.__wrapped__
+    return module
 
 
 def _with_pooler(family: str, config: Any, wanted: bool) -> None:
