@@ -74,8 +74,8 @@ FILE_LINES = 400
 BUDGET = {
     "core": 4870,
     "models": 1870,
-    "operating": 2440,
-    "adapting": 1860,
+    "operating": 2450,
+    "adapting": 1880,
 }  # lines of code; the contract says 3,000 for core: see DECISIONS.md
 ADAPTING = ("adapt", "relabelling")
 HELP_S = 1.0
