@@ -8,7 +8,6 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -168,32 +167,24 @@ def test_two_workers_have_the_loss_curve_of_one(home: Path, ray: None) -> None:
 
 
 @pytest.mark.ray
-def test_a_worker_that_dies_costs_what_came_after_the_last_checkpoint(
-    home: Path, ray: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fields = {
-        **digits.RECIPE,
-        "source": str(home / "shots.tar"),
-        "train": "full",
-        "init": "scratch",
-        "epochs": 2,
-        "device": "cpu",
-    }
-    alone = train(home, "not-killed", **fields, workers=2)
-    marker = home / "died"
-
-    def kill_one() -> None:
-        state = home / "worker-killed" / "_vitray" / "state" / "last.json"
-        while not state.exists():
-            time.sleep(0.05)
-        workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
-        workers[0].kill()
-        marker.write_text(str(len(workers)))
-
-    thread = threading.Thread(target=kill_one)
-    thread.start()
-    killed = train(home, "worker-killed", **fields, workers=2)
-    thread.join(60)
-    assert marker.read_text() == "2"
-    one, two = load_file(f"{alone}/model.safetensors"), load_file(f"{killed}/model.safetensors")
-    assert all(torch.equal(one[name], two[name]) for name in one)
+def test_a_worker_that_dies_costs_what_came_after_the_last_checkpoint(home: Path) -> None:
+    fields = {**digits.RECIPE, "source": str(home / "shots.tar"), "model": str(home / "model"), "train": "full"}
+    fields |= {"init": "scratch", "epochs": 6, "device": "cpu", "workers": 2}
+    path, weights = home / "team.yaml", []
+    path.write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in {**fields, "out": "given"}.items()))
+    for name in ("whole-team", "team-of-which-one-dies"):
+        out = home / name
+        argv = [sys.executable, "-m", "vitray", "finetune", str(path), "--set", f"out={out}", "--json"]
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        process = subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        if weights:
+            while not (out / "_vitray" / "state" / "last.json").exists():
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.02)
+            team = [p for p in psutil.Process(process.pid).children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+            assert len(team) == 2
+            team[0].kill()
+        _, said = process.communicate(timeout=240)
+        assert process.returncode == 0, said
+        weights.append(load_file(out / "model.safetensors"))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
