@@ -30,6 +30,7 @@ from vitray.adapt.finetuning import Study, finetune
 from vitray.adapt.probe import fit_probe
 from vitray.adapt.recipe import Recipe, load_recipe
 from vitray.adapt.trainee import groups, prepare, rate_at
+from vitray.decode import load_decoders
 from vitray.errors import FingerprintError, JobError, ModelError, StorageError
 from vitray.models import checkpoint
 from vitray.models.head import read_head
@@ -551,6 +552,7 @@ def test_a_probe_chooses_its_strength_by_the_metric() -> None:
 def test_no_space_is_one_clear_error(small: dict[str, object], tmp_path: Path) -> None:
     path = write_recipe(tmp_path / "job.yaml", {**small, "out": str(tmp_path / "out")})
     limit = 100_000  # bytes a file may have: less than the decoded images take
+    load_decoders("exact")  # Numba keeps what it compiled in a file that is larger
 
     def few_bytes() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
