@@ -22,10 +22,13 @@ RGW = Path(__file__).with_name("rgw.sh")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several test processes one of them has Ray and the real S3 server, for all tests that need them."""
+    """With several test processes one has the Ray that tests share; a file's tests that start a Ray of their own stay together, and S3's."""
     for item in items:
-        if {"ray", "s3"} & {mark.name for mark in item.iter_markers()}:
-            item.add_marker(pytest.mark.xdist_group("servers"))
+        marks = {mark.name for mark in item.iter_markers()}
+        if "ray" in marks:
+            item.add_marker(pytest.mark.xdist_group("ray" if "ray" in getattr(item, "fixturenames", ()) else item.path.stem))
+        elif "s3" in marks:
+            item.add_marker(pytest.mark.xdist_group("s3"))
 
 
 @pytest.fixture(scope="session")

@@ -49,8 +49,7 @@ def test_every_test_that_the_readme_names_exists() -> None:
             assert re.search(rf"def test_\w*{middle}" if not start else rf"def test_{middle}", text), middle
 
 
-@pytest.mark.ray
-def test_the_python_of_the_readme_runs(ray: None, shapes_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_of_the_readme_runs(shapes_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(shapes_model, "demo/model")
     demo.build("demo")

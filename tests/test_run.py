@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import sys
 import tarfile
 from pathlib import Path
 
@@ -21,7 +22,14 @@ from vitray.errors import ErrorRateExceeded, FingerprintError, JobError, ModelEr
 from vitray.job import make_job
 from vitray.storage import store_for
 
-pytestmark = pytest.mark.ray
+
+@pytest.fixture(params=["threads", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.nightly])])
+def line(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What moves the images. Both do the same; what only Ray can get wrong asks for `ray` instead."""
+    if request.param == "ray":
+        request.getfixturevalue("ray")
+    elif "ray" in sys.modules:  # where an earlier test of this process started it, a run would take it
+        monkeypatch.setattr(sys.modules["ray"], "is_initialized", lambda: False)
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +51,7 @@ def shape_job(source: str, model: str, out: str, **fields: object) -> vitray.Job
 
 
 @pytest.mark.s3
+@pytest.mark.ray
 def test_a_thousand_images_on_s3_equal_a_plain_transformers_loop(
     ray: None, s3: str, shapes_model: str, items: list[Picture], tmp_path: Path
 ) -> None:
@@ -69,7 +78,7 @@ def test_a_thousand_images_on_s3_equal_a_plain_transformers_loop(
     assert checked.ok and checked.rows == 1040, str(checked)
 
 
-def test_bf16_keeps_labels_and_directions(ray: None, tmp_path: Path, shapes_model: str, items: list[Picture]) -> None:
+def test_bf16_keeps_labels_and_directions(line: None, tmp_path: Path, shapes_model: str, items: list[Picture]) -> None:
     put_tars(str(tmp_path / "in"), items[:600], 2, tmp_path)
     job = shape_job(str(tmp_path / "in"), shapes_model, str(tmp_path / "out"), precision="bf16")
     vitray.run(job)
@@ -81,7 +90,7 @@ def test_bf16_keeps_labels_and_directions(ray: None, tmp_path: Path, shapes_mode
 
 
 def test_tar_parquet_files_and_manifest_give_the_same_rows(
-    ray: None, tmp_path: Path, shapes_model: str, items: list[Picture]
+    line: None, tmp_path: Path, shapes_model: str, items: list[Picture]
 ) -> None:
     some = items[:150]
     put_tars(str(tmp_path / "tar"), some, 3, tmp_path)
@@ -132,6 +141,7 @@ def odd_images() -> tuple[list[Picture], dict[str, str]]:
     return [Picture(f"odd_{k}", d, "", s) for k, (d, s, _) in cases.items()], {f"odd_{k}": r for k, (_, _, r) in cases.items()}
 
 
+@pytest.mark.ray
 def test_odd_images_become_rows_or_reasons_and_change_nothing_else(
     ray: None, tmp_path: Path, shapes_model: str, items: list[Picture]
 ) -> None:
@@ -160,7 +170,7 @@ def test_odd_images_become_rows_or_reasons_and_change_nothing_else(
     assert vitray.validate(jobs[1].out, content=True).ok
 
 
-def test_too_many_bad_images_stop_the_run(ray: None, tmp_path: Path, shapes_model: str, items: list[Picture]) -> None:
+def test_too_many_bad_images_stop_the_run(line: None, tmp_path: Path, shapes_model: str, items: list[Picture]) -> None:
     broken = [Picture(f"b{n:05d}", b"x", "", "jpg") if n % 5 == 0 else p for n, p in enumerate(items)]
     put_tars(str(tmp_path / "in"), broken, 3, tmp_path)
     job = shape_job(str(tmp_path / "in"), shapes_model, str(tmp_path / "out"), max_error_rate=0.1)
@@ -172,7 +182,7 @@ def test_too_many_bad_images_stop_the_run(ray: None, tmp_path: Path, shapes_mode
 
 
 def test_too_many_bad_images_of_few_are_told_at_the_end_each_time(
-    ray: None, tmp_path: Path, shapes_model: str, items: list[Picture]
+    line: None, tmp_path: Path, shapes_model: str, items: list[Picture]
 ) -> None:
     put_tars(str(tmp_path / "in"), [*items[:18], Picture("bad", b"x", "", "jpg"), Picture("worse", b"", "", "jpg")], 1, tmp_path)
     job = shape_job(str(tmp_path / "in"), shapes_model, str(tmp_path / "out"), max_error_rate=0.09)
@@ -181,7 +191,7 @@ def test_too_many_bad_images_of_few_are_told_at_the_end_each_time(
     assert vitray.run(make_job({**job.model_dump(), "max_error_rate": 0.1})).exit_code == 0
 
 
-def test_out_inside_source_is_refused(ray: None, tmp_path: Path, shapes_model: str, items: list[Picture]) -> None:
+def test_out_inside_source_is_refused(tmp_path: Path, shapes_model: str, items: list[Picture]) -> None:
     put_tars(str(tmp_path / "in"), items[:4], 1, tmp_path)
     for out in (tmp_path / "in", tmp_path / "in" / "deep" / "out"):
         with pytest.raises(JobError, match="lies inside `source`"):
@@ -189,6 +199,7 @@ def test_out_inside_source_is_refused(ray: None, tmp_path: Path, shapes_model: s
     assert [path.name for path in (tmp_path / "in").iterdir()] == ["s-000.tar"]
 
 
+@pytest.mark.ray
 def test_a_store_that_fails_in_the_middle_is_one_sentence(
     ray: None, tmp_path: Path, shapes_model: str, items: list[Picture]
 ) -> None:
@@ -203,7 +214,7 @@ def test_a_store_that_fails_in_the_middle_is_one_sentence(
 
 
 def test_a_kept_column_with_the_name_of_an_output_column_is_called_input(
-    ray: None, tmp_path: Path, shapes_model: str, items: list[Picture]
+    line: None, tmp_path: Path, shapes_model: str, items: list[Picture]
 ) -> None:
     table = pa.table({"image": [p.data for p in items[:30]], "label": list(range(30))})
     pq.write_table(table, tmp_path / "in.parquet")
@@ -214,7 +225,7 @@ def test_a_kept_column_with_the_name_of_an_output_column_is_called_input(
 
 
 def test_links_in_a_tar_are_error_rows_and_what_was_left_out_is_told(
-    ray: None, tmp_path: Path, shapes_model: str, items: list[Picture], caplog: pytest.LogCaptureFixture
+    line: None, tmp_path: Path, shapes_model: str, items: list[Picture], caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "in").mkdir()
     with tarfile.open(tmp_path / "in" / "links.tar", "w") as archive:
@@ -236,7 +247,7 @@ def test_links_in_a_tar_are_error_rows_and_what_was_left_out_is_told(
 
 
 def test_a_changed_gone_and_new_input_each_get_their_due(
-    ray: None, tmp_path: Path, shapes_model: str, items: list[Picture]
+    line: None, tmp_path: Path, shapes_model: str, items: list[Picture]
 ) -> None:
     put_tars(str(tmp_path / "in"), items[:120], 3, tmp_path)
     job = shape_job(str(tmp_path / "in/*.tar"), shapes_model, str(tmp_path / "out"))
@@ -267,6 +278,7 @@ def vitray_manifest(out: str) -> list[dict[str, object]]:
     return found.to_pylist()
 
 
+@pytest.mark.ray
 def test_cut_and_broken_shards_are_named_and_the_rest_completes(
     ray: None, tmp_path: Path, shapes_model: str, items: list[Picture]
 ) -> None:
@@ -285,7 +297,7 @@ def test_cut_and_broken_shards_are_named_and_the_rest_completes(
 
 
 def test_another_fingerprint_is_refused_with_its_fields(
-    ray: None, tmp_path: Path, shapes_model: str, items: list[Picture]
+    line: None, tmp_path: Path, shapes_model: str, items: list[Picture]
 ) -> None:
     put_tars(str(tmp_path / "in"), items[:20], 1, tmp_path)
     job = shape_job(str(tmp_path / "in"), shapes_model, str(tmp_path / "out"))
@@ -303,6 +315,7 @@ def test_another_fingerprint_is_refused_with_its_fields(
     assert vitray.run(job).committed == 0  # the same job takes them over
 
 
+@pytest.mark.ray
 def test_the_line_has_four_operators_that_never_fuse(ray: None, tmp_path: Path, shapes_model: str) -> None:
     import ray as ray_module
 
@@ -329,7 +342,7 @@ def test_the_line_has_four_operators_that_never_fuse(ray: None, tmp_path: Path, 
 
 
 def test_a_shard_without_a_kept_column_and_a_broken_first_one_are_set_aside(
-    ray: None, tmp_path: Path, shapes_model: str, items: list[Picture]
+    line: None, tmp_path: Path, shapes_model: str, items: list[Picture]
 ) -> None:
     put_parquet(str(tmp_path / "in" / "b"), items[:30], rows_a_group=30)
     put(str(tmp_path / "in" / "a.parquet"), b"PAR1 no footer PAR1")
