@@ -10,6 +10,7 @@ and a new child's fork included: a neighbour on the machine disturbs it less tha
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import statistics
 import subprocess
@@ -23,7 +24,7 @@ import psutil
 from bench_memory import photographs
 from PIL import Image
 
-from vitray.decode import Pixels, decode, decode_one
+from vitray.decode import PAGES, Pixels, decode, decode_one
 from vitray.schema import DecodeSpec, Encoded, PixelSpec
 
 CONTENDERS = ("pillow", "hugging face", "in process", "exact", "fast", "draft")
@@ -68,13 +69,22 @@ def spec(mode: str, resample: int = 2) -> DecodeSpec:
     return DecodeSpec(pixels, ("jpeg",), 50_000_000, None, mode)
 
 
+def fragments(files: list[bytes]) -> list[list[Encoded]]:
+    return [
+        [Encoded(n, "", "", data) for n, data in enumerate(files[at : at + FRAGMENT])] for at in range(0, len(files), FRAGMENT)
+    ]
+
+
 def decoded(files: list[bytes], wanted: DecodeSpec) -> Pixels:
-    return np.concatenate(
-        [
-            decode([Encoded(n, "", "", data) for n, data in enumerate(files[at : at + FRAGMENT])], wanted)[0]
-            for at in range(0, len(files), FRAGMENT)
-        ]
-    )
+    return np.concatenate([decode(items, wanted)[0] for items in fragments(files)])
+
+
+def in_process(wanted: DecodeSpec) -> Callable[[list[bytes]], object]:
+    """Without the child that a deadly image would take down; pixels land in pages of fragments in turn, as the child's do."""
+    pages = itertools.cycle([np.empty((FRAGMENT, *wanted.pixels.size, 3), np.uint8) for _ in range(PAGES)])
+    return lambda files: [
+        [decode_one(item.data, wanted, into) for item, into in zip(items, page)] for items, page in zip(fragments(files), pages)
+    ]
 
 
 def contender(name: str) -> Callable[[list[bytes]], object]:
@@ -86,11 +96,10 @@ def contender(name: str) -> Callable[[list[bytes]], object]:
 
         processor = ViTImageProcessorPil()
         return lambda files: [processor(load_image(Image.open(io.BytesIO(f)))).pixel_values[0] for f in files]
-    if name == "in process":  # exact without the child that a deadly image would take down
-        into = np.empty((224, 224, 3), np.uint8)
-        return lambda files: [decode_one(f, spec("exact"), into) for f in files]
+    if name == "in process":
+        return in_process(spec("exact"))
     wanted = spec(name)
-    return lambda files: decoded(files, wanted)
+    return lambda files: [decode(items, wanted)[1] for items in fragments(files)]
 
 
 def cpu_s() -> float:
