@@ -631,6 +631,11 @@ def test_status_tells_how_far(vitray: Call, tmp_path: Path) -> None:
     ]
 
 
+def test_a_dataset_is_not_followed(vitray: Call, tmp_path: Path) -> None:
+    out = hand_made.make_dataset(tmp_path).out
+    refused(vitray, tmp_path, ["status", out, "--follow"], 2, "JobError: --follow is for a submission")
+
+
 @pytest.mark.parametrize("argv", [["status"], ["validate"], ["redo", "--reason", "empty"], ["redo", "--shard", "x"], ["clean"]])
 def test_a_path_without_dataset_is_refused(vitray: Call, tmp_path: Path, argv: list[str]) -> None:
     (tmp_path / "in").mkdir()

@@ -173,6 +173,8 @@ def status(
         return _tell(cluster, cluster.find(out), follow, as_json)
     from vitray.planning import status as dataset_status
 
+    if follow:
+        raise JobError("--follow is for a submission. Add --address URL, or leave --follow out.")
     found = dataset_status(out)
     show(found, as_json, str(found))
 
