@@ -30,7 +30,7 @@ from conftest import KEYS, free_port, new_bucket
 
 from vitray.cli import main
 from vitray.dataset import Dataset, append_group_log, committed, read_footer, write_fragment
-from vitray.errors import JobError, VitrayError
+from vitray.errors import JobError, VitrayError, count
 from vitray.job import Embedding, Job, make_job, parse_set, read_fields
 from vitray.schema import ERROR_SCHEMA, REASONS, SCHEMA_VERSION, ipc_bytes
 from vitray.sources import list_shards
@@ -820,7 +820,8 @@ def problems_of(vitray: Call, dataset: Dataset, *argv: str) -> list[str]:
     problems: list[str] = json.loads(text)["problems"]
     good = "valid so far" if json.loads(text)["pending"] else "valid"
     assert code == again == (1 if problems else 0)
-    assert out.splitlines()[0].startswith(f"{dataset.out}: {f'NOT valid: {len(problems)} problems' if problems else good};")
+    bad = f"NOT valid: {count(len(problems), 'problem')}"
+    assert out.splitlines()[0].startswith(f"{dataset.out}: {bad if problems else good};")
     assert [line.strip() for line in out.splitlines() if line.startswith("  ")] == [" ".join(p.split()) for p in problems]
     return problems
 
