@@ -108,7 +108,7 @@ def test_a_run_that_was_planned_to_do_nothing_says_what_it_did(shapes_model: str
     assert done.returncode == 0, done.stderr
     (record,) = (tmp_path / "out" / "_vitray" / "runs").glob("*.json")
     assert json.loads(record.read_text())["planned"] == {"images": 0, "seconds": 0.0}
-    assert "planned" not in str(status(f"{tmp_path}/out"))
+    assert "\nplanned " not in str(status(f"{tmp_path}/out"))
 
 
 @pytest.mark.nightly
