@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +19,7 @@ from vitray.cli import app
 from vitray.errors import JobError
 from vitray.job import Job
 from vitray.models import ceiling, identify
+from vitray.pipeline import run
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +52,28 @@ def test_bench_speaks_json_on_the_command_line(inputs: str, shapes_model: str, t
     assert answer.exit_code == 0, answer.output
     said = json.loads(answer.stdout.splitlines()[-1])
     assert said["images"] == 32 and said["limit"] in ("read", "decode", "model", "line")
+
+
+def test_what_the_dataset_has_settled_is_measured_and_not_decided_again(inputs: str, shapes_model: str, tmp_path: Path) -> None:
+    fields = {"source": inputs, "model": shapes_model, "out": str(tmp_path / "out"), "device": "cpu"}
+    run(Job(**fields, engine="onnx", batch_size=5, limit=1))
+    found = bench(Job(**fields), images=32, seconds=0.1)
+    assert (found.engine, found.precision, found.batch_size) == ("onnx", "fp32", 5)
+
+
+def test_a_bench_that_is_interrupted_leaves_nothing(inputs: str, shapes_model: str, tmp_path: Path) -> None:
+    job = [inputs, "--model", shapes_model, "--set", "engine=torch", "--set", "device=cpu"]
+    argv = [sys.executable, "-m", "vitray", "bench", *job, "--images", "32", "--seconds", "3"]
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    running = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(scratch)})
+    while not list(scratch.glob("vitray-bench-*/*/out/_vitray")):
+        assert running.poll() is None
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    said = running.communicate(timeout=30)[1]
+    assert running.returncode == 130 and "interrupted; run the same command again." in said
+    assert list(scratch.glob("vitray-bench-*")) == []
 
 
 def test_bench_of_nothing_says_so(shapes_model: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import inspect
 import json
 import os
@@ -29,7 +30,7 @@ from conftest import KEYS, free_port, new_bucket
 
 from vitray.cli import main
 from vitray.dataset import Dataset, append_group_log, committed, read_footer, write_fragment
-from vitray.errors import JobError, VitrayError
+from vitray.errors import JobError, VitrayError, count
 from vitray.job import Embedding, Job, make_job, parse_set, read_fields
 from vitray.schema import ERROR_SCHEMA, REASONS, SCHEMA_VERSION, ipc_bytes
 from vitray.sources import list_shards
@@ -211,6 +212,8 @@ def test_a_missing_job_file_is_named(vitray: Call, tmp_path: Path) -> None:
         (["redo"], "Missing argument 'OUT'"),
         (["run", "x", "--keep", "cls"], "`keep` is a field of the job: write --set keep=…"),
         (["plan", "--batch-size=8", "x"], "`batch_size` is a field of the job: write --set batch_size=…"),
+        (["bench", "x", "--limit", "1"], "`limit` is a field of the job: write --set limit=…"),
+        (["submit", "x", "--address", "http://h:1", "--top-k", "1"], "`top_k` is a field of the job: write --set top_k=…"),
         (["run", "--source", "x"], "No such option: --source"),
         (["status", "x", "--keep", "cls"], "No such option: --keep"),
         (["plan", "x", "--set"], "requires an argument"),
@@ -556,6 +559,8 @@ def test_plan_counts_tars_and_what_is_committed(vitray: Call, tmp_path: Path) ->
         "to do      3 shards, 30 images",
     ]
     assert "precision  decided at run" in out
+    none = vitray("plan", f"{tmp_path}/in", "--model", "m", "--out", f"{tmp_path}/new", "--set", "since=2999-01-01")[1]
+    assert none.startswith("source     0 shards, 0 images, 0 bytes\ncommitted  0 shards\nleft out   3 shards, by since")
     assert snapshot(tmp_path) == before
     assert len(committed(dataset.out)) == 2
 
@@ -622,8 +627,13 @@ def test_status_tells_how_far(vitray: Call, tmp_path: Path) -> None:
     assert vitray("status", dataset.out)[1].splitlines()[:3] == [
         f"{dataset.out}: not complete: run the job again to go on",
         "committed  2 shards, 18 rows, 2 errors, 0 shards cut short",
-        "staged     4 images of 1 shards",
+        "staged     4 images of 1 shard",
     ]
+
+
+def test_a_dataset_is_not_followed(vitray: Call, tmp_path: Path) -> None:
+    out = hand_made.make_dataset(tmp_path).out
+    refused(vitray, tmp_path, ["status", out, "--follow"], 2, "JobError: --follow is for a submission")
 
 
 @pytest.mark.parametrize("argv", [["status"], ["validate"], ["redo", "--reason", "empty"], ["redo", "--shard", "x"], ["clean"]])
@@ -744,23 +754,50 @@ def test_without_debug_there_is_no_traceback_in_a_process_of_its_own(tmp_path: P
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_a_command_with_its_code_and_a_next_step(tmp_path: Path, number: signal.Signals, code: int) -> None:
-    """The command waits for a store that never answers."""
+@contextlib.contextmanager
+def waiting(*argv: object) -> Iterator[subprocess.Popen[str]]:
+    """The command, which waits for a store that never answers."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         connected = threading.Event()
         keep: list[socket.socket] = []
         threading.Thread(target=lambda: (keep.append(silent.accept()[0]), connected.set()), daemon=True).start()
         env = {**os.environ, **KEYS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{silent.getsockname()[1]}"}
-        command = [sys.executable, "-m", "vitray", "plan", "s3://b/in", "--model", "m", "--out", str(tmp_path / "out")]
+        command = [sys.executable, "-m", "vitray", *map(str, argv)]
         running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
         assert connected.wait(30)
-        started = time.monotonic()
-        running.send_signal(number)
-        out, err = running.communicate(timeout=20)
-        assert running.returncode == code, err
-        assert time.monotonic() - started < 10
-        assert (out, err.strip()) == ("", "interrupted; what is staged stays. Run the same command again to go on.")
+        yield running
+
+
+def interrupted(running: subprocess.Popen[str], number: int) -> tuple[int, str]:
+    """Its exit code and the only line that it says, within 10 s of a signal."""
+    started = time.monotonic()
+    running.send_signal(number)
+    out, err = running.communicate(timeout=20)
+    assert time.monotonic() - started < 10 and out == ""
+    return running.returncode, err.strip()
+
+
+@pytest.mark.parametrize(
+    ("command", "number", "says"),
+    [
+        ("plan", signal.SIGTERM, "run the same command again."),
+        ("plan", signal.SIGINT, "run the same command again."),
+        ("run", signal.SIGINT, "what is staged stays. Run the same command again to go on."),
+    ],
+)
+def test_a_signal_ends_a_command_with_its_code_and_a_next_step(tmp_path: Path, command: str, number: int, says: str) -> None:
+    with waiting(command, "s3://b/in", "--model", "m", "--out", tmp_path / "out") as running:
+        assert interrupted(running, number) == (128 + number, f"interrupted; {says}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_export_that_is_interrupted_leaves_nothing(dataset: Dataset, tmp_path: Path, number: int) -> None:
+    path = Path(dataset.out, "_vitray", "dataset.json")
+    path.write_text(path.read_text().replace(f"{tmp_path}/in/*.tar", "s3://b/in"))
+    with waiting("export", dataset.out, "--to", "webdataset", "--into", tmp_path / "made" / "tars") as running:
+        assert list((tmp_path / "made").glob(".tmp-*"))
+        assert interrupted(running, number) == (128 + number, "interrupted; run the same command again.")
+    assert list((tmp_path / "made").iterdir()) == []
 
 
 # ---------------------------------------------------------------- validate
@@ -783,7 +820,8 @@ def problems_of(vitray: Call, dataset: Dataset, *argv: str) -> list[str]:
     problems: list[str] = json.loads(text)["problems"]
     good = "valid so far" if json.loads(text)["pending"] else "valid"
     assert code == again == (1 if problems else 0)
-    assert out.splitlines()[0].startswith(f"{dataset.out}: {f'NOT valid: {len(problems)} problems' if problems else good};")
+    bad = f"NOT valid: {count(len(problems), 'problem')}"
+    assert out.splitlines()[0].startswith(f"{dataset.out}: {bad if problems else good};")
     assert [line.strip() for line in out.splitlines() if line.startswith("  ")] == [" ".join(p.split()) for p in problems]
     return problems
 

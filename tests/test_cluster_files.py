@@ -225,9 +225,13 @@ def foreign_values(value: Any, shape: Any) -> Iterator[str]:
 
 
 def faults_of_command(line: str) -> list[str]:
-    """Options that `ray start` or `vitray run` does not have, or a command that is neither."""
+    """Options that `ray start`, `vitray run` or `vitray submit` does not have, or a command that is none of these."""
     words = shlex.split(line)
-    known = {("ray", "start"): ray_options(), ("ray", "stop"): set(), ("vitray", "run"): vitray_options()}.get(tuple(words[:2]))
+    known = {
+        ("ray", "start"): ray_options(),
+        ("ray", "stop"): set(),
+        **{("vitray", command): vitray_options(command) for command in ("run", "submit")},
+    }.get(tuple(words[:2]))
     if known is None:
         return [f"unknown command: {line}"]
     return [f"{words[0]} {words[1]} has no {word}" for word in words[2:] if word[:2] == "--" and word.split("=")[0] not in known]
@@ -348,13 +352,13 @@ def ray_options() -> set[str]:
 
 
 @functools.cache
-def vitray_options() -> set[str]:
+def vitray_options(command: str) -> set[str]:
     import typer.main
 
     from vitray.cli import app
 
-    run = typer.main.get_command(app).commands["run"]
-    return {option for parameter in run.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    found = typer.main.get_command(app).commands[command]
+    return {option for parameter in found.params for option in (*parameter.opts, *parameter.secondary_opts)}
 
 
 @functools.cache
@@ -734,8 +738,8 @@ def test_the_snippets_of_the_readme_are_python_and_its_commands_exist() -> None:
     assert len(snippets) == 2
     for snippet in snippets:
         ast.parse(snippet)
-    commands = re.findall(r"vitray run [^\n`'\"]*", README)
-    assert len(commands) == 5
+    commands = re.findall(r"vitray (?:run|submit) [^\n`'\"]*", README)
+    assert sorted(line.split()[1] for line in commands) == ["run", "run", "run", "submit", "submit"]
     assert [fault for line in commands for fault in faults_of_command(line)] == []
 
 

@@ -32,6 +32,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from s3_proxy import FORWARD, LOSE, Call, Proxy, proxied
 
+from vitray import storage
 from vitray.dataset import (
     Commit,
     Dataset,
@@ -59,6 +60,7 @@ from vitray.dataset import (
     staged_shards,
     staged_whole,
     unmark_success,
+    with_frozen,
     write_end,
     write_fragment,
     write_run_record,
@@ -275,6 +277,15 @@ def test_auto_adopts_what_the_first_run_froze(local_out: str) -> None:
     frozen = (later.facts.precision, later.facts.engine, later.facts.batch_size, later.fragment_rows)
     assert frozen == ("fp32", "torch", 4, 4)
     assert json.loads(read_object(dataset_url(local_out)))["created"] == NOW
+
+
+def test_a_job_takes_over_what_was_frozen_before_its_model_is_looked_at(local_out: str) -> None:
+    assert with_frozen(job_for(local_out)).engine == "auto"  # nothing is there
+    resolve_dataset(
+        job_for(local_out), replace(FACTS, precision="fp32", engine="onnx", batch_size=5), [VECTOR], pa.schema([]), NOW
+    )
+    found = with_frozen(job_for(local_out, batch_size=7))
+    assert (found.precision, found.engine, found.batch_size) == ("fp32", "onnx", 7)
 
 
 def test_what_a_job_says_itself_is_not_adopted(local_out: str) -> None:
@@ -1260,7 +1271,7 @@ def test_redo_by_shard_and_by_reason(local_out: str) -> None:
     assert finish_with(dataset, ids, ids).errors == 1
 
 
-def test_clean_removes_orphans_only(quick_out: str) -> None:
+def test_clean_removes_orphans_only(quick_out: str, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = make(quick_out)
     done, unlisted, underway = (input_shard(quick_out, name) for name in ("done", "unlisted", "underway"))
     commit(dataset, done, 4, {0: "empty"})
@@ -1270,10 +1281,36 @@ def test_clean_removes_orphans_only(quick_out: str) -> None:
     working = set(stored(quick_out))
     stage(dataset, done, 4)
     stage(dataset, unlisted, 8)
-    store_for(quick_out).create(join(quick_out, "_vitray", "probe-12ab"), b"vitray probe")
-    assert clean(dataset, [done.id, underway.id]) == [*sorted([done.id, unlisted.id]), "_vitray/probe-12ab"]
+    store_for(quick_out).create(nonce := join(quick_out, "_vitray", "probe-12ab"), b"vitray probe")
+    assert clean(dataset, [done.id, underway.id]) == sorted([done.id, unlisted.id])
+    assert set(stored(quick_out)) == working | {nonce.removeprefix(f"{quick_out}/")}  # a run may be at work with it
+    monkeypatch.setattr(storage, "ABANDONED_S", -60)
+    assert clean(dataset, [done.id, underway.id]) == ["_vitray/probe-12ab"]
     assert set(stored(quick_out)) == working and len(working - before) == 2
     assert clean(dataset, [done.id, underway.id]) == []
+
+
+def test_what_a_killed_plan_left_is_taken_for_nothing(local_out: str) -> None:
+    """Its scratch holds whole datasets of the sample."""
+    dataset, shard = make(local_out), input_shard(local_out)
+    commit(dataset, shard, 4)
+    finish_with(dataset, [shard.id], [shard.id])
+    inside = make(f"{local_out}/_vitray/probe-12ab/64/out")
+    other = input_shard(inside.out, "dogs")
+    commit(inside, other, 4, {0: "empty"})
+    stage(inside, input_shard(inside.out, "emus"), 4)
+    finish_with(inside, [other.id], [other.id])
+    append_group_log(inside.out, [(0, "u")])
+    write_run_record(inside, "r", {"run": "r"})
+    assert set(committed(local_out)) == {shard.id} and staged_shards(dataset) == [] and read_run_records(local_out) == []
+    assert [row["shard"] for row in read_manifest(local_out).to_pylist()] == [shard.id] and load_group_log(local_out) == []
+    assert len(read(local_out)) == 4 and finish_with(dataset, [shard.id], [shard.id]).rows == 4
+    assert {entry.name for entry in os.scandir(f"{local_out}/_vitray/probe-12ab/64/out")} == {
+        "data",
+        "errors",
+        "_vitray",
+        "_SUCCESS.json",
+    }
 
 
 def test_read_gives_rows_in_the_order_of_shards_and_the_columns_asked_for(local_out: str) -> None:

@@ -152,6 +152,8 @@ def test_pictures_are_made_anew_from_the_source(shapes_dataset: str, tmp_path: P
     assert html.count("<img ") <= 120 and len(html) < 2_000_000
     assert "no picture" not in html
     assert report(shapes_dataset, str(tmp_path / "page.html"), pictures=False).pictures == 0  # our own page is written anew
+    html = (tmp_path / "page.html").read_text()
+    assert 'id="least-sure"' in html and "no picture" not in html and "gallery-title" not in html
 
 
 MARKS = [200, 400, 600, 600, 600, 600, 1200, 1800, 2400, 2600, 2800, 3000]  # images after 20, 40 ... 240 seconds
@@ -441,7 +443,7 @@ def test_the_card_is_what_the_hub_reads_and_only_ours_is_overwritten(shapes_data
             {"config_name": "errors", "data_files": [{"split": "train", "path": "errors/*.parquet"}]},
         ],
     }
-    assert "297 images" in text and "/tmp" not in text
+    assert "297 images" in text and "/tmp" not in text and "| `format` | `string` |" in text
     write_card(shapes_dataset)
     assert "license: unknown" in path.read_text()
     path.write_text(path.read_text().replace("297 images", "297 fine images"))

@@ -21,8 +21,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from s3_proxy import FORWARD, LOSE, Call, Proxy, proxied
 
+from vitray import storage
 from vitray.errors import JobError, ObjectChanged, ObjectMissing, StorageError, UnsafeStore
-from vitray.storage import exists, expand, expand_braces, join, probe, read, sha256_of, store_for
+from vitray.storage import drop_scratch, exists, expand, expand_braces, join, probe, read, scratch, sha256_of, store_for
 
 MIB = 1 << 20
 
@@ -258,6 +259,35 @@ def test_the_probe_passes_and_leaves_nothing(root: str) -> None:
     put(join(root, "mine"))
     probe(root)
     assert below(root) == ["mine"]
+
+
+def test_scratch_is_gone_at_the_end_and_what_a_killed_process_left_goes_when_it_is_old(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert drop_scratch(root) == []
+    with pytest.raises(RuntimeError), scratch(root) as folder:
+        put(join(folder, "64", "in", "0.tar"))
+        put(join(folder, "64", "out", "data", "a.parquet"))
+        raise RuntimeError
+    assert below(root) == []
+    killed = [
+        join(root, "_vitray", "probe-1", "in", "0.tar"),
+        join(root, "_vitray", "probe-1", "out", "b"),
+        join(root, "_vitray", "probe-2"),
+    ]
+    others = ["_vitray/probe", "_vitray/runs/probe-3", "data/probe-4"]
+    for url in [*killed, *(join(root, name) for name in others)]:
+        put(url)
+    assert drop_scratch(f"{root}/") == [] and len(below(root)) == 6  # somebody may be at work with it
+    if "://" in root:
+        monkeypatch.setattr(storage, "ABANDONED_S", -60)
+    else:
+        for url in killed[1:]:  # of a folder what changed last counts
+            os.utime(url, (time.time() - 4000,) * 2)
+        assert drop_scratch(root) == [killed[2]]
+        os.utime(killed[0], (time.time() - 4000,) * 2)
+    assert drop_scratch(root)[0] == join(root, "_vitray", "probe-1")
+    assert below(root) == others
 
 
 # ---- S3 alone

@@ -5,14 +5,11 @@ All on the same images: the first ones of the job's source, encoded as they are.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
-import shutil
 import tarfile
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -22,7 +19,7 @@ from io import BytesIO
 import numpy as np
 import pyarrow as pa
 
-from vitray.dataset import Dataset, require_dataset
+from vitray.dataset import Dataset, require_dataset, with_frozen
 from vitray.decode import ON_DEVICE, decode
 from vitray.errors import JobError
 from vitray.job import Job
@@ -30,7 +27,7 @@ from vitray.models import ceiling, identify, open_model, runs_on, torch_threads_
 from vitray.pipeline import joined, on_machine, run, with_absolute_paths
 from vitray.schema import Encoded
 from vitray.sources import list_shards, read_shard
-from vitray.storage import is_local, join, store_for
+from vitray.storage import drop_scratch, is_local, join, scratch, store_for
 
 LINE_GROWS = 4  # each run of the whole line has so many times the images of the one before
 SHARD_IMAGES, SHARD_BYTES = 512, 128 << 20  # at most; a tar is made in memory
@@ -68,61 +65,60 @@ class Bench:
     first_rows_s: float
     identify_s: float  # imports, reading the checkpoint, and timing the engines where `auto` has several
     out_kilobytes: float  # of a row, in Parquet
+    fragment_rows: int
     limit: str  # read, decode or model: the slowest alone; line: what lies between the steps
     gpus: int = 1  # that `model` is of, where the device is one
     machines: int = 1  # that `line` is the mean of
     measured: str = "on this machine"
 
     def __str__(self) -> str:
+        share = " (the CPU's share)" if self.decode_mode in ON_DEVICE else ""
+        model = f"{self.engine}, {self.precision}, batch {self.batch_size}, {self.device}"
+        ceiling = f"{self.gflops:,.0f} GFLOP/s of matrix products: the model has {self.model / self.ceiling:.2f}"
+        line = f"{self.line / self.model:.2f} of the model alone; first rows after {self.first_rows_s:.1f} s"
         rows = [
             ("read", self.read, f"from the source, {self.read * self.kilobytes / 1000:.0f} MB/s"),
             ("decode, 1 core", self.decode_core, self.decode_mode),
-            (
-                f"decode, {self.cores} cores",
-                self.decode,
-                self.decode_mode + (" (the CPU's share)" if self.decode_mode in ON_DEVICE else ""),
-            ),
-            ("model alone", self.model, f"{self.engine}, {self.precision}, batch {self.batch_size}, {self.device}"),
-            (
-                "ceiling",
-                self.ceiling,
-                f"{self.gflops:,.0f} GFLOP/s of matrix products: the model has {self.model / self.ceiling:.2f}",
-            ),
-            (
-                "whole line",
-                self.line,
-                f"{self.line / self.model:.2f} of the model alone; first rows after {self.first_rows_s:.1f} s",
-            ),
+            (f"decode, {self.cores} cores", self.decode, self.decode_mode + share),
+            ("model alone", self.model, model),
+            ("ceiling", self.ceiling, ceiling),
+            ("whole line", self.line, line),
         ]
         table = [f"{name:18}{rate:12,.1f} images/s   {note}" for name, rate, note in rows]
         return "\n".join([*table, f"limit: {self.limit}. To change that: {ADVICE[self.limit]}"])
 
 
-def bench(job: Job, images: int = 256, seconds: float = 6.0) -> Bench:
+def bench(job: Job, images: int = 256, seconds: float = 6.0, near: str = "") -> Bench:
     """Time every step alone, for so many seconds, and together, on the first `images` of the source. Wants the whole machine.
 
+    near: where that is on S3 the whole line reads and writes within it, as a run would, and else in the temporary directory.
     Raises JobError when the source holds no image, and what `run` raises.
     """
-    alone = _alone(job, images, seconds, len(os.sched_getaffinity(0)))
-    frozen = job.model_copy(update={"engine": alone.dataset.facts.engine})
-    with tempfile.TemporaryDirectory(prefix="vitray-bench-") as scratch:
-        return _bench(alone, _line(frozen, alone, 1, seconds, _Start(scratch, run)))
+    alone = _alone(with_frozen(job), images, seconds, len(os.sched_getaffinity(0)))
+    frozen = alone.dataset.job.model_copy(update={"engine": alone.dataset.facts.engine})
+    if near:
+        drop_scratch(near)
+    if near:
+        drop_scratch(near)
+    with tempfile.TemporaryDirectory(prefix="vitray-bench-") if is_local(near) else scratch(near) as folder:
+        return _bench(alone, _line(frozen, alone, 1, seconds, _Start(folder, run)))
 
 
 def bench_cluster(job: Job, address: str, images: int, seconds: float, allow_open_cluster: bool = False) -> Bench:
     """The same of a Ray cluster: every step alone on one whole machine of it, and the whole line on all of it.
 
-    The line runs on tars of the sample in OUT/_vitray/probe-<random>, which is removed afterwards: where OUT is, a run would
-    write too. identify_s: until Ray had let us in; first_rows_s has the rest.
+    The line runs on tars of the sample in OUT/_vitray/probe-<random>, since where OUT is a run would write too. It is removed
+    afterwards, and what killed ones left before. identify_s: until Ray had let us in; first_rows_s has the rest.
     Raises what `bench` and `run` raise, so ClusterError where OUT is not seen by all machines.
     """
-    job, started = with_absolute_paths(job), time.perf_counter()
+    job, started = with_frozen(with_absolute_paths(job)), time.perf_counter()
+    drop_scratch(job.out)
     with joined(address, allow_open_cluster, job.device) as machine:
         joined_s = time.perf_counter() - started
         alone: _Alone = on_machine(machine, _alone, job, images, seconds, machine.cpus)
         there = partial(run, address=address, allow_open_cluster=allow_open_cluster)
-        with _scratch(job.out) as scratch:
-            line = _line(job, alone, machine.alike * max(1, machine.gpus), seconds, _Start(scratch, there))
+        with scratch(job.out) as folder:
+            line = _line(job, alone, machine.alike * max(1, machine.gpus), seconds, _Start(folder, there))
     each = replace(line, rate=line.rate / machine.alike)
     others = f" and others: {machine.others}" if machine.others else ""
     return replace(
@@ -167,7 +163,7 @@ class _Alone:
 class _Start:
     """What starts a run, and the folder that it may write to."""
 
-    scratch: str
+    folder: str
     run: Callable[..., object]
 
 
@@ -176,6 +172,7 @@ class _Line:
     rate: float
     first_s: float
     row_bytes: float
+    fragment_rows: int
 
 
 def _alone(job: Job, images: int, seconds: float, cores: int) -> _Alone:
@@ -219,6 +216,7 @@ def _bench(alone: _Alone, line: _Line, gpus: int = 1) -> Bench:
         first_rows_s=line.first_s,
         identify_s=alone.identify_s,
         out_kilobytes=line.row_bytes / 1000,
+        fragment_rows=line.fragment_rows,
         limit=slowest if line.rate >= NEAR * together else "line",
         gpus=gpus,
     )
@@ -272,7 +270,7 @@ def _model(dataset: Dataset, device: str, threads: int, seconds: float) -> float
 
 
 def _line(job: Job, alone: _Alone, machines: int, seconds: float, start: _Start) -> _Line:
-    """Of runs on tars of the sample in `start.scratch`, each LINE_GROWS times the one before, until two differ by so many seconds.
+    """Of runs on tars of the sample in `start.folder`, each LINE_GROWS times the one before, until two differ by so many seconds.
 
     The rate is the slope between the last two: what is in the queues at the first rows and at the end cancels out. How fast the
     line is, its steps alone do not say: a tiny ViT on a Ray of two busy cores made 54 images/s, the model alone 3,500.
@@ -280,20 +278,21 @@ def _line(job: Job, alone: _Alone, machines: int, seconds: float, start: _Start)
     images = int(max(len(alone.sample), machines * min(alone.slowest * seconds, LINE_GROWS * len(alone.sample))))
     most = max(LINE_GROWS * images, SCRATCH_BYTES / alone.kilobytes / 1000)
     first_s, before_s = _run(job, alone.sample, images, start)
-    job = job.model_copy(update={"engine": require_dataset(f"{start.scratch}/{images}/out").facts.engine})
+    made = require_dataset(f"{start.folder}/{images}/out")
+    job = job.model_copy(update={"engine": made.facts.engine})
     while True:
         images *= LINE_GROWS
         _, rows_s = _run(job, alone.sample, images, start)
         if rows_s - before_s >= seconds or images * LINE_GROWS > most:
             break
         before_s = rows_s
-    written = sum(file.size for file in store_for(start.scratch).find(f"{start.scratch}/{images}/out/data"))
-    return _Line((images - images // LINE_GROWS) / max(1e-9, rows_s - before_s), first_s, written / images)
+    written = sum(file.size for file in store_for(start.folder).find(f"{start.folder}/{images}/out/data"))
+    return _Line((images - images // LINE_GROWS) / max(1e-9, rows_s - before_s), first_s, written / images, made.fragment_rows)
 
 
 def _run(job: Job, sample: list[Encoded], images: int, start: _Start) -> tuple[float, float]:
     """Seconds from the call to the first rows, and from those to the last, of one run."""
-    folder = f"{start.scratch}/{images}"
+    folder = f"{start.folder}/{images}"
     _write_tars(f"{folder}/in", sample, images)
     own = {"source": [f"{folder}/in"], "out": f"{folder}/out", "format": "tar", "image_member": None, "keep": []}
     whole = {"limit": None, "sample": None, "since": None, "max_error_rate": 1.0}
@@ -318,19 +317,3 @@ def _write_tars(folder: str, sample: list[Encoded], images: int) -> None:
                 member.size = len(data)
                 tar.addfile(member, BytesIO(data))
         store_for(folder).create(join(folder, f"{number:05d}.tar"), body.getvalue())
-
-
-@contextlib.contextmanager
-def _scratch(out: str) -> Iterator[str]:
-    """A folder within `out`, since next to it another bucket might begin; gone when the block ends."""
-    folder = join(out, "_vitray", f"probe-{uuid.uuid4().hex}")
-    store = store_for(folder)
-    try:
-        yield folder
-    finally:
-        if is_local(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-        else:
-            store.delete([file.url for file in store.find(folder)])
-        for above in (join(out, "_vitray"), out):
-            store.delete_folder(above)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from vitray.dataset import Dataset, committed, data_files, parquet_of, read_table, require_complete, require_outside, rows_in
-from vitray.errors import JobError, ObjectMissing
+from vitray.errors import JobError, ObjectMissing, count
 from vitray.storage import absolute, exists, join, read, store_for
 
 PART = "part-"
@@ -31,8 +31,8 @@ class Compaction:
     rows: int
 
     def __str__(self) -> str:
-        files, parts = f"{self.files} data file{'s' * (self.files != 1)}", f"{self.parts} part{'s' * (self.parts != 1)}"
-        return f"{self.into}: {files} in {parts}, {self.written} of them written now, {self.rows:,} rows"
+        parts = f"{count(self.parts, 'part')}, {self.written} of them written now"
+        return f"{self.into}: {count(self.files, 'data file')} in {parts}, {count(self.rows, 'row')}"
 
 
 def compact(out: str, into: str, megabytes: int = 256) -> Compaction:

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from vitray.dataset import data_files, matrix_of, read_table, require_dataset
+from vitray.dataset import data_files, matrix_of, read_table, require_dataset, shard_of
 from vitray.errors import JobError
 from vitray.storage import absolute, store_for
 
@@ -80,20 +80,20 @@ class Comparison:
 def compare(old: str, new: str) -> Comparison:
     """Row against row. Raises JobError when one of the two is no dataset, or when they have no shard in common."""
     datasets = [require_dataset(out) for out in (old, new)]
-    first, second = ({_shard_of(url): url for url in data_files(dataset.out)} for dataset in datasets)
+    first, second = ({shard_of(url): url for url in data_files(dataset.out)} for dataset in datasets)
     both = sorted(first.keys() & second.keys())
     if not both:
         raise JobError(f"{absolute(old)} and {absolute(new)} have no shard in common: they were not made from the same input.")
     rows = agreed = 0
     alone, shift = [0, 0], 0.0
-    moves, examples = Counter[tuple[str, str]](), dict[tuple[str, str], list[tuple[str, str, int]]]()
+    moves, examples = Counter[tuple[str, str]](), dict[tuple[str, str], list[tuple[str, tuple[str, int]]]]()
     vectors: list[tuple[np.ndarray, np.ndarray]] = []
     labelled = all(dataset.job.labelled for dataset in datasets)
     embedded = [next((vector.column for vector in dataset.vectors), None) for dataset in datasets]
     share = max(1, SAMPLE // len(both))
     for shard in both:
         a, b = (_table(urls[shard], labelled, vector) for urls, vector in zip((first, second), embedded))
-        at_a, at_b = _common(a["index"].to_numpy(), b["index"].to_numpy())
+        _, at_a, at_b = np.intersect1d(a["index"], b["index"], assume_unique=True, return_indices=True)
         rows += len(at_a)
         alone[0] += len(a) - len(at_a)
         alone[1] += len(b) - len(at_b)
@@ -106,11 +106,11 @@ def compare(old: str, new: str) -> Comparison:
                 pair = (a["label"][int(n)].as_py(), b["label"][int(n)].as_py())
                 moves[pair] += 1
                 if moves[pair] <= EXAMPLES:
-                    examples.setdefault(pair, []).append((a["key"][int(n)].as_py(), shard, a["index"][int(n)].as_py()))
+                    examples.setdefault(pair, []).append((a["key"][int(n)].as_py(), (shard, a["index"][int(n)].as_py())))
         if None not in embedded and len(at_a) and len(vectors) * share < SAMPLE:
             some = np.linspace(0, len(at_a) - 1, min(share, len(at_a))).astype(int)
-            vectors.append((_matrix(a["vector"].take(some)), _matrix(b["vector"].take(some))))
-    x, y = (np.concatenate([pair[side] for pair in vectors]) if vectors else np.empty((0, 1)) for side in (0, 1))
+            vectors.append((matrix_of(a["vector"].take(some)), matrix_of(b["vector"].take(some))))
+    x, y = (np.concatenate([p[n] for p in vectors]).astype(float) if vectors else np.empty((0, 1)) for n in (0, 1))
     enough = len(x) > NEIGHBOURS
     return Comparison(
         old=absolute(old),
@@ -121,7 +121,7 @@ def compare(old: str, new: str) -> Comparison:
         only_old_shards=len(first.keys() - second.keys()),
         only_new_shards=len(second.keys() - first.keys()),
         agreement=agreed / rows if labelled and rows else None,
-        moves=tuple(_move(*pair, count, examples[pair]) for pair, count in moves.most_common(MOVES)),
+        moves=tuple(Move(*pair, count, *zip(*examples[pair])) for pair, count in moves.most_common(MOVES)),
         score_shift=shift / agreed if labelled and agreed else None,
         sample=len(x),
         cka=linear_cka(x, y) if enough else None,
@@ -149,25 +149,8 @@ def _nearest(x: np.ndarray, k: int) -> np.ndarray:
     return np.argpartition(-likeness, k, axis=1)[:, :k]
 
 
-def _move(old: str, new: str, images: int, examples: list[tuple[str, str, int]]) -> Move:
-    return Move(old, new, images, tuple(key for key, *_ in examples), tuple((shard, index) for _, shard, index in examples))
-
-
-def _shard_of(url: str) -> str:
-    return url.rpartition("/")[2].removesuffix(".parquet")
-
-
 def _table(url: str, labelled: bool, vector: str | None) -> pa.Table:
     names = ["index", "key", *(["label", "score"] if labelled else []), *([vector] if vector else [])]
     with store_for(url).open(url) as stream:
         table = read_table(stream, names)
     return table.rename_columns(["vector" if name == vector else name for name in table.column_names])
-
-
-def _common(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    _, at_a, at_b = np.intersect1d(a, b, assume_unique=True, return_indices=True)
-    return at_a, at_b
-
-
-def _matrix(column: pa.ChunkedArray) -> np.ndarray:
-    return matrix_of(column).astype(np.float64)

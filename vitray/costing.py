@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import yaml
+from rich.filesize import decimal
 
-from vitray.errors import JobError
+from vitray.errors import JobError, count
 from vitray.job import BAD_YAML
 
 PRICES = {
@@ -20,7 +22,7 @@ PRICES = {
 }
 # of S3, measured: see BENCHMARKS.md
 START_S = 1.0  # Python, and what it imports before the first line of a command
-WRITES_A_SHARD, READS_A_SHARD, WRITES_A_FRAGMENT = 6, 15, 1
+WRITES_A_SHARD, READS_A_SHARD = 6, 13  # besides its fragments: each is written once, and takes a HEAD and a GET
 
 
 class Rates(Protocol):
@@ -51,6 +53,8 @@ class Rates(Protocol):
     @property
     def machines(self) -> int: ...
     @property
+    def fragment_rows(self) -> int: ...
+    @property
     def measured(self) -> str: ...
 
 
@@ -75,10 +79,10 @@ class Estimate:
     def __str__(self) -> str:
         gpu = "" if self.more_gpu is None else f", one more GPU {self.more_gpu:,.1f}"
         lines = [
-            f"time       {_span(self.seconds)} on {self.machines} such machine{'s' * (self.machines != 1)} ({self.images_per_s:,.1f} images/s each)",
+            f"time       {_span(self.seconds)} on {count(self.machines, 'such machine')} ({self.images_per_s:,.1f} images/s each)",
             f"measured   {self.measured}",
             f"limit      {self.limit}; one more core would give {self.more_cpu:,.1f} images/s{gpu}",
-            f"bytes out  {self.out_bytes / 1e9:,.3f} GB",
+            f"bytes out  {decimal(self.out_bytes)}",
         ]
         if self.money is not None:
             parts = ", ".join(f"{name} {value:,.2f}" for name, value in self.money.items() if name != "gb_month")
@@ -100,10 +104,11 @@ def estimate(
     money = None
     if prices is not None:
         hours = seconds / 3600 * machines
-        writes = shards * WRITES_A_SHARD + WRITES_A_FRAGMENT * math.ceil(images / 1024)
+        fragments = math.ceil(images / rates.fragment_rows)
+        writes, reads = shards * WRITES_A_SHARD + fragments, shards * READS_A_SHARD + 2 * fragments
         money = {
             "machines": hours * prices.get("machine_hour", 0),
-            "requests": writes / 1000 * prices.get("put_1000", 0) + shards * READS_A_SHARD / 1000 * prices.get("get_1000", 0),
+            "requests": writes / 1000 * prices.get("put_1000", 0) + reads / 1000 * prices.get("get_1000", 0),
             "gb_month": stored / 1e9 * prices.get("gb_month", 0),
         }
     more_gpu = None if on_cpu else min(rates.decode, (rates.gpus + 1) / rates.gpus * rates.model)
@@ -125,6 +130,17 @@ def read_prices(path: str) -> dict[str, float]:
     ]:
         raise JobError(f"--prices {path}: {odd[0]} is no price")
     return {name: float(value) for name, value in table.items()}
+
+
+def read_plan(path: str) -> dict[str, Any]:
+    """What `plan --probe --json` printed. Raises JobError for what is not that."""
+    try:
+        expected: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not all(type(expected[name]) in (int, float) and 0 <= expected[name] < math.inf for name in ("seconds", "images")):
+            raise ValueError("its seconds or images are no numbers")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise JobError(f"--planned {path} is not what vitray plan --probe --json prints: {error}") from error
+    return expected
 
 
 def _span(seconds: float) -> str:

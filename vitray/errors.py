@@ -93,3 +93,8 @@ class Interrupted(VitrayError):
 def one_line(error: BaseException) -> str:
     """What another library's error says, as part of a message of ours."""
     return " ".join(str(error).split())[:400] or type(error).__name__
+
+
+def count(number: int, noun: str) -> str:
+    """The number and its noun, which takes an s."""
+    return f"{number:,} {noun}" + "s" * (number != 1)

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pyarrow import types
 
 from vitray.dataset import (
     Dataset,
@@ -31,6 +32,7 @@ from vitray.dataset import (
     require_outside,
     row_blocks,
     row_counts,
+    shard_of,
 )
 from vitray.errors import JobError, ObjectChanged, ObjectMissing, ShardError, StorageError, one_line
 from vitray.pipeline import groups_of
@@ -169,14 +171,9 @@ def _csv(dataset: Dataset, folder: Path, wanted: Wanted) -> Written:
 
 def _text(column: pa.Array) -> pa.Array:
     kind = column.type
-    if pa.types.is_dictionary(kind):
+    if types.is_dictionary(kind):
         return column.cast(kind.value_type)
-    if (
-        pa.types.is_nested(kind)
-        or pa.types.is_binary(kind)
-        or pa.types.is_large_binary(kind)
-        or pa.types.is_fixed_size_binary(kind)
-    ):
+    if any(is_so(kind) for is_so in (types.is_nested, types.is_binary, types.is_large_binary, types.is_fixed_size_binary)):
         values = column.to_pylist()
         said = [v if v is None else v.hex() if isinstance(v, bytes) else _json(v) for v in values]
         return pa.array(said, pa.string())
@@ -198,7 +195,7 @@ def _lance(dataset: Dataset, folder: Path, wanted: Wanted) -> Written:
     """A LanceDB database with one table that holds every column."""
     import lancedb
 
-    fields = [f.with_type(f.type.value_type) if pa.types.is_dictionary(f.type) else f for f in dataset.schema]
+    fields = [f.with_type(f.type.value_type) if types.is_dictionary(f.type) else f for f in dataset.schema]
     blocks = row_blocks(dataset, data_files(dataset.out), dataset.schema.names)
     batches = (batch for block in blocks for batch in block.cast(pa.schema(fields)).to_batches())
     reader = pa.RecordBatchReader.from_batches(pa.schema(fields), batches)
@@ -210,7 +207,7 @@ def _webdataset(dataset: Dataset, folder: Path, wanted: Wanted) -> Written:
     listed = {shard.id: shard for shard in list_shards(dataset.job, groups_of(dataset.out)).shards}
     written, lost, examples = 0, 0, list[str]()
     for number, url in enumerate(data_files(dataset.out)):
-        shard = listed.get(url.rpartition("/")[2].removesuffix(".parquet"))
+        shard = listed.get(shard_of(url))
         rows = {row["index"]: row for block in row_blocks(dataset, [url], _scalars(dataset)) for row in block.to_pylist()}
         with tarfile.open(folder / f"{number:06d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
             for row, data in _images(dataset, shard, rows) if shard else ():

@@ -17,6 +17,7 @@ from vitray.dataset import (
     staged,
     staged_shards,
 )
+from vitray.errors import count
 from vitray.job import Job
 from vitray.models import when_compiling_pays
 from vitray.pipeline import groups_of
@@ -45,10 +46,10 @@ class Plan:
         about = "" if self.images_exact else "about "
         decided = self.decided or dict.fromkeys(("model", "precision", "engine", "batch_size", "fragment_rows"), "decided at run")
         lines = [
-            f"source     {self.shards} {self.kind} shards, {about}{self.images:,} images, {decimal(self.size_bytes)}",
-            f"committed  {self.committed} shards",
-            *([f"left out   {self.left_out} shards, by since, sample or limit"] if self.left_out else []),
-            f"to do      {self.pending} shards, {about}{self.pending_images:,} images",
+            f"source     {count(self.shards, f'{self.kind} shard'.strip())}, {about}{count(self.images, 'image')}, {decimal(self.size_bytes)}",
+            f"committed  {count(self.committed, 'shard')}",
+            *([f"left out   {count(self.left_out, 'shard')}, by since, sample or limit"] if self.left_out else []),
+            f"to do      {count(self.pending, 'shard')}, {about}{count(self.pending_images, 'image')}",
             *(f"{name:<10} {value}" for name, value in decided.items()),
             f"compile    {self.compile}",
             f"out        {self.out}",
@@ -77,16 +78,17 @@ class Status:
             state = "not complete: mend or remove the shards set aside, then run the job again"
         lines = [
             f"{self.out}: {state}",
-            f"committed  {self.shards} shards, {self.rows:,} rows, {self.errors:,} errors, {len(self.truncated)} shards cut short",
+            f"committed  {count(self.shards, 'shard')}, {count(self.rows, 'row')}, {count(self.errors, 'error')}, "
+            f"{count(len(self.truncated), 'shard')} cut short",
             *(f"cut short  {shard}: at byte {at:,}" for shard, at in self.truncated.items()),
-            f"staged     {sum(self.staged.values()):,} images of {len(self.staged)} shards",
+            f"staged     {count(sum(self.staged.values()), 'image')} of {count(len(self.staged), 'shard')}",
             *(f"{name:<10} {value}" for name, value in self.decided.items()),
         ]
         if self.last_run is not None:
             lines.append(
-                f"last run   {self.last_run['finished']}: {self.last_run['images']} images, {self.last_run['images_per_s']}/s"
+                f"last run   {self.last_run['finished']}: {self.last_run['images']:,} images, {self.last_run['images_per_s']}/s"
             )
-            if "planned" in self.last_run:
+            if "seconds_over_planned" in self.last_run:
                 lines.append(f"planned    took {self.last_run['seconds_over_planned']} of the time that was planned")
             if isinstance(aside, dict) and not self.complete:
                 lines += [f"set aside  {shard}: {why}" for shard, why in aside.items()]

@@ -28,6 +28,7 @@ from vitray.dataset import (
     require_outside,
     resolve_dataset,
     row_blocks,
+    shard_of,
 )
 from vitray.errors import JobError
 from vitray.job import PROMPT
@@ -74,7 +75,7 @@ def relabel(out: str, head: str, into: str) -> Relabelling:
     check_data(new)
     if (groups := load_group_log(old.out)) and not load_group_log(into):
         append_group_log(into, groups)  # refused: another call did the same
-    files = {source.rpartition("/")[2].removesuffix(".parquet"): source for source in data_files(old.out)}
+    files = {shard_of(source): source for source in data_files(old.out)}
     pending = files.keys() - committed(into).keys()
     for shard in sorted(pending):
         commit_rows(new, read_footer(files[shard]), _relabelled(old, new, files[shard], chosen))

@@ -79,10 +79,8 @@ class Found:
 
     def __str__(self) -> str:
         how = "exact" if self.recall is None else f"by an index that finds {self.recall:.1%} of the nearest"
-        lines = [
-            f"nearest to {self.query} by {self.column}, {self.rows:,} rows, {how}",
-            *(f"note: {note}" for note in self.notes),
-        ]
+        lines = [f"nearest to {self.query} by {self.column}, {self.rows:,} rows, {how}"]
+        lines += [f"note: {note}" for note in self.notes]
         for n in self.neighbours:
             label = "" if n.label is None else f"  {_shown(n.label)} {n.score:.3f}"
             lines.append(f"{n.cosine:8.4f}  {_shown(n.key)}  ({n.shard}, {n.index}){label}")
@@ -182,7 +180,7 @@ def _indexed(
         raise JobError(
             f"--index {path}: it must be a local file, and the dataset must have rows. Leave it out for an exact search."
         )
-    notes = [f"with less than {SMALL:,} rows, a search without --index is exact and about as fast"] if rows < SMALL else []
+    notes = [f"with fewer than {SMALL:,} rows, a search without --index is exact and about as fast"] if rows < SMALL else []
     try:
         marks, is_new = _up_to_date(dataset, vector, path), False
         if marks is None:

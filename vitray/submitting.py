@@ -72,7 +72,7 @@ class Cluster:
     def __init__(self, address: str, allow_open: bool = False) -> None:
         if not _SCHEME.match(address):
             shown = re.sub(r"//[^/]*@", "//***@", address)
-            raise ClusterError(f"--address {shown}: give the URL of the cluster's job API, like http://head:8265")
+            raise JobError(f"--address {shown}: give the URL of the cluster's job API, like http://head:8265")
         self.address, self.allow_open = address.rstrip("/"), allow_open
         if not os.environ.get("RAY_AUTH_TOKEN", "").strip().isprintable():  # requests would show it in its error
             raise ClusterError("RAY_AUTH_TOKEN holds a line break or a control character. Set it again.")
@@ -214,13 +214,23 @@ class Cluster:
             raise
         except Exception as error:  # of five libraries
             raise ClusterError(
-                f"{self.address}: {one_line(error)}. Check the address, RAY_AUTH_MODE and RAY_AUTH_TOKEN."
+                f"{self.address}: {_root_of(error)}. Check the address, RAY_AUTH_MODE and RAY_AUTH_TOKEN."
             ) from error
 
 
 def new_id() -> str:
     """A name for a submission that nobody else gives."""
     return f"vitray-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+
+
+def _root_of(error: BaseException) -> str:
+    """What the system said, where that is at the root of what others wrapped into each other; else the error's own text."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.strerror:
+            return seen.strerror
+        seen = seen.__cause__ or seen.__context__
+    return one_line(error)
 
 
 def _answers_strangers(address: str) -> bool:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vitray.dataset import Dataset, Footer, RowsDigest, committed, read_footer, read_manifest, read_table, require_dataset
-from vitray.errors import CommitError, JobError, ObjectChanged, ObjectMissing, ShardError, StorageError, one_line
+from vitray.errors import CommitError, JobError, ObjectChanged, ObjectMissing, ShardError, StorageError, count, one_line
 from vitray.pipeline import groups_of
 from vitray.schema import Encoded, End, Shard, content_hash
 from vitray.sources import chosen, list_shards, read_shard
@@ -43,10 +43,11 @@ class Validation:
 
     def __str__(self) -> str:
         good = "valid so far" if self.pending else "valid"
-        verdict = good if self.ok else f"NOT valid: {len(self.problems)} problems"
-        lines = [f"{self.out}: {verdict}; {self.files} files, {self.rows:,} rows, {self.errors:,} errors"]
+        verdict = good if self.ok else f"NOT valid: {count(len(self.problems), 'problem')}"
+        held = f"{count(self.files, 'file')}, {count(self.rows, 'row')}, {count(self.errors, 'error')}"
+        lines = [f"{self.out}: {verdict}; {held}"]
         if self.pending or self.gone:
-            lines.append(f"inputs: {self.pending} shards not committed yet, {self.gone} committed ones no longer listed")
+            lines.append(f"inputs: {count(self.pending, 'shard')} not committed yet, {self.gone} committed ones no longer listed")
         return "\n".join(lines + [f"  {problem}" for problem in self.problems])
 
 

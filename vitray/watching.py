@@ -18,6 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from vitray.errors import count
 from vitray.job import Job
 from vitray.pipeline import Progress, Result
 
@@ -52,11 +53,6 @@ def summary(result: Result, job: Job) -> str:
     return "\n".join(lines)
 
 
-def count(number: int, noun: str) -> str:
-    """The number and its noun, which takes an s."""
-    return f"{number} {noun}" + "s" * (number != 1)
-
-
 def json_line(progress: Progress) -> str:
     """How far a run is, for a program that reads its log."""
     fields = {
@@ -74,7 +70,7 @@ def json_line(progress: Progress) -> str:
         "bytes": progress.size_bytes,
         "seconds_by_step": {step: round(seconds, 1) for step, seconds in progress.seconds.items()},
         "waiting": progress.waiting(),
-        "cpu": psutil.cpu_percent() / 100,
+        "cpu": round(psutil.cpu_percent() / 100, 3),
         "gpu": _gpus(),
     }
     return json.dumps(fields)
@@ -83,10 +79,9 @@ def json_line(progress: Progress) -> str:
 def view(progress: Progress) -> Table:
     """How far a run is, for a person at a terminal."""
     left = progress.left_s()
-    of = f" of {progress.images_expected:,}" if progress.images_expected else ""
-    bar = ProgressBar(
-        total=progress.images_expected or progress.shards, completed=progress.images if of else progress.shards_done
-    )
+    known = progress.images_expected
+    of = f" of {known:,}" if known else ""
+    bar = ProgressBar(total=known or progress.shards, completed=progress.images if known else progress.shards_done)
     computed = max(1, progress.images - progress.resumed)
     rows: list[tuple[str, RenderableType]] = [
         ("", bar),

@@ -91,7 +91,7 @@ def _usage(error: Any) -> str:
     from vitray.job import Job
 
     field = getattr(error, "option_name", "").lstrip("-").replace("-", "_")
-    if field in Job.model_fields.keys() - {"source", "model", "out"} and error.ctx.info_name in ("run", "plan"):
+    if field in Job.model_fields.keys() - {"source", "model", "out"} and "sets" in {p.name for p in error.ctx.command.params}:
         return f"`{field}` is a field of the job: write --set {field}=…"
     return str(error.format_message())
 

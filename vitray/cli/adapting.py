@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from vitray.cli.console import Address, Json, Open, Sets, say, say_when_interrupted, show
+from vitray.cli.console import Address, Json, Open, Sets, end_at_once_when_interrupted, say, show
 
 
 def finetune(
@@ -25,7 +25,7 @@ def finetune(
         figures = ", ".join(f"{name.replace('_', ' ')} {record[name]:.4g}" for name in record if name not in ("epoch", "step"))
         say(f"epoch {record['epoch']:g}: {figures}", err=True)
 
-    say_when_interrupted("checkpoints stay. Run the same command again to go on.")
+    end_at_once_when_interrupted("checkpoints stay. Run the same command again to go on.")
     found = train(load_recipe(recipe, parse_set(sets or [])), tell, address, allow_open_cluster)
     show(found, as_json, str(found))
 

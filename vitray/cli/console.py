@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import math
 import os
 import signal
 import sys
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from vitray.errors import JobError
+from vitray.costing import read_plan
 
 if TYPE_CHECKING:
     from vitray.job import Job
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 
 STOP_S = 15.0
 EVERY_S = 10.0
+RUN_STAYS = "what is staged stays. Run the same command again to go on."
 _live: list[Any] = []  # the view on the terminal, while there is one
 
 Target = Annotated[str, typer.Argument(metavar="JOB.yaml|SOURCE", help="a job file, or images: path, glob, prefix, s3://…")]
@@ -48,7 +48,8 @@ def run_shown(
     from vitray.pipeline import run as run_job
     from vitray.watching import summary
 
-    expected = _planned(planned)
+    expected = None if planned is None else read_plan(planned)
+    end_at_once_when_interrupted(RUN_STAYS)
     threading.Thread(target=_end_if_stopped, daemon=True).start()
     with watched() as report:
         result = run_job(
@@ -62,20 +63,6 @@ def run_shown(
         )
     show(result, as_json, summary(result, job))
     raise typer.Exit(result.exit_code)
-
-
-def _planned(path: str | None) -> dict[str, Any] | None:
-    """What `plan --probe --json` printed."""
-    if path is None:
-        return None
-    try:
-        with open(path, encoding="utf-8") as file:
-            expected: dict[str, Any] = json.load(file)
-        if not all(type(expected[name]) in (int, float) and 0 <= expected[name] < math.inf for name in ("seconds", "images")):
-            raise ValueError("its seconds or images are no numbers")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise JobError(f"--planned {path} is not what vitray plan --probe --json prints: {error}") from error
-    return expected
 
 
 @contextlib.contextmanager
@@ -158,11 +145,12 @@ class Terminal(logging.Handler):
 
 
 _stop, _is_running = threading.Event(), threading.Event()
-_farewell = ["what is staged stays. Run the same command again to go on."]
+_farewell = ["run the same command again."]
 _signals: list[int] = []  # that came; an Event's lock is not for handlers that may interrupt each other
 
 
-def say_when_interrupted(text: str) -> None:
+def end_at_once_when_interrupted(text: str) -> None:
+    """For a command that stands a crash at any moment; others have files that they take away when a first signal ends them."""
     _farewell.append(text)
 
 
@@ -175,7 +163,7 @@ def _end_if_stopped() -> None:
 
 
 def on_signal(number: int, _frame: object) -> None:
-    """The first SIGTERM lets a run end what it writes. All else ends at once, as a crash would, which is safe at any moment."""
+    """The first SIGTERM lets a run end what it writes. All else ends it at once, as a crash would, which is safe at any moment."""
     _signals.append(number)
     if number != signal.SIGTERM or not _is_running.is_set() or len(_signals) > 1:
         _end(number)
@@ -184,12 +172,15 @@ def on_signal(number: int, _frame: object) -> None:
 
 
 def _end(number: int) -> NoReturn:
-    """No exception: in Ray's C++ it can abort the process."""
+    """At once for what a crash does not harm, and where Ray is: in its C++ an exception can abort the process."""
     with contextlib.suppress(OSError, ValueError):
         if _live:
             os.write(sys.stderr.fileno(), b"\x1b[?25h")  # the view hides the cursor
         os.write(sys.stderr.fileno(), f"\ninterrupted; {_farewell[-1]}\n".encode())
-    os._exit(128 + number)
+    if len(_farewell) > 1 or len(_signals) > 1 or "ray" in sys.modules:
+        os._exit(128 + number)
+    threading.Timer(STOP_S, os._exit, [128 + number]).start()
+    raise SystemExit(128 + number)  # what takes scratch files away does so
 
 
 def one_line(text: str) -> str:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from vitray.cli.console import (
+    RUN_STAYS,
     Address,
     Json,
     Model,
@@ -16,6 +17,7 @@ from vitray.cli.console import (
     OutArgument,
     Sets,
     Target,
+    end_at_once_when_interrupted,
     is_file,
     job_of,
     run_shown,
@@ -24,7 +26,7 @@ from vitray.cli.console import (
     watched,
 )
 from vitray.costing import PRICES, estimate, read_prices
-from vitray.errors import JobError
+from vitray.errors import JobError, count
 
 PROBE_S = 3.0
 
@@ -67,8 +69,9 @@ def plan(
     """Say what a run would do, and with --probe what it would take; leaves nothing behind."""
     from vitray.planning import plan as plan_job
 
-    if address is not None and not probe:
-        raise JobError("--address: only --probe N measures there. Add it, or leave --address out.")
+    of_probe = {"--address": address, "--machines": machines, "--prices": prices}
+    if odd := [name for name, value in of_probe.items() if value is not None and not probe]:
+        raise JobError(f"{odd[0]}: only --probe N measures. Add it, or leave {odd[0]} out.")
     table = read_prices(prices) if prices is not None else None
     job = job_of(target, model, out, sets)
     found = plan_job(job)
@@ -78,8 +81,13 @@ def plan(
         from vitray.bench import bench as bench_job
         from vitray.bench import bench_cluster
 
-        where = address or os.environ.get("RAY_ADDRESS")
-        rates = bench_cluster(job, where, probe, PROBE_S, allow_open_cluster) if where else bench_job(job, probe, PROBE_S)
+        if where := address or os.environ.get("RAY_ADDRESS"):
+            end_at_once_when_interrupted(
+                "no plan was made. A later plan --probe, run or clean of this dataset removes _vitray/probe-… from it."
+            )
+            rates = bench_cluster(job, where, probe, PROBE_S, allow_open_cluster)
+        else:
+            rates = bench_job(job, probe, PROBE_S, job.out)
         expected = estimate(found.pending_images, found.pending, rates, machines, table)
         show(expected, as_json, str(expected))
 
@@ -113,35 +121,12 @@ def validate(
     raise typer.Exit(0 if found.ok else 1)
 
 
-def redo(
-    out: OutArgument,
-    shard: Annotated[list[str] | None, typer.Option(help="a shard id (repeatable)")] = None,
-    reason: Annotated[list[str] | None, typer.Option(help="every shard with an error of this reason (repeatable)")] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="delete; without it only list")] = False,
-) -> None:
-    """Delete chosen data files, so that the next run makes them again."""
-    from vitray.dataset import forget, require_dataset, shards_to_redo
-    from vitray.schema import REASONS
-    from vitray.watching import count
-
-    if not (shard or reason) or set(reason or ()) - REASONS.keys():
-        raise JobError(f"give --shard ID (a file in {out}/data, without .parquet) or --reason R, one of {', '.join(REASONS)}")
-    dataset = require_dataset(out)
-    chosen = shards_to_redo(dataset, shard or (), reason or ())
-    files = count(len(chosen), "data file")
-    deed = f"deleting {files}; run the job again to make them anew" if yes else f"{files} would be deleted; add --yes to do it"
-    say("\n".join([*chosen, deed]))
-    if yes:
-        forget(dataset, chosen)
-
-
 def clean(out: OutArgument) -> None:
-    """Remove staging that no run needs any more."""
+    """Remove staging that no run needs any more, and what killed commands left."""
     from vitray.dataset import clean as clean_dataset
     from vitray.dataset import require_dataset
     from vitray.pipeline import groups_of
     from vitray.sources import list_shards
-    from vitray.watching import count
 
     dataset = require_dataset(out)
     removed = clean_dataset(dataset, [s.id for s in list_shards(dataset.job, groups_of(dataset.out)).shards])
@@ -158,6 +143,7 @@ def demo(
     from vitray.validation import validate as validate_dataset
     from vitray.watching import summary
 
+    end_at_once_when_interrupted(RUN_STAYS)
     say("drawing shapes and training a tiny ViT …")
     job, held_out = shapes.build(directory)
     if held_out == held_out:  # NaN: it was trained by an earlier call
@@ -175,4 +161,4 @@ def demo(
     raise typer.Exit(result.exit_code if checked.ok else 1)
 
 
-COMMANDS = (run, plan, bench, validate, redo, clean, demo)
+COMMANDS = (run, plan, bench, validate, clean, demo)

@@ -16,16 +16,37 @@ from vitray.cli.console import (
     OutArgument,
     Sets,
     Target,
+    end_at_once_when_interrupted,
     job_of,
     run_shown,
     say,
-    say_when_interrupted,
     show,
 )
-from vitray.errors import JobError
+from vitray.errors import JobError, count
 
 if TYPE_CHECKING:
     from vitray.submitting import Cluster, Submission
+
+
+def redo(
+    out: OutArgument,
+    shard: Annotated[list[str] | None, typer.Option(help="a shard id (repeatable)")] = None,
+    reason: Annotated[list[str] | None, typer.Option(help="every shard with an error of this reason (repeatable)")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="delete; without it only list")] = False,
+) -> None:
+    """Delete chosen data files, so that the next run makes them again."""
+    from vitray.dataset import forget, require_dataset, shards_to_redo
+    from vitray.schema import REASONS
+
+    if not (shard or reason) or set(reason or ()) - REASONS.keys():
+        raise JobError(f"give --shard ID (a file in {out}/data, without .parquet) or --reason R, one of {', '.join(REASONS)}")
+    dataset = require_dataset(out)
+    chosen = shards_to_redo(dataset, shard or (), reason or ())
+    files = count(len(chosen), "data file")
+    deed = f"deleting {files}; run the job again to make them anew" if yes else f"{files} would be deleted; add --yes to do it"
+    say("\n".join([*chosen, deed]))
+    if yes:
+        forget(dataset, chosen)
 
 
 def backfill(
@@ -114,7 +135,7 @@ def submit(
     from vitray.submitting import Cluster, new_id
 
     cluster, name = Cluster(address, allow_open_cluster), submission_id or new_id()
-    say_when_interrupted(f"it may have been submitted. Look: vitray status {name} --address {cluster.address}")
+    end_at_once_when_interrupted(f"it may have been submitted. Look: vitray status {name} --address {cluster.address}")
     given = cluster.submit(job_of(target, model, out, sets), working_dir, name)
     _tell(cluster, given, wait, as_json)
 
@@ -152,13 +173,15 @@ def status(
         return _tell(cluster, cluster.find(out), follow, as_json)
     from vitray.planning import status as dataset_status
 
+    if follow:
+        raise JobError("--follow is for a submission. Add --address URL, or leave --follow out.")
     found = dataset_status(out)
     show(found, as_json, str(found))
 
 
 def _tell(cluster: Cluster, submission: Submission, follow: bool, as_json: bool) -> None:
     if follow:
-        say_when_interrupted(
+        end_at_once_when_interrupted(
             f"the job goes on. Come back with vitray status {submission.id} --follow --address {cluster.address}"
         )
         if not as_json:
@@ -275,4 +298,4 @@ def report(
     show(found, as_json, text)
 
 
-COMMANDS = (status, submit, stop, backfill, compare, compact, relabel, search, export, report)
+COMMANDS = (status, submit, stop, redo, backfill, compare, compact, relabel, search, export, report)

@@ -21,7 +21,7 @@ from vitray.dataset.identity import Dataset
 from vitray.dataset.staging import drop_staging, staged_shards
 from vitray.errors import CommitError, FingerprintError, JobError, ObjectMissing
 from vitray.schema import ERROR_SCHEMA
-from vitray.storage import ObjectInfo, exists, is_local, join, read, sha256_of, store_for
+from vitray.storage import ObjectInfo, drop_scratch, exists, is_local, join, read, sha256_of, store_for
 
 THREADS = 16
 LOOKS = 4  # when another run changes what this one reads
@@ -50,7 +50,7 @@ class Ledger:
 
 def committed(out: str) -> dict[str, ObjectInfo]:
     """Every data file, by shard id."""
-    return {_shard_of(info.url): info for info in under(out, "data") if info.url.endswith(".parquet")}
+    return {shard_of(info.url): info for info in under(out, "data") if info.url.endswith(".parquet")}
 
 
 def read_manifest(out: str) -> pa.Table | None:
@@ -87,7 +87,7 @@ def _finish(dataset: Dataset, list_ids: Callable[[], tuple[Sequence[str], Sequen
     crash_point("manifest-started")
     seen = committed(dataset.out).keys()  # before the listing: no other may be removed
     listed, planned = list_ids()
-    error_files = {_shard_of(info.url) for info in under(dataset.out, "errors")}  # first: they are written after their data files
+    error_files = {shard_of(info.url) for info in under(dataset.out, "errors")}  # first: they are written after their data files
     data = committed(dataset.out)
     if newer := data.keys() - seen - set(listed):
         raise ObjectMissing(
@@ -201,9 +201,9 @@ def clean(dataset: Dataset, listed: Iterable[str]) -> list[str]:
     orphans = [s for s in staged_shards(dataset) if s in data or s not in wanted]
     for shard in orphans:
         drop_staging(dataset, shard)
-    left = [info.url for info in _directly_in_vitray(dataset.out, "probe-")] + store_for(dataset.out).abandoned(dataset.out)
+    left = store_for(dataset.out).abandoned(dataset.out)
     store_for(dataset.out).delete(left)
-    return orphans + [url.removeprefix(dataset.out + "/") for url in left]
+    return orphans + [url.removeprefix(dataset.out + "/") for url in [*drop_scratch(dataset.out), *left]]
 
 
 def _manifest_rows(dataset: Dataset, admitted: dict[str, ObjectInfo], states: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -277,5 +277,6 @@ def _manifest_info(out: str) -> ObjectInfo | None:
     return next((info for info in found if info.url == named), found[-1] if found else None)
 
 
-def _shard_of(url: str) -> str:
+def shard_of(url: str) -> str:
+    """The id in the name of a data file."""
     return url.rsplit("/", 1)[-1].removesuffix(".parquet")

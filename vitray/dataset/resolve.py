@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pyarrow as pa
 
@@ -32,11 +33,20 @@ def resolve_dataset(job: Job, facts: ModelFacts, vectors: list[VectorColumn], ke
         there = open_dataset(out)
         if there is None:
             raise StorageError(f"{dataset_url(out)} was refused but is not there. Run the same command again.")
-    frozen = {name: getattr(there.facts, name) for name in ("precision", "engine", "batch_size") if getattr(job, name) == "auto"}
-    mine = Dataset(out, job, replace(facts, **frozen), tuple(vectors), kept, there.fragment_rows)
+    mine = Dataset(out, job, replace(facts, **_frozen(job, there)), tuple(vectors), kept, there.fragment_rows)
     if mine.fingerprint != there.fingerprint:
         raise FingerprintError(_difference(there, mine))
     return mine
+
+
+def with_frozen(job: Job) -> Job:
+    """The job with what `auto` was in the first run, so that engines are timed once; as it is where none was."""
+    there = open_dataset(absolute(job.out))
+    return job if there is None else job.model_copy(update=_frozen(job, there))
+
+
+def _frozen(job: Job, there: Dataset) -> dict[str, Any]:
+    return {name: getattr(there.facts, name) for name in ("precision", "engine", "batch_size") if getattr(job, name) == "auto"}
 
 
 def _difference(there: Dataset, mine: Dataset) -> str:

@@ -105,11 +105,7 @@ def write_end(dataset: Dataset, shard_id: str, end: End) -> None:
 def drop_staging(dataset: Dataset, shard_id: str) -> None:
     """Delete a shard's staging. Only after its data file was seen, or when its readers disagreed on its end."""
     store, folder = store_for(dataset.out), dataset.staging_url(shard_id)
-    try:
-        found = store.find(folder)
-    except ObjectMissing:
-        return
-    store.delete(info.url for info in found)
+    store.delete(info.url for info in under(folder))
     store.delete_folder(folder)
 
 

@@ -12,7 +12,6 @@ import os
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -36,6 +35,7 @@ from vitray.dataset import (
     package_versions,
     resolve_dataset,
     unmark_success,
+    with_frozen,
     write_run_record,
 )
 from vitray.errors import ClusterError, ErrorRateExceeded, Interrupted, JobError, ShardError, StorageError, VitrayError
@@ -49,7 +49,7 @@ from vitray.pipeline.progress import Progress, Result
 from vitray.pipeline.wave import ATTEMPTS, Line, MachineLostError, Work, blame, run_wave
 from vitray.schema import ModelFacts, Shard
 from vitray.sources import Group, Listing, absent_members, chosen, estimate_images, kept_schema, list_shards
-from vitray.storage import absolute, exists, is_local, join, probe, store_for
+from vitray.storage import absolute, drop_scratch, exists, is_local, probe, scratch, store_for
 
 log = logging.getLogger(__name__)
 
@@ -82,14 +82,15 @@ def run(
     started = time.monotonic()
     job = with_label_names(with_absolute_paths(job))
     listing = list_shards(job, groups_of(job.out))
+    drop_scratch(job.out)
     if not exists(dataset_url(job.out)):
         probe(job.out)
     if open_dataset(job.out) is not None and not _pending(job, listing) and not listing.new_groups:
-        dataset = _resolve(job, identify(_with_frozen_engine(job)), listing)
+        dataset = _resolve(job, identify(with_frozen(job)), listing)
         return _finished(dataset, job, prune, Work(), started)
     crash_point("driver-listed")
     with _machines(job, address, allow_open_cluster) as (open_line, shares, nodes):
-        frozen = _with_frozen_engine(job)
+        frozen = with_frozen(job)
         facts = _identify_on_worker(frozen, shares) if nodes else identify(frozen)
         dataset = _resolve(job, facts, listing)
         if facts.engine_why:
@@ -203,12 +204,6 @@ def _kept(job: Job, listing: Listing) -> pa.Schema:
     return pa.schema([])
 
 
-def _with_frozen_engine(job: Job) -> Job:
-    """The job with the engine that `auto` was in the first run, so that engines are timed once."""
-    there = open_dataset(job.out) if job.engine == "auto" else None
-    return job if there is None else job.model_copy(update={"engine": there.facts.engine})
-
-
 def _identify_on_worker(job: Job, shares: Shares) -> ModelFacts:
     """`auto` is resolved on the class of worker that will run it."""
     import ray
@@ -316,9 +311,9 @@ def _vanished(shard: Shard) -> int:
 def _record(
     dataset: Dataset, job: Job, result: Result, work: Work, shares: Shares, planned: dict[str, Any] | None
 ) -> dict[str, object]:
-    against = (
-        {} if planned is None else {"planned": planned, "seconds_over_planned": round(result.seconds / planned["seconds"], 3)}
-    )
+    against: dict[str, object] = {} if planned is None else {"planned": planned}
+    if planned is not None and planned["seconds"]:  # none where there was nothing to do
+        against["seconds_over_planned"] = round(result.seconds / planned["seconds"], 3)
     return {
         **against,
         "run": work.run_id,
@@ -343,9 +338,8 @@ def _require_shared(dataset: Dataset, shards: list[Shard], nodes: list[dict[str,
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    nonce = join(dataset.out, "_vitray", f"probe-{uuid.uuid4().hex}")
-    store_for(nonce).create(nonce, b"nonce")
-    try:
+    with scratch(dataset.out) as nonce:
+        store_for(nonce).create(nonce, b"nonce")
         for node in nodes:
             here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             task = ray.remote(_missing).options(num_cpus=0, scheduling_strategy=here, max_retries=RETRIES)
@@ -355,8 +349,6 @@ def _require_shared(dataset: Dataset, shards: list[Shard], nodes: list[dict[str,
                     f"{missing[0]} cannot be seen from node {node['NodeManagerAddress']}: with several machines, source, model "
                     "and out must be s3:// or on a disk that all of them share."
                 )
-    finally:
-        store_for(nonce).delete([nonce])
 
 
 def _missing(paths: list[str]) -> list[str]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import re
+from itertools import pairwise
 
+import pyarrow as pa
 import yaml
 
 from vitray.dataset import Dataset, data_files, read_footer, require_dataset
@@ -12,19 +14,8 @@ from vitray.errors import JobError, ObjectMissing
 from vitray.schema import ModelFacts
 from vitray.storage import join, read, store_for
 
-SIZES = [
-    "n<1K",
-    "1K<n<10K",
-    "10K<n<100K",
-    "100K<n<1M",
-    "1M<n<10M",
-    "10M<n<100M",
-    "100M<n<1B",
-    "1B<n<10B",
-    "10B<n<100B",
-    "100B<n<1T",
-    "n>1T",
-]
+EDGES = [f"{10**zeros}{unit}" for unit in "KMBT" for zeros in range(3)][:10]  # 1K to 1T, as the Hub writes them
+SIZES = ["n<1K", *(f"{low}<n<{high}" for low, high in pairwise(EDGES)), "n>1T"]
 SEAL = re.compile(rb"(.*\n)<!-- vitray report --card ([0-9a-f]{64}) -->\n", re.DOTALL)
 
 
@@ -60,7 +51,8 @@ def card_of(dataset: Dataset, rows: int, errors: int, license: str) -> str:
         "size_categories": [SIZES[min(max(0, len(str(rows)) - 3), len(SIZES) - 1)]],
         "configs": configs,
     }
-    columns = [f"| `{_plain(field.name)}` | `{_plain(str(field.type))}` |" for field in dataset.schema]
+    types = {f.name: f.type.value_type if pa.types.is_dictionary(f.type) else f.type for f in dataset.schema}
+    columns = [f"| `{_plain(name)}` | `{_plain(str(kind))}` |" for name, kind in types.items()]
     model = facts.model.rpartition("/")[2] if facts.model.startswith("/") else facts.model  # a card is for others to read
     return "\n".join(
         [

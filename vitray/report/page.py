@@ -61,7 +61,7 @@ def page_of(dataset: Dataset, urls: Sequence[str], truth: str | None, pictures: 
     notes += why
 
     def cards(refs: Iterable[Ref]) -> list[dict[str, Any]]:
-        return [_card(dataset, rows[ref], images.get(ref), truth) for ref in refs]
+        return [_card(dataset, rows[ref], images.get(ref, None if pictures else ""), truth) for ref in refs]
 
     html = rendered(
         "page.html",
@@ -76,7 +76,7 @@ def page_of(dataset: Dataset, urls: Sequence[str], truth: str | None, pictures: 
         scores=[(n / SCORE_BINS, (n + 1) / SCORE_BINS, int(value)) for n, value in enumerate(counts.scores)],
         score_axis=axis(int(counts.scores.max())),
         calibration=_calibration(counts),
-        gallery=[(label, n, cards(counts.by_label.get(label, []))) for label, n in counts.labels.most_common(GALLERY)],
+        gallery=[(label, n, cards(counts.by_label.get(label, []))) for label, n in counts.labels.most_common(GALLERY * pictures)],
         least_sure=cards(ref for _, ref in counts.least_sure),
         failures=[(reason, REASONS.get(reason, ""), n, counts.examples[reason]) for reason, n in counts.reasons.most_common()],
         map=_map(counts) if sum(map(len, counts.vectors)) > 2 else None,

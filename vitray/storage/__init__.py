@@ -6,11 +6,13 @@ planned. pyarrow's own file systems are not used: see DECISIONS.md.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
+import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from io import BufferedReader
 from typing import cast
@@ -19,22 +21,14 @@ from vitray.errors import JobError, ObjectMissing, UnsafeStore
 from vitray.schema import IMAGE_EXTENSIONS
 from vitray.storage.folder import new_folder
 from vitray.storage.local import LocalStore
-from vitray.storage.objects import ObjectInfo, Store, absolute, is_local
+from vitray.storage.objects import ABANDONED_S, ObjectInfo, Store, absolute, is_local
 from vitray.storage.s3 import S3Store
 
 __all__ = [
-    "ObjectInfo",
-    "absolute",
-    "exists",
-    "expand",
-    "is_local",
-    "join",
-    "new_folder",
-    "probe",
-    "read",
-    "sha256_of",
+    "ObjectInfo", "absolute", "drop_scratch", "exists", "expand", "is_local", "join", "new_folder", "probe", "read", "scratch", "sha256_of",
     "store_for",
-]
+]  # fmt: skip
+SCRATCH = "probe-"
 
 
 def store_for(url: str) -> Store:
@@ -65,20 +59,42 @@ def exists(url: str) -> bool:
 
 def probe(out: str) -> None:
     """Refuse a store on which a second conditional create would not be refused."""
-    store, url = store_for(out), join(out, "_vitray", f"probe-{uuid.uuid4().hex}")
-    try:
+    store = store_for(out)
+    with scratch(out) as url:
         store.create(url, b"vitray probe")  # refused: its answer was lost, and the second try found it
         second = store.create(url, b"vitray probe again")
         kept = read(url)
-    finally:
-        store.delete([url])
-        for folder in (join(out, "_vitray"), out):  # a job that is refused after this leaves nothing
-            store.delete_folder(folder)
     if second or kept != b"vitray probe":
         raise UnsafeStore(
             f"{out}: the store ignored a conditional create (If-None-Match), so two runs could overwrite each other. "
             "Use a store that honours it (AWS S3, Ceph, MinIO) or a local disk with hard links."
         )
+
+
+@contextlib.contextmanager
+def scratch(out: str) -> Iterator[str]:
+    """A name within `out`, since next to it another bucket might begin, for an object or a folder; nothing is left when the block ends."""
+    store, url = store_for(out), join(out, "_vitray", f"{SCRATCH}{uuid.uuid4().hex}")
+    try:
+        yield url
+    finally:
+        store.delete_tree(url)
+        for folder in (join(out, "_vitray"), out):  # a job that is refused after this leaves nothing
+            store.delete_folder(folder)
+
+
+def drop_scratch(out: str) -> list[str]:
+    """Delete the scratch of killed processes: that in which nothing has changed for an hour; returns its names."""
+    store, inside, latest = store_for(out), join(absolute(out), "_vitray", SCRATCH), dict[str, float]()
+    with contextlib.suppress(ObjectMissing):
+        for info in store.find(join(absolute(out), "_vitray")):
+            if info.url.startswith(inside):
+                name = inside + info.url.removeprefix(inside).split("/")[0]
+                latest[name] = max(latest.get(name, 0.0), info.modified or 0.0)
+    old = [name for name, changed in latest.items() if time.time() - changed > ABANDONED_S]
+    for name in old:
+        store.delete_tree(name)
+    return old
 
 
 def expand(pattern: str) -> list[ObjectInfo]:

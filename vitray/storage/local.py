@@ -6,6 +6,7 @@ import contextlib
 import errno
 import glob as globbing
 import os
+import shutil
 import stat
 import time
 import uuid
@@ -14,9 +15,8 @@ from typing import BinaryIO, NoReturn
 
 from vitray.crash import crash_point
 from vitray.errors import ObjectChanged, ObjectMissing, StorageError, UnsafeStore
-from vitray.storage.objects import TMP_PREFIX, ObjectInfo, absolute
+from vitray.storage.objects import ABANDONED_S, TMP_PREFIX, ObjectInfo, absolute
 
-ABANDONED_S = 3600
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
 
 
@@ -90,6 +90,10 @@ class LocalStore:
     def delete_folder(self, url: str) -> None:
         with contextlib.suppress(OSError):  # not empty: somebody writes there
             os.rmdir(absolute(url))
+
+    def delete_tree(self, url: str) -> None:
+        shutil.rmtree(absolute(url), ignore_errors=True)  # a file stays
+        self.delete([url] if os.path.isfile(absolute(url)) else [])
 
     def delete(self, urls: Iterable[str]) -> None:
         for url in urls:

@@ -12,6 +12,7 @@ from typing import BinaryIO, Protocol, TypeVar
 from vitray.errors import StorageError
 
 ATTEMPTS = 10
+ABANDONED_S = 3600
 TMP_PREFIX = ".tmp-"
 T = TypeVar("T")
 
@@ -51,6 +52,9 @@ class Store(Protocol):
 
     def delete_folder(self, url: str) -> None:
         """Remove a folder if it is empty, where folders exist."""
+
+    def delete_tree(self, url: str) -> None:
+        """Remove an object, or a folder and all that is in it; nothing where there is none."""
 
 
 def is_local(url: str) -> bool:

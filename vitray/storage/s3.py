@@ -115,6 +115,9 @@ class S3Store:
     def delete_folder(self, url: str) -> None:
         """Folders are not objects."""
 
+    def delete_tree(self, url: str) -> None:
+        self.delete(info.url for info in self.find(url))
+
     def delete(self, urls: Iterable[str]) -> None:
         for url in urls:
             self._request("delete_object", url)
