@@ -18,23 +18,13 @@ from typing import cast
 from vitray.errors import JobError, ObjectMissing, UnsafeStore
 from vitray.schema import IMAGE_EXTENSIONS
 from vitray.storage.folder import new_folder
-from vitray.storage.local import LocalStore
+from vitray.storage.local import LocalStore, on_disk
 from vitray.storage.objects import ObjectInfo, Store, absolute, is_local
 from vitray.storage.s3 import S3Store
 
 __all__ = [
-    "ObjectInfo",
-    "absolute",
-    "exists",
-    "expand",
-    "is_local",
-    "join",
-    "new_folder",
-    "probe",
-    "read",
-    "sha256_of",
-    "store_for",
-]
+    "ObjectInfo", "absolute", "exists", "expand", "is_local", "join", "new_folder", "on_disk", "probe", "read", "sha256_of", "store_for",
+]  # fmt: skip
 
 
 def store_for(url: str) -> Store:
