@@ -283,10 +283,11 @@ def require_shared(out: str, named: list[str], nodes: list[dict[str, Any]]) -> N
     nonce = join(out, "_vitray", f"probe-{uuid.uuid4().hex}")
     store_for(nonce).create(nonce, b"nonce")
     try:
-        for node in nodes:
-            here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            task = ray.remote(outcome).options(num_cpus=0, scheduling_strategy=here, max_retries=RETRIES)
-            answer(task.remote(require_seen, nonce, *paths), 120, f"node {node['NodeManagerAddress']} to answer")
+        there = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+        tasks = [ray.remote(outcome).options(num_cpus=0, scheduling_strategy=node, max_retries=RETRIES) for node in there]
+        asked = [task.remote(require_seen, nonce, *paths) for task in tasks]
+        for ref, node in zip(asked, nodes):
+            answer(ref, 120, f"node {node['NodeManagerAddress']} to answer")
     finally:
         store_for(nonce).delete([nonce])
 
