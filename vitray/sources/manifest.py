@@ -73,5 +73,5 @@ def _is_below(prefix: str, url: str) -> bool:
     """Whole path components count: /data/ab is not inside /data/a. Symbolic links may not lead out."""
     if not url.startswith(prefix.rstrip("/") + "/"):
         return False
-    real, base = (os.path.realpath(storage.on_disk(name)) for name in (url, prefix))
-    return not storage.is_local(url) or real.startswith(base.rstrip("/") + "/")
+    real = [os.path.realpath(storage.on_disk(name)) for name in (url, prefix) if storage.is_local(name)]
+    return not real or real[0].startswith(real[1].rstrip("/") + "/")

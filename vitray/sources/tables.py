@@ -27,9 +27,8 @@ MAX_LINE_BYTES = 16 << 20
 NO_TEXT = re.compile(rb"[\0-\x08\x0e-\x19]")  # control characters, which any tar, image or archive begins with
 Cells = dict[str, pa.Scalar]  # of one row, by column
 BATCH_ROWS = 32  # images are held by so many
-LINES_AGAIN = (
-    1_000_000  # looked at a second time, where an open quote took them along: a hostile file could ask for each of them n times
-)
+# looked at a second time, where an open quote took them along; a hostile file could ask for each of them n times
+LINES_AGAIN = 1_000_000
 SAMPLE_LINES = 100  # JSON lines may leave fields out: the first hundred tell the columns
 
 
@@ -216,9 +215,9 @@ def _csv_records(stream: BinaryIO, url: str) -> Iterator[list[str] | str]:
 
 
 def _json_names(stream: BinaryIO, url: str) -> list[str]:
-    lines = [line for _, line in islice(_json_lines(stream, url), SAMPLE_LINES)]
-    names = dict.fromkeys(printable(name) for line in lines for name in _json_object(line) or ())
-    if lines and not names:
+    found = [list(map(printable, _json_object(line) or ())) for _, line in islice(_json_lines(stream, url), SAMPLE_LINES)]
+    names = dict.fromkeys(name for line in found for name in line)
+    if found and not names:
         raise ShardError(f"{url}: none of its first {SAMPLE_LINES} lines is a JSON object with fields. Correct or remove it.")
     return list(names)
 
