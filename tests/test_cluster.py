@@ -155,8 +155,8 @@ def test_a_node_that_joins_without_the_shared_disk_loses_and_doubles_nothing(sha
         _, stderr = process.communicate(timeout=300)
         assert process.returncode == 1, stderr
         assert f"{disk}/out/_vitray/dataset.json cannot be seen from" in stderr.splitlines()[-1], stderr
-        os.killpg(cluster.nodes.pop().pid, signal.SIGKILL)
-        time.sleep(10)
+        os.killpg(cluster.nodes[1].pid, signal.SIGTERM)  # so that it says goodbye
+        cluster.nodes.pop().wait(60)
         done = subprocess.run(argv, env=cluster.environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
     table = vitray.read(str(disk / "out"), columns=["key"])

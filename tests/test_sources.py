@@ -8,9 +8,11 @@ import gzip
 import io
 import json
 import os
+import pwd
 import subprocess
 import sys
 import tarfile
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -380,6 +382,28 @@ def test_where_no_file_of_a_shard_can_be_read_it_is_not_the_files(tmp_path: Path
     job = job_for(tmp_path)
     with pytest.raises(ObjectRefused, match=f"png: {why}"):
         read_all(only_shard(job), job)
+
+
+def test_files_in_a_folder_that_may_be_listed_and_not_entered_are_rows() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        (Path(name) / "closed").mkdir()
+        for path in ("a.png", "closed/b.png"):
+            (Path(name) / path).write_bytes(b"x")
+        (Path(name) / "closed").chmod(0o444)
+        user, job = os.geteuid(), job_for(name)
+        if user == 0:
+            os.seteuid(pwd.getpwnam("nobody").pw_uid)  # root may enter everywhere
+        try:
+            rows, _ = read_all(only_shard(job), job)
+        finally:
+            os.seteuid(user)
+            (Path(name) / "closed").chmod(0o755)
+    assert [(row.key, row.data, row.reason) for row in rows] == [
+        (f"{name}/a.png", b"x", None),
+        (f"{name}/closed/b.png", None, "missing"),
+    ]
+    assert rows[1].message == f"{name}/closed/b.png cannot be looked at: Permission denied"
 
 
 def test_what_is_staged_already_speaks_for_the_store(tmp_path: Path) -> None:
