@@ -322,9 +322,8 @@ def decoded(check: Check, mode: str, jpegs: list[bytes]) -> Any:
 
 
 def device_decoder(check: Check, mode: str, threads: int) -> Any:
-    from vitray.decode import fit_size
+    from vitray.decode import decode_bytes, fit_size
     from vitray.models import gpu_decode
-    from vitray.pipeline.steps import decode_bytes
 
     spec = spec_of(check.side, mode)
     fit, on_cpu = partial(fit_size, pixels=spec.pixels), partial(decode_bytes, spec=spec)

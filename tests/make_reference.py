@@ -26,7 +26,7 @@ from vitray.dataset.ledger import MANIFEST_SCHEMA
 from vitray.job import FORMATS, Embedding, Job
 from vitray.pipeline import Result
 from vitray.pipeline.metrics import COUNTERS, STEP_SECONDS
-from vitray.schema import DECODED_FIELDS, ERROR_SCHEMA, LABEL_FIELDS, REASONS
+from vitray.schema import ERROR_SCHEMA, IMAGE_FIELDS, LABEL_FIELDS, REASONS
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference.md"
 IMAGE_COLUMNS = {
@@ -88,7 +88,7 @@ def page() -> str:
         "`OUT/data/<shard>.parquet` has the good images of a shard, in its order. Kept columns stand before `label`, under their own name, or "
         "`input_<name>` where the output has that column already. Vectors stand last. `label` and what follows it up to the vectors is "
         "absent with `labels: false`.",
-        _columns([*DECODED_FIELDS, *LABEL_FIELDS], IMAGE_COLUMNS | ROW_COLUMNS, _vector_row()),
+        _columns([*IMAGE_FIELDS, *LABEL_FIELDS], IMAGE_COLUMNS | ROW_COLUMNS, _vector_row()),
         "## Columns of `errors/`",
         "`OUT/errors/<shard>.parquet` has the bad images of a shard. It is there only where a shard has some.",
         _columns(ERROR_SCHEMA, IMAGE_COLUMNS | ERROR_COLUMNS),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -135,6 +136,32 @@ def test_a_lost_node_costs_no_row_and_a_new_one_is_used(shapes_model: str, tmp_p
     assert vitray.validate(str(tmp_path / "out"), content=True).ok
     moved = min(at for line in lines_of(trace) if line["step"] == "stage" and (at := float(str(line["at"]))) > lost + 0.5)
     print(f"a node lost at {before / images:.0%}: staged again after {moved - lost:.1f} s")
+
+
+@pytest.mark.ray
+@pytest.mark.nightly
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs root and unshare")
+def test_a_node_that_joins_without_the_shared_disk_loses_and_doubles_nothing(shapes_model: str, tmp_path: Path) -> None:
+    """Its mounts are its own: an empty disk lies where the others have source and out. The run ends and says so; without it, it completes."""
+    images, trace, disk = 1536, tmp_path / "trace", tmp_path / "disk"
+    put_tars(str(disk / "in"), pictures(images), 12, tmp_path)
+    trace.mkdir()
+    with cluster_of(1, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(16), VITRAY_TRACE=str(trace)) as cluster:
+        argv = [*command(disk, shapes_model, disk / "out"), "--address", cluster.address]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(argv, env=cluster.environment, **pipes)
+        wait_until_staged(process, trace, 0.1 * images)
+        cluster.join(inside=("unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {disk} && exec "$0" "$@"'))
+        _, stderr = process.communicate(timeout=300)
+        assert process.returncode == 1, stderr
+        assert f"{disk}/out/_vitray/dataset.json cannot be seen from" in stderr.splitlines()[-1], stderr
+        os.killpg(cluster.nodes[1].pid, signal.SIGTERM)  # so that it says goodbye
+        cluster.nodes.pop().wait(60)
+        done = subprocess.run(argv, env=cluster.environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    table = vitray.read(str(disk / "out"), columns=["key"])
+    assert sorted(table["key"].to_pylist()) == [f"{n:05d}" for n in range(images)]
+    assert vitray.validate(str(disk / "out"), content=True).ok
 
 
 def test_shares_leave_a_cpu_beside_the_actors_and_refuse_what_cannot_move() -> None:

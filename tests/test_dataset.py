@@ -34,6 +34,7 @@ from s3_proxy import FORWARD, LOSE, Call, Proxy, proxied
 
 from vitray import storage
 from vitray.dataset import (
+    NO_GROUP,
     Commit,
     Dataset,
     RowsDigest,
@@ -1229,6 +1230,20 @@ def test_a_path_is_in_one_group_for_ever(out: str) -> None:
     assert append_group_log(out, [(1, "s3://b/c")]) is True
     assert load_group_log(out) == [*mine, (1, "s3://b/c")]
     assert names_of(out, "shards/") == ["_vitray/shards/000000.parquet", "_vitray/shards/000001.parquet"]
+
+
+def test_a_path_leaves_its_group_once_and_may_enter_another(out: str) -> None:
+    log = [(0, "a"), (0, "b"), (NO_GROUP, "a"), (1, "a"), (1, "c")]
+    for members in (log[:2], log[2:3], log[3:]):
+        assert append_group_log(out, members) is True
+    for refused in ([(NO_GROUP, "x")], [(2, "a")], [(0, "x")], [(NO_GROUP, "b"), (NO_GROUP, "b")]):
+        assert append_group_log(out, refused) is False, refused
+    assert append_group_log(out, [(NO_GROUP, "a"), (NO_GROUP, "b")]) is True
+    assert append_group_log(out, [(1, "a")]) is False, "groups never grow"
+    log += [(NO_GROUP, "a"), (NO_GROUP, "b")]
+    assert load_group_log(out) == log
+    copy = join(out, "copy")
+    assert append_group_log(copy, log) is True and load_group_log(copy) == log, "as backfill and relabel do"
 
 
 def test_of_eight_appends_at_once_one_is_accepted(out: str) -> None:

@@ -178,6 +178,49 @@ def test_files_that_are_deleted_later_are_missing_and_not_bad(shapes_model: str,
     assert (again.rows, again.errors, again.exit_code) == (7, 6, 4)  # one of eight is bad
 
 
+def test_a_file_that_cannot_be_read_costs_its_row_and_a_name_that_is_not_utf8_costs_none(
+    shapes_model: str, tmp_path: Path
+) -> None:
+    items = pictures(12)
+    put_files(str(tmp_path / "in"), items)
+    (tmp_path / "in" / "00003.png").unlink()
+    (tmp_path / "in" / "00003.png").symlink_to("/proc/sys/vm/drop_caches")  # nobody may read it, not even root
+    os.rename(tmp_path / "in" / "00004.jpg", os.fsencode(tmp_path / "in") + b"/caf\xe9.jpg")
+    job = vitray.Job(source=[f"{tmp_path}/in"], model=shapes_model, out=f"{tmp_path}/out", engine="torch", max_error_rate=0.5)
+    result = vitray.run(job)
+    assert (result.rows, result.errors, result.reasons, result.set_aside) == (11, 1, {"missing": 1}, {})
+    names = sorted([f"{p.key}.{p.suffix}" for n, p in enumerate(items) if n not in (3, 4)] + [r"caf\udce9.jpg"])
+    table = vitray.read(job.out)
+    assert table["key"].to_pylist() == table["uri"].to_pylist() == [f"{tmp_path}/in/{name}" for name in names]
+    (path,) = (tmp_path / "out" / "errors").iterdir()
+    (error,) = pq.read_table(path).to_pylist()
+    assert error["key"] == f"{tmp_path}/in/00003.png" and error["message"].startswith(f"{error['key']}: Permission denied.")
+    assert vitray.validate(job.out, content=True).ok and vitray.run(job).committed == 0
+
+
+@pytest.mark.parametrize("seen_before", [True, False])
+def test_pruned_files_leave_their_group_and_come_back_in_another(shapes_model: str, tmp_path: Path, seen_before: bool) -> None:
+    """Whether a run without --prune has made `missing` rows of them or not. Every id is compared."""
+    items = pictures(12)
+    put_files(str(tmp_path / "in"), items)
+    job = vitray.Job(source=[f"{tmp_path}/in"], model=shapes_model, out=f"{tmp_path}/out", engine="torch", group_size=8)
+    vitray.run(job)
+    paths = sorted((tmp_path / "in").iterdir())
+    for path in [*paths[1:3], *paths[8:]]:  # two of the first group, all of the second
+        path.unlink()
+    if seen_before:
+        assert vitray.run(job).reasons == {"missing": 2}
+    result = vitray.run(job, prune=True)
+    assert (result.rows, result.errors, result.gone, result.exit_code) == (6, 0, 0, 0)
+    kept = [str(path) for path in [paths[0], *paths[3:8]]]
+    rows = vitray.read(job.out)
+    assert rows["key"].to_pylist() == kept and rows["index"].to_pylist() == list(range(6))
+    assert vitray.run(job, prune=True).committed == 0 and vitray.validate(job.out, content=True).ok
+    put_files(str(tmp_path / "in"), items)
+    assert vitray.run(job).rows == 12 and vitray.validate(job.out).ok
+    assert sorted(vitray.read(job.out)["key"].to_pylist()) == sorted(map(str, paths))
+
+
 def test_a_run_that_gives_up_leaves_no_row_twice(
     inputs: Path, shapes_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,7 @@ from test_dataset import errors_of, make, rows_of, vector
 
 from vitray import storage
 from vitray.dataset import (
+    NO_GROUP,
     Commit,
     append_group_log,
     commit_shard,
@@ -294,6 +295,45 @@ def test_a_path_is_in_one_group_whoever_appends(faults: int) -> None:
 
     found = explore(Scenario(begin, check_groups), Bounds(preemptions=2, faults=faults, states=3000))
     tell(f"groups, {faults} faults", found)
+
+
+def a_pruning(*urls: str) -> Callable[[], list[tuple[int, str]]]:
+    """As pipeline.runner takes out what is gone: the files that a group still has, until none is left."""
+
+    def work() -> list[tuple[int, str]]:
+        for _ in range(5):
+            log = load_group_log(OUT)
+            homes = {url: group for group, url in log}
+            if not (gone := [(NO_GROUP, url) for url in urls if homes[url] != NO_GROUP]):
+                return log
+            append_group_log(OUT, gone)
+        raise StorageError("other runs keep appending")
+
+    return work
+
+
+def check_pruned(store: MemoryStore, runs: list[Run]) -> None:
+    log = load_group_log(OUT)
+    for url in {url for _, url in log}:
+        groups = [group for group, name in log if name == url]
+        if NO_GROUP in groups[::2] or set(groups[1::2]) - {NO_GROUP}:
+            raise Violation(f"{url} enters where it is, or leaves where it is not: {log}")
+    homes = {url: group for group, url in log}
+    if all(run.error is None for run in runs) and homes != {"a": NO_GROUP, "b": NO_GROUP, "c": 1}:
+        raise Violation(f"in the end: {log}")
+    if any(run.error is not None and not run.met for run in runs):
+        raise Violation(f"a run failed without a cause: {runs}")
+
+
+@pytest.mark.parametrize("faults", [0, 1])
+def test_two_runs_that_prune_and_one_that_appends_agree(faults: int) -> None:
+    def begin() -> tuple[MemoryStore, list[Callable[[], Any]]]:
+        _now.store = MemoryStore()
+        append_group_log(OUT, [(0, "a"), (0, "b")])
+        return _now.store, [a_pruning("a"), a_pruning("a", "b"), a_grouping("a", "b", "c")]
+
+    found = explore(Scenario(begin, check_pruned), Bounds(preemptions=2, faults=faults, states=3000))
+    tell(f"pruned groups, {faults} faults", found)
 
 
 # ---- mutants

@@ -8,18 +8,23 @@ import gzip
 import io
 import json
 import os
+import pwd
 import subprocess
 import sys
 import tarfile
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import new_bucket
+from s3_proxy import FORWARD, Proxy, proxied
 
+from vitray import storage
 from vitray.dataset import base_of
-from vitray.errors import JobError, ObjectChanged, ShardError, SourceError
+from vitray.errors import JobError, ObjectChanged, ObjectRefused, ShardError, SourceError
 from vitray.job import Job, make_job
 from vitray.schema import Encoded, End, Shard
 from vitray.sources import Group, absent_members, estimate_images, kept_schema, list_shards, read_shard
@@ -193,24 +198,79 @@ def test_a_source_that_is_not_there_is_one_sentence_and_the_next_step(tmp_path: 
         assert str(error.value) == says
 
 
-def test_a_name_that_is_not_utf8_stops_the_job_only_where_it_would_be_an_image_or_a_shard(tmp_path: Path) -> None:
+def put_raw(folder: Path, name: bytes, data: bytes) -> Path:
+    path = Path(os.fsdecode(os.fsencode(folder) + b"/" + name))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("pattern", ["", "**/*.png"])
+def test_files_whose_names_are_not_utf8_are_read_and_their_keys_are_escaped(tmp_path: Path, pattern: str) -> None:
+    """Also beside a file whose name looks like such a key, and below a folder with such a name."""
+    names = {b"a.png": "a.png", b"caf\xe9.png": r"caf\udce9.png", rb"caf\udce9.png": r"caf\udc5cudce9.png"}
+    names |= {b"s\xffb/x.png": r"s\udcffb/x.png", b"\xe2\x82.png": r"\udce2\udc82.png"}
+    for name in names:
+        put_raw(tmp_path, name, name)
+    job = job_for(tmp_path / pattern)
+    shard = only_shard(job)
+    rows, end = read_all(shard, job)
+    assert {row.key: row.data for row in rows} == {f"{tmp_path}/{key}": name for name, key in names.items()}
+    assert end == End(5) and all(row.reason is None and row.key.encode() and row.uri == row.key for row in rows)
+    groups = list_shards(job, []).new_groups
+    assert list_shards(job, groups).shards == [shard], "the log of groups holds the keys"
+    put_raw(tmp_path, b"caf\xe9.png", b"changed")
+    with pytest.raises(ObjectChanged):
+        read_all(shard, job)
+
+
+def test_other_files_whose_names_are_not_utf8_do_no_harm(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"x")
     for name in (b"README\xff", b"notes.t\xff", b"caf\xe9.txt"):
-        Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_bytes(b"x")
+        put_raw(tmp_path, name, b"x")
     for form in ("auto", "files"):
         assert urls_of(list_shards(job_for(tmp_path, format=form), []).shards) == [["a.png"]]
     with pytest.raises(SourceError) as error:
         list_shards(job_for(tmp_path, format="tar"), [])
     assert "holds nothing of format tar" in str(error.value) and "1 .t\\udcff" in str(error.value)
-    for name in (b"caf\xe9.png", b"\xff.png"):
-        Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_bytes(b"x")
-    for source in (tmp_path, tmp_path / "*.png"):
-        with pytest.raises(SourceError) as error:
-            list_shards(job_for(source), [])
-        assert str(error.value).startswith(
-            f"source {source}: 2 of 3 names are not valid UTF-8, the first is '{tmp_path}/caf\\udce9.png'."
-        )
-        assert "Rename" in str(error.value) and str(error.value).encode()
+
+
+def test_tars_parquet_files_and_manifests_whose_names_are_not_utf8_are_read(tmp_path: Path) -> None:
+    tar = write_tar(tmp_path / "x", image_members()).read_bytes()
+    pq.write_table(pa.table({"image": list(IMAGES.values())}), tmp_path / "y")
+    files = {
+        b"caf\xe9.tar": tar,
+        b"caf\xe9.parquet": (tmp_path / "y").read_bytes(),
+        b"caf\xe9.csv": b"path\nb\\udce9.png\nno\\udce9.png\n",
+    }
+    for name, data in files.items():
+        folder = tmp_path / os.fsdecode(name).rpartition(".")[2]
+        put_raw(folder, name, data)
+        put_raw(folder, b"b\xe9.png", b"b")
+        job = job_for(folder, format=folder.name if folder.name != "csv" else "manifest")
+        shard = only_shard(job)
+        assert shard.url == f"{folder}/caf\\udce9.{folder.name}" and shard.id.isascii()
+        rows, _ = read_all(shard, job)
+        if folder.name == "csv":
+            assert [(r.data, r.reason, r.uri) for r in rows] == [
+                (b"b", None, f"{folder}/b\\udce9.png"),
+                (None, "missing", f"{folder}/no\\udce9.png"),
+            ]
+        else:
+            assert [r.data for r in rows] == list(IMAGES.values())
+
+
+def test_an_escape_in_a_manifest_leads_no_further_than_a_link(tmp_path: Path) -> None:
+    """What is looked at is what is opened: the name with the byte, not the one that is spelt like it."""
+    (tmp_path / "secret.jpg").write_bytes(b"secret")
+    folder = tmp_path / "in"
+    put_raw(folder, rb"a\udce9.jpg", b"spelt like it")
+    Path(os.fsdecode(os.fsencode(folder) + b"/a\xe9.jpg")).symlink_to(tmp_path / "secret.jpg")
+    job = job_for(write_csv(folder / "m.csv", [["path"], [r"a\udce9.jpg"], [r"a\udc5cudce9.jpg"]]))
+    assert [(r.data, r.reason) for r in read_all(only_shard(job), job)[0]] == [
+        (None, "path_not_allowed"),
+        (b"spelt like it", None),
+    ]
 
 
 def test_a_single_object_is_taken_whatever_its_suffix_when_format_is_set(tmp_path: Path) -> None:
@@ -288,6 +348,130 @@ def test_a_broken_link_and_a_pipe_are_rows_and_a_folder_behind_a_link_is_none(tm
     ]
     assert [r.message.rpartition("png ")[2] for r in rows if r.reason] == ["is a link to nothing", "is no regular file"]
     assert end == End(4)
+
+
+# ---- objects that cannot be had
+
+FORBIDDEN, DYING = "Permission denied", "Input/output error"
+
+
+def put_numbers(folder: Path, refused: set[int], why: str = FORBIDDEN) -> None:
+    """40 files, of which some are regular files of the kernel's: nobody, not even root, may read it, or it fails as a bad disk does."""
+    for n in range(40):
+        if n in refused:
+            (folder / f"{n:02d}.png").symlink_to("/proc/sys/vm/drop_caches" if why == FORBIDDEN else f"/proc/{os.getpid()}/mem")
+        else:
+            (folder / f"{n:02d}.png").write_bytes(b"%d" % n)
+
+
+@pytest.mark.parametrize("why", [FORBIDDEN, DYING])
+@pytest.mark.parametrize("where", [{0}, {39}, {17, 18}, set(range(39)), set(range(1, 40)), set(range(20))])
+def test_a_file_that_cannot_be_read_costs_its_own_row(tmp_path: Path, where: set[int], why: str) -> None:
+    put_numbers(tmp_path, where, why)
+    job = job_for(tmp_path)
+    rows, end = read_all(only_shard(job), job)
+    assert end == End(40) and [row.index for row in rows] == list(range(40))
+    assert [(row.data, row.reason) for row in rows] == [(None, "missing") if n in where else (b"%d" % n, None) for n in range(40)]
+    assert all(row.message.startswith(f"{row.uri}: {why}. ") for row in rows if row.reason)
+
+
+@pytest.mark.parametrize("why", [FORBIDDEN, DYING])
+def test_where_no_file_of_a_shard_can_be_read_it_is_not_the_files(tmp_path: Path, why: str) -> None:
+    put_numbers(tmp_path, set(range(40)), why)
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
+    job = job_for(tmp_path)
+    with pytest.raises(ObjectRefused, match=f"png: {why}"):
+        read_all(only_shard(job), job)
+
+
+def test_files_in_a_folder_that_may_be_listed_and_not_entered_are_rows() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        (Path(name) / "closed").mkdir()
+        for path in ("a.png", "closed/b.png"):
+            (Path(name) / path).write_bytes(b"x")
+        (Path(name) / "closed").chmod(0o444)
+        user, job = os.geteuid(), job_for(name)
+        if user == 0:
+            os.seteuid(pwd.getpwnam("nobody").pw_uid)  # root may enter everywhere
+        try:
+            rows, _ = read_all(only_shard(job), job)
+        finally:
+            os.seteuid(user)
+            (Path(name) / "closed").chmod(0o755)
+    assert [(row.key, row.data, row.reason) for row in rows] == [
+        (f"{name}/a.png", b"x", None),
+        (f"{name}/closed/b.png", None, "missing"),
+    ]
+    assert rows[1].message == f"{name}/closed/b.png cannot be looked at: Permission denied"
+
+
+def test_what_is_staged_already_speaks_for_the_store(tmp_path: Path) -> None:
+    """After a restart only refused files may be left to read."""
+    put_numbers(tmp_path, set(range(30, 40)))
+    job = job_for(tmp_path)
+    shard = only_shard(job)
+    rows, _ = read_all(shard, job, lambda index: index >= 32)
+    assert [(row.index, row.reason) for row in rows] == [(n, "missing") for n in range(32, 40)]
+
+
+def test_an_image_of_a_manifest_that_cannot_be_read_costs_its_own_row(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"a")
+    os.mkdir(tmp_path / "proc")
+    (tmp_path / "m.jsonl").write_text("\n".join(json.dumps({"path": p}) for p in ["a.jpg", "/proc/sys/vm/drop_caches", "a.jpg"]))
+    job = job_for(tmp_path / "m.jsonl", allow=[str(tmp_path), "/proc/sys/vm"])
+    rows, _ = read_all(only_shard(job), job)
+    assert [(row.data, row.reason) for row in rows] == [(b"a", None), (None, "missing"), (b"a", None)]
+
+
+@pytest.fixture
+def behind(mock_s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Proxy, Job]]:
+    """A proxy before an S3 server, and a job on the 40 images there."""
+    with proxied(mock_s3) as proxy:
+        bucket = new_bucket(proxy.url, monkeypatch)
+        for n in range(40):
+            storage.store_for(bucket).create(f"{bucket}/in/{n:02d}.png", b"%d" % n)
+        yield proxy, job_for(f"{bucket}/in")
+
+
+@pytest.mark.parametrize("method", ["HEAD", "GET"])  # no right to it; in an archive
+def test_an_object_that_s3_refuses_costs_its_own_row(behind: tuple[Proxy, Job], method: str) -> None:
+    proxy, job = behind
+    shard = only_shard(job)
+    proxy.rule = lambda call: 403 if call.method == method and "/in/00.png" in call.path else FORWARD
+    rows, _ = read_all(shard, job)
+    assert [(row.data, row.reason) for row in rows[:2]] == [(None, "missing"), (b"1", None)] and "access refused" in rows[
+        0
+    ].message
+    assert [row.data for row in rows[2:]] == [b"%d" % n for n in range(2, 40)]
+
+
+@pytest.mark.parametrize("after", [0, 25, 61])
+def test_rights_that_are_lost_in_the_middle_are_nobodys_bad_image(behind: tuple[Proxy, Job], after: int) -> None:
+    """Keys that expire refuse every object from then on: no row may say that its image was bad."""
+    proxy, job = behind
+    shard = only_shard(job)
+    proxy.calls.clear()
+    proxy.rule = lambda call: 403 if len(proxy.calls) > after else FORWARD
+    rows = []
+    with pytest.raises(ObjectRefused):
+        for row in read_shard(shard, job, lambda index: True):
+            rows.append(row)
+    assert all(isinstance(row, Encoded) and row.reason is None for row in rows)
+
+
+@pytest.mark.parametrize("suffix", ["tar", "parquet", "csv"])
+def test_a_shard_that_cannot_be_read_is_one_broken_shard_and_the_listing_goes_on(tmp_path: Path, suffix: str) -> None:
+    write_tar(tmp_path / "b.tar", image_members())
+    pq.write_table(pa.table({"image": list(IMAGES.values())}), tmp_path / "b.parquet")
+    write_csv(tmp_path / "b.csv", [["path"], ["x.jpg"]])
+    (tmp_path / f"a.{suffix}").symlink_to("/proc/sys/vm/drop_caches")
+    job = job_for(tmp_path / f"*.{suffix}")
+    broken, good = list_shards(job, []).shards
+    assert read_all(good, job)[1].total == (1 if suffix == "csv" else len(IMAGES))
+    assert estimate_images([broken, good], job)[1] is False
+    with pytest.raises(ShardError, match=r"a\.\w+: Permission denied"):
+        read_all(broken, job)
 
 
 def test_a_broken_link_to_a_tar_is_a_broken_shard(tmp_path: Path) -> None:
@@ -811,29 +995,66 @@ def test_ranges_of_a_manifest_tile_its_rows(tmp_path: Path, suffix: str) -> None
     assert [read_all(s, job)[1] for s in shards] == [End(3), End(3), End(1)]
 
 
-def test_a_bad_line_breaks_its_range_only_and_is_named(tmp_path: Path) -> None:
+def said(rows: list[Encoded]) -> list[tuple[str, bytes | None, str]]:
+    return [(row.key, row.data, row.message) for row in rows]
+
+
+def test_a_bad_line_costs_its_own_row_and_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"a")
-    lines = ['{"path": "a.jpg", "meta": {"b": 1, "a": null}}', '{"path": "a.jpg"}', '{"path": ', '{"path": "a.jpg"}']
+    lines = ['{"path": "a.jpg", "meta": {"b": 1, "a": null}}', '{"path": "a.jpg"}', "", '{"path": ', '{"path": "a.jpg"}']
     (tmp_path / "m.jsonl").write_text("\n".join(lines))
     job = job_for(tmp_path / "m.jsonl", group_size=2, keep=["meta"])
     first, second = list_shards(job, []).shards
     assert [r.kept for r in read_all(first, job)[0]] == [('{"a": null, "b": 1}',), (None,)]
-    says = rf"{tmp_path}/m\.jsonl: line 3 is not a JSON object\. Correct or remove the line\."
-    with pytest.raises(ShardError, match=f"^{says}$"):
-        read_all(second, job)
-    (tmp_path / "m.csv").write_text("path,n\na.jpg,1\na.jpg\n")
-    job = job_for(tmp_path / "m.csv")
-    with pytest.raises(ShardError, match="line 3"):
-        read_all(only_shard(job), job)
+    rows, end = read_all(second, job)
+    assert said(rows) == [("2", None, "line 4 is not a JSON object"), ("a.jpg", b"a", "")] and end == End(2)
+    assert (rows[0].index, rows[0].uri, rows[0].reason, rows[0].kept) == (0, f"{tmp_path}/m.jsonl", "missing", (None,))
 
 
 @pytest.mark.parametrize("line", [b"[1]", b'{"path": "a.jpg"', b"[" * 100_000, b'{"path": "\xff.jpg"}', b"{} {}", b"nothing"])
 def test_every_bad_line_is_told_in_the_same_words(tmp_path: Path, line: bytes) -> None:
     (tmp_path / "m.jsonl").write_bytes(b'{"path": "a.jpg"}\n' + line + b"\n")
     job = job_for(tmp_path / "m.jsonl")
-    with pytest.raises(ShardError) as error:
+    rows, _ = read_all(only_shard(job), job)
+    assert (rows[1].key, rows[1].reason, rows[1].message) == ("1", "missing", "line 2 is not a JSON object")
+
+
+@pytest.mark.parametrize(
+    ("lines", "bad"),
+    [
+        (["a.jpg,1", "a.jpg", "a.jpg,2"], {1: "line 3 is not valid CSV (1 fields, the header has 2)"}),
+        (["a.jpg,1", 'a.jpg,"5" disc"', "a.jpg,2"], {1: "line 3 is not valid CSV (',' expected after '\"')"}),
+        (["a.jpg,1", 'a.jpg,"open', "a.jpg,2", 'a.jpg,"x"'], {1: "line 3 is not valid CSV (',' expected after '\"')"}),
+        (["a.jpg,1", 'a.jpg,"open', "a.jpg,2", "", "a.jpg,3"], {1: "line 3 is not valid CSV (unexpected end of data)"}),
+        (["a.jpg,1", 'a.jpg,"open'] + ["a.jpg,2"] * 17_000, {1: "line 3 is not valid CSV (field larger than field limit (131072))"}),
+        (['a.jpg,"two\nlines"', "a.jpg,1,2", "a.jpg,2"], {1: "line 4 is not valid CSV (3 fields, the header has 2)"}),
+        (['"', "a.jpg,1", '"'], {0: "line 2 is not valid CSV (1 fields, the header has 2)", 2: "line 4 is not valid CSV (unexpected end of data)"}),
+    ],
+)  # fmt: skip
+def test_a_line_of_a_csv_that_is_none_costs_its_own_row_and_none_that_it_took_along(
+    tmp_path: Path, lines: list[str], bad: dict[int, str]
+) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"a")
+    (tmp_path / "m.csv").write_text("path,n\n" + "\n".join(lines))
+    images = sum(line != "" for line in lines)
+    for group_size in [100_000] + [2] * (images < 100):
+        job = job_for(tmp_path / "m.csv", group_size=group_size)
+        got = [row for shard in list_shards(job, []).shards for row in said(read_all(shard, job)[0])]
+        assert got == [("a.jpg", b"a", "") if n not in bad else (str(n), None, bad[n]) for n in range(images)]
+
+
+def test_a_csv_whose_every_line_takes_the_rest_along_is_broken_soon(tmp_path: Path) -> None:
+    """Each line, looked at again, would take along all that follow it: 5,000 times 5,000 lines."""
+    (tmp_path / "m.csv").write_text("path,n,m\n" + 'x","\n' * 5_000)
+    job = job_for(tmp_path / "m.csv")
+    with pytest.raises(ShardError, match=r"m\.csv: line \d+ is not valid CSV .* Correct or remove the line\."):
         read_all(only_shard(job), job)
-    assert str(error.value) == f"{tmp_path}/m.jsonl: line 2 is not a JSON object. Correct or remove the line."
+
+
+def test_a_header_that_is_no_csv_is_a_broken_shard(tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text('path,"n" x\na.jpg,1\n')
+    with pytest.raises(ShardError, match="line 1 is not valid CSV"):
+        read_all(only_shard(job_for(tmp_path / "m.csv")), job_for(tmp_path / "m.csv"))
 
 
 def test_what_is_not_text_is_refused_as_a_manifest_in_plain_words(tmp_path: Path) -> None:

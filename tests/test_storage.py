@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import subprocess
+import tempfile
 import threading
 import time
 import uuid
@@ -22,7 +23,7 @@ from hypothesis import strategies as st
 from s3_proxy import FORWARD, LOSE, Call, Proxy, proxied
 
 from vitray import storage
-from vitray.errors import JobError, ObjectChanged, ObjectMissing, StorageError, UnsafeStore
+from vitray.errors import JobError, ObjectChanged, ObjectMissing, ObjectRefused, StorageError, UnsafeStore
 from vitray.storage import drop_scratch, exists, expand, expand_braces, join, probe, read, scratch, sha256_of, store_for
 
 MIB = 1 << 20
@@ -375,6 +376,14 @@ def test_a_refusal_is_not_retried(proxy: Proxy, proxy_root: str) -> None:
     assert proxy.count("PUT") == 2
 
 
+@pytest.mark.parametrize("method", ["HEAD", "GET"])
+def test_an_object_that_is_refused_is_told_from_a_store_that_fails(proxy: Proxy, proxy_root: str, method: str) -> None:
+    proxy.rule = lambda call: 403 if call.method == method else FORWARD
+    with pytest.raises(ObjectRefused, match="access refused"):
+        read(join(proxy_root, "there"))
+    assert proxy.count(method) == 1
+
+
 def test_a_lost_answer_of_a_create_never_writes_twice(proxy: Proxy, proxy_root: str) -> None:
     url = join(proxy_root, "lost")
     proxy.rule = first(1, LOSE, "PUT")
@@ -613,6 +622,30 @@ def test_a_read_only_disk_is_one_error(small_disk: Path) -> None:
         with pytest.raises(StorageError, match=r"read-only: choose another `out`\.$"):
             work()
     assert read(str(small_disk / "old")) == b"x"
+
+
+@pytest.mark.parametrize("path", ["/proc/self/mem", "/proc/sys/vm/drop_caches"])  # a bad disk's answer; no right to read
+def test_a_file_that_cannot_be_read_is_refused(path: str) -> None:
+    with pytest.raises(ObjectRefused) as caught, store_for(path).open(path) as stream:
+        stream.read(1)
+    require_one_line_with_next_step(caught.value, path)
+
+
+NAMES = st.binary(min_size=1, max_size=12).filter(lambda name: not {0, 47} & set(name) and name.strip(b".") != b"")
+
+
+@given(st.sets(NAMES | st.sampled_from([b"\xe9", rb"\udce9", rb"\udc5cudce9", b"\\", rb"\udc5c", b"\xff\\udc80"]), max_size=6))
+def test_every_name_on_a_disk_has_a_url_of_its_own_which_leads_back(names: set[bytes]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_bytes(name)
+        found = store_for(folder).find(folder) if names else []
+        assert {read(info.url, info.version) for info in found} == names and len(found) == len(names)
+        assert all(info.url.encode() and info == store_for(folder).stat(info.url) for info in found)
+        plain = {name for name in names if name.isascii() and b"\\" not in name}
+        assert {f"{folder}/{name.decode()}" for name in plain} <= {info.url for info in found}
+        store_for(folder).delete(info.url for info in found)
+        assert os.listdir(folder) == []
 
 
 def test_a_folder_under_a_file_is_no_missing_object(tmp_path: Path) -> None:

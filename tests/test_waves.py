@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import queue
+import socket
+import threading
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -13,13 +15,15 @@ import pytest
 
 from vitray.dataset import Commit, Dataset, committed, staged
 from vitray.errors import ClusterError, VitrayError
-from vitray.pipeline import wave
+from vitray.pipeline import cluster, wave
+from vitray.pipeline.cluster import require_seen
 from vitray.pipeline.progress import MARKS, Progress
 from vitray.pipeline.runner import _complete, _finished
 from vitray.pipeline.steps import commit_step
 from vitray.pipeline.wave import Work
 from vitray.schema import Receipt, Shard
 from vitray.sources import list_shards
+from vitray.storage import store_for
 
 SHARDS = 20
 
@@ -163,6 +167,35 @@ def test_a_wave_whose_machine_is_lost_is_planned_again(
     work = complete(dataset)
     assert len(committed(dataset.out)) == shards and DrawnLine.waves == [shards] * 2
     assert work.failures == work.attempts == {}
+
+
+@pytest.mark.timeout(60)
+def test_a_commit_that_is_not_in_out_is_a_failure_after_three(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a machine that writes to a disk of its own under the same path."""
+    lost, real = ids(dataset)[3], DrawnLine.commit
+
+    def commit(line: DrawnLine, shard_id: str) -> None:
+        real(line, shard_id)
+        if shard_id == lost:
+            store_for(dataset.out).delete([dataset.data_url(shard_id)])
+
+    monkeypatch.setattr(DrawnLine, "commit", commit)
+    work = complete(dataset)
+    assert set(work.failures) == {lost} and "do all machines see the same disk?" in work.failures[lost]
+    assert set(work.commits) == set(committed(dataset.out)) == set(ids(dataset)) - {lost}
+    assert DrawnLine.waves == [SHARDS, 1, 1]
+
+
+@pytest.mark.parametrize("comes", [True, False])
+def test_a_disk_that_comes_late_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comes: bool) -> None:
+    monkeypatch.setattr(cluster, "SEEN_S", 2.0)
+    require_seen(str(tmp_path), "s3://nowhere/x")
+    if comes:
+        threading.Timer(0.5, (tmp_path / "there").mkdir).start()
+        require_seen(str(tmp_path), str(tmp_path / "there"))
+    else:
+        with pytest.raises(ClusterError, match=f"{tmp_path}/there cannot be seen from {socket.gethostname()}: .* then run again"):
+            require_seen(str(tmp_path), str(tmp_path / "there"))
 
 
 def test_the_timeline_of_a_long_run_is_as_fine_at_its_start_as_at_its_end() -> None:

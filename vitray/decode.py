@@ -101,10 +101,7 @@ def decode_one(data: bytes, spec: DecodeSpec, into: Pixels) -> Outcome:
 
 
 def decode(
-    items: Sequence[Encoded],
-    spec: DecodeSpec,
-    one: Callable[..., Outcome] = decode_one,
-    limits: Limits | None = None,
+    items: Sequence[Encoded], spec: DecodeSpec, one: Callable[..., Outcome] = decode_one, limits: Limits | None = None
 ) -> tuple[Pixels, list[Outcome]]:
     """Pixels uint8 [n_good, H, W, 3] of the good ones in order, and one outcome an item. limits: None for those of spec.max_pixels.
 
@@ -126,6 +123,10 @@ def decode(
     if good < len(images) or desk.child.runs == CHILD_RUNS:  # a bad image may have spoilt more than its own row
         _here.desk = None
     return desk.pages.current[:good], outcomes
+
+
+def decode_bytes(blobs: list[Any], spec: DecodeSpec) -> tuple[Pixels, list[Outcome]]:
+    return decode([Encoded(n, "", "", bytes(blob)) for n, blob in enumerate(blobs)], spec)
 
 
 def limits_of(spec: DecodeSpec) -> Limits:

@@ -8,6 +8,7 @@
     |- StorageError         a store that does not answer, refuses, or is full
     |  |- ObjectMissing         no object there
     |  |- ObjectChanged         the object is not the version that was planned
+    |  |- ObjectRefused         this object cannot be had, however often one asks; a ShardError too
     |  `- UnsafeStore           the store ignores a conditional create
     |- CommitError          a data file exists that this run could not have written
     |- ShardError           one shard cannot be read: set aside, the rest goes on
@@ -32,44 +33,37 @@ class JobError(VitrayError):
     exit_code = 2
 
 
-class SourceError(JobError):
-    pass
+class SourceError(JobError): ...
 
 
-class ModelError(JobError):
-    pass
+class ModelError(JobError): ...
 
 
-class FingerprintError(JobError):
-    pass
+class FingerprintError(JobError): ...
 
 
-class StorageError(VitrayError):
-    pass
+class StorageError(VitrayError): ...
 
 
-class ObjectMissing(StorageError):
-    pass
+class ObjectMissing(StorageError): ...
 
 
-class ObjectChanged(StorageError):
-    pass
+class ObjectChanged(StorageError): ...
 
 
-class UnsafeStore(StorageError):
-    pass
+class UnsafeStore(StorageError): ...
 
 
-class CommitError(VitrayError):
-    pass
+class ShardError(VitrayError): ...
 
 
-class ShardError(VitrayError):
-    pass
+class ObjectRefused(StorageError, ShardError): ...
 
 
-class ClusterError(VitrayError):
-    pass
+class CommitError(VitrayError): ...
+
+
+class ClusterError(VitrayError): ...
 
 
 class ErrorRateExceeded(VitrayError):

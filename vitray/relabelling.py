@@ -34,7 +34,7 @@ from vitray.errors import JobError
 from vitray.job import PROMPT
 from vitray.models.head import Head
 from vitray.models.labelling import read_own_head
-from vitray.schema import LABEL_FIELDS, VectorColumn, label_columns
+from vitray.schema import LABEL_FIELDS, VectorColumn
 from vitray.storage import absolute, exists, probe
 
 
@@ -103,7 +103,7 @@ def _relabelled(old: Dataset, new: Dataset, source: str, head: Head) -> Iterator
     for table in row_blocks(old, [source], [name for name in new.schema.names if name not in labels]):
         scores = _scores(matrix_of(table[new.facts.head_column]), head)
         ids = np.argsort(-scores, axis=1, kind="stable")[:, : new.job.top_k].astype(np.int32)
-        for name, values in label_columns(head.labels, ids, np.take_along_axis(scores, ids, 1)).items():
+        for name, values in new.label_columns(ids, np.take_along_axis(scores, ids, 1)).items():
             table = table.append_column(name, values)
         yield table
 

@@ -6,10 +6,8 @@ Pure data, no input or output. What a model or a source does is in their rooms.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import pyarrow as pa
 
 SCHEMA_VERSION = 1
@@ -28,50 +26,24 @@ REASONS = {
     "time_limit": "decoding took more CPU seconds than one image may",
     "decoder_died": "the decoder crashed on these bytes",
     "decode_error": "the decoder refused the bytes",
-    "missing": "the listed object does not exist (any more), or the row holds no image",
+    "missing": "the listed object does not exist (any more) or cannot be read, or the row names or holds no image",
     "path_not_allowed": "a manifest path outside the allowed prefixes",
 }
 
 # which image a row is about, good or bad
 _IMAGE = list(pa.schema([("key", pa.string()), ("shard", pa.string()), ("index", pa.int32()), ("uri", pa.string())]))
 ERROR_SCHEMA = pa.schema(
-    [
-        *_IMAGE,
-        ("reason", pa.string()),
-        ("message", pa.string()),
-        ("content_hash", pa.binary(16)),
-        ("size_bytes", pa.int64()),
-    ]
+    [*_IMAGE, ("reason", pa.string()), ("message", pa.string()), ("content_hash", pa.binary(16)), ("size_bytes", pa.int64())]
 )
 
-DECODED_FIELDS = [
-    *_IMAGE,
-    pa.field("width", pa.int32()),
-    pa.field("height", pa.int32()),
-    pa.field("format", pa.dictionary(pa.int8(), pa.string())),
-    pa.field("content_hash", pa.binary(16)),
-]
-LABEL_FIELDS = [
-    pa.field("label", pa.string()),
-    pa.field("label_id", pa.int32()),
-    pa.field("score", pa.float32()),
-    pa.field("top_labels", pa.list_(pa.string())),
-    pa.field("top_ids", pa.list_(pa.int32())),
-    pa.field("top_scores", pa.list_(pa.float32())),
-]
+_SIZE = [("width", pa.int32()), ("height", pa.int32()), ("format", pa.dictionary(pa.int8(), pa.string()))]
+IMAGE_FIELDS = [*_IMAGE, *pa.schema([*_SIZE, ("content_hash", pa.binary(16))])]
+_BEST = [("label", pa.string()), ("label_id", pa.int32()), ("score", pa.float32())]
+_TOP = [("top_labels", pa.string()), ("top_ids", pa.int32()), ("top_scores", pa.float32())]
+LABEL_FIELDS = list(pa.schema([*_BEST, *((name, pa.list_(kind)) for name, kind in _TOP)]))
 
 
-def label_columns(names: Sequence[str], ids: np.ndarray, scores: np.ndarray) -> dict[str, pa.Array]:
-    """LABEL_FIELDS of ids int [N, k] and scores [N, k], best first."""
-    said, (n, k) = np.array(names, dtype=object)[ids], ids.shape
-    offsets = pa.array(np.arange(0, n * k + 1, k), pa.int32())
-    columns = [(said, pa.string()), (ids, pa.int32()), (scores, pa.float32())]
-    best = [pa.array(values[:, 0], kind) for values, kind in columns]
-    lists = [pa.ListArray.from_arrays(offsets, pa.array(values.ravel(), kind)) for values, kind in columns]
-    return dict(zip([f.name for f in LABEL_FIELDS], best + lists))
-
-
-RESERVED = tuple(f.name for f in DECODED_FIELDS + LABEL_FIELDS)
+RESERVED = tuple(f.name for f in IMAGE_FIELDS + LABEL_FIELDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +60,7 @@ class VectorColumn:
 
 def row_schema(labels: bool, vectors: list[VectorColumn], kept: pa.Schema) -> pa.Schema:
     """The one Arrow schema of every data file of a dataset; scalars stand before vectors."""
-    fields = DECODED_FIELDS + list(kept) + (LABEL_FIELDS if labels else [])
+    fields = IMAGE_FIELDS + list(kept) + (LABEL_FIELDS if labels else [])
     for v in vectors:
         value = pa.float16() if v.dtype == "float16" else pa.float32()
         fields.append(pa.field(v.column, pa.list_(pa.field("element", value, nullable=False), v.dimension)))

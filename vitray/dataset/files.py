@@ -13,6 +13,8 @@ from vitray.dataset.identity import Dataset
 from vitray.errors import ObjectMissing, StorageError
 from vitray.storage import ObjectInfo, join, read, store_for
 
+NO_GROUP = -1
+
 
 def under(out: str, *parts: str) -> list[ObjectInfo]:
     """Every object below a folder of OUT, in the order of URLs; none when there is no such folder."""
@@ -49,19 +51,24 @@ def parquet_bytes(table: pa.Table) -> bytes:
 
 
 def load_group_log(out: str) -> list[tuple[int, str]]:
-    """(group number, url) of every grouped object, in the order of the log."""
+    """(group number, url) of every grouped object, in the order of the log; NO_GROUP where it left its group."""
     parts = [read_parquet(info.url) for info in under(out, "_vitray", "shards")]
     return [member for part in parts for member in zip(part["group"].to_pylist(), part["url"].to_pylist())]
 
 
 def append_group_log(out: str, members: Sequence[tuple[int, str]]) -> bool:
-    """Append new groups. False: another run appended first (a group or a URL is in the log); read it and plan again."""
+    """Append new groups, or objects that leave theirs. False: another run was faster (with a group or a URL); read and plan again."""
     # the number of parts is read before their content: what is appended after that takes the name that we want
     name = f"{len(under(out, '_vitray', 'shards')):06d}.parquet"
     groups, urls = zip(*members)
     known = load_group_log(out)
-    if {group for group, _ in known} & set(groups) or {url for _, url in known} & set(urls):
-        return False
+    numbers, housed = {group for group, _ in known if group != NO_GROUP}, set[str]()
+    for _, url in known:
+        housed ^= {url}  # an object enters and leaves in turn
+    for group, url in members:
+        if group in numbers or (url in housed) != (group == NO_GROUP):
+            return False
+        housed ^= {url}
     table = pa.table({"group": pa.array(groups, pa.int32()), "url": pa.array(urls, pa.string())})
     return store_for(out).create(join(out, "_vitray", "shards", name), parquet_bytes(table))
 

@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from vitray.errors import ObjectMissing, StorageError
 from vitray.job import Job, make_job
-from vitray.schema import SCHEMA_VERSION, DecodeSpec, ModelFacts, PixelSpec, VectorColumn, row_schema
+from vitray.schema import LABEL_FIELDS, SCHEMA_VERSION, DecodeSpec, ModelFacts, PixelSpec, VectorColumn, row_schema
 from vitray.storage import absolute, join, read
 
 # of the job, as they are; of the others some do not count, or count as what was resolved from them
@@ -65,6 +66,15 @@ class Dataset:
             **({"head": [self.facts.head_sha256, self.facts.head_column]} if self.facts.head else {}),
             **{name: getattr(self.job, name) for name in DECIDING_FIELDS},
         }
+
+    def label_columns(self, ids: np.ndarray, scores: np.ndarray) -> dict[str, pa.Array]:
+        """LABEL_FIELDS of ids int [N, k] and scores [N, k], best first."""
+        said, (n, k) = np.array(self.facts.labels, dtype=object)[ids], ids.shape
+        offsets = pa.array(np.arange(0, n * k + 1, k), pa.int32())
+        columns = [(said, pa.string()), (ids, pa.int32()), (scores, pa.float32())]
+        best = [pa.array(values[:, 0], kind) for values, kind in columns]
+        lists = [pa.ListArray.from_arrays(offsets, pa.array(values.ravel(), kind)) for values, kind in columns]
+        return dict(zip([f.name for f in LABEL_FIELDS], best + lists))
 
     def data_url(self, shard_id: str) -> str:
         return join(self.out, "data", f"{shard_id}.parquet")

@@ -10,14 +10,17 @@ import shutil
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 from vitray.errors import ClusterError, VitrayError, one_line
+from vitray.storage import exists, is_local, scratch, store_for
 
 RETRIES = 3  # of a task or an actor; Ray's own defaults are endless
+SEEN_S = 20.0
 START_S = 120  # Ray's own waits inside ray.init are shorter
 
 
@@ -258,6 +261,47 @@ def on_machine(machine: Machine, work: Callable[..., Any], *arguments: Any) -> A
         num_cpus=machine.cpus, num_gpus=machine.gpus, scheduling_strategy=there, max_retries=RETRIES
     )
     return answer(task.remote(work, *arguments), 900, f"all of {machine.host} to be free, and measured")
+
+
+def on_worker(shares: Shares, work: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns on the class of machine that will run the model."""
+    import ray
+
+    task = ray.remote(outcome).options(num_cpus=shares.actor_cpus, num_gpus=shares.actor_gpus, max_retries=RETRIES)
+    return answer(task.remote(work, *arguments), 900, "the model to be fetched and read")
+
+
+def require_shared(out: str, named: list[str], nodes: list[dict[str, Any]]) -> None:
+    """With more than one machine, local paths must be the same disk everywhere: a nonce in `out` says so."""
+    paths = [name for name in named if name and is_local(name) and sees(name)]
+    if len(nodes) < 2 or not (paths or is_local(out)):
+        return
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    with scratch(out) as nonce:
+        store_for(nonce).create(nonce, b"nonce")
+        there = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+        tasks = [ray.remote(outcome).options(num_cpus=0, scheduling_strategy=node, max_retries=RETRIES) for node in there]
+        asked = [task.remote(require_seen, nonce, *paths) for task in tasks]
+        for ref, node in zip(asked, nodes):
+            answer(ref, 120, f"node {node['NodeManagerAddress']} to answer")
+
+
+def require_seen(*paths: str) -> None:
+    """Raises ClusterError where this machine does not see all of these, SEEN_S after it was asked: disks come later than Ray does."""
+    deadline = time.monotonic() + SEEN_S
+    while unseen := [path for path in paths if is_local(path) and not sees(path)]:
+        if time.monotonic() > deadline:
+            raise ClusterError(
+                f"{unseen[0]} cannot be seen from {socket.gethostname()}: with several machines, source, model and out must be "
+                "s3:// or on a disk that all of them share. Mount it there or take that machine away, then run again."
+            )
+        time.sleep(1)
+
+
+def sees(path: str) -> bool:
+    return exists(path) or os.path.isdir(path)
 
 
 def outcome(work: Callable[..., Any], *arguments: Any) -> Any:

@@ -16,12 +16,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from vitray.dataset import Commit, Dataset
+from vitray.dataset import Commit, Dataset, dataset_url
 from vitray.errors import VitrayError
 from vitray.models import open_model
-from vitray.pipeline.cluster import RETRIES, Shares, alive_nodes
+from vitray.pipeline.cluster import RETRIES, Shares, alive_nodes, outcome, require_seen, sees
 from vitray.pipeline.steps import commit_step, decode_step, open_device_decoder, predict_step, read_step, stage_step, unpack
 from vitray.schema import Receipt, Shard
+from vitray.storage import is_local
 
 
 class RayLine:
@@ -33,7 +34,7 @@ class RayLine:
         self._dataset, self._refs = ray.put(dataset), {shard.id: ray.put(shard) for shard in shards}
         self._actors: list[str] = []
         self._line = build_line(list(self._refs.values()), dataset, self._dataset, shares, self._actors)
-        self._commit = ray.remote(commit_step).options(num_cpus=0, max_retries=RETRIES)
+        self._commit = ray.remote(_commit).options(num_cpus=0, max_retries=RETRIES)
         self._running: dict[Any, str] = {}
         self._nodes = {node["NodeID"] for node in alive_nodes()}
         self._executor: Any = None
@@ -95,6 +96,16 @@ class RayLine:
                 ray.kill(ray.get_actor(name))
 
 
+def _commit(dataset: Dataset, shard: Shard) -> Commit | VitrayError | None:
+    return outcome(require_seen, dataset_url(dataset.out)) or commit_step(dataset, shard)
+
+
+def require_source(shards: list[Shard]) -> None:
+    """Raises ClusterError where this machine sees none of these: what it says of a shard is not the shard's fault."""
+    if all(is_local(shard.url) and not sees(shard.url) for shard in shards):
+        require_seen(shards[0].url)
+
+
 def build_line(shards: list[Any], dataset: Dataset, dataset_ref: Any, shares: Shares, actors: list[str]) -> Any:
     """The Ray dataset of receipts. shards, dataset_ref: object references, fetched where they are used.
 
@@ -103,9 +114,14 @@ def build_line(shards: list[Any], dataset: Dataset, dataset_ref: Any, shares: Sh
     import ray
     from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 
+    mark = dataset_url(dataset.out)  # a machine that joins later may lack the disk: what it wrote would be nowhere
+
     def read(block: pa.Table) -> Iterator[pa.Table]:
         for n in block["n"].to_pylist():
+            require_seen(mark)
             for parcel in read_step(ray.get(dataset_ref), ray.get(shards[n])):
+                if parcel.receipt.kind in ("broken", "changed"):
+                    require_source(ray.get([shards[0], shards[-1]]))
                 yield parcel.pack()
 
     def decode(block: pa.Table) -> Iterator[pa.Table]:
@@ -114,6 +130,7 @@ def build_line(shards: list[Any], dataset: Dataset, dataset_ref: Any, shares: Sh
 
     def stage(block: pa.Table) -> Iterator[pa.Table]:
         for parcel in unpack(block):
+            require_seen(mark)
             yield stage_step(ray.get(dataset_ref), parcel).pack()
 
     def named() -> dict[str, Any]:
@@ -160,6 +177,7 @@ class Predict:
     """
 
     def __init__(self, dataset: Dataset, threads: int, compiled: bool) -> None:
+        require_seen(dataset_url(dataset.out))
         job = dataset.job
         self._dataset = dataset
         self._model = open_model(dataset.facts, list(dataset.vectors), job.top_k, job.labelled, job.device, threads, compiled)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from vitray.dataset import Commit
 from vitray.schema import Receipt
 
@@ -17,25 +15,15 @@ STEP_SECONDS = ("vitray_step_seconds", "seconds that a step took for one fragmen
 BOUNDARIES = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300]
 
 
-class Meter(Protocol):
-    """What is told of each fragment that was computed, and of each commit."""
+class Meter:
+    """What is told of each fragment that was computed, and of each commit. This one tells nobody: without Ray nobody asks."""
 
     def fragment(self, receipt: Receipt) -> None: ...
 
     def commit(self, commit: Commit) -> None: ...
 
 
-class Unmetered:
-    """Without Ray nobody asks."""
-
-    def fragment(self, receipt: Receipt) -> None:
-        pass
-
-    def commit(self, commit: Commit) -> None:
-        pass
-
-
-class RayMeter:
+class RayMeter(Meter):
     """Of one run, on the machine of its driver. Ray must have been started."""
 
     def __init__(self) -> None:

@@ -23,6 +23,7 @@ import pyarrow as pa
 
 from vitray.crash import crash_point
 from vitray.dataset import (
+    NO_GROUP,
     Dataset,
     append_group_log,
     base_of,
@@ -41,15 +42,15 @@ from vitray.dataset import (
 from vitray.errors import ClusterError, ErrorRateExceeded, Interrupted, JobError, ShardError, StorageError, VitrayError
 from vitray.job import Job
 from vitray.models import compiles, identify, runs_on, torch_threads_kept, vector_columns, with_label_names
-from vitray.pipeline.cluster import RETRIES, Shares, alive_nodes, answer, outcome, own_cpus, ray_session, share_out
+from vitray.pipeline.cluster import Shares, alive_nodes, on_worker, own_cpus, ray_session, require_shared, share_out
 from vitray.pipeline.line import RayLine
 from vitray.pipeline.local import LocalLine
-from vitray.pipeline.metrics import RayMeter, Unmetered
+from vitray.pipeline.metrics import Meter, RayMeter
 from vitray.pipeline.progress import Progress, Result
 from vitray.pipeline.wave import ATTEMPTS, Line, MachineLostError, Work, blame, run_wave
 from vitray.schema import ModelFacts, Shard
 from vitray.sources import Group, Listing, absent_members, chosen, estimate_images, kept_schema, list_shards
-from vitray.storage import absolute, drop_scratch, exists, is_local, probe, scratch, store_for
+from vitray.storage import absolute, drop_scratch, exists, probe
 
 log = logging.getLogger(__name__)
 
@@ -85,25 +86,26 @@ def run(
     drop_scratch(job.out)
     if not exists(dataset_url(job.out)):
         probe(job.out)
-    if open_dataset(job.out) is not None and not _pending(job, listing) and not listing.new_groups:
+    settled = not listing.new_groups and not (prune and any(map(_vanished, listing.shards)))
+    if settled and open_dataset(job.out) is not None and not _pending(job, listing):
         dataset = _resolve(job, identify(with_frozen(job)), listing)
         return _finished(dataset, job, prune, Work(), started)
     crash_point("driver-listed")
     with _machines(job, address, allow_open_cluster) as (open_line, shares, nodes):
         frozen = with_frozen(job)
-        facts = _identify_on_worker(frozen, shares) if nodes else identify(frozen)
+        facts: ModelFacts = on_worker(shares, identify, frozen) if nodes else identify(frozen)
         dataset = _resolve(job, facts, listing)
         if facts.engine_why:
             log.warning("engine: auto is %s (%s)", dataset.facts.engine, facts.engine_why)
         crash_point("driver-resolved")
         check_data(dataset)
-        _require_shared(dataset, listing.shards, nodes)
+        require_shared(dataset.out, [listing.shards[0].url, dataset.facts.model, dataset.facts.head], nodes)
         probe(dataset.out)
-        meter = RayMeter() if nodes else Unmetered()
+        meter = RayMeter() if nodes else Meter()
         work = Work(report=progress or (lambda _: None), stop=stop or threading.Event(), meter=meter)
         try:
             for _ in range(ATTEMPTS):
-                listing = _settle_groups(job, listing)
+                listing = _settle_groups(job, listing, prune)
                 work.changed.clear()
                 crash_point("driver-planned")
                 _complete(dataset, job, listing, partial(open_line, shares=_compiling(job, listing, shares)), work)
@@ -161,18 +163,21 @@ def with_absolute_paths(job: Job) -> Job:
 
 def groups_of(out: str) -> list[Group]:
     """The membership of grouped small objects, as the log in OUT has it."""
-    members: dict[int, list[str]] = {}
-    for number, url in load_group_log(absolute(out)):
+    log = load_group_log(absolute(out))
+    homes, members = {url: number for number, url in log}, dict[int, list[str]]()
+    for number, url in log:
         members.setdefault(number, []).append(url)
-    return [Group(number, tuple(urls)) for number, urls in sorted(members.items())]
+    members.pop(NO_GROUP, None)
+    return [Group(n, tuple(url for url in urls if homes[url] == n), tuple(urls)) for n, urls in sorted(members.items())]
 
 
-def _settle_groups(job: Job, listing: Listing) -> Listing:
-    """A listing whose groups are all in the log: ours, or those of a run that was faster."""
+def _settle_groups(job: Job, listing: Listing, prune: bool) -> Listing:
+    """A listing whose groups are all in the log: ours, or those of a run that was faster. prune: what is gone leaves its group."""
     for _ in range(20):
-        members = [(group.number, url) for group in listing.new_groups for url in group.urls]
+        gone = [(NO_GROUP, url) for shard in listing.shards for url in _vanished(shard) if prune]
+        members = gone or [(group.number, url) for group in listing.new_groups for url in group.urls]
         # not listed again after that: files that arrive meanwhile would become groups of one or two
-        if not members or append_group_log(absolute(job.out), members):
+        if not members or (append_group_log(absolute(job.out), members) and not gone):
             return listing
         listing = list_shards(job, groups_of(job.out))
     raise StorageError(f"{job.out}: other runs keep appending groups. Wait for them, then run the same command again.")
@@ -204,15 +209,6 @@ def _kept(job: Job, listing: Listing) -> pa.Schema:
     return pa.schema([])
 
 
-def _identify_on_worker(job: Job, shares: Shares) -> ModelFacts:
-    """`auto` is resolved on the class of worker that will run it."""
-    import ray
-
-    task = ray.remote(outcome).options(num_cpus=shares.actor_cpus, num_gpus=shares.actor_gpus, max_retries=RETRIES)
-    facts: ModelFacts = answer(task.remote(identify, job), 900, "the model to be fetched and read")
-    return facts
-
-
 def _compiling(job: Job, listing: Listing, shares: Shares) -> Shares:
     """The shares, with `compiled` as the first wave of what is pending has it."""
     wave, device = _pending(job, listing)[:WAVE_SHARDS], "cuda" if shares.actor_gpus else "cpu"
@@ -227,7 +223,7 @@ def _complete(dataset: Dataset, job: Job, listing: Listing, open_line: MakeLine,
     pending = _pending(job, listing)
     if pending:
         unmark_success(dataset.out)
-    work.vanished = sum(_vanished(shard) for shard in pending)
+    work.vanished = sum(len(_vanished(shard)) for shard in pending)
     known = [shard.rows for shard in pending]
     progress = work.progress  # which goes on where inputs that changed are planned again
     progress.shards = progress.shards_done + len(pending)
@@ -256,6 +252,9 @@ def _complete(dataset: Dataset, job: Job, listing: Listing, open_line: MakeLine,
             if len(dead) == DEADLY:
                 break
         done = committed(dataset.out).keys()
+        for shard_id in {shard.id for shard in wave} & work.commits.keys() - done:
+            del work.commits[shard_id]
+            blame(work, shard_id, "a machine says it is committed, but it is not in `out`: do all machines see the same disk?")
         pending = [s for s in pending if s.id not in done | work.changed and work.attempts.get(s.id, 0) < ATTEMPTS]
         pending.sort(key=lambda shard: work.attempts.get(shard.id, 0))  # what has died before comes last
     is_still = work.progress.images == work.progress.resumed
@@ -274,7 +273,7 @@ def _finished(dataset: Dataset, job: Job, prune: bool, work: Work, started: floa
     def list_ids() -> tuple[list[str], list[str]]:
         nonlocal planned, vanished, listed
         shards = list_shards(job, groups_of(job.out)).shards
-        planned, vanished = [shard.id for shard in chosen(shards, job)], sum(map(_vanished, shards))
+        planned, vanished = [shard.id for shard in chosen(shards, job)], sum(len(_vanished(shard)) for shard in shards)
         listed = len(shards)
         return [shard.id for shard in shards], planned
 
@@ -303,9 +302,9 @@ def _finished(dataset: Dataset, job: Job, prune: bool, work: Work, started: floa
     )
 
 
-def _vanished(shard: Shard) -> int:
-    """Files of a group that are listed no more. Each is an error row, since a group's rows are numbered for ever; nothing is bad in it."""
-    return sum(member.size < 0 and not member.version for member in shard.members)
+def _vanished(shard: Shard) -> list[str]:
+    """Files of a group that are listed no more. Each is an error row, until it is pruned; nothing is bad in it."""
+    return [member.url for member in shard.members if member.size < 0 and not member.version]
 
 
 def _record(
@@ -327,32 +326,6 @@ def _record(
         "images_per_s": round(result.images / max(1e-9, result.seconds), 2),
         **asdict(result),
     }
-
-
-def _require_shared(dataset: Dataset, shards: list[Shard], nodes: list[dict[str, Any]]) -> None:
-    """With more than one machine, local paths must be the same disk everywhere: a nonce says so."""
-    named = (shards[0].url, dataset.facts.model, *filter(None, [dataset.facts.head]))
-    paths = [p for p in named if is_local(p) and os.path.exists(p)]
-    if len(nodes) < 2 or not (paths or is_local(dataset.out)):
-        return
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    with scratch(dataset.out) as nonce:
-        store_for(nonce).create(nonce, b"nonce")
-        for node in nodes:
-            here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            task = ray.remote(_missing).options(num_cpus=0, scheduling_strategy=here, max_retries=RETRIES)
-            missing = answer(task.remote([nonce, *paths]), 120, f"node {node['NodeManagerAddress']} to answer")
-            if missing:
-                raise ClusterError(
-                    f"{missing[0]} cannot be seen from node {node['NodeManagerAddress']}: with several machines, source, model "
-                    "and out must be s3:// or on a disk that all of them share."
-                )
-
-
-def _missing(paths: list[str]) -> list[str]:
-    return [path for path in paths if not exists(path) and not os.path.isdir(path)]
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -20,22 +20,10 @@ import pyarrow as pa
 
 from vitray.crash import crash_point
 from vitray.dataset import Commit, Dataset, commit_shard, read_fragment, staged_whole, write_end, write_fragment
-from vitray.decode import ON_DEVICE, Outcome, decode, fit_size, left_to_device
+from vitray.decode import ON_DEVICE, decode, decode_bytes, fit_size, left_to_device
 from vitray.errors import JobError, ObjectChanged, ShardError, StorageError, VitrayError
 from vitray.models import Model, Predictions
-from vitray.schema import (
-    DECODED_FIELDS,
-    ERROR_SCHEMA,
-    DecodeSpec,
-    Encoded,
-    End,
-    Receipt,
-    Shard,
-    content_hash,
-    ipc_bytes,
-    ipc_table,
-    label_columns,
-)
+from vitray.schema import ERROR_SCHEMA, IMAGE_FIELDS, Encoded, End, Receipt, Shard, content_hash, ipc_bytes, ipc_table
 from vitray.sources import kept_schema, read_shard
 
 if TYPE_CHECKING:
@@ -44,20 +32,9 @@ if TYPE_CHECKING:
 READS = 3  # of a shard whose bytes make no sense: a proxy may have spoilt them
 READ_AGAIN_S = 0.5
 PARCEL_SCHEMA = pa.schema(
-    [
-        ("kind", pa.string()),
-        ("shard", pa.string()),
-        ("start", pa.int64()),
-        ("stop", pa.int64()),
-        ("total", pa.int64()),
-        ("truncated_at", pa.int64()),
-        ("message", pa.string()),
-        ("reasons", pa.string()),
-        ("seconds", pa.string()),
-        ("size_bytes", pa.int64()),
-        ("rows", pa.large_binary()),
-        ("errors", pa.large_binary()),
-    ]
+    [(name, pa.string()) for name in ("kind", "shard", "message", "reasons", "seconds")]
+    + [(name, pa.int64()) for name in ("start", "stop", "total", "truncated_at", "size_bytes")]
+    + [(name, pa.large_binary()) for name in ("rows", "errors")]
 )
 
 
@@ -74,9 +51,9 @@ class Parcel:
         """As one row of a Ray block."""
         r = self.receipt
         values = [
-            [r.kind], [r.shard], [r.start], [r.stop], [r.total], [self.truncated_at], [r.message], [json.dumps(r.reasons)],
-            [json.dumps(r.seconds)], [r.size_bytes], [None if self.rows is None else ipc_bytes(self.rows)],
-            [None if self.errors is None else ipc_bytes(self.errors)],
+            [r.kind], [r.shard], [r.message], [json.dumps(r.reasons)], [json.dumps(r.seconds)],
+            [r.start], [r.stop], [r.total], [self.truncated_at], [r.size_bytes],
+            *([None if table is None else ipc_bytes(table)] for table in (self.rows, self.errors)),
         ]  # fmt: skip
         return pa.Table.from_arrays([pa.array(v, f.type) for v, f in zip(values, PARCEL_SCHEMA)], schema=PARCEL_SCHEMA)
 
@@ -121,7 +98,8 @@ def read_step(dataset: Dataset, shard: Shard) -> Iterator[Parcel]:
                     raise
                 time.sleep(READ_AGAIN_S)
     except (JobError, ShardError, StorageError) as error:  # JobError: this shard lacks a kept column
-        kind = "changed" if isinstance(error, ObjectChanged) else "failed" if isinstance(error, StorageError) else "broken"
+        is_broken = isinstance(error, (JobError, ShardError))
+        kind = "changed" if isinstance(error, ObjectChanged) else "broken" if is_broken else "failed"
         yield Parcel(Receipt(kind, shard.id, message=str(error)))
 
 
@@ -174,14 +152,8 @@ def _was_staged(dataset: Dataset, shard_id: str, span: tuple[int, int]) -> Parce
 
 
 def _encoded_table(items: list[Encoded], kept: pa.Schema) -> pa.Table:
-    columns: dict[str, pa.Array] = {
-        "index": pa.array([i.index for i in items], pa.int32()),
-        "key": pa.array([i.key for i in items], pa.string()),
-        "uri": pa.array([i.uri for i in items], pa.string()),
-        "data": pa.array([i.data for i in items], pa.large_binary()),
-        "reason": pa.array([i.reason for i in items], pa.string()),
-        "message": pa.array([i.message for i in items], pa.string()),
-    }
+    kinds = {"index": pa.int32(), "data": pa.large_binary(), **dict.fromkeys(("key", "uri", "reason", "message"), pa.string())}
+    columns = {name: pa.array([getattr(item, name) for item in items], kind) for name, kind in kinds.items()}
     for at, column in enumerate(kept):
         columns[f"keep:{column.name}"] = pa.array([i.kept[at] for i in items], column.type)
     return pa.table(columns)
@@ -207,17 +179,10 @@ def decode_step(dataset: Dataset, parcel: Parcel) -> Parcel:
     hashes = [None if d is None else content_hash(d) for d in data]
     good = [n for n, o in enumerate(outcomes) if o.reason is None]
     bad = [n for n, o in enumerate(outcomes) if o.reason is not None]
-    values: dict[str, list[object]] = {
-        "key": [items[n].key for n in good],
-        "shard": [shard] * len(good),
-        "index": [items[n].index for n in good],
-        "uri": [items[n].uri for n in good],
-        "width": [outcomes[n].width for n in good],
-        "height": [outcomes[n].height for n in good],
-        "format": [outcomes[n].format for n in good],
-        "content_hash": [hashes[n] for n in good],
-    }
-    columns = {f.name: pa.array(values[f.name], f.type) for f in DECODED_FIELDS}
+    values = {name: [getattr(items[n], name) for n in good] for name in ("key", "index", "uri")}
+    values |= {name: [getattr(outcomes[n], name) for n in good] for name in ("width", "height", "format")}
+    values |= {"shard": [shard] * len(good), "content_hash": [hashes[n] for n in good]}
+    columns = {f.name: pa.array(values[f.name], f.type) for f in IMAGE_FIELDS}
     chosen = table.take(pa.array(good, pa.int64()))
     columns |= {c.name: chosen[f"keep:{c.name}"] for c in dataset.kept}
     if dataset.job.decode in ON_DEVICE:
@@ -248,10 +213,6 @@ def open_device_decoder(dataset: Dataset, threads: int) -> DeviceDecoder | None:
 
     fit = partial(fit_size, pixels=spec.pixels)
     return open_decoder(spec.pixels, partial(decode_bytes, spec=spec), fit, threads, shares=spec.mode == "hybrid")
-
-
-def decode_bytes(blobs: list[Any], spec: DecodeSpec) -> tuple[np.ndarray, list[Outcome]]:
-    return decode([Encoded(n, "", "", bytes(blob)) for n, blob in enumerate(blobs)], spec)
 
 
 def predict_step(dataset: Dataset, model: Model, parcel: Parcel, decoder: DeviceDecoder | None = None) -> Parcel:
@@ -299,7 +260,7 @@ def _decode_there(
 def _predicted(dataset: Dataset, found: Predictions) -> dict[str, pa.Array]:
     columns: dict[str, pa.Array] = {}
     if found.ids is not None and found.scores is not None:
-        columns = label_columns(dataset.facts.labels, found.ids, found.scores)
+        columns = dataset.label_columns(found.ids, found.scores)
     for v in dataset.vectors:
         values = pa.array(found.vectors[v.column].ravel())
         columns[v.column] = pa.FixedSizeListArray.from_arrays(values, type=dataset.schema.field(v.column).type)

@@ -16,7 +16,7 @@ from typing import Protocol
 from vitray.dataset import Commit, Dataset
 from vitray.errors import ClusterError, ErrorRateExceeded, ObjectChanged, VitrayError
 from vitray.job import Job
-from vitray.pipeline.metrics import Meter, Unmetered
+from vitray.pipeline.metrics import Meter
 from vitray.pipeline.progress import Progress
 from vitray.schema import Receipt, Shard
 
@@ -34,7 +34,7 @@ class Work:
 
     report: Callable[[Progress], None] = lambda _: None
     progress: Progress = field(default_factory=Progress)
-    meter: Meter = field(default_factory=Unmetered)
+    meter: Meter = field(default_factory=Meter)
     attempts: dict[str, int] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
@@ -62,31 +62,24 @@ class Line(Protocol):
 
     def start(self, arrived: queue.Queue[Receipt | Exception | None]) -> None:
         """Begin; put every receipt, then None, or what ended the line."""
-        ...
 
     def stop(self) -> None:
         """Take no more images; end as if there were none."""
-        ...
 
     def commit(self, shard_id: str) -> None:
         """Begin the commit of a shard whose fragments are there."""
-        ...
 
     def commits(self, wait_s: float) -> list[tuple[str, Commit | VitrayError | None]]:
         """What commits that ended within wait_s say. Raises what is not a VitrayError."""
-        ...
 
     def is_short(self) -> bool:
         """Whether a machine that it began with is gone: what waits for that one may wait for ever."""
-        ...
 
     def state(self) -> str:
         """For people: what each step does and what waits for it."""
-        ...
 
     def close(self) -> None:
         """End whatever still works, within seconds."""
-        ...
 
 
 def run_wave(dataset: Dataset, shards: list[Shard], line: Line, work: Work) -> None:

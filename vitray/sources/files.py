@@ -17,10 +17,11 @@ from vitray.storage import ObjectInfo
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The membership of a group of loose files, fixed for ever."""
+    """The membership of a group of loose files. ever: with those that were pruned, fixed for ever; () where none was."""
 
     number: int
     urls: tuple[str, ...]
+    ever: tuple[str, ...] = ()
 
 
 def list_files(found: Sequence[ObjectInfo], job: Job, groups: Sequence[Group]) -> tuple[list[Shard], list[Group]]:
@@ -37,8 +38,8 @@ def list_files(found: Sequence[ObjectInfo], job: Job, groups: Sequence[Group]) -
 
 def read_files(shard: Shard, job: Job, wanted: Callable[[int], bool]) -> Iterator[Encoded | End]:
     """The files of a group in order, then the End."""
-    rows = (_row(index, member, job) for index, member in enumerate(shard.members) if wanted(index))
-    yield from follow(rows, lambda index: shard.members[index].version)
+    rows = (_row(index, member, job) for index, member in enumerate(shard.members))
+    yield from follow(rows, wanted, lambda index: shard.members[index].version)
     yield End(len(shard.members))
 
 
@@ -53,7 +54,8 @@ def _shard(group: Group, by_url: dict[str, ObjectInfo]) -> Shard:
     members = tuple(Member(info.url, info.size, info.version) for info in infos)
     versions = "\n".join(member.version for member in members)
     return Shard(
-        id=shard_id(f"files_{group.number:06d}", "\n".join(group.urls), versions),
+        # of all that ever were in it: with some pruned it is a new version, which supersedes the old one
+        id=shard_id(f"files_{group.number:06d}", "\n".join(group.ever or group.urls), versions),
         kind="files",
         url=os.path.commonprefix(group.urls).rpartition("/")[0],  # noqa: RUF071 (cut at the last slash)
         size=sum(max(0, member.size) for member in members),

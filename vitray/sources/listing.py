@@ -15,7 +15,7 @@ from vitray.job import Job
 from vitray.schema import IMAGE_EXTENSIONS, Shard
 from vitray.sources.files import Group, list_files
 from vitray.sources.manifest import split_manifest
-from vitray.sources.objects import READERS, printable, whole_shard
+from vitray.sources.objects import READERS, whole_shard
 from vitray.sources.parquet import split_parquet
 from vitray.sources.tables import columns_to_read, likely_columns, read_schema
 from vitray.storage import ObjectInfo
@@ -49,9 +49,6 @@ def list_shards(job: Job, groups: Sequence[Group]) -> Listing:
     chosen = [info for info in found if _kind_of(info) in kinds or info.url in named]
     if not chosen:
         raise SourceError(f"source {_names(job)} holds nothing of format {kind}: {_counts(found)}. Correct `source` or `format`.")
-    if odd := [info.url for info in chosen if printable(info.url) != info.url]:
-        what = f"{len(odd)} of {len(chosen)} names are not valid UTF-8, the first is {odd[0]!r}"
-        raise SourceError(f"source {_names(job)}: {what}. Rename them, or leave them out.")
     new: list[Group] = []
     if kind == "files":
         shards, new = list_files(chosen, job, groups)
@@ -129,7 +126,7 @@ def _kind_of(info: ObjectInfo) -> str | None:
 
 def _suffix(info: ObjectInfo) -> str:
     match = SUFFIX.search(info.url.lower())
-    return printable(match[0]) if match else "without suffix"
+    return match[0] if match else "without suffix"
 
 
 def _names(job: Job) -> str:

@@ -32,22 +32,23 @@ def read_manifest(shard: Shard, job: Job, wanted: Callable[[int], bool]) -> Iter
     """The images that a range of rows names, then the End."""
     total = count_rows(shard) if shard.rows is None else shard.rows
     if total:
-        yield from follow(_rows(shard, job, wanted, total), lambda index: None)
+        yield from follow(_rows(shard, job, total), wanted, lambda index: None)
     yield End(total)
 
 
-def _rows(shard: Shard, job: Job, wanted: Callable[[int], bool], total: int) -> Iterator[Encoded]:
+def _rows(shard: Shard, job: Job, total: int) -> Iterator[Encoded]:
     names = columns_to_read(read_schema(shard), shard.kind, job)
     folder = shard.url.rpartition("/")[0] or "/"
     allowed = [storage.absolute(prefix) for prefix in job.allow] or [folder]
     index = -1
     for index, row in enumerate(read_rows(shard, names, range(shard.start, shard.start + total))):
-        if wanted(index):
-            path = row[names[0]]
-            key = key_of(row[job.key_column] if job.key_column else None, path, shard.start + index)
-            kept = tuple(row[name] for name in job.keep)
-            uri, reason, message = _locate(path, folder, allowed)
-            yield Encoded(index, key, uri or shard.url, None, reason, message, kept)
+        if isinstance(row, str):
+            yield Encoded(index, str(shard.start + index), shard.url, None, "missing", row, (None,) * len(job.keep))
+            continue
+        path = row[names[0]]
+        key = key_of(row[job.key_column] if job.key_column else None, path, shard.start + index)
+        uri, reason, message = _locate(path, folder, allowed)
+        yield Encoded(index, key, uri or shard.url, None, reason, message, tuple(row[name] for name in job.keep))
     if index + 1 != total:
         raise ShardError(f"{shard.url}: {index + 1} rows came, {total} were listed. Replace or remove it, then run again.")
 
@@ -63,7 +64,7 @@ def _locate(path: object, folder: str, allowed: Sequence[str]) -> tuple[str, str
     if odd or not any(_is_below(prefix, url) for prefix in allowed):
         return shown, "path_not_allowed", f"{shown} is not below the allowed prefixes (`allow`)"
     # isfile: a pipe or a device below the prefix would block for ever
-    if len(url.encode()) > MAX_URL_BYTES or (storage.is_local(url) and not os.path.isfile(url)):
+    if len(url.encode()) > MAX_URL_BYTES or (storage.is_local(url) and not os.path.isfile(storage.on_disk(url))):
         return url[:500], "missing", f"{url[:500]} does not exist or is no file"
     return url, None, ""
 
@@ -72,4 +73,5 @@ def _is_below(prefix: str, url: str) -> bool:
     """Whole path components count: /data/ab is not inside /data/a. Symbolic links may not lead out."""
     if not url.startswith(prefix.rstrip("/") + "/"):
         return False
-    return not storage.is_local(url) or os.path.realpath(url).startswith(os.path.realpath(prefix).rstrip("/") + "/")
+    real = [os.path.realpath(storage.on_disk(name)) for name in (url, prefix) if storage.is_local(name)]
+    return not real or real[0].startswith(real[1].rstrip("/") + "/")

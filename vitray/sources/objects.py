@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import BinaryIO
 
 from vitray import storage
-from vitray.errors import ObjectChanged, ObjectMissing, ShardError
+from vitray.errors import ObjectChanged, ObjectMissing, ObjectRefused, ShardError
 from vitray.schema import Encoded, Shard, short_hash
 from vitray.storage import ObjectInfo
 
@@ -54,24 +54,51 @@ def too_large(size: int) -> tuple[str, str]:
     return "too_large", f"at least {size} encoded bytes; the cap of one image is {MAX_IMAGE_BYTES}"
 
 
-def follow(rows: Iterable[Encoded], version_of: Callable[[int], str | None]) -> Iterator[Encoded]:
-    """The rows in order; one that has no reason yet gets the bytes of the object that its uri names.
+class _Refused(Encoded):
+    """A row whose object the store does not hand out."""
+
+    __slots__ = ()
+
+
+def follow(rows: Iterable[Encoded], wanted: Callable[[int], bool], version_of: Callable[[int], str | None]) -> Iterator[Encoded]:
+    """The wanted rows in order; one that has no reason yet gets the bytes of the object that its uri names.
 
     version_of: the version of a row's object by the row's index; None reads what is there now. At most READERS images
-    are held. Raises ObjectChanged.
+    are held. A refused object is an error row where another one of the shard can be read after it; where none can, it is not the
+    object, and ObjectRefused is raised. Raises ObjectChanged.
     """
+    others, held, refused = deque[Encoded](maxlen=READERS), list[Encoded](), ""
+    for row in _read_rows(rows, wanted, version_of):
+        if row.reason is None:  # read, or not wanted
+            others.append(replace(row, data=None))
+        if wanted(row.index):
+            held.append(row)
+        if isinstance(row, _Refused):
+            refused = row.message
+        while refused and others and _read_row(others[-1], version_of(others[-1].index)).reason:
+            others.pop()
+        if others or not refused:
+            yield from held
+            held, refused = [], ""
+    if refused:
+        raise ObjectRefused(refused)
+
+
+def _read_rows(
+    rows: Iterable[Encoded], wanted: Callable[[int], bool], version_of: Callable[[int], str | None]
+) -> Iterator[Encoded]:
     waiting: deque[Future[Encoded]] = deque()
     with ThreadPoolExecutor(READERS) as pool:
         for row in rows:
-            waiting.append(pool.submit(_read_row, row, version_of(row.index)))
+            waiting.append(pool.submit(_read_row, row, version_of(row.index), wanted(row.index)))
             if len(waiting) >= READERS:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
 
-def _read_row(row: Encoded, version: str | None) -> Encoded:
-    if row.reason is not None:
+def _read_row(row: Encoded, version: str | None, is_wanted: bool = True) -> Encoded:
+    if row.reason is not None or not is_wanted:
         return row
     data = b""
     try:
@@ -82,6 +109,8 @@ def _read_row(row: Encoded, version: str | None) -> Encoded:
         if version is not None:
             raise ObjectChanged(f"{row.uri} was deleted since it was listed") from error
         return replace(row, reason="missing", message=str(error))
+    except ObjectRefused as error:
+        return _Refused(row.index, row.key, row.uri, None, "missing", str(error), row.kept)
     if len(data) > MAX_IMAGE_BYTES:
         reason, message = too_large(len(data))
         return replace(row, reason=reason, message=message)

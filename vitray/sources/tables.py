@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -26,6 +27,8 @@ MAX_LINE_BYTES = 16 << 20
 NO_TEXT = re.compile(rb"[\0-\x08\x0e-\x19]")  # control characters, which any tar, image or archive begins with
 Cells = dict[str, pa.Scalar]  # of one row, by column
 BATCH_ROWS = 32  # images are held by so many
+# looked at a second time, where an open quote took them along; a hostile file could ask for each of them n times
+LINES_AGAIN = 1_000_000
 SAMPLE_LINES = 100  # JSON lines may leave fields out: the first hundred tell the columns
 
 
@@ -36,7 +39,7 @@ def read_schema(shard: Shard) -> pa.Schema:
         if kind == "parquet":
             with open_parquet(stream, shard.url) as file:
                 return file.schema_arrow
-        names = next(_csv_records(stream, shard.url), (0, []))[1] if kind == "csv" else _json_names(stream, shard.url)
+        names = next(_csv_records(stream, shard.url), []) if kind == "csv" else _json_names(stream, shard.url)
         return pa.schema([(name, pa.string()) for name in names])
 
 
@@ -51,8 +54,8 @@ def count_rows(shard: Shard) -> int:
         return sum(1 for _ in _json_lines(stream, shard.url))
 
 
-def read_rows(shard: Shard, names: list[str], rows: range) -> Iterator[dict[str, object]]:
-    """The named columns of a range of rows."""
+def read_rows(shard: Shard, names: list[str], rows: range) -> Iterator[dict[str, object] | str]:
+    """The named columns of a range of rows; of a line that is none, what is wrong with it."""
     with open_shard(shard) as stream:
         kind = _kind(stream, shard)
         if kind == "parquet":
@@ -61,16 +64,14 @@ def read_rows(shard: Shard, names: list[str], rows: range) -> Iterator[dict[str,
                     yield {name: python_value(cell) for name, cell in cells.items()}
         elif kind == "csv":
             records = _csv_records(stream, shard.url)
-            header = next(records)[1]
-            for number, record in islice(records, rows.start, rows.stop):
-                if len(record) != len(header):
-                    what = f"line {number} has {len(record)} fields, the header {len(header)}"
-                    raise ShardError(f"{shard.url}: {what}. Correct the line.")
-                yield dict(zip(header, record))
+            header = next(records)
+            for record in islice(records, rows.start, rows.stop):
+                yield record if isinstance(record, str) else dict(zip(header, record))
         else:
             for number, line in islice(_json_lines(stream, shard.url), rows.start, rows.stop):
-                fields = _json_record(line, number, shard.url)
-                yield {name: _text(fields.get(name)) for name in names}
+                fields = _json_object(line)
+                why = f"line {number} is not a JSON object"
+                yield why if fields is None else {name: _text(fields.get(name)) for name in names}
 
 
 @contextmanager
@@ -180,24 +181,43 @@ def _kind(stream: BinaryIO, shard: Shard) -> str:
     return "jsonl" if like_json or name.endswith((".jsonl", ".ndjson")) else "csv"
 
 
-def _csv_records(stream: BinaryIO, url: str) -> Iterator[tuple[int, list[str]]]:
-    """(last line number, fields), the header first. Python's reader: pyarrow's reads ahead in threads that outlive a range."""
-    texts = (line.decode("utf-8-sig" if number == 1 else "utf-8", "replace") for number, line in _lines(stream, url))
-    reader = csv.reader(texts, strict=True)
-    try:
-        for record in reader:
-            if record:
-                yield reader.line_num, record
-    except csv.Error as error:
-        raise ShardError(f"{url}: line {reader.line_num} is not valid CSV ({error}). Correct or remove the line.") from error
+def _csv_records(stream: BinaryIO, url: str) -> Iterator[list[str] | str]:
+    """The fields of each record, the header first; for a line that is none, what is wrong with it, and the lines that it took along
+    are looked at again. Python's reader: pyarrow's reads ahead in threads that outlive a range.
+    """
+    numbered = ((n, line.decode("utf-8-sig" if n == 1 else "utf-8", "replace")) for n, line in _lines(stream, url))
+    taken, again = list[tuple[int, str]](), deque[tuple[int, str]]()
+    width, left = 0, LINES_AGAIN
+
+    def texts() -> Iterator[str]:
+        while line := again.popleft() if again else next(numbered, None):
+            taken.append(line)
+            yield line[1]
+
+    while True:
+        try:
+            for record in csv.reader(texts(), strict=True):
+                if record and len(record) != (width := width or len(record)):
+                    raise csv.Error(f"{len(record)} fields, the header has {width}")
+                if record:
+                    yield record
+                taken.clear()
+            return
+        except csv.Error as error:
+            (number, _), *more = taken
+            left -= len(more)
+            why = f"line {number} is not valid CSV ({error})"
+            if not width or left < 0:
+                raise ShardError(f"{url}: {why}. Correct or remove the line.") from error
+            yield why
+        again.extendleft(reversed(more))
+        taken.clear()
 
 
 def _json_names(stream: BinaryIO, url: str) -> list[str]:
-    names, number = dict[str, None](), 0
-    for number, line in islice(_json_lines(stream, url), SAMPLE_LINES):
-        with suppress(ShardError):  # breaks only the range that holds the line
-            names |= dict.fromkeys(printable(name) for name in _json_record(line, number, url))
-    if number and not names:
+    found = [list(map(printable, _json_object(line) or ())) for _, line in islice(_json_lines(stream, url), SAMPLE_LINES)]
+    names = dict.fromkeys(name for line in found for name in line)
+    if found and not names:
         raise ShardError(f"{url}: none of its first {SAMPLE_LINES} lines is a JSON object with fields. Correct or remove it.")
     return list(names)
 
@@ -206,11 +226,11 @@ def _json_lines(stream: BinaryIO, url: str) -> Iterator[tuple[int, bytes]]:
     return ((number, line) for number, line in _lines(stream, url) if line.strip())
 
 
-def _json_record(line: bytes, number: int, url: str) -> dict[str, object]:
+def _json_object(line: bytes) -> dict[str, object] | None:
     with suppress(ValueError, RecursionError):
         if isinstance(record := json.loads(line), dict):
             return record
-    raise ShardError(f"{url}: line {number} is not a JSON object. Correct or remove the line.")
+    return None
 
 
 def _text(value: object) -> str | None:

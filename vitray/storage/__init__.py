@@ -20,12 +20,12 @@ from typing import cast
 from vitray.errors import JobError, ObjectMissing, UnsafeStore
 from vitray.schema import IMAGE_EXTENSIONS
 from vitray.storage.folder import new_folder
-from vitray.storage.local import LocalStore
+from vitray.storage.local import LocalStore, on_disk
 from vitray.storage.objects import ABANDONED_S, ObjectInfo, Store, absolute, is_local
 from vitray.storage.s3 import S3Store
 
 __all__ = [
-    "ObjectInfo", "absolute", "drop_scratch", "exists", "expand", "is_local", "join", "new_folder", "probe", "read", "scratch", "sha256_of",
+    "ObjectInfo", "absolute", "drop_scratch", "exists", "expand", "is_local", "join", "new_folder", "on_disk", "probe", "read", "scratch", "sha256_of",
     "store_for",
 ]  # fmt: skip
 SCRATCH = "probe-"

@@ -5,64 +5,71 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob as globbing
+import io
 import os
+import re
 import shutil
 import stat
 import time
 import uuid
 from collections.abc import Iterable, Iterator
-from typing import BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from vitray.crash import crash_point
-from vitray.errors import ObjectChanged, ObjectMissing, StorageError, UnsafeStore
+from vitray.errors import ObjectChanged, ObjectMissing, ObjectRefused, StorageError, UnsafeStore
 from vitray.storage.objects import ABANDONED_S, TMP_PREFIX, ObjectInfo, absolute
 
+ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+# one file's own fault, and no better when it is asked for again; what a network file system says while it is away is not here
+REFUSED = (errno.EACCES, errno.EPERM, errno.EIO, errno.EUCLEAN, errno.EBADMSG, errno.ELOOP, errno.ENAMETOOLONG)
+ESCAPE = r"\\u(dc(?:[89a-f][0-9a-f]|5c))"  # of a byte that is no UTF-8, and of the backslash before what looks like one
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
 
 
 class LocalStore:
+    """URLs are UTF-8, names on a disk need not be: a byte that is none is `\\udcXX` in a URL (see on_disk)."""
+
     def find(self, prefix: str) -> list[ObjectInfo]:
-        root = absolute(prefix)
+        root = on_disk(prefix)
         if os.path.isfile(root):
-            return [self.stat(root)]
+            return [self.stat(prefix)]
         walk = os.walk(root, onerror=lambda error: _raise_in_walk(error, root))
         paths = (os.path.join(folder, name) for folder, _, names in walk for name in names)
         return self._infos(path for path in paths if not os.path.basename(path).startswith(TMP_PREFIX))
 
     def glob(self, pattern: str) -> list[ObjectInfo]:
-        return self._infos(globbing.iglob(absolute(pattern), recursive=True))
+        return self._infos(globbing.iglob(on_disk(pattern), recursive=True))
 
     def _infos(self, paths: Iterable[str]) -> list[ObjectInfo]:
         found = []
         for path in paths:
             if odd := _oddity(path):  # listed, so that it is reported
-                found.append(ObjectInfo(path, -1, odd))
+                found.append(ObjectInfo(_url_of(path), -1, odd))
                 continue
             with contextlib.suppress(ObjectMissing):  # a folder, or deleted since it was listed
-                found.append(self.stat(path))
+                found.append(self.stat(_url_of(path)))
         return sorted(found, key=lambda info: info.url)
 
     def stat(self, url: str) -> ObjectInfo:
-        path = absolute(url)
+        path = on_disk(url)
         try:
             status = os.stat(path)
         except OSError as error:
             _raise_read(error, path)
         if stat.S_ISDIR(status.st_mode):
-            raise ObjectMissing(f"{path} does not exist as a file: it is a folder")
-        return ObjectInfo(path, status.st_size, f"{status.st_size}-{status.st_mtime_ns}", status.st_mtime)
+            raise ObjectMissing(f"{absolute(url)} does not exist as a file: it is a folder")
+        return ObjectInfo(absolute(url), status.st_size, f"{status.st_size}-{status.st_mtime_ns}", status.st_mtime)
 
     def open(self, url: str, version: str | None = None) -> BinaryIO:
-        path = absolute(url)
-        if version is not None and self.stat(path).version != version:
-            raise ObjectChanged(f"{path} changed since it was listed")
+        if version is not None and self.stat(url).version != version:
+            raise ObjectChanged(f"{absolute(url)} changed since it was listed")
         try:
-            return open(path, "rb", buffering=1 << 20)
+            return io.BufferedReader(_File(on_disk(url)), 1 << 20)
         except OSError as error:
-            _raise_read(error, path)
+            _raise_read(error, on_disk(url))
 
     def create(self, url: str, data: bytes, metadata: dict[str, str] | None = None) -> bool:
-        path = absolute(url)
+        path = on_disk(url)
         with _temporary(path, data) as temporary:
             try:
                 os.link(temporary, path)
@@ -78,30 +85,50 @@ class LocalStore:
         return True
 
     def replace(self, url: str, data: bytes) -> None:
-        path = absolute(url)
+        path = on_disk(url)
         with _temporary(path, data) as temporary:
             os.replace(temporary, path)
 
     def abandoned(self, prefix: str) -> list[str]:
-        walk = os.walk(absolute(prefix))
+        walk = os.walk(on_disk(prefix))
         found = [os.path.join(folder, name) for folder, _, names in walk for name in names if name.startswith(TMP_PREFIX)]
         return [path for path in found if os.path.exists(path) and time.time() - os.path.getmtime(path) > ABANDONED_S]
 
     def delete_folder(self, url: str) -> None:
         with contextlib.suppress(OSError):  # not empty: somebody writes there
-            os.rmdir(absolute(url))
+            os.rmdir(on_disk(url))
 
     def delete_tree(self, url: str) -> None:
-        shutil.rmtree(absolute(url), ignore_errors=True)  # a file stays
-        self.delete([url] if os.path.isfile(absolute(url)) else [])
+        shutil.rmtree(on_disk(url), ignore_errors=True)  # a file stays
+        self.delete([url] if os.path.isfile(on_disk(url)) else [])
 
     def delete(self, urls: Iterable[str]) -> None:
         for url in urls:
             try:
                 with contextlib.suppress(FileNotFoundError):
-                    os.unlink(absolute(url))
+                    os.unlink(on_disk(url))
             except OSError as error:
                 _raise_local(error, url)
+
+
+class _File(io.FileIO):
+    """A file that is open, whose faults are ours."""
+
+    def readinto(self, buffer: Any) -> int | None:
+        try:
+            return super().readinto(buffer)
+        except OSError as error:
+            _raise_read(error, str(self.name))
+
+
+def on_disk(url: str) -> str:
+    """The absolute path that a local URL names, as the system has it."""
+    return re.sub(ESCAPE, lambda code: chr(int(code[1], 16)), absolute(url)).replace("\udc5c", "\\")
+
+
+def _url_of(path: str) -> str:
+    """The URL of an absolute path; on_disk() leads back, also from a name that looks like an escape itself."""
+    return re.sub(rf"\\(?={ESCAPE[2:]})", r"\\udc5c", path).encode("utf-8", "backslashreplace").decode()
 
 
 @contextlib.contextmanager
@@ -138,8 +165,10 @@ def _oddity(path: str) -> str:
     """Why a name in a folder is no file that could be read."""
     try:
         mode = os.stat(path).st_mode
-    except OSError:
-        return "is a link to nothing" if os.path.islink(path) else ""
+    except OSError as error:
+        if os.path.islink(path):
+            return "is a link to nothing"
+        return f"cannot be looked at: {error.strerror}" if error.errno in REFUSED else ""
     return "" if stat.S_ISREG(mode) or stat.S_ISDIR(mode) else "is no regular file"
 
 
@@ -150,12 +179,12 @@ def _raise_in_walk(error: OSError, root: str) -> None:
 
 
 def _raise_read(error: OSError, path: str) -> NoReturn:
-    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
-        raise ObjectMissing(f"{path} does not exist") from error
-    _raise_local(error, path)
+    if error.errno in ABSENT:
+        raise ObjectMissing(f"{_url_of(path)} does not exist") from error
+    _raise_local(error, path, ObjectRefused if error.errno in REFUSED else StorageError)
 
 
-def _raise_local(error: OSError, path: str) -> NoReturn:
+def _raise_local(error: OSError, path: str, kind: type[StorageError] = StorageError) -> NoReturn:
     step = {
         errno.ENOSPC: "The disk is full: free some space and run the same command again.",
         errno.EDQUOT: "The quota is used up: free some space and run the same command again.",
@@ -163,7 +192,7 @@ def _raise_local(error: OSError, path: str) -> NoReturn:
         errno.ENOTDIR: "A file stands where a folder must be: choose another path.",
         errno.EROFS: "The file system is read-only: choose another `out`.",
     }.get(error.errno or 0, "Check the path and the disk.")
-    raise StorageError(f"{path}: {error.strerror}. {step}") from error
+    raise kind(f"{_url_of(path)}: {error.strerror}. {step}") from error
 
 
 def fsync(path: str) -> None:

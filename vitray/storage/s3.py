@@ -12,12 +12,13 @@ import re
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, BinaryIO, NoReturn, cast
 
-from vitray.errors import JobError, ObjectChanged, ObjectMissing, StorageError
+from vitray.errors import JobError, ObjectChanged, ObjectMissing, ObjectRefused, StorageError
 from vitray.storage.objects import ObjectInfo, reason, retrying
 
 CALL_TIMEOUT_S = 120.0
 READ_BLOCK_BYTES = 8 << 20
 BAD_CONFIG = ("ProfileNotFound", "ConfigParseError")  # botocore's names of what is wrong in ~/.aws/config
+BAD_KEYS = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "RequestTimeTooSkewed")  # nobody's object is refused by these
 MAX_OBJECT_BYTES = 5 << 30  # one PUT; conditional multipart is not safe on every store
 
 
@@ -227,7 +228,8 @@ def _raise_s3(error: Exception, url: str) -> NoReturn:
     if isinstance(error, FileNotFoundError) or status == 404:
         raise ObjectMissing(f"{url} does not exist") from error
     if isinstance(error, PermissionError) or status in (401, 403) or "Credentials" in type(error).__name__:
-        raise StorageError(
+        kind = ObjectRefused if status == 403 and code not in BAD_KEYS else StorageError
+        raise kind(
             f"{url}: access refused ({code or reason(error)}). Check AWS_PROFILE or AWS_ACCESS_KEY_ID and the bucket's policy."
         ) from error
     mine = type(error).__name__ in BAD_CONFIG
