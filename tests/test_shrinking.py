@@ -372,6 +372,22 @@ def test_no_space_is_said_before_anything_is_computed(
     assert os.listdir(tmp_path) == []
 
 
+def test_a_disk_that_fills_up_under_a_library_is_no_fault_of_the_model(
+    tmp_path: Path, shapes_model: str, photos: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_short(source: graphs.Source, how: str, folder: Path) -> None:
+        """As a library of C++ that looks at no answer of the disk; the judge cannot open what it left."""
+        real(source, how, folder)
+        (folder / "model.onnx").write_bytes((folder / "model.onnx").read_bytes()[:50_000])
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 4096, 4096))
+
+    real, into = graphs.WRITERS["onnx"], str(tmp_path / "x")
+    monkeypatch.setitem(graphs.WRITERS, "onnx", cut_short)
+    with pytest.raises(StorageError, match=rf"^{into}: .*\. Check the path, and that the disk has room\.$") as raised:
+        shrink(asked(shapes_model, photos), "onnx", "", into)
+    assert "\n" not in str(raised.value) and os.listdir(tmp_path) == []
+
+
 def test_a_library_that_is_missing_is_named_with_its_extra(
     tmp_path: Path, shapes_model: str, photos: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
