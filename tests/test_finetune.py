@@ -430,7 +430,7 @@ def test_everything_may_lie_on_s3_and_a_killed_training_goes_on_there(
     whole = finetune(Recipe(**fields, out=str(tmp_path / "whole")))
     there = {"source": f"{s3}/in/*.tar", "model": f"{s3}/model", "label_table": f"{s3}/labels.csv", "out": f"{s3}/out"}
     path = write_recipe(tmp_path / "killed.yaml", {**fields, **there})
-    done = start(path, VITRAY_CRASH_AT="train-step:8")
+    done = start(path, VITRAY_CRASH_AT="train-step:7")
     assert done.returncode == -9, done.stderr[-2000:]
     found = checkpoints.load(f"{s3}/out/_vitray/state", "last")
     assert found is not None and found[1]["step"] == 6
