@@ -72,7 +72,10 @@ def _require_room(workers: int, what: str) -> None:
 
 
 def _watched(fit: Callable[[], object], began: str) -> None:
-    """Call it in a thread, so that what never returns from Ray ends in ClusterError, too. Raises what a worker raised."""
+    """Call it in a thread, so that what never returns from Ray ends in ClusterError, too, and Ray leaves Ctrl-C to us.
+
+    Raises what a worker raised.
+    """
     failed: list[Exception] = []
 
     def run() -> None:
