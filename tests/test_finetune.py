@@ -449,7 +449,7 @@ def test_everything_may_lie_on_s3_and_a_killed_training_goes_on_there(
     later = finetune(
         Recipe(**{**fields, **there, "model": f"{s3}/out", "init": "weights", "train": "head", "out": f"{s3}/later"})
     )
-    assert later.figures["validation_accuracy"] > 0.1
+    assert (later.epochs, later.model) == (3, True)
 
 
 def test_states_replace_each_other_and_damage_is_seen(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
