@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import browser
 import pytest
 
 os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -40,6 +41,28 @@ def shapes_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     directory = str(tmp_path_factory.mktemp("shapes-model"))
     assert shapes.train(directory) >= 0.97
     return directory
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Browser]:
+    if browser.BROWSER is None:
+        if os.environ.get("CI"):
+            pytest.fail("CI is set, but chromium is not installed")
+        pytest.skip("no Chromium: install chromium to look at the page in a browser")
+    opened = browser.Browser(tmp_path_factory.mktemp("profile"))
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tiny products are slower on two threads, and much slower beside other work."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

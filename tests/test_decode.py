@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -785,6 +785,28 @@ def test_a_child_ends_with_its_thread() -> None:
             return
         time.sleep(0.05)
     pytest.fail("the child outlived its thread")
+
+
+def test_what_only_a_signal_handler_holds_does_not_end_in_a_child(tmp_path: Path) -> None:
+    """Ray Train leaves one that holds an actor; its end in a child left Ray's client in the parent without answers for ever."""
+    ended = tmp_path / "ended"
+
+    class Held:
+        def __del__(self) -> None:
+            ended.write_text(str(os.getpid()))
+
+    def handler_of(held: Held) -> Callable[..., None]:
+        return lambda *_: print(held)
+
+    before = signal.signal(signal.SIGINT, handler_of(Held()))
+    try:
+        thread = threading.Thread(target=lambda: child_of(b"1"))
+        thread.start()
+        thread.join()
+        assert not ended.exists()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ended.read_text() == str(os.getpid())
 
 
 def test_an_interrupt_leaves_no_child() -> None:

@@ -8,10 +8,12 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import browser
 import digits
 import numpy as np
 import pyarrow as pa
@@ -19,11 +21,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from small_models import PREFIX, edit, make_checkpoint
 
 import vitray
-from vitray.adapt import checkpoints
+from vitray.adapt import checkpoints, outputs, team
 from vitray.adapt.batches import Batches, Teaching
 from vitray.adapt.examples import gather, is_held_out
 from vitray.adapt.finetuning import Study, finetune
@@ -31,22 +33,16 @@ from vitray.adapt.probe import fit_probe
 from vitray.adapt.recipe import Recipe, load_recipe
 from vitray.adapt.trainee import groups, prepare, rate_at
 from vitray.decode import load_decoders
-from vitray.errors import FingerprintError, JobError, ModelError, StorageError
+from vitray.errors import ClusterError, FingerprintError, JobError, ModelError, StorageError
 from vitray.models import checkpoint
 from vitray.models.head import read_head
 from vitray.schema import PixelSpec
+from vitray.storage import read, store_for
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TRAINED = {"epochs": 25, "batch_size": 16, "lr": 3e-3}
+BEYOND = "e.getBoundingClientRect().right > innerWidth + 1"
 PIXELS = PixelSpec((16, 16), 2, None, 1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny products are slower on two threads, and much slower beside other work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +130,37 @@ def test_hostile_class_names_stay_inert(small: dict[str, object], tmp_path: Path
     assert "<script" not in page and "&lt;script&gt;" in page and "‮" not in page and "{{ 7*7 }}" in page
     assert "<script" not in card and "](javascript" not in card
     assert json.loads(Path(out, "config.json").read_text())["id2label"]["0"] == "<script>alert(1)<"
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+def test_a_browser_shows_the_page_asks_for_nothing_and_runs_nothing(
+    chromium: browser.Browser, small: dict[str, object], tmp_path: Path, width: int
+) -> None:
+    names = {"0": "<img src=x onerror=alert(1)>", "1": "' onload='alert(1)", "2": "http:\u2215\u2215127.0.0.1:9", "3": "x" * 200}
+    root, out = tmp_path / "in", tmp_path / "out"
+    digits.folders(root, digits.few(12, range(4)))
+    for digit, name in names.items():
+        (root / digit).rename(root / name)
+        for n, image in enumerate(sorted((root / name).iterdir())):
+            image.rename(image.with_name(f"<script>document.title = {n}<\u2215script>{'y' * 150}.png"))
+    (root / names["0"] / "no image.png").write_bytes(b"<script>")
+    few = {"label": "folder", "epochs": 2, "validation": 0.5, "batch_size": 4}
+    finetune(Recipe(**{**small, **few, "source": [str(root)], "out": str(out)}))
+    for scheme in ("light", "dark"):
+        asked = (
+            "[...document.images].filter(i => i.complete && i.naturalWidth == 16).length",
+            "document.scripts.length + document.querySelectorAll('[onload], [onerror]').length",
+            # a table of all classes scrolls in a frame of its own
+            f"[...document.querySelectorAll('body *')].filter(e => !e.closest('.wide > *') && {BEYOND}).length",
+            "[...document.querySelectorAll('section')].filter(s => s.getBoundingClientRect().height < 40).length",
+            "document.title",
+            "[...document.querySelectorAll('section')].map(s => s.id).join()",
+        )
+        seen = chromium.visit(out / "report.html", width, asked, scheme)
+        pictures, *nothing, title, sections = seen.values
+        assert pictures >= 3 and nothing == [0, 0, 0] and title == "out: vitray finetune"
+        assert sections == "curves,confusion,pairs,worst,skipped,recipe"
+        assert (seen.requests, seen.said, seen.dialogs) == ([], [], []) and seen.width <= width
 
 
 def test_repeating_the_command_does_nothing_and_another_recipe_is_refused(trained: str, small: dict[str, object]) -> None:
@@ -360,6 +387,71 @@ def test_killed_training_ends_with_equal_weights(small: dict[str, object], tmp_p
     assert sorted(name.partition("-")[0] for name in left) == ["best", "last"]
 
 
+@pytest.mark.ray
+def test_a_session_trains_on_several_workers_again_and_again(
+    ray: None, small: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    places = {name: os.path.relpath(str(small[name])) for name in ("source", "model")}
+    for name in ("one", "two"):
+        result = finetune(Recipe(**{**small, **places, "workers": 2, "epochs": 2, "out": name}))
+        assert result.epochs == 2 and sorted(os.listdir(f"{name}/_vitray")) == ["result.json", "state", "training.json"]
+    assert equal(weights("one"), weights("two"))
+    with pytest.raises(ClusterError, match=r"8 workers take a CPU each, and there are \d\. Set fewer"):
+        finetune(Recipe(**{**small, "workers": 8, "out": "three"}))
+
+
+def test_workers_that_never_begin_are_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(team, "LOOK_S", 0.01)
+    monkeypatch.setattr(team, "START_S", 0.2)
+    never, mark = threading.Event(), tmp_path / "began"
+    with pytest.raises(ClusterError, match=r"no worker has begun in 0\.2 s\. Look at `ray status`"):
+        team._watched(never.wait, str(mark))
+    mark.touch()
+    team._watched(lambda: time.sleep(0.5), str(mark))  # who has begun may take his time
+    with pytest.raises(ClusterError, match=r"the training failed: 'no such thing'\. Run again"):
+        team._watched(lambda: {}["no such thing"], str(mark))
+    never.set()
+
+
+@pytest.mark.s3
+def test_everything_may_lie_on_s3_and_a_killed_training_goes_on_there(
+    small: dict[str, object], s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    _, labels = digits.load()
+    (tmp_path / "labels.csv").write_text("\n".join(["key,digit", *(f"{labels[n]}/{n:04d},{labels[n]}" for n in digits.few(20))]))
+    files = {"in/digits.tar": small["source"], "labels.csv": tmp_path / "labels.csv"}
+    files |= {f"model/{path.name}": path for path in Path(str(small["model"])).iterdir()}
+    for name, path in files.items():
+        store_for(s3).create(f"{s3}/{name}", Path(str(path)).read_bytes())
+    joined = {"label": "digit", "label_table": str(tmp_path / "labels.csv"), "table_key": "key"}
+    fields = {**small, **joined, "save_steps": 3, "mixup": 0.2, "validation": 0.2}
+    whole = finetune(Recipe(**fields, out=str(tmp_path / "whole")))
+    there = {"source": f"{s3}/in/*.tar", "model": f"{s3}/model", "label_table": f"{s3}/labels.csv", "out": f"{s3}/out"}
+    path = write_recipe(tmp_path / "killed.yaml", {**fields, **there})
+    done = start(path, VITRAY_CRASH_AT="train-step:7")
+    assert done.returncode == -9, done.stderr[-2000:]
+    found = checkpoints.load(f"{s3}/out/_vitray/state", "last")
+    assert found is not None and found[1]["step"] == 6
+    again = finetune(Recipe(**{**fields, **there}))
+    assert again.figures == whole.figures and again.model
+    kept = {info.url.removeprefix(f"{s3}/out/") for info in store_for(s3).find(f"{s3}/out")}
+    assert {"config.json", "model.safetensors", "report.html", "_vitray/result.json"} <= kept
+    state = [name for name in kept if name.startswith("_vitray/state/") and name.endswith(".safetensors")]
+    assert sorted(name.split("/")[-1].partition("-")[0] for name in state) == ["best", "last"]
+    assert not any((tmp_path / "cache" / "vitray" / "finetune").rglob("*.u8"))
+    # what was written there is a model, of a run and of the next training; and a probe's dataset
+    assert equal(load(read(f"{s3}/out/model.safetensors")), weights(str(tmp_path / "whole")))
+    dataset = embedded(f"{s3}/out", there["source"], f"{s3}/dataset")
+    probe = finetune(Recipe(dataset=dataset, train="probe", label="cls", validation=0.2, out=f"{s3}/probe"))
+    assert probe.images + probe.held_out == 200 and read_head(f"{s3}/probe").labels == tuple("0123456789")
+    later = finetune(
+        Recipe(**{**fields, **there, "model": f"{s3}/out", "init": "weights", "train": "head", "out": f"{s3}/later"})
+    )
+    assert (later.epochs, later.model) == (3, True)
+
+
 def test_states_replace_each_other_and_damage_is_seen(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "PART_BYTES", 100)
     tensors = {name: torch.randn(20) for name in "abc"}
@@ -368,8 +460,6 @@ def test_states_replace_each_other_and_damage_is_seen(root: str, monkeypatch: py
     checkpoints.save(root, "last", tensors, {"step": 2, "loss": 0.1 + 0.2})
     found, numbers = checkpoints.load(root, "last") or ({}, {})
     assert equal(found, tensors) and numbers == {"step": 2, "loss": 0.1 + 0.2}
-    from vitray.storage import store_for
-
     objects = [info.url for info in store_for(root).find(root)]
     assert len(objects) == 4  # three parts and their list; the first state is gone
     part = next(url for url in objects if url.endswith(".safetensors"))
@@ -379,6 +469,40 @@ def test_states_replace_each_other_and_damage_is_seen(root: str, monkeypatch: py
     store_for(root).replace(f"{root}/last-orphan.safetensors", b"x")
     checkpoints.sweep(root)
     assert sorted(info.url for info in store_for(root).find(root)) == objects
+
+
+def test_a_damaged_or_foreign_checkpoint_of_a_killed_training_is_one_error(small: dict[str, object], tmp_path: Path) -> None:
+    fields = {**small, "save_steps": 3, "out": str(tmp_path / "out")}
+    state = tmp_path / "out" / "_vitray" / "state"
+    with pytest.raises(InterruptedError):
+        finetune(Recipe(**fields), tell=stop)
+    pointer, (part,) = state / "last.json", state.glob("last-*")
+    before = {path: path.read_bytes() for path in (pointer, part)}
+    wide = {name: torch.zeros(99) for name in (checkpoints.load(str(state), "last") or ({},))[0]}
+
+    def foreign() -> None:
+        checkpoints.save(str(state), "last", wide, json.loads(before[pointer])["numbers"])
+
+    for spoil, says in (
+        (lambda: part.write_bytes(before[part][:-1]), f"is damaged ({part.name} changed)"),
+        (lambda: part.unlink(), f"is damaged ({part} does not exist)"),
+        (lambda: pointer.write_bytes(before[pointer][:-1]), "is damaged (last.json: "),
+        (lambda: pointer.write_bytes(b"[]"), "is damaged (last.json: "),
+        (foreign, "is of another training: module."),
+    ):
+        spoil()
+        with pytest.raises(StorageError) as raised:
+            finetune(Recipe(**fields))
+        said = str(raised.value)
+        assert says in said and said.endswith("to train from the start.") and "\n" not in said
+        for path, data in before.items():
+            path.write_bytes(data)
+    shutil.rmtree(state)
+    assert finetune(Recipe(**fields)).epochs == 3
+
+
+def stop(_record: dict[str, float]) -> None:
+    raise InterruptedError
 
 
 def test_training_stops_when_it_gets_no_better(small: dict[str, object], tmp_path: Path) -> None:
@@ -401,7 +525,7 @@ def test_precision_bf16_and_class_weights_train(small: dict[str, object], tmp_pa
 # ---------------------------------------------------------------- probes and teachers
 
 
-def embedded(model: str, source: object, out: Path, **more: object) -> str:
+def embedded(model: str, source: object, out: Path | str, **more: object) -> str:
     job = vitray.Job(source=source, model=model, out=str(out), keep=["cls"], precision="fp32", engine="torch", **more)
     vitray.run(job)
     return job.out
@@ -491,12 +615,15 @@ def test_pseudo_labels_are_the_models_own(trained: str, small: dict[str, object]
     ("fields", "error", "says"),
     [
         ({"epohcs": 3}, JobError, "unknown field `epohcs`; did you mean `epochs`"),
+        ({"source": None}, JobError, r"not valid: `source`: null is no list; write \[a, b\]$"),
+        ({"classes": [0, 1, 2]}, JobError, "not valid: `classes.0`: 0 is not text; put it in quotes$"),
+        ({"classes": ["a", " a"]}, JobError, "`classes`: label a is there twice"),
         ({"dataset": "d"}, JobError, "source and dataset: give one of them"),
         ({"train": "probe", "init": "weights"}, JobError, "stored embeddings: give `dataset`"),
         ({"train": "head"}, JobError, "init: scratch needs train: full"),
         ({"batch_size": 10, "accumulate": 3}, JobError, "cannot be cut into"),
         ({"label": "txt"}, JobError, "200 images have no label .txt., such as"),
-        ({"label": "json", "label_field": "digits"}, JobError, "200 images have no label"),
+        ({"label": "json", "label_field": "digits"}, JobError, "200 images have no label .json, field digits., such as"),
         ({"classes": ["0", "1", "2"]}, JobError, "140 labels are not among the 3 classes, such as"),
         ({"label_table": "nowhere.csv", "label": "x"}, StorageError, "nowhere.csv does not exist"),
         ({"workers": 64, "batch_size": 640, "accumulate": 10}, JobError, "images are too few for 640 parts"),
@@ -512,6 +639,32 @@ def test_bad_input_is_one_line(
     with pytest.raises(error, match=says) as raised:
         finetune(Recipe(**{**small, "out": str(tmp_path / "out"), **fields}))
     assert "\n" not in str(raised.value)
+    assert (tmp_path / "out").exists() == ("lr" in fields)  # what is refused leaves nothing, no decoded image either
+
+
+def test_a_label_that_a_table_lacks_is_told_with_the_place_it_was_looked_for(small: dict[str, object], tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("file,digit\n0/0001.jpg,0\n")
+    fields = {**small, "label": "digit", "label_table": str(tmp_path / "labels.csv"), "table_key": "file"}
+    with pytest.raises(JobError) as raised:
+        finetune(Recipe(**fields, out=str(tmp_path / "out")))
+    said = str(raised.value)
+    assert (
+        f"200 images have no label (digit of {tmp_path}/labels.csv, by its column file), such as 6/0000, 6/0001, 6/0002. Correct"
+        in said
+    )
+    assert said.endswith("Correct `label`, `label_table` or `table_key`, or set unlabelled: skip.")
+
+
+def test_a_place_inside_what_is_read_is_refused(trained: str, small: dict[str, object], tmp_path: Path) -> None:
+    """The next run would take its files for images; and a dataset's folders are vitray's."""
+    root = digits.folders(tmp_path / "in", digits.few(5, [0, 1]))
+    with pytest.raises(JobError, match=r"`out` .*/in/out lies inside `source` .*/in: it would read its own output"):
+        finetune(Recipe(**{**small, "source": root, "label": "folder", "out": f"{root}/out"}))
+    dataset = embedded(trained, small["source"], tmp_path / "dataset")
+    for more in ({"train": "probe", "label": "cls"}, {"model": trained, "label": "cls"}):
+        with pytest.raises(JobError, match=r"`out` .*/dataset/out lies inside the dataset: choose another place"):
+            finetune(Recipe(dataset=dataset, **more, out=f"{dataset}/out"))
+    assert not Path(root, "out").exists() and not Path(dataset, "out").exists()
 
 
 def test_one_class_and_a_checkpoint_of_another_shape_are_refused(trained: str, small: dict[str, object], tmp_path: Path) -> None:
@@ -562,6 +715,20 @@ def test_no_space_is_one_clear_error(small: dict[str, object], tmp_path: Path) -
     )
     assert done.returncode == 1 and done.stderr.startswith("StorageError: ") and "free some" in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and not list((tmp_path / "out").rglob("*.u8"))
+
+
+def test_a_disk_that_is_full_when_the_checkpoint_is_written_is_one_error(small: dict[str, object], tmp_path: Path) -> None:
+    found = checkpoint.locate(str(small["model"]), None)
+    told = outputs.Told(Recipe(**{**small, "out": str(tmp_path / "out")}), found, ("a", "b"), [], [], {})
+    module = prepare(told.recipe, found, told.classes, None).finished()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(StorageError, match=r"File too large.*\. Free some space there, then run again") as raised:
+            outputs.write(told, module, None, None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(raised.value) and not (tmp_path / "out").exists()
 
 
 def test_a_recipe_file_and_its_overrides(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import digits
@@ -23,7 +22,7 @@ import vitray
 from vitray.adapt.finetuning import finetune
 from vitray.adapt.recipe import Recipe
 
-pytestmark = [pytest.mark.nightly, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.nightly, pytest.mark.timeout(1500), pytest.mark.usefixtures("one_thread")]
 TRAINED, SHOTS = 120, 50  # of each digit; the other 60 or so are for judging
 SCRATCH = {**digits.RECIPE, "train": "full", "init": "scratch", "epochs": 60, "label_smoothing": 0.1}
 BACKBONE = {**SCRATCH, "label_smoothing": 0.0, "mixup": 0.4, "validation": 0.0, "epochs": 40, "lr": 1e-3}
@@ -33,14 +32,6 @@ WAYS: dict[str, dict[str, object]] = {
     "last": {"lr": 5e-4},
     "lora": {"lr": 2e-3},
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -118,7 +118,9 @@ def test_a_head_that_does_not_fit_is_refused_in_one_line(vit: str, tmp_path: Pat
     assert "has no layer 9: layers are 1..3 or last" in refused(make_head(tmp_path / "high", vit, 9))
     wide = np.ones((4, 48), np.float32)
     assert "takes 48 values, and an embedding" in refused(make_head(tmp_path / "wide", vit, weight=wide))
-    assert "cannot be read" in refused(f"{tmp_path}/nothing")
+    for directory in (f"{tmp_path}/nothing", vit):  # a whole checkpoint is none
+        said = refused(directory)
+        assert f"head {directory} cannot be read: {directory}/head.json does not exist. Give a directory with head.json" in said
     url = make_head(tmp_path / "head", vit)
     job = job_for(vit, head=url)
     facts = identify(job)
@@ -165,6 +167,7 @@ def test_a_dataset_relabelled_equals_a_run_with_the_head(
     checked = vitray.validate(into, content=True)
     assert (checked.problems, checked.rows, checked.errors, checked.pending) == ((), IMAGES, 1, 0)
     assert status(into).complete
+    assert f"head       {head} (sha256 {read_head(head).sha256()[:12]}…), over the stored {found.column}\n" in str(status(into))
     assert compare(into, ran.out).rows == IMAGES and (compare(into, ran.out).agreement or 0) >= clear.mean()
     report(into, f"{tmp_path}/page.html", None, False)
     assert new["label"][0].as_py() in Path(f"{tmp_path}/page.html").read_text()
@@ -203,12 +206,15 @@ def test_what_cannot_be_relabelled_is_refused_and_writes_nothing(job: Job, vit: 
     foreign = make_head(tmp_path / "foreign", vit, weights_sha256="5" * 64)
     with pytest.raises(ModelError, match=r"weights 555555555555…\), and the embeddings are of"):
         relabel(job.out, foreign, into)
-    with pytest.raises(JobError, match="lies inside the dataset"):
-        relabel(job.out, make_head(tmp_path / "good", vit), f"{job.out}/into")
+    good = make_head(tmp_path / "good", vit)
+    for place, what in ((job.out, "the dataset"), (f"{tmp_path}/in", f"its source {tmp_path}/in")):
+        with pytest.raises(JobError, match=f"lies inside {what}: choose another place"):
+            relabel(job.out, good, f"{place}/into")
     with pytest.raises(JobError, match="holds no vitray dataset"):
         relabel(f"{tmp_path}/nothing", head, into)
     assert not Path(into).exists()
-    relabel(job.out, f"{tmp_path}/good", into)
+    assert not Path(tmp_path, "in", "into").exists()
+    relabel(job.out, good, into)
     with pytest.raises(FingerprintError, match="head differs"):
         relabel(job.out, make_head(tmp_path / "next", vit, bias=np.ones(4, np.float32)), into)
 

@@ -26,7 +26,7 @@ FILES = sorted(HOUSE.rglob("*.py"))
 LEVELS = {
     **dict.fromkeys(("errors", "schema", "version", "crash"), 0),
     "job": 1,
-    **dict.fromkeys(("storage", "isolation", "resize"), 2),
+    **dict.fromkeys(("storage", "isolation", "resize", "pages"), 2),
     **dict.fromkeys(("sources", "decode", "models", "dataset"), 3),
     "pipeline": 4,
     **dict.fromkeys(
@@ -72,12 +72,13 @@ NEVER_CALLED = {
 NEVER_TRUE = {"trust_remote_code", "shell", "allow_pickle"}
 FILE_LINES = 400
 BUDGET = {
-    "core": 4870,
+    "core": 4880,
     "models": 1870,
-    "operating": 2450,
-    "adapting": 1880,
+    "operating": 2460,
+    "adapting": 1900,
 }  # lines of code; the contract says 3,000 for core: see DECISIONS.md
 ADAPTING = ("adapt", "relabelling")
+FLOOR_OF = {"cli/operating.py": "operating", "cli/adapting.py": "adapt", "pages/__init__.py": "operating"}
 HELP_S = 1.0
 HEAVY = "{'torch', 'ray', 'transformers', 'openvino', 'onnxruntime', 'numba', 'faiss', 'lancedb', 'peft'}"
 
@@ -187,7 +188,7 @@ def test_no_file_and_no_floor_outgrows_its_budget() -> None:
     assert {name_of(p): n for p in FILES if (n := len(p.read_text().splitlines())) > FILE_LINES} == {}
     rooms: dict[str, int] = {}
     for path in FILES:
-        room = {"cli/operating.py": "operating", "cli/adapting.py": "adapt"}.get(name_of(path), room_of(path))
+        room = FLOOR_OF.get(name_of(path), room_of(path))
         rooms[room] = rooms.get(room, 0) + code_lines(path.read_text())
     floors = dict.fromkeys(BUDGET, 0)
     for room, lines in rooms.items():

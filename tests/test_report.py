@@ -27,9 +27,10 @@ import vitray
 from vitray.comparing import compare
 from vitray.dataset import Dataset, data_files, open_dataset, write_run_record
 from vitray.errors import CommitError, JobError
+from vitray.pages import axis, visible
 from vitray.report import report, report_changes, write_card
 from vitray.report.counts import SameBytes, count
-from vitray.report.page import STEPS, axis, visible, wilson, within
+from vitray.report.page import STEPS, wilson, within
 from vitray.report.space import near_groups, on_a_plane, principal
 
 HOSTILE = ("<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "{{7*7}}{% raw %}")
@@ -224,17 +225,6 @@ def test_names_labels_and_messages_stay_text(tmp_path: Path, monkeypatch: pytest
 def test_text_that_hides_or_turns_other_text_is_shown_as_replaced() -> None:
     assert visible("a\u202eb\x00c\u2029d\u200be\ufeff") == "a\ufffdb\ufffdc\ufffdd\ufffde\ufffd"
     assert visible("naïve 猫 👩\u200d🔬 می\u200cخواهم\u3000x") == "naïve 猫 👩\u200d🔬 می\u200cخواهم\u3000x"
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> object:
-    if browser.BROWSER is None:
-        if os.environ.get("CI"):
-            pytest.fail("CI is set, but chromium is not installed")
-        pytest.skip("no Chromium: install chromium to look at the page in a browser")
-    opened = browser.Browser(tmp_path_factory.mktemp("profile"))
-    yield opened
-    opened.close()
 
 
 @pytest.mark.parametrize("width", [400, 1400])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import vitray
 from vitray.adapt import graphs, judging
 from vitray.adapt.shrinking import Shrunk, shrink
 from vitray.cli import main
+from vitray.decode import load_decoders
 from vitray.errors import Disagreement, JobError, ModelError, SourceError, StorageError
 from vitray.job import Embedding, Job
 from vitray.models import Predictions, engines, identify, onnx_engine, shapes
@@ -369,6 +371,40 @@ def test_no_space_is_said_before_anything_is_computed(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - free, free))
     with pytest.raises(StorageError, match=r"an export may take 1\.4 MB for a while, and 0\.5 MB are free\. Make room"):
         shrink(asked(shapes_model, photos), "openvino", "", str(tmp_path / "x"))
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_disk_that_fills_up_under_a_library_is_no_fault_of_the_model(
+    tmp_path: Path, shapes_model: str, photos: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_short(source: graphs.Source, how: str, folder: Path) -> None:
+        """As a library of C++ that looks at no answer of the disk; the judge cannot open what it left."""
+        real(source, how, folder)
+        (folder / "model.onnx").write_bytes((folder / "model.onnx").read_bytes()[:50_000])
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 4096, 4096))
+
+    real, into = graphs.WRITERS["onnx"], str(tmp_path / "x")
+    monkeypatch.setitem(graphs.WRITERS, "onnx", cut_short)
+    with pytest.raises(StorageError, match=rf"^{into}: .*\. Check the path, and that the disk has room\.$") as raised:
+        shrink(asked(shapes_model, photos), "onnx", "", into)
+    assert "\n" not in str(raised.value) and os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("to", FLOATS)
+def test_a_disk_that_is_really_full_is_one_line_and_the_process_lives(
+    tmp_path: Path, shapes_model: str, photos: str, to: str
+) -> None:
+    limit = 300_000  # bytes a file may have: less than the weights
+    load_decoders("exact")  # Numba keeps what it compiled
+
+    def few_bytes() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    into = str(tmp_path / "x")
+    command = [sys.executable, "-m", "vitray", "export", shapes_model, "--to", to, "--calibrate", photos, "--into", into]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, preexec_fn=few_bytes)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr[-2000:]
+    assert done.stderr.startswith(f"StorageError: {into}: ") and done.stderr.endswith("and that the disk has room.\n")
     assert os.listdir(tmp_path) == []
 
 

@@ -21,6 +21,7 @@ from vitray.dataset import open_dataset
 from vitray.errors import FingerprintError, JobError, ModelError
 from vitray.job import Embedding, Job, load_job
 from vitray.models import Predictions, checkpoint, identify, open_model, vector_columns, with_label_names
+from vitray.planning import status
 
 LABELS = ["cat", "dog", "fire truck", "emu", "red square"]
 PROMPTS = ["a photo of a {}, indoors.", "a drawing of the {}", "{}"]
@@ -357,6 +358,7 @@ def test_a_dataset_keeps_its_labels_and_refuses_others(towers: dict[str, str], t
     np.testing.assert_allclose(table["score"], scores.max(1), atol=1e-4)
     assert table["top_labels"][0].as_py() == [LABELS[n] for n in (-scores[0]).argsort()]
     assert vitray.validate(job.out, content=True).ok
+    assert f"prompts    'This is a photo of {{}}.' for {len(LABELS)} labels\n" in str(status(job.out))
     labels.write_text("\n".join([*LABELS, "horse"]))
     with pytest.raises(FingerprintError, match="labels differs"):
         vitray.run(job)

@@ -252,8 +252,8 @@ def _prctl() -> Callable[..., int]:
 def _become_child(prctl: Callable[..., int], parent: int, body: Callable[[], None]) -> NoReturn:
     status = 70  # EX_SOFTWARE
     try:
-        for number in _RESET:
-            signal.signal(number, signal.SIG_DFL)
+        # kept: what a handler alone holds would else be destroyed here, such as Ray Train's actor, and speak on sockets of the parent
+        _handlers = [signal.signal(number, signal.SIG_DFL) for number in _RESET]
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() == parent:

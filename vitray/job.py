@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import time
 from collections.abc import Sequence
@@ -71,6 +72,7 @@ Strings = Annotated[list[Text], BeforeValidator(_cut_at_commas)]
 Color = Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$")]
 Count = Annotated[int | Literal["auto"], _whole_or("auto", 8192)]
 Layer = Annotated[int | Literal["last"], _whole_or("last", 999)]
+TYPES = {"string_type": "is not text; put it in quotes", "list_type": "is no list; write [a, b]"}  # pydantic's names of problems
 # ValueError: a date like 2024-13-45, bytes that are not UTF-8; RecursionError: thousands of open brackets
 BAD_YAML = (yaml.YAMLError, ValueError, RecursionError)
 
@@ -91,10 +93,24 @@ class Embedding(BaseModel):
         return self.name or f"{self.pool}_{self.layer}"
 
 
-class Job(BaseModel):
-    """One dataset to make: which images, which model, where to."""
+class Written(BaseModel):
+    """What a person writes in a file of its own: a job, a recipe."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def __init__(self, /, **fields: object) -> None:
+        """Raises JobError, which names every field that is wrong and the nearest known one."""
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            # of a list in which all are wrong the first is named
+            problems = {(p["loc"][:1], p["type"]): p for p in reversed(error.errors())}
+            said = [_said(type(self), p["type"], p["loc"], p["msg"], p["input"]) for p in reversed(problems.values())]
+            raise JobError(f"the job is not valid: {'; '.join(said)}") from None
+
+
+class Job(Written):
+    """One dataset to make: which images, which model, where to."""
 
     source: Urls = Field(description="URL, list, glob, {000..099} range or prefix; local path or s3://", min_length=1)
     model: str = Field(description="Hugging Face id, local directory, or s3:// directory", min_length=1)
@@ -150,13 +166,6 @@ class Job(BaseModel):
         0.05, description="share of bad images above which the exit code is 4; after 1,000 images a run stops at once", ge=0, le=1
     )
     stall_timeout_s: float = Field(600, description="seconds without a finished fragment after which the run gives up", gt=0)
-
-    def __init__(self, /, **fields: object) -> None:
-        """Raises JobError, which names every field that is wrong and the nearest known one."""
-        try:
-            super().__init__(**fields)
-        except ValidationError as error:
-            raise not_valid(error, Job) from None
 
     @field_validator("compile", mode="before")
     @classmethod
@@ -238,13 +247,7 @@ def make_job(fields: dict[str, object]) -> Job:
     return Job(**fields)
 
 
-def not_valid(error: ValidationError, written: type[BaseModel]) -> JobError:
-    """The one line that names every field of such a description that is wrong."""
-    said = "; ".join(_said(written, p["type"], p["loc"], p["msg"]) for p in error.errors())
-    return JobError(f"the job is not valid: {said}")
-
-
-def _said(written: type[BaseModel], kind: str, place: tuple[int | str, ...], message: str) -> str:
+def _said(written: type[Written], kind: str, place: tuple[int | str, ...], message: str, value: object) -> str:
     """What a person reads of one problem that pydantic found."""
     name = ".".join(map(str, place))
     if kind == "extra_forbidden":
@@ -252,6 +255,8 @@ def _said(written: type[BaseModel], kind: str, place: tuple[int | str, ...], mes
         return f"unknown field `{name}`" + (f"; did you mean `{near[0]}`?" if near else "")
     if kind == "missing":
         return f"`{name}` is missing: {written.model_fields[name].description}"
+    if kind in TYPES:
+        return f"`{name}`: {json.dumps(value, default=str)[:60]} {TYPES[kind]}"
     return (f"`{name}`: " if name else "") + message.removeprefix("Value error, ")  # no name: what _consistent says
 
 

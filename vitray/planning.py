@@ -145,10 +145,17 @@ def status(out: str) -> Status:
 
 
 def decided_values(dataset: Dataset) -> dict[str, str]:
-    """The frozen values a person asks for."""
-    facts = dataset.facts
+    """The frozen values a person asks for; by what it labels, where that is not the checkpoint's own head."""
+    facts, more = dataset.facts, dict[str, str]()
+    if facts.head:
+        over = f", over the stored {facts.head_column}" if facts.head_column else ""
+        more = {"head": f"{facts.head} (sha256 {facts.head_sha256[:12]}…){over}"}
+    if facts.prompts:
+        first, others = facts.prompts[0], f" and {len(facts.prompts) - 1} more" if len(facts.prompts) > 1 else ""
+        more = {"prompts": f"{first!r}{others} for {len(facts.labels)} labels"}
     return {
         "model": facts.model + (f"@{facts.revision}" if facts.revision else ""),
+        **more,
         "precision": facts.precision,
         "engine": facts.engine + (f" ({facts.engine_why})" if facts.engine_why else ""),
         "batch_size": str(facts.batch_size),

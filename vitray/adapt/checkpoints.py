@@ -36,14 +36,16 @@ def load(folder: str, name: str) -> tuple[dict[str, Any], dict[str, Any]] | None
     """(tensors, numbers) of the state of that name, None when there is none. Raises StorageError when it is damaged."""
     from safetensors.torch import load as from_bytes
 
-    found = _pointer(folder, name)
+    found, tensors = _pointer(folder, name), dict[str, Any]()
     if found is None:
         return None
-    tensors: dict[str, Any] = {}
     for part in found["parts"]:
-        data = read(join(absolute(folder), part["object"]))
+        try:
+            data = read(join(absolute(folder), part["object"]))
+        except ObjectMissing as error:
+            raise _damaged(folder, name, one_line(error)) from error
         if hashlib.sha256(data).hexdigest() != part["sha256"]:
-            raise StorageError(f"{folder}/{part['object']} is damaged. Delete {folder} to train from the start.")
+            raise _damaged(folder, name, f"{part['object']} changed")
         tensors |= from_bytes(data)
     return tensors, found["numbers"]
 
@@ -61,14 +63,18 @@ def sweep(folder: str) -> None:
 
 
 def _pointer(folder: str, name: str) -> dict[str, Any] | None:
-    url = join(absolute(folder), f"{name}.json")
     try:
-        found: dict[str, Any] = json.loads(read(url))
-        return found
+        said = json.loads(read(join(absolute(folder), f"{name}.json")))
+        parts = [{"object": str(part["object"]), "sha256": str(part["sha256"])} for part in said["parts"]]
+        return {"parts": parts, "numbers": dict(said["numbers"])}
     except ObjectMissing:
         return None
-    except ValueError as error:
-        raise StorageError(f"{url} is damaged ({one_line(error)}). Delete {folder} to train from the start.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(folder, name, f"{name}.json: {one_line(error)}") from error
+
+
+def _damaged(folder: str, name: str, why: str) -> StorageError:
+    return StorageError(f"the checkpoint {join(folder, name)} is damaged ({why}). Delete {folder} to train from the start.")
 
 
 def _cut(tensors: dict[str, Any]) -> list[dict[str, Any]]:

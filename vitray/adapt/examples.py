@@ -28,11 +28,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vitray.adapt.recipe import Recipe
-from vitray.dataset import read, read_table, require_complete
+from vitray.dataset import read, read_table, require_complete, require_outside
 from vitray.decode import decode
 from vitray.errors import JobError, StorageError, one_line
-from vitray.pipeline import groups_of
-from vitray.schema import DecodeSpec, Encoded, End, PixelSpec, Shard, content_hash, short_hash
+from vitray.pipeline import groups_of, with_absolute_paths
+from vitray.schema import DecodeSpec, Encoded, PixelSpec, Shard, content_hash, short_hash
 from vitray.sources import kept_schema, list_shards, read_shard
 from vitray.storage import absolute, is_local, join, store_for
 from vitray.storage import read as read_object
@@ -99,11 +99,9 @@ def gather(recipe: Recipe, pixels: PixelSpec, taught: tuple[str, ...], folder: s
 def label_rows(recipe: Recipe, column: str) -> tuple[list[tuple[str, str | None]], pa.ChunkedArray]:
     """(key, label) of each row of the recipe's dataset, and a vector column: what a probe learns from."""
     source = _Source(recipe)
-    assert source.dataset is not None
     table = source.rows([column])
-    keys = table["key"].to_pylist()
-    texts = table[recipe.label_at].to_pylist() if recipe.label_at in table.column_names else [None] * len(keys)
-    return [(source.short(key), source.label_of(key, text)) for key, text in zip(keys, texts)], table[column]
+    pairs = zip(table["key"].to_pylist(), source.texts(table))
+    return [(source.short(key), source.label_of(key, text)) for key, text in pairs], table[column]
 
 
 def is_held_out(key: str, share: float) -> bool:
@@ -144,9 +142,10 @@ def require_labels(recipe: Recipe, pairs: Sequence[tuple[str, str | None]]) -> N
     """Raises JobError where images have no label and the recipe does not skip them."""
     lacking = [key for key, label in pairs if label is None]
     if lacking and recipe.unlabelled == "refuse":
+        fields = "`label`, `label_table` or `table_key`" if recipe.label_table else "`label`"
         raise JobError(
-            f"{len(lacking):,} images have no label ({recipe.label_at}), such as {', '.join(lacking[:TOLD])}. "
-            "Correct `label`, or set unlabelled: skip."
+            f"{len(lacking):,} images have no label ({recipe.label_place}), such as {', '.join(lacking[:TOLD])}. "
+            f"Correct {fields}, or set unlabelled: skip."
         )
 
 
@@ -164,9 +163,11 @@ class _Source:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.dataset = require_complete(recipe.from_dataset) if recipe.from_dataset else None
-        self.job = self.dataset.job if self.dataset else recipe.source_job()
-        self.bases = [absolute(pattern).partition("*")[0].partition("{")[0].rpartition("/")[0] for pattern in self.job.source]
-        self.bases += [absolute(pattern) for pattern in self.job.source]
+        self.job = with_absolute_paths(self.dataset.job if self.dataset else recipe.source_job())
+        if self.dataset:
+            require_outside(self.dataset, "`out`", absolute(recipe.out))
+        self.bases = [pattern.partition("*")[0].partition("{")[0].rpartition("/")[0] for pattern in self.job.source]
+        self.bases += self.job.source
         self.shards = list_shards(self.job, groups_of(self.dataset.out) if self.dataset else ()).shards
         self.table = _label_table(recipe)
         if self.dataset is None:
@@ -191,21 +192,23 @@ class _Source:
         names = ["key", "shard", "index", "content_hash", *more]
         names += [name for name in (self.recipe.label_at, "score") if name in self.dataset.schema.names]
         table = read(self.dataset.out, list(dict.fromkeys(names)))
-        return (
-            table.filter(pa.array(table["score"].to_numpy() >= self.recipe.min_score)) if "score" in table.column_names else table
-        )
+        if "score" in table.column_names:
+            table = table.filter(pa.array(table["score"].to_numpy() >= self.recipe.min_score))
+        return table
+
+    def texts(self, table: pa.Table) -> list[object]:
+        """What stands in the label's place of each of these rows."""
+        name = self.recipe.label_at
+        return table[name].to_pylist() if name in table.column_names else [None] * len(table)
 
     def images(self) -> Iterator[tuple[str, str | None, Encoded]]:
         """Keys without the folder of the source, so that a move changes nothing; labels; images."""
         for shard, wanted, texts in self._parts():
             for item in read_shard(shard, self.job, wanted):
-                if isinstance(item, End):
-                    if item.truncated_at is not None:
-                        log.warning(
-                            "%s is cut short at byte %d: %d images of it are used", shard.url, item.truncated_at, item.total
-                        )
-                    continue
-                yield self.short(item.key), self.label_of(item.key, texts(item)), item
+                if isinstance(item, Encoded):
+                    yield self.short(item.key), self.label_of(item.key, texts(item)), item
+                elif item.truncated_at is not None:
+                    log.warning("%s is cut short at byte %d: its %d images are used", shard.url, item.truncated_at, item.total)
 
     def _parts(self) -> Iterator[tuple[Shard, Callable[[int], bool], Callable[[Encoded], object]]]:
         """Shards, which of their rows are wanted, and what stands in the label's place of a row."""
@@ -213,10 +216,8 @@ class _Source:
             for shard in self.shards:
                 yield shard, lambda index: True, lambda item: item.kept[0] if item.kept else None
             return
-        table, name = self.rows([]), self.recipe.label_at
-        texts = table[name].to_pylist() if name in table.column_names else [None] * len(table)
-        by_shard: dict[str, dict[int, object]] = {}
-        for shard_id, index, text in zip(table["shard"].to_pylist(), table["index"].to_pylist(), texts):
+        table, by_shard = self.rows([]), dict[str, dict[int, object]]()
+        for shard_id, index, text in zip(table["shard"].to_pylist(), table["index"].to_pylist(), self.texts(table)):
             by_shard.setdefault(shard_id, {})[index] = text
         for shard in self.shards:
             there = by_shard.get(shard.id, {})
@@ -300,9 +301,8 @@ def _open(recipe: Recipe, cache: str, shapes: tuple[tuple[int, int], tuple[int, 
     rows = [row for row in table if row["reason"] is None]
     skipped = [{name: row[name] for name in ("key", "reason", "message")} for row in table if row["reason"] is not None]
     if not rows:
-        why = f"{len(skipped):,} of {len(table):,} images cannot be used" + "".join(
-            f", {s['key']}: {s['reason']}" for s in skipped[:1]
-        )
+        first = "".join(f", {it['key']}: {it['reason']}" for it in skipped[:1])
+        why = f"{len(skipped):,} of {len(table):,} images cannot be used{first}"
         raise JobError(f"there is nothing to learn from: {why}. Correct `source` or `label`.")
     classes = choose_classes(recipe, {row["label"] for row in rows}, taught)
     ids = class_ids([(row["key"], row["label"]) for row in rows], classes)
@@ -327,4 +327,7 @@ def work_folder(out: str) -> str:
 
 
 def forget(out: str) -> None:
+    """Delete them, and folders that they leave empty."""
     shutil.rmtree(work_folder(out), ignore_errors=True)
+    for folder in (join(absolute(out), "_vitray"), absolute(out)):
+        store_for(out).delete_folder(folder)

@@ -20,27 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from vitray.adapt import checkpoints, outputs
-from vitray.adapt.examples import (
-    NO_LABEL,
-    Material,
-    choose_classes,
-    class_ids,
-    forget,
-    gather,
-    is_held_out,
-    label_rows,
-    require_both,
-    require_labels,
-    work_folder,
-)
+from vitray.adapt import checkpoints, examples, outputs
 from vitray.adapt.recipe import Recipe
 from vitray.dataset import Dataset, choose_vector, matrix_of, require_complete
 from vitray.errors import FingerprintError, JobError, ModelError, ObjectMissing
 from vitray.models import checkpoint
 from vitray.models.pixels import read_pixels
 from vitray.schema import short_hash
-from vitray.storage import absolute, join, probe, read, store_for
+from vitray.storage import absolute, exists, join, probe, read, store_for
 
 Tell = Callable[[dict[str, float]], None]
 
@@ -65,10 +52,8 @@ class Result:
         what = f"{self.train} on {self.images:,} images of {self.classes} classes in {self.seconds:.1f} s"
         lines = [f"{self.out}: {what}; {judged or 'not judged'}"]
         lines += [f"skipped    {self.skipped:,} images, listed in {join(self.out, 'skipped.json')}"] if self.skipped else []
-        use = "use it     " + (
-            f"vitray run SOURCE --model {self.out} --out …" if self.model else f"set `head: {self.out}` in a job"
-        )
-        return "\n".join([*lines, use, f"look       {join(self.out, 'report.html')}"])
+        use = f"vitray run SOURCE --model {self.out} --out …" if self.model else f"set `head: {self.out}` in a job"
+        return "\n".join([*lines, f"use it     {use}", f"look       {join(self.out, 'report.html')}"])
 
 
 def finetune(recipe: Recipe, tell: Tell = lambda record: None, address: str | None = None, allow_open: bool = False) -> Result:
@@ -85,10 +70,15 @@ def finetune(recipe: Recipe, tell: Tell = lambda record: None, address: str | No
         else:
             _require_same(recipe, {})
             return Result(**done)
-        result = _probe(recipe) if recipe.train == "probe" else _train(recipe, tell, address, allow_open)
+        try:
+            result = _probe(recipe) if recipe.train == "probe" else _train(recipe, tell, address, allow_open)
+        except JobError:
+            if not exists(_url(recipe, "training.json")):  # refused before anything was begun
+                examples.forget(recipe.out)
+            raise
         store_for(recipe.out).replace(_url(recipe, "result.json"), json.dumps(vars(result), indent=1).encode())
         checkpoints.sweep(_url(recipe, "state"))
-        forget(recipe.out)
+        examples.forget(recipe.out)
         return result
 
 
@@ -109,22 +99,16 @@ def _train(recipe: Recipe, tell: Tell, address: str | None, allow_open: bool) ->
             if "epoch" in record:
                 tell(record)
     if (best := checkpoints.load(fitting.state, "best")) is not None:
-        put(fitting.learning, best[0])
+        put(fitting.learning, best[0], fitting.state)
     held = material.held_out
     judged = fitting.judge(held, study.pixels) if len(held.ids) else None
     figures = judged.figures(held.ids) if judged is not None else {}
     told = outputs.Told(recipe, study.found, material.classes, progress.records, material.skipped, figures)
-    outputs.write(
-        told, fitting.trainee.finished().cpu(), None, outputs.Seen(held.keys, held.ids, judged, held.pixels) if judged else None
-    )
-    counts = (
-        len(material.classes),
-        len(material.train.ids),
-        len(held.ids),
-        len(material.skipped),
-        int(progress.records[-1]["epoch"]),
-    )
-    return Result(absolute(recipe.out), recipe.train, *counts, progress.seconds, figures, True)
+    seen = outputs.Seen(held.keys, held.ids, judged, held.pixels) if judged is not None else None
+    outputs.write(told, fitting.trainee.finished().cpu(), None, seen)
+    counts = len(material.classes), len(material.train.ids), len(held.ids), len(material.skipped)
+    epochs = int(progress.records[-1]["epoch"])
+    return Result(absolute(recipe.out), recipe.train, *counts, epochs, progress.seconds, figures, True)
 
 
 def _probe(recipe: Recipe) -> Result:
@@ -135,26 +119,26 @@ def _probe(recipe: Recipe) -> Result:
     started = time.monotonic()
     dataset = require_complete(str(recipe.dataset))
     vector = choose_vector(dataset, recipe.column)
-    rows, column = label_rows(recipe, vector.column)
+    rows, column = examples.label_rows(recipe, vector.column)
     found = checkpoint.locate(recipe.model or dataset.facts.model, recipe.revision if recipe.model else dataset.facts.revision)
     if (weights := checkpoint.hash_weights(found)) != dataset.facts.weights_sha256:
         what = f"{found.model} is not the model of {dataset.out}: its weights are others"
         raise ModelError(f"{what}. Leave `model` out, or make a new dataset.")
-    require_labels(recipe, rows)
+    examples.require_labels(recipe, rows)
     pairs = [(key, label) for key, label in rows if label is not None]
-    classes = choose_classes(recipe, {label for _, label in pairs})
-    ids = class_ids(pairs, classes)
+    classes = examples.choose_classes(recipe, {label for _, label in pairs})
+    ids = examples.class_ids(pairs, classes)
     vectors = matrix_of(column)[[n for n, row in enumerate(rows) if row[1] is not None]].astype(np.float32)
     _require_same(recipe, {"weights": weights, "data": dataset.fingerprint, "class_names": list(classes), "rows": len(ids)})
-    held = np.array([is_held_out(key, recipe.validation) for key, _ in pairs])
-    require_both(recipe, ids[~held], ids[held])
+    held = np.array([examples.is_held_out(key, recipe.validation) for key, _ in pairs])
+    examples.require_both(recipe, ids[~held], ids[held])
     unseen = vectors[held], ids[held]
     loss_weights = class_weights(recipe, ids[~held], len(classes))
     fitted = fit_probe(vectors[~held], ids[~held], unseen, loss_weights, recipe.label_smoothing, recipe.metric)
     figures = {name: value for name, value in fitted.best.items() if name.startswith("validation")}
     head = Head(classes, fitted.weight, fitted.bias, vector.layer, vector.pool, vector.normalize, found.model, weights)
     module = _with_head(recipe, found, head, dataset.facts.family)
-    skipped = [{"key": key, "reason": NO_LABEL, "message": "skipped"} for key, label in rows if label is None]
+    skipped = [{"key": key, "reason": examples.NO_LABEL, "message": "skipped"} for key, label in rows if label is None]
     told = outputs.Told(recipe, found, classes, fitted.records, skipped, figures)
     judged = judge_probe(fitted.weight, fitted.bias, *unseen) if held.any() else None
     shown = [key for (key, _), there in zip(pairs, held) if there]
@@ -171,7 +155,7 @@ class Study:
     found: checkpoint.Checkpoint
     weights: str
     pixels: Any
-    material: Material
+    material: examples.Material
     teacher: Dataset | None
 
     @classmethod
@@ -185,7 +169,8 @@ class Study:
         if teacher is not None and recipe.distill == "labels" and not teacher.job.labelled:
             raise JobError(f"teacher {teacher.out} holds no labels. Set distill: embedding, or make one with labels: true.")
         taught = teacher.facts.labels if teacher is not None and recipe.distill == "labels" else ()
-        return cls(recipe, found, weights, pixels, gather(recipe, pixels, taught, work_folder(recipe.out)), teacher)
+        material = examples.gather(recipe, pixels, taught, examples.work_folder(recipe.out))
+        return cls(recipe, found, weights, pixels, material, teacher)
 
     def fitting(self, team: Any = None) -> Any:
         """A fitting.Fitting for one worker of a fitting.Team, or for one that is alone."""

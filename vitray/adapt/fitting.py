@@ -21,7 +21,7 @@ from vitray.adapt.examples import Examples
 from vitray.adapt.recipe import Recipe
 from vitray.adapt.trainee import Trainee, cost, distance, divergence, groups, rate_at
 from vitray.crash import crash_point
-from vitray.errors import VitrayError
+from vitray.errors import StorageError, VitrayError
 from vitray.models import machine
 from vitray.schema import PixelSpec
 
@@ -218,7 +218,7 @@ class Fitting:
         if found is None:
             return
         tensors, numbers = found
-        put(self.learning, {name: tensors[f"weight.{name}"] for name in self.learning})
+        put(self.learning, {name: tensors.get(f"weight.{name}") for name in self.learning}, self.state)
         self.scaler.load_state_dict(numbers.pop("scaler"))
         updates = torch.tensor(float(numbers.pop("updates")))
         self.progress = Progress(**numbers)
@@ -227,8 +227,11 @@ class Fitting:
             self.optimizer.state[parameter] = {"step": updates.clone(), **moments}
 
 
-def put(learning: dict[str, Any], tensors: dict[str, Any]) -> None:
-    """Saved values into the parameters of those names."""
+def put(learning: dict[str, Any], tensors: dict[str, Any], state: str) -> None:
+    """Saved values into the parameters of those names. Raises StorageError where they are of another network."""
+    odd = [name for name, p in learning.items() if tensors.get(name) is None or tensors[name].shape != p.shape]
+    if odd:
+        raise StorageError(f"{state} is of another training: {odd[0]} does not fit. Delete it to train from the start.")
     with torch.no_grad():
         for name, parameter in learning.items():
             parameter.copy_(tensors[name])

@@ -87,6 +87,8 @@ def write(source: Source, to: str, how: str, folder: Path) -> None:
     except (OSError, ModelError):
         raise
     except Exception as error:  # each library has its own kinds for what it does not know
+        if "iostream error" in str(error):  # what C++ says of a disk that takes no more
+            raise OSError(one_line(error)) from error
         said = f"{type(error).__name__}, {one_line(error)}"
         raise ModelError(f"{source.facts.model} cannot be exported by --to {to}{how and f' --{how}'} ({said}).") from error
 
@@ -203,7 +205,9 @@ def _torch_export(source: Source, how: str, folder: Path) -> None:
     """model.pt2 for others; a copy of the weights beside it is what vitray opens: see SECURITY.md."""
     import torch
 
-    torch.export.save(source.program(), str(folder / "model.pt2"))
+    archive = io.BytesIO()  # torch's own writer ends the process when the disk is full
+    torch.export.save(source.program(), archive)
+    (folder / "model.pt2").write_bytes(archive.getbuffer())
     for path in weight_files(source.found):
         shutil.copy(path, folder)
     index = os.path.join(source.found.directory, "model.safetensors.index.json")

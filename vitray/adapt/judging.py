@@ -182,8 +182,5 @@ def speeds(exported: Model, original: Model, pixels: np.ndarray) -> dict[str, fl
         if time.perf_counter() - started > SECONDS:
             break
     ratios = [b / a for a, b in zip(took[exported], took[original])]
-    rates = {
-        name: len(pixels) / statistics.median(took[model])
-        for name, model in (("images_s", exported), ("torch_images_s", original))
-    }
+    rates = dict(zip(("images_s", "torch_images_s"), (len(pixels) / statistics.median(seconds) for seconds in took.values())))
     return {"speed": statistics.median(ratios), "slowest": min(ratios), "fastest": max(ratios), **rates}

@@ -54,6 +54,8 @@ class Seen:
 
 def write(told: Told, module: Any | None, head: Head | None, seen: Seen | None) -> None:
     """Every file of OUT, config.json last: with it the directory is a checkpoint. module: of transformers. Raises StorageError."""
+    from safetensors import SafetensorError
+
     try:
         with tempfile.TemporaryDirectory(prefix="vitray-") as folder:
             if module is not None:
@@ -66,7 +68,7 @@ def write(told: Told, module: Any | None, head: Head | None, seen: Seen | None) 
             _text(folder, "report.html", page_of(told.recipe, told.classes, told.records, told.skipped, seen))
             _events(folder, told.records)
             _send(folder, absolute(told.recipe.out))
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise StorageError(f"{tempfile.gettempdir()}: {one_line(error)}. Free some space there, then run again.") from error
 
 
@@ -112,16 +114,11 @@ def _card(told: Told, is_model: bool) -> str:
     head = ["---", "library_name: transformers", "pipeline_tag: image-classification", "tags: [vitray]"]
     head += [f"base_model: {json.dumps(base)}"] if base else []
     lines = [*head, "---", "", f"# An image classifier of {len(told.classes)} classes", ""]
-    what = {
-        "probe": "a linear probe of stored embeddings",
-        "head": "its head",
-        "last": f"its last {recipe.last} blocks and its head",
-    }
-    what |= {"lora": f"low-rank adapters (rank {recipe.rank}, merged) and its head", "full": "all of it"}
-    lines += [
-        f"Trained by vitray {versions['vitray']}: {what[recipe.train]}"
-        + (", from random weights." if recipe.init == "scratch" else ".")
-    ]
+    what = {"probe": "a linear probe of stored embeddings", "head": "its head", "full": "all of it"}
+    what |= {"last": f"its last {recipe.last} blocks and its head"}
+    what |= {"lora": f"low-rank adapters (rank {recipe.rank}, merged) and its head"}
+    begun = ", from random weights" if recipe.init == "scratch" else ""
+    lines += [f"Trained by vitray {versions['vitray']}: {what[recipe.train]}{begun}."]
     lines += [] if is_model else ["", "This is a head alone, for vitray's `head:`. It reads an embedding of its backbone."]
     if told.figures:
         lines += ["", "| held-out images | |", "| --- | --- |"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import unicodedata
 from base64 import b64encode
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -11,35 +10,34 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vitray.adapt.recipe import Recipe
-from vitray.version import __version__
+from vitray.pages import axis, rendered
 
 if TYPE_CHECKING:
     from vitray.adapt.outputs import Seen
 
 CELLS = 20  # classes that a table of all against all still shows
 PAIRS, WORST, SKIPPED = 20, 24, 100
-WIDTH, HEIGHT = 424, 208
+LEFT, BOTTOM, WIDTH, HEIGHT = 48, 220, 424, 208  # of the frame that macros.html draws
 
 
 def page_of(
     recipe: Recipe, classes: tuple[str, ...], records: list[dict[str, float]], skipped: list[dict[str, str]], seen: Seen | None
 ) -> str:
     """The page as text. Names come from data: everything is escaped, and what could turn or hide text is replaced."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    world = Environment(loader=PackageLoader("vitray", "adapt"), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    world.filters["said"] = lambda value: "".join(
-        "\ufffd" if unicodedata.category(c)[0] in "CZ" and c != " " else c for c in str(value)
-    )[:200]
-    return world.get_template("page.html").render(
-        version=__version__,
+    worst = _worst(classes, seen) if seen is not None else []
+    return rendered(
+        "adapt",
+        "page.html",
+        maker="vitray finetune",
         name=recipe.out.rstrip("/").rpartition("/")[2],
+        notes=(),
+        made_from="the training's own records",
+        holds_pictures=any(it["picture"] for it in worst),
         recipe={name: json.dumps(value) for name, value in recipe.model_dump(mode="json").items()},
         curves=curves(records),
-        epochs=[record for record in records if "validation_loss" in record],
         confusion=_confusion(classes, seen) if seen is not None and len(classes) <= CELLS else None,
         pairs=_pairs(classes, seen) if seen is not None else [],
-        worst=_worst(classes, seen) if seen is not None else [],
+        worst=worst,
         skipped=skipped[:SKIPPED],
         lost=len(skipped),
         accuracy=float((seen.judged.ids == seen.truth).mean()) if seen is not None else None,
@@ -48,24 +46,20 @@ def page_of(
 
 
 def curves(records: list[dict[str, float]]) -> list[dict[str, Any]]:
-    """A drawing for each figure: its name, last value, range, and an SVG path in a box of WIDTH x HEIGHT."""
+    """A drawing for each figure: its name, last value, range, axis, and an SVG path in the frame of macros.html."""
     drawn = []
     for name in ("loss", "validation_loss", "validation_accuracy", "lr"):
-        points = [
-            (record.get("step", n), record[name])
-            for n, record in enumerate(records)
-            if name in record and ("epoch" not in record or name != "loss")
-        ]
+        told = [(n, it) for n, it in enumerate(records) if name in it and ("epoch" not in it or name != "loss")]
+        points = [(it.get("step", n), it[name]) for n, it in told]
         if len(points) < 2:
             continue
         xs, ys = np.array(points, float).T
-        low, high = (0.0, 1.0) if name == "validation_accuracy" else (min(0.0, ys.min()), max(ys.max(), 1e-12))
-        right = WIDTH * (xs - xs[0]) / max(1, xs[-1] - xs[0])
-        down = HEIGHT * (1 - (ys - low) / (high - low))
+        ticks = axis(1.0 if name == "validation_accuracy" else ys.max())
+        right = LEFT + WIDTH * (xs - xs[0]) / max(1, xs[-1] - xs[0])
+        down = BOTTOM - HEIGHT * ys / ticks[-1]
         path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in zip(right, down))
-        drawn.append(
-            {"name": name.replace("_", " "), "path": path, "last": ys[-1], "low": low, "high": high, "steps": int(xs[-1])}
-        )
+        facts = {"last": ys[-1], "low": ys.min(), "high": ys.max(), "steps": int(xs[-1])}
+        drawn.append({"name": name.replace("_", " "), "axis": ticks, "path": path, **facts})
     return drawn
 
 

@@ -12,9 +12,7 @@ from vitray.adapt.fitting import Judged, merit
 
 STRENGTHS = tuple(10.0**n for n in range(-5, 2))  # of the L2 penalty on standardised features; the held-out share chooses
 STRENGTH = 1e-2  # where nothing is held out
-ONE_THREAD = (
-    10_000_000  # values below which threads wait for each other longer than they multiply: 24 s against 6 on two busy cores
-)
+ONE_THREAD = 10_000_000  # values; with fewer, threads wait for each other more than they multiply: 24 s, not 6, on two busy cores
 STEPS = 200  # of L-BFGS for each strength, from where the stronger one ended
 
 

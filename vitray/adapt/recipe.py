@@ -5,19 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from vitray.job import FORMATS, Job, Strings, Text, Urls, make_job, not_valid, read_fields
+from vitray.job import FORMATS, Job, Strings, Text, Urls, Written, distinct_labels, make_job, read_fields
 
 # of a training: what another machine may change without another result
 FREE = ("out", "workers", "device", "save_steps", "accumulate", "gradient_checkpointing")
 RATES = {"head": 3e-3, "last": 3e-4, "lora": 1e-3, "full": 1e-4, "scratch": 1e-3}  # AdamW's peak where `lr` is not set
 
 
-class Recipe(BaseModel):
+class Recipe(Written):
     """One training: which images and labels, which model, what of it learns and how, where to."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: Urls = Field([], description="images, as in a job: URL, list, glob, range or prefix; local path or s3://")
     dataset: Text | None = Field(None, description="instead of source: a finished dataset, its images or (probe) its embeddings")
@@ -81,12 +79,10 @@ class Recipe(BaseModel):
     save_steps: int | None = Field(None, description="steps between checkpoints, besides one an epoch", ge=1)
     seed: int = Field(0, description="decides weights, batches and augmentations", ge=0)
 
-    def __init__(self, /, **fields: object) -> None:
-        """Raises JobError, which names every field that is wrong and the nearest known one."""
-        try:
-            super().__init__(**fields)
-        except ValidationError as error:
-            raise not_valid(error, Recipe) from None
+    @field_validator("classes")
+    @classmethod
+    def _distinct(cls, value: list[str]) -> list[str]:
+        return distinct_labels(value) if value else value
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -104,8 +100,6 @@ class Recipe(BaseModel):
             raise ValueError("init: scratch needs train: full, since nothing of random weights is worth keeping")
         if self.batch_size % (self.workers * self.accumulate):
             raise ValueError(f"batch_size {self.batch_size} cannot be cut into {self.workers} workers x {self.accumulate} parts")
-        if len(set(self.classes)) != len(self.classes):
-            raise ValueError("classes: a name stands twice")
         if self.patience and not self.validation:
             raise ValueError("patience needs a validation share")
         return self
@@ -118,6 +112,12 @@ class Recipe(BaseModel):
     @property
     def label_at(self) -> str:
         return self.label or ("label" if self.from_dataset or self.label_table else "folder")
+
+    @property
+    def label_place(self) -> str:
+        """Where labels are looked for, for messages."""
+        place = self.label_at + (f", field {self.label_field}" if self.label_field else "")
+        return f"{place} of {self.label_table}, by its column {self.table_key}" if self.label_table else place
 
     @property
     def from_dataset(self) -> str | None:

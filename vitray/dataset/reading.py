@@ -40,9 +40,10 @@ def is_complete(dataset: Dataset) -> bool:
 
 
 def require_outside(dataset: Dataset, option: str, url: str) -> None:
-    """Raises JobError for a place inside the dataset: what lies there is vitray's."""
-    if f"{url}/".startswith(f"{dataset.out}/"):
-        raise JobError(f"{option} {url} lies inside the dataset: choose another place.")
+    """Raises JobError for a place inside the dataset, or inside its source, where the next run would take it for input."""
+    for place, what in ((dataset.out, "the dataset"), *((source, f"its source {source}") for source in dataset.job.source)):
+        if f"{url}/".startswith(f"{absolute(place)}/"):
+            raise JobError(f"{option} {url} lies inside {what}: choose another place.")
 
 
 def data_files(out: str) -> list[str]:

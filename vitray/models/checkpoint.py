@@ -255,9 +255,9 @@ def read_json(found: Checkpoint, name: str) -> dict[str, Any]:
         with open(os.path.join(found.directory, name), encoding="utf-8") as stream:
             loaded = json.load(stream)
     except FileNotFoundError as error:
-        raise ModelError(f"{found.model} holds no {name}, so it is not a checkpoint of transformers.") from error
+        raise ModelError(f"{found.model} holds no {name}. Give the directory of a whole checkpoint of transformers.") from error
     except (OSError, ValueError) as error:
-        raise ModelError(f"{found.model}: {name} cannot be read ({one_line(error)}).") from error
+        raise ModelError(f"{found.model}: {name} cannot be read ({one_line(error)}). Fetch the checkpoint again.") from error
     if not isinstance(loaded, dict):
-        raise ModelError(f"{found.model}: {name} is not a JSON object.")
+        raise ModelError(f"{found.model}: {name} is not a JSON object. Fetch the checkpoint again.")
     return loaded

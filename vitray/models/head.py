@@ -16,6 +16,7 @@ from vitray.errors import ModelError, VitrayError, one_line
 from vitray.storage import join, read
 
 FORMAT = 1
+NEXT = "Give a directory with head.json and head.safetensors, as vitray finetune writes it with train: probe."
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +70,6 @@ def read_head(url: str) -> Head:
             raise ValueError("its weights are not finite")
         layer = None if said["layer"] == "last" else int(said["layer"])
         facts = str(said["pool"]), bool(said["normalize"]), str(said["model"]), str(said["weights_sha256"])
-    except (VitrayError, OSError) as error:
-        raise ModelError(f"head {url} cannot be read: {one_line(error)}") from error
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ModelError(f"head {url} is not a head that vitray wrote ({one_line(error)}).") from error
+    except (VitrayError, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ModelError(f"head {url} cannot be read: {one_line(error).rstrip('.')}. {NEXT}") from error
     return Head(labels, weight, bias, layer, *facts)

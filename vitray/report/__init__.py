@@ -2,7 +2,7 @@
 
 counts.py   one pass over the data files      space.py   where vectors lie, which are alike    pictures.py   from the source anew
 page.py     what the page says                page.html  how it looks                          card.py       README.md of the dataset
-changes.py  what the page of a comparison says, changes.html how it looks; base.html and macros.html are of both pages
+changes.py  what the page of a comparison says, changes.html how it looks
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from vitray.dataset import require_dataset
-from vitray.report.page import Page, listed, rendered
+from vitray.pages import rendered
+from vitray.report.page import Page, listed
 from vitray.report.pictures import pictures_of, rows_of
 
 
@@ -66,6 +67,7 @@ def changes_page(found: Changes) -> Page:
         return {"key": after[ref]["key"], "old": before[ref], "new": after[ref], "picture": images.get(ref)}
 
     html = rendered(
+        "report",
         "changes.html",
         maker="vitray compare",
         name=f"{old.out.rpartition('/')[2]} → {new.out.rpartition('/')[2]}",

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from vitray.dataset import Dataset, dataset_url, read_run_records
 from vitray.errors import VitrayError, one_line
+from vitray.pages import axis, rendered
 from vitray.pipeline import groups_of
 from vitray.report.counts import MEMBERS, SCORE_BINS, Counts, Ref, count, is_right, text_of
 from vitray.report.pictures import pictures_of, rows_of
@@ -24,7 +21,6 @@ from vitray.report.space import NEAR, near_groups, on_a_plane
 from vitray.schema import REASONS, Shard
 from vitray.sources import chosen, list_shards
 from vitray.storage import exists, join, read
-from vitray.version import __version__
 
 RUNS = 40  # the latest
 STEPS, STEP_MARKS = 48, 3  # of one run over time, at most; marks of its timeline for each step, or bursts would look like speed
@@ -32,7 +28,6 @@ LABELS = 30  # of the histogram
 GALLERY = 12  # labels with pictures; with EACH_LABEL, LEAST_SURE and TWINS at most 120 pictures
 SERIES = 8  # colours of the map
 TWINS, ALIKE = 4, 6  # groups of equal and of similar images, each with MEMBERS pictures
-CHARS, TAIL = 200, 48  # of a key or a message; of a key under its picture, which ends in what tells it from others
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +59,7 @@ def page_of(dataset: Dataset, urls: Sequence[str], truth: str | None, pictures: 
         return [_card(dataset, rows[ref], images.get(ref, None if pictures else ""), truth) for ref in refs]
 
     html = rendered(
+        "report",
         "page.html",
         maker="vitray report",
         name=dataset.out.rpartition("/")[2],
@@ -89,23 +85,6 @@ def page_of(dataset: Dataset, urls: Sequence[str], truth: str | None, pictures: 
         holds_pictures=bool(images),
     )
     return Page(html, counts.images, len(images), tuple(notes))
-
-
-def visible(text: str) -> str:
-    """The text without what could hide or turn other text: control characters and those of direction become U+FFFD."""
-    odd = {"\u200c", "\u200d"}  # joiners, which words and emoji need
-    return "".join("\ufffd" if unicodedata.category(c) in HIDDEN and c not in odd else c for c in text)
-
-
-HIDDEN = {"Cc", "Cf", "Cs", "Cn", "Zl", "Zp"}
-
-
-def axis(top: float) -> list[float]:
-    """Round values from 0 to `top` or just above, five at most."""
-    raw = max(top, 1e-9) / 4
-    size = 10.0 ** math.floor(math.log10(raw))
-    step = next(size * n for n in (1, 2, 2.5, 5, 10) if size * n >= raw * 0.999 and (n != 2.5 or size > 1))
-    return [step * n for n in range(math.ceil(top / step - 1e-9) + 1)] if top > 0 else [0.0, 1.0]
 
 
 def wilson(right: float, of: float) -> tuple[float, float]:
@@ -137,33 +116,6 @@ def within(record: dict[str, Any]) -> dict[str, Any] | None:
         "axis": top,
         "path": f"M48 220{path}V220Z",
     }
-
-
-def rendered(template: str, **values: object) -> str:
-    """HTML of a template of this room: everything is escaped, and `visible`."""
-
-    def finish(value: object) -> object:
-        return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-    world = Environment(
-        loader=PackageLoader("vitray", "report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=finish,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    world.filters["short"] = lambda text: text if len(text) <= CHARS else text[: CHARS - 1] + "…"
-    world.filters["tail"] = lambda text: text if len(text) <= TAIL else "…" + text[1 - TAIL :]
-    world.filters["line"] = lambda text: " ".join(str(text).split())
-    world.filters["n"] = lambda number: f"{number:,.0f}"
-    world.filters["rate"] = lambda number: f"{number:,.1f}"
-    world.filters["brief"] = _brief
-    return world.get_template(template).render(made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", version=__version__, **values)
-
-
-def _brief(number: float) -> str:
-    return f"{number / 1e6:g}M" if number >= 1e6 else f"{number / 1e3:g}k" if number >= 1e4 else f"{number:g}"
 
 
 def listed(dataset: Dataset) -> tuple[dict[str, Shard], list[str]]:

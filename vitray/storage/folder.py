@@ -13,6 +13,8 @@ from vitray.errors import JobError, StorageError, one_line
 from vitray.storage.local import fsync
 from vitray.storage.objects import absolute, is_local
 
+FULL = 1 << 20  # bytes left: libraries that write files, or read what they wrote, tell of a full disk by errors of their own
+
 
 @contextlib.contextmanager
 def new_folder(into: str, option: str) -> Iterator[Path]:
@@ -33,7 +35,10 @@ def new_folder(into: str, option: str) -> Iterator[Path]:
         for path in [*folder.rglob("*"), folder]:  # on the disk, before it gets its name
             fsync(str(path))
         folder.rename(target)
-    except OSError as error:
-        raise StorageError(f"{target}: {one_line(error)}. Check the path, and that the disk has room.") from error
+    except Exception as error:
+        if not isinstance(error, OSError) and shutil.disk_usage(folder).free >= FULL:
+            raise
+        said = one_line(error).rstrip(".")
+        raise StorageError(f"{target}: {said}. Check the path, and that the disk has room.") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
