@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -123,15 +123,15 @@ def serve(name: str, folder: str) -> None:
         print((cpu_s() - before) / times / len(files), flush=True)
 
 
-def race(files: list[bytes], rounds: int) -> dict[str, list[float]]:
+def race(files: list[bytes], rounds: int, contenders: Sequence[str] = CONTENDERS) -> dict[str, list[float]]:
     """CPU seconds an image of every contender in every round."""
     with tempfile.TemporaryDirectory() as folder:
         for n, data in enumerate(files):
             Path(folder, f"{n:05d}.jpg").write_bytes(data)
         argv = [sys.executable, __file__, "serve"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
-        racers = {name: subprocess.Popen([*argv, name, folder], **pipes) for name in CONTENDERS}
-        took: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+        racers = {name: subprocess.Popen([*argv, name, folder], **pipes) for name in contenders}
+        took: dict[str, list[float]] = {name: [] for name in contenders}
         for turn in range(rounds + 1):
             for name, racer in racers.items():
                 racer.stdin.write("\n")
@@ -150,8 +150,14 @@ def table(took: dict[str, list[float]]) -> None:
         low, high = min(over["pillow"]), max(over["pillow"])
         rate = f"{1 / statistics.median(seconds):10.0f}   {statistics.median(over['pillow']):5.2f} ({low:.2f} .. {high:.2f})"
         print(f"{name:14s}{rate}   {statistics.median(over['hugging face']):16.2f}")
-    print(f"isolation: {statistics.median(e / p - 1 for e, p in zip(took['exact'], took['in process'])):.1%} of an exact decode")
     print(f"draft over exact: {statistics.median(e / d for e, d in zip(took['exact'], took['draft'])):.2f}")
+
+
+def isolation(files: list[bytes], rounds: int) -> None:
+    """What the child costs. By themselves and oftener: it is less than what a neighbour does to one round."""
+    took = race(files, rounds, ("in process", "exact"))
+    low, middle, high = statistics.quantiles([e / p - 1 for e, p in zip(took["exact"], took["in process"])])
+    print(f"isolation: {middle:.1%} of an exact decode (middle half {low:.1%} .. {high:.1%})")
 
 
 def differences(files: list[bytes]) -> None:
@@ -170,6 +176,7 @@ def main(images: int = 2 * FRAGMENT, rounds: int = 7) -> None:
         files = jpegs(size, count)
         print(f"{size[0]}x{size[1]}, {len(files)} JPEGs of {statistics.mean(map(len, files)) / 1000:.0f} kB, {rounds} rounds")
         table(race(files, rounds))
+        isolation(files, 5 * rounds)
         differences(files)
         print(flush=True)
 
