@@ -75,7 +75,7 @@ BUDGET = {
     "core": 4870,
     "models": 1870,
     "operating": 2450,
-    "adapting": 1880,
+    "adapting": 1945,
 }  # lines of code; the contract says 3,000 for core: see DECISIONS.md
 ADAPTING = ("adapt", "relabelling")
 HELP_S = 1.0
