@@ -1,7 +1,8 @@
-"""What shrinking costs and brings: `python tests/bench_shrink.py trained`, or `... line`. Wants the machine for itself.
+"""What shrinking costs and brings: `python tests/bench_shrink.py trained`, `... digits`, or `... line`. Wants the machine for itself.
 
 trained: a ViT (width 384, 4 blocks, 4.8 million weights) trained on drawn shapes, then each format and quantisation judged by
-`vitray export` itself, on shapes that it has not seen. line: `vitray run` on JPEGs with a ViT-B/16 of random weights: torch in bf16
+`vitray export` itself, on shapes that it has not seen. digits: the same of the digits' teacher of test_finetune_bars.py (0.5 MB), trained by
+`vitray finetune`; calibrated and judged on images that it has not seen. line: `vitray run` on JPEGs with a ViT-B/16 of random weights: torch in bf16
 against exports, in alternating rounds; images/s are the slope between two sizes of input, so that start-up is not in them.
 """
 
@@ -16,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+import digits
 import numpy as np
 from bench_peers import make_input, make_model
 
@@ -83,6 +85,18 @@ def trained(scratch: Path, hows: list[str]) -> None:
         print(export(scratch / "wide", how, scratch / "shapes", scratch / "exported"), flush=True)
 
 
+def handwritten(scratch: Path, hows: list[str]) -> None:
+    model, images = scratch / "digits", scratch / "digits-unseen"
+    if not images.exists():
+        source = digits.tar(scratch / "digits.tar", digits.few(digits.TRAINED))
+        recipe = {**digits.SCRATCH, "source": source, "model": digits.model(scratch / "digits-config"), "out": model}
+        (scratch / "digits.yaml").write_text("".join(f"{name}: {value}\n" for name, value in recipe.items()))
+        print(vitray("finetune", scratch / "digits.yaml"), flush=True)
+        digits.folders(images, digits.few(1000, skip=digits.TRAINED))
+    for how in hows:
+        print(export(model, how, images, scratch / "exported"), flush=True)
+
+
 def line(scratch: Path, hows: list[str], rounds: int) -> None:
     model, inputs = make_model(scratch, "vit-b"), [make_input(scratch, n) / "loose" for n in (SMALL, LARGE)]
     choices: dict[str, tuple[Path, list[str]]] = {"torch bf16": (model, ["--set", "engine=torch", "--set", "precision=bf16"])}
@@ -109,7 +123,7 @@ def line(scratch: Path, hows: list[str], rounds: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["trained", "line"])
+    parser.add_argument("what", choices=["trained", "digits", "line"])
     parser.add_argument("--scratch", type=Path, default=Path("/tmp/vitray-bench-shrink"))
     parser.add_argument("--hows", nargs="*")
     parser.add_argument("--rounds", type=int, default=1)
@@ -118,5 +132,7 @@ if __name__ == "__main__":
     os.environ["HF_HUB_OFFLINE"] = "1"
     if args.what == "trained":
         trained(args.scratch, args.hows or HOWS)
+    elif args.what == "digits":
+        handwritten(args.scratch, args.hows or HOWS)
     else:
         line(args.scratch, args.hows or ["openvino --int8"], args.rounds)

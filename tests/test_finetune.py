@@ -26,11 +26,12 @@ from small_models import PREFIX, edit, make_checkpoint
 
 import vitray
 from vitray.adapt import checkpoints, outputs, team
-from vitray.adapt.batches import Batches, Teaching
+from vitray.adapt.batches import Batches
 from vitray.adapt.examples import gather, is_held_out
 from vitray.adapt.finetuning import Study, finetune
 from vitray.adapt.probe import fit_probe
 from vitray.adapt.recipe import Recipe, load_recipe
+from vitray.adapt.teachers import Teaching, Tutor, normalised
 from vitray.adapt.trainee import groups, prepare, rate_at
 from vitray.decode import load_decoders
 from vitray.errors import ClusterError, FingerprintError, JobError, ModelError, StorageError
@@ -589,6 +590,50 @@ def test_a_teacher_is_joined_by_bytes_and_its_rest_is_spread(trained: str, small
         finetune(Recipe(**{**fields, "source": other, "out": str(tmp_path / "y")}))
 
 
+def test_a_teacher_model_sees_what_the_student_sees(trained: str, small: dict[str, object], tmp_path: Path) -> None:
+    """Crops and mixtures are its own, and so is its processor; its classes are found by name."""
+    from transformers import AutoModelForImageClassification, ViTImageProcessorPil
+
+    teacher = tmp_path / "teacher"
+    shutil.copytree(trained, teacher)
+    (teacher / "processor_config.json").unlink(missing_ok=True)
+    ViTImageProcessorPil(
+        size={"height": 16, "width": 16}, resample=2, image_mean=[0.2, 0.3, 0.4], image_std=[0.5, 0.7, 1]
+    ).save_pretrained(teacher)
+    classes = [str(n) for n in range(9, -1, -1)]
+    fields = {**small, "teacher_model": str(teacher), "out": str(tmp_path / "out"), "mixup": 0.4, "classes": classes, "epochs": 1}
+    fitting = Study.of(Recipe(**fields, teacher_weight=1.0)).fitting()
+    batch, tutor = fitting.batches.batch(0, 0), fitting.batches.teaching
+    assert isinstance(tutor, Tutor) and bool(batch.known.all())
+    raw = (batch.pixels * 0.5 + 0.5) * 255
+    own = normalised(raw, replace(PIXELS, mean=(0.2, 0.3, 0.4), std=(0.5, 0.7, 1.0)))
+    model = AutoModelForImageClassification.from_pretrained(teacher).eval()
+    with torch.no_grad():
+        logits = model(pixel_values=own).logits.flip(1)
+        torch.testing.assert_close(tutor(batch.pixels), logits.softmax(-1), rtol=1e-4, atol=1e-5)
+        own_logits = fitting.trainee.train()(batch.pixels)[0]
+        soft = (logits / 2).softmax(-1)
+        expected = 4 * (soft * (soft.log() - (own_logits / 2).log_softmax(-1))).sum()
+        torch.testing.assert_close(fitting._loss(fitting.trainee, batch, slice(None)), expected, rtol=1e-4, atol=1e-4)
+    assert not any(p.requires_grad and p.grad is not None for p in tutor.network.module.parameters())
+    before = weights(str(teacher))
+    for distill in ("labels", "embedding"):
+        result = finetune(Recipe(**{**fields, "distill": distill, "out": str(tmp_path / distill)}))
+        assert "projector" not in " ".join(weights(result.out)) and str(tmp_path) not in Path(result.out, "README.md").read_text()
+    assert equal(before, weights(str(teacher)))
+    # other weights under the same name are another teacher
+    shutil.copyfile(tmp_path / "labels" / "model.safetensors", teacher / "model.safetensors")
+    (tmp_path / "labels" / "_vitray" / "result.json").unlink()
+    with pytest.raises(FingerprintError, match="begun with another teacher_weights"):
+        finetune(Recipe(**{**fields, "distill": "labels", "out": str(tmp_path / "labels")}))
+    bare = make_checkpoint(tmp_path / "bare", "vit", headed=False)
+    with pytest.raises(JobError, match=r"bare holds no labels\. Set distill: embedding"):
+        finetune(Recipe(**{**fields, "teacher_model": bare}))
+    edit(str(teacher / "config.json"), problem_type="multi_label_classification")
+    with pytest.raises(JobError, match="scores of independent classes, which are no distribution"):
+        finetune(Recipe(**fields))
+
+
 def test_pseudo_labels_are_the_models_own(trained: str, small: dict[str, object], tmp_path: Path) -> None:
     dataset = embedded(trained, small["source"], tmp_path / "dataset")
     scores = vitray.read(dataset)["score"].to_numpy()
@@ -630,6 +675,8 @@ def test_pseudo_labels_are_the_models_own(trained: str, small: dict[str, object]
         ({"validation": 1e-9}, JobError, "no image fell into the held-out share"),
         ({"init": "weights"}, ModelError, "holds no model.safetensors"),
         ({"teacher": "nowhere"}, JobError, "holds no vitray dataset"),
+        ({"teacher": "a", "teacher_model": "b"}, JobError, "teacher and teacher_model: give one of them"),
+        ({"teacher_model": "/nowhere/model"}, ModelError, "/nowhere/model does not exist"),
         ({"lr": 1e30, "clip": 1e30, "warmup": 0.0}, vitray.VitrayError, "the loss is"),
     ],
 )

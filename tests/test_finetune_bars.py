@@ -23,8 +23,8 @@ from vitray.adapt.finetuning import finetune
 from vitray.adapt.recipe import Recipe
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(1500), pytest.mark.usefixtures("one_thread")]
-TRAINED, SHOTS = 120, 50  # of each digit; the other 60 or so are for judging
-SCRATCH = {**digits.RECIPE, "train": "full", "init": "scratch", "epochs": 60, "label_smoothing": 0.1}
+SHOTS = 50  # of each digit
+SCRATCH = digits.SCRATCH
 BACKBONE = {**SCRATCH, "label_smoothing": 0.0, "mixup": 0.4, "validation": 0.0, "epochs": 40, "lr": 1e-3}
 WAYS: dict[str, dict[str, object]] = {
     "full": {"lr": 5e-4},
@@ -38,10 +38,10 @@ WAYS: dict[str, dict[str, object]] = {
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """train.tar, shots.tar (50 a class, of train), eight.tar (train, without 8 and 9), unseen.tar; model/ without weights."""
     folder = tmp_path_factory.mktemp("digits")
-    digits.tar(folder / "train.tar", digits.few(TRAINED))
+    digits.tar(folder / "train.tar", digits.few(digits.TRAINED))
     digits.tar(folder / "shots.tar", digits.few(SHOTS))
-    digits.tar(folder / "eight.tar", digits.few(TRAINED, range(8)))
-    digits.tar(folder / "unseen.tar", digits.few(1000, skip=TRAINED))
+    digits.tar(folder / "eight.tar", digits.few(digits.TRAINED, range(8)))
+    digits.tar(folder / "unseen.tar", digits.few(1000, skip=digits.TRAINED))
     digits.model(folder / "model")
     digits.model(folder / "wide", width=128, layers=3)
     return folder

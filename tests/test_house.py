@@ -75,7 +75,7 @@ BUDGET = {
     "core": 4880,
     "models": 1870,
     "operating": 2460,
-    "adapting": 1900,
+    "adapting": 1965,
 }  # lines of code; the contract says 3,000 for core: see DECISIONS.md
 ADAPTING = ("adapt", "relabelling")
 FLOOR_OF = {"cli/operating.py": "operating", "cli/adapting.py": "adapt", "pages/__init__.py": "operating"}

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from vitray.adapt.examples import Examples
 from vitray.adapt.recipe import Recipe
-from vitray.dataset import Dataset, choose_vector, matrix_of, read
+from vitray.adapt.teachers import Teaching, Tutor, normalised
 from vitray.errors import JobError
 from vitray.schema import PixelSpec
 
@@ -26,53 +26,13 @@ ASPECT = 4 / 3  # widest and, upside down, narrowest crop. Source: Szegedy et al
 class Batch:
     """pixels: float32 [n, 3, H, W], normalised. target: float32 [n, C], rows of sum 1.
 
-    taught: float32 [n, C] or [n, D] of the teacher; known: bool [n], whether it has seen the image.
+    taught: float32 [n, C] or [n, D] of a Teaching; a Tutor is asked later. known: bool [n], whether the teacher knows the image.
     """
 
     pixels: Any
     target: Any
     taught: Any
     known: Any
-
-
-class Teaching:
-    """What a teacher's dataset says of each training image, found by the hash of its bytes."""
-
-    def __init__(self, recipe: Recipe, dataset: Dataset, hashes: list[bytes], classes: tuple[str, ...]) -> None:
-        """Raises JobError when it has none of the images, or not the classes."""
-        self.size, self.ids = len(classes), None
-        names = ["top_ids", "top_scores"] if recipe.distill == "labels" else [choose_vector(dataset, recipe.column).column]
-        if recipe.distill == "labels" and dataset.facts.multi_label:
-            raise JobError(f"{dataset.out} has scores of independent classes, which are no distribution. Set distill: embedding.")
-        table = read(dataset.out, ["content_hash", *names])
-        at = {value: n for n, value in enumerate(table["content_hash"].to_pylist())}
-        self.rows = np.array([at.get(value, -1) for value in hashes], np.int64)
-        if (self.rows < 0).all():
-            raise JobError(f"teacher {dataset.out} has seen none of these images (by their bytes). Run its job on them first.")
-        if recipe.distill == "embedding":
-            self.values = matrix_of(table[names[0]])
-            self.size = self.values.shape[1]
-            return
-        places = {name: n for n, name in enumerate(classes)}
-        if lost := [name for name in dataset.facts.labels if name not in places]:
-            raise JobError(
-                f"the teacher's class {lost[0]} is not among `classes`. Name all of the teacher's, or leave `classes` out."
-            )
-        to = np.array([places[name] for name in dataset.facts.labels])
-        k = len(table["top_ids"][0])
-        self.ids = to[table["top_ids"].combine_chunks().flatten().to_numpy().reshape(-1, k)]
-        self.values = table["top_scores"].combine_chunks().flatten().to_numpy().reshape(-1, k)
-
-    def of(self, places: np.ndarray) -> np.ndarray:
-        """float32 [n, C]: the top scores, what they leave of 1 spread over the other classes; or float32 [n, D]."""
-        rows = self.rows[places]
-        values: np.ndarray = self.values[rows].astype(np.float32)
-        if self.ids is None:
-            return values
-        rest = np.clip(1 - values.sum(1, keepdims=True), 0, 1) / max(1, self.size - values.shape[1])
-        dense = np.repeat(rest, self.size, 1).astype(np.float32)
-        np.put_along_axis(dense, self.ids[rows], values, 1)
-        return dense
 
 
 @dataclass(frozen=True)
@@ -83,7 +43,7 @@ class Batches:
     examples: Examples
     spec: PixelSpec
     classes: int
-    teaching: Teaching | None
+    teaching: Teaching | Tutor | None
     world: int = 1  # workers that share a step
 
     @property
@@ -142,15 +102,8 @@ class Batches:
             pixels = torch.where(torch.from_numpy(views[:, :1, :1, None] < 0), pixels.flip(3), pixels)
         target = functional.one_hot(torch.from_numpy(self.examples.ids[places]), self.classes).float()
         target = target * (1 - self.recipe.label_smoothing) + self.recipe.label_smoothing / self.classes
-        if self.teaching is None:
-            return Batch(
-                normalised(pixels, self.spec), target, torch.zeros(len(places), 0), torch.zeros(len(places), dtype=torch.bool)
-            )
+        if not isinstance(self.teaching, Teaching):
+            asked = torch.full((len(places),), self.teaching is not None)
+            return Batch(normalised(pixels, self.spec), target, torch.zeros(len(places), 0), asked)
         known = torch.from_numpy(self.teaching.rows[places] >= 0)
         return Batch(normalised(pixels, self.spec), target, torch.from_numpy(self.teaching.of(places)), known)
-
-
-def normalised(pixels: Any, spec: PixelSpec) -> Any:
-    """As the processor says. pixels: float [n, 3, H, W] of 0..255."""
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (spec.mean, spec.std))
-    return ((pixels * spec.rescale - mean) / std).contiguous()

@@ -88,6 +88,7 @@ def _train(recipe: Recipe, tell: Tell, address: str | None, allow_open: bool) ->
     study = Study.of(recipe)
     fitting, material = study.fitting(), study.material
     same = {"weights": study.weights, "data": material.digest, "class_names": list(material.classes)}
+    same |= {"teacher_weights": checkpoint.hash_weights(study.tutor)} if study.tutor else {}
     _require_same(recipe, {**same, "images_a_step": fitting.batches.size})
     if recipe.workers > 1:
         from vitray.adapt.team import fit_with_ray
@@ -157,6 +158,7 @@ class Study:
     pixels: Any
     material: examples.Material
     teacher: Dataset | None
+    tutor: checkpoint.Checkpoint | None
 
     @classmethod
     def of(cls, recipe: Recipe) -> Study:
@@ -166,25 +168,46 @@ class Study:
         weights = json.dumps(config.hf.to_diff_dict(), sort_keys=True, default=str) if scratch else checkpoint.hash_weights(found)
         pixels = read_pixels(found, config)
         teacher = require_complete(recipe.teacher) if recipe.teacher else None
-        if teacher is not None and recipe.distill == "labels" and not teacher.job.labelled:
-            raise JobError(f"teacher {teacher.out} holds no labels. Set distill: embedding, or make one with labels: true.")
-        taught = teacher.facts.labels if teacher is not None and recipe.distill == "labels" else ()
-        material = examples.gather(recipe, pixels, taught, examples.work_folder(recipe.out))
-        return cls(recipe, found, weights, pixels, material, teacher)
+        tutor = checkpoint.locate(recipe.teacher_model, None) if recipe.teacher_model else None
+        material = examples.gather(recipe, pixels, _taught(recipe, teacher, tutor), examples.work_folder(recipe.out))
+        return cls(recipe, found, weights, pixels, material, teacher, tutor)
 
     def fitting(self, team: Any = None) -> Any:
         """A fitting.Fitting for one worker of a fitting.Team, or for one that is alone."""
-        from vitray.adapt.batches import Batches, Teaching
+        from vitray.adapt.batches import Batches
         from vitray.adapt.fitting import Fitting, Team
+        from vitray.adapt.teachers import Teaching, Tutor
         from vitray.adapt.trainee import prepare
 
         team = team or Team()
         classes, train = self.material.classes, self.material.train
-        teaching = Teaching(self.recipe, self.teacher, train.hashes, classes) if self.teacher is not None else None
+        teaching: Teaching | Tutor | None = None
+        if self.teacher is not None:
+            teaching = Teaching(self.recipe, self.teacher, train.hashes, classes)
+        elif self.tutor is not None:
+            teaching = Tutor(self.recipe, self.tutor, classes, self.pixels)
         dimension = teaching.size if teaching is not None and self.recipe.distill == "embedding" else None
         batches = Batches(self.recipe, train, self.pixels, len(classes), teaching, team.world)
         trainee = prepare(self.recipe, self.found, classes, dimension)
         return Fitting(self.recipe, trainee, batches, self.material.held_out, team, _url(self.recipe, "state"))
+
+
+def _taught(recipe: Recipe, teacher: Dataset | None, tutor: checkpoint.Checkpoint | None) -> tuple[str, ...]:
+    """The classes whose scores are learnt of a teacher. Raises JobError where it has none, or scores that are no distribution."""
+    if recipe.distill == "embedding":
+        return ()
+    if tutor is not None:
+        config = checkpoint.read_config(tutor)
+        name, labels, independent = tutor.model, checkpoint.read_labels(tutor, config), config.multi_label
+    elif teacher is not None:
+        name, labels, independent = teacher.out, teacher.facts.labels if teacher.job.labelled else (), teacher.facts.multi_label
+    else:
+        return ()
+    if not labels:
+        raise JobError(f"teacher {name} holds no labels. Set distill: embedding, or give one that labels.")
+    if independent:
+        raise JobError(f"teacher {name} has scores of independent classes, which are no distribution. Set distill: embedding.")
+    return labels
 
 
 def _with_head(recipe: Recipe, found: checkpoint.Checkpoint, head: Any, family: str) -> Any | None:

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from vitray.adapt import checkpoints
-from vitray.adapt.batches import Batch, Batches, normalised
+from vitray.adapt.batches import Batch, Batches
 from vitray.adapt.examples import Examples
 from vitray.adapt.recipe import Recipe
+from vitray.adapt.teachers import Tutor, normalised
 from vitray.adapt.trainee import Trainee, cost, distance, divergence, groups, rate_at
 from vitray.crash import crash_point
 from vitray.errors import StorageError, VitrayError
@@ -155,6 +156,8 @@ class Fitting:
         )
         with self._autocast():
             logits, own = wrapped(pixels)
+            if isinstance(self.batches.teaching, Tutor):
+                taught = self.batches.teaching(pixels)
         hard = cost(logits, target, self.weights)
         if self.batches.teaching is None:
             return hard.sum()

@@ -124,7 +124,7 @@ def _card(told: Told, is_model: bool) -> str:
         lines += ["", "| held-out images | |", "| --- | --- |"]
         lines += [f"| {name.removeprefix('validation_')} | {value:.4f} |" for name, value in told.figures.items()]
     lines += ["", "## Classes", "", ", ".join(map(_plain, told.classes[:1000])), "", "## How", ""]
-    private = {"source", "dataset", "teacher", "model", "out", "label_table", "allow", "classes"}
+    private = {"source", "dataset", "teacher", "teacher_model", "model", "out", "label_table", "allow", "classes"}
     lines += [f"- {name}: {json.dumps(value)}" for name, value in recipe.deciding().items() if name not in private]
     lines += [f"- base: {told.found.model} at {told.found.revision}"] if base else []
     return "\n".join([*lines, f"- versions: {', '.join(f'{name} {versions[name]}' for name in PACKAGES)}", ""])

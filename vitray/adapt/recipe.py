@@ -20,6 +20,9 @@ class Recipe(Written):
     source: Urls = Field([], description="images, as in a job: URL, list, glob, range or prefix; local path or s3://")
     dataset: Text | None = Field(None, description="instead of source: a finished dataset, its images or (probe) its embeddings")
     teacher: Text | None = Field(None, description="a finished dataset of the teacher, joined by the bytes of the images")
+    teacher_model: Text | None = Field(
+        None, description="instead of teacher: its checkpoint, which sees each image as the student does, cropped and mixed"
+    )
     model: Text | None = Field(None, description="Hugging Face id, local or s3:// directory; a probe takes its dataset's")
     revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face id")
     out: Text = Field(description="directory of the new checkpoint, local or s3://; `model:` takes it as it is")
@@ -88,7 +91,9 @@ class Recipe(Written):
     def _consistent(self) -> Recipe:
         if self.source and self.dataset:
             raise ValueError("source and dataset: give one of them")
-        if self.train == "probe" and not (self.dataset and not self.teacher):
+        if self.teacher and self.teacher_model:
+            raise ValueError("teacher and teacher_model: give one of them")
+        if self.train == "probe" and (not self.dataset or self.teacher or self.teacher_model):
             raise ValueError(
                 "train: probe learns from stored embeddings: give `dataset`, made by vitray run, and no source or teacher"
             )

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from vitray.adapt.recipe import Recipe
+from vitray.adapt.teachers import pooled
 from vitray.errors import JobError
 from vitray.models.checkpoint import Checkpoint, VisionConfig, read_config
 from vitray.models.loading import Network, load_trainable
@@ -43,8 +44,7 @@ class Trainee(torch.nn.Module):  # type: ignore[misc]
         logits = self.module(pixel_values=pixels).logits
         if self.projector is None:
             return logits, None
-        tokens = self.tokens if self.final_norm is None else self.final_norm(self.tokens)
-        return logits, self.projector(tokens[:, 0] if self.has_cls else tokens.mean(1))
+        return logits, self.projector(pooled(self.tokens, self.final_norm, self.has_cls))
 
     def learning(self) -> dict[str, Any]:
         """The parameters that learn, by name."""
