@@ -157,8 +157,23 @@ def test_precisions_and_devices_that_an_engine_has_not_are_refused(tmp_path: Pat
     with pytest.raises(ModelError, match="engine openvino computes in bf16 or fp32, not in fp16"):
         identify(job_for(directory, engine="openvino", precision="fp16"))
     assert "runs on the CPU, and this job on cuda" in (engines.refusal("openvino", "cuda", "bf16") or "")
-    assert engines.usable("cuda", "bf16") == engines.usable("cpu", "fp16") == ["torch"]
-    assert engines.usable("cpu", "bf16") == ["torch", "openvino"] and engines.usable("cpu", "fp32") == list(ENGINES)
+    assert engines.usable("cuda", "bf16")[0] == engines.usable("cpu", "fp16")[0] == ["torch"]
+    assert engines.usable("cpu", "bf16") == (["torch", "openvino"], "onnx left out (computes in fp32, not in bf16)")
+    assert engines.usable("cpu", "fp32") == (list(ENGINES), "")
+
+
+@pytest.mark.parametrize("engine", OTHERS)
+def test_an_engine_that_is_installed_and_broken_is_named(tmp_path: Path, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its module is found, and to import it raises what a library that is missing raises."""
+    job = job_for(make_checkpoint(tmp_path, "vit", True), engine=engine)
+    name = engines.MODULES[engine][0]
+    (tmp_path / "broken" / name).mkdir(parents=True)
+    (tmp_path / "broken" / name / "__init__.py").write_text('raise ImportError("libx.so.1: cannot open shared object file")\n')
+    monkeypatch.syspath_prepend(str(tmp_path / "broken"))
+    for module in [m for m in sys.modules if m.split(".")[0] == name]:
+        monkeypatch.delitem(sys.modules, module)
+    with pytest.raises(ModelError, match=rf"engine {engine} is installed, but cannot be loaded \(libx.so.1: .*engine: torch"):
+        identify(job)
 
 
 @dataclasses.dataclass
@@ -179,7 +194,7 @@ class Fake:
         return Predictions((found.ids + self.shift) % CLASSES, found.scores, turned)
 
 
-def test_auto_takes_the_fastest_engine_and_none_that_strays(tmp_path: Path) -> None:
+def test_auto_takes_the_fastest_engine_and_none_that_strays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = job_for(make_checkpoint(tmp_path, "vit", True), embeddings=[Embedding()], batch_size=4)
     facts = identify(job)
     torch_model = open_job(job, facts)
@@ -198,6 +213,9 @@ def test_auto_takes_the_fastest_engine_and_none_that_strays(tmp_path: Path) -> N
     assert parts[2] == "b left out (another label than torch in fp32 for 16 of 16 images)"
     assert parts[3].startswith("c left out (cosine 0.9") and parts[4] == "d left out (no kernel for this)"
     assert engines.fastest(facts, {"torch": lambda: slow, "a": lambda: slower}, lambda: all_labels)[0] == "torch"
+    monkeypatch.setattr(engines, "_speeds", lambda models, pixels, seconds: {"torch": 100.0, "a": 109.0})
+    assert engines.fastest(facts, {"torch": lambda: slow, "a": lambda: slow}, lambda: all_labels)[0] == "torch"  # not by noise
+    monkeypatch.undo()
     quick, late = Fake(torch_model), Fake(torch_model, delay_s=0.3)
     started = time.monotonic()
     engines.fastest(facts, {"torch": lambda: quick, "a": lambda: late}, lambda: all_labels, seconds=0.5)
@@ -212,7 +230,8 @@ def test_auto_is_one_of_those_installed_and_says_how_fast_each_was(tmp_path: Pat
     for engine in OTHERS:
         monkeypatch.setitem(sys.modules, engines.MODULES[engine][0], None)
     alone = identify(job)
-    assert (alone.engine, alone.engine_why) == ("torch", "")
+    assert alone.engine == "torch"
+    assert alone.engine_why == ", ".join(f"{engine} left out (is not installed here)" for engine in OTHERS)
 
 
 def in_fresh_python(code: str, **environment: str) -> None:

@@ -242,7 +242,7 @@ def _moment(text: str | None) -> float | None:
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
-def make_job(fields: dict[str, object]) -> Job:
+def make_job(fields: dict[str, Any]) -> Job:
     """A Job, or a JobError."""
     return Job(**fields)
 
@@ -276,7 +276,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-def read_fields(path: str | Path) -> dict[str, object]:
+def read_fields(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML job file."""
     try:
         loaded = _Loader(Path(path).read_text(encoding="utf-8")).get_single_data()

@@ -19,7 +19,7 @@ from vitray.dataset import (
 )
 from vitray.errors import count
 from vitray.job import Job
-from vitray.models import when_compiling_pays
+from vitray.models import will_compile
 from vitray.pipeline import groups_of
 from vitray.sources import chosen, estimate_images, list_shards
 from vitray.storage import absolute, exists, join
@@ -116,7 +116,7 @@ def plan(job: Job) -> Plan:
         pending=len(pending),
         pending_images=left,
         left_out=len(listed) - len(shards),
-        compile=f"auto: {when_compiling_pays()}" if job.compile == "auto" else job.compile,
+        compile=will_compile(job, left),
         decided=None if dataset is None else decided_values(dataset),
     )
 

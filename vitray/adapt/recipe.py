@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -141,6 +141,6 @@ class Recipe(Written):
         return self.model_dump(mode="json", exclude=set(FREE))
 
 
-def load_recipe(path: str | Path, overrides: dict[str, object] | None = None) -> Recipe:
+def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
     """The recipe of a YAML file, with overrides from the command line on top."""
     return Recipe(**{**read_fields(path), **(overrides or {})})

@@ -79,12 +79,15 @@ def identify(job: Job) -> ModelFacts:
     engines.require_pixels(facts.engine, job.decode)
     if graph:
         exported.places(graph, found.model, vector_columns(job, facts))
-    usable = engines.usable(device, facts.precision) if asked == "auto" else [facts.engine]
-    return facts if len(usable) == 1 else _with_fastest_engine(job, facts, usable)
+    return _with_fastest_engine(job, facts, device) if asked == "auto" else facts
 
 
-def _with_fastest_engine(job: Job, facts: ModelFacts, names: list[str]) -> ModelFacts:
+def _with_fastest_engine(job: Job, facts: ModelFacts, device: str) -> ModelFacts:
     from vitray.models import engines, machine
+
+    names, out = engines.usable(device, facts.precision)
+    if len(names) == 1:
+        return replace(facts, engine_why=out)
 
     columns, threads = vector_columns(job, facts), machine.cores()
 
@@ -94,7 +97,7 @@ def _with_fastest_engine(job: Job, facts: ModelFacts, names: list[str]) -> Model
 
     choices = {name: opening(name, facts.precision, job.top_k) for name in names}
     engine, why = engines.fastest(facts, choices, opening("torch", "fp32", len(facts.labels)))
-    return replace(facts, engine=engine, engine_why=why)
+    return replace(facts, engine=engine, engine_why=", ".join(filter(None, [why, out])))
 
 
 def with_label_names(job: Job) -> Job:
@@ -130,11 +133,23 @@ def compiles(job: Job, images: int, device: str) -> bool:
     return job.compile == "on" or (job.compile == "auto" and machine.compiling_pays(device, images))
 
 
-def when_compiling_pays() -> str:
-    """For people: from how many images on compile: auto is on. Needs no torch."""
+def will_compile(job: Job, images: int) -> str:
+    """For people: whether a run over so many images compiles the model. Needs no torch.
+
+    Raises ModelError for an engine without the precision that is asked.
+    """
+    from vitray.models import engines
     from vitray.models.machine import COMPILE_PAYS
 
-    return f"on from {COMPILE_PAYS['cpu']:,} images a machine, or {COMPILE_PAYS['cuda']:,} a GPU, in one run"
+    if reason := engines.lacks(job.engine, job.precision):
+        raise ModelError(reason)
+    if job.engine in engines.MODULES:
+        return f"off: engine {job.engine} compiles by itself"
+    if job.compile != "auto":
+        return job.compile
+    cpu, gpu = COMPILE_PAYS["cpu"], COMPILE_PAYS["cuda"]
+    say = "off" if images < min(cpu, gpu) else "on where a machine, or a GPU, gets enough of them"
+    return f"auto: {say} ({images:,} images; on from {cpu:,} a machine, or {gpu:,} a GPU, in one run)"
 
 
 def ceiling(facts: ModelFacts, device: str) -> tuple[float, float]:
