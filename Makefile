@@ -39,7 +39,7 @@ audit: $(STAMP)
 # Anew from cluster/constraints.txt, which says the versions.
 lock: $(STAMP)
 	$(BIN)/python -m pip install -q -e ".[audit]" -c cluster/constraints.txt
-	$(BIN)/uv pip compile -q --generate-hashes --universal --python-version 3.11 --no-header --no-annotate --extra openvino --extra onnx \
+	$(BIN)/uv pip compile -q --generate-hashes --universal --python-version 3.11 --no-header --no-annotate --extra openvino --extra onnx --extra aws \
 		-c cluster/constraints.txt pyproject.toml -o cluster/requirements.txt
 
 # Jobs in a loop under random faults; each must end whole.

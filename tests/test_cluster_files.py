@@ -747,3 +747,10 @@ def test_every_file_that_the_readme_names_exists() -> None:
     for name in re.findall(r"`((?:kuberay/)?[\w.]+\.(?:yaml|json|sbatch|txt))`", README):
         assert (CLUSTER / name).exists() or name == "job.yaml", name
     assert all(f"`{name}`" in README for name in FILES)
+
+
+def test_the_image_has_what_ray_up_needs() -> None:
+    """rsync in the container, and on the head what starts workers on EC2: an ssh client, and boto3. Source: ray/autoscaler/_private."""
+    packages = text_of("Dockerfile").partition("--no-install-recommends")[2].partition("&&")[0].split()
+    assert {"rsync", "openssh-client"} <= set(packages)
+    assert "\nboto3==" in text_of("requirements.txt") and "\ns3transfer==" in text_of("requirements.txt")

@@ -26,6 +26,7 @@ pytestmark = [pytest.mark.nightly, pytest.mark.timeout(1500), pytest.mark.usefix
 SHOTS = 50  # of each digit
 SCRATCH = digits.SCRATCH
 BACKBONE = {**SCRATCH, "label_smoothing": 0.0, "mixup": 0.4, "validation": 0.0, "epochs": 40, "lr": 1e-3}
+PATIENT = {"label_smoothing": 0.0, "mixup": 0.4, "validation": 0.0, "epochs": 600, "lr": 4e-3}
 WAYS: dict[str, dict[str, object]] = {
     "full": {"lr": 5e-4},
     "head": {"lr": 1e-2, "epochs": 100, "mixup": 0.0, "crop": 0.8},
@@ -95,22 +96,25 @@ def test_two_new_digits_are_learnt_from_fifty_images_each_way(home: Path) -> Non
     assert all(found[name] >= found["full"] - 0.02 for name in ("probe", "head", "last", "lora"))
 
 
-def test_a_student_of_a_quarter_comes_near_its_teacher(home: Path, teacher: str) -> None:
-    """Of each digit twenty images have labels, which is all that the student alone has; the teacher's dataset has scores for all 1,200.
+def test_a_student_of_a_quarter_comes_near_its_teacher(home: Path) -> None:
+    """Teacher, student alone and student taught see the same 200 images; the taught one learns from the teacher alone. Three seeds.
 
-    On the same images and labels for both the bar is not reached: BENCHMARKS.md has the figures.
+    The settings were chosen on the other 1,000 of the 1,200 images: BENCHMARKS.md has the way, and set-ups in which a teacher does not help.
     """
-    model, few = digits.model(home / "small", width=36, layers=3), digits.tar(home / "few.tar", digits.few(20))
-    sizes = [sum(t.numel() for t in load_file(f"{teacher}/model.safetensors").values())]
-    fields = {**SCRATCH, "model": model, "label_smoothing": 0.0, "validation": 0.1}
-    alone = train(home, "alone", **{**fields, "source": few, "epochs": 200})
-    dataset = label(home, teacher, "train", top_k=10)
-    taught = train(home, "taught", **{**fields, "label": "label"}, dataset=dataset, teacher=dataset, teacher_weight=1.0)
-    sizes.append(sum(t.numel() for t in load_file(f"{taught}/model.safetensors").values()))
-    figures = {name: accuracy(home, out) for name, out in (("teacher", teacher), ("alone", alone), ("taught", taught))}
-    print(f"student of {sizes[1] / sizes[0]:.2f} of its teacher's {sizes[0]:,} weights: {figures}")
+    few, figures = digits.tar(home / "few.tar", digits.few(20)), list[tuple[float, float, float]]()
+    large, small = digits.model(home / "large", width=36, layers=3), digits.model(home / "small", width=16, layers=3)
+    for seed in range(3):
+        fields = {**SCRATCH, **PATIENT, "source": few, "seed": seed}
+        teacher = train(home, f"teacher-{seed}", **{**fields, "model": large, "lr": 2e-3})
+        alone = train(home, f"alone-{seed}", **{**fields, "model": small})
+        taught = train(home, f"taught-{seed}", **{**fields, "model": small}, teacher_model=teacher, teacher_weight=1.0)
+        figures.append((accuracy(home, teacher), accuracy(home, alone), accuracy(home, taught)))
+        print(f"seed {seed}: teacher, student alone, student taught: {figures[-1]}", flush=True)
+    sizes = [sum(t.numel() for t in load_file(f"{out}/model.safetensors").values()) for out in (teacher, taught)]
+    means = np.mean(figures, 0)
+    print(f"student of {sizes[1] / sizes[0]:.2f} of its teacher's {sizes[0]:,} weights: teacher, alone, taught {means.round(4)}")
     assert sizes[1] <= sizes[0] / 4 * 1.05
-    assert figures["taught"] >= figures["teacher"] - 0.02 and figures["taught"] > figures["alone"]
+    assert means[2] >= means[0] - 0.02 and means[2] > means[1]
 
 
 def test_killed_at_random_steps_it_ends_with_equal_weights(home: Path) -> None:

@@ -121,6 +121,9 @@ def test_a_submitted_job_is_followed_and_ends_as_a_run_does(head: Cluster, job_f
 
     found = json.loads(vitray_on(head, "status", "first", "--json").stdout)
     assert (found["status"], found["exit_code"], found["out"]) == ("SUCCEEDED", 0, str(tmp_path / "out"))
+    for command in ("status", "stop"):
+        unknown = vitray_on(head, command, "second")
+        assert unknown.returncode == 2 and "knows no submission second" in unknown.stderr, unknown.stderr
     again = vitray_on(head, "status", "first", "--follow")
     assert again.returncode == 0 and f"{IMAGES} rows" in again.stdout
     twice = vitray_on(head, "submit", job_file, "--submission-id", "first")

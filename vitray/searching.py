@@ -144,7 +144,9 @@ def _of_row(dataset: Dataset, vector: VectorColumn, query: Query, counts: Counts
         first = first or next(iter(block.slice(0, 1).to_pylist()), None)
         matches += block.num_rows
     if first is None:
-        raise JobError(f"{dataset.out} has no good row like this. Bad images have no vector: look into {dataset.out}/errors.")
+        raise JobError(
+            f"{dataset.out} has no good row like this. Keys of loose files are their paths; bad images, in {dataset.out}/errors, have no vector."
+        )
     said = f"{_shown(first['key'])} ({first['shard']}, {first['index']})"
     notes = [f"{matches:,} rows have this key, and the first is the query; --shard and --row choose"] if matches > 1 else []
     for block in row_blocks(dataset, [dataset.data_url(first["shard"])], ["index", vector.column]):

@@ -95,14 +95,12 @@ class Cluster:
         working_dir: a directory that travels too, without what its .gitignore names; it is the job's current directory there.
         """
         job = with_label_names(job)
-        _require_shared_paths(job)
+        _require_shared_paths(job, working_dir)
         name = submission_id or new_id()
         if not _ID.fullmatch(name):
             raise JobError(f"--submission-id {name!r}: letters, digits, - and _ only, 100 at most")
-        with contextlib.suppress(ClusterError):
-            raise JobError(
-                f"{name} was submitted before: {self.find(name).status}. Choose another --submission-id, or leave it out."
-            )
+        if known := self._known(name):
+            raise JobError(f"{name} was submitted before: {known.status}. Choose another --submission-id, or leave it out.")
         entrypoint = ["vitray", "run", JOB_FILE, "--address", "auto", *(["--allow-open-cluster"] if self.allow_open else [])]
         with tempfile.TemporaryDirectory(prefix="vitray-submit-") as scratch, self._told():
             folder = os.path.join(scratch, "job")
@@ -129,9 +127,21 @@ class Cluster:
         return Submission(name, self.address, "PENDING", None, "", job.out)
 
     def find(self, submission_id: str) -> Submission:
-        """Where a submission stands. Raises ClusterError for one that the cluster does not know."""
+        """Where a submission stands. Raises JobError for one that the cluster does not know."""
+        if (found := self._known(submission_id)) is None:
+            raise JobError(
+                f"{self.address} knows no submission {submission_id}. `submit` prints its id, and Ray forgets old ones."
+            )
+        return found
+
+    def _known(self, submission_id: str) -> Submission | None:
         with self._told():
-            info = self._ask(partial(self._client.get_job_info, submission_id))
+            try:
+                info = self._ask(partial(self._client.get_job_info, submission_id))
+            except RuntimeError as error:
+                if "status code 404" in str(error):
+                    return None
+                raise
         status, code = info.status.value, info.driver_exit_code
         ended = {"SUCCEEDED": 0, "STOPPED": 143, "FAILED": code if code and 0 < code < 256 else 1}.get(status)
         out = (info.metadata or {}).get("out", "")
@@ -144,6 +154,7 @@ class Cluster:
 
     def stop(self, submission_id: str) -> Submission:
         """Ask it to end, as SIGTERM does; what is staged stays. Waits until it is over."""
+        self.find(submission_id)
         with self._told():
             self._ask(partial(self._client.stop_job, submission_id))
         deadline = time.monotonic() + ANSWER_S
@@ -230,7 +241,8 @@ def _root_of(error: BaseException) -> str:
         if isinstance(seen, OSError) and seen.strerror:
             return seen.strerror
         seen = seen.__cause__ or seen.__context__
-    return one_line(error)
+    first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)  # Ray goes on with advice
+    return " ".join(first.split())[:300].rstrip(" .:")
 
 
 def _answers_strangers(address: str) -> bool:
@@ -244,11 +256,12 @@ def _answers_strangers(address: str) -> bool:
     return bool(status == 200)
 
 
-def _require_shared_paths(job: Job) -> None:
+def _require_shared_paths(job: Job, working_dir: str | None) -> None:
     places = [*job.source, *job.allow, job.out, *filter(None, [job.head]), *([job.model] if os.path.exists(job.model) else [])]
     if local := next((place for place in places if not _REMOTE.match(place) and not os.path.isabs(place)), None):
         raise JobError(
             f"{local!r} is a path of this machine; on a cluster give s3://… or an absolute path that every machine sees"
+            + (" (what --working-dir takes along lies elsewhere on each)" if working_dir else "")
         )
 
 

@@ -54,7 +54,7 @@ def _difference(there: Dataset, mine: Dataset) -> str:
     values = "; ".join(f"{n} differs ({_short(old.get(n))}, this job: {_short(new.get(n))})" for n in differing(old, new))
     return (
         f"{there.out} belongs to fingerprint {there.fingerprint[:8]}… (this job: {mine.fingerprint[:8]}…): {values}. "
-        "Choose another `out`, or give the job the fields of the first run."
+        "Choose another `out` (vitray backfill makes that of another model), or give the job the fields of the first run."
     )
 
 
