@@ -170,7 +170,7 @@ def test_an_engine_that_is_installed_and_broken_is_named(tmp_path: Path, engine:
     (tmp_path / "broken" / name).mkdir(parents=True)
     (tmp_path / "broken" / name / "__init__.py").write_text('raise ImportError("libx.so.1: cannot open shared object file")\n')
     monkeypatch.syspath_prepend(str(tmp_path / "broken"))
-    for module in [m for m in sys.modules if m.split(".")[0] == name]:
+    for module in [m for m in sys.modules if m.split(".")[0] == name or m == f"vitray.models.{engine}_engine"]:
         monkeypatch.delitem(sys.modules, module)
     with pytest.raises(ModelError, match=rf"engine {engine} is installed, but cannot be loaded \(libx.so.1: .*engine: torch"):
         identify(job)

@@ -34,7 +34,7 @@ def refusal(engine: str, device: str, precision: str) -> str | None:
     if reason := lacks(engine, precision):
         return reason
     try:
-        import_module(MODULES[engine][0])
+        import_module(f"vitray.models.{engine}_engine")
     except Exception as error:  # a library of the system that it lacks, say
         return f"engine {engine} is installed, but cannot be loaded ({one_line(error)}). Install it again, or set engine: torch."
     return None
