@@ -96,3 +96,14 @@ def test_the_first_use_in_many_threads_beside_imports_spoils_no_image(tmp_path: 
     for _ in range(3):
         run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
         assert run.returncode == 0, run.stderr
+
+
+def test_what_one_process_compiled_the_next_one_takes(tmp_path: Path) -> None:
+    """Else each start compiles for a second or two, and leaves a file in the installation."""
+    kept = []
+    for seed in ("1", "2"):
+        environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONHASHSEED": seed}
+        code = "from vitray.resize import compiled; assert compiled()"
+        subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
+        kept.append({path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.nb?")})
+    assert len(kept[0]) == 4 and kept[1] == kept[0]  # code and index of two passes

@@ -30,6 +30,7 @@ TORCH_MODES = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: 
 _BITS = 22
 _first_use = threading.Lock()
 _known: list[tuple[Passes, Passes] | None] = []
+_down: Any = None  # compiled, for _passes
 _ROWS = 32  # what the pass across turns at a time: stays in the nearest cache
 
 
@@ -157,7 +158,9 @@ def _passes(numba: Any) -> tuple[Passes, Passes]:
             for x in range(len(sums)):
                 line[x] = np.uint8(min(max(sums[x] >> _BITS, low), high))
 
-    down = _jit(numba, f"void(uint8[:,::1], {weights}, uint8[:,::1])", down)
+    # by a name of the module: what a function closes over is in the name of its cache, and a compiled one is another in each process
+    global _down
+    _down = _jit(numba, f"void(uint8[:,::1], {weights}, uint8[:,::1])", down)
 
     def across(source: Pixels, weights: Any, result: Pixels) -> None:
         height, width, _ = source.shape
@@ -170,14 +173,14 @@ def _passes(numba: Any) -> tuple[Passes, Passes]:
                 for x in range(width):
                     for c in range(3):
                         turned[x, 3 * y + c] = line[x, c]
-            down(turned, weights, done)
+            _down(turned, weights, done)
             for y in range(rows):
                 line = result[top + y]
                 for x in range(result.shape[1]):
                     for c in range(3):
                         line[x, c] = done[x, 3 * y + c]
 
-    return down, _jit(numba, f"void(uint8[:,:,::1], {weights}, uint8[:,:,::1])", across)
+    return _down, _jit(numba, f"void(uint8[:,:,::1], {weights}, uint8[:,:,::1])", across)
 
 
 def _jit(numba: Any, signature: str, function: Any) -> Any:
