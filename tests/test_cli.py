@@ -542,6 +542,19 @@ def plan_of(vitray: Call, *argv: object) -> dict[str, object]:
     return found
 
 
+def test_plan_says_whether_it_compiles_and_refuses_an_engine_without_the_precision(vitray: Call, tmp_path: Path) -> None:
+    hand_made.make_dataset(tmp_path, commit=0)
+    argv = [f"{tmp_path}/in", "--model", "m", "--out", f"{tmp_path}/new"]
+    assert plan_of(vitray, *argv)["compile"].startswith("auto: off (30 images; on from 100,000 a machine")
+    assert plan_of(vitray, *argv, "--set", "compile=on")["compile"] == "on"
+    assert plan_of(vitray, *argv, "--set", "compile=on", "--set", "engine=openvino")["compile"].startswith("off: engine openvino")
+    for engine, precision, has in (("onnx", "bf16", "fp32"), ("openvino", "fp16", "bf16 or fp32")):
+        sets = ["--set", f"engine={engine}", "--set", f"precision={precision}"]
+        refused(
+            vitray, tmp_path, ["plan", *argv, *sets], 2, f"engine {engine} computes in {has}, not in {precision}. Set precision"
+        )
+
+
 def test_plan_counts_tars_and_what_is_committed(vitray: Call, tmp_path: Path) -> None:
     dataset = hand_made.make_dataset(tmp_path, commit=2)
     before = snapshot(tmp_path)

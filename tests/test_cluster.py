@@ -113,6 +113,14 @@ def test_a_cluster_that_asks_for_no_token_is_refused_unless_asked_for(shapes_mod
         assert joined.returncode == 0, joined.stderr
 
 
+def begun(cluster: Cluster, argv: list[str], trace: Path, images: float) -> subprocess.Popen[str]:
+    """A run on the cluster that has staged so many images."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([*argv, "--address", cluster.address], env=cluster.environment, **pipes)
+    wait_until_staged(process, trace, images)
+    return process
+
+
 @pytest.mark.ray
 @pytest.mark.nightly
 def test_a_lost_node_costs_no_row_and_a_new_one_is_used(shapes_model: str, tmp_path: Path) -> None:
@@ -121,10 +129,7 @@ def test_a_lost_node_costs_no_row_and_a_new_one_is_used(shapes_model: str, tmp_p
     put_tars(str(tmp_path / "in"), pictures(images), 6, tmp_path)
     trace.mkdir()
     with cluster_of(2, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(16), VITRAY_TRACE=str(trace)) as cluster:
-        argv = [*command(tmp_path, shapes_model, tmp_path / "out"), "--address", cluster.address]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        process = subprocess.Popen(argv, env=cluster.environment, **pipes)
-        wait_until_staged(process, trace, 0.2 * images)
+        process = begun(cluster, command(tmp_path, shapes_model, tmp_path / "out"), trace, 0.2 * images)
         os.killpg(cluster.nodes[1].pid, signal.SIGKILL)
         lost, before = time.time(), images_by_step(trace)["stage"]
         assert before < 0.9 * images
@@ -147,17 +152,17 @@ def test_a_node_that_joins_without_the_shared_disk_loses_and_doubles_nothing(sha
     put_tars(str(disk / "in"), pictures(images), 12, tmp_path)
     trace.mkdir()
     with cluster_of(1, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(16), VITRAY_TRACE=str(trace)) as cluster:
-        argv = [*command(disk, shapes_model, disk / "out"), "--address", cluster.address]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        process = subprocess.Popen(argv, env=cluster.environment, **pipes)
-        wait_until_staged(process, trace, 0.1 * images)
+        argv = command(disk, shapes_model, disk / "out")
+        process = begun(cluster, argv, trace, 0.1 * images)
         cluster.join(inside=("unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {disk} && exec "$0" "$@"'))
         _, stderr = process.communicate(timeout=300)
         assert process.returncode == 1, stderr
         assert f"{disk}/out/_vitray/dataset.json cannot be seen from" in stderr.splitlines()[-1], stderr
         os.killpg(cluster.nodes[1].pid, signal.SIGTERM)  # so that it says goodbye
         cluster.nodes.pop().wait(60)
-        done = subprocess.run(argv, env=cluster.environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            [*argv, "--address", cluster.address], env=cluster.environment, capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == 0, done.stderr
     table = vitray.read(str(disk / "out"), columns=["key"])
     assert sorted(table["key"].to_pylist()) == [f"{n:05d}" for n in range(images)]

@@ -174,7 +174,7 @@ def test_a_compiled_pass_gives_the_same_scores(towers: dict[str, str], stem: str
     job = job_for(towers[stem], LABELS, batch_size=1)
     facts = identify(job)
     model = open_model(facts, vector_columns(job, facts), 5, True, "cpu", 1, compiled=True)
-    assert len(model._compiled) == 1  # type: ignore[attr-defined]
+    assert len(model._compiled) == 1
     np.testing.assert_allclose(by_label(model.predict(noise(3))), by_label(run(job, noise(3))), atol=1e-4)
 
 
@@ -189,7 +189,7 @@ def test_bf16_labels_are_those_of_fp32_where_its_margin_is_clear(towers: dict[st
     found = run(job_for(towers[stem], LABELS, precision="bf16"), pixels)
     assert (found.ids[clear, 0] == exact.ids[clear, 0]).mean() >= 0.995
     model = open_job(job_for(towers[stem], LABELS, precision="bf16"))
-    assert model._forward.head.weight.dtype == torch.float32  # type: ignore[attr-defined]
+    assert model._forward.head.weight.dtype == torch.float32
 
 
 # ---------------------------------------------------------------- where labels and tokenizers come from

@@ -98,8 +98,6 @@ def bench(job: Job, images: int = 256, seconds: float = 6.0, near: str = "") -> 
     frozen = alone.dataset.job.model_copy(update={"engine": alone.dataset.facts.engine})
     if near:
         drop_scratch(near)
-    if near:
-        drop_scratch(near)
     with tempfile.TemporaryDirectory(prefix="vitray-bench-") if is_local(near) else scratch(near) as folder:
         return _bench(alone, _line(frozen, alone, 1, seconds, _Start(folder, run)))
 

@@ -126,6 +126,7 @@ def decode(
 
 
 def decode_bytes(blobs: list[Any], spec: DecodeSpec) -> tuple[Pixels, list[Outcome]]:
+    """`decode`, of images that are nothing but their bytes."""
     return decode([Encoded(n, "", "", bytes(blob)) for n, blob in enumerate(blobs)], spec)
 
 

@@ -19,7 +19,7 @@ from vitray.dataset import (
 )
 from vitray.errors import count
 from vitray.job import Job
-from vitray.models import will_compile
+from vitray.models import require_precision, will_compile
 from vitray.pipeline import groups_of
 from vitray.sources import chosen, estimate_images, list_shards
 from vitray.storage import absolute, exists, join
@@ -96,7 +96,8 @@ class Status:
 
 
 def plan(job: Job) -> Plan:
-    """What `run` would do now. Raises SourceError for an empty or unreadable source."""
+    """What `run` would do now. Raises SourceError for an empty or unreadable source, ModelError for an engine without the precision."""
+    require_precision(job)
     out = absolute(job.out)
     listed = list_shards(job, groups_of(out)).shards
     shards = chosen(listed, job)

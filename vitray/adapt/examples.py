@@ -16,7 +16,7 @@ import os
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -203,25 +203,23 @@ class _Source:
 
     def images(self) -> Iterator[tuple[str, str | None, Encoded]]:
         """Keys without the folder of the source, so that a move changes nothing; labels; images."""
-        for shard, wanted, texts in self._parts():
-            for item in read_shard(shard, self.job, wanted):
+        for shard, there in self._parts():
+            for item in read_shard(shard, self.job, (lambda index: True) if there is None else there.__contains__):
                 if isinstance(item, Encoded):
-                    yield self.short(item.key), self.label_of(item.key, texts(item)), item
+                    text = there[item.index] if there is not None else item.kept[0] if item.kept else None
+                    yield self.short(item.key), self.label_of(item.key, text), item
                 elif item.truncated_at is not None:
                     log.warning("%s is cut short at byte %d: its %d images are used", shard.url, item.truncated_at, item.total)
 
-    def _parts(self) -> Iterator[tuple[Shard, Callable[[int], bool], Callable[[Encoded], object]]]:
-        """Shards, which of their rows are wanted, and what stands in the label's place of a row."""
+    def _parts(self) -> Iterator[tuple[Shard, dict[int, object] | None]]:
+        """Shards, and of a dataset's the rows that are wanted, with what stands in the label's place of each."""
         if self.dataset is None:
-            for shard in self.shards:
-                yield shard, lambda index: True, lambda item: item.kept[0] if item.kept else None
+            yield from ((shard, None) for shard in self.shards)
             return
         table, by_shard = self.rows([]), dict[str, dict[int, object]]()
         for shard_id, index, text in zip(table["shard"].to_pylist(), table["index"].to_pylist(), self.texts(table)):
             by_shard.setdefault(shard_id, {})[index] = text
-        for shard in self.shards:
-            there = by_shard.get(shard.id, {})
-            yield shard, there.__contains__, lambda item, there=there: there[item.index]  # type: ignore[misc]
+        yield from ((shard, by_shard.get(shard.id, {})) for shard in self.shards)
 
     def short(self, key: str) -> str:
         return min((key[len(base) + 1 :] for base in self.bases if key.startswith(f"{base}/")), key=len, default=key)

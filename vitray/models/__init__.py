@@ -133,17 +133,19 @@ def compiles(job: Job, images: int, device: str) -> bool:
     return job.compile == "on" or (job.compile == "auto" and machine.compiling_pays(device, images))
 
 
-def will_compile(job: Job, images: int) -> str:
-    """For people: whether a run over so many images compiles the model. Needs no torch.
-
-    Raises ModelError for an engine without the precision that is asked.
-    """
+def require_precision(job: Job) -> None:
+    """Raises ModelError for an engine that does not compute in the precision that is asked. Needs no torch."""
     from vitray.models import engines
-    from vitray.models.machine import COMPILE_PAYS
 
     if reason := engines.lacks(job.engine, job.precision):
         raise ModelError(reason)
-    if job.engine in engines.MODULES:
+
+
+def will_compile(job: Job, images: int) -> str:
+    """For people: whether a run over so many images compiles the model. Needs no torch."""
+    from vitray.models.machine import COMPILE_PAYS
+
+    if job.engine not in ("auto", "torch"):
         return f"off: engine {job.engine} compiles by itself"
     if job.compile != "auto":
         return job.compile

@@ -95,7 +95,7 @@ def run(
         frozen = with_frozen(job)
         facts: ModelFacts = on_worker(shares, identify, frozen) if nodes else identify(frozen)
         dataset = _resolve(job, facts, listing)
-        if "images/s" in facts.engine_why:  # else there was nothing to choose from
+        if facts.engine_why:
             log.warning("engine: auto is %s (%s)", dataset.facts.engine, facts.engine_why)
         crash_point("driver-resolved")
         check_data(dataset)
