@@ -207,9 +207,13 @@ def test_a_plan_of_a_cluster_that_is_killed_leaves_what_later_ones_remove(shapes
     with cluster_of(1, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(16)) as cluster:
 
         def killed(number: int) -> tuple[int, str]:
-            argv = [*VITRAY, "plan", *job, "--probe", "200", "--address", cluster.address]
+            argv, begun = (
+                [*VITRAY, "plan", *job, "--probe", "200", "--address", cluster.address],
+                "probe-*/*/out/_vitray/dataset.json",
+            )
+            older = set(left.glob(begun))
             running = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, env=cluster.environment)
-            while not list(left.glob("probe-*/*/out/_vitray/dataset.json")):
+            while not set(left.glob(begun)) - older:
                 assert running.poll() is None, running.stderr
                 time.sleep(0.1)
             running.send_signal(number)
