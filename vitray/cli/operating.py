@@ -153,9 +153,6 @@ def stop(
     show(found, as_json, str(found))
 
 
-ROWS, MODELS = ("lance", "faiss", "npy", "webdataset", "csv"), ("onnx", "openvino", "torch-export", "coreml")
-
-
 def status(
     out: Annotated[
         str, typer.Argument(metavar="OUT|SUBMISSION", help="a dataset directory, or with --address what submit named")
@@ -244,21 +241,22 @@ def export(
 
     Of rows: exit code 3 when images of a webdataset could not be read again.
     """
+    from vitray import exporting
+    from vitray.adapt import graphs
+
     chosen = {"int8": int8, "fp16": fp16, "int8-weights": int8_weights, "int4-weights": int4_weights}
     how = [name for name, wanted in chosen.items() if wanted]
     of_model = {"--calibrate": calibrate, "--min-agreement": min_agreement, "--set": sets, **{f"--{name}": True for name in how}}
     of_rows = {"--column": column, "--vectors": vectors or None, "--partial": partial or None}
-    is_model = to in MODELS
-    if not is_model and to not in ROWS:
-        raise JobError(f"--to {to}: of a dataset's rows choose one of {', '.join(ROWS)}; of a model {', '.join(MODELS)}.")
+    is_model = to in graphs.KNOWN
+    if not is_model and to not in exporting.WRITERS:
+        rows, models = ", ".join(exporting.WRITERS), ", ".join(graphs.KNOWN)
+        raise JobError(f"--to {to}: of a dataset's rows choose one of {rows}; of a model {models}.")
     odd = [name for name, value in (of_rows if is_model else of_model).items() if value is not None]
     if odd:
         raise JobError(f"--to {to} takes no {', '.join(odd)}: {'that is for rows' if is_model else 'that is for a model'}.")
     if not is_model:
-        from vitray.exporting import Wanted
-        from vitray.exporting import export as export_dataset
-
-        found = export_dataset(what, into, Wanted(to, column, vectors, partial))
+        found = exporting.export(what, into, exporting.Wanted(to, column, vectors, partial))
         show(found, as_json, str(found))
         raise typer.Exit(3 if found.missing else 0)
     from vitray.adapt.shrinking import shrink
