@@ -163,9 +163,10 @@ def test_ctrl_c_detaches_and_stop_ends_it(head: Cluster, job_file: Path, tmp_pat
 @pytest.mark.ray
 def test_a_wrong_token_and_an_unknown_submission_are_one_line(head: Cluster, job_file: Path) -> None:
     head_with_another = Cluster({**head.environment, "RAY_AUTH_TOKEN": secrets.token_hex(16)}, dashboard=head.dashboard)
-    for found in (vitray_on(head_with_another, "submit", job_file), vitray_on(head, "status", "nobody")):
-        assert found.returncode == 1 and len(found.stderr.strip().splitlines()) == 1
-        assert found.stderr.startswith("ClusterError: ")
+    refused, unknown = vitray_on(head_with_another, "submit", job_file), vitray_on(head, "status", "nobody")
+    for found, rc, kind in ((refused, 1, "ClusterError: "), (unknown, 2, "JobError: ")):
+        assert found.returncode == rc and len(found.stderr.strip().splitlines()) == 1
+        assert found.stderr.startswith(kind)
 
 
 @pytest.mark.ray
