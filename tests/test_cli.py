@@ -555,6 +555,15 @@ def test_plan_says_whether_it_compiles_and_refuses_an_engine_without_the_precisi
         )
 
 
+def test_plan_refuses_what_run_would_and_demo_a_place_that_cannot_be(vitray: Call, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "file").touch()
+    code, _, err = vitray("plan", tmp_path / "in", "--model", "m", "--out", tmp_path / "in" / "out")
+    assert code == 2 and "lies inside `source`" in err
+    code, _, err = vitray("demo", tmp_path / "file" / "demo")
+    assert code == 1 and err.startswith("StorageError: ") and "cannot be made: Not a directory" in err
+
+
 def test_plan_counts_tars_and_what_is_committed(vitray: Call, tmp_path: Path) -> None:
     dataset = hand_made.make_dataset(tmp_path, commit=2)
     before = snapshot(tmp_path)

@@ -90,6 +90,11 @@ def test_what_is_no_table_of_prices_is_refused(text: str, tmp_path: Path) -> Non
         read_prices(str(path))
 
 
+def test_a_table_of_prices_that_is_not_there_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match=r"--prices .*prices\.yaml cannot be read: No such file or directory$"):
+        read_prices(str(tmp_path / "prices.yaml"))
+
+
 def test_a_plan_that_is_none_is_refused_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text('{"images": 3}')
     argv = [*VITRAY, "run", "nowhere", "--model", "m", "--out", str(tmp_path / "out"), "--planned", str(tmp_path / "plan.json")]

@@ -254,6 +254,7 @@ def test_another_job_is_refused_and_the_field_named(local_out: str, field: str) 
     text = str(caught.value)
     assert text.count(" differs (") == 1 and f"{field} differs (" in text
     assert mine.fingerprint[:8] in text and "Choose another `out`" in text
+    assert field != "weights" or f"… of {FACTS.model}, this job: cdcdcdcd… of {FACTS.model})" in text
     assert stored(local_out) == before
 
 

@@ -80,6 +80,16 @@ def test_equal_keys_are_told_and_chosen_between(tmp_path: Path) -> None:
         assert (found.neighbours[0].shard, found.neighbours[0].index) == place and found.notes == ()
 
 
+def test_a_file_is_found_by_the_end_of_its_path_unless_a_key_is_that_end(tmp_path: Path) -> None:
+    dataset = embedded.make(tmp_path, [noise(4, keys=["/in/a/cat.jpg", "/in/b/cat.jpg", "/in/b/bobcat.jpg", "/in/dog.jpg"])])
+    for key, index, notes in (("b/cat.jpg", 1, 0), ("dog.jpg", 3, 0), ("bobcat.jpg", 2, 0), ("cat.jpg", 0, 1)):
+        found = search(dataset.out, Query(key=key), 1)
+        assert (found.neighbours[0].index, len(found.notes)) == (index, notes)
+    (tmp_path / "more").mkdir()
+    exact = embedded.make(tmp_path / "more", [noise(2, keys=["/in/cat.jpg", "cat.jpg"])])
+    assert search(exact.out, Query(key="cat.jpg"), 1).neighbours[0].index == 1
+
+
 @pytest.mark.parametrize(
     ("query", "message"),
     [

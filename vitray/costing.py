@@ -122,7 +122,7 @@ def read_prices(path: str) -> dict[str, float]:
     try:
         table = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, *BAD_YAML) as error:
-        raise JobError(f"--prices {path} cannot be read: {error}") from error
+        raise JobError(f"--prices {path} cannot be read: {getattr(error, 'strerror', error)}") from error
     if not isinstance(table, dict) or not table or set(table) - PRICES.keys():
         raise JobError(f"--prices {path}: give one or more of {known}")
     if odd := [
@@ -139,7 +139,7 @@ def read_plan(path: str) -> dict[str, Any]:
         if not all(type(expected[name]) in (int, float) and 0 <= expected[name] < math.inf for name in ("seconds", "images")):
             raise ValueError("its seconds or images are no numbers")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise JobError(f"--planned {path} is not what vitray plan --probe --json prints: {error}") from error
+        raise JobError(f"--planned {path} is not what vitray plan --probe --json prints: {getattr(error, 'strerror', error)}") from error
     return expected
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from vitray.dataset import read
+from vitray.errors import StorageError
 from vitray.job import Job, make_job
 from vitray.models.shapes import NAMES, draw, train
 
@@ -20,10 +21,13 @@ IMAGES = 100  # a shard
 def build(directory: str, seed: int = 7) -> tuple[Job, float]:
     """Write model/ and shards/ into a directory; returns the job and the model's accuracy on held-out shapes.
 
-    What is there from an earlier call is kept.
+    What is there from an earlier call is kept. Raises StorageError where nothing can be made.
     """
     model, shards = os.path.join(directory, "model"), os.path.join(directory, "shards")
-    os.makedirs(shards, exist_ok=True)
+    try:
+        os.makedirs(shards, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{shards} cannot be made: {error.strerror}. Choose another directory.") from error
     accuracy = train(model) if not os.path.exists(os.path.join(model, "model.safetensors")) else float("nan")
     rng = np.random.default_rng(seed)
     for n in range(SHARDS):

@@ -20,9 +20,9 @@ from vitray.dataset import (
 from vitray.errors import count
 from vitray.job import Job
 from vitray.models import require_precision, will_compile
-from vitray.pipeline import groups_of
+from vitray.pipeline import groups_of, with_absolute_paths
 from vitray.sources import chosen, estimate_images, list_shards
-from vitray.storage import absolute, exists, join
+from vitray.storage import exists, join
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +96,10 @@ class Status:
 
 
 def plan(job: Job) -> Plan:
-    """What `run` would do now. Raises SourceError for an empty or unreadable source, ModelError for an engine without the precision."""
+    """What `run` would do now. Raises SourceError for an empty or unreadable source, JobError for an `out` inside it, ModelError for an engine without the precision."""
     require_precision(job)
-    out = absolute(job.out)
+    job = with_absolute_paths(job)
+    out = job.out
     listed = list_shards(job, groups_of(out)).shards
     shards = chosen(listed, job)
     done = committed(out).keys()

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,15 +137,13 @@ def _of_image(dataset: Dataset, vector: VectorColumn, url: str) -> np.ndarray:
 
 def _of_row(dataset: Dataset, vector: VectorColumn, query: Query, counts: Counts) -> tuple[np.ndarray, str, list[str]]:
     urls = [url for url in counts if query.shard is None or url == dataset.data_url(query.shard)]
-    first, matches = None, 0
-    for block in row_blocks(dataset, urls, ["key", "shard", "index"]):
-        for name, value in (("key", query.key), ("index", query.row)):
-            block = block if value is None else block.filter(pc.equal(block[name], value))
-        first = first or next(iter(block.slice(0, 1).to_pylist()), None)
-        matches += block.num_rows
+    first, matches = _first(dataset, urls, query, pc.equal)
+    if first is None and query.key is not None:  # of a loose file, whose key is its path, people know the name
+        first, matches = _first(dataset, urls, query, lambda keys, key: pc.ends_with(keys, f"/{key}"))
     if first is None:
         raise JobError(
-            f"{dataset.out} has no good row like this. Keys of loose files are their paths; bad images, in {dataset.out}/errors, have no vector."
+            f"{dataset.out} has no good row like this. Keys of loose files are their paths, of which the end will do; bad images, "
+            f"in {dataset.out}/errors, have no vector."
         )
     said = f"{_shown(first['key'])} ({first['shard']}, {first['index']})"
     notes = [f"{matches:,} rows have this key, and the first is the query; --shard and --row choose"] if matches > 1 else []
@@ -153,6 +151,17 @@ def _of_row(dataset: Dataset, vector: VectorColumn, query: Query, counts: Counts
         if at := np.flatnonzero(block["index"].to_numpy() == first["index"]).tolist():
             return matrix_of(block[vector.column].slice(at[0], 1))[0].astype(np.float32), said, notes
     raise AssertionError
+
+
+def _first(dataset: Dataset, urls: Iterable[str], query: Query, same: Callable[..., Any]) -> tuple[dict[str, Any] | None, int]:
+    """The first row that the query names, and how many it names. same: whether keys are the query's."""
+    first, matches = None, 0
+    for block in row_blocks(dataset, urls, ["key", "shard", "index"]):
+        block = block if query.key is None else block.filter(same(block["key"], query.key))
+        block = block if query.row is None else block.filter(pc.equal(block["index"], query.row))
+        first = first or next(iter(block.slice(0, 1).to_pylist()), None)
+        matches += block.num_rows
+    return first, matches
 
 
 def _exact(dataset: Dataset, vector: VectorColumn, counts: Counts, unit: np.ndarray, k: int) -> list[dict[str, Any]]:

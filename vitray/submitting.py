@@ -145,7 +145,9 @@ class Cluster:
         status, code = info.status.value, info.driver_exit_code
         ended = {"SUCCEEDED": 0, "STOPPED": 143, "FAILED": code if code and 0 < code < 256 else 1}.get(status)
         out = (info.metadata or {}).get("out", "")
-        return Submission(submission_id, self.address, status, ended, " ".join((info.message or "").split())[:400], out)
+        said, _, printed = (info.message or "").partition(", last available logs")  # Ray adds a page of them
+        last = printed.strip().rpartition("\n")[2]
+        return Submission(submission_id, self.address, status, ended, " ".join(f"{said} {last}".split())[:400], out)
 
     def follow(self, submission_id: str, write: Callable[[str], None]) -> Submission:
         """Gives `write` what the job prints, from its beginning, and returns when it is over."""

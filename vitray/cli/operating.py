@@ -191,7 +191,9 @@ def _tell(cluster: Cluster, submission: Submission, follow: bool, as_json: bool)
 def search(
     out: OutArgument,
     image: Annotated[str | None, typer.Option("--image", help="a picture: local path or s3://")] = None,
-    key: Annotated[str | None, typer.Option("--key", help="the row of this key; the first, when several have it")] = None,
+    key: Annotated[
+        str | None, typer.Option("--key", help="the row of this key, or of the key that ends so; the first, when several do")
+    ] = None,
     shard: Annotated[str | None, typer.Option("--shard", help="with --row: the row of this shard")] = None,
     row: Annotated[int | None, typer.Option("--row", help="with --shard: the row of this index", min=0)] = None,
     k: Annotated[int, typer.Option("--k", help="how many rows to name", min=1, max=10_000)] = 10,

@@ -51,7 +51,10 @@ def _frozen(job: Job, there: Dataset) -> dict[str, Any]:
 
 def _difference(there: Dataset, mine: Dataset) -> str:
     old, new = there.deciding(), mine.deciding()
-    values = "; ".join(f"{n} differs ({_short(old.get(n))}, this job: {_short(new.get(n))})" for n in differing(old, new))
+    names = differing(old, new)
+    for side, facts in ((old, there.facts), (new, mine.facts)):
+        side["weights"] = f"{facts.weights_sha256[:8]}… of {facts.model}"
+    values = "; ".join(f"{n} differs ({_short(old.get(n))}, this job: {_short(new.get(n))})" for n in names)
     return (
         f"{there.out} belongs to fingerprint {there.fingerprint[:8]}… (this job: {mine.fingerprint[:8]}…): {values}. "
         "Choose another `out` (vitray backfill makes that of another model), or give the job the fields of the first run."
@@ -60,4 +63,4 @@ def _difference(there: Dataset, mine: Dataset) -> str:
 
 def _short(value: object) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 60 else text[:24] + "…"
+    return text if len(text) <= 60 else f"{text[:24]}…{text[-32:]}"
