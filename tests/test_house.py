@@ -74,7 +74,7 @@ FILE_LINES = 400
 BUDGET = {
     "core": 4890,
     "models": 1895,
-    "operating": 2490,
+    "operating": 2495,
     "adapting": 1965,
 }  # lines of code; the contract says 3,000 for core: see DECISIONS.md
 ADAPTING = ("adapt", "relabelling")

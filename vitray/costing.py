@@ -139,7 +139,8 @@ def read_plan(path: str) -> dict[str, Any]:
         if not all(type(expected[name]) in (int, float) and 0 <= expected[name] < math.inf for name in ("seconds", "images")):
             raise ValueError("its seconds or images are no numbers")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise JobError(f"--planned {path} is not what vitray plan --probe --json prints: {getattr(error, 'strerror', error)}") from error
+        why = getattr(error, "strerror", error)
+        raise JobError(f"--planned {path} is not what vitray plan --probe --json prints: {why}") from error
     return expected
 
 
