@@ -17,7 +17,9 @@ import pytest
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes: threads of tiny products wait for each other, a training took 31 s instead of 5
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # several test processes: threads of tiny products wait for each other, a training took 31 s instead of 5
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 KEYS = {"AWS_ACCESS_KEY_ID": "AKTEST", "AWS_SECRET_ACCESS_KEY": "SKTEST", "AWS_DEFAULT_REGION": "us-east-1"}

@@ -78,6 +78,9 @@ def cluster_of(nodes: int, **environment: str) -> Iterator[Cluster]:
         cluster.end()
 
 
+RUN = [sys.executable, "-m", "vitray", "run", "--set", "engine=torch"]
+
+
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
     with cluster_of(2, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(16)) as found:
@@ -88,7 +91,7 @@ def cluster() -> Iterator[Cluster]:
 def test_a_run_joins_a_cluster_of_two_nodes(cluster: Cluster, shapes_model: str, tmp_path: Path) -> None:
     address, environment = cluster.address, cluster.environment
     put_tars(str(tmp_path / "in"), pictures(96), 3, tmp_path)
-    argv = [sys.executable, "-m", "vitray", "run", str(tmp_path / "in"), "--model", shapes_model, "--out", str(tmp_path / "out")]
+    argv = [*RUN, str(tmp_path / "in"), "--model", shapes_model, "--out", str(tmp_path / "out")]
     first = subprocess.run([*argv, "--address", address], env=environment, capture_output=True, text=True, timeout=200)
     assert first.returncode == 0, first.stderr
     assert sorted(vitray.read(str(tmp_path / "out"))["key"].to_pylist()) == [f"{n:05d}" for n in range(96)]
@@ -103,7 +106,7 @@ def test_a_run_joins_a_cluster_of_two_nodes(cluster: Cluster, shapes_model: str,
 @pytest.mark.ray
 def test_a_cluster_that_asks_for_no_token_is_refused_unless_asked_for(shapes_model: str, tmp_path: Path) -> None:
     put_tars(str(tmp_path / "in"), pictures(32), 1, tmp_path)
-    argv = [sys.executable, "-m", "vitray", "run", str(tmp_path / "in"), "--model", shapes_model, "--out", str(tmp_path / "out")]
+    argv = [*RUN, str(tmp_path / "in"), "--model", shapes_model, "--out", str(tmp_path / "out")]
     with cluster_of(1, RAY_AUTH_MODE="disabled") as cluster:
         argv, environment = [*argv, "--address", cluster.address], cluster.environment
         refused = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=120)

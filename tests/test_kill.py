@@ -21,7 +21,7 @@ import vitray
 from vitray.dataset import open_dataset
 from vitray.pipeline.cluster import own_cpus, share_out
 
-IMAGES, FRAGMENT = 1536, 16
+IMAGES, FRAGMENT = 1536, 32
 ROUNDS = [pytest.param(n, marks=[pytest.mark.nightly] if n >= 1 else []) for n in range(25)]
 
 

@@ -17,6 +17,7 @@ import vitray
 from vitray.errors import JobError
 
 VITRAY = [sys.executable, "-m", "vitray"]
+RUN = [*VITRAY, "run", "--set", "format=tar", "--set", "engine=torch"]
 EACH = 20
 
 
@@ -37,7 +38,7 @@ def put(folder: Path, name: str, data: bytes, days_ago: float = 0) -> None:
 
 
 def run(folder: Path, model: str, out: Path, *more: str) -> tuple[int, dict[str, object]]:
-    argv = [*VITRAY, "run", str(folder / "in"), "--model", model, "--out", str(out), "--set", "format=tar", *more, "--json"]
+    argv = [*RUN, str(folder / "in"), "--model", model, "--out", str(out), *more, "--json"]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=240)
     return done.returncode, json.loads(done.stdout) if done.stdout else {"said": done.stderr}
 
@@ -65,7 +66,7 @@ def test_two_days_of_a_nightly_job(shards: list[tuple[list[Picture], bytes]], sh
     (folder / "d.tar").unlink()
     put(folder, "x", b"no tar at all" * 500)
     put(folder, "y", a[1][: len(a[1]) // 2])  # cut: its beginning is good
-    argv = [*VITRAY, "run", str(folder), "--model", shapes_model, "--out", str(out), "--set", "format=tar"]
+    argv = [*RUN, str(folder), "--model", shapes_model, "--out", str(out)]
     twice = [subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]  # cron, twice
     codes = {process.wait(240) for process in twice}
     assert codes == {3}, [process.communicate() for process in twice]

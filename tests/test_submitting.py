@@ -87,7 +87,7 @@ def scraped() -> Iterator[dict[str, float]]:
 def job_file(shapes_model: str, tmp_path: Path) -> Path:
     put_tars(f"{tmp_path}/in", pictures(IMAGES), 3, tmp_path)
     path = tmp_path / "job.yaml"
-    fields = {"source": f"{tmp_path}/in/*.tar", "model": shapes_model, "out": f"{tmp_path}/out"}
+    fields = {"source": f"{tmp_path}/in/*.tar", "model": shapes_model, "out": f"{tmp_path}/out", "engine": "torch"}
     path.write_text("".join(f"{name}: {value}\n" for name, value in fields.items()))
     return path
 

@@ -78,7 +78,7 @@ def test_without_a_terminal_a_run_tells_json_lines_and_warnings_as_asked(shapes_
 
 def test_on_a_terminal_a_run_draws_a_view_and_gives_the_cursor_back(shapes_model: str, tmp_path: Path) -> None:
     put_tars(f"{tmp_path}/in", pictures(60), 2, tmp_path)
-    argv = [*VITRAY, "run", f"{tmp_path}/in", "--model", shapes_model, "--out", f"{tmp_path}/out"]
+    argv = [*VITRAY, "run", f"{tmp_path}/in", "--model", shapes_model, "--set", "engine=torch", "--out", f"{tmp_path}/out"]
     mine, theirs = pty.openpty()
     with subprocess.Popen(
         argv, stdout=subprocess.PIPE, stderr=theirs, env={**os.environ, "TERM": "xterm", "COLUMNS": "100"}
