@@ -10,7 +10,7 @@ demo: $(STAMP)
 
 # Two processes: one with Ray and S3, one with the rest; then what judges speed, alone.
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -m "not nightly and not timing" -n 3 --dist loadgroup
+	$(BIN)/python -m pytest -q -m "not nightly and not timing" -n 2 --dist loadgroup
 	$(BIN)/python -m pytest -q -m "timing and not nightly"
 
 check: lint fast

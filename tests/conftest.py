@@ -17,9 +17,8 @@ import pytest
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-if (
-    "PYTEST_XDIST_WORKER" in os.environ
-):  # several test processes: threads of tiny products wait for each other, a training took 31 s instead of 5
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # threads of tiny products wait for each other where several processes share the cores: a training took 31 s instead of 5
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 KEYS = {"AWS_ACCESS_KEY_ID": "AKTEST", "AWS_SECRET_ACCESS_KEY": "SKTEST", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -58,15 +57,25 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Brows
     opened.close()
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Tiny products are slower on two threads, and much slower beside other work."""
+def with_torch_threads(count: int) -> Iterator[None]:
     import torch
 
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tiny products are slower on two threads, and much slower beside other work."""
+    yield from with_torch_threads(1)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """For what must not depend on how many there are."""
+    yield from with_torch_threads(2)
 
 
 @pytest.fixture(scope="session")
@@ -132,12 +141,27 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def ray(request: pytest.FixtureRequest) -> Iterator[None]:
-    """One Ray for the session; its workers know the real S3 server, where there is one."""
+def rays() -> Iterator[contextlib.ExitStack]:
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def ray(request: pytest.FixtureRequest, rays: contextlib.ExitStack) -> None:
+    """One Ray for the tests in a row that ask for it; its workers know the real S3 server, where there is one."""
+    import ray
+
     from vitray.pipeline.cluster import ray_session
 
     os.environ.update(KEYS)
     with contextlib.suppress(pytest.skip.Exception):
         os.environ["AWS_ENDPOINT_URL"] = request.getfixturevalue("real_s3")
-    with ray_session(None):
-        yield
+    if not ray.is_initialized():
+        rays.enter_context(ray_session(None))
+
+
+@pytest.fixture(autouse=True)
+def _threads_unless_ray(request: pytest.FixtureRequest, rays: contextlib.ExitStack) -> None:
+    """Where Ray is up, `vitray.run` goes through it, in several times the time: it ends before a test that did not ask for it."""
+    if request.node.get_closest_marker("ray") is None:
+        rays.close()

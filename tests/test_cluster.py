@@ -104,7 +104,7 @@ def test_a_run_joins_a_cluster_of_two_nodes(cluster: Cluster, shapes_model: str,
 
 
 @pytest.mark.ray
-def test_a_cluster_that_asks_for_no_token_is_refused_unless_asked_for(shapes_model: str, tmp_path: Path) -> None:
+def test_a_cluster_that_asks_for_no_token_is_refused(shapes_model: str, tmp_path: Path) -> None:
     put_tars(str(tmp_path / "in"), pictures(32), 1, tmp_path)
     argv = [*RUN, str(tmp_path / "in"), "--model", shapes_model, "--out", str(tmp_path / "out")]
     with cluster_of(1, RAY_AUTH_MODE="disabled") as cluster:
@@ -112,6 +112,15 @@ def test_a_cluster_that_asks_for_no_token_is_refused_unless_asked_for(shapes_mod
         refused = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=120)
         assert refused.returncode == 1 and "answers without a token" in refused.stderr, refused.stderr
         assert not (tmp_path / "out" / "data").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.nightly
+def test_a_cluster_that_asks_for_no_token_is_joined_where_that_is_asked_for(shapes_model: str, tmp_path: Path) -> None:
+    put_tars(str(tmp_path / "in"), pictures(32), 1, tmp_path)
+    argv = [*RUN, str(tmp_path / "in"), "--model", shapes_model, "--out", str(tmp_path / "out")]
+    with cluster_of(1, RAY_AUTH_MODE="disabled") as cluster:
+        argv, environment = [*argv, "--address", cluster.address], cluster.environment
         joined = subprocess.run([*argv, "--allow-open-cluster"], env=environment, capture_output=True, text=True, timeout=200)
         assert joined.returncode == 0, joined.stderr
 

@@ -245,6 +245,7 @@ def test_a_plan_of_a_cluster_that_is_killed_leaves_what_later_ones_remove(shapes
 
 
 @pytest.mark.s3
+@pytest.mark.nightly
 def test_a_plan_with_everything_on_s3_measures_there_and_leaves_nothing(shapes_model: str, s3: str, tmp_path: Path) -> None:
     put_tars(f"{s3}/in", pictures(96), 3, tmp_path)
     before = [info.url for info in store_for(s3).find(s3)]

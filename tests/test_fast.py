@@ -26,9 +26,11 @@ from vitray.schema import VectorColumn
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ on a CPU")
 
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
+
 @pytest.fixture(autouse=True)
-def _two_threads() -> None:
-    torch.set_num_threads(2)
+def _fresh_dynamo() -> None:
     torch._dynamo.reset()  # its limit of recompilations is one for all models of a process
 
 

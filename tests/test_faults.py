@@ -73,10 +73,7 @@ STORMS = [a_fifth_503, answers_of_puts_lost, every_body_cut_once, bits_flipped_o
 @pytest.mark.s3
 @pytest.mark.parametrize(
     "storm",
-    [
-        pytest.param(s, id=s.__name__, marks=[] if s in (answers_of_puts_lost, bits_flipped_once) else [pytest.mark.nightly])
-        for s in STORMS
-    ],
+    [pytest.param(s, id=s.__name__, marks=[] if s is answers_of_puts_lost else [pytest.mark.nightly]) for s in STORMS],
 )
 def test_a_run_completes_in_a_storm(
     storm: Callable[[random.Random], Rule],

@@ -94,7 +94,9 @@ def staged_bytes(out: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("victim", ["driver", pytest.param("driver on ray", marks=pytest.mark.nightly), "decode", "predict"])
+@pytest.mark.parametrize(
+    "victim", ["driver", *(pytest.param(v, marks=pytest.mark.nightly) for v in ("driver on ray", "decode")), "predict"]
+)
 @pytest.mark.parametrize("round_", ROUNDS)
 def test_killed_process_leaves_no_lost_or_doubled_row(
     inputs: Path, shapes_model: str, tmp_path: Path, victim: str, round_: int
@@ -196,7 +198,7 @@ def test_two_runs_that_disagree_on_bad_rows_leave_one_truth(inputs: Path, shapes
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("after_s", [0.0, *(pytest.param(s, marks=pytest.mark.nightly) for s in (3.0, 6.0)), 9.0])
+@pytest.mark.parametrize("after_s", [*(pytest.param(s, marks=pytest.mark.nightly) for s in (0.0, 3.0, 6.0)), 9.0])
 def test_sigterm_ends_a_run_on_ray_within_20_s_with_143(inputs: Path, shapes_model: str, tmp_path: Path, after_s: float) -> None:
     """after_s: counted from when Ray begins to start."""
     process = start(command(inputs, shapes_model, tmp_path / "out", "--address", "local"), tmp_path / "trace")

@@ -75,7 +75,8 @@ def test_a_dataset_begun_on_ray_is_finished_by_threads(inputs: Path, shapes_mode
 
 @pytest.fixture
 def dataset(inputs: Path, shapes_model: str, tmp_path: Path) -> Dataset:
-    run(inputs, shapes_model, tmp_path / "out", "--set", "limit=1")
+    fields = {"precision": "fp32", "engine": "torch", "batch_size": 8, "fragment_rows": 16, "max_error_rate": 1, "limit": 1}
+    vitray.run(vitray.Job(source=[str(inputs)], model=shapes_model, out=str(tmp_path / "out"), **fields))
     found = open_dataset(str(tmp_path / "out"))
     assert found is not None
     return found

@@ -29,11 +29,7 @@ from vitray.models import identify, open_model, shapes
 from vitray.models.torch_engine import Network, TorchModel
 from vitray.schema import VectorColumn
 
-
-@pytest.fixture(autouse=True)
-def _two_threads() -> None:
-    torch.set_num_threads(2)
-
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 CASES = [(name, headed, 32) for name in STEM for headed in (True, False)] + [(name, True, 224) for name in STEM]
 

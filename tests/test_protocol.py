@@ -248,7 +248,7 @@ def check_one_dataset(store: MemoryStore, runs: list[Run]) -> None:
             raise Violation(f"a run failed without a cause: {run.error!r}")
 
 
-@pytest.mark.parametrize("top_k", [2, 3])
+@pytest.mark.parametrize("top_k", [pytest.param(2, marks=pytest.mark.nightly), 3])  # the same job, another
 def test_one_of_two_first_runs_decides_what_the_dataset_is(top_k: int) -> None:
     def begin() -> tuple[MemoryStore, list[Callable[[], Any]]]:
         _now.store = MemoryStore()

@@ -24,12 +24,10 @@ from vitray.storage import store_for
 
 
 @pytest.fixture(params=["threads", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.nightly])])
-def line(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def line(request: pytest.FixtureRequest) -> None:
     """What moves the images. Both do the same; what only Ray can get wrong asks for `ray` instead."""
     if request.param == "ray":
         request.getfixturevalue("ray")
-    elif "ray" in sys.modules:  # where an earlier test of this process started it, a run would take it
-        monkeypatch.setattr(sys.modules["ray"], "is_initialized", lambda: False)
 
 
 @pytest.fixture(scope="module")
@@ -141,9 +139,8 @@ def odd_images() -> tuple[list[Picture], dict[str, str]]:
     return [Picture(f"odd_{k}", d, "", s) for k, (d, s, _) in cases.items()], {f"odd_{k}": r for k, (_, _, r) in cases.items()}
 
 
-@pytest.mark.ray
 def test_odd_images_become_rows_or_reasons_and_change_nothing_else(
-    ray: None, tmp_path: Path, shapes_model: str, items: list[Picture]
+    line: None, tmp_path: Path, shapes_model: str, items: list[Picture]
 ) -> None:
     odd, reasons = odd_images()
     clean, mixed = items[:200], [*items[:90], *odd, *items[90:200]]
@@ -278,9 +275,8 @@ def vitray_manifest(out: str) -> list[dict[str, object]]:
     return found.to_pylist()
 
 
-@pytest.mark.ray
 def test_cut_and_broken_shards_are_named_and_the_rest_completes(
-    ray: None, tmp_path: Path, shapes_model: str, items: list[Picture]
+    line: None, tmp_path: Path, shapes_model: str, items: list[Picture]
 ) -> None:
     put_tars(str(tmp_path / "in"), items[:90], 3, tmp_path)
     whole = (tmp_path / "in" / "s-001.tar").read_bytes()

@@ -14,7 +14,9 @@ from test_kill import command
 SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "RAY_AUTH_TOKEN", "MY_PASSWORD")
 
 
-@pytest.mark.parametrize("where", [[], pytest.param(["--address", "local"], marks=pytest.mark.ray)], ids=["threads", "ray"])
+@pytest.mark.parametrize(
+    "where", [[], pytest.param(["--address", "local"], marks=[pytest.mark.ray, pytest.mark.nightly])], ids=["threads", "ray"]
+)
 @pytest.mark.parametrize("fails", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_no_secret_is_written_or_printed(where: list[str], fails: bool, shapes_model: str, tmp_path: Path) -> None:
     canaries = {name: f"canary{secrets.token_hex(12)}" for name in SECRETS}

@@ -178,8 +178,8 @@ def test_an_export_is_a_model_of_a_run_and_its_graph_is_in_the_fingerprint(
 ) -> None:
     into, made = small
     tables = {}
-    for name, model in (("a", shapes_model), ("b", into)):
-        job = vitray.Job(source=photos, model=model, out=str(tmp_path / name), device="cpu", top_k=2)
+    for name, model, engine in (("a", shapes_model, "torch"), ("b", into, "auto")):
+        job = vitray.Job(source=photos, model=model, engine=engine, out=str(tmp_path / name), device="cpu", top_k=2)
         vitray.run(job)
         tables[name] = vitray.read(job.out, columns=["key", "label", "top_scores", "embedding"]).sort_by("key")
     assert tables["a"]["key"].equals(tables["b"]["key"])
@@ -466,6 +466,7 @@ def test_equal_scores_are_ranked_by_id() -> None:
     assert ids.tolist() == [[1, 0]] and scores.tolist() == [[0.5, 0.25]]
 
 
+@pytest.mark.nightly
 def test_nncf_reports_its_use_to_nobody(tmp_path: Path, shapes_model: str, photos: str) -> None:
     home = tmp_path / "home"
     home.mkdir()
