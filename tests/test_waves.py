@@ -15,7 +15,7 @@ import pytest
 
 from vitray.dataset import Commit, Dataset, committed, staged
 from vitray.errors import ClusterError, VitrayError
-from vitray.pipeline import cluster, wave
+from vitray.pipeline import cluster, runner, wave
 from vitray.pipeline.cluster import require_seen
 from vitray.pipeline.progress import MARKS, Progress
 from vitray.pipeline.runner import _complete, _finished
@@ -104,6 +104,19 @@ def test_deadly_neighbours_are_so_many_failures(dataset: Dataset, first: int) ->
     DrawnLine.deadly = frozenset(ids(dataset)[first : first + 4])
     work = complete(dataset)
     assert set(work.failures) == DrawnLine.deadly and len(committed(dataset.out)) == SHARDS - 4
+
+
+def test_a_wave_has_no_more_fragments_than_the_driver_holds(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "LEAST_IMAGE_BYTES", 1)
+    monkeypatch.setattr(runner, "WAVE_FRAGMENTS", 6 * hand_made.IMAGES // dataset.fragment_rows)
+    assert not complete(dataset).failures and set(committed(dataset.out)) == set(ids(dataset))
+    assert DrawnLine.waves == [6, 6, 6, 2]
+    DrawnLine.waves.clear()
+    monkeypatch.setattr(runner, "WAVE_FRAGMENTS", 0)  # a shard alone is more than all that it may
+    for shard in ids(dataset)[:3]:
+        store_for(dataset.out).delete([dataset.data_url(shard)])
+    complete(dataset)
+    assert DrawnLine.waves == [1, 1, 1]
 
 
 def test_a_line_that_always_dies_is_an_error_and_no_shard_is_blamed_for_it(dataset: Dataset) -> None:

@@ -12,11 +12,13 @@ import os
 import sys
 import threading
 import time
+from bisect import bisect
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib import import_module
+from itertools import accumulate
 from typing import Any
 
 import pyarrow as pa
@@ -54,7 +56,7 @@ from vitray.storage import absolute, drop_scratch, exists, probe
 
 log = logging.getLogger(__name__)
 
-WAVE_SHARDS = 4096
+WAVE_SHARDS, WAVE_FRAGMENTS = 4096, 65_536  # Ray keeps 12 to 37 kB of each fragment in the driver until its wave ends
 NARROWER = 8  # from the second fault on, the next wave has so many times fewer shards; after a good one so many times more
 DEADLY = 5  # so many shards that die alone, one after the other: it is not the shards
 LEAST_IMAGE_BYTES = 4096  # no photo is smaller: fewer bytes than that times images need no estimate
@@ -232,7 +234,7 @@ def _complete(dataset: Dataset, job: Job, listing: Listing, open_line: MakeLine,
     while pending:
         if work.stop.is_set():
             raise Interrupted("what is staged stays. Run the same command again to go on.")
-        wave = pending[:size]
+        wave = _within_memory(pending[:size], job, dataset.fragment_rows)
         try:
             run_wave(dataset, wave, open_line(dataset, wave), work)
             size, dead = min(WAVE_SHARDS, NARROWER * size), set()
@@ -264,6 +266,15 @@ def _complete(dataset: Dataset, job: Job, listing: Listing, open_line: MakeLine,
             f"the line fails again and again, also with {alone} alone: {_last_line(last)}. Look at that (and at Ray's logs, where it "
             "runs on Ray) and at that input, then run again."
         ) from last
+
+
+def _within_memory(shards: list[Shard], job: Job, fragment_rows: int) -> list[Shard]:
+    """The first of them, one at least: as many as have WAVE_FRAGMENTS, as far as their sizes tell."""
+    most = WAVE_FRAGMENTS * fragment_rows
+    if sum(shard.rows or shard.size // LEAST_IMAGE_BYTES for shard in shards) <= most:
+        return shards
+    stops = list(accumulate(shard.size for shard in shards))
+    return shards[: max(1, bisect(stops, stops[-1] * most / max(1, estimate_images(shards, job)[0])))]
 
 
 def _finished(dataset: Dataset, job: Job, prune: bool, work: Work, started: float) -> Result:
