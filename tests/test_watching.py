@@ -13,6 +13,7 @@ import time
 from collections import deque
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 from shards import pictures, put_tars
 
@@ -42,6 +43,15 @@ def test_the_json_line_has_the_numbers() -> None:
     assert told["seconds_by_step"] == {"read": 0.1, "decode": 2.0, "predict": 4.0, "stage": 0.2}
     assert told["waiting"] == "3 fragments wait for decode"
     assert 4.5 < told["images_per_s"] <= 5.0 and 38 <= told["eta_s"] <= 42
+
+
+def test_the_time_left_of_tars_comes_from_their_bytes() -> None:
+    progress = Progress(shards=1, bytes_expected=1_000_000, started=time.monotonic() - 20)
+    assert progress.left_s() is None
+    progress.add(Receipt("staged", "a", 0, 100))  # of which no byte was decoded
+    assert progress.left_s() is None
+    progress.add(Receipt("fragment", "a", 100, 200, size_bytes=100_000))  # 1,000 images, then: 800 are left, at 5 a second
+    assert progress.left_s() == pytest.approx(160, rel=0.01)
 
 
 def test_the_view_has_them_too() -> None:

@@ -20,6 +20,7 @@ class Progress:
     shards: int = 0
     shards_done: int = 0
     images_expected: int | None = None
+    bytes_expected: int = 0  # of the shards, with all that is in them
     good: int = 0
     errors: int = 0
     resumed: int = 0
@@ -51,11 +52,13 @@ class Progress:
 
     def left_s(self) -> float | None:
         """Seconds that what is left will take at the mean rate so far; None where nothing is known yet."""
-        if self.images_expected:  # what was found staged took no time
-            done, left = self.images - self.resumed, self.images_expected - self.images
-        else:
-            done, left = self.shards_done, self.shards - self.shards_done
-        return (time.monotonic() - self.started) * max(0, left) / done if done else None
+        computed = self.images - self.resumed  # what was found staged took no time
+        expected: float | None = self.images_expected
+        if expected is None and self.size_bytes:  # a tar does not tell; its size does, nearly
+            expected = self.bytes_expected * computed / self.size_bytes
+        if not computed or expected is None:
+            return None
+        return (time.monotonic() - self.started) * max(0, expected - self.images) / computed
 
     def add(self, receipt: Receipt) -> None:
         size = receipt.stop - receipt.start

@@ -230,6 +230,7 @@ def _complete(dataset: Dataset, job: Job, listing: Listing, open_line: MakeLine,
     progress = work.progress  # which goes on where inputs that changed are planned again
     progress.shards = progress.shards_done + len(pending)
     progress.images_expected = progress.images + sum(r for r in known if r is not None) if None not in known else None
+    progress.bytes_expected = progress.size_bytes + sum(shard.size for shard in pending)
     faults, size, dead, last = 0, WAVE_SHARDS, set[str](), Exception()
     while pending:
         if work.stop.is_set():
