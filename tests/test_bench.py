@@ -61,6 +61,12 @@ def test_what_the_dataset_has_settled_is_measured_and_not_decided_again(inputs: 
     assert (found.engine, found.precision, found.batch_size) == ("onnx", "fp32", 5)
 
 
+def test_a_bench_of_images_that_are_none_is_refused(inputs: str, shapes_model: str, tmp_path: Path) -> None:
+    fields = {"source": inputs, "model": shapes_model, "out": str(tmp_path / "out"), "device": "cpu", "engine": "torch"}
+    with pytest.raises(JobError, match=r"none of the first 20 images can be decoded \(too_many_pixels\)"):
+        bench(Job(**fields, max_pixels=10), images=20)
+
+
 def test_a_bench_that_is_interrupted_leaves_nothing(inputs: str, shapes_model: str, tmp_path: Path) -> None:
     job = [inputs, "--model", shapes_model, "--set", "engine=torch", "--set", "device=cpu"]
     argv = [sys.executable, "-m", "vitray", "bench", *job, "--images", "32", "--seconds", "3"]
@@ -70,9 +76,9 @@ def test_a_bench_that_is_interrupted_leaves_nothing(inputs: str, shapes_model: s
     while not list(scratch.glob("vitray-bench-*/*/out/data/*")):  # the model is open: that may take longer than a signal waits
         assert running.poll() is None
         time.sleep(0.05)
-    running.send_signal(signal.SIGINT)
+    running.send_signal(signal.SIGHUP)
     said = running.communicate(timeout=30)[1]
-    assert running.returncode == 130 and "interrupted; run the same command again." in said
+    assert running.returncode == 129 and "interrupted; run the same command again." in said
     assert list(scratch.glob("vitray-bench-*")) == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import os
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ import torch
 from small_models import PREFIX, STEM, job_for, make_checkpoint, noise, plain_loop, run
 
 from vitray.job import Embedding
-from vitray.models import identify, open_model, shapes, torch_engine, vector_columns
+from vitray.models import identify, kept, open_model, shapes, vector_columns
 from vitray.models.blocks import Attention, PackedLinear, ask_first_tokens_only, fuse_attention, pack
 from vitray.models.cutting import PADDING, cut, ladder
 from vitray.models.machine import compiling_pays
@@ -207,10 +208,81 @@ def test_nothing_compiled_is_read_from_where_others_may_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    private = torch_engine._kept_graphs()
-    assert private == str(tmp_path / "vitray" / "compiled") and not os.stat(private).st_mode & 0o022
-    os.chmod(private, 0o777)
-    assert not torch_engine._kept_graphs().startswith(str(tmp_path / "vitray")) and "written by others" in caplog.text
+    monkeypatch.delenv(kept.CACHE, raising=False)
+    own = tmp_path / "vitray" / "compiled"
+
+    def leaves(name: str) -> str:
+        with kept.graphs_kept() as place:
+            Path(place, name).touch()
+        assert kept.CACHE not in os.environ
+        return place
+
+    assert leaves("graph") == str(own) and (own / "graph").exists() and own.stat().st_mode & 0o777 == 0o700
+    own.chmod(0o755)  # somebody else had been there, perhaps
+    assert leaves("new") == str(own) and not (own / "graph").exists() and own.stat().st_mode & 0o777 == 0o700
+    assert caplog.text == ""
+    for place, mode in ((own.parent, 0o777), (tmp_path, 0o775)):
+        before = place.stat().st_mode
+        place.chmod(mode)
+        elsewhere = leaves("lost")
+        place.chmod(before)
+        assert not elsewhere.startswith(str(tmp_path)) and not Path(elsewhere).exists()
+    if os.getuid() == 0:
+        os.chown(own, 12345, 12345)
+        assert not leaves("lost").startswith(str(tmp_path))
+        os.chown(own, 0, 0)
+    assert caplog.text.count("others could put code into") == 2 + (os.getuid() == 0) and not (own / "lost").exists()
+    shutil.rmtree(own.parent)
+    own.parent.touch()  # a file in its way
+    assert (not leaves("lost").startswith(str(tmp_path)) and "Not a directory" in caplog.text) or "File exists" in caplog.text
+
+
+def test_what_a_killed_compilation_left_is_gone_and_what_another_compiles_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(kept.CACHE, raising=False)
+    code = "import os; from vitray.models.kept import *\nwith graphs_kept() as place: open(place + '/half', 'w'); os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == -9
+    own = tmp_path / "vitray" / "compiled"
+    assert (own / "half").exists()
+    with kept.graphs_kept() as place:
+        assert place == str(own) and not (own / "half").exists()
+        (own / "graph").touch()
+    with pytest.raises(ZeroDivisionError), kept.graphs_kept():
+        assert (own / "graph").exists()
+        raise ZeroDivisionError
+    with open(own / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)  # another compiles
+        with kept.graphs_kept():
+            assert (own / "graph").exists()
+    with kept.graphs_kept():
+        assert not (own / "graph").exists()
+    assert sorted(path.name for path in own.iterdir()) == ["lock"]
+
+
+@needs_compiler
+@pytest.mark.nightly
+def test_compiled_code_that_was_cut_is_compiled_again_at_the_next_start(tmp_path: Path) -> None:
+    directory = make_checkpoint(tmp_path / "m", "vit", True)
+    env = {name: value for name, value in os.environ.items() if name != kept.CACHE} | {"XDG_CACHE_HOME": str(tmp_path)}
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from small_models import *
+model = open_model(identify(job := job_for({directory!r}, batch_size=8)), [], 5, True, "cpu", 2, compiled=True)
+print(len(model._compiled))
+np.testing.assert_array_equal(model.predict(noise(11)).ids, run(job, noise(11)).ids)
+"""
+    compiled = []
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr[-3000:]
+        compiled.append(int(done.stdout))
+        if len(compiled) == 1:
+            for path in (tmp_path / "vitray" / "compiled").rglob("*.so"):
+                path.write_bytes(b"")
+    assert compiled[0] > 0 and compiled[1:] == [0, compiled[0]], done.stderr
 
 
 def test_without_a_compiler_one_line_says_so_and_the_model_runs(tmp_path: Path) -> None:
@@ -229,7 +301,7 @@ np.testing.assert_array_equal(found.ids, run(job, noise(11)).ids)
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     said = [line for line in done.stderr.splitlines() if line.startswith("vitray.models")]
-    assert len(said) == 1 and "runs uncompiled, torch.compile failed" in said[0] and "Install g++" in said[0]
+    assert len(said) == 1 and "runs uncompiled, torch.compile failed" in said[0] and "It needs g++" in said[0]
     assert (tmp_path / "vitray" / "compiled").is_dir()
 
 

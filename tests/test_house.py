@@ -73,8 +73,8 @@ NEVER_TRUE = {"trust_remote_code", "shell", "allow_pickle"}
 FILE_LINES = 400
 BUDGET = {
     "core": 4905,
-    "models": 1895,
-    "operating": 2495,
+    "models": 1950,
+    "operating": 2500,
     "adapting": 1965,
 }  # lines of code; the contract says 3,000 for core: see DECISIONS.md
 ADAPTING = ("adapt", "relabelling")

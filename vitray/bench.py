@@ -39,7 +39,7 @@ ADVICE = {
     "read": "larger shards, a store nearby, or more machines",
     "decode": "more cores for each accelerator, decode: fast (or draft for photos of many megapixels)",
     "model": "an accelerator, precision: bf16, another engine, or a smaller model",
-    "line": "seconds_by_step in OUT/_vitray/runs tells what waits; larger shards and fragment_rows help",
+    "line": "seconds_by_step in OUT/_vitray/runs of a run tells what waits; larger shards and fragment_rows help",
 }
 
 
@@ -77,7 +77,7 @@ class Bench:
         ceiling = f"{self.gflops:,.0f} GFLOP/s of matrix products: the model has {self.model / self.ceiling:.2f}"
         line = f"{self.line / self.model:.2f} of the model alone; first rows after {self.first_rows_s:.1f} s"
         rows = [
-            ("read", self.read, f"from the source, {self.read * self.kilobytes / 1000:.0f} MB/s"),
+            ("read", self.read, f"the first {self.images} images of the source, {self.read * self.kilobytes / 1000:.0f} MB/s"),
             ("decode, 1 core", self.decode_core, self.decode_mode),
             (f"decode, {self.cores} cores", self.decode, self.decode_mode + share),
             ("model alone", self.model, model),
@@ -179,6 +179,11 @@ def _alone(job: Job, images: int, seconds: float, cores: int) -> _Alone:
     facts, device = identify(job), runs_on(job)
     identify_s = time.perf_counter() - started
     dataset = Dataset(job.out, job, facts, tuple(vector_columns(job, facts)), pa.schema([]), len(sample))
+    pixels, outcomes = decode(sample, dataset.decode_spec)
+    if not len(pixels):
+        raise JobError(
+            f"none of the first {len(sample)} images can be decoded ({outcomes[0].reason}). Check `source` and the job."
+        )
     decode_core, decode_all = (_decode(dataset, sample, threads, seconds / 2) for threads in (1, cores))
     before = ceiling(facts, device)  # twice, since other work on the machine comes and goes
     model = _model(dataset, device, cores, seconds)

@@ -187,5 +187,5 @@ def _jit(numba: Any, signature: str, function: Any) -> Any:
     """Compiled now, for one signature: nothing is compiled when an image is resized."""
     try:
         return numba.njit(signature, cache=True, error_model="numpy", nogil=True)(function)
-    except RuntimeError:  # no folder may be written: compiled in each process
+    except Exception:  # of a cache that is damaged, full, or not to be written: compiled in each process
         return numba.njit(signature, error_model="numpy", nogil=True)(function)

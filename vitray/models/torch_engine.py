@@ -6,8 +6,6 @@ Imported only when a model is opened.
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,14 +20,13 @@ from vitray.errors import ModelError
 from vitray.models import Predictions, fp8
 from vitray.models.answers import check_pixels, gather
 from vitray.models.blocks import pack
-from vitray.models.checkpoint import cache_directory
 from vitray.models.cutting import PADDING, cut, ladder, share
 from vitray.models.forward import DTYPES, Forward
+from vitray.models.kept import graphs_kept
 from vitray.models.loading import Network
 from vitray.models.ring import CudaLanes, Ring
 from vitray.schema import ModelFacts, VectorColumn
 
-CACHE = "TORCHINDUCTOR_CACHE_DIR"
 log = logging.getLogger(__name__)
 
 
@@ -73,26 +70,27 @@ class TorchModel:
     def _compile(self, packed: bool) -> None:
         """Every size of the ladder, now: none is compiled later. Where that fails all sizes run uncompiled."""
         from torch._dynamo.exc import TorchDynamoException
-        from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-        if os.environ.setdefault(CACHE, default_cache_dir()) == default_cache_dir():  # in /tmp, where others may write
-            os.environ[CACHE] = _kept_graphs()
         self._sizes = ladder(self._facts.batch_size)
         self._compiled = dict.fromkeys(self._sizes, torch.compile(self._forward, dynamic=False))
         # Freezing lays the weights out as this CPU likes them, where they are not packed; then no graph is kept for the next start.
         # It must be on while dynamo traces, so `options=` would not do. The joint passes turn `Attention`'s matmuls back into the
         # slower fused kernel.
         on_cpu = {"freezing": not packed, "use_joint_graph_passes": False} if self._device.type == "cpu" else {}
+        # Dynamo counts compilations by code, for all models of a process; a ladder is all that one model ever asks for
+        settings = torch._inductor.config.patch(on_cpu), torch._dynamo.config.patch(recompile_limit=256)
+        place = ""
         try:
-            # Dynamo counts compilations by code, for all models of a process; a ladder is all that one model ever asks for
-            with torch._inductor.config.patch(on_cpu), torch._dynamo.config.patch(recompile_limit=256):
+            with graphs_kept() as place, settings[0], settings[1]:
                 for size in self._compiled:
                     if self._run_if_it_fits(np.zeros((size, *self._facts.pixels.shape, 3), np.uint8), size) is None:
                         self._step_down(self._sizes)
         except TorchDynamoException as error:
             reason = " ".join(str(error).split())[:200]
             log.warning(
-                "%s runs uncompiled, torch.compile failed: %s. Install g++ or set compile: off", self._facts.model, reason
+                "%s runs uncompiled, torch.compile failed: %s. It needs g++, and room in %s, whose contents the next start compiles anew; or set "
+                "compile: off",
+                *(self._facts.model, reason, place),
             )
             self._sizes, self._compiled = (self._facts.batch_size,), {}
 
@@ -168,13 +166,3 @@ class TorchModel:
         if batch == self._facts.batch_size:
             log.warning("%s: out of memory with %d images at once, halving; set batch_size lower", self._facts.model, batch)
         self._sizes = self._sizes[1:] or (batch // 2,)
-
-
-def _kept_graphs() -> str:
-    """Where compiled code and graphs wait for the next start. Both are run when they are read: nobody else may write there."""
-    path = cache_directory("compiled")
-    there = os.stat(path)
-    if there.st_uid == os.getuid() and not there.st_mode & 0o022:
-        return path
-    log.warning("%s can be written by others, so nothing compiled is kept. chmod go-w it, or set XDG_CACHE_HOME.", path)
-    return tempfile.mkdtemp(prefix="vitray-")
