@@ -72,7 +72,8 @@ def test_a_bench_that_is_interrupted_leaves_nothing(inputs: str, shapes_model: s
     argv = [sys.executable, "-m", "vitray", "bench", *job, "--images", "32", "--seconds", "3"]
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    running = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(scratch)})
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)}  # under nohup it is not
+    running = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(scratch)}, **heard)
     while not list(scratch.glob("vitray-bench-*/*/out/data/*")):  # the model is open: that may take longer than a signal waits
         assert running.poll() is None
         time.sleep(0.05)

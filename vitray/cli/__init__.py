@@ -24,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Label and embed image collections with a Vision Transformer: one Parquet file a shard, exactly once.",
     epilog="Exit codes: 0 all committed, 1 a broken system, 2 bad usage or job, 3 done but shards were cut short or set aside, "
-    "4 too many bad images, 5 compare, export: too few labels agree, 130/143 interrupted: run again to go on.",
+    "4 too many bad images, 5 compare, export: too few labels agree, 129/130/143 interrupted: run again to go on.",
 )
 
 
