@@ -1115,6 +1115,16 @@ def test_the_footer_of_a_data_file_is_checked_against_the_dataset(vitray: Call, 
     assert np.isclose(np.linalg.norm(pq.ParquetFile(files(dataset)[1]).read()["embedding"][0].as_py()), 1)
 
 
+@pytest.mark.parametrize("start", ["&k [x]", "&k [*k]"])
+def test_a_value_of_terabytes_or_that_holds_itself_is_one_line(vitray: Call, tmp_path: Path, start: str) -> None:
+    deeper = "".join(f"a{n + 1}: &k{n + 1} [{', '.join(10 * [f'*k{n}'])}]\n" for n in range(12))
+    job = tmp_path / "job.yaml"
+    job.write_text(f"a0: {start.replace('k', 'k0')}\n{deeper}model: m\nout: o\nsource: [*k12]\n")
+    started = time.monotonic()
+    refused(vitray, tmp_path, ["run", job], 2, "JobError: the job is not valid: ", "`source")
+    assert time.monotonic() - started < 20
+
+
 @pytest.mark.parametrize("value", ["auto", "on", "off"])
 def test_on_and_off_are_words_also_where_yaml_thinks_otherwise(tmp_path: Path, value: str) -> None:
     (tmp_path / "job.yaml").write_text(f"source: s\nmodel: m\nout: o\ncompile: {value}\n")

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -69,7 +70,7 @@ from vitray.dataset import (
 from vitray.errors import CommitError, FingerprintError, JobError, ObjectChanged, SourceError, StorageError
 from vitray.job import Job, make_job
 from vitray.schema import ERROR_SCHEMA, End, ModelFacts, Shard, VectorColumn, content_hash, short_hash
-from vitray.storage import exists, is_local, join, store_for
+from vitray.storage import exists, is_local, join, sha256_of, store_for
 from vitray.storage import read as read_object
 
 FACTS = replace(hand_made.facts_of("tests/drawn"), revision="c0ffee")
@@ -1349,6 +1350,21 @@ def test_read_gives_rows_in_the_order_of_shards_and_the_columns_asked_for(local_
     assert whole.drop_columns(["format"]).equals(
         pa.concat_tables([rows_of(dataset, a.id, range(6)), rows_of(dataset, b.id, [0, 1, 3, 4])]).drop_columns(["format"])
     )
+
+
+def test_a_file_made_anew_under_a_clock_that_went_back_is_hashed_anew(local_out: str) -> None:
+    dataset, shard = make(local_out), input_shard(local_out)
+
+    def list_ids() -> tuple[list[str], list[str]]:
+        return [shard.id], [shard.id]
+
+    commit(dataset, shard, 6)
+    before = finish(dataset, list_ids)
+    os.utime(f"{local_out}/_vitray/{before.manifest}", (time.time() + 7200,) * 2)
+    os.remove(dataset.data_url(shard.id))
+    commit(dataset, shard, 6)
+    finish(dataset, list_ids, fresh={shard.id})
+    assert read_manifest(local_out)["sha256"].to_pylist() == [sha256_of(dataset.data_url(shard.id))]
 
 
 # ---- the manifest step beside other runs

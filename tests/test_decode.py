@@ -29,7 +29,7 @@ import simplejpeg
 import skimage
 from PIL import Image, ImageCms, JpegImagePlugin, UnidentifiedImageError
 
-from vitray.decode import CHILD_RUNS, DRAFT_GAP, MAX_SCANS, PAGES, Outcome, Pixels, _load, decode, decode_one, limits_of
+from vitray.decode import CHILD_RUNS, DRAFT_GAP, MAX_SCANS, MAX_SIDE, PAGES, Outcome, Pixels, _load, decode, decode_one, limits_of
 from vitray.isolation import CHUNK_BYTES, Limits
 from vitray.schema import REASONS, DecodeSpec, Encoded, PixelSpec
 
@@ -504,6 +504,8 @@ def test_a_bomb_is_judged_from_its_header(edge: int) -> None:
 def test_the_pixel_cap_also_holds_for_what_a_resize_makes() -> None:
     assert refused(encode(photo(1, 3000), "PNG"), size=(256,), crop=(224, 224)).message == "1x3000 resized becomes 256x768000"
     assert refused(encode(photo(), "PNG"), max_pixels=2399).reason == "too_many_pixels"
+    line = refused(png(MAX_SIDE + 1, 1, 8, 2, b""))
+    assert (line.reason, line.message) == ("too_many_pixels", "1048577x1 has a side of more than 1048576")
     assert decode(items(encode(photo(), "PNG")), spec(max_pixels=2400))[1][0].reason is None
 
 

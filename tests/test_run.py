@@ -192,6 +192,10 @@ def test_out_inside_source_is_refused(tmp_path: Path, shapes_model: str, items: 
     for out in (tmp_path / "in", tmp_path / "in" / "deep" / "out"):
         with pytest.raises(JobError, match="lies inside `source`"):
             vitray.run(shape_job(str(tmp_path / "in"), shapes_model, str(out)))
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    for source, name in (("in/**/*.parquet", "in/out"), ("in", "link/out"), ("link", "in/out"), ("*/*/*/*", "in/out")):
+        with pytest.raises(JobError, match="lies inside `source`"):
+            vitray.run(shape_job(f"{tmp_path}/{source}", shapes_model, f"{tmp_path}/{name}"))
     assert [path.name for path in (tmp_path / "in").iterdir()] == ["s-000.tar"]
 
 

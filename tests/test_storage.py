@@ -24,7 +24,7 @@ from s3_proxy import FORWARD, LOSE, Call, Proxy, proxied
 
 from vitray import storage
 from vitray.errors import JobError, ObjectChanged, ObjectMissing, ObjectRefused, StorageError, UnsafeStore
-from vitray.storage import drop_scratch, exists, expand, expand_braces, join, probe, read, scratch, sha256_of, store_for
+from vitray.storage import drop_scratch, exists, expand, expand_braces, join, probe, read, reads, scratch, sha256_of, store_for
 
 MIB = 1 << 20
 
@@ -696,3 +696,15 @@ def test_a_local_path_may_be_relative_or_a_file_url(tmp_path: Path, monkeypatch:
 def test_sha256_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"abc")
     assert sha256_of(str(tmp_path / "x")) == hashlib.sha256(b"abc").hexdigest()
+
+
+def test_a_place_beside_what_is_read_is_no_part_of_it() -> None:
+    for pattern, out in (
+        ("/a/in/*.parquet", "/a/in/out"),
+        ("/a/in", "/a/in-out"),
+        ("s3://a/in/*.tar", "s3://a/in/out"),
+        ("/a/*/*", "/a/b/c"),
+    ):
+        assert not reads(pattern, out)
+    for pattern, out in (("s3://a/in/**", "s3://a/in/out"), ("s3://a/in", "s3://a/in"), ("/a/i?/**/*.parquet", "/a/in/b/c")):
+        assert reads(pattern, out)

@@ -31,6 +31,7 @@ from vitray.isolation import Child, Death, Limits, Pages, shared
 from vitray.resize import TORCH_MODES, Pixels, compiled, resize, resize_fast
 from vitray.schema import DecodeSpec, Encoded, PixelSpec
 
+MAX_SIDE = 1 << 20  # px: the weights of a resize grow with a side; a PNG of 50,000,000x1 in 146 kB took 1.8 GB
 MAX_SCANS = 100  # cameras and encoders write about 10; a file of 1,000 scans decodes 100 times slower than it is long
 MESSAGE_CHARS = 200
 PAGES = 4  # of pixels: what one thread's callers hold at a time in the line
@@ -281,6 +282,8 @@ def _check_header(image: Any, data: bytes, markers: bytes, max_pixels: int) -> N
     width, height = image.size
     if width * height > max_pixels:
         raise _Refused("too_many_pixels", f"{width}x{height} is more than max_pixels {max_pixels}")
+    if max(width, height) > MAX_SIDE:
+        raise _Refused("too_many_pixels", f"{width}x{height} has a side of more than {MAX_SIDE}")
     if markers.count(0xDA) > MAX_SCANS and (scans := _scans(data)) > MAX_SCANS:
         raise _Refused("too_many_scans", f"a JPEG of more than {scans - 1} scans")
     if image.mode == "F":

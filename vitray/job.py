@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -256,8 +257,13 @@ def _said(written: type[Written], kind: str, place: tuple[int | str, ...], messa
     if kind == "missing":
         return f"`{name}` is missing: {written.model_fields[name].description}"
     if kind in TYPES:
-        return f"`{name}`: {json.dumps(value, default=str)[:60]} {TYPES[kind]}"
+        return f"`{name}`: {_beginning(value)} {TYPES[kind]}"
     return (f"`{name}`: " if name else "") + message.removeprefix("Value error, ")  # no name: what _consistent says
+
+
+def _beginning(value: object) -> str:
+    """As JSON; lazily, since by aliases a small file can say a value of terabytes, or one that holds itself."""
+    return "".join(islice(json.JSONEncoder(default=str, check_circular=False).iterencode(value), 60))[:60]
 
 
 class _Loader(yaml.SafeLoader):

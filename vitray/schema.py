@@ -18,7 +18,7 @@ REASONS = {
     "not_an_image": "the bytes are no image that Pillow knows",
     "format_not_allowed": "an image, but of a format outside `formats`",
     "truncated": "the image ends before its pixels do",
-    "too_many_pixels": "more pixels than `max_pixels`",
+    "too_many_pixels": "more pixels than `max_pixels`, or a side of more than 1,048,576",
     "too_many_scans": "a progressive JPEG with more scans than any camera writes",
     "float_pixels": "floating-point pixels have no defined range",
     "unsupported_pixels": "integer pixels beyond 16 bit",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
@@ -63,13 +63,20 @@ def read_manifest(out: str) -> pa.Table | None:
     return _again(look)
 
 
-def finish(dataset: Dataset, list_ids: Callable[[], tuple[Sequence[str], Sequence[str]]], prune: bool = False) -> Ledger:
+def finish(
+    dataset: Dataset,
+    list_ids: Callable[[], tuple[Sequence[str], Sequence[str]]],
+    prune: bool = False,
+    fresh: Container[str] = (),
+) -> Ledger:
     """The manifest step. list_ids: lists the source now: every shard id, and those of them that `limit` leaves.
+
+    fresh: ids of data files that the last manifest cannot have seen, whatever a clock says.
 
     Removes superseded files and, with prune, those whose input is gone; repairs errors/; writes the manifest and
     _SUCCESS.json. Writes nothing that is there already. Begins again when another run commits or removes something meanwhile.
     """
-    return _again(lambda: _finish(dataset, list_ids, prune))
+    return _again(lambda: _finish(dataset, list_ids, prune, fresh))
 
 
 def _again(work: Callable[[], T]) -> T:
@@ -83,7 +90,9 @@ def _again(work: Callable[[], T]) -> T:
     raise AssertionError
 
 
-def _finish(dataset: Dataset, list_ids: Callable[[], tuple[Sequence[str], Sequence[str]]], prune: bool) -> Ledger:
+def _finish(
+    dataset: Dataset, list_ids: Callable[[], tuple[Sequence[str], Sequence[str]]], prune: bool, fresh: Container[str]
+) -> Ledger:
     crash_point("manifest-started")
     seen = committed(dataset.out).keys()  # before the listing: no other may be removed
     listed, planned = list_ids()
@@ -107,7 +116,8 @@ def _finish(dataset: Dataset, list_ids: Callable[[], tuple[Sequence[str], Sequen
     states = (
         dict.fromkeys(data.keys() & wanted, "current") | dict.fromkeys(gone - drop, "gone") | dict.fromkeys(outdated, "outdated")
     )
-    rows = _manifest_rows(dataset, {s: data[s] for s in states}, states)
+    known = _known(dataset, {s: data[s] for s in states if s not in fresh})
+    rows = _manifest_rows(dataset, {s: data[s] for s in states}, known, states)
     _repair_error_files(dataset, {row["shard"] for row in rows if row["errors"]}, error_files)
     body = parquet_bytes(pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA))
     name = f"manifest-{hashlib.sha256(body).hexdigest()[:16]}.parquet"
@@ -206,9 +216,10 @@ def clean(dataset: Dataset, listed: Iterable[str]) -> list[str]:
     return orphans + [url.removeprefix(dataset.out + "/") for url in [*drop_scratch(dataset.out), *left]]
 
 
-def _manifest_rows(dataset: Dataset, admitted: dict[str, ObjectInfo], states: Mapping[str, str]) -> list[dict[str, Any]]:
+def _manifest_rows(
+    dataset: Dataset, admitted: dict[str, ObjectInfo], known: dict[str, dict[str, Any]], states: Mapping[str, str]
+) -> list[dict[str, Any]]:
     """One row a data file, from the last manifest where the file is the same, else from its footer."""
-    known = _known(dataset, admitted)
     footers = footers_of(dataset, admitted.keys() - known.keys())
     require_own(dataset, footers)
     rows = known | _of_each(footers, lambda shard: _row(admitted[shard], footers[shard]))

@@ -52,7 +52,7 @@ from vitray.pipeline.progress import Progress, Result
 from vitray.pipeline.wave import ATTEMPTS, Line, MachineLostError, Work, blame, run_wave
 from vitray.schema import ModelFacts, Shard
 from vitray.sources import Group, Listing, absent_members, chosen, estimate_images, kept_schema, list_shards
-from vitray.storage import absolute, drop_scratch, exists, probe
+from vitray.storage import absolute, drop_scratch, exists, probe, reads
 
 log = logging.getLogger(__name__)
 
@@ -152,12 +152,11 @@ def _machines(
 
 def with_absolute_paths(job: Job) -> Job:
     """Workers have a working directory of their own, and so has whoever validates the dataset later."""
-    paths = {"source": [absolute(s) for s in job.source], "allow": [absolute(a) for a in job.allow], "out": absolute(job.out)}
+    out = absolute(job.out)
+    paths = {"source": [absolute(s) for s in job.source], "allow": [absolute(a) for a in job.allow], "out": out}
     for source in paths["source"]:
-        if f"{paths['out']}/".startswith(f"{source}/"):
-            raise JobError(
-                f"`out` {paths['out']} lies inside `source` {source}: it would read its own output. Choose another `out`."
-            )
+        if reads(source, out):
+            raise JobError(f"`out` {out} lies inside `source` {source}: it would read its own output. Choose another `out`.")
     model = absolute(job.model) if os.path.isdir(job.model) else job.model
     head = None if job.head is None else absolute(job.head)
     return job.model_copy(update={**paths, "model": model, "head": head})
@@ -289,7 +288,7 @@ def _finished(dataset: Dataset, job: Job, prune: bool, work: Work, started: floa
         listed = len(shards)
         return [shard.id for shard in shards], planned
 
-    ledger = finish(dataset, list_ids, prune)
+    ledger = finish(dataset, list_ids, prune, work.commits)
     left = set(planned) - committed(dataset.out).keys()  # what another run finished, or what is listed no more, is no failure
     restless = {base_of(shard) for shard in work.changed}
     aside = {s: "its input changed each time it was read" for s in sorted(left) if base_of(s) in restless}

@@ -17,6 +17,8 @@ from functools import lru_cache
 from io import BufferedReader
 from typing import cast
 
+from fsspec.utils import glob_translate
+
 from vitray.errors import JobError, ObjectMissing, UnsafeStore
 from vitray.schema import IMAGE_EXTENSIONS
 from vitray.storage.folder import new_folder
@@ -123,6 +125,14 @@ def expand_braces(pattern: str) -> list[str]:
             raise JobError(f"{pattern}: the range {match[0]} is empty or longer than a million")
         middles = (str(n).zfill(len(match[1])) for n in range(first, last + 1))
     return [url for middle in middles for url in expand_braces(head + middle + tail)]
+
+
+def reads(pattern: str, out: str) -> bool:
+    """Whether a URL, glob or prefix names what a run writes into `out`, be it by a link."""
+    if is_local(pattern):
+        pattern, out = os.path.realpath(pattern), os.path.realpath(out)
+    written = f"{out}/data/x.parquet"
+    return written.startswith(f"{pattern}/") or bool(_WILD.search(pattern) and re.match(glob_translate(pattern), written))
 
 
 def _hidden(url: str, pattern: str) -> bool:
