@@ -468,6 +468,7 @@ def test_the_summary_counts_in_proper_words() -> None:
         "images": 1,
         "seconds": 1.0,
         "gone": 1,
+        "deleted": 0,
         "pending": 0,
         "left_out": 2,
     }

@@ -548,7 +548,11 @@ def test_no_two_scheduled_runs_are_at_work_and_the_schedule_may_only_create_and_
     (job,) = documents("kuberay/rayjob.yaml")
     ((key, value),) = job["metadata"]["labels"].items()
     assert f"--selector={key}={value}" in pod["containers"][0]["command"]  # it waits for what it created
-    assert cron["spec"]["jobTemplate"]["spec"]["activeDeadlineSeconds"] > job["spec"]["activeDeadlineSeconds"]
+    attempts_s = (1 + job["spec"]["backoffLimit"]) * job["spec"][
+        "activeDeadlineSeconds"
+    ]  # KubeRay begins to count anew with each
+    assert f"--timeout={attempts_s // 3600 + 1}h" in pod["containers"][0]["command"]
+    assert cron["spec"]["jobTemplate"]["spec"]["activeDeadlineSeconds"] > attempts_s + 3600
     assert role["rules"] == [{"apiGroups": ["ray.io"], "resources": ["rayjobs"], "verbs": ["create", "get", "list", "watch"]}]
     assert account["metadata"]["name"] == binding["subjects"][0]["name"] == pod["serviceAccountName"] == "vitray-cron"
     assert binding["roleRef"]["name"] == role["metadata"]["name"]

@@ -54,6 +54,21 @@ def test_the_rows_are_those_of_the_dataset(place: str, tmp_path: Path, megabytes
     assert json.loads(store_for(into).open(join(into, "_COMPACT.json")).read())["source"] == dataset.out
 
 
+def test_another_datasets_parts_are_left_alone(tmp_path: Path) -> None:
+    one, other = (hand_made.make_dataset(tmp_path, out=str(tmp_path / name)) for name in ("one", "other"))
+    into = tmp_path / "into"
+    compact(one.out, str(into))
+    before = {path.name: path.read_bytes() for path in into.iterdir()}
+    assert sorted(before)[0] == "_COMPACT.json" and "_COMPACTING.json" not in before
+    with pytest.raises(JobError, match=f"holds the rows of {one.out}: choose an empty directory"):
+        compact(other.out, str(into))
+    (into / "_COMPACT.json").rename(into / "_COMPACTING.json")  # as after a kill
+    with pytest.raises(JobError, match="holds the rows of"):
+        compact(other.out, str(into))
+    assert compact(one.out, str(into)).written == 0
+    assert {path.name: path.read_bytes() for path in into.iterdir()} == before
+
+
 def grow(dataset: Dataset, folder: Path) -> None:
     hand_made.write_tar(folder / "in" / "s-003.tar", {f"3/{i:02d}.jpg": f"new {i}".encode() for i in range(10)})
     shards = list_shards(dataset.job, []).shards

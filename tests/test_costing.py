@@ -131,6 +131,8 @@ def test_the_plan_for_drawn_shapes_comes_true_within_a_quarter(shapes_model: str
         (record,) = (tmp_path / f"out-{n}" / "_vitray" / "runs").glob("*.json")
         over.append(json.loads(record.read_text())["seconds_over_planned"])
     print(over)
+    real = sum(path.stat().st_size for path in (tmp_path / "out-0" / "data").iterdir())
+    assert json.loads(planned.stdout)["out_bytes"] == pytest.approx(real, rel=0.4)  # a footer a file, whatever is in it
     assert 0.75 <= sorted(over)[1] <= 1.25
 
 

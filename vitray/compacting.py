@@ -1,7 +1,8 @@
 """Few large files instead of one a shard: the same rows in the same order, for readers that want few.
 
 A part is named by a hash of the data files that it gathers and is created once, so that the same call goes on after a kill and does
-only what is new when the dataset has grown. `_COMPACT.json` comes last: it is there exactly while all parts are, and none besides.
+only what is new when the dataset has grown. `_COMPACT.json` comes last: it is there exactly while all parts are, and none besides; until
+then `_COMPACTING.json` says whose they are.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from vitray.dataset import Dataset, committed, data_files, parquet_of, read_tabl
 from vitray.errors import JobError, ObjectMissing, count
 from vitray.storage import absolute, exists, join, read, store_for
 
-PART = "part-"
+PART, WHOLE, BEGUN = "part-", "_COMPACT.json", "_COMPACTING.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,20 +39,25 @@ class Compaction:
 def compact(out: str, into: str, megabytes: int = 256) -> Compaction:
     """Gather the data files of a complete dataset into files of at least so many megabytes each, but for the last.
 
-    Raises JobError when `out` is not complete or `into` holds something else.
+    Raises JobError when `out` is not complete or `into` holds something else, such as another dataset's parts.
     """
     dataset, into = require_complete(out), absolute(into)
     require_outside(dataset, "--into", into)
     there = _parts_there(into)
     groups = {_name(n, group): group for n, group in enumerate(_grouped(dataset, megabytes * 1_000_000))}
-    mark, told = join(into, "_COMPACT.json"), {"source": dataset.out, "fingerprint": dataset.fingerprint}
-    if not (exists(mark) and groups.keys() == there and json.loads(read(mark)).items() >= told.items()):
+    mark, begun, told = join(into, WHOLE), join(into, BEGUN), {"source": dataset.out, "fingerprint": dataset.fingerprint}
+    marks = [json.loads(read(url)) for url in (mark, begun) if exists(url)]
+    if others := [said["source"] for said in marks if said["source"] != dataset.out]:
+        raise JobError(f"--into {into} holds the rows of {others[0]}: choose an empty directory.")
+    if not (exists(mark) and groups.keys() == there and marks[0].items() >= told.items()):
+        store_for(begun).replace(begun, json.dumps(told).encode())
         store_for(mark).delete([mark])
         for name in groups.keys() - there:
             _write(dataset, groups[name], join(into, name))
         store_for(into).delete([join(into, name) for name in there - groups.keys()])
-        marks = {**told, "parts": sorted(groups), "files": sum(map(len, groups.values()))}
-        store_for(mark).replace(mark, json.dumps(marks, indent=1).encode())
+        whole = {**told, "parts": sorted(groups), "files": sum(map(len, groups.values()))}
+        store_for(mark).replace(mark, json.dumps(whole, indent=1).encode())
+        store_for(begun).delete([begun])
     rows = sum(rows_in(join(into, name)) for name in groups)
     return Compaction(into, sum(map(len, groups.values())), len(groups), len(groups.keys() - there), rows)
 
@@ -61,10 +67,10 @@ def _parts_there(into: str) -> set[str]:
         names = {info.url.rpartition("/")[2] for info in store_for(into).find(into)}
     except ObjectMissing:
         return set()
-    foreign = sorted(name for name in names if not name.startswith(PART) and name != "_COMPACT.json")
+    foreign = sorted(name for name in names - {WHOLE, BEGUN} if not name.startswith(PART))
     if foreign:
         raise JobError(f"--into {into} holds {foreign[0]}, which is no part: choose an empty directory.")
-    return names - {"_COMPACT.json"}
+    return names - {WHOLE, BEGUN}
 
 
 def _grouped(dataset: Dataset, size_bytes: int) -> Iterator[list[tuple[str, str]]]:

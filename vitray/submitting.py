@@ -32,6 +32,7 @@ ANSWER_S = 60.0  # for one answer of the cluster
 LOST_S = 300.0  # without any answer, after which following ends; the job goes on
 OVER = ("SUCCEEDED", "FAILED", "STOPPED")
 JOB_FILE = "vitray-job.yaml"
+NOT_FOUND = 127  # a shell's, of a command that is not there
 _SCHEME = re.compile(r"https?://[^/@\s]+/?$")
 _LEFT_HERE = (".git", ".venv", JOB_FILE)
 _REMOTE = re.compile(r"s3://")
@@ -143,10 +144,14 @@ class Cluster:
                     return None
                 raise
         status, code = info.status.value, info.driver_exit_code
-        ended = {"SUCCEEDED": 0, "STOPPED": 143, "FAILED": code if code and 0 < code < 256 else 1}.get(status)
+        ended = {"SUCCEEDED": 0, "STOPPED": 143, "FAILED": code if code and 0 < code < 256 and code != NOT_FOUND else 1}.get(
+            status
+        )
         out = (info.metadata or {}).get("out", "")
         said, _, printed = (info.message or "").partition(", last available logs")  # Ray adds a page of them
         last = printed.strip().rpartition("\n")[2]
+        if code == NOT_FOUND:
+            said, last = "the cluster's head has no `vitray` on its PATH: install it there", ""
         return Submission(submission_id, self.address, status, ended, " ".join(f"{said} {last}".split())[:400], out)
 
     def follow(self, submission_id: str, write: Callable[[str], None]) -> Submission:

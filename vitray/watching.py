@@ -44,7 +44,8 @@ def summary(result: Result, job: Job) -> str:
     if result.shards and not result.rows + result.errors:
         lines.append("the shards held no image: check `source`")
     if result.too_many_errors:
-        share = f"{result.errors} of {result.rows + result.errors}, more than max_error_rate={job.max_error_rate:g}"
+        bad = result.errors - result.deleted
+        share = f"{bad} of {result.rows + bad}, more than max_error_rate={job.max_error_rate:g}"
         lines.append(f"too many bad images: {share}; see {result.out}/errors, or raise max_error_rate")
     if arrived := result.pending - len(result.set_aside):
         lines.append(f"arrived since: {count(arrived, 'shard')}; run again")

@@ -89,6 +89,7 @@ class Result:
 
     notes: what readers saw beside images, {shard: text}, of this run; reasons: of this run's bad images.
 
+    deleted: files of groups that are listed no more; each is one of `errors`, and nothing is bad in it.
     left_out: shards of the source that since, sample or limit leave out.
     too_many_errors: of all the dataset's images more than the job's max_error_rate are bad.
     """
@@ -105,6 +106,7 @@ class Result:
     truncated: dict[str, int]
     reasons: dict[str, int]
     gone: int
+    deleted: int
     pending: int
     left_out: int
     too_many_errors: bool

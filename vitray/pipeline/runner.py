@@ -309,6 +309,7 @@ def _finished(dataset: Dataset, job: Job, prune: bool, work: Work, started: floa
         truncated=ledger.truncated,
         reasons=dict(work.progress.reasons),
         gone=ledger.gone,
+        deleted=vanished,
         too_many_errors=ledger.errors - vanished > job.max_error_rate * (ledger.rows + ledger.errors - vanished),
     )
 
