@@ -18,12 +18,14 @@ import pyarrow.parquet as pq
 import pytest
 from embedded import HOSTILE, noise
 from hand_made import finish_with
+from shards import pictures, put_files
 
 import vitray
 from vitray import cli, exporting
 from vitray.dataset import Dataset
 from vitray.errors import JobError
 from vitray.exporting import WRITERS, Wanted, export
+from vitray.report import report
 from vitray.schema import Encoded, content_hash
 from vitray.sources import list_shards, read_shard
 
@@ -129,6 +131,19 @@ def test_webdataset_holds_the_bytes_that_were_labelled_under_names_of_our_own(tm
     job = vitray.Job(source=f"{into}/*.tar", model="m", out=str(tmp_path / "new"))  # vitray reads its own export
     images = [i for s in list_shards(job, []).shards for i in read_shard(s, job, lambda _: True) if isinstance(i, Encoded)]
     assert [image.key for image in images] == names
+
+
+def test_a_file_of_a_group_that_went_costs_its_own_image_alone(shapes_model: str, tmp_path: Path) -> None:
+    items = pictures(12)
+    put_files(f"{tmp_path}/in", items)
+    job = vitray.Job(source=f"{tmp_path}/in", model=shapes_model, out=f"{tmp_path}/out", engine="torch")
+    assert vitray.run(job).rows == 12
+    shown = report(job.out, str(tmp_path / "page.html")).pictures
+    (tmp_path / "in" / f"{items[3].key}.{items[3].suffix}").unlink()
+    (tmp_path / "in" / f"{items[5].key}.{items[5].suffix}").write_bytes(items[0].data)
+    found = export(job.out, str(tmp_path / "into"), Wanted("webdataset"))
+    assert (found.rows, found.missing) == (10, 2)
+    assert 0 < shown - 2 <= report(job.out, str(tmp_path / "page.html")).pictures < shown
 
 
 def test_images_that_changed_or_went_are_told_and_counted(

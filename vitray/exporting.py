@@ -23,6 +23,7 @@ from pyarrow import types
 
 from vitray.dataset import (
     Dataset,
+    base_of,
     choose_vector,
     data_files,
     is_complete,
@@ -204,10 +205,11 @@ def _lance(dataset: Dataset, folder: Path, wanted: Wanted) -> Written:
 
 def _webdataset(dataset: Dataset, folder: Path, wanted: Wanted) -> Written:
     """A tar for each data file: the bytes that were labelled, read again from the source, and a .json of the row without its vectors."""
-    listed = {shard.id: shard for shard in list_shards(dataset.job, groups_of(dataset.out)).shards}
+    # of whatever version: where one file of a group changed, the others are as they were
+    now = {base_of(shard.id): shard for shard in list_shards(dataset.job, groups_of(dataset.out)).shards}
     written, lost, examples = 0, 0, list[str]()
     for number, url in enumerate(data_files(dataset.out)):
-        shard = listed.get(shard_of(url))
+        shard = now.get(base_of(shard_of(url)))
         rows = {row["index"]: row for block in row_blocks(dataset, [url], _scalars(dataset)) for row in block.to_pylist()}
         with tarfile.open(folder / f"{number:06d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
             for row, data in _images(dataset, shard, rows) if shard else ():

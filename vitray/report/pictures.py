@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 import simplejpeg
 
-from vitray.dataset import Dataset, read_table
+from vitray.dataset import Dataset, base_of, read_table
 from vitray.decode import decode
 from vitray.errors import VitrayError, one_line
 from vitray.report.counts import Ref
@@ -45,8 +45,10 @@ def pictures_of(
     why: dict[str, None] = {}
     left = SOURCE_BYTES
     wanted = _by_shard(rows)
+    # of whatever version: where one file of a group changed, the others are as they were
+    now = {base_of(shard.id): shard for shard in listed.values()}
     for name in sorted(wanted, key=lambda name: (-len(wanted[name]), name)):
-        shard = listed.get(name)
+        shard = now.get(base_of(name))
         if shard is None:
             why["Some images are no longer in the source, or have changed since they were labelled."] = None
             continue
