@@ -56,9 +56,10 @@ for command in (*making.COMMANDS, *operating.COMMANDS, *adapting.COMMANDS):
 def entry() -> NoReturn:
     """The console script. Ends without the interpreter's clean-up, where native threads that still wake abort the process."""
     code: object = 0
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-            signal.signal(number, on_signal)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+        signal.signal(signal.SIGHUP, on_signal)
     try:
         main()
     except SystemExit as stop:
