@@ -52,6 +52,8 @@ def test_the_time_left_of_tars_comes_from_their_bytes() -> None:
     assert progress.left_s() is None
     progress.add(Receipt("fragment", "a", 100, 200, size_bytes=100_000))  # 1,000 images, then: 800 are left, at 5 a second
     assert progress.left_s() == pytest.approx(160, rel=0.01)
+    progress.shards_done = 1  # a tar holds more than images
+    assert progress.left_s() == 0
 
 
 def test_the_view_has_them_too() -> None:

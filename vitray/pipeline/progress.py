@@ -52,6 +52,8 @@ class Progress:
 
     def left_s(self) -> float | None:
         """Seconds that what is left will take at the mean rate so far; None where nothing is known yet."""
+        if 0 < self.shards <= self.shards_done:
+            return 0.0
         computed = self.images - self.resumed  # what was found staged took no time
         expected: float | None = self.images_expected
         if expected is None and self.size_bytes:  # a tar does not tell; its size does, nearly
