@@ -463,12 +463,12 @@ def test_the_summary_counts_in_proper_words() -> None:
     counts = {
         "shards": 1,
         "rows": 1,
-        "errors": 2,
+        "errors": 3,
         "committed": 1,
         "images": 1,
         "seconds": 1.0,
         "gone": 1,
-        "deleted": 0,
+        "deleted": 1,
         "pending": 0,
         "left_out": 2,
     }
@@ -476,7 +476,7 @@ def test_the_summary_counts_in_proper_words() -> None:
     job = Job(source="a", model="m", out="o", max_error_rate=0.5)
     assert summary(SimpleNamespace(out="/o", **counts, **found), job).splitlines() == [
         "1 shard committed now (1 image computed in 1.0 s, 1.0 images/s with start-up)",
-        "/o: 1 shard, 1 row, 2 errors",
+        "/o: 1 shard, 1 row, 3 errors",
         "  2 empty in this run",
         "note       s: links",
         "no longer in the source: 1 committed shard; --prune removes the rows",

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,12 +41,12 @@ class Cluster:
     nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     store_bytes: int = 300_000_000
     dashboard: int | None = None  # its port
+    folder: str = field(default_factory=lambda: f"/tmp/vr-{secrets.token_hex(3)}")  # short: Ray's sockets live in it
 
     def join(self, *more: str, inside: Sequence[str] = ()) -> None:
         """One more node, with more options, started by another command; the first is the head."""
         ray = str(Path(sys.executable).with_name("ray"))
-        folder = f"/tmp/vr-{secrets.token_hex(3)}"  # short: Ray's sockets live in it
-        first = ["--head", f"--port={self.address.split(':')[1]}", f"--temp-dir={folder}"]
+        first = ["--head", f"--port={self.address.split(':')[1]}", f"--temp-dir={self.folder}"]
         first += ["--include-dashboard=false"] if self.dashboard is None else [f"--dashboard-port={self.dashboard}"]
         argv = [*inside, ray, "start", *([f"--address={self.address}"] if self.nodes else first), *more]
         argv += ["--num-cpus=2", f"--object-store-memory={self.store_bytes}", "--block", "--disable-usage-stats"]
@@ -103,26 +103,32 @@ def test_a_run_joins_a_cluster_of_two_nodes(cluster: Cluster, shapes_model: str,
     assert again.returncode == 1 and again.stderr.startswith("ClusterError: Ray at"), again.stderr
 
 
-@pytest.mark.ray
-def test_a_cluster_that_asks_for_no_token_is_refused(shapes_model: str, tmp_path: Path) -> None:
+@pytest.fixture
+def on_open_cluster(shapes_model: str, tmp_path: Path) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """A run of 32 images, with more options, on a cluster that asks for no token."""
     put_tars(str(tmp_path / "in"), pictures(32), 1, tmp_path)
-    argv = [*RUN, str(tmp_path / "in"), "--model", shapes_model, "--out", str(tmp_path / "out")]
     with cluster_of(1, RAY_AUTH_MODE="disabled") as cluster:
-        argv, environment = [*argv, "--address", cluster.address], cluster.environment
-        refused = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=120)
-        assert refused.returncode == 1 and "answers without a token" in refused.stderr, refused.stderr
-        assert not (tmp_path / "out" / "data").exists()
+        argv = [*RUN, str(tmp_path / "in"), "--model", shapes_model, "--out", str(tmp_path / "out"), "--address", cluster.address]
+        yield lambda *more: subprocess.run([*argv, *more], env=cluster.environment, capture_output=True, text=True, timeout=200)
+
+
+@pytest.mark.ray
+def test_a_cluster_that_asks_for_no_token_is_refused(
+    on_open_cluster: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    refused = on_open_cluster()
+    assert refused.returncode == 1 and "answers without a token" in refused.stderr, refused.stderr
+    assert not (tmp_path / "out" / "data").exists()
 
 
 @pytest.mark.ray
 @pytest.mark.nightly
-def test_a_cluster_that_asks_for_no_token_is_joined_where_that_is_asked_for(shapes_model: str, tmp_path: Path) -> None:
-    put_tars(str(tmp_path / "in"), pictures(32), 1, tmp_path)
-    argv = [*RUN, str(tmp_path / "in"), "--model", shapes_model, "--out", str(tmp_path / "out")]
-    with cluster_of(1, RAY_AUTH_MODE="disabled") as cluster:
-        argv, environment = [*argv, "--address", cluster.address], cluster.environment
-        joined = subprocess.run([*argv, "--allow-open-cluster"], env=environment, capture_output=True, text=True, timeout=200)
-        assert joined.returncode == 0, joined.stderr
+def test_a_cluster_that_asks_for_no_token_is_joined_where_that_is_asked_for(
+    on_open_cluster: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    joined = on_open_cluster("--allow-open-cluster")
+    assert joined.returncode == 0, joined.stderr
+    assert sorted(vitray.read(str(tmp_path / "out"))["key"].to_pylist()) == [f"{n:05d}" for n in range(32)]
 
 
 def begun(cluster: Cluster, argv: list[str], trace: Path, images: float) -> subprocess.Popen[str]:

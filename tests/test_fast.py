@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from small_models import PREFIX, STEM, job_for, make_checkpoint, noise, plain_loop, run
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from vitray.job import Embedding
 from vitray.models import identify, kept, open_model, shapes, vector_columns
@@ -24,7 +25,8 @@ from vitray.models.machine import compiling_pays
 from vitray.models.torch_engine import Network, TorchModel
 from vitray.schema import VectorColumn
 
-needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ on a CPU")
+# CI installs it: there these tests fail without
+needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or os.environ.get("CI")), reason="torch.compile needs g++ on a CPU")
 
 
 pytestmark = pytest.mark.usefixtures("two_threads")
@@ -208,13 +210,16 @@ def test_nothing_compiled_is_read_from_where_others_may_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv(kept.CACHE, raising=False)
+    monkeypatch.setenv(kept.CACHE, "/chosen")
+    with kept.graphs_kept() as place:
+        assert place == "/chosen"  # the user knows
+    monkeypatch.setenv(kept.CACHE, default_cache_dir())
     own = tmp_path / "vitray" / "compiled"
 
     def leaves(name: str) -> str:
         with kept.graphs_kept() as place:
             Path(place, name).touch()
-        assert kept.CACHE not in os.environ
+        assert os.environ[kept.CACHE] == place  # were anything compiled later, it would not go to torch's default
         return place
 
     assert leaves("graph") == str(own) and (own / "graph").exists() and own.stat().st_mode & 0o777 == 0o700
@@ -234,14 +239,14 @@ def test_nothing_compiled_is_read_from_where_others_may_write(
     assert caplog.text.count("others could put code into") == 2 + (os.getuid() == 0) and not (own / "lost").exists()
     shutil.rmtree(own.parent)
     own.parent.touch()  # a file in its way
-    assert (not leaves("lost").startswith(str(tmp_path)) and "Not a directory" in caplog.text) or "File exists" in caplog.text
+    assert not leaves("lost").startswith(str(tmp_path)) and "Not a directory" in caplog.text
 
 
 def test_what_a_killed_compilation_left_is_gone_and_what_another_compiles_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv(kept.CACHE, raising=False)
+    monkeypatch.setenv(kept.CACHE, default_cache_dir())
     code = "import os; from vitray.models.kept import *\nwith graphs_kept() as place: open(place + '/half', 'w'); os.kill(os.getpid(), 9)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == -9
     own = tmp_path / "vitray" / "compiled"

@@ -98,6 +98,19 @@ def test_the_first_use_in_many_threads_beside_imports_spoils_no_image(tmp_path: 
         assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.parametrize("suffix", ["nbi", "nbc"])
+def test_a_cache_that_was_cut_costs_nothing_but_time(suffix: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    code = "from vitray.resize import compiled; assert compiled()"
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+        assert (done.returncode, done.stderr) == (0, "")
+        cut = list((tmp_path / "cache").rglob(f"*.{suffix}"))
+        assert len(cut) == 2
+        for path in cut:
+            path.write_bytes(path.read_bytes()[:100])
+
+
 def test_what_one_process_compiled_the_next_one_takes(tmp_path: Path) -> None:
     """Else each start compiles for a second or two, and leaves a file in the installation."""
     kept = []

@@ -698,7 +698,9 @@ def test_sha256_of_a_file(tmp_path: Path) -> None:
     assert sha256_of(str(tmp_path / "x")) == hashlib.sha256(b"abc").hexdigest()
 
 
-def test_a_place_beside_what_is_read_is_no_part_of_it() -> None:
+def test_a_place_beside_what_is_read_is_no_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert not reads(str(tmp_path), "s3://bucket/out") and not reads("s3://bucket/in", str(tmp_path / "out"))
     for pattern, out in (
         ("/a/in/*.parquet", "/a/in/out"),
         ("/a/in", "/a/in-out"),

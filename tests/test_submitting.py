@@ -17,6 +17,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import free_port
@@ -113,7 +114,7 @@ def test_a_submitted_job_is_followed_and_ends_as_a_run_does(head: Cluster, job_f
     assert vitray.validate(str(tmp_path / "out")).ok
 
     assert sorted(path.name for path in tree.iterdir()) == [".gitignore", "data", "labels.csv"]
-    session = max(Path("/tmp").glob("vr-*/session_2*"), key=lambda path: path.stat().st_mtime)
+    (session,) = Path(head.folder).glob("session_2*")
     packed = [path.name for path in session.glob("runtime_resources/working_dir_files/*/*")]
     assert "labels.csv" in packed and "data" not in packed
     everywhere = [path.read_bytes() for path in [*session.rglob("*"), *(tmp_path / "out").rglob("*")] if path.is_file()]
@@ -253,6 +254,31 @@ def test_no_secret_is_in_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ClusterError) as told:
         Api("http://head:8265")
     assert "canary" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("code", "printed", "exit_code", "because"),
+    [
+        (4, "line one\nline two\ntoo many bad images\n", 4, "Job entrypoint command failed with exit code 4 too many bad images"),
+        (127, "/bin/sh: 1: vitray: not found\n", 1, "the cluster's head has no `vitray` on its PATH: install it there"),
+        (None, "", 1, "Job supervisor died"),
+    ],
+)
+def test_a_failure_is_told_by_its_last_line_and_not_by_a_page(
+    code: int | None, printed: str, exit_code: int, because: str
+) -> None:
+    message = f"Job entrypoint command failed with exit code {code}, last available logs (truncated to 20,000 chars):\n{printed}"
+    info = SimpleNamespace(
+        status=SimpleNamespace(value="FAILED"),
+        driver_exit_code=code,
+        message=message if printed else because,
+        metadata={"out": "o"},
+    )
+    api = object.__new__(Api)
+    api.address, api._client = "http://head:8265", SimpleNamespace(get_job_info=lambda name: info)
+    found = api.find("one")
+    assert (found.exit_code, found.message) == (exit_code, because)
+    assert str(found).splitlines()[-1] == f"because  {because}"
 
 
 def test_an_api_that_never_answers_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ ADVICE = {
     "read": "larger shards, a store nearby, or more machines",
     "decode": "more cores for each accelerator, decode: fast (or draft for photos of many megapixels)",
     "model": "an accelerator, precision: bf16, another engine, or a smaller model",
-    "line": "seconds_by_step in OUT/_vitray/runs of a run tells what waits; larger shards and fragment_rows help",
+    "line": "seconds_by_step, which a run leaves in OUT/_vitray/runs, tells what waits; larger shards and fragment_rows help",
 }
 
 
@@ -179,11 +179,9 @@ def _alone(job: Job, images: int, seconds: float, cores: int) -> _Alone:
     facts, device = identify(job), runs_on(job)
     identify_s = time.perf_counter() - started
     dataset = Dataset(job.out, job, facts, tuple(vector_columns(job, facts)), pa.schema([]), len(sample))
-    pixels, outcomes = decode(sample, dataset.decode_spec)
-    if not len(pixels):
-        raise JobError(
-            f"none of the first {len(sample)} images can be decoded ({outcomes[0].reason}). Check `source` and the job."
-        )
+    if not any(len(decode(sample[n : n + 32], dataset.decode_spec)[0]) for n in range(0, len(sample), 32)):
+        reason = decode(sample[:1], dataset.decode_spec)[1][0].reason
+        raise JobError(f"none of the first {len(sample)} images can be decoded ({reason}). Check `source` and the job.")
     decode_core, decode_all = (_decode(dataset, sample, threads, seconds / 2) for threads in (1, cores))
     before = ceiling(facts, device)  # twice, since other work on the machine comes and goes
     model = _model(dataset, device, cores, seconds)

@@ -144,9 +144,8 @@ class Cluster:
                     return None
                 raise
         status, code = info.status.value, info.driver_exit_code
-        ended = {"SUCCEEDED": 0, "STOPPED": 143, "FAILED": code if code and 0 < code < 256 and code != NOT_FOUND else 1}.get(
-            status
-        )
+        failed = code if code and 0 < code < 256 and code != NOT_FOUND else 1
+        ended = {"SUCCEEDED": 0, "STOPPED": 143, "FAILED": failed}.get(status)
         out = (info.metadata or {}).get("out", "")
         said, _, printed = (info.message or "").partition(", last available logs")  # Ray adds a page of them
         last = printed.strip().rpartition("\n")[2]

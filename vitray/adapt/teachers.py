@@ -63,7 +63,7 @@ class Tutor:
         self.network, self.has_cls = load_network(found, scores), config.prefix_tokens > 0
         self.network.module.eval()
 
-    @torch.no_grad()  # type: ignore[untyped-decorator]
+    @torch.no_grad()  # type: ignore[untyped-decorator]  # torch is not typed here
     def __call__(self, pixels: Any) -> Any:
         """float32 [n, C] scores, or [n, D] vectors. pixels: float32 [n, 3, H, W], the student's."""
         mean, std = _channels(pixels, self.given)

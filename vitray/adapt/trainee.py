@@ -18,7 +18,7 @@ from vitray.models.loading import Network, load_trainable
 LORA_SCALE = 2  # alpha / r, as in Hu et al. 2021 and most recipes since
 
 
-class Trainee(torch.nn.Module):  # type: ignore[misc]
+class Trainee(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
     """A network under training: images -> (logits, own vectors in the teacher's space or None).
 
     What learns has requires_grad; `depth` of a parameter is 0 in the embeddings, 1..L in the blocks, L + 1 behind them.

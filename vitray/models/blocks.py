@@ -87,9 +87,7 @@ _library.define("packed_linear(Tensor x, int number, int outputs) -> Tensor")
 _library.impl("packed_linear", lambda x, number, outputs: _packed[number].multiply(x), "CPU")
 
 
-@torch.library.register_fake("vitray::packed_linear")  # type: ignore[untyped-decorator]
-def _(x: Any, number: int, outputs: int) -> Any:
-    return x.new_empty(*x.shape[:-1], outputs)
+torch.library.register_fake("vitray::packed_linear", lambda x, number, outputs: x.new_empty(*x.shape[:-1], outputs))
 
 
 class PackedLinear(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
@@ -121,7 +119,7 @@ class _Here(threading.local):
     context: Any = None
 
 
-class Attention(torch.nn.Module):  # type: ignore[misc]
+class Attention(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
     """One block's self-attention: two projections instead of three; queries of the first tokens only where there is a context."""
 
     def __init__(self, plain: Any, scale: float) -> None:

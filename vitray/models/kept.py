@@ -18,6 +18,7 @@ from vitray.models.checkpoint import cache_directory
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 _UNFINISHED, _LOCK = "unfinished-", "lock"
+_ours: set[str] = set()  # set by an earlier block of this process, not by the user
 log = logging.getLogger(__name__)
 
 
@@ -30,8 +31,8 @@ def graphs_kept() -> Iterator[str]:
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     given = os.environ.get(CACHE)
-    if given not in (None, default_cache_dir()):  # the default is in /tmp, where others may write
-        yield str(given)
+    if given is not None and given not in (default_cache_dir(), *_ours):
+        yield given
         return
     with ExitStack() as stack:
         try:
@@ -40,11 +41,9 @@ def graphs_kept() -> Iterator[str]:
         except OSError as error:
             log.warning("what torch compiles is not kept for the next start: %s. Set XDG_CACHE_HOME to another place.", error)
             path = stack.enter_context(tempfile.TemporaryDirectory(prefix="vitray-compiled-", ignore_cleanup_errors=True))
-        os.environ[CACHE] = path
-        try:
-            yield path
-        finally:
-            os.environ.pop(CACHE)
+        _ours.add(path)
+        os.environ[CACHE] = path  # for good: torch's default is in /tmp, where others may write
+        yield path
 
 
 def _private() -> str:

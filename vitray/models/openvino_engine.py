@@ -12,7 +12,7 @@ from vitray.errors import ModelError
 from vitray.models.graph import Run, without_warnings
 
 # OpenVINO and NNCF report their use, and write an id into the home directory, without being asked; without this module they cannot
-sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None bars an import: see importlib
 import openvino  # noqa: E402
 
 HINTS = {"bf16": "bf16", "fp32": "f32"}

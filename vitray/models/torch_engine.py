@@ -78,20 +78,16 @@ class TorchModel:
         # slower fused kernel.
         on_cpu = {"freezing": not packed, "use_joint_graph_passes": False} if self._device.type == "cpu" else {}
         # Dynamo counts compilations by code, for all models of a process; a ladder is all that one model ever asks for
-        settings = torch._inductor.config.patch(on_cpu), torch._dynamo.config.patch(recompile_limit=256)
-        place = ""
+        of_a_ladder = {"recompile_limit": 256}
         try:
-            with graphs_kept() as place, settings[0], settings[1]:
+            with graphs_kept() as place, torch._inductor.config.patch(on_cpu), torch._dynamo.config.patch(of_a_ladder):
                 for size in self._compiled:
                     if self._run_if_it_fits(np.zeros((size, *self._facts.pixels.shape, 3), np.uint8), size) is None:
                         self._step_down(self._sizes)
         except TorchDynamoException as error:
             reason = " ".join(str(error).split())[:200]
-            log.warning(
-                "%s runs uncompiled, torch.compile failed: %s. It needs g++, and room in %s, whose contents the next start compiles anew; or set "
-                "compile: off",
-                *(self._facts.model, reason, place),
-            )
+            needs = f"It needs g++, and room in {place}, whose contents the next start compiles anew; or set compile: off"
+            log.warning("%s runs uncompiled, torch.compile failed: %s. %s", self._facts.model, reason, needs)
             self._sizes, self._compiled = (self._facts.batch_size,), {}
 
     def predict(self, pixels: Any) -> Predictions:

@@ -129,7 +129,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 def reads(pattern: str, out: str) -> bool:
     """Whether a URL, glob or prefix names what a run writes into `out`, be it by a link."""
-    if is_local(pattern):
+    if is_local(pattern) and is_local(out):
         pattern, out = os.path.realpath(pattern), os.path.realpath(out)
     written = f"{out}/data/x.parquet"
     return written.startswith(f"{pattern}/") or bool(_WILD.search(pattern) and re.match(glob_translate(pattern), written))
