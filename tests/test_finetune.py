@@ -31,11 +31,13 @@ from vitray.adapt.examples import gather, is_held_out
 from vitray.adapt.finetuning import Study, finetune
 from vitray.adapt.probe import fit_probe
 from vitray.adapt.recipe import Recipe, load_recipe
+from vitray.adapt.shrinking import shrink
 from vitray.adapt.teachers import Teaching, Tutor, normalised
 from vitray.adapt.trainee import groups, prepare, rate_at
 from vitray.decode import load_decoders
 from vitray.errors import ClusterError, FingerprintError, JobError, ModelError, StorageError
 from vitray.models import checkpoint
+from vitray.models.exported import hash_model
 from vitray.models.head import read_head
 from vitray.schema import PixelSpec
 from vitray.storage import read, store_for
@@ -117,7 +119,7 @@ def test_metrics_events_card_and_page_tell_the_same(trained: str) -> None:
     card, page = Path(trained, "README.md").read_text(), Path(trained, "report.html").read_text()
     assert f"| accuracy | {result['figures']['validation_accuracy']:.4f} |" in card and trained not in card
     assert f"{100 * result['figures']['validation_accuracy']:.2f}%" in page and "data:image/jpeg;base64," in page
-    assert not os.path.exists(f"{trained}/_vitray/images")
+    assert not os.path.exists(f"{trained}/_vitray/images") and result["out"] == ""  # not a path of this machine
 
 
 def test_hostile_class_names_stay_inert(small: dict[str, object], tmp_path: Path) -> None:
@@ -526,8 +528,8 @@ def test_precision_bf16_and_class_weights_train(small: dict[str, object], tmp_pa
 # ---------------------------------------------------------------- probes and teachers
 
 
-def embedded(model: str, source: object, out: Path | str, **more: object) -> str:
-    job = vitray.Job(source=source, model=model, out=str(out), keep=["cls"], precision="fp32", engine="torch", **more)
+def embedded(model: str, source: object, out: Path | str, engine: str = "torch", **more: object) -> str:
+    job = vitray.Job(source=source, model=model, out=str(out), keep=["cls"], precision="fp32", engine=engine, **more)
     vitray.run(job)
     return job.out
 
@@ -670,7 +672,12 @@ def test_pseudo_labels_are_the_models_own(trained: str, small: dict[str, object]
         ({"label": "txt"}, JobError, "200 images have no label .txt., such as"),
         ({"label": "json", "label_field": "digits"}, JobError, "200 images have no label .json, field digits., such as"),
         ({"classes": ["0", "1", "2"]}, JobError, "140 labels are not among the 3 classes, such as"),
-        ({"label_table": "nowhere.csv", "label": "x"}, StorageError, "nowhere.csv does not exist"),
+        (
+            {"label_table": "nowhere.csv", "label": "x"},
+            JobError,
+            r"label_table nowhere.csv is not there\. Correct `label_table`\.",
+        ),
+        ({"clip": float("inf")}, JobError, "`clip`: Input should be a finite number"),
         ({"workers": 64, "batch_size": 640, "accumulate": 10}, JobError, "images are too few for 640 parts"),
         ({"validation": 1e-9}, JobError, "no image fell into the held-out share"),
         ({"init": "weights"}, ModelError, "holds no model.safetensors"),
@@ -700,6 +707,58 @@ def test_a_label_that_a_table_lacks_is_told_with_the_place_it_was_looked_for(sma
         in said
     )
     assert said.endswith("Correct `label`, `label_table` or `table_key`, or set unlabelled: skip.")
+
+
+def test_a_table_with_two_labels_of_one_image_or_one_of_two_images_is_refused(small: dict[str, object], tmp_path: Path) -> None:
+    root = digits.folders(tmp_path / "in", digits.few(5, [0, 1]))
+    names = sorted(os.listdir(f"{root}/0"))
+    table, out = tmp_path / "labels.csv", str(tmp_path / "out")
+    fields = {**small, "source": root, "label": "digit", "label_table": str(table), "out": out}
+    whole = ["key,digit", *(f"0/{name},0" for name in names)]
+    table.write_text("\n".join([*whole, f"0/{names[1]},0", f"0/{names[2]},1"]))
+    with pytest.raises(JobError, match=rf"labels\.csv gives 0/{names[2]} two labels, 0 and 1\. Keep one of them\.$"):
+        finetune(Recipe(**fields))
+    os.rename(f"{root}/1/{sorted(os.listdir(f'{root}/1'))[0]}", f"{root}/1/{names[0]}")
+    table.write_text(
+        "\n".join(["key,digit", *(f"{name},0" for folder in "01" for name in sorted(os.listdir(f"{root}/{folder}")))])
+    )
+    with pytest.raises(JobError, match=rf"names {names[0]}, which may be 0/{names[0]} or 1/{names[0]}\. Write the keys with"):
+        finetune(Recipe(**fields))
+    assert not os.path.exists(out)
+
+
+def test_a_directory_of_something_else_is_never_written_into(trained: str, small: dict[str, object], tmp_path: Path) -> None:
+    """Of a model the weights would be gone, of one's own folder the README."""
+    shutil.copytree(trained, model := tmp_path / "model", ignore=shutil.ignore_patterns("_vitray"))
+    dataset = embedded(trained, small["source"], tmp_path / "dataset")
+    (tmp_path / "own" / "photos").mkdir(parents=True)
+    (tmp_path / "own" / "photos" / "README.md").write_text("mine")
+    for out, named in ((str(model), "README.md"), (dataset, "_SUCCESS.json"), (str(tmp_path / "own"), "photos/README.md")):
+        before = {path: path.read_bytes() for path in Path(out).rglob("*") if path.is_file()}
+        with pytest.raises(FingerprintError, match=rf"{out} holds what no training wrote, such as {named}\. Choose an empty"):
+            finetune(Recipe(**{**small, "model": str(model), "out": out}))
+        assert {path: path.read_bytes() for path in Path(out).rglob("*") if path.is_file()} == before
+    begun = tmp_path / "begun" / "_vitray" / "images"  # what a training that was killed while it decoded leaves
+    begun.mkdir(parents=True)
+    (begun / "x.lock").touch()
+    (begun.parent / "probe-1").touch()
+    assert finetune(Recipe(**{**small, "epochs": 1, "out": str(tmp_path / "begun")})).epochs == 1
+
+
+def test_an_export_is_no_model_to_train_but_its_embeddings_are_enough_for_a_probe(
+    trained: str, small: dict[str, object], tmp_path: Path
+) -> None:
+    export = str(tmp_path / "export")
+    shrink(vitray.Job(source=small["source"], model=trained, out="o"), "onnx", "", export)
+    for field in ("model", "teacher_model"):
+        with pytest.raises(
+            ModelError, match=rf"{export} is an export \(onnx\), which cannot be trained\. Give {Path(trained).name}"
+        ):
+            finetune(Recipe(**{**small, field: export, "out": str(tmp_path / "out")}))
+    dataset = embedded(export, small["source"], tmp_path / "dataset", engine="auto")
+    result = finetune(Recipe(train="probe", dataset=dataset, label="cls", validation=0.2, out=str(tmp_path / "probe")))
+    assert not result.model and result.figures["validation_accuracy"] > 0.3
+    assert read_head(str(tmp_path / "probe")).weights_sha256 == hash_model(checkpoint.locate(export, None))
 
 
 def test_a_place_inside_what_is_read_is_refused(trained: str, small: dict[str, object], tmp_path: Path) -> None:

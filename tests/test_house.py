@@ -73,9 +73,9 @@ NEVER_TRUE = {"trust_remote_code", "shell", "allow_pickle"}
 FILE_LINES = 400
 BUDGET = {
     "core": 4930,
-    "models": 1950,
+    "models": 1960,
     "operating": 2515,
-    "adapting": 1965,
+    "adapting": 2005,
 }  # lines of code; the contract says 3,000 for core: see DECISIONS.md
 ADAPTING = ("adapt", "relabelling")
 FLOOR_OF = {"cli/operating.py": "operating", "cli/adapting.py": "adapt", "pages/__init__.py": "operating"}

@@ -10,9 +10,12 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -22,13 +25,16 @@ import vitray
 from vitray.adapt import graphs, judging
 from vitray.adapt.shrinking import Shrunk, shrink
 from vitray.cli import main
-from vitray.decode import load_decoders
+from vitray.dataset import Dataset
+from vitray.decode import decode, load_decoders
 from vitray.errors import Disagreement, JobError, ModelError, SourceError, StorageError
 from vitray.job import Embedding, Job
 from vitray.models import Predictions, engines, identify, onnx_engine, shapes
 from vitray.models.answers import best
 from vitray.models.checkpoint import locate
-from vitray.models.exported import read_export
+from vitray.models.exported import read_export, seal
+from vitray.models.head import Head, write_head
+from vitray.schema import Encoded
 
 FLOATS = ("onnx", "openvino", "torch-export")
 SMALL = [(to, how) for to in ("onnx", "openvino") for how in graphs.QUANTISED]
@@ -233,11 +239,35 @@ def test_a_graph_that_changed_is_not_opened(small: tuple[str, Shrunk], photos: s
             identify(job)
 
 
+def test_labels_of_an_export_that_were_touched_are_refused(small: tuple[str, Shrunk], photos: str, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(small[0], copy)
+    said = json.loads((copy / "vitray_export.json").read_text())
+    for labels in (said["labels"][::-1], said["labels"][:-1]):
+        (copy / "vitray_export.json").write_text(json.dumps(said | {"labels": labels}))
+        with pytest.raises(ModelError, match=r"is not one that vitray wrote \(it was changed\)\. Export the model again"):
+            identify(asked(str(copy), photos))
+
+
+@pytest.mark.parametrize("to", ["onnx", "openvino"])
+def test_a_head_goes_into_the_graph(to: str, tmp_path: Path, shapes_model: str, photos: str) -> None:
+    values = np.random.default_rng(3).normal(size=(3, 64)).astype(np.float32)
+    weights = identify(job_for(shapes_model)).weights_sha256
+    write_head(str(tmp_path), Head(("a", "b", "c"), values, values[:, 0], None, "cls", False, "m", weights))
+    into = str(tmp_path / "x")
+    made = shrink(asked(shapes_model, photos, embeddings=[], head=str(tmp_path), precision="fp32"), to, "", into)
+    assert made.judgement.agreement == 1.0 and made.judgement.error is not None and made.judgement.error < 1e-3
+    expected = run(job_for(shapes_model, top_k=3, head=str(tmp_path)), UNSEEN[0])
+    found = run(job_for(into, top_k=3, engine="auto"), UNSEEN[0])
+    np.testing.assert_array_equal(found.ids, expected.ids)
+    np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-3, atol=1e-6)
+
+
 def test_graph_files_are_named_by_us_and_lie_in_the_directory(small: tuple[str, Shrunk], tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(small[0], copy)
     said = json.loads((copy / "vitray_export.json").read_text())
-    (copy / "vitray_export.json").write_text(json.dumps(said | {"graph": {"../secret.onnx": "0" * 64}}))
+    (copy / "vitray_export.json").write_text(json.dumps(seal(said | {"graph": {"../secret.onnx": "0" * 64}})))
     with pytest.raises(ModelError, match=r"is not one that vitray wrote \(graph files \.\./secret\.onnx\)"):
         read_export(locate(str(copy), None))
 
@@ -263,10 +293,21 @@ def test_a_torch_export_is_opened_by_its_safetensors_and_never_by_its_archive(
 ) -> None:
     into = str(tmp_path / "x")
     shrink(asked(shapes_model, photos), "torch-export", "", into)
+    with zipfile.ZipFile(f"{into}/model.pt2") as archive:
+        said = b"".join(archive.read(name) for name in archive.namelist())
+    assert b"site-packages" not in said and os.path.dirname(vitray.__file__).encode() not in said  # no path of this machine
     Path(into, "model.pt2").write_bytes(b"would be unpickled")
     job = job_for(into, engine="torch", embeddings=[Embedding(layer=1)])
     assert identify(job).weights_sha256 == identify(job.model_copy(update={"model": shapes_model})).weights_sha256
     assert np.array_equal(run(job, UNSEEN[0]).ids, run(job.model_copy(update={"model": shapes_model}), UNSEEN[0]).ids)
+    facts = identify(job)
+    other = make_checkpoint(tmp_path / "other", "vit", True)
+    shutil.copy(f"{other}/model.safetensors", into)
+    for act in (lambda: identify(job), lambda: open_job(job, facts)):
+        with pytest.raises(
+            ModelError, match=r"its safetensors are not those that were exported\. Copy the whole directory again"
+        ):
+            act()
 
 
 # ---------------------------------------------------------------- the judgement
@@ -329,6 +370,33 @@ def test_calibration_and_judgement_share_no_image_and_copies_count_once(tmp_path
     with tarfile.open(tmp_path / "t.tar", "w") as tar:
         tar.add(photos, ".")
     assert len(judging.sample(asked(shapes_model, f"{tmp_path}/t.tar"), facts, calibrates=False).judged) == 240
+
+
+@pytest.mark.parametrize("kind", ["files", "tar", "parquet"])
+def test_a_sample_of_a_shard_in_which_classes_lie_side_by_side_has_all_of_them(
+    tmp_path: Path, shapes_model: str, photos: str, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    paths = sorted(Path(photos).rglob("*.png"))
+    source = str(tmp_path / f"shard.{kind}")
+    if kind == "files":
+        source = photos
+    elif kind == "tar":
+        with tarfile.open(source, "w") as tar:
+            for n, path in enumerate(paths):
+                tar.add(path, f"{n:04d}.png")
+    else:
+        pq.write_table(pa.table({"image": [path.read_bytes() for path in paths]}), source)
+    monkeypatch.setattr(judging, "JUDGED", 90)
+    monkeypatch.setattr(judging, "CALIBRATION", 60)
+    job = asked(shapes_model, source)
+    facts = identify(job.model_copy(update={"engine": "torch"}))
+    spec = Dataset("o", job, facts, (), pa.schema([]), 1).decode_spec
+    kinds = {decode([Encoded(0, path.name, "", path.read_bytes())], spec)[0][0].tobytes(): path.parent.name for path in paths}
+    found = judging.sample(job, facts, calibrates=True)
+    assert (len(found.calibration), len(found.judged)) == (75, 75)
+    for images in (found.calibration, found.judged):
+        counts = Counter(kinds[image.tobytes()] for image in images)
+        assert len(counts) == 6 and min(counts.values()) >= 5
 
 
 # ---------------------------------------------------------------- bad input

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
 import vitray
+from vitray.adapt.shrinking import shrink
 from vitray.dataset import open_dataset
 from vitray.errors import FingerprintError, JobError, ModelError
 from vitray.job import Embedding, Job, load_job
@@ -166,6 +167,21 @@ def test_other_engines_give_the_same_scores(towers: dict[str, str], stem: str, e
     found = run(job_for(towers[stem], LABELS, wanted, engine=engine), noise(IMAGES))
     np.testing.assert_allclose(by_label(found), by_label(torch_says), atol=1e-4)
     np.testing.assert_allclose(found.vectors["embedding"], torch_says.vectors["embedding"], atol=1e-4)
+
+
+@pytest.mark.parametrize("stem", ["CLIP", "Siglip"])
+def test_an_export_has_the_words_in_its_graph(towers: dict[str, str], tmp_path: Path, stem: str) -> None:
+    for n, image in enumerate(noise(20)):
+        Image.fromarray(image).save(tmp_path / f"{n}.png")
+    fields = {"labels": LABELS, "prompts": PROMPTS, "embeddings": [Embedding(pool="mean")], "precision": "fp32", "device": "cpu"}
+    job = Job(source=str(tmp_path), out="o", model=towers[stem], **fields)
+    made = shrink(job, "onnx", "", str(tmp_path / "x"))
+    assert made.judgement.agreement == 1.0 and made.judgement.error is not None and made.judgement.error < 1e-3
+    pixels = noise(IMAGES, seed=1)
+    found = run(job_for(str(tmp_path / "x"), top_k=9, engine="auto"), pixels)
+    np.testing.assert_allclose(
+        by_label(found), by_label(run(job_for(towers[stem], LABELS, prompts=PROMPTS, top_k=9), pixels)), atol=1e-4
+    )
 
 
 @pytest.mark.nightly

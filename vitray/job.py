@@ -97,7 +97,7 @@ class Embedding(BaseModel):
 class Written(BaseModel):
     """What a person writes in a file of its own: a job, a recipe."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     def __init__(self, /, **fields: object) -> None:
         """Raises JobError, which names every field that is wrong and the nearest known one."""

@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 from vitray.adapt.recipe import Recipe
 from vitray.dataset import read, read_table, require_complete, require_outside
 from vitray.decode import decode
-from vitray.errors import JobError, StorageError, one_line
+from vitray.errors import JobError, ObjectMissing, StorageError, one_line
 from vitray.pipeline import groups_of, with_absolute_paths
 from vitray.schema import DecodeSpec, Encoded, PixelSpec, Shard, content_hash, short_hash
 from vitray.sources import kept_schema, list_shards, read_shard
@@ -169,7 +169,7 @@ class _Source:
         self.bases = [pattern.partition("*")[0].partition("{")[0].rpartition("/")[0] for pattern in self.job.source]
         self.bases += self.job.source
         self.shards = list_shards(self.job, groups_of(self.dataset.out) if self.dataset else ()).shards
-        self.table = _label_table(recipe)
+        self.table, self.by_name = _label_table(recipe), dict[str, str]()
         if self.dataset is None:
             if self.job.keep and self.shards[0].kind == "files":
                 raise JobError(
@@ -227,7 +227,8 @@ class _Source:
     def label_of(self, key: str, text: object) -> str | None:
         """The label as text; None where there is none."""
         if self.table is not None:
-            found: object = self.table.get(key, self.table.get(self.short(key), self.table.get(key.rpartition("/")[2])))
+            found: object = self.table.get(key, self.table.get(self.short(key)))
+            found = self._named(key) if found is None else found
         elif self.recipe.label_at == "folder":
             found = key.rpartition("/")[0].rpartition("/")[2]
         else:
@@ -236,6 +237,17 @@ class _Source:
             found = _field(found, self.recipe.label_field)
         said = "" if found is None else str(found).strip()
         return said or None
+
+    def _named(self, key: str) -> str | None:
+        """By the file's name alone. Raises JobError where several images have it."""
+        assert self.table is not None
+        name = key.rpartition("/")[2]
+        if name not in self.table:
+            return None
+        if (first := self.by_name.setdefault(name, key)) != key:
+            what = f"label_table {self.recipe.label_table} names {name}, which may be {self.short(first)} or {self.short(key)}"
+            raise JobError(f"{what}. Write the keys with their folders.")
+        return self.table[name]
 
 
 def _field(value: object, name: str) -> object:
@@ -247,7 +259,7 @@ def _field(value: object, name: str) -> object:
 
 
 def _label_table(recipe: Recipe) -> dict[str, str] | None:
-    """Labels by key out of label_table. Raises JobError for a column that is not there."""
+    """Labels by key out of label_table. Raises JobError for a table or a column that is not there, or two labels of one key."""
     if recipe.label_table is None:
         return None
     names = [recipe.table_key, recipe.label_at]
@@ -258,7 +270,18 @@ def _label_table(recipe: Recipe) -> dict[str, str] | None:
             rows: Iterable[dict[str, Any]] = table.to_pylist()
         else:
             rows = csv.DictReader(io.StringIO(read_object(recipe.label_table).decode("utf-8-sig")))
-        return {str(row[names[0]]): str(row[names[1]]) for row in rows if row[names[1]] is not None}
+        labels = dict[str, str]()
+        for row in rows:
+            if row[names[1]] is None:
+                continue
+            key, label = str(row[names[0]]), str(row[names[1]])
+            if labels.setdefault(key, label) != label:
+                raise JobError(
+                    f"label_table {recipe.label_table} gives {key} two labels, {labels[key]} and {label}. Keep one of them."
+                )
+        return labels
+    except ObjectMissing as error:
+        raise JobError(f"label_table {recipe.label_table} is not there. Correct `label_table`.") from error
     except (KeyError, ValueError, pa.ArrowException, csv.Error) as error:
         what = f"label_table {recipe.label_table} cannot be read as CSV or Parquet with the columns {' and '.join(names)}"
         raise JobError(f"{what} ({one_line(error)}). Correct `label_table`, `table_key` or `label`.") from error

@@ -25,9 +25,10 @@ from vitray.adapt.recipe import Recipe
 from vitray.dataset import Dataset, choose_vector, matrix_of, require_complete
 from vitray.errors import FingerprintError, JobError, ModelError, ObjectMissing
 from vitray.models import checkpoint
+from vitray.models.exported import hash_model, read_graph
 from vitray.models.pixels import read_pixels
 from vitray.schema import short_hash
-from vitray.storage import absolute, exists, join, probe, read, store_for
+from vitray.storage import SCRATCH, absolute, exists, join, probe, read, store_for
 
 Tell = Callable[[dict[str, float]], None]
 
@@ -60,23 +61,24 @@ def finetune(recipe: Recipe, tell: Tell = lambda record: None, address: str | No
     """Train what is missing and write OUT. tell: gets a record an epoch.
 
     address, allow_open: of Ray, where there are several workers. Raises JobError for a recipe that does not fit its data or model,
-    FingerprintError when OUT was begun with another recipe or other data, StorageError.
+    FingerprintError when OUT was begun with another recipe or other data or holds what no training wrote, StorageError.
     """
     with _alone(recipe.out):
         try:
             done = json.loads(read(_url(recipe, "result.json")))
         except ObjectMissing:
+            _require_own(recipe)
             probe(recipe.out)
         else:
             _require_same(recipe, {})
-            return Result(**done)
+            return Result(**{**done, "out": absolute(recipe.out)})
         try:
             result = _probe(recipe) if recipe.train == "probe" else _train(recipe, tell, address, allow_open)
         except JobError:
             if not exists(_url(recipe, "training.json")):  # refused before anything was begun
                 examples.forget(recipe.out)
             raise
-        store_for(recipe.out).replace(_url(recipe, "result.json"), json.dumps(vars(result), indent=1).encode())
+        store_for(recipe.out).replace(_url(recipe, "result.json"), json.dumps({**vars(result), "out": ""}, indent=1).encode())
         checkpoints.sweep(_url(recipe, "state"))
         examples.forget(recipe.out)
         return result
@@ -122,7 +124,7 @@ def _probe(recipe: Recipe) -> Result:
     vector = choose_vector(dataset, recipe.column)
     rows, column = examples.label_rows(recipe, vector.column)
     found = checkpoint.locate(recipe.model or dataset.facts.model, recipe.revision if recipe.model else dataset.facts.revision)
-    if (weights := checkpoint.hash_weights(found)) != dataset.facts.weights_sha256:
+    if (weights := hash_model(found)) != dataset.facts.weights_sha256:
         what = f"{found.model} is not the model of {dataset.out}: its weights are others"
         raise ModelError(f"{what}. Leave `model` out, or make a new dataset.")
     examples.require_labels(recipe, rows)
@@ -162,13 +164,13 @@ class Study:
 
     @classmethod
     def of(cls, recipe: Recipe) -> Study:
-        found = checkpoint.locate(str(recipe.model), recipe.revision)
+        found = _checkpoint(str(recipe.model), recipe.revision)
         config = checkpoint.read_config(found)
         scratch = recipe.init == "scratch"
         weights = json.dumps(config.hf.to_diff_dict(), sort_keys=True, default=str) if scratch else checkpoint.hash_weights(found)
         pixels = read_pixels(found, config)
         teacher = require_complete(recipe.teacher) if recipe.teacher else None
-        tutor = checkpoint.locate(recipe.teacher_model, None) if recipe.teacher_model else None
+        tutor = _checkpoint(recipe.teacher_model, None) if recipe.teacher_model else None
         material = examples.gather(recipe, pixels, _taught(recipe, teacher, tutor), examples.work_folder(recipe.out))
         return cls(recipe, found, weights, pixels, material, teacher, tutor)
 
@@ -192,6 +194,16 @@ class Study:
         return Fitting(self.recipe, trainee, batches, self.material.held_out, team, _url(self.recipe, "state"))
 
 
+def _checkpoint(model: str, revision: str | None) -> checkpoint.Checkpoint:
+    """Raises ModelError for an export whose weights are in a graph."""
+    found = checkpoint.locate(model, revision)
+    if export := read_graph(found):
+        raise ModelError(
+            f"{model} is an export ({export.to}), which cannot be trained. Give {export.source}, of which it was made."
+        )
+    return found
+
+
 def _taught(recipe: Recipe, teacher: Dataset | None, tutor: checkpoint.Checkpoint | None) -> tuple[str, ...]:
     """The classes whose scores are learnt of a teacher. Raises JobError where it has none, or scores that are no distribution."""
     if recipe.distill == "embedding":
@@ -211,8 +223,8 @@ def _taught(recipe: Recipe, teacher: Dataset | None, tutor: checkpoint.Checkpoin
 
 
 def _with_head(recipe: Recipe, found: checkpoint.Checkpoint, head: Any, family: str) -> Any | None:
-    """The whole module where its own head reads what the probe does, CLS after the final LayerNorm; else None."""
-    if family not in ("vit", "deit") or (head.layer, head.pool, head.normalize) != (None, "cls", False):
+    """The whole module where its own head reads what the probe does, CLS after the final LayerNorm; else, and of an export, None."""
+    if family not in ("vit", "deit") or (head.layer, head.pool, head.normalize) != (None, "cls", False) or read_graph(found):
         return None
     import torch
 
@@ -223,6 +235,19 @@ def _with_head(recipe: Recipe, found: checkpoint.Checkpoint, head: Any, family: 
         module.classifier.weight.copy_(torch.from_numpy(head.weight))
         module.classifier.bias.copy_(torch.from_numpy(head.bias))
     return module
+
+
+def _require_own(recipe: Recipe) -> None:
+    """Raises FingerprintError when OUT holds anything but what a killed training leaves before it has begun, such as a model."""
+    out = absolute(recipe.out)
+    if exists(_url(recipe, "training.json")):
+        return
+    try:
+        there = [info.url.removeprefix(f"{out}/") for info in store_for(out).find(out)]
+    except ObjectMissing:
+        return
+    if foreign := [name for name in there if not name.startswith(("_vitray/images/", f"_vitray/{SCRATCH}"))]:
+        raise FingerprintError(f"{out} holds what no training wrote, such as {foreign[0]}. Choose an empty directory as `out`.")
 
 
 def _require_same(recipe: Recipe, more: dict[str, object]) -> None:

@@ -205,8 +205,10 @@ def _torch_export(source: Source, how: str, folder: Path) -> None:
     """model.pt2 for others; a copy of the weights beside it is what vitray opens: see SECURITY.md."""
     import torch
 
-    archive = io.BytesIO()  # torch's own writer ends the process when the disk is full
-    torch.export.save(source.program(), archive)
+    program, archive = source.program(), io.BytesIO()  # torch's own writer ends the process when the disk is full
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths of this machine
+    torch.export.save(program, archive)
     (folder / "model.pt2").write_bytes(archive.getbuffer())
     for path in weight_files(source.found):
         shutil.copy(path, folder)

@@ -7,7 +7,6 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +17,7 @@ from vitray.errors import SourceError
 from vitray.job import Job
 from vitray.models import Model, Predictions
 from vitray.schema import Encoded, ModelFacts, content_hash
-from vitray.sources import chosen, list_shards, read_shard
+from vitray.sources import chosen, estimate_images, list_shards, read_shard
 
 CALIBRATION, JUDGED = 300, 500  # images at most; NNCF's own default is 300
 ENOUGH = 64  # from so many images on none is used for both
@@ -71,7 +70,8 @@ class Judgement:
         used = "" if self.apart else ", the same that it was calibrated on: give more than 64 to tell them apart"
         if self.calibrated_on and self.apart:
             used = f", none of the {self.calibrated_on} that it was calibrated on"
-        found = [("judged on", f"{self.images} images{used}")]
+        compared = self.agreement is not None or self.cosine is not None
+        found = [("judged on", f"{self.images} images{used}")] if compared else []
         if self.agreement is not None:
             found.append(("same label", f"{self.agreement:.2%}"))
         if self.top5 is not None:
@@ -80,7 +80,7 @@ class Judgement:
             found.append(("cosine of embeddings", f"{self.cosine:.5f} in the mean, {self.least_cosine:.5f} at least"))
         if self.error is not None:
             found.append(("relative error in fp32", f"{self.error:.1e} at most"))
-        if self.agreement is None and self.cosine is None:
+        if not compared:
             found.append(("answers", "not compared: this format does not run here"))
         found.append(("size", f"{self.megabytes:.2f} MB, {self.ratio:.3f} of the original"))
         if self.speed is not None:
@@ -113,24 +113,24 @@ def sample(job: Job, facts: ModelFacts, calibrates: bool) -> Sample:
         return Sample(images[:0], images, True)
     if len(images) < ENOUGH:
         return Sample(images, images, False)
-    every = max(2, round(len(images) / CALIBRATION))  # the calibration images lie among the others
-    lot = np.arange(len(images)) % every == 0
-    return Sample(images[lot], images[~lot], True)
+    lot = _drawn(len(images), len(images) // max(2, round(len(images) / CALIBRATION)))
+    return Sample(images[lot], np.delete(images, lot, 0), True)
 
 
 def _encoded(job: Job, most: int) -> Iterator[Encoded]:
-    """About so many, as many of one shard as of another; where a shard says how many it holds they are spread over it."""
+    """About so many, as many of one shard as of another, from anywhere in it: classes lie side by side, or take turns."""
     shards = chosen(list_shards(job, []).shards, job)
     shards = shards[:: max(1, len(shards) // SHARDS)]
     each = -(-most // max(1, len(shards)))
     for shard in shards:
-        every = max(1, (shard.rows or 0) // each)
-        items = read_shard(shard, job, partial(_is_one_of, every))
-        yield from itertools.islice((item for item in items if isinstance(item, Encoded)), each)
+        rows = estimate_images([shard], job)[0] or each
+        items = read_shard(shard, job, set(_drawn(rows, min(each, rows)).tolist()).__contains__)
+        yield from (item for item in items if isinstance(item, Encoded))
 
 
-def _is_one_of(every: int, index: int) -> bool:
-    return index % every == 0
+def _drawn(among: int, many: int) -> np.ndarray:
+    """Places drawn at random, in order, the same ones each time."""
+    return np.sort(np.random.default_rng(0).choice(among, many, replace=False))
 
 
 def answers(expected: Predictions, found: Predictions) -> dict[str, float | None]:

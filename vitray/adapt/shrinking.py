@@ -20,7 +20,7 @@ from vitray.errors import Disagreement, JobError, ModelError
 from vitray.job import Job
 from vitray.models import Model, identify, open_model, torch_threads_kept, vector_columns
 from vitray.models.checkpoint import EXPORT, locate, weight_files
-from vitray.models.exported import FORMAT, read_export
+from vitray.models.exported import FORMAT, read_export, seal
 from vitray.models.machine import cores
 from vitray.models.pixels import FILES
 from vitray.schema import ModelFacts, VectorColumn
@@ -121,7 +121,7 @@ def _describe(source: graphs.Source, to: str, how: str, folder: Path) -> None:
         "graph": digests,
         "versions": {"vitray": __version__} | {name: version(name) for name in ("torch", "transformers", *PACKAGES[to], *nncf)},
     }
-    (folder / EXPORT).write_text(json.dumps(said, indent=1))
+    (folder / EXPORT).write_text(json.dumps(seal(said), indent=1))
     for name in ("config.json", *FILES):
         path = os.path.join(source.found.directory, name)
         if os.path.isfile(path):
@@ -144,7 +144,8 @@ def _judge(job: Job, source: graphs.Source, images: Sample, to: str, folder: Pat
         mine, precision = facts, "fp32"
         exported = exact = graphs.run_program(source)
     else:
-        mine = identify(job.model_copy(update={"model": str(folder), "revision": None, "engine": "auto"}))
+        own = {"labels": job.labelled, "head": None}  # words and a head are in the graph by now
+        mine = identify(job.model_copy(update={"model": str(folder), "revision": None, "engine": "auto", **own}))
         precision = mine.precision
         exported = opened(mine, precision, len(facts.labels))
         exact = exported if precision == "fp32" else opened(mine, "fp32", len(facts.labels))
@@ -160,7 +161,7 @@ def _judge(job: Job, source: graphs.Source, images: Sample, to: str, folder: Pat
 def _sign(folder: Path, source: graphs.Source, done: Shrunk) -> None:
     """The judgement into vitray_export.json, and the model card."""
     said = json.loads((folder / EXPORT).read_text())
-    (folder / EXPORT).write_text(json.dumps(said | {"judgement": asdict(done.judgement)}, indent=1))
+    (folder / EXPORT).write_text(json.dumps(seal(said | {"judgement": asdict(done.judgement)}), indent=1))
     base = f"base_model: {done.model}\n" if source.facts.revision else ""
     use = "It is for apps on Apple's devices." if done.to == "coreml" else "It is a `model:` of vitray, with `engine: auto`."
     name, (height, width) = re.sub(r"[^\w./ -]", "_", done.model), source.facts.pixels.shape  # no markup

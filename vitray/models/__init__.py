@@ -61,7 +61,7 @@ def identify(job: Job) -> ModelFacts:
     facts = ModelFacts(
         model=found.model,
         revision=found.revision,
-        weights_sha256=exported.hash_graph(found, graph) if graph else checkpoint.hash_weights(found),
+        weights_sha256=exported.hash_model(found),
         family=config.family,
         labels=(),
         multi_label=graph.multi_label if graph else config.multi_label,
@@ -191,8 +191,7 @@ def open_model(
         raise ModelError(f"{facts.model} was identified without labels; identify it again with labels: true")
     found = checkpoint.locate(facts.model, facts.revision)
     graph = exported.read_graph(found)
-    weights = exported.hash_graph(found, graph) if graph else checkpoint.hash_weights(found)
-    if weights != facts.weights_sha256:
+    if (weights := exported.hash_model(found)) != facts.weights_sha256:
         raise ModelError(
             f"{facts.model}: the weights changed (sha256 {facts.weights_sha256[:12]}… planned, {weights[:12]}… found). "
             "Put the old weights back, or choose another `out`."

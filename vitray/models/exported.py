@@ -6,29 +6,30 @@ vitray_export.json says what the directory is; config.json and the image process
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vitray.errors import ModelError
 from vitray.job import Job
-from vitray.models.checkpoint import EXPORT, GRAPH_FILES, Checkpoint, read_json
+from vitray.models.checkpoint import EXPORT, GRAPH_FILES, Checkpoint, hash_weights, read_json
 from vitray.schema import ModelFacts, VectorColumn
 
 if TYPE_CHECKING:
     from vitray.models.graph import GraphModel
 
-FORMAT = 1
+FORMAT = 2
 ENGINES = ("onnx", "openvino")  # those of which the graph is what vitray computes with
 NEEDED = {"onnx": {"model.onnx"}, "openvino": {"openvino_model.xml", "openvino_model.bin"}}
 
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """to, how: what --to and the quantisation said. source: the model that it was made from.
+    """to, how: what --to and the quantisation said. source: the model that it was made from; weights: sha256 of its safetensors.
 
     labels: the class names, in the order of the scores that are the graph's first result; empty where it gives none.
     multi_label: whether those scores are sigmoids. vectors: (layer, pool) of the results that follow, each
@@ -38,6 +39,7 @@ class Exported:
     to: str
     how: str
     source: str
+    weights: str
     labels: tuple[str, ...]
     multi_label: bool
     vectors: tuple[tuple[int | None, str], ...]
@@ -55,14 +57,23 @@ def read_export(found: Checkpoint) -> Exported | None:
     try:
         if said["format"] != FORMAT:
             raise ValueError(f"format {said['format']}, this vitray knows {FORMAT}")
+        if said != seal(said):
+            raise ValueError("it was changed")
         vectors = tuple((None if v["layer"] == "last" else int(v["layer"]), str(v["pool"])) for v in said["vectors"])
         graph = {str(name): str(digest) for name, digest in said["graph"].items()}
         if said["to"] in ENGINES and not NEEDED[said["to"]] <= graph.keys() <= set(GRAPH_FILES):
             raise ValueError(f"graph files {', '.join(graph)}")
         labels = tuple(map(str, said["labels"])), bool(said["multi_label"])
-        return Exported(str(said["to"]), str(said["quantisation"]), str(said["source"]), *labels, vectors, graph)
+        source = str(said["source"]), str(said["source_weights_sha256"])
+        return Exported(str(said["to"]), str(said["quantisation"]), *source, *labels, vectors, graph)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{found.model}: {EXPORT} is not one that vitray wrote ({error}). Export the model again.") from error
+
+
+def seal(said: dict[str, Any]) -> dict[str, Any]:
+    """With the sha256 of all else that is said: a label in another place would make every answer wrong, and nothing else would tell."""
+    rest = {name: value for name, value in said.items() if name != "sha256"}
+    return rest | {"sha256": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
 
 
 def read_graph(found: Checkpoint) -> Exported | None:
@@ -110,8 +121,19 @@ def labelled(job: Job, facts: ModelFacts, export: Exported) -> ModelFacts:
     return replace(facts, labels=export.labels if job.labelled else ())
 
 
-def hash_graph(found: Checkpoint, export: Exported) -> str:
-    """sha256 over the graph's files, one after another in the order of their names. Raises ModelError where they changed."""
+def hash_model(found: Checkpoint) -> str:
+    """sha256 of what computes, an export's graph or the safetensors. Raises ModelError where an export's are not those it was made with."""
+    export = read_export(found)
+    if export is not None and export.to in ENGINES:
+        return _hash_graph(found, export)
+    weights = hash_weights(found)
+    if export is not None and export.to == "torch-export" and weights != export.weights:
+        raise ModelError(f"{found.model}: its safetensors are not those that were exported. Copy the whole directory again.")
+    return weights
+
+
+def _hash_graph(found: Checkpoint, export: Exported) -> str:
+    """One file after another in the order of their names."""
     together = hashlib.sha256()
     for name, path in zip(sorted(export.graph), export.files_in(found.directory)):
         alone = hashlib.sha256()
