@@ -1126,6 +1126,13 @@ def test_a_value_of_terabytes_or_that_holds_itself_is_one_line(vitray: Call, tmp
     assert time.monotonic() - started < 20
 
 
+def test_a_message_of_megabytes_is_shortened_in_its_middle(vitray: Call, tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(f"source: s\nmodel: m\nout: o\nlabels: [{'x' * 5_000_000}, {'x' * 5_000_000}]\n")
+    said = vitray("run", tmp_path / "job.yaml")
+    assert said.returncode == 2 and len(said.stderr) < 5000
+    assert said.stderr.startswith("JobError: the job is not valid: `labels`: label xxx") and said.stderr.endswith("xxx is there twice\n")
+
+
 @pytest.mark.parametrize("value", ["auto", "on", "off"])
 def test_on_and_off_are_words_also_where_yaml_thinks_otherwise(tmp_path: Path, value: str) -> None:
     (tmp_path / "job.yaml").write_text(f"source: s\nmodel: m\nout: o\ncompile: {value}\n")

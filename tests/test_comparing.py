@@ -46,6 +46,13 @@ def test_labels_that_moved_and_rows_of_one_alone_are_counted(two: tuple[str, str
     assert (found.sample, found.cka, found.neighbours) == (16, pytest.approx(1), 1.0)
 
 
+def test_a_long_label_leaves_its_line_readable(two: tuple[str, str]) -> None:
+    found = compare(*two)
+    move = replace(found.moves[0], old="a" * 500, examples=("k" * 500,))
+    line = str(replace(found, moves=(move,))).splitlines()[-1]
+    assert line == f"         6  {'a' * 40}…{'a' * 20} -> dog  ({'k' * 40}…{'k' * 20})"
+
+
 def test_the_command_prints_it_and_is_a_gate(two: tuple[str, str]) -> None:
     def call(*more: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

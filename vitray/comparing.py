@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vitray.dataset import data_files, matrix_of, read_table, require_dataset, shard_of
-from vitray.errors import JobError
+from vitray.errors import JobError, shortened
 from vitray.storage import absolute, store_for
 
 SAMPLE = 2000  # vectors that drift is measured on
@@ -22,6 +22,7 @@ NEIGHBOURS = 10
 MOVES = 20  # pairs of labels that are told
 EXAMPLES = 6  # rows named of each: six pictures fill a line of the page
 TOLD = 3  # of these as text
+WIDTH = 60  # characters of a label or key
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,9 @@ class Comparison:
             lines.append(
                 f"embeddings         CKA {self.cka:.4f}, {self.neighbours:.1%} of {NEIGHBOURS} neighbours shared, {self.sample:,} rows"
             )
-        lines += [f"  {move.images:>8,}  {move.old} -> {move.new}  ({', '.join(move.examples[:TOLD])})" for move in self.moves]
+        for move in self.moves:
+            old, new, *keys = (shortened(text, WIDTH) for text in (move.old, move.new, *move.examples[:TOLD]))
+            lines.append(f"  {move.images:>8,}  {old} -> {new}  ({', '.join(keys)})")
         return "\n".join(lines)
 
 

@@ -89,6 +89,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:400] or type(error).__name__
 
 
+def shortened(text: str, most: int) -> str:
+    """Without its middle where it is longer: keys and labels stand at a message's begin, the next step at its end."""
+    return text if len(text) <= most else f"{text[: most - most // 3]}…{text[-(most // 3) :]}"
+
+
 def count(number: int, noun: str) -> str:
     """The number and its noun, which takes an s."""
     return f"{number:,} {noun}" + "s" * (number != 1)

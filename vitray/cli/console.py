@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from vitray.costing import read_plan
+from vitray.errors import shortened
 
 if TYPE_CHECKING:
     from vitray.job import Job
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 STOP_S = 15.0
 EVERY_S = 10.0
+LINE = 4000  # characters of an error
 RUN_STAYS = "what is staged stays. Run the same command again to go on."
 _live: list[Any] = []  # the view on the terminal, while there is one
 
@@ -184,4 +186,4 @@ def _end(number: int) -> NoReturn:
 
 
 def one_line(text: str) -> str:
-    return plain(" ".join(text.split()))
+    return plain(" ".join(shortened(text, LINE).split()))
