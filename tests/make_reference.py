@@ -56,7 +56,7 @@ ERROR_COLUMNS = {
 MANIFEST_COLUMNS = {
     "shard": "id of the shard",
     "url": "its input",
-    "source_version": "etag of the input; on a local disk size and time",
+    "source_version": "etag of the input; on a local disk size and time; of a group of files a hash over theirs",
     "path": "of the data file, in the dataset",
     "etag": "of the data file; empty on a local disk",
     "size_bytes": "of the data file",

@@ -1130,7 +1130,9 @@ def test_a_message_of_megabytes_is_shortened_in_its_middle(vitray: Call, tmp_pat
     (tmp_path / "job.yaml").write_text(f"source: s\nmodel: m\nout: o\nlabels: [{'x' * 5_000_000}, {'x' * 5_000_000}]\n")
     said = vitray("run", tmp_path / "job.yaml")
     assert said.returncode == 2 and len(said.stderr) < 5000
-    assert said.stderr.startswith("JobError: the job is not valid: `labels`: label xxx") and said.stderr.endswith("xxx is there twice\n")
+    assert said.stderr.startswith("JobError: the job is not valid: `labels`: label xxx") and said.stderr.endswith(
+        "xxx is there twice\n"
+    )
 
 
 @pytest.mark.parametrize("value", ["auto", "on", "off"])

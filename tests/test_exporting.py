@@ -63,7 +63,7 @@ def test_npy_is_the_column_bit_for_bit_in_the_order_of_its_keys(tmp_path: Path, 
 
 def test_of_several_columns_npy_and_faiss_want_one(tmp_path: Path) -> None:
     dataset = made(tmp_path, more=["other"])
-    with pytest.raises(JobError, match="embedding_first, embedding_other: choose one with --column"):
+    with pytest.raises(JobError, match="embedding_first, embedding_other: choose one by `column`"):
         export(dataset.out, str(tmp_path / "into"), Wanted("npy"))
     export(dataset.out, str(tmp_path / "into"), Wanted("npy", column="embedding_other"))
     assert np.array_equal(np.load(tmp_path / "into/vectors.npy"), vectors_of(dataset, "embedding_other"))

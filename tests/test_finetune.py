@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from dataclasses import replace
@@ -538,10 +539,7 @@ def test_a_probe_reads_no_image_and_is_a_checkpoint_and_a_head(trained: str, sma
     source = tmp_path / "d.tar"
     shutil.copyfile(str(small["source"]), source)
     dataset = embedded(trained, str(source), tmp_path / "dataset")
-    # only listed: what stands in it is gone
-    status = source.stat()
-    source.write_bytes(b"\0" * status.st_size)
-    os.utime(source, ns=(status.st_atime_ns, status.st_mtime_ns))
+    source.unlink()
     out = str(tmp_path / "out")
     result = finetune(Recipe(dataset=dataset, train="probe", label="cls", validation=0.2, out=out))
     assert result.model and result.images + result.held_out == 200
@@ -677,6 +675,9 @@ def test_pseudo_labels_are_the_models_own(trained: str, small: dict[str, object]
             JobError,
             r"label_table nowhere.csv is not there\. Correct `label_table`\.",
         ),
+        ({"rank": 16}, JobError, "rank is of train: lora, and train is full"),
+        ({"last": 2}, JobError, "last is of train: last, and train is full"),
+        ({"distill": "embedding", "temperature": 3}, JobError, "distill, temperature: give `teacher` or `teacher_model`, too"),
         ({"clip": float("inf")}, JobError, "`clip`: Input should be a finite number"),
         ({"workers": 64, "batch_size": 640, "accumulate": 10}, JobError, "images are too few for 640 parts"),
         ({"validation": 1e-9}, JobError, "no image fell into the held-out share"),
@@ -722,9 +723,76 @@ def test_a_table_with_two_labels_of_one_image_or_one_of_two_images_is_refused(sm
     table.write_text(
         "\n".join(["key,digit", *(f"{name},0" for folder in "01" for name in sorted(os.listdir(f"{root}/{folder}")))])
     )
-    with pytest.raises(JobError, match=rf"names {names[0]}, which may be 0/{names[0]} or 1/{names[0]}\. Write the keys with"):
+    with pytest.raises(
+        JobError, match=rf"one row for {names[0]}, and several images are called so, such as .*/1/{names[0]}\. Write"
+    ):
         finetune(Recipe(**fields))
+    with pytest.raises(JobError, match=rf"one row for {names[0]}, and several"):  # below each of two sources it is the whole name
+        finetune(Recipe(**{**fields, "source": [f"{root}/0", f"{root}/1"]}))
+    for name in "ab":
+        digits.tar(tmp_path / f"{name}.tar", digits.few(5, [0, 1]))
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        keys = sorted({name.partition(".")[0] for name in tar.getnames()})
+    table.write_text("\n".join(["key,digit", *(f"{key},{key[0]}" for key in keys)]))
+    with pytest.raises(JobError, match=r"one row for \d/\d{4}, and several images are called so"):  # tars that share their keys
+        finetune(Recipe(**{**fields, "source": f"{tmp_path}/*.tar"}))
     assert not os.path.exists(out)
+
+
+def test_images_of_a_dataset_that_changed_since_are_missed(trained: str, small: dict[str, object], tmp_path: Path) -> None:
+    root = digits.folders(tmp_path / "in", digits.few(5, [0, 1]))
+    job = vitray.Job(source=root, model=trained, out=str(tmp_path / "dataset"), precision="fp32", engine="torch", group_size=4)
+    vitray.run(job)
+    next(Path(root).rglob("*.*")).unlink()
+    with pytest.raises(
+        JobError, match=r"4 of 10 images of .*/dataset are no longer where they were labelled: 1 of its shards changed"
+    ):
+        finetune(Recipe(**{**small, "source": [], "label": "folder", "dataset": job.out, "out": str(tmp_path / "out")}))
+
+
+def test_another_way_to_read_the_source_is_not_taken_for_the_same(small: dict[str, object], tmp_path: Path) -> None:
+    """Decoded images may outlive OUT: on S3 they are in the machine's cache."""
+    source = tmp_path / "in.parquet"
+    images, labels = digits.load()
+    names = digits.few(5, [0, 1])
+    plain, dark = ([digits.png(images[n] // k) for n in names] for k in (1, 4))
+    pq.write_table(pa.table({"one": plain, "two": dark, "label": [str(labels[n]) for n in names]}), source)
+    sums = []
+    for column in ("one", "two"):
+        fields = {**small, "source": str(source), "label": "label", "image_column": column, "out": str(tmp_path / "out")}
+        study = Study.of(Recipe(**fields))
+        sums.append(int(study.material.train.pixels.astype(np.int64).sum()))
+    assert sums[0] > 2 * sums[1]
+
+
+def test_a_training_that_another_machine_took_over_ends_and_spoils_nothing(small: dict[str, object], tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    epochs: list[float] = []
+
+    def tell(record: dict[str, float]) -> None:
+        epochs.append(record["epoch"])
+        if record["epoch"] == 2:
+            checkpoints.take(f"{out}/_vitray/state", "another")
+
+    with pytest.raises(StorageError, match=r"another command, on another machine, trains into .*/state by now"):
+        finetune(Recipe(**small, out=out), tell)
+    assert epochs == [1, 2] and not os.path.exists(f"{out}/config.json")
+    finetune(Recipe(**small, out=out))
+    whole = finetune(Recipe(**small, out=str(tmp_path / "whole")))
+    assert whole.epochs == 3 and equal(weights(out), weights(str(tmp_path / "whole")))
+
+
+def test_a_checkpoint_before_the_first_update_is_one(small: dict[str, object], tmp_path: Path) -> None:
+    """fp16 skips steps that overflow, and may begin with some."""
+    study = Study.of(Recipe(**small, out=str(tmp_path / "out")))
+    fitting = study.fitting()
+    fitting._save()
+    again = study.fitting()
+    again.scaler = torch.amp.GradScaler("cpu", enabled=True)  # begun in fp32, goes on in fp16
+    again._restore()
+    assert again.progress.step == 0 and not again.optimizer.state
+    again.run(lambda record: None)
+    assert again.progress.done
 
 
 def test_a_directory_of_something_else_is_never_written_into(trained: str, small: dict[str, object], tmp_path: Path) -> None:

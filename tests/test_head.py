@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 from conftest import new_bucket
 from PIL import Image
@@ -17,7 +19,7 @@ from test_zero_shot import by_label
 
 import vitray
 from vitray.comparing import compare
-from vitray.dataset import open_dataset
+from vitray.dataset import forget, open_dataset, shards_to_redo
 from vitray.errors import FingerprintError, JobError, ModelError
 from vitray.job import Embedding, Job
 from vitray.models import identify, open_model, vector_columns
@@ -194,6 +196,26 @@ def test_a_dataset_that_has_no_labels_gets_some_and_goes_on_after_a_kill(
     assert vitray.read(into).equals(rows) and vitray.validate(into).ok
     scores = expected_scores(np.stack(rows["embedding_raw"].to_pylist()), read_head(head))
     assert rows["label_id"].to_pylist() == scores.argmax(1).tolist()
+
+
+def test_a_shard_that_was_redone_is_relabelled_again(job: Job, vit: str, tmp_path: Path) -> None:
+    vitray.run(job)
+    head, into = make_head(tmp_path / "head", vit), f"{tmp_path}/into"
+    assert relabel(job.out, head, into).errors == 1
+    dataset = open_dataset(job.out)
+    assert dataset is not None
+    forget(dataset, shards_to_redo(dataset, [], ["not_an_image"]))
+    Image.fromarray(noise(1, seed=9)[0]).save(bad := tmp_path / "again.png")
+    status = (tmp_path / "in" / "05x.png").stat()
+    data = bad.read_bytes()
+    (tmp_path / "in" / "05x.png").write_bytes(data[: status.st_size])
+    os.utime(tmp_path / "in" / "05x.png", ns=(status.st_atime_ns, status.st_mtime_ns))  # the same shard, other bytes
+    vitray.run(job)
+    assert relabel(job.out, head, into).written == 1 and relabel(job.out, head, into).written == 0
+    reasons = vitray.validate(into, content=True)
+    assert reasons.ok
+    old, new = (pq.read_table(sorted(Path(out, "errors").iterdir())[0]) for out in (job.out, into))
+    assert old.equals(new)
 
 
 def test_what_cannot_be_relabelled_is_refused_and_writes_nothing(job: Job, vit: str, tmp_path: Path) -> None:

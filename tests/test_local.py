@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import queue
+import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -11,17 +14,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from shards import Picture, pictures, put_files, put_tars
 
 import vitray
-from vitray.dataset import Dataset, load_group_log, open_dataset, staged
+from vitray.dataset import Dataset, load_group_log, open_dataset, read_run_records, staged
 from vitray.errors import ClusterError, Interrupted, ModelError
 from vitray.pipeline.cluster import share_out
+from vitray.pipeline.line import RayLine
 from vitray.pipeline.local import LocalLine
 from vitray.pipeline.progress import Progress
 from vitray.pipeline.wave import Work, run_wave
+from vitray.planning import status
 from vitray.sources import list_shards
 
 IMAGES = 320
@@ -84,6 +90,68 @@ def dataset(inputs: Path, shapes_model: str, tmp_path: Path) -> Dataset:
 
 def line_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name == "vitray-step"]
+
+
+@pytest.mark.ray
+def test_on_a_full_cluster_the_line_waits_for_room(ray: None, dataset: Dataset) -> None:
+    import ray as rays
+
+    class Takes:
+        def answer(self) -> bool:
+            return True
+
+    taker = rays.remote(Takes).options(num_cpus=rays.cluster_resources()["CPU"]).remote()
+    assert rays.get(taker.answer.remote(), timeout=60)
+    line, arrived = RayLine(dataset, list_shards(dataset.job, []).shards[1:2], SHARES), queue.Queue[object]()
+    line.start(arrived)
+    try:
+        deadline = time.monotonic() + 60
+        while not line.is_waiting():
+            assert time.monotonic() < deadline and arrived.empty()
+            time.sleep(0.2)
+        time.sleep(3)
+        assert line.is_waiting() and arrived.empty()
+        rays.kill(taker)
+        while arrived.get(timeout=60) is not None:
+            assert not line.is_waiting()
+    finally:
+        line.close()
+
+
+def test_a_quiet_night_needs_no_accelerator(dataset: Dataset) -> None:
+    """The head of a cluster has none, and there is nothing to compute."""
+    for device in ("cuda", "xpu"):
+        result = vitray.run(dataset.job.model_copy(update={"device": device}))
+        assert (result.images, result.pending, result.exit_code) == (0, 0, 0)
+
+
+def test_what_comes_after_a_run_looks_where_it_looked(inputs: Path, dataset: Dataset, tmp_path: Path) -> None:
+    """The images moved, and the limit went."""
+    shutil.copytree(inputs, tmp_path / "moved")
+    job = dataset.job.model_copy(update={"source": [f"{tmp_path}/moved"], "limit": None})
+    vitray.run(job.model_copy(update={"limit": 2}))
+    last = open_dataset(dataset.out)
+    assert last is not None and last.job.source == job.source and last.fingerprint == dataset.fingerprint
+    checked = vitray.validate(dataset.out, inputs=True)
+    assert (checked.files, checked.gone, checked.problems) == (3, 1, ())
+    vitray.run(job, prune=True)
+    checked = vitray.validate(dataset.out, inputs=True, content=True)
+    assert checked.ok and (checked.gone, checked.pending, checked.rows) == (0, 0, IMAGES - 3)
+
+
+def test_a_first_file_of_another_type_is_set_aside_once_the_types_are_frozen(shapes_model: str, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    images = [picture.data for picture in pictures(12)]
+    pq.write_table(pa.table({"image": images, "price": list(range(12))}), tmp_path / "in" / "b.parquet")
+    job = vitray.Job(source=[f"{tmp_path}/in"], model=shapes_model, out=f"{tmp_path}/out", engine="torch", keep=["price"])
+    vitray.run(job)
+    pq.write_table(pa.table({"image": images, "price": [["a"]] * 12}), tmp_path / "in" / "a0.parquet")
+    pq.write_table(pa.table({"image": images}), tmp_path / "in" / "a1.parquet")
+    pq.write_table(pa.table({"image": images, "price": list(range(12))}), tmp_path / "in" / "c.parquet")
+    result = vitray.run(job)
+    assert result.exit_code == 3 and result.images == 12 and len(result.set_aside) == 2
+    whys = sorted(result.set_aside.values())
+    assert "those of the first shard" in whys[0] and whys[1].endswith("has no column `price`; it has image")
 
 
 def test_a_model_that_cannot_be_opened_ends_the_line_with_its_error(dataset: Dataset) -> None:
@@ -242,6 +310,9 @@ def test_a_run_that_gives_up_leaves_no_row_twice(
     monkeypatch.setattr(runner, "_complete", giving_up)
     with pytest.raises(ErrorRateExceeded):
         vitray.run(job)
+    record = read_run_records(job.out)[-1]
+    assert record["ended"] == "ErrorRateExceeded: too many" and record["host"] == socket.gethostname()
+    assert "ended      ErrorRateExceeded: too many\n" in f"{status(job.out)}\n"
     keys = [
         row["key"] for path in (tmp_path / "out" / "data").iterdir() for row in pq.read_table(path, columns=["key"]).to_pylist()
     ]

@@ -111,9 +111,9 @@ def test_a_query_that_names_nothing_is_one_clear_error(tmp_path: Path, query: Qu
 def test_of_several_vector_columns_one_is_chosen(tmp_path: Path) -> None:
     shown = noise(20)
     dataset = embedded.make(tmp_path, [shown], more=["other"])
-    with pytest.raises(JobError, match="embedding_first, embedding_other: choose one with --column"):
+    with pytest.raises(JobError, match="embedding_first, embedding_other: choose one by `column`"):
         search(dataset.out, Query(key="0/0003"))
-    with pytest.raises(JobError, match="choose one with --column"):
+    with pytest.raises(JobError, match="choose one by `column`"):
         search(dataset.out, Query(key="0/0003"), column="label")
     found = search(dataset.out, Query(key="0/0003"), column="embedding_other")
     assert found.column == "embedding_other"

@@ -422,6 +422,16 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path, shapes_model: 
         (lambda: shrink(job, "onnx", "", "s3://bucket/x"), JobError, "an export is a local folder"),
         (lambda: shrink(job, "onnx", "", "/proc/x"), StorageError, "Check the path, and that the disk has room"),
         (lambda: shrink(job, "torch-export", "int8", into), JobError, r"has no --int8: torch's own int8 \(torchao\) wants a GPU"),
+        (
+            lambda: shrink(asked(shapes_model, photos, head="h"), "torch-export", "", into),
+            JobError,
+            "keeps the checkpoint's own labels",
+        ),
+        (
+            lambda: shrink(asked(shapes_model, photos, labels=["a"]), "torch-export", "", into),
+            JobError,
+            "Use --to onnx or openvino",
+        ),
         (lambda: shrink(job, "coreml", "int8", into), JobError, "--to coreml has no --int8: .*Use --fp16"),
         (lambda: shrink(job, "tflite", "", into), JobError, "choose one of onnx, openvino, torch-export, coreml"),
         (lambda: shrink(asked(f"{tmp_path}/none", photos), "onnx", "", into), ModelError, r"holds no config\.json"),

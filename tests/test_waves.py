@@ -55,6 +55,9 @@ class DrawnLine:
 
     def stop(self) -> None: ...
 
+    def is_waiting(self) -> bool:
+        return False
+
     def is_short(self) -> bool:
         return False
 
@@ -180,6 +183,34 @@ def test_a_wave_whose_machine_is_lost_is_planned_again(
     work = complete(dataset)
     assert len(committed(dataset.out)) == shards and DrawnLine.waves == [shards] * 2
     assert work.failures == work.attempts == {}
+
+
+@pytest.mark.parametrize(("place_s", "waits"), [(60, True), (60, False), (1.5, True)])
+def test_waiting_for_room_is_said_and_is_no_standing_still(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, place_s: float, waits: bool
+) -> None:
+    class Waits(DrawnLine):
+        asked = 0
+
+        def __init__(self) -> None: ...
+
+        def start(self, arrived: queue.Queue[Receipt | Exception | None]) -> None:
+            self._arrived = arrived
+
+        def is_waiting(self) -> bool:
+            self.asked += 1
+            if self.asked == 3:
+                self._arrived.put(None)
+            return waits
+
+    monkeypatch.setattr(wave, "PLACE_S", place_s)
+    receipts = wave._receipts(Waits(), 0.5, threading.Event())
+    if (place_s, waits) == (60, True):
+        assert list(receipts) == [None] * 3
+        assert "no machine has room for the model yet; waiting for one does not count as standing still" in caplog.text
+        return
+    with pytest.raises(ClusterError, match=r"no image moved for 0\.5 s \(drawn\)"):
+        list(receipts)
 
 
 @pytest.mark.timeout(60)

@@ -88,6 +88,7 @@ class Status:
             lines.append(
                 f"last run   {self.last_run['finished']}: {self.last_run['images']:,} images, {self.last_run['images_per_s']}/s"
             )
+            lines += [f"ended      {self.last_run['ended']}"] if "ended" in self.last_run else []
             if "seconds_over_planned" in self.last_run:
                 lines.append(f"planned    took {self.last_run['seconds_over_planned']} of the time that was planned")
             if isinstance(aside, dict) and not self.complete:

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from vitray.dataset import (
     Dataset,
+    Footer,
     append_group_log,
     check_data,
     commit_rows,
@@ -21,6 +22,7 @@ from vitray.dataset import (
     data_files,
     dataset_url,
     finish,
+    forget,
     load_group_log,
     matrix_of,
     read_footer,
@@ -76,11 +78,19 @@ def relabel(out: str, head: str, into: str) -> Relabelling:
     if (groups := load_group_log(old.out)) and not load_group_log(into):
         append_group_log(into, groups)  # refused: another call did the same
     files = {shard_of(source): source for source in data_files(old.out)}
+    done = committed(into)
+    both = sorted(files.keys() & done.keys())
+    if redone := [shard for shard in both if _differ(read_footer(files[shard]), read_footer(done[shard].url))]:
+        forget(new, redone)
     pending = files.keys() - committed(into).keys()
     for shard in sorted(pending):
         commit_rows(new, read_footer(files[shard]), _relabelled(old, new, files[shard], chosen))
     ledger = finish(new, lambda: (list(files), list(files)), prune=True)
     return Relabelling(into, column.column, ledger.shards, len(pending), ledger.rows, ledger.errors)
+
+
+def _differ(old: Footer, new: Footer) -> bool:
+    return (old.rows, old.errors, old.error_rows) != (new.rows, new.errors, new.error_rows)
 
 
 def _column_for(dataset: Dataset, head: Head, url: str) -> VectorColumn:

@@ -15,6 +15,21 @@ from vitray.errors import ObjectMissing, StorageError, one_line
 from vitray.storage import absolute, join, read, store_for
 
 PART_BYTES = 1 << 30
+OWNER = "owner"
+
+
+def take(folder: str, owner: str) -> None:
+    """From now on these states are ours: a command of another machine that wrote them before ends at its next one."""
+    url = join(absolute(folder), OWNER)
+    store_for(url).replace(url, owner.encode())
+
+
+def require_own(folder: str, owner: str) -> None:
+    """Raises StorageError where another command took them since."""
+    if owner and read(join(absolute(folder), OWNER)).decode() != owner:
+        raise StorageError(
+            f"another command, on another machine, trains into {folder} by now, from the last checkpoint on. This one ends."
+        )
 
 
 def save(folder: str, name: str, tensors: dict[str, Any], numbers: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from math import ceil
 from typing import Any
@@ -80,7 +81,8 @@ def gather(recipe: Recipe, pixels: PixelSpec, taught: tuple[str, ...], folder: s
     spec = DecodeSpec(pixels, tuple(source.job.formats), source.job.max_pixels, None)
     larger = replace(spec, pixels=enlarged(spec.pixels) if recipe.crop < 1 else spec.pixels)
     settings = [source.identity(), repr((spec, larger)), recipe.validation, recipe.unlabelled, recipe.min_score]
-    settings += [recipe.label_at, recipe.label_field, recipe.table_key]
+    settings += [recipe.label_at, recipe.label_field, recipe.table_key, source.bases]
+    settings += [recipe.format, recipe.image_column, recipe.key_column, recipe.image_member]
     cache = os.path.join(folder, short_hash(json.dumps(settings), 24))
     try:
         os.makedirs(folder, exist_ok=True)
@@ -100,8 +102,9 @@ def label_rows(recipe: Recipe, column: str) -> tuple[list[tuple[str, str | None]
     """(key, label) of each row of the recipe's dataset, and a vector column: what a probe learns from."""
     source = _Source(recipe)
     table = source.rows([column])
-    pairs = zip(table["key"].to_pylist(), source.texts(table))
-    return [(source.short(key), source.label_of(key, text)) for key, text in pairs], table[column]
+    places = zip(table["shard"].to_pylist(), table["index"].to_pylist())
+    rows = zip(table["key"].to_pylist(), source.texts(table), places)
+    return [(source.short(key), source.label_of(key, text, place)) for key, text, place in rows], table[column]
 
 
 def is_held_out(key: str, share: float) -> bool:
@@ -168,8 +171,7 @@ class _Source:
             require_outside(self.dataset, "`out`", absolute(recipe.out))
         self.bases = [pattern.partition("*")[0].partition("{")[0].rpartition("/")[0] for pattern in self.job.source]
         self.bases += self.job.source
-        self.shards = list_shards(self.job, groups_of(self.dataset.out) if self.dataset else ()).shards
-        self.table, self.by_name = _label_table(recipe), dict[str, str]()
+        self.table, self.used = _label_table(recipe), dict[str, tuple[str, int]]()
         if self.dataset is None:
             if self.job.keep and self.shards[0].kind == "files":
                 raise JobError(
@@ -180,6 +182,11 @@ class _Source:
         known = [*self.dataset.schema.names, "folder"]
         if self.table is None and recipe.label_at not in known:
             raise JobError(f"{self.dataset.out} has no column `{recipe.label_at}`. `label` may be one of {', '.join(known)}.")
+
+    @cached_property
+    def shards(self) -> list[Shard]:
+        """Not listed before they are asked for: stored embeddings are enough for a probe."""
+        return list_shards(self.job, groups_of(self.dataset.out) if self.dataset else ()).shards
 
     def identity(self) -> list[object]:
         """What changes when the images or their labels do."""
@@ -207,7 +214,7 @@ class _Source:
             for item in read_shard(shard, self.job, (lambda index: True) if there is None else there.__contains__):
                 if isinstance(item, Encoded):
                     text = there[item.index] if there is not None else item.kept[0] if item.kept else None
-                    yield self.short(item.key), self.label_of(item.key, text), item
+                    yield self.short(item.key), self.label_of(item.key, text, (shard.id, item.index)), item
                 elif item.truncated_at is not None:
                     log.warning("%s is cut short at byte %d: its %d images are used", shard.url, item.truncated_at, item.total)
 
@@ -219,16 +226,21 @@ class _Source:
         table, by_shard = self.rows([]), dict[str, dict[int, object]]()
         for shard_id, index, text in zip(table["shard"].to_pylist(), table["index"].to_pylist(), self.texts(table)):
             by_shard.setdefault(shard_id, {})[index] = text
+        if lost := by_shard.keys() - {shard.id for shard in self.shards}:
+            rows = sum(len(by_shard[shard]) for shard in lost)
+            raise JobError(
+                f"{rows:,} of {len(table):,} images of {self.dataset.out} are no longer where they were labelled: {len(lost)} of its shards "
+                "changed or went. Run its job again, then this one."
+            )
         yield from ((shard, by_shard.get(shard.id, {})) for shard in self.shards)
 
     def short(self, key: str) -> str:
         return min((key[len(base) + 1 :] for base in self.bases if key.startswith(f"{base}/")), key=len, default=key)
 
-    def label_of(self, key: str, text: object) -> str | None:
-        """The label as text; None where there is none."""
+    def label_of(self, key: str, text: object, place: tuple[str, int]) -> str | None:
+        """The label as text; None where there is none. place: the image's shard and index, since keys may repeat."""
         if self.table is not None:
-            found: object = self.table.get(key, self.table.get(self.short(key)))
-            found = self._named(key) if found is None else found
+            found: object = self._in_table(key, place)
         elif self.recipe.label_at == "folder":
             found = key.rpartition("/")[0].rpartition("/")[2]
         else:
@@ -238,15 +250,18 @@ class _Source:
         said = "" if found is None else str(found).strip()
         return said or None
 
-    def _named(self, key: str) -> str | None:
-        """By the file's name alone. Raises JobError where several images have it."""
+    def _in_table(self, key: str, place: tuple[str, int]) -> str | None:
+        """By the whole key, what is below the source, or the file's name. Raises JobError where a row would label two images."""
         assert self.table is not None
-        name = key.rpartition("/")[2]
-        if name not in self.table:
+        names = (key, self.short(key), key.rpartition("/")[2])
+        name = next((name for name in names if name in self.table), None)
+        if name is None:
             return None
-        if (first := self.by_name.setdefault(name, key)) != key:
-            what = f"label_table {self.recipe.label_table} names {name}, which may be {self.short(first)} or {self.short(key)}"
-            raise JobError(f"{what}. Write the keys with their folders.")
+        if self.used.setdefault(name, place) != place:
+            what = (
+                f"label_table {self.recipe.label_table} has one row for {name}, and several images are called so, such as {key}"
+            )
+            raise JobError(f"{what}. Write their keys whole; tell images of one key apart by another key_column.")
         return self.table[name]
 
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +32,7 @@ from vitray.models.pixels import read_pixels
 from vitray.schema import short_hash
 from vitray.storage import SCRATCH, absolute, exists, join, probe, read, store_for
 
+log = logging.getLogger(__name__)
 Tell = Callable[[dict[str, float]], None]
 
 
@@ -53,7 +56,11 @@ class Result:
         what = f"{self.train} on {self.images:,} images of {self.classes} classes in {self.seconds:.1f} s"
         lines = [f"{self.out}: {what}; {judged or 'not judged'}"]
         lines += [f"skipped    {self.skipped:,} images, listed in {join(self.out, 'skipped.json')}"] if self.skipped else []
-        use = f"vitray run SOURCE --model {self.out} --out …" if self.model else f"set `head: {self.out}` in a job"
+        use = (
+            f"vitray run SOURCE --model {self.out} --out …"
+            if self.model
+            else f"vitray relabel DATASET --head {self.out} --into …"
+        )
         return "\n".join([*lines, f"use it     {use}", f"look       {join(self.out, 'report.html')}"])
 
 
@@ -71,6 +78,8 @@ def finetune(recipe: Recipe, tell: Tell = lambda record: None, address: str | No
             probe(recipe.out)
         else:
             _require_same(recipe, {})
+            _sweep(recipe)
+            log.warning("%s is trained already: nothing was done, and no image was looked at", recipe.out)
             return Result(**{**done, "out": absolute(recipe.out)})
         try:
             result = _probe(recipe) if recipe.train == "probe" else _train(recipe, tell, address, allow_open)
@@ -79,23 +88,32 @@ def finetune(recipe: Recipe, tell: Tell = lambda record: None, address: str | No
                 examples.forget(recipe.out)
             raise
         store_for(recipe.out).replace(_url(recipe, "result.json"), json.dumps({**vars(result), "out": ""}, indent=1).encode())
-        checkpoints.sweep(_url(recipe, "state"))
-        examples.forget(recipe.out)
+        _sweep(recipe)
         return result
 
 
+def _sweep(recipe: Recipe) -> None:
+    checkpoints.sweep(_url(recipe, "state"))
+    examples.forget(recipe.out)
+
+
 def _train(recipe: Recipe, tell: Tell, address: str | None, allow_open: bool) -> Result:
-    from vitray.adapt.fitting import put
+    from vitray.adapt.fitting import Team, put
+    from vitray.models.machine import resolve_device
 
     study = Study.of(recipe)
-    fitting, material = study.fitting(), study.material
+    # of several workers' training this process makes the end alone, on what it has: a cluster's head may be without a GPU
+    device = "" if recipe.workers == 1 else "cpu" if recipe.device == "cpu" else resolve_device("auto")
+    team = Team(device=device, owner=uuid.uuid4().hex)
+    fitting, material = study.fitting(team), study.material
     same = {"weights": study.weights, "data": material.digest, "class_names": list(material.classes)}
     same |= {"teacher_weights": checkpoint.hash_weights(study.tutor)} if study.tutor else {}
     _require_same(recipe, {**same, "images_a_step": fitting.batches.size})
+    checkpoints.take(fitting.state, team.owner)
     if recipe.workers > 1:
         from vitray.adapt.team import fit_with_ray
 
-        fit_with_ray(recipe, address, allow_open)
+        fit_with_ray(recipe, team.owner, address, allow_open)
     progress = fitting.run(tell)  # after workers: reads how they ended
     if recipe.workers > 1:
         for record in progress.records:
@@ -108,6 +126,7 @@ def _train(recipe: Recipe, tell: Tell, address: str | None, allow_open: bool) ->
     figures = judged.figures(held.ids) if judged is not None else {}
     told = outputs.Told(recipe, study.found, material.classes, progress.records, material.skipped, figures)
     seen = outputs.Seen(held.keys, held.ids, judged, held.pixels) if judged is not None else None
+    checkpoints.require_own(fitting.state, team.owner)
     outputs.write(told, fitting.trainee.finished().cpu(), None, seen)
     counts = len(material.classes), len(material.train.ids), len(held.ids), len(material.skipped)
     epochs = int(progress.records[-1]["epoch"])
@@ -132,9 +151,9 @@ def _probe(recipe: Recipe) -> Result:
     classes = examples.choose_classes(recipe, {label for _, label in pairs})
     ids = examples.class_ids(pairs, classes)
     vectors = matrix_of(column)[[n for n, row in enumerate(rows) if row[1] is not None]].astype(np.float32)
-    _require_same(recipe, {"weights": weights, "data": dataset.fingerprint, "class_names": list(classes), "rows": len(ids)})
     held = np.array([examples.is_held_out(key, recipe.validation) for key, _ in pairs])
     examples.require_both(recipe, ids[~held], ids[held])
+    _require_same(recipe, {"weights": weights, "data": dataset.fingerprint, "class_names": list(classes), "rows": len(ids)})
     unseen = vectors[held], ids[held]
     loss_weights = class_weights(recipe, ids[~held], len(classes))
     fitted = fit_probe(vectors[~held], ids[~held], unseen, loss_weights, recipe.label_smoothing, recipe.metric)
@@ -246,7 +265,8 @@ def _require_own(recipe: Recipe) -> None:
         there = [info.url.removeprefix(f"{out}/") for info in store_for(out).find(out)]
     except ObjectMissing:
         return
-    if foreign := [name for name in there if not name.startswith(("_vitray/images/", f"_vitray/{SCRATCH}"))]:
+    ours = ("_vitray/images/", f"_vitray/{SCRATCH}")
+    if not exists(_url(recipe, "training.json")) and (foreign := [name for name in there if not name.startswith(ours)]):
         raise FingerprintError(f"{out} holds what no training wrote, such as {foreign[0]}. Choose an empty directory as `out`.")
 
 

@@ -41,6 +41,7 @@ class Team:
     rank: int = 0
     world: int = 1
     device: str = ""  # as Ray Train shares them out
+    owner: str = ""  # of the checkpoints: see checkpoints.take
 
     def wrap(self, trainee: Trainee) -> Any:
         """What is called instead of the trainee, so that gradients are the mean over the team."""
@@ -145,7 +146,7 @@ class Fitting:
         mean = float(self.team.total(total))
         if not np.isfinite(mean):
             raise Diverged(
-                f"the loss is {mean} in step {self.progress.step + 1}. Set a smaller `lr`, or precision: bf16 or fp32."
+                f"the loss is {mean} in step {self.progress.step + 1}. Set a smaller `lr`, or precision: bf16 or fp32, and another `out`."
             )
         return rate, mean
 
@@ -205,13 +206,17 @@ class Fitting:
     def _save(self) -> None:
         if self.team.rank:
             return
+        checkpoints.require_own(self.state, self.team.owner)
         moments = {
             f"{kind}.{name}": self.optimizer.state[p][kind]
             for kind in ("exp_avg", "exp_avg_sq")
             for name, p in self.learning.items()
+            if self.optimizer.state[p]  # none before the first update: fp16 skips those that overflow
         }
         numbers = {name: getattr(self.progress, name) for name in Progress.__dataclass_fields__}
-        counts = [int(self.optimizer.state[p]["step"]) for p in self.learning.values()]  # fewer than steps where fp16 overflowed
+        counts = [
+            int(self.optimizer.state[p].get("step", 0)) for p in self.learning.values()
+        ]  # fewer than steps where fp16 overflowed
         numbers |= {"scaler": self.scaler.state_dict(), "updates": counts[0]}
         checkpoints.save(self.state, "last", {f"weight.{name}": p for name, p in self.learning.items()} | moments, numbers)
         crash_point("train-saved", str(self.progress.step))
@@ -222,10 +227,11 @@ class Fitting:
             return
         tensors, numbers = found
         put(self.learning, {name: tensors.get(f"weight.{name}") for name in self.learning}, self.state)
-        self.scaler.load_state_dict(numbers.pop("scaler"))
+        if scaler := numbers.pop("scaler"):  # empty where it was begun in another precision
+            self.scaler.load_state_dict(scaler)
         updates = torch.tensor(float(numbers.pop("updates")))
         self.progress = Progress(**numbers)
-        for name, parameter in self.learning.items():
+        for name, parameter in self.learning.items() if int(updates) else ():
             moments = {kind: tensors[f"{kind}.{name}"].to(self.device) for kind in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[parameter] = {"step": updates.clone(), **moments}
 

@@ -23,7 +23,8 @@ CALIBRATION, JUDGED = 300, 500  # images at most; NNCF's own default is 300
 ENOUGH = 64  # from so many images on none is used for both
 LEAST = 16
 DECODED = 32  # images at a time
-SHARDS = 16  # that images are taken from, spread evenly: classes often lie side by side
+SHARDS = 16  # that images are taken from, at most, spread evenly: classes often lie side by side
+DEEP = 20
 TOP = 5
 ROUNDS, SECONDS = 9, 30.0  # of timing, at most
 
@@ -118,14 +119,19 @@ def sample(job: Job, facts: ModelFacts, calibrates: bool) -> Sample:
 
 
 def _encoded(job: Job, most: int) -> Iterator[Encoded]:
-    """About so many, as many of one shard as of another, from anywhere in it: classes lie side by side, or take turns."""
+    """About so many, as many of one shard as of another, from anywhere in it: classes lie side by side, or take turns.
+
+    Of a tar, which is read from its begin, within DEEP times as many.
+    """
     shards = chosen(list_shards(job, []).shards, job)
-    shards = shards[:: max(1, len(shards) // SHARDS)]
+    shards = shards[:: -(-len(shards) // SHARDS) or 1]
     each = -(-most // max(1, len(shards)))
     for shard in shards:
         rows = estimate_images([shard], job)[0] or each
-        items = read_shard(shard, job, set(_drawn(rows, min(each, rows)).tolist()).__contains__)
-        yield from (item for item in items if isinstance(item, Encoded))
+        rows = min(rows, DEEP * each) if shard.kind == "tar" else rows
+        places = set(_drawn(rows, min(each, rows)).tolist())
+        items = read_shard(shard, job, places.__contains__)
+        yield from itertools.islice((item for item in items if isinstance(item, Encoded)), len(places))
 
 
 def _drawn(among: int, many: int) -> np.ndarray:

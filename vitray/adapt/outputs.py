@@ -67,6 +67,7 @@ def write(told: Told, module: Any | None, head: Head | None, seen: Seen | None) 
             _text(folder, "skipped.json", json.dumps(told.skipped, indent=1))
             _text(folder, "report.html", page_of(told.recipe, told.classes, told.records, told.skipped, seen))
             _events(folder, told.records)
+            store_for(told.recipe.out).delete_tree(join(absolute(told.recipe.out), "tensorboard"))  # of a call that died here
             _send(folder, absolute(told.recipe.out))
     except (OSError, SafetensorError) as error:
         raise StorageError(f"{tempfile.gettempdir()}: {one_line(error)}. Free some space there, then run again.") from error

@@ -11,6 +11,7 @@ from vitray.job import FORMATS, Job, Strings, Text, Urls, Written, distinct_labe
 
 # of a training: what another machine may change without another result
 FREE = ("out", "workers", "device", "save_steps", "accumulate", "gradient_checkpointing")
+TAUGHT = {"distill", "temperature", "teacher_weight"}  # fields
 RATES = {"head": 3e-3, "last": 3e-4, "lora": 1e-3, "full": 1e-4, "scratch": 1e-3}  # AdamW's peak where `lr` is not set
 
 
@@ -101,6 +102,11 @@ class Recipe(Written):
             raise ValueError("`source` is missing: images, as in a job, or `dataset`")
         if self.train != "probe" and self.model is None:
             raise ValueError("`model` is missing: Hugging Face id, local directory, or s3:// directory")
+        for name, needed in (("last", "last"), ("rank", "lora")):
+            if name in self.model_fields_set and self.train != needed:
+                raise ValueError(f"{name} is of train: {needed}, and train is {self.train}")
+        if not (self.teacher or self.teacher_model) and (odd := self.model_fields_set & TAUGHT):
+            raise ValueError(f"{', '.join(sorted(odd))}: give `teacher` or `teacher_model`, too")
         if self.init == "scratch" and self.train != "full":
             raise ValueError("init: scratch needs train: full, since nothing of random weights is worth keeping")
         if self.batch_size % (self.workers * self.accumulate):

@@ -56,6 +56,10 @@ def shrink(job: Job, to: str, how: str, into: str, min_agreement: float | None =
     images, Disagreement below min_agreement; then nothing is written.
     """
     graphs.require(to, how)
+    if to == "torch-export" and (job.head is not None or not isinstance(job.labels, bool)):
+        raise JobError(
+            "--to torch-export keeps the checkpoint's own labels: as a `model:` it is the checkpoint. Use --to onnx or openvino."
+        )
     if min_agreement is not None and to == "coreml":
         raise JobError(
             "--min-agreement: Core ML does not run here, so nothing can agree. Leave it out, and judge it on a device."

@@ -15,7 +15,6 @@ from vitray.adapt.finetuning import Study
 from vitray.adapt.fitting import Team
 from vitray.adapt.recipe import Recipe
 from vitray.errors import ClusterError, VitrayError, one_line
-from vitray.models import machine
 from vitray.pipeline.cluster import RETRIES, alive_nodes, ray_session
 from vitray.storage import absolute, exists, join, store_for
 
@@ -23,22 +22,28 @@ START_S = 600.0  # for the workers to begin; Ray would wait for ever
 LOOK_S = 2.0
 
 
-def fit_with_ray(recipe: Recipe, address: str | None, allow_open: bool) -> None:
+def fit_with_ray(recipe: Recipe, owner: str, address: str | None, allow_open: bool) -> None:
     """Train to the end on recipe.workers workers; how it ended is in the state of OUT.
 
     A worker that dies takes the others with it: all begin again from the last checkpoint, three times at most. Raises ClusterError.
     """
-    on_gpu = machine.resolve_device(recipe.device) == "cuda"
     began = join(absolute(recipe.out), "_vitray", f"began-{uuid.uuid4().hex}")
     with ray_session(address, allow_open), tempfile.TemporaryDirectory(prefix="vitray-") as scratch:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
+        has_gpus = any(node["Resources"].get("GPU", 0) for node in alive_nodes())  # where this command runs there may be none
+        on_gpu = recipe.device == "cuda" or (recipe.device == "auto" and has_gpus)
         _require_room(recipe.workers, "GPU" if on_gpu else "CPU")
         limits = FailureConfig(max_failures=RETRIES, controller_failure_limit=RETRIES)
         trainer = TorchTrainer(
             work,
-            train_loop_config={"recipe": recipe.model_dump(mode="json"), "home": os.getcwd(), "began": began},
+            train_loop_config={
+                "recipe": recipe.model_dump(mode="json", exclude_unset=True),
+                "home": os.getcwd(),
+                "began": began,
+                "owner": owner,
+            },
             torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
             scaling_config=ScalingConfig(num_workers=recipe.workers, use_gpu=on_gpu),
             run_config=RunConfig(storage_path=scratch, failure_config=limits),
@@ -58,7 +63,7 @@ def work(told: dict[str, Any]) -> None:
         os.chdir(told["home"])
     store_for(told["began"]).create(told["began"], b"")
     context = get_context()
-    team = Team(context.get_world_rank(), context.get_world_size(), str(get_device()))
+    team = Team(context.get_world_rank(), context.get_world_size(), str(get_device()), told["owner"])
     Study.of(Recipe(**told["recipe"])).fitting(team).run(report)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import platform
@@ -16,7 +17,7 @@ import pyarrow as pa
 from vitray.errors import ObjectMissing, StorageError
 from vitray.job import Job, make_job
 from vitray.schema import LABEL_FIELDS, SCHEMA_VERSION, DecodeSpec, ModelFacts, PixelSpec, VectorColumn, row_schema
-from vitray.storage import absolute, join, read
+from vitray.storage import absolute, join, read, store_for
 
 # of the job, as they are; of the others some do not count, or count as what was resolved from them
 DECIDING_FIELDS = ("decode", "formats", "max_pixels", "background", "image_member", "image_column", "key_column", "allow")
@@ -92,15 +93,29 @@ def dataset_url(out: str) -> str:
 
 
 def open_dataset(out: str) -> Dataset | None:
-    """The dataset in a directory, None when there is none. Needs neither torch nor Ray."""
+    """The dataset in a directory, with the job of its last run; None when there is none. Needs neither torch nor Ray."""
     try:
         text = read(dataset_url(out))
     except ObjectMissing:
         return None
     try:
-        return _from_json(absolute(out), json.loads(text))
+        document = json.loads(text)
+        with contextlib.suppress(ObjectMissing):
+            document["job"] = json.loads(read(_job_url(out)))
+        return _from_json(absolute(out), document)
     except (ValueError, KeyError, TypeError) as error:
         raise StorageError(f"{dataset_url(out)} is not readable ({error}). Was it written by another version?") from error
+
+
+def remember_job(dataset: Dataset) -> None:
+    """Where to find the images, say, may be another place each time: what comes after a run goes by the job of the last one."""
+    there = open_dataset(dataset.out)
+    if there is not None and there.job != dataset.job:
+        store_for(dataset.out).replace(_job_url(dataset.out), json.dumps(dataset.job.model_dump(mode="json"), indent=1).encode())
+
+
+def _job_url(out: str) -> str:
+    return join(absolute(out), "_vitray", "job.json")
 
 
 def to_json(dataset: Dataset, now: str) -> bytes:

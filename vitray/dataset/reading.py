@@ -102,7 +102,9 @@ def choose_vector(dataset: Dataset, name: str | None) -> VectorColumn:
     columns = {vector.column: vector for vector in dataset.vectors}
     chosen = name or (next(iter(columns)) if len(columns) == 1 else "")
     if chosen not in columns:
-        raise JobError(f"{dataset.out} has the vector columns {', '.join(columns) or '(none)'}: choose one with --column.")
+        raise JobError(
+            f"{dataset.out} has the vector columns {', '.join(columns) or '(none)'}: choose one by `column` (--column)."
+        )
     return columns[chosen]
 
 

@@ -42,10 +42,10 @@ class Model(Protocol):
         ...
 
 
-def identify(job: Job) -> ModelFacts:
+def identify(job: Job, runs_here: bool = True) -> ModelFacts:
     """What the job's checkpoint is: fetched once a node, checked and hashed; precision, engine and batch size for this machine.
 
-    With engine: auto and more than one engine installed each is opened, checked and timed, for 10 s at most.
+    runs_here: else nothing of the machine is asked for; for a job in which no field is `auto`. With engine: auto and more than one engine installed each is opened, checked and timed, for 10 s at most.
     Raises ModelError for a checkpoint that is not there, that vitray does not know, or that cannot do what is asked.
     """
     from vitray.models import checkpoint, engines, exported, labelling, machine, pixels
@@ -55,8 +55,9 @@ def identify(job: Job) -> ModelFacts:
     graph = exported.read_graph(found)
     config = checkpoint.read_config(found)
     asked = exported.engine_of(graph, found.model, job.engine) if graph else job.engine
-    device = machine.resolve_device(job.device)
-    machine.require(device, job.precision, job.decode)
+    device = machine.resolve_device(job.device) if runs_here else "cpu"
+    if runs_here:
+        machine.require(device, job.precision, job.decode)
     fastest = "fp32" if asked == "onnx" else machine.auto_precision(device)
     facts = ModelFacts(
         model=found.model,
@@ -75,7 +76,8 @@ def identify(job: Job) -> ModelFacts:
         batch_size=machine.auto_batch_size(device, config.dimension) if job.batch_size == "auto" else job.batch_size,
     )
     facts = exported.labelled(job, facts, graph) if graph else labelling.labelled(job, facts, found, config)
-    engines.require(facts.engine, device, facts.precision)
+    if runs_here:
+        engines.require(facts.engine, device, facts.precision)
     engines.require_pixels(facts.engine, job.decode)
     if graph:
         exported.places(graph, found.model, vector_columns(job, facts))

@@ -77,6 +77,16 @@ class RayLine:
     def is_short(self) -> bool:
         return not self._nodes <= {node["NodeID"] for node in alive_nodes()}
 
+    def is_waiting(self) -> bool:
+        import ray
+        from ray._private.state import actors
+
+        places = list[str]()
+        for name in list(self._actors):
+            with contextlib.suppress(ValueError):  # there is none of that name
+                places.append(actors(ray.get_actor(name)._actor_id.hex())["Address"]["IPAddress"])
+        return bool(places) and not any(places)
+
     def state(self) -> str:
         steps = getattr(self._executor, "_topology", None) or {}
         said = (

@@ -76,6 +76,9 @@ class LocalLine:
     def is_short(self) -> bool:
         return False
 
+    def is_waiting(self) -> bool:
+        return False
+
     def state(self) -> str:
         return ", ".join(f"{waiting.qsize()} fragments wait for {step}" for step, waiting in self._queues.items())
 

@@ -1,4 +1,4 @@
-"""What a run counts for Prometheus: by Ray's own exporter, on the port of every node, as `ray_vitray_…`."""
+"""What a run counts for Prometheus: by Ray's own exporter, on the port of the driver's node, as `ray_vitray_…`."""
 
 from __future__ import annotations
 

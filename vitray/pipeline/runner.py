@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import sys
 import threading
 import time
@@ -90,7 +91,7 @@ def run(
         probe(job.out)
     settled = not listing.new_groups and not (prune and any(map(_vanished, listing.shards)))
     if settled and open_dataset(job.out) is not None and not _pending(job, listing):
-        dataset = _resolve(job, identify(with_frozen(job)), listing)
+        dataset = _resolve(job, identify(with_frozen(job), runs_here=False), listing)
         return _finished(dataset, job, prune, Work(), started)
     crash_point("driver-listed")
     with _machines(job, address, allow_open_cluster) as (open_line, shares, nodes):
@@ -114,12 +115,14 @@ def run(
                 if not work.changed:
                     break
                 listing = list_shards(job, groups_of(job.out))
-        except (ErrorRateExceeded, Interrupted, ClusterError):
+        except (ErrorRateExceeded, Interrupted, ClusterError) as error:
             with contextlib.suppress(VitrayError):  # what was committed may have superseded files that readers see twice now
-                _finished(dataset, job, prune, work, started)
+                result = _finished(dataset, job, prune, work, started)
+                record = _record(dataset, result, work, shares, planned) | {"ended": f"{type(error).__name__}: {error}"}
+                write_run_record(dataset, work.run_id, record)
             raise
         result = _finished(dataset, job, prune, work, started)
-        write_run_record(dataset, work.run_id, _record(dataset, job, result, work, shares, planned))
+        write_run_record(dataset, work.run_id, _record(dataset, result, work, shares, planned))
         crash_point("driver-recorded")
         return result
 
@@ -196,7 +199,9 @@ def _resolve(job: Job, facts: ModelFacts, listing: Listing) -> Dataset:
 
 
 def _kept(job: Job, listing: Listing) -> pa.Schema:
-    """The types of the kept columns: those of the first shard that can be read."""
+    """The types of the kept columns: those of the dataset, or of the first shard that can be read."""
+    if (there := open_dataset(job.out)) is not None and there.job.keep == job.keep:
+        return there.kept
     for shard in listing.shards if job.keep else []:
         try:
             schema = kept_schema(shard, job)
@@ -319,9 +324,7 @@ def _vanished(shard: Shard) -> list[str]:
     return [member.url for member in shard.members if member.size < 0 and not member.version]
 
 
-def _record(
-    dataset: Dataset, job: Job, result: Result, work: Work, shares: Shares, planned: dict[str, Any] | None
-) -> dict[str, object]:
+def _record(dataset: Dataset, result: Result, work: Work, shares: Shares, planned: dict[str, Any] | None) -> dict[str, object]:
     against: dict[str, object] = {} if planned is None else {"planned": planned}
     if planned is not None and planned["seconds"]:  # none where there was nothing to do
         against["seconds_over_planned"] = round(result.seconds / planned["seconds"], 3)
@@ -329,6 +332,7 @@ def _record(
         **against,
         "run": work.run_id,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "host": socket.gethostname(),
         "fingerprint": dataset.fingerprint,
         "versions": package_versions(),
         "shares": asdict(shares),

@@ -23,6 +23,8 @@ from vitray.schema import Receipt, Shard
 log = logging.getLogger(__name__)
 
 LOST_S = 30.0  # without a receipt, then whose machine is gone is planned again
+PLACE_S = 3600.0  # for a machine that has room for the model, which others may have taken, or an autoscaler may bring
+SAID_S = 60.0  # between two words about that
 ATTEMPTS = 3
 JUDGED_IMAGES = 1000
 COMMITS_AT_ONCE = 4
@@ -75,6 +77,9 @@ class Line(Protocol):
     def is_short(self) -> bool:
         """Whether a machine that it began with is gone: what waits for that one may wait for ever."""
 
+    def is_waiting(self) -> bool:
+        """Whether the model has no room on any machine yet."""
+
     def state(self) -> str:
         """For people: what each step does and what waits for it."""
 
@@ -117,12 +122,12 @@ def run_wave(dataset: Dataset, shards: list[Shard], line: Line, work: Work) -> N
 
 
 def _receipts(line: Line, patience_s: float, stop: threading.Event) -> Iterator[Receipt | None]:
-    """Receipts as they come, None once a second without one. Raises ClusterError after patience_s without any,
-    MachineLostError after LOST_S where a machine is gone.
+    """Receipts as they come, None once a second without one. Raises ClusterError after patience_s without any, beside PLACE_S at most
+    without a place for the model; MachineLostError after LOST_S where a machine is gone.
     """
     arrived: queue.Queue[Receipt | Exception | None] = queue.Queue()
     line.start(arrived)
-    last = time.monotonic()
+    last = began = time.monotonic()
     while True:
         if stop.is_set():
             line.stop()
@@ -131,6 +136,9 @@ def _receipts(line: Line, patience_s: float, stop: threading.Event) -> Iterator[
         except queue.Empty:
             if time.monotonic() - last > LOST_S and line.is_short():
                 raise MachineLostError("a machine was lost") from None
+            if time.monotonic() - last > min(patience_s, SAID_S) and time.monotonic() - began < PLACE_S and line.is_waiting():
+                log.warning("no machine has room for the model yet; waiting for one does not count as standing still")
+                last = time.monotonic()
             if time.monotonic() - last > patience_s:
                 raise ClusterError(
                     f"no image moved for {patience_s:g} s ({line.state()}). Is the store slow, or the model stuck? On a cluster, `ray status` tells "
