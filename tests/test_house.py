@@ -75,7 +75,7 @@ BUDGET = {
     "core": 4970,
     "models": 1960,
     "operating": 2515,
-    "adapting": 2070,
+    "adapting": 2075,
 }  # lines of code; the contract says 3,000 for core: see DECISIONS.md
 ADAPTING = ("adapt", "relabelling")
 FLOOR_OF = {"cli/operating.py": "operating", "cli/adapting.py": "adapt", "pages/__init__.py": "operating"}
