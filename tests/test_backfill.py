@@ -13,7 +13,7 @@ from small_models import make_checkpoint
 
 import vitray
 from vitray.backfilling import next_job
-from vitray.dataset import committed, load_group_log
+from vitray.dataset import NO_GROUP, append_group_log, committed, go_on_with_groups, load_group_log
 from vitray.errors import JobError
 from vitray.job import make_job
 
@@ -43,6 +43,30 @@ def test_the_next_dataset_has_the_shards_of_the_old_one(shapes_model: str, tmp_p
     assert (told["rows"], told["only_old_shards"], told["only_new_shards"]) == (70, 0, 0)
     labels = [vitray.read(out, columns=["uri", "label"]).sort_by("uri")["label"].to_pylist() for out in (old, new)]
     assert told["agreement"] == sum(a == b for a, b in zip(*labels)) / 70
+
+
+def test_groups_that_the_old_dataset_got_since_are_taken_over_as_they_are(tmp_path: Path) -> None:
+    old, new = (str(tmp_path / name) for name in ("old", "new"))
+    nights = [[(0, "a"), (0, "b")], [(1, "c")], [(NO_GROUP, "a"), (2, "a"), (2, "d")]]
+    for n, night in enumerate(nights):
+        assert append_group_log(old, night)
+        if n != 1:
+            go_on_with_groups(old, new)
+            assert load_group_log(new) == load_group_log(old)
+    append_group_log(new, [(3, "e")])
+    append_group_log(old, [(3, "f")])
+    go_on_with_groups(old, new)  # which has gone its own way
+    assert load_group_log(new)[-1] == (3, "e")
+
+
+def test_beside_a_bucket_is_no_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vitray.backfilling.open_dataset", lambda out: object())
+    monkeypatch.setattr("vitray.backfilling.go_on_with_groups", lambda old, new: None)
+    job = make_job({"source": "in", "model": "a/old", "out": "s3://photos-vit/"})
+    with pytest.raises(JobError, match=r"s3://photos-vit/ is a whole bucket, and beside it is somebody else's: .* --out"):
+        next_job(job, "a/new")
+    assert next_job(job, "a/new", "s3://mine/new").out == "s3://mine/new"
+    assert next_job(job.model_copy(update={"out": "s3://photos/vit"}), "a/new").out == "s3://photos/vit-new"
 
 
 def test_without_an_old_dataset_or_into_it_nothing_is_done(tmp_path: Path) -> None:

@@ -668,7 +668,8 @@ def test_the_image_is_pinned_runs_without_root_and_holds_no_weights(tmp_path: Pa
     arguments = [value for instruction, value in steps if instruction in ("ARG", "ENV")]
     assert arguments == [
         "TORCH=cuda",
-        "HF_HOME=/weights RAY_AUTH_MODE=token RAY_task_oom_retries=3 RAY_num_workers_soft_limit=64 RAY_USAGE_STATS_ENABLED=0",
+        "HOME=/home/vitray HF_HOME=/weights RAY_AUTH_MODE=token RAY_task_oom_retries=3 RAY_num_workers_soft_limit=64 "
+        "RAY_USAGE_STATS_ENABLED=0 RAY_JOB_STOP_WAIT_TIME_S=20",
     ]
     installs = [value for _, value in steps if "pip install" in value]
     assert all("--require-hashes" in value or "--no-deps" in value for value in installs)

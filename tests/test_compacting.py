@@ -121,8 +121,20 @@ def test_what_must_not_be_gathered_or_written_is_refused(tmp_path: Path) -> None
     with pytest.raises(JobError, match=f"lies inside its source {tmp_path}/w/in: choose another place"):
         compact(whole.out, str(tmp_path / "w" / "in" / "few"))
     with pytest.raises(JobError, match=r"holds s-000\.tar, which is no part"):
-        compact(dataset.out, str(tmp_path / "in"))
-    assert len(list((tmp_path / "in").iterdir())) == 3
+        compact(dataset.out, str(tmp_path / "w" / "in"))
+    assert len(list((tmp_path / "w" / "in").iterdir())) == 3
+    for name in ("part-0.parquet", "part-00000-0123456789ab.parquet"):  # other tools' names, and ours without a mark
+        (tmp_path / name[:6]).mkdir(exist_ok=True)
+        (tmp_path / name[:6] / name).write_bytes(b"somebody's")
+        with pytest.raises(JobError, match=f"holds {name}, which is no part: choose an empty directory"):
+            compact(dataset.out, str(tmp_path / name[:6]))
+        assert (tmp_path / name[:6] / name).read_bytes() == b"somebody's"
+        (tmp_path / name[:6] / name).unlink()
+    globbed = hand_made.make_dataset(tmp_path / "g", source=f"{tmp_path}/g/{{in,out2}}/*.tar", out=f"{tmp_path}/o")
+    (tmp_path / "link").symlink_to(tmp_path / "g")
+    for into in (f"{tmp_path}/g/out2", f"{tmp_path}/link/out2"):
+        with pytest.raises(JobError, match="lies inside its source"):
+            compact(globbed.out, into)
 
 
 def test_the_command_says_what_it_did(tmp_path: Path) -> None:

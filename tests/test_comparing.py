@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from vitray.comparing import Move, compare, linear_cka, neighbour_overlap
+from vitray.dataset import open_dataset
 from vitray.errors import JobError
 
 
@@ -59,6 +60,13 @@ def test_the_command_prints_it_and_is_a_gate(two: tuple[str, str]) -> None:
             [sys.executable, "-m", "vitray", "compare", *two, *more], capture_output=True, text=True, timeout=60
         )
 
+    partly = call("--min-agreement", "0.37")
+    assert partly.returncode == 0 and partly.stderr.count("is not complete: what it lacks is not compared") == 1
+    assert partly.stderr.startswith(two[1])
+    dataset = open_dataset(two[1])
+    assert dataset is not None
+    there = [path.stem for path in Path(two[1], "data").iterdir()]
+    hand_made.finish_with(dataset, there, there)
     assert [call("--min-agreement", gate).returncode for gate in ("0.37", "0.38")] == [0, 5]
     plain = call()
     assert (

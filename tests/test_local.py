@@ -131,12 +131,20 @@ def test_what_comes_after_a_run_looks_where_it_looked(inputs: Path, dataset: Dat
     job = dataset.job.model_copy(update={"source": [f"{tmp_path}/moved"], "limit": None})
     vitray.run(job.model_copy(update={"limit": 2}))
     last = open_dataset(dataset.out)
-    assert last is not None and last.job.source == job.source and last.fingerprint == dataset.fingerprint
+    assert last is not None and last.job == dataset.job.model_copy(update={"source": job.source, "limit": 2})
     checked = vitray.validate(dataset.out, inputs=True)
     assert (checked.files, checked.gone, checked.problems) == (3, 1, ())
     vitray.run(job, prune=True)
     checked = vitray.validate(dataset.out, inputs=True, content=True)
     assert checked.ok and (checked.gone, checked.pending, checked.rows) == (0, 0, IMAGES - 3)
+    shutil.rmtree(tmp_path / "out" / "data")
+    vitray.run(job.model_copy(update={"limit": 1, "device": "cpu"}))  # once there was no limit, there is none
+    assert vitray.validate(dataset.out, inputs=True).pending == 2
+    source = tmp_path / "out" / "_vitray" / "source.json"
+    for text in ("", "{}", "[1]"):  # a hint and no more
+        source.write_text(text)
+        found = open_dataset(dataset.out)
+        assert found is not None and found.job == dataset.job
 
 
 def test_a_first_file_of_another_type_is_set_aside_once_the_types_are_frozen(shapes_model: str, tmp_path: Path) -> None:
@@ -310,9 +318,10 @@ def test_a_run_that_gives_up_leaves_no_row_twice(
     monkeypatch.setattr(runner, "_complete", giving_up)
     with pytest.raises(ErrorRateExceeded):
         vitray.run(job)
-    record = read_run_records(job.out)[-1]
+    (record,) = (record for record in read_run_records(job.out) if "ended" in record)
     assert record["ended"] == "ErrorRateExceeded: too many" and record["host"] == socket.gethostname()
-    assert "ended      ErrorRateExceeded: too many\n" in f"{status(job.out)}\n"
+    found = status(job.out)
+    assert "ended      ErrorRateExceeded: too many\n" in f"{replace(found, last_run=record)}\n"
     keys = [
         row["key"] for path in (tmp_path / "out" / "data").iterdir() for row in pq.read_table(path, columns=["key"]).to_pylist()
     ]

@@ -281,6 +281,39 @@ def test_a_failure_is_told_by_its_last_line_and_not_by_a_page(
     assert str(found).splitlines()[-1] == f"because  {because}"
 
 
+def test_a_log_that_nobody_can_read_does_not_hide_how_the_job_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy that lets no websocket through."""
+    monkeypatch.setattr("vitray.submitting.LOST_S", 1.0)
+    states = iter(["RUNNING"] * 4)
+
+    def get_job_info(name: str) -> SimpleNamespace:
+        state = next(states, "SUCCEEDED")
+        return SimpleNamespace(status=SimpleNamespace(value=state), driver_exit_code=0, message="", metadata={"out": "o"})
+
+    def tail_job_logs(name: str) -> None:
+        raise OSError("no websocket")
+
+    api = object.__new__(Api)
+    api.address, api._client = "http://head:8265", SimpleNamespace(get_job_info=get_job_info, tail_job_logs=tail_job_logs)
+    assert api.follow("one", print).exit_code == 0
+
+
+def test_the_address_that_was_said_is_asked_whatever_is_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's client takes RAY_ADDRESS instead."""
+    monkeypatch.setattr("vitray.submitting._answers_strangers", lambda address: False)
+    asked: list[tuple[str, str | None]] = []
+
+    def client(address: str) -> SimpleNamespace:
+        asked.append((address, os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_API_SERVER_ADDRESS")))
+        return SimpleNamespace()
+
+    monkeypatch.setattr("ray.job_submission.JobSubmissionClient", client)
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.setenv(name, "http://elsewhere:8265")
+    Api("http://head:8265/")
+    assert asked == [("http://head:8265", None)] and os.environ["RAY_ADDRESS"] == "http://elsewhere:8265"
+
+
 def test_an_api_that_never_answers_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vitray.submitting.ANSWER_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(ClusterError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from vitray.dataset import append_group_log, load_group_log, open_dataset
+from vitray.dataset import go_on_with_groups, open_dataset
 from vitray.errors import JobError
 from vitray.job import Job
 from vitray.storage import absolute
@@ -17,12 +17,14 @@ def next_job(job: Job, model: str, out: str | None = None, revision: str | None 
     """
     if open_dataset(job.out) is None:
         raise JobError(f"{absolute(job.out)} holds no vitray dataset to go on from. Check `out`, or run the job first.")
+    if out is None and re.fullmatch(r"s3://[^/]+/*", job.out):
+        raise JobError(
+            f"{job.out} is a whole bucket, and beside it is somebody else's: say where the new dataset goes with --out."
+        )
     beside = out or f"{job.out.rstrip('/')}-{_name_of(model)}"
     if absolute(beside) == absolute(job.out):
         raise JobError(f"--out {beside} is the dataset that is there: choose another directory.")
-    known = load_group_log(absolute(job.out))
-    if known and not load_group_log(absolute(beside)):
-        append_group_log(absolute(beside), known)  # refused: another call did the same
+    go_on_with_groups(job.out, beside)
     return job.model_copy(update={"model": model, "revision": revision, "out": beside})
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from vitray.errors import JobError, ObjectMissing, count
 from vitray.storage import absolute, exists, join, read, store_for
 
 PART, WHOLE, BEGUN = "part-", "_COMPACT.json", "_COMPACTING.json"
+OURS = re.compile(r"part-\d{5}-[0-9a-f]{12}\.parquet")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +69,10 @@ def _parts_there(into: str) -> set[str]:
         names = {info.url.rpartition("/")[2] for info in store_for(into).find(into)}
     except ObjectMissing:
         return set()
-    foreign = sorted(name for name in names - {WHOLE, BEGUN} if not name.startswith(PART))
-    if foreign:
+    foreign = sorted(name for name in names - {WHOLE, BEGUN} if not OURS.fullmatch(name))
+    if foreign := foreign or sorted(
+        names if not names & {WHOLE, BEGUN} else ()
+    ):  # parts, too: a mark comes before the first of ours
         raise JobError(f"--into {into} holds {foreign[0]}, which is no part: choose an empty directory.")
     return names - {WHOLE, BEGUN}
 

@@ -15,7 +15,6 @@ import pyarrow as pa
 from vitray.dataset import (
     Dataset,
     Footer,
-    append_group_log,
     check_data,
     commit_rows,
     committed,
@@ -23,9 +22,10 @@ from vitray.dataset import (
     dataset_url,
     finish,
     forget,
-    load_group_log,
+    go_on_with_groups,
     matrix_of,
     read_footer,
+    read_manifest,
     require_complete,
     require_outside,
     resolve_dataset,
@@ -75,18 +75,24 @@ def relabel(out: str, head: str, into: str) -> Relabelling:
         probe(into)
     new = resolve_dataset(job, facts, list(old.vectors), old.kept, datetime.now(UTC).isoformat(timespec="seconds"))
     check_data(new)
-    if (groups := load_group_log(old.out)) and not load_group_log(into):
-        append_group_log(into, groups)  # refused: another call did the same
+    go_on_with_groups(old.out, into)
     files = {shard_of(source): source for source in data_files(old.out)}
     done = committed(into)
-    both = sorted(files.keys() & done.keys())
-    if redone := [shard for shard in both if _differ(read_footer(files[shard]), read_footer(done[shard].url))]:
+    before, now = _counts(into), _counts(old.out)
+    odd = sorted(s for s in files.keys() & done.keys() if before.get(s) != now.get(s) or before.get(s, (0, 1))[1])
+    if redone := [s for s in odd if _differ(read_footer(files[s]), read_footer(done[s].url))]:
         forget(new, redone)
     pending = files.keys() - committed(into).keys()
     for shard in sorted(pending):
         commit_rows(new, read_footer(files[shard]), _relabelled(old, new, files[shard], chosen))
     ledger = finish(new, lambda: (list(files), list(files)), prune=True)
     return Relabelling(into, column.column, ledger.shards, len(pending), ledger.rows, ledger.errors)
+
+
+def _counts(out: str) -> dict[str, tuple[int, int]]:
+    """Rows and errors by shard, as far as the manifest knows."""
+    manifest = read_manifest(out)
+    return {} if manifest is None else {row["shard"]: (row["rows"], row["errors"]) for row in manifest.to_pylist()}
 
 
 def _differ(old: Footer, new: Footer) -> bool:

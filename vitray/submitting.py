@@ -36,6 +36,7 @@ NOT_FOUND = 127  # a shell's, of a command that is not there
 _SCHEME = re.compile(r"https?://[^/@\s]+/?$")
 _LEFT_HERE = (".git", ".venv", JOB_FILE)
 _REMOTE = re.compile(r"s3://")
+OVERRIDING = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # where Ray's client would go instead of where it is told to
 _ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
 
 
@@ -88,7 +89,8 @@ class Cluster:
 
             for chatty in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
                 logging.getLogger(chatty).setLevel(logging.WARNING)  # at INFO since their import
-            self._client: Any = self._ask(partial(JobSubmissionClient, self.address))
+            with _without(*OVERRIDING):
+                self._client: Any = self._ask(partial(JobSubmissionClient, self.address))
 
     def submit(self, job: Job, working_dir: str | None = None, submission_id: str | None = None) -> Submission:
         """Hand a job over. Its paths must mean the same there: s3://, or absolute.
@@ -184,7 +186,14 @@ class Cluster:
                 heard = time.monotonic()
                 if found.exit_code is not None:
                     return found
+            except JobError:
+                raise
             except Exception as error:  # a broken connection comes as one of many
+                with contextlib.suppress(ClusterError):  # the log alone: a proxy that lets no websocket through
+                    found = await asyncio.to_thread(self.find, submission_id)
+                    heard = time.monotonic()
+                    if found.exit_code is not None:
+                        return found
                 if time.monotonic() - heard > LOST_S:
                     where = f"vitray status {submission_id} --follow --address {self.address}"
                     raise ClusterError(
@@ -249,6 +258,16 @@ def _root_of(error: BaseException) -> str:
         seen = seen.__cause__ or seen.__context__
     first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)  # Ray goes on with advice
     return " ".join(first.split())[:300].rstrip(" .:")
+
+
+@contextlib.contextmanager
+def _without(*names: str) -> Iterator[None]:
+    """Without these in the environment."""
+    held = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(held)
 
 
 def _answers_strangers(address: str) -> bool:

@@ -24,10 +24,14 @@ def take(folder: str, owner: str) -> None:
     store_for(url).replace(url, owner.encode())
 
 
+class TakenOver(StorageError):
+    """Another command has these states now."""
+
+
 def require_own(folder: str, owner: str) -> None:
-    """Raises StorageError where another command took them since."""
+    """Raises TakenOver where another command took them since."""
     if owner and read(join(absolute(folder), OWNER)).decode() != owner:
-        raise StorageError(
+        raise TakenOver(
             f"another command, on another machine, trains into {folder} by now, from the last checkpoint on. This one ends."
         )
 
@@ -58,6 +62,8 @@ def load(folder: str, name: str) -> tuple[dict[str, Any], dict[str, Any]] | None
         try:
             data = read(join(absolute(folder), part["object"]))
         except ObjectMissing as error:
+            if _pointer(folder, name) != found:  # replaced meanwhile, by a command that was taken over from
+                return load(folder, name)
             raise _damaged(folder, name, one_line(error)) from error
         if hashlib.sha256(data).hexdigest() != part["sha256"]:
             raise _damaged(folder, name, f"{part['object']} changed")

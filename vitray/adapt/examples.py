@@ -230,7 +230,7 @@ class _Source:
             rows = sum(len(by_shard[shard]) for shard in lost)
             raise JobError(
                 f"{rows:,} of {len(table):,} images of {self.dataset.out} are no longer where they were labelled: {len(lost)} of its shards "
-                "changed or went. Run its job again, then this one."
+                "changed or went. Run its job again (vitray run --prune, where they are gone), then this one."
             )
         yield from ((shard, by_shard.get(shard.id, {})) for shard in self.shards)
 

@@ -114,6 +114,7 @@ def _train(recipe: Recipe, tell: Tell, address: str | None, allow_open: bool) ->
         from vitray.adapt.team import fit_with_ray
 
         fit_with_ray(recipe, team.owner, address, allow_open)
+        checkpoints.require_own(fitting.state, team.owner)
     progress = fitting.run(tell)  # after workers: reads how they ended
     if recipe.workers > 1:
         for record in progress.records:

@@ -179,6 +179,7 @@ class Fitting:
             if progress.best is None or merit(record, recipe.metric) > merit(progress.best, recipe.metric):
                 progress.best = record
                 if self.team.rank == 0:
+                    checkpoints.require_own(self.state, self.team.owner)
                     checkpoints.save(self.state, "best", dict(self.learning), record)
         progress.records.append(record)
         stale = progress.best is not None and epoch - progress.best["epoch"] >= (recipe.patience or recipe.epochs)

@@ -68,7 +68,7 @@ class Recipe(Written):
     warmup: float = Field(0.1, description="share of the steps in which the rate rises", ge=0, lt=1)
     weight_decay: float = Field(0.05, description="AdamW's, not of biases and norms", ge=0)
     layer_decay: float = Field(1.0, description="factor of the learning rate from each block to the one below it", gt=0, le=1)
-    clip: float = Field(1.0, description="largest norm of the gradient", gt=0)
+    clip: float = Field(1.0, description="largest norm of the gradient", gt=0, allow_inf_nan=True)
     gradient_checkpointing: bool = Field(False, description="less memory for a third more time")
     class_weights: Literal["none", "balanced"] = Field("none", description="balanced: rare classes count as much as common ones")
     label_smoothing: float = Field(0.0, description="share of a label spread over all classes", ge=0, lt=1)

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+from vitray.adapt.checkpoints import TakenOver
 from vitray.adapt.finetuning import Study
 from vitray.adapt.fitting import Team
 from vitray.adapt.recipe import Recipe
@@ -64,7 +65,8 @@ def work(told: dict[str, Any]) -> None:
     store_for(told["began"]).create(told["began"], b"")
     context = get_context()
     team = Team(context.get_world_rank(), context.get_world_size(), str(get_device()), told["owner"])
-    Study.of(Recipe(**told["recipe"])).fitting(team).run(report)
+    with contextlib.suppress(TakenOver):  # Ray would begin again; the command itself says it
+        Study.of(Recipe(**told["recipe"])).fitting(team).run(report)
 
 
 def _require_room(workers: int, what: str) -> None:
@@ -72,7 +74,7 @@ def _require_room(workers: int, what: str) -> None:
     there = sum(node["Resources"].get(what, 0) for node in alive_nodes())
     if there < workers:
         raise ClusterError(
-            f"{workers} workers take a {what} each, and there are {there:g}. Set fewer `workers`, or add machines."
+            f"{workers} workers take a {what} each, and there are {there:g}. Set fewer `workers`, add machines, or set device: cpu."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import filterfalse
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -78,8 +79,11 @@ def compare(
 ) -> None:
     """Say what another model or other settings changed: labels, scores, embeddings."""
     from vitray.comparing import compare as compare_datasets
+    from vitray.dataset import is_complete, require_dataset
 
     found = compare_datasets(old, new)
+    for dataset in filterfalse(is_complete, map(require_dataset, (old, new))):
+        say(f"{dataset.out} is not complete: what it lacks is not compared (vitray status {dataset.out})", err=True)
     if min_agreement is not None and found.agreement is None:
         raise JobError("--min-agreement: the two have no labels to compare. Leave it out, or compare datasets with labels.")
     show(found, as_json, str(found))

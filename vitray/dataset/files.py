@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from vitray.dataset.identity import Dataset
 from vitray.errors import ObjectMissing, StorageError
-from vitray.storage import ObjectInfo, join, read, store_for
+from vitray.storage import ObjectInfo, absolute, join, read, store_for
 
 NO_GROUP = -1
 
@@ -71,6 +71,13 @@ def append_group_log(out: str, members: Sequence[tuple[int, str]]) -> bool:
         housed ^= {url}
     table = pa.table({"group": pa.array(groups, pa.int32()), "url": pa.array(urls, pa.string())})
     return store_for(out).create(join(out, "_vitray", "shards", name), parquet_bytes(table))
+
+
+def go_on_with_groups(old: str, new: str) -> None:
+    """Loose files get in `new` the groups that they have in `old`, so that both have the same shards; what `new` began otherwise stays."""
+    theirs, mine = load_group_log(absolute(old)), load_group_log(absolute(new))
+    if len(theirs) > len(mine) and theirs[: len(mine)] == mine:
+        append_group_log(absolute(new), theirs[len(mine) :])  # refused: another call did the same
 
 
 def write_run_record(dataset: Dataset, run_id: str, record: dict[str, object]) -> None:

@@ -21,6 +21,7 @@ from vitray.storage import absolute, join, read, store_for
 
 # of the job, as they are; of the others some do not count, or count as what was resolved from them
 DECIDING_FIELDS = ("decode", "formats", "max_pixels", "background", "image_member", "image_column", "key_column", "allow")
+MOVING = ("source", "format", "since", "sample", "limit")  # of the job: where its images are, and which of them
 # whose versions decide numbers and behaviour
 PACKAGES = "vitray ray torch transformers openvino onnxruntime pyarrow pillow simplejpeg s3fs numpy"
 
@@ -93,29 +94,34 @@ def dataset_url(out: str) -> str:
 
 
 def open_dataset(out: str) -> Dataset | None:
-    """The dataset in a directory, with the job of its last run; None when there is none. Needs neither torch nor Ray."""
+    """The dataset in a directory, with the source of its last run; None when there is none. Needs neither torch nor Ray."""
     try:
         text = read(dataset_url(out))
     except ObjectMissing:
         return None
     try:
         document = json.loads(text)
-        with contextlib.suppress(ObjectMissing):
-            document["job"] = json.loads(read(_job_url(out)))
+        with contextlib.suppress(StorageError, ValueError, KeyError, TypeError):  # none, or none that is ours
+            said = json.loads(read(_source_url(out)))
+            document["job"] |= {name: said[name] for name in MOVING}
         return _from_json(absolute(out), document)
     except (ValueError, KeyError, TypeError) as error:
         raise StorageError(f"{dataset_url(out)} is not readable ({error}). Was it written by another version?") from error
 
 
-def remember_job(dataset: Dataset) -> None:
-    """Where to find the images, say, may be another place each time: what comes after a run goes by the job of the last one."""
+def remember_source(dataset: Dataset) -> None:
+    """Where the images are may be another place each time: what comes after a run goes by the last one. A limit stays while all had one."""
     there = open_dataset(dataset.out)
-    if there is not None and there.job != dataset.job:
-        store_for(dataset.out).replace(_job_url(dataset.out), json.dumps(dataset.job.model_dump(mode="json"), indent=1).encode())
+    if there is None:
+        return
+    old, new = ({name: job.model_dump(mode="json")[name] for name in MOVING} for job in (there.job, dataset.job))
+    new |= {name: None for name in ("since", "sample", "limit") if old[name] is None}
+    if new != old:
+        store_for(dataset.out).replace(_source_url(dataset.out), json.dumps(new, indent=1).encode())
 
 
-def _job_url(out: str) -> str:
-    return join(absolute(out), "_vitray", "job.json")
+def _source_url(out: str) -> str:
+    return join(absolute(out), "_vitray", "source.json")
 
 
 def to_json(dataset: Dataset, now: str) -> bytes:

@@ -14,8 +14,9 @@ from vitray.dataset.identity import Dataset, open_dataset
 from vitray.dataset.ledger import base_of, committed, read_manifest, version_of
 from vitray.errors import JobError, SourceError
 from vitray.schema import VectorColumn
-from vitray.storage import absolute, exists, join, store_for
+from vitray.storage import absolute, exists, expand_braces, join, reads, store_for
 
+WRITTEN = ("data/x.parquet", "x.parquet", "x.tar")  # names of what commands write that make a folder
 BLOCK_ROWS = 4096  # 12 MB of a 768-float vector
 
 
@@ -41,8 +42,9 @@ def is_complete(dataset: Dataset) -> bool:
 
 def require_outside(dataset: Dataset, option: str, url: str) -> None:
     """Raises JobError for a place inside the dataset, or inside its source, where the next run would take it for input."""
-    for place, what in ((dataset.out, "the dataset"), *((source, f"its source {source}") for source in dataset.job.source)):
-        if f"{url}/".startswith(f"{absolute(place)}/"):
+    sources = ((part, f"its source {source}") for source in dataset.job.source for part in expand_braces(absolute(source)))
+    for place, what in ((dataset.out, "the dataset"), *sources):
+        if any(reads(place, url, name) for name in WRITTEN):
             raise JobError(f"{option} {url} lies inside {what}: choose another place.")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from vitray.dataset.identity import Dataset, dataset_url, differing, open_dataset, remember_job, to_json
+from vitray.dataset.identity import Dataset, dataset_url, differing, open_dataset, to_json
 from vitray.dataset.ledger import committed, footers_of, require_own
 from vitray.errors import FingerprintError, StorageError
 from vitray.job import Job
@@ -36,7 +36,6 @@ def resolve_dataset(job: Job, facts: ModelFacts, vectors: list[VectorColumn], ke
     mine = Dataset(out, job, replace(facts, **_frozen(job, there)), tuple(vectors), kept, there.fragment_rows)
     if mine.fingerprint != there.fingerprint:
         raise FingerprintError(_difference(there, mine))
-    remember_job(mine)
     return mine
 
 

@@ -21,6 +21,7 @@ from vitray.storage import exists, is_local, scratch, store_for
 
 RETRIES = 3  # of a task or an actor; Ray's own defaults are endless
 SEEN_S = 20.0
+PLACE_S = 3600.0  # for a machine that has room for the model: others may have taken them, or an autoscaler may bring one
 START_S = 120  # Ray's own waits inside ray.init are shorter
 
 
@@ -268,7 +269,7 @@ def on_worker(shares: Shares, work: Callable[..., Any], *arguments: Any) -> Any:
     import ray
 
     task = ray.remote(outcome).options(num_cpus=shares.actor_cpus, num_gpus=shares.actor_gpus, max_retries=RETRIES)
-    return answer(task.remote(work, *arguments), 900, "the model to be fetched and read")
+    return answer(task.remote(work, *arguments), PLACE_S, "a machine that has room for the model, and fetches and reads it")
 
 
 def require_shared(out: str, named: list[str], nodes: list[dict[str, Any]]) -> None:

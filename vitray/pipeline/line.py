@@ -81,11 +81,13 @@ class RayLine:
         import ray
         from ray._private.state import actors
 
-        places = list[str]()
+        is_named = False
         for name in list(self._actors):
-            with contextlib.suppress(ValueError):  # there is none of that name
-                places.append(actors(ray.get_actor(name)._actor_id.hex())["Address"]["IPAddress"])
-        return bool(places) and not any(places)
+            with contextlib.suppress(ValueError, KeyError):  # there is none of that name, or no more
+                if actors(ray.get_actor(name)._actor_id.hex())["Address"]["IPAddress"]:
+                    return False
+                is_named = True
+        return is_named
 
     def state(self) -> str:
         steps = getattr(self._executor, "_topology", None) or {}

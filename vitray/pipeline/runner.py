@@ -37,12 +37,13 @@ from vitray.dataset import (
     load_group_log,
     open_dataset,
     package_versions,
+    remember_source,
     resolve_dataset,
     unmark_success,
     with_frozen,
     write_run_record,
 )
-from vitray.errors import ClusterError, ErrorRateExceeded, Interrupted, JobError, ShardError, StorageError, VitrayError
+from vitray.errors import ClusterError, ErrorRateExceeded, Interrupted, JobError, ShardError, StorageError, VitrayError, shortened
 from vitray.job import Job
 from vitray.models import compiles, identify, runs_on, torch_threads_kept, vector_columns, with_label_names
 from vitray.pipeline.cluster import Shares, alive_nodes, on_worker, own_cpus, ray_session, require_shared, share_out
@@ -53,7 +54,7 @@ from vitray.pipeline.progress import Progress, Result
 from vitray.pipeline.wave import ATTEMPTS, Line, MachineLostError, Work, blame, run_wave
 from vitray.schema import ModelFacts, Shard
 from vitray.sources import Group, Listing, absent_members, chosen, estimate_images, kept_schema, list_shards
-from vitray.storage import absolute, drop_scratch, exists, probe, reads
+from vitray.storage import absolute, drop_scratch, exists, expand_braces, probe, reads
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ WAVE_SHARDS, WAVE_FRAGMENTS = 4096, 65_536  # Ray keeps 12 to 37 kB of each frag
 NARROWER = 8  # from the second fault on, the next wave has so many times fewer shards; after a good one so many times more
 DEADLY = 5  # so many shards that die alone, one after the other: it is not the shards
 LEAST_IMAGE_BYTES = 4096  # no photo is smaller: fewer bytes than that times images need no estimate
+NEARLY = 0.1  # of the images: a run that did a part of them says nothing of the time that was planned
 MakeLine = Callable[[Dataset, list[Shard]], Line]
 
 
@@ -104,6 +106,7 @@ def run(
         check_data(dataset)
         require_shared(dataset.out, [listing.shards[0].url, dataset.facts.model, dataset.facts.head], nodes)
         probe(dataset.out)
+        remember_source(dataset)
         meter = RayMeter() if nodes else Meter()
         work = Work(report=progress or (lambda _: None), stop=stop or threading.Event(), meter=meter)
         try:
@@ -118,7 +121,9 @@ def run(
         except (ErrorRateExceeded, Interrupted, ClusterError) as error:
             with contextlib.suppress(VitrayError):  # what was committed may have superseded files that readers see twice now
                 result = _finished(dataset, job, prune, work, started)
-                record = _record(dataset, result, work, shares, planned) | {"ended": f"{type(error).__name__}: {error}"}
+                record = _record(dataset, result, work, shares, planned) | {
+                    "ended": shortened(f"{type(error).__name__}: {error}", 400)
+                }
                 write_run_record(dataset, work.run_id, record)
             raise
         result = _finished(dataset, job, prune, work, started)
@@ -158,7 +163,7 @@ def with_absolute_paths(job: Job) -> Job:
     out = absolute(job.out)
     paths = {"source": [absolute(s) for s in job.source], "allow": [absolute(a) for a in job.allow], "out": out}
     for source in paths["source"]:
-        if reads(source, out):
+        if any(reads(part, out) for part in expand_braces(source)):
             raise JobError(f"`out` {out} lies inside `source` {source}: it would read its own output. Choose another `out`.")
     model = absolute(job.model) if os.path.isdir(job.model) else job.model
     head = None if job.head is None else absolute(job.head)
@@ -326,7 +331,7 @@ def _vanished(shard: Shard) -> list[str]:
 
 def _record(dataset: Dataset, result: Result, work: Work, shares: Shares, planned: dict[str, Any] | None) -> dict[str, object]:
     against: dict[str, object] = {} if planned is None else {"planned": planned}
-    if planned is not None and planned["seconds"]:  # none where there was nothing to do
+    if planned is not None and planned["seconds"] and abs(result.images - planned["images"]) <= NEARLY * planned["images"]:
         against["seconds_over_planned"] = round(result.seconds / planned["seconds"], 3)
     return {
         **against,

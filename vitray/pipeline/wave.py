@@ -16,6 +16,7 @@ from typing import Protocol
 from vitray.dataset import Commit, Dataset
 from vitray.errors import ClusterError, ErrorRateExceeded, ObjectChanged, VitrayError
 from vitray.job import Job
+from vitray.pipeline.cluster import PLACE_S
 from vitray.pipeline.metrics import Meter
 from vitray.pipeline.progress import Progress
 from vitray.schema import Receipt, Shard
@@ -23,7 +24,6 @@ from vitray.schema import Receipt, Shard
 log = logging.getLogger(__name__)
 
 LOST_S = 30.0  # without a receipt, then whose machine is gone is planned again
-PLACE_S = 3600.0  # for a machine that has room for the model, which others may have taken, or an autoscaler may bring
 SAID_S = 60.0  # between two words about that
 ATTEMPTS = 3
 JUDGED_IMAGES = 1000
@@ -127,7 +127,7 @@ def _receipts(line: Line, patience_s: float, stop: threading.Event) -> Iterator[
     """
     arrived: queue.Queue[Receipt | Exception | None] = queue.Queue()
     line.start(arrived)
-    last = began = time.monotonic()
+    last = began = asked = time.monotonic()
     while True:
         if stop.is_set():
             line.stop()
@@ -136,9 +136,15 @@ def _receipts(line: Line, patience_s: float, stop: threading.Event) -> Iterator[
         except queue.Empty:
             if time.monotonic() - last > LOST_S and line.is_short():
                 raise MachineLostError("a machine was lost") from None
-            if time.monotonic() - last > min(patience_s, SAID_S) and time.monotonic() - began < PLACE_S and line.is_waiting():
-                log.warning("no machine has room for the model yet; waiting for one does not count as standing still")
-                last = time.monotonic()
+            if time.monotonic() - max(last, asked) > min(patience_s, SAID_S):
+                asked = time.monotonic()
+                if line.is_waiting():
+                    if asked - began > PLACE_S:
+                        raise ClusterError(
+                            f"no machine had room for the model in {PLACE_S:g} s. Look at `ray status`, then run again."
+                        ) from None
+                    log.warning("no machine has room for the model yet; waiting for one does not count as standing still")
+                    last = asked
             if time.monotonic() - last > patience_s:
                 raise ClusterError(
                     f"no image moved for {patience_s:g} s ({line.state()}). Is the store slow, or the model stuck? On a cluster, `ray status` tells "

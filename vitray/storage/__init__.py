@@ -127,11 +127,11 @@ def expand_braces(pattern: str) -> list[str]:
     return [url for middle in middles for url in expand_braces(head + middle + tail)]
 
 
-def reads(pattern: str, out: str) -> bool:
-    """Whether a URL, glob or prefix names what a run writes into `out`, be it by a link."""
+def reads(pattern: str, out: str, name: str = "data/x.parquet") -> bool:
+    """Whether a URL, glob or prefix names what is written into `out` under such a name, be it by a link."""
     if is_local(pattern) and is_local(out):
         pattern, out = os.path.realpath(pattern), os.path.realpath(out)
-    written = f"{out}/data/x.parquet"
+    written = f"{out}/{name}"
     return written.startswith(f"{pattern}/") or bool(_WILD.search(pattern) and re.match(glob_translate(pattern), written))
 
 
