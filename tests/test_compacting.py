@@ -130,6 +130,7 @@ def test_what_must_not_be_gathered_or_written_is_refused(tmp_path: Path) -> None
             compact(dataset.out, str(tmp_path / name[:6]))
         assert (tmp_path / name[:6] / name).read_bytes() == b"somebody's"
         (tmp_path / name[:6] / name).unlink()
+    hand_made.write_tars(tmp_path / "g" / "out2")
     globbed = hand_made.make_dataset(tmp_path / "g", source=f"{tmp_path}/g/{{in,out2}}/*.tar", out=f"{tmp_path}/o")
     (tmp_path / "link").symlink_to(tmp_path / "g")
     for into in (f"{tmp_path}/g/out2", f"{tmp_path}/link/out2"):
