@@ -120,13 +120,13 @@ def test_what_must_not_be_gathered_or_written_is_refused(tmp_path: Path) -> None
     whole = hand_made.make_dataset(tmp_path / "w", source=f"{tmp_path}/w/in")
     with pytest.raises(JobError, match=f"lies inside its source {tmp_path}/w/in: choose another place"):
         compact(whole.out, str(tmp_path / "w" / "in" / "few"))
-    with pytest.raises(JobError, match=r"holds s-000\.tar, which is no part"):
+    with pytest.raises(JobError, match=r"holds s-000\.tar, which is no part of ours"):
         compact(dataset.out, str(tmp_path / "w" / "in"))
     assert len(list((tmp_path / "w" / "in").iterdir())) == 3
     for name in ("part-0.parquet", "part-00000-0123456789ab.parquet"):  # other tools' names, and ours without a mark
         (tmp_path / name[:6]).mkdir(exist_ok=True)
         (tmp_path / name[:6] / name).write_bytes(b"somebody's")
-        with pytest.raises(JobError, match=f"holds {name}, which is no part: choose an empty directory"):
+        with pytest.raises(JobError, match=f"holds {name}, which is no part of ours: choose an empty directory"):
             compact(dataset.out, str(tmp_path / name[:6]))
         assert (tmp_path / name[:6] / name).read_bytes() == b"somebody's"
         (tmp_path / name[:6] / name).unlink()

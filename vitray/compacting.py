@@ -69,12 +69,12 @@ def _parts_there(into: str) -> set[str]:
         names = {info.url.rpartition("/")[2] for info in store_for(into).find(into)}
     except ObjectMissing:
         return set()
-    foreign = sorted(name for name in names - {WHOLE, BEGUN} if not OURS.fullmatch(name))
-    if foreign := foreign or sorted(
-        names if not names & {WHOLE, BEGUN} else ()
-    ):  # parts, too: a mark comes before the first of ours
-        raise JobError(f"--into {into} holds {foreign[0]}, which is no part: choose an empty directory.")
-    return names - {WHOLE, BEGUN}
+    ours = (
+        {name for name in names if OURS.fullmatch(name)} if names & {WHOLE, BEGUN} else set()
+    )  # a mark comes before the first part
+    if foreign := sorted(names - ours - {WHOLE, BEGUN}):
+        raise JobError(f"--into {into} holds {foreign[0]}, which is no part of ours: choose an empty directory.")
+    return ours
 
 
 def _grouped(dataset: Dataset, size_bytes: int) -> Iterator[list[tuple[str, str]]]:

@@ -56,11 +56,8 @@ class Result:
         what = f"{self.train} on {self.images:,} images of {self.classes} classes in {self.seconds:.1f} s"
         lines = [f"{self.out}: {what}; {judged or 'not judged'}"]
         lines += [f"skipped    {self.skipped:,} images, listed in {join(self.out, 'skipped.json')}"] if self.skipped else []
-        use = (
-            f"vitray run SOURCE --model {self.out} --out …"
-            if self.model
-            else f"vitray relabel DATASET --head {self.out} --into …"
-        )
+        use = f"vitray relabel DATASET --head {self.out} --into …"
+        use = f"vitray run SOURCE --model {self.out} --out …" if self.model else use
         return "\n".join([*lines, f"use it     {use}", f"look       {join(self.out, 'report.html')}"])
 
 

@@ -215,9 +215,8 @@ class Fitting:
             if self.optimizer.state[p]  # none before the first update: fp16 skips those that overflow
         }
         numbers = {name: getattr(self.progress, name) for name in Progress.__dataclass_fields__}
-        counts = [
-            int(self.optimizer.state[p].get("step", 0)) for p in self.learning.values()
-        ]  # fewer than steps where fp16 overflowed
+        # fewer than steps where fp16 overflowed
+        counts = [int(self.optimizer.state[p].get("step", 0)) for p in self.learning.values()]
         numbers |= {"scaler": self.scaler.state_dict(), "updates": counts[0]}
         checkpoints.save(self.state, "last", {f"weight.{name}": p for name, p in self.learning.items()} | moments, numbers)
         crash_point("train-saved", str(self.progress.step))

@@ -45,7 +45,8 @@ class Model(Protocol):
 def identify(job: Job, runs_here: bool = True) -> ModelFacts:
     """What the job's checkpoint is: fetched once a node, checked and hashed; precision, engine and batch size for this machine.
 
-    runs_here: else nothing of the machine is asked for; for a job in which no field is `auto`. With engine: auto and more than one engine installed each is opened, checked and timed, for 10 s at most.
+    With engine: auto and more than one engine installed each is opened, checked and timed, for 10 s at most.
+    runs_here: else nothing of this machine is asked for; for a job in which no field is `auto`.
     Raises ModelError for a checkpoint that is not there, that vitray does not know, or that cannot do what is asked.
     """
     from vitray.models import checkpoint, engines, exported, labelling, machine, pixels
