@@ -131,6 +131,15 @@ def test_what_must_not_be_gathered_or_written_is_refused(tmp_path: Path) -> None
         assert (tmp_path / name[:6] / name).read_bytes() == b"somebody's"
         (tmp_path / name[:6] / name).unlink()
     hand_made.write_tars(tmp_path / "g" / "out2")
+    few = tmp_path / "few"
+    compact(dataset.out, str(few / "c"))
+    with pytest.raises(JobError, match=r"holds c/_COMPACT\.json, which is no part of ours"):  # readers would see its rows, too
+        compact(dataset.out, str(few))
+    assert [path.name for path in few.iterdir()] == ["c"]
+    with pytest.raises(
+        JobError, match=r"few/c holds what vitray compact gathered \(_COMPACT\.json\): readers would see rows twice"
+    ):
+        hand_made.make_dataset(tmp_path / "again", out=str(few / "c"))
     globbed = hand_made.make_dataset(tmp_path / "g", source=f"{tmp_path}/g/{{in,out2}}/*.tar", out=f"{tmp_path}/o")
     (tmp_path / "link").symlink_to(tmp_path / "g")
     for into in (f"{tmp_path}/g/out2", f"{tmp_path}/link/out2"):

@@ -72,9 +72,9 @@ NEVER_CALLED = {
 NEVER_TRUE = {"trust_remote_code", "shell", "allow_pickle"}
 FILE_LINES = 400
 BUDGET = {
-    "core": 5000,
+    "core": 5010,
     "models": 1960,
-    "operating": 2545,
+    "operating": 2565,
     "adapting": 2085,
 }  # lines of code; the contract says 3,000 for core: see DECISIONS.md
 ADAPTING = ("adapt", "relabelling")

@@ -298,6 +298,28 @@ def test_a_log_that_nobody_can_read_does_not_hide_how_the_job_ended(monkeypatch:
     assert api.follow("one", print).exit_code == 0
 
 
+def test_a_head_that_went_is_told_before_it_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, seconds in (("TOLD_S", 0.1), ("LOST_S", 2.0)):
+        monkeypatch.setattr(f"vitray.submitting.{name}", seconds)
+    there = iter([True])
+
+    def find(api: Api, name: str) -> None:
+        if not next(there, False):
+            raise ClusterError("connection refused")
+
+    def tail_job_logs(name: str) -> None:
+        raise OSError("no websocket")
+
+    monkeypatch.setattr(Api, "find", find)
+    api = object.__new__(Api)
+    api.address, api._client = "http://head:8265", SimpleNamespace(tail_job_logs=tail_job_logs)
+    with pytest.raises(ClusterError, match="has not answered for 2 s"):
+        api.follow("one", print)
+    assert caplog.text.count("http://head:8265 does not answer (no websocket); asking again for 1 s") == 1
+
+
 def test_the_address_that_was_said_is_asked_whatever_is_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray's client takes RAY_ADDRESS instead."""
     monkeypatch.setattr("vitray.submitting._answers_strangers", lambda address: False)

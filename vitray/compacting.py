@@ -15,11 +15,21 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from vitray.dataset import Dataset, committed, data_files, parquet_of, read_table, require_complete, require_outside, rows_in
+from vitray.dataset import (
+    COMPACTED,
+    Dataset,
+    committed,
+    data_files,
+    parquet_of,
+    read_table,
+    require_complete,
+    require_outside,
+    rows_in,
+)
 from vitray.errors import JobError, ObjectMissing, count
 from vitray.storage import absolute, exists, join, read, store_for
 
-PART, WHOLE, BEGUN = "part-", "_COMPACT.json", "_COMPACTING.json"
+PART, (WHOLE, BEGUN) = "part-", COMPACTED
 OURS = re.compile(r"part-\d{5}-[0-9a-f]{12}\.parquet")
 
 
@@ -66,7 +76,7 @@ def compact(out: str, into: str, megabytes: int = 256) -> Compaction:
 
 def _parts_there(into: str) -> set[str]:
     try:
-        names = {info.url.rpartition("/")[2] for info in store_for(into).find(into)}
+        names = {info.url.removeprefix(f"{into}/") for info in store_for(into).find(into)}
     except ObjectMissing:
         return set()
     ours = (

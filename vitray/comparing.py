@@ -86,7 +86,10 @@ def compare(old: str, new: str) -> Comparison:
     first, second = ({shard_of(url): url for url in data_files(dataset.out)} for dataset in datasets)
     both = sorted(first.keys() & second.keys())
     if not both:
-        raise JobError(f"{absolute(old)} and {absolute(new)} have no shard in common: they were not made from the same input.")
+        raise JobError(
+            f"{absolute(old)} and {absolute(new)} have no shard in common: they were not made from the same input, or of loose files "
+            "in other groups (vitray backfill keeps them)."
+        )
     rows = agreed = 0
     alone, shift = [0, 0], 0.0
     moves, examples = Counter[tuple[str, str]](), dict[tuple[str, str], list[tuple[str, tuple[str, int]]]]()

@@ -29,6 +29,7 @@ from vitray.models import with_label_names
 from vitray.version import __version__
 
 ANSWER_S = 60.0  # for one answer of the cluster
+TOLD_S = 20.0  # the same, after which a warning says so
 LOST_S = 300.0  # without any answer, after which following ends; the job goes on
 OVER = ("SUCCEEDED", "FAILED", "STOPPED")
 JOB_FILE = "vitray-job.yaml"
@@ -36,6 +37,7 @@ NOT_FOUND = 127  # a shell's, of a command that is not there
 _SCHEME = re.compile(r"https?://[^/@\s]+/?$")
 _LEFT_HERE = (".git", ".venv", JOB_FILE)
 _REMOTE = re.compile(r"s3://")
+log = logging.getLogger(__name__)
 OVERRIDING = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # where Ray's client would go instead of where it is told to
 _ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
 
@@ -173,7 +175,7 @@ class Cluster:
         return found
 
     async def _follow(self, submission_id: str, write: Callable[[str], None]) -> Submission:
-        written, heard = 0, time.monotonic()
+        written, heard, told = 0, time.monotonic(), False
         while True:
             try:
                 seen = 0
@@ -194,6 +196,9 @@ class Cluster:
                     heard = time.monotonic()
                     if found.exit_code is not None:
                         return found
+                if not told and time.monotonic() - heard > TOLD_S:
+                    log.warning("%s does not answer (%s); asking again for %d s", self.address, one_line(error), LOST_S - TOLD_S)
+                    told = True
                 if time.monotonic() - heard > LOST_S:
                     where = f"vitray status {submission_id} --follow --address {self.address}"
                     raise ClusterError(

@@ -10,10 +10,12 @@ import pyarrow as pa
 
 from vitray.dataset.identity import Dataset, dataset_url, differing, open_dataset, to_json
 from vitray.dataset.ledger import committed, footers_of, require_own
-from vitray.errors import FingerprintError, StorageError
+from vitray.errors import FingerprintError, JobError, StorageError
 from vitray.job import Job
 from vitray.schema import ModelFacts, VectorColumn
-from vitray.storage import absolute, store_for
+from vitray.storage import absolute, exists, join, store_for
+
+COMPACTED = ("_COMPACT.json", "_COMPACTING.json")
 
 
 def resolve_dataset(job: Job, facts: ModelFacts, vectors: list[VectorColumn], kept: pa.Schema, now: str) -> Dataset:
@@ -27,6 +29,10 @@ def resolve_dataset(job: Job, facts: ModelFacts, vectors: list[VectorColumn], ke
     if there is None:
         rows = job.fragment_rows if job.fragment_rows != "auto" else max(64, facts.batch_size)
         mine = Dataset(out, job, facts, tuple(vectors), kept, rows)
+        if marks := [name for name in COMPACTED if exists(join(out, name))]:
+            raise JobError(
+                f"{out} holds what vitray compact gathered ({marks[0]}): readers would see rows twice. Choose another `out`."
+            )
         require_own(mine, footers_of(mine, committed(out)))
         if store_for(out).create(dataset_url(out), to_json(mine, now)):
             return mine
