@@ -229,7 +229,7 @@ def export(
     partial: Annotated[bool, typer.Option("--partial", help="rows: also of a dataset that is not complete")] = False,
     calibrate: Annotated[
         str | None,
-        typer.Option("--calibrate", metavar="SOURCE", help="a model: some 800 images to quantise with, and to judge on"),
+        typer.Option("--calibrate", metavar="SOURCE", help="a model: 500 images to judge on, 800 with --int8"),
     ] = None,
     int8: Annotated[bool, typer.Option("--int8", help="onnx, openvino: weights and activations")] = False,
     fp16: Annotated[bool, typer.Option("--fp16", help="onnx, openvino, coreml: half the size")] = False,
