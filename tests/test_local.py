@@ -28,6 +28,7 @@ from vitray.pipeline.local import LocalLine
 from vitray.pipeline.progress import Progress
 from vitray.pipeline.wave import Work, run_wave
 from vitray.planning import status
+from vitray.schema import Receipt
 from vitray.sources import list_shards
 
 IMAGES = 320
@@ -112,8 +113,8 @@ def test_on_a_full_cluster_the_line_waits_for_room(ray: None, dataset: Dataset) 
         time.sleep(3)
         assert line.is_waiting() and arrived.empty()
         rays.kill(taker)
-        while arrived.get(timeout=60) is not None:
-            assert not line.is_waiting()
+        while (item := arrived.get(timeout=60)) is not None:
+            assert isinstance(item, Receipt) and not line.is_waiting()
     finally:
         line.close()
 

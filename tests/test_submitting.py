@@ -317,7 +317,7 @@ def test_a_head_that_went_is_told_before_it_is_given_up(
     api.address, api._client = "http://head:8265", SimpleNamespace(tail_job_logs=tail_job_logs)
     with pytest.raises(ClusterError, match="has not answered for 2 s"):
         api.follow("one", print)
-    assert caplog.text.count("http://head:8265 does not answer (no websocket); asking again for 1 s") == 1
+    assert caplog.text.count("http://head:8265 does not answer (connection refused); asking again for 1 s") == 1
 
 
 def test_the_address_that_was_said_is_asked_whatever_is_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ def some_progress() -> Progress:
     progress.add(Receipt("staged", "a", 0, 100))
     seconds = {"read": 0.1, "decode": 2.0, "predict": 4.0, "stage": 0.2}
     progress.add(Receipt("fragment", "b", 0, 100, reasons={"truncated": 3, "empty": 2}, seconds=seconds, size_bytes=4_000_000))
-    progress.shards_done, progress.set_aside = 1, 1
+    progress.shards_done, progress.shards_staged, progress.set_aside = 1, 2, 1
     progress.waiting = lambda: "3 fragments wait for decode"
     return progress
 
@@ -39,7 +39,7 @@ def test_the_json_line_has_the_numbers() -> None:
     assert {name: told[name] for name in ("images", "images_expected", "shards", "shards_done", "shards_set_aside", "resumed")} == {
         "images": 200, "images_expected": 400, "shards": 4, "shards_done": 1, "shards_set_aside": 1, "resumed": 100,
     }  # fmt: skip
-    assert told["failed"] == {"truncated": 3, "empty": 2} and told["bytes"] == 4_000_000
+    assert told["shards_staged"] == 2 and told["failed"] == {"truncated": 3, "empty": 2} and told["bytes"] == 4_000_000
     assert told["seconds_by_step"] == {"read": 0.1, "decode": 2.0, "predict": 4.0, "stage": 0.2}
     assert told["waiting"] == "3 fragments wait for decode"
     assert 4.5 < told["images_per_s"] <= 5.0 and 38 <= told["eta_s"] <= 42
@@ -61,7 +61,7 @@ def test_the_view_has_them_too() -> None:
     console.print(view(some_progress()))
     text = console.file.getvalue()
     for part in (
-        "1 of 4 done, 1 set aside", "200 of 400, 5 failed, 100 found staged", "3 truncated", "4.0 MB read",
+        "1 of 4 done, 2 staged in part, 1 set aside", "200 of 400, 5 failed, 100 found staged", "3 truncated", "4.0 MB read",
         "40.0 ms an image", "3 fragments wait for decode", "CPU here",
     ):  # fmt: skip
         assert part in text, (part, text)
@@ -105,5 +105,5 @@ def test_on_a_terminal_a_run_draws_a_view_and_gives_the_cursor_back(shapes_model
         assert process.wait(240) == 0
     os.close(mine)
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen.decode())
-    assert "2 of 2 done, 0 set aside" in text and "60" in text
+    assert "2 of 2 done, 0 staged in part, 0 set aside" in text and "60" in text
     assert seen.rindex(b"\x1b[?25h") > seen.rindex(b"\x1b[?25l")

@@ -136,6 +136,13 @@ def test_a_shard_that_is_planned_again_is_counted_once(dataset: Dataset) -> None
     assert work.progress.reasons == {"not_an_image": SHARDS} and work.failures == {} and work.counted == {}
 
 
+def test_shards_that_are_staged_and_not_committed_are_counted(dataset: Dataset) -> None:
+    work, seen = Work(), list[tuple[int, int]]()
+    work.report = lambda progress: seen.append((progress.shards_staged, progress.shards_done))
+    _complete(dataset, dataset.job, list_shards(dataset.job, []), DrawnLine, work)
+    assert seen[0] == (1, 0) and seen[-1] == (0, SHARDS) and all(0 <= begun <= SHARDS - done for begun, done in seen)
+
+
 def test_a_shard_whose_end_never_arrives_is_set_aside(dataset: Dataset) -> None:
     DrawnLine.forgets = iter([True] * SHARDS * 10)
     work = complete(dataset)

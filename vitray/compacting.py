@@ -79,9 +79,8 @@ def _parts_there(into: str) -> set[str]:
         names = {info.url.removeprefix(f"{into}/") for info in store_for(into).find(into)}
     except ObjectMissing:
         return set()
-    ours = (
-        {name for name in names if OURS.fullmatch(name)} if names & {WHOLE, BEGUN} else set()
-    )  # a mark comes before the first part
+    is_marked = bool(names & {WHOLE, BEGUN})  # before the first part
+    ours = {name for name in names if is_marked and OURS.fullmatch(name)}
     if foreign := sorted(names - ours - {WHOLE, BEGUN}):
         raise JobError(f"--into {into} holds {foreign[0]}, which is no part of ours: choose an empty directory.")
     return ours

@@ -175,8 +175,9 @@ class Cluster:
         return found
 
     async def _follow(self, submission_id: str, write: Callable[[str], None]) -> Submission:
-        written, heard, told = 0, time.monotonic(), False
+        written, heard, is_told = 0, time.monotonic(), False
         while True:
+            broken: Exception | None = None
             try:
                 seen = 0
                 async for text in self._lines(submission_id):
@@ -184,26 +185,24 @@ class Cluster:
                     if fresh:
                         write(fresh)
                     written, heard = max(written, seen), time.monotonic()
+            except Exception as error:  # a broken connection comes as one of many; a proxy may let no log through at all
+                broken = error
+            try:
                 found = await asyncio.to_thread(self.find, submission_id)
-                heard = time.monotonic()
+                heard, is_told = time.monotonic(), False
                 if found.exit_code is not None:
                     return found
-            except JobError:
-                raise
-            except Exception as error:  # a broken connection comes as one of many
-                with contextlib.suppress(ClusterError):  # the log alone: a proxy that lets no websocket through
-                    found = await asyncio.to_thread(self.find, submission_id)
-                    heard = time.monotonic()
-                    if found.exit_code is not None:
-                        return found
-                if not told and time.monotonic() - heard > TOLD_S:
-                    log.warning("%s does not answer (%s); asking again for %d s", self.address, one_line(error), LOST_S - TOLD_S)
-                    told = True
-                if time.monotonic() - heard > LOST_S:
-                    where = f"vitray status {submission_id} --follow --address {self.address}"
-                    raise ClusterError(
-                        f"{self.address} has not answered for {LOST_S:.0f} s ({one_line(error)}); the job may go on: {where}"
-                    ) from error
+            except ClusterError as error:
+                broken = error
+            silent = time.monotonic() - heard
+            if broken is not None and silent > LOST_S:
+                where = f"vitray status {submission_id} --follow --address {self.address}"
+                raise ClusterError(
+                    f"{self.address} has not answered for {LOST_S:.0f} s ({one_line(broken)}); the job may go on: {where}"
+                ) from broken
+            if broken is not None and silent > TOLD_S and not is_told:
+                log.warning("%s does not answer (%s); asking again for %d s", self.address, one_line(broken), LOST_S - TOLD_S)
+                is_told = True
             await asyncio.sleep(1)
 
     async def _lines(self, submission_id: str) -> AsyncIterator[str]:

@@ -65,6 +65,7 @@ def json_line(progress: Progress) -> str:
         "eta_s": None if (left := progress.left_s()) is None else round(left),
         "shards": progress.shards,
         "shards_done": progress.shards_done,
+        "shards_staged": progress.shards_staged,
         "shards_set_aside": progress.set_aside,
         "resumed": progress.resumed,
         "failed": progress.reasons,
@@ -86,7 +87,10 @@ def view(progress: Progress) -> Table:
     computed = max(1, progress.images - progress.resumed)
     rows: list[tuple[str, RenderableType]] = [
         ("", bar),
-        ("shards", f"{progress.shards_done:,} of {progress.shards:,} done, {progress.set_aside} set aside"),
+        (
+            "shards",
+            f"{progress.shards_done:,} of {progress.shards:,} done, {progress.shards_staged:,} staged in part, {progress.set_aside} set aside",
+        ),
         ("images", f"{progress.images:,}{of}, {progress.errors:,} failed, {progress.resumed:,} found staged"),
         ("images/s", f"{progress.rate_now():,.1f} now, {progress.rate():,.1f} in the mean, {decimal(progress.size_bytes)} read"),
         ("ETA", "not known yet" if left is None else str(timedelta(seconds=round(left)))),

@@ -24,7 +24,7 @@ ENOUGH = 64  # from so many images on none is used for both
 LEAST = 16
 DECODED = 32  # images at a time
 SHARDS = 16  # that images are taken from, at most, spread evenly: classes often lie side by side
-DEEP = 20
+DEEP = 20  # times as many images as are taken of a tar, within which they are drawn
 TOP = 5
 ROUNDS, SECONDS = 9, 30.0  # of timing, at most
 

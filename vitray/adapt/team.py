@@ -39,7 +39,7 @@ def fit_with_ray(recipe: Recipe, owner: str, address: str | None, allow_open: bo
         limits = FailureConfig(max_failures=RETRIES, controller_failure_limit=RETRIES)
         trainer = TorchTrainer(
             work,
-            train_loop_config={
+            train_loop_config={  # unset fields stay unset: which ones were given is checked, too
                 "recipe": recipe.model_dump(mode="json", exclude_unset=True),
                 "home": os.getcwd(),
                 "began": began,

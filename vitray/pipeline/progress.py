@@ -19,6 +19,7 @@ class Progress:
 
     shards: int = 0
     shards_done: int = 0
+    shards_staged: int = 0  # of which something is staged, and which are not committed
     images_expected: int | None = None
     bytes_expected: int = 0  # of the shards, with all that is in them
     good: int = 0

@@ -24,7 +24,7 @@ from vitray.schema import Receipt, Shard
 log = logging.getLogger(__name__)
 
 LOST_S = 30.0  # without a receipt, then whose machine is gone is planned again
-SAID_S = 60.0  # between two words about that
+SAID_S = 60.0  # between two words about waiting for room
 ATTEMPTS = 3
 JUDGED_IMAGES = 1000
 COMMITS_AT_ONCE = 4
@@ -113,6 +113,7 @@ def run_wave(dataset: Dataset, shards: list[Shard], line: Line, work: Work) -> N
                 if tiling.is_whole(receipt.shard):
                     commits.backlog.append(receipt.shard)
             commits.settle()
+            work.progress.shards_staged = len(work.counted)
             work.report(work.progress)
         commits.wait()
     if work.stop.is_set():
@@ -219,6 +220,7 @@ class _Commits:
             work.failures.pop(shard_id, None)
             work.counted.pop(shard_id, None)
             work.progress.shards_done += 1
+            work.progress.shards_staged = len(work.counted)
             work.meter.commit(answer)
             log.info("committed %s: %d rows, %d errors", shard_id, answer.rows, answer.errors)
         else:
