@@ -133,8 +133,9 @@ def test_what_comes_after_a_run_looks_where_it_looked(inputs: Path, dataset: Dat
     vitray.run(job.model_copy(update={"limit": 2}))
     last = open_dataset(dataset.out)
     assert last is not None and last.job == dataset.job.model_copy(update={"source": job.source, "limit": 2})
-    checked = vitray.validate(dataset.out, inputs=True)
+    checked = vitray.validate(dataset.out, inputs=True, content=True)
     assert (checked.files, checked.gone, checked.problems) == (3, 1, ())
+    assert checked.compared == 2 and "images read again: those of 2 of 3 files" in str(checked)
     vitray.run(job, prune=True)
     checked = vitray.validate(dataset.out, inputs=True, content=True)
     assert checked.ok and (checked.gone, checked.pending, checked.rows) == (0, 0, IMAGES - 3)
@@ -142,10 +143,13 @@ def test_what_comes_after_a_run_looks_where_it_looked(inputs: Path, dataset: Dat
     vitray.run(job.model_copy(update={"limit": 1, "device": "cpu"}))  # once there was no limit, there is none
     assert vitray.validate(dataset.out, inputs=True).pending == 2
     source = tmp_path / "out" / "_vitray" / "source.json"
-    for text in ("", "{}", "[1]"):  # a hint and no more
+    vitray.run(job)
+    for text in ("", "{}", "[1]"):  # a hint and no more, which the next run mends, though it has nothing to do
+        said = source.read_bytes()
         source.write_text(text)
         found = open_dataset(dataset.out)
         assert found is not None and found.job == dataset.job
+        assert vitray.run(job).images == 0 and source.read_bytes() == said
 
 
 def test_a_first_file_of_another_type_is_set_aside_once_the_types_are_frozen(shapes_model: str, tmp_path: Path) -> None:
@@ -160,7 +164,31 @@ def test_a_first_file_of_another_type_is_set_aside_once_the_types_are_frozen(sha
     result = vitray.run(job)
     assert result.exit_code == 3 and result.images == 12 and len(result.set_aside) == 2
     whys = sorted(result.set_aside.values())
-    assert "those of the first shard" in whys[0] and whys[1].endswith("has no column `price`; it has image")
+    assert "column `price` is list<element: string>, in this dataset it is int64" in whys[0]
+    assert f"{tmp_path}/in/a1.parquet has no column `price`; it has image" in whys[1]
+
+
+def test_kept_types_are_those_of_the_first_values_and_take_what_loses_nothing(shapes_model: str, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    images = [picture.data for picture in pictures(12)]
+
+    def add(name: str, note: pa.Array, price: pa.Array) -> None:
+        pq.write_table(pa.table({"image": images, "note": note, "price": price}), tmp_path / "in" / f"{name}.parquet")
+
+    nothing, text = pa.nulls(12), pa.array(["a"] * 12, pa.large_string())
+    add("a", nothing, pa.array([0.5] * 12))
+    job = vitray.Job(source=[f"{tmp_path}/in"], model=shapes_model, out=f"{tmp_path}/out", engine="torch", keep="note,price")
+    found = vitray.run(job)
+    assert found.exit_code == 0 and vitray.read(job.out)["note"].null_count == 12
+    add("b", text, pa.array(range(12)))
+    add("c", text.cast(pa.string()).dictionary_encode(), pa.array([2**60 + 1] * 12))  # no double has it
+    add("d", text.cast(pa.string()), nothing)
+    found = vitray.run(job)
+    (why,) = found.set_aside.values()
+    assert found.rows == 36 and "a value of column `price` does not fit the dataset's double" in why
+    rows = vitray.read(job.out, ["note", "price"])
+    assert rows["note"].to_pylist() == [None] * 12 + ["a"] * 24 and rows["price"].to_pylist() == [0.5] * 12 + [*range(12)] + [None] * 12
+    assert vitray.read(vitray.run(job.model_copy(update={"out": f"{tmp_path}/new"})).out).schema.field("note").type == pa.string()
 
 
 def test_a_model_that_cannot_be_opened_ends_the_line_with_its_error(dataset: Dataset) -> None:

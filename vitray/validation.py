@@ -27,7 +27,10 @@ UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, Syste
 
 @dataclass(frozen=True, slots=True)
 class Validation:
-    """What was checked and what is wrong. problems: one line each, naming the file. pending: inputs not labelled yet."""
+    """What was checked and what is wrong. problems: one line each, naming the file. pending: inputs not labelled yet.
+
+    compared: the data files whose input is still where the last run looked, and was read again; None where nobody asked.
+    """
 
     out: str
     files: int
@@ -36,6 +39,7 @@ class Validation:
     pending: int
     gone: int
     problems: tuple[str, ...]
+    compared: int | None = None
 
     @property
     def ok(self) -> bool:
@@ -48,6 +52,8 @@ class Validation:
         lines = [f"{self.out}: {verdict}; {held}"]
         if self.pending or self.gone:
             lines.append(f"inputs: {count(self.pending, 'shard')} not committed yet, {self.gone} committed ones no longer listed")
+        if self.compared is not None:
+            lines.append(f"images read again: those of {self.compared} of {count(self.files, 'file')}")
         return "\n".join(lines + [f"  {problem}" for problem in self.problems])
 
 
@@ -66,7 +72,7 @@ def validate(out: str, inputs: bool = True, content: bool = False) -> Validation
         problems += [f"data/{shard}.parquet: is not in the manifest, though _SUCCESS.json is there" for shard in unlisted]
     by_id, unlistable = _inputs(dataset) if inputs or content else ({}, [])
     problems += unlistable
-    rows = errors = 0
+    rows = errors = compared = 0
     with ThreadPoolExecutor(2) as pool:  # a manifest of before the work that is going on tells nothing of a file
         for shard, (footer, found) in zip(
             sorted(data), pool.map(lambda s: _check_file(dataset, s, (listed or {}).get(s) if is_done else None), sorted(data))
@@ -75,10 +81,11 @@ def validate(out: str, inputs: bool = True, content: bool = False) -> Validation
             if footer is not None:
                 rows, errors = rows + footer.rows, errors + footer.errors
                 if content and shard in by_id:
+                    compared += 1
                     problems += [f"data/{shard}.parquet: {p}" for p in _check_content(dataset, by_id[shard], footer)]
     pending = len({shard.id for shard in chosen(list(by_id.values()), dataset.job)} - data.keys())
     gone = len(data.keys() - by_id.keys()) if by_id else 0
-    return Validation(dataset.out, len(data), rows, errors, pending, gone, tuple(problems))
+    return Validation(dataset.out, len(data), rows, errors, pending, gone, tuple(problems), compared if content else None)
 
 
 def _manifest_rows(dataset: Dataset) -> tuple[dict[str, dict[str, object]] | None, list[str]]:

@@ -62,6 +62,7 @@ WAVE_SHARDS, WAVE_FRAGMENTS = 4096, 65_536  # Ray keeps 12 to 37 kB of each frag
 NARROWER = 8  # from the second fault on, the next wave has so many times fewer shards; after a good one so many times more
 DEADLY = 5  # so many shards that die alone, one after the other: it is not the shards
 LEAST_IMAGE_BYTES = 4096  # no photo is smaller: fewer bytes than that times images need no estimate
+LOOK_INTO = 100  # files that have no value at all in a kept column, for the type of one that has
 NEARLY = 0.1  # of the images: a run that did a part of them says nothing of the time that was planned
 MakeLine = Callable[[Dataset, list[Shard]], Line]
 
@@ -94,6 +95,7 @@ def run(
     settled = not listing.new_groups and not (prune and any(map(_vanished, listing.shards)))
     if settled and open_dataset(job.out) is not None and not _pending(job, listing):
         dataset = _resolve(job, identify(with_frozen(job), runs_here=False), listing)
+        remember_source(dataset)
         return _finished(dataset, job, prune, Work(), started)
     crash_point("driver-listed")
     with _machines(job, address, allow_open_cluster) as (open_line, shares, nodes):
@@ -204,20 +206,29 @@ def _resolve(job: Job, facts: ModelFacts, listing: Listing) -> Dataset:
 
 
 def _kept(job: Job, listing: Listing) -> pa.Schema:
-    """The types of the kept columns: those of the dataset, or of the first shard that can be read."""
+    """The types of the kept columns: those of the dataset, or of the first file that has a value there; text where none has.
+
+    Raises ShardError when no file can be read.
+    """
     if (there := open_dataset(job.out)) is not None and there.job.keep == job.keep:
         return there.kept
-    for shard in listing.shards if job.keep else []:
+    known, looked, broken = list[pa.Field](), 0, None
+    for shard in {shard.url: shard for shard in listing.shards}.values() if job.keep else ():
         try:
-            schema = kept_schema(shard, job)
-            if absent := absent_members(shard, job):
+            mine = list(kept_schema(shard, job))
+            if not known and (absent := absent_members(shard, job)):
                 log.warning(
                     "keep: no sample at the start of %s has a member .%s; null where there is none", shard.url, ", .".join(absent)
                 )
-            return schema
-        except ShardError:  # it will be set aside when it is read
+        except ShardError as error:  # it will be set aside when it is read
+            broken = broken or error
             continue
-    return pa.schema([])
+        known, looked = [new if pa.types.is_null(old.type) else old for old, new in zip(known or mine, mine)], looked + 1
+        if looked == LOOK_INTO or not any(pa.types.is_null(field.type) for field in known):
+            break
+    if broken and not known:
+        raise broken
+    return pa.schema([field.with_type(pa.string()) if pa.types.is_null(field.type) else field for field in known])
 
 
 def _compiling(job: Job, listing: Listing, shares: Shares) -> Shares:

@@ -24,7 +24,7 @@ from vitray.decode import ON_DEVICE, decode, decode_bytes, fit_size, left_to_dev
 from vitray.errors import JobError, ObjectChanged, ShardError, StorageError, VitrayError
 from vitray.models import Model, Predictions
 from vitray.schema import ERROR_SCHEMA, IMAGE_FIELDS, Encoded, End, Receipt, Shard, content_hash, ipc_bytes, ipc_table
-from vitray.sources import kept_schema, read_shard
+from vitray.sources import read_shard, require_kept
 
 if TYPE_CHECKING:
     from vitray.models.gpu_decode import DeviceDecoder
@@ -77,8 +77,7 @@ def read_step(dataset: Dataset, shard: Shard) -> Iterator[Parcel]:
     """
     started = time.perf_counter()
     try:
-        if not kept_schema(shard, dataset.job).equals(dataset.kept):
-            raise ShardError(f"{shard.url}: the types of the kept columns are not those of the first shard; set `keep` apart")
+        require_kept(shard, dataset.job, dataset.kept)
         there = staged_whole(dataset, shard.id)
         if there.tiles():
             for span in there.ranges():
@@ -111,8 +110,8 @@ def _fragments(dataset: Dataset, shard: Shard, there: dict[int, int], sent: set[
         nonlocal started
         if start in sent:
             return
-        sent.add(start)
         if there.get(start) == stop:
+            sent.add(start)
             yield _was_staged(dataset, shard.id, (start, stop))
             return
         seconds = {"read": time.perf_counter() - started}
@@ -120,7 +119,9 @@ def _fragments(dataset: Dataset, shard: Shard, there: dict[int, int], sent: set[
         trace("read", shard.id, start, stop)
         size = sum(len(item.data or b"") for item in held)
         receipt = Receipt("fragment", shard.id, start, stop, seconds=seconds, size_bytes=size)
-        yield Parcel(receipt, rows=_encoded_table(held, dataset.kept))
+        whole = Parcel(receipt, rows=_encoded_table(held, dataset.kept))
+        sent.add(start)
+        yield whole
 
     def is_wanted(index: int) -> bool:
         start = index // rows * rows
@@ -155,7 +156,10 @@ def _encoded_table(items: list[Encoded], kept: pa.Schema) -> pa.Table:
     kinds = {"index": pa.int32(), "data": pa.large_binary(), **dict.fromkeys(("key", "uri", "reason", "message"), pa.string())}
     columns = {name: pa.array([getattr(item, name) for item in items], kind) for name, kind in kinds.items()}
     for at, column in enumerate(kept):
-        columns[f"keep:{column.name}"] = pa.array([i.kept[at] for i in items], column.type)
+        try:
+            columns[f"keep:{column.name}"] = pa.array([i.kept[at] for i in items], column.type)
+        except (pa.ArrowException, OverflowError) as error:  # a whole number that a double has not
+            raise ShardError(f"a value of column `{column.name}` does not fit the dataset's {column.type}: {error}") from error
     return pa.table(columns)
 
 

@@ -15,7 +15,10 @@ from vitray.sources.files import Group
 from vitray.sources.listing import Listing, list_shards
 from vitray.sources.tar import absent_members
 
-__all__ = ["Group", "Listing", "absent_members", "chosen", "estimate_images", "kept_schema", "list_shards", "read_shard"]
+__all__ = [
+    "Group", "Listing", "absent_members", "chosen", "estimate_images", "kept_schema", "list_shards", "read_shard",
+    "require_kept",
+]  # fmt: skip
 
 READ = {"tar": tar.read_tar, "files": files.read_files, "parquet": parquet.read_parquet, "manifest": manifest.read_manifest}
 KEPT = {"tar": tar.kept_schema, "files": files.kept_schema, "parquet": tables.kept_schema, "manifest": tables.kept_schema}
@@ -52,6 +55,20 @@ def kept_schema(shard: Shard, job: Job) -> pa.Schema:
     """
     schema = KEPT[shard.kind](shard, job)
     return pa.schema([field.with_name(job.kept_as(field.name)) for field in schema])
+
+
+def require_kept(shard: Shard, job: Job, kept: pa.Schema) -> None:
+    """Raises ShardError when a kept column's values would not go into the dataset's type unchanged, JobError when there is none."""
+    for mine, field in zip(kept_schema(shard, job), kept, strict=True):
+        try:
+            both = pa.unify_schemas([pa.schema([f.with_nullable(True)]) for f in (field, mine)], promote_options="permissive")
+        except pa.ArrowException:
+            both = None
+        if both is None or both.field(0).type != field.type:
+            raise ShardError(
+                f"{shard.url}: column `{mine.name}` is {mine.type}, in this dataset it is {field.type}. Write it with that type, or "
+                "give this input an `out` of its own."
+            )
 
 
 def estimate_images(shards: Sequence[Shard], job: Job) -> tuple[int, bool]:

@@ -23,6 +23,7 @@ IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "content",
 PATH_NAMES = ("path", "file", "filename", "file_name", "image", "image_path", "url", "uri", "key")
 BINARIES = (pa.binary(), pa.large_binary(), pa.binary_view())
 STRINGS = (pa.string(), pa.large_string(), pa.string_view())
+SAME_VALUES = dict.fromkeys(STRINGS, pa.string()) | dict.fromkeys(BINARIES, pa.binary())
 MAX_LINE_BYTES = 16 << 20
 NO_TEXT = re.compile(rb"[\0-\x08\x0e-\x19]")  # control characters, which any tar, image or archive begins with
 Cells = dict[str, pa.Scalar]  # of one row, by column
@@ -146,17 +147,18 @@ def likely_columns(schema: pa.Schema, kind: str, job: Job) -> list[str]:
 
 
 def kept_schema(shard: Shard, job: Job) -> pa.Schema:
-    """The kept columns' types. Dictionaries become their values: index types differ from file to file."""
+    """The kept columns' types, without what differs from file to file: dictionaries' indices, the width of offsets."""
     schema = read_schema(shard)
-    _require(schema, job.keep)
+    _require(schema, job.keep, shard.url)
     kinds = [schema.field(name).type for name in job.keep]
-    return pa.schema([(n, k.value_type if pa.types.is_dictionary(k) else k) for n, k in zip(job.keep, kinds)])
+    values = [kind.value_type if pa.types.is_dictionary(kind) else kind for kind in kinds]
+    return pa.schema([(name, SAME_VALUES.get(kind, kind)) for name, kind in zip(job.keep, values)])
 
 
-def _require(schema: pa.Schema, names: Sequence[str | None]) -> None:
+def _require(schema: pa.Schema, names: Sequence[str | None], what: str = "the input") -> None:
     for name in names:
         if name is not None and schema.get_field_index(name) < 0:
-            raise JobError(f"the input has no column `{name}`; it has {', '.join(schema.names[:20])}")
+            raise JobError(f"{what} has no column `{name}`; it has {', '.join(schema.names[:20])}")
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:
