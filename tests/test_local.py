@@ -22,6 +22,7 @@ from shards import Picture, pictures, put_files, put_tars
 import vitray
 from vitray.dataset import Dataset, load_group_log, open_dataset, read_run_records, staged
 from vitray.errors import ClusterError, Interrupted, ModelError
+from vitray.pipeline import cluster
 from vitray.pipeline.cluster import share_out
 from vitray.pipeline.line import RayLine
 from vitray.pipeline.local import LocalLine
@@ -94,7 +95,9 @@ def line_threads() -> list[str]:
 
 
 @pytest.mark.ray
-def test_on_a_full_cluster_the_line_waits_for_room(ray: None, dataset: Dataset) -> None:
+def test_on_a_full_cluster_the_line_waits_for_room(
+    ray: None, dataset: Dataset, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     import ray as rays
 
     class Takes:
@@ -103,6 +106,13 @@ def test_on_a_full_cluster_the_line_waits_for_room(ray: None, dataset: Dataset) 
 
     taker = rays.remote(Takes).options(num_cpus=rays.cluster_resources()["CPU"]).remote()
     assert rays.get(taker.answer.remote(), timeout=60)
+    monkeypatch.setattr(cluster, "SAID_S", 0.5)
+    monkeypatch.setattr(cluster, "PLACE_S", 1.8)
+    with pytest.raises(ClusterError, match="for a machine that has room for the model, and fetches and reads it"):
+        cluster.on_worker(SHARES, str)
+    assert [record.message for record in caplog.records if record.name == cluster.__name__] == [
+        "waiting for a machine that has room for the model, and fetches and reads it"
+    ] * 3
     line, arrived = RayLine(dataset, list_shards(dataset.job, []).shards[1:2], SHARES), queue.Queue[object]()
     line.start(arrived)
     try:

@@ -19,8 +19,11 @@ from typing import Any
 from vitray.errors import ClusterError, VitrayError, one_line
 from vitray.storage import exists, is_local, scratch, store_for
 
+log = logging.getLogger(__name__)
+
 RETRIES = 3  # of a task or an actor; Ray's own defaults are endless
 SEEN_S = 20.0
+SAID_S = 30.0  # between two words about waiting
 PLACE_S = 3600.0  # for a machine that has room for the model: others may have taken them, or an autoscaler may bring one
 START_S = 120  # Ray's own waits inside ray.init are shorter
 
@@ -269,7 +272,11 @@ def on_worker(shares: Shares, work: Callable[..., Any], *arguments: Any) -> Any:
     import ray
 
     task = ray.remote(outcome).options(num_cpus=shares.actor_cpus, num_gpus=shares.actor_gpus, max_retries=RETRIES)
-    return answer(task.remote(work, *arguments), PLACE_S, "a machine that has room for the model, and fetches and reads it")
+    what = "a machine that has room for the model, and fetches and reads it"
+    asked, deadline = task.remote(work, *arguments), time.monotonic() + PLACE_S
+    while not ray.wait([asked], timeout=SAID_S)[0] and time.monotonic() < deadline:
+        log.warning("waiting for %s", what)
+    return answer(asked, max(0.0, deadline - time.monotonic()), what)
 
 
 def require_shared(out: str, named: list[str], nodes: list[dict[str, Any]]) -> None:

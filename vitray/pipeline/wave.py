@@ -16,7 +16,7 @@ from typing import Protocol
 from vitray.dataset import Commit, Dataset
 from vitray.errors import ClusterError, ErrorRateExceeded, ObjectChanged, VitrayError
 from vitray.job import Job
-from vitray.pipeline.cluster import PLACE_S
+from vitray.pipeline.cluster import PLACE_S, SAID_S
 from vitray.pipeline.metrics import Meter
 from vitray.pipeline.progress import Progress
 from vitray.schema import Receipt, Shard
@@ -24,7 +24,6 @@ from vitray.schema import Receipt, Shard
 log = logging.getLogger(__name__)
 
 LOST_S = 30.0  # without a receipt, then whose machine is gone is planned again
-SAID_S = 60.0  # between two words about waiting for room
 ATTEMPTS = 3
 JUDGED_IMAGES = 1000
 COMMITS_AT_ONCE = 4
@@ -128,25 +127,27 @@ def _receipts(line: Line, patience_s: float, stop: threading.Event) -> Iterator[
     """
     arrived: queue.Queue[Receipt | Exception | None] = queue.Queue()
     line.start(arrived)
-    last = began = asked = time.monotonic()
+    last = began = said = time.monotonic()
+    is_waiting = True  # asked each second until the first answer that it is not, so that the patience begins when the room is there
     while True:
         if stop.is_set():
             line.stop()
         try:
             item = arrived.get(timeout=1.0)
         except queue.Empty:
-            if time.monotonic() - last > LOST_S and line.is_short():
+            now = time.monotonic()
+            if now - last > LOST_S and line.is_short():
                 raise MachineLostError("a machine was lost") from None
-            if time.monotonic() - max(last, asked) > min(patience_s, SAID_S):
-                asked = time.monotonic()
-                if line.is_waiting():
-                    if asked - began > PLACE_S:
-                        raise ClusterError(
-                            f"no machine had room for the model in {PLACE_S:g} s. Look at `ray status`, then run again."
-                        ) from None
+            if is_waiting or now - last > min(patience_s / 2, SAID_S):
+                is_waiting = line.is_waiting()
+            if is_waiting:
+                last = now
+                if now - began > PLACE_S:
+                    raise ClusterError(f"no machine had room for the model in {PLACE_S:g} s. Look at `ray status`, then run again.") from None
+                if now - said > SAID_S:
                     log.warning("no machine has room for the model yet; waiting for one does not count as standing still")
-                    last = asked
-            if time.monotonic() - last > patience_s:
+                    said = now
+            if now - last > patience_s:
                 raise ClusterError(
                     f"no image moved for {patience_s:g} s ({line.state()}). Is the store slow, or the model stuck? On a cluster, `ray status` tells "
                     "more. Raise stall_timeout_s if that is how long it takes; run the same command again to go on."
@@ -157,7 +158,7 @@ def _receipts(line: Line, patience_s: float, stop: threading.Event) -> Iterator[
             return
         if isinstance(item, Exception):
             raise item
-        last = time.monotonic()
+        last, is_waiting = time.monotonic(), False
         yield item
 
 
