@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -26,7 +27,7 @@ from safetensors.torch import load, load_file
 from small_models import PREFIX, edit, make_checkpoint
 
 import vitray
-from vitray.adapt import checkpoints, outputs, team
+from vitray.adapt import checkpoints, fitting, outputs, team
 from vitray.adapt.batches import Batches
 from vitray.adapt.examples import gather, is_held_out
 from vitray.adapt.finetuning import Study, finetune
@@ -386,6 +387,7 @@ def test_killed_training_ends_with_equal_weights(small: dict[str, object], tmp_p
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("whole", "killed")
     ]
+    assert re.search(r": going on from step \d+ of 12\n", done.stderr)
     assert both[0] == both[1] and "epoch 3: loss" in done.stderr and f"{whole.figures['validation_accuracy']:.4g}" in done.stdout
     left = [p.name for p in (tmp_path / "killed" / "_vitray" / "state").iterdir() if p.suffix == ".safetensors"]
     assert sorted(name.partition("-")[0] for name in left) == ["best", "last"]
@@ -512,17 +514,27 @@ def stop(_record: dict[str, float]) -> None:
 def test_training_stops_when_it_gets_no_better(small: dict[str, object], tmp_path: Path) -> None:
     told: list[dict[str, float]] = []
     fields = {**small, "out": str(tmp_path / "out"), "epochs": 30, "patience": 2, "lr": 1e-9, "metric": "accuracy"}
-    result = finetune(Recipe(**fields), tell=told.append)
+    result = finetune(Recipe(**fields), tell=lambda record: told.append(record) if "epoch" in record else None)
     assert result.epochs == len(told) < 30
     best = max(told, key=lambda record: (record["validation_accuracy"], -record["validation_loss"]))
     assert result.epochs == best["epoch"] + 2
     assert result.figures["validation_loss"] == pytest.approx(best["validation_loss"], rel=1e-6)
 
 
-def test_precision_bf16_and_class_weights_train(small: dict[str, object], tmp_path: Path) -> None:
+def test_precision_bf16_and_class_weights_train(
+    small: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fitting, "SAID_S", 0.0)
     fields = {**small, "out": str(tmp_path / "out"), "precision": "bf16", "class_weights": "balanced", "epochs": 8}
     told: list[dict[str, float]] = []
     finetune(Recipe(**fields), tell=told.append)
+    steps = [record["step"] for record in told if "epoch" not in record]
+    assert (
+        len(steps) > 8
+        and steps == sorted(steps)
+        and {record.get("steps", told[0]["steps"]) for record in told} == {told[-1]["step"]}
+    )
+    told = [record for record in told if "epoch" in record]
     assert told[-1]["loss"] < told[0]["loss"] and weights(fields["out"])["classifier.weight"].dtype == torch.float32
 
 
@@ -667,8 +679,8 @@ def test_pseudo_labels_are_the_models_own(trained: str, small: dict[str, object]
         ({"train": "probe", "init": "weights"}, JobError, "stored embeddings: give `dataset`"),
         ({"train": "head"}, JobError, "init: scratch needs train: full"),
         ({"batch_size": 10, "accumulate": 3}, JobError, "cannot be cut into"),
-        ({"label": "txt"}, JobError, "200 images have no label .txt., such as"),
-        ({"label": "json", "label_field": "digits"}, JobError, "200 images have no label .json, field digits., such as"),
+        ({"label": "txt"}, JobError, "200 images without a label .txt., such as"),
+        ({"label": "json", "label_field": "digits"}, JobError, "200 images without a label .json, field digits., such as"),
         ({"classes": ["0", "1", "2"]}, JobError, "140 labels are not among the 3 classes, such as"),
         (
             {"label_table": "nowhere.csv", "label": "x"},
@@ -697,17 +709,30 @@ def test_bad_input_is_one_line(
     assert (tmp_path / "out").exists() == ("lr" in fields)  # what is refused leaves nothing, no decoded image either
 
 
-def test_a_label_that_a_table_lacks_is_told_with_the_place_it_was_looked_for(small: dict[str, object], tmp_path: Path) -> None:
-    (tmp_path / "labels.csv").write_text("file,digit\n0/0001.jpg,0\n")
-    fields = {**small, "label": "digit", "label_table": str(tmp_path / "labels.csv"), "table_key": "file"}
-    with pytest.raises(JobError) as raised:
-        finetune(Recipe(**fields, out=str(tmp_path / "out")))
-    said = str(raised.value)
+def test_a_label_that_a_table_lacks_is_told_with_the_place_it_was_looked_for(
+    small: dict[str, object], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = tmp_path / "labels.csv"
+    fields = {**small, "label": "digit", "label_table": str(table), "table_key": "file", "out": str(tmp_path / "out")}
+
+    def said(text: str) -> str:
+        table.write_text(text)
+        with pytest.raises(JobError) as raised:
+            finetune(Recipe(**fields))
+        return str(raised.value).replace(f"label_table {table} ", "")
+
+    advice = "Correct `label_table` or `table_key`."
+    images = "the images are 6/0000, 6/0001, 6/0002."
+    assert said("file,digit\n0/0001.jpg,0\n") == f"names none of 200 images: its file holds 0/0001.jpg, {images} {advice}"
+    assert said("file,digit\n") == f"names none of 200 images: its file holds nothing, {images} {advice}"
     assert (
-        f"200 images have no label (digit of {tmp_path}/labels.csv, by its column file), such as 6/0000, 6/0001, 6/0002. Correct"
-        in said
+        said("name,digit\n6/0000,6\n")
+        == "has no column `file`; it has name, digit. Correct `label_table`, `table_key` or `label`."
     )
-    assert said.endswith("Correct `label`, `label_table` or `table_key`, or set unlabelled: skip.")
+    found = said("file,digit\n6/0000,6\n6/none,6\n")
+    assert found.startswith(f"199 images without a label (digit of {table}, by its column file), such as 6/0001, 6/0002, ")
+    assert found.endswith("Correct `label`, `label_table` or `table_key`, or set unlabelled: skip.")
+    assert f"1 of 2 keys of label_table {table} name no image, such as 6/none" in caplog.text
 
 
 def test_a_table_with_two_labels_of_one_image_or_one_of_two_images_is_refused(small: dict[str, object], tmp_path: Path) -> None:

@@ -72,10 +72,10 @@ NEVER_CALLED = {
 NEVER_TRUE = {"trust_remote_code", "shell", "allow_pickle"}
 FILE_LINES = 400
 BUDGET = {
-    "core": 5010,
+    "core": 5060,
     "models": 1960,
-    "operating": 2565,
-    "adapting": 2085,
+    "operating": 2580,
+    "adapting": 2130,
 }  # lines of code; the contract says 3,000 for core: see DECISIONS.md
 ADAPTING = ("adapt", "relabelling")
 FLOOR_OF = {"cli/operating.py": "operating", "cli/adapting.py": "adapt", "pages/__init__.py": "operating"}

@@ -197,7 +197,10 @@ def test_kept_types_are_those_of_the_first_values_and_take_what_loses_nothing(sh
     (why,) = found.set_aside.values()
     assert found.rows == 36 and "a value of column `price` does not fit the dataset's double" in why
     rows = vitray.read(job.out, ["note", "price"])
-    assert rows["note"].to_pylist() == [None] * 12 + ["a"] * 24 and rows["price"].to_pylist() == [0.5] * 12 + [*range(12)] + [None] * 12
+    assert (
+        rows["note"].to_pylist() == [None] * 12 + ["a"] * 24
+        and rows["price"].to_pylist() == [0.5] * 12 + [*range(12)] + [None] * 12
+    )
     assert vitray.read(vitray.run(job.model_copy(update={"out": f"{tmp_path}/new"})).out).schema.field("note").type == pa.string()
 
 

@@ -19,6 +19,7 @@ import vitray
 from vitray.dataset import committed, data_files, open_dataset
 from vitray.errors import ErrorRateExceeded, FingerprintError, JobError, ModelError
 from vitray.job import make_job
+from vitray.planning import status
 from vitray.storage import store_for
 
 
@@ -293,6 +294,8 @@ def test_cut_and_broken_shards_are_named_and_the_rest_completes(
     keys = vitray.read(job.out, columns=["key"])["key"].to_pylist()
     assert keys == [p.key for p in items[: len(keys)]] and 10 < len(keys) < 90
     assert vitray.run(job).exit_code == 3  # and says so again
+    ((shard, at),) = result.truncated.items()
+    assert f"cut short  {shard}: at byte {at:,}: {result.notes[shard]}" in str(status(job.out)) and "cut" in result.notes[shard]
 
 
 def test_another_fingerprint_is_refused_with_its_fields(

@@ -91,6 +91,9 @@ def test_a_float_export_says_what_torch_says_within_a_thousandth(tmp_path: Path,
     made = shrink(asked(shapes_model, photos), to, "", str(tmp_path / "x"), 0.999)
     assert made.judgement.error is not None and made.judgement.error < 1e-3
     assert (made.judgement.agreement, made.judgement.images, made.judgement.apart) == (1.0, 240, True)
+    small = ("config.json", "vitray_export.json", "README.md")
+    files = [path.stat().st_size for path in (tmp_path / "x").iterdir() if not path.name.endswith(small)]
+    assert made.judgement.megabytes == sum(files) / 1e6
     expected = run(job_for(shapes_model, top_k=6, embeddings=[Embedding()]), UNSEEN[0])
     if to == "torch-export":  # what others open
         program = torch.export.load(str(tmp_path / "x/model.pt2")).module()

@@ -70,6 +70,7 @@ class Status:
     staged: dict[str, int]
     decided: dict[str, str]
     last_run: dict[str, object] | None
+    notes: dict[str, str]  # {shard cut short: what its run said of it}
 
     def __str__(self) -> str:
         aside = (self.last_run or {}).get("set_aside")
@@ -80,7 +81,10 @@ class Status:
             f"{self.out}: {state}",
             f"committed  {count(self.shards, 'shard')}, {count(self.rows, 'row')}, {count(self.errors, 'error')}, "
             f"{count(len(self.truncated), 'shard')} cut short",
-            *(f"cut short  {shard}: at byte {at:,}" for shard, at in self.truncated.items()),
+            *(
+                f"cut short  {shard}: at byte {at:,}" + (f": {self.notes[shard]}" if shard in self.notes else "")
+                for shard, at in self.truncated.items()
+            ),
             f"staged     {count(sum(self.staged.values()), 'image')} of {count(len(self.staged), 'shard')}",
             *(f"{name:<10} {value}" for name, value in self.decided.items()),
         ]
@@ -144,7 +148,9 @@ def status(out: str) -> Status:
     records = read_run_records(dataset.out)
     complete = exists(join(dataset.out, "_SUCCESS.json")) and known.keys() <= data.keys()
     last = records[-1] if records else None
-    return Status(dataset.out, complete, len(data), rows, errors, truncated, waiting, decided_values(dataset), last)
+    noted = [record["notes"] for record in records if isinstance(record.get("notes"), dict)]
+    said = {shard: text for notes in noted for shard, text in notes.items() if shard in truncated}
+    return Status(dataset.out, complete, len(data), rows, errors, truncated, waiting, decided_values(dataset), last, said)
 
 
 def decided_values(dataset: Dataset) -> dict[str, str]:

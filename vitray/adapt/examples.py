@@ -15,6 +15,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,7 +32,7 @@ import pyarrow.parquet as pq
 from vitray.adapt.recipe import Recipe
 from vitray.dataset import read, read_table, require_complete, require_outside
 from vitray.decode import decode
-from vitray.errors import JobError, ObjectMissing, StorageError, one_line
+from vitray.errors import JobError, ObjectMissing, StorageError, count, one_line
 from vitray.pipeline import groups_of, with_absolute_paths
 from vitray.schema import DecodeSpec, Encoded, PixelSpec, Shard, content_hash, short_hash
 from vitray.sources import kept_schema, list_shards, read_shard
@@ -44,6 +45,7 @@ CHUNK = 64  # images decoded by one call
 NO_LABEL = "no_label"
 TEXTS = ("key", "label", "reason", "message")
 ROWS = pa.schema([*((name, pa.string()) for name in TEXTS), ("held_out", pa.bool_()), ("hash", pa.binary(16))])
+SAID_S = 30.0
 TOLD = 3  # keys named in an error
 
 
@@ -104,7 +106,9 @@ def label_rows(recipe: Recipe, column: str) -> tuple[list[tuple[str, str | None]
     table = source.rows([column])
     places = zip(table["shard"].to_pylist(), table["index"].to_pylist())
     rows = zip(table["key"].to_pylist(), source.texts(table), places)
-    return [(source.short(key), source.label_of(key, text, place)) for key, text, place in rows], table[column]
+    pairs = [(source.short(key), source.label_of(key, text, place)) for key, text, place in rows]
+    source.tell_unused()
+    return pairs, table[column]
 
 
 def is_held_out(key: str, share: float) -> bool:
@@ -142,12 +146,18 @@ def choose_classes(recipe: Recipe, seen: set[str], taught: tuple[str, ...] = ())
 
 
 def require_labels(recipe: Recipe, pairs: Sequence[tuple[str, str | None]]) -> None:
-    """Raises JobError where images have no label and the recipe does not skip them."""
+    """Raises JobError where images have no label and the recipe does not skip them, and where a label_table names none of them."""
     lacking = [key for key, label in pairs if label is None]
+    if recipe.label_table and len(lacking) == len(pairs) > 0:
+        keys = list(_label_table(recipe) or ())
+        raise JobError(
+            f"label_table {recipe.label_table} names none of {count(len(pairs), 'image')}: its {recipe.table_key} holds "
+            f"{', '.join(keys[:TOLD]) or 'nothing'}, the images are {', '.join(lacking[:TOLD])}. Correct `label_table` or `table_key`."
+        )
     if lacking and recipe.unlabelled == "refuse":
         fields = "`label`, `label_table` or `table_key`" if recipe.label_table else "`label`"
         raise JobError(
-            f"{len(lacking):,} images have no label ({recipe.label_place}), such as {', '.join(lacking[:TOLD])}. "
+            f"{count(len(lacking), 'image')} without a label ({recipe.label_place}), such as {', '.join(lacking[:TOLD])}. "
             f"Correct {fields}, or set unlabelled: skip."
         )
 
@@ -217,6 +227,14 @@ class _Source:
                     yield self.short(item.key), self.label_of(item.key, text, (shard.id, item.index)), item
                 elif item.truncated_at is not None:
                     log.warning("%s is cut short at byte %d: its %d images are used", shard.url, item.truncated_at, item.total)
+        self.tell_unused()
+
+    def tell_unused(self) -> None:
+        """Of the rows of a label_table that name no image; nothing where none does, which is an error later."""
+        unused = [key for key in self.table or () if key not in self.used] if self.used else []
+        if unused:
+            where = f"{len(unused):,} of {len(self.table or ()):,} keys of label_table {self.recipe.label_table}"
+            log.warning("%s name no image, such as %s", where, ", ".join(unused[:TOLD]))
 
     def _parts(self) -> Iterator[tuple[Shard, dict[int, object] | None]]:
         """Shards, and of a dataset's the rows that are wanted, with what stands in the label's place of each."""
@@ -281,10 +299,16 @@ def _label_table(recipe: Recipe) -> dict[str, str] | None:
     try:
         if recipe.label_table.endswith(".parquet"):
             with store_for(recipe.label_table).open(recipe.label_table) as stream:
-                table = read_table(stream, names)
-            rows: Iterable[dict[str, Any]] = table.to_pylist()
+                known = pq.ParquetFile(stream, pre_buffer=False).schema_arrow.names
+                rows: Iterable[dict[str, Any]] = read_table(stream, names).to_pylist()
         else:
             rows = csv.DictReader(io.StringIO(read_object(recipe.label_table).decode("utf-8-sig")))
+            known = list(rows.fieldnames or ())
+        if lacking := [name for name in names if name not in known]:
+            raise JobError(
+                f"label_table {recipe.label_table} has no column `{lacking[0]}`; it has {', '.join(known[:20])}. "
+                "Correct `label_table`, `table_key` or `label`."
+            )
         labels = dict[str, str]()
         for row in rows:
             if row[names[1]] is None:
@@ -305,7 +329,7 @@ def _label_table(recipe: Recipe) -> dict[str, str] | None:
 def _decode_into(folder: str, source: _Source, specs: tuple[DecodeSpec, DecodeSpec], share: float) -> None:
     """train.u8 and held-out.u8, pixels one after the other; rows.parquet, with a reason where a row has no pixels there."""
     rows: list[tuple[object, ...]] = []
-    workers, images = len(os.sched_getaffinity(0)), source.images()
+    workers, images, said = len(os.sched_getaffinity(0)), source.images(), time.monotonic()
     waiting: deque[tuple[int, list[tuple[str, str | None, Encoded]], Future[Any]]] = deque()
     with ThreadPoolExecutor(workers) as pool, open(f"{folder}/train.u8", "wb") as one, open(f"{folder}/held-out.u8", "wb") as two:
 
@@ -324,6 +348,9 @@ def _decode_into(folder: str, source: _Source, specs: tuple[DecodeSpec, DecodeSp
                     waiting.append((side, part, pool.submit(decode, [image for *_, image in part], specs[side])))
             while len(waiting) > 2 * workers:
                 settle()
+            if time.monotonic() - said > SAID_S:
+                said = time.monotonic()
+                log.warning("%s read and decoded", count(len(rows), "image"))
         while waiting:
             settle()
     columns = [pa.array([row[n] for row in rows], field.type) for n, field in enumerate(ROWS)]

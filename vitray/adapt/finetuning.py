@@ -62,7 +62,7 @@ class Result:
 
 
 def finetune(recipe: Recipe, tell: Tell = lambda record: None, address: str | None = None, allow_open: bool = False) -> Result:
-    """Train what is missing and write OUT. tell: gets a record an epoch.
+    """Train what is missing and write OUT. tell: gets a record an epoch, and one every 30 s in between (fitting.Fitting.run).
 
     address, allow_open: of Ray, where there are several workers. Raises JobError for a recipe that does not fit its data or model,
     FingerprintError when OUT was begun with another recipe or other data or holds what no training wrote, StorageError.

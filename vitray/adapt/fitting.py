@@ -6,6 +6,7 @@ from the step. So a run that was killed ends with the weights of one that was no
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -26,7 +27,10 @@ from vitray.errors import StorageError, VitrayError
 from vitray.models import machine
 from vitray.schema import PixelSpec
 
+log = logging.getLogger(__name__)
+
 JUDGED_AT_ONCE = 256  # images, in float32 a few hundred megabytes of a ViT-B
+SAID_S = 30.0
 TOLD_STEPS = 1000  # losses that the metrics keep; of longer trainings every 2nd, 3rd …
 
 
@@ -102,8 +106,12 @@ class Fitting:
         self.steps = recipe.epochs * batches.steps
 
     def run(self, tell: Callable[[dict[str, float]], None]) -> Progress:
-        """Train to the end, from the last checkpoint if there is one. tell: gets a record at the end of each epoch."""
+        """Train to the end, from the last checkpoint if there is one.
+
+        tell: gets a record at the end of each epoch, and every SAID_S {"step", "steps", "loss"} of a worker that is alone.
+        """
         self._restore()
+        said = time.monotonic()
         wrapped, every = self.team.wrap(self.trainee), max(1, self.steps // TOLD_STEPS)
         while not self.progress.done:
             started = time.monotonic()
@@ -119,6 +127,9 @@ class Fitting:
                 tell(record)
             elif self.recipe.save_steps and self.progress.step % self.recipe.save_steps == 0:
                 self._save()
+            if self.team.world == 1 and time.monotonic() - said > SAID_S:
+                said = time.monotonic()
+                tell({"step": self.progress.step, "steps": self.steps, "loss": loss})
             crash_point("train-step", str(self.progress.step))
         return self.progress
 
@@ -231,6 +242,8 @@ class Fitting:
             self.scaler.load_state_dict(scaler)
         updates = torch.tensor(float(numbers.pop("updates")))
         self.progress = Progress(**numbers)
+        if not self.progress.done and self.team.rank == 0:
+            log.warning("going on from step %d of %d", self.progress.step, self.steps)
         for name, parameter in self.learning.items() if int(updates) else ():
             moments = {kind: tensors[f"{kind}.{name}"].to(self.device) for kind in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[parameter] = {"step": updates.clone(), **moments}

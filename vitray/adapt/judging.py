@@ -85,8 +85,8 @@ class Judgement:
             found.append(("answers", "not compared: this format does not run here"))
         found.append(("size", f"{self.megabytes:.2f} MB, {self.ratio:.3f} of the original"))
         if self.speed is not None:
-            times = f"{self.speed:.2f} times torch in {self.torch_precision} ({self.slowest:.2f} to {self.fastest:.2f})"
-            found.append(("speed", f"{times}: {self.images_s:,.1f} images/s, torch {self.torch_images_s:,.1f}"))
+            times = f"{self.speed:.2f} times torch in {self.torch_precision}, median of rounds ({self.slowest:.2f} to {self.fastest:.2f})"
+            found.append(("speed", f"{times}; {self.images_s:,.1f} images/s, torch {self.torch_images_s:,.1f}"))
         return found
 
     def share(self) -> float | None:

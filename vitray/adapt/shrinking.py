@@ -135,7 +135,8 @@ def _describe(source: graphs.Source, to: str, how: str, folder: Path) -> None:
 def _judge(job: Job, source: graphs.Source, images: Sample, to: str, folder: Path) -> tuple[Judgement, str | None]:
     """And the weights_sha256 that a dataset made with it will have; None for what is no `model:` here."""
     facts, threads = source.facts, cores()
-    sizes = [sum(os.path.getsize(path) for path in paths) for paths in (_graph_files(folder), weight_files(source.found))]
+    files = [*_graph_files(folder), *folder.glob("*.safetensors")]  # a torch-export holds the weights twice
+    sizes = [sum(os.path.getsize(path) for path in paths) for paths in (files, weight_files(source.found))]
     figures: dict[str, Any] = {"images": len(images.judged), "calibrated_on": len(images.calibration), "apart": images.apart}
     figures |= {"megabytes": sizes[0] / 1e6, "ratio": sizes[0] / sizes[1], "torch_precision": facts.precision}
     if to == "coreml":

@@ -22,8 +22,9 @@ def finetune(
     from vitray.job import parse_set
 
     def tell(record: dict[str, float]) -> None:
-        figures = ", ".join(f"{name.replace('_', ' ')} {record[name]:.4g}" for name in record if name not in ("epoch", "step"))
-        say(f"epoch {record['epoch']:g}: {figures}", err=True)
+        at = f"epoch {record['epoch']:g}" if "epoch" in record else f"step {record['step']:g} of {record['steps']:g}"
+        figures = (f"{name.replace('_', ' ')} {record[name]:.4g}" for name in record if name not in ("epoch", "step", "steps"))
+        say(f"{at}: {', '.join(figures)}", err=True)
 
     end_at_once_when_interrupted("checkpoints stay. Run the same command again to go on.")
     found = train(load_recipe(recipe, parse_set(sets or [])), tell, address, allow_open_cluster)

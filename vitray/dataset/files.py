@@ -84,6 +84,6 @@ def write_run_record(dataset: Dataset, run_id: str, record: dict[str, object]) -
     store_for(dataset.out).create(join(dataset.out, "_vitray", "runs", f"{run_id}.json"), json.dumps(record, indent=1).encode())
 
 
-def read_run_records(out: str) -> list[dict[str, object]]:
+def read_run_records(out: str) -> list[dict[str, Any]]:
     """Every run record, oldest first."""
     return [json.loads(read(info.url)) for info in under(out, "_vitray", "runs")]

@@ -128,7 +128,9 @@ def _receipts(line: Line, patience_s: float, stop: threading.Event) -> Iterator[
     arrived: queue.Queue[Receipt | Exception | None] = queue.Queue()
     line.start(arrived)
     last = began = said = time.monotonic()
-    is_waiting = True  # asked each second until the first answer that it is not, so that the patience begins when the room is there
+    is_waiting = (
+        True  # asked each second until the first answer that it is not, so that the patience begins when the room is there
+    )
     while True:
         if stop.is_set():
             line.stop()
@@ -143,7 +145,9 @@ def _receipts(line: Line, patience_s: float, stop: threading.Event) -> Iterator[
             if is_waiting:
                 last = now
                 if now - began > PLACE_S:
-                    raise ClusterError(f"no machine had room for the model in {PLACE_S:g} s. Look at `ray status`, then run again.") from None
+                    raise ClusterError(
+                        f"no machine had room for the model in {PLACE_S:g} s. Look at `ray status`, then run again."
+                    ) from None
                 if now - said > SAID_S:
                     log.warning("no machine has room for the model yet; waiting for one does not count as standing still")
                     said = now
