@@ -102,8 +102,8 @@ class Child:
         self._work, self._limits = work, limits
         self._states: NDArray[np.uint8] = shared((capacity,), np.uint8)
         self._sizes: NDArray[np.int64] = shared((capacity,), np.int64)
-        self._inputs = os.fdopen(os.memfd_create("vitray"), "wb")
-        weakref.finalize(self, self._inputs.close)
+        self._inputs, self._desk = os.memfd_create("vitray"), cast(mmap.mmap, b"")
+        weakref.finalize(self, os.close, self._inputs)
         self._maps: list[Any] = [array.base for array in (self._states, *memory)]  # not the arrays: Pages counts who holds them
         self._end: Callable[[], int | None] | None = None
         self.runs = 0
@@ -153,7 +153,7 @@ class Child:
         while head := stream.read(_HEAD.size):
             start, count, size = _HEAD.unpack(head)
             if size > len(inputs):
-                inputs = mmap.mmap(self._inputs.fileno(), size, prot=mmap.PROT_READ)
+                inputs = mmap.mmap(self._inputs, size, prot=mmap.PROT_READ)
             stops = np.cumsum(self._sizes[start : start + count]).tolist()
             for at, begin, stop in zip(range(start, start + count), [0, *stops], stops):
                 data = inputs[begin:stop]
@@ -166,15 +166,14 @@ class Child:
 
     def _feed(self, inputs: Sequence[bytes], start: int) -> Death | None:
         """As many inputs as fit are done; else how the process ended: by itself, or because it stood still."""
-        stop, size = start, 0
-        self._inputs.seek(0)
-        self._inputs.truncate(CHUNK_BYTES)
-        while stop < len(inputs) and (stop == start or size + len(inputs[stop]) <= CHUNK_BYTES):
-            self._inputs.write(inputs[stop])
-            self._sizes[stop] = len(inputs[stop])
-            size += len(inputs[stop])
-            stop += 1
-        self._inputs.flush()
+        stop, size, room = start, 0, max(CHUNK_BYTES, len(inputs[start]))
+        if len(self._desk) != room:  # what one long input took is given back with the next chunk
+            os.truncate(self._inputs, room)
+            self._desk = mmap.mmap(self._inputs, room)  # half the time of write(2)
+            self._desk.madvise(mmap.MADV_DONTFORK)
+        while stop < len(inputs) and (filled := size + len(inputs[stop])) <= room:
+            self._desk[size:filled] = inputs[stop]
+            self._sizes[stop], size, stop = len(inputs[stop]), filled, stop + 1
         poller, line = select.poll(), self._line.fileno()
         poller.register(self._pidfd, select.POLLIN)
         poller.register(line, select.POLLIN)
