@@ -681,6 +681,7 @@ def test_pseudo_labels_are_the_models_own(trained: str, small: dict[str, object]
         ({"batch_size": 10, "accumulate": 3}, JobError, "cannot be cut into"),
         ({"label": "txt"}, JobError, "200 images without a label .txt., such as"),
         ({"label": "json", "label_field": "digits"}, JobError, "200 images without a label .json, field digits., such as"),
+        ({"label": "jpg"}, JobError, r"a label of [\d,]+ characters is no class name: "),
         ({"classes": ["0", "1", "2"]}, JobError, "140 labels are not among the 3 classes, such as"),
         (
             {"label_table": "nowhere.csv", "label": "x"},

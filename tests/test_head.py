@@ -249,7 +249,7 @@ def test_the_command_says_what_it_did_and_a_run_takes_the_head_as_a_field(job: J
     argv = [sys.executable, "-m", "vitray", "relabel", job.out, "--head", head, "--into", f"{tmp_path}/into"]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{tmp_path}/into: 2 shards relabelled by embedding_raw, 2 of them now, 14 rows, 1 errors\n"
+    assert done.stdout == f"{tmp_path}/into: 2 shards relabelled by embedding_raw, 2 of them now, 14 rows, 1 error\n"
     assert not {"torch", "transformers"} & set(_modules_of(argv[3:]))
     write_head(head, replace(read_head(head), bias=np.ones(4, np.float32)))
     with pytest.raises(FingerprintError, match="head differs"):

@@ -32,7 +32,7 @@ from vitray.dataset import (
     row_blocks,
     shard_of,
 )
-from vitray.errors import JobError
+from vitray.errors import JobError, count
 from vitray.job import PROMPT
 from vitray.models.head import Head
 from vitray.models.labelling import read_own_head
@@ -53,8 +53,8 @@ class Relabelling:
 
     def __str__(self) -> str:
         return (
-            f"{self.into}: {self.shards} shards relabelled by {self.column}, {self.written} of them now, {self.rows:,} rows, "
-            f"{self.errors:,} errors"
+            f"{self.into}: {count(self.shards, 'shard')} relabelled by {self.column}, {self.written} of them now, "
+            f"{count(self.rows, 'row')}, {count(self.errors, 'error')}"
         )
 
 

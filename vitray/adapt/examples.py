@@ -46,6 +46,7 @@ NO_LABEL = "no_label"
 TEXTS = ("key", "label", "reason", "message")
 ROWS = pa.schema([*((name, pa.string()) for name in TEXTS), ("held_out", pa.bool_()), ("hash", pa.binary(16))])
 SAID_S = 30.0
+NAME_CHARS = 500  # of a class; longer ones are captions, or the bytes of an image
 TOLD = 3  # keys named in an error
 
 
@@ -134,6 +135,10 @@ def class_ids(pairs: Sequence[tuple[str, str]], classes: tuple[str, ...]) -> np.
 
 def choose_classes(recipe: Recipe, seen: set[str], taught: tuple[str, ...] = ()) -> tuple[str, ...]:
     """As the recipe names them, as the teacher has them, or those that were seen, numbers by size. Raises JobError for one alone."""
+    if odd := next((name for name in sorted(seen) if len(name) > NAME_CHARS), None):
+        raise JobError(
+            f"a label of {len(odd):,} characters is no class name: {odd[:40]}… Correct `label` ({recipe.label_place})."
+        )
     found = tuple(recipe.classes) or taught
     if not found:
         found = tuple(sorted(seen, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name)))

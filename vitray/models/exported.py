@@ -83,7 +83,9 @@ def read_graph(found: Checkpoint) -> Exported | None:
     """
     export = read_export(found)
     if export is not None and export.to == "coreml":
-        raise ModelError(f"{found.model} is a Core ML export, which runs in apps on Apple's devices. Use {export.source} here.")
+        raise ModelError(
+            f"{found.model} is a Core ML export, which runs in apps on Apple's devices. Use the checkpoint that it was made of here ({export.source})."
+        )
     return export if export is not None and export.to in ENGINES else None
 
 
@@ -114,7 +116,7 @@ def labelled(job: Job, facts: ModelFacts, export: Exported) -> ModelFacts:
         field = "labels" if job.head is None else "head"
         raise ModelError(
             f"{facts.model} gives scores that were fixed when it was exported, so `{field}` cannot change its labels. "
-            f"Use {export.source}, or relabel the dataset's embeddings (vitray relabel)."
+            f"Use the checkpoint that it was made of ({export.source}), or relabel the dataset's embeddings (vitray relabel)."
         )
     if job.labelled and not export.labels:
         raise ModelError(f"{facts.model} was exported without labels; set labels: false, or export {export.source} with them.")
