@@ -146,7 +146,9 @@ def test_core_ml_is_converted_and_its_graph_is_checked(tmp_path: Path, shapes_mo
     said = coremltools.models.MLModel(str(tmp_path / "x/model.mlpackage"), skip_model_load=True).get_spec().description
     fields = {field.name: tuple(field.type.multiArrayType.shape) for field in (*said.input, *said.output)}
     assert fields == {"pixels": (1, 32, 32, 3), "scores": (1, 6), "cls_last": (1, 64)}
-    with pytest.raises(ModelError, match=r"Core ML export, which runs in apps on Apple's devices\. Use the checkpoint that it was made of here"):
+    with pytest.raises(
+        ModelError, match=r"Core ML export, which runs in apps on Apple's devices\. Use the checkpoint that it was made of here"
+    ):
         identify(asked(str(tmp_path / "x"), photos))
     with pytest.raises(JobError, match="--min-agreement: Core ML does not run here"):
         shrink(asked(shapes_model, photos), "coreml", "", str(tmp_path / "y"), 0.9)
