@@ -19,7 +19,7 @@ from typing import cast
 
 from fsspec.utils import glob_translate
 
-from vitray.errors import JobError, ObjectMissing, UnsafeStore
+from vitray.errors import JobError, ObjectMissing, StorageError, UnsafeStore
 from vitray.schema import IMAGE_EXTENSIONS
 from vitray.storage.folder import new_folder
 from vitray.storage.local import LocalStore, on_disk
@@ -79,6 +79,8 @@ def scratch(out: str) -> Iterator[str]:
     store, url = store_for(out), join(out, "_vitray", f"{SCRATCH}{uuid.uuid4().hex}")
     try:
         yield url
+    except StorageError as error:  # the name means nothing to whoever reads it
+        raise type(error)(str(error).replace(url, out)) from error
     finally:
         store.delete_tree(url)
         for folder in (join(out, "_vitray"), out):  # a job that is refused after this leaves nothing
