@@ -29,7 +29,7 @@ from small_models import PREFIX, edit, make_checkpoint
 import vitray
 from vitray.adapt import checkpoints, fitting, outputs, team
 from vitray.adapt.batches import Batches
-from vitray.adapt.examples import gather, is_held_out
+from vitray.adapt.examples import _label_table, class_ids, gather, is_held_out
 from vitray.adapt.finetuning import Study, finetune
 from vitray.adapt.probe import fit_probe
 from vitray.adapt.recipe import Recipe, load_recipe
@@ -739,6 +739,30 @@ def test_a_label_that_a_table_lacks_is_told_with_the_place_it_was_looked_for(
     assert found.startswith(f"199 images without a label (digit of {table}, by its column file), such as 6/0001, 6/0002, ")
     assert found.endswith("Correct `label`, `label_table` or `table_key`, or set unlabelled: skip.")
     assert f"1 of 2 keys of label_table {table} name no image, such as 6/none" in caplog.text
+
+
+def test_a_number_is_no_place_among_classes_that_are_numbers() -> None:
+    assert class_ids([("a", "7"), ("b", "9")], ("5", "7", "9")).tolist() == [1, 2]
+    assert class_ids([("a", "1"), ("b", "dog")], ("cat", "dog")).tolist() == [1, 1]
+    with pytest.raises(JobError, match="1 labels are not among the 3 classes, such as 1 of a"):
+        class_ids([("a", "1")], ("5", "7", "9"))
+
+
+def test_a_table_of_bytes_and_numbers_and_nothing(tmp_path: Path, small: dict[str, object]) -> None:
+    path = tmp_path / "t.PARQUET"
+    recipe = Recipe(**{**small, "out": "o", "label": "l", "label_table": str(path)})
+
+    def labels(keys: list[object], values: list[object]) -> dict[str, str] | None:
+        pq.write_table(pa.table({"key": keys, "l": values}), path)
+        return _label_table(recipe)
+
+    assert labels([b"a.png", b" b "], [b"cat", b" dog"]) == {"a.png": "cat", "b": "dog"}
+    assert labels(["a", "b", None, "d"], [1.5, float("nan"), 2.0, None]) == {"a": "1.5"}
+    with pytest.raises(JobError, match=r"\['cat'\] is no label \(l of .*, by its column key\)"):
+        labels(["a"], [["cat"]])
+    path = tmp_path / "t.csv"
+    path.write_text("key,l\na,cat\na, cat\n")
+    assert _label_table(Recipe(**{**small, "out": "o", "label": "l", "label_table": str(path)})) == {"a": "cat"}
 
 
 def test_a_table_with_two_labels_of_one_image_or_one_of_two_images_is_refused(small: dict[str, object], tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import new_bucket
 from PIL import Image
+from safetensors.numpy import save_file
 from small_models import job_for, make_checkpoint, noise, run
 from test_zero_shot import by_label
 
@@ -129,6 +132,37 @@ def test_a_head_that_does_not_fit_is_refused_in_one_line(vit: str, tmp_path: Pat
     write_head(url, replace(read_head(url), bias=np.ones(4, np.float32)))
     with pytest.raises(ModelError, match="changed since it was planned"):
         open_model(facts, [], 1, True, "cpu", 1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"pool": "banana"}, "layer 'last', pool 'banana', normalize False"),
+        ({"normalize": "false"}, "layer 'last', pool 'cls', normalize 'false'"),
+        *(({"layer": layer}, f"layer {layer!r}, pool 'cls', normalize False") for layer in (2.7, True, 0, "2", None)),
+        ({"labels": "abcd"}, "weight [4, 32], bias [4] and 4 labels do not fit"),
+        ({"labels": ["a", "b", "c", None]}, "None is not text"),
+        ({"labels": ["a", "b", "c", "a"]}, "label a is there twice"),
+        ({"labels": ["a", "b", "c", ""]}, "label 4 is empty"),
+        ({"labels": []}, "no label"),
+        ({"labels": None}, "'NoneType' object is not iterable"),
+    ],
+)
+def test_a_head_that_no_training_wrote_is_refused(vit: str, tmp_path: Path, fields: dict[str, object], says: str) -> None:
+    url = Path(make_head(tmp_path / "head", vit))
+    (url / "head.json").write_text(json.dumps(json.loads((url / "head.json").read_text()) | fields))
+    with pytest.raises(ModelError, match=f"^head {url} cannot be read: {re.escape(says)}"):
+        read_head(str(url))
+
+
+def test_a_head_of_other_numbers_or_of_endless_brackets_is_refused(vit: str, tmp_path: Path) -> None:
+    url = Path(make_head(tmp_path / "head", vit))
+    save_file({"weight": np.ones((4, 32), np.float32), "bias": np.ones(4)}, url / "head.safetensors")
+    with pytest.raises(ModelError, match="weight and bias are float32 and float64, not float32"):
+        read_head(str(url))
+    (url / "head.json").write_text("[" * 200_000)
+    with pytest.raises(ModelError, match=f"head {url} cannot be read: maximum recursion depth"):
+        read_head(str(url))
 
 
 # ---------------------------------------------------------------- datasets

@@ -124,8 +124,10 @@ def enlarged(pixels: PixelSpec) -> PixelSpec:
 
 
 def class_ids(pairs: Sequence[tuple[str, str]], classes: tuple[str, ...]) -> np.ndarray:
-    """int64 places in the classes of (key, label) pairs; a number that is no name is a place itself. Raises JobError."""
-    places = {str(n): n for n in range(len(classes))} | {name: n for n, name in enumerate(classes)}
+    """int64 places in the classes of (key, label) pairs; a number is a place itself where no class is called a number. Raises JobError."""
+    places = {name: n for n, name in enumerate(classes)}
+    if not any(name.isdecimal() for name in classes):
+        places |= {str(n): n for n in range(len(classes))}
     if unknown := [f"{label} of {key}" for key, label in pairs if label not in places]:
         raise JobError(
             f"{len(unknown):,} labels are not among the {len(classes)} classes, such as {', '.join(unknown[:TOLD])}. Correct `classes`."
@@ -267,11 +269,10 @@ class _Source:
         elif self.recipe.label_at == "folder":
             found = key.rpartition("/")[0].rpartition("/")[2]
         else:
-            found = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
+            found = text
         if self.recipe.label_field is not None and found is not None:
-            found = _field(found, self.recipe.label_field)
-        said = "" if found is None else str(found).strip()
-        return said or None
+            found = _field(found.decode("utf-8", "replace") if isinstance(found, bytes) else found, self.recipe.label_field)
+        return _text(found, self.recipe)
 
     def _in_table(self, key: str, place: tuple[str, int]) -> str | None:
         """By the whole key, what is below the source, or the file's name. Raises JobError where a row would label two images."""
@@ -288,6 +289,17 @@ class _Source:
         return self.table[name]
 
 
+def _text(value: object, recipe: Recipe) -> str | None:
+    """A label or a key as text; None for nothing, also as NaN or as spaces. Raises JobError for a list and the like."""
+    if isinstance(value, list | dict):
+        raise JobError(
+            f"{str(value)[:60]} is no label ({recipe.label_place}). Correct `label`, or set `label_field` where it is JSON."
+        )
+    if value is None or value != value:
+        return None
+    return (value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)).strip() or None
+
+
 def _field(value: object, name: str) -> object:
     try:
         record = json.loads(value) if isinstance(value, str) else value
@@ -302,7 +314,7 @@ def _label_table(recipe: Recipe) -> dict[str, str] | None:
         return None
     names = [recipe.table_key, recipe.label_at]
     try:
-        if recipe.label_table.endswith(".parquet"):
+        if recipe.label_table.lower().endswith(".parquet"):
             with store_for(recipe.label_table).open(recipe.label_table) as stream:
                 known = pq.ParquetFile(stream, pre_buffer=False).schema_arrow.names
                 rows: Iterable[dict[str, Any]] = read_table(stream, names).to_pylist()
@@ -311,15 +323,13 @@ def _label_table(recipe: Recipe) -> dict[str, str] | None:
             known = list(rows.fieldnames or ())
         if lacking := [name for name in names if name not in known]:
             raise JobError(
-                f"label_table {recipe.label_table} has no column `{lacking[0]}`; it has {', '.join(known[:20])}. "
+                f"label_table {recipe.label_table} has no column `{lacking[0]}`; it has {', '.join(known[:20]) or 'none'}. "
                 "Correct `label_table`, `table_key` or `label`."
             )
         labels = dict[str, str]()
         for row in rows:
-            if row[names[1]] is None:
-                continue
-            key, label = str(row[names[0]]), str(row[names[1]])
-            if labels.setdefault(key, label) != label:
+            key, label = (_text(row[name], recipe) for name in names)
+            if key and label and labels.setdefault(key, label) != label:
                 raise JobError(
                     f"label_table {recipe.label_table} gives {key} two labels, {labels[key]} and {label}. Keep one of them."
                 )

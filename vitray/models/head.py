@@ -13,9 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from vitray.errors import ModelError, VitrayError, one_line
+from vitray.job import distinct_labels
 from vitray.storage import join, read
 
 FORMAT = 1
+POOLS = ("cls", "mean", "patches_mean")  # of Job.embeddings
 NEXT = "Give a directory with head.json and head.safetensors, as vitray finetune writes it with train: probe."
 
 
@@ -63,13 +65,17 @@ def read_head(url: str) -> Head:
         tensors = load(read(join(url, "head.safetensors")))
         if said["format"] != FORMAT:
             raise ValueError(f"format {said['format']}, this vitray knows {FORMAT}")
-        weight, bias, labels = tensors["weight"], tensors["bias"], tuple(map(str, said["labels"]))
-        if weight.dtype != np.float32 or weight.shape[:1] != bias.shape or weight.ndim != 2 or len(labels) != len(weight):
+        weight, bias, labels = tensors["weight"], tensors["bias"], tuple(distinct_labels(list(said["labels"])))
+        if not weight.dtype == bias.dtype == np.float32:
+            raise ValueError(f"weight and bias are {weight.dtype} and {bias.dtype}, not float32")
+        if weight.shape[:1] != bias.shape or weight.ndim != 2 or len(labels) != len(weight) or isinstance(said["labels"], str):
             raise ValueError(f"weight {list(weight.shape)}, bias {list(bias.shape)} and {len(labels)} labels do not fit")
         if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
             raise ValueError("its weights are not finite")
-        layer = None if said["layer"] == "last" else int(said["layer"])
-        facts = str(said["pool"]), bool(said["normalize"]), str(said["model"]), str(said["weights_sha256"])
-    except (VitrayError, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        layer, pool, normalize = (said[name] for name in ("layer", "pool", "normalize"))
+        if (layer != "last" and (type(layer) is not int or layer < 1)) or pool not in POOLS or type(normalize) is not bool:
+            raise ValueError(f"layer {layer!r}, pool {pool!r}, normalize {normalize!r}")
+        model, weights_sha256 = str(said["model"]), str(said["weights_sha256"])
+    except (VitrayError, OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise ModelError(f"head {url} cannot be read: {one_line(error).rstrip('.')}. {NEXT}") from error
-    return Head(labels, weight, bias, layer, *facts)
+    return Head(labels, weight, bias, None if layer == "last" else layer, pool, normalize, model, weights_sha256)
