@@ -29,8 +29,9 @@ from small_models import PREFIX, edit, make_checkpoint
 import vitray
 from vitray.adapt import checkpoints, fitting, outputs, team
 from vitray.adapt.batches import Batches
-from vitray.adapt.examples import _label_table, class_ids, gather, is_held_out
+from vitray.adapt.examples import class_ids, gather, is_held_out
 from vitray.adapt.finetuning import Study, finetune
+from vitray.adapt.labels import labels_by_key
 from vitray.adapt.probe import fit_probe
 from vitray.adapt.recipe import Recipe, load_recipe
 from vitray.adapt.shrinking import shrink
@@ -754,7 +755,7 @@ def test_a_table_of_bytes_and_numbers_and_nothing(tmp_path: Path, small: dict[st
 
     def labels(keys: list[object], values: list[object]) -> dict[str, str] | None:
         pq.write_table(pa.table({"key": keys, "l": values}), path)
-        return _label_table(recipe)
+        return labels_by_key(recipe)
 
     assert labels([b"a.png", b" b "], [b"cat", b" dog"]) == {"a.png": "cat", "b": "dog"}
     assert labels(["a", "b", None, "d"], [1.5, float("nan"), 2.0, None]) == {"a": "1.5"}
@@ -762,7 +763,7 @@ def test_a_table_of_bytes_and_numbers_and_nothing(tmp_path: Path, small: dict[st
         labels(["a"], [["cat"]])
     path = tmp_path / "t.csv"
     path.write_text("key,l\na,cat\na, cat\n")
-    assert _label_table(Recipe(**{**small, "out": "o", "label": "l", "label_table": str(path)})) == {"a": "cat"}
+    assert labels_by_key(Recipe(**{**small, "out": "o", "label": "l", "label_table": str(path)})) == {"a": "cat"}
 
 
 def test_a_table_with_two_labels_of_one_image_or_one_of_two_images_is_refused(small: dict[str, object], tmp_path: Path) -> None:

@@ -710,3 +710,14 @@ def test_a_place_beside_what_is_read_is_no_part_of_it(tmp_path: Path, monkeypatc
         assert not reads(pattern, out)
     for pattern, out in (("s3://a/in/**", "s3://a/in/out"), ("s3://a/in", "s3://a/in"), ("/a/i?/**/*.parquet", "/a/in/b/c")):
         assert reads(pattern, out)
+
+
+@pytest.mark.parametrize("name", ["photos [2020]", "what?", "a*b"])
+def test_a_local_name_that_is_there_is_no_pattern(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "1.jpg").write_bytes(b"1")
+    assert [info.url for info in expand(str(folder))] == [info.url for info in expand(f"{folder}/1.jpg")] == [f"{folder}/1.jpg"]
+    assert reads(str(folder), f"{folder}/out") and not reads(str(folder), f"{tmp_path}/out")
+    with pytest.raises(ObjectMissing):
+        expand(f"{folder}x")

@@ -67,7 +67,7 @@ class Bench:
     out_kilobytes: float  # of a row, in Parquet
     fragment_rows: int
     limit: str  # read, decode or model: the slowest alone; line: what lies between the steps
-    gpus: int = 1  # that `model` is of, where the device is one
+    gpus: int = 1  # that `model` is of; 0 on a CPU
     machines: int = 1  # that `line` is the mean of
     measured: str = "on this machine"
 
@@ -219,7 +219,7 @@ def _bench(alone: _Alone, line: _Line, gpus: int = 1) -> Bench:
         out_kilobytes=line.row_bytes / 1000,
         fragment_rows=line.fragment_rows,
         limit=slowest if line.rate >= NEAR * together else "line",
-        gpus=gpus,
+        gpus=gpus * (alone.device != "cpu"),
     )
 
 

@@ -15,7 +15,7 @@ SCHEMA_VERSION = 1
 IMAGE_EXTENSIONS = frozenset(("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"))
 REASONS = {
     "empty": "no bytes",
-    "not_an_image": "the bytes are no image that Pillow knows",
+    "not_an_image": "the bytes begin like no image format known here",
     "format_not_allowed": "an image, but of a format outside `formats`",
     "truncated": "the image ends before its pixels do",
     "too_many_pixels": "more pixels than `max_pixels`, or a side of more than 1,048,576",

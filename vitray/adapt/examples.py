@@ -6,10 +6,8 @@ makes them. What is held out follows from an image's key alone, so it stays held
 
 from __future__ import annotations
 
-import csv
 import fcntl
 import hashlib
-import io
 import json
 import logging
 import os
@@ -17,7 +15,7 @@ import shutil
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -29,15 +27,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vitray.adapt.labels import field_of, labels_by_key, text_of
 from vitray.adapt.recipe import Recipe
 from vitray.dataset import read, read_table, require_complete, require_outside
 from vitray.decode import decode
-from vitray.errors import JobError, ObjectMissing, StorageError, count, one_line
+from vitray.errors import JobError, StorageError, count, one_line
 from vitray.pipeline import groups_of, with_absolute_paths
 from vitray.schema import DecodeSpec, Encoded, PixelSpec, Shard, content_hash, short_hash
 from vitray.sources import kept_schema, list_shards, read_shard
 from vitray.storage import absolute, is_local, join, store_for
-from vitray.storage import read as read_object
 
 log = logging.getLogger(__name__)
 MARGIN = 1.15  # side of what is kept for random crops, against what the model takes
@@ -156,7 +154,7 @@ def require_labels(recipe: Recipe, pairs: Sequence[tuple[str, str | None]]) -> N
     """Raises JobError where images have no label and the recipe does not skip them, and where a label_table names none of them."""
     lacking = [key for key, label in pairs if label is None]
     if recipe.label_table and len(lacking) == len(pairs) > 0:
-        keys = list(_label_table(recipe) or ())
+        keys = list(labels_by_key(recipe) or ())
         raise JobError(
             f"label_table {recipe.label_table} names none of {count(len(pairs), 'image')}: its {recipe.table_key} holds "
             f"{', '.join(keys[:TOLD]) or 'nothing'}, the images are {', '.join(lacking[:TOLD])}. Correct `label_table` or `table_key`."
@@ -188,7 +186,7 @@ class _Source:
             require_outside(self.dataset, "`out`", absolute(recipe.out))
         self.bases = [pattern.partition("*")[0].partition("{")[0].rpartition("/")[0] for pattern in self.job.source]
         self.bases += self.job.source
-        self.table, self.used = _label_table(recipe), dict[str, tuple[str, int]]()
+        self.table, self.used = labels_by_key(recipe), dict[str, tuple[str, int]]()
         if self.dataset is None:
             if self.job.keep and self.shards[0].kind == "files":
                 raise JobError(
@@ -271,8 +269,8 @@ class _Source:
         else:
             found = text
         if self.recipe.label_field is not None and found is not None:
-            found = _field(found.decode("utf-8", "replace") if isinstance(found, bytes) else found, self.recipe.label_field)
-        return _text(found, self.recipe)
+            found = field_of(found.decode("utf-8", "replace") if isinstance(found, bytes) else found, self.recipe.label_field)
+        return text_of(found, self.recipe)
 
     def _in_table(self, key: str, place: tuple[str, int]) -> str | None:
         """By the whole key, what is below the source, or the file's name. Raises JobError where a row would label two images."""
@@ -287,58 +285,6 @@ class _Source:
             )
             raise JobError(f"{what}. Write their keys whole; tell images of one key apart by another key_column.")
         return self.table[name]
-
-
-def _text(value: object, recipe: Recipe) -> str | None:
-    """A label or a key as text; None for nothing, also as NaN or as spaces. Raises JobError for a list and the like."""
-    if isinstance(value, list | dict):
-        raise JobError(
-            f"{str(value)[:60]} is no label ({recipe.label_place}). Correct `label`, or set `label_field` where it is JSON."
-        )
-    if value is None or value != value:
-        return None
-    return (value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)).strip() or None
-
-
-def _field(value: object, name: str) -> object:
-    try:
-        record = json.loads(value) if isinstance(value, str) else value
-    except ValueError:
-        return None
-    return record.get(name) if isinstance(record, dict) else None
-
-
-def _label_table(recipe: Recipe) -> dict[str, str] | None:
-    """Labels by key out of label_table. Raises JobError for a table or a column that is not there, or two labels of one key."""
-    if recipe.label_table is None:
-        return None
-    names = [recipe.table_key, recipe.label_at]
-    try:
-        if recipe.label_table.lower().endswith(".parquet"):
-            with store_for(recipe.label_table).open(recipe.label_table) as stream:
-                known = pq.ParquetFile(stream, pre_buffer=False).schema_arrow.names
-                rows: Iterable[dict[str, Any]] = read_table(stream, names).to_pylist()
-        else:
-            rows = csv.DictReader(io.StringIO(read_object(recipe.label_table).decode("utf-8-sig")))
-            known = list(rows.fieldnames or ())
-        if lacking := [name for name in names if name not in known]:
-            raise JobError(
-                f"label_table {recipe.label_table} has no column `{lacking[0]}`; it has {', '.join(known[:20]) or 'none'}. "
-                "Correct `label_table`, `table_key` or `label`."
-            )
-        labels = dict[str, str]()
-        for row in rows:
-            key, label = (_text(row[name], recipe) for name in names)
-            if key and label and labels.setdefault(key, label) != label:
-                raise JobError(
-                    f"label_table {recipe.label_table} gives {key} two labels, {labels[key]} and {label}. Keep one of them."
-                )
-        return labels
-    except ObjectMissing as error:
-        raise JobError(f"label_table {recipe.label_table} is not there. Correct `label_table`.") from error
-    except (KeyError, ValueError, pa.ArrowException, csv.Error) as error:
-        what = f"label_table {recipe.label_table} cannot be read as CSV or Parquet with the columns {' and '.join(names)}"
-        raise JobError(f"{what} ({one_line(error)}). Correct `label_table`, `table_key` or `label`.") from error
 
 
 def _decode_into(folder: str, source: _Source, specs: tuple[DecodeSpec, DecodeSpec], share: float) -> None:

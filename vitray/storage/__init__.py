@@ -106,7 +106,7 @@ def expand(pattern: str) -> list[ObjectInfo]:
     found: list[ObjectInfo] = []
     for url in expand_braces(pattern):
         store = store_for(url)
-        infos = store.glob(url) if _WILD.search(url) else store.find(url)
+        infos = store.glob(url) if _wild(url) else store.find(url)
         found += [info for info in infos if not _hidden(info.url, absolute(url))]
         if not infos:
             raise ObjectMissing(f"{url} names no object")
@@ -134,7 +134,7 @@ def reads(pattern: str, out: str, name: str = "data/x.parquet") -> bool:
     if is_local(pattern) and is_local(out):
         pattern, out = os.path.realpath(pattern), os.path.realpath(out)
     written = f"{out}/{name}"
-    return written.startswith(f"{pattern}/") or bool(_WILD.search(pattern) and re.match(glob_translate(pattern), written))
+    return written.startswith(f"{pattern}/") or bool(_wild(pattern) and re.match(glob_translate(pattern), written))
 
 
 def _hidden(url: str, pattern: str) -> bool:
@@ -142,7 +142,7 @@ def _hidden(url: str, pattern: str) -> bool:
 
     Not an image's: cameras call theirs _DSC0001.JPG. The base is the pattern up to its first wild folder; `_*.tar` asks for underscores.
     """
-    wild = _WILD.search(pattern)
+    wild = _wild(pattern)
     base = pattern[: pattern.rfind("/", 0, wild.start()) + 1] if wild else pattern
     asked = {part[:1] for part in pattern[len(base) :].split("/")}
     *folders, name = url.removeprefix(base).split("/")
@@ -150,7 +150,10 @@ def _hidden(url: str, pattern: str) -> bool:
     return any(part[:1] in {".", "_"} - asked for part in folders) or name[:1] in {".", *("_" * (not is_image))} - asked
 
 
-_WILD = re.compile(r"[*?\[]")
+def _wild(pattern: str) -> re.Match[str] | None:
+    """Where a glob begins; None for a plain name, and for a local one with such characters that is there."""
+    wild = re.search(r"[*?\[]", pattern)
+    return None if wild and is_local(pattern) and os.path.lexists(absolute(pattern)) else wild
 
 
 @lru_cache(maxsize=4)
