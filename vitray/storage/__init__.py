@@ -109,7 +109,8 @@ def expand(pattern: str) -> list[ObjectInfo]:
         infos = store.glob(url) if _wild(url) else store.find(url)
         found += [info for info in infos if not _hidden(info.url, absolute(url))]
         if not infos:
-            raise ObjectMissing(f"{url} names no object")
+            hint = " (a star stays within its folder: give the folder itself, or /**)" if url.endswith("/*") else ""
+            raise ObjectMissing(f"{url} names no object{hint}")
     return found
 
 
