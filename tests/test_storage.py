@@ -719,7 +719,7 @@ def test_a_local_name_that_is_there_is_no_pattern(tmp_path: Path, name: str) -> 
     (folder / "1.jpg").write_bytes(b"1")
     assert [info.url for info in expand(str(folder))] == [info.url for info in expand(f"{folder}/1.jpg")] == [f"{folder}/1.jpg"]
     assert reads(str(folder), f"{folder}/out") and not reads(str(folder), f"{tmp_path}/out")
-    with pytest.raises(ObjectMissing, match="names no object$"):
+    with pytest.raises(ObjectMissing, match=r"names no object$"):
         expand(f"{folder}x")
     with pytest.raises(
         ObjectMissing, match=r"names no object \(a star stays within its folder: give the folder itself, or /\*\*\)$"
