@@ -29,7 +29,7 @@ from small_models import PREFIX, edit, make_checkpoint
 import vitray
 from vitray.adapt import checkpoints, fitting, outputs, team
 from vitray.adapt.batches import Batches
-from vitray.adapt.examples import class_ids, gather, is_held_out
+from vitray.adapt.examples import _Source, class_ids, gather, is_held_out
 from vitray.adapt.finetuning import Study, finetune
 from vitray.adapt.labels import labels_by_key
 from vitray.adapt.probe import fit_probe
@@ -125,6 +125,15 @@ def test_metrics_events_card_and_page_tell_the_same(trained: str) -> None:
     assert not os.path.exists(f"{trained}/_vitray/images") and result["out"] == ""  # not a path of this machine
 
 
+def test_keys_and_so_the_split_are_the_same_for_every_way_to_name_a_source(small: dict[str, object], tmp_path: Path) -> None:
+    root = str(digits.folders(tmp_path / "in", digits.few(5, [0, 1])))
+    ways = (root, f"{root}/*/*.png", f"{root}/?/*.png", f"{root}/[0-9]/*", f"{root}/{{0,1}}/*.png")
+    keys = [
+        [key for key, _, _ in _Source(Recipe(**{**small, "source": way, "out": "o", "label": "folder"})).images()] for way in ways
+    ]
+    assert len(keys[0]) == 10 and all(key[:2] in ("0/", "1/") for key in keys[0]) and keys == [keys[0]] * len(ways)
+
+
 def test_hostile_class_names_stay_inert(small: dict[str, object], tmp_path: Path) -> None:
     root = tmp_path / "in"
     digits.folders(root, digits.few(8, [0, 1]))
@@ -134,7 +143,7 @@ def test_hostile_class_names_stay_inert(small: dict[str, object], tmp_path: Path
     finetune(Recipe(**{**small, "source": [str(root)], "label": "folder", "out": out, "epochs": 1, "batch_size": 4}))
     page, card = Path(out, "report.html").read_text(), Path(out, "README.md").read_text()
     assert "<script" not in page and "&lt;script&gt;" in page and "‮" not in page and "{{ 7*7 }}" in page
-    assert "<script" not in card and "](javascript" not in card
+    assert "<script" not in card and "](javascript" not in card and "&lt;script&gt;alert\\(1\\)&lt;" in card
     assert json.loads(Path(out, "config.json").read_text())["id2label"]["0"] == "<script>alert(1)<"
 
 
@@ -582,7 +591,9 @@ def test_a_probe_is_the_minimum_of_its_loss() -> None:
     np.testing.assert_allclose(ours - ours.mean(1, keepdims=True), theirs - theirs.mean(1, keepdims=True), atol=2e-2)
 
 
-def test_a_teacher_is_joined_by_bytes_and_its_rest_is_spread(trained: str, small: dict[str, object], tmp_path: Path) -> None:
+def test_a_teacher_is_joined_by_bytes_and_its_rest_is_spread(
+    trained: str, small: dict[str, object], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     dataset = embedded(trained, small["source"], tmp_path / "dataset", top_k=3)
     fields = {**small, "source": [], "teacher": dataset, "out": str(tmp_path / "out"), "label": "cls", "epochs": 1}
     study = Study.of(Recipe(**fields))
@@ -595,9 +606,17 @@ def test_a_teacher_is_joined_by_bytes_and_its_rest_is_spread(trained: str, small
         np.testing.assert_allclose(dense[n, row["top_ids"]], row["top_scores"], rtol=1e-6)
         rest = np.delete(dense[n], row["top_ids"])
         np.testing.assert_allclose(rest, (1 - sum(row["top_scores"])) / 7, atol=1e-6)
-    for distill in ("labels", "embedding"):
+    for distill, what in (("labels", "scores"), ("embedding", "embeddings")):
         result = finetune(Recipe(**{**fields, "distill": distill, "out": str(tmp_path / distill)}))
         assert result.images + result.held_out == 200 and "projector" not in " ".join(weights(result.out))
+        card = Path(result.out, "README.md").read_text()
+        assert f"It learnt the {what} of a teacher, with a weight of 0.5 beside the labels." in card
+        assert "Its labels are what another model said" not in card
+    result = finetune(Recipe(**{**{k: v for k, v in fields.items() if k != "label"}, "out": str(tmp_path / "own")}))
+    card = Path(result.out, "README.md").read_text()
+    assert "Its labels are what another model said: the figures tell how well it agrees with that one." in card
+    Teaching(study.recipe, study.teacher, [*study.material.train.hashes[:3], b"unseen"], study.material.classes)
+    assert f"teacher {dataset} has not seen 1 of 4 images: their labels alone teach them" in caplog.text
     other = digits.tar(tmp_path / "other.tar", digits.few(5, [0, 1], skip=60))
     with pytest.raises(JobError, match="has seen none of these images"):
         finetune(Recipe(**{**fields, "source": other, "out": str(tmp_path / "y")}))

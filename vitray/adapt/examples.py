@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -184,7 +185,7 @@ class _Source:
         self.job = with_absolute_paths(self.dataset.job if self.dataset else recipe.source_job())
         if self.dataset:
             require_outside(self.dataset, "`out`", absolute(recipe.out))
-        self.bases = [pattern.partition("*")[0].partition("{")[0].rpartition("/")[0] for pattern in self.job.source]
+        self.bases = [re.split(r"[*?\[{]", pattern)[0].rpartition("/")[0] for pattern in self.job.source]
         self.bases += self.job.source
         self.table, self.used = labels_by_key(recipe), dict[str, tuple[str, int]]()
         if self.dataset is None:

@@ -76,7 +76,7 @@ class Judgement:
         if self.agreement is not None:
             found.append(("same label", f"{self.agreement:.2%}"))
         if self.top5 is not None:
-            found.append((f"same {TOP} best labels", f"{self.top5:.2%}"))
+            found.append((f"shared {TOP} best labels", f"{self.top5:.2%} of them in the mean"))
         if self.cosine is not None:
             found.append(("cosine of embeddings", f"{self.cosine:.5f} in the mean, {self.least_cosine:.5f} at least"))
         if self.error is not None:

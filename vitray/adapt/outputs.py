@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import html
 import json
 import logging
 import os
 import shutil
+import string
 import tempfile
 import time
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vitray.adapt.page import page_of
-from vitray.adapt.recipe import Recipe
+from vitray.adapt.recipe import TAUGHT, Recipe
 from vitray.dataset import package_versions
 from vitray.errors import StorageError, one_line
 from vitray.models.checkpoint import Checkpoint, quiet
@@ -120,17 +122,27 @@ def _card(told: Told, is_model: bool) -> str:
     what |= {"lora": f"low-rank adapters (rank {recipe.rank}, merged) and its head"}
     begun = ", from random weights" if recipe.init == "scratch" else ""
     lines += [f"Trained by vitray {versions['vitray']}: {what[recipe.train]}{begun}."]
+    is_taught = bool(recipe.teacher or recipe.teacher_model)
+    if is_taught:
+        learnt = "scores" if recipe.distill == "labels" else "embeddings"
+        lines += [f"It learnt the {learnt} of a teacher, with a weight of {recipe.teacher_weight:g} beside the labels."]
+    if recipe.from_dataset and recipe.label_at == "label" and not recipe.label_table:
+        lines += ["Its labels are what another model said: the figures tell how well it agrees with that one."]
     lines += [] if is_model else ["", "This is a head alone, for vitray's `head:`. It reads an embedding of its backbone."]
     if told.figures:
         lines += ["", "| held-out images | |", "| --- | --- |"]
         lines += [f"| {name.removeprefix('validation_')} | {value:.4f} |" for name, value in told.figures.items()]
     lines += ["", "## Classes", "", ", ".join(map(_plain, told.classes[:1000])), "", "## How", ""]
     private = {"source", "dataset", "teacher", "teacher_model", "model", "out", "label_table", "allow", "classes"}
+    private |= set() if is_taught else TAUGHT
     lines += [f"- {name}: {json.dumps(value)}" for name, value in recipe.deciding().items() if name not in private]
     lines += [f"- base: {told.found.model} at {told.found.revision}"] if base else []
     return "\n".join([*lines, f"- versions: {', '.join(f'{name} {versions[name]}' for name in PACKAGES)}", ""])
 
 
 def _plain(name: str) -> str:
-    """A class's name, without what Markdown or HTML would obey."""
-    return "".join(c if c.isalnum() or c in " _.,-" else "?" for c in name)[:100]
+    """A class's name, so that neither Markdown nor HTML obeys it, and without control characters."""
+    said = (c if c.isprintable() else "?" for c in name[:100])
+    return "".join(
+        html.escape(c) if c in "<>&" else f"\\{c}" if c in string.punctuation and c not in "_.,-'" else c for c in said
+    )

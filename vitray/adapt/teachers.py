@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from vitray.models.loading import load_network
 from vitray.models.pixels import read_pixels
 from vitray.schema import PixelSpec
 
+log = logging.getLogger(__name__)
+
 
 class Teaching:
     """What a teacher's dataset says of each training image, found by the hash of its bytes."""
@@ -30,6 +33,10 @@ class Teaching:
         self.rows = np.array([at.get(value, -1) for value in hashes], np.int64)
         if (self.rows < 0).all():
             raise JobError(f"teacher {dataset.out} has seen none of these images (by their bytes). Run its job on them first.")
+        if unknown := int((self.rows < 0).sum()):
+            log.warning(
+                "teacher %s has not seen %d of %d images: their labels alone teach them", dataset.out, unknown, len(hashes)
+            )
         if recipe.distill == "embedding":
             self.values = matrix_of(table[names[0]])
             self.size = self.values.shape[1]
