@@ -75,7 +75,7 @@ BUDGET = {
     "core": 5060,
     "models": 1970,
     "operating": 2580,
-    "adapting": 2150,
+    "adapting": 2170,
 }  # lines of code; the contract says 3,000 for core: see DECISIONS.md
 ADAPTING = ("adapt", "relabelling")
 FLOOR_OF = {"cli/operating.py": "operating", "cli/adapting.py": "adapt", "pages/__init__.py": "operating"}
