@@ -354,7 +354,7 @@ def test_an_out_without_write_permission_is_named(vitray: Call) -> None:
         hand_made.write_tars(folder / "in")
         (folder / "locked").mkdir(mode=0o555)
         argv: list[object] = ["run", folder / "in", "--model", "m", "--out", folder / "locked" / "out"]
-        says = (f"StorageError: {folder}/locked/out/", "Permission denied. Check the permissions, or choose another path.")
+        says = (f"StorageError: {folder}/locked/out: ", "Permission denied. Check the permissions, or choose another path.")
         user = os.geteuid()
         if user == 0:
             os.seteuid(pwd.getpwnam("nobody").pw_uid)  # root may write everywhere
