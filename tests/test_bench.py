@@ -59,6 +59,7 @@ def test_what_the_dataset_has_settled_is_measured_and_not_decided_again(inputs: 
     run(Job(**fields, engine="onnx", batch_size=5, limit=1))
     found = bench(Job(**fields), images=32, seconds=0.1)
     assert (found.engine, found.precision, found.batch_size) == ("onnx", "fp32", 5)
+    assert (found.device, found.gpus) == ("cpu", 0)
     assert found.out_kilobytes > 0.25  # 64 floats a row: what repeats in the line is not counted
 
 

@@ -27,7 +27,7 @@ from safetensors.torch import load, load_file
 from small_models import PREFIX, edit, make_checkpoint
 
 import vitray
-from vitray.adapt import checkpoints, fitting, outputs, team
+from vitray.adapt import checkpoints, examples, fitting, outputs, team
 from vitray.adapt.batches import Batches
 from vitray.adapt.examples import _Source, class_ids, gather, is_held_out
 from vitray.adapt.finetuning import Study, finetune
@@ -532,19 +532,19 @@ def test_training_stops_when_it_gets_no_better(small: dict[str, object], tmp_pat
 
 
 def test_precision_bf16_and_class_weights_train(
-    small: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(fitting, "SAID_S", 0.0)
+    for module in (examples, fitting):
+        monkeypatch.setattr(module, "SAID_S", -1.0)
     fields = {**small, "out": str(tmp_path / "out"), "precision": "bf16", "class_weights": "balanced", "epochs": 8}
     told: list[dict[str, float]] = []
     finetune(Recipe(**fields), tell=told.append)
-    steps = [record["step"] for record in told if "epoch" not in record]
-    assert (
-        len(steps) > 8
-        and steps == sorted(steps)
-        and {record.get("steps", told[0]["steps"]) for record in told} == {told[-1]["step"]}
-    )
+    between = [record for record in told if "epoch" not in record]
     told = [record for record in told if "epoch" in record]
+    assert [record["step"] for record in between] == list(range(1, int(told[-1]["step"]) + 1))
+    assert {record["steps"] for record in between} == {told[-1]["step"]}
+    decoded = [int(record.message.split()[0]) for record in caplog.records if record.message.endswith(" images read and decoded")]
+    assert len(decoded) == 4 and decoded == sorted(decoded) and decoded[-1] <= 200
     assert told[-1]["loss"] < told[0]["loss"] and weights(fields["out"])["classifier.weight"].dtype == torch.float32
 
 

@@ -21,7 +21,7 @@ from shards import Picture, pictures, put_files, put_tars
 
 import vitray
 from vitray.dataset import Dataset, load_group_log, open_dataset, read_run_records, staged
-from vitray.errors import ClusterError, Interrupted, ModelError
+from vitray.errors import ClusterError, Interrupted, ModelError, ShardError
 from vitray.pipeline import cluster
 from vitray.pipeline.cluster import share_out
 from vitray.pipeline.line import RayLine
@@ -108,11 +108,11 @@ def test_on_a_full_cluster_the_line_waits_for_room(
     assert rays.get(taker.answer.remote(), timeout=60)
     monkeypatch.setattr(cluster, "SAID_S", 0.5)
     monkeypatch.setattr(cluster, "PLACE_S", 1.8)
-    with pytest.raises(ClusterError, match="for a machine that has room for the model, and fetches and reads it"):
+    with pytest.raises(ClusterError, match=r"^waited 1\.8 s for a machine that has room for the model, and fetches and reads it"):
         cluster.on_worker(SHARES, str)
-    assert [record.message for record in caplog.records if record.name == cluster.__name__] == [
-        "waiting for a machine that has room for the model, and fetches and reads it"
-    ] * 3
+    words = [record.message for record in caplog.records if record.name == cluster.__name__]
+    assert len(words) in (3, 4)  # a wait may end a hair before the deadline
+    assert set(words) == {"waiting for a machine that has room for the model, and fetches and reads it"}
     line, arrived = RayLine(dataset, list_shards(dataset.job, []).shards[1:2], SHARES), queue.Queue[object]()
     line.start(arrived)
     try:
@@ -176,6 +176,20 @@ def test_a_first_file_of_another_type_is_set_aside_once_the_types_are_frozen(sha
     whys = sorted(result.set_aside.values())
     assert "column `price` is list<element: string>, in this dataset it is int64" in whys[0]
     assert f"{tmp_path}/in/a1.parquet has no column `price`; it has image" in whys[1]
+
+
+def test_a_first_night_of_broken_files_freezes_no_types(shapes_model: str, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in "ab":
+        (tmp_path / "in" / f"{name}.parquet").write_bytes(b"no Parquet")
+    job = vitray.Job(source=[f"{tmp_path}/in"], model=shapes_model, out=f"{tmp_path}/out", engine="torch", keep="price")
+    with pytest.raises(ShardError, match=rf"^{tmp_path}/in/a\.parquet cannot be read: .*Replace or remove it, then run again"):
+        vitray.run(job)
+    assert open_dataset(job.out) is None
+    images = [picture.data for picture in pictures(12)]
+    pq.write_table(pa.table({"image": images, "price": list(range(12))}), tmp_path / "in" / "b.parquet")
+    found = vitray.run(job)
+    assert (found.rows, len(found.set_aside)) == (12, 1) and vitray.read(job.out)["price"].to_pylist() == list(range(12))
 
 
 def test_kept_types_are_those_of_the_first_values_and_take_what_loses_nothing(shapes_model: str, tmp_path: Path) -> None:

@@ -222,6 +222,23 @@ def test_waiting_for_room_is_said_and_is_no_standing_still(
         list(receipts)
 
 
+def test_an_hour_without_room_is_counted_from_the_last_receipt(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Late(DrawnLine):
+        def __init__(self) -> None: ...
+
+        def start(self, arrived: queue.Queue[Receipt | Exception | None]) -> None:
+            self._began = time.monotonic()
+            for after, item in ((2.5, Receipt("staged", "a", 0, 1)), (5.5, None)):
+                threading.Timer(after, arrived.put, [item]).start()
+
+        def is_waiting(self) -> bool:
+            return time.monotonic() - self._began > 2.5  # its machines went
+
+    monkeypatch.setattr(wave, "PLACE_S", 3.5)
+    monkeypatch.setattr(wave, "SAID_S", 0.5)
+    assert [r.shard for r in wave._receipts(Late(), 60, threading.Event()) if r] == ["a"]
+
+
 @pytest.mark.timeout(60)
 def test_a_commit_that_is_not_in_out_is_a_failure_after_three(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """As of a machine that writes to a disk of its own under the same path."""

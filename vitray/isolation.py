@@ -102,7 +102,7 @@ class Child:
         self._work, self._limits = work, limits
         self._states: NDArray[np.uint8] = shared((capacity,), np.uint8)
         self._sizes: NDArray[np.int64] = shared((capacity,), np.int64)
-        self._inputs, self._desk = os.memfd_create("vitray"), cast(mmap.mmap, b"")
+        self._inputs, self._chunk = os.memfd_create("vitray"), cast(mmap.mmap, b"")
         weakref.finalize(self, os.close, self._inputs)
         self._maps: list[Any] = [array.base for array in (self._states, *memory)]  # not the arrays: Pages counts who holds them
         self._end: Callable[[], int | None] | None = None
@@ -167,12 +167,12 @@ class Child:
     def _feed(self, inputs: Sequence[bytes], start: int) -> Death | None:
         """As many inputs as fit are done; else how the process ended: by itself, or because it stood still."""
         stop, size, room = start, 0, max(CHUNK_BYTES, len(inputs[start]))
-        if len(self._desk) != room:  # what one long input took is given back with the next chunk
+        if len(self._chunk) != room:  # what one long input took is given back with the next chunk
             os.truncate(self._inputs, room)
-            self._desk = mmap.mmap(self._inputs, room)  # half the time of write(2)
-            self._desk.madvise(mmap.MADV_DONTFORK)
+            self._chunk = mmap.mmap(self._inputs, room)  # half the time of write(2)
+            self._chunk.madvise(mmap.MADV_DONTFORK)
         while stop < len(inputs) and (filled := size + len(inputs[stop])) <= room:
-            self._desk[size:filled] = inputs[stop]
+            self._chunk[size:filled] = inputs[stop]
             self._sizes[stop], size, stop = len(inputs[stop]), filled, stop + 1
         poller, line = select.poll(), self._line.fileno()
         poller.register(self._pidfd, select.POLLIN)

@@ -148,8 +148,7 @@ def status(out: str) -> Status:
     records = read_run_records(dataset.out)
     complete = exists(join(dataset.out, "_SUCCESS.json")) and known.keys() <= data.keys()
     last = records[-1] if records else None
-    noted = [record["notes"] for record in records if isinstance(record.get("notes"), dict)]
-    said = {shard: text for notes in noted for shard, text in notes.items() if shard in truncated}
+    said = {shard: text for record in records for shard, text in record.get("notes", {}).items() if shard in truncated}
     return Status(dataset.out, complete, len(data), rows, errors, truncated, waiting, decided_values(dataset), last, said)
 
 

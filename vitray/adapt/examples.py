@@ -44,7 +44,7 @@ CHUNK = 64  # images decoded by one call
 NO_LABEL = "no_label"
 TEXTS = ("key", "label", "reason", "message")
 ROWS = pa.schema([*((name, pa.string()) for name in TEXTS), ("held_out", pa.bool_()), ("hash", pa.binary(16))])
-SAID_S = 30.0
+SAID_S = 30.0  # between two words about what takes long
 NAME_CHARS = 500  # of a class; longer ones are captions, or the bytes of an image
 TOLD = 3  # keys named in an error
 
@@ -270,7 +270,7 @@ class _Source:
         else:
             found = text
         if self.recipe.label_field is not None and found is not None:
-            found = field_of(found.decode("utf-8", "replace") if isinstance(found, bytes) else found, self.recipe.label_field)
+            found = field_of(found, self.recipe.label_field)
         return text_of(found, self.recipe)
 
     def _in_table(self, key: str, place: tuple[str, int]) -> str | None:

@@ -18,7 +18,7 @@ import torch
 
 from vitray.adapt import checkpoints
 from vitray.adapt.batches import Batch, Batches
-from vitray.adapt.examples import Examples
+from vitray.adapt.examples import SAID_S, Examples
 from vitray.adapt.recipe import Recipe
 from vitray.adapt.teachers import Tutor, normalised
 from vitray.adapt.trainee import Trainee, cost, distance, divergence, groups, rate_at
@@ -30,7 +30,6 @@ from vitray.schema import PixelSpec
 log = logging.getLogger(__name__)
 
 JUDGED_AT_ONCE = 256  # images, in float32 a few hundred megabytes of a ViT-B
-SAID_S = 30.0
 TOLD_STEPS = 1000  # losses that the metrics keep; of longer trainings every 2nd, 3rd …
 
 
@@ -125,6 +124,7 @@ class Fitting:
                 record = self._judge(epoch + 1, loss)
                 self._save()
                 tell(record)
+                said = time.monotonic()
             elif self.recipe.save_steps and self.progress.step % self.recipe.save_steps == 0:
                 self._save()
             if self.team.world == 1 and time.monotonic() - said > SAID_S:

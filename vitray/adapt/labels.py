@@ -26,12 +26,17 @@ def text_of(value: object, recipe: Recipe) -> str | None:
         )
     if value is None or value != value:
         return None
-    return (value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)).strip() or None
+    return _decoded(value).strip() or None
+
+
+def _decoded(value: object) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
 def field_of(value: object, name: str) -> object:
+    """A field of JSON text, or of a record; None where there is none."""
     try:
-        record = json.loads(value) if isinstance(value, str) else value
+        record = json.loads(_decoded(value)) if isinstance(value, str | bytes) else value
     except ValueError:
         return None
     return record.get(name) if isinstance(record, dict) else None
@@ -65,6 +70,6 @@ def labels_by_key(recipe: Recipe) -> dict[str, str] | None:
         return labels
     except ObjectMissing as error:
         raise JobError(f"label_table {recipe.label_table} is not there. Correct `label_table`.") from error
-    except (KeyError, ValueError, pa.ArrowException, csv.Error) as error:
+    except (ValueError, pa.ArrowException, csv.Error) as error:
         what = f"label_table {recipe.label_table} cannot be read as CSV or Parquet with the columns {' and '.join(names)}"
         raise JobError(f"{what} ({one_line(error)}). Correct `label_table`, `table_key` or `label`.") from error

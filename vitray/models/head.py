@@ -65,10 +65,12 @@ def read_head(url: str) -> Head:
         tensors = load(read(join(url, "head.safetensors")))
         if said["format"] != FORMAT:
             raise ValueError(f"format {said['format']}, this vitray knows {FORMAT}")
-        weight, bias, labels = tensors["weight"], tensors["bias"], tuple(distinct_labels(list(said["labels"])))
+        if not isinstance(said["labels"], list):
+            raise ValueError("its labels are no list")
+        weight, bias, labels = tensors["weight"], tensors["bias"], tuple(distinct_labels(said["labels"]))
         if not weight.dtype == bias.dtype == np.float32:
             raise ValueError(f"weight and bias are {weight.dtype} and {bias.dtype}, not float32")
-        if weight.shape[:1] != bias.shape or weight.ndim != 2 or len(labels) != len(weight) or isinstance(said["labels"], str):
+        if weight.shape[:1] != bias.shape or weight.ndim != 2 or len(labels) != len(weight):
             raise ValueError(f"weight {list(weight.shape)}, bias {list(bias.shape)} and {len(labels)} labels do not fit")
         if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
             raise ValueError("its weights are not finite")

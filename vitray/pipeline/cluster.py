@@ -272,11 +272,7 @@ def on_worker(shares: Shares, work: Callable[..., Any], *arguments: Any) -> Any:
     import ray
 
     task = ray.remote(outcome).options(num_cpus=shares.actor_cpus, num_gpus=shares.actor_gpus, max_retries=RETRIES)
-    what = "a machine that has room for the model, and fetches and reads it"
-    asked, deadline = task.remote(work, *arguments), time.monotonic() + PLACE_S
-    while not ray.wait([asked], timeout=SAID_S)[0] and time.monotonic() < deadline:
-        log.warning("waiting for %s", what)
-    return answer(asked, max(0.0, deadline - time.monotonic()), what)
+    return answer(task.remote(work, *arguments), PLACE_S, "a machine that has room for the model, and fetches and reads it")
 
 
 def require_shared(out: str, named: list[str], nodes: list[dict[str, Any]]) -> None:
@@ -321,15 +317,21 @@ def outcome(work: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def answer(ref: Any, timeout_s: float, what: str) -> Any:
-    """The value of a task. Raises what `outcome` returned, and ClusterError for a task that failed or did not answer in time."""
+    """The value of a task; says every SAID_S that it waits for `what`.
+
+    Raises what `outcome` returned, and ClusterError for a task that failed or did not answer in time.
+    """
     import ray
 
+    deadline = time.monotonic() + timeout_s
+    while not ray.wait([ref], timeout=max(0.0, min(SAID_S, deadline - time.monotonic())))[0]:
+        if time.monotonic() >= deadline:
+            raise ClusterError(f"waited {timeout_s:g} s for {what}. Look at `ray status`, then run again.")
+        log.warning("waiting for %s", what)
     try:
         found = ray.get(ref, timeout=timeout_s)
     except ray.exceptions.RayError as error:
-        if not isinstance(error, ray.exceptions.GetTimeoutError):
-            raise ClusterError(f"{what} failed: {one_line(error)}. Look at Ray's logs, then run again.") from error
-        raise ClusterError(f"waited {timeout_s:g} s for {what}. Look at `ray status`, then run again.") from error
+        raise ClusterError(f"{what} failed: {one_line(error)}. Look at Ray's logs, then run again.") from error
     if isinstance(found, VitrayError):
         raise found
     return found

@@ -83,8 +83,9 @@ def run(
     planned: what was expected of it, at least {"images", "seconds"}; the run record holds it against what came.
     stop: once it is set, no more images are taken, writes that have begun are ended, and Interrupted is raised.
 
-    Raises JobError (and its kinds) before any work when the job does not fit, StorageError, CommitError or ClusterError
-    when something is broken, ErrorRateExceeded above `max_error_rate`. After any of them the same call goes on.
+    Raises JobError (and its kinds) before any work when the job does not fit, ShardError where `keep` needs the types of columns and
+    no file can be read, StorageError, CommitError or ClusterError when something is broken, ErrorRateExceeded above
+    `max_error_rate`. After any of them the same call goes on.
     """
     started = time.monotonic()
     job = with_label_names(with_absolute_paths(job))

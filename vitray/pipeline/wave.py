@@ -124,13 +124,13 @@ def run_wave(dataset: Dataset, shards: list[Shard], line: Line, work: Work) -> N
 def _receipts(line: Line, patience_s: float, stop: threading.Event) -> Iterator[Receipt | None]:
     """Receipts as they come, None once a second without one. Raises ClusterError after patience_s without any, beside PLACE_S at most
     without a place for the model; MachineLostError after LOST_S where a machine is gone.
+
+    The patience begins anew with each receipt, and with each second in which the model has no place.
     """
     arrived: queue.Queue[Receipt | Exception | None] = queue.Queue()
     line.start(arrived)
-    last = began = said = time.monotonic()
-    is_waiting = (
-        True  # asked each second until the first answer that it is not, so that the patience begins when the room is there
-    )
+    last = received = said = time.monotonic()
+    is_waiting = True  # until the first answer that it is not
     while True:
         if stop.is_set():
             line.stop()
@@ -144,7 +144,7 @@ def _receipts(line: Line, patience_s: float, stop: threading.Event) -> Iterator[
                 is_waiting = line.is_waiting()
             if is_waiting:
                 last = now
-                if now - began > PLACE_S:
+                if now - received > PLACE_S:
                     raise ClusterError(
                         f"no machine had room for the model in {PLACE_S:g} s. Look at `ray status`, then run again."
                     ) from None
@@ -162,7 +162,8 @@ def _receipts(line: Line, patience_s: float, stop: threading.Event) -> Iterator[
             return
         if isinstance(item, Exception):
             raise item
-        last, is_waiting = time.monotonic(), False
+        last = received = time.monotonic()
+        is_waiting = False
         yield item
 
 

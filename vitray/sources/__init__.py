@@ -61,10 +61,10 @@ def require_kept(shard: Shard, job: Job, kept: pa.Schema) -> None:
     """Raises ShardError when a kept column's values would not go into the dataset's type unchanged, JobError when there is none."""
     for mine, field in zip(kept_schema(shard, job), kept, strict=True):
         try:
-            both = pa.unify_schemas([pa.schema([f.with_nullable(True)]) for f in (field, mine)], promote_options="permissive")
+            both = pa.unify_schemas([pa.schema([field]), pa.schema([mine])], promote_options="permissive").types
         except pa.ArrowException:
-            both = None
-        if both is None or both.field(0).type != field.type:
+            both = []
+        if both != [field.type]:
             raise ShardError(
                 f"{shard.url}: column `{mine.name}` is {mine.type}, in this dataset it is {field.type}. Write it with that type, or "
                 "give this input an `out` of its own."

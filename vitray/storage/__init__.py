@@ -12,7 +12,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from io import BufferedReader
 from typing import cast
@@ -107,7 +107,8 @@ def expand(pattern: str) -> list[ObjectInfo]:
     for url in expand_braces(pattern):
         store = store_for(url)
         infos = store.glob(url) if _wild(url) else store.find(url)
-        found += [info for info in infos if not _hidden(info.url, absolute(url))]
+        is_hidden = _hidden_by(absolute(url))
+        found += [info for info in infos if not is_hidden(info.url)]
         if not infos:
             hint = " (a star stays within its folder: give the folder itself, or /**)" if url.endswith("/*") else ""
             raise ObjectMissing(f"{url} names no object{hint}")
@@ -138,7 +139,7 @@ def reads(pattern: str, out: str, name: str = "data/x.parquet") -> bool:
     return written.startswith(f"{pattern}/") or bool(_wild(pattern) and re.match(glob_translate(pattern), written))
 
 
-def _hidden(url: str, pattern: str) -> bool:
+def _hidden_by(pattern: str) -> Callable[[str], bool]:
     """Whether a name below the base starts with a dot or an underscore (marks of other tools, not data), unasked for.
 
     Not an image's: cameras call theirs _DSC0001.JPG. The base is the pattern up to its first wild folder; `_*.tar` asks for underscores.
@@ -146,9 +147,13 @@ def _hidden(url: str, pattern: str) -> bool:
     wild = _wild(pattern)
     base = pattern[: pattern.rfind("/", 0, wild.start()) + 1] if wild else pattern
     asked = {part[:1] for part in pattern[len(base) :].split("/")}
-    *folders, name = url.removeprefix(base).split("/")
-    is_image = name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
-    return any(part[:1] in {".", "_"} - asked for part in folders) or name[:1] in {".", *("_" * (not is_image))} - asked
+
+    def is_hidden(url: str) -> bool:
+        *folders, name = url.removeprefix(base).split("/")
+        is_image = name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
+        return any(part[:1] in {".", "_"} - asked for part in folders) or name[:1] in {".", *("_" * (not is_image))} - asked
+
+    return is_hidden
 
 
 def _wild(pattern: str) -> re.Match[str] | None:
