@@ -11,7 +11,7 @@ demo: $(STAMP)
 # Two processes: one with Ray and S3, one with the rest; then what judges speed, alone. Three took 15 min 34 s where two took 14 min 55 s.
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -m "not nightly and not timing" -n 2 --dist loadgroup
-	$(BIN)/python -m pytest -q -m "timing and not nightly"
+	$(BIN)/python -m pytest -q -m "timing and not nightly" $$(grep -l mark.timing tests/*.py)
 
 check: lint fast
 

@@ -44,7 +44,6 @@ def test_bench_times_every_step_and_names_the_limit(inputs: str, shapes_model: s
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.timing
 def test_bench_speaks_json_on_the_command_line(inputs: str, shapes_model: str, tmp_path: Path) -> None:
     job = tmp_path / "job.yaml"
     job.write_text(f"source: {inputs}\nmodel: {shapes_model}\nout: {tmp_path / 'out'}\ndevice: cpu\nengine: torch\n")

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -28,6 +29,7 @@ from vitray.exporting import WRITERS, Wanted, export
 from vitray.report import report
 from vitray.schema import Encoded, content_hash
 from vitray.sources import list_shards, read_shard
+from vitray.storage import new_folder
 
 
 def made(folder: Path, dtype: str = "float32", **more: object) -> Dataset:
@@ -234,6 +236,24 @@ def test_what_cannot_be_done_is_one_clear_error(tmp_path: Path, monkeypatch: pyt
         with pytest.raises(JobError, match=rf"--to {to} needs {module}: pip install 'vitray\[{extra}\]'"):
             export(dataset.out, str(tmp_path / "x"), Wanted(to))
     assert not (tmp_path / "x").exists() and not list(tmp_path.glob(".tmp-*"))
+
+
+def test_what_a_killed_export_left_goes_with_the_next_one(tmp_path: Path) -> None:
+    into = str(tmp_path / "into")
+    code = f"import os\nfrom vitray.storage import new_folder\nwith new_folder({into!r}, '--into') as f: (f / 'half').touch(); os.kill(os.getpid(), 9)"
+    for _ in range(2):  # the second one deletes what the first left
+        assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == -9
+        (left,) = tmp_path.iterdir()
+        assert (left / "half").exists()
+    with new_folder(str(tmp_path / "other"), "--into"):
+        pass
+    assert left.exists()  # of another name
+    with new_folder(into, "--into") as live, pytest.raises(ZeroDivisionError):
+        assert not left.exists()
+        with new_folder(into, "--into"):
+            assert live.exists()
+            raise ZeroDivisionError
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["into", "other"]
 
 
 def test_bad_images_are_in_no_export(tmp_path: Path) -> None:

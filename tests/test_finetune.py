@@ -268,6 +268,19 @@ def test_corrupt_images_are_counted_skipped_and_listed(small: dict[str, object],
     assert "2 images were not used" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_corrupt_images_of_a_dataset_are_listed_too(trained: str, small: dict[str, object], tmp_path: Path) -> None:
+    root = Path(digits.folders(tmp_path / "in", digits.few(15, [0, 1])))
+    (root / "0" / "text.png").write_bytes(b"no image")
+    dataset = embedded(trained, str(root), tmp_path / "dataset", keep=[], max_error_rate=1)
+    for train in ("full", "probe"):
+        fields = {**small, "source": []} if train == "full" else {"train": "probe"}
+        out = tmp_path / train
+        result = finetune(Recipe(**{**fields, "dataset": dataset, "label": "folder", "epochs": 1, "out": str(out)}))
+        listed = json.loads((out / "skipped.json").read_text())
+        assert [(it["key"], it["reason"]) for it in listed] == [("0/text.png", "not_an_image")] and listed[0]["message"]
+        assert (result.skipped, result.images + result.held_out) == (1, 30)
+
+
 # ---------------------------------------------------------------- what learns
 
 
@@ -552,7 +565,8 @@ def test_precision_bf16_and_class_weights_train(
 
 
 def embedded(model: str, source: object, out: Path | str, engine: str = "torch", **more: object) -> str:
-    job = vitray.Job(source=source, model=model, out=str(out), keep=["cls"], precision="fp32", engine=engine, **more)
+    fields = {"keep": ["cls"], "precision": "fp32", **more}
+    job = vitray.Job(source=source, model=model, out=str(out), engine=engine, **fields)
     vitray.run(job)
     return job.out
 

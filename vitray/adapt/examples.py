@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 
 from vitray.adapt.labels import field_of, labels_by_key, text_of
 from vitray.adapt.recipe import Recipe
-from vitray.dataset import read, read_table, require_complete, require_outside
+from vitray.dataset import read, read_errors, read_table, require_complete, require_outside
 from vitray.decode import decode
 from vitray.errors import JobError, StorageError, count, one_line
 from vitray.pipeline import groups_of, with_absolute_paths
@@ -100,15 +100,15 @@ def gather(recipe: Recipe, pixels: PixelSpec, taught: tuple[str, ...], folder: s
     return _open(recipe, cache, (larger.pixels.shape, spec.pixels.shape), taught)
 
 
-def label_rows(recipe: Recipe, column: str) -> tuple[list[tuple[str, str | None]], pa.ChunkedArray]:
-    """(key, label) of each row of the recipe's dataset, and a vector column: what a probe learns from."""
+def label_rows(recipe: Recipe, column: str) -> tuple[list[tuple[str, str | None]], pa.ChunkedArray, list[dict[str, str]]]:
+    """(key, label) of each row of the recipe's dataset, a vector column: what a probe learns from; and its bad images."""
     source = _Source(recipe)
     table = source.rows([column])
     places = zip(table["shard"].to_pylist(), table["index"].to_pylist())
     rows = zip(table["key"].to_pylist(), source.texts(table), places)
     pairs = [(source.short(key), source.label_of(key, text, place)) for key, text, place in rows]
     source.tell_unused()
-    return pairs, table[column]
+    return pairs, table[column], source.bad()
 
 
 def is_held_out(key: str, share: float) -> bool:
@@ -198,6 +198,11 @@ class _Source:
         known = [*self.dataset.schema.names, "folder"]
         if self.table is None and recipe.label_at not in known:
             raise JobError(f"{self.dataset.out} has no column `{recipe.label_at}`. `label` may be one of {', '.join(known)}.")
+
+    def bad(self) -> list[dict[str, str]]:
+        """Images that the dataset could not decode: key, reason, message."""
+        rows = read_errors(self.dataset).select(["key", "reason", "message"]).to_pylist() if self.dataset else []
+        return [{**row, "key": self.short(row["key"])} for row in rows]
 
     @cached_property
     def shards(self) -> list[Shard]:
@@ -315,6 +320,7 @@ def _decode_into(folder: str, source: _Source, specs: tuple[DecodeSpec, DecodeSp
                 log.warning("%s read and decoded", count(len(rows), "image"))
         while waiting:
             settle()
+    rows += [(row["key"], None, row["reason"], row["message"], False, None) for row in source.bad()]
     columns = [pa.array([row[n] for row in rows], field.type) for n, field in enumerate(ROWS)]
     pq.write_table(pa.table(columns, schema=ROWS), f"{folder}/rows.parquet")
 
@@ -322,7 +328,7 @@ def _decode_into(folder: str, source: _Source, specs: tuple[DecodeSpec, DecodeSp
 def _open(recipe: Recipe, cache: str, shapes: tuple[tuple[int, int], tuple[int, int]], taught: tuple[str, ...]) -> Material:
     with open(f"{cache}/rows.parquet", "rb") as stream:
         table = read_table(stream, ROWS.names).to_pylist()
-    require_labels(recipe, [(row["key"], row["label"]) for row in table])
+    require_labels(recipe, [(row["key"], row["label"]) for row in table if row["reason"] in (None, NO_LABEL)])
     rows = [row for row in table if row["reason"] is None]
     skipped = [{name: row[name] for name in ("key", "reason", "message")} for row in table if row["reason"] is not None]
     if not rows:

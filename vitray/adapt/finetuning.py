@@ -139,7 +139,7 @@ def _probe(recipe: Recipe) -> Result:
     started = time.monotonic()
     dataset = require_complete(str(recipe.dataset))
     vector = choose_vector(dataset, recipe.column)
-    rows, column = examples.label_rows(recipe, vector.column)
+    rows, column, bad = examples.label_rows(recipe, vector.column)
     found = checkpoint.locate(recipe.model or dataset.facts.model, recipe.revision if recipe.model else dataset.facts.revision)
     if (weights := hash_model(found)) != dataset.facts.weights_sha256:
         what = f"{found.model} is not the model of {dataset.out}: its weights are others"
@@ -159,6 +159,7 @@ def _probe(recipe: Recipe) -> Result:
     head = Head(classes, fitted.weight, fitted.bias, vector.layer, vector.pool, vector.normalize, found.model, weights)
     module = _with_head(recipe, found, head, dataset.facts.family)
     skipped = [{"key": key, "reason": examples.NO_LABEL, "message": "skipped"} for key, label in rows if label is None]
+    skipped += bad
     told = outputs.Told(recipe, found, classes, fitted.records, skipped, figures)
     judged = judge_probe(fitted.weight, fitted.bias, *unseen) if held.any() else None
     shown = [key for (key, _), there in zip(pairs, held) if there]

@@ -35,6 +35,7 @@ from vitray.dataset.reading import (
     is_complete,
     matrix_of,
     read,
+    read_errors,
     require_complete,
     require_dataset,
     require_outside,
@@ -47,7 +48,7 @@ from vitray.dataset.staging import read_fragment, staged, staged_shards, staged_
 
 __all__ = [
     "COMPACTED", "NO_GROUP", "Commit", "Dataset", "Footer", "Ledger", "RowsDigest", "append_group_log", "base_of", "check_data", "choose_vector", "clean", "commit_rows", "commit_shard", "committed",
-    "data_files", "dataset_url", "finish", "forget", "go_on_with_groups", "is_complete", "load_group_log", "matrix_of", "open_dataset", "package_versions", "parquet_of", "read", "read_footer",
+    "data_files", "dataset_url", "finish", "forget", "go_on_with_groups", "is_complete", "load_group_log", "matrix_of", "open_dataset", "package_versions", "parquet_of", "read", "read_errors", "read_footer",
     "read_fragment", "read_manifest", "read_run_records", "read_table", "remember_source", "require_complete", "require_dataset", "require_outside", "resolve_dataset",
     "row_blocks", "row_counts", "rows_in", "shard_of", "shards_to_redo", "staged", "staged_shards", "staged_whole", "unmark_success", "with_frozen", "write_end", "write_fragment", "write_run_record",
 ]  # fmt: skip

@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vitray.dataset.files import read_table
+from vitray.dataset.files import read_parquet, read_table
 from vitray.dataset.identity import Dataset, open_dataset
 from vitray.dataset.ledger import base_of, committed, read_manifest, version_of
 from vitray.errors import JobError, SourceError
-from vitray.schema import VectorColumn
+from vitray.schema import ERROR_SCHEMA, VectorColumn
 from vitray.storage import absolute, exists, expand_braces, join, reads, store_for
 
 WRITTEN = ("data/x.parquet", "x.parquet", "x.tar")  # names of what commands write that make a folder
@@ -73,6 +73,14 @@ def read(out: str, columns: Sequence[str] | None = None) -> pa.Table:
     with ThreadPoolExecutor(8) as pool:
         tables = list(pool.map(one, urls))
     return pa.concat_tables(tables).replace_schema_metadata(None).unify_dictionaries()
+
+
+def read_errors(dataset: Dataset) -> pa.Table:
+    """The bad rows of a complete dataset, in the order of shard ids: schema.ERROR_SCHEMA."""
+    manifest = read_manifest(dataset.out)
+    rows = [] if manifest is None else manifest.select(["shard", "errors"]).to_pylist()
+    tables = [read_parquet(dataset.errors_url(row["shard"])) for row in rows if row["errors"]]
+    return pa.concat_tables([ERROR_SCHEMA.empty_table(), *tables])
 
 
 def row_blocks(dataset: Dataset, urls: Iterable[str], columns: Sequence[str]) -> Iterator[pa.Table]:
