@@ -1,4 +1,5 @@
-"""Peak memory when the input grows a hundredfold, and of a tar of 20 GB, on threads and on Ray: `python tests/bench_memory.py MODEL [10]`.
+"""Peak memory when the input grows a hundredfold, and of a tar of 20 GB, on threads and on Ray: `python tests/bench_memory.py MODEL`;
+`python tests/bench_memory.py MODEL 1000 ray` goes on to a thousandfold, on Ray alone.
 
 MODEL is a checkpoint directory (make demo leaves one in demo/model). Images are JPEGs of 500x375 cut from the photographs
 that scikit-image ships. PSS is what counts: pages shared by processes are shared out between them.
@@ -78,18 +79,24 @@ def write_growing(folder: str, times: int) -> int:
     in the smallest input, too: what a larger one holds beyond it is what grows.
     """
     pool, large = jpegs(IMAGES), fifty_megapixels()
+    made: dict[tuple[int, bool], str] = {}
     for shard in range(4 * times):
-        part = pool[shard % 4 * (IMAGES // 4) : (shard % 4 + 1) * (IMAGES // 4)]
-        if shard < 4 or shard % 40 == 0:
+        kind = shard % 4, shard < 4 or shard % 40 == 0
+        file = f"{folder}/in-{shard:04d}.tar"
+        if kind in made:
+            os.link(made[kind], file)
+            continue
+        made[kind], part = file, pool[kind[0] * (IMAGES // 4) : (kind[0] + 1) * (IMAGES // 4)]
+        if kind[1]:
             part[::25] = [large] * 4
-        write_tar(f"{folder}/in-{shard:03d}.tar", [(f"{n:05d}.jpg", data) for n, data in enumerate(part)])
+        write_tar(file, [(f"{n:05d}.jpg", data) for n, data in enumerate(part)])
     return IMAGES * times
 
 
 def write_20_gb(folder: str, times: int) -> int:
     """One tar of 400 photographs with a member of 20 GB in their middle, which is a hole of the file."""
     del times
-    with open(f"{folder}/in-000.tar", "wb") as stream:
+    with open(f"{folder}/in-0000.tar", "wb") as stream:
         for n, data in enumerate(jpegs(IMAGES)):
             if n == IMAGES // 2:
                 member = tarfile.TarInfo("film.mov")
@@ -103,10 +110,11 @@ def write_20_gb(folder: str, times: int) -> int:
     return IMAGES
 
 
-def main(model: str, largest: int = 100) -> None:
-    """largest: leave out inputs that are more than so many times the first."""
-    inputs = [*((write_growing, times) for times in (1, 10, 100) if times <= largest), (write_20_gb, 1)]
-    for where, (write, times) in itertools.product(([], ["--address", "local"]), inputs):
+def main(model: str, largest: str = "100", where_alone: str = "") -> None:
+    """largest: leave out inputs that are more than so many times the first. where_alone: "ray" leaves out threads."""
+    inputs = [*((write_growing, times) for times in (1, 10, 100, 1000) if times <= int(largest)), (write_20_gb, 1)]
+    places: list[list[str]] = [["--address", "local"]] if where_alone else [[], ["--address", "local"]]
+    for where, (write, times) in itertools.product(places, inputs):
         with tempfile.TemporaryDirectory() as folder:
             images = write(folder, times)
             argv = [sys.executable, "-m", "vitray", "run", f"{folder}/in-*.tar", "--model", model, "--out", f"{folder}/out"]
@@ -119,4 +127,4 @@ def main(model: str, largest: int = 100) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    main(*sys.argv[1:])

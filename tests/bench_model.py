@@ -32,10 +32,11 @@ def gflop(width: int) -> float:
     return 2 * (blocks + (TOKENS - 1) * 768 * width) / 1e9
 
 
-def make_model(directory: str, name: str) -> None:
+def make_model(directory: str, name: str, blocks: int = BLOCKS) -> None:
     width, heads, mlp = SIZES[name]
+    sizes = {"hidden_size": width, "num_hidden_layers": blocks, "num_attention_heads": heads, "intermediate_size": mlp}
     torch.manual_seed(0)
-    config = transformers.ViTConfig(hidden_size=width, num_attention_heads=heads, intermediate_size=mlp, num_labels=1000)
+    config = transformers.ViTConfig(**sizes, num_labels=1000)
     transformers.ViTForImageClassification(config).save_pretrained(directory)
     transformers.ViTImageProcessorPil().save_pretrained(directory)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import socket
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import browser
 import pytest
+from zygote import Zygote, zygote
 
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -37,13 +39,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def shapes_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Directory of the tiny ViT, trained once a session on drawn shapes. Asserts the accuracy it was trained for."""
+    """Directory of the tiny ViT, trained once for all test processes on drawn shapes. Asserts the accuracy it was trained for."""
 
     from vitray.models import shapes
 
-    directory = str(tmp_path_factory.mktemp("shapes-model"))
-    assert shapes.train(directory) >= 0.97
-    return directory
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    directory = shared / "shapes-model"
+    with open(shared / "shapes-model.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not directory.exists():
+            assert shapes.train(str(shared / "shapes-model.new")) >= 0.97
+            (shared / "shapes-model.new").rename(directory)
+    return str(directory)
 
 
 @pytest.fixture(scope="session")
@@ -55,6 +63,12 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Brows
     opened = browser.Browser(tmp_path_factory.mktemp("profile"))
     yield opened
     opened.close()
+
+
+@pytest.fixture(scope="session")
+def commands() -> Iterator[Zygote]:
+    with zygote() as found:
+        yield found
 
 
 def with_torch_threads(count: int) -> Iterator[None]:

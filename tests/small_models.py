@@ -41,10 +41,16 @@ PROCESSOR = {
 }
 
 
-def make_checkpoint(directory: Path, name: str, headed: bool, side: int = 32, **more: object) -> str:
+def make_checkpoint(directory: Path, name: str, headed: bool, side: int = 32, layers: int = 3, **more: object) -> str:
     """A small checkpoint of one family with random weights, none of them zero."""
     stem = STEM[name]
-    tower = {"image_size": side, "patch_size": side // 4, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    tower = {
+        "image_size": side,
+        "patch_size": side // 4,
+        "hidden_size": 32,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+    }
     tower |= {"mlp_ratio": 2} if stem.startswith("Dinov2") else {"intermediate_size": 64}
     if stem == "Beit":
         tower |= {"use_relative_position_bias": True, "use_mean_pooling": name == "beit_mean"}

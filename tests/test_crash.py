@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pyarrow as pa
 import pytest
 from shards import pictures, put_tars
 from test_kill import command
-from zygote import Zygote, zygote
+from zygote import Zygote
 
 import vitray
 from vitray.crash import POINTS
@@ -29,12 +28,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     items = [replace(p, data=p.data[: len(p.data) // 2]) if n % 25 == 3 else p for n, p in enumerate(pictures(IMAGES))]
     put_tars(str(folder / "in"), items, SHARDS, folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def commands() -> Iterator[Zygote]:
-    with zygote() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

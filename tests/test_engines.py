@@ -88,7 +88,7 @@ def test_any_number_of_images_any_kind_of_vector(tmp_path: Path, engine: str) ->
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(("weight", "column"), [("classifier.weight", "score"), ("vit.layernorm.weight", "embedding")])
 def test_what_is_not_finite_raises_instead_of_being_stored(tmp_path: Path, engine: str, weight: str, column: str) -> None:
-    directory = make_checkpoint(tmp_path, "vit", True)
+    directory = make_checkpoint(tmp_path, "vit", True, layers=1)
     model = transformers.ViTForImageClassification.from_pretrained(directory)
     torch.nn.init.constant_(model.get_parameter(weight), float("nan"))
     model.save_pretrained(directory)
@@ -116,7 +116,7 @@ def busy_threads(model: Model, pixels: np.ndarray, seconds: float = 1.5) -> int:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_an_engine_computes_with_the_threads_it_was_given(tmp_path: Path, engine: str) -> None:
-    make_model(str(tmp_path), "vit-tiny")
+    make_model(str(tmp_path), "vit-s", blocks=2)
     job, pixels = job_for(str(tmp_path), engine=engine, batch_size=8), noise(8, 224)
     facts = identify(job)
     assert [busy_threads(open_job(job, facts, threads), pixels) for threads in (1, 2)] == [1, 2]

@@ -10,6 +10,7 @@ import hashlib
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,6 +29,7 @@ from vitray.dataset import (
     commit_shard,
     committed,
     finish,
+    identity,
     load_group_log,
     read_footer,
     read_manifest,
@@ -54,6 +56,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """s3:// is the store of the execution at hand, and write-ids follow from who writes: a repeated execution is the same."""
     monkeypatch.setattr(storage, "_s3", lambda *_: _now.store)
     monkeypatch.setattr(protocol.uuid, "uuid4", lambda: SimpleNamespace(hex=_write_id()))
+    monkeypatch.setattr(identity, "version", cache(identity.version))  # read thousands of times, most of the time that this took
 
 
 def _write_id() -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from shards import Picture, pictures, tar_bytes
+from zygote import Zygote
 
 import vitray
 from vitray.errors import JobError
@@ -37,10 +38,9 @@ def put(folder: Path, name: str, data: bytes, days_ago: float = 0) -> None:
     os.utime(path, (then, then))
 
 
-def run(folder: Path, model: str, out: Path, *more: str) -> tuple[int, dict[str, object]]:
-    argv = [*RUN, str(folder / "in"), "--model", model, "--out", str(out), *more, "--json"]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=240)
-    return done.returncode, json.loads(done.stdout) if done.stdout else {"said": done.stderr}
+def run(commands: Zygote, folder: Path, model: str, out: Path, *more: str) -> tuple[int, dict[str, object]]:
+    argv, said = [*RUN, str(folder / "in"), "--model", model, "--out", str(out), *more, "--json"], folder / "said"
+    return commands.run(argv[len(VITRAY) :], stdout=str(said)), json.loads(said.read_text() or "{}")
 
 
 def keys(out: Path) -> list[str]:
@@ -51,12 +51,14 @@ def of(*parts: tuple[list[Picture], bytes]) -> list[str]:
     return sorted(picture.key for part, _ in parts for picture in part)
 
 
-def test_two_days_of_a_nightly_job(shards: list[tuple[list[Picture], bytes]], shapes_model: str, tmp_path: Path) -> None:
+def test_two_days_of_a_nightly_job(
+    commands: Zygote, shards: list[tuple[list[Picture], bytes]], shapes_model: str, tmp_path: Path
+) -> None:
     a, b, c, d, e, f, g, _ = shards
     folder, out = tmp_path / "in", tmp_path / "out"
     for name, part in zip("abcd", (a, b, c, d)):
         put(folder, name, part[1])
-    code, first = run(tmp_path, shapes_model, out)
+    code, first = run(commands, tmp_path, shapes_model, out)
     assert (code, first["committed"], keys(out)) == (0, 4, of(a, b, c, d))
     shutil.copytree(out, tmp_path / "yesterday")
 
@@ -71,7 +73,7 @@ def test_two_days_of_a_nightly_job(shards: list[tuple[list[Picture], bytes]], sh
     codes = {process.wait(240) for process in twice}
     assert codes == {3}, [process.communicate() for process in twice]
 
-    code, again = run(tmp_path, shapes_model, out)
+    code, again = run(commands, tmp_path, shapes_model, out)
     cut = [key for key in keys(out) if keys(out).count(key) > 1]  # the half of a, once more under the name y
     assert (code, again["committed"], again["gone"], len(again["truncated"])) == (3, 0, 1, 1)
     assert [name.split("-")[0] for name in again["set_aside"]] == ["x"]
@@ -86,23 +88,23 @@ def test_two_days_of_a_nightly_job(shards: list[tuple[list[Picture], bytes]], sh
 
     (folder / "x.tar").unlink()
     (folder / "y.tar").unlink()
-    code, last = run(tmp_path, shapes_model, out, "--prune")
+    code, last = run(commands, tmp_path, shapes_model, out, "--prune")
     assert (code, last["gone"], keys(out)) == (0, 0, of(a, c, e, f, g))
     assert vitray.validate(str(out)).ok
 
 
 def test_since_sample_and_limit_choose_whole_shards_and_say_what_they_left_out(
-    shards: list[tuple[list[Picture], bytes]], shapes_model: str, tmp_path: Path
+    commands: Zygote, shards: list[tuple[list[Picture], bytes]], shapes_model: str, tmp_path: Path
 ) -> None:
     for age, name, part in zip((9, 5, 0.5, 0), "abcd", shards):
         put(tmp_path / "in", name, part[1], days_ago=age)
-    code, found = run(tmp_path, shapes_model, tmp_path / "out", "--set", "since=3d")
+    code, found = run(commands, tmp_path, shapes_model, tmp_path / "out", "--set", "since=3d")
     assert (code, found["committed"], found["left_out"], keys(tmp_path / "out")) == (0, 2, 2, of(*shards[2:4]))
-    code, found = run(tmp_path, shapes_model, tmp_path / "out", "--set", "since=3d")
+    code, found = run(commands, tmp_path, shapes_model, tmp_path / "out", "--set", "since=3d")
     assert (code, found["committed"], found["images"]) == (0, 0, 0)
-    code, found = run(tmp_path, shapes_model, tmp_path / "out", "--set", "since=7d", "--set", "limit=1")
+    code, found = run(commands, tmp_path, shapes_model, tmp_path / "out", "--set", "since=7d", "--set", "limit=1")
     assert (code, found["committed"], found["left_out"], keys(tmp_path / "out")) == (0, 1, 3, of(*shards[1:4]))
-    code, found = run(tmp_path, shapes_model, tmp_path / "out")  # none of them is part of the dataset's identity
+    code, found = run(commands, tmp_path, shapes_model, tmp_path / "out")  # none of them is part of the dataset's identity
     assert (code, found["committed"], found["left_out"], keys(tmp_path / "out")) == (0, 1, 0, of(*shards[:4]))
 
 

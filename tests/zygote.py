@@ -1,6 +1,6 @@
 """Whole commands that start in a third of the time: forks of one process that has imported torch and transformers, and run nothing.
 
-`python zygote.py` reads {"argv": [...], "environment": {...}} line by line and answers each with the exit code of `vitray ARGV`,
+`python zygote.py` reads {"argv": [...], "environment": {...}, "stdout": a file} line by line and answers each with the exit code of `vitray ARGV`,
 negative where a signal ended it.
 """
 
@@ -22,11 +22,11 @@ class Zygote:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
-    def run(self, argv: list[str], **more: str) -> int:
-        """argv: what comes after `vitray`."""
+    def run(self, argv: list[str], stdout: str = "/dev/stderr", **more: str) -> int:
+        """argv: what comes after `vitray`; stdout: a file for what it prints."""
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | more
         assert self._process.stdin and self._process.stdout
-        self._process.stdin.write(json.dumps({"argv": argv, "environment": environment}) + "\n")
+        self._process.stdin.write(json.dumps({"argv": argv, "environment": environment, "stdout": stdout}) + "\n")
         self._process.stdin.flush()
         if not select.select([self._process.stdout], [], [], LIMIT_S)[0]:
             os.killpg(self._process.pid, signal.SIGKILL)
@@ -43,6 +43,8 @@ def zygote() -> Iterator[Zygote]:
 
 
 def main() -> None:
+    import numba.np.numpy_support  # noqa: F401
+    import pandas  # noqa: F401  # pyarrow asks for it
     import transformers.models.vit.modeling_vit  # noqa: F401
 
     import vitray.models.torch_engine
@@ -53,7 +55,7 @@ def main() -> None:
         asked = json.loads(line)
         pid = os.fork()
         if pid == 0:
-            os.dup2(2, 1)
+            os.dup2(os.open(asked["stdout"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
             os.environ.clear()
             os.environ.update(asked["environment"])
             sys.argv = ["vitray", *asked["argv"]]
