@@ -39,7 +39,7 @@ def zygote() -> Iterator[Zygote]:
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, __file__], start_new_session=True, **pipes) as process:
         yield Zygote(process)
-        process.stdin.close()
+        process.terminate()  # to close its input is not enough: a child that a test forked may hold it, too
 
 
 def main() -> None:
