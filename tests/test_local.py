@@ -111,7 +111,7 @@ def test_on_a_full_cluster_the_line_waits_for_room(
     with pytest.raises(ClusterError, match=r"^waited 1\.8 s for a machine that has room for the model, and fetches and reads it"):
         cluster.on_worker(SHARES, str)
     words = [record.message for record in caplog.records if record.name == cluster.__name__]
-    assert len(words) in (3, 4)  # a wait may end a hair before the deadline
+    assert len(words) in (2, 3)  # beside other work a wait may take longer than it was given
     assert set(words) == {"waiting for a machine that has room for the model, and fetches and reads it"}
     line, arrived = RayLine(dataset, list_shards(dataset.job, []).shards[1:2], SHARES), queue.Queue[object]()
     line.start(arrived)

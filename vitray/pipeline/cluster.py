@@ -324,8 +324,8 @@ def answer(ref: Any, timeout_s: float, what: str) -> Any:
     import ray
 
     deadline = time.monotonic() + timeout_s
-    while not ray.wait([ref], timeout=max(0.0, min(SAID_S, deadline - time.monotonic())))[0]:
-        if time.monotonic() >= deadline:
+    while not ray.wait([ref], timeout=max(0.0, min(SAID_S, left := deadline - time.monotonic())))[0]:
+        if left < SAID_S:
             raise ClusterError(f"waited {timeout_s:g} s for {what}. Look at `ray status`, then run again.")
         log.warning("waiting for %s", what)
     try:
