@@ -20,13 +20,22 @@ READ_BLOCK_BYTES = 8 << 20
 BAD_CONFIG = ("ProfileNotFound", "ConfigParseError")  # botocore's names of what is wrong in ~/.aws/config
 BAD_KEYS = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "RequestTimeTooSkewed")  # nobody's object is refused by these
 MAX_OBJECT_BYTES = 5 << 30  # one PUT; conditional multipart is not safe on every store
+UNSIGNED = "AWS_NO_SIGN_REQUEST"  # both names as GDAL has them
+PAYER = "AWS_REQUEST_PAYER"
+WRITES = ("put_object", "delete_object")
 
 
 class S3Store:
     def __init__(self) -> None:
         import s3fs
 
+        self._is_unsigned = _is_unsigned()
+        self._pays_requests = _pays_requests()
         self._fs = s3fs.S3FileSystem(
+            anon=self._is_unsigned,
+            requester_pays=self._pays_requests,
+            # for _call_s3, to which older versions of s3fs do not add requester_pays
+            s3_additional_kwargs={"RequestPayer": "requester"} if self._pays_requests else {},
             use_listings_cache=False,
             skip_instance_cache=True,
             endpoint_url=_endpoint(),
@@ -127,20 +136,38 @@ class S3Store:
         """The store's answer about the object, or the bucket, that the URL names."""
         bucket, _, key = _key(url).partition("/")
         where = {"Bucket": bucket, "Key": key} if key else {"Bucket": bucket}
-        return self._call(url, lambda: self._sync(self._fs._call_s3(method, **where, **arguments), timeout_s))
+        return self._call(
+            url,
+            lambda: self._sync(self._fs._call_s3(method, **where, **arguments), timeout_s),
+            writes=method in WRITES,
+        )
 
     def _sync(self, work: Coroutine[Any, Any, Any], timeout_s: float = CALL_TIMEOUT_S) -> Any:
         from fsspec.asyn import sync
 
         return sync(self._fs.loop, asyncio.wait_for, work, timeout_s)
 
-    def _call(self, url: str, call: Callable[[], Any]) -> Any:
+    def _call(self, url: str, call: Callable[[], Any], writes: bool = False) -> Any:
         try:
             return retrying(url, call, _is_transient)
         except StorageError:
             raise
         except Exception as error:
-            _raise_s3(error, url)
+            _raise_s3(error, url, self._step_after_refusal(error, writes))
+
+    def _step_after_refusal(self, error: Exception, writes: bool) -> str:
+        """What to do where access is refused."""
+        if self._is_unsigned:
+            return f"{UNSIGNED} is set, so requests carry no credentials: unset it to use yours."
+        check = "Check AWS_PROFILE or AWS_ACCESS_KEY_ID and the bucket's policy."
+        if writes:
+            return check
+        if type(error).__name__ == "NoCredentialsError":
+            return f"{check} To read a public bucket without credentials, set {UNSIGNED}=YES."
+        # S3 does not say that it was refused because the requester pays; a HEAD's answer has no code
+        if _answer(error) in ((403, "AccessDenied"), (403, "403")) and not self._pays_requests:
+            return f"{check} If its requester pays, set {PAYER}=requester."
+        return check
 
 
 class _RangeReader(io.RawIOBase):
@@ -186,6 +213,22 @@ def _endpoint() -> str | None:
     return None
 
 
+def _is_unsigned() -> bool:
+    value = os.environ.get(UNSIGNED, "")
+    if value.lower() in ("yes", "true", "on", "1"):
+        return True
+    if value.lower() in ("", "no", "false", "off", "0"):
+        return False
+    raise JobError(f"{UNSIGNED} is {value!r}: write YES to read public buckets without credentials, or unset it.")
+
+
+def _pays_requests() -> bool:
+    value = os.environ.get(PAYER, "")
+    if value.lower() not in ("", "requester"):
+        raise JobError(f"{PAYER} is {value!r}: write requester to pay for requests yourself, or unset it.")
+    return bool(value)
+
+
 def _key(url: str) -> str:
     return url.removeprefix("s3://").rstrip("/")
 
@@ -219,7 +262,7 @@ def _is_transient(error: Exception) -> bool:
     return isinstance(error, (ConnectionError, TimeoutError, asyncio.TimeoutError)) or name in ("aiohttp", "botocore", "fsspec")
 
 
-def _raise_s3(error: Exception, url: str) -> NoReturn:
+def _raise_s3(error: Exception, url: str, step_after_refusal: str) -> NoReturn:
     status, code = _answer(error)
     if status == 412:
         raise FileExistsError(url) from error  # a condition was refused: create() and read_range() say which
@@ -229,9 +272,7 @@ def _raise_s3(error: Exception, url: str) -> NoReturn:
         raise ObjectMissing(f"{url} does not exist") from error
     if isinstance(error, PermissionError) or status in (401, 403) or "Credentials" in type(error).__name__:
         kind = ObjectRefused if status == 403 and code not in BAD_KEYS else StorageError
-        raise kind(
-            f"{url}: access refused ({code or reason(error)}). Check AWS_PROFILE or AWS_ACCESS_KEY_ID and the bucket's policy."
-        ) from error
+        raise kind(f"{url}: access refused ({code or reason(error)}). {step_after_refusal}") from error
     mine = type(error).__name__ in BAD_CONFIG
     step = "~/.aws/config, or unset AWS_PROFILE" if mine else "the URL, AWS_DEFAULT_REGION and AWS_ENDPOINT_URL"
     raise StorageError(f"{url}: {reason(error).rstrip('.')}. Check {step}.") from error
