@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from vitray.errors import JobError
 from vitray.schema import RESERVED
 
 PROMPT = "This is a photo of {}."  # of transformers' zero-shot pipeline
 FORMATS = ("bmp", "gif", "jpeg", "png", "tiff", "webp")
+JOB_SUFFIXES = (".yaml", ".yml", ".json")
+JSON_IS_A_JOB = "a .json file is read as a job; call a manifest of JSON lines .jsonl"
 
 
 def _as_list(value: object) -> object:
@@ -47,7 +59,7 @@ def _labels(value: object) -> object:
         return distinct_labels(value)
     if not isinstance(value, bool) and (not isinstance(value, str) or not value):
         raise ValueError("true, false, a list of labels, or a file with one label a line")
-    return value
+    return expand_home(value) if isinstance(value, str) else value
 
 
 def distinct_labels(names: Sequence[object]) -> list[str]:
@@ -65,8 +77,23 @@ def distinct_labels(names: Sequence[object]) -> list[str]:
     return found
 
 
+def expand_home(url: str) -> str:
+    """The local path or file:// URL with a leading `~` or `~user` replaced as a shell does it.
+
+    `./~` names a folder called `~`, and the name of an unknown user stays as it is. Only for what a
+    person writes, never for paths that come from data. Raises ValueError when `~` leads nowhere.
+    """
+    path = url.removeprefix("file://")
+    expanded = os.path.expanduser(path)
+    if expanded == path and path.split("/")[0] == "~":
+        raise ValueError(f"{url}: this user has no home directory; set HOME, or write the whole path")
+    return url.removesuffix(path) + expanded
+
+
 Text = Annotated[str, Field(min_length=1)]  # as a path, "" would be the current directory
-Urls = Annotated[list[Text], BeforeValidator(_as_list)]
+Location = Annotated[Text, AfterValidator(expand_home)]  # a path or URL that a person writes
+Urls = Annotated[list[Location], BeforeValidator(_as_list)]
+Prefixes = Annotated[list[Location], BeforeValidator(_cut_at_commas)]
 Labels = Annotated[bool | Text | list[Text], BeforeValidator(_labels)]
 Prompts = Annotated[list[Text], BeforeValidator(_as_list), Field(min_length=1)]
 Strings = Annotated[list[Text], BeforeValidator(_cut_at_commas)]
@@ -114,8 +141,8 @@ class Job(Written):
     """One dataset to make: which images, which model, where to."""
 
     source: Urls = Field(description="URL, list, glob, {000..099} range or prefix; local path or s3://", min_length=1)
-    model: str = Field(description="Hugging Face id, local directory, or s3:// directory", min_length=1)
-    out: str = Field(description="output directory, local or s3://", min_length=1)
+    model: Location = Field(description="Hugging Face id, local directory, or s3:// directory")
+    out: Location = Field(description="output directory, local or s3://")
     revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face id")
     format: Literal["auto", "tar", "parquet", "files", "manifest"] = Field("auto", description="what the source holds")
     labels: Labels = Field(
@@ -126,14 +153,16 @@ class Job(Written):
     prompts: Prompts = Field(
         [PROMPT], description="what the text tower reads of a label, for {}; the vectors of several are averaged"
     )
-    head: Text | None = Field(None, description="directory of a linear head for this model's embeddings, which labels instead")
+    head: Location | None = Field(
+        None, description="directory of a linear head for this model's embeddings, which labels instead"
+    )
     embeddings: list[Embedding] = Field([Embedding.model_validate({})], description="vectors to keep, all of one forward pass")
     top_k: int = Field(5, description="how many labels a row keeps", ge=1, le=1000)
     keep: Strings = Field([], description="input columns or tar member extensions to copy into the output: a list, or a,b")
     image_column: str | None = Field(None, description="Parquet or manifest column with the image (default: found by itself)")
     key_column: str | None = Field(None, description="Parquet or manifest column that names a row")
     image_member: str | None = Field(None, description="tar: extension of the member to use when a sample has several images")
-    allow: Strings = Field([], description="manifest: prefixes its paths may point into (default: the manifest's directory)")
+    allow: Prefixes = Field([], description="manifest: prefixes its paths may point into (default: the manifest's directory)")
     formats: Strings = Field(list(FORMATS), description="image formats that are decoded")
     max_pixels: int = Field(50_000_000, description="pixel cap of one image", ge=1)
     background: Color | None = Field(
@@ -282,17 +311,58 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
+def is_job_file(path: str | Path) -> bool:
+    """Whether an argument names a job file and not a source: by its suffix, in any case."""
+    return str(path).lower().endswith(JOB_SUFFIXES)
+
+
+def _is_json(path: str | Path) -> bool:
+    return str(path).lower().endswith(".json")
+
+
 def read_fields(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML job file."""
+    """The fields of a job file: JSON where its suffix says so, else YAML. Raises JobError."""
+    language = "JSON" if _is_json(path) else "YAML"
     try:
-        loaded = _Loader(Path(path).read_text(encoding="utf-8")).get_single_data()
+        text = Path(path).read_text(encoding="utf-8-sig")
+        loaded = _read_json(text) if _is_json(path) else _Loader(text).get_single_data()
     except OSError as error:
-        raise JobError(f"cannot read the job file {path}: {error.strerror}. Give the path of a YAML file.") from error
+        step = "Give the path of a YAML or JSON file."
+        raise JobError(f"cannot read the job file {path}: {error.strerror}. {step}") from error
     except BAD_YAML as error:
-        raise JobError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise JobError(f"{path} is not valid {language}: {' '.join(str(error).split())}") from error
     if not isinstance(loaded, dict):
-        raise JobError(f"{path} holds no fields; write lines like `source: photos/*.tar`")
+        step = "write lines like `source: photos/*.tar`"
+        if _is_json(path):
+            step = f'write an object like {{"source": "photos/*.tar"}} ({JSON_IS_A_JOB})'
+        raise JobError(f"{path} holds no fields; {step}")
     return {str(key): value for key, value in loaded.items()}
+
+
+def _read_json(text: str) -> object:
+    """The value of a JSON text, as strict as _Loader: no name twice, no NaN. Raises ValueError.
+
+    YAML's parser would refuse tabs, and break characters that JSON writes as surrogate pairs.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_distinct_names, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            raise ValueError(f"{error}; {JSON_IS_A_JOB}") from error
+        raise
+
+
+def _distinct_names(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    fields: dict[str, object] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise ValueError(f"`{name}` is there twice")
+        fields[name] = value
+    return fields
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number in JSON")
 
 
 def parse_set(pairs: list[str]) -> dict[str, object]:
@@ -310,5 +380,9 @@ def parse_set(pairs: list[str]) -> dict[str, object]:
 
 
 def load_job(path: str | Path, overrides: dict[str, object] | None = None) -> Job:
-    """The job of a YAML file, with overrides from the command line on top."""
-    return make_job({**read_fields(path), **(overrides or {})})
+    """The job of a YAML or JSON file, with overrides from the command line on top."""
+    fields = read_fields(path)
+    if _is_json(path) and fields and not fields.keys() & Job.model_fields.keys():
+        names = ", ".join(islice(fields, 3)) + (", …" if len(fields) > 3 else "")
+        raise JobError(f"{path} is no job: it has {names} and no field of a job ({JSON_IS_A_JOB})")
+    return make_job({**fields, **(overrides or {})})

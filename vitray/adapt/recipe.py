@@ -7,7 +7,19 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from vitray.job import FORMATS, Job, Strings, Text, Urls, Written, distinct_labels, make_job, read_fields
+from vitray.job import (
+    FORMATS,
+    Job,
+    Location,
+    Prefixes,
+    Strings,
+    Text,
+    Urls,
+    Written,
+    distinct_labels,
+    make_job,
+    read_fields,
+)
 
 # of a training: what another machine may change without another result
 FREE = ("out", "workers", "device", "save_steps", "accumulate", "gradient_checkpointing")
@@ -19,19 +31,21 @@ class Recipe(Written):
     """One training: which images and labels, which model, what of it learns and how, where to."""
 
     source: Urls = Field([], description="images, as in a job: URL, list, glob, range or prefix; local path or s3://")
-    dataset: Text | None = Field(None, description="instead of source: a finished dataset, its images or (probe) its embeddings")
-    teacher: Text | None = Field(None, description="a finished dataset of the teacher, joined by the bytes of the images")
-    teacher_model: Text | None = Field(
+    dataset: Location | None = Field(
+        None, description="instead of source: a finished dataset, its images or (probe) its embeddings"
+    )
+    teacher: Location | None = Field(None, description="a finished dataset of the teacher, joined by the bytes of the images")
+    teacher_model: Location | None = Field(
         None, description="instead of teacher: its checkpoint, which sees each image as the student does, cropped and mixed"
     )
-    model: Text | None = Field(None, description="Hugging Face id, local or s3:// directory; a probe takes its dataset's")
+    model: Location | None = Field(None, description="Hugging Face id, local or s3:// directory; a probe takes its dataset's")
     revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face id")
-    out: Text = Field(description="directory of the new checkpoint, local or s3://; `model:` takes it as it is")
+    out: Location = Field(description="directory of the new checkpoint, local or s3://; `model:` takes it as it is")
     format: Literal["auto", "tar", "parquet", "files", "manifest"] = Field("auto", description="what the source holds")
     image_column: str | None = Field(None, description="as in a job")
     key_column: str | None = Field(None, description="as in a job")
     image_member: str | None = Field(None, description="as in a job")
-    allow: Strings = Field([], description="as in a job")
+    allow: Prefixes = Field([], description="as in a job")
     formats: Strings = Field(list(FORMATS), description="image formats that are decoded")
     label: Text | None = Field(
         None,
@@ -39,7 +53,7 @@ class Recipe(Written):
         "of a dataset a column (default: label, the model's own)",
     )
     label_field: str | None = Field(None, description="the field that holds the label, where column or member is JSON")
-    label_table: Text | None = Field(None, description="CSV or Parquet with labels by key, joined to the images")
+    label_table: Location | None = Field(None, description="CSV or Parquet with labels by key, joined to the images")
     table_key: str = Field("key", description="the column of label_table that holds the images' keys")
     classes: Strings = Field([], description="names of the classes in the order of the outputs (default: those seen, sorted)")
     unlabelled: Literal["refuse", "skip"] = Field("refuse", description="what to do when images have no label")
@@ -148,5 +162,5 @@ class Recipe(Written):
 
 
 def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
-    """The recipe of a YAML file, with overrides from the command line on top."""
+    """The recipe of a YAML or JSON file, with overrides from the command line on top."""
     return Recipe(**{**read_fields(path), **(overrides or {})})

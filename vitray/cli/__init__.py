@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import logging
 import os
+import shlex
 import signal
 import sys
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NoReturn
 
 import typer
+from typer.core import TyperCommand
 
 from vitray.cli import adapting, making, operating
-from vitray.cli.console import JsonFormatter, Terminal, on_signal, one_line, say
-from vitray.errors import VitrayError
+from vitray.cli.console import JsonFormatter, Terminal, is_file, on_signal, one_line, say
+from vitray.errors import JobError, VitrayError
 from vitray.version import __version__
 
 LogFormat = Literal["text", "json"]
+# parameters that are paths, in any command: shells do not expand the `~` of --out=~/x
+JOB_PATHS = ("calibrate", "directory", "head", "into", "model", "new", "old", "out", "what")
+FILE_PATHS = ("image", "index", "page", "planned", "prices", "recipe", "target", "to", "working_dir")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -49,8 +56,77 @@ def _options(
             logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
+class _Command(TyperCommand):
+    """A command that expands `~` in its paths, and knows what a pattern without quotes becomes."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = list(args)
+        try:
+            rest = super().parse_args(ctx, args)
+        except Exception as error:
+            if _is_usage_error(error) and (explanation := self._explain_extra_files(ctx, given)):
+                ctx.fail(explanation)
+            raise
+        for name in JOB_PATHS + FILE_PATHS:
+            if isinstance(value := ctx.params.get(name), str):
+                ctx.params[name] = _at_home(value)
+        return rest
+
+    def _explain_extra_files(self, ctx: Any, args: list[str]) -> str:
+        """What to do where a source is followed by more files; empty where that is not the case."""
+        source: Any = next((p for p in self.params if "SOURCE" in str(p.metavar)), None)
+        try:
+            values, extra, _ = self.make_parser(ctx).parse_args(args)
+        except Exception as error:
+            if not _is_usage_error(error):
+                raise
+            return ""
+        first = None if source is None else values.get(source.name)
+        if not extra or not isinstance(first, str) or is_file(first):
+            return ""
+        files = [first, *extra]
+        if len(set(files)) == 1 or not all(map(os.path.lexists, files)):
+            return ""
+        option = f"{source.opts[0]} " if source.param_type_name == "option" else ""
+        pattern = _pattern_of(files)
+        quoted = f"vitray {self.name} {option}{shlex.quote(pattern)}"
+        beginning = f"{len(files)} files where one source is expected: "
+        if set(glob.glob(pattern)) == set(files):
+            return f"{beginning}the shell expanded the pattern; quote it: {quoted}"
+        return f"{beginning}if the shell expanded the pattern, quote it: {quoted}; or list them as `source` of a job file"
+
+
+def _is_usage_error(error: Exception) -> bool:
+    """Whether it is one of click's, of which Typer has its own copy."""
+    return hasattr(error, "exit_code") and hasattr(error, "format_message")
+
+
+def _at_home(path: str) -> str:
+    from vitray.job import expand_home
+
+    try:
+        return expand_home(path)
+    except ValueError as error:
+        raise JobError(f"{error}.") from error
+
+
+def _pattern_of(files: Sequence[str]) -> str:
+    """A glob that names the files, without more of their names than it needs."""
+    split = [file.split("/") for file in files]
+    if len({len(parts) for parts in split}) > 1:
+        return "/".join([*os.path.commonprefix(split), "**"])  # noqa: RUF071
+    *folders, names = zip(*split)
+    base = [parts[0] if len(set(parts)) == 1 else "*" for parts in folders]
+    suffixes = {os.path.splitext(name)[1] for name in names}
+    suffix = suffixes.pop() if len(suffixes) == 1 else ""
+    short = "/".join([*base, f"*{suffix}"])
+    if set(glob.glob(short)) == set(files):
+        return short
+    return "/".join([*base, f"{os.path.commonprefix(names)}*{suffix}"])  # noqa: RUF071 (of characters)
+
+
 for command in (*making.COMMANDS, *operating.COMMANDS, *adapting.COMMANDS):
-    app.command()(command)
+    app.command(cls=_Command)(command)
 
 
 def entry() -> NoReturn:
@@ -81,7 +157,7 @@ def main() -> None:
     except BrokenPipeError:
         os._exit(1)
     except Exception as error:
-        if hasattr(error, "exit_code") and hasattr(error, "format_message"):  # click: bad usage
+        if _is_usage_error(error):
             if text := one_line(_usage(error)):  # empty: no command was given, and the help stands there
                 print(f"vitray: {text} (vitray --help)", file=sys.stderr)
             sys.exit(2)

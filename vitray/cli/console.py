@@ -30,9 +30,11 @@ LINE = 4000  # characters of an error
 RUN_STAYS = "what is staged stays. Run the same command again to go on."
 _live: list[Any] = []  # the view on the terminal, while there is one
 
-Target = Annotated[str, typer.Argument(metavar="JOB.yaml|SOURCE", help="a job file, or images: path, glob, prefix, s3://…")]
+Target = Annotated[
+    str, typer.Argument(metavar="JOB.yaml|SOURCE", help="a job file (.yaml, .yml, .json), or images: path, glob, prefix, s3://…")
+]
 Model = Annotated[str | None, typer.Option("--model", help="Hugging Face id, local directory or s3:// directory")]
-Out = Annotated[str | None, typer.Option("--out", help="output directory, local or s3://")]
+Out = Annotated[str | None, typer.Option("--out", help="output directory, local (~ is your home) or s3://")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="override a field of the job (repeatable)")]
 OutArgument = Annotated[str, typer.Argument(metavar="OUT", help="a dataset directory")]
 Address = Annotated[
@@ -110,7 +112,9 @@ def job_of(target: str, model: str | None, out: str | None, sets: list[str] | No
 
 
 def is_file(target: str) -> bool:
-    return target.endswith((".yaml", ".yml"))
+    from vitray.job import is_job_file
+
+    return is_job_file(target)
 
 
 def show(found: Any, as_json: bool, text: str) -> None:
