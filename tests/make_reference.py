@@ -90,7 +90,7 @@ def page() -> str:
         "absent with `labels: false`.",
         _columns([*IMAGE_FIELDS, *LABEL_FIELDS], IMAGE_COLUMNS | ROW_COLUMNS, _vector_row()),
         "## Columns of `errors/`",
-        "`OUT/errors/<shard>.parquet` has the bad images of a shard. It is there only where a shard has some.",
+        "`OUT/_errors/<shard>.parquet` has the bad images of a shard. It is there only where a shard has some.",
         _columns(ERROR_SCHEMA, IMAGE_COLUMNS | ERROR_COLUMNS),
         "## Reasons",
         "Why an image is bad: the values of `reason`.",

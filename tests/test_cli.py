@@ -432,7 +432,9 @@ def test_source_model_out_on_the_line_equal_the_job_file(vitray: Call, labelled:
     assert (first["shards"], first["rows"], first["errors"], first["committed"], first["pending"]) == (3, 27, 3, 0, 0)
     plans = [vitray("plan", *argv, "--json") for argv in ([labelled / "a job.yaml"], line)]
     assert plans[0] == plans[1]
-    assert only_files(labelled) == before  # nothing pending writes nothing
+    after = only_files(labelled)
+    assert after.pop(f"{labelled}/out/_vitray/source.json")  # a dataset made by hand has none
+    assert after == before  # nothing pending writes nothing
 
 
 def test_run_says_what_it_did(vitray: Call, labelled: Path) -> None:
@@ -455,7 +457,7 @@ def test_run_says_when_there_was_nothing_to_see(vitray: Call, labelled: Path, tm
 
 def test_run_says_that_too_many_images_were_bad(vitray: Call, labelled: Path) -> None:
     code, out, err = vitray("run", labelled / "a job.yaml", "--set", "max_error_rate=0.05")
-    says = f"too many bad images: 3 of 30, more than max_error_rate=0.05; see {labelled}/out/errors, or raise max_error_rate"
+    says = f"too many bad images: 3 of 30, more than max_error_rate=0.05; see {labelled}/out/_errors, or raise max_error_rate"
     assert (code, err, out.splitlines()[2:]) == (4, "", [says])
 
 
@@ -470,7 +472,11 @@ def test_the_summary_counts_in_proper_words() -> None:
         "gone": 1,
         "deleted": 1,
         "pending": 0,
-        "left_out": 2,
+        "shards_not_selected": 2,
+        "images_not_selected": 20,
+        "left_out": {"hidden": 1, "other_suffix": 2},
+        "suffixes": {".txt": 2},
+        "errors_path": "/o/_errors",
     }
     found = {"set_aside": {}, "truncated": {}, "notes": {"s": "links"}, "reasons": {"empty": 2}, "too_many_errors": True}
     job = Job(source="a", model="m", out="o", max_error_rate=0.5)
@@ -480,8 +486,9 @@ def test_the_summary_counts_in_proper_words() -> None:
         "  2 empty in this run",
         "note       s: links",
         "no longer in the source: 1 committed shard; --prune removes the rows",
-        "left out by since, sample or limit: 2 shards",
-        "too many bad images: 2 of 3, more than max_error_rate=0.5; see /o/errors, or raise max_error_rate",
+        "left out   3: 1 hidden, 2 other_suffix (2 .txt)",
+        "not chosen 2 shards with 20 images, by since, sample or limit",
+        "too many bad images: 2 of 3, more than max_error_rate=0.5; see /o/_errors, or raise max_error_rate",
     ]
 
 
@@ -583,7 +590,9 @@ def test_plan_counts_tars_and_what_is_committed(vitray: Call, tmp_path: Path) ->
     ]
     assert "precision  decided at run" in out
     none = vitray("plan", f"{tmp_path}/in", "--model", "m", "--out", f"{tmp_path}/new", "--set", "since=2999-01-01")[1]
-    assert none.startswith("source     0 shards, 0 images, 0 bytes\ncommitted  0 shards\nleft out   3 shards, by since")
+    assert none.startswith(
+        "source     0 shards, 0 images, 0 bytes\ncommitted  0 shards\nnot chosen 3 shards with 30 images, by since"
+    )
     assert snapshot(tmp_path) == before
     assert len(committed(dataset.out)) == 2
 
@@ -704,7 +713,7 @@ def test_redo_deletes_only_what_was_chosen_and_only_with_yes(vitray: Call, tmp_p
     assert snapshot(tmp_path) == before
     assert vitray("redo", dataset.out, "--shard", first, "--yes")[0] == 0
     assert sorted(committed(dataset.out)) == others
-    assert not (tmp_path / "out" / "errors" / f"{first}.parquet").exists()
+    assert not (tmp_path / "out" / "_errors" / f"{first}.parquet").exists()
     assert not (tmp_path / "out" / "_SUCCESS.json").exists()
     assert vitray("validate", dataset.out)[0] == 0
     code, out, _ = vitray("redo", dataset.out, "--reason", "not_an_image", "--yes")
@@ -729,9 +738,10 @@ def test_clean_removes_orphans_and_keeps_what_a_run_needs(vitray: Call, tmp_path
 
 
 def test_a_hostile_file_name_does_not_reach_the_terminal_raw(vitray: Call, tmp_path: Path) -> None:
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / f"a.{ESCAPE}").write_bytes(b"x")
-    err = refused(vitray, tmp_path, ["plan", tmp_path / "in", "--model", "m", "--out", "o"], 2, "holds no tar")
+    folder = tmp_path / f"in{ESCAPE}"
+    folder.mkdir()
+    (folder / "a.text").write_bytes(b"x")
+    err = refused(vitray, tmp_path, ["plan", folder, "--model", "m", "--out", "o"], 2, "holds no tar")
     assert "owned" in err
 
 
@@ -1007,7 +1017,7 @@ def test_validate_finds_a_missing_data_file(vitray: Call, dataset: Dataset) -> N
 
 def test_validate_finds_a_missing_or_different_errors_file(vitray: Call, dataset: Dataset) -> None:
     first, second, third = files(dataset)
-    errors = Path(dataset.out, "errors")
+    errors = Path(dataset.out, "_errors")
     (errors / first.name).unlink()
     table = pq.ParquetFile(errors / second.name).read()
     pq.write_table(table.set_column(4, table.schema.field(4), pa.array(["empty"])), errors / second.name)

@@ -466,7 +466,7 @@ def test_a_commit_puts_rows_in_order_and_errors_beside_them(out: str) -> None:
     assert (footer.rows, footer.errors, footer.total, footer.reasons) == (8, 3, 11, {"truncated": 2, "empty": 1})
     assert footer.error_rows.equals(errors_of(shard.id, bad))
     assert (footer.shard, footer.url, footer.source_version) == (shard.id, shard.url, shard.version)
-    assert sorted(stored(out)) == ["_vitray/dataset.json", f"data/{shard.id}.parquet", f"errors/{shard.id}.parquet"]
+    assert sorted(stored(out)) == [f"_errors/{shard.id}.parquet", "_vitray/dataset.json", f"data/{shard.id}.parquet"]
     if is_local(out):
         assert not Path(dataset.staging_url(shard.id)).exists()
 
@@ -483,6 +483,8 @@ def test_footer_and_object_metadata_say_the_same(root: str) -> None:
     marks = {k.decode(): v.decode() for k, v in file.metadata.metadata.items()}
     expected = {
         "fingerprint": dataset.fingerprint,
+        "left_out": "",
+        "source_rules": "2",
         "rows": "5",
         "errors": "1",
         "truncated_at": "4096",
@@ -723,7 +725,7 @@ def test_eight_runs_commit_one_object(out: str) -> None:
     assert len(found) == 8, "the file exists: nobody may plan the shard again"
     assert sum(not c.adopted for c in found) == 1
     assert {(c.rows, c.errors) for c in found} == {(8, 1)}
-    assert sorted(stored(out)) == ["_vitray/dataset.json", f"data/{shard.id}.parquet", f"errors/{shard.id}.parquet"]
+    assert sorted(stored(out)) == [f"_errors/{shard.id}.parquet", "_vitray/dataset.json", f"data/{shard.id}.parquet"]
     assert data_table(dataset, shard)["index"].to_pylist() == [0, 1, 2, 4, 5, 6, 7, 8]
 
 
@@ -802,7 +804,7 @@ def test_a_run_that_is_overtaken_adopts(behind: Callable[[], Any], proxy: Proxy,
     act = rival(proxy, mock_s3, dataset, shard)
     proxy.rule = once(WINDOWS[window], act)
     assert commit_shard(dataset, shard) == Commit(shard.id, 8, 1, {"empty": 1}, None, True)
-    assert sorted(stored(dataset.out)) == ["_vitray/dataset.json", f"data/{shard.id}.parquet", f"errors/{shard.id}.parquet"]
+    assert sorted(stored(dataset.out)) == [f"_errors/{shard.id}.parquet", "_vitray/dataset.json", f"data/{shard.id}.parquet"]
 
 
 def test_an_overtaking_run_that_saw_another_total_is_an_error(behind: Callable[[], Any], proxy: Proxy, mock_s3: str) -> None:
@@ -1023,7 +1025,7 @@ def test_finish_writes_manifest_and_success(out: str) -> None:
     assert names_of(out, "manifest-") == [f"_vitray/{ledger.manifest}"]
     assert success(out) == {
         "shards": 2, "rows": 9, "errors": 1, "truncated": 0, "gone": 0, "manifest": ledger.manifest,
-        "fingerprint": dataset.fingerprint,
+        "fingerprint": dataset.fingerprint, "left_out": {},
     }  # fmt: skip
     manifest = read_manifest(out)
     assert manifest is not None
@@ -1034,7 +1036,7 @@ def test_finish_writes_manifest_and_success(out: str) -> None:
         assert row == {
             "shard": shard.id, "url": shard.url, "source_version": shard.version, "path": f"data/{shard.id}.parquet",
             "size_bytes": len(body), "rows": rows, "errors": errors, "truncated_at": None,
-            "sha256": hashlib.sha256(body).hexdigest(), "state": "current",
+            "sha256": hashlib.sha256(body).hexdigest(), "state": "current", "left_out": "{}", "image_members": "{}",
         }  # fmt: skip
 
 
@@ -1153,7 +1155,7 @@ def test_a_gone_input_keeps_its_rows_until_prune(quick_out: str) -> None:
     assert read(quick_out).num_rows == 7
     ledger = finish_with(dataset, [one.id], [one.id], prune=True)
     assert (ledger.gone, ledger.shards, ledger.rows) == (0, 1, 4)
-    assert list(committed(quick_out)) == [one.id] and names_of(quick_out, "errors/") == [] and names_of(quick_out, "manifest-") == [
+    assert list(committed(quick_out)) == [one.id] and names_of(quick_out, "_errors/") == [] and names_of(quick_out, "manifest-") == [
         f"_vitray/{ledger.manifest}"
     ]  # fmt: skip
 
@@ -1170,7 +1172,7 @@ def test_finish_repairs_errors_and_removes_what_belongs_to_nothing(quick_out: st
     copy_file(dataset, dataset.errors_url(one.id), dataset.errors_url("never-0-0"))
     store_for(quick_out).delete([dataset.errors_url(one.id)])
     ledger = finish_with(dataset, [one.id, two.id], [one.id, two.id])
-    assert names_of(quick_out, "errors/") == [f"errors/{one.id}.parquet"]
+    assert names_of(quick_out, "_errors/") == [f"_errors/{one.id}.parquet"]
     assert error_table(dataset, one).equals(errors_of(one.id, {0: "empty"}))
     assert names_of(quick_out, "manifest-") == [f"_vitray/{ledger.manifest}"]
 
@@ -1283,7 +1285,7 @@ def test_redo_by_shard_and_by_reason(local_out: str) -> None:
         shards_to_redo(dataset, ["nope"], [])
     forget(dataset, [one.id])
     assert set(committed(local_out)) == {two.id, three.id} and success(local_out) is None
-    assert names_of(local_out, "errors/") == [f"errors/{two.id}.parquet"] and names_of(local_out, "manifest-") == []
+    assert names_of(local_out, "_errors/") == [f"_errors/{two.id}.parquet"] and names_of(local_out, "manifest-") == []
     commit(dataset, one, 4)
     assert finish_with(dataset, ids, ids).errors == 1
 
@@ -1324,7 +1326,7 @@ def test_what_a_killed_plan_left_is_taken_for_nothing(local_out: str) -> None:
     assert len(read(local_out)) == 4 and finish_with(dataset, [shard.id], [shard.id]).rows == 4
     assert {entry.name for entry in os.scandir(f"{local_out}/_vitray/probe-12ab/64/out")} == {
         "data",
-        "errors",
+        "_errors",
         "_vitray",
         "_SUCCESS.json",
     }

@@ -249,7 +249,7 @@ def test_a_shard_that_was_redone_is_relabelled_again(job: Job, vit: str, tmp_pat
     assert relabel(job.out, head, into).written == 1 and relabel(job.out, head, into).written == 0
     reasons = vitray.validate(into, content=True)
     assert reasons.ok
-    old, new = (pq.read_table(sorted(Path(out, "errors").iterdir())[0]) for out in (job.out, into))
+    old, new = (pq.read_table(sorted(Path(out, "_errors").iterdir())[0]) for out in (job.out, into))
     assert old.equals(new)
 
 

@@ -66,7 +66,7 @@ def test_threads_and_ray_write_the_same_rows(inputs: Path, shapes_model: str, tm
     assert mine.select(plain).equals(rays.select(plain))
     vectors = [np.stack(table["embedding"].to_numpy()) for table in (mine, rays)]
     np.testing.assert_allclose(*vectors, atol=1e-5)
-    errors = [[pq.read_table(path) for path in sorted((tmp_path / name / "errors").iterdir())] for name in ("threads", "ray")]
+    errors = [[pq.read_table(path) for path in sorted((tmp_path / name / "_errors").iterdir())] for name in ("threads", "ray")]
     assert errors[0] == errors[1] and sum(table.num_rows for table in errors[0]) == 3
 
 
@@ -325,7 +325,7 @@ def test_a_file_that_cannot_be_read_costs_its_row_and_a_name_that_is_not_utf8_co
     names = sorted([f"{p.key}.{p.suffix}" for n, p in enumerate(items) if n not in (3, 4)] + [r"caf\udce9.jpg"])
     table = vitray.read(job.out)
     assert table["key"].to_pylist() == table["uri"].to_pylist() == [f"{tmp_path}/in/{name}" for name in names]
-    (path,) = (tmp_path / "out" / "errors").iterdir()
+    (path,) = (tmp_path / "out" / "_errors").iterdir()
     (error,) = pq.read_table(path).to_pylist()
     assert error["key"] == f"{tmp_path}/in/00003.png" and error["message"].startswith(f"{error['key']}: Permission denied.")
     assert vitray.validate(job.out, content=True).ok and vitray.run(job).committed == 0

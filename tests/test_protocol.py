@@ -140,7 +140,7 @@ def broken_by(url: str, before: bytes | None, after: bytes | None) -> str:
         return f"{url} was deleted, and it is what the input holds now"
     if folder == "data" and after is None and not any(o.startswith(f"{OUT}/data/") and o != url for o in objects):
         return f"{url} was deleted, and nothing superseded it"
-    if folder == "errors" and after is not None and data not in objects and name == f"{_id_of(objects[SOURCE])}.parquet":
+    if folder == "_errors" and after is not None and data not in objects and name == f"{_id_of(objects[SOURCE])}.parquet":
         return f"{url} was written before its data file"
     if name.startswith("staging/") and before is not None:
         if after is not None:
@@ -174,12 +174,12 @@ def check_whole(store: MemoryStore, runs: list[Run]) -> None:
     seen = sorted(table["index"].to_pylist() + footer.error_rows["index"].to_pylist())
     if seen != list(range(TOTAL)) or (table.num_rows, footer.error_rows.num_rows) != (footer.rows, footer.errors):
         raise Violation(f"the rows are {seen}, the footer says {footer.rows} + {footer.errors}")
-    errors = join(OUT, "errors", f"{shard.id}.parquet")
+    errors = join(OUT, "_errors", f"{shard.id}.parquet")
     if exists(errors) != bool(footer.errors):
         raise Violation(f"{footer.errors} errors, but errors/ is {'there' if exists(errors) else 'not there'}")
     if footer.errors and pq.read_table(pa.BufferReader(store.objects[errors])) != footer.error_rows:
         raise Violation("errors/ is not what the data file carries")
-    if others := [url for url in store.objects if url.startswith(join(OUT, "errors", "")) and url != errors]:
+    if others := [url for url in store.objects if url.startswith(join(OUT, "_errors", "")) and url != errors]:
         raise Violation(f"errors/ holds {others}, the input is {shard.id}")
     manifest = read_manifest(OUT)
     if manifest is None or manifest["etag"].to_pylist() != [data[shard.id].version] or not exists(join(OUT, "_SUCCESS.json")):

@@ -139,7 +139,7 @@ def test_its_numbers_are_those_of_duckdb(shapes_dataset: str, tmp_path: Path) ->
     rows, groups = counts.same_bytes.groups(5)
     assert (rows, [size for size, _ in groups]) == (4, [4]) and len(twins) == 1
     assert [(counts.shards[s], i) for s, i in groups[0][1]] == twins[0][0][:3]
-    assert counts.reasons == dict(ask(f"select reason, count(*) from '{shapes_dataset}/errors/*.parquet' group by 1"))
+    assert counts.reasons == dict(ask(f"select reason, count(*) from '{shapes_dataset}/_errors/*.parquet' group by 1"))
     least = ask(f"select score, shard, index from {data} order by 1, 2, 3 limit 18")
     assert [(score, *ref) for score, ref in counts.least_sure] == least
     assert sum(map(len, counts.vectors)) == counts.rows  # a small dataset is its own sample
@@ -430,7 +430,7 @@ def test_the_card_is_what_the_hub_reads_and_only_ours_is_overwritten(shapes_data
         "size_categories": ["n<1K"],
         "configs": [
             {"config_name": "default", "data_files": [{"split": "train", "path": "data/*.parquet"}]},
-            {"config_name": "errors", "data_files": [{"split": "train", "path": "errors/*.parquet"}]},
+            {"config_name": "errors", "data_files": [{"split": "train", "path": "_errors/*.parquet"}]},
         ],
     }
     assert "297 images" in text and "/tmp" not in text and "| `format` | `string` |" in text

@@ -151,7 +151,7 @@ def test_odd_images_become_rows_or_reasons_and_change_nothing_else(
     bad = {key: reason for key, reason in reasons.items() if reason}
     assert [r.errors for r in results] == [0, len(bad)] and results[1].exit_code == 0
     found = {}
-    for path in (tmp_path / "out-mixed" / "errors").iterdir():
+    for path in (tmp_path / "out-mixed" / "_errors").iterdir():
         found |= {row["key"]: row["reason"] for row in pq.read_table(path).to_pylist()}
     assert found == bad
     plain = {p.key: n for n, p in enumerate(clean)}

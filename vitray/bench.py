@@ -24,7 +24,7 @@ from vitray.decode import ON_DEVICE, decode
 from vitray.errors import JobError
 from vitray.job import Job
 from vitray.models import ceiling, identify, open_model, runs_on, torch_threads_kept, vector_columns, with_label_names
-from vitray.pipeline import joined, on_machine, run, with_absolute_paths
+from vitray.pipeline import joined, on_machine, prepared, run
 from vitray.schema import Encoded
 from vitray.sources import list_shards, read_shard
 from vitray.storage import drop_scratch, is_local, join, scratch, store_for
@@ -109,7 +109,7 @@ def bench_cluster(job: Job, address: str, images: int, seconds: float, allow_ope
     afterwards, and what killed ones left before. identify_s: until Ray had let us in; first_rows_s has the rest.
     Raises what `bench` and `run` raise, so ClusterError where OUT is not seen by all machines.
     """
-    job, started = with_frozen(with_label_names(with_absolute_paths(job))), time.perf_counter()
+    job, started = with_frozen(with_label_names(prepared(job))), time.perf_counter()
     drop_scratch(job.out)
     with joined(address, allow_open_cluster, job.device) as machine:
         joined_s = time.perf_counter() - started

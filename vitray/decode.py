@@ -28,6 +28,7 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from vitray.isolation import Child, Death, Limits, Pages, shared
+from vitray.job import FORMATS
 from vitray.resize import TORCH_MODES, Pixels, compiled, resize, resize_fast
 from vitray.schema import DecodeSpec, Encoded, PixelSpec
 
@@ -66,19 +67,31 @@ _ORIENTATIONS = {
     **{6: _TURN.ROTATE_270, 7: _TURN.TRANSVERSE, 8: _TURN.ROTATE_90},
 }
 _ENTRY = np.dtype(  # an Outcome in shared memory
-    [("width", "i8"), ("height", "i8"), ("format", "S8"), ("reason", "S24"), ("message", f"S{MESSAGE_CHARS}"), ("good", "?")]
+    [
+        ("width", "i8"),
+        ("height", "i8"),
+        ("format", "S8"),
+        ("reason", "S24"),
+        ("message", f"S{MESSAGE_CHARS}"),
+        ("good", "?"),
+        ("further_pages", "i4"),
+    ]
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one image. reason None: good. width, height: of the header, before EXIF orientation (0: not known)."""
+    """What became of one image. reason None: good. width, height: of the header, before EXIF orientation (0: not known).
+
+    further_pages: of a TIFF, behind the first one, which was decoded.
+    """
 
     width: int
     height: int
     format: str
     reason: str | None
     message: str
+    further_pages: int = 0
 
 
 def decode_one(data: bytes, spec: DecodeSpec, into: Pixels) -> Outcome:
@@ -93,7 +106,7 @@ def decode_one(data: bytes, spec: DecodeSpec, into: Pixels) -> Outcome:
         _check_header(image, data, markers, spec.max_pixels)
         plain = markers and image.mode in ("RGB", "L") and _ODD_MARKERS.isdisjoint(markers)
         into[...] = _fit(_rgb(image, data if plain else None, spec), spec)
-        return outcome
+        return replace(outcome, further_pages=_further_pages(data)) if outcome.format == "tiff" else outcome
     except _Refused as refusal:
         return replace(outcome, reason=refusal.reason, message=_one_line(str(refusal)))
     except Exception as error:  # the one place where a bad image turns into data: Pillow raises nearly every type
@@ -221,12 +234,13 @@ def _without_bytes(item: Encoded) -> Outcome:
 
 def _entry(outcome: Outcome) -> tuple[object, ...]:
     reason, message = (outcome.reason or "").encode(), outcome.message.encode()[:MESSAGE_CHARS]
-    return outcome.width, outcome.height, outcome.format.encode(), reason, message, not reason
+    return outcome.width, outcome.height, outcome.format.encode(), reason, message, not reason, outcome.further_pages
 
 
 def _outcome(entry: tuple[Any, ...]) -> Outcome:
-    width, height, form, reason, message, _ = entry
-    return Outcome(width, height, form.decode(), reason.decode() or None, message.decode(errors="ignore"))
+    width, height, form, reason, message, _, further_pages = entry
+    reason, message = reason.decode() or None, message.decode(errors="ignore")
+    return Outcome(width, height, form.decode(), reason, message, further_pages)
 
 
 class _Refused(Exception):
@@ -253,7 +267,9 @@ def _open(data: bytes, formats: Sequence[str]) -> Any:
         if name is None:
             raise _Refused("not_an_image", "no known image signature") from None
         if name not in names:
-            raise _Refused("format_not_allowed", f"{name} is not in formats ({', '.join(names)})") from None
+            if name in FORMATS:
+                raise _Refused("format_not_allowed", f"{name} is not in formats ({', '.join(names)})") from None
+            raise _Refused("format_not_allowed", f"{name} is not decoded: convert it to JPEG, PNG or WebP") from None
         if _bytes_needed(name, data) > len(data):
             raise _Refused("truncated", f"the {name} header points beyond the {len(data)} bytes that are there") from None
         if isinstance(error, UnidentifiedImageError):
@@ -261,6 +277,13 @@ def _open(data: bytes, formats: Sequence[str]) -> Any:
                 "not_an_image", f"starts like a {name}, but its header is cut, broken, or of a kind that Pillow does not read"
             ) from None
         raise
+
+
+def _further_pages(data: bytes) -> int:
+    """How many pages a TIFF has behind the first; 0 where their directories cannot be read."""
+    with suppress(Exception):
+        return int(Image.open(io.BytesIO(data), formats=["TIFF"]).n_frames) - 1
+    return 0
 
 
 def _bytes_needed(name: str, data: bytes) -> int:

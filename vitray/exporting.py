@@ -36,9 +36,9 @@ from vitray.dataset import (
     shard_of,
 )
 from vitray.errors import JobError, ObjectChanged, ObjectMissing, ShardError, StorageError, one_line
-from vitray.pipeline import groups_of
-from vitray.schema import IMAGE_EXTENSIONS, Encoded, Shard, content_hash
-from vitray.sources import list_shards, read_shard
+from vitray.pipeline import list_source
+from vitray.schema import IMAGE_SUFFIXES, Encoded, Shard, content_hash
+from vitray.sources import read_shard
 from vitray.storage import absolute, new_folder
 
 log = logging.getLogger(__name__)
@@ -206,7 +206,7 @@ def _lance(dataset: Dataset, folder: Path, wanted: Wanted) -> Written:
 def _webdataset(dataset: Dataset, folder: Path, wanted: Wanted) -> Written:
     """A tar for each data file: the bytes that were labelled, read again from the source, and a .json of the row without its vectors."""
     # of whatever version: where one file of a group changed, the others are as they were
-    now = {base_of(shard.id): shard for shard in list_shards(dataset.job, groups_of(dataset.out)).shards}
+    now = {base_of(shard.id): shard for shard in list_source(dataset.job, dataset.out).shards}
     written, lost, examples = 0, 0, list[str]()
     for number, url in enumerate(data_files(dataset.out)):
         shard = now.get(base_of(shard_of(url)))
@@ -214,7 +214,7 @@ def _webdataset(dataset: Dataset, folder: Path, wanted: Wanted) -> Written:
         with tarfile.open(folder / f"{number:06d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
             for row, data in _images(dataset, shard, rows) if shard else ():
                 name = f"{number:06d}-{row['index']:08d}"
-                suffix = row["format"] if row["format"] in IMAGE_EXTENSIONS else "bin"
+                suffix = row["format"] if row["format"] in IMAGE_SUFFIXES else "bin"
                 for member, body in ((f"{name}.{suffix}", data), (f"{name}.json", _json(row).encode())):
                     info = tarfile.TarInfo(member)
                     info.size = len(body)

@@ -26,7 +26,7 @@ from pydantic import (
 )
 
 from vitray.errors import JobError
-from vitray.schema import RESERVED
+from vitray.schema import RESERVED, SOURCE_RULES
 
 PROMPT = "This is a photo of {}."  # of transformers' zero-shot pipeline
 FORMATS = ("bmp", "gif", "jpeg", "png", "tiff", "webp")
@@ -162,6 +162,15 @@ class Job(Written):
     image_column: str | None = Field(None, description="Parquet or manifest column with the image (default: found by itself)")
     key_column: str | None = Field(None, description="Parquet or manifest column that names a row")
     image_member: str | None = Field(None, description="tar: extension of the member to use when a sample has several images")
+    tar_keys: Literal["auto", "first_dot", "last_dot"] = Field(
+        "auto",
+        description="tar: where a member's key ends; auto: at the first dot, as WebDataset has it, or at the last one "
+        "where what follows the first dot is part of the name",
+    )
+    source_rules: Literal["auto", 1, 2] = Field(
+        "auto",
+        description="how names in the source become rows; auto: as in the dataset's first run; 1: as before December 2026",
+    )
     allow: Prefixes = Field([], description="manifest: prefixes its paths may point into (default: the manifest's directory)")
     formats: Strings = Field(list(FORMATS), description="image formats that are decoded")
     max_pixels: int = Field(50_000_000, description="pixel cap of one image", ge=1)
@@ -246,6 +255,11 @@ class Job(Written):
             if name in taken or [self.kept_as(k) for k in self.keep].count(name) > 1:
                 raise ValueError(f"keep: two columns of the output would be called {name}")
         return self
+
+    @property
+    def rules(self) -> int:
+        """The source rules as a number: the newest ones where a dataset has not set them."""
+        return SOURCE_RULES if self.source_rules == "auto" else self.source_rules
 
     @property
     def labelled(self) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from dataclasses import dataclass
 
 from rich.filesize import decimal
@@ -9,6 +11,8 @@ from rich.filesize import decimal
 from vitray.dataset import (
     Dataset,
     committed,
+    last_source,
+    manifest_row,
     open_dataset,
     read_footer,
     read_manifest,
@@ -19,15 +23,20 @@ from vitray.dataset import (
 )
 from vitray.errors import count
 from vitray.job import Job
+from vitray.left_out import describe
 from vitray.models import require_precision, will_compile
-from vitray.pipeline import groups_of, with_absolute_paths
-from vitray.sources import chosen, estimate_images, list_shards
+from vitray.pipeline import list_source, prepared
+from vitray.sources import chosen, estimate_images, select
 from vitray.storage import exists, join
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a run would do. images: of all shards, exact or estimated. decided: frozen values, None before the first run."""
+    """What a run would do. images: of the selected shards, exact or estimated. decided: frozen values, None before the first run.
+
+    left_out: files that have no row, by left_out.LEFT_OUT; suffixes: theirs. What tars hold beside images is known when they are read.
+    shards_not_selected, images_not_selected: what since, sample and limit leave; images are estimated for tars.
+    """
 
     out: str
     kind: str
@@ -38,7 +47,10 @@ class Plan:
     committed: int
     pending: int
     pending_images: int
-    left_out: int  # shards, by since, sample and limit
+    left_out: dict[str, int]
+    suffixes: dict[str, int]
+    shards_not_selected: int
+    images_not_selected: int
     compile: str
     decided: dict[str, str] | None
 
@@ -48,7 +60,8 @@ class Plan:
         lines = [
             f"source     {count(self.shards, f'{self.kind} shard'.strip())}, {about}{count(self.images, 'image')}, {decimal(self.size_bytes)}",
             f"committed  {count(self.committed, 'shard')}",
-            *([f"left out   {count(self.left_out, 'shard')}, by since, sample or limit"] if self.left_out else []),
+            *([f"left out   {describe(self.left_out, self.suffixes)}"] if self.left_out else []),
+            *([f"not chosen {self._not_selected()}"] if self.shards_not_selected else []),
             f"to do      {count(self.pending, 'shard')}, {about}{count(self.pending_images, 'image')}",
             *(f"{name:<10} {value}" for name, value in decided.items()),
             f"compile    {self.compile}",
@@ -56,10 +69,18 @@ class Plan:
         ]
         return "\n".join(lines)
 
+    def _not_selected(self) -> str:
+        about = "" if self.images_exact else "about "
+        return f"{count(self.shards_not_selected, 'shard')} with {about}{count(self.images_not_selected, 'image')}, by since, sample or limit"
+
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """How far a dataset is. complete: _SUCCESS.json is there, and every file that it counts. staged: {pending shard: images staged of it}."""
+    """How far a dataset is. complete: _SUCCESS.json is there, and every file that it counts. staged: {pending shard: images staged of it}.
+
+    left_out: what has no row, by left_out.LEFT_OUT: files in the source as the last run saw it, and what the committed shards hold
+    beside their images. suffixes: of those files. image_members: images by the tar member they came from.
+    """
 
     out: str
     complete: bool
@@ -71,6 +92,9 @@ class Status:
     decided: dict[str, str]
     last_run: dict[str, object] | None
     notes: dict[str, str]  # {shard cut short: what its run said of it}
+    left_out: dict[str, int]
+    suffixes: dict[str, int]
+    image_members: dict[str, int]
 
     def __str__(self) -> str:
         aside = (self.last_run or {}).get("set_aside")
@@ -85,6 +109,8 @@ class Status:
                 f"cut short  {shard}: at byte {at:,}" + (f": {self.notes[shard]}" if shard in self.notes else "")
                 for shard, at in self.truncated.items()
             ),
+            *([f"left out   {describe(self.left_out, self.suffixes)}"] if self.left_out else []),
+            *([f"members    {self._members()}"] if len(self.image_members) > 1 else []),
             f"staged     {count(sum(self.staged.values()), 'image')} of {count(len(self.staged), 'shard')}",
             *(f"{name:<10} {value}" for name, value in self.decided.items()),
         ]
@@ -99,14 +125,19 @@ class Status:
                 lines += [f"set aside  {shard}: {why}" for shard, why in aside.items()]
         return "\n".join(lines)
 
+    def _members(self) -> str:
+        most = sorted(self.image_members.items(), key=lambda item: (-item[1], item[0]))
+        return ", ".join(f"{count(images, 'image')} from .{name}" for name, images in most)
+
 
 def plan(job: Job) -> Plan:
     """What `run` would do now. Raises SourceError for an empty or unreadable source, JobError for an `out` inside it, ModelError for an engine without the precision."""
     require_precision(job)
-    job = with_absolute_paths(job)
+    job = prepared(job)
     out = job.out
-    listed = list_shards(job, groups_of(out)).shards
-    shards = chosen(listed, job)
+    listing = list_source(job)
+    shards = chosen(listing.shards, job)
+    selection = select(listing, job)
     done = committed(out).keys()
     pending = [s for s in shards if s.id not in done]
     images, exact = estimate_images(shards, job)
@@ -122,7 +153,10 @@ def plan(job: Job) -> Plan:
         committed=len(shards) - len(pending),
         pending=len(pending),
         pending_images=left,
-        left_out=len(listed) - len(shards),
+        left_out=listing.left_out,
+        suffixes=listing.suffixes,
+        shards_not_selected=len(listing.shards) - len(shards),
+        images_not_selected=selection.images_left,
         compile=will_compile(job, left),
         decided=None if dataset is None else decided_values(dataset),
     )
@@ -134,22 +168,37 @@ def status(out: str) -> Status:
     data, manifest = committed(dataset.out), read_manifest(dataset.out)
     known = {row["shard"]: row for row in manifest.to_pylist()} if manifest is not None else {}
     rows, errors, truncated = 0, 0, dict[str, int]()
+    source = last_source(dataset.out)
+    left_out, image_members = Counter(source.left_out), Counter[str]()
     for shard in data:
-        if shard in known:
-            counts = (known[shard]["rows"], known[shard]["errors"], known[shard]["truncated_at"])
-        else:
-            footer = read_footer(dataset.data_url(shard))
-            counts = (footer.rows, footer.errors, footer.truncated_at)
-        rows, errors = rows + counts[0], errors + counts[1]
-        truncated |= {shard: counts[2]} if counts[2] is not None else {}
+        found = known.get(shard) or manifest_row(read_footer(dataset.data_url(shard)))
+        rows, errors = rows + found["rows"], errors + found["errors"]
+        left_out.update(json.loads(found.get("left_out") or "{}"))
+        image_members.update(json.loads(found.get("image_members") or "{}"))
+        if found["truncated_at"] is not None:
+            truncated[shard] = found["truncated_at"]
     waiting = {
         shard: there for shard in staged_shards(dataset) if shard not in data and (there := _staged_images(dataset, shard))
     }
     records = read_run_records(dataset.out)
     complete = exists(join(dataset.out, "_SUCCESS.json")) and known.keys() <= data.keys()
     last = records[-1] if records else None
-    said = {shard: text for record in records for shard, text in record.get("notes", {}).items() if shard in truncated}
-    return Status(dataset.out, complete, len(data), rows, errors, truncated, waiting, decided_values(dataset), last, said)
+    said = {shard: text for record in records for shard, text in record.get("notes", {}).items() if shard in data}
+    return Status(
+        dataset.out,
+        complete,
+        len(data),
+        rows,
+        errors,
+        truncated,
+        waiting,
+        decided_values(dataset),
+        last,
+        said,
+        dict(left_out),
+        source.suffixes,
+        dict(image_members),
+    )
 
 
 def decided_values(dataset: Dataset) -> dict[str, str]:
@@ -161,6 +210,7 @@ def decided_values(dataset: Dataset) -> dict[str, str]:
     if facts.prompts:
         first, others = facts.prompts[0], f" and {len(facts.prompts) - 1} more" if len(facts.prompts) > 1 else ""
         more = {"prompts": f"{first!r}{others} for {len(facts.labels)} labels"}
+    keys = {"key_column": dataset.job.key_column} if dataset.job.key_column else {}
     return {
         "model": facts.model + (f"@{facts.revision}" if facts.revision else ""),
         **more,
@@ -168,6 +218,7 @@ def decided_values(dataset: Dataset) -> dict[str, str]:
         "engine": facts.engine + (f" ({facts.engine_why})" if facts.engine_why else ""),
         "batch_size": str(facts.batch_size),
         "fragment_rows": str(dataset.fragment_rows),
+        **keys,
     }
 
 

@@ -6,13 +6,85 @@ Pure data, no input or output. What a model or a source does is in their rooms.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 SCHEMA_VERSION = 1
 
-IMAGE_EXTENSIONS = frozenset(("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"))
+# Suffixes of images that vitray decodes. Source rules 1 know the first eight alone.
+IMAGE_SUFFIXES_V1 = frozenset(("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"))
+IMAGE_SUFFIXES = IMAGE_SUFFIXES_V1 | {"jpe", "jfif", "pjpeg", "pjp", "apng", "dib"}
+CAMERA_RAW_SUFFIXES = frozenset(
+    [
+        "3fr",
+        "arw",
+        "cr2",
+        "cr3",
+        "crw",
+        "dng",
+        "erf",
+        "kdc",
+        "mef",
+        "mos",
+        "mrw",
+        "nef",
+        "nrw",
+        "orf",
+        "pef",
+        "raf",
+        "raw",
+        "rw2",
+        "rwl",
+        "sr2",
+        "srf",
+        "srw",
+        "x3f",
+    ]
+)
+# Suffixes of images that vitray does not decode: such files become error rows with a message.
+UNDECODED_SUFFIXES = CAMERA_RAW_SUFFIXES | frozenset(
+    [
+        "heic",
+        "heif",
+        "hif",
+        "avif",
+        "avifs",
+        "jxl",
+        "jp2",
+        "j2k",
+        "j2c",
+        "jpc",
+        "jpf",
+        "jpx",
+        "jpm",
+        "svg",
+        "svgz",
+        "ico",
+        "icns",
+        "cur",
+        "psd",
+        "psb",
+        "xcf",
+        "eps",
+        "tga",
+        "dds",
+        "exr",
+        "hdr",
+        "pcx",
+        "pbm",
+        "pgm",
+        "ppm",
+        "pnm",
+        "wbmp",
+        "qoi",
+    ]
+)
+SOURCE_RULES = 2  # how names in a source become rows; a dataset keeps the rules of its first run
+
 REASONS = {
     "empty": "no bytes",
     "not_an_image": "the bytes begin like no image format known here",
@@ -102,6 +174,14 @@ class DecodeSpec:
     mode: str = "exact"
 
 
+class ScoreFunction(StrEnum):
+    """What makes scores of a classification head's logits; named as transformers' pipelines name it."""
+
+    SOFTMAX = "softmax"
+    SIGMOID = "sigmoid"
+    NONE = "none"  # the logits are the scores: regression
+
+
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
     """What a checkpoint is, found once and frozen in dataset.json.
@@ -109,6 +189,7 @@ class ModelFacts:
     labels: class names by id, empty when there are none. prompts, text_sha256: of labels that a text tower reads, and the hash of what
     its tokenizer makes of them. head, head_sha256: a linear head of its own, where it is and its hash; head_column: the stored
     embedding that it read instead of images. precision, engine, batch_size: resolved.
+    multi_label: each score stands alone, they do not add up to 1. regression: such scores are not probabilities either.
     engine_why: what each engine did, where `auto` chose between several.
     """
 
@@ -132,6 +213,14 @@ class ModelFacts:
     head: str = ""
     head_sha256: str = ""
     head_column: str = ""
+    regression: bool = False
+
+    @property
+    def score_function(self) -> ScoreFunction:
+        """How the scores in a dataset were made."""
+        if not self.multi_label:
+            return ScoreFunction.SOFTMAX
+        return ScoreFunction.NONE if self.regression else ScoreFunction.SIGMOID
 
     def labels_sha256(self) -> str:
         return hashlib.sha256("\0".join(self.labels).encode()).hexdigest()
@@ -166,6 +255,92 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True)
+class PassthroughRow:
+    """The passthrough values of one image: row `row` of a batch that many images share."""
+
+    batch: pa.RecordBatch
+    row: int
+
+
+def passthrough_table(rows: Sequence[PassthroughRow], schema: pa.Schema) -> pa.Table:
+    """The rows as one table, in order, with the types of their batches; `schema` where there are none.
+
+    Neighbours in a batch are copied as one slice. Values are never converted to Python objects.
+    """
+    slices, first = list[pa.RecordBatch](), 0
+    for at in range(1, len(rows) + 1):
+        last = rows[at - 1]
+        if at == len(rows) or rows[at].batch is not last.batch or rows[at].row != last.row + 1:
+            slices.append(last.batch.slice(rows[first].row, at - first))
+            first = at
+    return pa.Table.from_batches(slices) if slices else schema.empty_table()
+
+
+def rebuilt_type(kind: pa.DataType, leaf: Callable[[pa.DataType], pa.DataType]) -> pa.DataType:
+    """A type with its leaves replaced, at any depth, and with lists in place of list views."""
+
+    def inside(field: pa.Field) -> pa.Field:
+        return field.with_type(rebuilt_type(field.type, leaf))
+
+    if pa.types.is_map(kind):
+        return pa.map_(rebuilt_type(kind.key_type, leaf), inside(kind.item_field), kind.keys_sorted)
+    if pa.types.is_struct(kind):
+        return pa.struct([inside(field) for field in kind])
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(inside(kind.value_field), kind.list_size)
+    if pa.types.is_large_list(kind) or pa.types.is_large_list_view(kind):
+        return pa.large_list(inside(kind.value_field))
+    if pa.types.is_list(kind) or pa.types.is_list_view(kind):
+        return pa.list_(inside(kind.value_field))
+    return leaf(kind)
+
+
+def without_list_views(array: pa.Array) -> pa.Array:
+    """The same values with lists in place of list views: what pyarrow 26.0 casts them to has one offset too few, and crashes.
+
+    Parquet stores both alike. Raises pa.ArrowNotImplementedError for list views inside lists of fixed size.
+    """
+    kind = array.type
+    if rebuilt_type(kind, lambda leaf: leaf) == kind:
+        return array
+    is_null = array.is_null()
+    if pa.types.is_struct(kind):
+        children = [without_list_views(child) for child in array.flatten()]
+        return pa.StructArray.from_arrays(children, names=[field.name for field in kind], mask=is_null)
+    if pa.types.is_fixed_size_list(kind):
+        raise pa.ArrowNotImplementedError(f"{kind} holds list views: write it with lists")
+    is_large = pa.types.is_large_list(kind) or pa.types.is_large_list_view(kind)
+    lengths = pc.list_value_length(array).fill_null(0).cast(pa.int64())
+    ends = pc.cumulative_sum(lengths) if len(lengths) else lengths
+    offsets = pa.concat_arrays([pa.array([0], pa.int64()), ends]).cast(pa.int64() if is_large else pa.int32())
+    values = without_list_views(array.flatten())
+    if pa.types.is_map(kind):
+        return pa.MapArray.from_arrays(offsets, values.field(0), values.field(1), mask=is_null)
+    return (pa.LargeListArray if is_large else pa.ListArray).from_arrays(offsets, values, mask=is_null)
+
+
+def with_type(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    """A column with another type and equal values. Raises pa.ArrowException where a value would change."""
+    if column.type == kind:
+        return column
+    if pa.types.is_dictionary(column.type) or pa.types.is_dictionary(kind):
+        values = kind.value_type if pa.types.is_dictionary(kind) else kind
+        column = column.cast(values)
+        return column.dictionary_encode().cast(kind) if pa.types.is_dictionary(kind) else column
+    return column.cast(kind)
+
+
+def take_rows(column: pa.ChunkedArray, rows: Sequence[int]) -> pa.ChunkedArray:
+    """These rows of a column, in ascending order, for every Arrow type: pyarrow's own `take` lacks the view types (26.0)."""
+    slices, first = list[pa.ChunkedArray](), 0
+    for at in range(1, len(rows) + 1):
+        if at == len(rows) or rows[at] != rows[at - 1] + 1:
+            slices.append(column.slice(rows[first], at - first))
+            first = at
+    return pa.chunked_array([chunk for part in slices for chunk in part.chunks], column.type)
+
+
+@dataclass(frozen=True, slots=True)
 class Encoded:
     """One image as it came: bytes, or the reason why there are none."""
 
@@ -175,16 +350,22 @@ class Encoded:
     data: bytes | None
     reason: str | None = None
     message: str = ""
-    kept: tuple[object, ...] = ()
+    kept: PassthroughRow | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """The last thing a source yields: how many images the shard holds, and the byte at which it was cut, if it was."""
+    """The last thing a source yields: how many images the shard holds.
+
+    truncated_at: the byte at which the shard was cut. left_out: what has no row, by left_out.LEFT_OUT.
+    image_members: how many images came from tar members of each extension.
+    """
 
     total: int
     truncated_at: int | None = None
     note: str = ""
+    left_out: dict[str, int] = field(default_factory=dict, compare=False)
+    image_members: dict[str, int] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +385,8 @@ class Receipt:
     total: int = 0
     message: str = ""
     size_bytes: int = 0  # of the encoded images, where they were read now
+    left_out: dict[str, int] = field(default_factory=dict)  # of an end, or of a fragment's images
+    image_members: dict[str, int] = field(default_factory=dict)  # of an end
 
     @property
     def errors(self) -> int:

@@ -143,7 +143,7 @@ def _of_row(dataset: Dataset, vector: VectorColumn, query: Query, counts: Counts
     if first is None:
         raise JobError(
             f"{dataset.out} has no good row like this. Keys of loose files are their paths, of which the end will do; bad images, "
-            f"in {dataset.out}/errors, have no vector."
+            f"in {dataset.out}/{dataset.errors_folder}, have no vector."
         )
     said = f"{_shown(first['key'])} ({first['shard']}, {first['index']})"
     notes = [f"{matches:,} rows have this key, and the first is the query; --shard and --row choose"] if matches > 1 else []

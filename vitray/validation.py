@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -15,10 +16,11 @@ import pyarrow.parquet as pq
 
 from vitray.dataset import Dataset, Footer, RowsDigest, committed, read_footer, read_manifest, read_table, require_dataset
 from vitray.errors import CommitError, JobError, ObjectChanged, ObjectMissing, ShardError, StorageError, count, one_line
-from vitray.pipeline import groups_of
-from vitray.schema import Encoded, End, Shard, content_hash
-from vitray.sources import chosen, list_shards, read_shard
-from vitray.storage import exists, join, read, store_for
+from vitray.left_out import describe
+from vitray.pipeline import list_source
+from vitray.schema import Encoded, End, ScoreFunction, Shard, content_hash
+from vitray.sources import Listing, chosen, count_images, read_shard
+from vitray.storage import exists, is_local, join, read, store_for
 
 NORM_TOLERANCE = {"float32": 1e-4, "float16": 5e-3}  # of a unit vector after rounding to that type, D up to 4096
 # what damaged bytes raise, depending on where
@@ -30,6 +32,9 @@ class Validation:
     """What was checked and what is wrong. problems: one line each, naming the file. pending: inputs not labelled yet.
 
     compared: the data files whose input is still where the last run looked, and was read again; None where nobody asked.
+    images: in the committed shards, counted in the source again: for them rows + errors = images. None where nobody asked.
+    uncounted: committed tars on a store that were not read for that; `content` reads them.
+    left_out: what the source holds beside those images, by left_out.LEFT_OUT; suffixes: of the files among it.
     """
 
     out: str
@@ -40,6 +45,10 @@ class Validation:
     gone: int
     problems: tuple[str, ...]
     compared: int | None = None
+    images: int | None = None
+    uncounted: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
+    suffixes: dict[str, int] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -52,6 +61,11 @@ class Validation:
         lines = [f"{self.out}: {verdict}; {held}"]
         if self.pending or self.gone:
             lines.append(f"inputs: {count(self.pending, 'shard')} not committed yet, {self.gone} committed ones no longer listed")
+        if self.images is not None:
+            more = f"; {count(self.uncounted, 'tar')} not counted (--content counts them)" if self.uncounted else ""
+            lines.append(f"source: {count(self.images, 'image')} in the committed shards{more}")
+        if self.left_out:
+            lines.append(f"left out   {describe(self.left_out, self.suffixes)}")
         if self.compared is not None:
             lines.append(f"images read again: those of {self.compared} of {count(self.files, 'file')}")
         return "\n".join(lines + [f"  {problem}" for problem in self.problems])
@@ -70,22 +84,56 @@ def validate(out: str, inputs: bool = True, content: bool = False) -> Validation
     if listed is not None and is_done:
         unlisted = sorted(data.keys() - listed.keys())
         problems += [f"data/{shard}.parquet: is not in the manifest, though _SUCCESS.json is there" for shard in unlisted]
-    by_id, unlistable = _inputs(dataset) if inputs or content else ({}, [])
+    listing, unlistable = _inputs(dataset) if inputs or content else (None, [])
     problems += unlistable
-    rows = errors = compared = 0
+    by_id = {shard.id: shard for shard in listing.shards} if listing else {}
+    rows = errors = compared = images = uncounted = 0
+    left_out = Counter(listing.left_out if listing else {})
     with ThreadPoolExecutor(2) as pool:  # a manifest of before the work that is going on tells nothing of a file
         for shard, (footer, found) in zip(
             sorted(data), pool.map(lambda s: _check_file(dataset, s, (listed or {}).get(s) if is_done else None), sorted(data))
         ):
             problems += [f"data/{shard}.parquet: {problem}" for problem in found]
-            if footer is not None:
-                rows, errors = rows + footer.rows, errors + footer.errors
-                if content and shard in by_id:
-                    compared += 1
-                    problems += [f"data/{shard}.parquet: {p}" for p in _check_content(dataset, by_id[shard], footer)]
+            if footer is None:
+                continue
+            rows, errors = rows + footer.rows, errors + footer.errors
+            left_out.update(footer.left_out)
+            if shard not in by_id:
+                continue
+            if content:
+                compared += 1
+                problems += [f"data/{shard}.parquet: {p}" for p in _check_content(dataset, by_id[shard], footer)]
+            held, more = _count_again(dataset, by_id[shard], footer, content)
+            images, uncounted = images + (held or 0), uncounted + (held is None)
+            problems += [f"data/{shard}.parquet: {p}" for p in more]
     pending = len({shard.id for shard in chosen(list(by_id.values()), dataset.job)} - data.keys())
-    gone = len(data.keys() - by_id.keys()) if by_id else 0
-    return Validation(dataset.out, len(data), rows, errors, pending, gone, tuple(problems), compared if content else None)
+    return Validation(
+        dataset.out,
+        len(data),
+        rows,
+        errors,
+        pending,
+        len(data.keys() - by_id.keys()) if by_id else 0,
+        tuple(problems),
+        compared if content else None,
+        images if listing else None,
+        uncounted,
+        dict(+left_out),
+        listing.suffixes if listing else {},
+    )
+
+
+def _count_again(dataset: Dataset, shard: Shard, footer: Footer, content: bool) -> tuple[int | None, list[str]]:
+    """How many images the source holds in a committed shard, and what is wrong with that; None where a tar on a store was not read."""
+    if shard.kind == "tar" and not is_local(shard.url) and not content:
+        return None, []
+    try:
+        images = count_images(shard, dataset.job)
+    except (ShardError, ObjectMissing, ObjectChanged) as error:
+        return footer.total, [] if content else [f"the source cannot be counted again: {one_line(error)}"]
+    if images == footer.total or content:  # with the content the total was compared already
+        return images, []
+    return images, [f"the source holds {images} images, the dataset {footer.total}"]
 
 
 def _manifest_rows(dataset: Dataset) -> tuple[dict[str, dict[str, object]] | None, list[str]]:
@@ -101,12 +149,12 @@ def _manifest_rows(dataset: Dataset) -> tuple[dict[str, dict[str, object]] | Non
         return None, [f"the manifest cannot be read: {one_line(error)}. {step}"]
 
 
-def _inputs(dataset: Dataset) -> tuple[dict[str, Shard], list[str]]:
-    """The shards of the source as it is now, by id, and why it cannot be listed."""
+def _inputs(dataset: Dataset) -> tuple[Listing | None, list[str]]:
+    """What the source holds now, or why it cannot be listed."""
     try:
-        return {shard.id: shard for shard in list_shards(dataset.job, groups_of(dataset.out)).shards}, []
+        return list_source(dataset.job, dataset.out), []
     except JobError as error:
-        return {}, [f"the source cannot be listed: {one_line(error)} --no-inputs leaves it out."]
+        return None, [f"the source cannot be listed: {one_line(error)} --no-inputs leaves it out."]
 
 
 def _check_file(dataset: Dataset, shard: str, listed: dict[str, object] | None) -> tuple[Footer | None, list[str]]:
@@ -174,7 +222,10 @@ def _check_values(dataset: Dataset, shard: str, table: pa.Table) -> Iterator[str
         elif table["label"].to_pylist() != [dataset.facts.labels[i] for i in ids]:
             yield "a label is not the name of its label_id"
         scores = table["score"].to_numpy()
-        if not ((scores >= 0) & (scores <= 1.0001)).all():
+        if dataset.facts.score_function is ScoreFunction.NONE:
+            if not np.isfinite(scores).all():
+                yield "a score is not finite"
+        elif not ((scores >= 0) & (scores <= 1.0001)).all():
             yield "a score is not within 0 and 1"
     for v in dataset.vectors:
         column = table[v.column].combine_chunks()

@@ -20,6 +20,7 @@ from rich.text import Text
 
 from vitray.errors import count
 from vitray.job import Job
+from vitray.left_out import describe
 from vitray.pipeline import Progress, Result
 
 LOOK_S = 5.0
@@ -40,13 +41,16 @@ def summary(result: Result, job: Job) -> str:
     if result.gone:
         lines.append(f"no longer in the source: {count(result.gone, 'committed shard')}; --prune removes the rows")
     if result.left_out:
-        lines.append(f"left out by since, sample or limit: {count(result.left_out, 'shard')}")
+        lines.append(f"left out   {describe(result.left_out, result.suffixes)}")
+    if result.shards_not_selected:
+        what = f"{count(result.shards_not_selected, 'shard')} with {count(result.images_not_selected, 'image')}"
+        lines.append(f"not chosen {what}, by since, sample or limit")
     if result.shards and not result.rows + result.errors:
         lines.append("the shards held no image: check `source`")
     if result.too_many_errors:
         bad = result.errors - result.deleted
         share = f"{bad} of {result.rows + bad}, more than max_error_rate={job.max_error_rate:g}"
-        lines.append(f"too many bad images: {share}; see {result.out}/errors, or raise max_error_rate")
+        lines.append(f"too many bad images: {share}; see {result.errors_path}, or raise max_error_rate")
     if arrived := result.pending - len(result.set_aside):
         lines.append(f"arrived since: {count(arrived, 'shard')}; run again")
     if result.set_aside:

@@ -33,9 +33,9 @@ from vitray.adapt.recipe import Recipe
 from vitray.dataset import read, read_errors, read_table, require_complete, require_outside
 from vitray.decode import decode
 from vitray.errors import JobError, StorageError, count, one_line
-from vitray.pipeline import groups_of, with_absolute_paths
+from vitray.pipeline import list_source, prepared
 from vitray.schema import DecodeSpec, Encoded, PixelSpec, Shard, content_hash, short_hash
-from vitray.sources import kept_schema, list_shards, read_shard
+from vitray.sources import kept_schema, list_shards, python_value, read_shard
 from vitray.storage import absolute, is_local, join, store_for
 
 log = logging.getLogger(__name__)
@@ -182,7 +182,7 @@ class _Source:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.dataset = require_complete(recipe.from_dataset) if recipe.from_dataset else None
-        self.job = with_absolute_paths(self.dataset.job if self.dataset else recipe.source_job())
+        self.job = prepared(self.dataset.job if self.dataset else recipe.source_job())
         if self.dataset:
             require_outside(self.dataset, "`out`", absolute(recipe.out))
         self.bases = [re.split(r"[*?\[{]", pattern)[0].rpartition("/")[0] for pattern in self.job.source]
@@ -207,7 +207,9 @@ class _Source:
     @cached_property
     def shards(self) -> list[Shard]:
         """Not listed before they are asked for: stored embeddings are enough for a probe."""
-        return list_shards(self.job, groups_of(self.dataset.out) if self.dataset else ()).shards
+        if self.dataset:
+            return list_source(self.job, self.dataset.out).shards
+        return list_shards(self.job, ()).shards
 
     def identity(self) -> list[object]:
         """What changes when the images or their labels do."""
@@ -234,7 +236,7 @@ class _Source:
         for shard, there in self._parts():
             for item in read_shard(shard, self.job, (lambda index: True) if there is None else there.__contains__):
                 if isinstance(item, Encoded):
-                    text = there[item.index] if there is not None else item.kept[0] if item.kept else None
+                    text = there[item.index] if there is not None else _first_kept(item)
                     yield self.short(item.key), self.label_of(item.key, text, (shard.id, item.index)), item
                 elif item.truncated_at is not None:
                     log.warning("%s is cut short at byte %d: its %d images are used", shard.url, item.truncated_at, item.total)
@@ -291,6 +293,11 @@ class _Source:
             )
             raise JobError(f"{what}. Write their keys whole; tell images of one key apart by another key_column.")
         return self.table[name]
+
+
+def _first_kept(item: Encoded) -> object:
+    """The label's column, which is the only one that is kept, as Python has it."""
+    return python_value(item.kept.batch.column(0)[item.kept.row]) if item.kept is not None else None
 
 
 def _decode_into(folder: str, source: _Source, specs: tuple[DecodeSpec, DecodeSpec], share: float) -> None:

@@ -125,11 +125,10 @@ def clean(out: OutArgument) -> None:
     """Remove staging that no run needs any more, and what killed commands left."""
     from vitray.dataset import clean as clean_dataset
     from vitray.dataset import require_dataset
-    from vitray.pipeline import groups_of
-    from vitray.sources import list_shards
+    from vitray.pipeline import list_source
 
     dataset = require_dataset(out)
-    removed = clean_dataset(dataset, [s.id for s in list_shards(dataset.job, groups_of(dataset.out)).shards])
+    removed = clean_dataset(dataset, [s.id for s in list_source(dataset.job, dataset.out).shards])
     say("\n".join([*removed, f"removed {count(len(removed), 'orphan')}"]))
 
 

@@ -13,8 +13,9 @@ import logging
 import re
 import tempfile
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -26,7 +27,7 @@ from vitray.dataset.files import parquet_bytes
 from vitray.dataset.identity import Dataset
 from vitray.dataset.staging import Staged, drop_staging, read_fragment, staged
 from vitray.errors import CommitError, ObjectChanged, ObjectMissing, StorageError
-from vitray.schema import ERROR_SCHEMA, End, Shard, ipc_bytes, ipc_table
+from vitray.schema import ERROR_SCHEMA, End, Shard, ipc_bytes, ipc_table, rebuilt_type
 from vitray.storage import is_local, store_for
 from vitray.version import __version__
 
@@ -42,7 +43,10 @@ _IN_HEADER = re.compile(r"[!-~]{1,64}")  # object metadata are HTTP headers: vis
 
 @dataclass(frozen=True, slots=True)
 class Footer:
-    """What a data file says of itself. reasons: errors by reason. truncated_at: byte at which its shard was cut."""
+    """What a data file says of itself. reasons: errors by reason. truncated_at: byte at which its shard was cut.
+
+    left_out: what of its shard has no row, by left_out.LEFT_OUT. image_members: images by the tar member they came from.
+    """
 
     write_id: str
     fingerprint: str
@@ -55,6 +59,9 @@ class Footer:
     rows_sha256: str
     reasons: dict[str, int]
     error_rows: pa.Table
+    left_out: dict[str, int] = field(default_factory=dict)
+    image_members: dict[str, int] = field(default_factory=dict)
+    source_rules: int = 1
 
     @property
     def total(self) -> int:
@@ -104,7 +111,7 @@ def commit_rows(dataset: Dataset, origin: Footer, rows: Iterable[pa.Table]) -> C
             digest.add(good)
             yield good
 
-    end = End(origin.total, origin.truncated_at)
+    end = End(origin.total, origin.truncated_at, "", origin.left_out, origin.image_members)
     made = parquet_of(dataset, counted(), lambda: _marks(dataset, shard, end, digest, origin.error_rows))
     footer, adopted = _create(dataset, shard, *made)
     repair_errors(dataset, footer)
@@ -159,10 +166,22 @@ class RowsDigest:
 
 
 def _plain(table: pa.Table) -> pa.Table:
+    """The same values in types whose bytes follow from them: dictionaries and views may be laid out in several ways."""
     for at, column in enumerate(table.schema):
-        if pa.types.is_dictionary(column.type):
-            table = table.set_column(at, column.name, pc.cast(table[column.name], column.type.value_type))
+        if (kind := _plain_type(column.type)) != column.type:
+            table = table.set_column(at, column.name, table.column(at).cast(kind))
     return table
+
+
+def _plain_type(kind: pa.DataType) -> pa.DataType:
+    def leaf(kind: pa.DataType) -> pa.DataType:
+        if isinstance(kind, pa.BaseExtensionType):
+            return _plain_type(kind.storage_type)
+        if pa.types.is_dictionary(kind):
+            return _plain_type(kind.value_type)
+        return {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}.get(kind, kind)
+
+    return rebuilt_type(kind, leaf)
 
 
 def _canonical(table: pa.Table) -> bytes:
@@ -286,20 +305,23 @@ def _write_parquet(
 
 def _parquet_of(dataset: Dataset, shard: Shard, there: Staged) -> tuple[bytes, dict[str, str]]:
     """A shard's fragments as its data file, and what the footer says, as text."""
-    errors, digest = list[pa.Table](), RowsDigest()
+    errors, digest, end = list[pa.Table](), RowsDigest(), there.ends[0]
+    left_out = Counter(end.left_out)
 
     def rows() -> Iterator[pa.Table]:
         for start, stop in there.ranges():
             fragment = read_fragment(dataset, shard.id, start, stop)
             if fragment is None:
                 raise ObjectMissing(f"{shard.id}: fragment {start}-{stop} is damaged")  # the next reader makes it anew
-            good = fragment[0].select(dataset.schema.names).cast(dataset.schema)
-            errors.append(fragment[1])
+            good = fragment.rows.select(dataset.schema.names).cast(dataset.schema)
+            errors.append(fragment.errors)
+            left_out.update(fragment.left_out)
             digest.add(good)
             yield good
 
     def marks() -> dict[str, str]:
-        return _marks(dataset, shard, there.ends[0], digest, pa.concat_tables(errors or [ERROR_SCHEMA.empty_table()]))
+        error_rows = pa.concat_tables(errors or [ERROR_SCHEMA.empty_table()])
+        return _marks(dataset, shard, replace(end, left_out=dict(left_out)), digest, error_rows)
 
     return parquet_of(dataset, rows(), marks)
 
@@ -316,6 +338,9 @@ def _marks(dataset: Dataset, shard: Shard, end: End, digest: RowsDigest, errors:
         "truncated_at": end.truncated_at,
         "rows_sha256": digest.hexdigest(),
         "reasons": json.dumps({item["values"]: item["counts"] for item in pc.value_counts(errors["reason"]).to_pylist()}),
+        "left_out": json.dumps(end.left_out) if end.left_out else "",
+        "image_members": json.dumps(end.image_members) if end.image_members else "",
+        "source_rules": dataset.job.rules,
         # base64: footer values are text to other readers of Parquet
         "error_rows": base64.b64encode(ipc_bytes(errors, "zstd")).decode() if errors.num_rows else "",
         **{name: getattr(dataset.facts, name) for name in _FACTS},
@@ -335,4 +360,7 @@ def _footer(marks: dict[str, str]) -> Footer:
         truncated_at=int(get["truncated_at"]) if get["truncated_at"] else None,
         reasons=json.loads(get["reasons"]),
         error_rows=ipc_table(base64.b64decode(get["error_rows"])) if get["error_rows"] else ERROR_SCHEMA.empty_table(),
+        left_out=json.loads(get.get("left_out") or "{}"),  # files written before December 2026 have neither
+        image_members=json.loads(get.get("image_members") or "{}"),
+        source_rules=int(get.get("source_rules") or 1),
     )

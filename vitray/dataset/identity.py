@@ -7,16 +7,16 @@ import contextlib
 import hashlib
 import json
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from vitray.errors import ObjectMissing, StorageError
+from vitray.errors import JobError, ObjectMissing, StorageError, one_line
 from vitray.job import Job, make_job
-from vitray.schema import LABEL_FIELDS, SCHEMA_VERSION, DecodeSpec, ModelFacts, PixelSpec, VectorColumn, row_schema
+from vitray.schema import LABEL_FIELDS, SCHEMA_VERSION, DecodeSpec, ModelFacts, PixelSpec, ScoreFunction, VectorColumn, row_schema
 from vitray.storage import absolute, join, read, store_for
 
 # of the job, as they are; of the others some do not count, or count as what was resolved from them
@@ -65,9 +65,16 @@ class Dataset:
             "engine": self.facts.engine,
             # absent where there are none: datasets that were begun before there were any go on
             **({"prompts": [*self.facts.prompts, self.facts.text_sha256]} if self.facts.prompts else {}),
+            **({"score_function": "none"} if self.facts.score_function is ScoreFunction.NONE else {}),
             **({"head": [self.facts.head_sha256, self.facts.head_column]} if self.facts.head else {}),
+            **self._source_rules(),
             **{name: getattr(self.job, name) for name in DECIDING_FIELDS},
         }
+
+    def _source_rules(self) -> dict[str, Any]:
+        """Absent where they are those of a dataset that was begun before there were any."""
+        rules = {"source_rules": self.job.rules} if self.job.rules > 1 else {}
+        return rules | ({"tar_keys": self.job.tar_keys} if self.job.tar_keys != "auto" else {})
 
     def label_columns(self, ids: np.ndarray, scores: np.ndarray) -> dict[str, pa.Array]:
         """LABEL_FIELDS of ids int [N, k] and scores [N, k], best first."""
@@ -81,8 +88,13 @@ class Dataset:
     def data_url(self, shard_id: str) -> str:
         return join(self.out, "data", f"{shard_id}.parquet")
 
+    @property
+    def errors_folder(self) -> str:
+        """The folder of the error rows. Readers of a directory skip names that begin with an underscore."""
+        return "errors" if self.job.rules == 1 else "_errors"
+
     def errors_url(self, shard_id: str) -> str:
-        return join(self.out, "errors", f"{shard_id}.parquet")
+        return join(self.out, self.errors_folder, f"{shard_id}.parquet")
 
     def staging_url(self, shard_id: str) -> str:
         return join(self.out, "_vitray", "staging", shard_id)
@@ -93,6 +105,18 @@ def dataset_url(out: str) -> str:
     return join(absolute(out), "_vitray", "dataset.json")
 
 
+@dataclass(frozen=True, slots=True)
+class LastSource:
+    """What the last run found in its source. kind: of its shards, None where no run has told.
+
+    left_out: files without a row, by left_out.LEFT_OUT. suffixes: those files by suffix.
+    """
+
+    kind: str | None = None
+    left_out: dict[str, int] = field(default_factory=dict)
+    suffixes: dict[str, int] = field(default_factory=dict)
+
+
 def open_dataset(out: str) -> Dataset | None:
     """The dataset in a directory, with the source of its last run; None when there is none. Needs neither torch nor Ray."""
     try:
@@ -101,26 +125,49 @@ def open_dataset(out: str) -> Dataset | None:
         return None
     try:
         document = json.loads(text)
-        with contextlib.suppress(StorageError, ValueError, KeyError, TypeError):  # none, or none that is ours
-            said = json.loads(read(_source_url(out)))
-            document["job"] |= {name: said[name] for name in MOVING}
+        document["job"] |= {name: value for name, value in _read_source(out).items() if name in MOVING}
         return _from_json(absolute(out), document)
-    except (ValueError, KeyError, TypeError) as error:
-        raise StorageError(f"{dataset_url(out)} is not readable ({error}). Was it written by another version?") from error
+    except (ValueError, KeyError, TypeError, JobError) as error:
+        raise StorageError(
+            f"{dataset_url(out)} is not readable ({one_line(error)[:160]}). If another version of vitray wrote it, use that one. "
+            "Else bring a copy of it back, or move it away and run the same job again: it is made anew and checked against "
+            "the data files."
+        ) from error
 
 
-def remember_source(dataset: Dataset) -> None:
-    """Where the images are may be another place each time: what comes after a run goes by the last one. A limit stays while all had one."""
-    there = open_dataset(dataset.out)
-    if there is None:
+def last_source(out: str) -> LastSource:
+    """What the last run in this directory found in its source."""
+    document = _read_source(out)
+    names = LastSource.__dataclass_fields__
+    return LastSource(**{name: value for name, value in document.items() if name in names})
+
+
+def remember_source(dataset: Dataset, found: LastSource) -> None:
+    """Where the images are may be another place each time: what comes after a run goes by the last one.
+
+    A limit stays while all runs had one.
+    """
+    existing = open_dataset(dataset.out)
+    if existing is None:
         return
-    old, new = ({name: job.model_dump(mode="json")[name] for name in MOVING} for job in (there.job, dataset.job))
+    old, new = ({name: job.model_dump(mode="json")[name] for name in MOVING} for job in (existing.job, dataset.job))
     new |= {name: None for name in ("since", "sample", "limit") if old[name] is None}
-    if new != old:
-        store_for(dataset.out).replace(_source_url(dataset.out), json.dumps(new, indent=1).encode())
+    if {**new, **asdict(found)} != {**old, **asdict(last_source(dataset.out))}:
+        document = json.dumps({**new, **asdict(found)}, indent=1).encode()
+        store_for(dataset.out).replace(source_url(dataset.out), document)
 
 
-def _source_url(out: str) -> str:
+def _read_source(out: str) -> dict[str, Any]:
+    """source.json; nothing where there is none that is ours."""
+    with contextlib.suppress(StorageError, ValueError):
+        found = json.loads(read(source_url(out)))
+        if isinstance(found, dict):
+            return found
+    return {}
+
+
+def source_url(out: str) -> str:
+    """The URL of source.json."""
     return join(absolute(out), "_vitray", "source.json")
 
 
@@ -150,7 +197,7 @@ def _from_json(out: str, document: dict[str, Any]) -> Dataset:
     facts["pixels"] = PixelSpec(**_with_tuples(facts["pixels"]))
     dataset = Dataset(
         out=out,
-        job=make_job(document["job"]),
+        job=make_job({"source_rules": 1, **document["job"]}),  # datasets begun before December 2026 say nothing
         facts=ModelFacts(**facts),
         vectors=tuple(VectorColumn(**v) for v in document["vectors"]),
         kept=pa.ipc.read_schema(pa.py_buffer(base64.b64decode(document["kept"]))),

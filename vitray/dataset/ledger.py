@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -26,17 +27,20 @@ from vitray.storage import ObjectInfo, drop_scratch, exists, is_local, join, rea
 THREADS = 16
 LOOKS = 4  # when another run changes what this one reads
 T = TypeVar("T")
+COUNTS = ("left_out", "image_members")  # of a Footer, as JSON; manifests written before December 2026 have neither
 MANIFEST_SCHEMA = pa.schema(
     [(name, pa.string()) for name in ("shard", "url", "source_version", "path", "etag")]
     + [(name, pa.int64()) for name in ("size_bytes", "rows", "errors", "truncated_at")]
-    + [(name, pa.string()) for name in ("sha256", "state")]
+    + [(name, pa.string()) for name in ("sha256", "state", *COUNTS)]
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """The outcome of a manifest step. truncated: {shard: byte at which it was cut}; pending: planned shards without a data
-    file; gone: inputs no longer listed.
+    """The outcome of a manifest step.
+
+    truncated: {shard: byte at which it was cut}. pending: planned shards without a data file.
+    gone: inputs no longer listed. left_out: what the committed shards have no row for, by left_out.LEFT_OUT.
     """
 
     shards: int
@@ -46,6 +50,7 @@ class Ledger:
     pending: int
     gone: int
     manifest: str
+    left_out: dict[str, int]
 
 
 def committed(out: str) -> dict[str, ObjectInfo]:
@@ -96,7 +101,9 @@ def _finish(
     crash_point("manifest-started")
     seen = committed(dataset.out).keys()  # before the listing: no other may be removed
     listed, planned = list_ids()
-    error_files = {shard_of(info.url) for info in under(dataset.out, "errors")}  # first: they are written after their data files
+    error_files = {
+        shard_of(info.url) for info in under(dataset.out, dataset.errors_folder)
+    }  # first: they are written after their data files
     data = committed(dataset.out)
     if newer := data.keys() - seen - set(listed):
         raise ObjectMissing(
@@ -126,7 +133,8 @@ def _finish(
     crash_point("manifest-written")
     good, bad = (sum(row[column] for row in rows) for column in ("rows", "errors"))
     cuts = {row["shard"]: row["truncated_at"] for row in rows if row["truncated_at"] is not None}
-    ledger = Ledger(len(rows), good, bad, cuts, len(pending), len(gone - drop), name)
+    left_out = total_counts(row["left_out"] for row in rows)
+    ledger = Ledger(len(rows), good, bad, cuts, len(pending), len(gone - drop), name, left_out)
     if pending and pending - committed(dataset.out).keys():  # another run may have ended meanwhile
         unmark_success(dataset.out)
     elif not pending:
@@ -136,6 +144,14 @@ def _finish(
     for shard in set(staged_shards(dataset)) & data.keys():  # of a run that was slower than another
         drop_staging(dataset, shard)
     return ledger
+
+
+def total_counts(texts: Iterable[str | None]) -> dict[str, int]:
+    """The sum of counts by name, as they stand in the manifest: JSON, or nothing."""
+    total = Counter[str]()
+    for text in texts:
+        total.update(json.loads(text or "{}"))
+    return dict(total)
 
 
 def footers_of(dataset: Dataset, shards: Iterable[str]) -> dict[str, Footer]:
@@ -223,7 +239,7 @@ def _manifest_rows(
     footers = footers_of(dataset, admitted.keys() - known.keys())
     require_own(dataset, footers)
     rows = known | _of_each(footers, lambda shard: _row(admitted[shard], footers[shard]))
-    return [{**rows[shard], "state": states[shard]} for shard in sorted(rows)]
+    return [{**dict.fromkeys(COUNTS), **rows[shard], "state": states[shard]} for shard in sorted(rows)]
 
 
 def _known(dataset: Dataset, data: dict[str, ObjectInfo]) -> dict[str, dict[str, Any]]:
@@ -246,12 +262,18 @@ def _modified_ns(info: ObjectInfo) -> int:
 
 def _row(info: ObjectInfo, footer: Footer) -> dict[str, object]:
     return {
-        **{name: getattr(footer, name) for name in ("shard", "url", "source_version", "rows", "errors", "truncated_at")},
+        **manifest_row(footer),
         "path": f"data/{footer.shard}.parquet",
         "etag": "" if is_local(info.url) else info.version,  # a local version is a time
         "size_bytes": info.size,
         "sha256": sha256_of(info.url),
     }
+
+
+def manifest_row(footer: Footer) -> dict[str, Any]:
+    """What the manifest says of a data file by its footer alone."""
+    names = ("shard", "url", "source_version", "rows", "errors", "truncated_at")
+    return {name: getattr(footer, name) for name in names} | {name: json.dumps(getattr(footer, name)) for name in COUNTS}
 
 
 def _repair_error_files(dataset: Dataset, should: set[str], there: set[str]) -> None:

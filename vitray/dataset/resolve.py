@@ -8,7 +8,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from vitray.dataset.identity import Dataset, dataset_url, differing, open_dataset, to_json
+from vitray.dataset.commit import read_footer
+from vitray.dataset.files import under
+from vitray.dataset.identity import Dataset, dataset_url, differing, open_dataset, source_url, to_json
 from vitray.dataset.ledger import committed, footers_of, require_own
 from vitray.errors import FingerprintError, JobError, StorageError
 from vitray.job import Job
@@ -16,6 +18,23 @@ from vitray.schema import ModelFacts, VectorColumn
 from vitray.storage import absolute, exists, join, store_for
 
 COMPACTED = ("_COMPACT.json", "_COMPACTING.json")
+
+
+def with_source_rules(job: Job) -> Job:
+    """The job with the source rules of the dataset in its `out`, the newest ones where there is none.
+
+    So too the key column that the first run found, where the job names none. Where dataset.json was
+    lost, a data file tells the rules.
+    """
+    out = absolute(job.out)
+    existing = open_dataset(out)
+    if existing is None:
+        first = next(iter(sorted(committed(out))), None) if job.source_rules == "auto" else None
+        rules = read_footer(join(out, "data", f"{first}.parquet")).source_rules if first else job.rules
+        return job.model_copy(update={"source_rules": rules})
+    rules = existing.job.rules if job.source_rules == "auto" else job.rules
+    found = {"key_column": existing.job.key_column} if rules > 1 and job.key_column is None else {}
+    return job.model_copy(update={"source_rules": rules, **found})
 
 
 def resolve_dataset(job: Job, facts: ModelFacts, vectors: list[VectorColumn], kept: pa.Schema, now: str) -> Dataset:
@@ -40,9 +59,31 @@ def resolve_dataset(job: Job, facts: ModelFacts, vectors: list[VectorColumn], ke
         if there is None:
             raise StorageError(f"{dataset_url(out)} was refused but is not there. Run the same command again.")
     mine = Dataset(out, job, replace(facts, **_frozen(job, there)), tuple(vectors), kept, there.fragment_rows)
-    if mine.fingerprint != there.fingerprint:
-        raise FingerprintError(_difference(there, mine))
-    return mine
+    if mine.fingerprint == there.fingerprint:
+        return mine
+    if _has_ended_without_rows(out):
+        drop_unstarted(out)
+        return resolve_dataset(job, facts, vectors, kept, now)
+    raise FingerprintError(_difference(there, mine))
+
+
+def drop_unstarted(out: str) -> bool:
+    """Forget a dataset that has no data file, so that any job may begin one here. Returns whether it did.
+
+    Fragments stay: the next run uses those of its own fingerprint and deletes the others.
+    """
+    if committed(absolute(out)):
+        return False
+    store_for(out).delete([dataset_url(out), source_url(out)])
+    return True
+
+
+def _has_ended_without_rows(out: str) -> bool:
+    """Whether no shard is committed and the last run has ended: nothing was staged since its record was written."""
+    records = [info.modified or 0.0 for info in under(out, "_vitray", "runs")]
+    staged = [info.modified or 0.0 for info in under(out, "_vitray", "staging")]
+    begun = [info.modified or 0.0 for info in under(out, "_vitray", "dataset.json")]
+    return not committed(out) and bool(records) and max(records) >= max([*staged, *begun, 0.0])
 
 
 def with_frozen(job: Job) -> Job:
@@ -61,10 +102,11 @@ def _difference(there: Dataset, mine: Dataset) -> str:
     for side, facts in ((old, there.facts), (new, mine.facts)):
         side["weights"] = f"{facts.weights_sha256[:8]}… of {facts.model}"
     values = "; ".join(f"{n} differs ({_short(old.get(n))}, this job: {_short(new.get(n))})" for n in names)
-    return (
-        f"{there.out} belongs to fingerprint {there.fingerprint[:8]}… (this job: {mine.fingerprint[:8]}…): {values}. "
-        "Choose another `out` (vitray backfill makes that of another model), or give the job the fields of the first run."
-    )
+    if not committed(there.out):
+        step = f"Choose another `out`, or delete {dataset_url(there.out)} to begin anew: no shard is committed there yet."
+    else:
+        step = "Choose another `out` (vitray backfill makes that of another model), or give the job the fields of the first run."
+    return f"{there.out} belongs to fingerprint {there.fingerprint[:8]}… (this job: {mine.fingerprint[:8]}…): {values}. {step}"
 
 
 def _short(value: object) -> str:

@@ -5,10 +5,12 @@ A fragment is created if absent and never changes: of two runs that disagree on 
 
 from __future__ import annotations
 
+import json
 import re
 import struct
 import zlib
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import pyarrow as pa
 
@@ -21,7 +23,23 @@ from vitray.storage import join, read, store_for
 _FRAGMENT = re.compile(r"(\d{10})-(\d{10})\.arrow")
 _SEAL = struct.Struct("<4sI")  # behind the Arrow stream: a mark, and the CRC-32 of what stands before
 _END = re.compile(r"end-(\d+)\.arrow")
-_END_SCHEMA = pa.schema([("total", pa.int64()), ("truncated_at", pa.int64()), ("note", pa.string())])
+_END_SCHEMA = pa.schema(
+    [
+        ("total", pa.int64()),
+        ("truncated_at", pa.int64()),
+        ("note", pa.string()),
+        ("left_out", pa.string()),  # JSON, as image_members; ends written before December 2026 have neither
+        ("image_members", pa.string()),
+    ]
+)
+
+
+class Fragment(NamedTuple):
+    """The good and the error rows of a fixed range, and what its images left out, by left_out.LEFT_OUT."""
+
+    rows: pa.Table
+    errors: pa.Table
+    left_out: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,15 +92,23 @@ def staged_whole(dataset: Dataset, shard_id: str) -> Staged:
     return Staged(good, there.ends)
 
 
-def write_fragment(dataset: Dataset, shard_id: str, span: tuple[int, int], rows: pa.Table, errors: pa.Table) -> bool:
+def write_fragment(
+    dataset: Dataset,
+    shard_id: str,
+    span: tuple[int, int],
+    rows: pa.Table,
+    errors: pa.Table,
+    left_out: dict[str, int] | None = None,
+) -> bool:
     """Stage the good and error rows of [start, stop). False: it was staged already, and what is there stays."""
     _require_span(rows, errors, span)
-    marked = rows.replace_schema_metadata({"errors": ipc_bytes(errors), "fingerprint": dataset.fingerprint})
+    metadata = {"errors": ipc_bytes(errors), "fingerprint": dataset.fingerprint, "left_out": json.dumps(left_out or {})}
+    marked = rows.replace_schema_metadata(metadata)
     return store_for(dataset.out).create(_fragment_url(dataset, shard_id, *span), _sealed(marked))
 
 
-def read_fragment(dataset: Dataset, shard_id: str, start: int, stop: int) -> tuple[pa.Table, pa.Table] | None:
-    """(rows, errors) of a fragment, None when it is not what its name says. Raises ObjectMissing when it is gone."""
+def read_fragment(dataset: Dataset, shard_id: str, start: int, stop: int) -> Fragment | None:
+    """A fragment, None when it is not what its name says. Raises ObjectMissing when it is gone."""
     data = read(_fragment_url(dataset, shard_id, start, stop))
     try:
         rows = _unsealed(data)
@@ -90,15 +116,17 @@ def read_fragment(dataset: Dataset, shard_id: str, start: int, stop: int) -> tup
         if marks.get(b"fingerprint", b"").decode() != dataset.fingerprint:
             return None
         errors = ipc_table(marks[b"errors"])
+        left_out = json.loads(marks.get(b"left_out", b"{}"))
         rows = rows.replace_schema_metadata(None)
         _require_span(rows, errors, (start, stop))
     except (ValueError, KeyError, OSError):  # pyarrow: a stream that ends too early is either
         return None
-    return rows, errors
+    return Fragment(rows, errors, left_out)
 
 
 def write_end(dataset: Dataset, shard_id: str, end: End) -> None:
-    table = pa.Table.from_pylist([asdict(end)], schema=_END_SCHEMA)
+    row = {**asdict(end), "left_out": json.dumps(end.left_out), "image_members": json.dumps(end.image_members)}
+    table = pa.Table.from_pylist([row], schema=_END_SCHEMA)
     store_for(dataset.out).create(join(dataset.staging_url(shard_id), f"end-{end.total}.arrow"), _sealed(table))
 
 
@@ -131,7 +159,8 @@ def _read_end(url: str, total: int) -> End:
     (row,) = _unsealed(read(url)).to_pylist()
     if row["total"] != total:
         raise ValueError(f"{url} says {row['total']}")
-    return End(total, row["truncated_at"], row["note"])
+    counts = [json.loads(row.get(name) or "{}") for name in ("left_out", "image_members")]
+    return End(total, row["truncated_at"], row["note"], *counts)
 
 
 def _sealed(table: pa.Table) -> bytes:

@@ -66,7 +66,8 @@ def identify(job: Job, runs_here: bool = True) -> ModelFacts:
         weights_sha256=exported.hash_model(found),
         family=config.family,
         labels=(),
-        multi_label=graph.multi_label if graph else config.multi_label,
+        # without labels as it always was: datasets of embeddings alone have it in their fingerprint
+        multi_label=graph.multi_label if graph else config.hf.problem_type == "multi_label_classification",
         dimension=config.dimension,
         layers=config.layers,
         prefix_tokens=config.prefix_tokens,
@@ -76,10 +77,11 @@ def identify(job: Job, runs_here: bool = True) -> ModelFacts:
         engine="torch" if asked == "auto" else asked,
         batch_size=machine.auto_batch_size(device, config.dimension) if job.batch_size == "auto" else job.batch_size,
     )
-    facts = exported.labelled(job, facts, graph) if graph else labelling.labelled(job, facts, found, config)
+    facts = exported.labelled(job, facts, graph, config) if graph else labelling.labelled(job, facts, found, config)
     if runs_here:
         engines.require(facts.engine, device, facts.precision)
     engines.require_pixels(facts.engine, job.decode)
+    engines.require_filter(facts, job.decode)
     if graph:
         exported.places(graph, found.model, vector_columns(job, facts))
     return _with_fastest_engine(job, facts, device) if asked == "auto" else facts

@@ -16,7 +16,8 @@ from typing import Any
 
 from vitray import storage
 from vitray.errors import ModelError, ObjectMissing, one_line
-from vitray.schema import short_hash
+from vitray.models import foreign
+from vitray.schema import ScoreFunction, short_hash
 
 # tokens before the patches: CLS, DeiT's distillation token; registers are added by read_config
 FAMILIES = {
@@ -56,8 +57,17 @@ class VisionConfig:
     prefix_tokens: int
     image_size: tuple[int, int]
     patch_size: int
-    multi_label: bool
+    score_function: ScoreFunction
     hf: Any
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether each score of the checkpoint's own head stands alone, so that they do not add up to 1."""
+        return self.score_function is not ScoreFunction.SOFTMAX
+
+    def class_names(self) -> dict[int, str]:
+        """The names of the head's outputs, by their number."""
+        return {int(i): str(name) for i, name in self.hf.id2label.items()}
 
 
 # ---------------------------------------------------------------- where it is
@@ -118,6 +128,8 @@ def _from_s3(url: str) -> str:
         raise ModelError(f"{url} holds no checkpoint: there is no object under it. Check the URL.") from error
     wanted = (".json", ".txt", ".safetensors", "spiece.model", *GRAPH_FILES)
     files = {name: info for name, info in listed.items() if "/" not in name and name.endswith(wanted)}
+    if not any(name.endswith(".json") for name in files) and (other := foreign.of_weights(listed)):
+        raise ModelError(f"{url} {other}")
     root = cache_directory("models")
     target = os.path.join(root, short_hash("\0".join(f"{i.url} {i.version}" for i in files.values()), 32))
     with open(f"{target}.lock", "w") as lock:
@@ -145,10 +157,17 @@ def cache_directory(name: str) -> str:
 
 def read_config(found: Checkpoint) -> VisionConfig:
     """config.json, read by transformers' own class of that model_type; `auto_map` is not looked at."""
+    if not os.path.isfile(os.path.join(found.directory, "config.json")) and (other := _other_library(found)):
+        raise ModelError(f"{found.model} {other}")
     raw = read_json(found, "config.json")
-    family = str(raw.get("model_type"))
-    if family not in FAMILIES:
-        raise ModelError(f"{found.model} is of model type {family}, which vitray does not know. Known: {', '.join(FAMILIES)}.")
+    family = raw.get("model_type")
+    if not isinstance(family, str) or family not in FAMILIES:
+        if other := foreign.of_config(raw) or (_other_library(found) if family is None else None):
+            raise ModelError(f"{found.model} {other}")
+        known = f"Known: {', '.join(FAMILIES)}."
+        if family is None:
+            raise ModelError(f"{found.model}: config.json names no model_type, so it is no checkpoint of transformers. {known}")
+        raise ModelError(f"{found.model} is of model type {family}, which vitray does not know. {known}")
     from transformers import CONFIG_MAPPING
 
     try:
@@ -163,7 +182,7 @@ def read_config(found: Checkpoint) -> VisionConfig:
             prefix_tokens=FAMILIES[family] + int(getattr(vision, "num_register_tokens", 0)),
             image_size=(int(size[0]), int(size[1])) if isinstance(size, (list, tuple)) else (int(size), int(size)),
             patch_size=int(patch[0] if isinstance(patch, (list, tuple)) else patch),
-            multi_label=config.problem_type == "multi_label_classification",
+            score_function=_score_function(config),
             hf=config,
         )
     except Exception as error:  # strict dataclasses raise their own kinds
@@ -173,13 +192,32 @@ def read_config(found: Checkpoint) -> VisionConfig:
     return facts
 
 
+def _other_library(found: Checkpoint) -> str | None:
+    """Which other library wrote the directory, and what to do then, as the rest of a sentence; None when that is unknown."""
+    try:
+        names = os.listdir(found.directory)
+    except OSError:  # what is to be read there says so
+        return None
+    documents = {name: _read_any_json(found, name) for name in foreign.SIGNS if name in names}
+    return foreign.of_directory(names, documents)
+
+
+def _score_function(config: Any) -> ScoreFunction:
+    """What transformers' pipeline makes scores with (5.23, ImageClassificationPipeline.postprocess)."""
+    if config.problem_type == "regression":
+        return ScoreFunction.NONE
+    if config.problem_type == "multi_label_classification" or config.num_labels == 1:
+        return ScoreFunction.SIGMOID
+    return ScoreFunction.SOFTMAX
+
+
 def read_labels(found: Checkpoint, config: VisionConfig) -> tuple[str, ...]:
     """Class names in the order of the head's outputs; empty when the weights hold no trained head."""
     shapes = head_shapes(found)
     head = next((names for names in HEADS if shapes.keys() >= set(names)), None)
     if head is None or config.family.endswith("_vision_model"):
         return ()
-    names = {int(i): str(name) for i, name in config.hf.id2label.items()}
+    names = config.class_names()
     outputs = shapes[head[0]][0]
     if sorted(names) != list(range(outputs)):
         raise ModelError(f"{found.model}: config.json names {len(names)} classes, but the head has {outputs}. Repair id2label.")
@@ -211,12 +249,19 @@ def weight_files(found: Checkpoint) -> list[str]:
     if os.path.isfile(single):
         return [single]
     if os.path.isfile(f"{single}.index.json"):
-        names = sorted(set(read_json(found, "model.safetensors.index.json").get("weight_map", {}).values()))
+        weight_map = read_json(found, "model.safetensors.index.json").get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+            raise ModelError(
+                f"{found.model}: model.safetensors.index.json names no files in its weight_map. Fetch the checkpoint again."
+            )
+        names = sorted(set(weight_map.values()))
         paths = [os.path.join(found.directory, name) for name in names]
         missing = [name for name, path in zip(names, paths) if os.path.basename(name) != name or not os.path.isfile(path)]
         if missing:
             raise ModelError(f"{found.model}: {missing[0]}, which its index names, is missing. Fetch the checkpoint again.")
         return paths
+    if os.path.isfile(os.path.join(found.directory, foreign.ADAPTER)):
+        raise ModelError(f"{found.model} {foreign.of_adapter(_read_any_json(found, foreign.ADAPTER))}")
     raise ModelError(
         f"{found.model} holds no model.safetensors. vitray loads safetensors only, because .bin and .pt files can run code: "
         "convert to safetensors (load it with transformers where you trust it, then save_pretrained)."
@@ -251,13 +296,17 @@ def quiet() -> Iterator[None]:
 
 def read_json(found: Checkpoint, name: str) -> dict[str, Any]:
     """One JSON object of the directory. Raises ModelError when it is not there, or none."""
-    try:
-        with open(os.path.join(found.directory, name), encoding="utf-8") as stream:
-            loaded = json.load(stream)
-    except FileNotFoundError as error:
-        raise ModelError(f"{found.model} holds no {name}. Give the directory of a whole checkpoint of transformers.") from error
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{found.model}: {name} cannot be read ({one_line(error)}). Fetch the checkpoint again.") from error
+    loaded = _read_any_json(found, name)
     if not isinstance(loaded, dict):
         raise ModelError(f"{found.model}: {name} is not a JSON object. Fetch the checkpoint again.")
     return loaded
+
+
+def _read_any_json(found: Checkpoint, name: str) -> Any:
+    try:
+        with open(os.path.join(found.directory, name), encoding="utf-8") as stream:
+            return json.load(stream)
+    except FileNotFoundError as error:
+        raise ModelError(f"{found.model} holds no {name}. Give the directory of a whole checkpoint of transformers.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{found.model}: {name} cannot be read ({one_line(error)}). Fetch the checkpoint again.") from error

@@ -11,6 +11,7 @@ import numpy as np
 
 from vitray.errors import ModelError, one_line
 from vitray.models import Model, Predictions
+from vitray.models.pixels import FILTERS, GPU_FILTERS
 from vitray.schema import ModelFacts
 
 MODULES = {"openvino": ("openvino",), "onnx": ("onnxruntime", "onnx", "onnxscript")}
@@ -69,6 +70,15 @@ def require_pixels(engine: str, decode: str) -> None:
         raise ModelError(f"decode: {decode} leaves pixels to engine torch. Set decode: exact or fast, or engine: torch.")
 
 
+def require_filter(facts: ModelFacts, decode: str) -> None:
+    """Raises ModelError when the GPU would resize, and cannot as the model's processor does."""
+    if decode in ("gpu", "hybrid") and facts.pixels.resample not in GPU_FILTERS:
+        raise ModelError(
+            f"decode: {decode} resizes bilinear or bicubic, and {facts.model} wants {FILTERS[facts.pixels.resample]}. "
+            "Set decode: exact or fast."
+        )
+
+
 def usable(device: str, precision: str) -> tuple[list[str], str]:
     """The engines that can run this here, torch first; and why not the others, as `fastest` says it."""
     why = {engine: refusal(engine, device, precision) for engine in ("torch", *MODULES)}
@@ -90,7 +100,7 @@ def fastest(facts: ModelFacts, engines: Mapping[str, Open], exact: Open, seconds
     for name, open_engine in engines.items():
         try:
             model = open_engine()
-            stray = None if name == "torch" else strays(model.predict(pixels[:IMAGES]), expected, facts.precision)
+            stray = None if name == "torch" else strays(model.predict(pixels[:IMAGES]), expected, facts)
         except Exception as error:  # an engine may not know this model: each has its own exceptions
             stray = " ".join(str(error).split())[:120] or type(error).__name__
         if stray is None:
@@ -103,20 +113,25 @@ def fastest(facts: ModelFacts, engines: Mapping[str, Open], exact: Open, seconds
     return best, ", ".join(f"{name} {said[name]}" for name in engines)
 
 
-def strays(found: Predictions, expected: Predictions, precision: str) -> str | None:
+def strays(found: Predictions, expected: Predictions, facts: ModelFacts) -> str | None:
     """How an engine's answers differ too much from those of torch in float32; None when they do not.
 
     expected: ids and scores of all labels: another label is no fault where its score is as good as the best one.
+    Where no label competes with another, of one output or of regression, the scores themselves must agree.
     """
-    least, below = CLOSE[precision]
+    least, below = CLOSE[facts.precision]
     for name, exact in expected.vectors.items():
         a, b = found.vectors[name].astype(np.float32), exact.astype(np.float32)
         cosine = float(((a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))).min())
         if not cosine >= least:
             return f"cosine {cosine:.5f} of {name} with torch in fp32"
-    if found.ids is not None and expected.ids is not None and expected.scores is not None:
+    if found.ids is not None and found.scores is not None and expected.ids is not None and expected.scores is not None:
         place = (expected.ids == found.ids[:, :1]).argmax(1)
         score = np.take_along_axis(expected.scores, place[:, None], 1)[:, 0]
+        if facts.regression or len(facts.labels) == 1:
+            scale = float(np.abs(expected.scores).max()) if facts.regression else 1.0
+            off = float(max(np.abs(found.scores[:, 0] - score).max(), (expected.scores[:, 0] - score).max()))
+            return None if off <= below * scale else f"a score {off:.2g} off that of torch in fp32"
         wrong = int((score < expected.scores[:, 0] * (1 - below)).sum())
         if wrong:
             return f"another label than torch in fp32 for {wrong} of {len(score)} images"

@@ -16,8 +16,8 @@ import numpy as np
 
 from vitray.errors import ModelError
 from vitray.job import Job
-from vitray.models.checkpoint import EXPORT, GRAPH_FILES, Checkpoint, hash_weights, read_json
-from vitray.schema import ModelFacts, VectorColumn
+from vitray.models.checkpoint import EXPORT, GRAPH_FILES, Checkpoint, VisionConfig, hash_weights, read_json
+from vitray.schema import ModelFacts, ScoreFunction, VectorColumn
 
 if TYPE_CHECKING:
     from vitray.models.graph import GraphModel
@@ -32,8 +32,8 @@ class Exported:
     """to, how: what --to and the quantisation said. source: the model that it was made from; weights: sha256 of its safetensors.
 
     labels: the class names, in the order of the scores that are the graph's first result; empty where it gives none.
-    multi_label: whether those scores are sigmoids. vectors: (layer, pool) of the results that follow, each
-    [n, D] in float32 and not normalised. graph: SHA-256 by file.
+    multi_label: whether each of those scores stands alone, a sigmoid or a raw value. vectors: (layer, pool) of the results that
+    follow, each [n, D] in float32 and not normalised. graph: SHA-256 by file.
     """
 
     to: str
@@ -110,8 +110,11 @@ def places(export: Exported, model: str, vectors: Sequence[VectorColumn]) -> lis
     return found
 
 
-def labelled(job: Job, facts: ModelFacts, export: Exported) -> ModelFacts:
-    """The facts with the labels that the graph gives. Raises ModelError when the job asks for other ones."""
+def labelled(job: Job, facts: ModelFacts, export: Exported, config: VisionConfig) -> ModelFacts:
+    """The facts with the labels that the graph gives.
+
+    Raises ModelError when the job asks for other ones, and for a graph whose scores are not those of transformers.
+    """
     if job.head is not None or isinstance(job.labels, list):
         field = "labels" if job.head is None else "head"
         raise ModelError(
@@ -120,7 +123,17 @@ def labelled(job: Job, facts: ModelFacts, export: Exported) -> ModelFacts:
         )
     if job.labelled and not export.labels:
         raise ModelError(f"{facts.model} was exported without labels; set labels: false, or export {export.source} with them.")
-    return replace(facts, labels=export.labels if job.labelled else ())
+    if not job.labelled:
+        return facts
+    has_own_head = export.labels == tuple(name for _, name in sorted(config.class_names().items()))
+    if has_own_head and config.multi_label and not export.multi_label:
+        needed = "raw values" if config.score_function is ScoreFunction.NONE else "a sigmoid"
+        raise ModelError(
+            f"{facts.model} was exported by an older vitray, whose graph applies a softmax where transformers gives {needed}. "
+            f"Export {export.source} again."
+        )
+    regression = has_own_head and export.multi_label and config.score_function is ScoreFunction.NONE
+    return replace(facts, labels=export.labels, regression=regression)
 
 
 def hash_model(found: Checkpoint) -> str:

@@ -14,12 +14,19 @@ import torch
 
 from vitray.models.blocks import ask_first_tokens_only, fuse_attention
 from vitray.models.loading import Network
-from vitray.schema import ModelFacts, VectorColumn
+from vitray.schema import ModelFacts, ScoreFunction, VectorColumn
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}  # fp8: see fp8.py
 WHOLE = -1  # as k: the scores of all labels in their own order, for an engine that ranks them itself
 LABELS_FROM_PREFIX = ("vit", "deit")  # the others' heads read all tokens, or may
 POOLED_FROM_PREFIX = ("clip",)  # SigLIP's pooler reads all
+
+
+def _scores(logits: Any, function: ScoreFunction) -> Any:
+    """float32 [n, C] of logits float32 [n, C]."""
+    if function is ScoreFunction.NONE:
+        return logits
+    return logits.sigmoid() if function is ScoreFunction.SIGMOID else logits.softmax(-1)
 
 
 class Caught(threading.local):
@@ -93,10 +100,10 @@ class Forward(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
         return self.head(answer.pooler_output.float() if column is None else self._vector(column))
 
     def _rank(self, logits: Any) -> tuple[Any, Any]:
-        chances = logits.sigmoid() if self._facts.multi_label else logits.softmax(-1)
+        every = _scores(logits, self._facts.score_function)
         if self._k == WHOLE:
-            return chances, chances[:, :0]
-        scores, ids = chances.topk(self._k, dim=-1)
+            return every, every[:, :0]
+        scores, ids = every.topk(self._k, dim=-1)
         return scores, ids
 
     def _vector(self, column: VectorColumn) -> Any:

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 
 from vitray.errors import ModelError
+from vitray.models.pixels import GPU_FILTERS
 from vitray.schema import PixelSpec
 
 HARDWARE_IMAGES, HARDWARE_PIXELS = 128, 1 << 26  # at once; as float32 that is 0.8 GB
 CPU_IMAGES = 4  # a thread's bite of the shared queue: small, so that none of them is the last by far
-MODES = {2: "bilinear", 3: "bicubic"}  # PIL's number -> torch's name
 TURNS: dict[int, Callable[[Any], Any]] = {  # EXIF orientation of [3, H, W]
     **{1: lambda x: x, 2: lambda x: x.flip(-1), 3: lambda x: x.flip(-1, -2), 4: lambda x: x.flip(-2), 5: lambda x: x.mT},
     **{6: lambda x: x.mT.flip(-1), 7: lambda x: x.mT.flip(-1, -2), 8: lambda x: x.mT.flip(-2)},
@@ -172,7 +172,7 @@ def _pieces(chosen: list[int], images: Sequence[Any]) -> list[list[int]]:
 def open_decoder(spec: PixelSpec, on_cpu: Any, fit: Any, threads: int, shares: bool) -> DeviceDecoder:
     """The decoder of this machine's GPU. Raises ModelError without one, or without torchvision."""
     require("cuda")
-    resize = partial(shrink, mode=MODES[spec.resample])
+    resize = partial(shrink, mode=GPU_FILTERS[spec.resample])
     return DeviceDecoder(spec, torch.device("cuda"), jpeg_engine(), on_cpu, fit, resize, threads, shares)
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vitray.errors import JobError, ModelError, VitrayError, one_line
 from vitray.job import Job, distinct_labels
 from vitray.models import checkpoint, text
-from vitray.schema import ModelFacts, VectorColumn
+from vitray.schema import ModelFacts, ScoreFunction, VectorColumn
 from vitray.storage import absolute, read
 
 if TYPE_CHECKING:
     from vitray.models.head import Head
+
+log = logging.getLogger(__name__)
 
 
 def with_label_names(job: Job) -> Job:
@@ -31,6 +34,18 @@ def with_label_names(job: Job) -> Job:
 
 def labelled(job: Job, facts: ModelFacts, found: checkpoint.Checkpoint, config: checkpoint.VisionConfig) -> ModelFacts:
     """The facts with the labels that the job asks for. Raises ModelError when the checkpoint cannot give them."""
+    facts = _labelled(job, facts, found, config)
+    if len(facts.labels) == 1 and facts.score_function is ScoreFunction.SOFTMAX:
+        log.warning(
+            "%s: %r is the only label, so its score is 1.0 for every image: a softmax compares labels. Add a label for all "
+            "other images.",
+            facts.head or facts.model,
+            facts.labels[0],
+        )
+    return facts
+
+
+def _labelled(job: Job, facts: ModelFacts, found: checkpoint.Checkpoint, config: checkpoint.VisionConfig) -> ModelFacts:
     if job.head is not None:
         head = read_own_head(absolute(job.head), facts)
         return replace(facts, labels=head.labels, multi_label=False, head=absolute(job.head), head_sha256=head.sha256())
@@ -52,7 +67,8 @@ def labelled(job: Job, facts: ModelFacts, found: checkpoint.Checkpoint, config: 
             f"{found.model} has no trained classification head, so it cannot label; set labels: false to keep embeddings only, "
             f"or choose a checkpoint with a head.{words}"
         )
-    return replace(facts, labels=labels)
+    regression = config.score_function is ScoreFunction.NONE
+    return replace(facts, labels=labels, multi_label=config.multi_label, regression=regression)
 
 
 def read_own_head(url: str, facts: ModelFacts) -> Head:

@@ -4,6 +4,6 @@ moves it; cluster.py, Ray itself; progress.py, how far it is.
 
 from vitray.pipeline.cluster import joined, on_machine
 from vitray.pipeline.progress import Progress, Result
-from vitray.pipeline.runner import groups_of, run, with_absolute_paths
+from vitray.pipeline.runner import groups_of, list_source, prepared, run, with_absolute_paths
 
-__all__ = ["Progress", "Result", "groups_of", "joined", "on_machine", "run", "with_absolute_paths"]
+__all__ = ["Progress", "Result", "groups_of", "joined", "list_source", "on_machine", "prepared", "run", "with_absolute_paths"]

@@ -88,16 +88,18 @@ class Progress:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run did. committed: shards it made or adopted; set_aside: {shard: why}; truncated: {shard: byte}.
+    """What a run did. errors_path: the folder of its error rows. committed: shards it made or adopted; set_aside: {shard: why}; truncated: {shard: byte}.
 
     notes: what readers saw beside images, {shard: text}, of this run; reasons: of this run's bad images.
 
     deleted: files of groups that are listed no more; each is one of `errors`, and nothing is bad in it.
-    left_out: shards of the source that since, sample or limit leave out.
+    left_out: what the source holds and has no row, by left_out.LEFT_OUT: files, members, pages. suffixes: of those files.
+    shards_not_selected, images_not_selected: what since, sample or limit leave for later; images are estimated for tars.
     too_many_errors: of all the dataset's images more than the job's max_error_rate are bad.
     """
 
     out: str
+    errors_path: str
     shards: int
     rows: int
     errors: int
@@ -111,7 +113,10 @@ class Result:
     gone: int
     deleted: int
     pending: int
-    left_out: int
+    left_out: dict[str, int]
+    suffixes: dict[str, int]
+    shards_not_selected: int
+    images_not_selected: int
     too_many_errors: bool
 
     @property

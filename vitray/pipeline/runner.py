@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from bisect import bisect
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -28,22 +29,37 @@ from vitray.crash import crash_point
 from vitray.dataset import (
     NO_GROUP,
     Dataset,
+    LastSource,
     append_group_log,
     base_of,
     check_data,
     committed,
     dataset_url,
+    drop_unstarted,
     finish,
+    last_source,
     load_group_log,
     open_dataset,
     package_versions,
+    read_manifest,
     remember_source,
     resolve_dataset,
     unmark_success,
     with_frozen,
+    with_source_rules,
     write_run_record,
 )
-from vitray.errors import ClusterError, ErrorRateExceeded, Interrupted, JobError, ShardError, StorageError, VitrayError, shortened
+from vitray.errors import (
+    ClusterError,
+    ErrorRateExceeded,
+    Interrupted,
+    JobError,
+    ShardError,
+    StorageError,
+    VitrayError,
+    count,
+    shortened,
+)
 from vitray.job import Job
 from vitray.models import compiles, identify, runs_on, torch_threads_kept, vector_columns, with_label_names
 from vitray.pipeline.cluster import Shares, alive_nodes, on_worker, own_cpus, ray_session, require_shared, share_out
@@ -53,8 +69,20 @@ from vitray.pipeline.metrics import Meter, RayMeter
 from vitray.pipeline.progress import Progress, Result
 from vitray.pipeline.wave import ATTEMPTS, Line, MachineLostError, Work, blame, run_wave
 from vitray.schema import ModelFacts, Shard
-from vitray.sources import Group, Listing, absent_members, chosen, estimate_images, kept_schema, list_shards
-from vitray.storage import absolute, drop_scratch, exists, expand_braces, probe, reads
+from vitray.sources import (
+    Group,
+    Listing,
+    Selection,
+    absent_members,
+    chosen,
+    estimate_images,
+    find_key_column,
+    kind_of,
+    list_shards,
+    passthrough_schema,
+    select,
+)
+from vitray.storage import absolute, drop_scratch, exists, expand_braces, join, probe, reads
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +90,6 @@ WAVE_SHARDS, WAVE_FRAGMENTS = 4096, 65_536  # Ray keeps 12 to 37 kB of each frag
 NARROWER = 8  # from the second fault on, the next wave has so many times fewer shards; after a good one so many times more
 DEADLY = 5  # so many shards that die alone, one after the other: it is not the shards
 LEAST_IMAGE_BYTES = 4096  # no photo is smaller: fewer bytes than that times images need no estimate
-LOOK_INTO = 100  # files that have no value at all in a kept column, for the type of one that has
 NEARLY = 0.1  # of the images: a run that did a part of them says nothing of the time that was planned
 MakeLine = Callable[[Dataset, list[Shard]], Line]
 
@@ -88,39 +115,42 @@ def run(
     `max_error_rate`. After any of them the same call goes on.
     """
     started = time.monotonic()
-    job = with_label_names(with_absolute_paths(job))
-    listing = list_shards(job, groups_of(job.out))
+    job = with_label_names(prepared(job))
+    listing = list_source(job)
+    selection = _tell_selection(job, listing)
     drop_scratch(job.out)
     if not exists(dataset_url(job.out)):
         probe(job.out)
     settled = not listing.new_groups and not (prune and any(map(_vanished, listing.shards)))
     if settled and open_dataset(job.out) is not None and not _pending(job, listing):
         dataset = _resolve(job, identify(with_frozen(job), runs_here=False), listing)
-        remember_source(dataset)
-        return _finished(dataset, job, prune, Work(), started)
+        return _finished(dataset, job, prune, Work(selection=selection), started)
     crash_point("driver-listed")
     with _machines(job, address, allow_open_cluster) as (open_line, shares, nodes):
         frozen = with_frozen(job)
         facts: ModelFacts = on_worker(shares, identify, frozen) if nodes else identify(frozen)
+        job = _with_key_column(job, listing)
+        is_new = not exists(dataset_url(job.out))
         dataset = _resolve(job, facts, listing)
         if facts.engine_why:
             log.warning("engine: auto is %s (%s)", dataset.facts.engine, facts.engine_why)
         crash_point("driver-resolved")
-        check_data(dataset)
-        require_shared(dataset.out, [listing.shards[0].url, dataset.facts.model, dataset.facts.head], nodes)
-        probe(dataset.out)
-        remember_source(dataset)
         meter = RayMeter() if nodes else Meter()
-        work = Work(report=progress or (lambda _: None), stop=stop or threading.Event(), meter=meter)
+        work = Work(report=progress or (lambda _: None), stop=stop or threading.Event(), meter=meter, selection=selection)
         try:
-            for _ in range(ATTEMPTS):
-                listing = _settle_groups(job, listing, prune)
-                work.changed.clear()
-                crash_point("driver-planned")
-                _complete(dataset, job, listing, partial(open_line, shares=_compiling(job, listing, shares)), work)
-                if not work.changed:
-                    break
-                listing = list_shards(job, groups_of(job.out))
+            with _forgotten_if_it_fails(dataset) if is_new else contextlib.nullcontext():
+                check_data(dataset)
+                require_shared(dataset.out, [listing.shards[0].url, dataset.facts.model, dataset.facts.head], nodes)
+                probe(dataset.out)
+                remember_source(dataset, _seen(listing))
+                for _ in range(ATTEMPTS):
+                    listing = _settle_groups(job, listing, prune)
+                    work.changed.clear()
+                    crash_point("driver-planned")
+                    _complete(dataset, job, listing, partial(open_line, shares=_compiling(job, listing, shares)), work)
+                    if not work.changed:
+                        break
+                    listing = list_source(job)
         except (ErrorRateExceeded, Interrupted, ClusterError) as error:
             with contextlib.suppress(VitrayError):  # what was committed may have superseded files that readers see twice now
                 result = _finished(dataset, job, prune, work, started)
@@ -161,6 +191,78 @@ def _machines(
         yield open_ray, now(), alive_nodes()
 
 
+@contextlib.contextmanager
+def _forgotten_if_it_fails(dataset: Dataset) -> Iterator[None]:
+    """A first run that fails before it commits anything leaves nothing that would bind the next one.
+
+    One that gives up in good order leaves a run record, by which the next one knows that it has ended.
+    """
+    try:
+        yield
+    except (ErrorRateExceeded, Interrupted, ClusterError):
+        raise
+    except Exception:
+        with contextlib.suppress(VitrayError):
+            drop_unstarted(dataset.out)
+        raise
+
+
+def prepared(job: Job) -> Job:
+    """The job as a run takes it: absolute paths, and the source rules of the dataset in its `out`."""
+    return with_source_rules(with_absolute_paths(job))
+
+
+def list_source(job: Job, out: str | None = None) -> Listing:
+    """What the job's source holds now, with the groups and the kind of its dataset.
+
+    out: where the dataset is; the job's own `out` unless it was moved.
+    """
+    out = out or job.out
+    groups = groups_of(out)
+    return list_shards(job, groups, _known_kind(job, out, groups))
+
+
+def _known_kind(job: Job, out: str, groups: list[Group]) -> str | None:
+    """The kind of a dataset's shards, by its last run; where that said nothing, by its groups or by a URL in its manifest."""
+    if kind := last_source(out).kind:
+        return kind
+    if groups:
+        return "files"
+    manifest = read_manifest(absolute(out))
+    return kind_of(manifest["url"][0].as_py(), job.rules) if manifest is not None and len(manifest) else None
+
+
+def _seen(listing: Listing) -> LastSource:
+    return LastSource(listing.kind, listing.left_out, listing.suffixes)
+
+
+def _tell_selection(job: Job, listing: Listing) -> Selection:
+    """since, sample and limit choose whole shards: say at once how many images that is.
+
+    Raises JobError when `sample` leaves no shard.
+    """
+    found = select(listing, job)
+    if found.shards < found.all_shards:
+        log.warning("%s", found)
+    by_name = job.model_copy(update={"limit": None, "since": None})
+    if job.sample is not None and not chosen(listing.shards, by_name):
+        step = "Raise `sample`, or use `limit`."
+        if listing.kind in ("files", "manifest"):
+            step += " With a smaller `group_size` the images become more shards."
+        raise JobError(f"sample: {job.sample:g} of {count(found.all_shards, 'shard')} is none. {step}")
+    return found
+
+
+def _with_key_column(job: Job, listing: Listing) -> Job:
+    """The job with the key column that a new dataset takes from its Parquet files."""
+    if open_dataset(job.out) is not None:
+        return job
+    name = find_key_column(listing.shards, job)
+    if name != job.key_column:
+        log.warning("keys come from column `%s` (`key_column` names another one)", name)
+    return job.model_copy(update={"key_column": name})
+
+
 def with_absolute_paths(job: Job) -> Job:
     """Workers have a working directory of their own, and so has whoever validates the dataset later."""
     out = absolute(job.out)
@@ -191,7 +293,7 @@ def _settle_groups(job: Job, listing: Listing, prune: bool) -> Listing:
         # not listed again after that: files that arrive meanwhile would become groups of one or two
         if not members or (append_group_log(absolute(job.out), members) and not gone):
             return listing
-        listing = list_shards(job, groups_of(job.out))
+        listing = list_source(job)
     raise StorageError(f"{job.out}: other runs keep appending groups. Wait for them, then run the same command again.")
 
 
@@ -207,29 +309,21 @@ def _resolve(job: Job, facts: ModelFacts, listing: Listing) -> Dataset:
 
 
 def _kept(job: Job, listing: Listing) -> pa.Schema:
-    """The types of the kept columns: those of the dataset, or of the first file that has a value there; text where none has.
+    """The types of the passthrough columns: those of the dataset, else those that hold the values of the first files.
 
     Raises ShardError when no file can be read.
     """
-    if (there := open_dataset(job.out)) is not None and there.job.keep == job.keep:
-        return there.kept
-    known, looked, broken = list[pa.Field](), 0, None
-    for shard in {shard.url: shard for shard in listing.shards}.values() if job.keep else ():
-        try:
-            mine = list(kept_schema(shard, job))
-            if not known and (absent := absent_members(shard, job)):
+    if (existing := open_dataset(job.out)) is not None and existing.job.keep == job.keep:
+        return existing.kept
+    schema = passthrough_schema(listing.shards, job)
+    for shard in listing.shards:
+        with contextlib.suppress(ShardError):
+            if absent := absent_members(shard, job):
                 log.warning(
                     "keep: no sample at the start of %s has a member .%s; null where there is none", shard.url, ", .".join(absent)
                 )
-        except ShardError as error:  # it will be set aside when it is read
-            broken = broken or error
-            continue
-        known, looked = [new if pa.types.is_null(old.type) else old for old, new in zip(known or mine, mine)], looked + 1
-        if looked == LOOK_INTO or not any(pa.types.is_null(field.type) for field in known):
             break
-    if broken and not known:
-        raise broken
-    return pa.schema([field.with_type(pa.string()) if pa.types.is_null(field.type) else field for field in known])
+    return schema
 
 
 def _compiling(job: Job, listing: Listing, shares: Shares) -> Shares:
@@ -301,16 +395,17 @@ def _within_memory(shards: list[Shard], job: Job, fragment_rows: int) -> list[Sh
 
 def _finished(dataset: Dataset, job: Job, prune: bool, work: Work, started: float) -> Result:
     """The manifest step, on what the source holds now, and what the run comes to."""
-    planned, vanished, listed = list[str](), 0, 0
+    listing, selected = Listing([], []), list[Shard]()
 
     def list_ids() -> tuple[list[str], list[str]]:
-        nonlocal planned, vanished, listed
-        shards = list_shards(job, groups_of(job.out)).shards
-        planned, vanished = [shard.id for shard in chosen(shards, job)], sum(len(_vanished(shard)) for shard in shards)
-        listed = len(shards)
-        return [shard.id for shard in shards], planned
+        nonlocal listing, selected
+        listing = list_source(job)
+        selected = chosen(listing.shards, job)
+        return [shard.id for shard in listing.shards], [shard.id for shard in selected]
 
     ledger = finish(dataset, list_ids, prune, work.commits)
+    remember_source(dataset, _seen(listing))
+    planned, vanished = [shard.id for shard in selected], sum(len(_vanished(shard)) for shard in listing.shards)
     left = set(planned) - committed(dataset.out).keys()  # what another run finished, or what is listed no more, is no failure
     restless = {base_of(shard) for shard in work.changed}
     aside = {s: "its input changed each time it was read" for s in sorted(left) if base_of(s) in restless}
@@ -318,11 +413,15 @@ def _finished(dataset: Dataset, job: Job, prune: bool, work: Work, started: floa
     images = work.progress.images - work.progress.resumed
     return Result(
         out=dataset.out,
+        errors_path=join(dataset.out, dataset.errors_folder),
         shards=ledger.shards,
         rows=ledger.rows,
         errors=ledger.errors,
         pending=ledger.pending,
-        left_out=listed - len(planned),
+        left_out=dict(Counter(listing.left_out) + Counter(ledger.left_out)),
+        suffixes=listing.suffixes,
+        shards_not_selected=len(listing.shards) - len(selected),
+        images_not_selected=work.selection.images_left,
         committed=len(work.commits),
         images=images,
         seconds=time.monotonic() - started,

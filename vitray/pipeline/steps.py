@@ -21,9 +21,22 @@ import pyarrow as pa
 from vitray.crash import crash_point
 from vitray.dataset import Commit, Dataset, commit_shard, read_fragment, staged_whole, write_end, write_fragment
 from vitray.decode import ON_DEVICE, decode, decode_bytes, fit_size, left_to_device
-from vitray.errors import JobError, ObjectChanged, ShardError, StorageError, VitrayError
+from vitray.errors import JobError, ObjectChanged, ShardError, StorageError, VitrayError, one_line
 from vitray.models import Model, Predictions
-from vitray.schema import ERROR_SCHEMA, IMAGE_FIELDS, Encoded, End, Receipt, Shard, content_hash, ipc_bytes, ipc_table
+from vitray.schema import (
+    ERROR_SCHEMA,
+    IMAGE_FIELDS,
+    Encoded,
+    End,
+    Receipt,
+    Shard,
+    content_hash,
+    ipc_bytes,
+    ipc_table,
+    passthrough_table,
+    take_rows,
+    with_type,
+)
 from vitray.sources import read_shard, require_kept
 
 if TYPE_CHECKING:
@@ -31,8 +44,9 @@ if TYPE_CHECKING:
 
 READS = 3  # of a shard whose bytes make no sense: a proxy may have spoilt them
 READ_AGAIN_S = 0.5
+COUNTS = ("reasons", "seconds", "left_out", "image_members")  # of a Receipt: dictionaries, JSON on the way
 PARCEL_SCHEMA = pa.schema(
-    [(name, pa.string()) for name in ("kind", "shard", "message", "reasons", "seconds")]
+    [(name, pa.string()) for name in ("kind", "shard", "message", *COUNTS)]
     + [(name, pa.int64()) for name in ("start", "stop", "total", "truncated_at", "size_bytes")]
     + [(name, pa.large_binary()) for name in ("rows", "errors")]
 )
@@ -51,7 +65,7 @@ class Parcel:
         """As one row of a Ray block."""
         r = self.receipt
         values = [
-            [r.kind], [r.shard], [r.message], [json.dumps(r.reasons)], [json.dumps(r.seconds)],
+            [r.kind], [r.shard], [r.message], *([json.dumps(getattr(r, name))] for name in COUNTS),
             [r.start], [r.stop], [r.total], [self.truncated_at], [r.size_bytes],
             *([None if table is None else ipc_bytes(table)] for table in (self.rows, self.errors)),
         ]  # fmt: skip
@@ -64,7 +78,7 @@ def unpack(block: pa.Table) -> Iterator[Parcel]:
         row = {name: block[name][at] for name in PARCEL_SCHEMA.names}
         plain = {name: row[name].as_py() for name in PARCEL_SCHEMA.names[:-2]}
         truncated_at = plain.pop("truncated_at")
-        plain["reasons"], plain["seconds"] = json.loads(plain["reasons"]), json.loads(plain["seconds"])
+        plain |= {name: json.loads(plain[name]) for name in COUNTS}
         rows, errors = (ipc_table(row[name].as_buffer()) if row[name].is_valid else None for name in ("rows", "errors"))
         yield Parcel(Receipt(**plain), truncated_at, rows, errors)
 
@@ -82,8 +96,7 @@ def read_step(dataset: Dataset, shard: Shard) -> Iterator[Parcel]:
         if there.tiles():
             for span in there.ranges():
                 yield _was_staged(dataset, shard.id, span)
-            end = there.ends[0]
-            yield Parcel(Receipt("end", shard.id, total=end.total, message=end.note), end.truncated_at)
+            yield _end_parcel(shard.id, there.ends[0])
             return
         # not a short one: it may be the tail of a reading that ended elsewhere, and would cut this one's fragments
         full = {start: stop for start, stop in there.fragments.items() if stop - start == dataset.fragment_rows}
@@ -135,7 +148,7 @@ def _fragments(dataset: Dataset, shard: Shard, there: dict[int, int], sent: set[
         if isinstance(item, End):
             if at < item.total:
                 yield from parcel(at, item.total)
-            yield Parcel(Receipt("end", shard.id, total=item.total, message=item.note), item.truncated_at)
+            yield _end_parcel(shard.id, item)
             return
         held.append(item)
         if item.index == at + rows - 1:
@@ -145,22 +158,39 @@ def _fragments(dataset: Dataset, shard: Shard, there: dict[int, int], sent: set[
     raise ShardError(f"{shard.url}: the source ended without saying how many images it holds")
 
 
+def _end_parcel(shard_id: str, end: End) -> Parcel:
+    receipt = Receipt("end", shard_id, total=end.total, message=end.note, left_out=end.left_out, image_members=end.image_members)
+    return Parcel(receipt, end.truncated_at)
+
+
 def _was_staged(dataset: Dataset, shard_id: str, span: tuple[int, int]) -> Parcel:
     fragment = read_fragment(dataset, shard_id, *span)
     if fragment is None:
         raise StorageError(f"{shard_id}: fragment {span[0]}-{span[1]} is damaged. Run again; it is made anew.")
-    return Parcel(Receipt("staged", shard_id, *span, reasons=_counts(fragment[1])))
+    return Parcel(Receipt("staged", shard_id, *span, reasons=_counts(fragment.errors)))
 
 
 def _encoded_table(items: list[Encoded], kept: pa.Schema) -> pa.Table:
+    """The images as a table with the columns index, key, uri, reason, message, data and `keep:<name>`."""
     kinds = {"index": pa.int32(), "data": pa.large_binary(), **dict.fromkeys(("key", "uri", "reason", "message"), pa.string())}
     columns = {name: pa.array([getattr(item, name) for item in items], kind) for name, kind in kinds.items()}
-    for at, column in enumerate(kept):
+    passthrough = _passthrough_columns(items, kept) if len(kept) else {}
+    return pa.table({**columns, **{f"keep:{name}": column for name, column in passthrough.items()}})
+
+
+def _passthrough_columns(items: list[Encoded], kept: pa.Schema) -> dict[str, pa.ChunkedArray]:
+    """The passthrough columns of the images with the dataset's types. Raises ShardError for a value that does not go into its type."""
+    rows = [item.kept for item in items if item.kept is not None]
+    table = passthrough_table(rows, kept)
+    columns = {}
+    for at, field in enumerate(kept):
         try:
-            columns[f"keep:{column.name}"] = pa.array([i.kept[at] for i in items], column.type)
-        except (pa.ArrowException, OverflowError) as error:  # a whole number that a double has not
-            raise ShardError(f"a value of column `{column.name}` does not fit the dataset's {column.type}: {error}") from error
-    return pa.table(columns)
+            columns[field.name] = with_type(table.column(at), field.type)
+        except (pa.ArrowException, OverflowError) as error:
+            raise ShardError(
+                f"a value of column `{field.name}` does not fit the dataset's {field.type}: {one_line(error)}"
+            ) from error
+    return columns
 
 
 def decode_step(dataset: Dataset, parcel: Parcel) -> Parcel:
@@ -187,8 +217,7 @@ def decode_step(dataset: Dataset, parcel: Parcel) -> Parcel:
     values |= {name: [getattr(outcomes[n], name) for n in good] for name in ("width", "height", "format")}
     values |= {"shard": [shard] * len(good), "content_hash": [hashes[n] for n in good]}
     columns = {f.name: pa.array(values[f.name], f.type) for f in IMAGE_FIELDS}
-    chosen = table.take(pa.array(good, pa.int64()))
-    columns |= {c.name: chosen[f"keep:{c.name}"] for c in dataset.kept}
+    columns |= {c.name: take_rows(table[f"keep:{c.name}"], good) for c in dataset.kept}
     if dataset.job.decode in ON_DEVICE:
         rows = iter(pixels)
         columns["pixels"] = pa.array([data[n] if left[n] else next(rows).tobytes() for n in good], pa.large_binary())
@@ -205,7 +234,11 @@ def decode_step(dataset: Dataset, parcel: Parcel) -> Parcel:
         schema=ERROR_SCHEMA,
     )  # fmt: skip
     trace("decode", shard, parcel.receipt.start, parcel.receipt.stop)
-    return replace(parcel, rows=pa.table(columns), errors=errors, receipt=_timed(parcel.receipt, "decode", started))
+    further_pages = sum(outcomes[n].further_pages for n in good)
+    receipt = _timed(parcel.receipt, "decode", started)
+    if further_pages:
+        receipt = replace(receipt, left_out={"further_page": further_pages})
+    return replace(parcel, rows=pa.table(columns), errors=errors, receipt=receipt)
 
 
 def open_device_decoder(dataset: Dataset, threads: int) -> DeviceDecoder | None:
@@ -275,11 +308,13 @@ def stage_step(dataset: Dataset, parcel: Parcel) -> Parcel:
     """Rows -> a staged fragment, an end -> the tail; what goes on is the receipt alone."""
     started, receipt = time.perf_counter(), parcel.receipt
     if receipt.kind == "end":
-        write_end(dataset, receipt.shard, End(receipt.total, parcel.truncated_at, receipt.message))
+        counts = (receipt.left_out, receipt.image_members)
+        write_end(dataset, receipt.shard, End(receipt.total, parcel.truncated_at, receipt.message, *counts))
         crash_point("stage-end", receipt.shard)
     if parcel.rows is None or parcel.errors is None:
         return Parcel(receipt, parcel.truncated_at)
-    write_fragment(dataset, receipt.shard, (receipt.start, receipt.stop), parcel.rows, parcel.errors)
+    span = (receipt.start, receipt.stop)
+    write_fragment(dataset, receipt.shard, span, parcel.rows, parcel.errors, receipt.left_out)
     trace("stage", receipt.shard, receipt.start, receipt.stop)
     return Parcel(replace(_timed(receipt, "stage", started), reasons=_counts(parcel.errors)))
 

@@ -20,6 +20,7 @@ from vitray.pipeline.cluster import PLACE_S, SAID_S
 from vitray.pipeline.metrics import Meter
 from vitray.pipeline.progress import Progress
 from vitray.schema import Receipt, Shard
+from vitray.sources import Selection
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class Work:
     counted: dict[str, set[int]] = field(default_factory=dict)  # where the fragments start that `progress` has, by shard
     vanished: int = 0  # files that were deleted since they got their place in a shard: `missing`, but not bad
     stop: threading.Event = field(default_factory=threading.Event)  # somebody wants the run to end soon
+    selection: Selection = field(default_factory=Selection)
     run_id: str = field(default_factory=lambda: f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}")
 
 

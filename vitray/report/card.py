@@ -41,7 +41,9 @@ def card_of(dataset: Dataset, rows: int, errors: int, license: str) -> str:
     facts, name = dataset.facts, dataset.out.rpartition("/")[2]
     configs = [{"config_name": "default", "data_files": [{"split": "train", "path": "data/*.parquet"}]}]
     if errors:
-        configs.append({"config_name": "errors", "data_files": [{"split": "train", "path": "errors/*.parquet"}]})
+        configs.append(
+            {"config_name": "errors", "data_files": [{"split": "train", "path": f"{dataset.errors_folder}/*.parquet"}]}
+        )
     tasks = ["image-classification"] * dataset.job.labelled + ["image-feature-extraction"] * bool(dataset.vectors)
     front = {
         "pretty_name": name,

@@ -14,12 +14,12 @@ import numpy as np
 from vitray.dataset import Dataset, dataset_url, read_run_records
 from vitray.errors import VitrayError, one_line
 from vitray.pages import axis, rendered
-from vitray.pipeline import groups_of
+from vitray.pipeline import list_source
 from vitray.report.counts import MEMBERS, SCORE_BINS, Counts, Ref, count, is_right, text_of
 from vitray.report.pictures import pictures_of, rows_of
 from vitray.report.space import NEAR, near_groups, on_a_plane
 from vitray.schema import REASONS, Shard
-from vitray.sources import chosen, list_shards
+from vitray.sources import chosen
 from vitray.storage import exists, join, read
 
 RUNS = 40  # the latest
@@ -121,7 +121,7 @@ def within(record: dict[str, Any]) -> dict[str, Any] | None:
 def listed(dataset: Dataset) -> tuple[dict[str, Shard], list[str]]:
     """The shards of the source as it is now, and why it cannot be listed."""
     try:
-        return {shard.id: shard for shard in list_shards(dataset.job, groups_of(dataset.out)).shards}, []
+        return {shard.id: shard for shard in list_source(dataset.job, dataset.out).shards}, []
     except (VitrayError, OSError) as error:
         return {}, [f"The source cannot be listed, so there are no pictures: {one_line(error)}"]
 

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 
 import pyarrow as pa
 
-from vitray.errors import JobError, ObjectMissing, ShardError
+from vitray.errors import JobError, ObjectMissing, ShardError, VitrayError, count
 from vitray.job import Job
 from vitray.schema import Encoded, End, Shard, short_hash
 from vitray.sources import files, manifest, parquet, tables, tar
 from vitray.sources.files import Group
 from vitray.sources.listing import Listing, list_shards
+from vitray.sources.names import kind_of
+from vitray.sources.objects import READERS
+from vitray.sources.tables import python_value
 from vitray.sources.tar import absent_members
 
 __all__ = [
-    "Group", "Listing", "absent_members", "chosen", "estimate_images", "kept_schema", "list_shards", "read_shard",
-    "require_kept",
+    "Group", "Listing", "Selection", "absent_members", "chosen", "count_images", "estimate_images", "find_key_column", "kept_schema",
+    "kind_of", "list_shards", "passthrough_schema", "python_value", "read_shard", "require_kept", "select", "wider",
 ]  # fmt: skip
 
 READ = {"tar": tar.read_tar, "files": files.read_files, "parquet": parquet.read_parquet, "manifest": manifest.read_manifest}
 KEPT = {"tar": tar.kept_schema, "files": files.kept_schema, "parquet": tables.kept_schema, "manifest": tables.kept_schema}
 ESTIMATE_SHARDS = 5
+LOOK_INTO = 100  # files whose types decide those of a new dataset
 
 
 def read_shard(shard: Shard, job: Job, wanted: Callable[[int], bool]) -> Iterator[Encoded | End]:
@@ -43,6 +50,53 @@ def chosen(shards: Sequence[Shard], job: Job) -> list[Shard]:
     return [shard for shard in recent if job.sample is None or _lot(shard) < job.sample][: job.limit]
 
 
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """How many shards and images since, sample and limit choose, out of how many. images are estimated unless exact."""
+
+    fields: str = ""
+    kind: str = ""
+    shards: int = 0
+    all_shards: int = 0
+    images: int = 0
+    all_images: int = 0
+    exact: bool = True
+
+    @property
+    def images_left(self) -> int:
+        return self.all_images - self.images
+
+    def __str__(self) -> str:
+        about = "" if self.exact else "about "
+        of = f"{self.shards:,} of {count(self.all_shards, f'{self.kind} shard'.strip())}"
+        images = f"{about}{self.images:,} of {count(self.all_images, 'image')}"
+        verb = "choose" if "," in self.fields else "chooses"
+        return f"{self.fields} {verb} whole shards: {of}, {images}"
+
+
+def select(listing: Listing, job: Job) -> Selection:
+    """What since, sample and limit choose. One tar is walked for an estimate, where they choose at all."""
+    shards = chosen(listing.shards, job)
+    fields = ", ".join(name for name in ("since", "sample", "limit") if getattr(job, name) is not None)
+    if len(shards) == len(listing.shards):
+        return Selection(fields, listing.kind, len(shards), len(shards))
+    if listing.kind == "tar":
+        per_byte = _images_per_byte(shards or listing.shards, job)
+        images, all_images = (round(sum(s.size for s in some) * per_byte) for some in (shards, listing.shards))
+    else:
+        images, all_images = (sum(shard.rows or 0 for shard in some) for some in (shards, listing.shards))
+    exact = all(shard.rows is not None for shard in listing.shards)
+    return Selection(fields, listing.kind, len(shards), len(listing.shards), images, all_images, exact)
+
+
+def _images_per_byte(tars: Sequence[Shard], job: Job) -> float:
+    for shard in tars[:ESTIMATE_SHARDS]:
+        with suppress(ShardError, ObjectMissing):
+            images, walked, _ = tar.count_samples(shard, job)
+            return images / walked if walked else 0.0
+    return 0.0
+
+
 def _lot(shard: Shard) -> float:
     """0..1, by what stays of the id when the shard's bytes change."""
     return int(short_hash(shard.id.rpartition("-")[0], 12), 16) / 16**12
@@ -57,18 +111,76 @@ def kept_schema(shard: Shard, job: Job) -> pa.Schema:
     return pa.schema([field.with_name(job.kept_as(field.name)) for field in schema])
 
 
+def passthrough_schema(shards: Sequence[Shard], job: Job) -> pa.Schema:
+    """The types of the passthrough columns in a new dataset: wide enough for all of the first files, text where none has a value.
+
+    Raises ShardError when no file can be read, JobError for a column that is not there.
+    """
+    fields, broken = list[pa.Field](), None
+    first_of_each_file = list({shard.url: shard for shard in shards}.values())[:LOOK_INTO] if job.keep else []
+    with ThreadPoolExecutor(READERS) as pool:
+        found = list(pool.map(lambda shard: _kept_schema_or_error(shard, job), first_of_each_file))
+    for schema in found:
+        if isinstance(schema, JobError) and not fields:
+            raise schema
+        if isinstance(schema, VitrayError):  # it will be set aside when it is read
+            broken = broken or schema
+        else:
+            fields = [wider(old, new, job) for old, new in zip(fields or schema, schema)]
+    if broken and not fields:
+        raise broken
+    fields = [field.with_type(pa.string()) if pa.types.is_null(field.type) else field for field in fields]
+    # as it is read back: a map names its parts otherwise
+    return pa.ipc.read_schema(pa.schema(fields).remove_metadata().serialize())
+
+
+def _kept_schema_or_error(shard: Shard, job: Job) -> pa.Schema | JobError | ShardError:
+    try:
+        return kept_schema(shard, job)
+    except (JobError, ShardError) as error:
+        return error
+
+
+def wider(old: pa.Field, new: pa.Field, job: Job) -> pa.Field:
+    """A field that holds the values of both, `old` where there is none: it stays as it was in the first file."""
+    if pa.types.is_null(old.type) or job.rules == 1:
+        return new if pa.types.is_null(old.type) else old
+    return _unified(old, new) or _unified(_decoded(old), _decoded(new)) or old
+
+
+def _unified(old: pa.Field, new: pa.Field) -> pa.Field | None:
+    if old.type == new.type:
+        return old
+    try:
+        return pa.unify_schemas([pa.schema([old]), pa.schema([new])], promote_options="permissive").field(0)
+    except pa.ArrowException:
+        return None
+
+
+def _decoded(field: pa.Field) -> pa.Field:
+    return field.with_type(field.type.value_type) if pa.types.is_dictionary(field.type) else field
+
+
 def require_kept(shard: Shard, job: Job, kept: pa.Schema) -> None:
-    """Raises ShardError when a kept column's values would not go into the dataset's type unchanged, JobError when there is none."""
+    """Raises ShardError when a passthrough column's type does not go into the dataset's, JobError when there is none.
+
+    Integers go into integers of any width here; a value that does not fit is seen when it is read.
+    """
     for mine, field in zip(kept_schema(shard, job), kept, strict=True):
-        try:
-            both = pa.unify_schemas([pa.schema([field]), pa.schema([mine])], promote_options="permissive").types
-        except pa.ArrowException:
-            both = []
-        if both != [field.type]:
-            raise ShardError(
-                f"{shard.url}: column `{mine.name}` is {mine.type}, in this dataset it is {field.type}. Write it with that type, or "
-                "give this input an `out` of its own."
-            )
+        both_integers = pa.types.is_integer(mine.type) and pa.types.is_integer(field.type)
+        if both_integers and job.rules > 1:
+            continue
+        if _goes_into(mine, field) or _goes_into(_decoded(mine), _decoded(field)):
+            continue
+        raise ShardError(
+            f"{shard.url}: column `{mine.name}` is {mine.type}, in this dataset it is {field.type}. Write it with that type, or "
+            "give this input an `out` of its own."
+        )
+
+
+def _goes_into(mine: pa.Field, field: pa.Field) -> bool:
+    both = _unified(field, mine)
+    return both is not None and both.type == field.type
 
 
 def estimate_images(shards: Sequence[Shard], job: Job) -> tuple[int, bool]:
@@ -86,3 +198,18 @@ def estimate_images(shards: Sequence[Shard], job: Job) -> tuple[int, bool]:
     if whole == len(tars):
         return known + images, not unreadable
     return known + round(sum(shard.size for shard in tars) * images / walked if walked else 0), False
+
+
+def count_images(shard: Shard, job: Job) -> int:
+    """How many images a shard holds; a tar is walked from end to end. Raises ShardError, ObjectMissing, StorageError."""
+    return tar.count_samples(shard, job, whole=True)[0] if shard.kind == "tar" or shard.rows is None else shard.rows
+
+
+def find_key_column(shards: Sequence[Shard], job: Job) -> str | None:
+    """The column that names the rows of a new dataset from Parquet files, where one is called so and its values are unique."""
+    if job.key_column or job.rules == 1:
+        return job.key_column
+    for shard in [shard for shard in shards if shard.kind == "parquet"][:ESTIMATE_SHARDS]:
+        with suppress(ShardError, ObjectMissing):
+            return tables.find_key_column(shard, job)
+    return None

@@ -1,4 +1,4 @@
-"""Loose image files, in groups whose membership is fixed for ever. Private to this room."""
+"""Loose image files, in groups whose membership is fixed for ever. Private to this package."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import pyarrow as pa
 
 from vitray.errors import JobError
 from vitray.job import Job
-from vitray.schema import Encoded, End, Member, Shard, short_hash
+from vitray.schema import CAMERA_RAW_SUFFIXES, Encoded, End, Member, Shard, short_hash
+from vitray.sources.names import is_folder_column
 from vitray.sources.objects import MAX_IMAGE_BYTES, follow, shard_id, too_large
+from vitray.sources.tables import with_folder_columns
 from vitray.storage import ObjectInfo
 
 
@@ -44,9 +46,14 @@ def read_files(shard: Shard, job: Job, wanted: Callable[[int], bool]) -> Iterato
 
 
 def kept_schema(shard: Shard, job: Job) -> pa.Schema:
-    if job.keep:
-        raise JobError(f"keep: loose files have no columns, so {', '.join(job.keep)} cannot be kept. Remove `keep`.")
-    return pa.schema([])
+    """Text columns that the folders of the files spell out. Raises JobError for any other column."""
+    for name in job.keep:
+        if not any(is_folder_column(name, member.url) for member in shard.members):
+            raise JobError(
+                f"keep: loose files have no columns, so {name} cannot be kept. `folder` keeps the name of each file's folder, "
+                "and folders called name=value are columns too. Correct or remove `keep`."
+            )
+    return pa.schema([(name, pa.string()) for name in job.keep])
 
 
 def _shard(group: Group, by_url: dict[str, ObjectInfo]) -> Shard:
@@ -68,8 +75,11 @@ def _shard(group: Group, by_url: dict[str, ObjectInfo]) -> Shard:
 
 def _row(index: int, member: Member, job: Job) -> Encoded:
     reason, message = None, ""
+    suffix = member.url.rpartition(".")[2].lower()
     if member.size < 0:
         reason, message = "missing", f"{member.url} {member.version or 'does not exist any more'}"
     elif member.size > MAX_IMAGE_BYTES:
         reason, message = too_large(member.size)
-    return Encoded(index, member.url, member.url, None, reason, message, (None,) * len(job.keep))
+    elif suffix in CAMERA_RAW_SUFFIXES and job.rules > 1:  # it begins like a TIFF whose first page is a thumbnail
+        reason, message = "format_not_allowed", f"camera raw (.{suffix}) is not decoded: export it as JPEG or TIFF"
+    return Encoded(index, member.url, member.url, None, reason, message, with_folder_columns(None, member.url, job))

@@ -2,53 +2,57 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vitray import storage
 from vitray.errors import ObjectChanged, ObjectMissing, ShardError, SourceError
 from vitray.job import Job
-from vitray.schema import IMAGE_EXTENSIONS, Shard
+from vitray.schema import Shard
 from vitray.sources.files import Group, list_files
 from vitray.sources.manifest import split_manifest
+from vitray.sources.names import COMPRESSED_TAR, KINDS, WITHOUT_SUFFIX, kind_of, suffix_of
 from vitray.sources.objects import READERS, whole_shard
 from vitray.sources.parquet import split_parquet
-from vitray.sources.tables import columns_to_read, likely_columns, read_schema
-from vitray.storage import ObjectInfo
+from vitray.sources.tables import columns_to_read, parquet_kind, read_schema
+from vitray.sources.tar import require_clear_samples
+from vitray.sources.text import WrongEncodingError
+from vitray.storage import Found, ObjectInfo
 
-KINDS = {
-    ".tar": "tar",
-    ".parquet": "parquet",
-    **dict.fromkeys((".csv", ".jsonl", ".ndjson"), "manifest"),
-    **{f".{extension}": "files" for extension in IMAGE_EXTENSIONS},
-    **dict.fromkeys((".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst"), "compressed tar"),
-}
-SUFFIX = re.compile(r"\.tar\.(gz|bz2|xz|zst)$|\.[^./]*$")
 UNREADABLE = (ShardError, ObjectChanged)
-LOOK_INTO = 5  # Parquet files tried until one can be opened
+LOOK_INTO = 5  # files tried until one can be opened
 
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """What a source holds now."""
+    """What a source holds now. left_out: files that belong to no shard, by left_out.LEFT_OUT.
+
+    suffixes: how many of them have which suffix, for people.
+    """
 
     shards: list[Shard]
     new_groups: list[Group]
+    kind: str = ""
+    left_out: dict[str, int] = field(default_factory=dict)
+    suffixes: dict[str, int] = field(default_factory=dict)
 
 
-def list_shards(job: Job, groups: Sequence[Group]) -> Listing:
-    """The shards of job.source in its order. `groups`: known membership of loose files. Raises SourceError."""
-    found = _expand(job)
-    kind = _detect(job, found) if job.format == "auto" else job.format
-    kinds = {kind, "parquet"} if kind == "manifest" else {kind}
-    named = {storage.absolute(pattern) for pattern in job.source} if job.format != "auto" else set()
-    chosen = [info for info in found if _kind_of(info) in kinds or info.url in named]
+def list_shards(job: Job, groups: Sequence[Group], known_kind: str | None = None) -> Listing:
+    """The shards of job.source in its order. Raises SourceError.
+
+    groups: known membership of loose files. known_kind: the kind of the dataset that the job goes on
+    with; where the source holds such files, files of other kinds are left out instead of refused.
+    """
+    found = _search(job)
+    kind = _kind(job, found.objects, known_kind)
+    chosen, others = _choose(job, kind, found.objects)
     if not chosen:
-        raise SourceError(f"source {_names(job)} holds nothing of format {kind}: {_counts(found)}. Correct `source` or `format`.")
+        raise SourceError(
+            f"source {_names(job)} holds nothing of format {kind}: {_counts(found.objects, job)}. Correct `source` or `format`."
+        )
     new: list[Group] = []
     if kind == "files":
         shards, new = list_files(chosen, job, groups)
@@ -56,83 +60,132 @@ def list_shards(job: Job, groups: Sequence[Group]) -> Listing:
         shards = [whole_shard(info, kind) for info in chosen]
     if kind in ("parquet", "manifest"):
         shards = _split(shards, job)
-    return Listing(shards, new)
+    if kind == "tar":
+        _of_first_readable(shards, lambda shard: require_clear_samples(shard, job))
+    left_out = Counter(_why_left_out(info, job) for info in others)
+    left_out.update({"hidden": len(found.hidden), "linked_folder": len(found.linked_folders)})
+    suffixes = Counter(suffix_of(info.url, job.rules) for info in others)
+    return Listing(shards, new, kind, dict(+left_out), dict(suffixes))
 
 
-def _expand(job: Job) -> list[ObjectInfo]:
+def _search(job: Job) -> Found:
     """Every object once, in order."""
-    found: dict[str, ObjectInfo] = {}
+    objects, hidden, linked = dict[str, ObjectInfo](), set[str](), set[str]()
     for pattern in job.source:
         try:
-            found |= {info.url: info for info in storage.expand(pattern)}
+            found = storage.search(pattern)
         except ObjectMissing as error:
             raise SourceError(f"source {error}. Correct `source`, or put the images there.") from error
-    if not found:
+        objects |= {info.url: info for info in found.objects}
+        hidden |= set(found.hidden)
+        linked |= set(found.linked_folders)
+    if not objects:
         raise SourceError(f"source {_names(job)} holds no object (hidden ones do not count). Correct `source`.")
-    return list(found.values())
+    return Found(list(objects.values()), sorted(hidden - objects.keys()), sorted(linked))
+
+
+def _kind(job: Job, found: list[ObjectInfo], known_kind: str | None) -> str:
+    if job.format != "auto":
+        return job.format
+    if job.rules > 1 and known_kind and _choose(job, known_kind, found)[0]:
+        return known_kind
+    return _detect(job, found)
+
+
+def _choose(job: Job, kind: str, found: list[ObjectInfo]) -> tuple[list[ObjectInfo], list[ObjectInfo]]:
+    """Objects of this kind, and the others.
+
+    With an explicit format, names in the source are taken whatever their suffix. So are files without
+    a suffix, or with one that the source spells out, unless beside a manifest: they may be its images.
+    """
+    kinds: set[str | None] = {kind, "parquet"} if kind == "manifest" else {kind}
+    is_explicit = job.format != "auto"
+    named = {storage.absolute(pattern) for pattern in job.source} if is_explicit else set()
+    bare = set[str]()
+    if is_explicit and job.rules > 1 and kind != "manifest":
+        asked = {suffix_of(pattern, job.rules) for pattern in job.source}  # such as .dat in photos/*.dat
+        bare = {WITHOUT_SUFFIX, *(suffix for suffix in asked if suffix not in KINDS[job.rules])}
+
+    def is_taken(info: ObjectInfo) -> bool:
+        is_bare = suffix_of(info.url, job.rules) in bare
+        return kind_of(info.url, job.rules) in kinds or info.url in named or is_bare
+
+    chosen = [info for info in found if is_taken(info)]
+    return chosen, [info for info in found if not is_taken(info)]
+
+
+def _why_left_out(info: ObjectInfo, job: Job) -> str:
+    if kind_of(info.url, job.rules):
+        return "other_kind"
+    return "no_suffix" if suffix_of(info.url, job.rules) == WITHOUT_SUFFIX else "other_suffix"
 
 
 def _detect(job: Job, found: list[ObjectInfo]) -> str:
     """The one kind that the suffixes tell; for Parquet, the columns decide between images and a manifest."""
-    kinds = {kind for kind in map(_kind_of, found) if kind is not None}
+    kinds = {kind for info in found if (kind := kind_of(info.url, job.rules)) is not None}
     if kinds == {"parquet"}:
-        return _parquet_kind(job, found)
-    if "compressed tar" in kinds:
-        what = f"holds compressed tars ({_counts(found)}), which cannot be streamed exactly. Unpack them, or leave them out."
+        return _detect_in_parquet(job, found)
+    if COMPRESSED_TAR in kinds:
+        what = f"holds compressed tars ({_counts(found, job)}), which cannot be streamed exactly. Unpack them, or leave them out."
     elif len(kinds) == 1:
         return kinds.pop()
     elif kinds:
-        what = f"is a mix: {_counts(found)}. Set `format:` to tar, parquet, files or manifest to choose one."
+        what = f"is a mix: {_counts(found, job)}. Set `format:` to tar, parquet, files or manifest to choose one."
     else:
-        what = f"holds no tar, Parquet, manifest (csv, jsonl) or image: {_counts(found)}. Correct `source`, or set `format:`."
+        what = (
+            f"holds no tar, Parquet, manifest (csv, jsonl) or image: {_counts(found, job)}. Correct `source`, or set `format:`."
+        )
     raise SourceError(f"source {_names(job)} {what}")
 
 
-def _parquet_kind(job: Job, found: list[ObjectInfo]) -> str:
-    for info in [info for info in found if _kind_of(info) == "parquet"][:LOOK_INTO]:
+def _detect_in_parquet(job: Job, found: list[ObjectInfo]) -> str:
+    for info in [info for info in found if kind_of(info.url, job.rules) == "parquet"][:LOOK_INTO]:
         with suppress(*UNREADABLE):
-            schema = read_schema(whole_shard(info, "parquet"))
-            for kind in ("parquet", "manifest"):
-                if likely_columns(schema, kind, job):
-                    return kind
+            if kind := parquet_kind(read_schema(whole_shard(info, "parquet"), job), job):
+                return kind
     return "parquet"
 
 
 def _split(shards: list[Shard], job: Job) -> list[Shard]:
     """Parts with exact rows; what cannot be read stays whole with rows=None, and fails when it is read.
 
-    Raises JobError when the first that can be read has not the columns that the job names.
+    Raises JobError when the first that can be read has not the columns that the job names, SourceError
+    when all are text in another encoding.
     """
     with ThreadPoolExecutor(READERS) as pool:
-        parts = [part for parts in pool.map(lambda whole: _parts_of(whole, job), shards) for part in parts]
-    for part in parts:
-        with suppress(*UNREADABLE):
-            if part.rows:
-                columns_to_read(read_schema(part), part.kind, job)
-                break
+        split = list(pool.map(lambda whole: _parts_of(whole, job), shards))
+    wrong = [parts for parts in split if isinstance(parts, WrongEncodingError)]
+    if len(wrong) == len(split):
+        raise SourceError(str(wrong[0]))
+    parts = [
+        part for whole, parts in zip(shards, split) for part in ([whole] if isinstance(parts, WrongEncodingError) else parts)
+    ]
+    with_rows = [part for part in parts if part.rows]
+    _of_first_readable(with_rows, lambda part: columns_to_read(read_schema(part, job), part, job))
     return parts
 
 
-def _parts_of(whole: Shard, job: Job) -> list[Shard]:
+def _of_first_readable(shards: Sequence[Shard], look: Callable[[Shard], object]) -> None:
+    for shard in shards[:LOOK_INTO]:
+        with suppress(*UNREADABLE):
+            look(shard)
+            return
+
+
+def _parts_of(whole: Shard, job: Job) -> list[Shard] | WrongEncodingError:
     try:
         return split_parquet(whole) if whole.kind == "parquet" else split_manifest(whole, job)
+    except WrongEncodingError as error:
+        return error
     except UNREADABLE:
         return [whole]
-
-
-def _kind_of(info: ObjectInfo) -> str | None:
-    return KINDS.get(_suffix(info))
-
-
-def _suffix(info: ObjectInfo) -> str:
-    match = SUFFIX.search(info.url.lower())
-    return match[0] if match else "without suffix"
 
 
 def _names(job: Job) -> str:
     return ", ".join(job.source[:3]) + (", ..." if len(job.source) > 3 else "")
 
 
-def _counts(found: list[ObjectInfo]) -> str:
+def _counts(found: list[ObjectInfo], job: Job) -> str:
     """`12 .jpg, 3 .tar`"""
-    return ", ".join(f"{count} {suffix}" for suffix, count in Counter(map(_suffix, found)).most_common(8))
+    suffixes = Counter(suffix_of(info.url, job.rules) for info in found)
+    return ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(8))

@@ -1,4 +1,4 @@
-"""Manifests: Parquet, CSV or JSONL whose rows name images elsewhere. Private to this room.
+"""Manifests: Parquet, CSV or JSONL whose rows name images elsewhere. Private to this package.
 
 A manifest is data, so its paths are not trusted: they are followed only below the allowed prefixes.
 """
@@ -14,14 +14,15 @@ from vitray.errors import ShardError
 from vitray.job import Job
 from vitray.schema import Encoded, End, Shard
 from vitray.sources.objects import follow, part_of, printable
-from vitray.sources.tables import columns_to_read, count_rows, key_of, read_rows, read_schema
+from vitray.sources.tables import count_rows, key_of, read_rows, with_folder_columns
 
 MAX_URL_BYTES = 1024  # S3's limit of a key; a longer one is answered with 400, not with 404
+Located = tuple[str, str | None, str]  # URL, reason, message
 
 
 def split_manifest(whole: Shard, job: Job) -> list[Shard]:
     """Ranges of job.group_size rows. Raises ShardError."""
-    rows = count_rows(whole)
+    rows = count_rows(whole, job)
     if rows <= job.group_size:
         return [replace(whole, rows=rows)]
     spans = [(start, min(start + job.group_size, rows)) for start in range(0, rows, job.group_size)]
@@ -30,35 +31,61 @@ def split_manifest(whole: Shard, job: Job) -> list[Shard]:
 
 def read_manifest(shard: Shard, job: Job, wanted: Callable[[int], bool]) -> Iterator[Encoded | End]:
     """The images that a range of rows names, then the End."""
-    total = count_rows(shard) if shard.rows is None else shard.rows
+    total = count_rows(shard, job) if shard.rows is None else shard.rows
     if total:
         yield from follow(_rows(shard, job, total), wanted, lambda index: None)
     yield End(total)
 
 
+def allowed_prefixes(shard: Shard, job: Job) -> list[str]:
+    """The prefixes below which a path in this file is followed: job.allow, else the file's own folder."""
+    return [storage.absolute(prefix) for prefix in job.allow] or [_folder_of(shard)]
+
+
+def follow_path(path: object, shard: Shard, allowed: Sequence[str], job: Job) -> Located:
+    """(URL, None, "") of the object that a path in this file means, or (what was named, reason, message).
+
+    By source rules 2 `./` is dropped on S3 as on disk, and a backslash stands for a slash where no
+    object has the name as it is written.
+    """
+    located = _locate(path, _folder_of(shard), allowed, job.rules)
+    if job.rules == 1 or not isinstance(path, str) or "\\" not in path:
+        return located
+    url, reason, _ = located
+    is_there = reason is None and (storage.is_local(url) or storage.exists(url))
+    other = _locate(path.replace("\\", "/"), _folder_of(shard), allowed, job.rules)
+    return located if is_there or other[1] is not None else other
+
+
 def _rows(shard: Shard, job: Job, total: int) -> Iterator[Encoded]:
-    names = columns_to_read(read_schema(shard), shard.kind, job)
-    folder = shard.url.rpartition("/")[0] or "/"
-    allowed = [storage.absolute(prefix) for prefix in job.allow] or [folder]
+    allowed = allowed_prefixes(shard, job)
     index = -1
-    for index, row in enumerate(read_rows(shard, names, range(shard.start, shard.start + total))):
-        if isinstance(row, str):
-            yield Encoded(index, str(shard.start + index), shard.url, None, "missing", row, (None,) * len(job.keep))
+    for index, row in enumerate(read_rows(shard, job, range(shard.start, shard.start + total))):
+        if row.problem:
+            kept = with_folder_columns(None, shard.url, job)
+            yield Encoded(index, str(shard.start + index), shard.url, None, "missing", row.problem, kept)
             continue
-        path = row[names[0]]
-        key = key_of(row[job.key_column] if job.key_column else None, path, shard.start + index)
-        uri, reason, message = _locate(path, folder, allowed)
-        yield Encoded(index, key, uri or shard.url, None, reason, message, tuple(row[name] for name in job.keep))
+        key = key_of(row.key, row.path, shard.start + index)
+        uri, reason, message = follow_path(row.path, shard, allowed, job)
+        kept = with_folder_columns(row.kept, uri or shard.url, job)
+        yield Encoded(index, key, uri or shard.url, None, reason, message, kept)
     if index + 1 != total:
         raise ShardError(f"{shard.url}: {index + 1} rows came, {total} were listed. Replace or remove it, then run again.")
 
 
-def _locate(path: object, folder: str, allowed: Sequence[str]) -> tuple[str, str | None, str]:
-    """(uri, None, "") of the object that a path means, or why it is not read: (what was named, reason, message)."""
+def _folder_of(shard: Shard) -> str:
+    return shard.url.rpartition("/")[0] or "/"
+
+
+def _locate(path: object, folder: str, allowed: Sequence[str], rules: int) -> Located:
     if not isinstance(path, str) or not path:
         return "", "missing", "the row names no object"
     scheme, _, rest = path.partition("://")
     shown = printable(path)[:500]
+    if rest and scheme.lower() in ("http", "https"):
+        return shown, "path_not_allowed", f"{shown} is not followed: vitray reads local paths and s3://, not web URLs"
+    if rules > 1 and not rest:
+        path = "/".join(part for part in path.split("/") if part != ".")
     url = storage.absolute(path if rest or path.startswith("/") else storage.join(folder, path))
     odd = (rest and scheme not in ("file", "s3")) or "\0" in path or ".." in path.split("/") or printable(path) != path
     if odd or not any(_is_below(prefix, url) for prefix in allowed):

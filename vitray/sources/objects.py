@@ -68,7 +68,7 @@ def follow(rows: Iterable[Encoded], wanted: Callable[[int], bool], version_of: C
     object, and ObjectRefused is raised. Raises ObjectChanged.
     """
     others, held, refused = deque[Encoded](maxlen=READERS), list[Encoded](), ""
-    for row in _read_rows(rows, wanted, version_of):
+    for row in read_each(rows, wanted, version_of):
         if row.reason is None:  # read, or not wanted
             others.append(replace(row, data=None))
         if wanted(row.index):
@@ -84,22 +84,29 @@ def follow(rows: Iterable[Encoded], wanted: Callable[[int], bool], version_of: C
         raise ObjectRefused(refused)
 
 
-def _read_rows(
-    rows: Iterable[Encoded], wanted: Callable[[int], bool], version_of: Callable[[int], str | None]
+def read_each(
+    rows: Iterable[Encoded], wanted: Callable[[int], bool], version_of: Callable[[int], str | None] = lambda index: None
 ) -> Iterator[Encoded]:
-    waiting: deque[Future[Encoded]] = deque()
+    """All rows in order; a wanted one with neither bytes nor a reason gets the bytes of the object that its uri names.
+
+    At most READERS objects are read at once. A refused object is a `missing` row. Raises ObjectChanged.
+    """
+    waiting: deque[Encoded | Future[Encoded]] = deque()
     with ThreadPoolExecutor(READERS) as pool:
         for row in rows:
-            waiting.append(pool.submit(_read_row, row, version_of(row.index), wanted(row.index)))
-            if len(waiting) >= READERS:
-                yield waiting.popleft().result()
+            is_complete = row.data is not None or row.reason is not None or not wanted(row.index)
+            waiting.append(row if is_complete else pool.submit(_read_row, row, version_of(row.index)))
+            while waiting and (isinstance(waiting[0], Encoded) or len(waiting) >= READERS):
+                yield _result(waiting.popleft())
         while waiting:
-            yield waiting.popleft().result()
+            yield _result(waiting.popleft())
 
 
-def _read_row(row: Encoded, version: str | None, is_wanted: bool = True) -> Encoded:
-    if row.reason is not None or not is_wanted:
-        return row
+def _result(row: Encoded | Future[Encoded]) -> Encoded:
+    return row if isinstance(row, Encoded) else row.result()
+
+
+def _read_row(row: Encoded, version: str | None) -> Encoded:
     data = b""
     try:
         with storage.store_for(row.uri).open(row.uri, version) as stream:

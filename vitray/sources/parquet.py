@@ -1,17 +1,30 @@
-"""Parquet files with the images inside: whole, or in ranges of whole row groups. Private to this room."""
+"""Parquet files with the images inside: whole, or in ranges of whole row groups. Private to this package."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import accumulate
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from vitray.job import Job
-from vitray.schema import Encoded, End, Shard
-from vitray.sources.objects import MAX_IMAGE_BYTES, open_shard, part_of, printable, too_large
-from vitray.sources.tables import columns_to_read, key_of, open_parquet, python_value, read_cells
+from vitray.schema import Encoded, End, PassthroughRow, Shard
+from vitray.sources.manifest import allowed_prefixes, follow_path
+from vitray.sources.objects import MAX_IMAGE_BYTES, open_shard, part_of, printable, read_each, too_large
+from vitray.sources.tables import (
+    columns_to_read,
+    is_list,
+    key_of,
+    open_parquet,
+    passthrough_batch,
+    python_value,
+    read_batches,
+    with_folder_columns,
+)
 
 MAX_SHARD_ROWS = 20_000  # a few minutes of one accelerator, so that a set of large files still spreads
 MAX_SHARD_BYTES = 1 << 30
@@ -35,30 +48,66 @@ def split_parquet(whole: Shard) -> list[Shard]:
 
 def read_parquet(shard: Shard, job: Job, wanted: Callable[[int], bool]) -> Iterator[Encoded | End]:
     """The rows of a file or of its range of row groups, batch by batch, then the End."""
+    left_out = Counter[str]()
     with open_shard(shard) as stream, open_parquet(stream, shard.url) as file:
-        names = columns_to_read(file.schema_arrow, shard.kind, job)
         counts = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
         first, total = sum(counts[: shard.start]), sum(counts[shard.start : shard.stop or None])
-        for row, cells in read_cells(file, names, range(first, first + total), lambda row: wanted(row - first)):
-            path, data = _path_and_bytes(cells[names[0]])
-            key = key_of(python_value(cells[job.key_column]) if job.key_column else None, path, row)
-            kept = tuple(python_value(cells[name]) for name in job.keep)
-            yield Encoded(row - first, key, shard.url, *_content(data, path), kept)
-    yield End(total)
+        rows = _rows(file, shard, job, range(first, first + total), wanted, left_out)
+        yield from rows if job.rules == 1 else read_each(rows, wanted)
+    yield End(total, left_out=dict(left_out))
+
+
+def _rows(
+    file: Any, shard: Shard, job: Job, rows: range, wanted: Callable[[int], bool], left_out: Counter[str]
+) -> Iterator[Encoded]:
+    """The wanted rows of a range of the file's. One without bytes whose path may be read has no reason yet."""
+    names = columns_to_read(file.schema_arrow, shard, job)
+    for row, batch, positions in read_batches(file, names, rows, lambda row: wanted(row - rows.start)):
+        images, further = _first_images(batch.column(names[0]))
+        kept = passthrough_batch(batch, job) if job.keep else None
+        for n in positions:
+            path, data = _path_and_bytes(images[n])
+            if further[n]:
+                left_out["further_image"] += further[n]
+            named = python_value(batch.column(job.key_column)[n]) if job.key_column else None
+            values = with_folder_columns(kept and PassthroughRow(kept, n), shard.url, job)
+            item = Encoded(row + n - rows.start, key_of(named, path, row + n), shard.url, None, kept=values)
+            yield _with_content(item, data, path, shard, job)
+
+
+def _first_images(column: pa.Array) -> tuple[pa.Array, list[int]]:
+    """A column with one image a row, and how many further ones each row has.
+
+    Of a list the first image counts; a dictionary (a pandas category, a Polars categorical) becomes its values.
+    """
+    if pa.types.is_dictionary(column.type):
+        return column.dictionary_decode(), [0] * len(column)
+    if is_list(column.type):
+        lengths = [length or 0 for length in pc.list_value_length(column).to_pylist()]
+        firsts = [column[n].values[0].as_py() if length else None for n, length in enumerate(lengths)]
+        return pa.array(firsts, column.type.value_type), [max(0, length - 1) for length in lengths]
+    return column, [0] * len(column)
 
 
 def _path_and_bytes(cell: pa.Scalar) -> tuple[object, pa.Scalar]:
     """A Hugging Face image is a struct<bytes, path>; a null one has null fields."""
     if not pa.types.is_struct(cell.type):
         return None, cell
-    return python_value(cell["path"]) if "path" in cell else None, cell["bytes"]
+    data = cell["bytes"] if "bytes" in cell else pa.scalar(None, pa.binary())
+    return python_value(cell["path"]) if "path" in cell else None, data
 
 
-def _content(data: pa.Scalar, path: object) -> tuple[bytes | None, str | None, str]:
-    """(bytes, None, "") or (None, reason, message)."""
+def _with_content(item: Encoded, data: pa.Scalar, path: object, shard: Shard, job: Job) -> Encoded:
+    """With its bytes, with the URL that its path names, or with the reason why there is neither."""
+    if pa.types.is_dictionary(data.type):
+        data = data.value
+    if not data.is_valid and path and job.rules > 1:
+        uri, reason, message = follow_path(path, shard, allowed_prefixes(shard, job), job)
+        return replace(item, uri=uri or shard.url, reason=reason, message=message)
     if not data.is_valid:
         what = f", only the path {printable(str(path))[:200]}; only bytes inside the file are read" if path else ""
-        return None, "missing", f"the row holds no image bytes{what}"
+        return replace(item, reason="missing", message=f"the row holds no image bytes{what}")
     if data.as_buffer().size > MAX_IMAGE_BYTES:
-        return None, *too_large(data.as_buffer().size)
-    return data.as_buffer().to_pybytes(), None, ""
+        reason, message = too_large(data.as_buffer().size)
+        return replace(item, reason=reason, message=message)
+    return replace(item, data=data.as_buffer().to_pybytes())

@@ -1,78 +1,126 @@
-"""Tables: named columns of a Parquet file, CSV (every column text) or JSON lines (likewise). Private to this room."""
+"""Tables: named columns of a Parquet file, of CSV and of JSON lines. Private to this package.
+
+Passthrough columns of a Parquet file stay Arrow data: they are cut out of its batches and never
+become Python objects.
+"""
 
 from __future__ import annotations
 
-import csv
-import json
-import re
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vitray.errors import JobError, ShardError, SourceError
+from vitray.errors import JobError, ShardError
 from vitray.job import Job
-from vitray.schema import Shard
+from vitray.schema import PassthroughRow, Shard, rebuilt_type, without_list_views
+from vitray.sources.names import folder_value, is_folder_column
 from vitray.sources.objects import CHUNK_BYTES, open_shard, printable
+from vitray.sources.text import (
+    csv_records,
+    delimiter_of,
+    json_lines,
+    json_names,
+    json_object,
+    json_text,
+    text_format,
+)
 
-IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "content", "picture")
-PATH_NAMES = ("path", "file", "filename", "file_name", "image", "image_path", "url", "uri", "key")
+IMAGE_NAMES_V1 = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "content", "picture")
+IMAGE_NAMES = (
+    *IMAGE_NAMES_V1,
+    *("images", "photo", "data", "binary", "image_bytes", "img_bytes", "image_data", "image_content"),
+    *("jpeg_bytes", "png_bytes", "image_binary", "image/encoded", "encoded_image"),
+)
+# Columns with these words hold a second, smaller or derived picture.
+SECONDARY_WORDS = ("thumb", "preview", "icon", "mask", "depth", "segment", "small")
+PATH_NAMES_V1 = ("path", "file", "filename", "file_name", "image", "image_path", "url", "uri", "key")
+PATH_NAMES = (
+    *("path", "file", "filename", "file_name", "image", "image_path", "img_path", "image_file", "filepath"),
+    *("file_path", "img", "url", "uri", "image_url", "image_uri", "key"),
+)
+KEY_NAMES = ("__key__", "key", "id")
 BINARIES = (pa.binary(), pa.large_binary(), pa.binary_view())
 STRINGS = (pa.string(), pa.large_string(), pa.string_view())
+# Source rules 1 keep these types in datasets, whatever the width of the file's offsets.
 SAME_VALUES = dict.fromkeys(STRINGS, pa.string()) | dict.fromkeys(BINARIES, pa.binary())
-MAX_LINE_BYTES = 16 << 20
-NO_TEXT = re.compile(rb"[\0-\x08\x0e-\x19]")  # control characters, which any tar, image or archive begins with
-Cells = dict[str, pa.Scalar]  # of one row, by column
 BATCH_ROWS = 32  # images are held by so many
-# looked at a second time, where an open quote took them along; a hostile file could ask for each of them n times
-LINES_AGAIN = 1_000_000
-SAMPLE_LINES = 100  # JSON lines may leave fields out: the first hundred tell the columns
+MAX_KEY_ROWS = 1_000_000  # read to see whether a column's values are unique: 50 MB of text
 
 
-def read_schema(shard: Shard) -> pa.Schema:
-    """Column names and types. Raises ShardError."""
+@dataclass(frozen=True, slots=True)
+class TableRow:
+    """One row of a manifest: where its image is, its key and its passthrough values, or what is wrong with it."""
+
+    path: object = None
+    key: object = None
+    kept: PassthroughRow | None = None
+    problem: str = ""
+
+
+def read_schema(shard: Shard, job: Job) -> pa.Schema:
+    """Column names and types; every column of CSV and JSON lines is text. Raises ShardError."""
     with open_shard(shard) as stream:
-        kind = _kind(stream, shard)
-        if kind == "parquet":
+        if _is_parquet(stream, shard):
             with open_parquet(stream, shard.url) as file:
                 return file.schema_arrow
-        names = next(_csv_records(stream, shard.url), []) if kind == "csv" else _json_names(stream, shard.url)
+        is_csv = text_format(stream, shard) == "csv"
+        names = next(_records(stream, shard, job), []) if is_csv else json_names(stream, shard.url)
         return pa.schema([(name, pa.string()) for name in names])
 
 
-def count_rows(shard: Shard) -> int:
+def count_rows(shard: Shard, job: Job) -> int:
     with open_shard(shard) as stream:
-        kind = _kind(stream, shard)
-        if kind == "parquet":
+        if _is_parquet(stream, shard):
             with open_parquet(stream, shard.url) as file:
                 return int(file.metadata.num_rows)
-        if kind == "csv":
-            return max(0, sum(1 for _ in _csv_records(stream, shard.url)) - 1)
-        return sum(1 for _ in _json_lines(stream, shard.url))
+        if text_format(stream, shard) == "csv":
+            return max(0, sum(1 for _ in _records(stream, shard, job)) - 1)
+        return sum(1 for _ in json_lines(stream, shard.url))
 
 
-def read_rows(shard: Shard, names: list[str], rows: range) -> Iterator[dict[str, object] | str]:
-    """The named columns of a range of rows; of a line that is none, what is wrong with it."""
+def read_rows(shard: Shard, job: Job, rows: range) -> Iterator[TableRow]:
+    """A range of a manifest's rows, in order."""
     with open_shard(shard) as stream:
-        kind = _kind(stream, shard)
-        if kind == "parquet":
+        if _is_parquet(stream, shard):
             with open_parquet(stream, shard.url) as file:
-                for _, cells in read_cells(file, names, rows, lambda row: True):
-                    yield {name: python_value(cell) for name, cell in cells.items()}
-        elif kind == "csv":
-            records = _csv_records(stream, shard.url)
+                yield from _parquet_rows(file, shard, job, rows)
+            return
+        names = columns_to_read(read_schema(shard, job), shard, job)
+        if text_format(stream, shard) == "csv":
+            records = _records(stream, shard, job)
             header = next(records)
             for record in islice(records, rows.start, rows.stop):
-                yield record if isinstance(record, str) else dict(zip(header, record))
-        else:
-            for number, line in islice(_json_lines(stream, shard.url), rows.start, rows.stop):
-                fields = _json_object(line)
-                why = f"line {number} is not a JSON object"
-                yield why if fields is None else {name: _text(fields.get(name)) for name in names}
+                if isinstance(record, str):
+                    yield TableRow(problem=record)
+                else:
+                    yield _text_row(dict(zip(header, record)), names, job)
+            return
+        for number, line in islice(json_lines(stream, shard.url), rows.start, rows.stop):
+            fields = json_object(line)
+            if fields is None:
+                yield TableRow(problem=f"line {number} is not a JSON object")
+            else:
+                yield _text_row({name: json_text(fields.get(name)) for name in names}, names, job)
+
+
+def _parquet_rows(file: Any, shard: Shard, job: Job, rows: range) -> Iterator[TableRow]:
+    names = columns_to_read(file.schema_arrow, shard, job)
+    for _, batch, positions in read_batches(file, names, rows, lambda row: True):
+        kept = passthrough_batch(batch, job)
+        for n in positions:
+            key = python_value(batch.column(job.key_column)[n]) if job.key_column else None
+            yield TableRow(python_value(batch.column(names[0])[n]), key, PassthroughRow(kept, n))
+
+
+def _text_row(fields: dict[str, str | None], names: list[str], job: Job) -> TableRow:
+    kept = {name: pa.array([fields[name]], pa.string()) for name in job.keep if name in fields}
+    key = fields[job.key_column] if job.key_column else None
+    return TableRow(fields[names[0]], key, PassthroughRow(_batch_of(kept, 1), 0))
 
 
 @contextmanager
@@ -87,8 +135,13 @@ def open_parquet(stream: BinaryIO, url: str) -> Iterator[Any]:
         raise ShardError(f"{url} cannot be read: {what}. Replace or remove it, then run again.") from error
 
 
-def read_cells(file: Any, names: list[str], rows: range, wanted: Callable[[int], bool]) -> Iterator[tuple[int, Cells]]:
-    """(row of the file, its cells) of the wanted rows of a range. A row group without one is not read."""
+def read_batches(
+    file: Any, names: list[str], rows: range, wanted: Callable[[int], bool]
+) -> Iterator[tuple[int, pa.RecordBatch, list[int]]]:
+    """(row of the file with which it begins, batch, wanted positions in it) of a range of rows.
+
+    A row group without a wanted row is not read.
+    """
     stop = 0
     for group in range(file.num_row_groups):
         row, stop = stop, stop + file.metadata.row_group(group).num_rows
@@ -96,16 +149,52 @@ def read_cells(file: Any, names: list[str], rows: range, wanted: Callable[[int],
         if not any(map(wanted, here)):
             continue
         for batch in file.iter_batches(batch_size=BATCH_ROWS, row_groups=[group], columns=names, use_threads=False):
-            for n in range(batch.num_rows):
-                if row + n in here and wanted(row + n):
-                    yield row + n, {name: batch.column(name)[n] for name in names}
+            positions = [n for n in range(batch.num_rows) if row + n in here and wanted(row + n)]
+            if positions:
+                yield row, batch, positions
             row += batch.num_rows
         if row != stop:
             raise pa.ArrowInvalid(f"row group {group} ends at row {row}, its footer says {stop}")
 
 
+def passthrough_batch(batch: pa.RecordBatch, job: Job) -> pa.RecordBatch:
+    """The passthrough columns that a batch has, in the order of job.keep, with the types of `kept_schema`."""
+    columns = {name: batch.column(name) for name in job.keep if name in batch.schema.names}
+    return _batch_of({name: without_list_views(column) for name, column in columns.items()}, batch.num_rows)
+
+
+def _kept_type(kind: pa.DataType) -> pa.DataType:
+    """The file's own type, but for list views: see `without_list_views`."""
+    return rebuilt_type(kind, lambda leaf: leaf)
+
+
+def with_folder_columns(kept: PassthroughRow | None, url: str, job: Job) -> PassthroughRow | None:
+    """All passthrough values of an image: those of its table, and those that the folders of its URL spell out."""
+    if not job.keep:
+        return None
+    if kept is not None and kept.batch.num_columns == len(job.keep):
+        return kept
+    columns = dict[str, pa.Array]()
+    for name in job.keep:
+        if kept is not None and name in kept.batch.schema.names:
+            columns[name] = kept.batch.column(name).slice(kept.row, 1)
+        else:
+            columns[name] = pa.array([folder_value(name, url)], pa.string())
+    return PassthroughRow(_batch_of(columns, 1), 0)
+
+
+def _batch_of(columns: dict[str, pa.Array], rows: int) -> pa.RecordBatch:
+    if columns:
+        return pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))
+    return pa.RecordBatch.from_struct_array(pa.array([{}] * rows, pa.struct([])))
+
+
 def python_value(scalar: pa.Scalar) -> object:
-    """A value as Python has it; text that is not UTF-8 loses those bytes, not the row."""
+    """A key or a path as Python has it; text that is not UTF-8 loses those bytes, not the row."""
+    if pa.types.is_dictionary(scalar.type):
+        scalar = scalar.value
+    if pa.types.is_struct(scalar.type):  # an image by its path alone
+        scalar = scalar["path"] if "path" in scalar else pa.scalar(None)
     if scalar.is_valid and scalar.type in STRINGS:
         return scalar.as_buffer().to_pybytes().decode("utf-8", "replace")
     return scalar.as_py()
@@ -117,132 +206,184 @@ def key_of(named: object, path: object, row: int) -> str:
     return printable(value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value))
 
 
-def columns_to_read(schema: pa.Schema, kind: str, job: Job) -> list[str]:
+def columns_to_read(schema: pa.Schema, shard: Shard, job: Job) -> list[str]:
     """The job's columns; the first holds the images of a Parquet file, or their paths in a manifest.
 
     Raises JobError for a column that is not there, and for images that could be in several.
     """
-    _require(schema, [job.key_column, *job.keep])
-    likely = likely_columns(schema, kind, job)
+    _require(schema, shard, job, "the input")
+    likely = likely_columns(schema, shard.kind, job)
     if len(likely) == 1:
-        return [column for column in dict.fromkeys([*likely, job.key_column, *job.keep]) if column]
+        names = [*likely, job.key_column, *(name for name in job.keep if name in schema.names)]
+        return [column for column in dict.fromkeys(names) if column]
     if likely:
         raise JobError(f"the input has several columns that could hold the images: {', '.join(likely)}. Set `image_column`.")
-    paths = f"string column of paths ({', '.join(PATH_NAMES)})"
-    what = "column with image bytes (binary, or a struct with `bytes`)" if kind == "parquet" else paths
+    paths = f"string column of paths ({', '.join(PATH_NAMES_V1)})"
+    what = "column with image bytes (binary, or a struct with `bytes`)" if shard.kind == "parquet" else paths
     has = ", ".join(f"{field.name}: {field.type}" for field in list(schema)[:20])
     named = f" named `{job.image_column}`" if job.image_column else ""
     raise JobError(f"the input has no {what}{named}; it has {has}. Set `image_column`.")
 
 
+def parquet_kind(schema: pa.Schema, job: Job) -> str | None:
+    """parquet where a file holds the images, manifest where it holds their paths; None where it holds neither.
+
+    A column of paths with a usual name beats a thumbnail. Raises JobError where both could be meant.
+    """
+    images, paths = (likely_columns(schema, kind, job) for kind in ("parquet", "manifest"))
+    if job.rules == 1 or not (images and paths) or job.image_column:
+        return "parquet" if images else "manifest" if paths else None
+    if any(name.lower() in IMAGE_NAMES for name in images) or paths == ["key"]:
+        return "parquet"
+    if all(_is_secondary(name) for name in images):
+        return "manifest"
+    raise JobError(
+        f"the input has images in {', '.join(f'`{name}`' for name in images)} and paths in `{paths[0]}`. "
+        "Set `image_column` to the one that you mean."
+    )
+
+
 def likely_columns(schema: pa.Schema, kind: str, job: Job) -> list[str]:
-    """Where the images, or their paths in a manifest, are: as the job says, or by type and usual names. Several: who knows."""
+    """Where the images, or their paths in a manifest, are: as the job says, or by type and usual names.
+
+    Several where it is not clear.
+    """
     unique = [field for field in schema if schema.get_field_index(field.name) >= 0]
-    fitting = [f.name for f in unique if (_holds_bytes(f.type) if kind == "parquet" else f.type in STRINGS)]
+    if kind == "parquet":
+        fitting = [field.name for field in unique if _holds_images(field, job)]
+    else:
+        fitting = [field.name for field in unique if _holds_paths(field.type, job)]
     if job.image_column:
         return [name for name in fitting if name == job.image_column]
-    if kind == "parquet":
-        return [name for name in fitting if name.lower() in IMAGE_NAMES] or fitting
-    return [name for name in PATH_NAMES if name in fitting][:1]
+    if kind != "parquet":
+        names = PATH_NAMES_V1 if job.rules == 1 else PATH_NAMES
+        return [name for name in names if name in fitting][:1]
+    usual = IMAGE_NAMES_V1 if job.rules == 1 else IMAGE_NAMES
+    by_name = [name for name in fitting if name.lower() in usual]
+    if job.rules > 1 and len(by_name) > 1:  # `image` beside `data`: the first eight names are the clear ones
+        by_name = [name for name in by_name if name.lower() in IMAGE_NAMES_V1] or by_name
+    if by_name or job.rules == 1:
+        return by_name or fitting
+    return [name for name in fitting if not _is_secondary(name)] or fitting
+
+
+def _is_secondary(name: str) -> bool:
+    return any(word in name.lower() for word in SECONDARY_WORDS)
 
 
 def kept_schema(shard: Shard, job: Job) -> pa.Schema:
-    """The kept columns' types, without what differs from file to file: dictionaries' indices, the width of offsets."""
-    schema = read_schema(shard)
-    _require(schema, job.keep, shard.url)
-    kinds = [schema.field(name).type for name in job.keep]
-    values = [kind.value_type if pa.types.is_dictionary(kind) else kind for kind in kinds]
-    return pa.schema([(name, SAME_VALUES.get(kind, kind)) for name, kind in zip(job.keep, values)])
+    """The passthrough columns' types in this file, in the order of job.keep."""
+    schema = read_schema(shard, job)
+    _require(schema, shard, job, shard.url)
+    types = [_kept_type(schema.field(name).type) if name in schema.names else pa.string() for name in job.keep]
+    if job.rules == 1:  # without what differs from file to file: dictionaries' indices, the width of offsets
+        values = [kind.value_type if pa.types.is_dictionary(kind) else kind for kind in types]
+        types = [SAME_VALUES.get(kind, kind) for kind in values]
+    return pa.schema(list(zip(job.keep, types)))
 
 
-def _require(schema: pa.Schema, names: Sequence[str | None], what: str = "the input") -> None:
-    for name in names:
-        if name is not None and schema.get_field_index(name) < 0:
+def find_key_column(shard: Shard, job: Job) -> str | None:
+    """The column that names the rows of this Parquet file: called __key__, key or id, with unique text or integers.
+
+    None where images have paths of their own, which are their keys. Raises ShardError, JobError.
+    """
+    with open_shard(shard) as stream, open_parquet(stream, shard.url) as file:
+        image = columns_to_read(file.schema_arrow, shard, job)[0]
+        if _has_paths(file, file.schema_arrow.field(image).type, image):
+            return None
+        for name in KEY_NAMES:
+            index = file.schema_arrow.get_field_index(name)
+            if index >= 0 and name != image and _is_unique_key(file, file.schema_arrow.field(index).type, name):
+                return name
+    return None
+
+
+def _has_paths(file: Any, kind: pa.DataType, name: str) -> bool:
+    """Whether an image of the first row group has a path."""
+    if not pa.types.is_struct(kind) or kind.get_field_index("path") < 0 or not file.num_row_groups:
+        return False
+    paths = file.read_row_group(0, columns=[f"{name}.path"], use_threads=False)[name].combine_chunks()
+    return bool(len(paths) > paths.field("path").null_count)
+
+
+def _is_unique_key(file: Any, kind: pa.DataType, name: str) -> bool:
+    values = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (pa.types.is_integer(values) or values in STRINGS) or file.metadata.num_rows > MAX_KEY_ROWS:
+        return False
+    column = file.read(columns=[name], use_threads=False)[name].cast(values)
+    if values == pa.string_view():
+        column = column.cast(pa.string())
+    return bool(len(column) and not column.null_count and len(column.unique()) == len(column))
+
+
+def _require(schema: pa.Schema, shard: Shard, job: Job, what: str) -> None:
+    """Raises JobError for a column that neither the file nor its folders have, or that it has twice."""
+    for name in [job.key_column, *job.keep]:
+        if name is None or schema.get_field_index(name) >= 0:
+            continue
+        if schema.names.count(name) > 1:
+            raise JobError(f"{what} has {schema.names.count(name)} columns `{name}`: rename them.")
+        if name not in job.keep or not is_folder_column(name, shard.url):
             raise JobError(f"{what} has no column `{name}`; it has {', '.join(schema.names[:20])}")
+
+
+def _holds_images(field: pa.Field, job: Job) -> bool:
+    """Bytes, or a struct with `bytes`; by source rules 2 also lists of these, and a struct with a path alone."""
+    kind = field.type
+    if job.rules == 1:
+        return _holds_bytes(kind)
+    if is_list(kind):
+        kind = kind.value_type
+    is_named = field.name == job.image_column or field.name.lower() in IMAGE_NAMES
+    return _holds_bytes(_values_of(kind)) or (is_named and _holds_path_alone(kind))
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         n = kind.get_field_index("bytes")
-        return n >= 0 and kind.field(n).type in BINARIES
+        return n >= 0 and _values_of(kind.field(n).type) in BINARIES
     return kind in BINARIES
 
 
-def _kind(stream: BinaryIO, shard: Shard) -> str:
+def _holds_path_alone(kind: pa.DataType) -> bool:
+    if not pa.types.is_struct(kind):
+        return False
+    n = kind.get_field_index("path")
+    return n >= 0 and kind.get_field_index("bytes") < 0 and _values_of(kind.field(n).type) in STRINGS
+
+
+def _holds_paths(kind: pa.DataType, job: Job) -> bool:
+    return (kind if job.rules == 1 else _values_of(kind)) in STRINGS
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Whether a type is a list of any of Arrow's five kinds."""
+    return any(
+        is_kind(kind)
+        for is_kind in (
+            pa.types.is_list,
+            pa.types.is_large_list,
+            pa.types.is_fixed_size_list,
+            pa.types.is_list_view,
+            pa.types.is_large_list_view,
+        )
+    )
+
+
+def _values_of(kind: pa.DataType) -> pa.DataType:
+    """What a dictionary stands for, as pandas' categories and Polars' categoricals are stored."""
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _is_parquet(stream: BinaryIO, shard: Shard) -> bool:
     """By content or suffix. The stream stands at its start again."""
-    head = stream.read(512)
+    head = stream.read(4)
     stream.seek(0)
-    name = shard.url.lower()
-    if shard.kind == "parquet" or head.startswith(b"PAR1") or name.endswith(".parquet"):
-        return "parquet"
-    if NO_TEXT.search(head):
-        error = ShardError if name.endswith((".csv", ".jsonl", ".ndjson")) else SourceError  # a bad file, or a bad job
-        what = "is not a manifest (Parquet, CSV or JSONL): its bytes are no UTF-8 text"
-        raise error(f"{shard.url} {what}. Correct `source` or `format`, or replace it.")
-    like_json = head.lstrip().startswith(b"{") and not name.endswith(".csv")
-    return "jsonl" if like_json or name.endswith((".jsonl", ".ndjson")) else "csv"
+    return shard.kind == "parquet" or head == b"PAR1" or shard.url.lower().endswith(".parquet")
 
 
-def _csv_records(stream: BinaryIO, url: str) -> Iterator[list[str] | str]:
-    """The fields of each record, the header first; for a line that is none, what is wrong with it, and the lines that it took along
-    are looked at again. Python's reader: pyarrow's reads ahead in threads that outlive a range.
-    """
-    numbered = ((n, line.decode("utf-8-sig" if n == 1 else "utf-8", "replace")) for n, line in _lines(stream, url))
-    taken, again = list[tuple[int, str]](), deque[tuple[int, str]]()
-    width, left = 0, LINES_AGAIN
-
-    def texts() -> Iterator[str]:
-        while line := again.popleft() if again else next(numbered, None):
-            taken.append(line)
-            yield line[1]
-
-    while True:
-        try:
-            for record in csv.reader(texts(), strict=True):
-                if record and len(record) != (width := width or len(record)):
-                    raise csv.Error(f"{len(record)} fields, the header has {width}")
-                if record:
-                    yield record
-                taken.clear()
-            return
-        except csv.Error as error:
-            (number, _), *more = taken
-            left -= len(more)
-            why = f"line {number} is not valid CSV ({error})"
-            if not width or left < 0:
-                raise ShardError(f"{url}: {why}. Correct or remove the line.") from error
-            yield why
-        again.extendleft(reversed(more))
-        taken.clear()
-
-
-def _json_names(stream: BinaryIO, url: str) -> list[str]:
-    found = [list(map(printable, _json_object(line) or ())) for _, line in islice(_json_lines(stream, url), SAMPLE_LINES)]
-    names = dict.fromkeys(name for line in found for name in line)
-    if found and not names:
-        raise ShardError(f"{url}: none of its first {SAMPLE_LINES} lines is a JSON object with fields. Correct or remove it.")
-    return list(names)
-
-
-def _json_lines(stream: BinaryIO, url: str) -> Iterator[tuple[int, bytes]]:
-    return ((number, line) for number, line in _lines(stream, url) if line.strip())
-
-
-def _json_object(line: bytes) -> dict[str, object] | None:
-    with suppress(ValueError, RecursionError):
-        if isinstance(record := json.loads(line), dict):
-            return record
-    return None
-
-
-def _text(value: object) -> str | None:
-    if value is None:
-        return None
-    return printable(value) if isinstance(value, str) else json.dumps(value, sort_keys=True)
-
-
-def _lines(stream: BinaryIO, url: str) -> Iterator[tuple[int, bytes]]:
-    for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b""), 1):
-        if len(line) > MAX_LINE_BYTES:
-            raise ShardError(f"{url}: line {number} is longer than {MAX_LINE_BYTES} bytes. Split or remove it.")
-        yield number, line
+def _records(stream: BinaryIO, shard: Shard, job: Job) -> Iterator[list[str] | str]:
+    if job.rules == 1:
+        return csv_records(stream, shard.url)
+    wanted = [job.image_column] if job.image_column else list(PATH_NAMES)
+    return csv_records(stream, shard.url, delimiter_of(stream, shard.url, wanted))

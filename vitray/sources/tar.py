@@ -1,62 +1,90 @@
 """Tars as WebDataset writes them: members with one key are one sample, and every sample is one row.
 
-An own walk over the headers, because `tarfile` accepts a cut archive silently. Every byte is accounted for: headers with
-a valid checksum, data, the end marker and zeros after it, up to the object's size. What is not gives a verdict
-(End.truncated_at), and the rows before it survive. Names are keys and never paths.
+A member's key ends at a dot of its name. WebDataset takes the first one, so that `0.depth.png` and
+`0.jpg` are two members of sample `0`. In `Mr. Bean.jpg` that dot is part of the name. `auto` looks at
+the start of the tar to tell the two apart: see `member_extensions`.
 """
 
 from __future__ import annotations
 
+import re
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import BinaryIO
 
 import pyarrow as pa
 
-from vitray.errors import ShardError, StorageError
+from vitray.errors import ShardError, SourceError
 from vitray.job import Job
-from vitray.schema import IMAGE_EXTENSIONS, Encoded, End, Shard
+from vitray.schema import (
+    IMAGE_SUFFIXES,
+    IMAGE_SUFFIXES_V1,
+    UNDECODED_SUFFIXES,
+    Encoded,
+    End,
+    PassthroughRow,
+    Shard,
+)
+from vitray.sources.names import folder_value, hive_columns
 from vitray.sources.objects import MAX_IMAGE_BYTES, open_shard, printable, too_large
+from vitray.sources.tar_headers import TarCutError, TarSource, members_of, not_a_tar
 
 TEXT_EXTENSIONS = frozenset(("txt", "json", "cls", "caption", "url", "csv", "html", "md", "label"))
 MAX_KEPT_BYTES = 16 << 20
-MAX_EXTENSION_BYTES = 1 << 20  # PAX records or a GNU long name; a real path is under 4 KiB
-START_BYTES = 64 << 20  # what is walked of a tar to tell what is in it: eight GETs of the storage room
-BLOCK = 512
-TAIL_BYTES = 1 << 20
-COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
+START_BYTES = 64 << 20  # what is walked of a tar to tell what is in it: eight GETs of S3
+PEEK_BYTES = 8 << 20  # one GET of S3, which the reader keeps: a peek of so much costs no second one
+PEEK_MEMBERS = 200
+MAX_TRACKED_KEYS = 1_000_000  # 100 MB; beyond, keys that come again are not reported
+# `depth.png`, `left.final.jpg`: words, unlike ` bean_0.jpg`, `0001.jpg` or `_0.jpg`
+_MEMBER_EXTENSION = re.compile(r"[a-z][a-z0-9_-]*(\.[a-z][a-z0-9_-]*)+")
 
 
 def read_tar(shard: Shard, job: Job, wanted: Callable[[int], bool]) -> Iterator[Encoded | End]:
-    """The samples of a tar in order, then its End. Raises ShardError when it is no tar at all."""
-    total = 0
+    """The samples of a tar in order, then its End. Raises ShardError when it is no tar at all, or not clear."""
+    reader = _Reader(shard, job, wanted)
     with open_shard(shard) as stream:
-        source = _Source(stream, shard.url, shard.size)
-        for sample in _samples(source, job, wanted):
-            total += 1
-            source.skipped["further images of samples were not used (`image_member` chooses)"] += max(0, sample.images - 1)
+        source = TarSource(stream, shard.url, shard.size)
+        reader.extensions = _peek(source, job)
+        for sample in reader.samples(source):
             if sample.wanted:
-                yield sample.row(shard.url, job)
-    notes = [source.why, *(f"{count} {what}" for what, count in source.skipped.items() if count)]
-    yield End(total, source.truncated_at, "; ".join(filter(None, notes)))
+                yield reader.row_of(sample)
+    notes = [source.why, *reader.notes()]
+    yield End(
+        reader.total,
+        source.truncated_at,
+        "; ".join(filter(None, notes)),
+        dict(+reader.left_out),
+        dict(+reader.image_members),
+    )
 
 
 def kept_schema(shard: Shard, job: Job) -> pa.Schema:
-    return pa.schema([(name, pa.string() if _is_text(_extension(name)) else pa.binary()) for name in job.keep])
+    folders = _folder_columns(shard, job)
+    is_text = {name: name in folders or _is_text(_extension(name)) for name in job.keep}
+    return pa.schema([(name, pa.string() if is_text[name] else pa.binary()) for name in job.keep])
 
 
-def count_samples(shard: Shard, job: Job) -> tuple[int, int, set[str]]:
-    """(samples, bytes walked, extensions) of the start of a tar; walked equals the shard's size when it was all."""
+def _folder_columns(shard: Shard, job: Job) -> set[str]:
+    """The names that mean a folder of the tar where no member has them."""
+    return {"folder", *hive_columns(shard.url)} if job.rules > 1 else set()
+
+
+def count_samples(shard: Shard, job: Job, whole: bool = False) -> tuple[int, int, set[str]]:
+    """(samples, bytes walked, extensions) of the start of a tar, or of all of it.
+
+    The bytes walked equal the shard's size when it was all.
+    """
     count, extensions = 0, set[str]()
+    reader = _Reader(shard, job, lambda index: False)
     with open_shard(shard) as stream:
-        source = _Source(stream, shard.url, shard.size)
-        for sample in _samples(source, job, lambda index: False):
+        source = TarSource(stream, shard.url, shard.size)
+        reader.extensions = _peek(source, job)
+        for sample in reader.samples(source):
             count += 1
             extensions |= sample.extensions.keys()
-            if source.at >= START_BYTES:
+            if source.at >= START_BYTES and not whole:
                 return count, source.at, extensions
     return count, shard.size, extensions
 
@@ -69,241 +97,298 @@ def absent_members(shard: Shard, job: Job) -> list[str]:
     if shard.kind != "tar" or not job.keep:
         return []
     samples, _, extensions = count_samples(shard, job)
-    return [name for name in map(_extension, job.keep) if samples and name not in extensions]
+    folders = _folder_columns(shard, job)
+    members = [_extension(name) for name in job.keep if name not in folders]
+    return [name for name in members if samples and name not in extensions]
 
 
-class _Cut(Exception):
-    """From source.start on the tar cannot be read."""
+def require_clear_samples(shard: Shard, job: Job) -> None:
+    """Raises SourceError where a sample at the start of a tar has several images, and nothing says which one is meant."""
+    if job.rules == 1 or job.image_member:
+        return
+    with open_shard(shard) as stream:
+        source = TarSource(stream, shard.url, shard.size)
+        reader = _Reader(shard, job, lambda index: False)
+        reader.extensions = _peek(source, job)
+        try:
+            for _ in reader.samples(source):
+                if source.at >= PEEK_BYTES:
+                    return
+        except _SeveralImagesError as error:
+            raise SourceError(str(error)) from error
 
 
-@dataclass(slots=True)
-class _Source:
-    """The bytes of one tar in order, counted against its size, and what the walk over them found."""
+def member_extensions(names: Sequence[str]) -> frozenset[str]:
+    """Those of the image extensions with a dot that belong to samples, such as `depth.png` beside `jpg`.
 
-    stream: BinaryIO
-    url: str
-    size: int
-    at: int = 0
-    start: int = 0  # of the member at hand, with its extended headers
-    is_tar: bool = False
-    skipped: Counter[str] = field(default_factory=Counter)  # how many of what, for the End's note
-    truncated_at: int | None = None
-    why: str = ""
+    names: member names at the start of a tar, in order. Such an extension is made of words. It comes in
+    several samples, or beside one plain image, or alone. In all else, what follows the first dot is
+    part of a name: ` bean_0.jpg` of `Mr. Bean_0.jpg`, `0001.png` of `shot.0001.png`, `who.jpg` beside `no.jpg`.
+    """
+    samples = list[tuple[str, set[str]]]()
+    for name in names:
+        key, extension = _split_first(name)
+        if not _is_image_extension(extension):
+            continue
+        if not samples or samples[-1][0] != key:
+            samples.append((key, set()))
+        samples[-1][1].add(extension)
+    seen, found = Counter[str](), set[str]()
+    for _, extensions in samples:
+        dotted = {extension for extension in extensions if "." in extension}
+        seen.update(dotted)
+        if len(extensions) == 1 or len(extensions - dotted) == 1:
+            found |= dotted
+    found |= {extension for extension, count in seen.items() if count > 1}
+    return frozenset(extension for extension in found if _MEMBER_EXTENSION.fullmatch(extension))
 
-    def take(self, count: int) -> bytes:
-        """So many bytes, fewer only where the object ends."""
-        data = self.stream.read(count)
-        self.at += len(data)
-        if len(data) < count and self.at < self.size:
-            raise StorageError(f"{self.url}: {self.at} of {self.size} bytes came. Run the same command again.")
-        return data
 
-    def move(self, offset: int) -> None:
-        if offset != self.at:
-            self.stream.seek(offset)
-            self.at = offset
+def _peek(source: TarSource, job: Job) -> frozenset[str]:
+    """The member extensions of a tar, by its start. The source stands at its first byte again."""
+    names, far = list[str](), PEEK_BYTES
+    if job.rules > 1 and job.tar_keys == "auto":
+        try:
+            for member in members_of(source):
+                if member.isreg():
+                    names.append(member.name)
+                    _, extension = _split_first(member.name)
+                    if "." in extension and _is_image_extension(extension):
+                        far = START_BYTES  # there is something to decide
+                if source.at + member.size >= far or len(names) >= PEEK_MEMBERS:
+                    break  # before the next header, which may cost another GET
+        except TarCutError:
+            pass  # the reader comes to the same place, and says so
+        source.restart()
+    return member_extensions(names)
+
+
+class _SeveralImagesError(ShardError):
+    """A sample has several images, and nothing says which one is meant."""
 
 
 @dataclass(slots=True)
 class _Sample:
+    """Members with one key. keys: the keys that it may have, one as soon as an image tells.
+
+    kept: by key, the passthrough values by extension. image: the extension that the data came from.
+    """
+
     index: int
-    key: str
+    keys: tuple[str, ...]
     start: int
     wanted: bool
-    kept: list[object]
     extensions: dict[str, None] = field(default_factory=dict)  # in order
-    images: int = 0
+    kept: dict[tuple[str, str], bytes] = field(default_factory=dict)
+    images: list[str] = field(default_factory=list)
+    image: str | None = None
     data: bytes | None = None
     reason: str | None = None
     message: str = ""
 
-    def add(self, extension: str, member: tarfile.TarInfo, source: _Source, job: Job) -> None:
-        """Take what the row needs of a member: the image and kept text, nothing else is read."""
-        size = member.size
-        self.extensions[extension] = None
-        picked = _is_image(extension, job) and self.images == 0
-        self.images += _is_image(extension, job)
-        places = [n for n, name in enumerate(job.keep) if _extension(name) == extension and size <= MAX_KEPT_BYTES]
-        if picked and size > MAX_IMAGE_BYTES:
-            self.reason, self.message = too_large(size)
+    @property
+    def key(self) -> str:
+        return self.keys[0]
+
+
+@dataclass
+class _Reader:
+    """Turns the members of one tar into samples and rows, and counts what has no row."""
+
+    shard: Shard
+    job: Job
+    wanted: Callable[[int], bool]
+    extensions: frozenset[str] = frozenset()
+    total: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+    image_members: Counter[str] = field(default_factory=Counter)
+    _keys: dict[str, bool] = field(default_factory=dict)  # whether a sample of that key had an image
+    _parted: list[str] = field(default_factory=list)  # keys whose members are not adjacent
+
+    def samples(self, source: TarSource) -> Iterator[_Sample]:
+        """Consecutive members with one key. A cut is noted in the source; the last sample survives when its image is whole."""
+        sample: _Sample | None = None
+        try:
+            for member in members_of(source):
+                options = self._options(member)
+                if not options:
+                    continue
+                keys = tuple(key for key in (sample.keys if sample else ()) if key in options)
+                # the same extension again is another image of the same name, not a part of this sample
+                if sample is None or not keys or options[keys[0]] in sample.extensions:
+                    if sample is not None:
+                        yield self._complete(sample)
+                    sample = self._begin(tuple(options), source)
+                else:
+                    sample.keys = keys
+                self._add(sample, options, member, source)
+        except TarCutError as cut:
+            if not source.is_tar:
+                raise not_a_tar(source) from None
+            source.truncated_at, source.why = source.start, str(cut)
+            if sample is not None and not sample.images:
+                # its image may lie beyond the cut: the verdict accounts for it, not an error row
+                source.truncated_at, sample = sample.start, None
+        if sample is not None:
+            yield self._complete(sample)
+
+    def row_of(self, sample: _Sample) -> Encoded:
+        if not sample.images:
+            sample.reason, sample.message = "missing", self._why_without_image(sample)
+        kept = self._kept(sample) if self.job.keep else None
+        key, uri = printable(sample.key), self.shard.url
+        return Encoded(sample.index, key, uri, sample.data, sample.reason, sample.message, kept)
+
+    def notes(self) -> list[str]:
+        """What a person should know of this tar beside its rows."""
+        found = [f"{count} {_NOTES[what]}" for what, count in self.left_out.items() if count]
+        if self._parted:
+            count, first = len(self._parted), printable(self._parted[0])[:200]
+            found.append(f"the members of {count} samples are not adjacent (first: {first}): sort the tar by name")
+        return found
+
+    def _begin(self, keys: tuple[str, ...], source: TarSource) -> _Sample:
+        return _Sample(self.total, keys, source.start, self.wanted(self.total))
+
+    def _options(self, member: tarfile.TarInfo) -> dict[str, str]:
+        """{key: extension} that a member's name may mean, the preferred one first; none for what is no part of a sample."""
+        first, last = _split_first(member.name), _split_last(member.name)
+        is_link = member.islnk() or member.issym()
+        is_image = self._is_image(first[1]) or (self.job.rules > 1 and self._is_image(last[1]))
+        if not (member.isreg() or (is_link and is_image)) or not first[1]:
+            if not member.isdir():
+                self.left_out[self._why_left_out(member)] += 1
+            return {}
+        if self.job.rules == 1 and self.job.tar_keys == "auto":
+            return dict([first])
+        if self.job.tar_keys != "auto":
+            return dict([first if self.job.tar_keys == "first_dot" else last])
+        if first == last:
+            return dict([first])
+        chosen = _extension(self.job.image_member or "")
+        if first[1] in self.extensions or first[1] == chosen:
+            return dict([first])
+        if _is_image_extension(first[1]) and chosen in ("", last[1]):
+            return dict([last])
+        return dict([first, last])
+
+    def _add(self, sample: _Sample, options: dict[str, str], member: tarfile.TarInfo, source: TarSource) -> None:
+        """Take what the row needs of a member: the image and kept values, nothing else is read."""
+        extension = options[sample.key]
+        sample.extensions[extension] = None
+        is_image, is_picked = self._is_image(extension), False
+        if is_image:
+            is_picked = self._is_better(extension, sample.image)
+            sample.images.append(extension)
+        kept_keys = [
+            (key, extension)
+            for key, extension in options.items()
+            if key in sample.keys and member.size <= MAX_KEPT_BYTES and extension in map(_extension, self.job.keep)
+        ]
+        if is_picked:
+            sample.image, sample.data = extension, None
+            sample.reason, sample.message = None, ""
+        if is_picked and member.size > MAX_IMAGE_BYTES:
+            sample.reason, sample.message = too_large(member.size)
         elif not member.isreg():
-            if picked:
-                self.reason, self.message = "missing", f"a link to {printable(member.linkname)[:200]}, which is not followed"
-        elif self.wanted and (picked or places):
-            data = source.take(size)
-            self.data = data if picked else self.data
-            for n in places:
-                self.kept[n] = data.decode("utf-8", "replace") if _is_text(extension) else data
+            if is_picked:
+                link = printable(member.linkname)[:200]
+                sample.reason, sample.message = "missing", f"a link to {link}, which is not followed"
+        elif sample.wanted and (is_picked or kept_keys):
+            data = source.take(member.size)
+            sample.data = data if is_picked else sample.data
+            sample.kept |= dict.fromkeys(kept_keys, data)
 
-    def row(self, uri: str, job: Job) -> Encoded:
-        if not self.images:
-            what = f".{_extension(job.image_member)}" if job.image_member else "image"
-            has = printable(", ".join(islice(self.extensions, 8)))[:200]
-            self.reason, self.message = "missing", f"the sample has no {what} member: it has {has}"
-        return Encoded(self.index, printable(self.key), uri, self.data, self.reason, self.message, tuple(self.kept))
+    def _is_better(self, extension: str, than: str | None) -> bool:
+        """Whether an image of this extension is the sample's: the first one, and a plain one rather than `depth.png`."""
+        return than is None or (self.job.rules > 1 and "." in than and "." not in extension)
+
+    def _complete(self, sample: _Sample) -> _Sample:
+        """Count a sample and its images. Raises _SeveralImagesError when it is not clear which one is meant."""
+        plain = [extension for extension in sample.images if "." not in extension]
+        candidates = plain or sample.images
+        if len(candidates) > 1 and self.job.rules > 1:
+            names = ", ".join(sorted(set(candidates)))
+            setting = f"`image_member` to one of them (image_member: {candidates[0]})"
+            keys = "" if plain else ", or `tar_keys: last_dot` for a row for each"
+            raise _SeveralImagesError(
+                f"{self.shard.url}: sample {printable(sample.key)[:200]} has several images: {names}. Set {setting}{keys}."
+            )
+        self.total += 1
+        self.left_out["further_image"] += max(0, len(sample.images) - 1)
+        if sample.image is not None:
+            self.image_members[sample.image] += 1
+        self._track(sample)
+        return sample
+
+    def _track(self, sample: _Sample) -> None:
+        before = self._keys.get(sample.key)
+        has_image = bool(sample.images)
+        if before is not None and not (before and has_image):
+            self._parted.append(sample.key)
+        if before is not None or len(self._keys) < MAX_TRACKED_KEYS:
+            self._keys[sample.key] = has_image or bool(before)
+
+    def _why_without_image(self, sample: _Sample) -> str:
+        if self._parted and self._parted[-1] == sample.key:
+            return f"key {printable(sample.key)[:200]} came before: the members of a sample must be adjacent; sort the tar"
+        what = f".{_extension(self.job.image_member)}" if self.job.image_member else "image"
+        has = printable(", ".join(islice(sample.extensions, 8)))[:200]
+        return f"the sample has no {what} member: it has {has}"
+
+    def _kept(self, sample: _Sample) -> PassthroughRow:
+        columns, folders = list[pa.Array](), _folder_columns(self.shard, self.job)
+        for field_ in kept_schema(self.shard, self.job):
+            value: object = sample.kept.get((sample.key, _extension(field_.name)))
+            if value is None and field_.name in folders:
+                value = folder_value(field_.name, self.shard.url)
+            elif isinstance(value, bytes) and field_.type == pa.string():
+                value = value.decode("utf-8", "replace")
+            columns.append(pa.array([value], field_.type))
+        return PassthroughRow(pa.RecordBatch.from_arrays(columns, names=list(self.job.keep)), 0)
+
+    def _is_image(self, extension: str) -> bool:
+        if self.job.image_member:
+            return extension == _extension(self.job.image_member)
+        if self.job.rules == 1:
+            return extension.rpartition(".")[2] in IMAGE_SUFFIXES_V1
+        return _is_image_extension(extension)
+
+    def _why_left_out(self, member: tarfile.TarInfo) -> str:
+        if not member.isreg():
+            return "link" if member.islnk() or member.issym() else "special_file"
+        return "hidden" if member.name.rpartition("/")[2].startswith(".") else "no_suffix"
 
 
-def _samples(source: _Source, job: Job, wanted: Callable[[int], bool]) -> Iterator[_Sample]:
-    """Consecutive members with one key. A cut is noted in the source; the last sample survives when its image is whole."""
-    sample: _Sample | None = None
-    try:
-        for member in _members(source):
-            key, extension = _split(member.name)
-            is_link = member.islnk() or member.issym()
-            if not (member.isreg() or (is_link and _is_image(extension, job))) or not extension:
-                if not member.isdir():
-                    source.skipped[_why_skipped(member)] += 1
-                continue
-            # the same extension again is another image of the same name, not a part of this sample
-            if sample is None or sample.key != key or extension in sample.extensions:
-                if sample is not None:
-                    yield sample
-                index = sample.index + 1 if sample else 0
-                sample = _Sample(index, key, source.start, wanted(index), [None] * len(job.keep))
-            sample.add(extension, member, source, job)
-    except _Cut as cut:
-        if not source.is_tar:
-            raise _not_a_tar(source) from None
-        source.truncated_at, source.why = source.start, str(cut)
-        if sample is not None and not sample.images:
-            # its image may lie beyond the cut: the verdict accounts for it, not an error row
-            source.truncated_at, sample = sample.start, None
-    if sample is not None:
-        yield sample
+_NOTES = {
+    "further_image": "further images of samples were not used (`image_member` chooses)",
+    "hidden": "hidden members were skipped",
+    "no_suffix": "members without an extension were skipped",
+    "link": "links were not followed",
+    "special_file": "special files were skipped",
+}
 
 
-def _why_skipped(member: tarfile.TarInfo) -> str:
-    if member.isreg():
-        return "members that are hidden or have no extension were skipped"
-    return "links were not followed" if member.islnk() or member.issym() else "special files were skipped"
-
-
-def _split(path: str) -> tuple[str, str]:
-    """(key, lower-case extension); no extension for hidden files and names without a dot."""
+def _split_first(path: str) -> tuple[str, str]:
+    """(key, lower-case extension) at the first dot; no extension for hidden files and names without a dot."""
     folder, slash, name = path.rpartition("/")
     stem, _, extension = name.partition(".")
     return folder + slash + stem, extension.lower() if stem else ""
+
+
+def _split_last(path: str) -> tuple[str, str]:
+    """The same at the last dot."""
+    folder, slash, name = path.rpartition("/")
+    stem, _, extension = name.rpartition(".")
+    return folder + slash + stem, extension.lower() if not name.startswith(".") else ""
 
 
 def _extension(name: str) -> str:
     return name.lower().lstrip(".")
 
 
-def _is_image(extension: str, job: Job) -> bool:
-    if job.image_member:
-        return extension == _extension(job.image_member)
-    return extension.rpartition(".")[2] in IMAGE_EXTENSIONS
+def _is_image_extension(extension: str) -> bool:
+    return extension.rpartition(".")[2] in IMAGE_SUFFIXES | UNDECODED_SUFFIXES
 
 
 def _is_text(extension: str) -> bool:
     return extension.rpartition(".")[2] in TEXT_EXTENSIONS
-
-
-def _members(source: _Source) -> Iterator[tarfile.TarInfo]:
-    """Every member in order, the source at its data. Raises _Cut where the bytes stop being a tar."""
-    while True:
-        source.start = source.at
-        records: dict[str, bytes] = {}
-        while (info := _header(source)) is not None and info.type in _EXTENSIONS:
-            records |= _records(source, info)
-        if info is None:
-            _check_end(source)
-            return
-        _complete(info, records)
-        data_at = source.at
-        if data_at + info.size > source.size:
-            there = source.size - data_at
-            raise _Cut(f"the data of {printable(info.name)!r} are cut: {there} of {info.size} bytes")
-        yield info
-        source.move(min(data_at + _padded(info.size), source.size))
-
-
-_PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
-_EXTENSIONS = (*_PAX, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE)
-
-
-def _header(source: _Source) -> tarfile.TarInfo | None:
-    """The next header; None for a block of zeros."""
-    block = source.take(BLOCK)
-    if not block:
-        raise _Cut("the end marker is missing")
-    if block.count(0) == BLOCK:
-        return None
-    try:
-        info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-    except tarfile.HeaderError as error:
-        raise _Cut(f"damaged header at byte {source.at - len(block)}: {error}") from error
-    if info.size < 0:
-        raise _Cut("a header with a negative size")
-    source.is_tar = True
-    return info
-
-
-def _records(source: _Source, info: tarfile.TarInfo) -> dict[str, bytes]:
-    """What an extended header says of the member that follows."""
-    if info.size > MAX_EXTENSION_BYTES:
-        raise _Cut(f"an extended header of {info.size} bytes")
-    data = source.take(_padded(info.size))[: info.size]
-    if len(data) < info.size:
-        raise _Cut("it ends inside an extended header")
-    if info.type == tarfile.GNUTYPE_LONGNAME:
-        return {"path": data.partition(b"\0")[0]}
-    return _pax_records(data) if info.type in _PAX else {}
-
-
-def _pax_records(data: bytes) -> dict[str, bytes]:
-    """Records `<length> <keyword>=<value>\\n` (POSIX.1-2001, pax)."""
-    records, at = {}, 0
-    while at < len(data) and data[at]:
-        digits = data[at : at + 10].partition(b" ")[0]
-        record = data[at : at + int(digits)] if digits.isdigit() else b""
-        keyword, equals, value = record[len(digits) + 1 : -1].partition(b"=")
-        if not equals or not record.endswith(b"\n") or len(record) != int(digits):
-            raise _Cut("a damaged PAX header")
-        records[keyword.decode("utf-8", "replace")] = value
-        at += len(record)
-    return records
-
-
-def _complete(info: tarfile.TarInfo, records: dict[str, bytes]) -> None:
-    """Give a member the name and the size that its extended headers say."""
-    if "path" in records:
-        info.name = records["path"].decode("utf-8", "surrogateescape")
-    if info.type == tarfile.GNUTYPE_SPARSE or any(keyword.startswith("GNU.sparse") for keyword in records):
-        raise _Cut(f"{printable(info.name)!r} is stored sparse; pack it again without --sparse")
-    if "size" in records:
-        if not records["size"].isdigit() or len(records["size"]) > 20:
-            raise _Cut("a damaged PAX header")
-        info.size = int(records["size"])
-    if info.type in tarfile.SUPPORTED_TYPES and not info.isreg():
-        info.size = 0  # links, directories and devices have no data, whatever their header says
-
-
-def _padded(size: int) -> int:
-    return -(-size // BLOCK) * BLOCK
-
-
-def _check_end(source: _Source) -> None:
-    """After one zero block: a second one, then nothing but zeros up to the object's size."""
-    marker = source.at - BLOCK
-    if marker != source.start:
-        raise _Cut("an extended header stands before no member")
-    while chunk := source.take(TAIL_BYTES):
-        source.start = source.at - len(chunk.lstrip(b"\0"))
-        if source.start < source.at:
-            raise _Cut("there are bytes after the end marker")
-    source.start = source.at
-    if source.at - marker < 2 * BLOCK:
-        raise _Cut("the end marker is cut")
-    if not source.is_tar and source.size % BLOCK:
-        raise _Cut("zeros only")
-
-
-def _not_a_tar(source: _Source) -> ShardError:
-    source.move(0)
-    head = source.take(16)
-    packed = next((name for magic, name in COMPRESSED.items() if head.startswith(magic)), None)
-    if packed:
-        return ShardError(f"{source.url} is {packed}, not a tar. Compressed archives cannot be streamed exactly: unpack it.")
-    what = f"it begins with {head!r}" if head else "it is empty"
-    return ShardError(f"{source.url} is not a tar: {what}. Replace or remove it, or set `format`.")

@@ -13,6 +13,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from io import BufferedReader
 from typing import cast
@@ -20,15 +21,15 @@ from typing import cast
 from fsspec.utils import glob_translate
 
 from vitray.errors import JobError, ObjectMissing, StorageError, UnsafeStore
-from vitray.schema import IMAGE_EXTENSIONS
+from vitray.schema import IMAGE_SUFFIXES, UNDECODED_SUFFIXES
 from vitray.storage.folder import new_folder
 from vitray.storage.local import LocalStore, on_disk
 from vitray.storage.objects import ABANDONED_S, ObjectInfo, Store, absolute, is_local
 from vitray.storage.s3 import S3Store
 
 __all__ = [
-    "ObjectInfo", "absolute", "drop_scratch", "exists", "expand", "is_local", "join", "new_folder", "on_disk", "probe", "read", "scratch", "sha256_of",
-    "store_for",
+    "Found", "ObjectInfo", "absolute", "drop_scratch", "exists", "expand", "is_local", "join", "new_folder", "on_disk",
+    "probe", "read", "scratch", "search", "sha256_of", "store_for",
 ]  # fmt: skip
 SCRATCH = "probe-"
 
@@ -101,18 +102,41 @@ def drop_scratch(out: str) -> list[str]:
     return old
 
 
-def expand(pattern: str) -> list[ObjectInfo]:
-    """The objects that a URL, glob, {000..099} range or prefix names, in order. Raises ObjectMissing for one that names none."""
-    found: list[ObjectInfo] = []
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a pattern names, in order.
+
+    hidden: the URLs below it with a name that begins with a dot or an underscore which nobody asked for.
+    linked_folders: folders behind symbolic links, which are not entered.
+    """
+
+    objects: list[ObjectInfo]
+    hidden: list[str]
+    linked_folders: list[str]
+
+
+def search(pattern: str) -> Found:
+    """The objects that a URL, glob, {000..099} range or prefix names. Raises ObjectMissing for one that names none."""
+    found = Found([], [], [])
     for url in expand_braces(pattern):
         store = store_for(url)
-        infos = store.glob(url) if _wild(url) else store.find(url)
-        is_hidden = _hidden_by(absolute(url))
-        found += [info for info in infos if not is_hidden(info.url)]
+        infos, linked_folders = (store.glob(url), []) if _wild(url) else store.find_all(url)
         if not infos:
             hint = " (a star stays within its folder: give the folder itself, or /**)" if url.endswith("/*") else ""
             raise ObjectMissing(f"{url} names no object{hint}")
+        is_hidden = _hidden_by(absolute(url))
+        for info in infos:
+            if is_hidden(info.url):
+                found.hidden.append(info.url)
+            else:
+                found.objects.append(info)
+        found.linked_folders.extend(linked_folders)
     return found
+
+
+def expand(pattern: str) -> list[ObjectInfo]:
+    """The objects of `search`."""
+    return search(pattern).objects
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -150,7 +174,7 @@ def _hidden_by(pattern: str) -> Callable[[str], bool]:
 
     def is_hidden(url: str) -> bool:
         *folders, name = url.removeprefix(base).split("/")
-        is_image = name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
+        is_image = name.rpartition(".")[2].lower() in IMAGE_SUFFIXES | UNDECODED_SUFFIXES
         return any(part[:1] in {".", "_"} - asked for part in folders) or name[:1] in {".", *("_" * (not is_image))} - asked
 
     return is_hidden

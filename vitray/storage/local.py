@@ -30,15 +30,22 @@ class LocalStore:
     """URLs are UTF-8, names on a disk need not be: a byte that is none is `\\udcXX` in a URL (see on_disk)."""
 
     def find(self, prefix: str) -> list[ObjectInfo]:
+        found, _ = self.find_all(prefix)
+        return [info for info in found if not os.path.basename(info.url).startswith(TMP_PREFIX)]
+
+    def find_all(self, prefix: str) -> tuple[list[ObjectInfo], list[str]]:
         root = on_disk(prefix)
         if os.path.isfile(root):
-            return [self.stat(prefix)]
-        walk = os.walk(root, onerror=lambda error: _raise_in_walk(error, root))
-        paths = (os.path.join(folder, name) for folder, _, names in walk for name in names)
-        return self._infos(path for path in paths if not os.path.basename(path).startswith(TMP_PREFIX))
+            return [self.stat(prefix)], []
+        paths, linked_folders = list[str](), list[str]()
+        for folder, folders, names in os.walk(root, onerror=lambda error: _raise_in_walk(error, root)):
+            paths += [os.path.join(folder, name) for name in names]
+            inside = (os.path.join(folder, name) for name in folders)
+            linked_folders += [_url_of(path) for path in inside if os.path.islink(path)]
+        return self._infos(paths), linked_folders
 
     def glob(self, pattern: str) -> list[ObjectInfo]:
-        return self._infos(globbing.iglob(on_disk(pattern), recursive=True))
+        return self._infos(globbing.iglob(on_disk(pattern), recursive=True, include_hidden=True))
 
     def _infos(self, paths: Iterable[str]) -> list[ObjectInfo]:
         found = []

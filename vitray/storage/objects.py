@@ -33,6 +33,9 @@ class Store(Protocol):
     def find(self, prefix: str) -> list[ObjectInfo]:
         """Every object under a prefix (a directory or one object), in the order of URLs."""
 
+    def find_all(self, prefix: str) -> tuple[list[ObjectInfo], list[str]]:
+        """What `find` says, and half-written files too; and the linked folders that were not entered."""
+
     def glob(self, pattern: str) -> list[ObjectInfo]: ...
 
     def stat(self, url: str) -> ObjectInfo: ...

@@ -55,6 +55,9 @@ class S3Store:
         found = self._call(prefix, lambda: self._fs.find(_key(prefix), detail=True))
         return _infos(found) or self._nothing_in(prefix)
 
+    def find_all(self, prefix: str) -> tuple[list[ObjectInfo], list[str]]:
+        return self.find(prefix), []
+
     def glob(self, pattern: str) -> list[ObjectInfo]:
         found = self._call(pattern, lambda: self._fs.glob(_key(pattern), detail=True))
         return _infos(found) or self._nothing_in(pattern)

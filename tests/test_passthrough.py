@@ -1,0 +1,304 @@
+"""Passthrough columns: every Arrow type that Parquet can store comes out as it went in, without Python values on the way."""
+
+from __future__ import annotations
+
+import decimal
+import io
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import hand_made
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from vitray.dataset import Dataset, commit_shard, resolve_dataset
+from vitray.models import Predictions
+from vitray.pipeline.steps import decode_step, predict_step, read_step, stage_step, unpack
+from vitray.schema import VectorColumn, rebuilt_type, without_list_views
+from vitray.sources import list_shards, passthrough_schema
+from vitray.validation import validate
+
+UNITS = ("s", "ms", "us", "ns")
+INTEGERS = (pa.int8(), pa.int16(), pa.int32(), pa.int64(), pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64())
+TEMPORAL = (
+    pa.date32(),
+    pa.time32("ms"),
+    pa.time64("us"),
+    pa.time64("ns"),
+    *(pa.timestamp(unit) for unit in UNITS[1:]),  # Parquet has no seconds: pyarrow makes them milliseconds
+    *(pa.timestamp(unit, "Europe/Berlin") for unit in UNITS[1:]),
+    *(pa.duration(unit) for unit in UNITS),
+)
+FLOATS = (pa.float16(), pa.float32(), pa.float64())
+DECIMALS = (pa.decimal32(9, 2), pa.decimal64(18, 5), pa.decimal128(38, 10), pa.decimal256(76, 0))
+TEXTS = (pa.string(), pa.large_string(), pa.string_view())
+BYTES = (pa.binary(), pa.large_binary(), pa.binary_view(), pa.binary(3))
+DICTIONARIES = (
+    pa.dictionary(pa.int8(), pa.string()),
+    pa.dictionary(pa.int32(), pa.large_string()),
+    pa.dictionary(pa.int16(), pa.binary()),
+)
+EXTENSIONS = (pa.uuid(), pa.bool8(), pa.json_(), pa.fixed_shape_tensor(pa.int16(), [2]))
+LEAVES = (pa.bool_(), *INTEGERS, *TEMPORAL, *FLOATS, *DECIMALS, *TEXTS, *BYTES, *DICTIONARIES, *EXTENSIONS)
+
+
+def nested(inner: st.SearchStrategy[pa.DataType]) -> st.SearchStrategy[pa.DataType]:
+    keys = st.sampled_from((pa.string(), pa.int32(), pa.date32()))
+    return st.one_of(
+        inner.map(pa.list_),
+        inner.map(pa.large_list),
+        inner.map(pa.list_view),
+        inner.map(lambda kind: pa.list_(kind, 2)),
+        st.lists(inner, min_size=1, max_size=3).map(lambda kinds: pa.struct([(f"f{n}", kind) for n, kind in enumerate(kinds)])),
+        st.tuples(keys, inner).map(lambda pair: pa.map_(*pair)),
+    )
+
+
+TYPES = st.recursive(st.sampled_from(LEAVES), nested, max_leaves=4)
+
+
+def array_of(kind: pa.DataType, count: int, rng: np.random.Generator, nulls: bool = True) -> pa.Array:
+    """Random values of any type: extremes, nulls, empty and long ones."""
+    mask = pa.array(rng.random(count) < (0.25 if nulls else 0.0))
+
+    def with_nulls(array: pa.Array) -> pa.Array:
+        return pa.array([None if is_null else value for value, is_null in zip(array, mask.to_pylist())], array.type)
+
+    if isinstance(kind, pa.BaseExtensionType):
+        return pa.ExtensionArray.from_storage(kind, array_of(kind.storage_type, count, rng, nulls))
+    if pa.types.is_dictionary(kind):
+        values = array_of(kind.value_type, 3, rng, nulls=False).unique()
+        indices = pa.array(rng.integers(0, len(values), count), mask=np.array(mask)).cast(kind.index_type)
+        return pa.DictionaryArray.from_arrays(indices, values)
+    if pa.types.is_boolean(kind):
+        return pa.array(rng.random(count) < 0.5, mask=np.array(mask))
+    if pa.types.is_integer(kind) or pa.types.is_temporal(kind):
+        width = kind.bit_width // 8
+        name = f"{'u' if pa.types.is_unsigned_integer(kind) else 'i'}{width}"
+        extremes = np.iinfo(name)
+        values = rng.choice([extremes.min, extremes.max, 0, int(rng.integers(0, 100)), 86_399_999], count).astype(name)
+        if pa.types.is_time(kind):
+            values = np.abs(values) % 86_400_000
+        return pa.array(values.astype(name), mask=np.array(mask)).view(kind)
+    if pa.types.is_floating(kind):
+        values = rng.choice([0.0, -0.0, np.inf, -np.inf, 1.5, float(rng.normal())], count)
+        return pa.array(values.astype(f"f{kind.bit_width // 8}"), mask=np.array(mask))
+    if pa.types.is_decimal(kind):
+        largest = decimal.Decimal((0, (9,) * kind.precision, -kind.scale))
+        texts = [[largest, largest.copy_negate(), decimal.Decimal(0)][n] for n in rng.integers(0, 3, count)]
+        return with_nulls(pa.array(texts, kind))
+    if pa.types.is_fixed_size_binary(kind):
+        return with_nulls(pa.array([rng.bytes(kind.byte_width) for _ in range(count)], kind))
+    if kind in TEXTS:
+        texts = ["", "x", "naïve ☃ 𝒳", "long " * 40, str(rng.integers(1 << 40))]
+        return with_nulls(pa.array([texts[n] for n in rng.integers(0, 5, count)], kind))
+    if kind in BYTES:
+        return with_nulls(pa.array([rng.bytes(int(n)) for n in rng.integers(0, 40, count)], kind))
+    if pa.types.is_struct(kind):
+        children = [array_of(field.type, count, rng) for field in kind]
+        return pa.StructArray.from_arrays(children, fields=list(kind), mask=mask)
+    if pa.types.is_fixed_size_list(kind):
+        flat = array_of(kind.value_type, count * kind.list_size, rng)
+        return pa.FixedSizeListArray.from_arrays(flat, type=kind, mask=mask)
+    lengths = rng.integers(0, 4, count)
+    offsets = pa.array([0, *np.cumsum(lengths).tolist()], pa.int64() if pa.types.is_large_list(kind) else pa.int32())
+    total = int(lengths.sum())
+    if pa.types.is_map(kind):
+        keys, items = array_of(kind.key_type, total, rng, nulls=False), array_of(kind.item_type, total, rng)
+        return pa.MapArray.from_arrays(offsets, keys, items)
+    flat = array_of(kind.value_type, total, rng)
+    if pa.types.is_list_view(kind):
+        return pa.ListViewArray.from_arrays(offsets[:-1], pa.array(lengths, pa.int32()), flat)
+    return (pa.LargeListArray if pa.types.is_large_list(kind) else pa.ListArray).from_arrays(offsets, flat, mask=mask)
+
+
+def without_dictionaries(kind: pa.DataType) -> pa.DataType:
+    """Equal values may have their dictionaries in another order: compared as what they stand for."""
+    if pa.types.is_dictionary(kind):
+        return kind.value_type
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(without_dictionaries(field.type)) for field in kind])
+    if pa.types.is_map(kind):
+        return pa.map_(kind.key_type, without_dictionaries(kind.item_type))
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(without_dictionaries(kind.value_type), kind.list_size)
+    if pa.types.is_large_list(kind):
+        return pa.large_list(without_dictionaries(kind.value_type))
+    if pa.types.is_list(kind) or pa.types.is_list_view(kind):
+        return pa.list_(without_dictionaries(kind.value_type))
+    return kind
+
+
+class ZeroModel:
+    """Every image is class 0 with the same vector."""
+
+    def predict(self, pixels: np.ndarray) -> Predictions:
+        count = len(pixels)
+        ids = np.tile(np.arange(2, dtype=np.int32), (count, 1))
+        vectors = np.full((count, hand_made.DIMENSION), 0.5, np.float32)
+        return Predictions(ids, np.full((count, 2), 0.5, np.float32), {"embedding": vectors})
+
+
+def picture() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+PICTURE = picture()
+BAD_EVERY = 5  # so many rows hold one image that is none
+
+
+def through(folder: Path, tables: list[pa.Table], on_ray: bool = False) -> Dataset:
+    """These Parquet files through read, decode, predict, stage and commit. on_ray: packed between the stages, as Ray does it."""
+    source = folder / "in"
+    source.mkdir()
+    for n, table in enumerate(tables):
+        images = [b"no image" if row % BAD_EVERY == 3 else PICTURE for row in range(table.num_rows)]
+        pq.write_table(table.append_column("image", pa.array(images, pa.binary())), source / f"{n}.parquet", row_group_size=7)
+    names = tables[0].column_names
+    job = hand_made.job_of(folder, source=str(source), keep=names, image_column="image", source_rules=2)
+    shards = list_shards(job, []).shards
+    vector = VectorColumn("embedding", hand_made.DIMENSION, None, "cls", True, "float32")
+    kept = passthrough_schema(shards, job)
+    dataset = resolve_dataset(job, hand_made.facts_of("m"), [vector], kept, "2026-01-01T00:00:00+00:00")
+    travel: Callable[..., object] = (lambda parcel: next(unpack(parcel.pack()))) if on_ray else (lambda parcel: parcel)
+    for shard in shards:
+        for parcel in map(travel, read_step(dataset, shard)):
+            assert parcel.receipt.kind in ("fragment", "end"), parcel.receipt.message
+            decoded = travel(decode_step(dataset, parcel))
+            stage_step(dataset, travel(predict_step(dataset, ZeroModel(), decoded)))
+        assert commit_shard(dataset, shard) is not None
+    checked = validate(dataset.out, inputs=False)
+    assert checked.ok, checked
+    return dataset
+
+
+def kept_rows(dataset: Dataset, names: list[str]) -> list[pa.Table]:
+    return [pq.read_table(path).select(names) for path in sorted(Path(dataset.out, "data").glob("*.parquet"))]
+
+
+def as_read(table: pa.Table) -> pa.Table:
+    """What pyarrow itself gives back of a table that it wrote."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, row_group_size=7)
+    return pq.read_table(pa.BufferReader(sink.getvalue()))
+
+
+def good_rows(table: pa.Table) -> pa.Table:
+    """Those whose image is one, as slices: pyarrow cannot `take` from view types."""
+    return pa.concat_tables([table.slice(n, 1) for n in range(table.num_rows) if n % BAD_EVERY != 3])
+
+
+def plain(table: pa.Table) -> pa.Table:
+    columns = [without_list_views(column.combine_chunks()) for column in table.columns]
+    return pa.table([column.cast(without_dictionaries(column.type)) for column in columns], names=table.column_names)
+
+
+def holds_fixed_list_views(kind: pa.DataType) -> bool:
+    try:
+        without_list_views(pa.nulls(1, kind))
+    except pa.ArrowNotImplementedError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("kind", LEAVES, ids=str)
+def test_every_plain_type_passes_through_equal(tmp_path: Path, kind: pa.DataType) -> None:
+    check(tmp_path, kind, seed=1, count=23, on_ray=False)
+
+
+@pytest.mark.timeout(300)
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(kind=TYPES, seed=st.integers(0, 1 << 32), count=st.integers(1, 40), on_ray=st.booleans())
+@example(kind=pa.map_(pa.string(), pa.list_(pa.string_view())), seed=3, count=20, on_ray=True)
+@example(kind=pa.list_view(pa.string_view()), seed=4, count=20, on_ray=False)
+@example(kind=pa.struct([("f", pa.dictionary(pa.int32(), pa.string()))]), seed=5, count=20, on_ray=True)
+def test_every_type_passes_through_equal(kind: pa.DataType, seed: int, count: int, on_ray: bool) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        check(Path(folder), kind, seed, count, on_ray)
+
+
+def check(folder: Path, kind: pa.DataType, seed: int, count: int, on_ray: bool) -> None:
+    rng = np.random.default_rng(seed)
+    try:
+        table = as_read(pa.table({"value": pa.chunked_array([array_of(kind, count, rng), array_of(kind, 3, rng)])}))
+        is_stable = as_read(table).equals(table)
+    except pa.ArrowException:  # what Parquet cannot store
+        assume(False)
+    assume(is_stable)  # else pyarrow itself returns other values
+    assume(not holds_fixed_list_views(kind))
+    dataset = through(folder, [table], on_ray)
+    (found,) = kept_rows(dataset, ["value"])
+    assert found["value"].type == rebuilt_type(table["value"].type, lambda leaf: leaf)  # lists in place of list views
+    assert plain(found).equals(good_rows(plain(table)).combine_chunks())
+
+
+def test_types_that_pyarrow_widens_pass_through_as_pyarrow_reads_them(tmp_path: Path) -> None:
+    columns = {"t": pa.array([1, None, 3], pa.time32("s")), "d": pa.array([0, 86_400_000, None], pa.date64())}
+    table = pa.table({**columns, "s": pa.array([1 << 40, None, -1], pa.timestamp("s"))})
+    (found,) = kept_rows(through(tmp_path, [table]), ["t", "d", "s"])
+    assert found.equals(as_read(table))
+
+
+def test_bits_of_nan_stay_as_they_are(tmp_path: Path) -> None:
+    bits = np.array([0x7FF8000000000001, 0xFFF8000000000000, 0x7FF0000000000001], np.uint64)
+    (found,) = kept_rows(through(tmp_path, [pa.table({"n": pa.array(bits.view("f8"))})]), ["n"])
+    assert found["n"].to_numpy().view(np.uint64).tolist() == bits.tolist()
+
+
+def test_years_beyond_9999_pass_through(tmp_path: Path) -> None:
+    values = pa.array([2**31 - 1, -(2**31), 0], pa.int32()).view(pa.date32())
+    far = pa.array([2**62, -(2**62), None], pa.timestamp("us"))
+    (found,) = kept_rows(through(tmp_path, [pa.table({"day": values, "at": far})]), ["day", "at"])
+    assert found["day"].cast(pa.int32()).to_pylist() == [2**31 - 1, -(2**31), 0]
+    assert found["at"].cast(pa.int64()).to_pylist() == [2**62, -(2**62), None]
+
+
+def test_columns_with_odd_names_pass_through(tmp_path: Path) -> None:
+    table = pa.table({"a.b": [1, 2], "a": [{"b": 3}, {"b": 4}], "ü ☃": [5, 6], "[x]": [7, 8]})
+    (found,) = kept_rows(through(tmp_path, [table]), table.column_names)
+    assert found.equals(table)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "both"),
+    [
+        (pa.int32(), pa.int64(), pa.int64()),
+        (pa.string(), pa.large_string(), pa.large_string()),
+        (pa.date32(), pa.date32(), pa.date32()),
+        (pa.timestamp("ms"), pa.timestamp("ns"), pa.timestamp("ns")),
+        (pa.float32(), pa.float64(), pa.float64()),
+        (pa.dictionary(pa.int8(), pa.string()), pa.string(), pa.string()),
+        (pa.list_(pa.int8()), pa.list_(pa.int32()), pa.list_(pa.int32())),
+        (pa.null(), pa.int16(), pa.int16()),
+    ],
+    ids=str,
+)
+def test_files_of_different_widths_meet_in_one_type(
+    tmp_path: Path, first: pa.DataType, second: pa.DataType, both: pa.DataType
+) -> None:
+    rng = np.random.default_rng(1)
+    small = (
+        pa.nulls(4)
+        if first == pa.null()
+        else array_of(first, 4, rng)
+        if first != pa.timestamp("ms")
+        else pa.array([1, 2, None, 3], first)
+    )
+    other = pa.array([1, 2, None, 3], second) if second == pa.timestamp("ns") else array_of(second, 4, rng)
+    tables = [pa.table({"value": small}), pa.table({"value": other})]
+    found = kept_rows(through(tmp_path, tables), ["value"])
+    assert [table["value"].type for table in found] == [both, both]
+    for table, values in zip(found, (small, other)):
+        assert (
+            plain(table)["value"]
+            .combine_chunks()
+            .equals(good_rows(plain(pa.table({"value": values})))["value"].cast(both).combine_chunks())
+        )

@@ -1,0 +1,556 @@
+"""Inputs that real users had: every image gets a row, or is counted, or the job is refused in plain words.
+
+Each test names the public report that its input was built after.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+import vitray
+from vitray.cli import main
+from vitray.errors import JobError, ShardError, SourceError
+from vitray.job import Job
+from vitray.pipeline import Result
+from vitray.planning import plan, status
+from vitray.sources.tar import member_extensions
+from vitray.validation import validate
+
+MODEL = str(Path(__file__).parent / "data" / "dataset-v1" / "model")
+
+
+def jpg(seed: int, form: str = "JPEG", **options: object) -> bytes:
+    """A picture of its own for each seed."""
+    colours = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(colours).resize((40, 30)).save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def write_files(folder: Path, names: dict[str, bytes]) -> Path:
+    for name, data in names.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return folder
+
+
+def job_for(source: object, out: Path, **fields: object) -> Job:
+    base = {"engine": "torch", "precision": "fp32", "batch_size": 8, "fragment_rows": 64, "compile": "off", "max_error_rate": 1}
+    return Job(**{"source": [str(source)], "model": MODEL, "out": str(out), **base, **fields})
+
+
+class Labelled:
+    """A run's result with its rows and its error rows, each in the order of shards and rows."""
+
+    def __init__(self, result: Result) -> None:
+        self.result = result
+        self.rows = rows_below(Path(result.out, "data"))
+        self.errors = rows_below(Path(result.errors_path))
+
+    @property
+    def keys(self) -> list[str]:
+        return [row["key"] for row in self.rows]
+
+    @property
+    def names(self) -> list[str]:
+        return [key.rpartition("/")[2] for key in self.keys]
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        return {row["key"].rpartition("/")[2]: row["reason"] for row in self.errors}
+
+
+def rows_below(folder: Path) -> list[dict[str, object]]:
+    tables = [pq.read_table(path) for path in sorted(folder.glob("*.parquet"))]
+    return [row for table in tables for row in table.to_pylist()]
+
+
+def label(source: object, out: Path, **fields: object) -> Labelled:
+    """A run of this source; the dataset that it leaves is valid and says the same as the run."""
+    result = vitray.run(job_for(source, out, **fields))
+    checked = validate(result.out, content=True)
+    assert checked.ok, checked
+    assert checked.left_out == result.left_out == status(result.out).left_out
+    return Labelled(result)
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., tuple[int, str, str]]]:
+    """cli(*argv) -> (exit code, stdout, stderr), in this process."""
+
+    def call(*argv: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["vitray", *map(str, argv)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return (int(stopped.value.code or 0), *capsys.readouterr())
+
+    yield call
+
+
+def fields_of(**fields: object) -> list[str]:
+    base = {"engine": "torch", "precision": "fp32", "batch_size": 8, "fragment_rows": 64, "max_error_rate": 1, **fields}
+    return [part for name, value in base.items() for part in ("--set", f"{name}={value}")]
+
+
+# ---- 1: dots in the names of a tar's members (webdataset#237, datasets#7144)
+
+DOTTED = ["Mr. Bean_0.jpg", "Mr. Bean_1.jpg", "Mr. T_0.jpg", "Robert Downey Jr._0.jpg"]
+
+
+def test_dots_in_member_names_cost_no_image(tmp_path: Path) -> None:
+    source = write_tar(tmp_path / "in" / "a.tar", {name: jpg(n) for n, name in enumerate(DOTTED)})
+    found = label(source, tmp_path / "out")
+    assert found.keys == [name.removesuffix(".jpg") for name in DOTTED]
+    assert (found.result.exit_code, found.result.errors, found.result.left_out) == (0, 0, {})
+
+
+@pytest.mark.parametrize("first", ["json", "jpg"])
+def test_sidecars_of_dotted_names_belong_to_their_image(tmp_path: Path, first: str) -> None:
+    members = dict[str, bytes]()
+    for n, name in enumerate(DOTTED):
+        stem = name.removesuffix(".jpg")
+        pair = {f"{stem}.jpg": jpg(n), f"{stem}.json": json.dumps({"n": n}).encode()}
+        members |= pair if first == "jpg" else dict(reversed(pair.items()))
+    found = label(write_tar(tmp_path / "in" / "a.tar", members), tmp_path / "out", keep="json")
+    assert [(row["key"], row["json"]) for row in found.rows] == [
+        (name.removesuffix(".jpg"), json.dumps({"n": n})) for n, name in enumerate(DOTTED)
+    ]
+    assert found.result.errors == 0
+
+
+def test_a_dotted_name_behind_ordinary_ones_gets_a_row(tmp_path: Path) -> None:
+    """The start of the tar, by which `auto` goes, holds no such name."""
+    ordinary = {f"{n:04d}.jpg": jpg(n) for n in range(230)}
+    members = {**ordinary, "shot.0001.jpg": jpg(901), "shot.0002.jpg": jpg(902), "v1.final cut.jpg": jpg(903)}
+    found = label(write_tar(tmp_path / "in" / "a.tar", members), tmp_path / "out")
+    assert found.keys[230:] == ["shot.0001", "shot.0002", "v1.final cut"]
+
+
+@pytest.mark.parametrize(
+    ("names", "extensions"),
+    [
+        (["0.jpg", "1.jpg"], []),
+        (["0.depth.png", "0.jpg", "0.json"], ["depth.png"]),
+        (["0.jpg", "1.jpg", "1.depth.png", "2.jpg"], ["depth.png"]),
+        (["0.left.jpg", "0.right.jpg", "1.left.jpg", "1.right.jpg"], ["left.jpg", "right.jpg"]),
+        (["a.min.jpg", "b.jpg"], ["min.jpg"]),
+        (DOTTED, []),
+        (["Dr.who.jpg", "Dr.no.jpg"], []),
+        (["shot.0001.png", "shot.0002.png"], []),
+        (["J.K.Rowling_1.jpg", "J.R.R.Tolkien.jpg"], []),
+        (["v1.2.jpg", "v1.3.jpg"], []),
+        ([], []),
+    ],
+)
+def test_member_extensions_are_told_from_names_with_dots(names: list[str], extensions: list[str]) -> None:
+    assert sorted(member_extensions(names)) == extensions
+
+
+def test_where_a_key_ends_can_be_said(tmp_path: Path) -> None:
+    source = write_tar(tmp_path / "in" / "a.tar", {"a.x.jpg": jpg(1), "a.y.jpg": jpg(2), "b.jpg": jpg(3)})
+    by_last = label(source, tmp_path / "last", tar_keys="last_dot")
+    assert by_last.keys == ["a.x", "a.y", "b"]
+    with pytest.raises(SourceError, match=r"sample a has several images: x\.jpg, y\.jpg\. Set `image_member`"):
+        vitray.run(job_for(source, tmp_path / "first", tar_keys="first_dot"))
+
+
+# ---- 2: several images in a sample (webdataset#20, datasets#7055)
+
+
+def test_a_plain_image_is_preferred_and_the_others_are_counted(tmp_path: Path) -> None:
+    depth, photo = jpg(1, "PNG"), jpg(2)
+    source = write_tar(tmp_path / "in" / "a.tar", {"0.depth.png": depth, "0.jpg": photo, "0.json": b"{}"})
+    found = label(source, tmp_path / "out")
+    assert [(row["key"], row["format"]) for row in found.rows] == [("0", "jpeg")]
+    assert found.result.left_out == {"further_image": 1}
+    told = status(found.result.out)
+    assert told.image_members == {"jpg": 1} and "1 further_image" in str(told)
+
+
+def test_several_plain_images_are_refused_by_run_and_plan(tmp_path: Path) -> None:
+    source = write_tar(tmp_path / "in" / "a.tar", {"0.jpg": jpg(1), "0.png": jpg(2, "PNG"), "1.jpg": jpg(3)})
+    for refuse in (vitray.run, plan):
+        with pytest.raises(SourceError, match=r"sample 0 has several images: jpg, png\. Set `image_member`"):
+            refuse(job_for(source, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    chosen = label(source, tmp_path / "chosen", image_member="png")
+    assert [row["format"] for row in chosen.rows] == ["png"] and chosen.reasons == {"1": "missing"}
+
+
+def test_a_later_tar_with_several_plain_images_is_set_aside_and_named(tmp_path: Path) -> None:
+    write_tar(tmp_path / "in" / "a.tar", {"0.jpg": jpg(1)})
+    write_tar(tmp_path / "in" / "b.tar", {"0.jpg": jpg(2), "0.webp": jpg(3, "WEBP")})
+    found = label(tmp_path / "in", tmp_path / "out")
+    (why,) = found.result.set_aside.values()
+    assert found.result.exit_code == 3 and "jpg, webp. Set `image_member`" in why
+    assert why in str(status(found.result.out))
+
+
+# ---- 3: suffixes (thumbsup#368, fiftyone#1399)
+
+
+def mixed_folder(folder: Path) -> Path:
+    names = {"a.jpg": jpg(1), "b.jfif": jpg(2), "c.jpe": jpg(3), "IMG.HEIC": b"\0\0\0\x18ftypheic" + bytes(99)}
+    return write_files(folder, {**names, "bare": jpg(4), "notes.txt": b"text", ".hidden.jpg": jpg(5), "s/e.PJPEG": jpg(6)})
+
+
+def test_unusual_suffixes_are_images_and_what_is_left_out_is_counted(
+    tmp_path: Path, cli: Callable[..., tuple[int, str, str]]
+) -> None:
+    folder = mixed_folder(tmp_path / "in")
+    found = label(folder, tmp_path / "out")
+    assert found.names == ["a.jpg", "b.jfif", "c.jpe", "e.PJPEG"] and found.reasons == {"IMG.HEIC": "format_not_allowed"}
+    assert found.errors[0]["message"] == "heic is not decoded: convert it to JPEG, PNG or WebP"
+    assert found.result.left_out == {"hidden": 1, "no_suffix": 1, "other_suffix": 1}
+    line = "left out   3: 1 hidden, 1 no_suffix, 1 other_suffix (1 .txt, 1 without suffix)"
+    for command in (["plan", folder, "--model", MODEL, "--out", tmp_path / "out"], ["status", tmp_path / "out"]):
+        code, out, _ = cli(*command)
+        assert code == 0 and line in out.splitlines()
+    code, out, _ = cli("run", folder, "--model", MODEL, "--out", tmp_path / "out", *fields_of(), "--json")
+    assert code == 0 and json.loads(out)["left_out"] == {"hidden": 1, "no_suffix": 1, "other_suffix": 1}
+    records = [json.loads(path.read_text()) for path in (tmp_path / "out" / "_vitray" / "runs").iterdir()]
+    assert records[-1]["left_out"] == found.result.left_out
+
+
+def test_an_explicit_format_reads_files_without_a_suffix(tmp_path: Path) -> None:
+    found = label(mixed_folder(tmp_path / "in"), tmp_path / "out", format="files")
+    assert "bare" in found.names and found.result.left_out == {"hidden": 1, "other_suffix": 1}
+    write_files(tmp_path / "bare", {"000000_0": b"no image", "000000_1": jpg(1)})
+    bare = label(tmp_path / "bare", tmp_path / "out2", format="files")
+    assert (bare.names, bare.reasons) == (["000000_1"], {"000000_0": "not_an_image"})
+    pq.write_table(pa.table({"image": [jpg(1), jpg(2)]}), tmp_path / "000_0")
+    assert label(tmp_path / "000_0", tmp_path / "out3", format="parquet").result.rows == 2
+    (tmp_path / "tars").mkdir()
+    write_tar(tmp_path / "x.tar", {"0.jpg": jpg(1)}).rename(tmp_path / "tars" / "shard-0")
+    assert label(tmp_path / "tars", tmp_path / "out4", format="tar").result.rows == 1
+
+
+def test_camera_raw_is_no_tiff_of_its_thumbnail(tmp_path: Path) -> None:
+    write_files(tmp_path / "in", {"a.jpg": jpg(1), "b.NEF": jpg(2, "TIFF"), "c.dng": jpg(3, "TIFF"), "d.tif": jpg(4, "TIFF")})
+    found = label(tmp_path / "in", tmp_path / "out")
+    assert found.names == ["a.jpg", "d.tif"] and found.reasons == dict.fromkeys(("b.NEF", "c.dng"), "format_not_allowed")
+
+
+# ---- 5: types of passthrough columns: see tests/test_passthrough.py
+
+
+# ---- 6: paths beside thumbnails
+
+
+def test_paths_beat_thumbnails_and_other_pairs_are_refused(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "in", {"a.jpg": jpg(1)})
+    thumbnail = jpg(2, "PNG")
+    pq.write_table(pa.table({"image_path": ["a.jpg"], "thumbnail": [thumbnail]}), folder / "list.parquet")
+    found = label(folder / "list.parquet", tmp_path / "out")
+    assert [(row["key"], row["format"]) for row in found.rows] == [("a.jpg", "jpeg")]
+    pq.write_table(pa.table({"image_path": ["a.jpg"], "blob": [thumbnail]}), folder / "list.parquet")
+    with pytest.raises(JobError, match=r"images in `blob` and paths in `image_path`\. Set `image_column`"):
+        vitray.run(job_for(folder / "list.parquet", tmp_path / "out2"))
+    chosen = label(folder / "list.parquet", tmp_path / "out3", image_column="blob")
+    assert [row["format"] for row in chosen.rows] == ["png"]
+
+
+@pytest.mark.parametrize(("path", "data"), [("filename", "data"), ("url", "jpg"), ("image_path", "image"), ("key", "blob")])
+def test_bytes_with_a_usual_name_beat_a_name_of_the_file(tmp_path: Path, path: str, data: str) -> None:
+    pq.write_table(pa.table({path: ["elsewhere/a.jpg"], data: [jpg(1)]}), tmp_path / "a.parquet")
+    assert label(tmp_path / "a.parquet", tmp_path / "out").result.rows == 1
+
+
+# ---- 7: long fields of a CSV (datasette-lite#84)
+
+
+def test_a_field_of_megabytes_costs_no_row(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "in", {"a.jpg": jpg(1), "b.jpg": jpg(2)})
+    long = "x" * 3_000_000
+    (folder / "list.csv").write_text(f"path,text\na.jpg,{long}\nb.jpg,short\n")
+    found = label(folder / "list.csv", tmp_path / "out", keep="text")
+    assert [row["text"] for row in found.rows] == [long, "short"]
+
+
+# ---- 8: limit and sample count shards
+
+
+def test_limit_and_sample_say_how_many_images_they_choose(
+    tmp_path: Path, cli: Callable[..., tuple[int, str, str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_files(tmp_path / "in", {f"{n:02d}.jpg": jpg(n) for n in range(12)})
+    argv = ["run", folder, "--model", MODEL, *fields_of(limit=2, group_size=4), "--out", tmp_path / "out"]
+    code, out, _ = cli(*argv)
+    assert code == 0 and caplog.messages[0] == "limit chooses whole shards: 2 of 3 files shards, 8 of 12 images"
+    assert "not chosen 1 shard with 4 images, by since, sample or limit" in out.splitlines()
+    code, out, _ = cli(*argv, "--json")
+    found = json.loads(out)
+    assert (found["rows"], found["shards_not_selected"], found["images_not_selected"]) == (8, 1, 4)
+    with pytest.raises(JobError, match=r"sample: 0\.001 of 3 shards is none"):
+        vitray.run(job_for(folder, tmp_path / "none", sample=0.001, group_size=4))
+
+
+# ---- 9: columns of categories, lists of images, paths in structs
+
+
+def test_categories_lists_and_paths_in_structs_are_read(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "in", {"a.jpg": jpg(1), "b.jpg": jpg(2)})
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    tables = {
+        "paths.parquet": pa.table({"path": pa.array(["a.jpg", "b.jpg", "a.jpg"]).dictionary_encode()}),
+        "bytes.parquet": pa.table({"image": pa.array([jpg(1), jpg(1), jpg(2)]).dictionary_encode()}),
+        "lists.parquet": pa.table(
+            {"images": pa.array([[{"bytes": jpg(n), "path": None}] * 2 for n in (1, 2, 3)], pa.list_(image))}
+        ),
+        "structs.parquet": pa.table({"image": pa.array([{"bytes": None, "path": f"{n}.jpg"} for n in "aba"], image)}),
+        "alone.parquet": pa.table({"image": pa.array([{"path": f"{n}.jpg"} for n in "aba"], pa.struct([("path", pa.string())]))}),
+        "blobs.parquet": pa.table({"image": pa.array([[jpg(1)], [jpg(2), jpg(3)], [jpg(4)]], pa.large_list(pa.large_binary()))}),
+    }
+    further = {"lists.parquet": 3, "blobs.parquet": 1}
+    for name, table in tables.items():
+        pq.write_table(table, folder / name)
+        found = label(folder / name, tmp_path / f"out-{name}")
+        assert (found.result.rows, found.result.errors) == (3, 0), name
+        assert found.result.left_out.get("further_image", 0) == further.get(name, 0)
+
+
+def test_paths_in_structs_do_not_lead_out(tmp_path: Path) -> None:
+    write_files(tmp_path, {"in/a.jpg": jpg(1), "secret/b.jpg": jpg(2)})
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    paths = ["a.jpg", "../secret/b.jpg", f"{tmp_path}/secret/b.jpg", "gone.jpg"]
+    rows = pa.array([{"bytes": None, "path": path} for path in paths], image)
+    pq.write_table(pa.table({"image": rows}), tmp_path / "in" / "a.parquet")
+    found = label(tmp_path / "in" / "a.parquet", tmp_path / "out")
+    assert found.names == ["a.jpg"]
+    assert [row["reason"] for row in found.errors] == ["path_not_allowed", "path_not_allowed", "missing"]
+
+
+# ---- 11: delimiters, encodings, backslashes, web addresses
+
+
+@pytest.mark.parametrize(("delimiter", "name"), [(";", "list.csv"), ("\t", "list.csv"), ("\t", "list.tsv"), ("|", "list.csv")])
+def test_other_delimiters_are_recognised(tmp_path: Path, delimiter: str, name: str) -> None:
+    folder = write_files(tmp_path / "in", {"a.jpg": jpg(1), "b.jpg": jpg(2)})
+    lines = [["label", "path"], ["a, or b", "a.jpg"], ["x", "b.jpg"]]
+    (folder / name).write_text("\n".join(delimiter.join(line) for line in lines))
+    found = label(folder / name, tmp_path / "out", keep="label")
+    assert [(row["key"], row["input_label"]) for row in found.rows] == [("a.jpg", "a, or b"), ("b.jpg", "x")]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32", "utf-16-be"])
+def test_other_encodings_are_named(tmp_path: Path, encoding: str, cli: Callable[..., tuple[int, str, str]]) -> None:
+    (tmp_path / "list.csv").write_text("path,label\na.jpg,x\n", encoding=encoding)
+    code, _, err = cli("run", tmp_path / "list.csv", "--model", MODEL, "--out", tmp_path / "out")
+    assert code == 2 and encoding[:6].upper() in err and "iconv" in err
+
+
+def test_backslashes_mean_slashes_where_no_such_file_is(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "in", {"img/a.jpg": jpg(1), "odd\\name.jpg": jpg(2)})
+    lines = ["path", "img\\a.jpg", ".\\img\\a.jpg", "odd\\name.jpg", "..\\x.jpg", "https://example.org/a.jpg"]
+    (folder / "list.csv").write_text("\n".join(lines))
+    found = label(folder / "list.csv", tmp_path / "out")
+    assert found.keys == lines[1:4]
+    assert [row["reason"] for row in found.errors] == ["missing", "path_not_allowed"]
+    assert "is not followed: vitray reads local paths and s3://" in found.errors[1]["message"]
+
+
+# ---- 13: members that are not adjacent (webdataset#407)
+
+
+def test_members_that_are_not_adjacent_are_told(tmp_path: Path) -> None:
+    images = {f"{n}.jpg": jpg(n) for n in range(3)}
+    source = write_tar(tmp_path / "in" / "a.tar", images | {f"{n}.json": b"{}" for n in range(3)})
+    found = label(source, tmp_path / "out")
+    assert found.keys == ["0", "1", "2"]
+    assert "key 0 came before" in found.errors[0]["message"] and "sort the tar" in found.errors[0]["message"]
+    (note,) = found.result.notes.values()
+    assert "the members of 3 samples are not adjacent (first: 0): sort the tar by name" in note
+
+
+# ---- 14: a wider type in a later file (ray#40946)
+
+
+def test_types_are_wide_enough_for_every_file(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for n, kind in enumerate((pa.int32(), pa.int64(), pa.int8())):
+        pq.write_table(pa.table({"image": [jpg(n)], "n": pa.array([n + 100], kind)}), tmp_path / "in" / f"{n}.parquet")
+    found = label(tmp_path / "in", tmp_path / "out", keep="n")
+    assert [row["n"] for row in found.rows] == [100, 101, 102] and found.result.exit_code == 0
+    kinds = {pq.read_schema(path).field("n").type for path in (tmp_path / "out" / "data").iterdir()}
+    assert kinds == {pa.int64()}
+
+
+def test_a_later_night_with_wider_integers_goes_on_while_they_fit(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table({"image": [jpg(1)], "n": pa.array([1], pa.int32())}), tmp_path / "in" / "a.parquet")
+    assert label(tmp_path / "in", tmp_path / "out", keep="n").result.rows == 1
+    pq.write_table(pa.table({"image": [jpg(2)], "n": pa.array([2], pa.int64())}), tmp_path / "in" / "b.parquet")
+    assert [row["n"] for row in label(tmp_path / "in", tmp_path / "out", keep="n").rows] == [1, 2]
+    pq.write_table(pa.table({"image": [jpg(3)], "n": pa.array([1 << 40], pa.int64())}), tmp_path / "in" / "c.parquet")
+    third = vitray.run(job_for(tmp_path / "in", tmp_path / "out", keep="n"))
+    (why,) = third.set_aside.values()
+    assert third.exit_code == 3 and "column `n` does not fit the dataset's int32" in why
+
+
+# ---- 15: readers of the whole directory
+
+
+def test_readers_of_a_directory_see_good_rows_alone(tmp_path: Path) -> None:
+    write_files(tmp_path / "in", {"a.jpg": jpg(1), "b.jpg": b"no image", "c.jpg": jpg(2)})
+    found = label(tmp_path / "in", tmp_path / "out")
+    frame = pd.read_parquet(tmp_path / "out")
+    assert list(frame["key"]) == found.keys and not frame["label"].isna().any()
+    assert len(found.errors) == 1 and not (tmp_path / "out" / "errors").exists()
+
+
+# ---- 16: a file of another kind among a dataset's
+
+
+@pytest.mark.parametrize("name", ["labels.csv", "more.tar", "x.parquet", "old.tar.gz", "list.jsonl"])
+def test_a_file_of_another_kind_does_not_stop_the_next_run(tmp_path: Path, name: str) -> None:
+    folder = write_files(tmp_path / "in", {"a.jpg": jpg(1)})
+    assert label(folder, tmp_path / "out").result.left_out == {}
+    write_files(folder, {name: b"path\nx\n", "b.jpg": jpg(2)})
+    found = label(folder, tmp_path / "out")
+    assert sorted(found.names) == ["a.jpg", "b.jpg"]
+    assert found.result.exit_code == 0 and found.result.left_out == {"other_kind": 1}
+    with pytest.raises(SourceError, match="is a mix|compressed"):
+        vitray.run(job_for(folder, tmp_path / "new"))
+
+
+# ---- 17: columns that folders spell out
+
+
+def test_folders_are_columns(tmp_path: Path) -> None:
+    write_files(tmp_path / "in", {"label=cat/y=1/a.jpg": jpg(1), "label=big%20dog/b.jpg": jpg(2)})
+    found = label(tmp_path / "in", tmp_path / "out", keep="label,folder,y")
+    values = {row["key"].rpartition("/")[2]: (row["input_label"], row["folder"], row["y"]) for row in found.rows}
+    assert values == {"a.jpg": ("cat", "y=1", "1"), "b.jpg": ("big dog", "label=big%20dog", None)}
+    with pytest.raises(JobError, match="`folder` keeps the name of each file's folder"):
+        vitray.run(job_for(tmp_path / "in", tmp_path / "out2", keep="caption"))
+
+
+def test_folders_of_tables_and_tars_are_columns(tmp_path: Path) -> None:
+    for n, kind in enumerate(("cat", "dog")):
+        (tmp_path / "in" / f"kind={kind}").mkdir(parents=True)
+        pq.write_table(pa.table({"image": [jpg(n)], "n": [n]}), tmp_path / "in" / f"kind={kind}" / "part.parquet")
+        write_tar(tmp_path / "tars" / f"kind={kind}" / "a.tar", {"0.jpg": jpg(n), "0.txt": b"t"})
+    tables = label(tmp_path / "in", tmp_path / "out", keep="n,kind")
+    assert sorted((row["n"], row["kind"]) for row in tables.rows) == [(0, "cat"), (1, "dog")]
+    tars = label(tmp_path / "tars", tmp_path / "out2", keep="txt,kind,folder")
+    assert sorted((row["txt"], row["kind"], row["folder"]) for row in tars.rows) == [
+        ("t", "cat", "kind=cat"),
+        ("t", "dog", "kind=dog"),
+    ]
+
+
+def test_a_manifest_keeps_the_folders_of_its_images(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "in", {"cat/a.jpg": jpg(1), "dog/b.jpg": jpg(2)})
+    (folder / "list.csv").write_text("path,n\ncat/a.jpg,1\ndog/b.jpg,2\nnot,a,row\n")
+    found = label(folder / "list.csv", tmp_path / "out", keep="n,folder")
+    assert [(row["n"], row["folder"]) for row in found.rows] == [("1", "cat"), ("2", "dog")]
+
+
+# ---- 19: pages of a TIFF
+
+
+def test_the_first_page_of_a_tiff_is_read_and_the_others_are_counted(tmp_path: Path) -> None:
+    pages = [Image.new("RGB", (40, 30), colour) for colour in ("red", "green", "blue")]
+    buffer = io.BytesIO()
+    pages[0].save(buffer, "TIFF", save_all=True, append_images=pages[1:])
+    write_files(tmp_path / "in", {"a.tif": buffer.getvalue(), "b.tif": jpg(1, "TIFF")})
+    found = label(tmp_path / "in", tmp_path / "out")
+    assert found.names == ["a.tif", "b.tif"] and found.result.left_out == {"further_page": 2}
+
+
+# ---- 20: keys of Parquet rows
+
+
+@pytest.mark.parametrize("name", ["key", "__key__", "id"])
+def test_a_column_of_unique_values_names_the_rows(
+    tmp_path: Path, name: str, cli: Callable[..., tuple[int, str, str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    values: list[object] = [7, 8, 9] if name == "id" else ["x", "y", "z"]
+    pq.write_table(pa.table({name: values, "image": [jpg(n) for n in range(3)]}), tmp_path / "a.parquet")
+    argv = ["run", tmp_path / "a.parquet", "--model", MODEL, "--out", tmp_path / "out", *fields_of()]
+    assert cli(*argv)[0] == 0 and f"keys come from column `{name}`" in caplog.text
+    assert [row["key"] for row in rows_below(tmp_path / "out" / "data")] == [str(value) for value in values]
+    assert cli(*argv)[0] == 0, "the next run goes on with that column"
+    assert status(str(tmp_path / "out")).decided["key_column"] == name
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[1, 1, 2], [1, None, 2], [0.5, 1.5, 2.5], [b"a", b"b", b"c"], [[1], [2], [3]]],
+    ids=["twice", "null", "float", "bytes", "lists"],
+)
+def test_other_columns_name_no_rows(tmp_path: Path, values: list[object]) -> None:
+    pq.write_table(pa.table({"id": values, "image": [jpg(n) for n in range(3)]}), tmp_path / "a.parquet")
+    assert label(tmp_path / "a.parquet", tmp_path / "out").keys == ["0", "1", "2"]
+
+
+def test_images_with_paths_keep_them_as_keys(tmp_path: Path) -> None:
+    images = [{"bytes": jpg(n), "path": f"{n}.jpg"} for n in range(2)]
+    pq.write_table(pa.table({"id": [5, 6], "image": images}), tmp_path / "a.parquet")
+    assert label(tmp_path / "a.parquet", tmp_path / "out").keys == ["0.jpg", "1.jpg"]
+
+
+# ---- a first run that fails
+
+
+def test_a_first_run_that_fails_binds_no_later_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_files(tmp_path / "in", {"a.jpg": jpg(1)})
+
+    def refuse(*_: object) -> None:
+        raise ShardError("the first run fails here")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("vitray.pipeline.runner.check_data", refuse)
+        with pytest.raises(ShardError):
+            vitray.run(job_for(folder, tmp_path / "out", top_k=1))
+    assert not (tmp_path / "out" / "_vitray" / "dataset.json").exists()
+    assert label(folder, tmp_path / "out", top_k=2).result.rows == 1
+
+
+def test_a_first_run_that_committed_nothing_binds_no_later_one(tmp_path: Path) -> None:
+    write_files(tmp_path / "in", {"a.tar": b"no tar at all, but long enough" * 99})
+    first = vitray.run(job_for(tmp_path / "in", tmp_path / "out", top_k=1))
+    assert (first.exit_code, first.shards) == (3, 0)
+    write_tar(tmp_path / "in" / "a.tar", {"0.jpg": jpg(1)})
+    assert label(tmp_path / "in", tmp_path / "out", top_k=2).result.rows == 1
+    with pytest.raises(JobError, match="top_k differs"):
+        vitray.run(job_for(tmp_path / "in", tmp_path / "out", top_k=1))
+
+
+def test_a_lost_dataset_json_is_made_anew(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "in", {"a.jpg": jpg(1)})
+    label(folder, tmp_path / "out")
+    document = tmp_path / "out" / "_vitray" / "dataset.json"
+    document.write_bytes(b"{")
+    with pytest.raises(vitray.errors.StorageError, match="move it away and run the same job again"):
+        vitray.run(job_for(folder, tmp_path / "out"))
+    os.unlink(document)
+    assert label(folder, tmp_path / "out").result.rows == 1
+    with pytest.raises(JobError, match="another job"):
+        os.unlink(document)
+        vitray.run(job_for(folder, tmp_path / "out", top_k=1))
