@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from vitray.dataset import go_on_with_groups, open_dataset
+from vitray.dataset import go_on_with_groups, open_dataset, with_source_rules
 from vitray.errors import JobError
 from vitray.job import Job
 from vitray.storage import absolute
@@ -25,7 +25,7 @@ def next_job(job: Job, model: str, out: str | None = None, revision: str | None 
     if absolute(beside) == absolute(job.out):
         raise JobError(f"--out {beside} is the dataset that is there: choose another directory.")
     go_on_with_groups(job.out, beside)
-    return job.model_copy(update={"model": model, "revision": revision, "out": beside})
+    return with_source_rules(job).model_copy(update={"model": model, "revision": revision, "out": beside})
 
 
 def _name_of(model: str) -> str:
