@@ -62,6 +62,7 @@ def test_groups_that_the_old_dataset_got_since_are_taken_over_as_they_are(tmp_pa
 def test_beside_a_bucket_is_no_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vitray.backfilling.open_dataset", lambda out: object())
     monkeypatch.setattr("vitray.backfilling.go_on_with_groups", lambda old, new: None)
+    monkeypatch.setattr("vitray.backfilling.with_source_rules", lambda job: job)
     job = make_job({"source": "in", "model": "a/old", "out": "s3://photos-vit/"})
     with pytest.raises(JobError, match=r"s3://photos-vit/ is a whole bucket, and beside it is somebody else's: .* --out"):
         next_job(job, "a/new")

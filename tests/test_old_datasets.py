@@ -59,7 +59,11 @@ def objects(bucket: str, name: str) -> dict[str, bytes]:
 
 
 def rows(bucket: str, name: str) -> list[dict[str, object]]:
-    tables = [pq.ParquetFile(pa.BufferReader(data)).read() for path, data in sorted(objects(bucket, name).items()) if path.startswith("data/")]
+    tables = [
+        pq.ParquetFile(pa.BufferReader(data)).read()
+        for path, data in sorted(objects(bucket, name).items())
+        if path.startswith("data/")
+    ]
     return [row for table in tables for row in table.to_pylist()]
 
 
@@ -110,7 +114,11 @@ def test_types_and_keys_of_an_old_dataset_stay_those_that_it_had(bucket: str) ->
     vitray.run(job_of(bucket, "parquet"))
     found = rows(bucket, "parquet")
     assert [row["key"] for row in found] == ["p10.jpg", "p11.jpg", "p13.jpg", "p14.jpg", "p15.jpg", "p17.jpg"]
-    kinds = [pq.read_schema(pa.BufferReader(data)).field("caption").type for path, data in objects(bucket, "parquet").items() if path.startswith("data/")]
+    kinds = [
+        pq.read_schema(pa.BufferReader(data)).field("caption").type
+        for path, data in objects(bucket, "parquet").items()
+        if path.startswith("data/")
+    ]
     assert kinds == [pa.string(), pa.string()], "large_string became string in those days"
 
 

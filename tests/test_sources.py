@@ -516,7 +516,7 @@ def test_a_sample_is_consecutive_members_with_one_key(tmp_path: Path) -> None:
     ]
     rows, end = read_tar(write_tar(tmp_path / "a.tar", members), keep=["txt", "bin", "cls"])
     assert pairs(rows) == [(0, "d/one", b"1"), (1, "two", b"2"), (2, "three", None), (3, "one", b"another folder")]
-    assert [kept(r) for r in rows] == [("café", None, "7"), (None, b"\xff\x00", None), ("\ufffd", None, None), (None, None, None)]
+    assert [kept(r) for r in rows] == [("café", None, "7"), (None, b"\xff\x00", None), ("ÿ", None, None), (None, None, None)]
     assert rows[2].reason == "missing" and "json, txt" in rows[2].message
     assert end == End(
         4,
@@ -811,7 +811,7 @@ def test_null_bytes_are_rows_and_kept_columns_keep_their_types(tmp_path: Path) -
         ("2", None, "missing"),
         ("3", b"", None),
     ]
-    assert "not below the allowed prefixes" in rows[1].message
+    assert "`..` in a path is not followed" in rows[1].message
     assert [kept(r) for r in rows] == [(1, ["a"], "x"), (2, None, "y"), (None, [], None), (4, ["b", "c"], "x")]
     schema = kept_schema(shard, job)
     assert schema.names == ["n", "tags", "kind"] and schema.field("n").type == pa.int16()

@@ -18,7 +18,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 import vitray
 from vitray.cli import main
@@ -372,6 +372,88 @@ def test_backslashes_mean_slashes_where_no_such_file_is(tmp_path: Path) -> None:
     assert found.keys == lines[1:4]
     assert [row["reason"] for row in found.errors] == ["missing", "path_not_allowed"]
     assert "is not followed: vitray reads local paths and s3://" in found.errors[1]["message"]
+
+
+# ---- the same kinds, after further reports
+
+
+@pytest.mark.parametrize(
+    ("body", "encoding"),
+    [
+        ("path,text\nhérisson.jpg,café\n", "cp1252"),
+        ("path,text\rhérisson.jpg,café\r", "utf-8"),
+        ("sep=;\npath;text\nhérisson.jpg;café\n", "utf-8"),
+        ("path, text\nhérisson.jpg, café\n", "utf-8"),
+        ("path,text\nhe\u0301risson.jpg,café\n", "utf-8"),
+        ("path,text\nh%C3%A9risson.jpg,café\n", "utf-8"),
+    ],
+    ids=["cp1252", "carriage returns", "sep line", "spaces", "decomposed", "percent"],
+)
+def test_a_csv_is_read_however_it_was_saved(tmp_path: Path, body: str, encoding: str) -> None:
+    folder = write_files(tmp_path / "in", {"hérisson.jpg": jpg(1)})
+    (folder / "list.csv").write_bytes(body.encode(encoding))
+    found = label(folder / "list.csv", tmp_path / "out", keep="text")
+    assert [row["text"] for row in found.rows] == ["café"] and found.result.errors == 0
+
+
+def test_kept_text_of_a_tar_has_no_marks_and_says_when_it_is_not_utf8(tmp_path: Path) -> None:
+    members = {"0.jpg": jpg(1), "0.txt": "café".encode("cp1252"), "1.jpg": jpg(2), "1.txt": b"\xef\xbb\xbfplain"}
+    found = label(write_tar(tmp_path / "in" / "a.tar", members), tmp_path / "out", keep="txt")
+    assert [row["txt"] for row in found.rows] == ["café", "plain"]
+    assert list(found.result.notes.values()) == ["1 kept texts are not UTF-8 and were read as Windows-1252"]
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "says"),
+    [
+        ("list.jsonl", '[{"path": "a.jpg"}, {"path": "b.jpg"}]', "is one JSON document, not JSON lines"),
+        ("list.jsonl", '{\n "path": "a.jpg"\n}\n', "is one JSON document, not JSON lines"),
+        ("list.csv", "img/a.jpg\nimg/b.jpg\n", "has no header: its first line is img/a.jpg"),
+    ],
+)
+def test_a_manifest_of_another_form_is_refused_by_name(tmp_path: Path, name: str, body: str, says: str) -> None:
+    (tmp_path / name).write_text(body)
+    with pytest.raises(JobError, match=says):
+        vitray.run(job_for(tmp_path / name, tmp_path / "out"))
+
+
+def test_a_file_without_a_kept_column_is_set_aside_wherever_it_comes(tmp_path: Path) -> None:
+    for n, names in enumerate((["image"], ["image", "caption"])):
+        for order in ("ab", "ba"):
+            path = tmp_path / order / f"{order[n]}.parquet"
+            path.parent.mkdir(exist_ok=True)
+            pq.write_table(pa.table({name: [jpg(n)] if name == "image" else ["x"] for name in names}), path)
+    for order in ("ab", "ba"):
+        found = label(tmp_path / order, tmp_path / f"out-{order}", keep="caption")
+        assert (found.result.exit_code, found.result.rows, len(found.result.set_aside)) == (3, 1, 1)
+    with pytest.raises(JobError, match="no column `captoin`"):
+        vitray.run(job_for(tmp_path / "ab", tmp_path / "out", keep="captoin"))
+
+
+def test_folders_that_look_like_patterns_and_partitions_are_read(tmp_path: Path) -> None:
+    write_files(
+        tmp_path / "in",
+        {"[raw] 2024/a.jpg": jpg(1), "set {a,b}/b.jpg": jpg(2), "_year=2020/c.jpg": jpg(3), "@eaDir/d.jpg": jpg(4)},
+    )
+    assert label(tmp_path / "in" / "[raw] 2024" / "*.jpg", tmp_path / "out1").names == ["a.jpg"]
+    assert label(tmp_path / "in" / "set {a,b}", tmp_path / "out2").names == ["b.jpg"]
+    found = label(tmp_path / "in", tmp_path / "out3", keep="_year")
+    assert sorted(found.names) == ["a.jpg", "b.jpg", "c.jpg"] and found.result.left_out == {"hidden": 1}
+    with pytest.raises(JobError, match=r"Write \*\*/\*\.jpg"):
+        vitray.run(job_for(f"{tmp_path}/in/**.jpg", tmp_path / "out4"))
+
+
+def test_pictures_with_much_metadata_are_good_and_negatives_are_positive(tmp_path: Path) -> None:
+    values = np.linspace(0, 65535, 1200, dtype=np.uint16).reshape(30, 40)
+    black, white = io.BytesIO(), io.BytesIO()
+    Image.fromarray(values).save(black, "TIFF")
+    Image.fromarray(65535 - values).save(white, "TIFF", tiffinfo={262: 0})
+    info = PngImagePlugin.PngInfo()
+    info.add_text("notes", "x" * 2_000_000, zip=True)
+    pictures = {"a.tif": black.getvalue(), "b.tif": white.getvalue(), "c.png": jpg(1, "PNG", pnginfo=info)}
+    found = label(write_files(tmp_path / "in", pictures), tmp_path / "out")
+    assert found.names == ["a.tif", "b.tif", "c.png"]
+    assert found.rows[0]["embedding"] == found.rows[1]["embedding"]
 
 
 # ---- 13: members that are not adjacent (webdataset#407)

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import simplejpeg
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from vitray.isolation import Child, Death, Limits, Pages, shared
 from vitray.job import FORMATS
@@ -34,6 +34,7 @@ from vitray.schema import DecodeSpec, Encoded, PixelSpec
 
 MAX_SIDE = 1 << 20  # px: the weights of a resize grow with a side; a PNG of 50,000,000x1 in 146 kB took 1.8 GB
 MAX_SCANS = 100  # cameras and encoders write about 10; a file of 1,000 scans decodes 100 times slower than it is long
+PNG_TEXT_BYTES = 64 << 20  # of one chunk, inflated; as much as Pillow allows for all of them
 MESSAGE_CHARS = 200
 PAGES = 4  # of pixels: what one thread's callers hold at a time in the line
 CHILD_RUNS = 64  # calls for which a child is used; a leak or a fragmented heap lives no longer
@@ -60,6 +61,7 @@ _SIGNATURES = [  # only tells what an unreadable or unwanted file is; Pillow alo
     )
 ]
 _TURN = Image.Transpose
+_NEW_SUBFILE_TYPE, _SUB_IFDS, _DNG_VERSION, _PHOTOMETRIC = 254, 330, 50706, 262  # tags of a TIFF
 _ODD_MARKERS = frozenset(b"\xc3\xc9\xca\xcb")  # lossless or arithmetic coding, of which Pillow refuses what exceeds its buffer
 _NOT_BASELINE = frozenset(b"\xc1\xc2\xc3\xc5\xc6\xc7\xc9\xca\xcb\xcd\xce\xcf")  # frames; what only looks like one costs speed
 _ORIENTATIONS = {
@@ -218,6 +220,7 @@ def _load_decoders(mode: str) -> None:
 @cache
 def _prepare_child(mode: str) -> None:
     Image.MAX_IMAGE_PIXELS = None  # our own cap is judged from the header
+    PngImagePlugin.MAX_TEXT_CHUNK = PNG_TEXT_BYTES  # else 1 MB of metadata makes a good picture a bad one
     with suppress(AttributeError):  # not glibc. M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: a page that was freed serves the next image
         _ = [ctypes.CDLL(None).mallopt(option, limit) for option, limit in ((-3, 1 << 25), (-1, 1 << 28))]
     if mode != "exact":
@@ -311,6 +314,17 @@ def _check_header(image: Any, data: bytes, markers: bytes, max_pixels: int) -> N
         raise _Refused("too_many_scans", f"a JPEG of more than {scans - 1} scans")
     if image.mode == "F":
         raise _Refused("float_pixels", "32-bit floating-point pixels")
+    if image.format == "TIFF" and _is_camera_raw(image, data):
+        raise _Refused(
+            "format_not_allowed", "camera raw is not decoded: its first page is a thumbnail. Export it as JPEG or TIFF"
+        )
+
+
+def _is_camera_raw(image: Any, data: bytes) -> bool:
+    """Whether a TIFF is one of the cameras' own formats: DNG, CR2, or a thumbnail with the picture behind SubIFDs (NEF, ARW)."""
+    tags = image.tag_v2
+    is_thumbnail = bool(int(tags.get(_NEW_SUBFILE_TYPE, 0)) & 1)
+    return _DNG_VERSION in tags or data[8:10] == b"CR" or (is_thumbnail and _SUB_IFDS in tags)
 
 
 def _scans(data: bytes) -> int:
@@ -379,7 +393,10 @@ def _to_8bit(image: Any) -> Any:
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 0xFFFF:
         raise _Refused("unsupported_pixels", f"integer pixels from {values.min()} to {values.max()}")
-    bits = 12 if getattr(image, "tag_v2", {}).get(258) == (12,) else 16  # TIFF BitsPerSample
+    tags = getattr(image, "tag_v2", {})
+    bits = 12 if tags.get(258) == (12,) else 16  # TIFF BitsPerSample
+    if tags.get(_PHOTOMETRIC) == 0:  # white is zero, which Pillow 13 heeds for 8 bits alone
+        values = (1 << bits) - 1 - values
     scaled = Image.fromarray((values >> (bits - 8)).astype(np.uint8))
     if "transparency" in image.info:
         scaled.info["transparency"] = image.info["transparency"] >> 8

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 LEFT_OUT = {
-    "hidden": "the name, or a folder on the way, begins with a dot or an underscore",
+    "hidden": "the name, or a folder on the way, begins with a dot or an underscore, or is a NAS's own (@eaDir, #recycle)",
     "linked_folder": "a folder behind a symbolic link, which is not entered",
     "no_suffix": "no suffix; an explicit `format` reads such files",
     "other_suffix": "not the suffix of an image",

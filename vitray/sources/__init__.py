@@ -116,19 +116,17 @@ def passthrough_schema(shards: Sequence[Shard], job: Job) -> pa.Schema:
 
     Raises ShardError when no file can be read, JobError for a column that is not there.
     """
-    fields, broken = list[pa.Field](), None
+    fields, errors = list[pa.Field](), list[VitrayError]()
     first_of_each_file = list({shard.url: shard for shard in shards}.values())[:LOOK_INTO] if job.keep else []
     with ThreadPoolExecutor(READERS) as pool:
         found = list(pool.map(lambda shard: _kept_schema_or_error(shard, job), first_of_each_file))
     for schema in found:
-        if isinstance(schema, JobError) and not fields:
-            raise schema
         if isinstance(schema, VitrayError):  # it will be set aside when it is read
-            broken = broken or schema
+            errors.append(schema)
         else:
             fields = [wider(old, new, job) for old, new in zip(fields or schema, schema)]
-    if broken and not fields:
-        raise broken
+    if errors and not fields:
+        raise next((error for error in errors if isinstance(error, JobError)), errors[0])
     fields = [field.with_type(pa.string()) if pa.types.is_null(field.type) else field for field in fields]
     # as it is read back: a map names its parts otherwise
     return pa.ipc.read_schema(pa.schema(fields).remove_metadata().serialize())
@@ -210,6 +208,6 @@ def find_key_column(shards: Sequence[Shard], job: Job) -> str | None:
     if job.key_column or job.rules == 1:
         return job.key_column
     for shard in [shard for shard in shards if shard.kind == "parquet"][:ESTIMATE_SHARDS]:
-        with suppress(ShardError, ObjectMissing):
+        with suppress(JobError, ShardError, ObjectMissing):
             return tables.find_key_column(shard, job)
     return None

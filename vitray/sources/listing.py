@@ -9,17 +9,17 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from vitray import storage
-from vitray.errors import ObjectChanged, ObjectMissing, ShardError, SourceError
+from vitray.errors import JobError, ObjectChanged, ObjectMissing, ShardError, SourceError
 from vitray.job import Job
 from vitray.schema import Shard
 from vitray.sources.files import Group, list_files
 from vitray.sources.manifest import split_manifest
-from vitray.sources.names import COMPRESSED_TAR, KINDS, WITHOUT_SUFFIX, kind_of, suffix_of
+from vitray.sources.names import COMPRESSED_TAR, KINDS, WITHOUT_SUFFIX, is_derived, kind_of, suffix_of
 from vitray.sources.objects import READERS, whole_shard
 from vitray.sources.parquet import split_parquet
 from vitray.sources.tables import columns_to_read, parquet_kind, read_schema
 from vitray.sources.tar import require_clear_samples
-from vitray.sources.text import WrongEncodingError
+from vitray.sources.text import UnreadableTextError
 from vitray.storage import Found, ObjectInfo
 
 UNREADABLE = (ShardError, ObjectChanged)
@@ -61,7 +61,7 @@ def list_shards(job: Job, groups: Sequence[Group], known_kind: str | None = None
     if kind in ("parquet", "manifest"):
         shards = _split(shards, job)
     if kind == "tar":
-        _of_first_readable(shards, lambda shard: require_clear_samples(shard, job))
+        _of_first_readable(shards[:1], lambda shard: require_clear_samples(shard, job))
     left_out = Counter(_why_left_out(info, job) for info in others)
     left_out.update({"hidden": len(found.hidden), "linked_folder": len(found.linked_folders)})
     suffixes = Counter(suffix_of(info.url, job.rules) for info in others)
@@ -73,14 +73,16 @@ def _search(job: Job) -> Found:
     objects, hidden, linked = dict[str, ObjectInfo](), set[str](), set[str]()
     for pattern in job.source:
         try:
-            found = storage.search(pattern)
+            found = storage.search(pattern, hive=job.rules > 1)
         except ObjectMissing as error:
             raise SourceError(f"source {error}. Correct `source`, or put the images there.") from error
-        objects |= {info.url: info for info in found.objects}
-        hidden |= set(found.hidden)
+        objects |= {info.url: info for info in found.objects if job.rules == 1 or not is_derived(info.url)}
+        hidden |= {*found.hidden, *(info.url for info in found.objects if is_derived(info.url))}
         linked |= set(found.linked_folders)
     if not objects:
-        raise SourceError(f"source {_names(job)} holds no object (hidden ones do not count). Correct `source`.")
+        raise SourceError(
+            f"source {_names(job)} holds no object (names that begin with a dot or an underscore do not count). Correct `source`."
+        )
     return Found(list(objects.values()), sorted(hidden - objects.keys()), sorted(linked))
 
 
@@ -154,11 +156,11 @@ def _split(shards: list[Shard], job: Job) -> list[Shard]:
     """
     with ThreadPoolExecutor(READERS) as pool:
         split = list(pool.map(lambda whole: _parts_of(whole, job), shards))
-    wrong = [parts for parts in split if isinstance(parts, WrongEncodingError)]
+    wrong = [parts for parts in split if isinstance(parts, UnreadableTextError)]
     if len(wrong) == len(split):
         raise SourceError(str(wrong[0]))
     parts = [
-        part for whole, parts in zip(shards, split) for part in ([whole] if isinstance(parts, WrongEncodingError) else parts)
+        part for whole, parts in zip(shards, split) for part in ([whole] if isinstance(parts, UnreadableTextError) else parts)
     ]
     with_rows = [part for part in parts if part.rows]
     _of_first_readable(with_rows, lambda part: columns_to_read(read_schema(part, job), part, job))
@@ -166,16 +168,24 @@ def _split(shards: list[Shard], job: Job) -> list[Shard]:
 
 
 def _of_first_readable(shards: Sequence[Shard], look: Callable[[Shard], object]) -> None:
+    """Look into shards until one can be read and fits the job. Raises JobError when none fits."""
+    first_error: JobError | None = None
     for shard in shards[:LOOK_INTO]:
-        with suppress(*UNREADABLE):
+        try:
             look(shard)
             return
+        except UNREADABLE:
+            continue
+        except JobError as error:  # another file may have the column: this one is set aside then
+            first_error = first_error or error
+    if first_error:
+        raise first_error
 
 
-def _parts_of(whole: Shard, job: Job) -> list[Shard] | WrongEncodingError:
+def _parts_of(whole: Shard, job: Job) -> list[Shard] | UnreadableTextError:
     try:
         return split_parquet(whole) if whole.kind == "parquet" else split_manifest(whole, job)
-    except WrongEncodingError as error:
+    except UnreadableTextError as error:
         return error
     except UNREADABLE:
         return [whole]

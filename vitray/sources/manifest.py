@@ -6,22 +6,28 @@ A manifest is data, so its paths are not trusted: they are followed only below t
 from __future__ import annotations
 
 import os.path
+import re
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from urllib.parse import unquote
 
 from vitray import storage
 from vitray.errors import ShardError
 from vitray.job import Job
 from vitray.schema import Encoded, End, Shard
 from vitray.sources.objects import follow, part_of, printable
-from vitray.sources.tables import count_rows, key_of, read_rows, with_folder_columns
+from vitray.sources.tables import count_rows, key_of, read_rows, read_schema, with_folder_columns
 
 MAX_URL_BYTES = 1024  # S3's limit of a key; a longer one is answered with 400, not with 404
+# base64 of an image, which no path looks like: letters of both cases and digits, and no dot
+_DATA = re.compile(r"data:image/|(?=.{0,99}[A-Z])(?=.{0,99}[a-z])(?=.{0,99}[0-9])[A-Za-z0-9+/=]{256}")
 Located = tuple[str, str | None, str]  # URL, reason, message
 
 
 def split_manifest(whole: Shard, job: Job) -> list[Shard]:
     """Ranges of job.group_size rows. Raises ShardError."""
+    read_schema(whole, job)  # what has no columns is told before anything is counted
     rows = count_rows(whole, job)
     if rows <= job.group_size:
         return [replace(whole, rows=rows)]
@@ -45,16 +51,34 @@ def allowed_prefixes(shard: Shard, job: Job) -> list[str]:
 def follow_path(path: object, shard: Shard, allowed: Sequence[str], job: Job) -> Located:
     """(URL, None, "") of the object that a path in this file means, or (what was named, reason, message).
 
-    By source rules 2 `./` is dropped on S3 as on disk, and a backslash stands for a slash where no
-    object has the name as it is written.
+    By source rules 2 `./` is dropped on S3 as on disk. Where no object has the name as it is written,
+    the spellings of other systems are tried: see `_spellings`.
     """
     located = _locate(path, _folder_of(shard), allowed, job.rules)
-    if job.rules == 1 or not isinstance(path, str) or "\\" not in path:
+    if job.rules == 1 or not isinstance(path, str):
         return located
+    others = _spellings(path)
+    if not others or _is_there(located):
+        return located
+    found = (_locate(other, _folder_of(shard), allowed, job.rules) for other in others)
+    return next((other for other in found if _is_there(other)), located)
+
+
+def _spellings(path: str) -> list[str]:
+    """A path with slashes for backslashes, with %20 and the like decoded, and in Unicode's other normal form."""
+    found = [path]
+    if "\\" in path:
+        found.append(path.replace("\\", "/"))
+    if "%" in path:
+        found.append(unquote(path))
+    if not path.isascii():
+        found += [unicodedata.normalize(form, path) for form in ("NFC", "NFD")]
+    return [other for other in dict.fromkeys(found) if other != path]
+
+
+def _is_there(located: Located) -> bool:
     url, reason, _ = located
-    is_there = reason is None and (storage.is_local(url) or storage.exists(url))
-    other = _locate(path.replace("\\", "/"), _folder_of(shard), allowed, job.rules)
-    return located if is_there or other[1] is not None else other
+    return reason is None and (storage.is_local(url) or storage.exists(url))
 
 
 def _rows(shard: Shard, job: Job, total: int) -> Iterator[Encoded]:
@@ -80,6 +104,8 @@ def _folder_of(shard: Shard) -> str:
 def _locate(path: object, folder: str, allowed: Sequence[str], rules: int) -> Located:
     if not isinstance(path, str) or not path:
         return "", "missing", "the row names no object"
+    if _DATA.match(path):
+        return path[:64], "path_not_allowed", "image data as text (base64, data:) is not read: store bytes in a binary column"
     scheme, _, rest = path.partition("://")
     shown = printable(path)[:500]
     if rest and scheme.lower() in ("http", "https"):
@@ -87,7 +113,9 @@ def _locate(path: object, folder: str, allowed: Sequence[str], rules: int) -> Lo
     if rules > 1 and not rest:
         path = "/".join(part for part in path.split("/") if part != ".")
     url = storage.absolute(path if rest or path.startswith("/") else storage.join(folder, path))
-    odd = (rest and scheme not in ("file", "s3")) or "\0" in path or ".." in path.split("/") or printable(path) != path
+    if ".." in path.split("/"):
+        return shown, "path_not_allowed", f"{shown}: `..` in a path is not followed; write the path below `allow` without it"
+    odd = (rest and scheme not in ("file", "s3")) or "\0" in path or printable(path) != path
     if odd or not any(_is_below(prefix, url) for prefix in allowed):
         return shown, "path_not_allowed", f"{shown} is not below the allowed prefixes (`allow`)"
     # isfile: a pipe or a device below the prefix would block for ever

@@ -41,6 +41,14 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+def text_of(data: bytes) -> tuple[str, bool]:
+    """The text of a file or a line, and whether it is UTF-8; what is not is read as Windows-1252, as Excel writes it."""
+    try:
+        return data.decode("utf-8-sig"), True
+    except UnicodeDecodeError:
+        return data.decode("cp1252", "replace"), False
+
+
 def open_shard(shard: Shard) -> BinaryIO:
     """The shard's own object at the planned version. Raises ObjectChanged, or ShardError when it is gone."""
     try:

@@ -18,11 +18,12 @@ import pyarrow.parquet as pq
 from vitray.errors import JobError, ShardError
 from vitray.job import Job
 from vitray.schema import PassthroughRow, Shard, rebuilt_type, without_list_views
-from vitray.sources.names import folder_value, is_folder_column
+from vitray.sources.names import folder_value, is_folder_column, kind_of
 from vitray.sources.objects import CHUNK_BYTES, open_shard, printable
 from vitray.sources.text import (
+    Dialect,
     csv_records,
-    delimiter_of,
+    dialect_of,
     json_lines,
     json_names,
     json_object,
@@ -222,6 +223,10 @@ def columns_to_read(schema: pa.Schema, shard: Shard, job: Job) -> list[str]:
     what = "column with image bytes (binary, or a struct with `bytes`)" if shard.kind == "parquet" else paths
     has = ", ".join(f"{field.name}: {field.type}" for field in list(schema)[:20])
     named = f" named `{job.image_column}`" if job.image_column else ""
+    if shard.kind == "manifest" and any(kind_of(name, job.rules) == "files" for name in schema.names):
+        raise JobError(
+            f"{shard.url} has no header: its first line is {', '.join(schema.names)[:200]}. Add a line with the column names, like `path`."
+        )
     raise JobError(f"the input has no {what}{named}; it has {has}. Set `image_column`.")
 
 
@@ -383,7 +388,6 @@ def _is_parquet(stream: BinaryIO, shard: Shard) -> bool:
 
 
 def _records(stream: BinaryIO, shard: Shard, job: Job) -> Iterator[list[str] | str]:
-    if job.rules == 1:
-        return csv_records(stream, shard.url)
     wanted = [job.image_column] if job.image_column else list(PATH_NAMES)
-    return csv_records(stream, shard.url, delimiter_of(stream, shard.url, wanted))
+    dialect = Dialect() if job.rules == 1 else dialect_of(stream, shard.url, wanted)
+    return csv_records(stream, shard.url, dialect)

@@ -28,7 +28,7 @@ from vitray.schema import (
     Shard,
 )
 from vitray.sources.names import folder_value, hive_columns
-from vitray.sources.objects import MAX_IMAGE_BYTES, open_shard, printable, too_large
+from vitray.sources.objects import MAX_IMAGE_BYTES, open_shard, printable, text_of, too_large
 from vitray.sources.tar_headers import TarCutError, TarSource, members_of, not_a_tar
 
 TEXT_EXTENSIONS = frozenset(("txt", "json", "cls", "caption", "url", "csv", "html", "md", "label"))
@@ -203,6 +203,7 @@ class _Reader:
     image_members: Counter[str] = field(default_factory=Counter)
     _keys: dict[str, bool] = field(default_factory=dict)  # whether a sample of that key had an image
     _parted: list[str] = field(default_factory=list)  # keys whose members are not adjacent
+    _not_utf8: int = 0  # kept texts
 
     def samples(self, source: TarSource) -> Iterator[_Sample]:
         """Consecutive members with one key. A cut is noted in the source; the last sample survives when its image is whole."""
@@ -244,6 +245,8 @@ class _Reader:
         if self._parted:
             count, first = len(self._parted), printable(self._parted[0])[:200]
             found.append(f"the members of {count} samples are not adjacent (first: {first}): sort the tar by name")
+        if self._not_utf8:
+            found.append(f"{self._not_utf8} kept texts are not UTF-8 and were read as Windows-1252")
         return found
 
     def _begin(self, keys: tuple[str, ...], source: TarSource) -> _Sample:
@@ -342,9 +345,16 @@ class _Reader:
             if value is None and field_.name in folders:
                 value = folder_value(field_.name, self.shard.url)
             elif isinstance(value, bytes) and field_.type == pa.string():
-                value = value.decode("utf-8", "replace")
+                value = self._text(value)
             columns.append(pa.array([value], field_.type))
         return PassthroughRow(pa.RecordBatch.from_arrays(columns, names=list(self.job.keep)), 0)
+
+    def _text(self, data: bytes) -> str:
+        if self.job.rules == 1:
+            return data.decode("utf-8", "replace")
+        text, is_utf8 = text_of(data)
+        self._not_utf8 += not is_utf8
+        return text
 
     def _is_image(self, extension: str) -> bool:
         if self.job.image_member:

@@ -9,18 +9,19 @@ import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from itertools import islice
+from dataclasses import dataclass
+from itertools import chain, islice
 from typing import BinaryIO
 
 from vitray.errors import ShardError, SourceError
 from vitray.schema import Shard
-from vitray.sources.objects import printable
+from vitray.sources.objects import printable, text_of
 
 MAX_LINE_BYTES = 16 << 20
 NO_TEXT = re.compile(rb"[\0-\x08\x0e-\x19]")  # control characters, which any tar, image or archive begins with
 # looked at a second time, where an open quote took them along; a hostile file could ask for each of them n times
 LINES_AGAIN = 1_000_000
-SAMPLE_LINES = 100  # JSON lines may leave fields out: the first hundred tell the columns
+SAMPLE_LINES = 10_000  # JSON lines may leave fields out: so many tell the columns
 DELIMITERS = (",", ";", "\t", "|")
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
 BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark begins with that of UTF-16
@@ -31,20 +32,33 @@ BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark begins with that of
 }
 
 
-class WrongEncodingError(ShardError):
-    """The file is text, but not UTF-8."""
+class UnreadableTextError(ShardError):
+    """The file is text, but neither CSV nor JSON lines in UTF-8. Where all of a source's files are, the job is refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """How a CSV is written. skipped: lines before the header, such as Excel's `sep=;`.
+
+    strips: whether spaces follow its delimiters, which are no part of the values.
+    """
+
+    delimiter: str = ","
+    skipped: int = 0
+    strips: bool = False
+    decodes: bool = False  # whether lines that are not UTF-8 are read as Windows-1252: by source rules 2
 
 
 def text_format(stream: BinaryIO, shard: Shard) -> str:
     """csv or jsonl, by content and suffix. The stream stands at its start again.
 
-    Raises WrongEncodingError, ShardError for a manifest's name with other bytes, SourceError for any other name.
+    Raises UnreadableTextError, ShardError for a manifest's name with other bytes, SourceError for any other name.
     """
     head = stream.read(512)
     stream.seek(0)
     name = shard.url.lower()
     if encoding := _wide_encoding(head):
-        raise WrongEncodingError(
+        raise UnreadableTextError(
             f"{shard.url} is {encoding} text, and vitray reads UTF-8. Convert it: iconv -f {encoding} -t UTF-8."
         )
     if NO_TEXT.search(head):
@@ -66,31 +80,39 @@ def _wide_encoding(head: bytes) -> str | None:
     return "UTF-16" if is_text else None
 
 
-def delimiter_of(stream: BinaryIO, url: str, columns: Sequence[str]) -> str:
-    """What separates a CSV's fields, by its header. The stream stands at its start again.
+def dialect_of(stream: BinaryIO, url: str, columns: Sequence[str]) -> Dialect:
+    """How a CSV is written, by its header. The stream stands at its start again.
 
-    The first delimiter with one of `columns` among the names, else the first that gives two names, else a comma.
+    The delimiter is the first with one of `columns` among the names, else the first that gives two names, else a comma.
     """
-    _, line = next(_lines(stream, url), (0, b""))
+    lines = _lines(stream, url)
+    header, skipped = _header_text(next(lines, (0, b""))[1]), 0
+    if said := re.fullmatch(r"sep=(.)", header, re.IGNORECASE):
+        header, skipped = _header_text(next(lines, (0, b""))[1]), 1
     stream.seek(0)
-    header = line.decode("utf-8-sig", "replace").rstrip("\r\n")
     names = dict[str, list[str]]()
-    for delimiter in DELIMITERS:
+    for delimiter in [said[1]] if said else DELIMITERS:
         with suppress(csv.Error, StopIteration):
-            names[delimiter] = [name.strip() for name in next(csv.reader([header], delimiter=delimiter))]
-    with_column = [d for d, found in names.items() if set(found) & set(columns)]
+            names[delimiter] = next(csv.reader([header], delimiter=delimiter))
+    with_column = [d for d, found in names.items() if {name.strip() for name in found} & set(columns)]
     with_several = [d for d, found in names.items() if len(found) > 1]
-    return next(iter([*with_column, *with_several]), ",")
+    delimiter = next(iter([*with_column, *with_several, *names]), ",") if not said else said[1]
+    strips = any(name != name.strip() for name in names.get(delimiter, []))
+    return Dialect(delimiter, skipped, strips, decodes=True)
 
 
-def csv_records(stream: BinaryIO, url: str, delimiter: str = ",") -> Iterator[list[str] | str]:
+def _header_text(line: bytes) -> str:
+    return text_of(line)[0].rstrip("\r\n")
+
+
+def csv_records(stream: BinaryIO, url: str, dialect: Dialect) -> Iterator[list[str] | str]:
     """The fields of each record, the header first; of a malformed line, what is wrong with it.
 
     The lines that an open quote took along are looked at again. Python's reader: pyarrow's reads
     ahead in threads that outlive a range.
     """
     csv.field_size_limit(MAX_LINE_BYTES)  # Python's own limit is 131,072 characters
-    numbered = ((n, line.decode("utf-8-sig" if n == 1 else "utf-8", "replace")) for n, line in _lines(stream, url))
+    numbered = islice(((n, _line_text(n, line, dialect)) for n, line in _lines(stream, url)), dialect.skipped, None)
     taken, again = list[tuple[int, str]](), deque[tuple[int, str]]()
     width, left = 0, LINES_AGAIN
 
@@ -101,11 +123,11 @@ def csv_records(stream: BinaryIO, url: str, delimiter: str = ",") -> Iterator[li
 
     while True:
         try:
-            for record in csv.reader(texts(), strict=True, delimiter=delimiter):
+            for record in csv.reader(texts(), strict=True, delimiter=dialect.delimiter, skipinitialspace=dialect.strips):
                 if record and len(record) != (width := width or len(record)):
                     raise csv.Error(f"{len(record)} fields, the header has {width}")
                 if record:
-                    yield record
+                    yield [value.strip() for value in record] if dialect.strips else record
                 taken.clear()
             return
         except csv.Error as error:
@@ -119,13 +141,23 @@ def csv_records(stream: BinaryIO, url: str, delimiter: str = ",") -> Iterator[li
         taken.clear()
 
 
+def _line_text(number: int, line: bytes, dialect: Dialect) -> str:
+    if dialect.decodes:
+        return text_of(line)[0]
+    return line.decode("utf-8-sig" if number == 1 else "utf-8", "replace")
+
+
 def json_names(stream: BinaryIO, url: str) -> list[str]:
     """The fields of the first objects, in the order in which they come."""
-    sample = islice(json_lines(stream, url), SAMPLE_LINES)
-    found = [list(map(printable, json_object(line) or ())) for _, line in sample]
+    sample = [line for _, line in islice(json_lines(stream, url), SAMPLE_LINES)]
+    found = [list(map(printable, json_object(line) or ())) for line in sample]
     names = dict.fromkeys(name for line in found for name in line)
+    if found and not names and sample[0].lstrip()[:1] in (b"[", b"{"):
+        raise UnreadableTextError(
+            f"{url} is one JSON document, not JSON lines. Write one object a line: jq -c '.[]' for an array."
+        )
     if found and not names:
-        raise ShardError(f"{url}: none of its first {SAMPLE_LINES} lines is a JSON object with fields. Correct or remove it.")
+        raise ShardError(f"{url}: none of its first {len(found):,} lines is a JSON object with fields. Correct or remove it.")
     return list(names)
 
 
@@ -149,7 +181,13 @@ def json_text(value: object) -> str | None:
 
 
 def _lines(stream: BinaryIO, url: str) -> Iterator[tuple[int, bytes]]:
-    for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b""), 1):
+    """(number, line). Lines that end in a carriage return alone, as Excel for the Mac writes them, are lines too."""
+    first = stream.readline(MAX_LINE_BYTES + 1)
+    if b"\r" in first.rstrip(b"\r\n") and not first.endswith(b"\n") and len(first) <= MAX_LINE_BYTES:
+        yield from enumerate(first.splitlines(keepends=True), 1)
+        return
+    following = iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b"")
+    for number, line in enumerate(chain([first] if first else [], following), 1):
         if len(line) > MAX_LINE_BYTES:
             raise ShardError(f"{url}: line {number} is longer than {MAX_LINE_BYTES} bytes. Split or remove it.")
         yield number, line

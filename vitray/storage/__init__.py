@@ -115,16 +115,19 @@ class Found:
     linked_folders: list[str]
 
 
-def search(pattern: str) -> Found:
-    """The objects that a URL, glob, {000..099} range or prefix names. Raises ObjectMissing for one that names none."""
+def search(pattern: str, hive: bool = False) -> Found:
+    """The objects that a URL, glob, {000..099} range or prefix names. Raises ObjectMissing for one that names none.
+
+    hive: folders such as `_year=2026` are partitions of a table, and not hidden.
+    """
     found = Found([], [], [])
     for url in expand_braces(pattern):
         store = store_for(url)
-        infos, linked_folders = (store.glob(url), []) if _wild(url) else store.find_all(url)
+        infos, linked_folders = (_glob(url), []) if _wild(url) else store.find_all(url)
         if not infos:
             hint = " (a star stays within its folder: give the folder itself, or /**)" if url.endswith("/*") else ""
             raise ObjectMissing(f"{url} names no object{hint}")
-        is_hidden = _hidden_by(absolute(url))
+        is_hidden = _hidden_by(absolute(url), hive)
         for info in infos:
             if is_hidden(info.url):
                 found.hidden.append(info.url)
@@ -132,6 +135,18 @@ def search(pattern: str) -> Found:
                 found.objects.append(info)
         found.linked_folders.extend(linked_folders)
     return found
+
+
+def _glob(pattern: str) -> list[ObjectInfo]:
+    """The objects of a glob. Raises JobError for `**` inside a name, which fsspec and Python's glob read differently."""
+    _require_whole_globstars(pattern)
+    return store_for(pattern).glob(pattern)
+
+
+def _require_whole_globstars(pattern: str) -> None:
+    for part in pattern.split("/"):
+        if "**" in part and part != "**":
+            raise JobError(f"{pattern}: `**` stands for whole folders. Write **/{part.replace('**', '*')} instead of {part}.")
 
 
 def expand(pattern: str) -> list[ObjectInfo]:
@@ -142,7 +157,7 @@ def expand(pattern: str) -> list[ObjectInfo]:
 def expand_braces(pattern: str) -> list[str]:
     """`a-{000..002}.tar` -> three URLs, zeros kept; `{x,y}` works too; ranges of at most a million."""
     match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
-    if not match:
+    if not match or (is_local(pattern) and os.path.lexists(absolute(pattern))):
         return [pattern]
     head, tail = pattern[: match.start()], pattern[match.end() :]
     if match[3] is not None:
@@ -160,10 +175,12 @@ def reads(pattern: str, out: str, name: str = "data/x.parquet") -> bool:
     if is_local(pattern) and is_local(out):
         pattern, out = os.path.realpath(pattern), os.path.realpath(out)
     written = f"{out}/{name}"
+    if _wild(pattern):
+        _require_whole_globstars(pattern)
     return written.startswith(f"{pattern}/") or bool(_wild(pattern) and re.match(glob_translate(pattern), written))
 
 
-def _hidden_by(pattern: str) -> Callable[[str], bool]:
+def _hidden_by(pattern: str, hive: bool) -> Callable[[str], bool]:
     """Whether a name below the base starts with a dot or an underscore (marks of other tools, not data), unasked for.
 
     Not an image's: cameras call theirs _DSC0001.JPG. The base is the pattern up to its first wild folder; `_*.tar` asks for underscores.
@@ -175,7 +192,10 @@ def _hidden_by(pattern: str) -> Callable[[str], bool]:
     def is_hidden(url: str) -> bool:
         *folders, name = url.removeprefix(base).split("/")
         is_image = name.rpartition(".")[2].lower() in IMAGE_SUFFIXES | UNDECODED_SUFFIXES
-        return any(part[:1] in {".", "_"} - asked for part in folders) or name[:1] in {".", *("_" * (not is_image))} - asked
+        hidden_folders = (part for part in folders if not (hive and part.startswith("_") and "=" in part))
+        return (
+            any(part[:1] in {".", "_"} - asked for part in hidden_folders) or name[:1] in {".", *("_" * (not is_image))} - asked
+        )
 
     return is_hidden
 

@@ -45,7 +45,7 @@ class LocalStore:
         return self._infos(paths), linked_folders
 
     def glob(self, pattern: str) -> list[ObjectInfo]:
-        return self._infos(globbing.iglob(on_disk(pattern), recursive=True, include_hidden=True))
+        return self._infos(globbing.iglob(_with_literal_folders(on_disk(pattern)), recursive=True, include_hidden=True))
 
     def _infos(self, paths: Iterable[str]) -> list[ObjectInfo]:
         found = []
@@ -126,6 +126,16 @@ class _File(io.FileIO):
             return super().readinto(buffer)
         except OSError as error:
             _raise_read(error, str(self.name))
+
+
+def _with_literal_folders(pattern: str) -> str:
+    """A glob in which folders that are there stand for themselves, such as `[raw] 2024` in front of `/*.jpg`."""
+    *folders, name = pattern.split("/")
+    for count in range(len(folders), 0, -1):
+        start = "/".join(folders[:count])
+        if start and os.path.isdir(start):
+            return "/".join([globbing.escape(start), *folders[count:], name])
+    return pattern
 
 
 def on_disk(url: str) -> str:
