@@ -522,7 +522,7 @@ def test_a_sample_is_consecutive_members_with_one_key(tmp_path: Path) -> None:
         4,
         None,
         "1 further images of samples were not used (`image_member` chooses); 2 hidden members were skipped; "
-        "1 members without an extension were skipped",
+        "1 members without an extension were skipped; 1 kept texts are not UTF-8 and were read as Windows-1252",
     )
     assert end.left_out == {"further_image": 1, "hidden": 2, "no_suffix": 1} and end.image_members == {"jpg": 3}
     chosen, _ = read_tar(tmp_path / "a.tar", image_member="jpg")
