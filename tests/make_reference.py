@@ -24,13 +24,14 @@ from vitray.adapt.recipe import Recipe
 from vitray.cli import app
 from vitray.dataset.ledger import MANIFEST_SCHEMA
 from vitray.job import FORMATS, Embedding, Job
+from vitray.left_out import LEFT_OUT
 from vitray.pipeline import Result
 from vitray.pipeline.metrics import COUNTERS, STEP_SECONDS
 from vitray.schema import ERROR_SCHEMA, IMAGE_FIELDS, LABEL_FIELDS, REASONS
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference.md"
 IMAGE_COLUMNS = {
-    "key": "the sample's own name: in a tar the path up to the base name's first dot, else the key column, the image's path, or the row's "
+    "key": "the sample's own name: in a tar the path up to a dot of the base name (`tar_keys`), else the key column, the image's path, or the row's "
     "number. Need not be unique: (`shard`, `index`) is",
     "shard": "id of the shard, which is the data file's name",
     "index": "place of the image in its shard, from 0",
@@ -43,7 +44,8 @@ ROW_COLUMNS = {
     "format": f"one of {', '.join(FORMATS)}, found by content",
     "label": "name of the best class",
     "label_id": "its number in the model",
-    "score": "softmax over the classes; sigmoid where the model has several labels an image, and of labels that a SigLIP reads",
+    "score": "softmax over the classes; sigmoid where the model has several labels an image or a single output, and of labels that a "
+    "SigLIP reads; the raw value of a regression",
     "top_labels": "names of the `top_k` best classes, best first",
     "top_ids": "their numbers",
     "top_scores": "their scores",
@@ -64,6 +66,8 @@ MANIFEST_COLUMNS = {
     "errors": "bad images",
     "truncated_at": "byte at which the input was cut, null where it was whole",
     "sha256": "of the data file",
+    "left_out": "what of the shard has no row, by reason, as JSON; null in manifests made before December 2026",
+    "image_members": "how many images came from tar members of each extension, as JSON; null likewise",
     "state": "current; gone: the input is listed no more; outdated: the input changed, and is not committed anew yet",
 }
 
@@ -72,8 +76,8 @@ def page() -> str:
     parts = [
         "# Reference",
         "Made from the code by `make docs`; not edited by hand.",
-        "[Job](#job) · [Embeddings](#embeddings) · [Training](#training) · [Columns of `data/`](#columns-of-data) · [Columns of `errors/`](#columns-of-errors) · "
-        "[Reasons](#reasons) · [Manifest](#manifest) · [Exit codes](#exit-codes) · [Commands](#commands) · [Python](#python) · "
+        "[Job](#job) · [Embeddings](#embeddings) · [Training](#training) · [Columns of `data/`](#columns-of-data) · [Columns of `_errors/`](#columns-of-_errors) · "
+        "[Reasons](#reasons) · [Left out](#left-out) · [Manifest](#manifest) · [Exit codes](#exit-codes) · [Commands](#commands) · [Python](#python) · "
         "[Metrics](#metrics)",
         "## Job",
         "The fields of a job file, of `--set`, and of `vitray.Job`. An unknown one is refused with the nearest known name.",
@@ -89,12 +93,16 @@ def page() -> str:
         "`input_<name>` where the output has that column already. Vectors stand last. `label` and what follows it up to the vectors is "
         "absent with `labels: false`.",
         _columns([*IMAGE_FIELDS, *LABEL_FIELDS], IMAGE_COLUMNS | ROW_COLUMNS, _vector_row()),
-        "## Columns of `errors/`",
-        "`OUT/_errors/<shard>.parquet` has the bad images of a shard. It is there only where a shard has some.",
+        "## Columns of `_errors/`",
+        "`OUT/_errors/<shard>.parquet` has the bad images of a shard. It is there only where a shard has some. "
+        "Datasets made before December 2026 have them in `errors/`.",
         _columns(ERROR_SCHEMA, IMAGE_COLUMNS | ERROR_COLUMNS),
         "## Reasons",
         "Why an image is bad: the values of `reason`.",
         _table("reason | meaning", [[f"`{name}`", said] for name, said in REASONS.items()]),
+        "## Left out",
+        "Why something in a source has no row: the names in `left_out`. See [which images get a row](how-to/sources.md).",
+        _table("reason | meaning", [[f"`{name}`", said] for name, said in LEFT_OUT.items()]),
         "## Manifest",
         "`OUT/_SUCCESS.json` names it: a row for each data file that counts.",
         _columns(MANIFEST_SCHEMA, MANIFEST_COLUMNS),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
+import shutil
 from pathlib import Path
 
 import hand_made
@@ -314,3 +316,25 @@ def test_a_comparison_of_regression_gives_the_mean_change(tmp_path: Path, monkey
     new = dataset_scored(tmp_path, 40.0, monkeypatch, out="new", **facts)
     found = compare(old, new)
     assert (found.rows, found.agreement, found.score_shift) == (27, 1.0, pytest.approx(43.5))
+
+
+# ---------------------------------------------------------------- files as other programs leave them
+
+SMALL = Path(__file__).parent / "data" / "dataset-v1" / "model"
+
+
+def test_labels_may_be_a_list(tmp_path: Path) -> None:
+    model = Path(shutil.copytree(SMALL, tmp_path / "model"))
+    edit(str(model / "config.json"), id2label=["cat", "dog", "emu"])
+    assert identify(Job(source="s", model=str(model), out="o", engine="torch")).labels == ("cat", "dog", "emu")
+
+
+@pytest.mark.parametrize(("prefix", "says"), [("_orig_mod.", "a compiled module"), ("module.", "a DataParallel module")])
+def test_weights_of_a_wrapper_are_named(tmp_path: Path, prefix: str, says: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = Path(shutil.copytree(SMALL, tmp_path / "model"))
+    weights = load_file(model / "model.safetensors")
+    save_file({f"{prefix}{name}": value for name, value in weights.items()}, model / "model.safetensors")
+    with pytest.raises(ModelError, match=f"begins with `{re.escape(prefix)}`, because {says} was saved"):
+        identify(Job(source="s", model=str(model), out="o", engine="torch"))

@@ -110,6 +110,11 @@ def test_suffixes_of_an_old_dataset_stay_those_that_it_knew(bucket: str) -> None
     assert result.left_out == {"other_suffix": 3}, "two .jfif and a .txt, which are told now"
 
 
+def test_a_file_of_another_kind_does_not_stop_an_old_dataset(bucket: str) -> None:
+    store_for(bucket).create(f"{bucket}/in/files/labels.csv", b"path\n")
+    assert plan(job_of(bucket, "files")).left_out == {"other_suffix": 3, "other_kind": 1}
+
+
 def test_types_and_keys_of_an_old_dataset_stay_those_that_it_had(bucket: str) -> None:
     vitray.run(job_of(bucket, "parquet"))
     found = rows(bucket, "parquet")

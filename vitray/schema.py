@@ -83,6 +83,7 @@ UNDECODED_SUFFIXES = CAMERA_RAW_SUFFIXES | frozenset(
         "qoi",
     ]
 )
+ALL_IMAGE_SUFFIXES = IMAGE_SUFFIXES | UNDECODED_SUFFIXES
 SOURCE_RULES = 2  # how names in a source become rows; a dataset keeps the rules of its first run
 
 REASONS = {

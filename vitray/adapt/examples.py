@@ -222,7 +222,7 @@ class _Source:
         names = ["key", "shard", "index", "content_hash", *more]
         names += [name for name in (self.recipe.label_at, "score") if name in self.dataset.schema.names]
         table = read(self.dataset.out, list(dict.fromkeys(names)))
-        if "score" in table.column_names:
+        if "score" in table.column_names and self.recipe.min_score:  # scores of a regression may be negative
             table = table.filter(pa.array(table["score"].to_numpy() >= self.recipe.min_score))
         return table
 

@@ -35,6 +35,7 @@ HEADS = (("classifier.weight",), ("cls_classifier.weight", "distillation_classif
 HUB_FILES = ["*.json", "model.safetensors", "model-*.safetensors", "merges.txt", "spiece.model"]
 EXPORT = "vitray_export.json"  # what `vitray export` wrote holds it, and of the graph's files these: see exported.py
 GRAPH_FILES = ("model.onnx", "model.onnx.data", "openvino_model.xml", "openvino_model.bin")
+WRAPPERS = {"_orig_mod.": "a compiled module", "module.": "a DataParallel module"}  # by the prefix of their weights
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -168,6 +169,8 @@ def read_config(found: Checkpoint) -> VisionConfig:
         if family is None:
             raise ModelError(f"{found.model}: config.json names no model_type, so it is no checkpoint of transformers. {known}")
         raise ModelError(f"{found.model} is of model type {family}, which vitray does not know. {known}")
+    if isinstance(raw.get("id2label"), list):  # names in the order of the head's outputs
+        raw["id2label"] = dict(enumerate(raw["id2label"]))
     from transformers import CONFIG_MAPPING
 
     try:
@@ -237,10 +240,21 @@ def tensor_shapes(found: Checkpoint, names: set[str]) -> dict[str, list[int]]:
     for path in weight_files(found):
         try:
             with safe_open(path, framework="np") as tensors:
+                _require_plain_names(found, list(tensors.keys()))
                 shapes |= {name: tensors.get_slice(name).get_shape() for name in names & set(tensors.keys())}
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{found.model}: {os.path.basename(path)} is damaged ({one_line(error)}); fetch it.") from error
     return shapes
+
+
+def _require_plain_names(found: Checkpoint, names: list[str]) -> None:
+    """Raises ModelError for weights that were saved out of a wrapper, whose names have its prefix."""
+    for prefix, wrapper in WRAPPERS.items():
+        if names and all(name.startswith(prefix) for name in names):
+            raise ModelError(
+                f"{found.model}: every weight's name begins with `{prefix}`, because {wrapper} was saved. "
+                "Save the model inside it: unwrap it, then save_pretrained."
+            )
 
 
 def weight_files(found: Checkpoint) -> list[str]:

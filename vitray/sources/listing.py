@@ -89,7 +89,7 @@ def _search(job: Job) -> Found:
 def _kind(job: Job, found: list[ObjectInfo], known_kind: str | None) -> str:
     if job.format != "auto":
         return job.format
-    if job.rules > 1 and known_kind and _choose(job, known_kind, found)[0]:
+    if known_kind and _choose(job, known_kind, found)[0]:
         return known_kind
     return _detect(job, found)
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from urllib.parse import unquote
 
-from vitray.schema import IMAGE_SUFFIXES, IMAGE_SUFFIXES_V1, UNDECODED_SUFFIXES
+from vitray.schema import ALL_IMAGE_SUFFIXES, IMAGE_SUFFIXES_V1
 
 COMPRESSED_TAR = "compressed tar"
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
@@ -21,7 +21,7 @@ _KINDS_V2 = {
     **_KINDS_V1,
     **dict.fromkeys((".parq", ".pq"), "parquet"),
     ".tsv": "manifest",
-    **{f".{suffix}": "files" for suffix in IMAGE_SUFFIXES | UNDECODED_SUFFIXES},
+    **{f".{suffix}": "files" for suffix in ALL_IMAGE_SUFFIXES},
 }
 KINDS = {1: _KINDS_V1, 2: _KINDS_V2}  # by source rules
 WITHOUT_SUFFIX = "without suffix"

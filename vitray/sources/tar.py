@@ -19,9 +19,8 @@ import pyarrow as pa
 from vitray.errors import ShardError, SourceError
 from vitray.job import Job
 from vitray.schema import (
-    IMAGE_SUFFIXES,
+    ALL_IMAGE_SUFFIXES,
     IMAGE_SUFFIXES_V1,
-    UNDECODED_SUFFIXES,
     Encoded,
     End,
     PassthroughRow,
@@ -205,6 +204,12 @@ class _Reader:
     _parted: list[str] = field(default_factory=list)  # keys whose members are not adjacent
     _not_utf8: int = 0  # kept texts
 
+    def __post_init__(self) -> None:
+        self.image_member = _extension(self.job.image_member) if self.job.image_member else None
+        self.kept_extensions = {_extension(name) for name in self.job.keep}
+        self.kept_schema = kept_schema(self.shard, self.job)
+        self.folders = {name: folder_value(name, self.shard.url) for name in _folder_columns(self.shard, self.job)}
+
     def samples(self, source: TarSource) -> Iterator[_Sample]:
         """Consecutive members with one key. A cut is noted in the source; the last sample survives when its image is whole."""
         sample: _Sample | None = None
@@ -254,23 +259,28 @@ class _Reader:
 
     def _options(self, member: tarfile.TarInfo) -> dict[str, str]:
         """{key: extension} that a member's name may mean, the preferred one first; none for what is no part of a sample."""
-        first, last = _split_first(member.name), _split_last(member.name)
-        is_link = member.islnk() or member.issym()
-        is_image = self._is_image(first[1]) or (self.job.rules > 1 and self._is_image(last[1]))
-        if not (member.isreg() or (is_link and is_image)) or not first[1]:
-            if not member.isdir():
-                self.left_out[self._why_left_out(member)] += 1
-            return {}
-        if self.job.rules == 1 and self.job.tar_keys == "auto":
+        key, extension = _split_first(member.name)
+        if member.isreg() and extension:
+            return {key: extension} if "." not in extension else self._dotted_options(member.name)
+        if extension and (member.islnk() or member.issym()):
+            options = self._dotted_options(member.name)
+            if any(map(self._is_image, options.values())):
+                return options
+        if not member.isdir():
+            self.left_out[self._why_left_out(member)] += 1
+        return {}
+
+    def _dotted_options(self, name: str) -> dict[str, str]:
+        """What a name with several dots may mean. An image means one thing; a sidecar follows the image beside it."""
+        first, last = _split_first(name), _split_last(name)
+        job = self.job
+        if job.tar_keys == "first_dot" or (job.tar_keys == "auto" and job.rules == 1):
             return dict([first])
-        if self.job.tar_keys != "auto":
-            return dict([first if self.job.tar_keys == "first_dot" else last])
-        if first == last:
+        if job.tar_keys == "last_dot":
+            return dict([last])
+        if first[1] in self.extensions or first[1] == self.image_member:
             return dict([first])
-        chosen = _extension(self.job.image_member or "")
-        if first[1] in self.extensions or first[1] == chosen:
-            return dict([first])
-        if _is_image_extension(first[1]) and chosen in ("", last[1]):
+        if _is_image_extension(first[1]) and self.image_member in (None, last[1]):
             return dict([last])
         return dict([first, last])
 
@@ -285,7 +295,7 @@ class _Reader:
         kept_keys = [
             (key, extension)
             for key, extension in options.items()
-            if key in sample.keys and member.size <= MAX_KEPT_BYTES and extension in map(_extension, self.job.keep)
+            if extension in self.kept_extensions and key in sample.keys and member.size <= MAX_KEPT_BYTES
         ]
         if is_picked:
             sample.image, sample.data = extension, None
@@ -334,20 +344,18 @@ class _Reader:
     def _why_without_image(self, sample: _Sample) -> str:
         if self._parted and self._parted[-1] == sample.key:
             return f"key {printable(sample.key)[:200]} came before: the members of a sample must be adjacent; sort the tar"
-        what = f".{_extension(self.job.image_member)}" if self.job.image_member else "image"
+        what = f".{self.image_member}" if self.image_member else "image"
         has = printable(", ".join(islice(sample.extensions, 8)))[:200]
         return f"the sample has no {what} member: it has {has}"
 
     def _kept(self, sample: _Sample) -> PassthroughRow:
-        columns, folders = list[pa.Array](), _folder_columns(self.shard, self.job)
-        for field_ in kept_schema(self.shard, self.job):
-            value: object = sample.kept.get((sample.key, _extension(field_.name)))
-            if value is None and field_.name in folders:
-                value = folder_value(field_.name, self.shard.url)
-            elif isinstance(value, bytes) and field_.type == pa.string():
+        columns = list[pa.Array]()
+        for field_ in self.kept_schema:
+            value: object = sample.kept.get((sample.key, _extension(field_.name)), self.folders.get(field_.name))
+            if isinstance(value, bytes) and field_.type == pa.string():
                 value = self._text(value)
             columns.append(pa.array([value], field_.type))
-        return PassthroughRow(pa.RecordBatch.from_arrays(columns, names=list(self.job.keep)), 0)
+        return PassthroughRow(pa.RecordBatch.from_arrays(columns, schema=self.kept_schema), 0)
 
     def _text(self, data: bytes) -> str:
         if self.job.rules == 1:
@@ -357,8 +365,8 @@ class _Reader:
         return text
 
     def _is_image(self, extension: str) -> bool:
-        if self.job.image_member:
-            return extension == _extension(self.job.image_member)
+        if self.image_member:
+            return extension == self.image_member
         if self.job.rules == 1:
             return extension.rpartition(".")[2] in IMAGE_SUFFIXES_V1
         return _is_image_extension(extension)
@@ -397,7 +405,7 @@ def _extension(name: str) -> str:
 
 
 def _is_image_extension(extension: str) -> bool:
-    return extension.rpartition(".")[2] in IMAGE_SUFFIXES | UNDECODED_SUFFIXES
+    return extension.rpartition(".")[2] in ALL_IMAGE_SUFFIXES
 
 
 def _is_text(extension: str) -> bool:

@@ -21,7 +21,7 @@ from typing import cast
 from fsspec.utils import glob_translate
 
 from vitray.errors import JobError, ObjectMissing, StorageError, UnsafeStore
-from vitray.schema import IMAGE_SUFFIXES, UNDECODED_SUFFIXES
+from vitray.schema import ALL_IMAGE_SUFFIXES
 from vitray.storage.folder import new_folder
 from vitray.storage.local import LocalStore, on_disk
 from vitray.storage.objects import ABANDONED_S, ObjectInfo, Store, absolute, is_local
@@ -191,7 +191,7 @@ def _hidden_by(pattern: str, hive: bool) -> Callable[[str], bool]:
 
     def is_hidden(url: str) -> bool:
         *folders, name = url.removeprefix(base).split("/")
-        is_image = name.rpartition(".")[2].lower() in IMAGE_SUFFIXES | UNDECODED_SUFFIXES
+        is_image = name.rpartition(".")[2].lower() in ALL_IMAGE_SUFFIXES
         hidden_folders = (part for part in folders if not (hive and part.startswith("_") and "=" in part))
         return (
             any(part[:1] in {".", "_"} - asked for part in hidden_folders) or name[:1] in {".", *("_" * (not is_image))} - asked
