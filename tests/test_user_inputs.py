@@ -200,6 +200,7 @@ def test_several_plain_images_are_refused_by_run_and_plan(tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists()
     chosen = label(source, tmp_path / "chosen", image_member="png")
     assert [row["format"] for row in chosen.rows] == ["png"] and chosen.reasons == {"1": "missing"}
+    assert chosen.result.left_out == {"further_image": 1}, "the .jpg that `image_member` passes over"
 
 
 def test_a_later_tar_with_several_plain_images_is_set_aside_and_named(tmp_path: Path) -> None:
@@ -306,8 +307,9 @@ def test_limit_and_sample_say_how_many_images_they_choose(
     code, out, _ = cli(*argv, "--json")
     found = json.loads(out)
     assert (found["rows"], found["shards_not_selected"], found["images_not_selected"]) == (8, 1, 4)
-    with pytest.raises(JobError, match=r"sample: 0\.001 of 3 shards is none"):
-        vitray.run(job_for(folder, tmp_path / "none", sample=0.001, group_size=4))
+    for refuse in (vitray.run, plan):
+        with pytest.raises(JobError, match=r"sample: 0\.001 of 3 shards is none"):
+            refuse(job_for(folder, tmp_path / "none", sample=0.001, group_size=4))
 
 
 # ---- 9: columns of categories, lists of images, paths in structs

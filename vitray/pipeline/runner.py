@@ -57,7 +57,6 @@ from vitray.errors import (
     ShardError,
     StorageError,
     VitrayError,
-    count,
     shortened,
 )
 from vitray.job import Job
@@ -72,7 +71,6 @@ from vitray.schema import ModelFacts, Shard
 from vitray.sources import (
     Group,
     Listing,
-    Selection,
     absent_members,
     chosen,
     estimate_images,
@@ -117,7 +115,9 @@ def run(
     started = time.monotonic()
     job = with_label_names(prepared(job))
     listing = list_source(job)
-    selection = _tell_selection(job, listing)
+    selection = select(listing, job)
+    if selection.shards < selection.all_shards:
+        log.warning("%s", selection)
     drop_scratch(job.out)
     if not exists(dataset_url(job.out)):
         probe(job.out)
@@ -234,23 +234,6 @@ def _known_kind(job: Job, out: str, groups: list[Group]) -> str | None:
 
 def _seen(listing: Listing) -> LastSource:
     return LastSource(listing.kind, listing.left_out, listing.suffixes)
-
-
-def _tell_selection(job: Job, listing: Listing) -> Selection:
-    """since, sample and limit choose whole shards: say at once how many images that is.
-
-    Raises JobError when `sample` leaves no shard.
-    """
-    found = select(listing, job)
-    if found.shards < found.all_shards:
-        log.warning("%s", found)
-    by_name = job.model_copy(update={"limit": None, "since": None})
-    if job.sample is not None and not chosen(listing.shards, by_name):
-        step = "Raise `sample`, or use `limit`."
-        if listing.kind in ("files", "manifest"):
-            step += " With a smaller `group_size` the images become more shards."
-        raise JobError(f"sample: {job.sample:g} of {count(found.all_shards, 'shard')} is none. {step}")
-    return found
 
 
 def _with_key_column(job: Job, listing: Listing) -> Job:

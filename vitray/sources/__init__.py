@@ -75,8 +75,16 @@ class Selection:
 
 
 def select(listing: Listing, job: Job) -> Selection:
-    """What since, sample and limit choose. One tar is walked for an estimate, where they choose at all."""
+    """What since, sample and limit choose. One tar is walked for an estimate, where they choose at all.
+
+    Raises JobError when `sample` leaves no shard.
+    """
     shards = chosen(listing.shards, job)
+    if job.sample is not None and not shards and not chosen(listing.shards, job.model_copy(update={"since": None})):
+        step = "Raise `sample`, or use `limit`."
+        if listing.kind in ("files", "manifest"):
+            step += " With a smaller `group_size` the images become more shards."
+        raise JobError(f"sample: {job.sample:g} of {count(len(listing.shards), 'shard')} is none. {step}")
     fields = ", ".join(name for name in ("since", "sample", "limit") if getattr(job, name) is not None)
     if len(shards) == len(listing.shards):
         return Selection(fields, listing.kind, len(shards), len(shards))

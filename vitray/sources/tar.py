@@ -327,7 +327,9 @@ class _Reader:
                 f"{self.shard.url}: sample {printable(sample.key)[:200]} has several images: {names}. Set {setting}{keys}."
             )
         self.total += 1
-        self.left_out["further_image"] += max(0, len(sample.images) - 1)
+        # what `image_member` passes over is an image all the same
+        images = {*sample.images, *filter(_is_image_extension, sample.extensions)} if self.job.rules > 1 else sample.images
+        self.left_out["further_image"] += max(0, len(images) - 1)
         if sample.image is not None:
             self.image_members[sample.image] += 1
         self._track(sample)
