@@ -99,13 +99,13 @@ def test_since_sample_and_limit_choose_whole_shards_and_say_what_they_left_out(
     for age, name, part in zip((9, 5, 0.5, 0), "abcd", shards):
         put(tmp_path / "in", name, part[1], days_ago=age)
     code, found = run(commands, tmp_path, shapes_model, tmp_path / "out", "--set", "since=3d")
-    assert (code, found["committed"], found["left_out"], keys(tmp_path / "out")) == (0, 2, 2, of(*shards[2:4]))
+    assert (code, found["committed"], found["shards_not_selected"], keys(tmp_path / "out")) == (0, 2, 2, of(*shards[2:4]))
     code, found = run(commands, tmp_path, shapes_model, tmp_path / "out", "--set", "since=3d")
     assert (code, found["committed"], found["images"]) == (0, 0, 0)
     code, found = run(commands, tmp_path, shapes_model, tmp_path / "out", "--set", "since=7d", "--set", "limit=1")
-    assert (code, found["committed"], found["left_out"], keys(tmp_path / "out")) == (0, 1, 3, of(*shards[1:4]))
+    assert (code, found["committed"], found["shards_not_selected"], keys(tmp_path / "out")) == (0, 1, 3, of(*shards[1:4]))
     code, found = run(commands, tmp_path, shapes_model, tmp_path / "out")  # none of them is part of the dataset's identity
-    assert (code, found["committed"], found["left_out"], keys(tmp_path / "out")) == (0, 1, 0, of(*shards[:4]))
+    assert (code, found["committed"], found["shards_not_selected"], keys(tmp_path / "out")) == (0, 1, 0, of(*shards[:4]))
 
 
 def test_a_sample_keeps_its_shards_while_the_source_grows(tmp_path: Path) -> None:

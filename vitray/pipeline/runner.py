@@ -228,8 +228,11 @@ def _known_kind(job: Job, out: str, groups: list[Group]) -> str | None:
         return kind
     if groups:
         return "files"
-    manifest = read_manifest(absolute(out))
-    return kind_of(manifest["url"][0].as_py(), job.rules) if manifest is not None and len(manifest) else None
+    with contextlib.suppress(StorageError):  # a damaged one: whoever needs it says so
+        manifest = read_manifest(absolute(out))
+        if manifest is not None and len(manifest):
+            return kind_of(manifest["url"][0].as_py(), job.rules)
+    return None
 
 
 def _seen(listing: Listing) -> LastSource:

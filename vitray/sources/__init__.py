@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from vitray.errors import JobError, ObjectMissing, ShardError, VitrayError, count
 from vitray.job import Job
-from vitray.schema import Encoded, End, Shard, short_hash
+from vitray.schema import Encoded, End, Shard, rebuilt_type, short_hash
 from vitray.sources import files, manifest, parquet, tables, tar
 from vitray.sources.files import Group
 from vitray.sources.listing import Listing, list_shards
@@ -167,6 +167,16 @@ def _decoded(field: pa.Field) -> pa.Field:
     return field.with_type(field.type.value_type) if pa.types.is_dictionary(field.type) else field
 
 
+def _narrowed(field: pa.Field) -> pa.Field:
+    """Without what says nothing of the values: the width of offsets, and views."""
+
+    def leaf(kind: pa.DataType) -> pa.DataType:
+        return tables.SAME_VALUES.get(kind, kind)
+
+    kind = rebuilt_type(field.type, leaf)
+    return field.with_type(pa.list_(kind.value_field) if pa.types.is_large_list(kind) else kind)
+
+
 def require_kept(shard: Shard, job: Job, kept: pa.Schema) -> None:
     """Raises ShardError when a passthrough column's type does not go into the dataset's, JobError when there is none.
 
@@ -176,7 +186,8 @@ def require_kept(shard: Shard, job: Job, kept: pa.Schema) -> None:
         both_integers = pa.types.is_integer(mine.type) and pa.types.is_integer(field.type)
         if both_integers and job.rules > 1:
             continue
-        if _goes_into(mine, field) or _goes_into(_decoded(mine), _decoded(field)):
+        same_values = (_decoded(mine), _decoded(field))
+        if _goes_into(mine, field) or _goes_into(*same_values) or _goes_into(*map(_narrowed, same_values)):
             continue
         raise ShardError(
             f"{shard.url}: column `{mine.name}` is {mine.type}, in this dataset it is {field.type}. Write it with that type, or "
