@@ -215,7 +215,10 @@ def test_kept_types_are_those_of_the_first_values_and_take_what_loses_nothing(sh
         rows["note"].to_pylist() == [None] * 12 + ["a"] * 24
         and rows["price"].to_pylist() == [0.5] * 12 + [*range(12)] + [None] * 12
     )
-    assert vitray.read(vitray.run(job.model_copy(update={"out": f"{tmp_path}/new"})).out).schema.field("note").type == pa.large_string()
+    assert (
+        vitray.read(vitray.run(job.model_copy(update={"out": f"{tmp_path}/new"})).out).schema.field("note").type
+        == pa.large_string()
+    )
 
 
 def test_a_model_that_cannot_be_opened_ends_the_line_with_its_error(dataset: Dataset) -> None:

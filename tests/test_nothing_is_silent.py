@@ -90,9 +90,11 @@ def test_every_file_of_a_folder_is_a_row_an_error_or_counted(tmp_path: Path, see
         assert result.rows + result.errors + sum(result.left_out.values()) == len(files) + len(links), sorted(files)
         checked(result)
         with_row = {row["uri"] for place in ("data", "_errors") for row in rows_below(Path(result.out, place))}
-        silent = [path for path in files if path not in with_row and is_picture(Path(path).read_bytes())]
-        counted = sum(count for reason, count in result.left_out.items() if reason != "linked_folder")
-        assert len(silent) <= counted
+        without = [os.path.relpath(path, folder) for path in files if path not in with_row]
+        hidden = [path for path in without if any(part[0] in "._@" for part in path.split("/"))]
+        assert result.left_out.get("hidden", 0) == len(hidden)
+        others = set(without) - set(hidden)
+        assert not any(path.lower().endswith(IMAGE_SUFFIXES) for path in others)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -117,6 +119,8 @@ def test_every_picture_of_a_tar_is_a_row_an_error_or_counted(tmp_path: Path, see
         without_image = sum(row["reason"] == "missing" for row in rows_below(Path(result.errors_path)))
         assert result.rows + result.errors - without_image + sum(result.left_out.values()) == pictures
         checked(result)
+        for row in rows_below(Path(result.out, "data")):
+            assert row["json"] in (None, str(row["key"]).removesuffix(".depth")), "a sidecar of another image"
     assert refused < EACH["tars"]
 
 
@@ -130,7 +134,7 @@ def write_random_tar(path: Path, rng: np.random.Generator) -> None:
         if style in ("depth", "mixed") and rng.random() < 0.7:
             names.append((f"{stem}.depth.png", PICTURES[2]))
         if rng.random() < 0.5:
-            names.append((f"{stem}.json", b"{}"))
+            names.append((f"{stem}.json", stem.encode()))
         if rng.random() < 0.02:
             names.append((f"{stem}.png", PICTURES[2]))
         if rng.random() < 0.1:

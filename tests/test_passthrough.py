@@ -70,6 +70,8 @@ def array_of(kind: pa.DataType, count: int, rng: np.random.Generator, nulls: boo
     def with_nulls(array: pa.Array) -> pa.Array:
         return pa.array([None if is_null else value for value, is_null in zip(array, mask.to_pylist())], array.type)
 
+    if pa.types.is_null(kind):
+        return pa.nulls(count)
     if isinstance(kind, pa.BaseExtensionType):
         return pa.ExtensionArray.from_storage(kind, array_of(kind.storage_type, count, rng, nulls))
     if pa.types.is_dictionary(kind):
@@ -278,6 +280,7 @@ def test_columns_with_odd_names_pass_through(tmp_path: Path) -> None:
         (pa.dictionary(pa.int8(), pa.string()), pa.string(), pa.string()),
         (pa.list_(pa.int8()), pa.list_(pa.int32()), pa.list_(pa.int32())),
         (pa.null(), pa.int16(), pa.int16()),
+        (pa.list_(pa.null()), pa.list_(pa.string()), pa.list_(pa.string())),
     ],
     ids=str,
 )
@@ -285,14 +288,13 @@ def test_files_of_different_widths_meet_in_one_type(
     tmp_path: Path, first: pa.DataType, second: pa.DataType, both: pa.DataType
 ) -> None:
     rng = np.random.default_rng(1)
-    small = (
-        pa.nulls(4)
-        if first == pa.null()
-        else array_of(first, 4, rng)
-        if first != pa.timestamp("ms")
-        else pa.array([1, 2, None, 3], first)
-    )
-    other = pa.array([1, 2, None, 3], second) if second == pa.timestamp("ns") else array_of(second, 4, rng)
+    made = {
+        pa.null(): pa.nulls(4),
+        pa.list_(pa.null()): pa.array([[], None, [], []], pa.list_(pa.null())),
+        pa.timestamp("ms"): pa.array([1, 2, None, 3], pa.timestamp("ms")),
+        pa.timestamp("ns"): pa.array([1, 2, None, 3], pa.timestamp("ns")),
+    }
+    small, other = (made[kind] if kind in made else array_of(kind, 4, rng) for kind in (first, second))
     tables = [pa.table({"value": small}), pa.table({"value": other})]
     found = kept_rows(through(tmp_path, tables), ["value"])
     assert [table["value"].type for table in found] == [both, both]

@@ -515,16 +515,28 @@ def test_a_sample_is_consecutive_members_with_one_key(tmp_path: Path) -> None:
         ("one.jpg", b"another folder"),
     ]
     rows, end = read_tar(write_tar(tmp_path / "a.tar", members), keep=["txt", "bin", "cls"])
-    assert pairs(rows) == [(0, "d/one", b"1"), (1, "two", b"2"), (2, "three", None), (3, "one", b"another folder")]
-    assert [kept(r) for r in rows] == [("café", None, "7"), (None, b"\xff\x00", None), ("ÿ", None, None), (None, None, None)]
-    assert rows[2].reason == "missing" and "json, txt" in rows[2].message
+    assert pairs(rows) == [
+        (0, "d/one", b"1"),
+        (1, "two.seg", b"mask"),  # nothing tells that seg.png is an extension: no other sample has one
+        (2, "two", b"2"),
+        (3, "three", None),
+        (4, "one", b"another folder"),
+    ]
+    assert [kept(r) for r in rows] == [
+        ("café", None, "7"),
+        (None, None, None),
+        (None, b"\xff\x00", None),
+        ("ÿ", None, None),
+        (None, None, None),
+    ]
+    assert rows[3].reason == "missing" and "json, txt" in rows[3].message
     assert end == End(
-        4,
+        5,
         None,
-        "1 further images of samples were not used (`image_member` chooses); 2 hidden members were skipped; "
+        "2 hidden members were skipped; "
         "1 members without an extension were skipped; 1 kept texts are not UTF-8 and were read as Windows-1252",
     )
-    assert end.left_out == {"further_image": 1, "hidden": 2, "no_suffix": 1} and end.image_members == {"jpg": 3}
+    assert end.left_out == {"hidden": 2, "no_suffix": 1} and end.image_members == {"jpg": 3, "png": 1}
     chosen, _ = read_tar(tmp_path / "a.tar", image_member="jpg")
     assert [(r.data, r.reason) for r in chosen] == [(b"1", None), (b"2", None), (None, "missing"), (b"another folder", None)]
     job = job_for(tmp_path / "a.tar", keep=["txt", "bin", "json"])

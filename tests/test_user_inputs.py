@@ -143,6 +143,32 @@ def test_sidecars_of_dotted_names_belong_to_their_image(tmp_path: Path, first: s
     assert found.result.errors == 0
 
 
+@pytest.mark.parametrize(
+    "members",
+    [
+        [
+            "john.doe.jpg",
+            "john.doe.txt",
+            "john.smith.jpg",
+            "john.smith.txt",
+            "mary.jones.jpg",
+            "mary.jones.txt",
+            "li.wei.jpg",
+            "li.wei.txt",
+        ],
+        ["a.jpg", "a.txt", "anna.jpg", "anna.txt", "anna.maria.jpg", "anna.maria.txt", "b.jpg", "b.txt"],
+        ["2024.01.txt", "2024.01.jpg", "2024.02.txt", "2024.03.txt", "2024.03.jpg"],
+        ["0.a.txt", "0.jpg", "0.txt", "1.jpg", "1.txt", "1.a.txt"],
+    ],
+    ids=["names", "longer names", "dates", "words"],
+)
+def test_every_image_of_a_tar_gets_its_own_sidecar(tmp_path: Path, members: list[str]) -> None:
+    data = {name: jpg(n) if name.endswith("jpg") else name.removesuffix(".txt").encode() for n, name in enumerate(members)}
+    found = label(write_tar(tmp_path / "in" / "a.tar", data), tmp_path / "out", keep="txt")
+    images = [name.removesuffix(".jpg") for name in members if name.endswith("jpg")]
+    assert [(row["key"], row["txt"]) for row in found.rows] == [(name, name) for name in images]
+
+
 def test_a_dotted_name_behind_ordinary_ones_gets_a_row(tmp_path: Path) -> None:
     """The start of the tar, by which `auto` goes, holds no such name."""
     ordinary = {f"{n:04d}.jpg": jpg(n) for n in range(230)}
@@ -156,11 +182,16 @@ def test_a_dotted_name_behind_ordinary_ones_gets_a_row(tmp_path: Path) -> None:
     [
         (["0.jpg", "1.jpg"], []),
         (["0.depth.png", "0.jpg", "0.json"], ["depth.png"]),
-        (["0.jpg", "1.jpg", "1.depth.png", "2.jpg"], ["depth.png"]),
+        (["0.jpg", "1.jpg", "1.depth.png", "2.jpg"], []),
+        (["0.jpg", "0.depth.png", "1.jpg", "1.depth.png", "2.jpg"], ["depth.png"]),
+        (["0.meta.json", "0.extra.json", "0.jpg"], ["extra.json", "meta.json"]),
         (["0.left.jpg", "0.right.jpg", "1.left.jpg", "1.right.jpg"], ["left.jpg", "right.jpg"]),
-        (["a.min.jpg", "b.jpg"], ["min.jpg"]),
+        (["a.min.jpg", "b.jpg"], []),
+        (["a.min.jpg", "b.min.jpg"], ["min.jpg"]),
+        (["john.doe.jpg", "john.doe.txt", "mary.doe.jpg", "mary.doe.txt"], []),
+        (["garden.jpg", "garden.copy.jpg", "tree.jpg"], []),
         (DOTTED, []),
-        (["Dr.who.jpg", "Dr.no.jpg"], []),
+        (["Dr.who.jpg", "Dr.no.jpg", "x.jpg"], []),
         (["shot.0001.png", "shot.0002.png"], []),
         (["J.K.Rowling_1.jpg", "J.R.R.Tolkien.jpg"], []),
         (["v1.2.jpg", "v1.3.jpg"], []),
@@ -203,6 +234,14 @@ def test_several_plain_images_are_refused_by_run_and_plan(tmp_path: Path) -> Non
     assert chosen.result.left_out == {"further_image": 1}, "the .jpg that `image_member` passes over"
 
 
+def test_a_new_first_tar_with_several_plain_images_is_set_aside_too(tmp_path: Path) -> None:
+    write_tar(tmp_path / "in" / "b.tar", {"0.jpg": jpg(1)})
+    label(tmp_path / "in", tmp_path / "out")
+    write_tar(tmp_path / "in" / "a.tar", {"0.jpg": jpg(2), "0.webp": jpg(3, "WEBP")})
+    found = label(tmp_path / "in", tmp_path / "out")
+    assert (found.result.exit_code, found.result.rows, len(found.result.set_aside)) == (3, 1, 1)
+
+
 def test_a_later_tar_with_several_plain_images_is_set_aside_and_named(tmp_path: Path) -> None:
     write_tar(tmp_path / "in" / "a.tar", {"0.jpg": jpg(1)})
     write_tar(tmp_path / "in" / "b.tar", {"0.jpg": jpg(2), "0.webp": jpg(3, "WEBP")})
@@ -228,7 +267,7 @@ def test_unusual_suffixes_are_images_and_what_is_left_out_is_counted(
     assert found.names == ["a.jpg", "b.jfif", "c.jpe", "e.PJPEG"] and found.reasons == {"IMG.HEIC": "format_not_allowed"}
     assert found.errors[0]["message"] == "heic is not decoded: convert it to JPEG, PNG or WebP"
     assert found.result.left_out == {"hidden": 1, "no_suffix": 1, "other_suffix": 1}
-    line = "left out   3: 1 hidden, 1 no_suffix, 1 other_suffix (1 .txt, 1 without suffix)"
+    line = "left out   3: 1 hidden, 1 no_suffix, 1 other_suffix; by suffix: 1 .txt, 1 without suffix"
     for command in (["plan", folder, "--model", MODEL, "--out", tmp_path / "out"], ["status", tmp_path / "out"]):
         code, out, _ = cli(*command)
         assert code == 0 and line in out.splitlines()
@@ -280,6 +319,13 @@ def test_paths_beat_thumbnails_and_other_pairs_are_refused(tmp_path: Path) -> No
 def test_bytes_with_a_usual_name_beat_a_name_of_the_file(tmp_path: Path, path: str, data: str) -> None:
     pq.write_table(pa.table({path: ["elsewhere/a.jpg"], data: [jpg(1)]}), tmp_path / "a.parquet")
     assert label(tmp_path / "a.parquet", tmp_path / "out").result.rows == 1
+
+
+def test_images_in_further_columns_are_counted(tmp_path: Path) -> None:
+    columns = {"image": [jpg(1), jpg(2), jpg(3)], "mask": [jpg(4), None, jpg(5)], "hash": [b"x", b"y", b"z"]}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    found = label(tmp_path / "a.parquet", tmp_path / "out")
+    assert found.result.rows == 3 and found.result.left_out == {"further_image": 2}
 
 
 # ---- 7: long fields of a CSV (datasette-lite#84)
@@ -396,6 +442,8 @@ def test_a_csv_is_read_however_it_was_saved(tmp_path: Path, body: str, encoding:
     (folder / "list.csv").write_bytes(body.encode(encoding))
     found = label(folder / "list.csv", tmp_path / "out", keep="text")
     assert [row["text"] for row in found.rows] == ["café"] and found.result.errors == 0
+    notes = ["lines that are not UTF-8 were read as Windows-1252"] if encoding == "cp1252" else []
+    assert list(found.result.notes.values()) == notes
 
 
 def test_kept_text_of_a_tar_has_no_marks_and_says_when_it_is_not_utf8(tmp_path: Path) -> None:
@@ -520,6 +568,9 @@ def test_a_file_of_another_kind_does_not_stop_the_next_run(tmp_path: Path, name:
     assert found.result.exit_code == 0 and found.result.left_out == {"other_kind": 1}
     with pytest.raises(SourceError, match=r"is a mix|compressed"):
         vitray.run(job_for(folder, tmp_path / "new"))
+    elsewhere = write_files(tmp_path / "elsewhere", {"a.tar": b"", "b.tar": b"", "preview.jpg": jpg(3)})
+    with pytest.raises(SourceError, match="is a mix"):
+        vitray.run(job_for(elsewhere, tmp_path / "out"))  # another source: nothing is known of its kind
 
 
 # ---- 17: columns that folders spell out
@@ -530,6 +581,8 @@ def test_folders_are_columns(tmp_path: Path) -> None:
     found = label(tmp_path / "in", tmp_path / "out", keep="label,folder,y")
     values = {row["key"].rpartition("/")[2]: (row["input_label"], row["folder"], row["y"]) for row in found.rows}
     assert values == {"a.jpg": ("cat", "y=1", "1"), "b.jpg": ("big dog", "label=big%20dog", None)}
+    single = label(tmp_path / "in", tmp_path / "single", keep="y", group_size=1)
+    assert [row["y"] for row in single.rows] == [None, "1"], "a group without that folder is not set aside"
     with pytest.raises(JobError, match="`folder` keeps the name of each file's folder"):
         vitray.run(job_for(tmp_path / "in", tmp_path / "out2", keep="caption"))
 
@@ -591,6 +644,14 @@ def test_a_column_of_unique_values_names_the_rows(
 def test_other_columns_name_no_rows(tmp_path: Path, values: list[object]) -> None:
     pq.write_table(pa.table({"id": values, "image": [jpg(n) for n in range(3)]}), tmp_path / "a.parquet")
     assert label(tmp_path / "a.parquet", tmp_path / "out").keys == ["0", "1", "2"]
+
+
+def test_a_column_that_a_file_lacks_names_no_rows(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table({"image": [jpg(1)], "id": [7]}), tmp_path / "in" / "a.parquet")
+    pq.write_table(pa.table({"image": [jpg(2)]}), tmp_path / "in" / "b.parquet")
+    found = label(tmp_path / "in", tmp_path / "out")
+    assert found.keys == ["0", "0"] and found.result.exit_code == 0
 
 
 def test_images_with_paths_keep_them_as_keys(tmp_path: Path) -> None:

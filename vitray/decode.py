@@ -106,6 +106,10 @@ def decode_one(data: bytes, spec: DecodeSpec, into: Pixels) -> Outcome:
         outcome = Outcome(width, height, "jpeg" if image.format == "MPO" else image.format.lower(), None, "")
         markers = _markers(data) if outcome.format == "jpeg" else b""
         _check_header(image, data, markers, spec.max_pixels)
+        if outcome.format == "tiff" and spec.rules > 1 and _is_camera_raw(image, data):
+            raise _Refused(
+                "format_not_allowed", "camera raw is not decoded: its first page is a thumbnail. Export it as JPEG or TIFF"
+            )
         plain = markers and image.mode in ("RGB", "L") and _ODD_MARKERS.isdisjoint(markers)
         into[...] = _fit(_rgb(image, data if plain else None, spec), spec)
         return replace(outcome, further_pages=_further_pages(data)) if outcome.format == "tiff" else outcome
@@ -314,10 +318,6 @@ def _check_header(image: Any, data: bytes, markers: bytes, max_pixels: int) -> N
         raise _Refused("too_many_scans", f"a JPEG of more than {scans - 1} scans")
     if image.mode == "F":
         raise _Refused("float_pixels", "32-bit floating-point pixels")
-    if image.format == "TIFF" and _is_camera_raw(image, data):
-        raise _Refused(
-            "format_not_allowed", "camera raw is not decoded: its first page is a thumbnail. Export it as JPEG or TIFF"
-        )
 
 
 def _is_camera_raw(image: Any, data: bytes) -> bool:
@@ -348,7 +348,7 @@ def _rgb(image: Any, jpeg: bytes | None, spec: DecodeSpec) -> Any:
     if (turn := _ORIENTATIONS.get(_orientation(image))) is not None:
         loaded = loaded.transpose(turn)
     if loaded.mode.startswith("I"):
-        loaded = _to_8bit(loaded)
+        loaded = _to_8bit(loaded, spec.rules)
     if spec.background is not None and loaded.has_transparency_data:
         canvas = Image.new("RGBA", loaded.size, (*spec.background, 255))
         loaded = Image.alpha_composite(canvas, loaded.convert("RGBA"))
@@ -388,14 +388,14 @@ def _orientation(image: Any) -> Any:
         return 1
 
 
-def _to_8bit(image: Any) -> Any:
+def _to_8bit(image: Any, rules: int) -> Any:
     """The high byte of 16-bit pixels; Pillow's own conversion turns all above 255 into white."""
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 0xFFFF:
         raise _Refused("unsupported_pixels", f"integer pixels from {values.min()} to {values.max()}")
     tags = getattr(image, "tag_v2", {})
     bits = 12 if tags.get(258) == (12,) else 16  # TIFF BitsPerSample
-    if tags.get(_PHOTOMETRIC) == 0:  # white is zero, which Pillow 13 heeds for 8 bits alone
+    if tags.get(_PHOTOMETRIC) == 0 and rules > 1:  # white is zero, which Pillow 13 heeds for 8 bits alone
         values = (1 << bits) - 1 - values
     scaled = Image.fromarray((values >> (bits - 8)).astype(np.uint8))
     if "transparency" in image.info:

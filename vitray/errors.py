@@ -17,7 +17,7 @@
     |- ErrorRateExceeded    exit code 4: more bad images than `max_error_rate` allows
     `- Interrupted          exit code 143: it was asked to end
 
-A bad image is none of these: it is a row in `errors/` (schema.REASONS).
+A bad image is none of these: it is an error row (schema.REASONS).
 """
 
 from __future__ import annotations

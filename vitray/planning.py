@@ -110,7 +110,7 @@ class Status:
                 for shard, at in self.truncated.items()
             ),
             *([f"left out   {describe(self.left_out, self.suffixes)}"] if self.left_out else []),
-            *([f"members    {self._members()}"] if len(self.image_members) > 1 else []),
+            *([f"members    {self._members()}"] if self.image_members else []),
             f"staged     {count(sum(self.staged.values()), 'image')} of {count(len(self.staged), 'shard')}",
             *(f"{name:<10} {value}" for name, value in self.decided.items()),
         ]

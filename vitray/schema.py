@@ -166,13 +166,14 @@ class PixelSpec:
 
 @dataclass(frozen=True, slots=True)
 class DecodeSpec:
-    """All that decides a row's pixels, or its reason. mode: exact | fast | draft, see decode.py."""
+    """All that decides a row's pixels, or its reason. mode: exact | fast | draft, see decode.py. rules: of the source, see Job."""
 
     pixels: PixelSpec
     formats: tuple[str, ...]
     max_pixels: int
     background: tuple[int, int, int] | None
     mode: str = "exact"
+    rules: int = SOURCE_RULES
 
 
 class ScoreFunction(StrEnum):
@@ -352,6 +353,8 @@ class Encoded:
     reason: str | None = None
     message: str = ""
     kept: PassthroughRow | None = None
+    further_images: int = 0  # of the same row, which are not read
+    spellings: tuple[str, ...] = ()  # other URLs that its path may mean, where none is at `uri`
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 
 from vitray.dataset import Dataset, Footer, RowsDigest, committed, read_footer, read_manifest, read_table, require_dataset
 from vitray.errors import CommitError, JobError, ObjectChanged, ObjectMissing, ShardError, StorageError, count, one_line
-from vitray.left_out import describe
+from vitray.left_out import LeftOut, describe
 from vitray.pipeline import list_source
 from vitray.schema import Encoded, End, ScoreFunction, Shard, content_hash
-from vitray.sources import Listing, chosen, count_images, read_shard
+from vitray.sources import Listing, chosen, count_again, read_shard
 from vitray.storage import exists, is_local, join, read, store_for
 
 NORM_TOLERANCE = {"float32": 1e-4, "float16": 5e-3}  # of a unit vector after rounding to that type, D up to 4096
@@ -128,12 +128,20 @@ def _count_again(dataset: Dataset, shard: Shard, footer: Footer, content: bool) 
     if shard.kind == "tar" and not is_local(shard.url) and not content:
         return None, []
     try:
-        images = count_images(shard, dataset.job)
+        images, left_out = count_again(shard, dataset.job)
     except (ShardError, ObjectMissing, ObjectChanged) as error:
         return footer.total, [] if content else [f"the source cannot be counted again: {one_line(error)}"]
-    if images == footer.total or content:  # with the content the total was compared already
-        return images, []
-    return images, [f"the source holds {images} images, the dataset {footer.total}"]
+    problems = []
+    if images != footer.total and not content:  # with the content the total was compared already
+        problems.append(f"the source holds {images} images, the dataset {footer.total}")
+    if left_out is not None and footer.source_rules > 1 and left_out != _without_pages(footer.left_out):
+        problems.append(f"the source has {describe(left_out)} without a row, the dataset counted {describe(footer.left_out)}")
+    return images, problems
+
+
+def _without_pages(left_out: dict[str, int]) -> dict[str, int]:
+    """What can be counted without decoding."""
+    return {reason: count for reason, count in left_out.items() if reason != LeftOut.FURTHER_PAGE}
 
 
 def _manifest_rows(dataset: Dataset) -> tuple[dict[str, dict[str, object]] | None, list[str]]:
@@ -183,11 +191,11 @@ def _check_errors(dataset: Dataset, shard: str, footer: Footer) -> Iterator[str]
     try:
         copy = read_table(pa.BufferReader(read(dataset.errors_url(shard))))
         if not copy.equals(footer.error_rows):
-            yield "errors/ differs from what the data file carries; run the job again to repair it"
+            yield "its error rows differ from what the data file carries; run the job again to repair it"
     except ObjectMissing:
-        yield "its errors/ file is missing; run the job again to repair it"
+        yield "its file of error rows is missing; run the job again to repair it"
     except UNREADABLE as error:
-        yield f"its errors/ file cannot be read; delete it and run the job again to repair it ({one_line(error)})"
+        yield f"its file of error rows cannot be read; delete it and run the job again to repair it ({one_line(error)})"
 
 
 def _check_rows(dataset: Dataset, shard: str, footer: Footer, file: pq.ParquetFile) -> Iterator[str]:
@@ -247,15 +255,21 @@ def _check_content(dataset: Dataset, shard: Shard, footer: Footer) -> Iterator[s
         known = {i: (k, h) for t in (table, footer.error_rows) for i, k, h in zip(*(t[name].to_pylist() for name in names))}
     except UNREADABLE:
         return  # _check_file said so
+    left_out = Counter[str]()
     try:
         for item in read_shard(shard, dataset.job, lambda _: True):
             if isinstance(item, End):
                 if item.total != footer.total:
                     yield f"the source holds {item.total} images, the dataset {footer.total}"
+                left_out.update(item.left_out)
             elif isinstance(item, Encoded):
+                left_out[LeftOut.FURTHER_IMAGE] += item.further_images
                 mine = (item.key, None if item.data is None else content_hash(item.data))
                 if known.get(item.index) != mine:
                     yield f"image {item.index} ({item.key}) is not what was labelled"
                     return
     except (ShardError, ObjectMissing, ObjectChanged) as error:
         yield f"the source cannot be read again: {one_line(error)}"
+        return
+    if footer.source_rules > 1 and dict(+left_out) != _without_pages(footer.left_out):
+        yield f"the source has {describe(+left_out)} without a row, the dataset counted {describe(footer.left_out)}"

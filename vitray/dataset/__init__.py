@@ -23,6 +23,7 @@ from vitray.dataset.identity import (
     open_dataset,
     package_versions,
     remember_source,
+    restore_dataset,
 )
 from vitray.dataset.ledger import (
     Ledger,
@@ -100,6 +101,7 @@ __all__ = [
     "require_dataset",
     "require_outside",
     "resolve_dataset",
+    "restore_dataset",
     "row_blocks",
     "row_counts",
     "rows_in",

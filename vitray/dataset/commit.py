@@ -1,7 +1,7 @@
 """The commit: fragments of a whole shard become its one data file, by one conditional create.
 
 The protocol, in the order of the code: look; tile; look at the input again; write on scratch disk; create; when the
-answer is "refused" or none at all, look who won; then errors/, then staging.
+answer is "refused" or none at all, look who won; then the file of error rows, then staging.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def read_footer(url: str) -> Footer:
 
 
 def repair_errors(dataset: Dataset, footer: Footer) -> None:
-    """Write errors/<shard>.parquet from what the data file carries, when it has errors."""
+    """Write the shard's file of error rows from what the data file carries, when it has errors."""
     if footer.errors:
         store_for(dataset.out).replace(dataset.errors_url(footer.shard), parquet_bytes(footer.error_rows))
 

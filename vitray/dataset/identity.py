@@ -8,6 +8,7 @@ import hashlib
 import json
 import platform
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -17,7 +18,7 @@ import pyarrow as pa
 from vitray.errors import JobError, ObjectMissing, StorageError, one_line
 from vitray.job import Job, make_job
 from vitray.schema import LABEL_FIELDS, SCHEMA_VERSION, DecodeSpec, ModelFacts, PixelSpec, ScoreFunction, VectorColumn, row_schema
-from vitray.storage import absolute, join, read, store_for
+from vitray.storage import absolute, exists, join, read, store_for
 
 # of the job, as they are; of the others some do not count, or count as what was resolved from them
 DECIDING_FIELDS = ("decode", "formats", "max_pixels", "background", "image_member", "image_column", "key_column", "allow")
@@ -36,6 +37,7 @@ class Dataset:
     vectors: tuple[VectorColumn, ...]
     kept: pa.Schema
     fragment_rows: int
+    is_new: bool = field(default=False, compare=False)  # whether this process has made dataset.json
 
     @property
     def schema(self) -> pa.Schema:
@@ -45,7 +47,9 @@ class Dataset:
     def decode_spec(self) -> DecodeSpec:
         hexes = self.job.background
         colour = None if hexes is None else (int(hexes[1:3], 16), int(hexes[3:5], 16), int(hexes[5:7], 16))
-        return DecodeSpec(self.facts.pixels, tuple(self.job.formats), self.job.max_pixels, colour, self.job.decode)
+        return DecodeSpec(
+            self.facts.pixels, tuple(self.job.formats), self.job.max_pixels, colour, self.job.decode, self.job.rules
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -125,9 +129,8 @@ def open_dataset(out: str) -> Dataset | None:
         return None
     try:
         document = json.loads(text)
-        document["job"] |= {name: value for name, value in _read_source(out).items() if name in MOVING}
-        return _from_json(absolute(out), document)
-    except (ValueError, KeyError, TypeError, JobError) as error:
+        return _from_json(absolute(out), _with_last_source(out, document))
+    except (ValueError, KeyError, TypeError, RecursionError, JobError) as error:
         raise StorageError(
             f"{dataset_url(out)} is not readable ({one_line(error)[:160]}). If another version of vitray wrote it, use that one. "
             "Else bring a copy of it back, or move it away and run the same job again: it is made anew and checked against "
@@ -135,31 +138,51 @@ def open_dataset(out: str) -> Dataset | None:
         ) from error
 
 
+def _with_last_source(out: str, document: dict[str, Any]) -> dict[str, Any]:
+    """The document with the source of the last run, where that is readable."""
+    moved = {name: value for name, value in _read_source(out).items() if name in MOVING}
+    with contextlib.suppress(JobError):
+        make_job({"source_rules": 1, **document["job"], **moved})
+        return {**document, "job": {**document["job"], **moved}}
+    return document
+
+
+def restore_dataset(dataset: Dataset) -> None:
+    """Make dataset.json exist, where another process took it away meanwhile."""
+    if not exists(dataset_url(dataset.out)):
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        store_for(dataset.out).create(dataset_url(dataset.out), to_json(dataset, now))
+
+
 def last_source(out: str) -> LastSource:
     """What the last run in this directory found in its source."""
     document = _read_source(out)
-    names = LastSource.__dataclass_fields__
-    return LastSource(**{name: value for name, value in document.items() if name in names})
+    kind, left_out, suffixes = (document.get(name) for name in ("kind", "left_out", "suffixes"))
+    return LastSource(kind if isinstance(kind, str) else None, _counts(left_out), _counts(suffixes))
 
 
-def remember_source(dataset: Dataset, found: LastSource) -> None:
+def _counts(value: object) -> dict[str, int]:
+    return {str(name): int(count) for name, count in value.items()} if isinstance(value, dict) else {}
+
+
+def remember_source(dataset: Dataset, found: LastSource, begins: bool = False) -> None:
     """Where the images are may be another place each time: what comes after a run goes by the last one.
 
-    A limit stays while all runs had one.
+    A limit stays while all runs had one. begins: write it in any case, so that its time tells when a run began.
     """
     existing = open_dataset(dataset.out)
     if existing is None:
         return
     old, new = ({name: job.model_dump(mode="json")[name] for name in MOVING} for job in (existing.job, dataset.job))
     new |= {name: None for name in ("since", "sample", "limit") if old[name] is None}
-    if {**new, **asdict(found)} != {**old, **asdict(last_source(dataset.out))}:
+    if begins or {**new, **asdict(found)} != {**old, **asdict(last_source(dataset.out))}:
         document = json.dumps({**new, **asdict(found)}, indent=1).encode()
         store_for(dataset.out).replace(source_url(dataset.out), document)
 
 
 def _read_source(out: str) -> dict[str, Any]:
     """source.json; nothing where there is none that is ours."""
-    with contextlib.suppress(StorageError, ValueError):
+    with contextlib.suppress(StorageError, ValueError, RecursionError):
         found = json.loads(read(source_url(out)))
         if isinstance(found, dict):
             return found

@@ -78,7 +78,7 @@ def finish(
 
     fresh: ids of data files that the last manifest cannot have seen, whatever a clock says.
 
-    Removes superseded files and, with prune, those whose input is gone; repairs errors/; writes the manifest and
+    Removes superseded files and, with prune, those whose input is gone; repairs error files; writes the manifest and
     _SUCCESS.json. Writes nothing that is there already. Begins again when another run commits or removes something meanwhile.
     """
     return _again(lambda: _finish(dataset, list_ids, prune, fresh))
@@ -277,7 +277,7 @@ def manifest_row(footer: Footer) -> dict[str, Any]:
 
 
 def _repair_error_files(dataset: Dataset, should: set[str], there: set[str]) -> None:
-    """errors/ holds exactly the copies of what the admitted data files carry. there: those that it held before they were listed."""
+    """The folder of error rows holds exactly the copies of what the admitted data files carry. there: those that it held before they were listed."""
     _of_each(should - there, lambda shard: repair_errors(dataset, read_footer(dataset.data_url(shard))))
     store_for(dataset.out).delete(dataset.errors_url(s) for s in sorted(there - should))
 

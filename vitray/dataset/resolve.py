@@ -54,7 +54,7 @@ def resolve_dataset(job: Job, facts: ModelFacts, vectors: list[VectorColumn], ke
             )
         require_own(mine, footers_of(mine, committed(out)))
         if store_for(out).create(dataset_url(out), to_json(mine, now)):
-            return mine
+            return replace(mine, is_new=True)
         there = open_dataset(out)
         if there is None:
             raise StorageError(f"{dataset_url(out)} was refused but is not there. Run the same command again.")
@@ -79,11 +79,17 @@ def drop_unstarted(out: str) -> bool:
 
 
 def _has_ended_without_rows(out: str) -> bool:
-    """Whether no shard is committed and the last run has ended: nothing was staged since its record was written."""
-    records = [info.modified or 0.0 for info in under(out, "_vitray", "runs")]
-    staged = [info.modified or 0.0 for info in under(out, "_vitray", "staging")]
-    begun = [info.modified or 0.0 for info in under(out, "_vitray", "dataset.json")]
-    return not committed(out) and bool(records) and max(records) >= max([*staged, *begun, 0.0])
+    """Whether no shard is committed and the last run has ended: its record is newer than the beginning of any run.
+
+    source.json is written by each run that begins.
+    """
+
+    def times(*place: str) -> list[float]:
+        return [info.modified or 0.0 for info in under(out, "_vitray", *place)]
+
+    records = times("runs")
+    others = [*times("staging"), *times("dataset.json"), *times("source.json")]
+    return not committed(out) and bool(records) and max(records) >= max(others, default=0.0)
 
 
 def with_frozen(job: Job) -> Job:

@@ -44,6 +44,7 @@ from vitray.dataset import (
     read_manifest,
     remember_source,
     resolve_dataset,
+    restore_dataset,
     unmark_success,
     with_frozen,
     with_source_rules,
@@ -130,7 +131,6 @@ def run(
         frozen = with_frozen(job)
         facts: ModelFacts = on_worker(shares, identify, frozen) if nodes else identify(frozen)
         job = _with_key_column(job, listing)
-        is_new = not exists(dataset_url(job.out))
         dataset = _resolve(job, facts, listing)
         if facts.engine_why:
             log.warning("engine: auto is %s (%s)", dataset.facts.engine, facts.engine_why)
@@ -138,11 +138,11 @@ def run(
         meter = RayMeter() if nodes else Meter()
         work = Work(report=progress or (lambda _: None), stop=stop or threading.Event(), meter=meter, selection=selection)
         try:
-            with _forgotten_if_it_fails(dataset) if is_new else contextlib.nullcontext():
+            with _forgotten_if_it_fails(dataset) if dataset.is_new else contextlib.nullcontext():
                 check_data(dataset)
                 require_shared(dataset.out, [listing.shards[0].url, dataset.facts.model, dataset.facts.head], nodes)
                 probe(dataset.out)
-                remember_source(dataset, _seen(listing))
+                remember_source(dataset, _seen(listing), begins=True)
                 for _ in range(ATTEMPTS):
                     listing = _settle_groups(job, listing, prune)
                     work.changed.clear()
@@ -223,7 +223,13 @@ def list_source(job: Job, out: str | None = None) -> Listing:
 
 
 def _known_kind(job: Job, out: str, groups: list[Group]) -> str | None:
-    """The kind of a dataset's shards, by its last run; where that said nothing, by its groups or by a URL in its manifest."""
+    """The kind of a dataset's shards, by its last run; where that said nothing, by its groups or by a URL in its manifest.
+
+    None where the job has another source than the last run.
+    """
+    dataset = open_dataset(out)
+    if dataset is None or dataset.job.source != job.source:
+        return None
     if kind := last_source(out).kind:
         return kind
     if groups:
@@ -389,6 +395,7 @@ def _finished(dataset: Dataset, job: Job, prune: bool, work: Work, started: floa
         selected = chosen(listing.shards, job)
         return [shard.id for shard in listing.shards], [shard.id for shard in selected]
 
+    restore_dataset(dataset)  # another first run that failed may have taken it away
     ledger = finish(dataset, list_ids, prune, work.commits)
     remember_source(dataset, _seen(listing))
     planned, vanished = [shard.id for shard in selected], sum(len(_vanished(shard)) for shard in listing.shards)

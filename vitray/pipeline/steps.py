@@ -22,6 +22,7 @@ from vitray.crash import crash_point
 from vitray.dataset import Commit, Dataset, commit_shard, read_fragment, staged_whole, write_end, write_fragment
 from vitray.decode import ON_DEVICE, decode, decode_bytes, fit_size, left_to_device
 from vitray.errors import JobError, ObjectChanged, ShardError, StorageError, VitrayError, one_line
+from vitray.left_out import LeftOut
 from vitray.models import Model, Predictions
 from vitray.schema import (
     ERROR_SCHEMA,
@@ -131,7 +132,9 @@ def _fragments(dataset: Dataset, shard: Shard, there: dict[int, int], sent: set[
         started = time.perf_counter()
         trace("read", shard.id, start, stop)
         size = sum(len(item.data or b"") for item in held)
-        receipt = Receipt("fragment", shard.id, start, stop, seconds=seconds, size_bytes=size)
+        further = sum(item.further_images for item in held)
+        left_out: dict[str, int] = {LeftOut.FURTHER_IMAGE: further} if further else {}
+        receipt = Receipt("fragment", shard.id, start, stop, seconds=seconds, size_bytes=size, left_out=left_out)
         whole = Parcel(receipt, rows=_encoded_table(held, dataset.kept))
         sent.add(start)
         yield whole
@@ -237,7 +240,7 @@ def decode_step(dataset: Dataset, parcel: Parcel) -> Parcel:
     further_pages = sum(outcomes[n].further_pages for n in good)
     receipt = _timed(parcel.receipt, "decode", started)
     if further_pages:
-        receipt = replace(receipt, left_out={"further_page": further_pages})
+        receipt = replace(receipt, left_out={**receipt.left_out, LeftOut.FURTHER_PAGE: further_pages})
     return replace(parcel, rows=pa.table(columns), errors=errors, receipt=receipt)
 
 

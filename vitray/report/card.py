@@ -62,7 +62,7 @@ def card_of(dataset: Dataset, rows: int, errors: int, license: str) -> str:
             f"# `{_plain(name)}`\n",
             f"{rows:,} images, labelled or embedded by `{_plain(model)}`"
             f"{f' at revision `{_plain(facts.revision)}`' if facts.revision else ''} with vitray. {errors:,} more could not be decoded:",
-            "they are in `errors/`, each with a reason. The images themselves are not part of this dataset.\n",
+            f"they are in `{dataset.errors_folder}/`, each with a reason. The images themselves are not part of this dataset.\n",
             "| column | type |\n| --- | --- |",
             *columns,
             "\n| made with | |\n| --- | --- |",

@@ -22,7 +22,7 @@ from vitray.sources.tables import python_value
 from vitray.sources.tar import absent_members
 
 __all__ = [
-    "Group", "Listing", "Selection", "absent_members", "chosen", "count_images", "estimate_images", "find_key_column", "kept_schema",
+    "Group", "Listing", "Selection", "absent_members", "chosen", "count_again", "estimate_images", "find_key_column", "kept_schema",
     "kind_of", "list_shards", "passthrough_schema", "python_value", "read_shard", "require_kept", "select", "wider",
 ]  # fmt: skip
 
@@ -135,9 +135,13 @@ def passthrough_schema(shards: Sequence[Shard], job: Job) -> pa.Schema:
             fields = [wider(old, new, job) for old, new in zip(fields or schema, schema)]
     if errors and not fields:
         raise next((error for error in errors if isinstance(error, JobError)), errors[0])
-    fields = [field.with_type(pa.string()) if pa.types.is_null(field.type) else field for field in fields]
+    fields = [field.with_type(rebuilt_type(field.type, _text_for_null)) for field in fields]
     # as it is read back: a map names its parts otherwise
     return pa.ipc.read_schema(pa.schema(fields).remove_metadata().serialize())
+
+
+def _text_for_null(kind: pa.DataType) -> pa.DataType:
+    return pa.string() if pa.types.is_null(kind) else kind
 
 
 def _kept_schema_or_error(shard: Shard, job: Job) -> pa.Schema | JobError | ShardError:
@@ -182,6 +186,8 @@ def require_kept(shard: Shard, job: Job, kept: pa.Schema) -> None:
 
     Integers go into integers of any width here; a value that does not fit is seen when it is read.
     """
+    if shard.kind == "files":  # folders spell out text, or nothing
+        return
     for mine, field in zip(kept_schema(shard, job), kept, strict=True):
         both_integers = pa.types.is_integer(mine.type) and pa.types.is_integer(field.type)
         if both_integers and job.rules > 1:
@@ -217,16 +223,32 @@ def estimate_images(shards: Sequence[Shard], job: Job) -> tuple[int, bool]:
     return known + round(sum(shard.size for shard in tars) * images / walked if walked else 0), False
 
 
-def count_images(shard: Shard, job: Job) -> int:
-    """How many images a shard holds; a tar is walked from end to end. Raises ShardError, ObjectMissing, StorageError."""
-    return tar.count_samples(shard, job, whole=True)[0] if shard.kind == "tar" or shard.rows is None else shard.rows
+def count_again(shard: Shard, job: Job) -> tuple[int, dict[str, int] | None]:
+    """How many images a shard holds, and what of it has no row; None where only reading the images tells.
+
+    A tar is walked from end to end. Raises ShardError, ObjectMissing, StorageError.
+    """
+    if shard.kind == "tar":
+        return tar.count_whole(shard, job)
+    if shard.rows is None:
+        raise ShardError(f"{shard.url} cannot be read")
+    return shard.rows, None
 
 
 def find_key_column(shards: Sequence[Shard], job: Job) -> str | None:
     """The column that names the rows of a new dataset from Parquet files, where one is called so and its values are unique."""
     if job.key_column or job.rules == 1:
         return job.key_column
-    for shard in [shard for shard in shards if shard.kind == "parquet"][:ESTIMATE_SHARDS]:
+    files = [shard for shard in {shard.url: shard for shard in shards}.values() if shard.kind == "parquet"][:LOOK_INTO]
+    for shard in files[:ESTIMATE_SHARDS]:
         with suppress(JobError, ShardError, ObjectMissing):
-            return tables.find_key_column(shard, job)
+            name = tables.find_key_column(shard, job)
+            return name if name and all(_has_column(file, name, job) for file in files) else None
     return None
+
+
+def _has_column(shard: Shard, name: str, job: Job) -> bool:
+    """Whether a file has a column; one that cannot be read does not object."""
+    with suppress(ShardError, ObjectMissing):
+        return name in tables.read_schema(shard, job).names
+    return True

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from vitray import storage
 from vitray.errors import JobError, ObjectChanged, ObjectMissing, ShardError, SourceError
 from vitray.job import Job
+from vitray.left_out import LeftOut
 from vitray.schema import Shard
 from vitray.sources.files import Group, list_files
 from vitray.sources.manifest import split_manifest
-from vitray.sources.names import COMPRESSED_TAR, KINDS, WITHOUT_SUFFIX, is_derived, kind_of, suffix_of
+from vitray.sources.names import COMPRESSED_TAR, KINDS, WITHOUT_SUFFIX, kind_of, suffix_of
 from vitray.sources.objects import READERS, whole_shard
 from vitray.sources.parquet import split_parquet
 from vitray.sources.tables import columns_to_read, parquet_kind, read_schema
@@ -60,10 +61,10 @@ def list_shards(job: Job, groups: Sequence[Group], known_kind: str | None = None
         shards = [whole_shard(info, kind) for info in chosen]
     if kind in ("parquet", "manifest"):
         shards = _split(shards, job)
-    if kind == "tar":
+    if kind == "tar" and known_kind is None:  # a later tar is set aside alone
         _of_first_readable(shards[:1], lambda shard: require_clear_samples(shard, job))
-    left_out = Counter(_why_left_out(info, job) for info in others)
-    left_out.update({"hidden": len(found.hidden), "linked_folder": len(found.linked_folders)})
+    left_out = Counter[str](_why_left_out(info, kind, job) for info in others)
+    left_out.update({LeftOut.HIDDEN: len(found.hidden), LeftOut.LINKED_FOLDER: len(found.linked_folders)})
     suffixes = Counter(suffix_of(info.url, job.rules) for info in others)
     return Listing(shards, new, kind, dict(+left_out), dict(suffixes))
 
@@ -73,11 +74,11 @@ def _search(job: Job) -> Found:
     objects, hidden, linked = dict[str, ObjectInfo](), set[str](), set[str]()
     for pattern in job.source:
         try:
-            found = storage.search(pattern, hive=job.rules > 1)
+            found = storage.search(pattern, job.rules)
         except ObjectMissing as error:
             raise SourceError(f"source {error}. Correct `source`, or put the images there.") from error
-        objects |= {info.url: info for info in found.objects if job.rules == 1 or not is_derived(info.url)}
-        hidden |= {*found.hidden, *(info.url for info in found.objects if is_derived(info.url))}
+        objects |= {info.url: info for info in found.objects}
+        hidden |= set(found.hidden)
         linked |= set(found.linked_folders)
     if not objects:
         raise SourceError(
@@ -116,10 +117,13 @@ def _choose(job: Job, kind: str, found: list[ObjectInfo]) -> tuple[list[ObjectIn
     return chosen, [info for info in found if not is_taken(info)]
 
 
-def _why_left_out(info: ObjectInfo, job: Job) -> str:
-    if kind_of(info.url, job.rules):
-        return "other_kind"
-    return "no_suffix" if suffix_of(info.url, job.rules) == WITHOUT_SUFFIX else "other_suffix"
+def _why_left_out(info: ObjectInfo, kind: str, job: Job) -> LeftOut:
+    own_kind = kind_of(info.url, job.rules)
+    if kind == "manifest" and own_kind == "files":
+        return LeftOut.BESIDE_MANIFEST
+    if own_kind:
+        return LeftOut.OTHER_KIND
+    return LeftOut.NO_SUFFIX if suffix_of(info.url, job.rules) == WITHOUT_SUFFIX else LeftOut.OTHER_SUFFIX
 
 
 def _detect(job: Job, found: list[ObjectInfo]) -> str:

@@ -37,10 +37,10 @@ def split_manifest(whole: Shard, job: Job) -> list[Shard]:
 
 def read_manifest(shard: Shard, job: Job, wanted: Callable[[int], bool]) -> Iterator[Encoded | End]:
     """The images that a range of rows names, then the End."""
-    total = count_rows(shard, job) if shard.rows is None else shard.rows
+    total, notes = count_rows(shard, job) if shard.rows is None else shard.rows, list[str]()
     if total:
-        yield from follow(_rows(shard, job, total), wanted, lambda index: None)
-    yield End(total)
+        yield from follow(_rows(shard, job, total, notes), wanted, lambda index: None)
+    yield End(total, note="; ".join(notes))
 
 
 def allowed_prefixes(shard: Shard, job: Job) -> list[str]:
@@ -48,20 +48,22 @@ def allowed_prefixes(shard: Shard, job: Job) -> list[str]:
     return [storage.absolute(prefix) for prefix in job.allow] or [_folder_of(shard)]
 
 
-def follow_path(path: object, shard: Shard, allowed: Sequence[str], job: Job) -> Located:
-    """(URL, None, "") of the object that a path in this file means, or (what was named, reason, message).
+def follow_path(path: object, shard: Shard, allowed: Sequence[str], job: Job) -> tuple[Located, tuple[str, ...]]:
+    """(URL, None, "") of the object that a path in this file means, or (what was named, reason, message); and other URLs.
 
     By source rules 2 `./` is dropped on S3 as on disk. Where no object has the name as it is written,
-    the spellings of other systems are tried: see `_spellings`.
+    the spellings of other systems are tried: on a disk here, on a store when the object is read.
     """
     located = _locate(path, _folder_of(shard), allowed, job.rules)
-    if job.rules == 1 or not isinstance(path, str):
-        return located
-    others = _spellings(path)
-    if not others or _is_there(located):
-        return located
-    found = (_locate(other, _folder_of(shard), allowed, job.rules) for other in others)
-    return next((other for other in found if _is_there(other)), located)
+    if job.rules == 1 or not isinstance(path, str) or not (others := _spellings(path)):
+        return located, ()
+    if located[1] is None and storage.is_local(located[0]):
+        return located, ()
+    found = [_locate(other, _folder_of(shard), allowed, job.rules) for other in others]
+    good = [other for other in found if other[1] is None]
+    if located[1] is None:
+        return located, tuple(url for url, _, _ in good)
+    return (good[0], tuple(url for url, _, _ in good[1:])) if good else (located, ())
 
 
 def _spellings(path: str) -> list[str]:
@@ -76,23 +78,18 @@ def _spellings(path: str) -> list[str]:
     return [other for other in dict.fromkeys(found) if other != path]
 
 
-def _is_there(located: Located) -> bool:
-    url, reason, _ = located
-    return reason is None and (storage.is_local(url) or storage.exists(url))
-
-
-def _rows(shard: Shard, job: Job, total: int) -> Iterator[Encoded]:
+def _rows(shard: Shard, job: Job, total: int, notes: list[str]) -> Iterator[Encoded]:
     allowed = allowed_prefixes(shard, job)
     index = -1
-    for index, row in enumerate(read_rows(shard, job, range(shard.start, shard.start + total))):
+    for index, row in enumerate(read_rows(shard, job, range(shard.start, shard.start + total), notes)):
         if row.problem:
             kept = with_folder_columns(None, shard.url, job)
             yield Encoded(index, str(shard.start + index), shard.url, None, "missing", row.problem, kept)
             continue
         key = key_of(row.key, row.path, shard.start + index)
-        uri, reason, message = follow_path(row.path, shard, allowed, job)
+        (uri, reason, message), spellings = follow_path(row.path, shard, allowed, job)
         kept = with_folder_columns(row.kept, uri or shard.url, job)
-        yield Encoded(index, key, uri or shard.url, None, reason, message, kept)
+        yield Encoded(index, key, uri or shard.url, None, reason, message, kept, spellings=spellings)
     if index + 1 != total:
         raise ShardError(f"{shard.url}: {index + 1} rows came, {total} were listed. Replace or remove it, then run again.")
 

@@ -29,7 +29,6 @@ _SUFFIX_V1 = re.compile(r"\.tar\.(gz|bz2|xz|zst)$|\.[^./]*$")
 # what stands behind the last dot is a suffix where it is short and has a letter: not `._0`, not `. Smith`
 _SUFFIX = re.compile(r"(?<=[^/])(\.tar\.(gz|bz2|xz|zst)|\.(?=[0-9]*[a-z])[a-z0-9]{1,12})$")
 _HIVE_PART = re.compile(r"([^=/]+)=([^/]*)")
-_NAS_FOLDERS = ("@eaDir", "#recycle", "#snapshot")
 _HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 
 
@@ -42,11 +41,6 @@ def suffix_of(url: str, rules: int) -> str:
 def kind_of(url: str, rules: int) -> str | None:
     """tar, parquet, manifest, files or COMPRESSED_TAR; None where the suffix does not tell."""
     return KINDS[rules].get(suffix_of(url, rules))
-
-
-def is_derived(url: str) -> bool:
-    """Whether a file is a thumbnail or rubbish of a NAS, in a folder `@eaDir` or `#recycle`: such folders count as hidden."""
-    return any(part in _NAS_FOLDERS for part in _folders(url))
 
 
 def is_folder_column(name: str, url: str) -> bool:

@@ -123,6 +123,10 @@ def _read_row(row: Encoded, version: str | None) -> Encoded:
     except ObjectMissing as error:
         if version is not None:
             raise ObjectChanged(f"{row.uri} was deleted since it was listed") from error
+        if row.spellings:
+            other = _read_row(replace(row, uri=row.spellings[0], spellings=row.spellings[1:]), None)
+            if other.data is not None:
+                return other
         return replace(row, reason="missing", message=str(error))
     except ObjectRefused as error:
         return _Refused(row.index, row.key, row.uri, None, "missing", str(error), row.kept)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import accumulate
@@ -12,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vitray.job import Job
+from vitray.left_out import LeftOut
 from vitray.schema import Encoded, End, PassthroughRow, Shard
 from vitray.sources.manifest import allowed_prefixes, follow_path
 from vitray.sources.objects import MAX_IMAGE_BYTES, open_shard, part_of, printable, read_each, too_large
@@ -20,6 +20,7 @@ from vitray.sources.tables import (
     is_list,
     key_of,
     open_parquet,
+    other_image_columns,
     passthrough_batch,
     python_value,
     read_batches,
@@ -48,18 +49,34 @@ def split_parquet(whole: Shard) -> list[Shard]:
 
 def read_parquet(shard: Shard, job: Job, wanted: Callable[[int], bool]) -> Iterator[Encoded | End]:
     """The rows of a file or of its range of row groups, batch by batch, then the End."""
-    left_out = Counter[str]()
     with open_shard(shard) as stream, open_parquet(stream, shard.url) as file:
         counts = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
         first, total = sum(counts[: shard.start]), sum(counts[shard.start : shard.stop or None])
-        rows = _rows(file, shard, job, range(first, first + total), wanted, left_out)
+        left_out = _in_other_columns(file, shard, job) if job.rules > 1 else {}
+        rows = _rows(file, shard, job, range(first, first + total), wanted)
         yield from rows if job.rules == 1 else read_each(rows, wanted)
-    yield End(total, left_out=dict(left_out))
+    yield End(total, left_out=left_out)
 
 
-def _rows(
-    file: Any, shard: Shard, job: Job, rows: range, wanted: Callable[[int], bool], left_out: Counter[str]
-) -> Iterator[Encoded]:
+def _in_other_columns(file: Any, shard: Shard, job: Job) -> dict[str, int]:
+    """How many images stand in columns that are not read, by the statistics of the file's row groups."""
+    count, metadata = 0, file.metadata
+    places = (
+        {metadata.row_group(0).column(n).path_in_schema: n for n in range(metadata.num_columns)}
+        if metadata.num_row_groups
+        else {}
+    )
+    for name in other_image_columns(file.schema_arrow, shard, job):
+        place = places.get(name, places.get(f"{name}.bytes"))
+        for n in range(shard.start, shard.stop or metadata.num_row_groups) if place is not None else ():
+            group = metadata.row_group(n)
+            statistics = group.column(place).statistics
+            nulls = statistics.null_count if statistics is not None and statistics.has_null_count else 0
+            count += group.num_rows - nulls
+    return {LeftOut.FURTHER_IMAGE: count} if count else {}
+
+
+def _rows(file: Any, shard: Shard, job: Job, rows: range, wanted: Callable[[int], bool]) -> Iterator[Encoded]:
     """The wanted rows of a range of the file's. One without bytes whose path may be read has no reason yet."""
     names = columns_to_read(file.schema_arrow, shard, job)
     for row, batch, positions in read_batches(file, names, rows, lambda row: wanted(row - rows.start)):
@@ -67,11 +84,11 @@ def _rows(
         kept = passthrough_batch(batch, job) if job.keep else None
         for n in positions:
             path, data = _path_and_bytes(images[n])
-            if further[n]:
-                left_out["further_image"] += further[n]
             named = python_value(batch.column(job.key_column)[n]) if job.key_column else None
             values = with_folder_columns(kept and PassthroughRow(kept, n), shard.url, job)
-            item = Encoded(row + n - rows.start, key_of(named, path, row + n), shard.url, None, kept=values)
+            item = Encoded(
+                row + n - rows.start, key_of(named, path, row + n), shard.url, None, kept=values, further_images=further[n]
+            )
             yield _with_content(item, data, path, shard, job)
 
 
@@ -102,8 +119,8 @@ def _with_content(item: Encoded, data: pa.Scalar, path: object, shard: Shard, jo
     if pa.types.is_dictionary(data.type):
         data = data.value
     if not data.is_valid and path and job.rules > 1:
-        uri, reason, message = follow_path(path, shard, allowed_prefixes(shard, job), job)
-        return replace(item, uri=uri or shard.url, reason=reason, message=message)
+        (uri, reason, message), spellings = follow_path(path, shard, allowed_prefixes(shard, job), job)
+        return replace(item, uri=uri or shard.url, reason=reason, message=message, spellings=spellings)
     if not data.is_valid:
         what = f", only the path {printable(str(path))[:200]}; only bytes inside the file are read" if path else ""
         return replace(item, reason="missing", message=f"the row holds no image bytes{what}")

@@ -84,8 +84,8 @@ def count_rows(shard: Shard, job: Job) -> int:
         return sum(1 for _ in json_lines(stream, shard.url))
 
 
-def read_rows(shard: Shard, job: Job, rows: range) -> Iterator[TableRow]:
-    """A range of a manifest's rows, in order."""
+def read_rows(shard: Shard, job: Job, rows: range, notes: list[str]) -> Iterator[TableRow]:
+    """A range of a manifest's rows, in order. notes: grows by what a person should know of the file."""
     with open_shard(shard) as stream:
         if _is_parquet(stream, shard):
             with open_parquet(stream, shard.url) as file:
@@ -93,7 +93,7 @@ def read_rows(shard: Shard, job: Job, rows: range) -> Iterator[TableRow]:
             return
         names = columns_to_read(read_schema(shard, job), shard, job)
         if text_format(stream, shard) == "csv":
-            records = _records(stream, shard, job)
+            records = _records(stream, shard, job, notes)
             header = next(records)
             for record in islice(records, rows.start, rows.stop):
                 if isinstance(record, str):
@@ -121,7 +121,8 @@ def _parquet_rows(file: Any, shard: Shard, job: Job, rows: range) -> Iterator[Ta
 def _text_row(fields: dict[str, str | None], names: list[str], job: Job) -> TableRow:
     kept = {name: pa.array([fields[name]], pa.string()) for name in job.keep if name in fields}
     key = fields[job.key_column] if job.key_column else None
-    return TableRow(fields[names[0]], key, PassthroughRow(_batch_of(kept, 1), 0))
+    path = fields[names[0]]
+    return TableRow(path.strip() if path and job.rules > 1 else path, key, PassthroughRow(_batch_of(kept, 1), 0))
 
 
 @contextmanager
@@ -272,6 +273,14 @@ def likely_columns(schema: pa.Schema, kind: str, job: Job) -> list[str]:
     return [name for name in fitting if not _is_secondary(name)] or fitting
 
 
+def other_image_columns(schema: pa.Schema, shard: Shard, job: Job) -> list[str]:
+    """Columns that hold images too, by type and name, and are not read."""
+    read = columns_to_read(schema, shard, job)
+    fitting = [field for field in schema if schema.get_field_index(field.name) >= 0 and _holds_images(field, job)]
+    named = [f.name for f in fitting if pa.types.is_struct(f.type) or f.name.lower() in IMAGE_NAMES or _is_secondary(f.name)]
+    return [name for name in named if name not in read]
+
+
 def _is_secondary(name: str) -> bool:
     return any(word in name.lower() for word in SECONDARY_WORDS)
 
@@ -387,7 +396,7 @@ def _is_parquet(stream: BinaryIO, shard: Shard) -> bool:
     return shard.kind == "parquet" or head == b"PAR1" or shard.url.lower().endswith(".parquet")
 
 
-def _records(stream: BinaryIO, shard: Shard, job: Job) -> Iterator[list[str] | str]:
+def _records(stream: BinaryIO, shard: Shard, job: Job, notes: list[str] | None = None) -> Iterator[list[str] | str]:
     wanted = [job.image_column] if job.image_column else list(PATH_NAMES)
     dialect = Dialect() if job.rules == 1 else dialect_of(stream, shard.url, wanted)
-    return csv_records(stream, shard.url, dialect)
+    return csv_records(stream, shard.url, dialect, [] if notes is None else notes)

@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from vitray.errors import ShardError, SourceError
 from vitray.job import Job
+from vitray.left_out import LeftOut
 from vitray.schema import (
     ALL_IMAGE_SUFFIXES,
     IMAGE_SUFFIXES_V1,
@@ -35,6 +36,7 @@ MAX_KEPT_BYTES = 16 << 20
 START_BYTES = 64 << 20  # what is walked of a tar to tell what is in it: eight GETs of S3
 PEEK_BYTES = 8 << 20  # one GET of S3, which the reader keeps: a peek of so much costs no second one
 PEEK_MEMBERS = 200
+MEMBERS_TOLD = 8
 MAX_TRACKED_KEYS = 1_000_000  # 100 MB; beyond, keys that come again are not reported
 # `depth.png`, `left.final.jpg`: words, unlike ` bean_0.jpg`, `0001.jpg` or `_0.jpg`
 _MEMBER_EXTENSION = re.compile(r"[a-z][a-z0-9_-]*(\.[a-z][a-z0-9_-]*)+")
@@ -55,8 +57,14 @@ def read_tar(shard: Shard, job: Job, wanted: Callable[[int], bool]) -> Iterator[
         source.truncated_at,
         "; ".join(filter(None, notes)),
         dict(+reader.left_out),
-        dict(+reader.image_members),
+        _most_common(reader.image_members),
     )
+
+
+def _most_common(members: Counter[str]) -> dict[str, int]:
+    """The most frequent extensions and `other`: names come from the tar, and their number must not grow with it."""
+    most = Counter({printable(name)[:40]: count for name, count in members.most_common(MEMBERS_TOLD)})
+    return dict(+(most + Counter(other=members.total() - most.total())))
 
 
 def kept_schema(shard: Shard, job: Job) -> pa.Schema:
@@ -70,11 +78,19 @@ def _folder_columns(shard: Shard, job: Job) -> set[str]:
     return {"folder", *hive_columns(shard.url)} if job.rules > 1 else set()
 
 
-def count_samples(shard: Shard, job: Job, whole: bool = False) -> tuple[int, int, set[str]]:
-    """(samples, bytes walked, extensions) of the start of a tar, or of all of it.
+def count_whole(shard: Shard, job: Job) -> tuple[int, dict[str, int]]:
+    """(samples, what has no row) of a whole tar."""
+    reader = _Reader(shard, job, lambda index: False)
+    with open_shard(shard) as stream:
+        source = TarSource(stream, shard.url, shard.size)
+        reader.extensions = _peek(source, job)
+        for _ in reader.samples(source):
+            pass
+    return reader.total, dict(+reader.left_out)
 
-    The bytes walked equal the shard's size when it was all.
-    """
+
+def count_samples(shard: Shard, job: Job) -> tuple[int, int, set[str]]:
+    """(samples, bytes walked, extensions) of the start of a tar; walked equals the shard's size when it was all."""
     count, extensions = 0, set[str]()
     reader = _Reader(shard, job, lambda index: False)
     with open_shard(shard) as stream:
@@ -83,7 +99,7 @@ def count_samples(shard: Shard, job: Job, whole: bool = False) -> tuple[int, int
         for sample in reader.samples(source):
             count += 1
             extensions |= sample.extensions.keys()
-            if source.at >= START_BYTES and not whole:
+            if source.at >= START_BYTES:
                 return count, source.at, extensions
     return count, shard.size, extensions
 
@@ -118,47 +134,50 @@ def require_clear_samples(shard: Shard, job: Job) -> None:
 
 
 def member_extensions(names: Sequence[str]) -> frozenset[str]:
-    """Those of the image extensions with a dot that belong to samples, such as `depth.png` beside `jpg`.
+    """Those of the extensions with a dot that belong to samples, such as `depth.png` beside `jpg`.
 
-    names: member names at the start of a tar, in order. Such an extension is made of words. It comes in
-    several samples, or beside one plain image, or alone. In all else, what follows the first dot is
-    part of a name: ` bean_0.jpg` of `Mr. Bean_0.jpg`, `0001.png` of `shot.0001.png`, `who.jpg` beside `no.jpg`.
+    names: member names at the start of a tar, in order. Such an extension is made of words and comes in
+    two samples, or in the only one. In all else what follows the first dot is part of a name:
+    ` bean_0.jpg` of `Mr. Bean_0.jpg`, `0001.png` of `shot.0001.png`, `smith.jpg` beside `smith.txt`.
     """
     samples = list[tuple[str, set[str]]]()
     for name in names:
         key, extension = _split_first(name)
-        if not _is_image_extension(extension):
+        if not extension:
             continue
         if not samples or samples[-1][0] != key:
             samples.append((key, set()))
         samples[-1][1].add(extension)
-    seen, found = Counter[str](), set[str]()
+    seen, names_of_images = Counter[str](), set[str]()
     for _, extensions in samples:
-        dotted = {extension for extension in extensions if "." in extension}
-        seen.update(dotted)
-        if len(extensions) == 1 or len(extensions - dotted) == 1:
-            found |= dotted
-    found |= {extension for extension, count in seen.items() if count > 1}
-    return frozenset(extension for extension in found if _MEMBER_EXTENSION.fullmatch(extension))
+        stems = Counter(extension.rpartition(".")[0] for extension in extensions if "." in extension)
+        for extension in extensions:
+            seen[extension] += 1
+            if stems[extension.rpartition(".")[0]] > 1 and "." in extension:  # an image and its sidecar
+                names_of_images.add(extension)
+    images = [set(filter(_is_image_extension, extensions)) for _, extensions in samples]
+    with_images = [found for found in images if found]
+    is_single = len(with_images) == 1 and (len(with_images[0]) == 1 or any("." not in found for found in with_images[0]))
+    least = 1 if is_single else 2
+    frequent = {extension for extension, count in seen.items() if count >= least}
+    return frozenset(extension for extension in frequent - names_of_images if _MEMBER_EXTENSION.fullmatch(extension))
 
 
 def _peek(source: TarSource, job: Job) -> frozenset[str]:
     """The member extensions of a tar, by its start. The source stands at its first byte again."""
-    names, far = list[str](), PEEK_BYTES
+    asked = {_extension(name) for name in (*job.keep, job.image_member or "")}
+    names = list[str]()
     if job.rules > 1 and job.tar_keys == "auto":
         try:
             for member in members_of(source):
                 if member.isreg():
                     names.append(member.name)
-                    _, extension = _split_first(member.name)
-                    if "." in extension and _is_image_extension(extension):
-                        far = START_BYTES  # there is something to decide
-                if source.at + member.size >= far or len(names) >= PEEK_MEMBERS:
+                if source.at + member.size >= PEEK_BYTES or len(names) >= PEEK_MEMBERS:
                     break  # before the next header, which may cost another GET
         except TarCutError:
             pass  # the reader comes to the same place, and says so
         source.restart()
-    return member_extensions(names)
+    return member_extensions(names) | {extension for extension in asked if "." in extension}
 
 
 class _SeveralImagesError(ShardError):
@@ -167,26 +186,19 @@ class _SeveralImagesError(ShardError):
 
 @dataclass(slots=True)
 class _Sample:
-    """Members with one key. keys: the keys that it may have, one as soon as an image tells.
-
-    kept: by key, the passthrough values by extension. image: the extension that the data came from.
-    """
+    """Members with one key. kept: passthrough values by extension. image: the extension that the data came from."""
 
     index: int
-    keys: tuple[str, ...]
+    key: str
     start: int
     wanted: bool
     extensions: dict[str, None] = field(default_factory=dict)  # in order
-    kept: dict[tuple[str, str], bytes] = field(default_factory=dict)
+    kept: dict[str, bytes] = field(default_factory=dict)
     images: list[str] = field(default_factory=list)
     image: str | None = None
     data: bytes | None = None
     reason: str | None = None
     message: str = ""
-
-    @property
-    def key(self) -> str:
-        return self.keys[0]
 
 
 @dataclass
@@ -215,18 +227,15 @@ class _Reader:
         sample: _Sample | None = None
         try:
             for member in members_of(source):
-                options = self._options(member)
-                if not options:
+                key, extension = self._place(member, sample)
+                if not extension:
                     continue
-                keys = tuple(key for key in (sample.keys if sample else ()) if key in options)
                 # the same extension again is another image of the same name, not a part of this sample
-                if sample is None or not keys or options[keys[0]] in sample.extensions:
+                if sample is None or sample.key != key or extension in sample.extensions:
                     if sample is not None:
                         yield self._complete(sample)
-                    sample = self._begin(tuple(options), source)
-                else:
-                    sample.keys = keys
-                self._add(sample, options, member, source)
+                    sample = _Sample(self.total, key, source.start, self.wanted(self.total))
+                self._add(sample, extension, member, source)
         except TarCutError as cut:
             if not source.is_tar:
                 raise not_a_tar(source) from None
@@ -254,49 +263,42 @@ class _Reader:
             found.append(f"{self._not_utf8} kept texts are not UTF-8 and were read as Windows-1252")
         return found
 
-    def _begin(self, keys: tuple[str, ...], source: TarSource) -> _Sample:
-        return _Sample(self.total, keys, source.start, self.wanted(self.total))
-
-    def _options(self, member: tarfile.TarInfo) -> dict[str, str]:
-        """{key: extension} that a member's name may mean, the preferred one first; none for what is no part of a sample."""
+    def _place(self, member: tarfile.TarInfo, sample: _Sample | None) -> tuple[str, str]:
+        """(key, extension) of a member; no extension for what is no part of a sample, which is counted."""
         key, extension = _split_first(member.name)
-        if member.isreg() and extension:
-            return {key: extension} if "." not in extension else self._dotted_options(member.name)
-        if extension and (member.islnk() or member.issym()):
-            options = self._dotted_options(member.name)
-            if any(map(self._is_image, options.values())):
-                return options
+        if extension and "." in extension:
+            key, extension = self._place_dotted(member.name, sample)
+        is_link = member.islnk() or member.issym()
+        if extension and (member.isreg() or (is_link and self._is_image(extension))):
+            return key, extension
         if not member.isdir():
             self.left_out[self._why_left_out(member)] += 1
-        return {}
+        return key, ""
 
-    def _dotted_options(self, name: str) -> dict[str, str]:
-        """What a name with several dots may mean. An image means one thing; a sidecar follows the image beside it."""
+    def _place_dotted(self, name: str, sample: _Sample | None) -> tuple[str, str]:
+        """The same for a name with several dots. A sidecar follows the image in front of it."""
         first, last = _split_first(name), _split_last(name)
         job = self.job
         if job.tar_keys == "first_dot" or (job.tar_keys == "auto" and job.rules == 1):
-            return dict([first])
+            return first
         if job.tar_keys == "last_dot":
-            return dict([last])
-        if first[1] in self.extensions or first[1] == self.image_member:
-            return dict([first])
-        if _is_image_extension(first[1]) and self.image_member in (None, last[1]):
-            return dict([last])
-        return dict([first, last])
+            return last
+        if first[1] in self.extensions:
+            return first
+        if self.image_member and _MEMBER_EXTENSION.fullmatch(first[1]):  # the job takes members for what they are called
+            return first
+        is_image = _is_image_extension(first[1]) and self.image_member in (None, last[1])
+        belongs_to_sample = sample is not None and bool(sample.images) and sample.key == first[0]
+        return first if belongs_to_sample and not is_image else last
 
-    def _add(self, sample: _Sample, options: dict[str, str], member: tarfile.TarInfo, source: TarSource) -> None:
+    def _add(self, sample: _Sample, extension: str, member: tarfile.TarInfo, source: TarSource) -> None:
         """Take what the row needs of a member: the image and kept values, nothing else is read."""
-        extension = options[sample.key]
         sample.extensions[extension] = None
-        is_image, is_picked = self._is_image(extension), False
-        if is_image:
+        is_picked = False
+        if self._is_image(extension):
             is_picked = self._is_better(extension, sample.image)
             sample.images.append(extension)
-        kept_keys = [
-            (key, extension)
-            for key, extension in options.items()
-            if extension in self.kept_extensions and key in sample.keys and member.size <= MAX_KEPT_BYTES
-        ]
+        is_kept = extension in self.kept_extensions and member.size <= MAX_KEPT_BYTES
         if is_picked:
             sample.image, sample.data = extension, None
             sample.reason, sample.message = None, ""
@@ -306,10 +308,11 @@ class _Reader:
             if is_picked:
                 link = printable(member.linkname)[:200]
                 sample.reason, sample.message = "missing", f"a link to {link}, which is not followed"
-        elif sample.wanted and (is_picked or kept_keys):
+        elif sample.wanted and (is_picked or is_kept):
             data = source.take(member.size)
             sample.data = data if is_picked else sample.data
-            sample.kept |= dict.fromkeys(kept_keys, data)
+            if is_kept:
+                sample.kept[extension] = data
 
     def _is_better(self, extension: str, than: str | None) -> bool:
         """Whether an image of this extension is the sample's: the first one, and a plain one rather than `depth.png`."""
@@ -329,7 +332,7 @@ class _Reader:
         self.total += 1
         # what `image_member` passes over is an image all the same
         images = {*sample.images, *filter(_is_image_extension, sample.extensions)} if self.job.rules > 1 else sample.images
-        self.left_out["further_image"] += max(0, len(images) - 1)
+        self.left_out[LeftOut.FURTHER_IMAGE] += max(0, len(images) - 1)
         if sample.image is not None:
             self.image_members[sample.image] += 1
         self._track(sample)
@@ -353,7 +356,7 @@ class _Reader:
     def _kept(self, sample: _Sample) -> PassthroughRow:
         columns = list[pa.Array]()
         for field_ in self.kept_schema:
-            value: object = sample.kept.get((sample.key, _extension(field_.name)), self.folders.get(field_.name))
+            value: object = sample.kept.get(_extension(field_.name), self.folders.get(field_.name))
             if isinstance(value, bytes) and field_.type == pa.string():
                 value = self._text(value)
             columns.append(pa.array([value], field_.type))
@@ -373,18 +376,18 @@ class _Reader:
             return extension.rpartition(".")[2] in IMAGE_SUFFIXES_V1
         return _is_image_extension(extension)
 
-    def _why_left_out(self, member: tarfile.TarInfo) -> str:
+    def _why_left_out(self, member: tarfile.TarInfo) -> LeftOut:
         if not member.isreg():
-            return "link" if member.islnk() or member.issym() else "special_file"
-        return "hidden" if member.name.rpartition("/")[2].startswith(".") else "no_suffix"
+            return LeftOut.LINK if member.islnk() or member.issym() else LeftOut.SPECIAL_FILE
+        return LeftOut.HIDDEN if member.name.rpartition("/")[2].startswith(".") else LeftOut.NO_SUFFIX
 
 
-_NOTES = {
-    "further_image": "further images of samples were not used (`image_member` chooses)",
-    "hidden": "hidden members were skipped",
-    "no_suffix": "members without an extension were skipped",
-    "link": "links were not followed",
-    "special_file": "special files were skipped",
+_NOTES: dict[str, str] = {
+    LeftOut.FURTHER_IMAGE: "further images of samples were not used (`image_member` chooses)",
+    LeftOut.HIDDEN: "hidden members were skipped",
+    LeftOut.NO_SUFFIX: "members without an extension were skipped",
+    LeftOut.LINK: "links were not followed",
+    LeftOut.SPECIAL_FILE: "special files were skipped",
 }
 
 

@@ -22,6 +22,8 @@ NO_TEXT = re.compile(rb"[\0-\x08\x0e-\x19]")  # control characters, which any ta
 # looked at a second time, where an open quote took them along; a hostile file could ask for each of them n times
 LINES_AGAIN = 1_000_000
 SAMPLE_LINES = 10_000  # JSON lines may leave fields out: so many tell the columns
+PYTHON_FIELD_CHARS = 131_072  # the csv module's own limit of a field
+NOT_UTF8 = "lines that are not UTF-8 were read as Windows-1252"
 DELIMITERS = (",", ";", "\t", "|")
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
 BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark begins with that of UTF-16
@@ -85,7 +87,7 @@ def dialect_of(stream: BinaryIO, url: str, columns: Sequence[str]) -> Dialect:
 
     The delimiter is the first with one of `columns` among the names, else the first that gives two names, else a comma.
     """
-    lines = _lines(stream, url)
+    lines = _lines(stream, url, carriage_returns=True)
     header, skipped = _header_text(next(lines, (0, b""))[1]), 0
     if said := re.fullmatch(r"sep=(.)", header, re.IGNORECASE):
         header, skipped = _header_text(next(lines, (0, b""))[1]), 1
@@ -105,16 +107,17 @@ def _header_text(line: bytes) -> str:
     return text_of(line)[0].rstrip("\r\n")
 
 
-def csv_records(stream: BinaryIO, url: str, dialect: Dialect) -> Iterator[list[str] | str]:
+def csv_records(stream: BinaryIO, url: str, dialect: Dialect, notes: list[str]) -> Iterator[list[str] | str]:
     """The fields of each record, the header first; of a malformed line, what is wrong with it.
 
     The lines that an open quote took along are looked at again. Python's reader: pyarrow's reads
     ahead in threads that outlive a range.
     """
-    csv.field_size_limit(MAX_LINE_BYTES)  # Python's own limit is 131,072 characters
-    numbered = islice(((n, _line_text(n, line, dialect)) for n, line in _lines(stream, url)), dialect.skipped, None)
+    csv.field_size_limit(MAX_LINE_BYTES if dialect.decodes else PYTHON_FIELD_CHARS)  # of this process
+    lines = islice(_lines(stream, url, dialect.decodes), dialect.skipped, None)
+    numbered = ((n, _line_text(n, line, dialect, notes)) for n, line in lines)
     taken, again = list[tuple[int, str]](), deque[tuple[int, str]]()
-    width, left = 0, LINES_AGAIN
+    width, left, is_header = 0, LINES_AGAIN, True
 
     def texts() -> Iterator[str]:
         while line := again.popleft() if again else next(numbered, None):
@@ -127,7 +130,8 @@ def csv_records(stream: BinaryIO, url: str, dialect: Dialect) -> Iterator[list[s
                 if record and len(record) != (width := width or len(record)):
                     raise csv.Error(f"{len(record)} fields, the header has {width}")
                 if record:
-                    yield [value.strip() for value in record] if dialect.strips else record
+                    yield [name.strip() for name in record] if dialect.strips and is_header else record
+                    is_header = False
                 taken.clear()
             return
         except csv.Error as error:
@@ -141,10 +145,13 @@ def csv_records(stream: BinaryIO, url: str, dialect: Dialect) -> Iterator[list[s
         taken.clear()
 
 
-def _line_text(number: int, line: bytes, dialect: Dialect) -> str:
-    if dialect.decodes:
-        return text_of(line)[0]
-    return line.decode("utf-8-sig" if number == 1 else "utf-8", "replace")
+def _line_text(number: int, line: bytes, dialect: Dialect, notes: list[str]) -> str:
+    if not dialect.decodes:
+        return line.decode("utf-8-sig" if number == 1 else "utf-8", "replace")
+    text, is_utf8 = text_of(line)
+    if not is_utf8 and NOT_UTF8 not in notes:
+        notes.append(NOT_UTF8)
+    return text
 
 
 def json_names(stream: BinaryIO, url: str) -> list[str]:
@@ -180,10 +187,10 @@ def json_text(value: object) -> str | None:
     return printable(value) if isinstance(value, str) else json.dumps(value, sort_keys=True)
 
 
-def _lines(stream: BinaryIO, url: str) -> Iterator[tuple[int, bytes]]:
-    """(number, line). Lines that end in a carriage return alone, as Excel for the Mac writes them, are lines too."""
+def _lines(stream: BinaryIO, url: str, carriage_returns: bool = False) -> Iterator[tuple[int, bytes]]:
+    """(number, line). carriage_returns: lines that end in one alone, as Excel for the Mac writes them, are lines too."""
     first = stream.readline(MAX_LINE_BYTES + 1)
-    if b"\r" in first.rstrip(b"\r\n") and not first.endswith(b"\n") and len(first) <= MAX_LINE_BYTES:
+    if carriage_returns and b"\r" in first.rstrip(b"\r\n") and not first.endswith(b"\n") and len(first) <= MAX_LINE_BYTES:
         yield from enumerate(first.splitlines(keepends=True), 1)
         return
     following = iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b"")

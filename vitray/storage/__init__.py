@@ -32,6 +32,7 @@ __all__ = [
     "probe", "read", "scratch", "search", "sha256_of", "store_for",
 ]  # fmt: skip
 SCRATCH = "probe-"
+NAS_FOLDERS = ("@eaDir", "#recycle", "#snapshot")  # thumbnails and rubbish of network disks
 
 
 def store_for(url: str) -> Store:
@@ -115,19 +116,22 @@ class Found:
     linked_folders: list[str]
 
 
-def search(pattern: str, hive: bool = False) -> Found:
+def search(pattern: str, rules: int = 1) -> Found:
     """The objects that a URL, glob, {000..099} range or prefix names. Raises ObjectMissing for one that names none.
 
-    hive: folders such as `_year=2026` are partitions of a table, and not hidden.
+    rules: of the source, see Job. By rules 2 folders such as `_year=2026` are partitions of a table, and not hidden; a NAS's
+    own folders are; and `**` inside a name is refused.
     """
     found = Found([], [], [])
     for url in expand_braces(pattern):
         store = store_for(url)
-        infos, linked_folders = (_glob(url), []) if _wild(url) else store.find_all(url)
+        if _wild(url) and rules > 1:
+            _require_whole_globstars(url)
+        infos, linked_folders = (store.glob(url), []) if _wild(url) else store.find_all(url)
         if not infos:
             hint = " (a star stays within its folder: give the folder itself, or /**)" if url.endswith("/*") else ""
             raise ObjectMissing(f"{url} names no object{hint}")
-        is_hidden = _hidden_by(absolute(url), hive)
+        is_hidden = _hidden_by(absolute(url), rules)
         for info in infos:
             if is_hidden(info.url):
                 found.hidden.append(info.url)
@@ -137,13 +141,8 @@ def search(pattern: str, hive: bool = False) -> Found:
     return found
 
 
-def _glob(pattern: str) -> list[ObjectInfo]:
-    """The objects of a glob. Raises JobError for `**` inside a name, which fsspec and Python's glob read differently."""
-    _require_whole_globstars(pattern)
-    return store_for(pattern).glob(pattern)
-
-
 def _require_whole_globstars(pattern: str) -> None:
+    """Raises JobError for `**` inside a name, which fsspec and Python's glob read differently."""
     for part in pattern.split("/"):
         if "**" in part and part != "**":
             raise JobError(f"{pattern}: `**` stands for whole folders. Write **/{part.replace('**', '*')} instead of {part}.")
@@ -180,7 +179,7 @@ def reads(pattern: str, out: str, name: str = "data/x.parquet") -> bool:
     return written.startswith(f"{pattern}/") or bool(_wild(pattern) and re.match(glob_translate(pattern), written))
 
 
-def _hidden_by(pattern: str, hive: bool) -> Callable[[str], bool]:
+def _hidden_by(pattern: str, rules: int) -> Callable[[str], bool]:
     """Whether a name below the base starts with a dot or an underscore (marks of other tools, not data), unasked for.
 
     Not an image's: cameras call theirs _DSC0001.JPG. The base is the pattern up to its first wild folder; `_*.tar` asks for underscores.
@@ -192,10 +191,11 @@ def _hidden_by(pattern: str, hive: bool) -> Callable[[str], bool]:
     def is_hidden(url: str) -> bool:
         *folders, name = url.removeprefix(base).split("/")
         is_image = name.rpartition(".")[2].lower() in ALL_IMAGE_SUFFIXES
-        hidden_folders = (part for part in folders if not (hive and part.startswith("_") and "=" in part))
-        return (
-            any(part[:1] in {".", "_"} - asked for part in hidden_folders) or name[:1] in {".", *("_" * (not is_image))} - asked
-        )
+        if rules > 1:
+            if any(part in NAS_FOLDERS for part in folders):
+                return True
+            folders = [part for part in folders if not (part.startswith("_") and "=" in part)]
+        return any(part[:1] in {".", "_"} - asked for part in folders) or name[:1] in {".", *("_" * (not is_image))} - asked
 
     return is_hidden
 
