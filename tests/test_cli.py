@@ -486,7 +486,7 @@ def test_the_summary_counts_in_proper_words() -> None:
         "  2 empty in this run",
         "note       s: links",
         "no longer in the source: 1 committed shard; --prune removes the rows",
-        "left out   3: 1 hidden, 2 other_suffix (2 .txt)",
+        "left out   3: 1 hidden, 2 other_suffix; by suffix: 2 .txt",
         "not chosen 2 shards with 20 images, by since, sample or limit",
         "too many bad images: 2 of 3, more than max_error_rate=0.5; see /o/_errors, or raise max_error_rate",
     ]
@@ -1025,10 +1025,10 @@ def test_validate_finds_a_missing_or_different_errors_file(vitray: Call, dataset
     (errors / third.name).write_bytes(b"no parquet at all")
     problems = problems_of(vitray, dataset)
     assert problems[:2] == [
-        f"data/{first.name}: its errors/ file is missing; run the job again to repair it",
-        f"data/{second.name}: errors/ differs from what the data file carries; run the job again to repair it",
+        f"data/{first.name}: its file of error rows is missing; run the job again to repair it",
+        f"data/{second.name}: its error rows differ from what the data file carries; run the job again to repair it",
     ]
-    assert problems[2].startswith(f"data/{third.name}: its errors/ file cannot be read")
+    assert problems[2].startswith(f"data/{third.name}: its file of error rows cannot be read")
     assert len(problems) == 3
 
 
@@ -1121,8 +1121,9 @@ def test_the_footer_of_a_data_file_is_checked_against_the_dataset(vitray: Call, 
     rewrite(path, lambda t: t, errors="0", reasons="{}", error_rows="")
     assert f"data/{path.name}: rows and errors do not make up 0..8" in problems_of(vitray, dataset)
     rewrite(path, lambda t: t, errors="1", error_rows=base64.b64encode(ipc_bytes(bad, "zstd")).decode())
-    assert f"data/{path.name}: errors/ differs from what the data file carries; run the job again to repair it" in problems_of(
-        vitray, dataset
+    assert (
+        f"data/{path.name}: its error rows differ from what the data file carries; run the job again to repair it"
+        in problems_of(vitray, dataset)
     )
     assert read_footer(str(path)).errors == 1 and SCHEMA_VERSION == 1
     assert np.isclose(np.linalg.norm(pq.ParquetFile(files(dataset)[1]).read()["embedding"][0].as_py()), 1)

@@ -18,7 +18,7 @@ from test_user_inputs import job_for, jpg, write_files
 import vitray
 from vitray.dataset import commit_shard, open_dataset, read_footer, resolve_dataset
 from vitray.decode import decode_bytes
-from vitray.errors import JobError
+from vitray.errors import JobError, StorageError
 from vitray.left_out import LEFT_OUT, LeftOut, describe
 from vitray.pipeline.steps import decode_step, predict_step, read_step, stage_step
 from vitray.schema import DecodeSpec, PixelSpec, VectorColumn
@@ -78,6 +78,29 @@ def test_a_dataset_json_that_another_process_took_away_is_restored(tmp_path: Pat
     monkeypatch.setattr("vitray.pipeline.runner.check_data", lambda dataset: os.unlink(f"{dataset.out}/_vitray/dataset.json"))
     result = vitray.run(job_for(folder, tmp_path / "out"))
     assert result.rows == 1 and open_dataset(result.out) is not None and validate(result.out).ok
+
+
+def test_a_first_run_that_fails_with_staged_fragments_blocks_no_later_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_files(tmp_path / "in", {f"{n:02d}.jpg": jpg(n) for n in range(20)})
+
+    def refuse(*_: object) -> None:
+        raise StorageError("the disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("vitray.pipeline.steps.commit_shard", refuse)
+        with pytest.raises(StorageError):
+            vitray.run(job_for(folder, tmp_path / "out", fragment_rows=4, group_size=10))
+    os.unlink(tmp_path / "out" / "_vitray" / "dataset.json")
+    result = vitray.run(job_for(folder, tmp_path / "out", fragment_rows=64, group_size=10))
+    assert (result.exit_code, result.rows, result.shards) == (0, 20, 2), "fragments of another length are made anew"
+    with monkeypatch.context() as patched:
+        patched.setattr("vitray.pipeline.steps.commit_shard", refuse)
+        with pytest.raises(StorageError):
+            vitray.run(job_for(folder, tmp_path / "other", fragment_rows=4, group_size=10))
+    result = vitray.run(job_for(folder, tmp_path / "other", top_k=2, group_size=20))
+    assert (result.exit_code, result.rows, result.shards) == (0, 20, 1), "nor do its groups bind another job"
 
 
 def test_a_source_json_that_is_damaged_is_ignored(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from vitray.errors import JobError, ShardError, SourceError
 from vitray.job import Job
 from vitray.pipeline import Result
 from vitray.planning import plan, status
-from vitray.sources.tar import member_extensions
+from vitray.sources.tar import dotted_extensions
 from vitray.validation import validate
 
 MODEL = str(Path(__file__).parent / "data" / "dataset-v1" / "model")
@@ -159,14 +159,19 @@ def test_sidecars_of_dotted_names_belong_to_their_image(tmp_path: Path, first: s
         ["a.jpg", "a.txt", "anna.jpg", "anna.txt", "anna.maria.jpg", "anna.maria.txt", "b.jpg", "b.txt"],
         ["2024.01.txt", "2024.01.jpg", "2024.02.txt", "2024.03.txt", "2024.03.jpg"],
         ["0.a.txt", "0.jpg", "0.txt", "1.jpg", "1.txt", "1.a.txt"],
+        ["clip.txt", "clip.jpg", "clip.0001.txt", "clip.0001.jpg", "clip.0002.txt", "clip.0002.jpg"],
+        ["anna.jpg", "anna.txt", "anna.maria.txt", "anna.maria.jpg", "b.jpg", "b.txt"],
+        ["Mr. A.jpg", "Mr. A.txt", "Mr. A.clip.json", "Mr. B.jpg", "Mr. B.txt", "Mr. B.jpg.json"],
     ],
-    ids=["names", "longer names", "dates", "words"],
+    ids=["names", "longer names", "dates", "words", "frames", "name in front", "compound sidecars"],
 )
 def test_every_image_of_a_tar_gets_its_own_sidecar(tmp_path: Path, members: list[str]) -> None:
     data = {name: jpg(n) if name.endswith("jpg") else name.removesuffix(".txt").encode() for n, name in enumerate(members)}
     found = label(write_tar(tmp_path / "in" / "a.tar", data), tmp_path / "out", keep="txt")
     images = [name.removesuffix(".jpg") for name in members if name.endswith("jpg")]
     assert [(row["key"], row["txt"]) for row in found.rows] == [(name, name) for name in images]
+    without_image = {name for name in members if name == "2024.02.txt"}
+    assert found.result.errors == len(without_image)
 
 
 def test_a_dotted_name_behind_ordinary_ones_gets_a_row(tmp_path: Path) -> None:
@@ -199,7 +204,7 @@ def test_a_dotted_name_behind_ordinary_ones_gets_a_row(tmp_path: Path) -> None:
     ],
 )
 def test_member_extensions_are_told_from_names_with_dots(names: list[str], extensions: list[str]) -> None:
-    assert sorted(member_extensions(names)) == extensions
+    assert sorted(dotted_extensions(names).members) == extensions
 
 
 def test_where_a_key_ends_can_be_said(tmp_path: Path) -> None:
@@ -319,6 +324,19 @@ def test_paths_beat_thumbnails_and_other_pairs_are_refused(tmp_path: Path) -> No
 def test_bytes_with_a_usual_name_beat_a_name_of_the_file(tmp_path: Path, path: str, data: str) -> None:
     pq.write_table(pa.table({path: ["elsewhere/a.jpg"], data: [jpg(1)]}), tmp_path / "a.parquet")
     assert label(tmp_path / "a.parquet", tmp_path / "out").result.rows == 1
+
+
+def test_nested_columns_name_no_rows(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [jpg(1)], "m": [{"a": 1}]}), tmp_path / "a.parquet")
+    with pytest.raises(JobError, match="key_column: `m` is struct<a: int64>"):
+        vitray.run(job_for(tmp_path / "a.parquet", tmp_path / "out", key_column="m"))
+
+
+def test_the_first_image_of_a_list_is_the_first_that_is_there(tmp_path: Path) -> None:
+    images = pa.array([[None, jpg(1)], [jpg(2), None, jpg(3)], [], None], pa.list_(pa.binary()))
+    pq.write_table(pa.table({"images": images}), tmp_path / "a.parquet")
+    found = label(tmp_path / "a.parquet", tmp_path / "out")
+    assert (found.result.rows, found.result.errors, found.result.left_out) == (2, 2, {"further_image": 1})
 
 
 def test_images_in_further_columns_are_counted(tmp_path: Path) -> None:
@@ -489,6 +507,8 @@ def test_folders_that_look_like_patterns_and_partitions_are_read(tmp_path: Path)
     assert label(tmp_path / "in" / "set {a,b}", tmp_path / "out2").names == ["b.jpg"]
     found = label(tmp_path / "in", tmp_path / "out3", keep="_year")
     assert sorted(found.names) == ["a.jpg", "b.jpg", "c.jpg"] and found.result.left_out == {"hidden": 1}
+    (tmp_path / "in" / "loop").symlink_to(tmp_path / "in")
+    assert sorted(label(f"{tmp_path}/in/**", tmp_path / "out5").names) == ["a.jpg", "b.jpg", "c.jpg"]
     with pytest.raises(JobError, match=r"Write \*\*/\*\.jpg"):
         vitray.run(job_for(f"{tmp_path}/in/**.jpg", tmp_path / "out4"))
 
@@ -568,6 +588,10 @@ def test_a_file_of_another_kind_does_not_stop_the_next_run(tmp_path: Path, name:
     assert found.result.exit_code == 0 and found.result.left_out == {"other_kind": 1}
     with pytest.raises(SourceError, match=r"is a mix|compressed"):
         vitray.run(job_for(folder, tmp_path / "new"))
+    os.unlink(folder / "a.jpg")
+    os.unlink(folder / "b.jpg")
+    with pytest.raises(SourceError, match="holds nothing of format files"):
+        vitray.run(job_for(folder, tmp_path / "out"))  # it does not become a dataset of that kind
     elsewhere = write_files(tmp_path / "elsewhere", {"a.tar": b"", "b.tar": b"", "preview.jpg": jpg(3)})
     with pytest.raises(SourceError, match="is a mix"):
         vitray.run(job_for(elsewhere, tmp_path / "out"))  # another source: nothing is known of its kind
@@ -652,6 +676,14 @@ def test_a_column_that_a_file_lacks_names_no_rows(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": [jpg(2)]}), tmp_path / "in" / "b.parquet")
     found = label(tmp_path / "in", tmp_path / "out")
     assert found.keys == ["0", "0"] and found.result.exit_code == 0
+    (tmp_path / "in" / "b.parquet").rename(tmp_path / "b.parquet")
+    label(tmp_path / "in", tmp_path / "later")
+    (tmp_path / "b.parquet").rename(tmp_path / "in" / "b.parquet")
+    later = label(tmp_path / "in", tmp_path / "later")
+    assert later.keys == ["7", "0"]
+    assert list(later.result.notes.values()) == ["no column `id` here: rows are named by their number"]
+    os.unlink(tmp_path / "later" / "_vitray" / "dataset.json")
+    assert label(tmp_path / "in", tmp_path / "later").keys == ["7", "0"], "a data file tells the key column"
 
 
 def test_images_with_paths_keep_them_as_keys(tmp_path: Path) -> None:
@@ -673,7 +705,7 @@ def test_a_first_run_that_fails_binds_no_later_one(tmp_path: Path, monkeypatch: 
         patched.setattr("vitray.pipeline.runner.check_data", refuse)
         with pytest.raises(ShardError):
             vitray.run(job_for(folder, tmp_path / "out", top_k=1))
-    assert not (tmp_path / "out" / "_vitray" / "dataset.json").exists()
+    assert status(str(tmp_path / "out")).last_run["ended"] == "ShardError: the first run fails here"
     assert label(folder, tmp_path / "out", top_k=2).result.rows == 1
 
 

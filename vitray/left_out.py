@@ -22,7 +22,7 @@ class LeftOut(StrEnum):
 
 
 LEFT_OUT = {
-    LeftOut.HIDDEN: "the name, or a folder on the way, begins with a dot or an underscore, or is a NAS's own (@eaDir, #recycle)",
+    LeftOut.HIDDEN: "the name, or a folder on the way, begins with a dot or an underscore, or is a NAS's own (@eaDir, #recycle); in a tar the name alone, by a dot",
     LeftOut.LINKED_FOLDER: "a folder behind a symbolic link, which is not entered",
     LeftOut.NO_SUFFIX: "no suffix; an explicit `format` reads such files",
     LeftOut.OTHER_SUFFIX: "not the suffix of an image",

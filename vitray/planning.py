@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from rich.filesize import decimal
 
@@ -26,7 +27,7 @@ from vitray.job import Job
 from vitray.left_out import describe
 from vitray.models import require_precision, will_compile
 from vitray.pipeline import list_source, prepared
-from vitray.sources import chosen, estimate_images, select
+from vitray.sources import chosen, estimate_images, passthrough_schema, select
 from vitray.storage import exists, join
 
 
@@ -110,6 +111,7 @@ class Status:
                 for shard, at in self.truncated.items()
             ),
             *([f"left out   {describe(self.left_out, self.suffixes)}"] if self.left_out else []),
+            *([f"not chosen {self._not_selected()}"] if (self.last_run or {}).get("shards_not_selected") else []),
             *([f"members    {self._members()}"] if self.image_members else []),
             f"staged     {count(sum(self.staged.values()), 'image')} of {count(len(self.staged), 'shard')}",
             *(f"{name:<10} {value}" for name, value in self.decided.items()),
@@ -124,6 +126,11 @@ class Status:
             if isinstance(aside, dict) and not self.complete:
                 lines += [f"set aside  {shard}: {why}" for shard, why in aside.items()]
         return "\n".join(lines)
+
+    def _not_selected(self) -> str:
+        last: dict[str, Any] = self.last_run or {}
+        shards, images = (int(last.get(name) or 0) for name in ("shards_not_selected", "images_not_selected"))
+        return f"{count(shards, 'shard')} with {count(images, 'image')}, by since, sample or limit of the last run"
 
     def _members(self) -> str:
         most = sorted(self.image_members.items(), key=lambda item: (-item[1], item[0]))
@@ -143,6 +150,8 @@ def plan(job: Job) -> Plan:
     images, exact = estimate_images(shards, job)
     left = images if len(pending) == len(shards) else estimate_images(pending, job)[0] if pending else 0
     dataset = open_dataset(out)
+    if dataset is None and job.keep:
+        passthrough_schema(listing.shards, job)  # refuses what a run would refuse
     return Plan(
         out=out,
         kind="/".join(sorted({s.kind for s in shards})),

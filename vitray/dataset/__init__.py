@@ -54,7 +54,7 @@ from vitray.dataset.reading import (
     row_counts,
     rows_in,
 )  # fmt: skip
-from vitray.dataset.resolve import COMPACTED, drop_unstarted, resolve_dataset, with_frozen, with_source_rules
+from vitray.dataset.resolve import COMPACTED, drop_unstarted, kept_in_data, resolve_dataset, with_frozen, with_source_rules
 from vitray.dataset.staging import Fragment, read_fragment, staged, staged_shards, staged_whole, write_end, write_fragment
 
 __all__ = [
@@ -82,6 +82,7 @@ __all__ = [
     "forget",
     "go_on_with_groups",
     "is_complete",
+    "kept_in_data",
     "last_source",
     "load_group_log",
     "manifest_row",

@@ -62,6 +62,7 @@ class Footer:
     left_out: dict[str, int] = field(default_factory=dict)
     image_members: dict[str, int] = field(default_factory=dict)
     source_rules: int = 1
+    key_column: str | None = None
 
     @property
     def total(self) -> int:
@@ -341,6 +342,7 @@ def _marks(dataset: Dataset, shard: Shard, end: End, digest: RowsDigest, errors:
         "left_out": json.dumps(end.left_out) if end.left_out else "",
         "image_members": json.dumps(end.image_members) if end.image_members else "",
         "source_rules": dataset.job.rules,
+        "key_column": dataset.job.key_column,
         # base64: footer values are text to other readers of Parquet
         "error_rows": base64.b64encode(ipc_bytes(errors, "zstd")).decode() if errors.num_rows else "",
         **{name: getattr(dataset.facts, name) for name in _FACTS},
@@ -363,4 +365,5 @@ def _footer(marks: dict[str, str]) -> Footer:
         left_out=json.loads(get.get("left_out") or "{}"),  # files written before December 2026 have neither
         image_members=json.loads(get.get("image_members") or "{}"),
         source_rules=int(get.get("source_rules") or 1),
+        key_column=get.get("key_column") or None,
     )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from vitray.dataset.commit import read_footer
 from vitray.dataset.files import under
@@ -29,9 +31,10 @@ def with_source_rules(job: Job) -> Job:
     out = absolute(job.out)
     existing = open_dataset(out)
     if existing is None:
-        first = next(iter(sorted(committed(out))), None) if job.source_rules == "auto" else None
-        rules = read_footer(join(out, "data", f"{first}.parquet")).source_rules if first else job.rules
-        return job.model_copy(update={"source_rules": rules})
+        if job.source_rules != "auto" or (first := next(iter(sorted(committed(out))), None)) is None:
+            return job.model_copy(update={"source_rules": job.rules})
+        footer = read_footer(join(out, "data", f"{first}.parquet"))
+        return job.model_copy(update={"source_rules": footer.source_rules, "key_column": job.key_column or footer.key_column})
     rules = existing.job.rules if job.source_rules == "auto" else job.rules
     found = {"key_column": existing.job.key_column} if rules > 1 and job.key_column is None else {}
     return job.model_copy(update={"source_rules": rules, **found})
@@ -67,14 +70,24 @@ def resolve_dataset(job: Job, facts: ModelFacts, vectors: list[VectorColumn], ke
     raise FingerprintError(_difference(there, mine))
 
 
-def drop_unstarted(out: str) -> bool:
-    """Forget a dataset that has no data file, so that any job may begin one here. Returns whether it did.
+def kept_in_data(out: str, names: Sequence[str]) -> pa.Schema | None:
+    """The types of passthrough columns in a data file of a directory; None where there is none, or it lacks one of them."""
+    for shard in sorted(committed(absolute(out))):
+        with store_for(out).open(join(absolute(out), "data", f"{shard}.parquet")) as stream:
+            schema = pq.read_schema(stream).remove_metadata()
+        return pa.schema([schema.field(name) for name in names]) if set(names) <= set(schema.names) else None
+    return None
 
-    Fragments stay: the next run uses those of its own fingerprint and deletes the others.
+
+def drop_unstarted(out: str) -> bool:
+    """Forget a dataset that has no data file, with its groups and fragments, so that any job may begin one here.
+
+    Returns whether it did.
     """
     if committed(absolute(out)):
         return False
-    store_for(out).delete([dataset_url(out), source_url(out)])
+    left = [info.url for folder in ("shards", "staging") for info in under(out, "_vitray", folder)]
+    store_for(out).delete([dataset_url(out), source_url(out), *left])
     return True
 
 
@@ -109,7 +122,7 @@ def _difference(there: Dataset, mine: Dataset) -> str:
         side["weights"] = f"{facts.weights_sha256[:8]}… of {facts.model}"
     values = "; ".join(f"{n} differs ({_short(old.get(n))}, this job: {_short(new.get(n))})" for n in names)
     if not committed(there.out):
-        step = f"Choose another `out`, or delete {dataset_url(there.out)} to begin anew: no shard is committed there yet."
+        step = f"Choose another `out`. If no run works on this one, delete {there.out}/_vitray to begin anew: it has no rows yet."
     else:
         step = "Choose another `out` (vitray backfill makes that of another model), or give the job the fields of the first run."
     return f"{there.out} belongs to fingerprint {there.fingerprint[:8]}… (this job: {mine.fingerprint[:8]}…): {values}. {step}"

@@ -74,12 +74,18 @@ def staged_shards(dataset: Dataset) -> list[str]:
 def staged_whole(dataset: Dataset, shard_id: str) -> Staged:
     """Like staged(), but every fragment was opened, and what is damaged deleted, to be made again.
 
-    So is a fragment beyond the one known end: a reader that had seen more rows died.
+    So is a fragment beyond the one known end: a reader that had seen more rows died. And one of another length: it is of a run
+    with other `fragment_rows`, whose dataset.json is gone.
     """
     there, damaged = _scan(dataset, shard_id)
+    rows = dataset.fragment_rows
+    odd = [span for span in there.ranges() if span[0] % rows or span[1] - span[0] > rows]
+    damaged += [_fragment_url(dataset, shard_id, *span) for span in odd]
     last = there.ends[0].total if len(there.ends) == 1 else None
     good = {}
     for start, stop in there.ranges():
+        if (start, stop) in odd:
+            continue
         try:
             whole = read_fragment(dataset, shard_id, start, stop) is not None
         except ObjectMissing:  # another run finished this shard and cleans up

@@ -37,6 +37,7 @@ from vitray.dataset import (
     dataset_url,
     drop_unstarted,
     finish,
+    kept_in_data,
     last_source,
     load_group_log,
     open_dataset,
@@ -131,14 +132,17 @@ def run(
         frozen = with_frozen(job)
         facts: ModelFacts = on_worker(shares, identify, frozen) if nodes else identify(frozen)
         job = _with_key_column(job, listing)
+        has_begun = exists(dataset_url(job.out))
         dataset = _resolve(job, facts, listing)
+        if has_begun and dataset.is_new:  # in place of one without rows, whose groups are gone
+            listing = list_source(job)
         if facts.engine_why:
             log.warning("engine: auto is %s (%s)", dataset.facts.engine, facts.engine_why)
         crash_point("driver-resolved")
         meter = RayMeter() if nodes else Meter()
         work = Work(report=progress or (lambda _: None), stop=stop or threading.Event(), meter=meter, selection=selection)
         try:
-            with _forgotten_if_it_fails(dataset) if dataset.is_new else contextlib.nullcontext():
+            with _told_if_it_fails(dataset, work) if dataset.is_new else contextlib.nullcontext():
                 check_data(dataset)
                 require_shared(dataset.out, [listing.shards[0].url, dataset.facts.model, dataset.facts.head], nodes)
                 probe(dataset.out)
@@ -192,18 +196,27 @@ def _machines(
 
 
 @contextlib.contextmanager
-def _forgotten_if_it_fails(dataset: Dataset) -> Iterator[None]:
-    """A first run that fails before it commits anything leaves nothing that would bind the next one.
+def _told_if_it_fails(dataset: Dataset, work: Work) -> Iterator[None]:
+    """A first run that fails leaves a record, by which a job with other fields knows that it may begin anew.
 
-    One that gives up in good order leaves a run record, by which the next one knows that it has ended.
+    Where not even that can be written, such as on a full disk, nothing is left.
     """
     try:
         yield
-    except (ErrorRateExceeded, Interrupted, ClusterError):
+    except (ErrorRateExceeded, Interrupted, ClusterError):  # these leave a whole record
         raise
-    except Exception:
-        with contextlib.suppress(VitrayError):
-            drop_unstarted(dataset.out)
+    except Exception as error:
+        finished = datetime.now(UTC).isoformat(timespec="seconds")
+        record: dict[str, object] = {
+            "run": work.run_id,
+            "finished": finished,
+            "ended": shortened(f"{type(error).__name__}: {error}", 400),
+        }
+        try:
+            write_run_record(dataset, work.run_id, record)
+        except VitrayError:
+            with contextlib.suppress(VitrayError):
+                drop_unstarted(dataset.out)
         raise
 
 
@@ -307,6 +320,8 @@ def _kept(job: Job, listing: Listing) -> pa.Schema:
     """
     if (existing := open_dataset(job.out)) is not None and existing.job.keep == job.keep:
         return existing.kept
+    if existing is None and (schema := kept_in_data(job.out, list(map(job.kept_as, job.keep)))) is not None:
+        return schema  # dataset.json was lost
     schema = passthrough_schema(listing.shards, job)
     for shard in listing.shards:
         with contextlib.suppress(ShardError):

@@ -90,9 +90,7 @@ def _search(job: Job) -> Found:
 def _kind(job: Job, found: list[ObjectInfo], known_kind: str | None) -> str:
     if job.format != "auto":
         return job.format
-    if known_kind and _choose(job, known_kind, found)[0]:
-        return known_kind
-    return _detect(job, found)
+    return known_kind or _detect(job, found)
 
 
 def _choose(job: Job, kind: str, found: list[ObjectInfo]) -> tuple[list[ObjectInfo], list[ObjectInfo]]:

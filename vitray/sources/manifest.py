@@ -86,7 +86,8 @@ def _rows(shard: Shard, job: Job, total: int, notes: list[str]) -> Iterator[Enco
             kept = with_folder_columns(None, shard.url, job)
             yield Encoded(index, str(shard.start + index), shard.url, None, "missing", row.problem, kept)
             continue
-        key = key_of(row.key, row.path, shard.start + index)
+        is_path = not isinstance(row.path, str) or not _DATA.match(row.path)
+        key = key_of(row.key, row.path if is_path else None, shard.start + index)
         (uri, reason, message), spellings = follow_path(row.path, shard, allowed, job)
         kept = with_folder_columns(row.kept, uri or shard.url, job)
         yield Encoded(index, key, uri or shard.url, None, reason, message, kept, spellings=spellings)

@@ -8,7 +8,6 @@ from itertools import accumulate
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from vitray.job import Job
 from vitray.left_out import LeftOut
@@ -19,6 +18,7 @@ from vitray.sources.tables import (
     columns_to_read,
     is_list,
     key_of,
+    key_values,
     open_parquet,
     other_image_columns,
     passthrough_batch,
@@ -55,7 +55,10 @@ def read_parquet(shard: Shard, job: Job, wanted: Callable[[int], bool]) -> Itera
         left_out = _in_other_columns(file, shard, job) if job.rules > 1 else {}
         rows = _rows(file, shard, job, range(first, first + total), wanted)
         yield from rows if job.rules == 1 else read_each(rows, wanted)
-    yield End(total, left_out=left_out)
+        note = ""
+        if job.key_column and job.key_column not in file.schema_arrow.names:
+            note = f"no column `{job.key_column}` here: rows are named by their number"
+    yield End(total, note=note, left_out=left_out)
 
 
 def _in_other_columns(file: Any, shard: Shard, job: Job) -> dict[str, int]:
@@ -82,9 +85,10 @@ def _rows(file: Any, shard: Shard, job: Job, rows: range, wanted: Callable[[int]
     for row, batch, positions in read_batches(file, names, rows, lambda row: wanted(row - rows.start)):
         images, further = _first_images(batch.column(names[0]))
         kept = passthrough_batch(batch, job) if job.keep else None
+        keys = key_values(batch, job)
         for n in positions:
             path, data = _path_and_bytes(images[n])
-            named = python_value(batch.column(job.key_column)[n]) if job.key_column else None
+            named = None if keys is None else python_value(keys[n])
             values = with_folder_columns(kept and PassthroughRow(kept, n), shard.url, job)
             item = Encoded(
                 row + n - rows.start, key_of(named, path, row + n), shard.url, None, kept=values, further_images=further[n]
@@ -100,9 +104,9 @@ def _first_images(column: pa.Array) -> tuple[pa.Array, list[int]]:
     if pa.types.is_dictionary(column.type):
         return column.dictionary_decode(), [0] * len(column)
     if is_list(column.type):
-        lengths = [length or 0 for length in pc.list_value_length(column).to_pylist()]
-        firsts = [column[n].values[0].as_py() if length else None for n, length in enumerate(lengths)]
-        return pa.array(firsts, column.type.value_type), [max(0, length - 1) for length in lengths]
+        images = [[image for image in row.values if image.is_valid] if row.is_valid else [] for row in column]
+        firsts = [row[0].as_py() if row else None for row in images]
+        return pa.array(firsts, column.type.value_type), [max(0, len(row) - 1) for row in images]
     return column, [0] * len(column)
 
 

@@ -113,14 +113,15 @@ def _parquet_rows(file: Any, shard: Shard, job: Job, rows: range) -> Iterator[Ta
     names = columns_to_read(file.schema_arrow, shard, job)
     for _, batch, positions in read_batches(file, names, rows, lambda row: True):
         kept = passthrough_batch(batch, job)
+        keys = key_values(batch, job)
         for n in positions:
-            key = python_value(batch.column(job.key_column)[n]) if job.key_column else None
+            key = None if keys is None else python_value(keys[n])
             yield TableRow(python_value(batch.column(names[0])[n]), key, PassthroughRow(kept, n))
 
 
 def _text_row(fields: dict[str, str | None], names: list[str], job: Job) -> TableRow:
     kept = {name: pa.array([fields[name]], pa.string()) for name in job.keep if name in fields}
-    key = fields[job.key_column] if job.key_column else None
+    key = fields.get(job.key_column) if job.key_column else None
     path = fields[names[0]]
     return TableRow(path.strip() if path and job.rules > 1 else path, key, PassthroughRow(_batch_of(kept, 1), 0))
 
@@ -216,11 +217,15 @@ def columns_to_read(schema: pa.Schema, shard: Shard, job: Job) -> list[str]:
     _require(schema, shard, job, "the input")
     likely = likely_columns(schema, shard.kind, job)
     if len(likely) == 1:
-        names = [*likely, job.key_column, *(name for name in job.keep if name in schema.names)]
-        return [column for column in dict.fromkeys(names) if column]
+        if job.key_column in schema.names and pa.types.is_nested(schema.field(job.key_column).type):
+            raise JobError(
+                f"key_column: `{job.key_column}` is {schema.field(job.key_column).type}; choose a column of text or numbers."
+            )
+        names = [*likely, *(name for name in (job.key_column, *job.keep) if name and name in schema.names)]
+        return list(dict.fromkeys(names))
     if likely:
         raise JobError(f"the input has several columns that could hold the images: {', '.join(likely)}. Set `image_column`.")
-    paths = f"string column of paths ({', '.join(PATH_NAMES_V1)})"
+    paths = f"string column of paths ({', '.join(PATH_NAMES)})"
     what = "column with image bytes (binary, or a struct with `bytes`)" if shard.kind == "parquet" else paths
     has = ", ".join(f"{field.name}: {field.type}" for field in list(schema)[:20])
     named = f" named `{job.image_column}`" if job.image_column else ""
@@ -262,8 +267,10 @@ def likely_columns(schema: pa.Schema, kind: str, job: Job) -> list[str]:
     if job.image_column:
         return [name for name in fitting if name == job.image_column]
     if kind != "parquet":
-        names = PATH_NAMES_V1 if job.rules == 1 else PATH_NAMES
-        return [name for name in names if name in fitting][:1]
+        if job.rules == 1:
+            return [name for name in PATH_NAMES_V1 if name in fitting][:1]
+        by_lower = {name.lower(): name for name in reversed(fitting)}
+        return [by_lower[name] for name in PATH_NAMES if name in by_lower][:1]
     usual = IMAGE_NAMES_V1 if job.rules == 1 else IMAGE_NAMES
     by_name = [name for name in fitting if name.lower() in usual]
     if job.rules > 1 and len(by_name) > 1:  # `image` beside `data`: the first eight names are the clear ones
@@ -277,8 +284,13 @@ def other_image_columns(schema: pa.Schema, shard: Shard, job: Job) -> list[str]:
     """Columns that hold images too, by type and name, and are not read."""
     read = columns_to_read(schema, shard, job)
     fitting = [field for field in schema if schema.get_field_index(field.name) >= 0 and _holds_images(field, job)]
-    named = [f.name for f in fitting if pa.types.is_struct(f.type) or f.name.lower() in IMAGE_NAMES or _is_secondary(f.name)]
-    return [name for name in named if name not in read]
+    is_asked = job.image_column is not None  # else several such columns would have been refused
+    return [f.name for f in fitting if f.name not in read and (is_asked or _is_named_like_an_image(f))]
+
+
+def _is_named_like_an_image(field: pa.Field) -> bool:
+    words = (*SECONDARY_WORDS, "image", "img", "photo", "picture", "jpg", "jpeg", "png")
+    return pa.types.is_struct(field.type) or any(word in field.name.lower() for word in words)
 
 
 def _is_secondary(name: str) -> bool:
@@ -335,10 +347,22 @@ def _require(schema: pa.Schema, shard: Shard, job: Job, what: str) -> None:
     for name in [job.key_column, *job.keep]:
         if name is None or schema.get_field_index(name) >= 0:
             continue
+        if name == job.key_column and not _needs_key_column(job):
+            continue
         if schema.names.count(name) > 1:
             raise JobError(f"{what} has {schema.names.count(name)} columns `{name}`: rename them.")
         if name not in job.keep or not is_folder_column(name, shard.url):
             raise JobError(f"{what} has no column `{name}`; it has {', '.join(schema.names[:20])}")
+
+
+def _needs_key_column(job: Job) -> bool:
+    """Whether a file without the key column is broken: not where its name is one that a first run finds by itself."""
+    return job.rules == 1 or job.key_column not in KEY_NAMES
+
+
+def key_values(batch: pa.RecordBatch, job: Job) -> pa.Array | None:
+    """The key column of a batch; None where rows are named otherwise."""
+    return batch.column(job.key_column) if job.key_column in batch.schema.names else None
 
 
 def _holds_images(field: pa.Field, job: Job) -> bool:

@@ -2,7 +2,7 @@
 
 A member's key ends at a dot of its name. WebDataset takes the first one, so that `0.depth.png` and
 `0.jpg` are two members of sample `0`. In `Mr. Bean.jpg` that dot is part of the name. `auto` looks at
-the start of the tar to tell the two apart: see `member_extensions`.
+the start of the tar to tell the two apart: see `dotted_extensions`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import NamedTuple
 
 import pyarrow as pa
 
@@ -47,7 +48,7 @@ def read_tar(shard: Shard, job: Job, wanted: Callable[[int], bool]) -> Iterator[
     reader = _Reader(shard, job, wanted)
     with open_shard(shard) as stream:
         source = TarSource(stream, shard.url, shard.size)
-        reader.extensions = _peek(source, job)
+        reader.dotted = _peek(source, job)
         for sample in reader.samples(source):
             if sample.wanted:
                 yield reader.row_of(sample)
@@ -83,7 +84,7 @@ def count_whole(shard: Shard, job: Job) -> tuple[int, dict[str, int]]:
     reader = _Reader(shard, job, lambda index: False)
     with open_shard(shard) as stream:
         source = TarSource(stream, shard.url, shard.size)
-        reader.extensions = _peek(source, job)
+        reader.dotted = _peek(source, job)
         for _ in reader.samples(source):
             pass
     return reader.total, dict(+reader.left_out)
@@ -95,7 +96,7 @@ def count_samples(shard: Shard, job: Job) -> tuple[int, int, set[str]]:
     reader = _Reader(shard, job, lambda index: False)
     with open_shard(shard) as stream:
         source = TarSource(stream, shard.url, shard.size)
-        reader.extensions = _peek(source, job)
+        reader.dotted = _peek(source, job)
         for sample in reader.samples(source):
             count += 1
             extensions |= sample.extensions.keys()
@@ -124,7 +125,7 @@ def require_clear_samples(shard: Shard, job: Job) -> None:
     with open_shard(shard) as stream:
         source = TarSource(stream, shard.url, shard.size)
         reader = _Reader(shard, job, lambda index: False)
-        reader.extensions = _peek(source, job)
+        reader.dotted = _peek(source, job)
         try:
             for _ in reader.samples(source):
                 if source.at >= PEEK_BYTES:
@@ -133,8 +134,18 @@ def require_clear_samples(shard: Shard, job: Job) -> None:
             raise SourceError(str(error)) from error
 
 
-def member_extensions(names: Sequence[str]) -> frozenset[str]:
-    """Those of the extensions with a dot that belong to samples, such as `depth.png` beside `jpg`.
+class DottedExtensions(NamedTuple):
+    """What follows the first dot of names with several dots. members: extensions, such as `depth.png`.
+
+    names: parts of names, because an image and its sidecar have them, such as `smith.jpg` and `smith.txt`.
+    """
+
+    members: frozenset[str] = frozenset()
+    names: frozenset[str] = frozenset()
+
+
+def dotted_extensions(names: Sequence[str]) -> DottedExtensions:
+    """Tell extensions with a dot, such as `depth.png` beside `jpg`, from parts of names.
 
     names: member names at the start of a tar, in order. Such an extension is made of words and comes in
     two samples, or in the only one. In all else what follows the first dot is part of a name:
@@ -160,11 +171,12 @@ def member_extensions(names: Sequence[str]) -> frozenset[str]:
     is_single = len(with_images) == 1 and (len(with_images[0]) == 1 or any("." not in found for found in with_images[0]))
     least = 1 if is_single else 2
     frequent = {extension for extension, count in seen.items() if count >= least}
-    return frozenset(extension for extension in frequent - names_of_images if _MEMBER_EXTENSION.fullmatch(extension))
+    members = {extension for extension in frequent - names_of_images if _MEMBER_EXTENSION.fullmatch(extension)}
+    return DottedExtensions(frozenset(members), frozenset(names_of_images))
 
 
-def _peek(source: TarSource, job: Job) -> frozenset[str]:
-    """The member extensions of a tar, by its start. The source stands at its first byte again."""
+def _peek(source: TarSource, job: Job) -> DottedExtensions:
+    """The dotted extensions of a tar, by its start. The source stands at its first byte again."""
     asked = {_extension(name) for name in (*job.keep, job.image_member or "")}
     names = list[str]()
     if job.rules > 1 and job.tar_keys == "auto":
@@ -177,7 +189,8 @@ def _peek(source: TarSource, job: Job) -> frozenset[str]:
         except TarCutError:
             pass  # the reader comes to the same place, and says so
         source.restart()
-    return member_extensions(names) | {extension for extension in asked if "." in extension}
+    found = dotted_extensions(names)
+    return found._replace(members=found.members | {extension for extension in asked if "." in extension})
 
 
 class _SeveralImagesError(ShardError):
@@ -208,7 +221,7 @@ class _Reader:
     shard: Shard
     job: Job
     wanted: Callable[[int], bool]
-    extensions: frozenset[str] = frozenset()
+    dotted: DottedExtensions = field(default_factory=DottedExtensions)
     total: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
     image_members: Counter[str] = field(default_factory=Counter)
@@ -283,13 +296,16 @@ class _Reader:
             return first
         if job.tar_keys == "last_dot":
             return last
-        if first[1] in self.extensions:
+        if first[1] in self.dotted.members:
             return first
         if self.image_member and _MEMBER_EXTENSION.fullmatch(first[1]):  # the job takes members for what they are called
             return first
         is_image = _is_image_extension(first[1]) and self.image_member in (None, last[1])
-        belongs_to_sample = sample is not None and bool(sample.images) and sample.key == first[0]
-        return first if belongs_to_sample and not is_image else last
+        if not is_image and sample is not None and sample.images and name.startswith(f"{sample.key}."):
+            rest = name[len(sample.key) + 1 :].lower()
+            if rest not in self.dotted.names and ("." not in rest or _MEMBER_EXTENSION.fullmatch(rest)):
+                return sample.key, rest
+        return last
 
     def _add(self, sample: _Sample, extension: str, member: tarfile.TarInfo, source: TarSource) -> None:
         """Take what the row needs of a member: the image and kept values, nothing else is read."""
@@ -324,7 +340,9 @@ class _Reader:
         candidates = plain or sample.images
         if len(candidates) > 1 and self.job.rules > 1:
             names = ", ".join(sorted(set(candidates)))
-            setting = f"`image_member` to one of them (image_member: {candidates[0]})"
+            setting = (
+                f"`image_member` to one of them (image_member: {candidates[0]}; a dataset with rows needs another `out` for that)"
+            )
             keys = "" if plain else ", or `tar_keys: last_dot` for a row for each"
             raise _SeveralImagesError(
                 f"{self.shard.url}: sample {printable(sample.key)[:200]} has several images: {names}. Set {setting}{keys}."

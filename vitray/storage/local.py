@@ -45,7 +45,9 @@ class LocalStore:
         return self._infos(paths), linked_folders
 
     def glob(self, pattern: str) -> list[ObjectInfo]:
-        return self._infos(globbing.iglob(_with_literal_folders(on_disk(pattern)), recursive=True, include_hidden=True))
+        found = globbing.iglob(_with_literal_folders(on_disk(pattern)), recursive=True, include_hidden=True)
+        cycles = dict[str, bool]()
+        return self._infos(path for path in found if not _is_in_cycle(os.path.dirname(path), cycles))
 
     def _infos(self, paths: Iterable[str]) -> list[ObjectInfo]:
         found = []
@@ -126,6 +128,16 @@ class _File(io.FileIO):
             return super().readinto(buffer)
         except OSError as error:
             _raise_read(error, str(self.name))
+
+
+def _is_in_cycle(folder: str, known: dict[str, bool]) -> bool:
+    """Whether a link on the way to a folder leads back to a folder on the way. known: grows by the answers."""
+    if folder not in known:
+        parent = os.path.dirname(folder)
+        is_link = os.path.islink(folder)
+        leads_back = is_link and f"{os.path.realpath(parent)}/".startswith(f"{os.path.realpath(folder)}/")
+        known[folder] = leads_back or (parent != folder and _is_in_cycle(parent, known))
+    return known[folder]
 
 
 def _with_literal_folders(pattern: str) -> str:
