@@ -190,7 +190,7 @@ def check_whole(store: MemoryStore, runs: list[Run]) -> None:
 
 def scenario(runs: Callable[[], list[Callable[[], Any]]]) -> Scenario:
     _now.store = MemoryStore()
-    _now.dataset = make(OUT)
+    _now.dataset = make(OUT, fragment_rows=SPANS[0][1])
     store_for(SOURCE).replace(SOURCE, b"a tar")
     at_first = dict(_now.store.objects)
 

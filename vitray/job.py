@@ -20,6 +20,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PrivateAttr,
     ValidationError,
     field_validator,
     model_validator,
@@ -255,6 +256,19 @@ class Job(Written):
             if name in taken or [self.kept_as(k) for k in self.keep].count(name) > 1:
                 raise ValueError(f"keep: two columns of the output would be called {name}")
         return self
+
+    _key_is_found: bool = PrivateAttr(False)
+
+    def with_found_key(self, name: str | None) -> Job:
+        """The job with a key column that nobody wrote: a file without it is no broken one, its rows are named by number."""
+        job = self.model_copy(update={"key_column": name})
+        job._key_is_found = name is not None
+        return job
+
+    @property
+    def key_is_found(self) -> bool:
+        """Whether the key column was found by the dataset's first run."""
+        return self._key_is_found
 
     @property
     def rules(self) -> int:

@@ -200,6 +200,7 @@ def to_json(dataset: Dataset, now: str) -> bytes:
         "deciding": dataset.deciding(),
         "job": dataset.job.model_dump(mode="json"),
         "facts": asdict(dataset.facts),
+        "key_is_found": dataset.job.key_is_found,
         "vectors": [asdict(v) for v in dataset.vectors],
         "kept": base64.b64encode(dataset.kept.serialize().to_pybytes()).decode(),
         "fragment_rows": dataset.fragment_rows,
@@ -220,7 +221,7 @@ def _from_json(out: str, document: dict[str, Any]) -> Dataset:
     facts["pixels"] = PixelSpec(**_with_tuples(facts["pixels"]))
     dataset = Dataset(
         out=out,
-        job=make_job({"source_rules": 1, **document["job"]}),  # datasets begun before December 2026 say nothing
+        job=_job_of(document),
         facts=ModelFacts(**facts),
         vectors=tuple(VectorColumn(**v) for v in document["vectors"]),
         kept=pa.ipc.read_schema(pa.py_buffer(base64.b64decode(document["kept"]))),
@@ -230,6 +231,12 @@ def _from_json(out: str, document: dict[str, Any]) -> Dataset:
         names = differing(document["deciding"], dataset.deciding())
         raise ValueError(f"its fingerprint is another one today: {', '.join(sorted(names))}")
     return dataset
+
+
+def _job_of(document: dict[str, Any]) -> Job:
+    """The job of dataset.json; datasets begun before December 2026 say nothing of source rules."""
+    job = make_job({"source_rules": 1, **document["job"]})
+    return job.with_found_key(job.key_column) if document.get("key_is_found") else job
 
 
 def _with_tuples(fields: dict[str, Any]) -> dict[str, Any]:

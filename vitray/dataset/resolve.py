@@ -34,10 +34,11 @@ def with_source_rules(job: Job) -> Job:
         if job.source_rules != "auto" or (first := next(iter(sorted(committed(out))), None)) is None:
             return job.model_copy(update={"source_rules": job.rules})
         footer = read_footer(join(out, "data", f"{first}.parquet"))
-        return job.model_copy(update={"source_rules": footer.source_rules, "key_column": job.key_column or footer.key_column})
+        job = job.model_copy(update={"source_rules": footer.source_rules})
+        return job if job.key_column else job.with_found_key(footer.key_column)
     rules = existing.job.rules if job.source_rules == "auto" else job.rules
-    found = {"key_column": existing.job.key_column} if rules > 1 and job.key_column is None else {}
-    return job.model_copy(update={"source_rules": rules, **found})
+    job = job.model_copy(update={"source_rules": rules})
+    return job.with_found_key(existing.job.key_column) if existing.job.key_is_found and job.key_column is None else job
 
 
 def resolve_dataset(job: Job, facts: ModelFacts, vectors: list[VectorColumn], kept: pa.Schema, now: str) -> Dataset:

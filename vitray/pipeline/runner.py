@@ -263,9 +263,10 @@ def _with_key_column(job: Job, listing: Listing) -> Job:
     if open_dataset(job.out) is not None:
         return job
     name = find_key_column(listing.shards, job)
-    if name != job.key_column:
-        log.warning("keys come from column `%s` (`key_column` names another one)", name)
-    return job.model_copy(update={"key_column": name})
+    if name == job.key_column:
+        return job
+    log.warning("keys come from column `%s` (`key_column` names another one)", name)
+    return job.with_found_key(name)
 
 
 def with_absolute_paths(job: Job) -> Job:

@@ -158,12 +158,12 @@ def _split(shards: list[Shard], job: Job) -> list[Shard]:
     """
     with ThreadPoolExecutor(READERS) as pool:
         split = list(pool.map(lambda whole: _parts_of(whole, job), shards))
-    wrong = [parts for parts in split if isinstance(parts, UnreadableTextError)]
-    if len(wrong) == len(split):
-        raise SourceError(str(wrong[0]))
-    parts = [
-        part for whole, parts in zip(shards, split) for part in ([whole] if isinstance(parts, UnreadableTextError) else parts)
-    ]
+    unreadable = [error for error in split if isinstance(error, UnreadableTextError)]
+    if len(unreadable) == len(split):
+        raise SourceError(str(unreadable[0]))
+    parts = list[Shard]()
+    for whole, its_parts in zip(shards, split):
+        parts += [whole] if isinstance(its_parts, UnreadableTextError) else its_parts
     with_rows = [part for part in parts if part.rows]
     _of_first_readable(with_rows, lambda part: columns_to_read(read_schema(part, job), part, job))
     return parts

@@ -104,10 +104,15 @@ def _first_images(column: pa.Array) -> tuple[pa.Array, list[int]]:
     if pa.types.is_dictionary(column.type):
         return column.dictionary_decode(), [0] * len(column)
     if is_list(column.type):
-        images = [[image for image in row.values if image.is_valid] if row.is_valid else [] for row in column]
-        firsts = [row[0].as_py() if row else None for row in images]
-        return pa.array(firsts, column.type.value_type), [max(0, len(row) - 1) for row in images]
+        rows = [_images_of(row) for row in column]
+        firsts = [images[0].as_py() if images else None for images in rows]
+        return pa.array(firsts, column.type.value_type), [max(0, len(images) - 1) for images in rows]
     return column, [0] * len(column)
+
+
+def _images_of(row: pa.Scalar) -> list[pa.Scalar]:
+    """The images of a list that are there."""
+    return [image for image in row.values if image.is_valid] if row.is_valid else []
 
 
 def _path_and_bytes(cell: pa.Scalar) -> tuple[object, pa.Scalar]:

@@ -347,17 +347,12 @@ def _require(schema: pa.Schema, shard: Shard, job: Job, what: str) -> None:
     for name in [job.key_column, *job.keep]:
         if name is None or schema.get_field_index(name) >= 0:
             continue
-        if name == job.key_column and not _needs_key_column(job):
+        if name == job.key_column and job.key_is_found:
             continue
         if schema.names.count(name) > 1:
             raise JobError(f"{what} has {schema.names.count(name)} columns `{name}`: rename them.")
         if name not in job.keep or not is_folder_column(name, shard.url):
             raise JobError(f"{what} has no column `{name}`; it has {', '.join(schema.names[:20])}")
-
-
-def _needs_key_column(job: Job) -> bool:
-    """Whether a file without the key column is broken: not where its name is one that a first run finds by itself."""
-    return job.rules == 1 or job.key_column not in KEY_NAMES
 
 
 def key_values(batch: pa.RecordBatch, job: Job) -> pa.Array | None:

@@ -96,10 +96,9 @@ def dialect_of(stream: BinaryIO, url: str, columns: Sequence[str]) -> Dialect:
     for delimiter in [said[1]] if said else DELIMITERS:
         with suppress(csv.Error, StopIteration):
             names[delimiter] = next(csv.reader([header], delimiter=delimiter))
-    with_column = [
-        d for d, found in names.items() if {name.strip().lower() for name in found} & {name.lower() for name in columns}
-    ]
-    with_several = [d for d, found in names.items() if len(found) > 1]
+    wanted = {name.lower() for name in columns}
+    with_column = [d for d, fields in names.items() if any(field.strip().lower() in wanted for field in fields)]
+    with_several = [d for d, fields in names.items() if len(fields) > 1]
     delimiter = next(iter([*with_column, *with_several, *names]), ",") if not said else said[1]
     strips = any(name != name.strip() for name in names.get(delimiter, []))
     return Dialect(delimiter, skipped, strips, decodes=True)
