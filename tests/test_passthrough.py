@@ -220,6 +220,8 @@ def test_every_plain_type_passes_through_equal(tmp_path: Path, kind: pa.DataType
 @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(kind=TYPES, seed=st.integers(0, 1 << 32), count=st.integers(1, 40), on_ray=st.booleans())
 @example(kind=pa.map_(pa.string(), pa.list_(pa.string_view())), seed=3, count=20, on_ray=True)
+@example(kind=pa.list_(pa.uuid()), seed=0, count=26, on_ray=False)
+@example(kind=pa.list_(pa.uuid()), seed=0, count=26, on_ray=True)
 @example(kind=pa.list_view(pa.string_view()), seed=4, count=20, on_ray=False)
 @example(kind=pa.struct([("f", pa.dictionary(pa.int32(), pa.string()))]), seed=5, count=20, on_ray=True)
 def test_every_type_passes_through_equal(kind: pa.DataType, seed: int, count: int, on_ray: bool) -> None:

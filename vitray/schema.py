@@ -275,7 +275,7 @@ def passthrough_table(rows: Sequence[PassthroughRow], schema: pa.Schema) -> pa.T
         if at == len(rows) or rows[at].batch is not last.batch or rows[at].row != last.row + 1:
             slices.append(last.batch.slice(rows[first].row, at - first))
             first = at
-    return pa.Table.from_batches(slices) if slices else schema.empty_table()
+    return pa.Table.from_batches(slices, schema=None if slices else schema)
 
 
 def rebuilt_type(kind: pa.DataType, leaf: Callable[[pa.DataType], pa.DataType]) -> pa.DataType:

@@ -273,7 +273,7 @@ def predict_step(dataset: Dataset, model: Model, parcel: Parcel, decoder: Device
         columns = {name: table[name] for name in table.column_names if name not in ("pixels", "turn")}
         rows = pa.table({**columns, **_predicted(dataset, found)}).select(dataset.schema.names).cast(dataset.schema)
     else:
-        rows = dataset.schema.empty_table()
+        rows = pa.Table.from_batches([], dataset.schema)  # empty_table() lacks lists of extension types (pyarrow 26.0)
     trace("predict", parcel.receipt.shard, parcel.receipt.start, parcel.receipt.stop)
     return replace(parcel, rows=rows, errors=errors, receipt=_timed(parcel.receipt, "predict", started))
 
