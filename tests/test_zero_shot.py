@@ -194,12 +194,14 @@ def test_a_compiled_pass_gives_the_same_scores(towers: dict[str, str], stem: str
     np.testing.assert_allclose(by_label(model.predict(noise(3))), by_label(run(job, noise(3))), atol=1e-4)
 
 
-@pytest.mark.parametrize("stem", ["CLIP", "Siglip"])
-def test_bf16_labels_are_those_of_fp32_where_its_margin_is_clear(towers: dict[str, str], stem: str) -> None:
+# A clear margin: a step of bf16 (2**-8) in a cosine, times the logit scale of 100 or 20. How many labels of closer
+# images turn over depends on the CPU and on CLIP's tokenizer, which its training makes anew in each process.
+@pytest.mark.parametrize(("stem", "margin"), [("CLIP", 0.4), ("Siglip", 0.1)])
+def test_bf16_labels_are_those_of_fp32_where_its_margin_is_clear(towers: dict[str, str], stem: str, margin: float) -> None:
     pixels = noise(400)
     exact = run(job_for(towers[stem], LABELS), pixels)
     logits = np.log(exact.scores) - (np.log1p(-exact.scores) if stem == "Siglip" else 0)  # CLIP's but for a constant
-    clear = logits[:, 0] - logits[:, 1] > 0.1
+    clear = logits[:, 0] - logits[:, 1] > margin
     print(f"{stem}: {clear.mean():.2f} of the images are clear")
     assert clear.mean() > 0.5
     found = run(job_for(towers[stem], LABELS, precision="bf16"), pixels)

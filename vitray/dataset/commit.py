@@ -27,7 +27,7 @@ from vitray.dataset.files import parquet_bytes
 from vitray.dataset.identity import Dataset
 from vitray.dataset.staging import Staged, drop_staging, read_fragment, staged
 from vitray.errors import CommitError, ObjectChanged, ObjectMissing, StorageError
-from vitray.schema import ERROR_SCHEMA, End, Shard, ipc_bytes, ipc_table, rebuilt_type
+from vitray.schema import ERROR_SCHEMA, End, Shard, ipc_bytes, ipc_table, rebuilt_type, without_list_views
 from vitray.storage import is_local, store_for
 from vitray.version import __version__
 
@@ -168,9 +168,10 @@ class RowsDigest:
 
 def _plain(table: pa.Table) -> pa.Table:
     """The same values in types whose bytes follow from them: dictionaries and views may be laid out in several ways."""
-    for at, column in enumerate(table.schema):
-        if (kind := _plain_type(column.type)) != column.type:
-            table = table.set_column(at, column.name, table.column(at).cast(kind))
+    for at, name in enumerate(table.column_names):
+        column = without_list_views(table.column(at))
+        if (kind := _plain_type(column.type)) != table.schema.field(at).type:
+            table = table.set_column(at, name, column.cast(kind))
     return table
 
 

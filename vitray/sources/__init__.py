@@ -178,7 +178,8 @@ def _narrowed(field: pa.Field) -> pa.Field:
         return tables.SAME_VALUES.get(kind, kind)
 
     kind = rebuilt_type(field.type, leaf)
-    return field.with_type(pa.list_(kind.value_field) if pa.types.is_large_list(kind) else kind)
+    is_list = pa.types.is_large_list(kind) or pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind)
+    return field.with_type(pa.list_(kind.value_field) if is_list else kind)
 
 
 def require_kept(shard: Shard, job: Job, kept: pa.Schema) -> None:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from vitray.errors import JobError, ShardError
 from vitray.job import Job
-from vitray.schema import PassthroughRow, Shard, rebuilt_type, without_list_views
+from vitray.schema import PassthroughRow, Shard
 from vitray.sources.names import folder_value, is_folder_column, kind_of
 from vitray.sources.objects import CHUNK_BYTES, open_shard, printable
 from vitray.sources.text import (
@@ -163,12 +163,7 @@ def read_batches(
 def passthrough_batch(batch: pa.RecordBatch, job: Job) -> pa.RecordBatch:
     """The passthrough columns that a batch has, in the order of job.keep, with the types of `kept_schema`."""
     columns = {name: batch.column(name) for name in job.keep if name in batch.schema.names}
-    return _batch_of({name: without_list_views(column) for name, column in columns.items()}, batch.num_rows)
-
-
-def _kept_type(kind: pa.DataType) -> pa.DataType:
-    """The file's own type, but for list views: see `without_list_views`."""
-    return rebuilt_type(kind, lambda leaf: leaf)
+    return _batch_of(columns, batch.num_rows)
 
 
 def with_folder_columns(kept: PassthroughRow | None, url: str, job: Job) -> PassthroughRow | None:
@@ -301,7 +296,7 @@ def kept_schema(shard: Shard, job: Job) -> pa.Schema:
     """The passthrough columns' types in this file, in the order of job.keep."""
     schema = read_schema(shard, job)
     _require(schema, shard, job, shard.url)
-    types = [_kept_type(schema.field(name).type) if name in schema.names else pa.string() for name in job.keep]
+    types = [schema.field(name).type if name in schema.names else pa.string() for name in job.keep]
     if job.rules == 1:  # without what differs from file to file: dictionaries' indices, the width of offsets
         values = [kind.value_type if pa.types.is_dictionary(kind) else kind for kind in types]
         types = [SAME_VALUES.get(kind, kind) for kind in values]
