@@ -19,6 +19,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports pyproject.toml
 
 fast: $(STAMP)
 	$(BIN)/python -m pytest -q -m "not nightly and not ray and not s3"

@@ -24,7 +24,7 @@ import psutil
 from bench_memory import photographs
 from PIL import Image
 
-from vitray.decode import PAGES, Pixels, decode, decode_one
+from vitray.decoding.decode import PAGES, Pixels, decode, decode_one
 from vitray.schema import DecodeSpec, Encoded, PixelSpec
 
 CONTENDERS = ("pillow", "hugging face", "in process", "exact", "fast", "draft")

@@ -23,7 +23,7 @@ from typing import Any
 from bench_decode import cpu_s
 from bench_memory import jpegs
 
-from vitray.demo import write_tar
+from vitray.operations.demo import write_tar
 
 SHARD = 500
 
@@ -44,7 +44,7 @@ def ledger_share(folder: Path, model: str, ready: Path) -> dict[str, float]:
     """CPU seconds of each step for one shard, all in one thread: what staging, commits and hashes take of the whole."""
     from vitray.dataset import open_dataset
     from vitray.models import open_model
-    from vitray.pipeline.steps import commit_step, decode_step, predict_step, read_step, stage_step
+    from vitray.pipeline.stages import commit_step, decode_step, predict_step, read_step, stage_step
     from vitray.schema import content_hash
     from vitray.sources import list_shards
 

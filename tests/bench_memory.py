@@ -23,7 +23,7 @@ import psutil
 from PIL import Image
 
 import vitray
-from vitray.demo import write_tar
+from vitray.operations.demo import write_tar
 
 IMAGES = 400
 

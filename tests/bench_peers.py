@@ -212,7 +212,7 @@ def make_photos(folder: Path, count: int, seed: int = 0) -> None:
 
 def make_input(scratch: Path, count: int) -> Path:
     """A directory with the first `count` photographs, as loose/*.jpg and as tars/*.tar."""
-    from vitray.demo import write_tar
+    from vitray.operations.demo import write_tar
 
     folder = scratch / f"input-{count}"
     if folder.exists():

@@ -17,8 +17,8 @@ import torch
 from vitray.job import Job
 from vitray.models import identify, open_model, torch_threads_kept, vector_columns
 from vitray.models.blocks import PackedLinear, can_pack
-from vitray.models.ceiling import SHAPES, flop_per_image
 from vitray.models.machine import cores
+from vitray.models.roofline import SHAPES, flop_per_image
 
 CALLERS = 2
 CALLS = 4  # of four batches each

@@ -17,7 +17,7 @@ import numpy as np
 from bench_decode import spec
 from PIL import Image
 
-from vitray.decode import decode_one
+from vitray.decoding.decode import decode_one
 
 SIDE = 7071  # 50 MP
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vitray.demo import write_tar
+from vitray.operations.demo import write_tar
 
 RECIPE: dict[str, object] = {"label": "cls", "flip": False, "crop": 0.6, "lr": 2e-3, "batch_size": 64}
 SCRATCH: dict[str, object] = {**RECIPE, "train": "full", "init": "scratch", "epochs": 60, "label_smoothing": 0.1}

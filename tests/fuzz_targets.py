@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from vitray.decode import decode_one
+from vitray.decoding.decode import decode_one
 from vitray.errors import JobError, ShardError
 from vitray.job import make_job
 from vitray.schema import REASONS, DecodeSpec, Encoded, End, PixelSpec, Shard

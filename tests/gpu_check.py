@@ -74,7 +74,7 @@ class Check:
         """A TorchModel with labels and the CLS embedding."""
         from vitray.job import Embedding
         from vitray.models import identify, open_model, vector_columns
-        from vitray.models.ring import Ring
+        from vitray.models.pinned_buffers import Ring
 
         where = device or self.device
         job: Any = SimpleNamespace(
@@ -315,14 +315,14 @@ def spec_of(check_side: int, mode: str) -> Any:
 
 
 def decoded(check: Check, mode: str, jpegs: list[bytes]) -> Any:
-    from vitray.decode import decode
+    from vitray.decoding.decode import decode
     from vitray.schema import Encoded
 
     return decode([Encoded(n, "", "", data) for n, data in enumerate(jpegs)], spec_of(check.side, mode))[0]
 
 
 def device_decoder(check: Check, mode: str, threads: int) -> Any:
-    from vitray.decode import decode_bytes, fit_size
+    from vitray.decoding.decode import decode_bytes, fit_size
     from vitray.models import gpu_decode
 
     spec = spec_of(check.side, mode)
@@ -358,7 +358,7 @@ def decode_into(name: str, start: int, count: int) -> str:
     """In a process of the pool: images start .. start + count, as vitray's decode step makes them, into shared memory."""
     import numpy as np
 
-    from vitray.decode import decode
+    from vitray.decoding.decode import decode
 
     items = _worker["items"]
     pixels, _ = decode([items[n % len(items)] for n in range(start, start + count)], _worker["spec"])
@@ -422,7 +422,7 @@ def coded(jpegs: list[bytes], start: int, count: int) -> list[Any]:
 
 def bad_rows(check: Check, decoder: Any) -> bool:
     """Whether broken JPEGs among good ones are bad on the device exactly where, and why, they are bad in mode fast."""
-    from vitray.decode import decode
+    from vitray.decoding.decode import decode
     from vitray.schema import Encoded
 
     whole, images = check.jpegs[0], list(check.jpegs[:12])

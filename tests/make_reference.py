@@ -20,7 +20,6 @@ from pydantic_core import PydanticUndefined
 
 import vitray
 from vitray import errors
-from vitray.adapt.recipe import Recipe
 from vitray.cli import app
 from vitray.dataset.ledger import MANIFEST_SCHEMA
 from vitray.job import FORMATS, Embedding, Job
@@ -28,6 +27,7 @@ from vitray.left_out import LEFT_OUT
 from vitray.pipeline import Result
 from vitray.pipeline.metrics import COUNTERS, STEP_SECONDS
 from vitray.schema import ERROR_SCHEMA, IMAGE_FIELDS, LABEL_FIELDS, REASONS
+from vitray.training.config import Recipe
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference.md"
 IMAGE_COLUMNS = {

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from vitray.demo import write_tar
 from vitray.models import shapes
+from vitray.operations.demo import write_tar
 
 
 @dataclass(frozen=True)

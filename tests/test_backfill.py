@@ -12,10 +12,10 @@ from shards import pictures, put_files
 from small_models import make_checkpoint
 
 import vitray
-from vitray.backfilling import next_job
 from vitray.dataset import NO_GROUP, append_group_log, committed, go_on_with_groups, load_group_log
 from vitray.errors import JobError
 from vitray.job import make_job
+from vitray.operations.backfilling import next_job
 
 
 def cli(*argv: object) -> subprocess.CompletedProcess[str]:
@@ -60,9 +60,9 @@ def test_groups_that_the_old_dataset_got_since_are_taken_over_as_they_are(tmp_pa
 
 
 def test_beside_a_bucket_is_no_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vitray.backfilling.open_dataset", lambda out: object())
-    monkeypatch.setattr("vitray.backfilling.go_on_with_groups", lambda old, new: None)
-    monkeypatch.setattr("vitray.backfilling.with_source_rules", lambda job: job)
+    monkeypatch.setattr("vitray.operations.backfilling.open_dataset", lambda out: object())
+    monkeypatch.setattr("vitray.operations.backfilling.go_on_with_groups", lambda old, new: None)
+    monkeypatch.setattr("vitray.operations.backfilling.with_source_rules", lambda job: job)
     job = make_job({"source": "in", "model": "a/old", "out": "s3://photos-vit/"})
     with pytest.raises(JobError, match=r"s3://photos-vit/ is a whole bucket, and beside it is somebody else's: .* --out"):
         next_job(job, "a/new")
@@ -82,7 +82,7 @@ def test_without_an_old_dataset_or_into_it_nothing_is_done(tmp_path: Path) -> No
 
 
 def test_the_next_model_has_its_own_revision_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vitray.backfilling.open_dataset", lambda out: object())
+    monkeypatch.setattr("vitray.operations.backfilling.open_dataset", lambda out: object())
     job = make_job({"source": "in", "model": "a/old", "revision": "v1", "out": str(tmp_path / "out")})
     assert next_job(job, "a/new").revision is None
     assert next_job(job, "a/new", revision="v2").revision == "v2"

@@ -14,11 +14,11 @@ import pytest
 from shards import pictures, put_tars
 from typer.testing import CliRunner
 
-from vitray.bench import bench
 from vitray.cli import app
 from vitray.errors import JobError
 from vitray.job import Job
-from vitray.models import ceiling, identify
+from vitray.models import identify
+from vitray.operations.bench import bench
 from vitray.pipeline import run
 
 
@@ -94,7 +94,7 @@ def test_the_ceiling_counts_the_operations_of_the_paper(tmp_path: Path) -> None:
     """ViT-B/16 at 224: 35.13 billion operations, a multiply-add counted as two."""
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
-    from vitray.models.ceiling import flop_per_image
+    from vitray.models.roofline import flop_per_image, roofline
 
     config = ViTConfig(num_hidden_layers=12, hidden_size=96, num_attention_heads=3, intermediate_size=384, num_labels=4)
     ViTForImageClassification(config).save_pretrained(str(tmp_path))
@@ -104,5 +104,5 @@ def test_the_ceiling_counts_the_operations_of_the_paper(tmp_path: Path) -> None:
     by_hand = 12 * (12 * tokens * width**2 + 2 * tokens**2 * width) + 196 * 768 * width
     assert flop_per_image(facts) == 2 * by_hand
     assert 2 * (12 * (12 * tokens * 768**2 + 2 * tokens**2 * 768) + 196 * 768 * 768) == pytest.approx(35.13e9, rel=1e-3)
-    images, rate = ceiling(facts, "cpu")
+    images, rate = roofline(facts, "cpu")
     assert images == pytest.approx(rate / flop_per_image(facts)) and rate > 1e9

@@ -32,10 +32,10 @@ from vitray.cli import main
 from vitray.dataset import Dataset, append_group_log, committed, read_footer, write_fragment
 from vitray.errors import JobError, VitrayError, count
 from vitray.job import Embedding, Job, make_job, parse_set, read_fields
+from vitray.operations.watching import summary
 from vitray.schema import ERROR_SCHEMA, REASONS, SCHEMA_VERSION, ipc_bytes
 from vitray.sources import list_shards
 from vitray.version import __version__
-from vitray.watching import summary
 
 Call = Callable[..., tuple[int, str, str]]
 ESCAPE = "\x1b]0;owned\x07\x1b[31m"

@@ -15,10 +15,10 @@ from conftest import new_bucket
 from hand_made import finish_with
 
 import vitray
-from vitray import compacting
-from vitray.compacting import compact
 from vitray.dataset import Dataset, commit_shard
 from vitray.errors import JobError
+from vitray.operations import compacting
+from vitray.operations.compacting import compact
 from vitray.sources import list_shards
 from vitray.storage import join, store_for
 

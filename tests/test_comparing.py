@@ -12,7 +12,7 @@ import hand_made
 import numpy as np
 import pytest
 
-from vitray.comparing import Move, compare, linear_cka, neighbour_overlap
+from vitray.consume.comparing import Move, compare, linear_cka, neighbour_overlap
 from vitray.dataset import open_dataset
 from vitray.errors import JobError
 

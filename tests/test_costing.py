@@ -18,10 +18,10 @@ from shards import pictures, put_tars
 from test_cluster import cluster_of
 
 import vitray
-from vitray.costing import estimate, read_prices
 from vitray.errors import ClusterError, JobError
+from vitray.operations.costing import estimate, read_prices
+from vitray.operations.planning import status
 from vitray.pipeline.cluster import typical_machine
-from vitray.planning import status
 from vitray.storage import store_for
 
 VITRAY = [sys.executable, "-m", "vitray"]

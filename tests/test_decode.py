@@ -29,8 +29,20 @@ import simplejpeg
 import skimage
 from PIL import Image, ImageCms, JpegImagePlugin, UnidentifiedImageError
 
-from vitray.decode import CHILD_RUNS, DRAFT_GAP, MAX_SCANS, MAX_SIDE, PAGES, Outcome, Pixels, _load, decode, decode_one, limits_of
-from vitray.isolation import CHUNK_BYTES, Limits
+from vitray.decoding.decode import (
+    CHILD_RUNS,
+    DRAFT_GAP,
+    MAX_SCANS,
+    MAX_SIDE,
+    PAGES,
+    Outcome,
+    Pixels,
+    _load,
+    decode,
+    decode_one,
+    limits_of,
+)
+from vitray.decoding.isolation import CHUNK_BYTES, Limits
 from vitray.schema import REASONS, DecodeSpec, Encoded, PixelSpec
 
 DATA = Path(skimage.__file__).parent / "data"
@@ -851,7 +863,7 @@ def test_the_child_dies_with_its_parent(tmp_path: Path) -> None:
 def test_threads_that_begin_at_once_leave_no_child_waiting_for_a_lock(tmp_path: Path) -> None:
     """One that forked while another compiled had a child that waited for the compiler's lock until it was killed, a minute later."""
     code = (
-        "import io, threading\nfrom PIL import Image\nfrom vitray.decode import decode\nfrom vitray.isolation import CHUNK_BYTES, Limits\n"
+        "import io, threading\nfrom PIL import Image\nfrom vitray.decoding.decode import decode\nfrom vitray.decoding.isolation import CHUNK_BYTES, Limits\n"
         "from vitray.schema import DecodeSpec, Encoded, PixelSpec\n"
         "buffer = io.BytesIO()\nImage.new('RGB', (64, 48)).save(buffer, 'JPEG')\n"
         "spec = DecodeSpec(PixelSpec((16, 16), 2, None, 1, (0, 0, 0), (1, 1, 1)), ('jpeg',), 10**6, None)\n"

@@ -19,11 +19,11 @@ import yaml
 from shards import pictures
 
 import vitray
-from vitray.adapt.recipe import Recipe
-from vitray.costing import PRICES
 from vitray.dataset.identity import DECIDING_FIELDS
 from vitray.errors import JobError
 from vitray.job import Job, make_job, parse_set
+from vitray.operations.costing import PRICES
+from vitray.training.config import Recipe
 
 HOME = Path(__file__).parent.parent
 PAGES = sorted((HOME / "docs").rglob("*.md"))

@@ -22,11 +22,12 @@ from hand_made import finish_with
 from shards import pictures, put_files
 
 import vitray
-from vitray import cli, exporting
+from vitray import cli
+from vitray.consume import exporting
+from vitray.consume.exporting import WRITERS, Wanted, export
+from vitray.consume.report import report
 from vitray.dataset import Dataset
 from vitray.errors import JobError
-from vitray.exporting import WRITERS, Wanted, export
-from vitray.report import report
 from vitray.schema import Encoded, content_hash
 from vitray.sources import list_shards, read_shard
 from vitray.storage import new_folder

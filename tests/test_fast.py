@@ -18,9 +18,9 @@ from small_models import PREFIX, STEM, job_for, make_checkpoint, noise, plain_lo
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from vitray.job import Embedding
-from vitray.models import identify, kept, open_model, shapes, vector_columns
+from vitray.models import compile_cache, identify, open_model, shapes, vector_columns
+from vitray.models.batching import PADDING, cut, ladder
 from vitray.models.blocks import Attention, PackedLinear, ask_first_tokens_only, fuse_attention, pack
-from vitray.models.cutting import PADDING, cut, ladder
 from vitray.models.machine import compiling_pays
 from vitray.models.torch_engine import Network, TorchModel
 from vitray.schema import VectorColumn
@@ -210,16 +210,16 @@ def test_nothing_compiled_is_read_from_where_others_may_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv(kept.CACHE, "/chosen")
-    with kept.graphs_kept() as place:
+    monkeypatch.setenv(compile_cache.CACHE, "/chosen")
+    with compile_cache.graphs_kept() as place:
         assert place == "/chosen"  # the user knows
-    monkeypatch.setenv(kept.CACHE, default_cache_dir())
+    monkeypatch.setenv(compile_cache.CACHE, default_cache_dir())
     own = tmp_path / "vitray" / "compiled"
 
     def leaves(name: str) -> str:
-        with kept.graphs_kept() as place:
+        with compile_cache.graphs_kept() as place:
             Path(place, name).touch()
-        assert os.environ[kept.CACHE] == place  # were anything compiled later, it would not go to torch's default
+        assert os.environ[compile_cache.CACHE] == place  # were anything compiled later, it would not go to torch's default
         return place
 
     assert leaves("graph") == str(own) and (own / "graph").exists() and own.stat().st_mode & 0o777 == 0o700
@@ -246,22 +246,22 @@ def test_what_a_killed_compilation_left_is_gone_and_what_another_compiles_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv(kept.CACHE, default_cache_dir())
-    code = "import os; from vitray.models.kept import *\nwith graphs_kept() as place: open(place + '/half', 'w'); os.kill(os.getpid(), 9)"
+    monkeypatch.setenv(compile_cache.CACHE, default_cache_dir())
+    code = "import os; from vitray.models.compile_cache import *\nwith graphs_kept() as place: open(place + '/half', 'w'); os.kill(os.getpid(), 9)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == -9
     own = tmp_path / "vitray" / "compiled"
     assert (own / "half").exists()
-    with kept.graphs_kept() as place:
+    with compile_cache.graphs_kept() as place:
         assert place == str(own) and not (own / "half").exists()
         (own / "graph").touch()
-    with pytest.raises(ZeroDivisionError), kept.graphs_kept():
+    with pytest.raises(ZeroDivisionError), compile_cache.graphs_kept():
         assert (own / "graph").exists()
         raise ZeroDivisionError
     with open(own / "lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)  # another compiles
-        with kept.graphs_kept():
+        with compile_cache.graphs_kept():
             assert (own / "graph").exists()
-    with kept.graphs_kept():
+    with compile_cache.graphs_kept():
         assert not (own / "graph").exists()
     assert sorted(path.name for path in own.iterdir()) == ["lock"]
 
@@ -270,7 +270,7 @@ def test_what_a_killed_compilation_left_is_gone_and_what_another_compiles_stays(
 @pytest.mark.nightly
 def test_compiled_code_that_was_cut_is_compiled_again_at_the_next_start(tmp_path: Path) -> None:
     directory = make_checkpoint(tmp_path / "m", "vit", True)
-    env = {name: value for name, value in os.environ.items() if name != kept.CACHE} | {"XDG_CACHE_HOME": str(tmp_path)}
+    env = {name: value for name, value in os.environ.items() if name != compile_cache.CACHE} | {"XDG_CACHE_HOME": str(tmp_path)}
     code = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})

@@ -27,23 +27,23 @@ from safetensors.torch import load, load_file
 from small_models import PREFIX, edit, make_checkpoint
 
 import vitray
-from vitray.adapt import checkpoints, examples, fitting, outputs, team
-from vitray.adapt.batches import Batches
-from vitray.adapt.examples import _Source, class_ids, gather, is_held_out
-from vitray.adapt.finetuning import Study, finetune
-from vitray.adapt.labels import labels_by_key
-from vitray.adapt.probe import fit_probe
-from vitray.adapt.recipe import Recipe, load_recipe
-from vitray.adapt.shrinking import shrink
-from vitray.adapt.teachers import Teaching, Tutor, normalised
-from vitray.adapt.trainee import groups, prepare, rate_at
-from vitray.decode import load_decoders
+from vitray.decoding.decode import load_decoders
 from vitray.errors import ClusterError, FingerprintError, JobError, ModelError, StorageError
+from vitray.model_export.export import shrink
 from vitray.models import checkpoint
 from vitray.models.exported import hash_model
 from vitray.models.head import read_head
 from vitray.schema import PixelSpec
 from vitray.storage import read, store_for
+from vitray.training import checkpoints, examples, fitting, outputs, workers
+from vitray.training.batches import Batches
+from vitray.training.config import Recipe, load_recipe
+from vitray.training.examples import _Source, class_ids, gather, is_held_out
+from vitray.training.finetuning import Study, finetune
+from vitray.training.labels import labels_by_key
+from vitray.training.linear_probe import fit_probe
+from vitray.training.student import groups, prepare, rate_at
+from vitray.training.teachers import Teaching, Tutor, normalised
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TRAINED = {"epochs": 25, "batch_size": 16, "lr": 3e-3}
@@ -431,15 +431,15 @@ def test_a_session_trains_on_several_workers_again_and_again(
 
 
 def test_workers_that_never_begin_are_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(team, "LOOK_S", 0.01)
-    monkeypatch.setattr(team, "START_S", 0.2)
+    monkeypatch.setattr(workers, "LOOK_S", 0.01)
+    monkeypatch.setattr(workers, "START_S", 0.2)
     never, mark = threading.Event(), tmp_path / "began"
     with pytest.raises(ClusterError, match=r"no worker has begun in 0\.2 s\. Look at `ray status`"):
-        team._watched(never.wait, str(mark))
+        workers._watched(never.wait, str(mark))
     mark.touch()
-    team._watched(lambda: time.sleep(0.5), str(mark))  # who has begun may take his time
+    workers._watched(lambda: time.sleep(0.5), str(mark))  # who has begun may take his time
     with pytest.raises(ClusterError, match=r"the training failed: 'no such thing'\. Run again"):
-        team._watched(lambda: {}["no such thing"], str(mark))
+        workers._watched(lambda: {}["no such thing"], str(mark))
     never.set()
 
 

@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import load_file
 
 import vitray
-from vitray.adapt.finetuning import finetune
-from vitray.adapt.recipe import Recipe
+from vitray.training.config import Recipe
+from vitray.training.finetuning import finetune
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(1500), pytest.mark.usefixtures("one_thread")]
 SHOTS = 50  # of each digit

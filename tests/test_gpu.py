@@ -24,15 +24,15 @@ from PIL import Image, ImageOps
 from small_models import job_for, make_checkpoint, noise, run
 from test_decode import encode, items, photo, spec
 
-from vitray.decode import Outcome, decode, decode_bytes, fit_size, left_to_device
+from vitray.decoding.decode import Outcome, decode, decode_bytes, fit_size, left_to_device
+from vitray.decoding.resize import resize_fast
 from vitray.errors import ModelError
 from vitray.job import Embedding, Job
 from vitray.models import checkpoint, fp8, identify, loading, open_model, vector_columns
 from vitray.models.gpu_decode import TURNS, Coded, DeviceDecoder, _pieces, shrink
-from vitray.models.ring import SLOTS, Ring
+from vitray.models.pinned_buffers import SLOTS, Ring
 from vitray.models.torch_engine import TorchModel
-from vitray.pipeline.steps import Parcel, _encoded_table, decode_step, predict_step
-from vitray.resize import resize_fast
+from vitray.pipeline.stages import Parcel, _encoded_table, decode_step, predict_step
 from vitray.schema import DecodeSpec, Receipt
 
 HOME = Path(__file__).parent.parent

@@ -21,16 +21,16 @@ from small_models import job_for, make_checkpoint, noise, run
 from test_zero_shot import by_label
 
 import vitray
-from vitray.comparing import compare
+from vitray.consume.comparing import compare
+from vitray.consume.report import report, write_card
 from vitray.dataset import forget, open_dataset, shards_to_redo
 from vitray.errors import FingerprintError, JobError, ModelError
 from vitray.job import Embedding, Job
 from vitray.models import identify, open_model, vector_columns
 from vitray.models.checkpoint import hash_weights, locate
 from vitray.models.head import Head, read_head, write_head
-from vitray.planning import status
-from vitray.relabelling import relabel
-from vitray.report import report, write_card
+from vitray.operations.planning import status
+from vitray.operations.relabelling import relabel
 from vitray.storage import join, store_for
 
 NAMES = ("ant", "bee", "cow", "doe")

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from vitray.adapt.recipe import load_recipe
 from vitray.cli import main
 from vitray.cli.console import is_file, job_of
 from vitray.errors import JobError
 from vitray.job import is_job_file, load_job, read_fields
+from vitray.training.config import load_recipe
 
 Call = Callable[..., tuple[int, str, str]]
 FIELDS = {"source": ["in/*.tar"], "model": "m", "out": "out", "top_k": 3, "embeddings": [{"layer": 2, "pool": "mean"}]}

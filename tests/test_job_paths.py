@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import typer
 
-from vitray.adapt.recipe import load_recipe
 from vitray.cli import app
 from vitray.cli.console import job_of
 from vitray.errors import JobError
 from vitray.job import Job, load_job, make_job
 from vitray.schema import Encoded
 from vitray.sources import list_shards, read_shard
+from vitray.training.config import load_recipe
 
 BASE: dict[str, object] = {"source": "in", "model": "m", "out": "out"}
 HOMES = [

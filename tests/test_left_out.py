@@ -17,13 +17,13 @@ from test_user_inputs import job_for, jpg, write_files
 
 import vitray
 from vitray.dataset import commit_shard, open_dataset, read_footer, resolve_dataset
-from vitray.decode import decode_bytes
+from vitray.decoding.decode import decode_bytes
 from vitray.errors import JobError, StorageError
 from vitray.left_out import LEFT_OUT, LeftOut, describe
-from vitray.pipeline.steps import decode_step, predict_step, read_step, stage_step
+from vitray.operations.validation import validate
+from vitray.pipeline.stages import decode_step, predict_step, read_step, stage_step
 from vitray.schema import DecodeSpec, PixelSpec, VectorColumn
 from vitray.sources import list_shards, read_shard
-from vitray.validation import validate
 
 
 def test_every_reason_is_explained() -> None:
@@ -89,14 +89,14 @@ def test_a_first_run_that_fails_with_staged_fragments_blocks_no_later_one(
         raise StorageError("the disk is full")
 
     with monkeypatch.context() as patched:
-        patched.setattr("vitray.pipeline.steps.commit_shard", refuse)
+        patched.setattr("vitray.pipeline.stages.commit_shard", refuse)
         with pytest.raises(StorageError):
             vitray.run(job_for(folder, tmp_path / "out", fragment_rows=4, group_size=10))
     os.unlink(tmp_path / "out" / "_vitray" / "dataset.json")
     result = vitray.run(job_for(folder, tmp_path / "out", fragment_rows=64, group_size=10))
     assert (result.exit_code, result.rows, result.shards) == (0, 20, 2), "fragments of another length are made anew"
     with monkeypatch.context() as patched:
-        patched.setattr("vitray.pipeline.steps.commit_shard", refuse)
+        patched.setattr("vitray.pipeline.stages.commit_shard", refuse)
         with pytest.raises(StorageError):
             vitray.run(job_for(folder, tmp_path / "other", fragment_rows=4, group_size=10))
     result = vitray.run(job_for(folder, tmp_path / "other", top_k=2, group_size=20))

@@ -22,13 +22,13 @@ from shards import Picture, pictures, put_files, put_tars
 import vitray
 from vitray.dataset import Dataset, load_group_log, open_dataset, read_run_records, staged
 from vitray.errors import ClusterError, Interrupted, ModelError, ShardError
+from vitray.operations.planning import status
 from vitray.pipeline import cluster
 from vitray.pipeline.cluster import share_out
-from vitray.pipeline.line import RayLine
-from vitray.pipeline.local import LocalLine
+from vitray.pipeline.local_executor import LocalLine
 from vitray.pipeline.progress import Progress
-from vitray.pipeline.wave import Work, run_wave
-from vitray.planning import status
+from vitray.pipeline.ray_executor import RayLine
+from vitray.pipeline.rounds import Work, run_wave
 from vitray.schema import Receipt
 from vitray.sources import list_shards
 
@@ -261,7 +261,7 @@ def test_closing_a_line_ends_its_threads_while_queues_are_full(dataset: Dataset)
 def test_a_line_in_which_nothing_moves_ends_and_says_where_it_stood(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     shards, over = list_shards(dataset.job, []).shards, threading.Event()
     stuck = replace(dataset, job=dataset.job.model_copy(update={"stall_timeout_s": 3}), out=f"{dataset.out}-stuck")
-    monkeypatch.setattr("vitray.pipeline.local.predict_step", lambda *_: over.wait(30))
+    monkeypatch.setattr("vitray.pipeline.local_executor.predict_step", lambda *_: over.wait(30))
     line = LocalLine(stuck, shards, SHARES)
     threading.Timer(6, over.set).start()
     with pytest.raises(ClusterError, match=r"no image moved for 3 s \(.*1 fragments wait for predict"):

@@ -17,18 +17,18 @@ from PIL import Image
 from small_models import edit, job_for, make_checkpoint, noise, run
 from transformers import AutoImageProcessor, pipeline
 
-from vitray.adapt.shrinking import shrink
-from vitray.comparing import compare
+from vitray.consume.comparing import compare
+from vitray.consume.report import report
 from vitray.dataset import Dataset, open_dataset, resolve_dataset
 from vitray.errors import FingerprintError, ModelError
 from vitray.job import Embedding, Job
+from vitray.model_export.export import shrink
 from vitray.models import Predictions, engines, identify
 from vitray.models.checkpoint import hash_weights, locate, read_config
 from vitray.models.exported import seal
 from vitray.models.head import Head, write_head
-from vitray.report import report
+from vitray.operations.validation import validate
 from vitray.schema import ModelFacts, ScoreFunction
-from vitray.validation import validate
 
 IMAGES = 5
 DATASETS_V1 = Path(__file__).parent / "data" / "dataset-v1" / "out"

@@ -19,9 +19,9 @@ from test_user_inputs import job_for, jpg, rows_below
 
 import vitray
 from vitray.errors import SourceError
+from vitray.operations.planning import status
+from vitray.operations.validation import validate
 from vitray.pipeline import Result
-from vitray.planning import status
-from vitray.validation import validate
 
 SEEDS = range(5)
 EACH = {"folders": 16, "tars": 12, "tables": 12}  # random sources of each kind for a seed: 200 in all

@@ -16,9 +16,9 @@ import vitray
 from vitray.dataset import open_dataset, read_footer
 from vitray.errors import JobError
 from vitray.job import Job
-from vitray.planning import plan, status
+from vitray.operations.planning import plan, status
+from vitray.operations.validation import validate
 from vitray.storage import read, store_for
-from vitray.validation import validate
 
 DATA = Path(__file__).parent / "data" / "dataset-v1"
 BUCKET = "vitray-v1"  # the datasets hold its URLs, and etags, which are the same everywhere
@@ -137,7 +137,7 @@ def test_a_lost_dataset_json_of_an_old_dataset_is_made_by_its_rules(bucket: str)
 
 
 def test_a_backfill_of_an_old_dataset_has_the_same_shards(bucket: str) -> None:
-    from vitray.backfilling import next_job
+    from vitray.operations.backfilling import next_job
 
     vitray.run(job_of(bucket, "tars"))
     job = next_job(job_of(bucket, "tars"), f"{bucket}/model", f"{bucket}/out/next")

@@ -19,10 +19,10 @@ from PIL import Image
 
 from vitray.dataset import Dataset, commit_shard, resolve_dataset
 from vitray.models import Predictions
-from vitray.pipeline.steps import decode_step, predict_step, read_step, stage_step, unpack
+from vitray.operations.validation import validate
+from vitray.pipeline.stages import decode_step, predict_step, read_step, stage_step, unpack
 from vitray.schema import VectorColumn, without_list_views
 from vitray.sources import list_shards, passthrough_schema
-from vitray.validation import validate
 
 UNITS = ("s", "ms", "us", "ns")
 INTEGERS = (pa.int8(), pa.int16(), pa.int32(), pa.int64(), pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64())

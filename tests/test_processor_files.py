@@ -18,7 +18,7 @@ from PIL import Image
 from small_models import edit, job_for, make_checkpoint
 from transformers import AutoImageProcessor
 
-from vitray.decode import decode
+from vitray.decoding.decode import decode
 from vitray.errors import ModelError
 from vitray.job import Embedding, Job
 from vitray.models import engines, identify

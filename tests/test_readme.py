@@ -16,9 +16,10 @@ import numpy as np
 import pgvector
 import pytest
 
-from vitray import cli, demo
-from vitray.exporting import Wanted, export
+from vitray import cli
+from vitray.consume.exporting import Wanted, export
 from vitray.job import Job, load_job
+from vitray.operations import demo
 
 HOME = Path(__file__).parent.parent
 README = (HOME / "README.md").read_text()

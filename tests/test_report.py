@@ -24,14 +24,14 @@ from conftest import new_bucket
 from PIL import Image
 
 import vitray
-from vitray.comparing import compare
+from vitray.consume.comparing import compare
+from vitray.consume.report import report, report_changes, write_card
+from vitray.consume.report.counts import SameBytes, count
+from vitray.consume.report.page import STEPS, wilson, within
+from vitray.consume.report.space import near_groups, on_a_plane, principal
 from vitray.dataset import Dataset, data_files, open_dataset, write_run_record
 from vitray.errors import CommitError, JobError
-from vitray.pages import axis, visible
-from vitray.report import report, report_changes, write_card
-from vitray.report.counts import SameBytes, count
-from vitray.report.page import STEPS, wilson, within
-from vitray.report.space import near_groups, on_a_plane, principal
+from vitray.html import axis, visible
 
 HOSTILE = ("<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "{{7*7}}{% raw %}")
 HOSTILE_NAMES = (

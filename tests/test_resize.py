@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vitray.resize import Pixels, resize
+from vitray.decoding.resize import Pixels, resize
 
 SIDE = st.one_of(st.integers(1, 40), st.integers(1, 700))
 FILTERS = list(Image.Resampling)
@@ -46,7 +46,7 @@ RESIZED = """
 import sys
 {before}
 import numpy as np
-from vitray.resize import compiled, resize
+from vitray.decoding.resize import compiled, resize
 sys.stdout.buffer.write(resize(np.arange(60000, dtype=np.uint16).astype(np.uint8).reshape(100, 200, 3), (64, 32), 2).tobytes())
 assert compiled() is not {without}
 """
@@ -63,7 +63,7 @@ def test_what_numba_cannot_do_here_costs_no_bit(before: str, without: bool, tmp_
     for part in (package / "vitray", package / "vitray" / "__pycache__", package / "nowhere"):
         part.touch() if part.name != "vitray" else part.mkdir()
     for name in ("__init__.py", "resize.py"):  # the folder that numba would use cannot be made: a file has its name
-        source = Path(sys.modules["vitray.resize"].__file__ or "").read_bytes() if name == "resize.py" else b""
+        source = Path(sys.modules["vitray.decoding.resize"].__file__ or "").read_bytes() if name == "resize.py" else b""
         (package / "vitray" / name).write_bytes(source)
     environment = {
         **os.environ,
@@ -82,7 +82,7 @@ def test_the_first_use_in_many_threads_beside_imports_spoils_no_image(tmp_path: 
     """As a run begins: decoding threads, while another one imports torch. Numba's first use is not safe there, so it comes before."""
     script = (
         "import io, threading\nimport numpy as np\nfrom PIL import Image\n"
-        "from vitray.decode import decode\nfrom vitray.resize import compiled\nfrom vitray.schema import DecodeSpec, Encoded, PixelSpec\n"
+        "from vitray.decoding.decode import decode\nfrom vitray.decoding.resize import compiled\nfrom vitray.schema import DecodeSpec, Encoded, PixelSpec\n"
         "spec = DecodeSpec(PixelSpec((64, 64), 2, None, 1, (0, 0, 0), (1, 1, 1)), ('jpeg',), 10**6, None, 'exact')\n"
         "buffer = io.BytesIO()\nImage.linear_gradient('L').convert('RGB').save(buffer, 'jpeg')\n"
         "want = np.asarray(Image.open(buffer).resize((64, 64), 2))\nseen = []\n"
@@ -101,7 +101,7 @@ def test_the_first_use_in_many_threads_beside_imports_spoils_no_image(tmp_path: 
 @pytest.mark.parametrize("suffix", ["nbi", "nbc"])
 def test_a_cache_that_was_cut_costs_nothing_but_time(suffix: str, tmp_path: Path) -> None:
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
-    code = "from vitray.resize import compiled; assert compiled()"
+    code = "from vitray.decoding.resize import compiled; assert compiled()"
     for _ in range(2):
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
         assert (done.returncode, done.stderr) == (0, "")
@@ -116,7 +116,7 @@ def test_what_one_process_compiled_the_next_one_takes(tmp_path: Path) -> None:
     kept = []
     for seed in ("1", "2"):
         environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONHASHSEED": seed}
-        code = "from vitray.resize import compiled; assert compiled()"
+        code = "from vitray.decoding.resize import compiled; assert compiled()"
         subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
         kept.append({path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.nb?")})
     assert len(kept[0]) == 4 and kept[1] == kept[0]  # code and index of two passes

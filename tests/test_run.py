@@ -19,7 +19,7 @@ import vitray
 from vitray.dataset import committed, data_files, open_dataset
 from vitray.errors import ErrorRateExceeded, FingerprintError, JobError, ModelError
 from vitray.job import make_job
-from vitray.planning import status
+from vitray.operations.planning import status
 from vitray.storage import store_for
 
 
@@ -322,7 +322,7 @@ def test_the_line_has_four_operators_that_never_fuse(ray: None, tmp_path: Path, 
     import ray as ray_module
 
     from vitray.pipeline.cluster import alive_nodes, share_out
-    from vitray.pipeline.line import build_line
+    from vitray.pipeline.ray_executor import build_line
 
     put_tars(str(tmp_path / "in"), pictures(8), 1, tmp_path)
     job = shape_job(str(tmp_path / "in"), shapes_model, str(tmp_path / "out"))

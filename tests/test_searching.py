@@ -15,9 +15,9 @@ import small_models
 from embedded import HOSTILE, Shown, noise
 
 import vitray
+from vitray.consume.searching import Query, search
 from vitray.dataset import Dataset, reading
 from vitray.errors import JobError, ModelError
-from vitray.searching import Query, search
 
 
 def brute_force(dataset: Dataset, query: np.ndarray, column: str = "embedding") -> list[tuple[str, int, float]]:

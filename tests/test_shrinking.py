@@ -22,18 +22,19 @@ import torch
 from small_models import every_vector, job_for, make_checkpoint, noise, open_job, run
 
 import vitray
-from vitray.adapt import graphs, judging
-from vitray.adapt.shrinking import Shrunk, shrink
 from vitray.cli import main
 from vitray.dataset import Dataset
-from vitray.decode import decode, load_decoders
+from vitray.decoding.decode import decode, load_decoders
 from vitray.errors import Disagreement, JobError, ModelError, SourceError, StorageError
+from vitray.evaluation import agreement
 from vitray.job import Embedding, Job
+from vitray.model_export import graphs
+from vitray.model_export.export import Shrunk, shrink
 from vitray.models import Predictions, engines, identify, onnx_engine, shapes
-from vitray.models.answers import best
 from vitray.models.checkpoint import locate
 from vitray.models.exported import read_export, seal
 from vitray.models.head import Head, write_head
+from vitray.models.postprocess import best
 from vitray.schema import Encoded
 
 FLOATS = ("onnx", "openvino", "torch-export")
@@ -59,7 +60,7 @@ def unseen() -> np.ndarray:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judging, "SECONDS", 0.2)
+    monkeypatch.setattr(agreement, "SECONDS", 0.2)
 
 
 def asked(model: str, photos: str, **more: object) -> Job:
@@ -354,14 +355,14 @@ def test_answers_and_errors_are_counted_by_hand() -> None:
     a = Predictions(ids, scores, {"e": np.array([[1, 0], [0, 2]], np.float32)})
     other = np.array([[0, 1, 2, 3, 5, 4], [4, 5, 3, 2, 1, 0]], np.int32)
     b = Predictions(other, scores, {"e": np.array([[1, 0], [2, 0]], np.float32)})
-    assert judging.answers(a, b) == {"agreement": 0.5, "top5": (0.8 + 1) / 2, "cosine": 0.5, "least_cosine": 0.0}
-    assert judging.error(a, a) == 0 and judging.error(a, b) == pytest.approx(np.sqrt(2))
+    assert agreement.answers(a, b) == {"agreement": 0.5, "top5": (0.8 + 1) / 2, "cosine": 0.5, "least_cosine": 0.0}
+    assert agreement.error(a, a) == 0 and agreement.error(a, b) == pytest.approx(np.sqrt(2))
 
 
 def test_calibration_and_judgement_share_no_image_and_copies_count_once(tmp_path: Path, shapes_model: str, photos: str) -> None:
     job = asked(shapes_model, photos)
     facts = identify(job.model_copy(update={"engine": "torch"}))
-    found = judging.sample(job, facts, calibrates=True)
+    found = agreement.sample(job, facts, calibrates=True)
     seen = [{image.tobytes() for image in images} for images in (found.calibration, found.judged)]
     assert not seen[0] & seen[1] and (len(found.calibration), len(found.judged)) == (120, 120)
     folder = tmp_path / "few"
@@ -370,11 +371,11 @@ def test_calibration_and_judgement_share_no_image_and_copies_count_once(tmp_path
         shutil.copy(path, folder / f"{n}.png")
         shutil.copy(path, folder / f"{n}-again.png")
     (folder / "bad.png").write_bytes(b"no image")
-    few = judging.sample(asked(shapes_model, str(folder)), facts, calibrates=True)
+    few = agreement.sample(asked(shapes_model, str(folder)), facts, calibrates=True)
     assert (len(few.calibration), len(few.judged), few.apart) == (30, 30, False)
     with tarfile.open(tmp_path / "t.tar", "w") as tar:
         tar.add(photos, ".")
-    assert len(judging.sample(asked(shapes_model, f"{tmp_path}/t.tar"), facts, calibrates=False).judged) == 240
+    assert len(agreement.sample(asked(shapes_model, f"{tmp_path}/t.tar"), facts, calibrates=False).judged) == 240
 
 
 @pytest.mark.parametrize("kind", ["files", "tar", "parquet"])
@@ -391,13 +392,13 @@ def test_a_sample_of_a_shard_in_which_classes_lie_side_by_side_has_all_of_them(
                 tar.add(path, f"{n:04d}.png")
     else:
         pq.write_table(pa.table({"image": [path.read_bytes() for path in paths]}), source)
-    monkeypatch.setattr(judging, "JUDGED", 90)
-    monkeypatch.setattr(judging, "CALIBRATION", 60)
+    monkeypatch.setattr(agreement, "JUDGED", 90)
+    monkeypatch.setattr(agreement, "CALIBRATION", 60)
     job = asked(shapes_model, source)
     facts = identify(job.model_copy(update={"engine": "torch"}))
     spec = Dataset("o", job, facts, (), pa.schema([]), 1).decode_spec
     kinds = {decode([Encoded(0, path.name, "", path.read_bytes())], spec)[0][0].tobytes(): path.parent.name for path in paths}
-    found = judging.sample(job, facts, calibrates=True)
+    found = agreement.sample(job, facts, calibrates=True)
     assert (len(found.calibration), len(found.judged)) == (75, 75)
     for images in (found.calibration, found.judged):
         counts = Counter(kinds[image.tobytes()] for image in images)

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from vitray.dataset import write_end, write_fragment
-from vitray.pipeline.steps import read_step
+from vitray.pipeline.stages import read_step
 from vitray.schema import ERROR_SCHEMA, Encoded, End
 from vitray.sources import list_shards, read_shard
 

@@ -26,7 +26,7 @@ from test_cluster import Cluster
 
 import vitray
 from vitray.errors import ClusterError, JobError
-from vitray.submitting import Cluster as Api
+from vitray.operations.submitting import Cluster as Api
 
 VITRAY = [sys.executable, "-m", "vitray"]
 IMAGES = 120
@@ -283,7 +283,7 @@ def test_a_failure_is_told_by_its_last_line_and_not_by_a_page(
 
 def test_a_log_that_nobody_can_read_does_not_hide_how_the_job_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """A proxy that lets no websocket through."""
-    monkeypatch.setattr("vitray.submitting.LOST_S", 1.0)
+    monkeypatch.setattr("vitray.operations.submitting.LOST_S", 1.0)
     states = iter(["RUNNING"] * 4)
 
     def get_job_info(name: str) -> SimpleNamespace:
@@ -302,7 +302,7 @@ def test_a_head_that_went_is_told_before_it_is_given_up(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name, seconds in (("TOLD_S", 0.1), ("LOST_S", 2.0)):
-        monkeypatch.setattr(f"vitray.submitting.{name}", seconds)
+        monkeypatch.setattr(f"vitray.operations.submitting.{name}", seconds)
     there = iter([True])
 
     def find(api: Api, name: str) -> None:
@@ -322,7 +322,7 @@ def test_a_head_that_went_is_told_before_it_is_given_up(
 
 def test_the_address_that_was_said_is_asked_whatever_is_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray's client takes RAY_ADDRESS instead."""
-    monkeypatch.setattr("vitray.submitting._answers_strangers", lambda address: False)
+    monkeypatch.setattr("vitray.operations.submitting._answers_strangers", lambda address: False)
     asked: list[tuple[str, str | None]] = []
 
     def client(address: str) -> SimpleNamespace:
@@ -337,7 +337,7 @@ def test_the_address_that_was_said_is_asked_whatever_is_in_the_environment(monke
 
 
 def test_an_api_that_never_answers_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vitray.submitting.ANSWER_S", 0.5)
+    monkeypatch.setattr("vitray.operations.submitting.ANSWER_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(ClusterError):
         Api(f"http://127.0.0.1:{silent.getsockname()[1]}")
     asked = object.__new__(Api)

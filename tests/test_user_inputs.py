@@ -24,10 +24,10 @@ import vitray
 from vitray.cli import main
 from vitray.errors import JobError, ShardError, SourceError
 from vitray.job import Job
+from vitray.operations.planning import plan, status
+from vitray.operations.validation import validate
 from vitray.pipeline import Result
-from vitray.planning import plan, status
 from vitray.sources.tar import dotted_extensions
-from vitray.validation import validate
 
 MODEL = str(Path(__file__).parent / "data" / "dataset-v1" / "model")
 

@@ -13,9 +13,9 @@ from test_user_inputs import DOTTED, job_for, jpg, write_tar
 
 import vitray
 from vitray.dataset import read as read_rows
-from vitray.planning import plan, status
+from vitray.operations.planning import plan, status
+from vitray.operations.validation import validate
 from vitray.storage import join
-from vitray.validation import validate
 
 TYPES = {
     "map": pa.array([[("a", 1)], None, []], pa.map_(pa.string(), pa.int64())),

@@ -17,9 +17,9 @@ import pytest
 from rich.console import Console
 from shards import pictures, put_tars
 
+from vitray.operations.watching import json_line, view
 from vitray.pipeline.progress import MARKS, Progress
 from vitray.schema import Receipt
-from vitray.watching import json_line, view
 
 VITRAY = [sys.executable, "-m", "vitray"]
 

@@ -15,12 +15,12 @@ import pytest
 
 from vitray.dataset import Commit, Dataset, committed, staged
 from vitray.errors import ClusterError, VitrayError
-from vitray.pipeline import cluster, runner, wave
+from vitray.pipeline import cluster, rounds, runner
 from vitray.pipeline.cluster import require_seen
 from vitray.pipeline.progress import MARKS, Progress
+from vitray.pipeline.rounds import Work
 from vitray.pipeline.runner import _complete, _finished
-from vitray.pipeline.steps import commit_step
-from vitray.pipeline.wave import Work
+from vitray.pipeline.stages import commit_step
 from vitray.schema import Receipt, Shard
 from vitray.sources import list_shards
 from vitray.storage import store_for
@@ -178,7 +178,7 @@ def test_a_wave_whose_machine_is_lost_is_planned_again(
     """The first line stands still with a machine gone; the next one does it. One shard alone is not blamed for it either."""
     for path in sorted((tmp_path / "in").iterdir())[shards:]:
         path.unlink()
-    monkeypatch.setattr(wave, "LOST_S", 0.5)
+    monkeypatch.setattr(rounds, "LOST_S", 0.5)
     real, stands = DrawnLine.start, iter([True])
 
     def start(line: DrawnLine, arrived: queue.Queue[Receipt | Exception | None]) -> None:
@@ -210,9 +210,9 @@ def test_waiting_for_room_is_said_and_is_no_standing_still(
                 threading.Timer(1.5, self._arrived.put, [None]).start()
             return waits and self.asked <= 3
 
-    monkeypatch.setattr(wave, "PLACE_S", place_s)
-    monkeypatch.setattr(wave, "SAID_S", 0.5)
-    receipts = wave._receipts(Waits(), 2.0 if waits else 0.5, threading.Event())
+    monkeypatch.setattr(rounds, "PLACE_S", place_s)
+    monkeypatch.setattr(rounds, "SAID_S", 0.5)
+    receipts = rounds._receipts(Waits(), 2.0 if waits else 0.5, threading.Event())
     if (place_s, waits) == (60, True):
         assert len(list(receipts)) >= 4  # the patience began when there was room
         assert "no machine has room for the model yet; waiting for one does not count as standing still" in caplog.text
@@ -234,9 +234,9 @@ def test_an_hour_without_room_is_counted_from_the_last_receipt(monkeypatch: pyte
         def is_waiting(self) -> bool:
             return time.monotonic() - self._began > 2.5  # its machines went
 
-    monkeypatch.setattr(wave, "PLACE_S", 3.5)
-    monkeypatch.setattr(wave, "SAID_S", 0.5)
-    assert [r.shard for r in wave._receipts(Late(), 60, threading.Event()) if r] == ["a"]
+    monkeypatch.setattr(rounds, "PLACE_S", 3.5)
+    monkeypatch.setattr(rounds, "SAID_S", 0.5)
+    assert [r.shard for r in rounds._receipts(Late(), 60, threading.Event()) if r] == ["a"]
 
 
 @pytest.mark.timeout(60)

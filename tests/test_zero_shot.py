@@ -17,12 +17,12 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
 import vitray
-from vitray.adapt.shrinking import shrink
 from vitray.dataset import open_dataset
 from vitray.errors import FingerprintError, JobError, ModelError
 from vitray.job import Embedding, Job, load_job
+from vitray.model_export.export import shrink
 from vitray.models import Predictions, checkpoint, identify, open_model, vector_columns, with_label_names
-from vitray.planning import status
+from vitray.operations.planning import status
 
 LABELS = ["cat", "dog", "fire truck", "emu", "red square"]
 PROMPTS = ["a photo of a {}, indoors.", "a drawing of the {}", "{}"]

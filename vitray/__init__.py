@@ -14,13 +14,18 @@ from vitray.version import __version__
 
 if TYPE_CHECKING:
     from vitray.dataset import read
+    from vitray.operations.planning import plan
+    from vitray.operations.validation import validate
     from vitray.pipeline import run
-    from vitray.planning import plan
-    from vitray.validation import validate
 
 __all__ = ["Embedding", "Job", "VitrayError", "__version__", "plan", "read", "run", "validate"]
 
-_HOMES = {"read": "vitray.dataset", "run": "vitray.pipeline", "plan": "vitray.planning", "validate": "vitray.validation"}
+_HOMES = {
+    "read": "vitray.dataset",
+    "run": "vitray.pipeline",
+    "plan": "vitray.operations.planning",
+    "validate": "vitray.operations.validation",
+}
 
 
 def __getattr__(name: str) -> object:

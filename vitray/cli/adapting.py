@@ -17,9 +17,9 @@ def finetune(
     as_json: Json = False,
 ) -> None:
     """Train a model on labelled images, or on a dataset; writes a checkpoint that --model takes. Safe to repeat."""
-    from vitray.adapt.finetuning import finetune as train
-    from vitray.adapt.recipe import load_recipe
     from vitray.job import parse_set
+    from vitray.training.config import load_recipe
+    from vitray.training.finetuning import finetune as train
 
     def tell(record: dict[str, float]) -> None:
         at = f"epoch {record['epoch']:g}" if "epoch" in record else f"step {record['step']:g} of {record['steps']:g}"

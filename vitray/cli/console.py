@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from vitray.costing import read_plan
 from vitray.errors import shortened
+from vitray.operations.costing import read_plan
 
 if TYPE_CHECKING:
     from vitray.job import Job
@@ -49,8 +49,8 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 def run_shown(
     job: Job, address: str | None, allow_open_cluster: bool, as_json: bool, prune: bool = False, planned: str | None = None
 ) -> NoReturn:
+    from vitray.operations.watching import summary
     from vitray.pipeline import run as run_job
-    from vitray.watching import summary
 
     expected = None if planned is None else read_plan(planned)
     end_at_once_when_interrupted(RUN_STAYS)
@@ -75,7 +75,7 @@ def watched() -> Iterator[Callable[[Progress], None]]:
     from rich.console import Console
     from rich.live import Live
 
-    from vitray.watching import json_line, view
+    from vitray.operations.watching import json_line, view
 
     if sys.stderr.isatty():
         live = Live(console=Console(stderr=True), auto_refresh=False, redirect_stdout=False, redirect_stderr=False)

@@ -25,8 +25,8 @@ from vitray.cli.console import (
     show,
     watched,
 )
-from vitray.costing import PRICES, estimate, read_prices
 from vitray.errors import JobError, count
+from vitray.operations.costing import PRICES, estimate, read_prices
 
 PROBE_S = 3.0
 
@@ -67,7 +67,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say what a run would do, and with --probe what it would take; leaves nothing behind."""
-    from vitray.planning import plan as plan_job
+    from vitray.operations.planning import plan as plan_job
 
     of_probe = {"--address": address, "--machines": machines, "--prices": prices}
     if odd := [name for name, value in of_probe.items() if value is not None and not probe]:
@@ -78,8 +78,8 @@ def plan(
     if not (probe and as_json):
         show(found, as_json, str(found))
     if probe:
-        from vitray.bench import bench as bench_job
-        from vitray.bench import bench_cluster
+        from vitray.operations.bench import bench as bench_job
+        from vitray.operations.bench import bench_cluster
 
         if where := address or os.environ.get("RAY_ADDRESS"):
             end_at_once_when_interrupted(
@@ -101,7 +101,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Time each step alone and the whole line on the first images of the source; writes nothing to `out`."""
-    from vitray.bench import bench as bench_job
+    from vitray.operations.bench import bench as bench_job
 
     found = bench_job(job_of(target, model, None if is_file(target) else "not-written", sets), images, seconds)
     show(found, as_json, str(found))
@@ -114,7 +114,7 @@ def validate(
     as_json: Json = False,
 ) -> None:
     """Check every data file against manifest, footer and inputs; exit code 1 when something is wrong."""
-    from vitray.validation import validate as validate_dataset
+    from vitray.operations.validation import validate as validate_dataset
 
     found = validate_dataset(out, inputs, content)
     show(found, as_json, str(found))
@@ -137,10 +137,10 @@ def demo(
     address: Annotated[str | None, typer.Option(help="a Ray cluster, or local")] = None,
 ) -> None:
     """Draw shapes, train a tiny ViT on them, label and embed them, check the result."""
-    from vitray import demo as shapes
+    from vitray.operations import demo as shapes
+    from vitray.operations.validation import validate as validate_dataset
+    from vitray.operations.watching import summary
     from vitray.pipeline import run as run_job
-    from vitray.validation import validate as validate_dataset
-    from vitray.watching import summary
 
     end_at_once_when_interrupted(RUN_STAYS)
     say("drawing shapes and training a tiny ViT …")

@@ -26,7 +26,7 @@ from vitray.cli.console import (
 from vitray.errors import JobError, count
 
 if TYPE_CHECKING:
-    from vitray.submitting import Cluster, Submission
+    from vitray.operations.submitting import Cluster, Submission
 
 
 def redo(
@@ -63,7 +63,7 @@ def backfill(
     as_json: Json = False,
 ) -> None:
     """Make the next dataset, by another model, beside the old one from the same shards; safe to repeat."""
-    from vitray.backfilling import next_job
+    from vitray.operations.backfilling import next_job
 
     run_shown(next_job(job_of(target, None, None, sets), model, out, revision), address, allow_open_cluster, as_json)
 
@@ -78,7 +78,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Say what another model or other settings changed: labels, scores, embeddings."""
-    from vitray.comparing import compare as compare_datasets
+    from vitray.consume.comparing import compare as compare_datasets
     from vitray.dataset import is_complete, require_dataset
 
     found = compare_datasets(old, new)
@@ -88,7 +88,7 @@ def compare(
         raise JobError("--min-agreement: the two have no labels to compare. Leave it out, or compare datasets with labels.")
     show(found, as_json, str(found))
     if page is not None:
-        from vitray.report import report_changes
+        from vitray.consume.report import report_changes
 
         say(str(report_changes(found, page)), err=as_json)
     raise typer.Exit(5 if min_agreement is not None and (found.agreement or 0.0) < min_agreement else 0)
@@ -101,7 +101,7 @@ def compact(
     as_json: Json = False,
 ) -> None:
     """Gather the data files of a complete dataset into few large ones with the same rows."""
-    from vitray.compacting import compact as compact_dataset
+    from vitray.operations.compacting import compact as compact_dataset
 
     found = compact_dataset(out, into, megabytes)
     show(found, as_json, str(found))
@@ -114,7 +114,7 @@ def relabel(
     as_json: Json = False,
 ) -> None:
     """Label a complete dataset anew by a head over its embeddings, as a dataset beside it; no image is read; safe to repeat."""
-    from vitray.relabelling import relabel as relabel_dataset
+    from vitray.operations.relabelling import relabel as relabel_dataset
 
     found = relabel_dataset(out, head, into)
     show(found, as_json, str(found))
@@ -136,7 +136,7 @@ def submit(
     as_json: Json = False,
 ) -> None:
     """Run a job on a cluster, by Ray's job API; Ctrl-C leaves it running."""
-    from vitray.submitting import Cluster, new_id
+    from vitray.operations.submitting import Cluster, new_id
 
     cluster, name = Cluster(address, allow_open_cluster), submission_id or new_id()
     end_at_once_when_interrupted(f"it may have been submitted. Look: vitray status {name} --address {cluster.address}")
@@ -151,7 +151,7 @@ def stop(
     as_json: Json = False,
 ) -> None:
     """Ask a submitted job to end; what is staged stays, and submitting it again goes on."""
-    from vitray.submitting import Cluster
+    from vitray.operations.submitting import Cluster
 
     found = Cluster(address, allow_open_cluster).stop(submission)
     show(found, as_json, str(found))
@@ -168,11 +168,11 @@ def status(
 ) -> None:
     """Say how far a dataset is, or a submitted job."""
     if address is not None:
-        from vitray.submitting import Cluster
+        from vitray.operations.submitting import Cluster
 
         cluster = Cluster(address, allow_open_cluster)
         return _tell(cluster, cluster.find(out), follow, as_json)
-    from vitray.planning import status as dataset_status
+    from vitray.operations.planning import status as dataset_status
 
     if follow:
         raise JobError("--follow is for a submission. Add --address URL, or leave --follow out.")
@@ -208,8 +208,8 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Name the rows nearest to a picture, or to a row, by cosine."""
-    from vitray.searching import Query
-    from vitray.searching import search as search_dataset
+    from vitray.consume.searching import Query
+    from vitray.consume.searching import search as search_dataset
 
     found = search_dataset(out, Query(image, key, shard, row), k, column, index)
     show(found, as_json, str(found))
@@ -247,8 +247,8 @@ def export(
 
     Of rows: exit code 3 when images of a webdataset could not be read again.
     """
-    from vitray import exporting
-    from vitray.adapt import graphs
+    from vitray.consume import exporting
+    from vitray.model_export import graphs
 
     chosen = {"int8": int8, "fp16": fp16, "int8-weights": int8_weights, "int4-weights": int4_weights}
     how = [name for name, wanted in chosen.items() if wanted]
@@ -265,9 +265,9 @@ def export(
         found = exporting.export(what, into, exporting.Wanted(to, column, vectors, partial))
         show(found, as_json, str(found))
         raise typer.Exit(3 if found.missing else 0)
-    from vitray.adapt.shrinking import shrink
     from vitray.errors import Disagreement
     from vitray.job import make_job, parse_set
+    from vitray.model_export.export import shrink
 
     if len(how) > 1:
         raise JobError(f"choose one of --{', --'.join(how)}.")
@@ -294,8 +294,8 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Show a dataset on one HTML page that needs nothing else."""
-    from vitray.report import report as report_dataset
-    from vitray.report import write_card
+    from vitray.consume.report import report as report_dataset
+    from vitray.consume.report import write_card
 
     found = report_dataset(out, to, truth, pictures)
     text = str(found) + (f"\n{write_card(out, license)}: the dataset card" if card else "")

@@ -159,14 +159,6 @@ def will_compile(job: Job, images: int) -> str:
     return f"auto: {say} ({images:,} images; on from {cpu:,} a machine, or {gpu:,} a GPU, in one run)"
 
 
-def ceiling(facts: ModelFacts, device: str) -> tuple[float, float]:
-    """Images/s that this machine would reach if it only multiplied matrices, and the operations/s behind that. Takes 2 s."""
-    from vitray.models.ceiling import flop_per_image, matmul_flops
-
-    rate = matmul_flops(facts.precision, device)
-    return rate / flop_per_image(facts), rate
-
-
 def vector_columns(job: Job, facts: ModelFacts) -> list[VectorColumn]:
     """One column for each of job.embeddings. Raises ModelError for a layer or a token that the model does not have."""
     from vitray.models.labelling import require_vector

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from vitray.models import Predictions
-from vitray.models.answers import best, check_pixels, gather
-from vitray.models.cutting import share
+from vitray.models.batching import share
 from vitray.models.forward import WHOLE, Forward
 from vitray.models.loading import Network
+from vitray.models.postprocess import best, check_pixels, gather
 from vitray.schema import ModelFacts, VectorColumn
 
 Run = Callable[[np.ndarray], list[np.ndarray]]  # uint8 [n, H, W, 3], n >= 1, to the graph's results; by several threads at once

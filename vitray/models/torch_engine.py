@@ -18,13 +18,13 @@ import torch
 
 from vitray.errors import ModelError
 from vitray.models import Predictions, fp8
-from vitray.models.answers import check_pixels, gather
+from vitray.models.batching import PADDING, cut, ladder, share
 from vitray.models.blocks import pack
-from vitray.models.cutting import PADDING, cut, ladder, share
+from vitray.models.compile_cache import graphs_kept
 from vitray.models.forward import DTYPES, Forward
-from vitray.models.kept import graphs_kept
 from vitray.models.loading import Network
-from vitray.models.ring import CudaLanes, Ring
+from vitray.models.pinned_buffers import CudaLanes, Ring
+from vitray.models.postprocess import check_pixels, gather
 from vitray.schema import ModelFacts, VectorColumn
 
 log = logging.getLogger(__name__)

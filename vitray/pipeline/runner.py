@@ -64,11 +64,11 @@ from vitray.errors import (
 from vitray.job import Job
 from vitray.models import compiles, identify, runs_on, torch_threads_kept, vector_columns, with_label_names
 from vitray.pipeline.cluster import Shares, alive_nodes, on_worker, own_cpus, ray_session, require_shared, share_out
-from vitray.pipeline.line import RayLine
-from vitray.pipeline.local import LocalLine
+from vitray.pipeline.local_executor import LocalLine
 from vitray.pipeline.metrics import Meter, RayMeter
 from vitray.pipeline.progress import Progress, Result
-from vitray.pipeline.wave import ATTEMPTS, Line, MachineLostError, Work, blame, run_wave
+from vitray.pipeline.ray_executor import RayLine
+from vitray.pipeline.rounds import ATTEMPTS, Line, MachineLostError, Work, blame, run_wave
 from vitray.schema import ModelFacts, Shard
 from vitray.sources import (
     Group,

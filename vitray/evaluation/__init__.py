@@ -1,0 +1,1 @@
+"""How good a model's labels and vectors are, and how they compare with another model's."""
