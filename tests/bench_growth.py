@@ -52,7 +52,7 @@ def ledger_share(folder: Path, model: str, ready: Path) -> dict[str, float]:
     dataset = open_dataset(str(folder / "out-1"))
     assert dataset is not None
     (shard,) = list_shards(dataset.job, []).shards
-    network = open_model(dataset.facts, list(dataset.vectors), 5, True, "cpu", 1)
+    network = open_model(dataset.spec, list(dataset.vectors), 5, True, "cpu", 1)
     dataset = dataclasses.replace(dataset, out=str(folder / "ledger"))
     took: Counter[str] = collections.Counter()
 

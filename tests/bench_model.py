@@ -45,8 +45,8 @@ def variants(directory: str, args: argparse.Namespace, batch: int) -> dict[str, 
     vectors = [Embedding()] if args.embed else []
     options = {"precision": args.precision, "batch_size": batch, "device": "cpu", "engine": "torch", "embeddings": vectors}
     job = Job(source=["in"], out="out", model=directory, **options)
-    facts = identify(job)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}[facts.precision]
+    spec = identify(job)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}[spec.precision]
     plain = transformers.ViTForImageClassification.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa").eval()
 
     def plain_loop(pixels: np.ndarray) -> object:
@@ -55,12 +55,12 @@ def variants(directory: str, args: argparse.Namespace, batch: int) -> dict[str, 
             answer = plain(pixel_values=x.permute(0, 3, 1, 2).to(dtype).contiguous(), output_hidden_states=bool(vectors))
             return answer.logits.float().softmax(-1).topk(5)
 
-    columns = vector_columns(job, facts)
-    chosen = {"plain": plain_loop, "vitray": open_model(facts, columns, 5, True, "cpu", args.threads).predict}
+    columns = vector_columns(job, spec)
+    chosen = {"plain": plain_loop, "vitray": open_model(spec, columns, 5, True, "cpu", args.threads).predict}
     for engine in args.engines:
-        chosen[engine] = open_model(replace(facts, engine=engine), columns, 5, True, "cpu", args.threads).predict
+        chosen[engine] = open_model(replace(spec, engine=engine), columns, 5, True, "cpu", args.threads).predict
     if args.compiled:
-        chosen["compiled"] = open_model(facts, columns, 5, True, "cpu", args.threads, compiled=True).predict
+        chosen["compiled"] = open_model(spec, columns, 5, True, "cpu", args.threads, compiled=True).predict
     return chosen
 
 

@@ -38,16 +38,16 @@ def products(layer: torch.nn.Module, x: torch.Tensor) -> float:
 
 def main(directory: str, rounds: int, engine: str = "torch", compiled: str = "") -> None:
     job = Job(source=["in"], out="out", model=directory, precision="bf16", engine=engine, device="cpu")
-    facts = identify(job)
+    spec = identify(job)
     rows, inputs, outputs = SHAPES["cpu"]
     linear = torch.nn.Linear(inputs, outputs, dtype=torch.bfloat16)
     layer = PackedLinear(linear, None) if can_pack(torch.bfloat16) else linear
     x = torch.randn(rows, inputs, dtype=torch.bfloat16)
-    images = 2.0 * rows * inputs * outputs / flop_per_image(facts)  # whose products one product equals
-    pixels = np.random.default_rng(0).integers(0, 256, (4 * facts.batch_size, *facts.pixels.shape, 3), dtype=np.uint8)
+    images = 2.0 * rows * inputs * outputs / flop_per_image(spec)  # whose products one product equals
+    pixels = np.random.default_rng(0).integers(0, 256, (4 * spec.batch_size, *spec.pixels.shape, 3), dtype=np.uint8)
     shares = []
     with torch_threads_kept(), ThreadPoolExecutor(CALLERS) as pool:
-        model = open_model(facts, vector_columns(job, facts), job.top_k, True, "cpu", cores(), bool(compiled))
+        model = open_model(spec, vector_columns(job, spec), job.top_k, True, "cpu", cores(), bool(compiled))
         model.predict(pixels)
         for turn in range(rounds + 1):
             before = products(layer, x)

@@ -54,9 +54,9 @@ def make(
     embeddings = [{"dtype": dtype, "name": name.removeprefix("embedding").lstrip("_")} for name in named]
     job = hand_made.job_of(folder, embeddings=embeddings, keep=list(keep))
     dimension = shards[0].vectors.shape[1]
-    facts = replace(hand_made.facts_of(job.model), dimension=dimension)
+    spec = replace(hand_made.spec_of(job.model), dimension=dimension)
     columns = [VectorColumn(name, dimension, None, "cls", False, dtype) for name in named]
-    dataset = resolve_dataset(job, facts, columns, pa.schema([(name, pa.string()) for name in keep]), "2025-01-01T00:00:00+00:00")
+    dataset = resolve_dataset(job, spec, columns, pa.schema([(name, pa.string()) for name in keep]), "2025-01-01T00:00:00+00:00")
     listed = list_shards(job, []).shards
     for shard, shown in list(zip(listed, shards))[:commit]:
         images = [item for item in read_shard(shard, job, lambda _: True) if isinstance(item, Encoded)]

@@ -88,10 +88,10 @@ class Check:
                 "column": lambda _: "embedding",
             },
         )
-        facts = identify(job)
-        model: Any = open_model(facts, vector_columns(job, facts), 5, True, where, os.cpu_count() or 1)
+        spec = identify(job)
+        model: Any = open_model(spec, vector_columns(job, spec), 5, True, where, os.cpu_count() or 1)
         if where == "cpu":
-            model._ring = Ring(CpuLanes(), (facts.batch_size, self.side, self.side, 3))
+            model._ring = Ring(CpuLanes(), (spec.batch_size, self.side, self.side, 3))
         return model
 
     def compile(self, model: Any, size: int, **options: Any) -> Any:

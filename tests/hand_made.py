@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from vitray.dataset import Dataset, Ledger, commit_shard, finish, resolve_dataset, write_end, write_fragment
 from vitray.job import Job, make_job
-from vitray.schema import ERROR_SCHEMA, Encoded, End, ModelFacts, PixelSpec, Shard, VectorColumn, content_hash
+from vitray.schema import ERROR_SCHEMA, Encoded, End, ModelSpec, PixelSpec, Shard, VectorColumn, content_hash
 from vitray.sources import kept_schema, list_shards, read_shard
 
 CLASSES = ("cat", "dog", "emu")
@@ -22,8 +22,8 @@ BAD = 3  # the index of the one image of a shard that is an error row
 PIXELS = PixelSpec((32, 32), 3, None, 1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
-def facts_of(model: str) -> ModelFacts:
-    return ModelFacts(
+def spec_of(model: str) -> ModelSpec:
+    return ModelSpec(
         model=model,
         revision=None,
         weights_sha256="7" * 64,
@@ -63,14 +63,14 @@ def job_of(folder: Path, **fields: object) -> Job:
     return make_job({**base, "precision": "fp32", "fragment_rows": 4, "top_k": 2, "embeddings": [{"normalize": True}], **fields})
 
 
-def make_dataset(folder: Path, commit: int | None = None, facts: ModelFacts | None = None, **fields: object) -> Dataset:
+def make_dataset(folder: Path, commit: int | None = None, spec: ModelSpec | None = None, **fields: object) -> Dataset:
     """Three tars labelled by formula into folder/out. commit: only the first so many shards (and no manifest step)."""
     write_tars(folder / "in")
     job = job_of(folder, **fields)
     shards = list_shards(job, []).shards
-    facts = facts or facts_of(job.model)
-    vector = VectorColumn("embedding", facts.dimension, None, "cls", True, "float32")
-    dataset = resolve_dataset(job, facts, [vector], kept_schema(shards[0], job), "2025-01-01T00:00:00+00:00")
+    spec = spec or spec_of(job.model)
+    vector = VectorColumn("embedding", spec.dimension, None, "cls", True, "float32")
+    dataset = resolve_dataset(job, spec, [vector], kept_schema(shards[0], job), "2025-01-01T00:00:00+00:00")
     for shard in shards[:commit]:
         stage(dataset, shard)
         assert commit_shard(dataset, shard) is not None
@@ -97,8 +97,8 @@ def stage(dataset: Dataset, shard: Shard) -> None:
 
 
 def row(dataset: Dataset, shard: Shard, image: Encoded) -> dict[str, object]:
-    classes, n = dataset.facts.labels, image.index % len(dataset.facts.labels)
-    vector = np.arange(1, dataset.facts.dimension + 1, dtype=np.float32) + image.index
+    classes, n = dataset.spec.labels, image.index % len(dataset.spec.labels)
+    vector = np.arange(1, dataset.spec.dimension + 1, dtype=np.float32) + image.index
     return {
         **{"key": image.key, "shard": shard.id, "index": image.index, "uri": image.uri},
         **{"width": 40, "height": 30, "format": "JPEG", "content_hash": content_hash(image.data or b"")},

@@ -13,7 +13,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassif
 
 from vitray.job import Embedding, Job
 from vitray.models import Model, Predictions, identify, open_model, vector_columns
-from vitray.schema import ModelFacts
+from vitray.schema import ModelSpec
 
 POOLS = ("cls", "mean", "patches_mean")
 CLASSES = 7
@@ -92,13 +92,13 @@ def every_vector(has_cls: bool) -> list[Embedding]:
     return [Embedding(layer=layer, pool=pool) for layer in (1, 2, 3, "last") for pool in POOLS if has_cls or pool != "cls"]
 
 
-def open_job(job: Job, facts: ModelFacts | None = None, threads: int = 2) -> Model:
-    facts = facts or identify(job)
-    return open_model(facts, vector_columns(job, facts), job.top_k, job.labels, "cpu", threads)
+def open_job(job: Job, spec: ModelSpec | None = None, threads: int = 2) -> Model:
+    spec = spec or identify(job)
+    return open_model(spec, vector_columns(job, spec), job.top_k, job.labels, "cpu", threads)
 
 
-def run(job: Job, pixels: np.ndarray, facts: ModelFacts | None = None) -> Predictions:
-    return open_job(job, facts).predict(pixels)
+def run(job: Job, pixels: np.ndarray, spec: ModelSpec | None = None) -> Predictions:
+    return open_job(job, spec).predict(pixels)
 
 
 def require_plain(found: Predictions, job: Job, name: str, pixels: np.ndarray, atol: float) -> None:

@@ -57,13 +57,13 @@ def test_missing_blocks_and_half_a_distilled_head_are_refused(tmp_path: Path) ->
 
 def test_layers_and_tokens_that_do_not_exist_are_refused(tmp_path: Path) -> None:
     directory = make_checkpoint(tmp_path, "siglip", False)
-    facts = identify(job_for(directory, False, [Embedding(pool="mean")]))
+    spec = identify(job_for(directory, False, [Embedding(pool="mean")]))
     with pytest.raises(ModelError, match=r"no layer 4: layers are 1\.\.3 or last"):
-        vector_columns(job_for(directory, False, [Embedding(layer=4, pool="mean")]), facts)
+        vector_columns(job_for(directory, False, [Embedding(layer=4, pool="mean")]), spec)
     with pytest.raises(JobError, match=r"`embeddings\.0\.layer`: a whole number from 1 to 999, or last"):
         Job(source="s", model=directory, out="o", embeddings=[{"layer": 0}])
     with pytest.raises(ModelError, match="no CLS token; use pool: mean"):
-        vector_columns(job_for(directory, False, [Embedding()]), facts)
+        vector_columns(job_for(directory, False, [Embedding()]), spec)
 
 
 def test_pickled_weights_are_refused(tmp_path: Path) -> None:
@@ -97,11 +97,11 @@ def test_code_in_a_checkpoint_never_runs(tmp_path: Path) -> None:
 def test_weights_that_changed_since_they_were_identified_are_refused(tmp_path: Path) -> None:
     directory = make_checkpoint(tmp_path, "vit", True)
     job = job_for(directory)
-    facts = identify(job)
-    assert facts.weights_sha256 == hashlib.sha256(Path(f"{directory}/model.safetensors").read_bytes()).hexdigest()
+    spec = identify(job)
+    assert spec.weights_sha256 == hashlib.sha256(Path(f"{directory}/model.safetensors").read_bytes()).hexdigest()
     drop_weights(directory, "pooler", "classifier.bias")
     with pytest.raises(ModelError, match="the weights changed"):
-        open_model(facts, [], 1, True, "cpu", 1)
+        open_model(spec, [], 1, True, "cpu", 1)
 
 
 def test_sharded_weights_load_and_all_shards_are_hashed(tmp_path: Path) -> None:
@@ -112,9 +112,9 @@ def test_sharded_weights_load_and_all_shards_are_hashed(tmp_path: Path) -> None:
     model.save_pretrained(directory, max_shard_size="40KB")
     shards = sorted(Path(directory).glob("model-*.safetensors"))
     assert len(shards) > 1
-    facts = identify(job_for(directory))
-    assert facts.weights_sha256 == hashlib.sha256(b"".join(s.read_bytes() for s in shards)).hexdigest()
-    np.testing.assert_array_equal(run(job_for(directory), noise(2), facts).scores, whole.scores)
+    spec = identify(job_for(directory))
+    assert spec.weights_sha256 == hashlib.sha256(b"".join(s.read_bytes() for s in shards)).hexdigest()
+    np.testing.assert_array_equal(run(job_for(directory), noise(2), spec).scores, whole.scores)
     shards[1].unlink()
     with pytest.raises(ModelError, match=f"{shards[1].name}, which its index names, is missing"):
         identify(job_for(directory))
@@ -240,16 +240,16 @@ def test_s3_checkpoints_are_fetched_once_and_again_when_they_change(tmp_path: Pa
         job = job_for("s3://models/tiny/")
         with ThreadPoolExecutor(4) as pool:  # as many actors of one node do
             assert len({found.directory for found in pool.map(locate, [job.model] * 4, [None] * 4)}) == 1
-        facts = identify(job)
-        assert facts.model == "s3://models/tiny"
-        np.testing.assert_array_equal(run(job, noise(2), facts).scores, run(job_for(directory), noise(2)).scores)
+        spec = identify(job)
+        assert spec.model == "s3://models/tiny"
+        np.testing.assert_array_equal(run(job, noise(2), spec).scores, run(job_for(directory), noise(2)).scores)
         cache = tmp_path / "cache" / "vitray" / "models"
         (kept,) = [p for p in cache.iterdir() if p.is_dir()]  # no scratch directory is left either
         assert sorted(p.name for p in kept.iterdir()) == ["config.json", "model.safetensors", "preprocessor_config.json"]
         drop_weights(directory, "classifier.bias")
         store.replace("s3://models/tiny/model.safetensors", Path(f"{directory}/model.safetensors").read_bytes())
         with pytest.raises(ModelError, match="the weights changed"):
-            open_model(facts, [], 1, True, "cpu", 1)
+            open_model(spec, [], 1, True, "cpu", 1)
         with pytest.raises(ModelError, match="holds no checkpoint"):
             identify(job_for("s3://models/other"))
     finally:

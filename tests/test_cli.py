@@ -399,7 +399,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_checkpoint(folder / "model", "vit", True)
     make_checkpoint(folder / "headless", "vit", False)
     job = hand_made.job_of(folder)
-    hand_made.make_dataset(folder, facts=identify(job))
+    hand_made.make_dataset(folder, spec=identify(job))
     fields = job.model_dump(mode="json", exclude_unset=True)
     write_job(folder / "a job.yaml", **{**fields, "max_error_rate": 0.2})  # one in ten is bad
     return folder
@@ -447,7 +447,7 @@ def test_run_says_when_there_was_nothing_to_see(vitray: Call, labelled: Path, tm
     from vitray.models import identify
 
     hand_made.write_tar(tmp_path / "in" / "s.tar", {})
-    hand_made.make_dataset(tmp_path, facts=identify(hand_made.job_of(labelled)))
+    hand_made.make_dataset(tmp_path, spec=identify(hand_made.job_of(labelled)))
     argv = [f"{tmp_path}/in/*.tar", "--model", labelled / "model", "--out", tmp_path / "out", *LINE]
     code, out, err = vitray("run", *argv)
     assert (code, err) == (0, "")

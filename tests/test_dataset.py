@@ -69,11 +69,11 @@ from vitray.dataset import (
 )
 from vitray.errors import CommitError, FingerprintError, JobError, ObjectChanged, SourceError, StorageError
 from vitray.job import Job, make_job
-from vitray.schema import ERROR_SCHEMA, End, ModelFacts, Shard, VectorColumn, content_hash, short_hash
+from vitray.schema import ERROR_SCHEMA, End, ModelSpec, Shard, VectorColumn, content_hash, short_hash
 from vitray.storage import exists, is_local, join, sha256_of, store_for
 from vitray.storage import read as read_object
 
-FACTS = replace(hand_made.facts_of("tests/drawn"), revision="c0ffee")
+FACTS = replace(hand_made.spec_of("tests/drawn"), revision="c0ffee")
 D = FACTS.dimension
 VECTOR = VectorColumn("embedding", D, None, "cls", False, "float32")
 KEPT = pa.schema([("caption", pa.string()), ("stars", pa.int16())])
@@ -206,7 +206,7 @@ def test_a_dataset_opens_as_it_was_made(out: str) -> None:
     made = resolve_dataset(job, FACTS, vectors, KEPT, NOW)
     there = open_dataset(out)
     assert there is not None and there.fingerprint == made.fingerprint and len(made.fingerprint) == 64
-    assert (there.job, there.facts, there.vectors, there.fragment_rows) == (made.job, FACTS, tuple(vectors), 4)
+    assert (there.job, there.spec, there.vectors, there.fragment_rows) == (made.job, FACTS, tuple(vectors), 4)
     assert there.kept.equals(KEPT) and there.schema.equals(made.schema) and there.decode_spec == made.decode_spec
     document = json.loads(read_object(dataset_url(out)))
     assert document["fingerprint"] == made.fingerprint and document["created"] == NOW
@@ -226,7 +226,7 @@ def test_no_dataset_is_none(out: str) -> None:
     assert open_dataset(out) is None
 
 
-CHANGES: dict[str, Callable[[str], tuple[Job, ModelFacts, list[VectorColumn], pa.Schema]]] = {
+CHANGES: dict[str, Callable[[str], tuple[Job, ModelSpec, list[VectorColumn], pa.Schema]]] = {
     "weights": lambda out: (job_for(out), replace(FACTS, weights_sha256="cd" * 32), [VECTOR], pa.schema([])),
     "labels": lambda out: (job_for(out), replace(FACTS, labels=("cat", "dog", "fox")), [VECTOR], pa.schema([])),
     "processor": lambda out: (job_for(out), replace(FACTS, pixels=replace(FACTS.pixels, resample=2)), [VECTOR], pa.schema([])),
@@ -277,7 +277,7 @@ def test_auto_adopts_what_the_first_run_froze(local_out: str) -> None:
         "later",
     )
     assert later.fingerprint == first.fingerprint
-    frozen = (later.facts.precision, later.facts.engine, later.facts.batch_size, later.fragment_rows)
+    frozen = (later.spec.precision, later.spec.engine, later.spec.batch_size, later.fragment_rows)
     assert frozen == ("fp32", "torch", 4, 4)
     assert json.loads(read_object(dataset_url(local_out)))["created"] == NOW
 
@@ -294,7 +294,7 @@ def test_a_job_takes_over_what_was_frozen_before_its_model_is_looked_at(local_ou
 def test_what_a_job_says_itself_is_not_adopted(local_out: str) -> None:
     make(local_out)
     mine = resolve_dataset(job_for(local_out, batch_size=7), replace(FACTS, batch_size=7), [VECTOR], pa.schema([]), NOW)
-    assert mine.facts.batch_size == 7, "a batch size decides no number"
+    assert mine.spec.batch_size == 7, "a batch size decides no number"
     with pytest.raises(FingerprintError, match="precision differs"):
         resolve_dataset(job_for(local_out, precision="bf16"), replace(FACTS, precision="bf16"), [VECTOR], pa.schema([]), NOW)
 
@@ -315,7 +315,7 @@ def test_two_runs_that_start_at_once_share_one_dataset_json(out: str) -> None:
         one, two = pool.map(start, ("bf16", "fp32"))
     document = json.loads(read_object(dataset_url(out)))
     assert one.fingerprint == two.fingerprint == document["fingerprint"]
-    assert one.facts.precision == two.facts.precision == document["created"]
+    assert one.spec.precision == two.spec.precision == document["created"]
     assert list(stored(out)) == ["_vitray/dataset.json"]
 
 
@@ -378,7 +378,7 @@ def test_an_end_is_written_once(local_out: str) -> None:
 def test_every_damaged_fragment_is_deleted(quick_out: str) -> None:
     dataset, shard = make(quick_out), input_shard(quick_out)
     stage(dataset, shard, 20)
-    other = replace(dataset, facts=replace(FACTS, precision="bf16"))
+    other = replace(dataset, spec=replace(FACTS, precision="bf16"))
     write_fragment(other, "other", (4, 8), rows_of(dataset, shard.id, range(4, 8)), errors_of(shard.id, {}))
     url = join(dataset.staging_url(shard.id), "{:010d}-{:010d}.arrow").format
     whole = read_object(url(0, 4))
@@ -510,8 +510,8 @@ def test_footer_and_object_metadata_say_the_same(root: str) -> None:
 
 def test_names_that_are_not_ascii_can_be_committed(root: str) -> None:
     out = join(root, "out")
-    facts = replace(FACTS, model="/модель", revision=None)
-    dataset = resolve_dataset(job_for(out), facts, [VECTOR], pa.schema([]), NOW)
+    spec = replace(FACTS, model="/модель", revision=None)
+    dataset = resolve_dataset(job_for(out), spec, [VECTOR], pa.schema([]), NOW)
     for shard in (input_shard(out, "фото"), input_shard(out, "two  spaces ")):
         commit(dataset, shard, 4)
         assert read_footer(dataset.data_url(shard.id)).url == shard.url
@@ -638,7 +638,7 @@ def test_a_foreign_file_in_place_is_an_error_and_stays(local_out: str, body: byt
 
 def test_a_file_of_another_fingerprint_is_an_error(local_out: str) -> None:
     dataset, shard = make(local_out), input_shard(local_out)
-    other = replace(dataset, facts=replace(FACTS, precision="bf16"))
+    other = replace(dataset, spec=replace(FACTS, precision="bf16"))
     commit(other, shard, 4)
     before = read_object(dataset.data_url(shard.id))
     stage(dataset, shard, 4)

@@ -118,8 +118,8 @@ def busy_threads(model: Model, pixels: np.ndarray, seconds: float = 1.5) -> int:
 def test_an_engine_computes_with_the_threads_it_was_given(tmp_path: Path, engine: str) -> None:
     make_model(str(tmp_path), "vit-s", blocks=2)
     job, pixels = job_for(str(tmp_path), engine=engine, batch_size=8), noise(8, 224)
-    facts = identify(job)
-    assert [busy_threads(open_job(job, facts, threads), pixels) for threads in (1, 2)] == [1, 2]
+    spec = identify(job)
+    assert [busy_threads(open_job(job, spec, threads), pixels) for threads in (1, 2)] == [1, 2]
 
 
 def drawn(count: int) -> np.ndarray:
@@ -148,9 +148,9 @@ def test_an_engine_that_is_not_installed_is_named_with_its_extra(
     tmp_path: Path, engine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = job_for(make_checkpoint(tmp_path, "vit", True), engine=engine)
-    facts = identify(job)
+    spec = identify(job)
     monkeypatch.setitem(sys.modules, engines.MODULES[engine][0], None)
-    for act in (lambda: identify(job), lambda: open_job(job, facts)):
+    for act in (lambda: identify(job), lambda: open_job(job, spec)):
         with pytest.raises(ModelError, match=rf"engine {engine} is not installed here: pip install 'vitray\[{engine}\]'"):
             act()
 
@@ -202,9 +202,9 @@ class Fake:
 
 def test_auto_takes_the_fastest_engine_and_none_that_strays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = job_for(make_checkpoint(tmp_path, "vit", True), embeddings=[Embedding()], batch_size=4)
-    facts = identify(job)
-    torch_model = open_job(job, facts)
-    all_labels = open_model(facts, vector_columns(job, facts), CLASSES, True, "cpu", 2)
+    spec = identify(job)
+    torch_model = open_job(job, spec)
+    all_labels = open_model(spec, vector_columns(job, spec), CLASSES, True, "cpu", 2)
     liar, turned = Fake(torch_model, shift=1), Fake(torch_model, turn=0.1)
     slow, slower = Fake(torch_model, 0.05), Fake(torch_model, 0.1)
 
@@ -212,27 +212,27 @@ def test_auto_takes_the_fastest_engine_and_none_that_strays(tmp_path: Path, monk
         raise RuntimeError("no kernel\nfor this")
 
     choices = {"torch": lambda: slower, "a": lambda: slow, "b": lambda: liar, "c": lambda: turned, "d": broken}
-    engine, why = engines.fastest(facts, choices, lambda: all_labels)
+    engine, why = engines.fastest(spec, choices, lambda: all_labels)
     assert engine == "a" and liar.calls == turned.calls == 1
     parts = why.split(", ")
     assert parts[0].startswith("torch ") and parts[0].endswith(" images/s") and parts[1].endswith(" images/s")
     assert parts[2] == "b left out (another label than torch in fp32 for 16 of 16 images)"
     assert parts[3].startswith("c left out (cosine 0.9") and parts[4] == "d left out (no kernel for this)"
-    assert engines.fastest(facts, {"torch": lambda: slow, "a": lambda: slower}, lambda: all_labels)[0] == "torch"
+    assert engines.fastest(spec, {"torch": lambda: slow, "a": lambda: slower}, lambda: all_labels)[0] == "torch"
     monkeypatch.setattr(engines, "_speeds", lambda models, pixels, seconds: {"torch": 100.0, "a": 109.0})
-    assert engines.fastest(facts, {"torch": lambda: slow, "a": lambda: slow}, lambda: all_labels)[0] == "torch"  # not by noise
+    assert engines.fastest(spec, {"torch": lambda: slow, "a": lambda: slow}, lambda: all_labels)[0] == "torch"  # not by noise
     monkeypatch.undo()
     quick, late = Fake(torch_model), Fake(torch_model, delay_s=0.3)
     started = time.monotonic()
-    engines.fastest(facts, {"torch": lambda: quick, "a": lambda: late}, lambda: all_labels, seconds=0.5)
+    engines.fastest(spec, {"torch": lambda: quick, "a": lambda: late}, lambda: all_labels, seconds=0.5)
     assert time.monotonic() - started < 3, "ten rounds of the late one"
 
 
 def test_auto_is_one_of_those_installed_and_says_how_fast_each_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = job_for(make_checkpoint(tmp_path, "vit", True), embeddings=[Embedding()], engine="auto")
-    facts = identify(job)
-    assert facts.engine in ENGINES
-    assert [part.split()[0] for part in facts.engine_why.split(", ")] == list(ENGINES) and "left out" not in facts.engine_why
+    spec = identify(job)
+    assert spec.engine in ENGINES
+    assert [part.split()[0] for part in spec.engine_why.split(", ")] == list(ENGINES) and "left out" not in spec.engine_why
     for engine in OTHERS:
         monkeypatch.setitem(sys.modules, engines.MODULES[engine][0], None)
     alone = identify(job)
@@ -251,7 +251,7 @@ def in_fresh_python(code: str, **environment: str) -> None:
 def test_a_dataset_that_has_an_engine_keeps_it_and_no_other_is_opened(tmp_path: Path) -> None:
     job = hand_made.job_of(tmp_path)
     make_checkpoint(tmp_path / "model", "vit", True)
-    hand_made.make_dataset(tmp_path, facts=identify(job))
+    hand_made.make_dataset(tmp_path, spec=identify(job))
     in_fresh_python(
         "import vitray, hand_made, pathlib\n"
         f"job = hand_made.job_of(pathlib.Path({str(tmp_path)!r}), engine='auto', max_error_rate=1)\n"

@@ -59,8 +59,8 @@ def test_the_last_block_computes_the_first_tokens_alone_where_only_they_are_read
     pool = "mean" if name == "siglip" else "cls"
     lean = [Embedding(pool=pool), Embedding(layer=3, pool=pool)]
     job, whole = (job_for(directory, headed, e, top_k=3) for e in (lean, [*lean, Embedding(pool="patches_mean")]))
-    facts = identify(job)
-    model = open_model(facts, vector_columns(job, facts), 3, headed, "cpu", 2)
+    spec = identify(job)
+    model = open_model(spec, vector_columns(job, spec), 3, headed, "cpu", 2)
     assert sum(isinstance(module, Attention) for module in model._forward.modules()) == 3
     seen = tokens_seen(model)
     found, expected = model.predict(pixels), run(whole, pixels)
@@ -79,8 +79,8 @@ def test_blocks_above_the_highest_layer_asked_for_are_not_computed(tmp_path: Pat
     directory, pixels = make_checkpoint(tmp_path, name, False), noise(4)
     pool = "mean" if name == "siglip" else "cls"
     job = job_for(directory, False, [Embedding(layer=layer, pool=pool) for layer in (1, 2)])
-    facts = identify(job)
-    model = open_model(facts, vector_columns(job, facts), 1, False, "cpu", 2)
+    spec = identify(job)
+    model = open_model(spec, vector_columns(job, spec), 1, False, "cpu", 2)
     seen = tokens_seen(model)
     found = model.predict(pixels)
     assert sorted(seen) == [0, 1]
@@ -149,9 +149,9 @@ def drawn(count: int) -> np.ndarray:
 @needs_compiler
 def test_compiled_says_the_same_and_never_compiles_again(shapes_model: str) -> None:
     job = job_for(shapes_model, embeddings=[Embedding()], batch_size=16)
-    facts = identify(job)
-    columns = vector_columns(job, facts)
-    plain, compiled = (open_model(facts, columns, 3, True, "cpu", 2, compiled=c) for c in (False, True))
+    spec = identify(job)
+    columns = vector_columns(job, spec)
+    plain, compiled = (open_model(spec, columns, 3, True, "cpu", 2, compiled=c) for c in (False, True))
     assert sorted(compiled._compiled) == [8, 16]
     before = dict(torch._dynamo.utils.counters["frames"])
     assert before["ok"] == 2
@@ -167,9 +167,9 @@ def test_compiled_says_the_same_and_never_compiles_again(shapes_model: str) -> N
 @needs_compiler
 def test_compiled_bf16_agrees_with_fp32(shapes_model: str) -> None:
     job, pixels = job_for(shapes_model, embeddings=[Embedding()], batch_size=8), drawn(600)
-    facts = identify(job)
-    exact = run(job, pixels, facts)
-    mixed = open_model(dataclasses.replace(facts, precision="bf16"), vector_columns(job, facts), 3, True, "cpu", 2, compiled=True)
+    spec = identify(job)
+    exact = run(job, pixels, spec)
+    mixed = open_model(dataclasses.replace(spec, precision="bf16"), vector_columns(job, spec), 3, True, "cpu", 2, compiled=True)
     found = mixed.predict(pixels)
     assert (found.ids[:, 0] == exact.ids[:, 0]).mean() >= 0.995
     a, b = exact.vectors["embedding"], found.vectors["embedding"]
@@ -182,10 +182,10 @@ sys.path.insert(0, {tests!r})
 from small_models import *
 from torch._dynamo.utils import counters
 job = job_for({directory!r}, embeddings=[Embedding()], batch_size=16)
-facts = identify(job)
-other = open_model(facts, [], 1, True, "cpu", 1)  # holds numbers of packed layers, which are free again when it is gone
+spec = identify(job)
+other = open_model(spec, [], 1, True, "cpu", 1)  # holds numbers of packed layers, which are free again when it is gone
 del other
-found = open_model(facts, vector_columns(job, facts), 5, True, "cpu", 2, compiled=True).predict(noise(24))
+found = open_model(spec, vector_columns(job, spec), 5, True, "cpu", 2, compiled=True).predict(noise(24))
 print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"], found.vectors["embedding"].tobytes().hex())
 """
 
@@ -334,11 +334,11 @@ class SmallMemory(torch.nn.Module):
 @needs_compiler
 @pytest.mark.parametrize(("room", "sizes"), [(20, (16, 8)), (9, (8,)), (3, (2,))])
 def test_too_little_memory_steps_down_the_ladder_and_below_it(tmp_path: Path, room: int, sizes: tuple[int, ...]) -> None:
-    facts = dataclasses.replace(identify(job_for(make_checkpoint(tmp_path, "vit", True))), batch_size=32)
+    spec = dataclasses.replace(identify(job_for(make_checkpoint(tmp_path, "vit", True))), batch_size=32)
     tower, pixels = SmallMemory(), noise(43)
     tower.room = room
     column = VectorColumn("embedding", 32, None, "mean", False, "float32")
-    model = TorchModel(Network(tower, tower, [], None), facts, [column], 0, "cpu", compiled=True)
+    model = TorchModel(Network(tower, tower, [], None), spec, [column], 0, "cpu", compiled=True)
     vectors = model.predict(pixels).vectors["embedding"]
     np.testing.assert_allclose(vectors[:, 0], (pixels / 255 - 0.5).mean((1, 2, 3)) / 0.5, atol=1e-5)
     assert model._sizes == sizes

@@ -140,10 +140,10 @@ def test_a_tensor_that_is_there_already_takes_no_slot() -> None:
 
 def with_ring(directory: str, device: LateDevice, **fields: object) -> TorchModel:
     job = job_for(directory, embeddings=[Embedding()], **fields)
-    facts = identify(job)
-    model = open_model(facts, vector_columns(job, facts), 3, True, "cpu", 1)
+    spec = identify(job)
+    model = open_model(spec, vector_columns(job, spec), 3, True, "cpu", 1)
     assert isinstance(model, TorchModel)
-    model._ring = Ring(device, (facts.batch_size, *facts.pixels.shape, 3))
+    model._ring = Ring(device, (spec.batch_size, *spec.pixels.shape, 3))
     return model
 
 
@@ -270,7 +270,7 @@ class Remembers:
 def dataset_for(tmp_path: Path, chosen: DecodeSpec):
     made = hand_made.make_dataset(tmp_path, commit=0)
     job = Job(**{**made.job.model_dump(), "decode": chosen.mode, "max_pixels": chosen.max_pixels, "labels": False})
-    return dataclasses.replace(made, job=job, facts=dataclasses.replace(made.facts, pixels=chosen.pixels))
+    return dataclasses.replace(made, job=job, spec=dataclasses.replace(made.spec, pixels=chosen.pixels))
 
 
 @pytest.mark.parametrize("mode", ["gpu", "hybrid"])

@@ -81,8 +81,8 @@ def test_a_run_labels_by_the_head_in_the_same_pass(
         np.testing.assert_allclose(by_label(found), scores, atol=1e-4)
         for column, values in found.vectors.items():
             np.testing.assert_allclose(values, vectors[column], atol=1e-5)
-    facts = identify(job_for(model, head=url))
-    assert (facts.labels, facts.multi_label) == (NAMES, False)
+    spec = identify(job_for(model, head=url))
+    assert (spec.labels, spec.multi_label) == (NAMES, False)
 
 
 @pytest.mark.parametrize("engine", ["onnx", "openvino"])
@@ -96,8 +96,8 @@ def test_other_engines_give_the_same_scores(vit: str, tmp_path: Path, engine: st
 @pytest.mark.nightly
 def test_a_compiled_pass_gives_the_same_scores(vit: str, tmp_path: Path) -> None:
     job = job_for(vit, head=make_head(tmp_path / "head", vit, 2, "mean", True), batch_size=1)
-    facts = identify(job)
-    model = open_model(facts, vector_columns(job, facts), 5, True, "cpu", 1, compiled=True)
+    spec = identify(job)
+    model = open_model(spec, vector_columns(job, spec), 5, True, "cpu", 1, compiled=True)
     np.testing.assert_allclose(by_label(model.predict(noise(3))), by_label(run(job, noise(3))), atol=1e-4)
 
 
@@ -128,10 +128,10 @@ def test_a_head_that_does_not_fit_is_refused_in_one_line(vit: str, tmp_path: Pat
         assert f"head {directory} cannot be read: {directory}/head.json does not exist. Give a directory with head.json" in said
     url = make_head(tmp_path / "head", vit)
     job = job_for(vit, head=url)
-    facts = identify(job)
+    spec = identify(job)
     write_head(url, replace(read_head(url), bias=np.ones(4, np.float32)))
     with pytest.raises(ModelError, match="changed since it was planned"):
-        open_model(facts, [], 1, True, "cpu", 1)
+        open_model(spec, [], 1, True, "cpu", 1)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_the_command_says_what_it_did_and_a_run_takes_the_head_as_a_field(job: J
     head = make_head(tmp_path / "head", vit)
     vitray.run(job.model_copy(update={"head": head}))
     dataset = open_dataset(job.out)
-    assert dataset is not None and (dataset.facts.head, dataset.facts.labels) == (head, NAMES)
+    assert dataset is not None and (dataset.spec.head, dataset.spec.labels) == (head, NAMES)
     argv = [sys.executable, "-m", "vitray", "relabel", job.out, "--head", head, "--into", f"{tmp_path}/into"]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

@@ -49,7 +49,7 @@ def test_counts_survive_a_resume(tmp_path: Path, staged: int) -> None:
     job = hand_made.job_of(tmp_path, source=str(source), fragment_rows=2, source_rules=2, image_column="images")
     (shard,) = list_shards(job, []).shards
     vector = VectorColumn("embedding", hand_made.DIMENSION, None, "cls", True, "float32")
-    dataset = resolve_dataset(job, hand_made.facts_of("m"), [vector], pa.schema([]), "2026-01-01T00:00:00+00:00")
+    dataset = resolve_dataset(job, hand_made.spec_of("m"), [vector], pa.schema([]), "2026-01-01T00:00:00+00:00")
     for left in (staged, 99):
         for parcel in read_step(dataset, shard):
             assert parcel.receipt.kind in ("fragment", "staged", "end"), parcel.receipt.message

@@ -222,7 +222,7 @@ def test_kept_types_are_those_of_the_first_values_and_take_what_loses_nothing(sh
 
 
 def test_a_model_that_cannot_be_opened_ends_the_line_with_its_error(dataset: Dataset) -> None:
-    other = replace(dataset, facts=replace(dataset.facts, weights_sha256="0" * 64))
+    other = replace(dataset, spec=replace(dataset.spec, weights_sha256="0" * 64))
     shards = list_shards(dataset.job, []).shards
     started = time.monotonic()
     with pytest.raises(ModelError, match="the weights changed"):

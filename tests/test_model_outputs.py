@@ -28,7 +28,7 @@ from vitray.models.checkpoint import hash_weights, locate, read_config
 from vitray.models.exported import seal
 from vitray.models.head import Head, write_head
 from vitray.operations.validation import validate
-from vitray.schema import ModelFacts, ScoreFunction
+from vitray.schema import ModelSpec, ScoreFunction
 
 IMAGES = 5
 DATASETS_V1 = Path(__file__).parent / "data" / "dataset-v1" / "out"
@@ -58,9 +58,9 @@ def of_pipeline(model: str, pixels: np.ndarray) -> list[list[tuple[str, float]]]
     return [[(one["label"], one["score"]) for one in answer] for answer in answers]
 
 
-def require_pipeline(found: Predictions, facts: ModelFacts, model: str, pixels: np.ndarray) -> None:
+def require_pipeline(found: Predictions, spec: ModelSpec, model: str, pixels: np.ndarray) -> None:
     expected = of_pipeline(model, pixels)
-    assert [[facts.labels[i] for i in ids] for ids in found.ids] == [[label for label, _ in one] for one in expected]
+    assert [[spec.labels[i] for i in ids] for ids in found.ids] == [[label for label, _ in one] for one in expected]
     np.testing.assert_allclose(found.scores, [[score for _, score in one] for one in expected], rtol=1e-4, atol=1e-5)
 
 
@@ -70,9 +70,9 @@ def require_pipeline(found: Predictions, facts: ModelFacts, model: str, pixels: 
 @pytest.mark.parametrize(("head", "function"), HEADS)
 def test_scores_are_those_of_the_transformers_pipeline(tmp_path: Path, head: dict[str, object], function: ScoreFunction) -> None:
     model, pixels = make_checkpoint(tmp_path, "vit", True, **head), noise(IMAGES)
-    facts = identify(job_for(model))
-    assert facts.score_function is function
-    require_pipeline(run(job_for(model), pixels, facts), facts, model, pixels)
+    spec = identify(job_for(model))
+    assert spec.score_function is function
+    require_pipeline(run(job_for(model), pixels, spec), spec, model, pixels)
 
 
 @pytest.mark.parametrize("engine", ["openvino", "onnx"])
@@ -80,17 +80,17 @@ def test_scores_are_those_of_the_transformers_pipeline(tmp_path: Path, head: dic
 def test_other_engines_give_the_scores_of_the_pipeline(tmp_path: Path, head: dict[str, object], engine: str) -> None:
     model, pixels = make_checkpoint(tmp_path, "vit", True, **head), noise(IMAGES)
     job = job_for(model, engine=engine)
-    facts = identify(job)
-    assert facts.engine == engine
-    require_pipeline(run(job, pixels, facts), facts, model, pixels)
+    spec = identify(job)
+    assert spec.engine == engine
+    require_pipeline(run(job, pixels, spec), spec, model, pixels)
 
 
 @pytest.mark.parametrize("name", ["distilled", "clip", "siglip"])
 @pytest.mark.parametrize("head", [ONE, VALUE], ids=["one", "regression"])
 def test_one_output_is_no_softmax_in_other_families(tmp_path: Path, name: str, head: dict[str, object]) -> None:
     model, pixels = make_checkpoint(tmp_path, name, True, **head), noise(IMAGES)
-    facts = identify(job_for(model))
-    require_pipeline(run(job_for(model), pixels, facts), facts, model, pixels)
+    spec = identify(job_for(model))
+    require_pipeline(run(job_for(model), pixels, spec), spec, model, pixels)
 
 
 def test_raw_values_are_ordered_from_the_highest_and_may_be_negative(tmp_path: Path) -> None:
@@ -107,9 +107,9 @@ def test_an_export_gives_the_scores_of_its_checkpoint(tmp_path: Path, to: str, h
     model, pixels = make_checkpoint(tmp_path / "m", "vit", True, **head), noise(IMAGES)
     into = exported(tmp_path, model, to)
     job = job_for(into, engine="auto")
-    facts, original = identify(job), identify(job_for(model))
-    assert (facts.engine, facts.labels, facts.score_function) == (to, original.labels, original.score_function)
-    require_pipeline(run(job, pixels, facts), facts, model, pixels)
+    spec, original = identify(job), identify(job_for(model))
+    assert (spec.engine, spec.labels, spec.score_function) == (to, original.labels, original.score_function)
+    require_pipeline(run(job, pixels, spec), spec, model, pixels)
 
 
 @pytest.mark.parametrize(("head", "needed"), [(ONE, "a sigmoid"), (VALUES, "raw values")], ids=["one", "regression"])
@@ -136,9 +136,9 @@ def exported(folder: Path, model: str, to: str) -> str:
 def test_a_head_of_its_own_gives_a_softmax_whatever_the_checkpoints_head_is(tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path / "m", "vit", True, **VALUE)
     job = job_for(model, head=head_of(tmp_path / "head", model, ("cat", "dog")))
-    facts = identify(job)
-    assert (facts.labels, facts.score_function) == (("cat", "dog"), ScoreFunction.SOFTMAX)
-    np.testing.assert_allclose(run(job, noise(IMAGES), facts).scores.sum(1), 1, rtol=1e-5)
+    spec = identify(job)
+    assert (spec.labels, spec.score_function) == (("cat", "dog"), ScoreFunction.SOFTMAX)
+    np.testing.assert_allclose(run(job, noise(IMAGES), spec).scores.sum(1), 1, rtol=1e-5)
 
 
 def test_a_single_label_beside_nothing_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -188,30 +188,30 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES)
 def test_engines_of_regression_agree_by_value(case: Case) -> None:
-    facts = dataclasses.replace(hand_made.facts_of("m"), labels=("a", "b"), multi_label=True, regression=case.regression)
+    spec = dataclasses.replace(hand_made.spec_of("m"), labels=("a", "b"), multi_label=True, regression=case.regression)
     expected = Predictions(np.array([[0, 1], [1, 0]]), np.array([[0.5, -1], [-2, -3]], np.float32), {})
     found = Predictions(np.array(case.ids), np.array(case.scores, np.float32), {})
-    assert engines.strays(found, expected, facts) == case.reason
+    assert engines.strays(found, expected, spec) == case.reason
 
 
 @pytest.mark.parametrize(("score", "reason"), [(0.2, None), (0.2009, None), (0.9, "a score 0.7 off that of torch in fp32")])
 def test_engines_of_one_output_agree_by_value(score: float, reason: str | None) -> None:
-    facts = dataclasses.replace(hand_made.facts_of("m"), labels=("a",), multi_label=True)
+    spec = dataclasses.replace(hand_made.spec_of("m"), labels=("a",), multi_label=True)
     expected = Predictions(np.array([[0]]), np.array([[0.2]], np.float32), {})
-    assert engines.strays(Predictions(np.array([[0]]), np.array([[score]], np.float32), {}), expected, facts) == reason
+    assert engines.strays(Predictions(np.array([[0]]), np.array([[score]], np.float32), {}), expected, spec) == reason
 
 
 # ---------------------------------------------------------------- datasets of before
 
 
-def resolved(job: Job, facts: ModelFacts) -> Dataset:
-    return resolve_dataset(job, facts, [], pa.schema([]), "2026-11-30T00:00:00+00:00")
+def resolved(job: Job, spec: ModelSpec) -> Dataset:
+    return resolve_dataset(job, spec, [], pa.schema([]), "2026-11-30T00:00:00+00:00")
 
 
-def written_before(job: Job, facts: ModelFacts) -> str:
+def written_before(job: Job, spec: ModelSpec) -> str:
     """Fingerprint of a dataset as the first version made it: a softmax unless the config said multi-label; no `regression`."""
     declared = read_config(locate(job.model, None)).hf.problem_type == "multi_label_classification"
-    dataset = resolved(job, dataclasses.replace(facts, multi_label=declared, regression=False))
+    dataset = resolved(job, dataclasses.replace(spec, multi_label=declared, regression=False))
     file = Path(job.out, "_vitray", "dataset.json")
     document = json.loads(file.read_text())
     del document["facts"]["regression"]
@@ -227,31 +227,31 @@ def job_into(folder: Path, model: str, labels: bool = True) -> Job:
 @pytest.mark.parametrize("head", [CLASSES, TAGS, ONE_OF_MANY], ids=["softmax", "multi-label", "one-multi-label"])
 def test_datasets_of_before_keep_their_fingerprint(tmp_path: Path, head: dict[str, object]) -> None:
     job = job_into(tmp_path, make_checkpoint(tmp_path / "m", "vit", True, **head))
-    facts = identify(job)
-    before = written_before(job, facts)
+    spec = identify(job)
+    before = written_before(job, spec)
     found = open_dataset(job.out)
-    assert found is not None and found.fingerprint == before and found.facts == facts
-    assert resolved(job, facts).fingerprint == before
+    assert found is not None and found.fingerprint == before and found.spec == spec
+    assert resolved(job, spec).fingerprint == before
     assert "score_function" not in found.deciding()
 
 
 @pytest.mark.parametrize("head", [ONE, VALUE, VALUES], ids=["one", "one-regression", "three-regression"])
 def test_datasets_with_the_old_scores_do_not_go_on(tmp_path: Path, head: dict[str, object]) -> None:
     job = job_into(tmp_path, make_checkpoint(tmp_path / "m", "vit", True, **head))
-    facts = identify(job)
-    before = written_before(job, facts)
+    spec = identify(job)
+    before = written_before(job, spec)
     found = open_dataset(job.out)  # it can still be read
     assert found is not None and found.fingerprint == before
     with pytest.raises(FingerprintError, match="labels differs"):
-        resolved(job, facts)
+        resolved(job, spec)
 
 
 @pytest.mark.parametrize("head", [ONE, VALUE, TAGS], ids=["one", "regression", "multi-label"])
 def test_datasets_of_embeddings_alone_go_on_whatever_the_head(tmp_path: Path, head: dict[str, object]) -> None:
     job = job_into(tmp_path, make_checkpoint(tmp_path / "m", "vit", True, **head), labels=False)
-    facts = identify(job)
-    before = written_before(job, facts)
-    assert resolved(job, facts).fingerprint == before
+    spec = identify(job)
+    before = written_before(job, spec)
+    assert resolved(job, spec).fingerprint == before
 
 
 def test_sigmoid_and_raw_scores_of_the_same_weights_are_two_datasets(tmp_path: Path) -> None:
@@ -266,18 +266,18 @@ def test_sigmoid_and_raw_scores_of_the_same_weights_are_two_datasets(tmp_path: P
 @pytest.mark.parametrize("kind", ["files", "manifest", "parquet", "tars"])
 def test_the_first_formats_datasets_open_as_softmax(kind: str) -> None:
     found = open_dataset(str(DATASETS_V1 / kind))
-    assert found is not None and found.facts.score_function is ScoreFunction.SOFTMAX
+    assert found is not None and found.spec.score_function is ScoreFunction.SOFTMAX
 
 
 # ---------------------------------------------------------------- checks
 
 
-def dataset_scored(folder: Path, score: float, monkeypatch: pytest.MonkeyPatch, out: str = "out", **facts: object) -> str:
+def dataset_scored(folder: Path, score: float, monkeypatch: pytest.MonkeyPatch, out: str = "out", **spec: object) -> str:
     """The directory of a dataset in which every row has that score."""
     row = hand_made.row
     monkeypatch.setattr(hand_made, "row", lambda *place: {**row(*place), "score": score, "top_scores": [score, score - 1]})
-    base = hand_made.facts_of(str(folder / "model"))
-    return hand_made.make_dataset(folder, facts=dataclasses.replace(base, **facts), out=str(folder / out)).out
+    base = hand_made.spec_of(str(folder / "model"))
+    return hand_made.make_dataset(folder, spec=dataclasses.replace(base, **spec), out=str(folder / out)).out
 
 
 @pytest.mark.parametrize("score", [-3.5, 0.5, 42.0])
@@ -289,17 +289,17 @@ def test_validate_takes_any_finite_value_of_regression(tmp_path: Path, score: fl
 @pytest.mark.parametrize("facts", [{}, {"multi_label": True}], ids=["softmax", "sigmoid"])
 @pytest.mark.parametrize("score", [-3.5, 42.0])
 def test_validate_names_scores_that_are_no_probability(
-    tmp_path: Path, score: float, facts: dict[str, object], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, score: float, spec: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    problems = validate(dataset_scored(tmp_path, score, monkeypatch, **facts), inputs=False).problems
+    problems = validate(dataset_scored(tmp_path, score, monkeypatch, **spec), inputs=False).problems
     assert len(problems) == 3 and all(problem.endswith("a score is not within 0 and 1") for problem in problems)
 
 
 @pytest.mark.parametrize("facts", [{}, {"multi_label": True, "regression": True}], ids=["softmax", "regression"])
 def test_validate_names_scores_that_are_not_finite(
-    tmp_path: Path, facts: dict[str, object], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, spec: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    problems = validate(dataset_scored(tmp_path, float("nan"), monkeypatch, **facts), inputs=False).problems
+    problems = validate(dataset_scored(tmp_path, float("nan"), monkeypatch, **spec), inputs=False).problems
     assert len(problems) == 3 and all("a score is not" in problem for problem in problems)
 
 
@@ -310,10 +310,10 @@ def test_a_report_of_regression_counts_every_image(tmp_path: Path, monkeypatch: 
 
 
 def test_a_comparison_of_regression_gives_the_mean_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    facts = {"multi_label": True, "regression": True}
+    spec = {"multi_label": True, "regression": True}
     with monkeypatch.context() as patch:
-        old = dataset_scored(tmp_path, -3.5, patch, out="old", **facts)
-    new = dataset_scored(tmp_path, 40.0, monkeypatch, out="new", **facts)
+        old = dataset_scored(tmp_path, -3.5, patch, out="old", **spec)
+    new = dataset_scored(tmp_path, 40.0, monkeypatch, out="new", **spec)
     found = compare(old, new)
     assert (found.rows, found.agreement, found.score_shift) == (27, 1.0, pytest.approx(43.5))
 

@@ -39,12 +39,12 @@ def test_predictions_equal_the_plain_transformers_loop(tmp_path: Path, name: str
     directory = make_checkpoint(tmp_path / "m", name, headed, side)
     embeddings, pixels = every_vector(name != "siglip"), noise(5, side)
     job = job_for(directory, labels=headed, embeddings=embeddings, top_k=3, batch_size=2)
-    facts = identify(job)
-    assert (facts.dimension, facts.layers, facts.prefix_tokens, facts.has_cls) == (32, 3, PREFIX[name], name != "siglip")
-    assert facts.labels == (tuple(f"LABEL_{i}" for i in range(CLASSES)) if headed else ())
-    assert (facts.pixels.shape, facts.precision, facts.batch_size, facts.engine) == ((side, side), "fp32", 2, "torch")
+    spec = identify(job)
+    assert (spec.dimension, spec.layers, spec.prefix_tokens, spec.has_cls) == (32, 3, PREFIX[name], name != "siglip")
+    assert spec.labels == (tuple(f"LABEL_{i}" for i in range(CLASSES)) if headed else ())
+    assert (spec.pixels.shape, spec.precision, spec.batch_size, spec.engine) == ((side, side), "fp32", 2, "torch")
 
-    require_plain(run(job, pixels, facts), job, name, pixels, atol=1e-5)
+    require_plain(run(job, pixels, spec), job, name, pixels, atol=1e-5)
 
 
 def test_labels_alone_and_no_images_keep_shapes_and_types(tmp_path: Path) -> None:
@@ -76,9 +76,9 @@ def test_multi_label_heads_score_with_sigmoid(tmp_path: Path) -> None:
 
 def test_auto_is_resolved_for_this_machine(tmp_path: Path) -> None:
     directory = make_checkpoint(tmp_path, "vit", True)
-    facts = identify(job_for(directory, precision="auto", batch_size="auto"))
+    spec = identify(job_for(directory, precision="auto", batch_size="auto"))
     native = any(flag in Path("/proc/cpuinfo").read_text() for flag in ("avx512_bf16", "amx_bf16"))
-    assert (facts.precision, facts.batch_size) == ("bf16" if native else "fp32", 16)
+    assert (spec.precision, spec.batch_size) == ("bf16" if native else "fp32", 16)
     assert identify(job_for(directory, precision="fp16", batch_size=3)).precision == "fp16"
 
 
@@ -118,10 +118,10 @@ class SmallMemory(torch.nn.Module):
 
 
 def small_memory(room: int, error: Exception, directory: str) -> tuple[SmallMemory, TorchModel]:
-    facts = dataclasses.replace(identify(job_for(directory)), batch_size=16)
+    spec = dataclasses.replace(identify(job_for(directory)), batch_size=16)
     tower = SmallMemory(room, error)
     column = VectorColumn("embedding", 32, None, "mean", False, "float32")
-    return tower, TorchModel(Network(tower, tower, [], None), facts, [column], 0, "cpu")
+    return tower, TorchModel(Network(tower, tower, [], None), spec, [column], 0, "cpu")
 
 
 def test_too_little_memory_halves_the_batch_and_loses_no_image(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

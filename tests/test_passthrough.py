@@ -173,7 +173,7 @@ def through(folder: Path, tables: list[pa.Table], on_ray: bool = False) -> Datas
     shards = list_shards(job, []).shards
     vector = VectorColumn("embedding", hand_made.DIMENSION, None, "cls", True, "float32")
     kept = passthrough_schema(shards, job)
-    dataset = resolve_dataset(job, hand_made.facts_of("m"), [vector], kept, "2026-01-01T00:00:00+00:00")
+    dataset = resolve_dataset(job, hand_made.spec_of("m"), [vector], kept, "2026-01-01T00:00:00+00:00")
     travel: Callable[..., object] = (lambda parcel: next(unpack(parcel.pack()))) if on_ray else (lambda parcel: parcel)
     for shard in shards:
         for parcel in map(travel, read_step(dataset, shard)):

@@ -25,7 +25,7 @@ from vitray.models import engines, identify
 from vitray.models.checkpoint import locate
 from vitray.models.loading import Network
 from vitray.models.torch_engine import TorchModel
-from vitray.schema import DecodeSpec, Encoded, ModelFacts, VectorColumn
+from vitray.schema import DecodeSpec, Encoded, ModelSpec, VectorColumn
 
 SIDE = 32  # of the small checkpoints
 SIZES = ((32, 32), (97, 61), (40, 300), (7, 9))  # width, height
@@ -62,14 +62,14 @@ def photos() -> list[Image.Image]:
     return [Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)) for width, height in SIZES]
 
 
-def resized(facts: ModelFacts, images: list[Image.Image]) -> np.ndarray:
+def resized(spec: ModelSpec, images: list[Image.Image]) -> np.ndarray:
     """uint8 [N, H, W, 3], as a run decodes them."""
     encoded = []
     for n, image in enumerate(images):
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
         encoded.append(Encoded(n, str(n), f"file:{n}", buffer.getvalue()))
-    pixels, outcomes = decode(encoded, DecodeSpec(facts.pixels, ("png",), 1_000_000, None))
+    pixels, outcomes = decode(encoded, DecodeSpec(spec.pixels, ("png",), 1_000_000, None))
     assert [outcome.reason for outcome in outcomes] == [None] * len(images)
     return np.asarray(pixels)
 
@@ -86,11 +86,11 @@ class Recorder(torch.nn.Module):
         return SimpleNamespace(last_hidden_state=torch.ones(len(pixel_values), 4, 32))
 
 
-def fed(facts: ModelFacts, pixels: np.ndarray) -> np.ndarray:
+def fed(spec: ModelSpec, pixels: np.ndarray) -> np.ndarray:
     """float32 [N, 3, H, W]: what the network gets of these pixels."""
     recorder = Recorder()
     column = VectorColumn("embedding", 32, None, "mean", False, "float32")
-    TorchModel(Network(recorder, recorder, [], None), facts, [column], 0, "cpu").predict(pixels)
+    TorchModel(Network(recorder, recorder, [], None), spec, [column], 0, "cpu").predict(pixels)
     return np.concatenate(recorder.seen)
 
 
@@ -126,13 +126,13 @@ TAKEN: list[tuple[str, dict[str, Any]]] = [
 )
 def test_fields_that_are_taken_give_the_pixels_of_transformers(checkpoint: str, changes: dict[str, Any]) -> None:
     write(checkpoint, SEPARATE, changes)
-    facts, images = identify(job_of(checkpoint)), photos()
+    spec, images = identify(job_of(checkpoint)), photos()
     processor = AutoImageProcessor.from_pretrained(checkpoint, backend="pil")
     expected = [processor(image, do_rescale=False, do_normalize=False).pixel_values[0] for image in images]
-    pixels = resized(facts, images)
+    pixels = resized(spec, images)
     np.testing.assert_array_equal(pixels, np.moveaxis(np.stack(expected), 1, -1))
     whole = np.stack([processor(image).pixel_values[0] for image in images]).astype(np.float32)
-    np.testing.assert_allclose(fed(facts, pixels), whole, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(fed(spec, pixels), whole, rtol=1e-6, atol=1e-6)
 
 
 def test_fields_that_a_file_leaves_out_are_those_of_its_class(checkpoint: str) -> None:
@@ -278,10 +278,10 @@ def test_an_index_of_weights_that_names_no_files_is_refused(checkpoint: str, wei
 @pytest.mark.parametrize("decode_on", ["gpu", "hybrid"])
 def test_filters_that_a_gpu_does_not_resize_with_are_refused_before_a_run(checkpoint: str, decode_on: str) -> None:
     edit(f"{checkpoint}/{SEPARATE}", resample=1)
-    facts = identify(job_of(checkpoint))
+    spec = identify(job_of(checkpoint))
     with pytest.raises(ModelError, match=r"resizes bilinear or bicubic, and .* wants lanczos\. Set decode: exact or fast"):
-        engines.require_filter(facts, decode_on)
-    engines.require_filter(facts, "exact")
+        engines.require_filter(spec, decode_on)
+    engines.require_filter(spec, "exact")
 
 
 # ---------------------------------------------------------------- directories of other libraries

@@ -97,8 +97,8 @@ def hostile_dataset(folder: Path, monkeypatch: pytest.MonkeyPatch, **fields: obj
     monkeypatch.setattr(
         hand_made, "error", lambda shard, image: {**plain(shard, image), "message": f"{HOSTILE[1]} http://127.0.0.1:9/x\n\u202e"}
     )
-    facts = replace(hand_made.facts_of(str(folder / "model")), labels=HOSTILE)
-    return hand_made.make_dataset(folder, facts=facts, **fields)
+    spec = replace(hand_made.spec_of(str(folder / "model")), labels=HOSTILE)
+    return hand_made.make_dataset(folder, spec=spec, **fields)
 
 
 @pytest.fixture(scope="module")
@@ -309,8 +309,8 @@ def test_a_browser_shows_a_comparison_with_hostile_names_and_asks_for_nothing(
     chromium: browser.Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int
 ) -> None:
     old, page = hostile_dataset(tmp_path, monkeypatch), tmp_path / "page.html"
-    facts = replace(hand_made.facts_of(str(tmp_path / "model")), labels=HOSTILE[::-1], weights_sha256="8" * 64)
-    new = hand_made.make_dataset(tmp_path, facts=facts, out=f"{tmp_path}/new")
+    spec = replace(hand_made.spec_of(str(tmp_path / "model")), labels=HOSTILE[::-1], weights_sha256="8" * 64)
+    new = hand_made.make_dataset(tmp_path, spec=spec, out=f"{tmp_path}/new")
     made = report_changes(compare(old.out, new.out), str(page))
     html = page.read_text()
     found = Tables(html)
@@ -331,8 +331,8 @@ def test_a_browser_shows_a_comparison_with_hostile_names_and_asks_for_nothing(
 
 def two_datasets(folder: Path, labels: tuple[str, ...]) -> tuple[str, str]:
     """Of the same tars; the second by a model that gives these labels for hand_made.CLASSES."""
-    facts = replace(hand_made.facts_of(str(folder / "model")), labels=labels, weights_sha256="8" * 64)
-    return hand_made.make_dataset(folder).out, hand_made.make_dataset(folder, facts=facts, out=f"{folder}/new").out
+    spec = replace(hand_made.spec_of(str(folder / "model")), labels=labels, weights_sha256="8" * 64)
+    return hand_made.make_dataset(folder).out, hand_made.make_dataset(folder, spec=spec, out=f"{folder}/new").out
 
 
 # ---------------------------------------------------------------- what may be missing

@@ -230,10 +230,10 @@ def test_a_graph_that_changed_is_not_opened(small: tuple[str, Shrunk], photos: s
     copy = str(tmp_path / "copy")
     shutil.copytree(small[0], copy)
     job = job_for(copy, engine="auto", embeddings=[Embedding()])
-    facts = identify(job)
+    spec = identify(job)
     with open(f"{copy}/model.onnx", "ab") as file:
         file.write(b"\0")
-    for act in (lambda: identify(job), lambda: open_job(job, facts)):
+    for act in (lambda: identify(job), lambda: open_job(job, spec)):
         with pytest.raises(ModelError, match=r"model\.onnx is not the file that was exported: its sha256 changed"):
             act()
     os.unlink(f"{copy}/model.onnx")
@@ -306,10 +306,10 @@ def test_a_torch_export_is_opened_by_its_safetensors_and_never_by_its_archive(
     job = job_for(into, engine="torch", embeddings=[Embedding(layer=1)])
     assert identify(job).weights_sha256 == identify(job.model_copy(update={"model": shapes_model})).weights_sha256
     assert np.array_equal(run(job, UNSEEN[0]).ids, run(job.model_copy(update={"model": shapes_model}), UNSEEN[0]).ids)
-    facts = identify(job)
+    spec = identify(job)
     other = make_checkpoint(tmp_path / "other", "vit", True)
     shutil.copy(f"{other}/model.safetensors", into)
-    for act in (lambda: identify(job), lambda: open_job(job, facts)):
+    for act in (lambda: identify(job), lambda: open_job(job, spec)):
         with pytest.raises(
             ModelError, match=r"its safetensors are not those that were exported\. Copy the whole directory again"
         ):
@@ -361,8 +361,8 @@ def test_answers_and_errors_are_counted_by_hand() -> None:
 
 def test_calibration_and_judgement_share_no_image_and_copies_count_once(tmp_path: Path, shapes_model: str, photos: str) -> None:
     job = asked(shapes_model, photos)
-    facts = identify(job.model_copy(update={"engine": "torch"}))
-    found = agreement.sample(job, facts, calibrates=True)
+    spec = identify(job.model_copy(update={"engine": "torch"}))
+    found = agreement.sample(job, spec, calibrates=True)
     seen = [{image.tobytes() for image in images} for images in (found.calibration, found.judged)]
     assert not seen[0] & seen[1] and (len(found.calibration), len(found.judged)) == (120, 120)
     folder = tmp_path / "few"
@@ -371,11 +371,11 @@ def test_calibration_and_judgement_share_no_image_and_copies_count_once(tmp_path
         shutil.copy(path, folder / f"{n}.png")
         shutil.copy(path, folder / f"{n}-again.png")
     (folder / "bad.png").write_bytes(b"no image")
-    few = agreement.sample(asked(shapes_model, str(folder)), facts, calibrates=True)
+    few = agreement.sample(asked(shapes_model, str(folder)), spec, calibrates=True)
     assert (len(few.calibration), len(few.judged), few.apart) == (30, 30, False)
     with tarfile.open(tmp_path / "t.tar", "w") as tar:
         tar.add(photos, ".")
-    assert len(agreement.sample(asked(shapes_model, f"{tmp_path}/t.tar"), facts, calibrates=False).judged) == 240
+    assert len(agreement.sample(asked(shapes_model, f"{tmp_path}/t.tar"), spec, calibrates=False).judged) == 240
 
 
 @pytest.mark.parametrize("kind", ["files", "tar", "parquet"])
@@ -395,10 +395,12 @@ def test_a_sample_of_a_shard_in_which_classes_lie_side_by_side_has_all_of_them(
     monkeypatch.setattr(agreement, "JUDGED", 90)
     monkeypatch.setattr(agreement, "CALIBRATION", 60)
     job = asked(shapes_model, source)
-    facts = identify(job.model_copy(update={"engine": "torch"}))
-    spec = Dataset("o", job, facts, (), pa.schema([]), 1).decode_spec
-    kinds = {decode([Encoded(0, path.name, "", path.read_bytes())], spec)[0][0].tobytes(): path.parent.name for path in paths}
-    found = agreement.sample(job, facts, calibrates=True)
+    spec = identify(job.model_copy(update={"engine": "torch"}))
+    decode_spec = Dataset("o", job, spec, (), pa.schema([]), 1).decode_spec
+    kinds = {
+        decode([Encoded(0, path.name, "", path.read_bytes())], decode_spec)[0][0].tobytes(): path.parent.name for path in paths
+    }
+    found = agreement.sample(job, spec, calibrates=True)
     assert (len(found.calibration), len(found.judged)) == (75, 75)
     for images in (found.calibration, found.judged):
         counts = Counter(kinds[image.tobytes()] for image in images)

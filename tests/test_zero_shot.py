@@ -118,9 +118,9 @@ def test_scores_equal_transformers_own_zero_shot_pipeline(towers: dict[str, str]
     job = job_for(towers[stem], LABELS, top_k=9, **({"prompts": prompt} if prompt else {}))
     expected = pipeline_scores(towers[stem], noise(IMAGES), prompt or "This is a photo of {}.")
     assert np.ptp(expected, axis=0).max() > 0.05 and np.ptp(expected, axis=1).max() > 0.05  # they tell images and labels apart
-    facts = identify(job)
-    assert (facts.labels, facts.multi_label) == (tuple(LABELS), stem == "Siglip")
-    found = run(job, noise(IMAGES), facts)
+    spec = identify(job)
+    assert (spec.labels, spec.multi_label) == (tuple(LABELS), stem == "Siglip")
+    found = run(job, noise(IMAGES), spec)
     np.testing.assert_allclose(by_label(found), expected, atol=1e-4)
     assert (np.diff(found.scores, axis=1) <= 0).all()
     assert (by_label(found).sum(1).round(4) == 1).all() == (stem == "CLIP")
@@ -188,8 +188,8 @@ def test_an_export_has_the_words_in_its_graph(towers: dict[str, str], tmp_path: 
 @pytest.mark.parametrize("stem", ["CLIP", "Siglip"])
 def test_a_compiled_pass_gives_the_same_scores(towers: dict[str, str], stem: str) -> None:
     job = job_for(towers[stem], LABELS, batch_size=1)
-    facts = identify(job)
-    model = open_model(facts, vector_columns(job, facts), 5, True, "cpu", 1, compiled=True)
+    spec = identify(job)
+    model = open_model(spec, vector_columns(job, spec), 5, True, "cpu", 1, compiled=True)
     assert len(model._compiled) == 1
     np.testing.assert_allclose(by_label(model.predict(noise(3))), by_label(run(job, noise(3))), atol=1e-4)
 
@@ -292,18 +292,18 @@ def test_a_tokenizers_code_never_runs_and_one_that_changed_is_refused(clip: str,
     Path(f"{clip}/tokenization.py").write_text(f"open({str(trap)!r}, 'w').close()\nclass A: pass\n")
     before = run(job, noise(2))
     edit(f"{clip}/tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization.A", "tokenization.A"]})
-    facts = identify(job)
-    np.testing.assert_array_equal(run(job, noise(2), facts).scores, before.scores)
+    spec = identify(job)
+    np.testing.assert_array_equal(run(job, noise(2), spec).scores, before.scores)
     assert not trap.exists()
     saved = json.loads(Path(f"{clip}/tokenizer.json").read_text())
     saved["model"]["merges"] = saved["model"]["merges"][:-5]
     Path(f"{clip}/tokenizer.json").write_text(json.dumps(saved))
-    assert identify(job).text_sha256 != facts.text_sha256
+    assert identify(job).text_sha256 != spec.text_sha256
     from vitray.models.linear import _read_labels
 
     _read_labels.cache_clear()
     with pytest.raises(ModelError, match="its tokenizer changed since it was planned"):
-        open_model(facts, [], 1, True, "cpu", 1)
+        open_model(spec, [], 1, True, "cpu", 1)
 
 
 def test_siglips_own_tokenizer_needs_sentencepiece(towers: dict[str, str], tmp_path: Path) -> None:
@@ -367,7 +367,7 @@ def test_a_dataset_keeps_its_labels_and_refuses_others(towers: dict[str, str], t
     job = Job(**base, device="cpu", labels=str(labels), group_size=5, limit=1)
     assert (first := vitray.run(job)).rows == 5 and first.pending == 0
     dataset = open_dataset(job.out)
-    assert dataset is not None and dataset.facts.labels == tuple(LABELS) and dataset.job.labels == LABELS
+    assert dataset is not None and dataset.spec.labels == tuple(LABELS) and dataset.job.labels == LABELS
     assert vitray.run(job.model_copy(update={"limit": None, "labels": LABELS})).rows == IMAGES
     table = vitray.read(job.out)
     scores = pipeline_scores(towers["CLIP"], pixels, "This is a photo of {}.")

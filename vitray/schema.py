@@ -186,7 +186,7 @@ class ScoreFunction(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class ModelFacts:
+class ModelSpec:
     """What a checkpoint is, found once and frozen in dataset.json.
 
     labels: class names by id, empty when there are none. prompts, text_sha256: of labels that a text tower reads, and the hash of what

@@ -130,7 +130,7 @@ def _of_image(dataset: Dataset, vector: VectorColumn, url: str) -> np.ndarray:
         raise JobError(f"--image {url} is no good image: {outcome.reason} ({outcome.message}). Choose another.")
     job = dataset.job
     with torch_threads_kept():
-        model = open_model(dataset.facts, list(dataset.vectors), 0, False, job.device, threads=1)
+        model = open_model(dataset.spec, list(dataset.vectors), 0, False, job.device, threads=1)
         values: np.ndarray = model.predict(pixels).vectors[vector.column][0].astype(np.float32)
     return values
 

@@ -37,7 +37,7 @@ ROW_GROUP_ROWS = 16_384  # 50 MB of a 768-float vector: small enough for a lapto
 DIGEST_ROWS = 1024
 READS = 3  # of a file that makes no sense: the way here may have spoilt it
 _TEXTS = ("write_id", "fingerprint", "shard", "url", "source_version", "rows_sha256")  # of a Footer, the same in the file
-_FACTS = ("model", "revision", "weights_sha256", "dimension", "precision", "engine")  # of ModelFacts
+_SPEC_FIELDS = ("model", "revision", "weights_sha256", "dimension", "precision", "engine")  # of ModelSpec
 _IN_HEADER = re.compile(r"[!-~]{1,64}")  # object metadata are HTTP headers: visible ASCII, 2 kB in all
 
 
@@ -346,8 +346,8 @@ def _marks(dataset: Dataset, shard: Shard, end: End, digest: RowsDigest, errors:
         "key_column": dataset.job.key_column,
         # base64: footer values are text to other readers of Parquet
         "error_rows": base64.b64encode(ipc_bytes(errors, "zstd")).decode() if errors.num_rows else "",
-        **{name: getattr(dataset.facts, name) for name in _FACTS},
-        "id2label_sha256": dataset.facts.labels_sha256(),
+        **{name: getattr(dataset.spec, name) for name in _SPEC_FIELDS},
+        "id2label_sha256": dataset.spec.labels_sha256(),
         "decode": dataset.job.decode,
         "version": __version__,
     }

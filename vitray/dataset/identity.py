@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from vitray.errors import JobError, ObjectMissing, StorageError, one_line
 from vitray.job import Job, make_job
-from vitray.schema import LABEL_FIELDS, SCHEMA_VERSION, DecodeSpec, ModelFacts, PixelSpec, ScoreFunction, VectorColumn, row_schema
+from vitray.schema import LABEL_FIELDS, SCHEMA_VERSION, DecodeSpec, ModelSpec, PixelSpec, ScoreFunction, VectorColumn, row_schema
 from vitray.storage import absolute, exists, join, read, store_for
 
 # of the job, as they are; of the others some do not count, or count as what was resolved from them
@@ -33,7 +33,7 @@ class Dataset:
 
     out: str
     job: Job
-    facts: ModelFacts
+    spec: ModelSpec
     vectors: tuple[VectorColumn, ...]
     kept: pa.Schema
     fragment_rows: int
@@ -47,9 +47,7 @@ class Dataset:
     def decode_spec(self) -> DecodeSpec:
         hexes = self.job.background
         colour = None if hexes is None else (int(hexes[1:3], 16), int(hexes[3:5], 16), int(hexes[5:7], 16))
-        return DecodeSpec(
-            self.facts.pixels, tuple(self.job.formats), self.job.max_pixels, colour, self.job.decode, self.job.rules
-        )
+        return DecodeSpec(self.spec.pixels, tuple(self.job.formats), self.job.max_pixels, colour, self.job.decode, self.job.rules)
 
     @property
     def fingerprint(self) -> str:
@@ -59,18 +57,18 @@ class Dataset:
         """Everything that decides the numbers, by name: what the fingerprint hashes."""
         return {
             "schema_version": SCHEMA_VERSION,
-            "weights": self.facts.weights_sha256,
-            "labels": [self.job.labelled, self.facts.labels_sha256(), self.facts.multi_label],
-            "processor": asdict(self.facts.pixels),
+            "weights": self.spec.weights_sha256,
+            "labels": [self.job.labelled, self.spec.labels_sha256(), self.spec.multi_label],
+            "processor": asdict(self.spec.pixels),
             "embeddings": [asdict(v) for v in self.vectors],
             "top_k": self.job.top_k if self.job.labelled else 0,
             "keep": [[f.name, str(f.type)] for f in self.kept],
-            "precision": self.facts.precision,
-            "engine": self.facts.engine,
+            "precision": self.spec.precision,
+            "engine": self.spec.engine,
             # absent where there are none: datasets that were begun before there were any go on
-            **({"prompts": [*self.facts.prompts, self.facts.text_sha256]} if self.facts.prompts else {}),
-            **({"score_function": "none"} if self.facts.score_function is ScoreFunction.NONE else {}),
-            **({"head": [self.facts.head_sha256, self.facts.head_column]} if self.facts.head else {}),
+            **({"prompts": [*self.spec.prompts, self.spec.text_sha256]} if self.spec.prompts else {}),
+            **({"score_function": "none"} if self.spec.score_function is ScoreFunction.NONE else {}),
+            **({"head": [self.spec.head_sha256, self.spec.head_column]} if self.spec.head else {}),
             **self._source_rules(),
             **{name: getattr(self.job, name) for name in DECIDING_FIELDS},
         }
@@ -82,7 +80,7 @@ class Dataset:
 
     def label_columns(self, ids: np.ndarray, scores: np.ndarray) -> dict[str, pa.Array]:
         """LABEL_FIELDS of ids int [N, k] and scores [N, k], best first."""
-        said, (n, k) = np.array(self.facts.labels, dtype=object)[ids], ids.shape
+        said, (n, k) = np.array(self.spec.labels, dtype=object)[ids], ids.shape
         offsets = pa.array(np.arange(0, n * k + 1, k), pa.int32())
         columns = [(said, pa.string()), (ids, pa.int32()), (scores, pa.float32())]
         best = [pa.array(values[:, 0], kind) for values, kind in columns]
@@ -199,7 +197,7 @@ def to_json(dataset: Dataset, now: str) -> bytes:
         "fingerprint": dataset.fingerprint,
         "deciding": dataset.deciding(),
         "job": dataset.job.model_dump(mode="json"),
-        "facts": asdict(dataset.facts),
+        "facts": asdict(dataset.spec),
         "key_is_found": dataset.job.key_is_found,
         "vectors": [asdict(v) for v in dataset.vectors],
         "kept": base64.b64encode(dataset.kept.serialize().to_pybytes()).decode(),
@@ -217,12 +215,12 @@ def differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def _from_json(out: str, document: dict[str, Any]) -> Dataset:
-    facts = _with_tuples(document["facts"])
-    facts["pixels"] = PixelSpec(**_with_tuples(facts["pixels"]))
+    spec = _with_tuples(document["facts"])
+    spec["pixels"] = PixelSpec(**_with_tuples(spec["pixels"]))
     dataset = Dataset(
         out=out,
         job=_job_of(document),
-        facts=ModelFacts(**facts),
+        spec=ModelSpec(**spec),
         vectors=tuple(VectorColumn(**v) for v in document["vectors"]),
         kept=pa.ipc.read_schema(pa.py_buffer(base64.b64decode(document["kept"]))),
         fragment_rows=int(document["fragment_rows"]),

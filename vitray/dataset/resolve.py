@@ -16,7 +16,7 @@ from vitray.dataset.identity import Dataset, dataset_url, differing, open_datase
 from vitray.dataset.ledger import committed, footers_of, require_own
 from vitray.errors import FingerprintError, JobError, StorageError
 from vitray.job import Job
-from vitray.schema import ModelFacts, VectorColumn
+from vitray.schema import ModelSpec, VectorColumn
 from vitray.storage import absolute, exists, join, store_for
 
 COMPACTED = ("_COMPACT.json", "_COMPACTING.json")
@@ -41,7 +41,7 @@ def with_source_rules(job: Job) -> Job:
     return job.with_found_key(existing.job.key_column) if existing.job.key_is_found and job.key_column is None else job
 
 
-def resolve_dataset(job: Job, facts: ModelFacts, vectors: list[VectorColumn], kept: pa.Schema, now: str) -> Dataset:
+def resolve_dataset(job: Job, spec: ModelSpec, vectors: list[VectorColumn], kept: pa.Schema, now: str) -> Dataset:
     """The dataset of this job: made by a conditional create, or the one that is there when its fingerprint is equal.
 
     `auto` fields adopt what is frozen. Raises FingerprintError with the differing fields,
@@ -50,8 +50,8 @@ def resolve_dataset(job: Job, facts: ModelFacts, vectors: list[VectorColumn], ke
     out = absolute(job.out)
     there = open_dataset(out)
     if there is None:
-        rows = job.fragment_rows if job.fragment_rows != "auto" else max(64, facts.batch_size)
-        mine = Dataset(out, job, facts, tuple(vectors), kept, rows)
+        rows = job.fragment_rows if job.fragment_rows != "auto" else max(64, spec.batch_size)
+        mine = Dataset(out, job, spec, tuple(vectors), kept, rows)
         if marks := [name for name in COMPACTED if exists(join(out, name))]:
             raise JobError(
                 f"{out} holds what vitray compact gathered ({marks[0]}): readers would see rows twice. Choose another `out`."
@@ -62,12 +62,12 @@ def resolve_dataset(job: Job, facts: ModelFacts, vectors: list[VectorColumn], ke
         there = open_dataset(out)
         if there is None:
             raise StorageError(f"{dataset_url(out)} was refused but is not there. Run the same command again.")
-    mine = Dataset(out, job, replace(facts, **_frozen(job, there)), tuple(vectors), kept, there.fragment_rows)
+    mine = Dataset(out, job, replace(spec, **_frozen(job, there)), tuple(vectors), kept, there.fragment_rows)
     if mine.fingerprint == there.fingerprint:
         return mine
     if _has_ended_without_rows(out):
         drop_unstarted(out)
-        return resolve_dataset(job, facts, vectors, kept, now)
+        return resolve_dataset(job, spec, vectors, kept, now)
     raise FingerprintError(_difference(there, mine))
 
 
@@ -113,14 +113,14 @@ def with_frozen(job: Job) -> Job:
 
 
 def _frozen(job: Job, there: Dataset) -> dict[str, Any]:
-    return {name: getattr(there.facts, name) for name in ("precision", "engine", "batch_size") if getattr(job, name) == "auto"}
+    return {name: getattr(there.spec, name) for name in ("precision", "engine", "batch_size") if getattr(job, name) == "auto"}
 
 
 def _difference(there: Dataset, mine: Dataset) -> str:
     old, new = there.deciding(), mine.deciding()
     names = differing(old, new)
-    for side, facts in ((old, there.facts), (new, mine.facts)):
-        side["weights"] = f"{facts.weights_sha256[:8]}… of {facts.model}"
+    for side, spec in ((old, there.spec), (new, mine.spec)):
+        side["weights"] = f"{spec.weights_sha256[:8]}… of {spec.model}"
     values = "; ".join(f"{n} differs ({_short(old.get(n))}, this job: {_short(new.get(n))})" for n in names)
     if not committed(there.out):
         step = f"Choose another `out`. If no run works on this one, delete {there.out}/_vitray to begin anew: it has no rows yet."

@@ -16,7 +16,7 @@ from vitray.decoding.decode import decode
 from vitray.errors import SourceError
 from vitray.job import Job
 from vitray.models import Model, Predictions
-from vitray.schema import Encoded, ModelFacts, content_hash
+from vitray.schema import Encoded, ModelSpec, content_hash
 from vitray.sources import chosen, estimate_images, list_shards, read_shard
 
 CALIBRATION, JUDGED = 300, 500  # images at most; NNCF's own default is 300
@@ -94,14 +94,14 @@ class Judgement:
         return self.cosine if self.agreement is None else self.agreement
 
 
-def sample(job: Job, facts: ModelFacts, calibrates: bool) -> Sample:
+def sample(job: Job, spec: ModelSpec, calibrates: bool) -> Sample:
     """Images of the job's source. Raises SourceError when there are fewer than LEAST good ones."""
-    spec = Dataset(job.out, job, facts, (), pa.schema([]), 1).decode_spec
+    decode_spec = Dataset(job.out, job, spec, (), pa.schema([]), 1).decode_spec
     most, found, seen = JUDGED + CALIBRATION * calibrates, list[np.ndarray](), set[bytes]()
     encoded = _encoded(job, most)
     while items := list(itertools.islice(encoded, DECODED)):
         fresh = {content_hash(item.data): item for item in items if item.data}
-        pixels, _ = decode([item for digest, item in fresh.items() if digest not in seen], spec)
+        pixels, _ = decode([item for digest, item in fresh.items() if digest not in seen], decode_spec)
         seen |= fresh.keys()
         found += [np.array(image) for image in pixels]  # copies: the child writes there again
     if len(found) < LEAST:

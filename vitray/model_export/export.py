@@ -24,7 +24,7 @@ from vitray.models.checkpoint import EXPORT, locate, weight_files
 from vitray.models.exported import FORMAT, read_export, seal
 from vitray.models.machine import cores
 from vitray.models.pixels import FILES
-from vitray.schema import ModelFacts, VectorColumn
+from vitray.schema import ModelSpec, VectorColumn
 from vitray.storage import absolute, new_folder
 from vitray.version import __version__
 
@@ -70,9 +70,9 @@ def shrink(job: Job, to: str, how: str, into: str, min_agreement: float | None =
         raise ModelError(f"{found.model} is an export already ({earlier.to}). Give the checkpoint that it was made from.")
     job = job.model_copy(update={"engine": "torch", "device": "cpu"})
     with new_folder(into, "--into") as folder, torch_threads_kept():
-        facts = identify(job)
-        source = graphs.Source(found, facts, job.labelled, _raw(job, facts), np.empty(0))
-        images = agreement.sample(job, facts, calibrates=how == "int8")
+        spec = identify(job)
+        source = graphs.Source(found, spec, job.labelled, _raw(job, spec), np.empty(0))
+        images = agreement.sample(job, spec, calibrates=how == "int8")
         graphs.write(replace(source, calibration=images.calibration), to, how, folder)
         _describe(source, to, how, folder)
         judgement, weights = _judge(job, source, images, to, folder)
@@ -87,11 +87,11 @@ def shrink(job: Job, to: str, how: str, into: str, min_agreement: float | None =
     return done
 
 
-def _raw(job: Job, facts: ModelFacts) -> list[VectorColumn]:
+def _raw(job: Job, spec: ModelSpec) -> list[VectorColumn]:
     """The vectors that the graph gives: what a job does to them afterwards, normalising and halving, stays the job's."""
-    places = {(v.layer, v.pool) for v in vector_columns(job, facts)}
-    ordered = sorted(places, key=lambda place: (place[0] or facts.layers + 1, place[1]))
-    return [VectorColumn(f"{pool}_{layer or 'last'}", facts.dimension, layer, pool, False, "float32") for layer, pool in ordered]
+    places = {(v.layer, v.pool) for v in vector_columns(job, spec)}
+    ordered = sorted(places, key=lambda place: (place[0] or spec.layers + 1, place[1]))
+    return [VectorColumn(f"{pool}_{layer or 'last'}", spec.dimension, layer, pool, False, "float32") for layer, pool in ordered]
 
 
 def _name(source: graphs.Source) -> str:
@@ -117,10 +117,10 @@ def _describe(source: graphs.Source, to: str, how: str, folder: Path) -> None:
         "to": to,
         "quantisation": how,
         "source": _name(source),
-        "revision": source.facts.revision,
-        "source_weights_sha256": source.facts.weights_sha256,
-        "labels": source.facts.labels,
-        "multi_label": source.facts.multi_label,
+        "revision": source.spec.revision,
+        "source_weights_sha256": source.spec.weights_sha256,
+        "labels": source.spec.labels,
+        "multi_label": source.spec.multi_label,
         "vectors": [{"layer": v.layer or "last", "pool": v.pool} for v in source.vectors],
         "results": source.names,
         "graph": digests,
@@ -135,32 +135,32 @@ def _describe(source: graphs.Source, to: str, how: str, folder: Path) -> None:
 
 def _judge(job: Job, source: graphs.Source, images: Sample, to: str, folder: Path) -> tuple[Judgement, str | None]:
     """And the weights_sha256 that a dataset made with it will have; None for what is no `model:` here."""
-    facts, threads = source.facts, cores()
+    spec, threads = source.spec, cores()
     files = [*_graph_files(folder), *folder.glob("*.safetensors")]  # a torch-export holds the weights twice
     sizes = [sum(os.path.getsize(path) for path in paths) for paths in (files, weight_files(source.found))]
     figures: dict[str, Any] = {"images": len(images.judged), "calibrated_on": len(images.calibration), "apart": images.apart}
-    figures |= {"megabytes": sizes[0] / 1e6, "ratio": sizes[0] / sizes[1], "torch_precision": facts.precision}
+    figures |= {"megabytes": sizes[0] / 1e6, "ratio": sizes[0] / sizes[1], "torch_precision": spec.precision}
     if to == "coreml":
         return Judgement(**figures), None
 
-    def opened(said: ModelFacts, precision: str, top_k: int) -> Model:
+    def opened(said: ModelSpec, precision: str, top_k: int) -> Model:
         return open_model(replace(said, precision=precision), source.vectors, top_k, job.labelled, "cpu", threads)
 
     if to == "torch-export":
-        mine, precision = facts, "fp32"
+        mine, precision = spec, "fp32"
         exported = exact = graphs.run_program(source)
     else:
         own = {"labels": job.labelled, "head": None}  # words and a head are in the graph by now
         mine = identify(job.model_copy(update={"model": str(folder), "revision": None, "engine": "auto", **own}))
         precision = mine.precision
-        exported = opened(mine, precision, len(facts.labels))
-        exact = exported if precision == "fp32" else opened(mine, "fp32", len(facts.labels))
-    expected = opened(facts, "fp32", len(facts.labels)).predict(images.judged)
+        exported = opened(mine, precision, len(spec.labels))
+        exact = exported if precision == "fp32" else opened(mine, "fp32", len(spec.labels))
+    expected = opened(spec, "fp32", len(spec.labels)).predict(images.judged)
     found = exported.predict(images.judged)
     figures |= agreement.answers(expected, found) | {"precision": precision}
     figures["error"] = agreement.error(expected, found if exact is exported else exact.predict(images.judged))
-    pixels = np.resize(images.judged, (2 * threads * facts.batch_size, *images.judged.shape[1:]))
-    figures |= agreement.speeds(exported, opened(facts, facts.precision, job.top_k), pixels)
+    pixels = np.resize(images.judged, (2 * threads * spec.batch_size, *images.judged.shape[1:]))
+    figures |= agreement.speeds(exported, opened(spec, spec.precision, job.top_k), pixels)
     return Judgement(**figures), mine.weights_sha256
 
 
@@ -168,16 +168,16 @@ def _sign(folder: Path, source: graphs.Source, done: Shrunk) -> None:
     """The judgement into vitray_export.json, and the model card."""
     said = json.loads((folder / EXPORT).read_text())
     (folder / EXPORT).write_text(json.dumps(seal(said | {"judgement": asdict(done.judgement)}), indent=1))
-    base = f"base_model: {done.model}\n" if source.facts.revision else ""
+    base = f"base_model: {done.model}\n" if source.spec.revision else ""
     use = "It is for apps on Apple's devices." if done.to == "coreml" else "It is a `model:` of vitray, with `engine: auto`."
-    name, (height, width) = re.sub(r"[^\w./ -]", "_", done.model), source.facts.pixels.shape  # no markup
+    name, (height, width) = re.sub(r"[^\w./ -]", "_", done.model), source.spec.pixels.shape  # no markup
     rows = "\n".join(f"| {what} | {value} |" for what, value in done.judgement.rows())
     (folder / "README.md").write_text(f"""---
 {base}tags: [{", ".join(filter(None, ("vitray", done.to, done.how)))}]
 ---
 # {name} as {done.to}, {done.how or "float32"}
 
-Made by vitray {__version__} from weights with SHA-256 {source.facts.weights_sha256}. {use}
+Made by vitray {__version__} from weights with SHA-256 {source.spec.weights_sha256}. {use}
 It takes pixels [images, {height}, {width}, 3], RGB, 0 to 255, and gives {", ".join(source.names)}.
 
 | beside the original | |

@@ -22,7 +22,7 @@ import numpy as np
 from vitray.errors import JobError, ModelError, StorageError, one_line
 from vitray.models import Model
 from vitray.models.checkpoint import Checkpoint, weight_files
-from vitray.schema import ModelFacts, VectorColumn
+from vitray.schema import ModelSpec, VectorColumn
 
 QUANTISED = ("fp16", "int8", "int8-weights", "int4-weights")
 KNOWN = {"onnx": QUANTISED, "openvino": QUANTISED, "torch-export": (), "coreml": ("fp16",)}
@@ -44,7 +44,7 @@ class Source:
     """What is exported. labels: with the scores of all of them. vectors: raw ones, see exported.py. calibration: uint8 [N, H, W, 3]."""
 
     found: Checkpoint
-    facts: ModelFacts
+    spec: ModelSpec
     labels: bool
     vectors: list[VectorColumn]
     calibration: np.ndarray
@@ -59,9 +59,9 @@ class Source:
         from vitray.models.linear import open_head
         from vitray.models.loading import load_network
 
-        head = open_head(self.facts, self.found, "cpu") if self.labels else None
+        head = open_head(self.spec, self.found, "cpu") if self.labels else None
         network = load_network(self.found, self.labels, head)
-        return export_graph(network, self.facts, self.vectors, self.labels, fixed)
+        return export_graph(network, self.spec, self.vectors, self.labels, fixed)
 
 
 def require(to: str, how: str) -> None:
@@ -90,7 +90,7 @@ def write(source: Source, to: str, how: str, folder: Path) -> None:
         if "iostream error" in str(error):  # what C++ says of a disk that takes no more
             raise OSError(one_line(error)) from error
         said = f"{type(error).__name__}, {one_line(error)}"
-        raise ModelError(f"{source.facts.model} cannot be exported by --to {to}{how and f' --{how}'} ({said}).") from error
+        raise ModelError(f"{source.spec.model} cannot be exported by --to {to}{how and f' --{how}'} ({said}).") from error
 
 
 def run_program(source: Source) -> Model:
@@ -105,7 +105,7 @@ def run_program(source: Source) -> Model:
         with torch.no_grad():
             return [result.numpy() for result in module(torch.from_numpy(pixels))]
 
-    return GraphModel(run, source.facts, source.vectors, len(source.facts.labels), 1)
+    return GraphModel(run, source.spec, source.vectors, len(source.spec.labels), 1)
 
 
 @contextlib.contextmanager
@@ -222,7 +222,7 @@ def _coreml(source: Source, how: str, folder: Path) -> None:
     import coremltools as ct
     import torch
 
-    one = torch.zeros(1, *source.facts.pixels.shape, 3, dtype=torch.int32)
+    one = torch.zeros(1, *source.spec.pixels.shape, 3, dtype=torch.int32)
     model = ct.convert(
         source.program(one).run_decompositions({}),
         outputs=[ct.TensorType(name=name) for name in source.names],
@@ -232,7 +232,7 @@ def _coreml(source: Source, how: str, folder: Path) -> None:
     )
     said = model.get_spec().description
     shapes = [tuple(field.type.multiArrayType.shape) for field in (*said.input, *said.output)]
-    sizes = [len(source.facts.labels)] * source.labels + [vector.dimension for vector in source.vectors]
+    sizes = [len(source.spec.labels)] * source.labels + [vector.dimension for vector in source.vectors]
     if shapes != [tuple(one.shape), *((1, size) for size in sizes)] or [field.name for field in said.output] != source.names:
         raise ModelError(f"coremltools made a graph of {shapes}")
     model.save(str(folder / "model.mlpackage"))

@@ -15,7 +15,7 @@ import numpy as np
 from vitray.crash import crash_point
 from vitray.errors import ModelError
 from vitray.job import Job
-from vitray.schema import ModelFacts, VectorColumn
+from vitray.schema import ModelSpec, VectorColumn
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Model(Protocol):
         ...
 
 
-def identify(job: Job, runs_here: bool = True) -> ModelFacts:
+def identify(job: Job, runs_here: bool = True) -> ModelSpec:
     """What the job's checkpoint is: fetched once a node, checked and hashed; precision, engine and batch size for this machine.
 
     With engine: auto and more than one engine installed each is opened, checked and timed, for 10 s at most.
@@ -60,7 +60,7 @@ def identify(job: Job, runs_here: bool = True) -> ModelFacts:
     if runs_here:
         machine.require(device, job.precision, job.decode)
     fastest = "fp32" if asked == "onnx" else machine.auto_precision(device)
-    facts = ModelFacts(
+    spec = ModelSpec(
         model=found.model,
         revision=found.revision,
         weights_sha256=exported.hash_model(found),
@@ -77,32 +77,32 @@ def identify(job: Job, runs_here: bool = True) -> ModelFacts:
         engine="torch" if asked == "auto" else asked,
         batch_size=machine.auto_batch_size(device, config.dimension) if job.batch_size == "auto" else job.batch_size,
     )
-    facts = exported.labelled(job, facts, graph, config) if graph else labelling.labelled(job, facts, found, config)
+    spec = exported.labelled(job, spec, graph, config) if graph else labelling.labelled(job, spec, found, config)
     if runs_here:
-        engines.require(facts.engine, device, facts.precision)
-    engines.require_pixels(facts.engine, job.decode)
-    engines.require_filter(facts, job.decode)
+        engines.require(spec.engine, device, spec.precision)
+    engines.require_pixels(spec.engine, job.decode)
+    engines.require_filter(spec, job.decode)
     if graph:
-        exported.places(graph, found.model, vector_columns(job, facts))
-    return _with_fastest_engine(job, facts, device) if asked == "auto" else facts
+        exported.places(graph, found.model, vector_columns(job, spec))
+    return _with_fastest_engine(job, spec, device) if asked == "auto" else spec
 
 
-def _with_fastest_engine(job: Job, facts: ModelFacts, device: str) -> ModelFacts:
+def _with_fastest_engine(job: Job, spec: ModelSpec, device: str) -> ModelSpec:
     from vitray.models import engines, machine
 
-    names, out = engines.usable(device, facts.precision)
+    names, out = engines.usable(device, spec.precision)
     if len(names) == 1:
-        return replace(facts, engine_why=out)
+        return replace(spec, engine_why=out)
 
-    columns, threads = vector_columns(job, facts), machine.cores()
+    columns, threads = vector_columns(job, spec), machine.cores()
 
     def opening(engine: str, precision: str, top_k: int) -> engines.Open:
-        chosen = replace(facts, engine=engine, precision=precision)
+        chosen = replace(spec, engine=engine, precision=precision)
         return lambda: open_model(chosen, columns, top_k, job.labelled, job.device, threads)
 
-    choices = {name: opening(name, facts.precision, job.top_k) for name in names}
-    engine, why = engines.fastest(facts, choices, opening("torch", "fp32", len(facts.labels)))
-    return replace(facts, engine=engine, engine_why=", ".join(filter(None, [why, out])))
+    choices = {name: opening(name, spec.precision, job.top_k) for name in names}
+    engine, why = engines.fastest(spec, choices, opening("torch", "fp32", len(spec.labels)))
+    return replace(spec, engine=engine, engine_why=", ".join(filter(None, [why, out])))
 
 
 def with_label_names(job: Job) -> Job:
@@ -159,60 +159,60 @@ def will_compile(job: Job, images: int) -> str:
     return f"auto: {say} ({images:,} images; on from {cpu:,} a machine, or {gpu:,} a GPU, in one run)"
 
 
-def vector_columns(job: Job, facts: ModelFacts) -> list[VectorColumn]:
+def vector_columns(job: Job, spec: ModelSpec) -> list[VectorColumn]:
     """One column for each of job.embeddings. Raises ModelError for a layer or a token that the model does not have."""
     from vitray.models.labelling import require_vector
 
     columns = []
     for embedding in job.embeddings:
         layer = None if embedding.layer == "last" else embedding.layer
-        require_vector(facts, layer, embedding.pool)
+        require_vector(spec, layer, embedding.pool)
         column = job.column(embedding)
-        columns.append(VectorColumn(column, facts.dimension, layer, embedding.pool, embedding.normalize, embedding.dtype))
+        columns.append(VectorColumn(column, spec.dimension, layer, embedding.pool, embedding.normalize, embedding.dtype))
     return columns
 
 
 def open_model(
-    facts: ModelFacts, vectors: list[VectorColumn], top_k: int, labels: bool, device: str, threads: int, compiled: bool = False
+    spec: ModelSpec, vectors: list[VectorColumn], top_k: int, labels: bool, device: str, threads: int, compiled: bool = False
 ) -> Model:
     """The checkpoint, loaded and ready.
 
     device: as in Job.device. threads: how many batches a CPU computes at once, unused on an accelerator. compiled: let torch compile
     the forward pass first: a minute, and the same numbers within the precision's tolerance (`compiles` says when).
-    Raises ModelError when the weights are not those of `facts`, when one that is needed is missing, and when facts.engine
+    Raises ModelError when the weights are not those of `spec`, when one that is needed is missing, and when spec.engine
     cannot run here.
     """
     from vitray.models import checkpoint, engines, exported, linear, loading, machine
 
-    if labels and not facts.labels:
-        raise ModelError(f"{facts.model} was identified without labels; identify it again with labels: true")
-    found = checkpoint.locate(facts.model, facts.revision)
+    if labels and not spec.labels:
+        raise ModelError(f"{spec.model} was identified without labels; identify it again with labels: true")
+    found = checkpoint.locate(spec.model, spec.revision)
     graph = exported.read_graph(found)
-    if (weights := exported.hash_model(found)) != facts.weights_sha256:
+    if (weights := exported.hash_model(found)) != spec.weights_sha256:
         raise ModelError(
-            f"{facts.model}: the weights changed (sha256 {facts.weights_sha256[:12]}… planned, {weights[:12]}… found). "
+            f"{spec.model}: the weights changed (sha256 {spec.weights_sha256[:12]}… planned, {weights[:12]}… found). "
             "Put the old weights back, or choose another `out`."
         )
     chosen = machine.resolve_device(device)
-    engines.require(facts.engine, chosen, facts.precision)
-    machine.require(chosen, facts.precision, "")
+    engines.require(spec.engine, chosen, spec.precision)
+    machine.require(chosen, spec.precision, "")
     k = top_k if labels else 0
     if graph:
-        return exported.open_exported(found, graph, facts, vectors, k, chosen, threads)
-    network = loading.load_network(found, labels, linear.open_head(facts, found, chosen) if labels else None)
+        return exported.open_exported(found, graph, spec, vectors, k, chosen, threads)
+    network = loading.load_network(found, labels, linear.open_head(spec, found, chosen) if labels else None)
     crash_point("model-loaded")
-    if facts.engine == "torch":
+    if spec.engine == "torch":
         from vitray.models.torch_engine import TorchModel
 
-        return TorchModel(network, facts, vectors, k, chosen, threads if chosen == "cpu" else 1, compiled)
+        return TorchModel(network, spec, vectors, k, chosen, threads if chosen == "cpu" else 1, compiled)
     from vitray.models.graph import GraphModel, export_graph
 
-    program = export_graph(network, facts, vectors, labels)
-    if facts.engine == "onnx":
+    program = export_graph(network, spec, vectors, labels)
+    if spec.engine == "onnx":
         from vitray.models import onnx_engine
 
-        return GraphModel(onnx_engine.compile_graph(program, chosen), facts, vectors, k, threads if chosen == "cpu" else 1)
+        return GraphModel(onnx_engine.compile_graph(program, chosen), spec, vectors, k, threads if chosen == "cpu" else 1)
     from vitray.models import openvino_engine
 
-    run = openvino_engine.open_graph(openvino_engine.convert(program), facts.precision, threads)
-    return GraphModel(run, facts, vectors, k, threads)
+    run = openvino_engine.open_graph(openvino_engine.convert(program), spec.precision, threads)
+    return GraphModel(run, spec, vectors, k, threads)

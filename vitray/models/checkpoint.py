@@ -178,7 +178,7 @@ def read_config(found: Checkpoint) -> VisionConfig:
         vision = getattr(config, "vision_config", config)
         size = vision.image_size
         patch = vision.patch_size
-        facts = VisionConfig(
+        spec = VisionConfig(
             family=family,
             dimension=int(vision.hidden_size),
             layers=int(vision.num_hidden_layers),
@@ -192,7 +192,7 @@ def read_config(found: Checkpoint) -> VisionConfig:
         raise ModelError(f"{found.model}: config.json is not a valid {family} config ({one_line(error)}).") from error
     if vision.num_channels != 3:
         raise ModelError(f"{found.model} takes images of {vision.num_channels} channels; vitray feeds RGB.")
-    return facts
+    return spec
 
 
 def _other_library(found: Checkpoint) -> str | None:

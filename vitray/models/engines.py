@@ -12,7 +12,7 @@ import numpy as np
 from vitray.errors import ModelError, one_line
 from vitray.models import Model, Predictions
 from vitray.models.pixels import FILTERS, GPU_FILTERS
-from vitray.schema import ModelFacts
+from vitray.schema import ModelSpec
 
 MODULES = {"openvino": ("openvino",), "onnx": ("onnxruntime", "onnx", "onnxscript")}
 PRECISIONS = {"openvino": ("bf16", "fp32"), "onnx": ("fp32",)}
@@ -70,11 +70,11 @@ def require_pixels(engine: str, decode: str) -> None:
         raise ModelError(f"decode: {decode} leaves pixels to engine torch. Set decode: exact or fast, or engine: torch.")
 
 
-def require_filter(facts: ModelFacts, decode: str) -> None:
+def require_filter(spec: ModelSpec, decode: str) -> None:
     """Raises ModelError when the GPU would resize, and cannot as the model's processor does."""
-    if decode in ("gpu", "hybrid") and facts.pixels.resample not in GPU_FILTERS:
+    if decode in ("gpu", "hybrid") and spec.pixels.resample not in GPU_FILTERS:
         raise ModelError(
-            f"decode: {decode} resizes bilinear or bicubic, and {facts.model} wants {FILTERS[facts.pixels.resample]}. "
+            f"decode: {decode} resizes bilinear or bicubic, and {spec.model} wants {FILTERS[spec.pixels.resample]}. "
             "Set decode: exact or fast."
         )
 
@@ -87,39 +87,39 @@ def usable(device: str, precision: str) -> tuple[list[str], str]:
     return [engine for engine, reason in why.items() if reason is None], ", ".join(out)
 
 
-def fastest(facts: ModelFacts, engines: Mapping[str, Open], exact: Open, seconds: float = SECONDS) -> tuple[str, str]:
+def fastest(spec: ModelSpec, engines: Mapping[str, Open], exact: Open, seconds: float = SECONDS) -> tuple[str, str]:
     """The name of the fastest engine, and a line that says what each did.
 
     exact: opens torch in float32 with all labels. An engine that fails or strays from its answers is left out; torch,
     what the others are held against, is not checked. seconds: of timing, an engine.
     """
     rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (max(IMAGES, facts.batch_size), *facts.pixels.shape, 3), dtype=np.uint8)
+    pixels = rng.integers(0, 256, (max(IMAGES, spec.batch_size), *spec.pixels.shape, 3), dtype=np.uint8)
     expected = exact().predict(pixels[:IMAGES])
     opened, said = dict[str, Model](), dict[str, str]()
     for name, open_engine in engines.items():
         try:
             model = open_engine()
-            stray = None if name == "torch" else strays(model.predict(pixels[:IMAGES]), expected, facts)
+            stray = None if name == "torch" else strays(model.predict(pixels[:IMAGES]), expected, spec)
         except Exception as error:  # an engine may not know this model: each has its own exceptions
             stray = " ".join(str(error).split())[:120] or type(error).__name__
         if stray is None:
             opened[name] = model
         else:
             said[name] = f"left out ({stray})"
-    speeds = _speeds(opened, pixels[: facts.batch_size], seconds)
+    speeds = _speeds(opened, pixels[: spec.batch_size], seconds)
     said |= {name: f"{speed:.1f} images/s" for name, speed in speeds.items()}
     best = max(speeds, key=lambda name: speeds[name] * (AHEAD if name == "torch" else 1))
     return best, ", ".join(f"{name} {said[name]}" for name in engines)
 
 
-def strays(found: Predictions, expected: Predictions, facts: ModelFacts) -> str | None:
+def strays(found: Predictions, expected: Predictions, spec: ModelSpec) -> str | None:
     """How an engine's answers differ too much from those of torch in float32; None when they do not.
 
     expected: ids and scores of all labels: another label is no fault where its score is as good as the best one.
     Where no label competes with another, of one output or of regression, the scores themselves must agree.
     """
-    least, below = CLOSE[facts.precision]
+    least, below = CLOSE[spec.precision]
     for name, exact in expected.vectors.items():
         a, b = found.vectors[name].astype(np.float32), exact.astype(np.float32)
         cosine = float(((a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))).min())
@@ -128,8 +128,8 @@ def strays(found: Predictions, expected: Predictions, facts: ModelFacts) -> str 
     if found.ids is not None and found.scores is not None and expected.ids is not None and expected.scores is not None:
         place = (expected.ids == found.ids[:, :1]).argmax(1)
         score = np.take_along_axis(expected.scores, place[:, None], 1)[:, 0]
-        if facts.regression or len(facts.labels) == 1:
-            scale = float(np.abs(expected.scores).max()) if facts.regression else 1.0
+        if spec.regression or len(spec.labels) == 1:
+            scale = float(np.abs(expected.scores).max()) if spec.regression else 1.0
             off = float(max(np.abs(found.scores[:, 0] - score).max(), (expected.scores[:, 0] - score).max()))
             return None if off <= below * scale else f"a score {off:.2g} off that of torch in fp32"
         wrong = int((score < expected.scores[:, 0] * (1 - below)).sum())

@@ -17,7 +17,7 @@ import numpy as np
 from vitray.errors import ModelError
 from vitray.job import Job
 from vitray.models.checkpoint import EXPORT, GRAPH_FILES, Checkpoint, VisionConfig, hash_weights, read_json
-from vitray.schema import ModelFacts, ScoreFunction, VectorColumn
+from vitray.schema import ModelSpec, ScoreFunction, VectorColumn
 
 if TYPE_CHECKING:
     from vitray.models.graph import GraphModel
@@ -110,30 +110,30 @@ def places(export: Exported, model: str, vectors: Sequence[VectorColumn]) -> lis
     return found
 
 
-def labelled(job: Job, facts: ModelFacts, export: Exported, config: VisionConfig) -> ModelFacts:
-    """The facts with the labels that the graph gives.
+def labelled(job: Job, spec: ModelSpec, export: Exported, config: VisionConfig) -> ModelSpec:
+    """The spec with the labels that the graph gives.
 
     Raises ModelError when the job asks for other ones, and for a graph whose scores are not those of transformers.
     """
     if job.head is not None or isinstance(job.labels, list):
         field = "labels" if job.head is None else "head"
         raise ModelError(
-            f"{facts.model} gives scores that were fixed when it was exported, so `{field}` cannot change its labels. "
+            f"{spec.model} gives scores that were fixed when it was exported, so `{field}` cannot change its labels. "
             f"Use the checkpoint that it was made of ({export.source}), or relabel the dataset's embeddings (vitray relabel)."
         )
     if job.labelled and not export.labels:
-        raise ModelError(f"{facts.model} was exported without labels; set labels: false, or export {export.source} with them.")
+        raise ModelError(f"{spec.model} was exported without labels; set labels: false, or export {export.source} with them.")
     if not job.labelled:
-        return facts
+        return spec
     has_own_head = export.labels == tuple(name for _, name in sorted(config.class_names().items()))
     if has_own_head and config.multi_label and not export.multi_label:
         needed = "raw values" if config.score_function is ScoreFunction.NONE else "a sigmoid"
         raise ModelError(
-            f"{facts.model} was exported by an older vitray, whose graph applies a softmax where transformers gives {needed}. "
+            f"{spec.model} was exported by an older vitray, whose graph applies a softmax where transformers gives {needed}. "
             f"Export {export.source} again."
         )
     regression = has_own_head and export.multi_label and config.score_function is ScoreFunction.NONE
-    return replace(facts, labels=export.labels, regression=regression)
+    return replace(spec, labels=export.labels, regression=regression)
 
 
 def hash_model(found: Checkpoint) -> str:
@@ -165,7 +165,7 @@ def _hash_graph(found: Checkpoint, export: Exported) -> str:
 
 
 def open_exported(
-    found: Checkpoint, export: Exported, facts: ModelFacts, vectors: list[VectorColumn], top_k: int, device: str, threads: int
+    found: Checkpoint, export: Exported, spec: ModelSpec, vectors: list[VectorColumn], top_k: int, device: str, threads: int
 ) -> GraphModel:
     """The graph, compiled and ready. top_k: 0 without labels. Raises ModelError for a vector that it lacks."""
     from vitray.models.graph import GraphModel
@@ -179,14 +179,14 @@ def open_exported(
     else:
         from vitray.models import openvino_engine
 
-        run = openvino_engine.open_graph(file, facts.precision, threads)
+        run = openvino_engine.open_graph(file, spec.precision, threads)
 
     def asked(pixels: np.ndarray) -> list[np.ndarray]:
         results = run(pixels)
         scores = results[:1] if first and top_k else []
         return scores + [_finish(vector, results[first + place]) for vector, place in zip(vectors, chosen)]
 
-    return GraphModel(asked, facts, vectors, top_k, threads if device == "cpu" else 1)
+    return GraphModel(asked, spec, vectors, top_k, threads if device == "cpu" else 1)
 
 
 def _finish(vector: VectorColumn, values: np.ndarray) -> np.ndarray:

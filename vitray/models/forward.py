@@ -14,7 +14,7 @@ import torch
 
 from vitray.models.blocks import ask_first_tokens_only, fuse_attention
 from vitray.models.loading import Network
-from vitray.schema import ModelFacts, ScoreFunction, VectorColumn
+from vitray.schema import ModelSpec, ScoreFunction, VectorColumn
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}  # fp8: see fp8.py
 WHOLE = -1  # as k: the scores of all labels in their own order, for an engine that ranks them itself
@@ -42,13 +42,13 @@ class Forward(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
     With k = WHOLE scores are [n, C] and ids are empty.
     """
 
-    def __init__(self, network: Network, facts: ModelFacts, vectors: list[VectorColumn], k: int, device: torch.device) -> None:
+    def __init__(self, network: Network, spec: ModelSpec, vectors: list[VectorColumn], k: int, device: torch.device) -> None:
         super().__init__()
         self.module, self.final_norm = network.module, network.final_norm
-        self._facts, self._vectors, self._k, self._dtype = facts, vectors, k, DTYPES[facts.precision]
-        spec = facts.pixels
+        self._spec, self._vectors, self._k, self._dtype = spec, vectors, k, DTYPES[spec.precision]
+        pixels = spec.pixels
         # no buffers: they stay float32 when the weights do not
-        self._mean, self._std = (torch.tensor(v, dtype=torch.float32, device=device) for v in (spec.mean, spec.std))
+        self._mean, self._std = (torch.tensor(v, dtype=torch.float32, device=device) for v in (pixels.mean, pixels.std))
         self.caught = Caught()
         self._read = [*vectors, network.head.column] if k and network.head and network.head.column else vectors
         self._leave_out_what_nobody_reads(network.blocks, network.head)
@@ -64,11 +64,11 @@ class Forward(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
         depth = len(blocks) if asks_tower or None in layers else max(layer for layer in layers if layer)
         del blocks[depth:]
         cls_only = all(v.pool == "cls" for v in self._read if v.layer in (None, depth))
-        family = self._facts.family
+        family = self._spec.family
         prefix_labels = LABELS_FROM_PREFIX if head is None else POOLED_FROM_PREFIX
         readable = family in prefix_labels if asks_tower else family != "beit"  # whose blocks add a bias to pairs of tokens
         if blocks and cls_only and readable:
-            ask_first_tokens_only(blocks[-1], self._facts.prefix_tokens)
+            ask_first_tokens_only(blocks[-1], self._spec.prefix_tokens)
 
     def _catch(self, layer: int | None) -> Any:
         def keep(_module: Any, _inputs: Any, output: Any) -> None:
@@ -87,7 +87,7 @@ class Forward(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
 
     def _normalise(self, pixels: Any) -> Any:
         """(x/255 - mean)/std in float32, in that order, then the precision: float [n, 3, H, W]."""
-        rescale = self._facts.pixels.rescale
+        rescale = self._spec.pixels.rescale
         x = pixels.float().div_(255) if rescale == 1 / 255 else pixels.float().mul_(rescale)
         x = x.sub_(self._mean).div_(self._std)
         return x.permute(0, 3, 1, 2).to(self._dtype).contiguous()
@@ -100,7 +100,7 @@ class Forward(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
         return self.head(answer.pooler_output.float() if column is None else self._vector(column))
 
     def _rank(self, logits: Any) -> tuple[Any, Any]:
-        every = _scores(logits, self._facts.score_function)
+        every = _scores(logits, self._spec.score_function)
         if self._k == WHOLE:
             return every, every[:, :0]
         scores, ids = every.topk(self._k, dim=-1)
@@ -114,7 +114,7 @@ class Forward(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
         if column.pool == "cls":
             vector = tokens[:, 0].float()
         else:
-            skipped = self._facts.prefix_tokens if column.pool == "patches_mean" else 0
+            skipped = self._spec.prefix_tokens if column.pool == "patches_mean" else 0
             vector = tokens[:, skipped:].mean(1, dtype=torch.float32)
         if column.normalize:
             vector = torch.nn.functional.normalize(vector, dim=-1)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from vitray.errors import JobError, ModelError, VitrayError, one_line
 from vitray.job import Job, distinct_labels
 from vitray.models import checkpoint, text
-from vitray.schema import ModelFacts, ScoreFunction, VectorColumn
+from vitray.schema import ModelSpec, ScoreFunction, VectorColumn
 from vitray.storage import absolute, read
 
 if TYPE_CHECKING:
@@ -32,34 +32,34 @@ def with_label_names(job: Job) -> Job:
     return job.model_copy(update={"labels": names})
 
 
-def labelled(job: Job, facts: ModelFacts, found: checkpoint.Checkpoint, config: checkpoint.VisionConfig) -> ModelFacts:
-    """The facts with the labels that the job asks for. Raises ModelError when the checkpoint cannot give them."""
-    facts = _labelled(job, facts, found, config)
-    if len(facts.labels) == 1 and facts.score_function is ScoreFunction.SOFTMAX:
+def labelled(job: Job, spec: ModelSpec, found: checkpoint.Checkpoint, config: checkpoint.VisionConfig) -> ModelSpec:
+    """The spec with the labels that the job asks for. Raises ModelError when the checkpoint cannot give them."""
+    spec = _labelled(job, spec, found, config)
+    if len(spec.labels) == 1 and spec.score_function is ScoreFunction.SOFTMAX:
         log.warning(
             "%s: %r is the only label, so its score is 1.0 for every image: a softmax compares labels. Add a label for all "
             "other images.",
-            facts.head or facts.model,
-            facts.labels[0],
+            spec.head or spec.model,
+            spec.labels[0],
         )
-    return facts
+    return spec
 
 
-def _labelled(job: Job, facts: ModelFacts, found: checkpoint.Checkpoint, config: checkpoint.VisionConfig) -> ModelFacts:
+def _labelled(job: Job, spec: ModelSpec, found: checkpoint.Checkpoint, config: checkpoint.VisionConfig) -> ModelSpec:
     if job.head is not None:
-        head = read_own_head(absolute(job.head), facts)
-        return replace(facts, labels=head.labels, multi_label=False, head=absolute(job.head), head_sha256=head.sha256())
+        head = read_own_head(absolute(job.head), spec)
+        return replace(spec, labels=head.labels, multi_label=False, head=absolute(job.head), head_sha256=head.sha256())
     if isinstance(job.labels, list):
         texts = text.tokens(found, config, job.labels, job.prompts)
         return replace(
-            facts,
+            spec,
             labels=tuple(job.labels),
             multi_label=config.family == "siglip",
             prompts=tuple(job.prompts),
             text_sha256=texts.sha256(),
         )
     if not job.labelled:
-        return facts
+        return spec
     labels = checkpoint.read_labels(found, config)
     if not labels:
         words = " It labels with words of yours: labels: [cat, dog]." if config.family in text.FAMILIES else ""
@@ -68,35 +68,35 @@ def _labelled(job: Job, facts: ModelFacts, found: checkpoint.Checkpoint, config:
             f"or choose a checkpoint with a head.{words}"
         )
     regression = config.score_function is ScoreFunction.NONE
-    return replace(facts, labels=labels, multi_label=config.multi_label, regression=regression)
+    return replace(spec, labels=labels, multi_label=config.multi_label, regression=regression)
 
 
-def read_own_head(url: str, facts: ModelFacts) -> Head:
+def read_own_head(url: str, spec: ModelSpec) -> Head:
     """The head in a directory, if it is for these weights and for a vector that they give; else ModelError."""
     from vitray.models.head import read_head
 
     head = read_head(url)
-    if head.weights_sha256 != facts.weights_sha256:
+    if head.weights_sha256 != spec.weights_sha256:
         raise ModelError(
-            f"head {url} is for {head.model} (weights {head.weights_sha256[:12]}…), and the embeddings are of {facts.model} "
-            f"({facts.weights_sha256[:12]}…). Take the model it was made for, or make a head for this one (vitray finetune)."
+            f"head {url} is for {head.model} (weights {head.weights_sha256[:12]}…), and the embeddings are of {spec.model} "
+            f"({spec.weights_sha256[:12]}…). Take the model it was made for, or make a head for this one (vitray finetune)."
         )
-    if head.weight.shape[1] != facts.dimension:
+    if head.weight.shape[1] != spec.dimension:
         raise ModelError(
-            f"head {url} takes {head.weight.shape[1]} values, and an embedding of {facts.model} has {facts.dimension}."
+            f"head {url} takes {head.weight.shape[1]} values, and an embedding of {spec.model} has {spec.dimension}."
         )
-    require_vector(facts, head.layer, head.pool)
+    require_vector(spec, head.layer, head.pool)
     return head
 
 
-def head_column(head: Head, facts: ModelFacts) -> VectorColumn:
+def head_column(head: Head, spec: ModelSpec) -> VectorColumn:
     """The vector that the head reads."""
-    return VectorColumn("", facts.dimension, head.layer, head.pool, head.normalize, "float32")
+    return VectorColumn("", spec.dimension, head.layer, head.pool, head.normalize, "float32")
 
 
-def require_vector(facts: ModelFacts, layer: int | None, pool: str) -> None:
+def require_vector(spec: ModelSpec, layer: int | None, pool: str) -> None:
     """Raises ModelError for a layer or a token that the model does not have."""
-    if layer is not None and not 1 <= layer <= facts.layers:
-        raise ModelError(f"{facts.model} has no layer {layer}: layers are 1..{facts.layers} or last")
-    if pool == "cls" and not facts.has_cls:
-        raise ModelError(f"{facts.model} is a {facts.family} model, which has no CLS token; use pool: mean")
+    if layer is not None and not 1 <= layer <= spec.layers:
+        raise ModelError(f"{spec.model} has no layer {layer}: layers are 1..{spec.layers} or last")
+    if pool == "cls" and not spec.has_cls:
+        raise ModelError(f"{spec.model} is a {spec.family} model, which has no CLS token; use pool: mean")

@@ -14,7 +14,7 @@ from vitray.models import text
 from vitray.models.checkpoint import Checkpoint, read_config
 from vitray.models.labelling import head_column, read_own_head
 from vitray.models.loading import load_weights
-from vitray.schema import ModelFacts, VectorColumn
+from vitray.schema import ModelSpec, VectorColumn
 
 
 class LinearHead(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
@@ -36,21 +36,19 @@ class LinearHead(torch.nn.Module):  # type: ignore[misc]  # torch is not typed h
         return linear(vectors, self.weight, self.bias)
 
 
-def open_head(facts: ModelFacts, found: Checkpoint, device: str) -> LinearHead | None:
-    """The head that the facts name, on the CPU; None for the checkpoint's own. Raises ModelError when it changed since.
+def open_head(spec: ModelSpec, found: Checkpoint, device: str) -> LinearHead | None:
+    """The head that the spec name, on the CPU; None for the checkpoint's own. Raises ModelError when it changed since.
 
     device: where labels are read.
     """
-    if facts.prompts:
-        return LinearHead(
-            None, *_read_labels(facts.labels, facts.prompts, facts.text_sha256, facts.weights_sha256, found, device)
-        )
-    if not facts.head:
+    if spec.prompts:
+        return LinearHead(None, *_read_labels(spec.labels, spec.prompts, spec.text_sha256, spec.weights_sha256, found, device))
+    if not spec.head:
         return None
-    head = read_own_head(facts.head, facts)
-    if head.sha256() != facts.head_sha256:
-        raise ModelError(f"head {facts.head} changed since it was planned. Put the old one back, or choose another `out`.")
-    return LinearHead(head_column(head, facts), torch.from_numpy(head.weight), torch.from_numpy(head.bias))
+    head = read_own_head(spec.head, spec)
+    if head.sha256() != spec.head_sha256:
+        raise ModelError(f"head {spec.head} changed since it was planned. Put the old one back, or choose another `out`.")
+    return LinearHead(head_column(head, spec), torch.from_numpy(head.weight), torch.from_numpy(head.bias))
 
 
 @lru_cache(maxsize=2)  # `engine: auto` opens a model several times; a thousand labels in 80 prompts are 80,000 texts

@@ -8,15 +8,15 @@ import numpy as np
 
 from vitray.errors import ModelError
 from vitray.models import Predictions
-from vitray.schema import ModelFacts, VectorColumn
+from vitray.schema import ModelSpec, VectorColumn
 
 
-def check_pixels(facts: ModelFacts, pixels: Any) -> None:
+def check_pixels(spec: ModelSpec, pixels: Any) -> None:
     """Raises ModelError unless pixels are uint8 [N, H, W, 3] of the checkpoint's size."""
-    height, width = facts.pixels.shape
+    height, width = spec.pixels.shape
     kind = str(pixels.dtype).removeprefix("torch.")
     if kind != "uint8" or tuple(pixels.shape[1:]) != (height, width, 3):
-        raise ModelError(f"{facts.model} takes pixels as uint8 [N, {height}, {width}, 3], not {kind} {list(pixels.shape)}.")
+        raise ModelError(f"{spec.model} takes pixels as uint8 [N, {height}, {width}, 3], not {kind} {list(pixels.shape)}.")
 
 
 def best(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -25,7 +25,7 @@ def best(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     return np.take_along_axis(scores, ids, 1), ids
 
 
-def gather(facts: ModelFacts, vectors: list[VectorColumn], k: int, columns: list[np.ndarray]) -> Predictions:
+def gather(spec: ModelSpec, vectors: list[VectorColumn], k: int, columns: list[np.ndarray]) -> Predictions:
     """Predictions of the columns scores and ids [N, k], then one [N, D] a vector; of no columns where there was no image.
 
     Raises ModelError for what is not finite.
@@ -37,7 +37,7 @@ def gather(facts: ModelFacts, vectors: list[VectorColumn], k: int, columns: list
     for name, values in [("score", scores)] + [(v.column, x) for v, x in zip(vectors, found)]:
         if not np.isfinite(values).all():
             raise ModelError(
-                f"{facts.model}: `{name}` is not finite in precision {facts.precision}. "
+                f"{spec.model}: `{name}` is not finite in precision {spec.precision}. "
                 "Set precision: fp32 (or bf16), and dtype: float32 if the embedding is float16."
             )
     named = {column.column: values for column, values in zip(vectors, found)}

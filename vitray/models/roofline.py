@@ -10,30 +10,30 @@ from vitray.models import checkpoint
 from vitray.models.blocks import PackedLinear, can_pack
 from vitray.models.forward import DTYPES
 from vitray.models.machine import cores
-from vitray.schema import ModelFacts
+from vitray.schema import ModelSpec
 
 SECONDS = 2.0  # of measuring
 SHAPES = {"cpu": (4096, 768, 3072)}  # rows, in, out; other devices: large enough to fill an H200
 LARGE = (8192, 8192, 8192)
 
 
-def roofline(facts: ModelFacts, device: str) -> tuple[float, float]:
+def roofline(spec: ModelSpec, device: str) -> tuple[float, float]:
     """Images/s that this machine would reach if it only multiplied matrices, and the operations/s behind that. Takes 2 s."""
-    rate = matmul_flops(facts.precision, device)
-    return rate / flop_per_image(facts), rate
+    rate = matmul_flops(spec.precision, device)
+    return rate / flop_per_image(spec), rate
 
 
-def flop_per_image(facts: ModelFacts) -> float:
+def flop_per_image(spec: ModelSpec) -> float:
     """Floating-point operations of one image: patch embedding, projections, attention's two products, MLP. ViT-B/16: 35.13e9."""
-    config = checkpoint.read_config(checkpoint.locate(facts.model, facts.revision))
+    config = checkpoint.read_config(checkpoint.locate(spec.model, spec.revision))
     vision = getattr(config.hf, "vision_config", config.hf)
-    width = facts.dimension
+    width = spec.dimension
     inner = int(getattr(vision, "intermediate_size", 0) or width * vision.mlp_ratio)  # DINOv2's config has a ratio
-    height, side = facts.pixels.shape
+    height, side = spec.pixels.shape
     patches = (height // config.patch_size) * (side // config.patch_size)
-    tokens = patches + facts.prefix_tokens
+    tokens = patches + spec.prefix_tokens
     block = tokens * (4 * width**2 + 2 * width * inner) + 2 * tokens**2 * width
-    return 2.0 * (facts.layers * block + patches * 3 * config.patch_size**2 * width)
+    return 2.0 * (spec.layers * block + patches * 3 * config.patch_size**2 * width)
 
 
 def matmul_flops(precision: str, device: str) -> float:

@@ -25,35 +25,35 @@ from vitray.models.forward import DTYPES, Forward
 from vitray.models.loading import Network
 from vitray.models.pinned_buffers import CudaLanes, Ring
 from vitray.models.postprocess import check_pixels, gather
-from vitray.schema import ModelFacts, VectorColumn
+from vitray.schema import ModelSpec, VectorColumn
 
 log = logging.getLogger(__name__)
 
 
 class TorchModel:
-    """Model over a Network in facts.precision. Halves its batch, for good, when the device's memory is too small."""
+    """Model over a Network in spec.precision. Halves its batch, for good, when the device's memory is too small."""
 
     def __init__(
         self,
         network: Network,
-        facts: ModelFacts,
+        spec: ModelSpec,
         vectors: list[VectorColumn],
         top_k: int,
         device: str,
         workers: int = 1,
         compiled: bool = False,
     ) -> None:
-        self._facts, self._vectors, self._device = facts, vectors, torch.device(device)
-        self._k = min(top_k, len(facts.labels))
-        if facts.precision == "fp32" and device == "cuda":
+        self._spec, self._vectors, self._device = spec, vectors, torch.device(device)
+        self._k = min(top_k, len(spec.labels))
+        if spec.precision == "fp32" and device == "cuda":
             torch.backends.cudnn.allow_tf32 = False  # the patch embedding is a convolution: 10 bits of mantissa otherwise
-        self._forward = Forward(network, facts, vectors, self._k, self._device)
-        if facts.precision == "fp8":
-            synthetic = fp8.synthetic(min(fp8.IMAGES, facts.batch_size), facts.pixels.shape, self._device)
+        self._forward = Forward(network, spec, vectors, self._k, self._device)
+        if spec.precision == "fp8":
+            synthetic = fp8.synthetic(min(fp8.IMAGES, spec.batch_size), spec.pixels.shape, self._device)
             self.agreement = fp8.quantise(self._forward, network.blocks, synthetic)
-        self._ring = Ring(CudaLanes(self._device), (facts.batch_size, *facts.pixels.shape, 3)) if device == "cuda" else None
+        self._ring = Ring(CudaLanes(self._device), (spec.batch_size, *spec.pixels.shape, 3)) if device == "cuda" else None
         self._stepping = threading.Lock()
-        self._sizes: tuple[int, ...] = (facts.batch_size,)
+        self._sizes: tuple[int, ...] = (spec.batch_size,)
         self._workers = workers
         self._map: Callable[..., Iterable[Callable[[], list[Any]] | None]] = map
         if device == "cpu":
@@ -62,7 +62,7 @@ class TorchModel:
             torch.set_num_threads(1)
         if workers > 1:
             self._map = ThreadPoolExecutor(workers, "vitray-predict").map
-        packed = device == "cpu" and pack(network.blocks, DTYPES[facts.precision])
+        packed = device == "cpu" and pack(network.blocks, DTYPES[spec.precision])
         self._compiled: dict[int, Any] = {}  # by batch size; other sizes run uncompiled
         if compiled:
             self._compile(packed)
@@ -71,7 +71,7 @@ class TorchModel:
         """Every size of the ladder, now: none is compiled later. Where that fails all sizes run uncompiled."""
         from torch._dynamo.exc import TorchDynamoException
 
-        self._sizes = ladder(self._facts.batch_size)
+        self._sizes = ladder(self._spec.batch_size)
         self._compiled = dict.fromkeys(self._sizes, torch.compile(self._forward, dynamic=False))
         # Freezing lays the weights out as this CPU likes them, where they are not packed; then no graph is kept for the next start.
         # It must be on while dynamo traces, so `options=` would not do. The joint passes turn `Attention`'s matmuls back into the
@@ -82,13 +82,13 @@ class TorchModel:
         try:
             with graphs_kept() as place, torch._inductor.config.patch(on_cpu), torch._dynamo.config.patch(of_a_ladder):
                 for size in self._compiled:
-                    if self._run_if_it_fits(np.zeros((size, *self._facts.pixels.shape, 3), np.uint8), size) is None:
+                    if self._run_if_it_fits(np.zeros((size, *self._spec.pixels.shape, 3), np.uint8), size) is None:
                         self._step_down(self._sizes)
         except TorchDynamoException as error:
             reason = " ".join(str(error).split())[:200]
             needs = f"It needs g++, and room in {place}, whose contents the next start compiles anew; or set compile: off"
-            log.warning("%s runs uncompiled, torch.compile failed: %s. %s", self._facts.model, reason, needs)
-            self._sizes, self._compiled = (self._facts.batch_size,), {}
+            log.warning("%s runs uncompiled, torch.compile failed: %s. %s", self._spec.model, reason, needs)
+            self._sizes, self._compiled = (self._spec.batch_size,), {}
 
     def predict(self, pixels: Any) -> Predictions:
         """Labels and embeddings, batch by batch; on a GPU from several threads at once, to hide what each does besides.
@@ -96,7 +96,7 @@ class TorchModel:
         pixels: uint8 [N, H, W, 3], RGB, at the processor's size; an array, or a tensor on the device. Raises ModelError for another shape, for results that
         are not finite in this precision, and when not even one image fits the device.
         """
-        check_pixels(self._facts, pixels)
+        check_pixels(self._spec, pixels)
         parts, done = list[Callable[[], list[Any]]](), 0
         while done < len(pixels):
             sizes = self._sizes
@@ -109,7 +109,7 @@ class TorchModel:
                 parts.append(part)
                 done += n
         columns = [torch.cat(column).cpu().numpy() for column in zip(*(part() for part in parts))]
-        return gather(self._facts, self._vectors, self._k, columns)
+        return gather(self._spec, self._vectors, self._k, columns)
 
     def _cut(self, images: int, sizes: tuple[int, ...]) -> list[int]:
         """Batch sizes. Where no size is compiled every worker gets as much as the others."""
@@ -154,11 +154,11 @@ class TorchModel:
     def _halve(self) -> None:
         if self._sizes == (1,):
             raise ModelError(
-                f"{self._facts.model} does not fit {self._device}: one image is too much for it. Use a larger device."
+                f"{self._spec.model} does not fit {self._device}: one image is too much for it. Use a larger device."
             )
         if self._device.type != "cpu":
             torch.accelerator.empty_cache()
         batch = self._sizes[0]
-        if batch == self._facts.batch_size:
-            log.warning("%s: out of memory with %d images at once, halving; set batch_size lower", self._facts.model, batch)
+        if batch == self._spec.batch_size:
+            log.warning("%s: out of memory with %d images at once, halving; set batch_size lower", self._spec.model, batch)
         self._sizes = self._sizes[1:] or (batch // 2,)

@@ -95,7 +95,7 @@ def bench(job: Job, images: int = 256, seconds: float = 6.0, near: str = "") -> 
     Raises JobError when the source holds no image, and what `run` raises.
     """
     alone = _alone(with_frozen(job), images, seconds, len(os.sched_getaffinity(0)))
-    frozen = alone.dataset.job.model_copy(update={"engine": alone.dataset.facts.engine})
+    frozen = alone.dataset.job.model_copy(update={"engine": alone.dataset.spec.engine})
     if near:
         drop_scratch(near)
     with tempfile.TemporaryDirectory(prefix="vitray-bench-") if is_local(near) else scratch(near) as folder:
@@ -176,24 +176,24 @@ class _Line:
 def _alone(job: Job, images: int, seconds: float, cores: int) -> _Alone:
     sample, read = _read(job, images)
     started = time.perf_counter()
-    facts, device = identify(job), runs_on(job)
+    spec, device = identify(job), runs_on(job)
     identify_s = time.perf_counter() - started
-    dataset = Dataset(job.out, job, facts, tuple(vector_columns(job, facts)), pa.schema([]), len(sample))
+    dataset = Dataset(job.out, job, spec, tuple(vector_columns(job, spec)), pa.schema([]), len(sample))
     if not any(len(decode(sample[n : n + 32], dataset.decode_spec)[0]) for n in range(0, len(sample), 32)):
         reason = decode(sample[:1], dataset.decode_spec)[1][0].reason
         raise JobError(f"none of the first {len(sample)} images can be decoded ({reason}). Check `source` and the job.")
     decode_core, decode_all = (_decode(dataset, sample, threads, seconds / 2) for threads in (1, cores))
     from vitray.models.roofline import roofline  # loads torch
 
-    before = roofline(facts, device)  # twice, since other work on the machine comes and goes
+    before = roofline(spec, device)  # twice, since other work on the machine comes and goes
     model = _model(dataset, device, cores, seconds)
-    most, flops = (sum(pair) / 2 for pair in zip(before, roofline(facts, device)))
+    most, flops = (sum(pair) / 2 for pair in zip(before, roofline(spec, device)))
     return _Alone(dataset, sample, device, cores, identify_s, read, decode_core, decode_all, model, most, flops)
 
 
 def _bench(alone: _Alone, line: _Line, gpus: int = 1) -> Bench:
     """What one machine with so many GPUs comes to, and what its limit is."""
-    facts, job = alone.dataset.facts, alone.dataset.job
+    spec, job = alone.dataset.spec, alone.dataset.job
     steps = alone.steps | {"model": gpus * alone.model}
     if line.rate > alone.read:  # one reader alone; the line has several
         del steps["read"]
@@ -205,9 +205,9 @@ def _bench(alone: _Alone, line: _Line, gpus: int = 1) -> Bench:
         kilobytes=alone.kilobytes,
         cores=alone.cores,
         device=alone.device,
-        engine=facts.engine,
-        precision=facts.precision,
-        batch_size=facts.batch_size,
+        engine=spec.engine,
+        precision=spec.precision,
+        batch_size=spec.batch_size,
         decode_mode=job.decode,
         read=alone.read,
         decode_core=alone.decode_core,
@@ -256,10 +256,10 @@ def _model(dataset: Dataset, device: str, threads: int, seconds: float) -> float
 
     A slope, too: at the end of each run cores wait for the last batch.
     """
-    facts, job = dataset.facts, dataset.job
-    pixels = np.random.default_rng(0).integers(0, 256, (4 * facts.batch_size, *facts.pixels.shape, 3), dtype=np.uint8)
+    spec, job = dataset.spec, dataset.job
+    pixels = np.random.default_rng(0).integers(0, 256, (4 * spec.batch_size, *spec.pixels.shape, 3), dtype=np.uint8)
     with torch_threads_kept(), ThreadPoolExecutor(CALLERS) as pool:
-        model = open_model(facts, list(dataset.vectors), job.top_k, job.labelled, device, threads, job.compile == "on")
+        model = open_model(spec, list(dataset.vectors), job.top_k, job.labelled, device, threads, job.compile == "on")
 
         def seconds_of(calls: int) -> float:
             started = time.perf_counter()
@@ -282,7 +282,7 @@ def _line(job: Job, alone: _Alone, machines: int, seconds: float, start: _Start)
     most = max(LINE_GROWS * images, SCRATCH_BYTES / alone.kilobytes / 1000)
     first_s, before_s = _run(job, alone.sample, images, start)
     made = require_dataset(f"{start.folder}/{images}/out")
-    job = job.model_copy(update={"engine": made.facts.engine})
+    job = job.model_copy(update={"engine": made.spec.engine})
     while True:
         images *= LINE_GROWS
         _, rows_s = _run(job, alone.sample, images, start)

@@ -212,20 +212,20 @@ def status(out: str) -> Status:
 
 def decided_values(dataset: Dataset) -> dict[str, str]:
     """The frozen values a person asks for; by what it labels, where that is not the checkpoint's own head."""
-    facts, more = dataset.facts, dict[str, str]()
-    if facts.head:
-        over = f", over the stored {facts.head_column}" if facts.head_column else ""
-        more = {"head": f"{facts.head} (sha256 {facts.head_sha256[:12]}…){over}"}
-    if facts.prompts:
-        first, others = facts.prompts[0], f" and {len(facts.prompts) - 1} more" if len(facts.prompts) > 1 else ""
-        more = {"prompts": f"{first!r}{others} for {len(facts.labels)} labels"}
+    spec, more = dataset.spec, dict[str, str]()
+    if spec.head:
+        over = f", over the stored {spec.head_column}" if spec.head_column else ""
+        more = {"head": f"{spec.head} (sha256 {spec.head_sha256[:12]}…){over}"}
+    if spec.prompts:
+        first, others = spec.prompts[0], f" and {len(spec.prompts) - 1} more" if len(spec.prompts) > 1 else ""
+        more = {"prompts": f"{first!r}{others} for {len(spec.labels)} labels"}
     keys = {"key_column": dataset.job.key_column} if dataset.job.key_column else {}
     return {
-        "model": facts.model + (f"@{facts.revision}" if facts.revision else ""),
+        "model": spec.model + (f"@{spec.revision}" if spec.revision else ""),
         **more,
-        "precision": facts.precision,
-        "engine": facts.engine + (f" ({facts.engine_why})" if facts.engine_why else ""),
-        "batch_size": str(facts.batch_size),
+        "precision": spec.precision,
+        "engine": spec.engine + (f" ({spec.engine_why})" if spec.engine_why else ""),
+        "batch_size": str(spec.batch_size),
         "fragment_rows": str(dataset.fragment_rows),
         **keys,
     }

@@ -66,14 +66,14 @@ def relabel(out: str, head: str, into: str) -> Relabelling:
     """
     old, into, url = require_complete(out), absolute(into), absolute(head)
     require_outside(old, "--into", into)
-    chosen = read_own_head(url, old.facts)
+    chosen = read_own_head(url, old.spec)
     column = _column_for(old, chosen, url)
-    facts = replace(old.facts, labels=chosen.labels, multi_label=False, prompts=(), text_sha256="")
-    facts = replace(facts, head=url, head_sha256=chosen.sha256(), head_column=column.column)
+    spec = replace(old.spec, labels=chosen.labels, multi_label=False, prompts=(), text_sha256="")
+    spec = replace(spec, head=url, head_sha256=chosen.sha256(), head_column=column.column)
     job = old.job.model_copy(update={"out": into, "labels": True, "prompts": [PROMPT], "head": url})
     if not exists(dataset_url(into)):
         probe(into)
-    new = resolve_dataset(job, facts, list(old.vectors), old.kept, datetime.now(UTC).isoformat(timespec="seconds"))
+    new = resolve_dataset(job, spec, list(old.vectors), old.kept, datetime.now(UTC).isoformat(timespec="seconds"))
     check_data(new)
     go_on_with_groups(old.out, into)
     files = {shard_of(source): source for source in data_files(old.out)}
@@ -106,7 +106,7 @@ def _column_for(dataset: Dataset, head: Head, url: str) -> VectorColumn:
     wanted = (head.layer, head.pool, head.normalize)
     there = {(v.layer, v.pool, v.normalize): v for v in dataset.vectors}
     if wanted not in there:
-        known = "; ".join(f"{vector.column}: {said(*facts)}" for facts, vector in there.items())
+        known = "; ".join(f"{vector.column}: {said(*spec)}" for spec, vector in there.items())
         raise JobError(
             f"head {url} reads {said(*wanted)}, and {dataset.out} has {known or 'no embeddings'}. Make a head for one of these, or run "
             "the job with head: and another `out`."
@@ -117,7 +117,7 @@ def _column_for(dataset: Dataset, head: Head, url: str) -> VectorColumn:
 def _relabelled(old: Dataset, new: Dataset, source: str, head: Head) -> Iterator[pa.Table]:
     labels = {field.name for field in LABEL_FIELDS}
     for table in row_blocks(old, [source], [name for name in new.schema.names if name not in labels]):
-        scores = _scores(matrix_of(table[new.facts.head_column]), head)
+        scores = _scores(matrix_of(table[new.spec.head_column]), head)
         ids = np.argsort(-scores, axis=1, kind="stable")[:, : new.job.top_k].astype(np.int32)
         for name, values in new.label_columns(ids, np.take_along_axis(scores, ids, 1)).items():
             table = table.append_column(name, values)

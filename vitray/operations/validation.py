@@ -225,12 +225,12 @@ def _check_values(dataset: Dataset, shard: str, table: pa.Table) -> Iterator[str
         yield "a row names another shard"
     if dataset.job.labelled:
         ids = table["label_id"].to_numpy()
-        if len(ids) and not ((ids >= 0) & (ids < len(dataset.facts.labels))).all():
+        if len(ids) and not ((ids >= 0) & (ids < len(dataset.spec.labels))).all():
             yield "a label_id is not a class of the model"
-        elif table["label"].to_pylist() != [dataset.facts.labels[i] for i in ids]:
+        elif table["label"].to_pylist() != [dataset.spec.labels[i] for i in ids]:
             yield "a label is not the name of its label_id"
         scores = table["score"].to_numpy()
-        if dataset.facts.score_function is ScoreFunction.NONE:
+        if dataset.spec.score_function is ScoreFunction.NONE:
             if not np.isfinite(scores).all():
                 yield "a score is not finite"
         elif not ((scores >= 0) & (scores <= 1.0001)).all():

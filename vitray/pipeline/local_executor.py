@@ -48,7 +48,7 @@ class LocalLine:
         dataset, job, shares = self._dataset, self._dataset.job, self._shares
         load_decoders(job.decode)  # before other threads import: see vitray/resize.py
         model = self._pool.submit(
-            open_model, dataset.facts, list(dataset.vectors), job.top_k, job.labelled, job.device, shares.threads, shares.compiled
+            open_model, dataset.spec, list(dataset.vectors), job.top_k, job.labelled, job.device, shares.threads, shares.compiled
         )
         self._opening.append(model)
         shards: queue.Queue[Any] = queue.Queue()

@@ -192,7 +192,7 @@ class Predict:
         require_seen(dataset_url(dataset.out))
         job = dataset.job
         self._dataset = dataset
-        self._model = open_model(dataset.facts, list(dataset.vectors), job.top_k, job.labelled, job.device, threads, compiled)
+        self._model = open_model(dataset.spec, list(dataset.vectors), job.top_k, job.labelled, job.device, threads, compiled)
         self._decoder = open_device_decoder(dataset, threads)
 
     def __call__(self, block: pa.Table) -> pa.Table:

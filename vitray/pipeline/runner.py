@@ -69,7 +69,7 @@ from vitray.pipeline.metrics import Meter, RayMeter
 from vitray.pipeline.progress import Progress, Result
 from vitray.pipeline.ray_executor import RayLine
 from vitray.pipeline.rounds import ATTEMPTS, Line, MachineLostError, Work, blame, run_wave
-from vitray.schema import ModelFacts, Shard
+from vitray.schema import ModelSpec, Shard
 from vitray.sources import (
     Group,
     Listing,
@@ -130,21 +130,21 @@ def run(
     crash_point("driver-listed")
     with _machines(job, address, allow_open_cluster) as (open_line, shares, nodes):
         frozen = with_frozen(job)
-        facts: ModelFacts = on_worker(shares, identify, frozen) if nodes else identify(frozen)
+        spec: ModelSpec = on_worker(shares, identify, frozen) if nodes else identify(frozen)
         job = _with_key_column(job, listing)
         has_begun = exists(dataset_url(job.out))
-        dataset = _resolve(job, facts, listing)
+        dataset = _resolve(job, spec, listing)
         if has_begun and dataset.is_new:  # in place of one without rows, whose groups are gone
             listing = list_source(job)
-        if facts.engine_why:
-            log.warning("engine: auto is %s (%s)", dataset.facts.engine, facts.engine_why)
+        if spec.engine_why:
+            log.warning("engine: auto is %s (%s)", dataset.spec.engine, spec.engine_why)
         crash_point("driver-resolved")
         meter = RayMeter() if nodes else Meter()
         work = Work(report=progress or (lambda _: None), stop=stop or threading.Event(), meter=meter, selection=selection)
         try:
             with _told_if_it_fails(dataset, work) if dataset.is_new else contextlib.nullcontext():
                 check_data(dataset)
-                require_shared(dataset.out, [listing.shards[0].url, dataset.facts.model, dataset.facts.head], nodes)
+                require_shared(dataset.out, [listing.shards[0].url, dataset.spec.model, dataset.spec.head], nodes)
                 probe(dataset.out)
                 remember_source(dataset, _seen(listing), begins=True)
                 for _ in range(ATTEMPTS):
@@ -308,9 +308,9 @@ def _pending(job: Job, listing: Listing) -> list[Shard]:
     return [shard for shard in chosen(listing.shards, job) if shard.id not in done]
 
 
-def _resolve(job: Job, facts: ModelFacts, listing: Listing) -> Dataset:
+def _resolve(job: Job, spec: ModelSpec, listing: Listing) -> Dataset:
     return resolve_dataset(
-        job, facts, vector_columns(job, facts), _kept(job, listing), datetime.now(UTC).isoformat(timespec="seconds")
+        job, spec, vector_columns(job, spec), _kept(job, listing), datetime.now(UTC).isoformat(timespec="seconds")
     )
 
 

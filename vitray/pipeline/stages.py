@@ -261,7 +261,7 @@ def predict_step(dataset: Dataset, model: Model, parcel: Parcel, decoder: Device
         return parcel
     started = time.perf_counter()
     table, errors = parcel.rows.combine_chunks(), parcel.errors
-    height, width = dataset.facts.pixels.shape
+    height, width = dataset.spec.pixels.shape
     if decoder is not None:
         pixels, table, errors = _decode_there(decoder, (height, width, 3), table, errors)
     elif table.num_rows:

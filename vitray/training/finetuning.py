@@ -140,8 +140,8 @@ def _probe(recipe: Recipe) -> Result:
     dataset = require_complete(str(recipe.dataset))
     vector = choose_vector(dataset, recipe.column)
     rows, column, bad = examples.label_rows(recipe, vector.column)
-    found = checkpoint.locate(recipe.model or dataset.facts.model, recipe.revision if recipe.model else dataset.facts.revision)
-    if (weights := hash_model(found)) != dataset.facts.weights_sha256:
+    found = checkpoint.locate(recipe.model or dataset.spec.model, recipe.revision if recipe.model else dataset.spec.revision)
+    if (weights := hash_model(found)) != dataset.spec.weights_sha256:
         what = f"{found.model} is not the model of {dataset.out}: its weights are others"
         raise ModelError(f"{what}. Leave `model` out, or make a new dataset.")
     examples.require_labels(recipe, rows)
@@ -157,7 +157,7 @@ def _probe(recipe: Recipe) -> Result:
     fitted = fit_probe(vectors[~held], ids[~held], unseen, loss_weights, recipe.label_smoothing, recipe.metric)
     figures = {name: value for name, value in fitted.best.items() if name.startswith("validation")}
     head = Head(classes, fitted.weight, fitted.bias, vector.layer, vector.pool, vector.normalize, found.model, weights)
-    module = _with_head(recipe, found, head, dataset.facts.family)
+    module = _with_head(recipe, found, head, dataset.spec.family)
     skipped = [{"key": key, "reason": examples.NO_LABEL, "message": "skipped"} for key, label in rows if label is None]
     skipped += bad
     told = outputs.Told(recipe, found, classes, fitted.records, skipped, figures)
@@ -230,7 +230,7 @@ def _taught(recipe: Recipe, teacher: Dataset | None, tutor: checkpoint.Checkpoin
         config = checkpoint.read_config(tutor)
         name, labels, independent = tutor.model, checkpoint.read_labels(tutor, config), config.multi_label
     elif teacher is not None:
-        name, labels, independent = teacher.out, teacher.facts.labels if teacher.job.labelled else (), teacher.facts.multi_label
+        name, labels, independent = teacher.out, teacher.spec.labels if teacher.job.labelled else (), teacher.spec.multi_label
     else:
         return ()
     if not labels:

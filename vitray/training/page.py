@@ -58,8 +58,8 @@ def curves(records: list[dict[str, float]]) -> list[dict[str, Any]]:
         right = LEFT + WIDTH * (xs - xs[0]) / max(1, xs[-1] - xs[0])
         down = BOTTOM - HEIGHT * ys / ticks[-1]
         path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in zip(right, down))
-        facts = {"last": ys[-1], "low": ys.min(), "high": ys.max(), "steps": int(xs[-1])}
-        drawn.append({"name": name.replace("_", " "), "axis": ticks, "path": path, **facts})
+        spec = {"last": ys[-1], "low": ys.min(), "high": ys.max(), "steps": int(xs[-1])}
+        drawn.append({"name": name.replace("_", " "), "axis": ticks, "path": path, **spec})
     return drawn
 
 

@@ -41,7 +41,7 @@ class Teaching:
             self.values = matrix_of(table[names[0]])
             self.size = self.values.shape[1]
             return
-        to = _places(dataset.facts.labels, classes)
+        to = _places(dataset.spec.labels, classes)
         k = len(table["top_ids"][0])
         self.ids = to[table["top_ids"].combine_chunks().flatten().to_numpy().reshape(-1, k)]
         self.values = table["top_scores"].combine_chunks().flatten().to_numpy().reshape(-1, k)

@@ -11,7 +11,7 @@ import yaml
 
 from vitray.dataset import Dataset, data_files, read_footer, require_dataset
 from vitray.errors import JobError, ObjectMissing
-from vitray.schema import ModelFacts
+from vitray.schema import ModelSpec
 from vitray.storage import join, read, store_for
 
 EDGES = [f"{10**zeros}{unit}" for unit in "KMBT" for zeros in range(3)][:10]  # 1K to 1T, as the Hub writes them
@@ -38,7 +38,7 @@ def write_card(out: str, license: str = "unknown") -> str:
 
 def card_of(dataset: Dataset, rows: int, errors: int, license: str) -> str:
     """Front matter and text. https://huggingface.co/docs/hub/datasets-cards names the fields."""
-    facts, name = dataset.facts, dataset.out.rpartition("/")[2]
+    spec, name = dataset.spec, dataset.out.rpartition("/")[2]
     configs = [{"config_name": "default", "data_files": [{"split": "train", "path": "data/*.parquet"}]}]
     if errors:
         configs.append(
@@ -49,37 +49,37 @@ def card_of(dataset: Dataset, rows: int, errors: int, license: str) -> str:
         "pretty_name": name,
         "license": license,
         "task_categories": tasks,
-        "tags": ["vitray", facts.family, *(["embeddings"] if dataset.vectors else [])],
+        "tags": ["vitray", spec.family, *(["embeddings"] if dataset.vectors else [])],
         "size_categories": [SIZES[min(max(0, len(str(rows)) - 3), len(SIZES) - 1)]],
         "configs": configs,
     }
     types = {f.name: f.type.value_type if pa.types.is_dictionary(f.type) else f.type for f in dataset.schema}
     columns = [f"| `{_plain(name)}` | `{_plain(str(kind))}` |" for name, kind in types.items()]
-    model = facts.model.rpartition("/")[2] if facts.model.startswith("/") else facts.model  # a card is for others to read
+    model = spec.model.rpartition("/")[2] if spec.model.startswith("/") else spec.model  # a card is for others to read
     return "\n".join(
         [
             f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n",
             f"# `{_plain(name)}`\n",
             f"{rows:,} images, labelled or embedded by `{_plain(model)}`"
-            f"{f' at revision `{_plain(facts.revision)}`' if facts.revision else ''} with vitray. {errors:,} more could not be decoded:",
+            f"{f' at revision `{_plain(spec.revision)}`' if spec.revision else ''} with vitray. {errors:,} more could not be decoded:",
             f"they are in `{dataset.errors_folder}/`, each with a reason. The images themselves are not part of this dataset.\n",
             "| column | type |\n| --- | --- |",
             *columns,
             "\n| made with | |\n| --- | --- |",
-            f"| weights, SHA-256 | `{facts.weights_sha256}` |",
-            *_labelled_by(facts),
-            f"| precision, engine, decode | {facts.precision}, {facts.engine}, {dataset.job.decode} |",
+            f"| weights, SHA-256 | `{spec.weights_sha256}` |",
+            *_labelled_by(spec),
+            f"| precision, engine, decode | {spec.precision}, {spec.engine}, {dataset.job.decode} |",
             f"| fingerprint | `{dataset.fingerprint}` |\n",
         ]
     )
 
 
-def _labelled_by(facts: ModelFacts) -> list[str]:
+def _labelled_by(spec: ModelSpec) -> list[str]:
     """A row of the table where labels are not those of the checkpoint's own head."""
-    if facts.head:
-        over = f", over the stored `{facts.head_column}`" if facts.head_column else ""
-        return [f"| labelled by a linear head, SHA-256 | `{facts.head_sha256}`{over} |"]
-    return [f"| labels read as | {', '.join(f'`{_plain(prompt)}`' for prompt in facts.prompts)} |"] if facts.prompts else []
+    if spec.head:
+        over = f", over the stored `{spec.head_column}`" if spec.head_column else ""
+        return [f"| labelled by a linear head, SHA-256 | `{spec.head_sha256}`{over} |"]
+    return [f"| labels read as | {', '.join(f'`{_plain(prompt)}`' for prompt in spec.prompts)} |"] if spec.prompts else []
 
 
 def _is_ours(url: str) -> bool:

@@ -165,7 +165,7 @@ def _add_truth(counts: Counts, table: pa.Table, dataset: Dataset, column: str) -
 
 def is_right(dataset: Dataset, told: str, label: str, label_id: int) -> bool:
     """Whether the true label is this one. It is given by name, or by id where no name is a number."""
-    return told == label or (told == str(label_id) and not any(name.isdecimal() for name in dataset.facts.labels))
+    return told == label or (told == str(label_id) and not any(name.isdecimal() for name in dataset.spec.labels))
 
 
 def text_of(value: object) -> str:
