@@ -33,7 +33,7 @@ from vitray.models.gpu_decode import TURNS, Coded, DeviceDecoder, _pieces, shrin
 from vitray.models.pinned_buffers import SLOTS, Ring
 from vitray.models.torch_engine import TorchModel
 from vitray.pipeline.stages import Parcel, _encoded_table, decode_step, predict_step
-from vitray.schema import DecodeSpec, Receipt
+from vitray.schema import DecodeSpec, ShardEvent
 
 HOME = Path(__file__).parent.parent
 
@@ -251,7 +251,7 @@ def test_only_plain_jpegs_are_left_to_the_device() -> None:
 
 
 def parcel_of(dataset, images: list) -> Parcel:
-    return Parcel(Receipt("fragment", "s", 0, len(images)), rows=_encoded_table(items(*images), dataset.kept))
+    return Parcel(ShardEvent("fragment", "s", 0, len(images)), rows=_encoded_table(items(*images), dataset.kept))
 
 
 class Remembers:

@@ -52,10 +52,10 @@ def test_counts_survive_a_resume(tmp_path: Path, staged: int) -> None:
     dataset = resolve_dataset(job, hand_made.spec_of("m"), [vector], pa.schema([]), "2026-01-01T00:00:00+00:00")
     for left in (staged, 99):
         for parcel in read_step(dataset, shard):
-            assert parcel.receipt.kind in ("fragment", "staged", "end"), parcel.receipt.message
-            if parcel.receipt.kind == "fragment" and left == 0:
+            assert parcel.event.kind in ("fragment", "staged", "end"), parcel.event.message
+            if parcel.event.kind == "fragment" and left == 0:
                 break
-            left -= parcel.receipt.kind == "fragment"
+            left -= parcel.event.kind == "fragment"
             stage_step(dataset, predict_step(dataset, ZeroModel(), decode_step(dataset, parcel)))
     assert commit_shard(dataset, shard) is not None
     footer = read_footer(dataset.data_url(shard.id))

@@ -29,7 +29,7 @@ from vitray.pipeline.local_executor import LocalLine
 from vitray.pipeline.progress import Progress
 from vitray.pipeline.ray_executor import RayLine
 from vitray.pipeline.rounds import Work, run_wave
-from vitray.schema import Receipt
+from vitray.schema import ShardEvent
 from vitray.sources import list_shards
 
 IMAGES = 320
@@ -124,7 +124,7 @@ def test_on_a_full_cluster_the_line_waits_for_room(
         assert line.is_waiting() and arrived.empty()
         rays.kill(taker)
         while (item := arrived.get(timeout=60)) is not None:
-            assert isinstance(item, Receipt) and not line.is_waiting()
+            assert isinstance(item, ShardEvent) and not line.is_waiting()
     finally:
         line.close()
 

@@ -177,7 +177,7 @@ def through(folder: Path, tables: list[pa.Table], on_ray: bool = False) -> Datas
     travel: Callable[..., object] = (lambda parcel: next(unpack(parcel.pack()))) if on_ray else (lambda parcel: parcel)
     for shard in shards:
         for parcel in map(travel, read_step(dataset, shard)):
-            assert parcel.receipt.kind in ("fragment", "end"), parcel.receipt.message
+            assert parcel.event.kind in ("fragment", "end"), parcel.event.message
             decoded = travel(decode_step(dataset, parcel))
             stage_step(dataset, travel(predict_step(dataset, ZeroModel(), decoded)))
         assert commit_shard(dataset, shard) is not None

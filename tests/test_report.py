@@ -194,7 +194,7 @@ def test_steps_of_a_run_add_up_to_its_images_however_uneven_its_marks() -> None:
     rng = np.random.default_rng(3)
     for marks in (6, 50, 400):
         seconds = np.cumsum(rng.exponential(30.0, marks)).round(2)
-        seconds[marks // 2] = seconds[marks // 2 - 1]  # two receipts at once
+        seconds[marks // 2] = seconds[marks // 2 - 1]  # two events at once
         images = np.cumsum(rng.integers(0, 500, marks))
         found = within({"finished": "", "timeline": list(zip(seconds.tolist(), images.tolist()))})
         assert found is not None and len(found["rates"]) == min(STEPS, marks // 3)

@@ -16,7 +16,7 @@ from vitray.sources import list_shards, read_shard
 
 
 def test_a_broken_shard_is_read_again_at_once_and_yields_each_fragment_once(tmp_path: Path) -> None:
-    """Two row groups, the second one damaged: what was read before stays, and the receipt says what is wrong."""
+    """Two row groups, the second one damaged: what was read before stays, and the event says what is wrong."""
     path = tmp_path / "in" / "one.parquet"
     path.parent.mkdir()
     images = [bytes([n]) * 2000 for n in range(20)]
@@ -30,7 +30,7 @@ def test_a_broken_shard_is_read_again_at_once_and_yields_each_fragment_once(tmp_
     dataset = hand_made.make_dataset(tmp_path / "other", commit=0)
     job = hand_made.job_of(tmp_path, source=str(path))
     (shard,) = list_shards(job, []).shards
-    received = [parcel.receipt for parcel in read_step(dataset, shard)]
+    received = [parcel.event for parcel in read_step(dataset, shard)]
     assert [(r.kind, r.start, r.stop) for r in received[:-1]] == [("fragment", 0, 4), ("fragment", 4, 8)]
     assert received[-1].kind == "broken" and "one.parquet" in received[-1].message
 
@@ -39,8 +39,8 @@ def test_what_is_no_tar_is_broken_at_once(tmp_path: Path, caplog: pytest.LogCapt
     dataset = hand_made.make_dataset(tmp_path, commit=0)
     (tmp_path / "in" / "zz.tar").write_bytes(b"no tar" * 500)
     shard = list_shards(dataset.job, []).shards[-1]
-    (receipt,) = [parcel.receipt for parcel in read_step(dataset, shard)]
-    assert receipt.kind == "broken" and "is not a tar" in receipt.message
+    (event,) = [parcel.event for parcel in read_step(dataset, shard)]
+    assert event.kind == "broken" and "is not a tar" in event.message
 
 
 def test_the_tail_of_a_reading_that_ended_elsewhere_cuts_no_fragment(tmp_path: Path) -> None:
@@ -56,10 +56,10 @@ def test_the_tail_of_a_reading_that_ended_elsewhere_cuts_no_fragment(tmp_path: P
     write_fragment(dataset, shard.id, (4, 6), rows, ERROR_SCHEMA.empty_table())
     write_end(dataset, shard.id, End(6, 5000))
     parcels = list(read_step(dataset, shard))
-    assert [(p.receipt.kind, p.receipt.start, p.receipt.stop) for p in parcels[:-1]] == [
+    assert [(p.event.kind, p.event.start, p.event.stop) for p in parcels[:-1]] == [
         ("fragment", 0, 4),
         ("fragment", 4, 8),
         ("fragment", 8, 10),
     ]
     assert [p.rows["index"].to_pylist() for p in parcels if p.rows is not None] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-    assert parcels[-1].receipt.total == 10
+    assert parcels[-1].event.total == 10

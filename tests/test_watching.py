@@ -19,16 +19,16 @@ from shards import pictures, put_tars
 
 from vitray.operations.watching import json_line, view
 from vitray.pipeline.progress import MARKS, Progress
-from vitray.schema import Receipt
+from vitray.schema import ShardEvent
 
 VITRAY = [sys.executable, "-m", "vitray"]
 
 
 def some_progress() -> Progress:
     progress = Progress(shards=4, images_expected=400, started=time.monotonic() - 20)
-    progress.add(Receipt("staged", "a", 0, 100))
+    progress.add(ShardEvent("staged", "a", 0, 100))
     seconds = {"read": 0.1, "decode": 2.0, "predict": 4.0, "stage": 0.2}
-    progress.add(Receipt("fragment", "b", 0, 100, reasons={"truncated": 3, "empty": 2}, seconds=seconds, size_bytes=4_000_000))
+    progress.add(ShardEvent("fragment", "b", 0, 100, reasons={"truncated": 3, "empty": 2}, seconds=seconds, size_bytes=4_000_000))
     progress.shards_done, progress.shards_staged, progress.set_aside = 1, 2, 1
     progress.waiting = lambda: "3 fragments wait for decode"
     return progress
@@ -48,9 +48,9 @@ def test_the_json_line_has_the_numbers() -> None:
 def test_the_time_left_of_tars_comes_from_their_bytes() -> None:
     progress = Progress(shards=1, bytes_expected=1_000_000, started=time.monotonic() - 20)
     assert progress.left_s() is None
-    progress.add(Receipt("staged", "a", 0, 100))  # of which no byte was decoded
+    progress.add(ShardEvent("staged", "a", 0, 100))  # of which no byte was decoded
     assert progress.left_s() is None
-    progress.add(Receipt("fragment", "a", 100, 200, size_bytes=100_000))  # 1,000 images, then: 800 are left, at 5 a second
+    progress.add(ShardEvent("fragment", "a", 100, 200, size_bytes=100_000))  # 1,000 images, then: 800 are left, at 5 a second
     assert progress.left_s() == pytest.approx(160, rel=0.01)
     progress.shards_done = 1  # a tar holds more than images
     assert progress.left_s() == 0
@@ -70,7 +70,7 @@ def test_the_view_has_them_too() -> None:
 def test_the_rate_now_is_of_the_last_seconds_and_the_timeline_stays_short() -> None:
     progress = Progress(shards=1, started=time.monotonic() - 1000)
     for n in range(5000):
-        progress.add(Receipt("fragment", "a", n, n + 1))
+        progress.add(ShardEvent("fragment", "a", n, n + 1))
     assert len(progress.timeline) <= MARKS
     progress.latest = deque([(0.0, 0), (980.0, 4000), (995.0, 4900)])
     assert 45 < progress.rate_now() < 55  # 1,000 images since the mark at 980 s

@@ -21,7 +21,7 @@ from vitray.pipeline.progress import MARKS, Progress
 from vitray.pipeline.rounds import Work
 from vitray.pipeline.runner import _complete, _finished
 from vitray.pipeline.stages import commit_step
-from vitray.schema import Receipt, Shard
+from vitray.schema import Shard, ShardEvent
 from vitray.sources import list_shards
 from vitray.storage import store_for
 
@@ -39,7 +39,7 @@ class DrawnLine:
         self._dataset, self._shards, self._done = dataset, shards, list[tuple[str, Commit | VitrayError | None]]()
         self.waves.append(len(shards))
 
-    def start(self, arrived: queue.Queue[Receipt | Exception | None]) -> None:
+    def start(self, arrived: queue.Queue[ShardEvent | Exception | None]) -> None:
         for shard in self._shards:
             if shard.id in self.deadly:
                 arrived.put(RuntimeError("a process died"))
@@ -48,9 +48,9 @@ class DrawnLine:
             hand_made.stage(self._dataset, shard)
             for start, stop in staged(self._dataset, shard.id).ranges():
                 bad = {"not_an_image": 1} if start <= hand_made.BAD < stop else {}
-                arrived.put(Receipt("staged" if before else "fragment", shard.id, start, stop, reasons=bad))
+                arrived.put(ShardEvent("staged" if before else "fragment", shard.id, start, stop, reasons=bad))
             if not next(self.forgets, False):
-                arrived.put(Receipt("end", shard.id, total=hand_made.IMAGES))
+                arrived.put(ShardEvent("end", shard.id, total=hand_made.IMAGES))
         arrived.put(None)
 
     def stop(self) -> None: ...
@@ -181,7 +181,7 @@ def test_a_wave_whose_machine_is_lost_is_planned_again(
     monkeypatch.setattr(rounds, "LOST_S", 0.5)
     real, stands = DrawnLine.start, iter([True])
 
-    def start(line: DrawnLine, arrived: queue.Queue[Receipt | Exception | None]) -> None:
+    def start(line: DrawnLine, arrived: queue.Queue[ShardEvent | Exception | None]) -> None:
         if not next(stands, False):
             real(line, arrived)
 
@@ -201,7 +201,7 @@ def test_waiting_for_room_is_said_and_is_no_standing_still(
 
         def __init__(self) -> None: ...
 
-        def start(self, arrived: queue.Queue[Receipt | Exception | None]) -> None:
+        def start(self, arrived: queue.Queue[ShardEvent | Exception | None]) -> None:
             self._arrived = arrived
 
         def is_waiting(self) -> bool:
@@ -212,23 +212,23 @@ def test_waiting_for_room_is_said_and_is_no_standing_still(
 
     monkeypatch.setattr(rounds, "PLACE_S", place_s)
     monkeypatch.setattr(rounds, "SAID_S", 0.5)
-    receipts = rounds._receipts(Waits(), 2.0 if waits else 0.5, threading.Event())
+    events = rounds._events(Waits(), 2.0 if waits else 0.5, threading.Event())
     if (place_s, waits) == (60, True):
-        assert len(list(receipts)) >= 4  # the patience began when there was room
+        assert len(list(events)) >= 4  # the patience began when there was room
         assert "no machine has room for the model yet; waiting for one does not count as standing still" in caplog.text
         return
     why = r"no machine had room for the model in 1\.5 s" if waits else r"no image moved for 0\.5 s \(drawn\)"
     with pytest.raises(ClusterError, match=why):
-        list(receipts)
+        list(events)
 
 
-def test_an_hour_without_room_is_counted_from_the_last_receipt(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_hour_without_room_is_counted_from_the_last_event(monkeypatch: pytest.MonkeyPatch) -> None:
     class Late(DrawnLine):
         def __init__(self) -> None: ...
 
-        def start(self, arrived: queue.Queue[Receipt | Exception | None]) -> None:
+        def start(self, arrived: queue.Queue[ShardEvent | Exception | None]) -> None:
             self._began = time.monotonic()
-            for after, item in ((2.5, Receipt("staged", "a", 0, 1)), (5.5, None)):
+            for after, item in ((2.5, ShardEvent("staged", "a", 0, 1)), (5.5, None)):
                 threading.Timer(after, arrived.put, [item]).start()
 
         def is_waiting(self) -> bool:
@@ -236,7 +236,7 @@ def test_an_hour_without_room_is_counted_from_the_last_receipt(monkeypatch: pyte
 
     monkeypatch.setattr(rounds, "PLACE_S", 3.5)
     monkeypatch.setattr(rounds, "SAID_S", 0.5)
-    assert [r.shard for r in rounds._receipts(Late(), 60, threading.Event()) if r] == ["a"]
+    assert [r.shard for r in rounds._events(Late(), 60, threading.Event()) if r] == ["a"]
 
 
 @pytest.mark.timeout(60)
@@ -272,7 +272,7 @@ def test_the_timeline_of_a_long_run_is_as_fine_at_its_start_as_at_its_end() -> N
     progress = Progress()
     for second in range(1, 20_001):
         progress.started = time.monotonic() - second
-        progress.add(Receipt("fragment", "s", 0, 4 if second <= 19_980 else 1))
+        progress.add(ShardEvent("fragment", "s", 0, 4 if second <= 19_980 else 1))
     seconds = [at for at, _ in progress.timeline]
     assert MARKS / 2 <= len(seconds) <= MARKS and seconds[0] < 101 and seconds[-1] > 19_900
     assert {round(later - at) for at, later in pairwise(seconds)} == {64}

@@ -1,4 +1,4 @@
-"""The words that travel: columns, Arrow schemas, the closed list of reasons, shards, blocks and receipts.
+"""The words that travel: columns, Arrow schemas, the closed list of reasons, shards, blocks and events.
 
 Pure data, no input or output. What a model or a source does is in their rooms.
 """
@@ -411,7 +411,7 @@ class End:
 
 
 @dataclass(frozen=True, slots=True)
-class Receipt:
+class ShardEvent:
     """What reaches the driver: never rows, only what became of them.
 
     kind: "fragment" (staged now), "staged" (was there before), "end" (total is known),

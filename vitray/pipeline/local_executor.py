@@ -23,7 +23,7 @@ from vitray.models import Model, open_model
 from vitray.pipeline.cluster import Shares
 from vitray.pipeline.rounds import COMMITS_AT_ONCE
 from vitray.pipeline.stages import Parcel, commit_step, decode_step, predict_step, read_step, stage_step
-from vitray.schema import Receipt, Shard
+from vitray.schema import Shard, ShardEvent
 
 PREDICTORS = 2  # one prepares and packs while the other's batches are computed
 LOOK_S = 0.2  # how often a thread that waits looks whether the line is closed
@@ -44,7 +44,7 @@ class LocalLine:
         self._running: dict[Future[Any], str] = {}
         self._opening: list[Future[Any]] = []
 
-    def start(self, arrived: queue.Queue[Receipt | Exception | None]) -> None:
+    def start(self, arrived: queue.Queue[ShardEvent | Exception | None]) -> None:
         dataset, job, shares = self._dataset, self._dataset.job, self._shares
         load_decoders(job.decode)  # before other threads import: see vitray/resize.py
         model = self._pool.submit(
@@ -60,7 +60,7 @@ class LocalLine:
         self._step(shares.readers, shards, self._read, encoded)
         self._step(shares.threads, encoded, lambda parcel: [decode_step(dataset, parcel)], decoded)
         self._step(PREDICTORS, decoded, lambda parcel: [predict_step(dataset, self._opened(model), parcel)], predicted)
-        self._step(shares.stagers, predicted, lambda parcel: [stage_step(dataset, parcel).receipt], arrived)
+        self._step(shares.stagers, predicted, lambda parcel: [stage_step(dataset, parcel).event], arrived)
 
     def stop(self) -> None:
         self._stopped.set()

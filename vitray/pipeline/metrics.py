@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vitray.dataset import Commit
-from vitray.schema import Receipt
+from vitray.schema import ShardEvent
 
 COUNTERS = {  # and their tags
     "vitray_images": ("images, good or bad", ("outcome",)),
@@ -18,7 +18,7 @@ BOUNDARIES = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300]
 class Meter:
     """What is told of each fragment that was computed, and of each commit. This one tells nobody: without Ray nobody asks."""
 
-    def fragment(self, receipt: Receipt) -> None: ...
+    def fragment(self, event: ShardEvent) -> None: ...
 
     def commit(self, commit: Commit) -> None: ...
 
@@ -33,14 +33,14 @@ class RayMeter(Meter):
         name, what, tags = STEP_SECONDS
         self._seconds = Histogram(name, description=what, boundaries=BOUNDARIES, tag_keys=tags)
 
-    def fragment(self, receipt: Receipt) -> None:
-        images = {"good": receipt.stop - receipt.start - receipt.errors, "bad": receipt.errors}
+    def fragment(self, event: ShardEvent) -> None:
+        images = {"good": event.stop - event.start - event.errors, "bad": event.errors}
         for outcome, count in images.items():
             self._add("vitray_images", count, {"outcome": outcome})
-        self._add("vitray_bytes", receipt.size_bytes, {})
-        for reason, count in receipt.reasons.items():
+        self._add("vitray_bytes", event.size_bytes, {})
+        for reason, count in event.reasons.items():
             self._add("vitray_failures", count, {"reason": reason})
-        for step, seconds in receipt.seconds.items():
+        for step, seconds in event.seconds.items():
             self._seconds.observe(seconds, {"step": step})
 
     def commit(self, commit: Commit) -> None:

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from vitray.schema import Receipt
+from vitray.schema import ShardEvent
 
 MARKS = 400
 NOW_S = 10.0
@@ -63,16 +63,16 @@ class Progress:
             return None
         return (time.monotonic() - self.started) * max(0, expected - self.images) / computed
 
-    def add(self, receipt: Receipt) -> None:
-        size = receipt.stop - receipt.start
-        self.good += size - receipt.errors
-        self.errors += receipt.errors
-        self.resumed += size if receipt.kind == "staged" else 0
-        self.size_bytes += receipt.size_bytes
+    def add(self, event: ShardEvent) -> None:
+        size = event.stop - event.start
+        self.good += size - event.errors
+        self.errors += event.errors
+        self.resumed += size if event.kind == "staged" else 0
+        self.size_bytes += event.size_bytes
         self._mark((round(time.monotonic() - self.started, 2), self.images - self.resumed))
-        for reason, count in receipt.reasons.items():
+        for reason, count in event.reasons.items():
             self.reasons[reason] = self.reasons.get(reason, 0) + count
-        for step, seconds in receipt.seconds.items():
+        for step, seconds in event.seconds.items():
             self.seconds[step] = self.seconds.get(step, 0.0) + seconds
 
     def _mark(self, mark: tuple[float, int]) -> None:

@@ -21,7 +21,7 @@ from vitray.errors import VitrayError
 from vitray.models import open_model
 from vitray.pipeline.cluster import RETRIES, Shares, alive_nodes, outcome, require_seen, sees
 from vitray.pipeline.stages import commit_step, decode_step, open_device_decoder, predict_step, read_step, stage_step, unpack
-from vitray.schema import Receipt, Shard
+from vitray.schema import Shard, ShardEvent
 from vitray.storage import is_local
 
 
@@ -46,7 +46,7 @@ class RayLine:
 
         self._line._create_executor = remembered
 
-    def start(self, arrived: queue.Queue[Receipt | Exception | None]) -> None:
+    def start(self, arrived: queue.Queue[ShardEvent | Exception | None]) -> None:
         """Ray's iterator waits without a deadline, so it runs in a thread."""
         self._arrived = arrived
 
@@ -54,7 +54,7 @@ class RayLine:
             try:
                 for block in self._line.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                     for parcel in unpack(block):
-                        arrived.put(parcel.receipt)
+                        arrived.put(parcel.event)
                 arrived.put(None)
             except Exception as error:
                 arrived.put(error)
@@ -119,7 +119,7 @@ def require_source(shards: list[Shard]) -> None:
 
 
 def build_line(shards: list[Any], dataset: Dataset, dataset_ref: Any, shares: Shares, actors: list[str]) -> Any:
-    """The Ray dataset of receipts. shards, dataset_ref: object references, fetched where they are used.
+    """The Ray dataset of events. shards, dataset_ref: object references, fetched where they are used.
 
     actors: grows by the names of the actors that Ray Data makes.
     """
@@ -132,7 +132,7 @@ def build_line(shards: list[Any], dataset: Dataset, dataset_ref: Any, shares: Sh
         for n in block["n"].to_pylist():
             require_seen(mark)
             for parcel in read_step(ray.get(dataset_ref), ray.get(shards[n])):
-                if parcel.receipt.kind in ("broken", "changed"):
+                if parcel.event.kind in ("broken", "changed"):
                     require_source(ray.get([shards[0], shards[-1]]))
                 yield parcel.pack()
 

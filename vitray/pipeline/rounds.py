@@ -19,12 +19,12 @@ from vitray.job import Job
 from vitray.pipeline.cluster import PLACE_S, SAID_S
 from vitray.pipeline.metrics import Meter
 from vitray.pipeline.progress import Progress
-from vitray.schema import Receipt, Shard
+from vitray.schema import Shard, ShardEvent
 from vitray.sources import Selection
 
 log = logging.getLogger(__name__)
 
-LOST_S = 30.0  # without a receipt, then whose machine is gone is planned again
+LOST_S = 30.0  # without an event, then whose machine is gone is planned again
 ATTEMPTS = 3
 JUDGED_IMAGES = 1000
 COMMITS_AT_ONCE = 4
@@ -63,8 +63,8 @@ class MachineLostError(Exception):
 class Line(Protocol):
     """What brings shards through the four steps: processes of a Ray cluster (line.py), or threads of this one (local.py)."""
 
-    def start(self, arrived: queue.Queue[Receipt | Exception | None]) -> None:
-        """Begin; put every receipt, then None, or what ended the line."""
+    def start(self, arrived: queue.Queue[ShardEvent | Exception | None]) -> None:
+        """Begin; put every event, then None, or what ended the line."""
 
     def stop(self) -> None:
         """Take no more images; end as if there were none."""
@@ -93,26 +93,26 @@ def run_wave(dataset: Dataset, shards: list[Shard], line: Line, work: Work) -> N
     commits, tiling, blamed = _Commits(line, dataset.job.stall_timeout_s, work), _Tiling(), set[str]()
     work.progress.waiting = line.state
     with contextlib.closing(line):
-        for receipt in _receipts(line, dataset.job.stall_timeout_s, work.stop):
-            if receipt is None:
+        for event in _events(line, dataset.job.stall_timeout_s, work.stop):
+            if event is None:
                 pass
-            elif receipt.kind == "changed":
-                work.changed.add(receipt.shard)
-            elif receipt.kind in ("failed", "broken"):
-                blame(work, receipt.shard, receipt.message, ATTEMPTS if receipt.kind == "broken" else 1)
-                blamed.add(receipt.shard)
+            elif event.kind == "changed":
+                work.changed.add(event.shard)
+            elif event.kind in ("failed", "broken"):
+                blame(work, event.shard, event.message, ATTEMPTS if event.kind == "broken" else 1)
+                blamed.add(event.shard)
             else:
-                if receipt.message:
-                    work.notes[receipt.shard] = receipt.message
-                counted = work.counted.setdefault(receipt.shard, set())
-                if tiling.add(receipt) and receipt.start not in counted:  # not in an earlier wave either
-                    counted.add(receipt.start)
-                    work.progress.add(receipt)
-                    if receipt.kind == "fragment":
-                        work.meter.fragment(receipt)
+                if event.message:
+                    work.notes[event.shard] = event.message
+                counted = work.counted.setdefault(event.shard, set())
+                if tiling.add(event) and event.start not in counted:  # not in an earlier wave either
+                    counted.add(event.start)
+                    work.progress.add(event)
+                    if event.kind == "fragment":
+                        work.meter.fragment(event)
                     _judge(dataset.job, work.progress, work.vanished)
-                if tiling.is_whole(receipt.shard):
-                    commits.backlog.append(receipt.shard)
+                if tiling.is_whole(event.shard):
+                    commits.backlog.append(event.shard)
             commits.settle()
             work.progress.shards_staged = len(work.counted)
             work.report(work.progress)
@@ -123,13 +123,13 @@ def run_wave(dataset: Dataset, shards: list[Shard], line: Line, work: Work) -> N
         blame(work, shard_id, "its fragments did not arrive")
 
 
-def _receipts(line: Line, patience_s: float, stop: threading.Event) -> Iterator[Receipt | None]:
-    """Receipts as they come, None once a second without one. Raises ClusterError after patience_s without any, beside PLACE_S at most
+def _events(line: Line, patience_s: float, stop: threading.Event) -> Iterator[ShardEvent | None]:
+    """Events as they come, None once a second without one. Raises ClusterError after patience_s without any, beside PLACE_S at most
     without a place for the model; MachineLostError after LOST_S where a machine is gone.
 
-    The patience begins anew with each receipt, and with each second in which the model has no place.
+    The patience begins anew with each event, and with each second in which the model has no place.
     """
-    arrived: queue.Queue[Receipt | Exception | None] = queue.Queue()
+    arrived: queue.Queue[ShardEvent | Exception | None] = queue.Queue()
     line.start(arrived)
     last = received = said = time.monotonic()
     is_waiting = True  # until the first answer that it is not
@@ -170,24 +170,24 @@ def _receipts(line: Line, patience_s: float, stop: threading.Event) -> Iterator[
 
 
 class _Tiling:
-    """Which shards are whole, by receipts. The commit looks at the fragments themselves again."""
+    """Which shards are whole, by events. The commit looks at the fragments themselves again."""
 
     def __init__(self) -> None:
         self._covered: dict[str, dict[int, int]] = {}
         self._totals: dict[str, int] = {}
 
-    def add(self, receipt: Receipt) -> bool:
-        """Take a receipt; True when it is the first of its fragment."""
-        if receipt.kind == "end":
-            self._totals[receipt.shard] = receipt.total
+    def add(self, event: ShardEvent) -> bool:
+        """Take an event; True when it is the first of its fragment."""
+        if event.kind == "end":
+            self._totals[event.shard] = event.total
             return False
-        fragments = self._covered.setdefault(receipt.shard, {})
-        is_new = receipt.start not in fragments
-        fragments[receipt.start] = receipt.stop
+        fragments = self._covered.setdefault(event.shard, {})
+        is_new = event.start not in fragments
+        fragments[event.start] = event.stop
         return is_new
 
     def is_whole(self, shard_id: str) -> bool:
-        """True once, with the receipt that makes the shard whole."""
+        """True once, with the event that makes the shard whole."""
         at, fragments = 0, self._covered.get(shard_id, {})
         while at in fragments:
             at = fragments[at]

@@ -29,8 +29,8 @@ from vitray.schema import (
     IMAGE_FIELDS,
     Encoded,
     End,
-    Receipt,
     Shard,
+    ShardEvent,
     content_hash,
     ipc_bytes,
     ipc_table,
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 READS = 3  # of a shard whose bytes make no sense: a proxy may have spoilt them
 READ_AGAIN_S = 0.5
-COUNTS = ("reasons", "seconds", "left_out", "image_members")  # of a Receipt: dictionaries, JSON on the way
+COUNTS = ("reasons", "seconds", "left_out", "image_members")  # of a ShardEvent: dictionaries, JSON on the way
 PARCEL_SCHEMA = pa.schema(
     [(name, pa.string()) for name in ("kind", "shard", "message", *COUNTS)]
     + [(name, pa.int64()) for name in ("start", "stop", "total", "truncated_at", "size_bytes")]
@@ -55,16 +55,16 @@ PARCEL_SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class Parcel:
-    """A receipt with what it is about: rows and errors are Arrow tables while they travel, None at the end of the line."""
+    """An event with what it is about: rows and errors are Arrow tables while they travel, None at the end of the line."""
 
-    receipt: Receipt
+    event: ShardEvent
     truncated_at: int | None = None
     rows: pa.Table | None = None
     errors: pa.Table | None = None
 
     def pack(self) -> pa.Table:
         """As one row of a Ray block."""
-        r = self.receipt
+        r = self.event
         values = [
             [r.kind], [r.shard], [r.message], *([json.dumps(getattr(r, name))] for name in COUNTS),
             [r.start], [r.stop], [r.total], [self.truncated_at], [r.size_bytes],
@@ -81,14 +81,14 @@ def unpack(block: pa.Table) -> Iterator[Parcel]:
         truncated_at = plain.pop("truncated_at")
         plain |= {name: json.loads(plain[name]) for name in COUNTS}
         rows, errors = (ipc_table(row[name].as_buffer()) if row[name].is_valid else None for name in ("rows", "errors"))
-        yield Parcel(Receipt(**plain), truncated_at, rows, errors)
+        yield Parcel(ShardEvent(**plain), truncated_at, rows, errors)
 
 
 def read_step(dataset: Dataset, shard: Shard) -> Iterator[Parcel]:
     """A shard as parcels of encoded bytes, one for each range of fragment_rows, then its end.
 
-    A range that is staged already becomes a receipt: it is not decoded or predicted again. A shard that cannot be
-    read ends with a receipt that says so ("broken": after READS tries) and never raises.
+    A range that is staged already becomes an event: it is not decoded or predicted again. A shard that cannot be
+    read ends with an event that says so ("broken": after READS tries) and never raises.
     """
     started = time.perf_counter()
     try:
@@ -113,7 +113,7 @@ def read_step(dataset: Dataset, shard: Shard) -> Iterator[Parcel]:
     except (JobError, ShardError, StorageError) as error:  # JobError: this shard lacks a kept column
         is_broken = isinstance(error, (JobError, ShardError))
         kind = "changed" if isinstance(error, ObjectChanged) else "broken" if is_broken else "failed"
-        yield Parcel(Receipt(kind, shard.id, message=str(error)))
+        yield Parcel(ShardEvent(kind, shard.id, message=str(error)))
 
 
 def _fragments(dataset: Dataset, shard: Shard, there: dict[int, int], sent: set[int], started: float) -> Iterator[Parcel]:
@@ -134,8 +134,8 @@ def _fragments(dataset: Dataset, shard: Shard, there: dict[int, int], sent: set[
         size = sum(len(item.data or b"") for item in held)
         further = sum(item.further_images for item in held)
         left_out: dict[str, int] = {LeftOut.FURTHER_IMAGE: further} if further else {}
-        receipt = Receipt("fragment", shard.id, start, stop, seconds=seconds, size_bytes=size, left_out=left_out)
-        whole = Parcel(receipt, rows=_encoded_table(held, dataset.kept))
+        event = ShardEvent("fragment", shard.id, start, stop, seconds=seconds, size_bytes=size, left_out=left_out)
+        whole = Parcel(event, rows=_encoded_table(held, dataset.kept))
         sent.add(start)
         yield whole
 
@@ -162,15 +162,15 @@ def _fragments(dataset: Dataset, shard: Shard, there: dict[int, int], sent: set[
 
 
 def _end_parcel(shard_id: str, end: End) -> Parcel:
-    receipt = Receipt("end", shard_id, total=end.total, message=end.note, left_out=end.left_out, image_members=end.image_members)
-    return Parcel(receipt, end.truncated_at)
+    event = ShardEvent("end", shard_id, total=end.total, message=end.note, left_out=end.left_out, image_members=end.image_members)
+    return Parcel(event, end.truncated_at)
 
 
 def _was_staged(dataset: Dataset, shard_id: str, span: tuple[int, int]) -> Parcel:
     fragment = read_fragment(dataset, shard_id, *span)
     if fragment is None:
         raise StorageError(f"{shard_id}: fragment {span[0]}-{span[1]} is damaged. Run again; it is made anew.")
-    return Parcel(Receipt("staged", shard_id, *span, reasons=_counts(fragment.errors)))
+    return Parcel(ShardEvent("staged", shard_id, *span, reasons=_counts(fragment.errors)))
 
 
 def _encoded_table(items: list[Encoded], kept: pa.Schema) -> pa.Table:
@@ -204,7 +204,7 @@ def decode_step(dataset: Dataset, parcel: Parcel) -> Parcel:
     if parcel.rows is None:
         return parcel
     started = time.perf_counter()
-    shard = parcel.receipt.shard
+    shard = parcel.event.shard
     table = parcel.rows
     data = table["data"].to_pylist()
     plain = [table[name].to_pylist() for name in ("index", "key", "uri", "reason", "message")]
@@ -236,12 +236,12 @@ def decode_step(dataset: Dataset, parcel: Parcel) -> Parcel:
         ],
         schema=ERROR_SCHEMA,
     )  # fmt: skip
-    trace("decode", shard, parcel.receipt.start, parcel.receipt.stop)
+    trace("decode", shard, parcel.event.start, parcel.event.stop)
     further_pages = sum(outcomes[n].further_pages for n in good)
-    receipt = _timed(parcel.receipt, "decode", started)
+    event = _timed(parcel.event, "decode", started)
     if further_pages:
-        receipt = replace(receipt, left_out={**receipt.left_out, LeftOut.FURTHER_PAGE: further_pages})
-    return replace(parcel, rows=pa.table(columns), errors=errors, receipt=receipt)
+        event = replace(event, left_out={**event.left_out, LeftOut.FURTHER_PAGE: further_pages})
+    return replace(parcel, rows=pa.table(columns), errors=errors, event=event)
 
 
 def open_device_decoder(dataset: Dataset, threads: int) -> DeviceDecoder | None:
@@ -274,8 +274,8 @@ def predict_step(dataset: Dataset, model: Model, parcel: Parcel, decoder: Device
         rows = pa.table({**columns, **_predicted(dataset, found)}).select(dataset.schema.names).cast(dataset.schema)
     else:
         rows = pa.Table.from_batches([], dataset.schema)  # empty_table() lacks lists of extension types (pyarrow 26.0)
-    trace("predict", parcel.receipt.shard, parcel.receipt.start, parcel.receipt.stop)
-    return replace(parcel, rows=rows, errors=errors, receipt=_timed(parcel.receipt, "predict", started))
+    trace("predict", parcel.event.shard, parcel.event.start, parcel.event.stop)
+    return replace(parcel, rows=rows, errors=errors, event=_timed(parcel.event, "predict", started))
 
 
 def _decode_there(
@@ -308,18 +308,18 @@ def _predicted(dataset: Dataset, found: Predictions) -> dict[str, pa.Array]:
 
 
 def stage_step(dataset: Dataset, parcel: Parcel) -> Parcel:
-    """Rows -> a staged fragment, an end -> the tail; what goes on is the receipt alone."""
-    started, receipt = time.perf_counter(), parcel.receipt
-    if receipt.kind == "end":
-        counts = (receipt.left_out, receipt.image_members)
-        write_end(dataset, receipt.shard, End(receipt.total, parcel.truncated_at, receipt.message, *counts))
-        crash_point("stage-end", receipt.shard)
+    """Rows -> a staged fragment, an end -> the tail; what goes on is the event alone."""
+    started, event = time.perf_counter(), parcel.event
+    if event.kind == "end":
+        counts = (event.left_out, event.image_members)
+        write_end(dataset, event.shard, End(event.total, parcel.truncated_at, event.message, *counts))
+        crash_point("stage-end", event.shard)
     if parcel.rows is None or parcel.errors is None:
-        return Parcel(receipt, parcel.truncated_at)
-    span = (receipt.start, receipt.stop)
-    write_fragment(dataset, receipt.shard, span, parcel.rows, parcel.errors, receipt.left_out)
-    trace("stage", receipt.shard, receipt.start, receipt.stop)
-    return Parcel(replace(_timed(receipt, "stage", started), reasons=_counts(parcel.errors)))
+        return Parcel(event, parcel.truncated_at)
+    span = (event.start, event.stop)
+    write_fragment(dataset, event.shard, span, parcel.rows, parcel.errors, event.left_out)
+    trace("stage", event.shard, event.start, event.stop)
+    return Parcel(replace(_timed(event, "stage", started), reasons=_counts(parcel.errors)))
 
 
 def commit_step(dataset: Dataset, shard: Shard) -> Commit | VitrayError | None:
@@ -332,8 +332,8 @@ def commit_step(dataset: Dataset, shard: Shard) -> Commit | VitrayError | None:
         return error
 
 
-def _timed(receipt: Receipt, step: str, started: float) -> Receipt:
-    return replace(receipt, seconds={**receipt.seconds, step: time.perf_counter() - started})
+def _timed(event: ShardEvent, step: str, started: float) -> ShardEvent:
+    return replace(event, seconds={**event.seconds, step: time.perf_counter() - started})
 
 
 def _counts(errors: pa.Table) -> dict[str, int]:
