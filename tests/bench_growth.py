@@ -63,13 +63,13 @@ def ledger_share(folder: Path, model: str, ready: Path) -> dict[str, float]:
         finally:
             took[name] += cpu_s() - before
 
-    parcels = timed("read", lambda: list(read_step(dataset, shard)))
-    images = [image for parcel in parcels if parcel.rows for image in parcel.rows["data"].to_pylist()]
+    batches = timed("read", lambda: list(read_step(dataset, shard)))
+    images = [image for batch in batches if batch.rows for image in batch.rows["data"].to_pylist()]
     timed("hash", lambda: [content_hash(image) for image in images])
-    decoded = [timed("decode", partial(decode_step, dataset, parcel)) for parcel in parcels]
-    predicted = [timed("predict", partial(predict_step, dataset, network, parcel)) for parcel in decoded]
-    for parcel in predicted:
-        timed("stage", partial(stage_step, dataset, parcel))
+    decoded = [timed("decode", partial(decode_step, dataset, batch)) for batch in batches]
+    predicted = [timed("predict", partial(predict_step, dataset, network, batch)) for batch in decoded]
+    for batch in predicted:
+        timed("stage", partial(stage_step, dataset, batch))
     timed("commit", lambda: commit_step(dataset, shard))
     return dict(took)
 

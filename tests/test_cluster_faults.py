@@ -55,7 +55,7 @@ def last_pid(trace: Path, step: str) -> int | None:
 
 
 def test_workers_and_actors_killed_every_few_seconds(inputs: Path, shapes_model: str, tmp_path: Path) -> None:
-    """A decoder, a stager, the model actor, in turn, every 3 s, eight times. Ray tries each parcel three times, the runner plans again."""
+    """A decoder, a stager, the model actor, in turn, every 3 s, eight times. Ray tries each batch three times, the runner plans again."""
     trace = tmp_path / "trace"
     run = start(command(inputs, shapes_model, tmp_path / "out", "--address", "local"), trace)
     wait_until_staged(run, trace, 1)

@@ -32,7 +32,7 @@ from vitray.models import checkpoint, fp8, identify, loading, open_model, vector
 from vitray.models.gpu_decode import TURNS, Coded, DeviceDecoder, _pieces, shrink
 from vitray.models.pinned_buffers import SLOTS, Ring
 from vitray.models.torch_engine import TorchModel
-from vitray.pipeline.stages import Parcel, _encoded_table, decode_step, predict_step
+from vitray.pipeline.stages import FragmentBatch, _encoded_table, decode_step, predict_step
 from vitray.schema import DecodeSpec, ShardEvent
 
 HOME = Path(__file__).parent.parent
@@ -250,8 +250,8 @@ def test_only_plain_jpegs_are_left_to_the_device() -> None:
     )
 
 
-def parcel_of(dataset, images: list) -> Parcel:
-    return Parcel(ShardEvent("fragment", "s", 0, len(images)), rows=_encoded_table(items(*images), dataset.kept))
+def batch_of(dataset, images: list) -> FragmentBatch:
+    return FragmentBatch(ShardEvent("fragment", "s", 0, len(images)), rows=_encoded_table(items(*images), dataset.kept))
 
 
 class Remembers:
@@ -286,8 +286,8 @@ def test_rows_errors_and_pixels_are_those_of_fast(tmp_path: Path, mode: str, res
             dataset = dataset_for(tmp_path / f"{number}{name}", chosen)
             decoder = decoder_for(chosen, refuses) if name == mode else None
             model = Remembers(dataset.vectors)
-            parcel = predict_step(dataset, model, decode_step(dataset, parcel_of(dataset, images)), decoder)
-            said[name] = parcel.rows.to_pylist(), parcel.errors.to_pylist(), model.seen[0]
+            batch = predict_step(dataset, model, decode_step(dataset, batch_of(dataset, images)), decoder)
+            said[name] = batch.rows.to_pylist(), batch.errors.to_pylist(), model.seen[0]
         rows, errors, seen = said[mode]
         assert [row["index"] for row in rows] == sorted(row["index"] for row in rows) and len(rows) + len(errors) == len(images)
         assert rows == said["fast"][0] and errors == said["fast"][1]
@@ -303,9 +303,9 @@ def test_what_is_bad_beyond_its_header_becomes_an_error_row_on_the_device(tmp_pa
         return np.empty((0, 48, 40, 3), np.uint8), [Outcome(120, 90, "jpeg", "time_limit", "too slow") for _ in blobs]
 
     decoder = dataclasses.replace(decoder_for(spec_of("gpu"), (cut,)), on_cpu=on_cpu)
-    parcel = predict_step(dataset, Remembers(dataset.vectors), decode_step(dataset, parcel_of(dataset, [cut, b""])), decoder)
-    assert parcel.rows.num_rows == 0 and parcel.rows.schema.equals(dataset.schema)
-    assert [(e["index"], e["reason"], e["size_bytes"]) for e in parcel.errors.to_pylist()] == [
+    batch = predict_step(dataset, Remembers(dataset.vectors), decode_step(dataset, batch_of(dataset, [cut, b""])), decoder)
+    assert batch.rows.num_rows == 0 and batch.rows.schema.equals(dataset.schema)
+    assert [(e["index"], e["reason"], e["size_bytes"]) for e in batch.errors.to_pylist()] == [
         (0, "time_limit", len(cut)),
         (1, "empty", 0),
     ]

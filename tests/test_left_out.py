@@ -51,12 +51,12 @@ def test_counts_survive_a_resume(tmp_path: Path, staged: int) -> None:
     vector = VectorColumn("embedding", hand_made.DIMENSION, None, "cls", True, "float32")
     dataset = resolve_dataset(job, hand_made.spec_of("m"), [vector], pa.schema([]), "2026-01-01T00:00:00+00:00")
     for left in (staged, 99):
-        for parcel in read_step(dataset, shard):
-            assert parcel.event.kind in ("fragment", "staged", "end"), parcel.event.message
-            if parcel.event.kind == "fragment" and left == 0:
+        for batch in read_step(dataset, shard):
+            assert batch.event.kind in ("fragment", "staged", "end"), batch.event.message
+            if batch.event.kind == "fragment" and left == 0:
                 break
-            left -= parcel.event.kind == "fragment"
-            stage_step(dataset, predict_step(dataset, ZeroModel(), decode_step(dataset, parcel)))
+            left -= batch.event.kind == "fragment"
+            stage_step(dataset, predict_step(dataset, ZeroModel(), decode_step(dataset, batch)))
     assert commit_shard(dataset, shard) is not None
     footer = read_footer(dataset.data_url(shard.id))
     further = sum(len(row) - 1 for row in images) + 5

@@ -174,11 +174,11 @@ def through(folder: Path, tables: list[pa.Table], on_ray: bool = False) -> Datas
     vector = VectorColumn("embedding", hand_made.DIMENSION, None, "cls", True, "float32")
     kept = passthrough_schema(shards, job)
     dataset = resolve_dataset(job, hand_made.spec_of("m"), [vector], kept, "2026-01-01T00:00:00+00:00")
-    travel: Callable[..., object] = (lambda parcel: next(unpack(parcel.pack()))) if on_ray else (lambda parcel: parcel)
+    travel: Callable[..., object] = (lambda batch: next(unpack(batch.pack()))) if on_ray else (lambda batch: batch)
     for shard in shards:
-        for parcel in map(travel, read_step(dataset, shard)):
-            assert parcel.event.kind in ("fragment", "end"), parcel.event.message
-            decoded = travel(decode_step(dataset, parcel))
+        for batch in map(travel, read_step(dataset, shard)):
+            assert batch.event.kind in ("fragment", "end"), batch.event.message
+            decoded = travel(decode_step(dataset, batch))
             stage_step(dataset, travel(predict_step(dataset, ZeroModel(), decoded)))
         assert commit_shard(dataset, shard) is not None
     checked = validate(dataset.out, inputs=False)

@@ -30,7 +30,7 @@ def test_a_broken_shard_is_read_again_at_once_and_yields_each_fragment_once(tmp_
     dataset = hand_made.make_dataset(tmp_path / "other", commit=0)
     job = hand_made.job_of(tmp_path, source=str(path))
     (shard,) = list_shards(job, []).shards
-    received = [parcel.event for parcel in read_step(dataset, shard)]
+    received = [batch.event for batch in read_step(dataset, shard)]
     assert [(r.kind, r.start, r.stop) for r in received[:-1]] == [("fragment", 0, 4), ("fragment", 4, 8)]
     assert received[-1].kind == "broken" and "one.parquet" in received[-1].message
 
@@ -39,7 +39,7 @@ def test_what_is_no_tar_is_broken_at_once(tmp_path: Path, caplog: pytest.LogCapt
     dataset = hand_made.make_dataset(tmp_path, commit=0)
     (tmp_path / "in" / "zz.tar").write_bytes(b"no tar" * 500)
     shard = list_shards(dataset.job, []).shards[-1]
-    (event,) = [parcel.event for parcel in read_step(dataset, shard)]
+    (event,) = [batch.event for batch in read_step(dataset, shard)]
     assert event.kind == "broken" and "is not a tar" in event.message
 
 
@@ -55,11 +55,11 @@ def test_the_tail_of_a_reading_that_ended_elsewhere_cuts_no_fragment(tmp_path: P
     rows = pa.Table.from_pylist([hand_made.row(dataset, shard, image) for image in images[4:6]], schema=dataset.schema)
     write_fragment(dataset, shard.id, (4, 6), rows, ERROR_SCHEMA.empty_table())
     write_end(dataset, shard.id, End(6, 5000))
-    parcels = list(read_step(dataset, shard))
-    assert [(p.event.kind, p.event.start, p.event.stop) for p in parcels[:-1]] == [
+    batches = list(read_step(dataset, shard))
+    assert [(p.event.kind, p.event.start, p.event.stop) for p in batches[:-1]] == [
         ("fragment", 0, 4),
         ("fragment", 4, 8),
         ("fragment", 8, 10),
     ]
-    assert [p.rows["index"].to_pylist() for p in parcels if p.rows is not None] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-    assert parcels[-1].event.total == 10
+    assert [p.rows["index"].to_pylist() for p in batches if p.rows is not None] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert batches[-1].event.total == 10

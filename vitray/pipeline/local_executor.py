@@ -1,6 +1,6 @@
 """The line as threads of this process: for one machine without an accelerator, where Ray would cost more than it gives.
 
-Starting Ray and its workers takes two cores 12 s, passing parcels between processes a few percent. Images are still decoded in
+Starting Ray and its workers takes two cores 12 s, passing batches between processes a few percent. Images are still decoded in
 children (isolation.py), and the model computes outside Python's lock, so threads share the cores as well as processes would.
 """
 
@@ -22,7 +22,7 @@ from vitray.errors import VitrayError
 from vitray.models import Model, open_model
 from vitray.pipeline.cluster import Shares
 from vitray.pipeline.rounds import COMMITS_AT_ONCE
-from vitray.pipeline.stages import Parcel, commit_step, decode_step, predict_step, read_step, stage_step
+from vitray.pipeline.stages import FragmentBatch, commit_step, decode_step, predict_step, read_step, stage_step
 from vitray.schema import Shard, ShardEvent
 
 PREDICTORS = 2  # one prepares and packs while the other's batches are computed
@@ -58,9 +58,9 @@ class LocalLine:
         self._queues = {"decode": encoded, "predict": decoded, "stage": predicted}
         self._arrived = arrived
         self._step(shares.readers, shards, self._read, encoded)
-        self._step(shares.threads, encoded, lambda parcel: [decode_step(dataset, parcel)], decoded)
-        self._step(PREDICTORS, decoded, lambda parcel: [predict_step(dataset, self._opened(model), parcel)], predicted)
-        self._step(shares.stagers, predicted, lambda parcel: [stage_step(dataset, parcel).event], arrived)
+        self._step(shares.threads, encoded, lambda batch: [decode_step(dataset, batch)], decoded)
+        self._step(PREDICTORS, decoded, lambda batch: [predict_step(dataset, self._opened(model), batch)], predicted)
+        self._step(shares.stagers, predicted, lambda batch: [stage_step(dataset, batch).event], arrived)
 
     def stop(self) -> None:
         self._stopped.set()
@@ -91,9 +91,9 @@ class LocalLine:
         wait([*self._opening, *self._running], max(0.0, deadline - time.monotonic()))
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _read(self, shard: Shard) -> Iterator[Parcel]:
-        parcels = iter(()) if self._stopped.is_set() else read_step(self._dataset, shard)
-        return itertools.takewhile(lambda _: not self._stopped.is_set(), parcels)
+    def _read(self, shard: Shard) -> Iterator[FragmentBatch]:
+        batches = iter(()) if self._stopped.is_set() else read_step(self._dataset, shard)
+        return itertools.takewhile(lambda _: not self._stopped.is_set(), batches)
 
     def _step(
         self, threads: int, inbox: queue.Queue[Any], work: Callable[[Any], Iterable[Any]], outbox: queue.Queue[Any]

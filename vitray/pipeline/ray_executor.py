@@ -53,8 +53,8 @@ class RayLine:
         def consume() -> None:
             try:
                 for block in self._line.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-                    for parcel in unpack(block):
-                        arrived.put(parcel.event)
+                    for batch in unpack(block):
+                        arrived.put(batch.event)
                 arrived.put(None)
             except Exception as error:
                 arrived.put(error)
@@ -131,19 +131,19 @@ def build_line(shards: list[Any], dataset: Dataset, dataset_ref: Any, shares: Sh
     def read(block: pa.Table) -> Iterator[pa.Table]:
         for n in block["n"].to_pylist():
             require_seen(mark)
-            for parcel in read_step(ray.get(dataset_ref), ray.get(shards[n])):
-                if parcel.event.kind in ("broken", "changed"):
+            for batch in read_step(ray.get(dataset_ref), ray.get(shards[n])):
+                if batch.event.kind in ("broken", "changed"):
                     require_source(ray.get([shards[0], shards[-1]]))
-                yield parcel.pack()
+                yield batch.pack()
 
     def decode(block: pa.Table) -> Iterator[pa.Table]:
-        for parcel in unpack(block):
-            yield decode_step(ray.get(dataset_ref), parcel).pack()
+        for batch in unpack(block):
+            yield decode_step(ray.get(dataset_ref), batch).pack()
 
     def stage(block: pa.Table) -> Iterator[pa.Table]:
-        for parcel in unpack(block):
+        for batch in unpack(block):
             require_seen(mark)
-            yield stage_step(ray.get(dataset_ref), parcel).pack()
+            yield stage_step(ray.get(dataset_ref), batch).pack()
 
     def named() -> dict[str, Any]:
         actors.append(f"vitray-{uuid.uuid4().hex}")
@@ -160,7 +160,7 @@ def build_line(shards: list[Any], dataset: Dataset, dataset_ref: Any, shares: Sh
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.max_errored_blocks = 0
-    context.target_max_block_size = 1  # every parcel is a block of its own: a retried task yields the same blocks again
+    context.target_max_block_size = 1  # every batch is a block of its own: a retried task yields the same blocks again
     shape: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
     task: dict[str, Any] = {**shape, "ray_remote_args_fn": lambda: {"max_retries": RETRIES}}
     items = ray.data.from_items([{"n": n} for n in range(len(shards))], override_num_blocks=len(shards))
@@ -196,5 +196,5 @@ class Predict:
         self._decoder = open_device_decoder(dataset, threads)
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        steps = (predict_step(self._dataset, self._model, parcel, self._decoder) for parcel in unpack(block))
-        return pa.concat_tables([parcel.pack() for parcel in steps])
+        steps = (predict_step(self._dataset, self._model, batch, self._decoder) for batch in unpack(block))
+        return pa.concat_tables([batch.pack() for batch in steps])

@@ -1,7 +1,7 @@
 """The straight line: list, plan, read, decode, predict, stage, commit, manifest.
 
 Correctness does not depend on Ray: every fragment has a fixed range and is created once, every commit is conditional.
-Ray (line.py) brings parcels (steps.py) from step to step and tries again what a dead process held.
+Ray (line.py) brings batches (steps.py) from step to step and tries again what a dead process held.
 """
 
 from __future__ import annotations

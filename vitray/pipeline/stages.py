@@ -2,7 +2,7 @@
 
 With decode: gpu or hybrid the decode step leaves plain JPEGs as they are, and the predict step decodes them where the model is.
 
-A `Parcel` is one fragment on its way. It is one row of a Ray block, so that no block boundary can cut it.
+A `FragmentBatch` is one fragment on its way. It is one row of a Ray block, so that no block boundary can cut it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 READS = 3  # of a shard whose bytes make no sense: a proxy may have spoilt them
 READ_AGAIN_S = 0.5
 COUNTS = ("reasons", "seconds", "left_out", "image_members")  # of a ShardEvent: dictionaries, JSON on the way
-PARCEL_SCHEMA = pa.schema(
+FRAGMENT_BATCH_SCHEMA = pa.schema(
     [(name, pa.string()) for name in ("kind", "shard", "message", *COUNTS)]
     + [(name, pa.int64()) for name in ("start", "stop", "total", "truncated_at", "size_bytes")]
     + [(name, pa.large_binary()) for name in ("rows", "errors")]
@@ -54,7 +54,7 @@ PARCEL_SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True, slots=True)
-class Parcel:
+class FragmentBatch:
     """An event with what it is about: rows and errors are Arrow tables while they travel, None at the end of the line."""
 
     event: ShardEvent
@@ -70,22 +70,24 @@ class Parcel:
             [r.start], [r.stop], [r.total], [self.truncated_at], [r.size_bytes],
             *([None if table is None else ipc_bytes(table)] for table in (self.rows, self.errors)),
         ]  # fmt: skip
-        return pa.Table.from_arrays([pa.array(v, f.type) for v, f in zip(values, PARCEL_SCHEMA)], schema=PARCEL_SCHEMA)
+        return pa.Table.from_arrays(
+            [pa.array(v, f.type) for v, f in zip(values, FRAGMENT_BATCH_SCHEMA)], schema=FRAGMENT_BATCH_SCHEMA
+        )
 
 
-def unpack(block: pa.Table) -> Iterator[Parcel]:
-    """The parcels in a block; tables are views on the block's memory."""
+def unpack(block: pa.Table) -> Iterator[FragmentBatch]:
+    """The batches in a block; tables are views on the block's memory."""
     for at in range(block.num_rows):
-        row = {name: block[name][at] for name in PARCEL_SCHEMA.names}
-        plain = {name: row[name].as_py() for name in PARCEL_SCHEMA.names[:-2]}
+        row = {name: block[name][at] for name in FRAGMENT_BATCH_SCHEMA.names}
+        plain = {name: row[name].as_py() for name in FRAGMENT_BATCH_SCHEMA.names[:-2]}
         truncated_at = plain.pop("truncated_at")
         plain |= {name: json.loads(plain[name]) for name in COUNTS}
         rows, errors = (ipc_table(row[name].as_buffer()) if row[name].is_valid else None for name in ("rows", "errors"))
-        yield Parcel(ShardEvent(**plain), truncated_at, rows, errors)
+        yield FragmentBatch(ShardEvent(**plain), truncated_at, rows, errors)
 
 
-def read_step(dataset: Dataset, shard: Shard) -> Iterator[Parcel]:
-    """A shard as parcels of encoded bytes, one for each range of fragment_rows, then its end.
+def read_step(dataset: Dataset, shard: Shard) -> Iterator[FragmentBatch]:
+    """A shard as batches of encoded bytes, one for each range of fragment_rows, then its end.
 
     A range that is staged already becomes an event: it is not decoded or predicted again. A shard that cannot be
     read ends with an event that says so ("broken": after READS tries) and never raises.
@@ -97,7 +99,7 @@ def read_step(dataset: Dataset, shard: Shard) -> Iterator[Parcel]:
         if there.tiles():
             for span in there.ranges():
                 yield _was_staged(dataset, shard.id, span)
-            yield _end_parcel(shard.id, there.ends[0])
+            yield _end_batch(shard.id, there.ends[0])
             return
         # not a short one: it may be the tail of a reading that ended elsewhere, and would cut this one's fragments
         full = {start: stop for start, stop in there.fragments.items() if stop - start == dataset.fragment_rows}
@@ -113,14 +115,14 @@ def read_step(dataset: Dataset, shard: Shard) -> Iterator[Parcel]:
     except (JobError, ShardError, StorageError) as error:  # JobError: this shard lacks a kept column
         is_broken = isinstance(error, (JobError, ShardError))
         kind = "changed" if isinstance(error, ObjectChanged) else "broken" if is_broken else "failed"
-        yield Parcel(ShardEvent(kind, shard.id, message=str(error)))
+        yield FragmentBatch(ShardEvent(kind, shard.id, message=str(error)))
 
 
-def _fragments(dataset: Dataset, shard: Shard, there: dict[int, int], sent: set[int], started: float) -> Iterator[Parcel]:
+def _fragments(dataset: Dataset, shard: Shard, there: dict[int, int], sent: set[int], started: float) -> Iterator[FragmentBatch]:
     """there: {start: stop} of what is staged; sent: the starts that an earlier try yielded, which grows."""
     rows, held, at = dataset.fragment_rows, list[Encoded](), 0
 
-    def parcel(start: int, stop: int) -> Iterator[Parcel]:
+    def batch(start: int, stop: int) -> Iterator[FragmentBatch]:
         nonlocal started
         if start in sent:
             return
@@ -135,7 +137,7 @@ def _fragments(dataset: Dataset, shard: Shard, there: dict[int, int], sent: set[
         further = sum(item.further_images for item in held)
         left_out: dict[str, int] = {LeftOut.FURTHER_IMAGE: further} if further else {}
         event = ShardEvent("fragment", shard.id, start, stop, seconds=seconds, size_bytes=size, left_out=left_out)
-        whole = Parcel(event, rows=_encoded_table(held, dataset.kept))
+        whole = FragmentBatch(event, rows=_encoded_table(held, dataset.kept))
         sent.add(start)
         yield whole
 
@@ -146,31 +148,31 @@ def _fragments(dataset: Dataset, shard: Shard, there: dict[int, int], sent: set[
     for item in read_shard(shard, dataset.job, is_wanted):
         boundary = (item.total if isinstance(item, End) else item.index) // rows * rows
         while at + rows <= boundary:  # the range is whole, or was skipped whole
-            yield from parcel(at, at + rows)
+            yield from batch(at, at + rows)
             held, at = [], at + rows
         if isinstance(item, End):
             if at < item.total:
-                yield from parcel(at, item.total)
-            yield _end_parcel(shard.id, item)
+                yield from batch(at, item.total)
+            yield _end_batch(shard.id, item)
             return
         held.append(item)
         if item.index == at + rows - 1:
-            yield from parcel(at, at + rows)
+            yield from batch(at, at + rows)
             held, at = [], at + rows
             started = time.perf_counter()
     raise ShardError(f"{shard.url}: the source ended without saying how many images it holds")
 
 
-def _end_parcel(shard_id: str, end: End) -> Parcel:
+def _end_batch(shard_id: str, end: End) -> FragmentBatch:
     event = ShardEvent("end", shard_id, total=end.total, message=end.note, left_out=end.left_out, image_members=end.image_members)
-    return Parcel(event, end.truncated_at)
+    return FragmentBatch(event, end.truncated_at)
 
 
-def _was_staged(dataset: Dataset, shard_id: str, span: tuple[int, int]) -> Parcel:
+def _was_staged(dataset: Dataset, shard_id: str, span: tuple[int, int]) -> FragmentBatch:
     fragment = read_fragment(dataset, shard_id, *span)
     if fragment is None:
         raise StorageError(f"{shard_id}: fragment {span[0]}-{span[1]} is damaged. Run again; it is made anew.")
-    return Parcel(ShardEvent("staged", shard_id, *span, reasons=_counts(fragment.errors)))
+    return FragmentBatch(ShardEvent("staged", shard_id, *span, reasons=_counts(fragment.errors)))
 
 
 def _encoded_table(items: list[Encoded], kept: pa.Schema) -> pa.Table:
@@ -196,16 +198,16 @@ def _passthrough_columns(items: list[Encoded], kept: pa.Schema) -> dict[str, pa.
     return columns
 
 
-def decode_step(dataset: Dataset, parcel: Parcel) -> Parcel:
+def decode_step(dataset: Dataset, batch: FragmentBatch) -> FragmentBatch:
     """Encoded bytes -> good rows with a `pixels` column (uint8 H*W*3 of each image), and error rows.
 
     Where plain JPEGs are left to the device, their bytes stand in `pixels`, and in `turn` their EXIF orientation (0: it is pixels).
     """
-    if parcel.rows is None:
-        return parcel
+    if batch.rows is None:
+        return batch
     started = time.perf_counter()
-    shard = parcel.event.shard
-    table = parcel.rows
+    shard = batch.event.shard
+    table = batch.rows
     data = table["data"].to_pylist()
     plain = [table[name].to_pylist() for name in ("index", "key", "uri", "reason", "message")]
     items = [Encoded(i, k, u, d, r, m) for i, k, u, r, m, d in zip(*plain, data)]
@@ -236,12 +238,12 @@ def decode_step(dataset: Dataset, parcel: Parcel) -> Parcel:
         ],
         schema=ERROR_SCHEMA,
     )  # fmt: skip
-    trace("decode", shard, parcel.event.start, parcel.event.stop)
+    trace("decode", shard, batch.event.start, batch.event.stop)
     further_pages = sum(outcomes[n].further_pages for n in good)
-    event = _timed(parcel.event, "decode", started)
+    event = _timed(batch.event, "decode", started)
     if further_pages:
         event = replace(event, left_out={**event.left_out, LeftOut.FURTHER_PAGE: further_pages})
-    return replace(parcel, rows=pa.table(columns), errors=errors, event=event)
+    return replace(batch, rows=pa.table(columns), errors=errors, event=event)
 
 
 def open_device_decoder(dataset: Dataset, threads: int) -> DeviceDecoder | None:
@@ -255,12 +257,12 @@ def open_device_decoder(dataset: Dataset, threads: int) -> DeviceDecoder | None:
     return open_decoder(spec.pixels, partial(decode_bytes, spec=spec), fit, threads, shares=spec.mode == "hybrid")
 
 
-def predict_step(dataset: Dataset, model: Model, parcel: Parcel, decoder: DeviceDecoder | None = None) -> Parcel:
+def predict_step(dataset: Dataset, model: Model, batch: FragmentBatch, decoder: DeviceDecoder | None = None) -> FragmentBatch:
     """Pixels -> labels and vectors, in the dataset's schema."""
-    if parcel.rows is None:
-        return parcel
+    if batch.rows is None:
+        return batch
     started = time.perf_counter()
-    table, errors = parcel.rows.combine_chunks(), parcel.errors
+    table, errors = batch.rows.combine_chunks(), batch.errors
     height, width = dataset.spec.pixels.shape
     if decoder is not None:
         pixels, table, errors = _decode_there(decoder, (height, width, 3), table, errors)
@@ -274,8 +276,8 @@ def predict_step(dataset: Dataset, model: Model, parcel: Parcel, decoder: Device
         rows = pa.table({**columns, **_predicted(dataset, found)}).select(dataset.schema.names).cast(dataset.schema)
     else:
         rows = pa.Table.from_batches([], dataset.schema)  # empty_table() lacks lists of extension types (pyarrow 26.0)
-    trace("predict", parcel.event.shard, parcel.event.start, parcel.event.stop)
-    return replace(parcel, rows=rows, errors=errors, event=_timed(parcel.event, "predict", started))
+    trace("predict", batch.event.shard, batch.event.start, batch.event.stop)
+    return replace(batch, rows=rows, errors=errors, event=_timed(batch.event, "predict", started))
 
 
 def _decode_there(
@@ -307,19 +309,19 @@ def _predicted(dataset: Dataset, found: Predictions) -> dict[str, pa.Array]:
     return columns
 
 
-def stage_step(dataset: Dataset, parcel: Parcel) -> Parcel:
+def stage_step(dataset: Dataset, batch: FragmentBatch) -> FragmentBatch:
     """Rows -> a staged fragment, an end -> the tail; what goes on is the event alone."""
-    started, event = time.perf_counter(), parcel.event
+    started, event = time.perf_counter(), batch.event
     if event.kind == "end":
         counts = (event.left_out, event.image_members)
-        write_end(dataset, event.shard, End(event.total, parcel.truncated_at, event.message, *counts))
+        write_end(dataset, event.shard, End(event.total, batch.truncated_at, event.message, *counts))
         crash_point("stage-end", event.shard)
-    if parcel.rows is None or parcel.errors is None:
-        return Parcel(event, parcel.truncated_at)
+    if batch.rows is None or batch.errors is None:
+        return FragmentBatch(event, batch.truncated_at)
     span = (event.start, event.stop)
-    write_fragment(dataset, event.shard, span, parcel.rows, parcel.errors, event.left_out)
+    write_fragment(dataset, event.shard, span, batch.rows, batch.errors, event.left_out)
     trace("stage", event.shard, event.start, event.stop)
-    return Parcel(replace(_timed(event, "stage", started), reasons=_counts(parcel.errors)))
+    return FragmentBatch(replace(_timed(event, "stage", started), reasons=_counts(batch.errors)))
 
 
 def commit_step(dataset: Dataset, shard: Shard) -> Commit | VitrayError | None:
