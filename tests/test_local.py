@@ -28,7 +28,7 @@ from vitray.pipeline.cluster import share_out
 from vitray.pipeline.local_executor import LocalLine
 from vitray.pipeline.progress import Progress
 from vitray.pipeline.ray_executor import RayLine
-from vitray.pipeline.rounds import Work, run_wave
+from vitray.pipeline.rounds import Work, run_round
 from vitray.schema import ShardEvent
 from vitray.sources import list_shards
 
@@ -226,7 +226,7 @@ def test_a_model_that_cannot_be_opened_ends_the_line_with_its_error(dataset: Dat
     shards = list_shards(dataset.job, []).shards
     started = time.monotonic()
     with pytest.raises(ModelError, match="the weights changed"):
-        run_wave(other, shards, LocalLine(other, shards, SHARES), Work())
+        run_round(other, shards, LocalLine(other, shards, SHARES), Work())
     assert time.monotonic() - started < 30 and line_threads() == []
 
 
@@ -254,7 +254,7 @@ def test_closing_a_line_ends_its_threads_while_queues_are_full(dataset: Dataset)
         raise Impatient
 
     with pytest.raises(Impatient):
-        run_wave(dataset, shards, line, Work(report=stop))
+        run_round(dataset, shards, line, Work(report=stop))
     assert line_threads() == []
 
 
@@ -265,7 +265,7 @@ def test_a_line_in_which_nothing_moves_ends_and_says_where_it_stood(dataset: Dat
     line = LocalLine(stuck, shards, SHARES)
     threading.Timer(6, over.set).start()
     with pytest.raises(ClusterError, match=r"no image moved for 3 s \(.*1 fragments wait for predict"):
-        run_wave(stuck, shards, line, Work())
+        run_round(stuck, shards, line, Work())
 
 
 def test_a_run_that_is_asked_to_end_stages_what_is_in_the_line(dataset: Dataset) -> None:
@@ -278,7 +278,7 @@ def test_a_run_that_is_asked_to_end_stages_what_is_in_the_line(dataset: Dataset)
             work.stop.set()
 
     work.report = stop
-    run_wave(other, shards, LocalLine(other, shards, SHARES), work)
+    run_round(other, shards, LocalLine(other, shards, SHARES), work)
     assert 16 <= work.progress.images < IMAGES and work.failures == {}
     there = [staged(other, shard.id).fragments for shard in shards if shard.id not in work.commits]
     kept = sum(stop - start for spans in there for start, stop in spans.items())
@@ -293,7 +293,7 @@ def test_more_threads_than_shards_and_a_compiled_model_change_nothing(dataset: D
     shares = replace(share_out([{"CPU": 8}], "cpu"), readers=6, stagers=5, compiled=True)
     other = replace(dataset, out=str(tmp_path / "other"))
     work = Work()
-    run_wave(other, shards, LocalLine(other, shards, shares), work)
+    run_round(other, shards, LocalLine(other, shards, shares), work)
     assert sorted(work.commits) == sorted(shard.id for shard in shards) and work.progress.images == IMAGES
     (path,) = (tmp_path / "out" / "data").iterdir()
     mine, theirs = pq.read_table(tmp_path / "other" / "data" / path.name), pq.read_table(path)

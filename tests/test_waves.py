@@ -1,4 +1,4 @@
-"""What a run does when the line itself dies: waves that grow narrower until one shard is alone. No model, no Ray, no threads."""
+"""What a run does when the line itself dies: rounds that grow narrower until one shard is alone. No model, no Ray, no threads."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ SHARDS = 20
 
 
 class DrawnLine:
-    """Stages drawn rows. Dies where a wave holds a shard of `deadly`; keeps the first fragment back where `forgets` says so."""
+    """Stages drawn rows. Dies where a round holds a shard of `deadly`; keeps the first fragment back where `forgets` says so."""
 
     deadly: frozenset[str] = frozenset()
     forgets: Iterator[bool] = iter(())
-    waves: list[int] = []
+    rounds: list[int] = []
 
     def __init__(self, dataset: Dataset, shards: list[Shard]) -> None:
         self._dataset, self._shards, self._done = dataset, shards, list[tuple[str, Commit | VitrayError | None]]()
-        self.waves.append(len(shards))
+        self.rounds.append(len(shards))
 
     def start(self, arrived: queue.Queue[ShardEvent | Exception | None]) -> None:
         for shard in self._shards:
@@ -78,7 +78,7 @@ class DrawnLine:
 @pytest.fixture
 def dataset(tmp_path: Path) -> Dataset:
     hand_made.write_tars(tmp_path / "in", SHARDS)
-    DrawnLine.deadly, DrawnLine.forgets, DrawnLine.waves = frozenset(), iter(()), []
+    DrawnLine.deadly, DrawnLine.forgets, DrawnLine.rounds = frozenset(), iter(()), []
     return hand_made.make_dataset(tmp_path, commit=0)
 
 
@@ -99,7 +99,7 @@ def test_a_deadly_shard_is_found_and_the_rest_completes(dataset: Dataset, which:
     work = complete(dataset)
     assert set(committed(dataset.out)) == set(ids(dataset)) - {killer}
     assert work.failures == {killer: "its processes died: a process died"}
-    assert len(DrawnLine.waves) < SHARDS, DrawnLine.waves
+    assert len(DrawnLine.rounds) < SHARDS, DrawnLine.rounds
 
 
 @pytest.mark.parametrize("first", [0, 3, SHARDS - 4])
@@ -109,28 +109,28 @@ def test_deadly_neighbours_are_so_many_failures(dataset: Dataset, first: int) ->
     assert set(work.failures) == DrawnLine.deadly and len(committed(dataset.out)) == SHARDS - 4
 
 
-def test_a_wave_has_no_more_fragments_than_the_driver_holds(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_round_has_no_more_fragments_than_the_driver_holds(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "LEAST_IMAGE_BYTES", 1)
-    monkeypatch.setattr(runner, "WAVE_FRAGMENTS", 6 * hand_made.IMAGES // dataset.fragment_rows)
+    monkeypatch.setattr(runner, "ROUND_FRAGMENTS", 6 * hand_made.IMAGES // dataset.fragment_rows)
     assert not complete(dataset).failures and set(committed(dataset.out)) == set(ids(dataset))
-    assert DrawnLine.waves == [6, 6, 6, 2]
-    DrawnLine.waves.clear()
-    monkeypatch.setattr(runner, "WAVE_FRAGMENTS", 0)  # a shard alone is more than all that it may
+    assert DrawnLine.rounds == [6, 6, 6, 2]
+    DrawnLine.rounds.clear()
+    monkeypatch.setattr(runner, "ROUND_FRAGMENTS", 0)  # a shard alone is more than all that it may
     for shard in ids(dataset)[:3]:
         store_for(dataset.out).delete([dataset.data_url(shard)])
     complete(dataset)
-    assert DrawnLine.waves == [1, 1, 1]
+    assert DrawnLine.rounds == [1, 1, 1]
 
 
 def test_a_line_that_always_dies_is_an_error_and_no_shard_is_blamed_for_it(dataset: Dataset) -> None:
     DrawnLine.deadly = frozenset(ids(dataset))
     with pytest.raises(ClusterError, match=r"fails again and again, also with .* alone: a process died"):
         complete(dataset)
-    assert DrawnLine.waves == [20, 20, 2] + [1] * 5
+    assert DrawnLine.rounds == [20, 20, 2] + [1] * 5
 
 
 def test_a_shard_that_is_planned_again_is_counted_once(dataset: Dataset) -> None:
-    DrawnLine.forgets = iter([True] * SHARDS)  # in the first wave no end arrives
+    DrawnLine.forgets = iter([True] * SHARDS)  # in the first round no end arrives
     work = complete(dataset)
     assert (work.progress.images, work.progress.errors) == (SHARDS * hand_made.IMAGES, SHARDS)
     assert work.progress.reasons == {"not_an_image": SHARDS} and work.failures == {} and work.counted == {}
@@ -146,7 +146,7 @@ def test_shards_that_are_staged_and_not_committed_are_counted(dataset: Dataset) 
 def test_a_shard_whose_end_never_arrives_is_set_aside(dataset: Dataset) -> None:
     DrawnLine.forgets = iter([True] * SHARDS * 10)
     work = complete(dataset)
-    assert set(work.failures.values()) == {"its fragments did not arrive"} and len(DrawnLine.waves) == 3
+    assert set(work.failures.values()) == {"its fragments did not arrive"} and len(DrawnLine.rounds) == 3
 
 
 @pytest.mark.parametrize("few", [1, 4])
@@ -156,7 +156,7 @@ def test_where_nothing_ever_moved_no_shard_is_blamed_however_few_there_are(datas
     DrawnLine.deadly = frozenset(ids(dataset))
     with pytest.raises(ClusterError, match=f"also with {ids(dataset)[0]}.* alone: a process died"):
         complete(dataset)
-    assert len(DrawnLine.waves) <= 2 + 3 * few
+    assert len(DrawnLine.rounds) <= 2 + 3 * few
 
 
 def test_an_input_that_changes_each_time_is_set_aside_and_a_failure_of_an_older_version_is_forgotten(dataset: Dataset) -> None:
@@ -172,7 +172,7 @@ def test_an_input_that_changes_each_time_is_set_aside_and_a_failure_of_an_older_
 
 
 @pytest.mark.parametrize("shards", [1, SHARDS])
-def test_a_wave_whose_machine_is_lost_is_planned_again(
+def test_a_round_whose_machine_is_lost_is_planned_again(
     dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: int
 ) -> None:
     """The first line stands still with a machine gone; the next one does it. One shard alone is not blamed for it either."""
@@ -188,7 +188,7 @@ def test_a_wave_whose_machine_is_lost_is_planned_again(
     monkeypatch.setattr(DrawnLine, "start", start)
     monkeypatch.setattr(DrawnLine, "is_short", lambda line: True)
     work = complete(dataset)
-    assert len(committed(dataset.out)) == shards and DrawnLine.waves == [shards] * 2
+    assert len(committed(dataset.out)) == shards and DrawnLine.rounds == [shards] * 2
     assert work.failures == work.attempts == {}
 
 
@@ -253,7 +253,7 @@ def test_a_commit_that_is_not_in_out_is_a_failure_after_three(dataset: Dataset, 
     work = complete(dataset)
     assert set(work.failures) == {lost} and "do all machines see the same disk?" in work.failures[lost]
     assert set(work.commits) == set(committed(dataset.out)) == set(ids(dataset)) - {lost}
-    assert DrawnLine.waves == [SHARDS, 1, 1]
+    assert DrawnLine.rounds == [SHARDS, 1, 1]
 
 
 @pytest.mark.parametrize("comes", [True, False])

@@ -1,4 +1,4 @@
-"""One wave: shards through the line, each committed as soon as its fragments tile it, and what the run remembers of it."""
+"""One round: shards through the line, each committed as soon as its fragments tile it, and what the run remembers of it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def blame(work: Work, shard_id: str, why: str, attempts: int = 1) -> None:
 
 
 class MachineLostError(Exception):
-    """What waits for that machine may wait for ever: plan the wave again."""
+    """What waits for that machine may wait for ever: plan the round again."""
 
 
 class Line(Protocol):
@@ -88,7 +88,7 @@ class Line(Protocol):
         """End whatever still works, within seconds."""
 
 
-def run_wave(dataset: Dataset, shards: list[Shard], line: Line, work: Work) -> None:
+def run_round(dataset: Dataset, shards: list[Shard], line: Line, work: Work) -> None:
     """Bring shards through the line and commit each as soon as its fragments tile it. Ends early when work.stop is set."""
     commits, tiling, blamed = _Commits(line, dataset.job.stall_timeout_s, work), _Tiling(), set[str]()
     work.progress.waiting = line.state
@@ -105,7 +105,7 @@ def run_wave(dataset: Dataset, shards: list[Shard], line: Line, work: Work) -> N
                 if event.message:
                     work.notes[event.shard] = event.message
                 counted = work.counted.setdefault(event.shard, set())
-                if tiling.add(event) and event.start not in counted:  # not in an earlier wave either
+                if tiling.add(event) and event.start not in counted:  # not in an earlier round either
                     counted.add(event.start)
                     work.progress.add(event)
                     if event.kind == "fragment":

@@ -68,7 +68,7 @@ from vitray.pipeline.local_executor import LocalLine
 from vitray.pipeline.metrics import Meter, RayMeter
 from vitray.pipeline.progress import Progress, Result
 from vitray.pipeline.ray_executor import RayLine
-from vitray.pipeline.rounds import ATTEMPTS, Line, MachineLostError, Work, blame, run_wave
+from vitray.pipeline.rounds import ATTEMPTS, Line, MachineLostError, Work, blame, run_round
 from vitray.schema import ModelSpec, Shard
 from vitray.sources import (
     Group,
@@ -86,8 +86,8 @@ from vitray.storage import absolute, drop_scratch, exists, expand_braces, join, 
 
 log = logging.getLogger(__name__)
 
-WAVE_SHARDS, WAVE_FRAGMENTS = 4096, 65_536  # Ray keeps 12 to 37 kB of each fragment in the driver until its wave ends
-NARROWER = 8  # from the second fault on, the next wave has so many times fewer shards; after a good one so many times more
+ROUND_SHARDS, ROUND_FRAGMENTS = 4096, 65_536  # Ray keeps 12 to 37 kB of each fragment in the driver until its round ends
+NARROWER = 8  # from the second fault on, the next round has so many times fewer shards; after a good one so many times more
 DEADLY = 5  # so many shards that die alone, one after the other: it is not the shards
 LEAST_IMAGE_BYTES = 4096  # no photo is smaller: fewer bytes than that times images need no estimate
 NEARLY = 0.1  # of the images: a run that did a part of them says nothing of the time that was planned
@@ -189,7 +189,7 @@ def _machines(
         return share_out([node["Resources"] for node in alive_nodes()], job.device)
 
     def open_ray(dataset: Dataset, shards: list[Shard], shares: Shares) -> RayLine:
-        return RayLine(dataset, shards, replace(now(), compiled=shares.compiled))  # machines come and go between waves
+        return RayLine(dataset, shards, replace(now(), compiled=shares.compiled))  # machines come and go between rounds
 
     with ray_session(address, allow_open):
         yield open_ray, now(), alive_nodes()
@@ -335,16 +335,16 @@ def _kept(job: Job, listing: Listing) -> pa.Schema:
 
 
 def _compiling(job: Job, listing: Listing, shares: Shares) -> Shares:
-    """The shares, with `compiled` as the first wave of what is pending has it."""
-    wave, device = _pending(job, listing)[:WAVE_SHARDS], "cuda" if shares.actor_gpus else "cpu"
-    images = sum(shard.size for shard in wave) // LEAST_IMAGE_BYTES
+    """The shares, with `compiled` as the first round of what is pending has it."""
+    round_shards, device = _pending(job, listing)[:ROUND_SHARDS], "cuda" if shares.actor_gpus else "cpu"
+    images = sum(shard.size for shard in round_shards) // LEAST_IMAGE_BYTES
     if compiles(job, images // shares.actors, device):
-        images = estimate_images(wave, job)[0]
+        images = estimate_images(round_shards, job)[0]
     return replace(shares, compiled=compiles(job, images // shares.actors, device))
 
 
 def _complete(dataset: Dataset, job: Job, listing: Listing, open_line: MakeLine, work: Work) -> None:
-    """Waves until nothing is pending but what was set aside. A wave that a system fault ended is planned again."""
+    """Rounds until nothing is pending but what was set aside. A round that a system fault ended is planned again."""
     pending = _pending(job, listing)
     if pending:
         unmark_success(dataset.out)
@@ -354,31 +354,31 @@ def _complete(dataset: Dataset, job: Job, listing: Listing, open_line: MakeLine,
     progress.shards = progress.shards_done + len(pending)
     progress.images_expected = progress.images + sum(r for r in known if r is not None) if None not in known else None
     progress.bytes_expected = progress.size_bytes + sum(shard.size for shard in pending)
-    faults, size, dead, last = 0, WAVE_SHARDS, set[str](), Exception()
+    faults, size, dead, last = 0, ROUND_SHARDS, set[str](), Exception()
     while pending:
         if work.stop.is_set():
             raise Interrupted("what is staged stays. Run the same command again to go on.")
-        wave = _within_memory(pending[:size], job, dataset.fragment_rows)
+        round_shards = _within_memory(pending[:size], job, dataset.fragment_rows)
         try:
-            run_wave(dataset, wave, open_line(dataset, wave), work)
-            size, dead = min(WAVE_SHARDS, NARROWER * size), set()
+            run_round(dataset, round_shards, open_line(dataset, round_shards), work)
+            size, dead = min(ROUND_SHARDS, NARROWER * size), set()
         except Exception as error:
             cause = _cause(error)
             if isinstance(cause, VitrayError):
                 raise type(cause)(str(cause).partition("\n")[0]) from error  # Ray appends advice of its own
-            log.warning("a wave ended early (%s); planning again", _last_line(error))
+            log.warning("a round ended early (%s); planning again", _last_line(error))
             last = error
             is_blamable = not isinstance(error, MachineLostError)
             faults += is_blamable
-            if len(wave) == 1 and is_blamable:
-                blame(work, wave[0].id, f"its processes died: {_last_line(error)}")
-                dead.add(wave[0].id)
-            if faults > 1 and is_blamable:  # a death nobody can be blamed for: in ever smaller waves, until one shard is alone
-                size = max(1, len(wave) // NARROWER)
+            if len(round_shards) == 1 and is_blamable:
+                blame(work, round_shards[0].id, f"its processes died: {_last_line(error)}")
+                dead.add(round_shards[0].id)
+            if faults > 1 and is_blamable:  # a death nobody can be blamed for: in ever smaller rounds, until one shard is alone
+                size = max(1, len(round_shards) // NARROWER)
             if len(dead) == DEADLY:
                 break
         done = committed(dataset.out).keys()
-        for shard_id in {shard.id for shard in wave} & work.commits.keys() - done:
+        for shard_id in {shard.id for shard in round_shards} & work.commits.keys() - done:
             del work.commits[shard_id]
             blame(work, shard_id, "a machine says it is committed, but it is not in `out`: do all machines see the same disk?")
         pending = [s for s in pending if s.id not in done | work.changed and work.attempts.get(s.id, 0) < ATTEMPTS]
@@ -393,8 +393,8 @@ def _complete(dataset: Dataset, job: Job, listing: Listing, open_line: MakeLine,
 
 
 def _within_memory(shards: list[Shard], job: Job, fragment_rows: int) -> list[Shard]:
-    """The first of them, one at least: as many as have WAVE_FRAGMENTS, as far as their sizes tell."""
-    most = WAVE_FRAGMENTS * fragment_rows
+    """The first of them, one at least: as many as have ROUND_FRAGMENTS, as far as their sizes tell."""
+    most = ROUND_FRAGMENTS * fragment_rows
     if sum(shard.rows or shard.size // LEAST_IMAGE_BYTES for shard in shards) <= most:
         return shards
     stops = list(accumulate(shard.size for shard in shards))
