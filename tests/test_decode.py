@@ -768,7 +768,7 @@ def test_pixels_of_one_call_outlive_the_next() -> None:
 
 
 def test_a_caller_may_keep_the_pixels_of_many_calls() -> None:
-    """More than a desk has pages: then there is a new desk."""
+    """More than a worker has pages: then there is a new worker."""
     kept = [decode(items(b"%d" % n), spec(), which)[0][..., :1] for n in range(3 * PAGES)]
     assert [int(pixels[0, 0, 0, 0]) for pixels in kept] == list(range(3 * PAGES))
     del kept

@@ -129,20 +129,20 @@ def decode(
     """
     images = [item.data for item in items if item.data]
     load_decoders(spec.mode)
-    desk = _desk_for(one, spec, limits or limits_of(spec), len(images))
-    ledger = desk.ledger
+    worker = _worker_for(one, spec, limits or limits_of(spec), len(images))
+    ledger = worker.ledger
 
     def charge(at: int, death: Death) -> None:
         reason = "time_limit" if death.timed_out else "decoder_died"
         ledger[at] = _entry(Outcome(0, 0, "", reason, f"the decoder {death.message}"))
 
-    desk.child.run(images, charge)
+    worker.child.run(images, charge)
     decoded = map(_outcome, ledger[: len(images)].tolist())
     outcomes = [next(decoded) if item.data else _without_bytes(item) for item in items]
     good = sum(outcome.reason is None for outcome in outcomes)
-    if good < len(images) or desk.child.runs == CHILD_RUNS:  # a bad image may have spoilt more than its own row
-        _here.desk = None
-    return desk.pages.current[:good], outcomes
+    if good < len(images) or worker.child.runs == CHILD_RUNS:  # a bad image may have spoilt more than its own row
+        _here.worker = None
+    return worker.pages.current[:good], outcomes
 
 
 def decode_bytes(blobs: list[Any], spec: DecodeSpec) -> tuple[Pixels, list[Outcome]]:
@@ -174,7 +174,7 @@ def left_to_device(data: bytes | None, spec: DecodeSpec) -> tuple[Outcome, int] 
     return None
 
 
-class _Desk:
+class _DecoderWorker:
     """A child that decodes, the pages of pixels that it fills, and the ledger of what became of each image."""
 
     def __init__(self, key: tuple[Callable[..., Outcome], DecodeSpec, Limits, int], rows: int) -> None:
@@ -194,12 +194,12 @@ _loading = threading.Lock()
 _here = threading.local()  # a child dies with the thread that forked it
 
 
-def _desk_for(one: Callable[..., Outcome], spec: DecodeSpec, limits: Limits, rows: int) -> _Desk:
+def _worker_for(one: Callable[..., Outcome], spec: DecodeSpec, limits: Limits, rows: int) -> _DecoderWorker:
     """That of this thread's last call, where it fits and has a free page."""
-    desk, key = getattr(_here, "desk", None), (one, spec, limits, os.getpid())
-    if desk is None or desk.key != key or len(desk.ledger) < rows or not desk.pages.turn():
-        desk = _here.desk = _Desk(key, rows)
-    return desk
+    worker, key = getattr(_here, "worker", None), (one, spec, limits, os.getpid())
+    if worker is None or worker.key != key or len(worker.ledger) < rows or not worker.pages.turn():
+        worker = _here.worker = _DecoderWorker(key, rows)
+    return worker
 
 
 def load_decoders(mode: str) -> None:
