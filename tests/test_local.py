@@ -25,9 +25,9 @@ from vitray.errors import ClusterError, Interrupted, ModelError, ShardError
 from vitray.operations.planning import status
 from vitray.pipeline import cluster
 from vitray.pipeline.cluster import share_out
-from vitray.pipeline.local_executor import LocalLine
+from vitray.pipeline.local_executor import LocalExecutor
 from vitray.pipeline.progress import Progress
-from vitray.pipeline.ray_executor import RayLine
+from vitray.pipeline.ray_executor import RayExecutor
 from vitray.pipeline.rounds import Work, run_round
 from vitray.schema import ShardEvent
 from vitray.sources import list_shards
@@ -113,7 +113,7 @@ def test_on_a_full_cluster_the_line_waits_for_room(
     words = [record.message for record in caplog.records if record.name == cluster.__name__]
     assert len(words) in (2, 3)  # beside other work a wait may take longer than it was given
     assert set(words) == {"waiting for a machine that has room for the model, and fetches and reads it"}
-    line, arrived = RayLine(dataset, list_shards(dataset.job, []).shards[1:2], SHARES), queue.Queue[object]()
+    line, arrived = RayExecutor(dataset, list_shards(dataset.job, []).shards[1:2], SHARES), queue.Queue[object]()
     line.start(arrived)
     try:
         deadline = time.monotonic() + 60
@@ -226,7 +226,7 @@ def test_a_model_that_cannot_be_opened_ends_the_line_with_its_error(dataset: Dat
     shards = list_shards(dataset.job, []).shards
     started = time.monotonic()
     with pytest.raises(ModelError, match="the weights changed"):
-        run_round(other, shards, LocalLine(other, shards, SHARES), Work())
+        run_round(other, shards, LocalExecutor(other, shards, SHARES), Work())
     assert time.monotonic() - started < 30 and line_threads() == []
 
 
@@ -245,7 +245,7 @@ print(result.rows, torch.get_num_threads())
 
 def test_closing_a_line_ends_its_threads_while_queues_are_full(dataset: Dataset) -> None:
     shards = list_shards(dataset.job, []).shards
-    line = LocalLine(dataset, shards, SHARES)
+    line = LocalExecutor(dataset, shards, SHARES)
 
     class Impatient(Exception):
         pass
@@ -262,7 +262,7 @@ def test_a_line_in_which_nothing_moves_ends_and_says_where_it_stood(dataset: Dat
     shards, over = list_shards(dataset.job, []).shards, threading.Event()
     stuck = replace(dataset, job=dataset.job.model_copy(update={"stall_timeout_s": 3}), out=f"{dataset.out}-stuck")
     monkeypatch.setattr("vitray.pipeline.local_executor.predict_step", lambda *_: over.wait(30))
-    line = LocalLine(stuck, shards, SHARES)
+    line = LocalExecutor(stuck, shards, SHARES)
     threading.Timer(6, over.set).start()
     with pytest.raises(ClusterError, match=r"no image moved for 3 s \(.*1 fragments wait for predict"):
         run_round(stuck, shards, line, Work())
@@ -278,7 +278,7 @@ def test_a_run_that_is_asked_to_end_stages_what_is_in_the_line(dataset: Dataset)
             work.stop.set()
 
     work.report = stop
-    run_round(other, shards, LocalLine(other, shards, SHARES), work)
+    run_round(other, shards, LocalExecutor(other, shards, SHARES), work)
     assert 16 <= work.progress.images < IMAGES and work.failures == {}
     there = [staged(other, shard.id).fragments for shard in shards if shard.id not in work.commits]
     kept = sum(stop - start for spans in there for start, stop in spans.items())
@@ -293,7 +293,7 @@ def test_more_threads_than_shards_and_a_compiled_model_change_nothing(dataset: D
     shares = replace(share_out([{"CPU": 8}], "cpu"), readers=6, stagers=5, compiled=True)
     other = replace(dataset, out=str(tmp_path / "other"))
     work = Work()
-    run_round(other, shards, LocalLine(other, shards, shares), work)
+    run_round(other, shards, LocalExecutor(other, shards, shares), work)
     assert sorted(work.commits) == sorted(shard.id for shard in shards) and work.progress.images == IMAGES
     (path,) = (tmp_path / "out" / "data").iterdir()
     mine, theirs = pq.read_table(tmp_path / "other" / "data" / path.name), pq.read_table(path)

@@ -322,7 +322,7 @@ def test_the_line_has_four_operators_that_never_fuse(ray: None, tmp_path: Path, 
     import ray as ray_module
 
     from vitray.pipeline.cluster import alive_nodes, share_out
-    from vitray.pipeline.ray_executor import build_line
+    from vitray.pipeline.ray_executor import build_pipeline
 
     put_tars(str(tmp_path / "in"), pictures(8), 1, tmp_path)
     job = shape_job(str(tmp_path / "in"), shapes_model, str(tmp_path / "out"))
@@ -333,7 +333,7 @@ def test_the_line_has_four_operators_that_never_fuse(ray: None, tmp_path: Path, 
     from vitray.sources import list_shards
 
     shards = list_shards(job, []).shards
-    line = build_line([ray_module.put(s) for s in shards], dataset, ray_module.put(dataset), shares, []).materialize()
+    line = build_pipeline([ray_module.put(s) for s in shards], dataset, ray_module.put(dataset), shares, []).materialize()
     names = [line_.strip() for line_ in line.stats().splitlines() if line_.startswith("Operator")]
     assert [n.split()[2].rstrip(":") for n in names[-4:]] == [
         "MapBatches(read)",

@@ -28,7 +28,7 @@ from vitray.storage import store_for
 SHARDS = 20
 
 
-class DrawnLine:
+class DrawnExecutor:
     """Stages drawn rows. Dies where a round holds a shard of `deadly`; keeps the first fragment back where `forgets` says so."""
 
     deadly: frozenset[str] = frozenset()
@@ -78,13 +78,13 @@ class DrawnLine:
 @pytest.fixture
 def dataset(tmp_path: Path) -> Dataset:
     hand_made.write_tars(tmp_path / "in", SHARDS)
-    DrawnLine.deadly, DrawnLine.forgets, DrawnLine.rounds = frozenset(), iter(()), []
+    DrawnExecutor.deadly, DrawnExecutor.forgets, DrawnExecutor.rounds = frozenset(), iter(()), []
     return hand_made.make_dataset(tmp_path, commit=0)
 
 
 def complete(dataset: Dataset) -> Work:
     work = Work()
-    _complete(dataset, dataset.job, list_shards(dataset.job, []), DrawnLine, work)
+    _complete(dataset, dataset.job, list_shards(dataset.job, []), DrawnExecutor, work)
     return work
 
 
@@ -95,42 +95,42 @@ def ids(dataset: Dataset) -> list[str]:
 @pytest.mark.parametrize("which", [0, 7, SHARDS - 1])
 def test_a_deadly_shard_is_found_and_the_rest_completes(dataset: Dataset, which: int) -> None:
     killer = ids(dataset)[which]
-    DrawnLine.deadly = frozenset({killer})
+    DrawnExecutor.deadly = frozenset({killer})
     work = complete(dataset)
     assert set(committed(dataset.out)) == set(ids(dataset)) - {killer}
     assert work.failures == {killer: "its processes died: a process died"}
-    assert len(DrawnLine.rounds) < SHARDS, DrawnLine.rounds
+    assert len(DrawnExecutor.rounds) < SHARDS, DrawnExecutor.rounds
 
 
 @pytest.mark.parametrize("first", [0, 3, SHARDS - 4])
 def test_deadly_neighbours_are_so_many_failures(dataset: Dataset, first: int) -> None:
-    DrawnLine.deadly = frozenset(ids(dataset)[first : first + 4])
+    DrawnExecutor.deadly = frozenset(ids(dataset)[first : first + 4])
     work = complete(dataset)
-    assert set(work.failures) == DrawnLine.deadly and len(committed(dataset.out)) == SHARDS - 4
+    assert set(work.failures) == DrawnExecutor.deadly and len(committed(dataset.out)) == SHARDS - 4
 
 
 def test_a_round_has_no_more_fragments_than_the_driver_holds(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "LEAST_IMAGE_BYTES", 1)
     monkeypatch.setattr(runner, "ROUND_FRAGMENTS", 6 * hand_made.IMAGES // dataset.fragment_rows)
     assert not complete(dataset).failures and set(committed(dataset.out)) == set(ids(dataset))
-    assert DrawnLine.rounds == [6, 6, 6, 2]
-    DrawnLine.rounds.clear()
+    assert DrawnExecutor.rounds == [6, 6, 6, 2]
+    DrawnExecutor.rounds.clear()
     monkeypatch.setattr(runner, "ROUND_FRAGMENTS", 0)  # a shard alone is more than all that it may
     for shard in ids(dataset)[:3]:
         store_for(dataset.out).delete([dataset.data_url(shard)])
     complete(dataset)
-    assert DrawnLine.rounds == [1, 1, 1]
+    assert DrawnExecutor.rounds == [1, 1, 1]
 
 
 def test_a_line_that_always_dies_is_an_error_and_no_shard_is_blamed_for_it(dataset: Dataset) -> None:
-    DrawnLine.deadly = frozenset(ids(dataset))
+    DrawnExecutor.deadly = frozenset(ids(dataset))
     with pytest.raises(ClusterError, match=r"fails again and again, also with .* alone: a process died"):
         complete(dataset)
-    assert DrawnLine.rounds == [20, 20, 2] + [1] * 5
+    assert DrawnExecutor.rounds == [20, 20, 2] + [1] * 5
 
 
 def test_a_shard_that_is_planned_again_is_counted_once(dataset: Dataset) -> None:
-    DrawnLine.forgets = iter([True] * SHARDS)  # in the first round no end arrives
+    DrawnExecutor.forgets = iter([True] * SHARDS)  # in the first round no end arrives
     work = complete(dataset)
     assert (work.progress.images, work.progress.errors) == (SHARDS * hand_made.IMAGES, SHARDS)
     assert work.progress.reasons == {"not_an_image": SHARDS} and work.failures == {} and work.counted == {}
@@ -139,24 +139,24 @@ def test_a_shard_that_is_planned_again_is_counted_once(dataset: Dataset) -> None
 def test_shards_that_are_staged_and_not_committed_are_counted(dataset: Dataset) -> None:
     work, seen = Work(), list[tuple[int, int]]()
     work.report = lambda progress: seen.append((progress.shards_staged, progress.shards_done))
-    _complete(dataset, dataset.job, list_shards(dataset.job, []), DrawnLine, work)
+    _complete(dataset, dataset.job, list_shards(dataset.job, []), DrawnExecutor, work)
     assert seen[0] == (1, 0) and seen[-1] == (0, SHARDS) and all(0 <= begun <= SHARDS - done for begun, done in seen)
 
 
 def test_a_shard_whose_end_never_arrives_is_set_aside(dataset: Dataset) -> None:
-    DrawnLine.forgets = iter([True] * SHARDS * 10)
+    DrawnExecutor.forgets = iter([True] * SHARDS * 10)
     work = complete(dataset)
-    assert set(work.failures.values()) == {"its fragments did not arrive"} and len(DrawnLine.rounds) == 3
+    assert set(work.failures.values()) == {"its fragments did not arrive"} and len(DrawnExecutor.rounds) == 3
 
 
 @pytest.mark.parametrize("few", [1, 4])
 def test_where_nothing_ever_moved_no_shard_is_blamed_however_few_there_are(dataset: Dataset, tmp_path: Path, few: int) -> None:
     for path in sorted((tmp_path / "in").iterdir())[few:]:
         path.unlink()
-    DrawnLine.deadly = frozenset(ids(dataset))
+    DrawnExecutor.deadly = frozenset(ids(dataset))
     with pytest.raises(ClusterError, match=f"also with {ids(dataset)[0]}.* alone: a process died"):
         complete(dataset)
-    assert len(DrawnLine.rounds) <= 2 + 3 * few
+    assert len(DrawnExecutor.rounds) <= 2 + 3 * few
 
 
 def test_an_input_that_changes_each_time_is_set_aside_and_a_failure_of_an_older_version_is_forgotten(dataset: Dataset) -> None:
@@ -179,16 +179,16 @@ def test_a_round_whose_machine_is_lost_is_planned_again(
     for path in sorted((tmp_path / "in").iterdir())[shards:]:
         path.unlink()
     monkeypatch.setattr(rounds, "LOST_S", 0.5)
-    real, stands = DrawnLine.start, iter([True])
+    real, stands = DrawnExecutor.start, iter([True])
 
-    def start(line: DrawnLine, arrived: queue.Queue[ShardEvent | Exception | None]) -> None:
+    def start(line: DrawnExecutor, arrived: queue.Queue[ShardEvent | Exception | None]) -> None:
         if not next(stands, False):
             real(line, arrived)
 
-    monkeypatch.setattr(DrawnLine, "start", start)
-    monkeypatch.setattr(DrawnLine, "is_short", lambda line: True)
+    monkeypatch.setattr(DrawnExecutor, "start", start)
+    monkeypatch.setattr(DrawnExecutor, "is_short", lambda line: True)
     work = complete(dataset)
-    assert len(committed(dataset.out)) == shards and DrawnLine.rounds == [shards] * 2
+    assert len(committed(dataset.out)) == shards and DrawnExecutor.rounds == [shards] * 2
     assert work.failures == work.attempts == {}
 
 
@@ -196,7 +196,7 @@ def test_a_round_whose_machine_is_lost_is_planned_again(
 def test_waiting_for_room_is_said_and_is_no_standing_still(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, place_s: float, waits: bool
 ) -> None:
-    class Waits(DrawnLine):
+    class Waits(DrawnExecutor):
         asked = 0
 
         def __init__(self) -> None: ...
@@ -223,7 +223,7 @@ def test_waiting_for_room_is_said_and_is_no_standing_still(
 
 
 def test_an_hour_without_room_is_counted_from_the_last_event(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Late(DrawnLine):
+    class Late(DrawnExecutor):
         def __init__(self) -> None: ...
 
         def start(self, arrived: queue.Queue[ShardEvent | Exception | None]) -> None:
@@ -242,18 +242,18 @@ def test_an_hour_without_room_is_counted_from_the_last_event(monkeypatch: pytest
 @pytest.mark.timeout(60)
 def test_a_commit_that_is_not_in_out_is_a_failure_after_three(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """As of a machine that writes to a disk of its own under the same path."""
-    lost, real = ids(dataset)[3], DrawnLine.commit
+    lost, real = ids(dataset)[3], DrawnExecutor.commit
 
-    def commit(line: DrawnLine, shard_id: str) -> None:
+    def commit(line: DrawnExecutor, shard_id: str) -> None:
         real(line, shard_id)
         if shard_id == lost:
             store_for(dataset.out).delete([dataset.data_url(shard_id)])
 
-    monkeypatch.setattr(DrawnLine, "commit", commit)
+    monkeypatch.setattr(DrawnExecutor, "commit", commit)
     work = complete(dataset)
     assert set(work.failures) == {lost} and "do all machines see the same disk?" in work.failures[lost]
     assert set(work.commits) == set(committed(dataset.out)) == set(ids(dataset)) - {lost}
-    assert DrawnLine.rounds == [SHARDS, 1, 1]
+    assert DrawnExecutor.rounds == [SHARDS, 1, 1]
 
 
 @pytest.mark.parametrize("comes", [True, False])

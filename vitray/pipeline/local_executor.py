@@ -33,7 +33,7 @@ class _ClosedError(Exception):
     """The line was closed while a thread waited."""
 
 
-class LocalLine:
+class LocalExecutor:
     """Threads for every step, with short queues between them; the model is opened while the first images are read."""
 
     def __init__(self, dataset: Dataset, shards: list[Shard], shares: Shares) -> None:

@@ -25,7 +25,7 @@ from vitray.schema import Shard, ShardEvent
 from vitray.storage import is_local
 
 
-class RayLine:
+class RayExecutor:
     """Shards through Ray Data, commits as Ray tasks."""
 
     def __init__(self, dataset: Dataset, shards: list[Shard], shares: Shares) -> None:
@@ -33,7 +33,7 @@ class RayLine:
 
         self._dataset, self._refs = ray.put(dataset), {shard.id: ray.put(shard) for shard in shards}
         self._actors: list[str] = []
-        self._line = build_line(list(self._refs.values()), dataset, self._dataset, shares, self._actors)
+        self._line = build_pipeline(list(self._refs.values()), dataset, self._dataset, shares, self._actors)
         self._commit = ray.remote(_commit).options(num_cpus=0, max_retries=RETRIES)
         self._running: dict[Any, str] = {}
         self._nodes = {node["NodeID"] for node in alive_nodes()}
@@ -118,7 +118,7 @@ def require_source(shards: list[Shard]) -> None:
         require_seen(shards[0].url)
 
 
-def build_line(shards: list[Any], dataset: Dataset, dataset_ref: Any, shares: Shares, actors: list[str]) -> Any:
+def build_pipeline(shards: list[Any], dataset: Dataset, dataset_ref: Any, shares: Shares, actors: list[str]) -> Any:
     """The Ray dataset of events. shards, dataset_ref: object references, fetched where they are used.
 
     actors: grows by the names of the actors that Ray Data makes.

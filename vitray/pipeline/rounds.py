@@ -60,7 +60,7 @@ class MachineLostError(Exception):
     """What waits for that machine may wait for ever: plan the round again."""
 
 
-class Line(Protocol):
+class Executor(Protocol):
     """What brings shards through the four steps: processes of a Ray cluster (line.py), or threads of this one (local.py)."""
 
     def start(self, arrived: queue.Queue[ShardEvent | Exception | None]) -> None:
@@ -88,7 +88,7 @@ class Line(Protocol):
         """End whatever still works, within seconds."""
 
 
-def run_round(dataset: Dataset, shards: list[Shard], line: Line, work: Work) -> None:
+def run_round(dataset: Dataset, shards: list[Shard], line: Executor, work: Work) -> None:
     """Bring shards through the line and commit each as soon as its fragments tile it. Ends early when work.stop is set."""
     commits, tiling, blamed = _Commits(line, dataset.job.stall_timeout_s, work), _Tiling(), set[str]()
     work.progress.waiting = line.state
@@ -123,7 +123,7 @@ def run_round(dataset: Dataset, shards: list[Shard], line: Line, work: Work) -> 
         blame(work, shard_id, "its fragments did not arrive")
 
 
-def _events(line: Line, patience_s: float, stop: threading.Event) -> Iterator[ShardEvent | None]:
+def _events(line: Executor, patience_s: float, stop: threading.Event) -> Iterator[ShardEvent | None]:
     """Events as they come, None once a second without one. Raises ClusterError after patience_s without any, beside PLACE_S at most
     without a place for the model; MachineLostError after LOST_S where a machine is gone.
 
@@ -200,7 +200,7 @@ class _Tiling:
 class _Commits:
     """Commits: a few at a time, each taken as it ends."""
 
-    def __init__(self, line: Line, patience_s: float, work: Work) -> None:
+    def __init__(self, line: Executor, patience_s: float, work: Work) -> None:
         self.backlog: list[str] = []
         self.missed: set[str] = set()  # a fragment was gone
         self._line, self._patience_s, self._work = line, patience_s, work

@@ -64,11 +64,11 @@ from vitray.errors import (
 from vitray.job import Job
 from vitray.models import compiles, identify, runs_on, torch_threads_kept, vector_columns, with_label_names
 from vitray.pipeline.cluster import Shares, alive_nodes, on_worker, own_cpus, ray_session, require_shared, share_out
-from vitray.pipeline.local_executor import LocalLine
+from vitray.pipeline.local_executor import LocalExecutor
 from vitray.pipeline.metrics import Meter, RayMeter
 from vitray.pipeline.progress import Progress, Result
-from vitray.pipeline.ray_executor import RayLine
-from vitray.pipeline.rounds import ATTEMPTS, Line, MachineLostError, Work, blame, run_round
+from vitray.pipeline.ray_executor import RayExecutor
+from vitray.pipeline.rounds import ATTEMPTS, Executor, MachineLostError, Work, blame, run_round
 from vitray.schema import ModelSpec, Shard
 from vitray.sources import (
     Group,
@@ -91,7 +91,7 @@ NARROWER = 8  # from the second fault on, the next round has so many times fewer
 DEADLY = 5  # so many shards that die alone, one after the other: it is not the shards
 LEAST_IMAGE_BYTES = 4096  # no photo is smaller: fewer bytes than that times images need no estimate
 NEARLY = 0.1  # of the images: a run that did a part of them says nothing of the time that was planned
-MakeLine = Callable[[Dataset, list[Shard]], Line]
+MakeLine = Callable[[Dataset, list[Shard]], Executor]
 
 
 def run(
@@ -128,7 +128,7 @@ def run(
         dataset = _resolve(job, identify(with_frozen(job), runs_here=False), listing)
         return _finished(dataset, job, prune, Work(selection=selection), started)
     crash_point("driver-listed")
-    with _machines(job, address, allow_open_cluster) as (open_line, shares, nodes):
+    with _machines(job, address, allow_open_cluster) as (open_executor, shares, nodes):
         frozen = with_frozen(job)
         spec: ModelSpec = on_worker(shares, identify, frozen) if nodes else identify(frozen)
         job = _with_key_column(job, listing)
@@ -151,7 +151,7 @@ def run(
                     listing = _settle_groups(job, listing, prune)
                     work.changed.clear()
                     crash_point("driver-planned")
-                    _complete(dataset, job, listing, partial(open_line, shares=_compiling(job, listing, shares)), work)
+                    _complete(dataset, job, listing, partial(open_executor, shares=_compiling(job, listing, shares)), work)
                     if not work.changed:
                         break
                     listing = list_source(job)
@@ -172,7 +172,7 @@ def run(
 @contextlib.contextmanager
 def _machines(
     job: Job, address: str | None, allow_open: bool
-) -> Iterator[tuple[Callable[..., Line], Shares, list[dict[str, Any]]]]:
+) -> Iterator[tuple[Callable[..., Executor], Shares, list[dict[str, Any]]]]:
     """What makes a line, its shares, and Ray's nodes: none where this process does it all.
 
     That is where nobody asked for Ray, by an address (`local` for one of our own) or by having started it, and the model runs on
@@ -182,14 +182,14 @@ def _machines(
     if not asked and runs_on(job) == "cpu":
         with torch_threads_kept():
             # few wait: what does is computed again after a kill
-            yield LocalLine, replace(share_out([{"CPU": own_cpus()}], "cpu"), stagers=2, queue_blocks=1), []
+            yield LocalExecutor, replace(share_out([{"CPU": own_cpus()}], "cpu"), stagers=2, queue_blocks=1), []
         return
 
     def now() -> Shares:
         return share_out([node["Resources"] for node in alive_nodes()], job.device)
 
-    def open_ray(dataset: Dataset, shards: list[Shard], shares: Shares) -> RayLine:
-        return RayLine(dataset, shards, replace(now(), compiled=shares.compiled))  # machines come and go between rounds
+    def open_ray(dataset: Dataset, shards: list[Shard], shares: Shares) -> RayExecutor:
+        return RayExecutor(dataset, shards, replace(now(), compiled=shares.compiled))  # machines come and go between rounds
 
     with ray_session(address, allow_open):
         yield open_ray, now(), alive_nodes()
@@ -343,7 +343,7 @@ def _compiling(job: Job, listing: Listing, shares: Shares) -> Shares:
     return replace(shares, compiled=compiles(job, images // shares.actors, device))
 
 
-def _complete(dataset: Dataset, job: Job, listing: Listing, open_line: MakeLine, work: Work) -> None:
+def _complete(dataset: Dataset, job: Job, listing: Listing, open_executor: MakeLine, work: Work) -> None:
     """Rounds until nothing is pending but what was set aside. A round that a system fault ended is planned again."""
     pending = _pending(job, listing)
     if pending:
@@ -360,7 +360,7 @@ def _complete(dataset: Dataset, job: Job, listing: Listing, open_line: MakeLine,
             raise Interrupted("what is staged stays. Run the same command again to go on.")
         round_shards = _within_memory(pending[:size], job, dataset.fragment_rows)
         try:
-            run_round(dataset, round_shards, open_line(dataset, round_shards), work)
+            run_round(dataset, round_shards, open_executor(dataset, round_shards), work)
             size, dead = min(ROUND_SHARDS, NARROWER * size), set()
         except Exception as error:
             cause = _cause(error)
