@@ -1,4 +1,4 @@
-"""One round: shards through the line, each committed as soon as its fragments tile it, and what the run remembers of it."""
+"""One round: shards through the line, each committed as soon as its fragments cover it, and what the run remembers of it."""
 
 from __future__ import annotations
 
@@ -88,12 +88,12 @@ class Executor(Protocol):
         """End whatever still works, within seconds."""
 
 
-def run_round(dataset: Dataset, shards: list[Shard], line: Executor, work: Work) -> None:
-    """Bring shards through the line and commit each as soon as its fragments tile it. Ends early when work.stop is set."""
-    commits, tiling, blamed = _Commits(line, dataset.job.stall_timeout_s, work), _Tiling(), set[str]()
-    work.progress.waiting = line.state
-    with contextlib.closing(line):
-        for event in _events(line, dataset.job.stall_timeout_s, work.stop):
+def run_round(dataset: Dataset, shards: list[Shard], executor: Executor, work: Work) -> None:
+    """Bring shards through the line and commit each as soon as its fragments cover it. Ends early when work.stop is set."""
+    commits, coverage, blamed = _Commits(executor, dataset.job.stall_timeout_s, work), _Coverage(), set[str]()
+    work.progress.waiting = executor.state
+    with contextlib.closing(executor):
+        for event in _events(executor, dataset.job.stall_timeout_s, work.stop):
             if event is None:
                 pass
             elif event.kind == "changed":
@@ -105,13 +105,13 @@ def run_round(dataset: Dataset, shards: list[Shard], line: Executor, work: Work)
                 if event.message:
                     work.notes[event.shard] = event.message
                 counted = work.counted.setdefault(event.shard, set())
-                if tiling.add(event) and event.start not in counted:  # not in an earlier round either
+                if coverage.add(event) and event.start not in counted:  # not in an earlier round either
                     counted.add(event.start)
                     work.progress.add(event)
                     if event.kind == "fragment":
                         work.meter.fragment(event)
                     _judge(dataset.job, work.progress, work.vanished)
-                if tiling.is_whole(event.shard):
+                if coverage.is_whole(event.shard):
                     commits.backlog.append(event.shard)
             commits.settle()
             work.progress.shards_staged = len(work.counted)
@@ -123,27 +123,27 @@ def run_round(dataset: Dataset, shards: list[Shard], line: Executor, work: Work)
         blame(work, shard_id, "its fragments did not arrive")
 
 
-def _events(line: Executor, patience_s: float, stop: threading.Event) -> Iterator[ShardEvent | None]:
+def _events(executor: Executor, patience_s: float, stop: threading.Event) -> Iterator[ShardEvent | None]:
     """Events as they come, None once a second without one. Raises ClusterError after patience_s without any, beside PLACE_S at most
     without a place for the model; MachineLostError after LOST_S where a machine is gone.
 
     The patience begins anew with each event, and with each second in which the model has no place.
     """
     arrived: queue.Queue[ShardEvent | Exception | None] = queue.Queue()
-    line.start(arrived)
+    executor.start(arrived)
     last = received = said = time.monotonic()
     is_waiting = True  # until the first answer that it is not
     while True:
         if stop.is_set():
-            line.stop()
+            executor.stop()
         try:
             item = arrived.get(timeout=1.0)
         except queue.Empty:
             now = time.monotonic()
-            if now - last > LOST_S and line.is_short():
+            if now - last > LOST_S and executor.is_short():
                 raise MachineLostError("a machine was lost") from None
             if is_waiting or now - last > min(patience_s / 2, SAID_S):
-                is_waiting = line.is_waiting()
+                is_waiting = executor.is_waiting()
             if is_waiting:
                 last = now
                 if now - received > PLACE_S:
@@ -155,7 +155,7 @@ def _events(line: Executor, patience_s: float, stop: threading.Event) -> Iterato
                     said = now
             if now - last > patience_s:
                 raise ClusterError(
-                    f"no image moved for {patience_s:g} s ({line.state()}). Is the store slow, or the model stuck? On a cluster, `ray status` tells "
+                    f"no image moved for {patience_s:g} s ({executor.state()}). Is the store slow, or the model stuck? On a cluster, `ray status` tells "
                     "more. Raise stall_timeout_s if that is how long it takes; run the same command again to go on."
                 ) from None
             yield None
@@ -169,7 +169,7 @@ def _events(line: Executor, patience_s: float, stop: threading.Event) -> Iterato
         yield item
 
 
-class _Tiling:
+class _Coverage:
     """Which shards are whole, by events. The commit looks at the fragments themselves again."""
 
     def __init__(self) -> None:
@@ -200,18 +200,18 @@ class _Tiling:
 class _Commits:
     """Commits: a few at a time, each taken as it ends."""
 
-    def __init__(self, line: Executor, patience_s: float, work: Work) -> None:
+    def __init__(self, executor: Executor, patience_s: float, work: Work) -> None:
         self.backlog: list[str] = []
         self.missed: set[str] = set()  # a fragment was gone
-        self._line, self._patience_s, self._work = line, patience_s, work
+        self._executor, self._patience_s, self._work = executor, patience_s, work
         self._running = 0
 
     def settle(self, wait_s: float = 0) -> int:
         """Start what can start, take what ended within wait_s; returns how many ended."""
         while self.backlog and self._running < COMMITS_AT_ONCE:
-            self._line.commit(self.backlog.pop(0))
+            self._executor.commit(self.backlog.pop(0))
             self._running += 1
-        ended = self._line.commits(wait_s) if self._running else []
+        ended = self._executor.commits(wait_s) if self._running else []
         self._running -= len(ended)
         for shard_id, answer in ended:
             self._take(shard_id, answer)

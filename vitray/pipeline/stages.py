@@ -96,7 +96,7 @@ def read_step(dataset: Dataset, shard: Shard) -> Iterator[FragmentBatch]:
     try:
         require_kept(shard, dataset.job, dataset.kept)
         there = staged_whole(dataset, shard.id)
-        if there.tiles():
+        if there.covers():
             for span in there.ranges():
                 yield _was_staged(dataset, shard.id, span)
             yield _end_batch(shard.id, there.ends[0])
