@@ -357,14 +357,14 @@ def test_a_fragment_with_other_indexes_is_refused(local_out: str, good: list[int
 
 def test_staged_tells_ranges_ends_and_whether_they_tile(local_out: str) -> None:
     dataset, shard = make(local_out), input_shard(local_out)
-    assert not staged(dataset, shard.id).tiles() and staged_shards(dataset) == []
+    assert not staged(dataset, shard.id).covers() and staged_shards(dataset) == []
     stage_fragments(dataset, shard, 10, {})
-    assert not staged(dataset, shard.id).tiles(), "no end yet"
+    assert not staged(dataset, shard.id).covers(), "no end yet"
     write_end(dataset, shard.id, End(10, 512, "cut"))
     there = staged(dataset, shard.id)
-    assert list(there.ranges()) == [(0, 4), (4, 8), (8, 10)] and there.ends == (End(10, 512, "cut"),) and there.tiles()
+    assert list(there.ranges()) == [(0, 4), (4, 8), (8, 10)] and there.ends == (End(10, 512, "cut"),) and there.covers()
     store_for(local_out).delete([join(dataset.staging_url(shard.id), "0000000004-0000000008.arrow")])
-    assert not staged(dataset, shard.id).tiles()
+    assert not staged(dataset, shard.id).covers()
     assert staged_shards(dataset) == [shard.id]
 
 
@@ -386,10 +386,10 @@ def test_every_damaged_fragment_is_deleted(quick_out: str) -> None:
     store_for(quick_out).replace(url(8, 12), whole)
     store_for(quick_out).replace(url(12, 16), whole[: len(whole) // 2])
     there = staged_whole(dataset, shard.id)
-    assert list(there.ranges()) == [(0, 4), (16, 20)] and there.ends == (End(20),) and not there.tiles()
+    assert list(there.ranges()) == [(0, 4), (16, 20)] and there.ends == (End(20),) and not there.covers()
     assert staged(dataset, shard.id) == there
     stage_fragments(dataset, shard, 20, {})
-    assert staged_whole(dataset, shard.id).tiles()
+    assert staged_whole(dataset, shard.id).covers()
 
 
 def test_a_fragment_with_any_bit_flipped_is_no_fragment(local_out: str) -> None:
@@ -443,8 +443,8 @@ def test_a_fragment_apart_behind_the_end_is_not_committed(local_out: str) -> Non
     dataset, shard = make(local_out), input_shard(local_out)
     write_fragment(dataset, shard.id, (12, 16), rows_of(dataset, shard.id, range(12, 16)), errors_of(shard.id, {}))
     stage(dataset, shard, 8)  # the reader that died had decoded 12-16 before 8-12
-    assert not staged(dataset, shard.id).tiles() and commit_shard(dataset, shard) is None
-    assert staged_whole(dataset, shard.id).tiles()
+    assert not staged(dataset, shard.id).covers() and commit_shard(dataset, shard) is None
+    assert staged_whole(dataset, shard.id).covers()
     done = commit_shard(dataset, shard)
     assert done is not None and done.rows == 8 and data_table(dataset, shard)["index"].to_pylist() == list(range(8))
 
@@ -480,7 +480,7 @@ def test_footer_and_object_metadata_say_the_same(root: str) -> None:
     file = pq.ParquetFile(pa.BufferReader(body))
     digest = RowsDigest()
     digest.add(file.read())
-    marks = {k.decode(): v.decode() for k, v in file.metadata.metadata.items()}
+    metadata = {k.decode(): v.decode() for k, v in file.metadata.metadata.items()}
     expected = {
         "fingerprint": dataset.fingerprint,
         "left_out": "",
@@ -498,12 +498,12 @@ def test_footer_and_object_metadata_say_the_same(root: str) -> None:
         "engine": "torch",
         "decode": "exact",
     }
-    assert {name: marks[f"vitray.{name}"] for name in expected} == expected and len(marks["vitray.write_id"]) == 32
+    assert {name: metadata[f"vitray.{name}"] for name in expected} == expected and len(metadata["vitray.write_id"]) == 32
     if not is_local(out):
         bucket, _, key = dataset.data_url(shard.id).removeprefix("s3://").partition("/")
         head = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"]).head_object(Bucket=bucket, Key=key)
         for name in ("write_id", "fingerprint", "rows", "errors", "truncated_at", "rows_sha256"):
-            assert head["Metadata"][f"vitray-{name.replace('_', '-')}"] == marks[f"vitray.{name}"]
+            assert head["Metadata"][f"vitray-{name.replace('_', '-')}"] == metadata[f"vitray.{name}"]
         assert head["Metadata"]["vitray-sha256"] == hashlib.sha256(body).hexdigest()
         assert head["ETag"].strip('"') == hashlib.md5(body).hexdigest(), "one PUT"
 
@@ -633,7 +633,7 @@ def test_a_foreign_file_in_place_is_an_error_and_stays(local_out: str, body: byt
     store_for(local_out).replace(dataset.data_url(shard.id), body)
     with pytest.raises(CommitError, match=r"is not a data file of vitray.*Move it away and run again\.$"):
         commit_shard(dataset, shard)
-    assert read_object(dataset.data_url(shard.id)) == body and staged(dataset, shard.id).tiles()
+    assert read_object(dataset.data_url(shard.id)) == body and staged(dataset, shard.id).covers()
 
 
 def test_a_file_of_another_fingerprint_is_an_error(local_out: str) -> None:
@@ -848,7 +848,7 @@ def test_a_commit_that_never_arrives_is_an_error_and_keeps_its_staging(behind: C
     proxy.rule = lambda call: 503 if WINDOWS["before the create"](call) else FORWARD
     with pytest.raises(StorageError, match=r"data/cats.*no answer in 10 tries"):
         commit_shard(dataset, shard)
-    assert staged(dataset, shard.id).tiles() and committed(dataset.out) == {}
+    assert staged(dataset, shard.id).covers() and committed(dataset.out) == {}
     proxy.rule = lambda call: FORWARD
     done = commit_shard(dataset, shard)
     assert done is not None and not done.adopted

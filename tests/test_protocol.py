@@ -96,7 +96,7 @@ def a_run(name: str, bad: dict[int, str] | None = None, drift: float = 0.0) -> C
 
 def _make(shard: Shard, bad: dict[int, str], drift: float) -> Commit | None:
     dataset, there = _now.dataset, staged_whole(_now.dataset, shard.id)
-    if not there.tiles():
+    if not there.covers():
         for start, stop in SPANS:
             if there.fragments.get(start) != stop:
                 rows = rows_of(dataset, shard.id, [i for i in range(start, stop) if i not in bad])
@@ -251,7 +251,7 @@ def check_one_dataset(store: MemoryStore, runs: list[Run]) -> None:
             raise Violation(f"a run failed without a cause: {run.error!r}")
 
 
-@pytest.mark.parametrize("top_k", [pytest.param(2, marks=pytest.mark.nightly), 3])  # the same job, another
+@pytest.mark.parametrize("top_k", [pytest.param(2, metadata=pytest.mark.nightly), 3])  # the same job, another
 def test_one_of_two_first_runs_decides_what_the_dataset_is(top_k: int) -> None:
     def begin() -> tuple[MemoryStore, list[Callable[[], Any]]]:
         _now.store = MemoryStore()
@@ -472,7 +472,7 @@ MUTANTS: dict[Callable[[pytest.MonkeyPatch], None], tuple[str, Bounds]] = {
 
 @pytest.mark.parametrize(
     "mutant",
-    [pytest.param(m, id=m.__name__, marks=[] if bounds is SHORT else [NIGHTLY]) for m, (_, bounds) in MUTANTS.items()],
+    [pytest.param(m, id=m.__name__, metadata=[] if bounds is SHORT else [NIGHTLY]) for m, (_, bounds) in MUTANTS.items()],
 )
 def test_every_mutant_is_caught(mutant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
     name, bounds = MUTANTS[mutant]

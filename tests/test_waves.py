@@ -44,7 +44,7 @@ class DrawnExecutor:
             if shard.id in self.deadly:
                 arrived.put(RuntimeError("a process died"))
                 return
-            before = staged(self._dataset, shard.id).tiles()
+            before = staged(self._dataset, shard.id).covers()
             hand_made.stage(self._dataset, shard)
             for start, stop in staged(self._dataset, shard.id).ranges():
                 bad = {"not_an_image": 1} if start <= hand_made.BAD < stop else {}

@@ -100,8 +100,8 @@ def export(out: str, into: str, wanted: Wanted) -> Export:
     try:
         with new_folder(into, "--into") as folder:
             done = WRITERS[wanted.to](dataset, folder, wanted)
-            marks = {"source": dataset.out, "fingerprint": dataset.fingerprint, "to": wanted.to, "complete": complete}
-            (folder / "_EXPORT.json").write_text(json.dumps({**marks, "rows": done.rows, "missing": done.missing}, indent=1))
+            metadata = {"source": dataset.out, "fingerprint": dataset.fingerprint, "to": wanted.to, "complete": complete}
+            (folder / "_EXPORT.json").write_text(json.dumps({**metadata, "rows": done.rows, "missing": done.missing}, indent=1))
     except ImportError as error:
         raise JobError(f"--to {wanted.to} needs {error.name}: pip install 'vitray[{EXTRAS[wanted.to]}]'.") from error
     return Export(target, wanted.to, done.rows, done.missing, complete, done.examples)

@@ -193,32 +193,32 @@ def _indexed(
         )
     notes = [f"with fewer than {SMALL:,} rows, a search without --index is exact and about as fast"] if rows < SMALL else []
     try:
-        marks, is_new = _up_to_date(dataset, vector, path), False
-        if marks is None:
-            marks, is_new = _build(faiss, dataset, vector, path, counts), True
+        metadata, is_new = _up_to_date(dataset, vector, path), False
+        if metadata is None:
+            metadata, is_new = _build(faiss, dataset, vector, path, counts), True
         cosines, near = faiss.read_index(path, faiss.IO_FLAG_MMAP).search(unit[None], min(k, rows))
     except RuntimeError as error:
         raise JobError(f"--index {path}: {one_line(error)}. Delete it and {path}.json, or choose another file.") from error
     if is_new:
         notes.append(
-            f"built {path}: {marks['visited']} of {marks['lists']} lists are visited; recall measured on {marks['measured']} rows"
+            f"built {path}: {metadata['visited']} of {metadata['lists']} lists are visited; recall measured on {metadata['measured']} rows"
         )
     hits = {int(at): float(cosine) for at, cosine in zip(near[0], cosines[0]) if at >= 0}
     found = [{**row, "cosine": min(1.0, max(-1.0, hits[at]))} for at, row in _rows_at(dataset, counts, sorted(hits))]
-    return sorted(found, key=lambda row: -row["cosine"]), marks["recall"], notes
+    return sorted(found, key=lambda row: -row["cosine"]), metadata["recall"], notes
 
 
 def _up_to_date(dataset: Dataset, vector: VectorColumn, path: str) -> dict[str, Any] | None:
     """What FILE.json says of an index that fits the dataset as it is, None when it is to be built. Raises JobError at another's file."""
     try:
-        marks = json.loads(read(f"{path}.json"))
-        owner = (marks["source"], marks["column"])
+        metadata = json.loads(read(f"{path}.json"))
+        owner = (metadata["source"], metadata["column"])
     except (ObjectMissing, ValueError, KeyError, TypeError):
-        marks, owner = {}, None
+        metadata, owner = {}, None
     mine, is_there = _identity(dataset, vector), exists(path) or exists(f"{path}.json")
     if is_there and owner != (mine["source"], mine["column"]):
         raise JobError(f"--index {path} is there and no index of {vector.column} of {dataset.out}: choose another file.")
-    return marks if exists(path) and marks.items() >= mine.items() else None
+    return metadata if exists(path) and metadata.items() >= mine.items() else None
 
 
 def _identity(dataset: Dataset, vector: VectorColumn) -> dict[str, Any]:
@@ -238,7 +238,7 @@ def _build(faiss: Any, dataset: Dataset, vector: VectorColumn, path: str, counts
         index.add(block)
     queries = sample[:: max(1, len(sample) // RECALL_ROWS)][:RECALL_ROWS]
     recall = _tune(index, lists, queries)
-    marks = {**identity, "recall": recall, "measured": len(queries), "lists": lists, "visited": index.nprobe}
+    metadata = {**identity, "recall": recall, "measured": len(queries), "lists": lists, "visited": index.nprobe}
     # until the last line the file is ours, and fits no dataset
     store_for(path).replace(f"{path}.json", json.dumps({name: identity[name] for name in ("source", "column")}).encode())
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
@@ -247,8 +247,8 @@ def _build(faiss: Any, dataset: Dataset, vector: VectorColumn, path: str, counts
         os.replace(temporary, path)
     finally:
         store_for(path).delete([temporary])
-    store_for(path).replace(f"{path}.json", json.dumps(marks, indent=1).encode())
-    return marks
+    store_for(path).replace(f"{path}.json", json.dumps(metadata, indent=1).encode())
+    return metadata
 
 
 def _units(faiss: Any, dataset: Dataset, vector: VectorColumn, counts: Counts) -> Iterator[np.ndarray]:

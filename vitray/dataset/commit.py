@@ -1,6 +1,6 @@
 """The commit: fragments of a whole shard become its one data file, by one conditional create.
 
-The protocol, in the order of the code: look; tile; look at the input again; write on scratch disk; create; when the
+The protocol, in the order of the code: look; cover; look at the input again; write on scratch disk; create; when the
 answer is "refused" or none at all, look who won; then the file of error rows, then staging.
 """
 
@@ -113,7 +113,7 @@ def commit_rows(dataset: Dataset, origin: Footer, rows: Iterable[pa.Table]) -> C
             yield good
 
     end = End(origin.total, origin.truncated_at, "", origin.left_out, origin.image_members)
-    made = parquet_of(dataset, counted(), lambda: _marks(dataset, shard, end, digest, origin.error_rows))
+    made = parquet_of(dataset, counted(), lambda: _metadata(dataset, shard, end, digest, origin.error_rows))
     footer, adopted = _create(dataset, shard, *made)
     repair_errors(dataset, footer)
     return Commit(shard.id, footer.rows, footer.errors, footer.reasons, footer.truncated_at, adopted)
@@ -124,8 +124,8 @@ def read_footer(url: str) -> Footer:
     for attempt in range(1, READS + 1):
         try:
             with store_for(url).open(url) as stream:
-                marks = pq.read_metadata(stream).metadata or {}
-            return _footer({k.decode(): v.decode() for k, v in marks.items() if k.startswith(b"vitray.")})
+                metadata = pq.read_metadata(stream).metadata or {}
+            return _footer({k.decode(): v.decode() for k, v in metadata.items() if k.startswith(b"vitray.")})
         except (ValueError, KeyError, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:  # the disk; pyarrow's own, for damaged bytes, has none
                 raise
@@ -212,7 +212,7 @@ def _make(dataset: Dataset, shard: Shard) -> tuple[Footer, bool] | None:
     there = staged(dataset, shard.id)
     if len(there.ends) > 1:  # its readers disagreed: start anew
         drop_staging(dataset, shard.id)
-    if not there.tiles():
+    if not there.covers():
         return None
     _require_same_input(shard)
     try:
@@ -239,15 +239,15 @@ def _write(dataset: Dataset, shard: Shard, there: Staged) -> tuple[Footer, bool]
     return _create(dataset, shard, *_parquet_of(dataset, shard, there))
 
 
-def _create(dataset: Dataset, shard: Shard, data: bytes, marks: dict[str, str]) -> tuple[Footer, bool]:
+def _create(dataset: Dataset, shard: Shard, data: bytes, metadata: dict[str, str]) -> tuple[Footer, bool]:
     url = dataset.data_url(shard.id)
-    metadata = {k.replace("vitray.", "vitray-").replace("_", "-"): v for k, v in marks.items() if _IN_HEADER.fullmatch(v)}
-    metadata["vitray-sha256"] = hashlib.sha256(data).hexdigest()
-    mine = _footer(marks)
+    headers = {k.replace("vitray.", "vitray-").replace("_", "-"): v for k, v in metadata.items() if _IN_HEADER.fullmatch(v)}
+    headers["vitray-sha256"] = hashlib.sha256(data).hexdigest()
+    mine = _footer(metadata)
     crash_point("commit-written", shard.id)
     lost: StorageError | None = None
     try:
-        if store_for(url).create(url, data, metadata):
+        if store_for(url).create(url, data, headers):
             return mine, False
     except StorageError as error:
         lost = error  # the answer may be what was lost: look
@@ -266,22 +266,24 @@ def _create(dataset: Dataset, shard: Shard, data: bytes, marks: dict[str, str]) 
     return winner, True
 
 
-def parquet_of(dataset: Dataset, tables: Iterable[pa.Table], marks: Callable[[], dict[str, str]]) -> tuple[bytes, dict[str, str]]:
-    """Tables of rows as one Parquet file, and `marks`: what its footer says, asked for when all rows are written.
+def parquet_of(
+    dataset: Dataset, tables: Iterable[pa.Table], metadata: Callable[[], dict[str, str]]
+) -> tuple[bytes, dict[str, str]]:
+    """Tables of rows as one Parquet file, and `metadata`: what its footer says, asked for when all rows are written.
 
     It grows on the scratch disk, without a name there, so that a death leaves nothing.
     """
     try:
         number, name = tempfile.mkstemp(prefix="vitray-")
         with open(number, "rb") as scratch:
-            said = _write_parquet(dataset, Path(name), tables, marks)
+            said = _write_parquet(dataset, Path(name), tables, metadata)
             return scratch.read(), said
     except OSError as error:
         raise StorageError(f"scratch disk {tempfile.gettempdir()}: {error}. Free space there or set TMPDIR.") from error
 
 
 def _write_parquet(
-    dataset: Dataset, path: Path, tables: Iterable[pa.Table], marks: Callable[[], dict[str, str]]
+    dataset: Dataset, path: Path, tables: Iterable[pa.Table], metadata: Callable[[], dict[str, str]]
 ) -> dict[str, str]:
     schema, vectors = dataset.schema, {v.column for v in dataset.vectors}
     held = list[pa.Table]()
@@ -300,7 +302,7 @@ def _write_parquet(
                 held.clear()
         if held:
             writer.write_table(pa.concat_tables(held), row_group_size=ROW_GROUP_ROWS)
-        said = marks()
+        said = metadata()
         writer.add_key_value_metadata(said)
     return said
 
@@ -321,15 +323,15 @@ def _parquet_of(dataset: Dataset, shard: Shard, there: Staged) -> tuple[bytes, d
             digest.add(good)
             yield good
 
-    def marks() -> dict[str, str]:
+    def metadata() -> dict[str, str]:
         error_rows = pa.concat_tables(errors or [ERROR_SCHEMA.empty_table()])
-        return _marks(dataset, shard, replace(end, left_out=dict(left_out)), digest, error_rows)
+        return _metadata(dataset, shard, replace(end, left_out=dict(left_out)), digest, error_rows)
 
-    return parquet_of(dataset, rows(), marks)
+    return parquet_of(dataset, rows(), metadata)
 
 
-def _marks(dataset: Dataset, shard: Shard, end: End, digest: RowsDigest, errors: pa.Table) -> dict[str, str]:
-    marks = {
+def _metadata(dataset: Dataset, shard: Shard, end: End, digest: RowsDigest, errors: pa.Table) -> dict[str, str]:
+    metadata = {
         "write_id": uuid.uuid4().hex,
         "fingerprint": dataset.fingerprint,
         "shard": shard.id,
@@ -351,11 +353,11 @@ def _marks(dataset: Dataset, shard: Shard, end: End, digest: RowsDigest, errors:
         "decode": dataset.job.decode,
         "version": __version__,
     }
-    return {f"vitray.{name}": "" if value is None else str(value) for name, value in marks.items()}
+    return {f"vitray.{name}": "" if value is None else str(value) for name, value in metadata.items()}
 
 
-def _footer(marks: dict[str, str]) -> Footer:
-    get = {name.removeprefix("vitray."): value for name, value in marks.items()}
+def _footer(metadata: dict[str, str]) -> Footer:
+    get = {name.removeprefix("vitray."): value for name, value in metadata.items()}
     return Footer(
         **{name: get[name] for name in _TEXTS},
         rows=int(get["rows"]),

@@ -52,9 +52,9 @@ def resolve_dataset(job: Job, spec: ModelSpec, vectors: list[VectorColumn], kept
     if there is None:
         rows = job.fragment_rows if job.fragment_rows != "auto" else max(64, spec.batch_size)
         mine = Dataset(out, job, spec, tuple(vectors), kept, rows)
-        if marks := [name for name in COMPACTED if exists(join(out, name))]:
+        if metadata := [name for name in COMPACTED if exists(join(out, name))]:
             raise JobError(
-                f"{out} holds what vitray compact gathered ({marks[0]}): readers would see rows twice. Choose another `out`."
+                f"{out} holds what vitray compact gathered ({metadata[0]}): readers would see rows twice. Choose another `out`."
             )
         require_own(mine, footers_of(mine, committed(out)))
         if store_for(out).create(dataset_url(out), to_json(mine, now)):

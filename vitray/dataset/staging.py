@@ -49,7 +49,7 @@ class Staged:
     fragments: dict[int, int]
     ends: tuple[End, ...]
 
-    def tiles(self) -> bool:
+    def covers(self) -> bool:
         """Whether one tail is known and the fragments make up [0, total): no gap, and nothing behind the end."""
         if len(self.ends) != 1:
             return False
@@ -118,11 +118,11 @@ def read_fragment(dataset: Dataset, shard_id: str, start: int, stop: int) -> Fra
     data = read(_fragment_url(dataset, shard_id, start, stop))
     try:
         rows = _unsealed(data)
-        marks = rows.schema.metadata or {}
-        if marks.get(b"fingerprint", b"").decode() != dataset.fingerprint:
+        metadata = rows.schema.metadata or {}
+        if metadata.get(b"fingerprint", b"").decode() != dataset.fingerprint:
             return None
-        errors = ipc_table(marks[b"errors"])
-        left_out = json.loads(marks.get(b"left_out", b"{}"))
+        errors = ipc_table(metadata[b"errors"])
+        left_out = json.loads(metadata.get(b"left_out", b"{}"))
         rows = rows.replace_schema_metadata(None)
         _require_span(rows, errors, (start, stop))
     except (ValueError, KeyError, OSError):  # pyarrow: a stream that ends too early is either

@@ -1,4 +1,4 @@
-"""What our HTML files share: each is one that needs nothing else. A room's own templates extend base.html and use macros.html."""
+"""What our HTML files share: each is one that needs nothing else. A package's own templates extend base.html and use macros.html."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ CHARS, TAIL = 200, 48  # of a key or a message; of a key under its picture, whic
 HIDDEN = {"Cc", "Cf", "Cs", "Cn", "Zl", "Zp"}
 
 
-def rendered(room: str, template: str, **values: object) -> str:
-    """HTML of a template of that room: everything is escaped, and `visible`."""
+def rendered(package: str, template: str, **values: object) -> str:
+    """HTML of a template of that package: everything is escaped, and `visible`."""
 
     def finish(value: object) -> object:
         return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
     world = Environment(
-        loader=ChoiceLoader([PackageLoader("vitray", room), PackageLoader("vitray", "html")]),
+        loader=ChoiceLoader([PackageLoader("vitray", package), PackageLoader("vitray", "html")]),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=finish,

@@ -58,10 +58,10 @@ def compact(out: str, into: str, megabytes: int = 256) -> Compaction:
     there = _parts_there(into)
     groups = {_name(n, group): group for n, group in enumerate(_grouped(dataset, megabytes * 1_000_000))}
     mark, begun, told = join(into, WHOLE), join(into, BEGUN), {"source": dataset.out, "fingerprint": dataset.fingerprint}
-    marks = [json.loads(read(url)) for url in (mark, begun) if exists(url)]
-    if others := [said["source"] for said in marks if said["source"] != dataset.out]:
+    metadata = [json.loads(read(url)) for url in (mark, begun) if exists(url)]
+    if others := [said["source"] for said in metadata if said["source"] != dataset.out]:
         raise JobError(f"--into {into} holds the rows of {others[0]}: choose an empty directory.")
-    if not (exists(mark) and groups.keys() == there and marks[0].items() >= told.items()):
+    if not (exists(mark) and groups.keys() == there and metadata[0].items() >= told.items()):
         store_for(begun).replace(begun, json.dumps(told).encode())
         store_for(mark).delete([mark])
         for name in groups.keys() - there:
@@ -110,6 +110,6 @@ def _write(dataset: Dataset, group: list[tuple[str, str]], url: str) -> None:
             with store_for(source).open(source, version) as stream:
                 yield read_table(stream)
 
-    marks = {"vitray.fingerprint": dataset.fingerprint, "vitray.files": str(len(group))}
-    data, _ = parquet_of(dataset, tables(), lambda: marks)
+    metadata = {"vitray.fingerprint": dataset.fingerprint, "vitray.files": str(len(group))}
+    data, _ = parquet_of(dataset, tables(), lambda: metadata)
     store_for(url).create(url, data)  # refused: another call gathered the same files

@@ -1,4 +1,4 @@
-"""From a job's source to its shards: what is there, what kind it is, how it is cut. Private to this room."""
+"""From a job's source to its shards: what is there, what kind it is, how it is cut. Private to this package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One object of a source: its shard's id, its bytes at the planned version, and many of them in order. Private to this room."""
+"""One object of a source: its shard's id, its bytes at the planned version, and many of them in order. Private to this package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vitray.storage import ObjectInfo
 
 MAX_IMAGE_BYTES = 256 << 20  # beyond what 50 MP (job.max_pixels) take as uncompressed 8-bit RGB
 READERS = 16  # objects in flight: hides a store's latency, and bounds memory to as many images
-CHUNK_BYTES = 8 << 20  # one ranged GET of the storage room
+CHUNK_BYTES = 8 << 20  # one ranged GET of the storage package
 
 
 def whole_shard(info: ObjectInfo, kind: str) -> Shard:

@@ -1,4 +1,4 @@
-"""A new local folder, which appears whole or not at all: what exports write. Private to this room."""
+"""A new local folder, which appears whole or not at all: what exports write. Private to this package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A directory tree. Creates by link(2), which is atomic and refuses an existing name. Private to this room."""
+"""A directory tree. Creates by link(2), which is atomic and refuses an existing name. Private to this package."""
 
 from __future__ import annotations
 

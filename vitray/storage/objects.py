@@ -1,4 +1,4 @@
-"""What every store answers and how a call is retried. Private to this room."""
+"""What every store answers and how a call is retried. Private to this package."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Objects through s3fs. One PUT a create, never multipart; no listing cache; no checksums older stores refuse.
 
-Private to this room. Attempts are counted in objects.retrying alone: layers of retries multiply.
+Private to this package. Attempts are counted in objects.retrying alone: layers of retries multiply.
 """
 
 from __future__ import annotations

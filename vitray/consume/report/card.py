@@ -1,4 +1,4 @@
-"""README.md of a dataset, as the Hugging Face Hub reads it. Private to this room."""
+"""README.md of a dataset, as the Hugging Face Hub reads it. Private to this package."""
 
 from __future__ import annotations
 

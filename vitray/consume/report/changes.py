@@ -1,4 +1,4 @@
-"""What the page of a comparison says: its figures, and pictures of rows whose label moved. Private to this room."""
+"""What the page of a comparison says: its figures, and pictures of rows whose label moved. Private to this package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one pass over the data files adds up: labels, scores, truth, duplicates, failures, and which rows to show. Private to this room.
+"""What one pass over the data files adds up: labels, scores, truth, duplicates, failures, and which rows to show. Private to this package.
 
 Memory holds one shard's scalars, a sample of vectors, and hashes of HASHES images.
 """

@@ -1,4 +1,4 @@
-"""What the page says: counts as figures, tables and charts, and the template that takes them. Private to this room."""
+"""What the page says: counts as figures, tables and charts, and the template that takes them. Private to this package."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ from vitray.sources import chosen
 from vitray.storage import exists, join, read
 
 RUNS = 40  # the latest
-STEPS, STEP_MARKS = 48, 3  # of one run over time, at most; marks of its timeline for each step, or bursts would look like speed
+STEPS, STEP_MARKS = (
+    48,
+    3,
+)  # of one run over time, at most; metadata of its timeline for each step, or bursts would look like speed
 LABELS = 30  # of the histogram
 GALLERY = 12  # labels with pictures; with EACH_LABEL, LEAST_SURE and TWINS at most 120 pictures
 SERIES = 8  # colours of the map
@@ -97,12 +100,12 @@ def wilson(right: float, of: float) -> tuple[float, float]:
 
 def within(record: dict[str, Any]) -> dict[str, Any] | None:
     """Images/s of one run in equal steps of its time, and in the mean; None where too little was recorded."""
-    marks = np.array([(0, 0), *record.get("timeline", ())], float)
-    steps, (end, images) = min(STEPS, (len(marks) - 1) // STEP_MARKS), marks[-1]
+    metadata = np.array([(0, 0), *record.get("timeline", ())], float)
+    steps, (end, images) = min(STEPS, (len(metadata) - 1) // STEP_MARKS), metadata[-1]
     if steps < 2 or not end:
         return None
     edges = np.linspace(0, end, steps + 1)
-    rates = np.diff(np.interp(edges, *marks.T)) * steps / end
+    rates = np.diff(np.interp(edges, *metadata.T)) * steps / end
     unit, unit_s = ("seconds", 1) if end < 120 else ("minutes", 60) if end < 3 * 3600 else ("hours", 3600)
     top, wide = axis(rates.max()), 424 / steps
     path = "".join(f"V{220 - 208 * rate / top[-1]:.1f}H{48 + wide * (n + 1):.1f}" for n, rate in enumerate(rates))

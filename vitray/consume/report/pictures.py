@@ -1,4 +1,4 @@
-"""Small pictures of chosen rows, decoded from the source anew. Private to this room."""
+"""Small pictures of chosen rows, decoded from the source anew. Private to this package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Vectors of a sample: where they lie in the plane, and which lie close to each other. Private to this room."""
+"""Vectors of a sample: where they lie in the plane, and which lie close to each other. Private to this package."""
 
 from __future__ import annotations
 
