@@ -1,6 +1,6 @@
 """Images a second of CPU, and how far from exact: `python tests/bench_decode.py [images [rounds]]`.
 
-JPEGs at quality 90 of the photographs that scikit-image ships: cut and shrunk to 500x375; and side by side on 4000x3000, so that
+JPEGs at quality 90 of the photographs that scikit-image ships: cut and exported to 500x375; and side by side on 4000x3000, so that
 they are as rich in detail as a camera's. Resized to 224x224, bilinear, as for google/vit-base-patch16-224.
 
 Each contender has a process of its own, pinned to one core, and they take turns. What counts is CPU time, the decoding child's

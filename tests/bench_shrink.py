@@ -89,8 +89,8 @@ def handwritten(scratch: Path, hows: list[str]) -> None:
     model, images = scratch / "digits", scratch / "digits-unseen"
     if not images.exists():
         source = digits.tar(scratch / "digits.tar", digits.few(digits.TRAINED))
-        recipe = {**digits.SCRATCH, "source": source, "model": digits.model(scratch / "digits-config"), "out": model}
-        (scratch / "digits.yaml").write_text("".join(f"{name}: {value}\n" for name, value in recipe.items()))
+        config = {**digits.SCRATCH, "source": source, "model": digits.model(scratch / "digits-config"), "out": model}
+        (scratch / "digits.yaml").write_text("".join(f"{name}: {value}\n" for name, value in config.items()))
         print(vitray("finetune", scratch / "digits.yaml"), flush=True)
         digits.folders(images, digits.few(1000, skip=digits.TRAINED))
     for how in hows:
@@ -124,7 +124,7 @@ def line(scratch: Path, hows: list[str], rounds: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("what", choices=["trained", "digits", "line"])
-    parser.add_argument("--scratch", type=Path, default=Path("/tmp/vitray-bench-shrink"))
+    parser.add_argument("--scratch", type=Path, default=Path("/tmp/vitray-bench-export_model"))
     parser.add_argument("--hows", nargs="*")
     parser.add_argument("--rounds", type=int, default=1)
     args = parser.parse_args()

@@ -12,8 +12,8 @@ from PIL import Image
 
 from vitray.operations.demo import write_tar
 
-RECIPE: dict[str, object] = {"label": "cls", "flip": False, "crop": 0.6, "lr": 2e-3, "batch_size": 64}
-SCRATCH: dict[str, object] = {**RECIPE, "train": "full", "init": "scratch", "epochs": 60, "label_smoothing": 0.1}
+CONFIG: dict[str, object] = {"label": "cls", "flip": False, "crop": 0.6, "lr": 2e-3, "batch_size": 64}
+SCRATCH: dict[str, object] = {**CONFIG, "train": "full", "init": "scratch", "epochs": 60, "label_smoothing": 0.1}
 TRAINED = 120  # of each digit; the other 60 or so are for judging
 
 

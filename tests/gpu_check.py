@@ -329,7 +329,7 @@ def device_decoder(check: Check, mode: str, threads: int) -> Any:
     fit, on_cpu = partial(fit_size, pixels=spec.pixels), partial(decode_bytes, spec=spec)
     if check.cuda:
         return gpu_decode.open_decoder(spec.pixels, on_cpu, fit, threads, mode == "hybrid")
-    resize = partial(gpu_decode.shrink, mode="bilinear")
+    resize = partial(gpu_decode.export_model, mode="bilinear")
     return gpu_decode.DeviceDecoder(spec.pixels, "cpu", in_software, on_cpu, fit, resize, threads, mode == "hybrid")
 
 

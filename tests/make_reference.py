@@ -27,7 +27,7 @@ from vitray.left_out import LEFT_OUT
 from vitray.pipeline import Result
 from vitray.pipeline.metrics import COUNTERS, STEP_SECONDS
 from vitray.schema import ERROR_SCHEMA, IMAGE_FIELDS, LABEL_FIELDS, REASONS
-from vitray.training.config import Recipe
+from vitray.training.config import TrainingConfig
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference.md"
 IMAGE_COLUMNS = {
@@ -87,7 +87,7 @@ def page() -> str:
         _table("field | type | default | meaning", [_field_row(*item) for item in Embedding.model_fields.items()]),
         "## Training",
         "The fields of a `vitray finetune` file, and of its `--set`: see [how to](how-to/finetune.md).",
-        _table("field | type | default | meaning", [_field_row(*item) for item in Recipe.model_fields.items()]),
+        _table("field | type | default | meaning", [_field_row(*item) for item in TrainingConfig.model_fields.items()]),
         "## Columns of `data/`",
         "`OUT/data/<shard>.parquet` has the good images of a shard, in its order. Kept columns stand before `label`, under their own name, or "
         "`input_<name>` where the output has that column already. Vectors stand last. `label` and what follows it up to the vectors is "

@@ -23,7 +23,7 @@ from vitray.dataset.identity import DECIDING_FIELDS
 from vitray.errors import JobError
 from vitray.job import Job, make_job, parse_set
 from vitray.operations.costing import PRICES
-from vitray.training.config import Recipe
+from vitray.training.config import TrainingConfig
 
 HOME = Path(__file__).parent.parent
 PAGES = sorted((HOME / "docs").rglob("*.md"))
@@ -79,7 +79,7 @@ def parse(line: str) -> None:
     given = group.commands[name].make_context(name, rest).params
     fields = {"source": "in", "model": "m", "out": "out", **parse_set(given.get("sets") or [])}
     if name == "finetune":
-        Recipe(**{**fields, "source": [] if "dataset" in fields else "in"})
+        TrainingConfig(**{**fields, "source": [] if "dataset" in fields else "in"})
     else:
         make_job(fields)
 
@@ -115,7 +115,7 @@ def test_the_reference_names_every_field_column_reason_and_command() -> None:
     assert re.findall(r"^\| `(\w+)` \|", reasons, re.MULTILINE) == list(vitray.schema.REASONS)
     assert set(vitray.schema.RESERVED) <= set(re.findall(r"^\| `(\w+)` \|", data, re.MULTILINE))
     assert set(Job.model_fields) <= set(re.findall(r"^\| `(\w+)` \|", page.partition("## Embeddings")[0], re.MULTILINE))
-    assert set(Recipe.model_fields) <= set(re.findall(r"^\| `(\w+)` \|", page.partition("## Training")[2], re.MULTILINE))
+    assert set(TrainingConfig.model_fields) <= set(re.findall(r"^\| `(\w+)` \|", page.partition("## Training")[2], re.MULTILINE))
     assert re.findall(r"^### `vitray (\w+)`", page, re.MULTILINE) == list(make_reference.group().commands)
     codes = [row[0].strip("`") for row in make_reference.exit_codes()]
     assert codes == ["0", "1", "2", "3", "4", "5", "129/130/143"]
@@ -208,7 +208,7 @@ def test_every_fence_is_one_that_a_test_looks_into_and_the_shell_takes_it(page: 
             if page.name == "plan.md":
                 assert fields.keys() == PRICES.keys()
                 continue
-            assert (Recipe if "train" in fields else Job)(**fields).out
+            assert (TrainingConfig if "train" in fields else Job)(**fields).out
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)

@@ -29,7 +29,7 @@ from small_models import PREFIX, edit, make_checkpoint
 import vitray
 from vitray.decoding.decode import load_decoders
 from vitray.errors import ClusterError, FingerprintError, JobError, ModelError, StorageError
-from vitray.model_export.export import shrink
+from vitray.model_export.export import export_model
 from vitray.models import checkpoint
 from vitray.models.exported import hash_model
 from vitray.models.head import read_head
@@ -37,13 +37,13 @@ from vitray.schema import PixelSpec
 from vitray.storage import read, store_for
 from vitray.training import checkpoints, examples, fitting, outputs, workers
 from vitray.training.batches import Batches
-from vitray.training.config import Recipe, load_recipe
+from vitray.training.config import TrainingConfig, load_config
 from vitray.training.examples import _Source, class_ids, gather, is_held_out
-from vitray.training.finetuning import Study, finetune
+from vitray.training.finetuning import TrainingRun, finetune
 from vitray.training.labels import labels_by_key
 from vitray.training.linear_probe import fit_probe
 from vitray.training.student import groups, prepare, rate_at
-from vitray.training.teachers import Teaching, Tutor, normalised
+from vitray.training.teachers import OnlineTeacher, Teaching, normalised
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TRAINED = {"epochs": 25, "batch_size": 16, "lr": 3e-3}
@@ -53,7 +53,7 @@ PIXELS = PixelSpec((16, 16), 2, None, 1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    """A recipe of a second: 200 digits, a ViT of two narrow layers, from scratch."""
+    """A config of a second: 200 digits, a ViT of two narrow layers, from scratch."""
     folder = tmp_path_factory.mktemp("small")
     source = digits.tar(folder / "digits.tar", digits.few(20))
     model = digits.model(folder / "model", width=32, layers=2)
@@ -66,14 +66,14 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
         "validation": 0.2,
         "device": "cpu",
     }
-    return {**digits.RECIPE, **fields, "batch_size": 32}
+    return {**digits.CONFIG, **fields, "batch_size": 32}
 
 
 @pytest.fixture(scope="module")
 def trained(small: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> str:
-    """OUT of the small recipe."""
+    """OUT of the small config."""
     out = str(tmp_path_factory.mktemp("trained") / "out")
-    finetune(Recipe(**{**small, **TRAINED, "out": out}))
+    finetune(TrainingConfig(**{**small, **TRAINED, "out": out}))
     return out
 
 
@@ -129,7 +129,8 @@ def test_keys_and_so_the_split_are_the_same_for_every_way_to_name_a_source(small
     root = str(digits.folders(tmp_path / "in", digits.few(5, [0, 1])))
     ways = (root, f"{root}/*/*.png", f"{root}/?/*.png", f"{root}/[0-9]/*", f"{root}/{{0,1}}/*.png")
     keys = [
-        [key for key, _, _ in _Source(Recipe(**{**small, "source": way, "out": "o", "label": "folder"})).images()] for way in ways
+        [key for key, _, _ in _Source(TrainingConfig(**{**small, "source": way, "out": "o", "label": "folder"})).images()]
+        for way in ways
     ]
     assert len(keys[0]) == 10 and all(key[:2] in ("0/", "1/") for key in keys[0]) and keys == [keys[0]] * len(ways)
 
@@ -140,7 +141,7 @@ def test_hostile_class_names_stay_inert(small: dict[str, object], tmp_path: Path
     (root / "0").rename(root / "<script>alert(1)<")
     (root / "1").rename(root / "{{ 7*7 }} [x](javascript:y) ‮")
     out = str(tmp_path / "out")
-    finetune(Recipe(**{**small, "source": [str(root)], "label": "folder", "out": out, "epochs": 1, "batch_size": 4}))
+    finetune(TrainingConfig(**{**small, "source": [str(root)], "label": "folder", "out": out, "epochs": 1, "batch_size": 4}))
     page, card = Path(out, "report.html").read_text(), Path(out, "README.md").read_text()
     assert "<script" not in page and "&lt;script&gt;" in page and "‮" not in page and "{{ 7*7 }}" in page
     assert "<script" not in card and "](javascript" not in card and "&lt;script&gt;alert\\(1\\)&lt;" in card
@@ -160,7 +161,7 @@ def test_a_browser_shows_the_page_asks_for_nothing_and_runs_nothing(
             image.rename(image.with_name(f"<script>document.title = {n}<\u2215script>{'y' * 150}.png"))
     (root / names["0"] / "no image.png").write_bytes(b"<script>")
     few = {"label": "folder", "epochs": 2, "validation": 0.5, "batch_size": 4}
-    finetune(Recipe(**{**small, **few, "source": [str(root)], "out": str(out)}))
+    finetune(TrainingConfig(**{**small, **few, "source": [str(root)], "out": str(out)}))
     for scheme in ("light", "dark"):
         asked = (
             "[...document.images].filter(i => i.complete && i.naturalWidth == 16).length",
@@ -174,16 +175,16 @@ def test_a_browser_shows_the_page_asks_for_nothing_and_runs_nothing(
         seen = chromium.visit(out / "report.html", width, asked, scheme)
         pictures, *nothing, title, sections = seen.values
         assert pictures >= 3 and nothing == [0, 0, 0] and title == "out: vitray finetune"
-        assert sections == "curves,confusion,pairs,worst,skipped,recipe"
+        assert sections == "curves,confusion,pairs,worst,skipped,config"
         assert (seen.requests, seen.said, seen.dialogs) == ([], [], []) and seen.width <= width
 
 
-def test_repeating_the_command_does_nothing_and_another_recipe_is_refused(trained: str, small: dict[str, object]) -> None:
+def test_repeating_the_command_does_nothing_and_another_config_is_refused(trained: str, small: dict[str, object]) -> None:
     before = os.stat(f"{trained}/model.safetensors").st_mtime_ns
-    again = finetune(Recipe(**{**small, **TRAINED, "out": trained}), tell=lambda record: pytest.fail("trained again"))
+    again = finetune(TrainingConfig(**{**small, **TRAINED, "out": trained}), tell=lambda record: pytest.fail("trained again"))
     assert again.figures and os.stat(f"{trained}/model.safetensors").st_mtime_ns == before
     with pytest.raises(FingerprintError, match="begun with another epochs, seed"):
-        finetune(Recipe(**{**small, **TRAINED, "out": trained, "epochs": 13, "seed": 1}))
+        finetune(TrainingConfig(**{**small, **TRAINED, "out": trained, "epochs": 13, "seed": 1}))
 
 
 # ---------------------------------------------------------------- what is read
@@ -213,12 +214,12 @@ def test_a_label_is_found_wherever_it_stands(small: dict[str, object], tmp_path:
     found = []
     for n, way in enumerate(ways):
         fields = {name: value for name, value in small.items() if name not in ("source", "label")}
-        material = gather(Recipe(**fields, **way, out="unused"), PIXELS, (), str(tmp_path / f"work{n}"))
-        assert material.classes == ("3", "5", "8") and not material.skipped
-        sides = (material.train, material.held_out)
+        training_data = gather(TrainingConfig(**fields, **way, out="unused"), PIXELS, (), str(tmp_path / f"work{n}"))
+        assert training_data.classes == ("3", "5", "8") and not training_data.skipped
+        sides = (training_data.train, training_data.held_out)
         found.append(
             {
-                h: (material.classes[i], k.removesuffix(".png"))
+                h: (training_data.classes[i], k.removesuffix(".png"))
                 for side in sides
                 for h, i, k in zip(side.hashes, side.ids, side.keys)
             }
@@ -234,26 +235,26 @@ def test_what_is_held_out_stays_so_while_data_grows_and_moves(small: dict[str, o
     sides = []
     for folder, chosen in (("one", digits.few(10)), ("two", digits.few(15))):
         root = digits.folders(tmp_path / folder, chosen)
-        material = gather(
-            Recipe(**{**small, "source": root, "label": "folder", "out": "x"}), PIXELS, (), str(tmp_path / f"w-{folder}")
+        training_data = gather(
+            TrainingConfig(**{**small, "source": root, "label": "folder", "out": "x"}), PIXELS, (), str(tmp_path / f"w-{folder}")
         )
-        sides.append({key: side for side, part in enumerate((material.train, material.held_out)) for key in part.keys})
+        sides.append({key: side for side, part in enumerate((training_data.train, training_data.held_out)) for key in part.keys})
     assert sides[0].items() <= sides[1].items() and len(sides[1]) == 150 and 0 < sum(sides[0].values()) < 50
 
 
 def test_images_are_decoded_once_and_held_out_ones_as_the_processor_does(small: dict[str, object], tmp_path: Path) -> None:
     from PIL import Image
 
-    recipe = Recipe(**{**small, "out": "x"})
-    material = gather(recipe, PIXELS, (), str(tmp_path))
-    assert material.train.pixels.shape[1:] == (19, 19, 3) and material.held_out.pixels.shape[1:] == (16, 16, 3)
+    config = TrainingConfig(**{**small, "out": "x"})
+    training_data = gather(config, PIXELS, (), str(tmp_path))
+    assert training_data.train.pixels.shape[1:] == (19, 19, 3) and training_data.held_out.pixels.shape[1:] == (16, 16, 3)
     images, _ = digits.load()
-    key = material.held_out.keys[0]
+    key = training_data.held_out.keys[0]
     plain = Image.fromarray(images[int(key.rpartition("/")[2])]).convert("RGB").resize((16, 16), Image.Resampling.BILINEAR)
-    np.testing.assert_array_equal(material.held_out.pixels[0], np.asarray(plain))
+    np.testing.assert_array_equal(training_data.held_out.pixels[0], np.asarray(plain))
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.u8")}
-    again = gather(recipe, PIXELS, (), str(tmp_path))
-    assert again.digest == material.digest and {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.u8")} == files
+    again = gather(config, PIXELS, (), str(tmp_path))
+    assert again.digest == training_data.digest and {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.u8")} == files
 
 
 def test_corrupt_images_are_counted_skipped_and_listed(small: dict[str, object], tmp_path: Path) -> None:
@@ -261,7 +262,9 @@ def test_corrupt_images_are_counted_skipped_and_listed(small: dict[str, object],
     broken = sorted(root.rglob("*.png"))[3]
     broken.write_bytes(broken.read_bytes()[:60])
     (root / "0" / "text.png").write_bytes(b"no image")
-    result = finetune(Recipe(**{**small, "source": str(root), "label": "folder", "out": str(tmp_path / "out"), "epochs": 1}))
+    result = finetune(
+        TrainingConfig(**{**small, "source": str(root), "label": "folder", "out": str(tmp_path / "out"), "epochs": 1})
+    )
     listed = json.loads((tmp_path / "out" / "skipped.json").read_text())
     assert (result.skipped, result.images + result.held_out) == (2, 29)
     assert {entry["key"]: entry["reason"] for entry in listed} == {f"0/{broken.name}": "truncated", "0/text.png": "not_an_image"}
@@ -275,7 +278,7 @@ def test_corrupt_images_of_a_dataset_are_listed_too(trained: str, small: dict[st
     for train in ("full", "probe"):
         fields = {**small, "source": []} if train == "full" else {"train": "probe"}
         out = tmp_path / train
-        result = finetune(Recipe(**{**fields, "dataset": dataset, "label": "folder", "epochs": 1, "out": str(out)}))
+        result = finetune(TrainingConfig(**{**fields, "dataset": dataset, "label": "folder", "epochs": 1, "out": str(out)}))
         listed = json.loads((out / "skipped.json").read_text())
         assert [(it["key"], it["reason"]) for it in listed] == [("0/text.png", "not_an_image")] and listed[0]["message"]
         assert (result.skipped, result.images + result.held_out) == (1, 30)
@@ -285,7 +288,7 @@ def test_corrupt_images_of_a_dataset_are_listed_too(trained: str, small: dict[st
 
 
 @pytest.mark.parametrize("train", ["head", "last", "lora"])
-def test_only_what_the_recipe_names_learns(train: str, trained: str, small: dict[str, object], tmp_path: Path) -> None:
+def test_only_what_the_config_names_learns(train: str, trained: str, small: dict[str, object], tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     fields = {
         **small,
@@ -296,7 +299,7 @@ def test_only_what_the_recipe_names_learns(train: str, trained: str, small: dict
         "epochs": 1,
         "classes": [str(n) for n in range(9, -1, -1)],
     }
-    finetune(Recipe(**fields))
+    finetune(TrainingConfig(**fields))
     before, after = weights(trained), weights(out)
     assert before.keys() == after.keys()
     changed = {name for name in after if not torch.equal(before[name], after[name])}
@@ -314,21 +317,21 @@ def test_only_what_the_recipe_names_learns(train: str, trained: str, small: dict
 def test_every_family_trains_every_way(name: str, small: dict[str, object], tmp_path: Path) -> None:
     found = checkpoint.locate(make_checkpoint(tmp_path / "model", name, headed=False), None)
     for train in ("head", "last", "lora", "full"):
-        recipe = Recipe(**{**small, "out": "x", "train": train, "init": "weights", "gradient_checkpointing": True})
-        trainee = prepare(recipe, found, ("a", "b", "c"), 5)
-        logits, own = trainee(torch.randn(2, 3, 32, 32))
+        config = TrainingConfig(**{**small, "out": "x", "train": train, "init": "weights", "gradient_checkpointing": True})
+        student = prepare(config, found, ("a", "b", "c"), 5)
+        logits, own = student(torch.randn(2, 3, 32, 32))
         assert logits.shape == (2, 3) and own.shape == (2, 5)
         (logits.square().sum() + own.sum()).backward()
-        assert trainee.learning() and all(p.grad is not None for p in trainee.learning().values())
-        plain = trainee.eval()(pixels := torch.randn(1, 3, 32, 32))[0]
-        torch.testing.assert_close(trainee.finished()(pixel_values=pixels).logits, plain, rtol=1e-4, atol=1e-5)
+        assert student.learning() and all(p.grad is not None for p in student.learning().values())
+        plain = student.eval()(pixels := torch.randn(1, 3, 32, 32))[0]
+        torch.testing.assert_close(student.finished()(pixel_values=pixels).logits, plain, rtol=1e-4, atol=1e-5)
 
 
 def test_lower_blocks_learn_more_slowly(trained: str, small: dict[str, object]) -> None:
-    recipe = Recipe(**{**small, "model": trained, "init": "weights", "out": "x", "layer_decay": 0.5})
-    trainee = prepare(recipe, checkpoint.locate(trained, None), tuple("0123456789"), None)
-    names = {id(p): name for name, p in trainee.named_parameters()}
-    scales = {names[id(p)]: (g["scale"], g["weight_decay"]) for g in groups(trainee, recipe) for p in g["params"]}
+    config = TrainingConfig(**{**small, "model": trained, "init": "weights", "out": "x", "layer_decay": 0.5})
+    student = prepare(config, checkpoint.locate(trained, None), tuple("0123456789"), None)
+    names = {id(p): name for name, p in student.named_parameters()}
+    scales = {names[id(p)]: (g["scale"], g["weight_decay"]) for g in groups(student, config) for p in g["params"]}
     assert scales["module.classifier.weight"] == (1.0, 0.05) and scales["module.classifier.bias"] == (1.0, 0.0)
     assert scales["module.vit.layers.1.attention.q_proj.weight"][0] == 0.5
     assert scales["module.vit.layers.0.attention.q_proj.weight"][0] == 0.25
@@ -338,7 +341,8 @@ def test_lower_blocks_learn_more_slowly(trained: str, small: dict[str, object]) 
 def test_the_rate_rises_and_falls() -> None:
     fields = {"source": "x", "model": "m", "out": "o", "lr": 1.0, "warmup": 0.1}
     rates = {
-        name: [rate_at(n, 100, Recipe(**fields, schedule=name)) for n in range(100)] for name in ("cosine", "linear", "constant")
+        name: [rate_at(n, 100, TrainingConfig(**fields, schedule=name)) for n in range(100)]
+        for name in ("cosine", "linear", "constant")
     }
     assert [found[4] for found in rates.values()] == [0.5] * 3 and all(found[10] == 1 for found in rates.values())
     assert rates["cosine"][55] == pytest.approx(0.5) and rates["linear"][55] == pytest.approx(0.5) and rates["constant"][99] == 1
@@ -349,10 +353,10 @@ def test_the_rate_rises_and_falls() -> None:
 
 
 def test_batches_follow_from_epoch_and_step_and_are_shared_out_whole(small: dict[str, object], tmp_path: Path) -> None:
-    recipe = Recipe(**{**small, "out": "x", "workers": 2, "mixup": 0.4, "flip": True, "label_smoothing": 0.1})
-    material = gather(recipe, PIXELS, (), str(tmp_path))
-    whole = Batches(recipe, material.train, PIXELS, 10, None)
-    halves = Batches(recipe, material.train, PIXELS, 10, None, world=2)
+    config = TrainingConfig(**{**small, "out": "x", "workers": 2, "mixup": 0.4, "flip": True, "label_smoothing": 0.1})
+    training_data = gather(config, PIXELS, (), str(tmp_path))
+    whole = Batches(config, training_data.train, PIXELS, 10, None)
+    halves = Batches(config, training_data.train, PIXELS, 10, None, world=2)
     one, again, other = whole.batch(1, 2), whole.batch(1, 2), whole.batch(1, 3)
     assert torch.equal(one.pixels, again.pixels) and not torch.equal(one.pixels, other.pixels)
     for rank in (0, 1):
@@ -360,13 +364,13 @@ def test_batches_follow_from_epoch_and_step_and_are_shared_out_whole(small: dict
         assert torch.equal(half.pixels, one.pixels[rank::2]) and torch.equal(half.target, one.target[rank::2])
     assert torch.allclose(one.target.sum(1), torch.ones(32)) and one.pixels.shape == (32, 3, 16, 16)
     plain = Batches(
-        Recipe(**{**small, "out": "x", "crop": 1.0, "flip": True}),
-        replace(material.train, pixels=material.train.pixels[:, :16, :16]),
+        TrainingConfig(**{**small, "out": "x", "crop": 1.0, "flip": True}),
+        replace(training_data.train, pixels=training_data.train.pixels[:, :16, :16]),
         PIXELS,
         10,
         None,
     )
-    order = np.random.default_rng([0, 0]).permutation(len(material.train.ids))[:32]
+    order = np.random.default_rng([0, 0]).permutation(len(training_data.train.ids))[:32]
     kept = torch.from_numpy((plain.examples.pixels[order] / 255 - 0.5) / 0.5).permute(0, 3, 1, 2).float()
     same = (torch.isclose(plain.batch(0, 0).pixels, kept, atol=1e-6)).flatten(1).all(1)
     mirrored = (torch.isclose(plain.batch(0, 0).pixels, kept.flip(3), atol=1e-6)).flatten(1).all(1)
@@ -377,28 +381,28 @@ def test_parts_of_a_step_add_up_to_it(small: dict[str, object], tmp_path: Path) 
     found = []
     for parts in (1, 4):
         out = str(tmp_path / str(parts))
-        finetune(Recipe(**{**small, "out": out, "accumulate": parts, "epochs": 2}))
+        finetune(TrainingConfig(**{**small, "out": out, "accumulate": parts, "epochs": 2}))
         found.append(weights(out))
     for name in found[0]:
         torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-3, atol=1e-4)
 
 
-def start(recipe: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def start(config: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     known = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(
-        [sys.executable, "-m", "vitray", "finetune", str(recipe)], env=known, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "vitray", "finetune", str(config)], env=known, capture_output=True, text=True, timeout=120
     )
 
 
-def write_recipe(path: Path, fields: dict[str, object]) -> Path:
+def write_config(path: Path, fields: dict[str, object]) -> Path:
     path.write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in fields.items()))
     return path
 
 
 def test_killed_training_ends_with_equal_weights(small: dict[str, object], tmp_path: Path) -> None:
     fields = {**small, "save_steps": 3, "mixup": 0.2, "flip": True}
-    whole = finetune(Recipe(**fields, out=str(tmp_path / "whole")))
-    path = write_recipe(tmp_path / "killed.yaml", {**fields, "out": str(tmp_path / "killed")})
+    whole = finetune(TrainingConfig(**fields, out=str(tmp_path / "whole")))
+    path = write_config(tmp_path / "killed.yaml", {**fields, "out": str(tmp_path / "killed")})
     # within an epoch, behind its last checkpoint; and between two objects of a checkpoint
     for point in ("train-step:8", "object-written"):
         done = start(path, VITRAY_CRASH_AT=point)
@@ -423,11 +427,11 @@ def test_a_session_trains_on_several_workers_again_and_again(
     monkeypatch.chdir(tmp_path)
     places = {name: os.path.relpath(str(small[name])) for name in ("source", "model")}
     for name in ("one", "two"):
-        result = finetune(Recipe(**{**small, **places, "workers": 2, "epochs": 2, "out": name}))
+        result = finetune(TrainingConfig(**{**small, **places, "workers": 2, "epochs": 2, "out": name}))
         assert result.epochs == 2 and sorted(os.listdir(f"{name}/_vitray")) == ["result.json", "state", "training.json"]
     assert equal(weights("one"), weights("two"))
     with pytest.raises(ClusterError, match=r"8 workers take a CPU each, and there are \d\. Set fewer"):
-        finetune(Recipe(**{**small, "workers": 8, "out": "three"}))
+        finetune(TrainingConfig(**{**small, "workers": 8, "out": "three"}))
 
 
 def test_workers_that_never_begin_are_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -456,14 +460,14 @@ def test_everything_may_lie_on_s3_and_a_killed_training_goes_on_there(
         store_for(s3).create(f"{s3}/{name}", Path(str(path)).read_bytes())
     joined = {"label": "digit", "label_table": str(tmp_path / "labels.csv"), "table_key": "key"}
     fields = {**small, **joined, "save_steps": 3, "mixup": 0.2, "validation": 0.2}
-    whole = finetune(Recipe(**fields, out=str(tmp_path / "whole")))
+    whole = finetune(TrainingConfig(**fields, out=str(tmp_path / "whole")))
     there = {"source": f"{s3}/in/*.tar", "model": f"{s3}/model", "label_table": f"{s3}/labels.csv", "out": f"{s3}/out"}
-    path = write_recipe(tmp_path / "killed.yaml", {**fields, **there})
+    path = write_config(tmp_path / "killed.yaml", {**fields, **there})
     done = start(path, VITRAY_CRASH_AT="train-step:7")
     assert done.returncode == -9, done.stderr[-2000:]
     found = checkpoints.load(f"{s3}/out/_vitray/state", "last")
     assert found is not None and found[1]["step"] == 6
-    again = finetune(Recipe(**{**fields, **there}))
+    again = finetune(TrainingConfig(**{**fields, **there}))
     assert again.figures == whole.figures and again.model
     kept = {info.url.removeprefix(f"{s3}/out/") for info in store_for(s3).find(f"{s3}/out")}
     assert {"config.json", "model.safetensors", "report.html", "_vitray/result.json"} <= kept
@@ -473,10 +477,10 @@ def test_everything_may_lie_on_s3_and_a_killed_training_goes_on_there(
     # what was written there is a model, of a run and of the next training; and a probe's dataset
     assert equal(load(read(f"{s3}/out/model.safetensors")), weights(str(tmp_path / "whole")))
     dataset = embedded(f"{s3}/out", there["source"], f"{s3}/dataset")
-    probe = finetune(Recipe(dataset=dataset, train="probe", label="cls", validation=0.2, out=f"{s3}/probe"))
+    probe = finetune(TrainingConfig(dataset=dataset, train="probe", label="cls", validation=0.2, out=f"{s3}/probe"))
     assert probe.images + probe.held_out == 200 and read_head(f"{s3}/probe").labels == tuple("0123456789")
     later = finetune(
-        Recipe(**{**fields, **there, "model": f"{s3}/out", "init": "weights", "train": "head", "out": f"{s3}/later"})
+        TrainingConfig(**{**fields, **there, "model": f"{s3}/out", "init": "weights", "train": "head", "out": f"{s3}/later"})
     )
     assert (later.epochs, later.model) == (3, True)
 
@@ -504,7 +508,7 @@ def test_a_damaged_or_foreign_checkpoint_of_a_killed_training_is_one_error(small
     fields = {**small, "save_steps": 3, "out": str(tmp_path / "out")}
     state = tmp_path / "out" / "_vitray" / "state"
     with pytest.raises(InterruptedError):
-        finetune(Recipe(**fields), tell=stop)
+        finetune(TrainingConfig(**fields), tell=stop)
     pointer, (part,) = state / "last.json", state.glob("last-*")
     before = {path: path.read_bytes() for path in (pointer, part)}
     wide = {name: torch.zeros(99) for name in (checkpoints.load(str(state), "last") or ({},))[0]}
@@ -521,13 +525,13 @@ def test_a_damaged_or_foreign_checkpoint_of_a_killed_training_is_one_error(small
     ):
         spoil()
         with pytest.raises(StorageError) as raised:
-            finetune(Recipe(**fields))
+            finetune(TrainingConfig(**fields))
         said = str(raised.value)
         assert says in said and said.endswith("to train from the start.") and "\n" not in said
         for path, data in before.items():
             path.write_bytes(data)
     shutil.rmtree(state)
-    assert finetune(Recipe(**fields)).epochs == 3
+    assert finetune(TrainingConfig(**fields)).epochs == 3
 
 
 def stop(_record: dict[str, float]) -> None:
@@ -537,7 +541,7 @@ def stop(_record: dict[str, float]) -> None:
 def test_training_stops_when_it_gets_no_better(small: dict[str, object], tmp_path: Path) -> None:
     told: list[dict[str, float]] = []
     fields = {**small, "out": str(tmp_path / "out"), "epochs": 30, "patience": 2, "lr": 1e-9, "metric": "accuracy"}
-    result = finetune(Recipe(**fields), tell=lambda record: told.append(record) if "epoch" in record else None)
+    result = finetune(TrainingConfig(**fields), tell=lambda record: told.append(record) if "epoch" in record else None)
     assert result.epochs == len(told) < 30
     best = max(told, key=lambda record: (record["validation_accuracy"], -record["validation_loss"]))
     assert result.epochs == best["epoch"] + 2
@@ -551,7 +555,7 @@ def test_precision_bf16_and_class_weights_train(
         monkeypatch.setattr(module, "SAID_S", -1.0)
     fields = {**small, "out": str(tmp_path / "out"), "precision": "bf16", "class_weights": "balanced", "epochs": 8}
     told: list[dict[str, float]] = []
-    finetune(Recipe(**fields), tell=told.append)
+    finetune(TrainingConfig(**fields), tell=told.append)
     between = [record for record in told if "epoch" not in record]
     told = [record for record in told if "epoch" in record]
     assert [record["step"] for record in between] == list(range(1, int(told[-1]["step"]) + 1))
@@ -577,7 +581,7 @@ def test_a_probe_reads_no_image_and_is_a_checkpoint_and_a_head(trained: str, sma
     dataset = embedded(trained, str(source), tmp_path / "dataset")
     source.unlink()
     out = str(tmp_path / "out")
-    result = finetune(Recipe(dataset=dataset, train="probe", label="cls", validation=0.2, out=out))
+    result = finetune(TrainingConfig(dataset=dataset, train="probe", label="cls", validation=0.2, out=out))
     assert result.model and result.images + result.held_out == 200
     head, rows = read_head(out), vitray.read(dataset)
     vectors = np.stack(rows["embedding"].to_numpy())
@@ -589,7 +593,7 @@ def test_a_probe_reads_no_image_and_is_a_checkpoint_and_a_head(trained: str, sma
     assert vitray.read(again)["label"].to_pylist() == said
     with pytest.raises(ModelError, match="is not the model of"):
         other = make_checkpoint(tmp_path / "other", "vit", headed=True)
-        finetune(Recipe(dataset=dataset, model=other, train="probe", label="cls", out=str(tmp_path / "x")))
+        finetune(TrainingConfig(dataset=dataset, model=other, train="probe", label="cls", out=str(tmp_path / "x")))
 
 
 def test_a_probe_is_the_minimum_of_its_loss() -> None:
@@ -610,30 +614,37 @@ def test_a_teacher_is_joined_by_bytes_and_its_rest_is_spread(
 ) -> None:
     dataset = embedded(trained, small["source"], tmp_path / "dataset", top_k=3)
     fields = {**small, "source": [], "teacher": dataset, "out": str(tmp_path / "out"), "label": "cls", "epochs": 1}
-    study = Study.of(Recipe(**fields))
-    assert study.teacher is not None and study.material.classes == tuple("0123456789")
-    teaching = Teaching(study.recipe, study.teacher, study.material.train.hashes, study.material.classes)
-    dense = teaching.of(np.arange(len(study.material.train.ids)))
+    training_run = TrainingRun.of(TrainingConfig(**fields))
+    assert training_run.teacher is not None and training_run.training_data.classes == tuple("0123456789")
+    teaching = Teaching(
+        training_run.config, training_run.teacher, training_run.training_data.train.hashes, training_run.training_data.classes
+    )
+    dense = teaching.of(np.arange(len(training_run.training_data.train.ids)))
     rows = {row["content_hash"]: row for row in vitray.read(dataset).to_pylist()}
     for n in (0, 7, 50):
-        row = rows[study.material.train.hashes[n]]
+        row = rows[training_run.training_data.train.hashes[n]]
         np.testing.assert_allclose(dense[n, row["top_ids"]], row["top_scores"], rtol=1e-6)
         rest = np.delete(dense[n], row["top_ids"])
         np.testing.assert_allclose(rest, (1 - sum(row["top_scores"])) / 7, atol=1e-6)
     for distill, what in (("labels", "scores"), ("embedding", "embeddings")):
-        result = finetune(Recipe(**{**fields, "distill": distill, "out": str(tmp_path / distill)}))
+        result = finetune(TrainingConfig(**{**fields, "distill": distill, "out": str(tmp_path / distill)}))
         assert result.images + result.held_out == 200 and "projector" not in " ".join(weights(result.out))
         card = Path(result.out, "README.md").read_text()
         assert f"It learnt the {what} of a teacher, with a weight of 0.5 beside the labels." in card
         assert "Its labels are what another model said" not in card
-    result = finetune(Recipe(**{**{k: v for k, v in fields.items() if k != "label"}, "out": str(tmp_path / "own")}))
+    result = finetune(TrainingConfig(**{**{k: v for k, v in fields.items() if k != "label"}, "out": str(tmp_path / "own")}))
     card = Path(result.out, "README.md").read_text()
     assert "Its labels are what another model said: the figures tell how well it agrees with that one." in card
-    Teaching(study.recipe, study.teacher, [*study.material.train.hashes[:3], b"unseen"], study.material.classes)
+    Teaching(
+        training_run.config,
+        training_run.teacher,
+        [*training_run.training_data.train.hashes[:3], b"unseen"],
+        training_run.training_data.classes,
+    )
     assert f"teacher {dataset} has not seen 1 of 4 images: their labels alone teach them" in caplog.text
     other = digits.tar(tmp_path / "other.tar", digits.few(5, [0, 1], skip=60))
     with pytest.raises(JobError, match="has seen none of these images"):
-        finetune(Recipe(**{**fields, "source": other, "out": str(tmp_path / "y")}))
+        finetune(TrainingConfig(**{**fields, "source": other, "out": str(tmp_path / "y")}))
 
 
 def test_a_teacher_model_sees_what_the_student_sees(trained: str, small: dict[str, object], tmp_path: Path) -> None:
@@ -648,43 +659,43 @@ def test_a_teacher_model_sees_what_the_student_sees(trained: str, small: dict[st
     ).save_pretrained(teacher)
     classes = [str(n) for n in range(9, -1, -1)]
     fields = {**small, "teacher_model": str(teacher), "out": str(tmp_path / "out"), "mixup": 0.4, "classes": classes, "epochs": 1}
-    fitting = Study.of(Recipe(**fields, teacher_weight=1.0)).fitting()
-    batch, tutor = fitting.batches.batch(0, 0), fitting.batches.teaching
-    assert isinstance(tutor, Tutor) and bool(batch.known.all())
+    fitting = TrainingRun.of(TrainingConfig(**fields, teacher_weight=1.0)).fitting()
+    batch, online_teacher = fitting.batches.batch(0, 0), fitting.batches.teaching
+    assert isinstance(online_teacher, OnlineTeacher) and bool(batch.known.all())
     raw = (batch.pixels * 0.5 + 0.5) * 255
     own = normalised(raw, replace(PIXELS, mean=(0.2, 0.3, 0.4), std=(0.5, 0.7, 1.0)))
     model = AutoModelForImageClassification.from_pretrained(teacher).eval()
     with torch.no_grad():
         logits = model(pixel_values=own).logits.flip(1)
-        torch.testing.assert_close(tutor(batch.pixels), logits.softmax(-1), rtol=1e-4, atol=1e-5)
-        own_logits = fitting.trainee.train()(batch.pixels)[0]
+        torch.testing.assert_close(online_teacher(batch.pixels), logits.softmax(-1), rtol=1e-4, atol=1e-5)
+        own_logits = fitting.student.train()(batch.pixels)[0]
         soft = (logits / 2).softmax(-1)
         expected = 4 * (soft * (soft.log() - (own_logits / 2).log_softmax(-1))).sum()
-        torch.testing.assert_close(fitting._loss(fitting.trainee, batch, slice(None)), expected, rtol=1e-4, atol=1e-4)
-    assert not any(p.requires_grad and p.grad is not None for p in tutor.network.module.parameters())
+        torch.testing.assert_close(fitting._loss(fitting.student, batch, slice(None)), expected, rtol=1e-4, atol=1e-4)
+    assert not any(p.requires_grad and p.grad is not None for p in online_teacher.network.module.parameters())
     before = weights(str(teacher))
     for distill in ("labels", "embedding"):
-        result = finetune(Recipe(**{**fields, "distill": distill, "out": str(tmp_path / distill)}))
+        result = finetune(TrainingConfig(**{**fields, "distill": distill, "out": str(tmp_path / distill)}))
         assert "projector" not in " ".join(weights(result.out)) and str(tmp_path) not in Path(result.out, "README.md").read_text()
     assert equal(before, weights(str(teacher)))
     # other weights under the same name are another teacher
     shutil.copyfile(tmp_path / "labels" / "model.safetensors", teacher / "model.safetensors")
     (tmp_path / "labels" / "_vitray" / "result.json").unlink()
     with pytest.raises(FingerprintError, match="begun with another teacher_weights"):
-        finetune(Recipe(**{**fields, "distill": "labels", "out": str(tmp_path / "labels")}))
+        finetune(TrainingConfig(**{**fields, "distill": "labels", "out": str(tmp_path / "labels")}))
     bare = make_checkpoint(tmp_path / "bare", "vit", headed=False)
     with pytest.raises(JobError, match=r"bare holds no labels\. Set distill: embedding"):
-        finetune(Recipe(**{**fields, "teacher_model": bare}))
+        finetune(TrainingConfig(**{**fields, "teacher_model": bare}))
     edit(str(teacher / "config.json"), problem_type="multi_label_classification")
     with pytest.raises(JobError, match="scores of independent classes, which are no distribution"):
-        finetune(Recipe(**fields))
+        finetune(TrainingConfig(**fields))
 
 
 def test_pseudo_labels_are_the_models_own(trained: str, small: dict[str, object], tmp_path: Path) -> None:
     dataset = embedded(trained, small["source"], tmp_path / "dataset")
     scores = vitray.read(dataset)["score"].to_numpy()
     least = float(np.median(scores))
-    recipe = Recipe(
+    config = TrainingConfig(
         **{
             **small,
             "source": [],
@@ -695,7 +706,7 @@ def test_pseudo_labels_are_the_models_own(trained: str, small: dict[str, object]
             "epochs": 1,
         }
     )
-    result = finetune(recipe)
+    result = finetune(config)
     assert result.images + result.held_out == int((scores >= np.float32(least)).sum())
 
 
@@ -738,7 +749,7 @@ def test_bad_input_is_one_line(
     fields: dict[str, object], error: type[Exception], says: str, small: dict[str, object], tmp_path: Path
 ) -> None:
     with pytest.raises(error, match=says) as raised:
-        finetune(Recipe(**{**small, "out": str(tmp_path / "out"), **fields}))
+        finetune(TrainingConfig(**{**small, "out": str(tmp_path / "out"), **fields}))
     assert "\n" not in str(raised.value)
     assert (tmp_path / "out").exists() == ("lr" in fields)  # what is refused leaves nothing, no decoded image either
 
@@ -752,7 +763,7 @@ def test_a_label_that_a_table_lacks_is_told_with_the_place_it_was_looked_for(
     def said(text: str) -> str:
         table.write_text(text)
         with pytest.raises(JobError) as raised:
-            finetune(Recipe(**fields))
+            finetune(TrainingConfig(**fields))
         return str(raised.value).replace(f"label_table {table} ", "")
 
     advice = "Correct `label_table` or `table_key`."
@@ -784,11 +795,11 @@ def test_a_number_is_no_place_among_classes_that_are_numbers() -> None:
 
 def test_a_table_of_bytes_and_numbers_and_nothing(tmp_path: Path, small: dict[str, object]) -> None:
     path = tmp_path / "t.PARQUET"
-    recipe = Recipe(**{**small, "out": "o", "label": "l", "label_table": str(path)})
+    config = TrainingConfig(**{**small, "out": "o", "label": "l", "label_table": str(path)})
 
     def labels(keys: list[object], values: list[object]) -> dict[str, str] | None:
         pq.write_table(pa.table({"key": keys, "l": values}), path)
-        return labels_by_key(recipe)
+        return labels_by_key(config)
 
     assert labels([b"a.png", b" b "], [b"cat", b" dog"]) == {"a.png": "cat", "b": "dog"}
     assert labels(["a", "b", None, "d"], [1.5, float("nan"), 2.0, None]) == {"a": "1.5"}
@@ -796,7 +807,7 @@ def test_a_table_of_bytes_and_numbers_and_nothing(tmp_path: Path, small: dict[st
         labels(["a"], [["cat"]])
     path = tmp_path / "t.csv"
     path.write_text("key,l\na,cat\na, cat\n")
-    assert labels_by_key(Recipe(**{**small, "out": "o", "label": "l", "label_table": str(path)})) == {"a": "cat"}
+    assert labels_by_key(TrainingConfig(**{**small, "out": "o", "label": "l", "label_table": str(path)})) == {"a": "cat"}
 
 
 def test_a_table_with_two_labels_of_one_image_or_one_of_two_images_is_refused(small: dict[str, object], tmp_path: Path) -> None:
@@ -807,7 +818,7 @@ def test_a_table_with_two_labels_of_one_image_or_one_of_two_images_is_refused(sm
     whole = ["key,digit", *(f"0/{name},0" for name in names)]
     table.write_text("\n".join([*whole, f"0/{names[1]},0", f"0/{names[2]},1"]))
     with pytest.raises(JobError, match=rf"labels\.csv gives 0/{names[2]} two labels, 0 and 1\. Keep one of them\.$"):
-        finetune(Recipe(**fields))
+        finetune(TrainingConfig(**fields))
     os.rename(f"{root}/1/{sorted(os.listdir(f'{root}/1'))[0]}", f"{root}/1/{names[0]}")
     table.write_text(
         "\n".join(["key,digit", *(f"{name},0" for folder in "01" for name in sorted(os.listdir(f"{root}/{folder}")))])
@@ -815,16 +826,16 @@ def test_a_table_with_two_labels_of_one_image_or_one_of_two_images_is_refused(sm
     with pytest.raises(
         JobError, match=rf"one row for {names[0]}, and several images are called so, such as .*/1/{names[0]}\. Write"
     ):
-        finetune(Recipe(**fields))
+        finetune(TrainingConfig(**fields))
     with pytest.raises(JobError, match=rf"one row for {names[0]}, and several"):  # below each of two sources it is the whole name
-        finetune(Recipe(**{**fields, "source": [f"{root}/0", f"{root}/1"]}))
+        finetune(TrainingConfig(**{**fields, "source": [f"{root}/0", f"{root}/1"]}))
     for name in "ab":
         digits.tar(tmp_path / f"{name}.tar", digits.few(5, [0, 1]))
     with tarfile.open(tmp_path / "a.tar") as tar:
         keys = sorted({name.partition(".")[0] for name in tar.getnames()})
     table.write_text("\n".join(["key,digit", *(f"{key},{key[0]}" for key in keys)]))
     with pytest.raises(JobError, match=r"one row for \d/\d{4}, and several images are called so"):  # tars that share their keys
-        finetune(Recipe(**{**fields, "source": f"{tmp_path}/*.tar"}))
+        finetune(TrainingConfig(**{**fields, "source": f"{tmp_path}/*.tar"}))
     assert not os.path.exists(out)
 
 
@@ -836,7 +847,7 @@ def test_images_of_a_dataset_that_changed_since_are_missed(trained: str, small: 
     with pytest.raises(
         JobError, match=r"4 of 10 images of .*/dataset are no longer where they were labelled: 1 of its shards changed"
     ):
-        finetune(Recipe(**{**small, "source": [], "label": "folder", "dataset": job.out, "out": str(tmp_path / "out")}))
+        finetune(TrainingConfig(**{**small, "source": [], "label": "folder", "dataset": job.out, "out": str(tmp_path / "out")}))
 
 
 def test_another_way_to_read_the_source_is_not_taken_for_the_same(small: dict[str, object], tmp_path: Path) -> None:
@@ -849,8 +860,8 @@ def test_another_way_to_read_the_source_is_not_taken_for_the_same(small: dict[st
     sums = []
     for column in ("one", "two"):
         fields = {**small, "source": str(source), "label": "label", "image_column": column, "out": str(tmp_path / "out")}
-        study = Study.of(Recipe(**fields))
-        sums.append(int(study.material.train.pixels.astype(np.int64).sum()))
+        training_run = TrainingRun.of(TrainingConfig(**fields))
+        sums.append(int(training_run.training_data.train.pixels.astype(np.int64).sum()))
     assert sums[0] > 2 * sums[1]
 
 
@@ -866,20 +877,20 @@ def test_a_training_that_another_machine_took_over_ends_and_spoils_nothing(small
             states.update({name: Path(out, "_vitray", "state", name).read_bytes() for name in ("best.json", "last.json")})
 
     with pytest.raises(StorageError, match=r"another command, on another machine, trains into .*/state by now"):
-        finetune(Recipe(**small, out=out), tell)  # the second epoch is the best so far
+        finetune(TrainingConfig(**small, out=out), tell)  # the second epoch is the best so far
     assert epochs == [1] and not os.path.exists(f"{out}/config.json")
     assert states == {name: Path(out, "_vitray", "state", name).read_bytes() for name in states}  # what is the other's now
-    finetune(Recipe(**small, out=out))
-    whole = finetune(Recipe(**small, out=str(tmp_path / "whole")))
+    finetune(TrainingConfig(**small, out=out))
+    whole = finetune(TrainingConfig(**small, out=str(tmp_path / "whole")))
     assert whole.epochs == 3 and equal(weights(out), weights(str(tmp_path / "whole")))
 
 
 def test_a_checkpoint_before_the_first_update_is_one(small: dict[str, object], tmp_path: Path) -> None:
     """fp16 skips steps that overflow, and may begin with some."""
-    study = Study.of(Recipe(**small, out=str(tmp_path / "out")))
-    fitting = study.fitting()
+    training_run = TrainingRun.of(TrainingConfig(**small, out=str(tmp_path / "out")))
+    fitting = training_run.fitting()
     fitting._save()
-    again = study.fitting()
+    again = training_run.fitting()
     again.scaler = torch.amp.GradScaler("cpu", enabled=True)  # begun in fp32, goes on in fp16
     again._restore()
     assert again.progress.step == 0 and not again.optimizer.state
@@ -896,27 +907,27 @@ def test_a_directory_of_something_else_is_never_written_into(trained: str, small
     for out, named in ((str(model), "README.md"), (dataset, "_SUCCESS.json"), (str(tmp_path / "own"), "photos/README.md")):
         before = {path: path.read_bytes() for path in Path(out).rglob("*") if path.is_file()}
         with pytest.raises(FingerprintError, match=rf"{out} holds what no training wrote, such as {named}\. Choose an empty"):
-            finetune(Recipe(**{**small, "model": str(model), "out": out}))
+            finetune(TrainingConfig(**{**small, "model": str(model), "out": out}))
         assert {path: path.read_bytes() for path in Path(out).rglob("*") if path.is_file()} == before
     begun = tmp_path / "begun" / "_vitray" / "images"  # what a training that was killed while it decoded leaves
     begun.mkdir(parents=True)
     (begun / "x.lock").touch()
     (begun.parent / "probe-1").touch()
-    assert finetune(Recipe(**{**small, "epochs": 1, "out": str(tmp_path / "begun")})).epochs == 1
+    assert finetune(TrainingConfig(**{**small, "epochs": 1, "out": str(tmp_path / "begun")})).epochs == 1
 
 
 def test_an_export_is_no_model_to_train_but_its_embeddings_are_enough_for_a_probe(
     trained: str, small: dict[str, object], tmp_path: Path
 ) -> None:
     export = str(tmp_path / "export")
-    shrink(vitray.Job(source=small["source"], model=trained, out="o"), "onnx", "", export)
+    export_model(vitray.Job(source=small["source"], model=trained, out="o"), "onnx", "", export)
     for field in ("model", "teacher_model"):
         with pytest.raises(
             ModelError, match=rf"{export} is an export \(onnx\), which cannot be trained\. Give {Path(trained).name}"
         ):
-            finetune(Recipe(**{**small, field: export, "out": str(tmp_path / "out")}))
+            finetune(TrainingConfig(**{**small, field: export, "out": str(tmp_path / "out")}))
     dataset = embedded(export, small["source"], tmp_path / "dataset", engine="auto")
-    result = finetune(Recipe(train="probe", dataset=dataset, label="cls", validation=0.2, out=str(tmp_path / "probe")))
+    result = finetune(TrainingConfig(train="probe", dataset=dataset, label="cls", validation=0.2, out=str(tmp_path / "probe")))
     assert not result.model and result.figures["validation_accuracy"] > 0.3
     assert read_head(str(tmp_path / "probe")).weights_sha256 == hash_model(checkpoint.locate(export, None))
 
@@ -925,23 +936,25 @@ def test_a_place_inside_what_is_read_is_refused(trained: str, small: dict[str, o
     """The next run would take its files for images; and a dataset's folders are vitray's."""
     root = digits.folders(tmp_path / "in", digits.few(5, [0, 1]))
     with pytest.raises(JobError, match=r"`out` .*/in/out lies inside `source` .*/in: it would read its own output"):
-        finetune(Recipe(**{**small, "source": root, "label": "folder", "out": f"{root}/out"}))
+        finetune(TrainingConfig(**{**small, "source": root, "label": "folder", "out": f"{root}/out"}))
     dataset = embedded(trained, small["source"], tmp_path / "dataset")
     for more in ({"train": "probe", "label": "cls"}, {"model": trained, "label": "cls"}):
         with pytest.raises(JobError, match=r"`out` .*/dataset/out lies inside the dataset: choose another place"):
-            finetune(Recipe(dataset=dataset, **more, out=f"{dataset}/out"))
+            finetune(TrainingConfig(dataset=dataset, **more, out=f"{dataset}/out"))
     assert not Path(root, "out").exists() and not Path(dataset, "out").exists()
 
 
 def test_one_class_and_a_checkpoint_of_another_shape_are_refused(trained: str, small: dict[str, object], tmp_path: Path) -> None:
     alone = digits.tar(tmp_path / "alone.tar", digits.few(30, [4]))
     with pytest.raises(JobError, match=r"have 1 class \(4\); to tell classes apart takes two"):
-        finetune(Recipe(**{**small, "source": alone, "out": str(tmp_path / "a")}))
+        finetune(TrainingConfig(**{**small, "source": alone, "out": str(tmp_path / "a")}))
     shutil.copytree(trained, tmp_path / "wide")
     edit(str(tmp_path / "wide" / "config.json"), intermediate_size=80)
     with pytest.raises(ModelError, match=r"weights of another shape than its config.json says"):
         finetune(
-            Recipe(**{**small, "model": str(tmp_path / "wide"), "train": "head", "init": "weights", "out": str(tmp_path / "b")})
+            TrainingConfig(
+                **{**small, "model": str(tmp_path / "wide"), "train": "head", "init": "weights", "out": str(tmp_path / "b")}
+            )
         )
 
 
@@ -950,11 +963,11 @@ def test_more_blocks_than_there_are_and_columns_of_loose_files_are_refused(
 ) -> None:
     fields = {**small, "model": trained, "init": "weights", "train": "last", "out": str(tmp_path / "a")}
     with pytest.raises(JobError, match=r"last: 99, and the model has \d+ blocks"):
-        finetune(Recipe(**fields, last=99))
+        finetune(TrainingConfig(**fields, last=99))
     (tmp_path / "loose").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "loose" / "a.png")
     with pytest.raises(JobError, match=r"label: cls: loose files have no columns\. Set label: folder, or give a label_table"):
-        finetune(Recipe(**{**fields, "source": str(tmp_path / "loose"), "label": "cls"}))
+        finetune(TrainingConfig(**{**fields, "source": str(tmp_path / "loose"), "label": "cls"}))
 
 
 def test_a_probe_chooses_its_strength_by_the_metric() -> None:
@@ -969,7 +982,7 @@ def test_a_probe_chooses_its_strength_by_the_metric() -> None:
 
 
 def test_no_space_is_one_clear_error(small: dict[str, object], tmp_path: Path) -> None:
-    path = write_recipe(tmp_path / "job.yaml", {**small, "out": str(tmp_path / "out")})
+    path = write_config(tmp_path / "job.yaml", {**small, "out": str(tmp_path / "out")})
     limit = 100_000  # bytes a file may have: less than the decoded images take
     load_decoders("exact")  # Numba keeps what it compiled in a file that is larger
 
@@ -985,8 +998,8 @@ def test_no_space_is_one_clear_error(small: dict[str, object], tmp_path: Path) -
 
 def test_a_disk_that_is_full_when_the_checkpoint_is_written_is_one_error(small: dict[str, object], tmp_path: Path) -> None:
     found = checkpoint.locate(str(small["model"]), None)
-    told = outputs.Told(Recipe(**{**small, "out": str(tmp_path / "out")}), found, ("a", "b"), [], [], {})
-    module = prepare(told.recipe, found, told.classes, None).finished()
+    told = outputs.Told(TrainingConfig(**{**small, "out": str(tmp_path / "out")}), found, ("a", "b"), [], [], {})
+    module = prepare(told.config, found, told.classes, None).finished()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
@@ -997,8 +1010,8 @@ def test_a_disk_that_is_full_when_the_checkpoint_is_written_is_one_error(small: 
     assert "\n" not in str(raised.value) and not (tmp_path / "out").exists()
 
 
-def test_a_recipe_file_and_its_overrides(tmp_path: Path) -> None:
-    path = write_recipe(tmp_path / "job.yaml", {"source": "in", "model": "m", "out": "o", "train": "lora"})
-    recipe = load_recipe(path, {"rank": 4})
-    assert (recipe.train, recipe.rank, recipe.rate, recipe.label_at) == ("lora", 4, 1e-3, "folder")
-    assert all((field.description or "").strip() for field in Recipe.model_fields.values())
+def test_a_config_file_and_its_overrides(tmp_path: Path) -> None:
+    path = write_config(tmp_path / "job.yaml", {"source": "in", "model": "m", "out": "o", "train": "lora"})
+    config = load_config(path, {"rank": 4})
+    assert (config.train, config.rank, config.rate, config.label_at) == ("lora", 4, 1e-3, "folder")
+    assert all((field.description or "").strip() for field in TrainingConfig.model_fields.values())

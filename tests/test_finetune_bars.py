@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 import vitray
-from vitray.training.config import Recipe
+from vitray.training.config import TrainingConfig
 from vitray.training.finetuning import finetune
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(1500), pytest.mark.usefixtures("one_thread")]
@@ -51,7 +51,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(home: Path, name: str, **fields: object) -> str:
     out = str(home / name)
     source = {} if fields.get("dataset") else {"source": str(home / "train.tar"), "model": str(home / "model")}
-    return finetune(Recipe(**{**source, **fields, "out": out})).out
+    return finetune(TrainingConfig(**{**source, **fields, "out": out})).out
 
 
 def label(home: Path, model: str, what: str = "unseen", **more: object) -> str:
@@ -83,7 +83,7 @@ def test_digits_from_scratch_reach_97_percent(home: Path, teacher: str) -> None:
 
 def test_two_new_digits_are_learnt_from_fifty_images_each_way(home: Path) -> None:
     backbone = train(home, "backbone", **BACKBONE, source=str(home / "eight.tar"), model=str(home / "wide"))
-    shots = {**digits.RECIPE, "source": str(home / "shots.tar"), "model": backbone, "validation": 0.0, "epochs": 30, "mixup": 0.2}
+    shots = {**digits.CONFIG, "source": str(home / "shots.tar"), "model": backbone, "validation": 0.0, "epochs": 30, "mixup": 0.2}
     ways = {name: {**shots, "train": name, **more} for name, more in WAYS.items()}
     found = {name: accuracy(home, train(home, name, **fields)) for name, fields in ways.items()}
     dataset = label(home, backbone, "shots", labels=False)
@@ -119,7 +119,7 @@ def test_a_student_of_a_quarter_comes_near_its_teacher(home: Path) -> None:
 
 def test_killed_at_random_steps_it_ends_with_equal_weights(home: Path) -> None:
     fields = {
-        **digits.RECIPE,
+        **digits.CONFIG,
         "source": str(home / "shots.tar"),
         "model": str(home / "model"),
         "train": "full",
@@ -153,7 +153,7 @@ def test_killed_at_random_steps_it_ends_with_equal_weights(home: Path) -> None:
 
 @pytest.mark.ray
 def test_two_workers_have_the_loss_curve_of_one(home: Path, ray: None) -> None:
-    fields = {**digits.RECIPE, "train": "full", "init": "scratch", "epochs": 4, "mixup": 0.2, "flip": True, "device": "cpu"}
+    fields = {**digits.CONFIG, "train": "full", "init": "scratch", "epochs": 4, "mixup": 0.2, "flip": True, "device": "cpu"}
     curves = []
     for workers in (1, 2):
         out = train(home, f"workers-{workers}", **fields, workers=workers)
@@ -166,11 +166,11 @@ def test_two_workers_have_the_loss_curve_of_one(home: Path, ray: None) -> None:
 
 @pytest.mark.ray
 def test_a_worker_that_dies_costs_what_came_after_the_last_checkpoint(home: Path) -> None:
-    fields = {**digits.RECIPE, "source": str(home / "shots.tar"), "model": str(home / "model"), "train": "full"}
+    fields = {**digits.CONFIG, "source": str(home / "shots.tar"), "model": str(home / "model"), "train": "full"}
     fields |= {"init": "scratch", "epochs": 6, "device": "cpu", "workers": 2}
-    path, weights = home / "team.yaml", []
+    path, weights = home / "group.yaml", []
     path.write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in {**fields, "out": "given"}.items()))
-    for name in ("whole-team", "team-of-which-one-dies"):
+    for name in ("whole-group", "group-of-which-one-dies"):
         out = home / name
         argv = [sys.executable, "-m", "vitray", "finetune", str(path), "--set", f"out={out}", "--json"]
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
@@ -179,9 +179,9 @@ def test_a_worker_that_dies_costs_what_came_after_the_last_checkpoint(home: Path
             while not (out / "_vitray" / "state" / "last.json").exists():
                 assert process.poll() is None, process.communicate()
                 time.sleep(0.02)
-            team = [p for p in psutil.Process(process.pid).children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
-            assert len(team) == 2
-            team[0].kill()
+            group = [p for p in psutil.Process(process.pid).children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+            assert len(group) == 2
+            group[0].kill()
         _, said = process.communicate(timeout=240)
         assert process.returncode == 0, said
         weights.append(load_file(out / "model.safetensors"))

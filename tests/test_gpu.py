@@ -29,7 +29,7 @@ from vitray.decoding.resize import resize_fast
 from vitray.errors import ModelError
 from vitray.job import Embedding, Job
 from vitray.models import checkpoint, fp8, identify, loading, open_model, vector_columns
-from vitray.models.gpu_decode import TURNS, Coded, DeviceDecoder, _pieces, shrink
+from vitray.models.gpu_decode import TURNS, Coded, DeviceDecoder, _pieces, export_model
 from vitray.models.pinned_buffers import SLOTS, Ring
 from vitray.models.torch_engine import TorchModel
 from vitray.pipeline.stages import FragmentBatch, _encoded_table, decode_step, predict_step
@@ -360,7 +360,7 @@ def test_orientations_are_those_of_pillow(turn: int) -> None:
 def test_the_resize_of_the_device_is_a_level_off_at_most(mode: str) -> None:
     image = torch.from_numpy(np.array(photo(301, 203))).permute(2, 0, 1)[None]
     expected = torch.nn.functional.interpolate(image, (48, 40), mode=mode, antialias=True)
-    assert (shrink(image, (48, 40), mode).int() - expected.int()).abs().max() <= 1
+    assert (export_model(image, (48, 40), mode).int() - expected.int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize("fields", [{"decode": "gpu"}, {"decode": "hybrid"}, {"precision": "fp8"}])

@@ -15,7 +15,7 @@ from vitray.cli import main
 from vitray.cli.console import is_file, job_of
 from vitray.errors import JobError
 from vitray.job import is_job_file, load_job, read_fields
-from vitray.training.config import load_recipe
+from vitray.training.config import load_config
 
 Call = Callable[..., tuple[int, str, str]]
 FIELDS = {"source": ["in/*.tar"], "model": "m", "out": "out", "top_k": 3, "embeddings": [{"layer": 2, "pool": "mean"}]}
@@ -60,12 +60,12 @@ def test_other_arguments_are_sources(name: str) -> None:
     assert job_of(name, "m", "out", None).source == [name]
 
 
-@pytest.mark.parametrize("name", ["recipe.json", "recipe.JSON", "recipe.YAML"])
+@pytest.mark.parametrize("name", ["config.json", "config.JSON", "config.YAML"])
 def test_a_training_is_read_from_json_too(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_text(json.dumps({"source": "in", "model": "m", "out": "o", "lr": 1e-3, "epochs": 2}))
-    recipe = load_recipe(path, {"epochs": 3})
-    assert (recipe.source, recipe.lr, recipe.epochs) == (["in"], 0.001, 3)
+    config = load_config(path, {"epochs": 3})
+    assert (config.source, config.lr, config.epochs) == (["in"], 0.001, 3)
 
 
 def test_json_is_read_as_json_is_written(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from vitray.errors import JobError
 from vitray.job import Job, load_job, make_job
 from vitray.schema import Encoded
 from vitray.sources import list_shards, read_shard
-from vitray.training.config import load_recipe
+from vitray.training.config import load_config
 
 BASE: dict[str, object] = {"source": "in", "model": "m", "out": "out"}
 HOMES = [
@@ -123,16 +123,16 @@ def test_a_leading_tilde_is_the_home_directory_in_a_training_too(tmp_path: Path,
         fields.setdefault("source", "in")
     (tmp_path / "pets.yaml").write_text(json.dumps(fields))
     expected = ["/home/ada/x"] if field in ("source", "allow") else "/home/ada/x"
-    assert getattr(load_recipe(tmp_path / "pets.yaml"), field) == expected
-    assert getattr(load_recipe(tmp_path / "pets.yaml", {field: "~/y"}), field) == json.loads(
+    assert getattr(load_config(tmp_path / "pets.yaml"), field) == expected
+    assert getattr(load_config(tmp_path / "pets.yaml", {field: "~/y"}), field) == json.loads(
         json.dumps(expected).replace("/x", "/y")
     )
 
 
 def test_the_column_of_a_training_is_no_path(tmp_path: Path) -> None:
     (tmp_path / "pets.yaml").write_text(json.dumps({"source": "~/in", "model": "m", "out": "o", "label": "~/breed"}))
-    recipe = load_recipe(tmp_path / "pets.yaml")
-    assert (recipe.label, recipe.source_job().keep) == ("~/breed", ["~/breed"])
+    config = load_config(tmp_path / "pets.yaml")
+    assert (config.label, config.source_job().keep) == ("~/breed", ["~/breed"])
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_the_column_of_a_training_is_no_path(tmp_path: Path) -> None:
         (["search", "out", "--image=~/x"], "image"),
         (["status", "~/x"], "out"),
         (["validate", "~/x"], "out"),
-        (["finetune", "~/x"], "recipe"),
+        (["finetune", "~/x"], "config"),
         (["plan", "in", "--prices=~/x"], "prices"),
         (["demo", "~/x"], "directory"),
     ],

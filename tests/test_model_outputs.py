@@ -22,7 +22,7 @@ from vitray.consume.report import report
 from vitray.dataset import Dataset, open_dataset, resolve_dataset
 from vitray.errors import FingerprintError, ModelError
 from vitray.job import Embedding, Job
-from vitray.model_export.export import shrink
+from vitray.model_export.export import export_model
 from vitray.models import Predictions, engines, identify
 from vitray.models.checkpoint import hash_weights, locate, read_config
 from vitray.models.exported import seal
@@ -127,7 +127,7 @@ def exported(folder: Path, model: str, to: str) -> str:
     for n, image in enumerate(noise(20, 40)):
         Image.fromarray(image).save(folder / "photos" / f"{n}.png")
     job = Job(source=str(folder / "photos"), out="o", model=model, embeddings=[Embedding()])
-    return shrink(job, to, "", str(folder / "x")).into
+    return export_model(job, to, "", str(folder / "x")).into
 
 
 # ---------------------------------------------------------------- heads and words

@@ -63,7 +63,7 @@ def test_the_python_of_the_readme_runs(shapes_model: str, tmp_path: Path, monkey
     assert demo.accuracy("demo/out") >= 0.97
 
 
-def test_the_recipes_for_embeddings_run_and_agree(
+def test_the_configs_for_embeddings_run_and_agree(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

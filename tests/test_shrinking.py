@@ -29,7 +29,7 @@ from vitray.errors import Disagreement, JobError, ModelError, SourceError, Stora
 from vitray.evaluation import agreement
 from vitray.job import Embedding, Job
 from vitray.model_export import graphs
-from vitray.model_export.export import Shrunk, shrink
+from vitray.model_export.export import ExportedModel, export_model
 from vitray.models import Predictions, engines, identify, onnx_engine, shapes
 from vitray.models.checkpoint import locate
 from vitray.models.exported import read_export, seal
@@ -89,7 +89,7 @@ def cosines(a: Predictions, b: Predictions) -> np.ndarray:
 
 @pytest.mark.parametrize("to", FLOATS)
 def test_a_float_export_says_what_torch_says_within_a_thousandth(tmp_path: Path, shapes_model: str, photos: str, to: str) -> None:
-    made = shrink(asked(shapes_model, photos), to, "", str(tmp_path / "x"), 0.999)
+    made = export_model(asked(shapes_model, photos), to, "", str(tmp_path / "x"), 0.999)
     assert made.judgement.error is not None and made.judgement.error < 1e-3
     assert (made.judgement.agreement, made.judgement.images, made.judgement.apart) == (1.0, 240, True)
     small = ("config.json", "vitray_export.json", "README.md")
@@ -110,7 +110,7 @@ def test_a_float_export_says_what_torch_says_within_a_thousandth(tmp_path: Path,
 
 @pytest.mark.parametrize(("to", "how"), SMALL)
 def test_a_quantised_export_agrees_and_is_smaller(tmp_path: Path, shapes_model: str, photos: str, to: str, how: str) -> None:
-    made = shrink(asked(shapes_model, photos), to, how, str(tmp_path / "x"))
+    made = export_model(asked(shapes_model, photos), to, how, str(tmp_path / "x"))
     expected = run(job_for(shapes_model, top_k=6, embeddings=[Embedding()]), UNSEEN[0])
     found = predictions(str(tmp_path / "x"), precision="auto")
     assert (found.ids[:, 0] == expected.ids[:, 0]).mean() >= 0.99
@@ -129,7 +129,7 @@ def test_every_vector_of_every_family_comes_out_of_its_graph(tmp_path: Path, pho
     for name in ("clip", "siglip", "dinov2"):
         directory = make_checkpoint(tmp_path / name, name, False)
         wanted = every_vector(name != "siglip")
-        shrink(asked(directory, photos, labels=False, embeddings=wanted), "onnx", "", str(tmp_path / f"{name}-x"))
+        export_model(asked(directory, photos, labels=False, embeddings=wanted), "onnx", "", str(tmp_path / f"{name}-x"))
         halved = [e.model_copy(update={"normalize": True, "dtype": "float16"}) for e in wanted[::-1]]
         pixels = noise(17)
         expected = run(job_for(directory, False, halved), pixels)
@@ -143,7 +143,7 @@ def test_every_vector_of_every_family_comes_out_of_its_graph(tmp_path: Path, pho
 def test_core_ml_is_converted_and_its_graph_is_checked(tmp_path: Path, shapes_model: str, photos: str) -> None:
     import coremltools
 
-    shrink(asked(shapes_model, photos), "coreml", "fp16", str(tmp_path / "x"))
+    export_model(asked(shapes_model, photos), "coreml", "fp16", str(tmp_path / "x"))
     said = coremltools.models.MLModel(str(tmp_path / "x/model.mlpackage"), skip_model_load=True).get_spec().description
     fields = {field.name: tuple(field.type.multiArrayType.shape) for field in (*said.input, *said.output)}
     assert fields == {"pixels": (1, 32, 32, 3), "scores": (1, 6), "cls_last": (1, 64)}
@@ -152,21 +152,21 @@ def test_core_ml_is_converted_and_its_graph_is_checked(tmp_path: Path, shapes_mo
     ):
         identify(asked(str(tmp_path / "x"), photos))
     with pytest.raises(JobError, match="--min-agreement: Core ML does not run here"):
-        shrink(asked(shapes_model, photos), "coreml", "", str(tmp_path / "y"), 0.9)
+        export_model(asked(shapes_model, photos), "coreml", "", str(tmp_path / "y"), 0.9)
 
 
 # ---------------------------------------------------------------- the directory
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory, shapes_model: str, photos: str) -> tuple[str, Shrunk]:
+def small(tmp_path_factory: pytest.TempPathFactory, shapes_model: str, photos: str) -> tuple[str, ExportedModel]:
     """An int8 ONNX export with two embeddings."""
     into = str(tmp_path_factory.mktemp("small") / "x")
     wanted = [Embedding(), Embedding(layer=2, pool="mean")]
-    return into, shrink(asked(shapes_model, photos, embeddings=wanted), "onnx", "int8", into)
+    return into, export_model(asked(shapes_model, photos, embeddings=wanted), "onnx", "int8", into)
 
 
-def test_the_directory_says_what_it_is_and_what_made_it(small: tuple[str, Shrunk], shapes_model: str) -> None:
+def test_the_directory_says_what_it_is_and_what_made_it(small: tuple[str, ExportedModel], shapes_model: str) -> None:
     into, made = small
     assert sorted(os.listdir(into)) == [
         *("README.md", "config.json", "model.onnx", "preprocessor_config.json", "vitray_export.json"),
@@ -186,7 +186,7 @@ def test_the_directory_says_what_it_is_and_what_made_it(small: tuple[str, Shrunk
 
 
 def test_an_export_is_a_model_of_a_run_and_its_graph_is_in_the_fingerprint(
-    small: tuple[str, Shrunk], shapes_model: str, photos: str, tmp_path: Path
+    small: tuple[str, ExportedModel], shapes_model: str, photos: str, tmp_path: Path
 ) -> None:
     into, made = small
     tables = {}
@@ -204,7 +204,7 @@ def test_an_export_is_a_model_of_a_run_and_its_graph_is_in_the_fingerprint(
 
 
 def test_what_an_export_cannot_do_is_refused_with_what_it_can(
-    small: tuple[str, Shrunk], shapes_model: str, photos: str, tmp_path: Path
+    small: tuple[str, ExportedModel], shapes_model: str, photos: str, tmp_path: Path
 ) -> None:
     into, _ = small
     for more, message in (
@@ -218,15 +218,15 @@ def test_what_an_export_cannot_do_is_refused_with_what_it_can(
         with pytest.raises(ModelError, match=message):
             identify(asked(into, photos, **more))
     with pytest.raises(ModelError, match=r"is an export already \(onnx\)\. Give the checkpoint"):
-        shrink(asked(into, photos), "openvino", "", str(tmp_path / "y"))
+        export_model(asked(into, photos), "openvino", "", str(tmp_path / "y"))
     unlabelled = str(tmp_path / "z")
-    shrink(asked(shapes_model, photos, labels=False), "openvino", "", unlabelled)
+    export_model(asked(shapes_model, photos, labels=False), "openvino", "", unlabelled)
     with pytest.raises(ModelError, match=r"was exported without labels; set labels: false, or export .* with them"):
         identify(asked(unlabelled, photos))
     assert predictions(unlabelled, labels=False).ids is None
 
 
-def test_a_graph_that_changed_is_not_opened(small: tuple[str, Shrunk], photos: str, tmp_path: Path) -> None:
+def test_a_graph_that_changed_is_not_opened(small: tuple[str, ExportedModel], photos: str, tmp_path: Path) -> None:
     copy = str(tmp_path / "copy")
     shutil.copytree(small[0], copy)
     job = job_for(copy, engine="auto", embeddings=[Embedding()])
@@ -245,7 +245,7 @@ def test_a_graph_that_changed_is_not_opened(small: tuple[str, Shrunk], photos: s
             identify(job)
 
 
-def test_labels_of_an_export_that_were_touched_are_refused(small: tuple[str, Shrunk], photos: str, tmp_path: Path) -> None:
+def test_labels_of_an_export_that_were_touched_are_refused(small: tuple[str, ExportedModel], photos: str, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(small[0], copy)
     said = json.loads((copy / "vitray_export.json").read_text())
@@ -261,7 +261,7 @@ def test_a_head_goes_into_the_graph(to: str, tmp_path: Path, shapes_model: str, 
     weights = identify(job_for(shapes_model)).weights_sha256
     write_head(str(tmp_path), Head(("a", "b", "c"), values, values[:, 0], None, "cls", False, "m", weights))
     into = str(tmp_path / "x")
-    made = shrink(asked(shapes_model, photos, embeddings=[], head=str(tmp_path), precision="fp32"), to, "", into)
+    made = export_model(asked(shapes_model, photos, embeddings=[], head=str(tmp_path), precision="fp32"), to, "", into)
     assert made.judgement.agreement == 1.0 and made.judgement.error is not None and made.judgement.error < 1e-3
     expected = run(job_for(shapes_model, top_k=3, head=str(tmp_path)), UNSEEN[0])
     found = run(job_for(into, top_k=3, engine="auto"), UNSEEN[0])
@@ -269,7 +269,7 @@ def test_a_head_goes_into_the_graph(to: str, tmp_path: Path, shapes_model: str, 
     np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-3, atol=1e-6)
 
 
-def test_graph_files_are_named_by_us_and_lie_in_the_directory(small: tuple[str, Shrunk], tmp_path: Path) -> None:
+def test_graph_files_are_named_by_us_and_lie_in_the_directory(small: tuple[str, ExportedModel], tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(small[0], copy)
     said = json.loads((copy / "vitray_export.json").read_text())
@@ -298,7 +298,7 @@ def test_a_torch_export_is_opened_by_its_safetensors_and_never_by_its_archive(
     tmp_path: Path, shapes_model: str, photos: str
 ) -> None:
     into = str(tmp_path / "x")
-    shrink(asked(shapes_model, photos), "torch-export", "", into)
+    export_model(asked(shapes_model, photos), "torch-export", "", into)
     with zipfile.ZipFile(f"{into}/model.pt2") as archive:
         said = b"".join(archive.read(name) for name in archive.namelist())
     assert b"site-packages" not in said and os.path.dirname(vitray.__file__).encode() not in said  # no path of this machine
@@ -420,29 +420,37 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path, shapes_model: 
     job, into = asked(shapes_model, photos), str(tmp_path / "x")
     for act, kind, message in (
         (
-            lambda: shrink(asked(shapes_model, f"{tmp_path}/few"), "onnx", "", into),
+            lambda: export_model(asked(shapes_model, f"{tmp_path}/few"), "onnx", "", into),
             SourceError,
             "holds 3 good images that differ; .* 16",
         ),
-        (lambda: shrink(asked(shapes_model, f"{tmp_path}/none"), "onnx", "", into), SourceError, "none"),
-        (lambda: shrink(asked(shapes_model, f"{tmp_path}/nowhere"), "onnx", "", into), JobError, "nowhere"),
-        (lambda: shrink(job, "onnx", "", str(tmp_path / "there")), JobError, "--into .* is there already: choose a new folder"),
-        (lambda: shrink(job, "onnx", "", "s3://bucket/x"), JobError, "an export is a local folder"),
-        (lambda: shrink(job, "onnx", "", "/proc/x"), StorageError, "Check the path, and that the disk has room"),
-        (lambda: shrink(job, "torch-export", "int8", into), JobError, r"has no --int8: torch's own int8 \(torchao\) wants a GPU"),
+        (lambda: export_model(asked(shapes_model, f"{tmp_path}/none"), "onnx", "", into), SourceError, "none"),
+        (lambda: export_model(asked(shapes_model, f"{tmp_path}/nowhere"), "onnx", "", into), JobError, "nowhere"),
         (
-            lambda: shrink(asked(shapes_model, photos, head="h"), "torch-export", "", into),
+            lambda: export_model(job, "onnx", "", str(tmp_path / "there")),
+            JobError,
+            "--into .* is there already: choose a new folder",
+        ),
+        (lambda: export_model(job, "onnx", "", "s3://bucket/x"), JobError, "an export is a local folder"),
+        (lambda: export_model(job, "onnx", "", "/proc/x"), StorageError, "Check the path, and that the disk has room"),
+        (
+            lambda: export_model(job, "torch-export", "int8", into),
+            JobError,
+            r"has no --int8: torch's own int8 \(torchao\) wants a GPU",
+        ),
+        (
+            lambda: export_model(asked(shapes_model, photos, head="h"), "torch-export", "", into),
             JobError,
             "keeps the checkpoint's own labels",
         ),
         (
-            lambda: shrink(asked(shapes_model, photos, labels=["a"]), "torch-export", "", into),
+            lambda: export_model(asked(shapes_model, photos, labels=["a"]), "torch-export", "", into),
             JobError,
             "Use --to onnx or openvino",
         ),
-        (lambda: shrink(job, "coreml", "int8", into), JobError, "--to coreml has no --int8: .*Use --fp16"),
-        (lambda: shrink(job, "tflite", "", into), JobError, "choose one of onnx, openvino, torch-export, coreml"),
-        (lambda: shrink(asked(f"{tmp_path}/none", photos), "onnx", "", into), ModelError, r"holds no config\.json"),
+        (lambda: export_model(job, "coreml", "int8", into), JobError, "--to coreml has no --int8: .*Use --fp16"),
+        (lambda: export_model(job, "tflite", "", into), JobError, "choose one of onnx, openvino, torch-export, coreml"),
+        (lambda: export_model(asked(f"{tmp_path}/none", photos), "onnx", "", into), ModelError, r"holds no config\.json"),
     ):
         with pytest.raises(kind, match=message) as caught:
             act()
@@ -456,7 +464,7 @@ def test_no_space_is_said_before_anything_is_computed(
     free = os.path.getsize(f"{shapes_model}/model.safetensors")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - free, free))
     with pytest.raises(StorageError, match=r"an export may take 1\.4 MB for a while, and 0\.5 MB are free\. Make room"):
-        shrink(asked(shapes_model, photos), "openvino", "", str(tmp_path / "x"))
+        export_model(asked(shapes_model, photos), "openvino", "", str(tmp_path / "x"))
     assert os.listdir(tmp_path) == []
 
 
@@ -472,7 +480,7 @@ def test_a_disk_that_fills_up_under_a_library_is_no_fault_of_the_model(
     real, into = graphs.WRITERS["onnx"], str(tmp_path / "x")
     monkeypatch.setitem(graphs.WRITERS, "onnx", cut_short)
     with pytest.raises(StorageError, match=rf"^{into}: .*\. Check the path, and that the disk has room\.$") as raised:
-        shrink(asked(shapes_model, photos), "onnx", "", into)
+        export_model(asked(shapes_model, photos), "onnx", "", into)
     assert "\n" not in str(raised.value) and os.listdir(tmp_path) == []
 
 
@@ -506,7 +514,7 @@ def test_a_library_that_is_missing_is_named_with_its_extra(
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, module, None)
             with pytest.raises(JobError, match=rf"needs {module}: pip install 'vitray\[{extra}\]'"):
-                shrink(job, to, how, str(tmp_path / "x"))
+                export_model(job, to, how, str(tmp_path / "x"))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import vitray
 from vitray.dataset import open_dataset
 from vitray.errors import FingerprintError, JobError, ModelError
 from vitray.job import Embedding, Job, load_job
-from vitray.model_export.export import shrink
+from vitray.model_export.export import export_model
 from vitray.models import Predictions, checkpoint, identify, open_model, vector_columns, with_label_names
 from vitray.operations.planning import status
 
@@ -175,7 +175,7 @@ def test_an_export_has_the_words_in_its_graph(towers: dict[str, str], tmp_path: 
         Image.fromarray(image).save(tmp_path / f"{n}.png")
     fields = {"labels": LABELS, "prompts": PROMPTS, "embeddings": [Embedding(pool="mean")], "precision": "fp32", "device": "cpu"}
     job = Job(source=str(tmp_path), out="o", model=towers[stem], **fields)
-    made = shrink(job, "onnx", "", str(tmp_path / "x"))
+    made = export_model(job, "onnx", "", str(tmp_path / "x"))
     assert made.judgement.agreement == 1.0 and made.judgement.error is not None and made.judgement.error < 1e-3
     pixels = noise(IMAGES, seed=1)
     found = run(job_for(str(tmp_path / "x"), top_k=9, engine="auto"), pixels)

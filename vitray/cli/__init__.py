@@ -23,7 +23,7 @@ from vitray.version import __version__
 LogFormat = Literal["text", "json"]
 # parameters that are paths, in any command: shells do not expand the `~` of --out=~/x
 JOB_PATHS = ("calibrate", "directory", "head", "into", "model", "new", "old", "out", "what")
-FILE_PATHS = ("image", "index", "page", "planned", "prices", "recipe", "target", "to", "working_dir")
+FILE_PATHS = ("image", "index", "page", "planned", "prices", "config", "target", "to", "working_dir")
 
 app = typer.Typer(
     no_args_is_help=True,

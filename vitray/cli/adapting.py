@@ -10,7 +10,7 @@ from vitray.cli.console import Address, Json, Open, Sets, end_at_once_when_inter
 
 
 def finetune(
-    recipe: Annotated[str, typer.Argument(metavar="JOB.yaml", help="what to train: images, labels, model, out")],
+    config: Annotated[str, typer.Argument(metavar="JOB.yaml", help="what to train: images, labels, model, out")],
     sets: Sets = None,
     address: Address = None,
     allow_open_cluster: Open = False,
@@ -18,7 +18,7 @@ def finetune(
 ) -> None:
     """Train a model on labelled images, or on a dataset; writes a checkpoint that --model takes. Safe to repeat."""
     from vitray.job import parse_set
-    from vitray.training.config import load_recipe
+    from vitray.training.config import load_config
     from vitray.training.finetuning import finetune as train
 
     def tell(record: dict[str, float]) -> None:
@@ -27,7 +27,7 @@ def finetune(
         say(f"{at}: {', '.join(figures)}", err=True)
 
     end_at_once_when_interrupted("checkpoints stay. Run the same command again to go on.")
-    found = train(load_recipe(recipe, parse_set(sets or [])), tell, address, allow_open_cluster)
+    found = train(load_config(config, parse_set(sets or [])), tell, address, allow_open_cluster)
     show(found, as_json, str(found))
 
 

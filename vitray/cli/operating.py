@@ -1,4 +1,4 @@
-"""Commands for a team that runs vitray again and again, on a cluster, with the next model; and for those who use what it made."""
+"""Commands for a group that runs vitray again and again, on a cluster, with the next model; and for those who use what it made."""
 
 from __future__ import annotations
 
@@ -267,7 +267,7 @@ def export(
         raise typer.Exit(3 if found.missing else 0)
     from vitray.errors import Disagreement
     from vitray.job import make_job, parse_set
-    from vitray.model_export.export import shrink
+    from vitray.model_export.export import export_model
 
     if len(how) > 1:
         raise JobError(f"choose one of --{', --'.join(how)}.")
@@ -275,7 +275,7 @@ def export(
         raise JobError("--calibrate SOURCE is missing: an export is judged on your own images before it is written.")
     job = make_job({**parse_set(sets or []), "source": calibrate, "model": what, "out": "not-written"})
     try:
-        made = shrink(job, to, how[0] if how else "", into, min_agreement)
+        made = export_model(job, to, how[0] if how else "", into, min_agreement)
     except Disagreement as error:
         show(error.judged, as_json, str(error.judged))
         raise

@@ -156,7 +156,7 @@ def limits_of(spec: DecodeSpec) -> Limits:
 
 
 def left_to_device(data: bytes | None, spec: DecodeSpec) -> tuple[Outcome, int] | None:
-    """Header and EXIF orientation (1..8) of a JPEG for a hardware decoder: baseline, whole, within limits, to be shrunk."""
+    """Header and EXIF orientation (1..8) of a JPEG for a hardware decoder: baseline, whole, within limits, to be exported."""
     resized = spec.pixels.size is not None and spec.pixels.resample in TORCH_MODES
     if spec.mode not in ON_DEVICE or not resized or not data or data[:3] + data[-2:] != b"\xff\xd8\xff\xff\xd9":
         return None

@@ -67,12 +67,12 @@ def resize_fast(pixels: Pixels, size: tuple[int, int], resample: int) -> Pixels:
         return _by_pillow(pixels, size, resample)
     import torch
 
-    shrink = partial(torch.nn.functional.interpolate, mode=mode, antialias=True)
+    export_model = partial(torch.nn.functional.interpolate, mode=mode, antialias=True)
     # one image, channels last: the layout for which torch's kernel is fast
     batch = torch.from_numpy(pixels).view(1, rows, columns, 3).permute(0, 3, 1, 2)
     if _height_first(pixels.shape, size):
-        batch = shrink(batch, (height, columns))
-    return np.asarray(shrink(batch, (height, width))[0].permute(1, 2, 0))
+        batch = export_model(batch, (height, columns))
+    return np.asarray(export_model(batch, (height, width))[0].permute(1, 2, 0))
 
 
 def _height_first(shape: tuple[int, ...], size: tuple[int, int]) -> bool:

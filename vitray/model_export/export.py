@@ -32,7 +32,7 @@ PACKAGES = {"onnx": ("onnxruntime", "onnx"), "openvino": ("openvino",), "torch-e
 
 
 @dataclass(frozen=True, slots=True)
-class Shrunk:
+class ExportedModel:
     """What was written. model: the one that it was made from. how: its quantisation, "" for float32.
 
     weights_sha256: what the fingerprint of a dataset made with it will hold; None for what vitray cannot run.
@@ -50,7 +50,7 @@ class Shrunk:
         return "\n".join([f"{self.into}: {self.model} as {self.to} {self.how or 'float32'}", *rows])
 
 
-def shrink(job: Job, to: str, how: str, into: str, min_agreement: float | None = None) -> Shrunk:
+def export_model(job: Job, to: str, how: str, into: str, min_agreement: float | None = None) -> ExportedModel:
     """The job's model, exported to a new local folder that is a `model:` too; its source calibrates and judges.
 
     how: "", fp16, int8, int8-weights or int4-weights. Raises JobError for a combination that is not known, SourceError for too few
@@ -76,7 +76,7 @@ def shrink(job: Job, to: str, how: str, into: str, min_agreement: float | None =
         graphs.write(replace(source, calibration=images.calibration), to, how, folder)
         _describe(source, to, how, folder)
         judgement, weights = _judge(job, source, images, to, folder)
-        done, share = Shrunk(absolute(into), _name(source), to, how, weights, judgement), judgement.share()
+        done, share = ExportedModel(absolute(into), _name(source), to, how, weights, judgement), judgement.share()
         if min_agreement is not None and (share is None or share < min_agreement):
             raise Disagreement(
                 f"{to} {how or 'float32'}: {share or 0:.2%} agree with the original, below --min-agreement {min_agreement:g}; nothing was "
@@ -164,7 +164,7 @@ def _judge(job: Job, source: graphs.Source, images: Sample, to: str, folder: Pat
     return Judgement(**figures), mine.weights_sha256
 
 
-def _sign(folder: Path, source: graphs.Source, done: Shrunk) -> None:
+def _sign(folder: Path, source: graphs.Source, done: ExportedModel) -> None:
     """The judgement into vitray_export.json, and the model card."""
     said = json.loads((folder / EXPORT).read_text())
     (folder / EXPORT).write_text(json.dumps(seal(said | {"judgement": asdict(done.judgement)}), indent=1))

@@ -172,7 +172,7 @@ def _pieces(chosen: list[int], images: Sequence[Any]) -> list[list[int]]:
 def open_decoder(spec: PixelSpec, on_cpu: Any, fit: Any, threads: int, shares: bool) -> DeviceDecoder:
     """The decoder of this machine's GPU. Raises ModelError without one, or without torchvision."""
     require("cuda")
-    resize = partial(shrink, mode=GPU_FILTERS[spec.resample])
+    resize = partial(export_model, mode=GPU_FILTERS[spec.resample])
     return DeviceDecoder(spec, torch.device("cuda"), jpeg_engine(), on_cpu, fit, resize, threads, shares)
 
 
@@ -199,7 +199,7 @@ def jpeg_engine() -> Callable[[list[Any]], list[Any]]:
     return run
 
 
-def shrink(images: Any, size: tuple[int, int], mode: str) -> Any:
+def export_model(images: Any, size: tuple[int, int], mode: str) -> Any:
     """As torch's antialiased resize of uint8 on a CPU, a level off here and there: on a GPU there is one for floats only."""
     fitted = torch.nn.functional.interpolate(images.float(), size, mode=mode, antialias=True)
     return fitted.round_().clamp_(0, 255).to(torch.uint8)

@@ -15,9 +15,9 @@ from torch.nn import functional
 
 from vitray.errors import JobError
 from vitray.schema import PixelSpec
-from vitray.training.config import Recipe
+from vitray.training.config import TrainingConfig
 from vitray.training.examples import Examples
-from vitray.training.teachers import Teaching, Tutor, normalised
+from vitray.training.teachers import OnlineTeacher, Teaching, normalised
 
 ASPECT = 4 / 3  # widest and, upside down, narrowest crop. Source: Szegedy et al. 2015
 
@@ -26,7 +26,7 @@ ASPECT = 4 / 3  # widest and, upside down, narrowest crop. Source: Szegedy et al
 class Batch:
     """pixels: float32 [n, 3, H, W], normalised. target: float32 [n, C], rows of sum 1.
 
-    taught: float32 [n, C] or [n, D] of a Teaching; a Tutor is asked later. known: bool [n], whether the teacher knows the image.
+    taught: float32 [n, C] or [n, D] of a Teaching; a OnlineTeacher is asked later. known: bool [n], whether the teacher knows the image.
     """
 
     pixels: Any
@@ -37,20 +37,20 @@ class Batch:
 
 @dataclass(frozen=True)
 class Batches:
-    """The batches of a recipe over its training images."""
+    """The batches of a config over its training images."""
 
-    recipe: Recipe
+    config: TrainingConfig
     examples: Examples
     spec: PixelSpec
     classes: int
-    teaching: Teaching | Tutor | None
+    teaching: Teaching | OnlineTeacher | None
     world: int = 1  # workers that share a step
 
     @property
     def size(self) -> int:
         """Images a step, of all workers; what an epoch leaves over waits for the next one, whose order is another."""
-        parts = self.recipe.workers * self.recipe.accumulate
-        size = min(self.recipe.batch_size, len(self.examples.ids) // parts * parts)
+        parts = self.config.workers * self.config.accumulate
+        size = min(self.config.batch_size, len(self.examples.ids) // parts * parts)
         if not size:
             raise JobError(
                 f"{len(self.examples.ids)} images are too few for {parts} parts of a step. Set fewer workers or `accumulate`."
@@ -64,11 +64,11 @@ class Batches:
 
     def batch(self, epoch: int, step: int, rank: int = 0) -> Batch:
         """What a worker sees of a step."""
-        order = np.random.default_rng([self.recipe.seed, epoch]).permutation(len(self.examples.ids))
+        order = np.random.default_rng([self.config.seed, epoch]).permutation(len(self.examples.ids))
         places = order[step * self.size : (step + 1) * self.size]
-        chance = np.random.default_rng([self.recipe.seed, epoch, step])
+        chance = np.random.default_rng([self.config.seed, epoch, step])
         views = self._views(chance)
-        share = float(chance.beta(self.recipe.mixup, self.recipe.mixup)) if self.recipe.mixup else 1.0
+        share = float(chance.beta(self.config.mixup, self.config.mixup)) if self.config.mixup else 1.0
         mine = np.arange(rank, self.size, self.world)
         batch = self._seen(places[mine], views[mine])
         if share == 1:
@@ -83,25 +83,25 @@ class Batches:
 
     def _views(self, chance: np.random.Generator) -> np.ndarray:
         """float32 [B, 2, 3]: where each image's crop lies, for affine_grid."""
-        recipe, n = self.recipe, self.size
-        area, ratio = chance.uniform(recipe.crop, 1, n), np.exp(chance.uniform(-np.log(ASPECT), np.log(ASPECT), n))
-        if recipe.crop == 1:
+        config, n = self.config, self.size
+        area, ratio = chance.uniform(config.crop, 1, n), np.exp(chance.uniform(-np.log(ASPECT), np.log(ASPECT), n))
+        if config.crop == 1:
             ratio = np.ones(n)
         width, height = np.minimum(np.sqrt(area * ratio), 1), np.minimum(np.sqrt(area / ratio), 1)
         right, down = (1 - width) * chance.uniform(-1, 1, n), (1 - height) * chance.uniform(-1, 1, n)
-        mirror = np.where(chance.random(n) < 0.5, -1, 1) if recipe.flip else np.ones(n)
+        mirror = np.where(chance.random(n) < 0.5, -1, 1) if config.flip else np.ones(n)
         zero = np.zeros(n)
         return np.stack([np.stack([width * mirror, zero, right], 1), np.stack([zero, height, down], 1)], 1).astype(np.float32)
 
     def _seen(self, places: np.ndarray, views: np.ndarray) -> Batch:
         pixels = torch.from_numpy(self.examples.pixels[places]).permute(0, 3, 1, 2).float()
-        if self.recipe.crop < 1:
+        if self.config.crop < 1:
             grid = functional.affine_grid(torch.from_numpy(views), [len(places), 3, *self.spec.shape], align_corners=False)
             pixels = functional.grid_sample(pixels, grid, mode="bilinear", padding_mode="border", align_corners=False)
         else:  # mirrored exactly
             pixels = torch.where(torch.from_numpy(views[:, :1, :1, None] < 0), pixels.flip(3), pixels)
         target = functional.one_hot(torch.from_numpy(self.examples.ids[places]), self.classes).float()
-        target = target * (1 - self.recipe.label_smoothing) + self.recipe.label_smoothing / self.classes
+        target = target * (1 - self.config.label_smoothing) + self.config.label_smoothing / self.classes
         if not isinstance(self.teaching, Teaching):
             asked = torch.full((len(places),), self.teaching is not None)
             return Batch(normalised(pixels, self.spec), target, torch.zeros(len(places), 0), asked)

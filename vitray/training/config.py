@@ -1,4 +1,4 @@
-"""`Recipe`: what a person writes for `vitray finetune`. Fields, defaults, validation. Knows nothing of torch or Ray."""
+"""`TrainingConfig`: what a person writes for `vitray finetune`. Fields, defaults, validation. Knows nothing of torch or Ray."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TAUGHT = {"distill", "temperature", "teacher_weight"}  # fields
 RATES = {"head": 3e-3, "last": 3e-4, "lora": 1e-3, "full": 1e-4, "scratch": 1e-3}  # AdamW's peak where `lr` is not set
 
 
-class Recipe(Written):
+class TrainingConfig(Written):
     """One training: which images and labels, which model, what of it learns and how, where to."""
 
     source: Urls = Field([], description="images, as in a job: URL, list, glob, range or prefix; local path or s3://")
@@ -103,7 +103,7 @@ class Recipe(Written):
         return distinct_labels(value) if value else value
 
     @model_validator(mode="after")
-    def _consistent(self) -> Recipe:
+    def _consistent(self) -> TrainingConfig:
         if self.source and self.dataset:
             raise ValueError("source and dataset: give one of them")
         if self.teacher and self.teacher_model:
@@ -161,6 +161,6 @@ class Recipe(Written):
         return self.model_dump(mode="json", exclude=set(FREE))
 
 
-def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
-    """The recipe of a YAML or JSON file, with overrides from the command line on top."""
-    return Recipe(**{**read_fields(path), **(overrides or {})})
+def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> TrainingConfig:
+    """The config of a YAML or JSON file, with overrides from the command line on top."""
+    return TrainingConfig(**{**read_fields(path), **(overrides or {})})

@@ -1,4 +1,4 @@
-"""Labelled images of a recipe, decoded once: uint8 pixels and rows in a folder of this machine.
+"""Labelled images of a config, decoded once: uint8 pixels and rows in a folder of this machine.
 
 Training images are kept larger than the model takes them where they are cropped at random, held-out ones as its processor
 makes them. What is held out follows from an image's key alone, so it stays held out while the data grows.
@@ -35,7 +35,7 @@ from vitray.pipeline import list_source, prepared
 from vitray.schema import DecodeSpec, Encoded, PixelSpec, Shard, content_hash, short_hash
 from vitray.sources import kept_schema, list_shards, python_value, read_shard
 from vitray.storage import absolute, is_local, join, store_for
-from vitray.training.config import Recipe
+from vitray.training.config import TrainingConfig
 from vitray.training.labels import field_of, labels_by_key, text_of
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class Examples:
 
 
 @dataclass(frozen=True)
-class Material:
+class TrainingData:
     """All that a training learns from and is judged by. skipped: images that could not be decoded, or had no label, and why."""
 
     classes: tuple[str, ...]
@@ -73,18 +73,18 @@ class Material:
     digest: str  # of keys, labels and bytes
 
 
-def gather(recipe: Recipe, pixels: PixelSpec, taught: tuple[str, ...], folder: str) -> Material:
-    """Read, split and decode the recipe's images into `folder`, unless they are there.
+def gather(config: TrainingConfig, pixels: PixelSpec, taught: tuple[str, ...], folder: str) -> TrainingData:
+    """Read, split and decode the config's images into `folder`, unless they are there.
 
     pixels: the model's processor. taught: the classes of a teacher whose scores are learnt, in its order.
     Raises JobError for labels that are missing or unknown, or fewer than two classes; StorageError when the disk is full.
     """
-    source = _Source(recipe)
+    source = _Source(config)
     spec = DecodeSpec(pixels, tuple(source.job.formats), source.job.max_pixels, None)
-    larger = replace(spec, pixels=enlarged(spec.pixels) if recipe.crop < 1 else spec.pixels)
-    settings = [source.identity(), repr((spec, larger)), recipe.validation, recipe.unlabelled, recipe.min_score]
-    settings += [recipe.label_at, recipe.label_field, recipe.table_key, source.bases]
-    settings += [recipe.format, recipe.image_column, recipe.key_column, recipe.image_member]
+    larger = replace(spec, pixels=enlarged(spec.pixels) if config.crop < 1 else spec.pixels)
+    settings = [source.identity(), repr((spec, larger)), config.validation, config.unlabelled, config.min_score]
+    settings += [config.label_at, config.label_field, config.table_key, source.bases]
+    settings += [config.format, config.image_column, config.key_column, config.image_member]
     cache = os.path.join(folder, short_hash(json.dumps(settings), 24))
     try:
         os.makedirs(folder, exist_ok=True)
@@ -93,16 +93,16 @@ def gather(recipe: Recipe, pixels: PixelSpec, taught: tuple[str, ...], folder: s
             if not os.path.isdir(cache):
                 with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as scratch:
                     os.mkdir(whole := f"{scratch}/whole")
-                    _decode_into(whole, source, (larger, spec), recipe.validation)
+                    _decode_into(whole, source, (larger, spec), config.validation)
                     os.rename(whole, cache)
     except OSError as error:
         raise StorageError(f"{cache}: {one_line(error)}. Decoded images need room there: free some, then run again.") from error
-    return _open(recipe, cache, (larger.pixels.shape, spec.pixels.shape), taught)
+    return _open(config, cache, (larger.pixels.shape, spec.pixels.shape), taught)
 
 
-def label_rows(recipe: Recipe, column: str) -> tuple[list[tuple[str, str | None]], pa.ChunkedArray, list[dict[str, str]]]:
-    """(key, label) of each row of the recipe's dataset, a vector column: what a probe learns from; and its bad images."""
-    source = _Source(recipe)
+def label_rows(config: TrainingConfig, column: str) -> tuple[list[tuple[str, str | None]], pa.ChunkedArray, list[dict[str, str]]]:
+    """(key, label) of each row of the config's dataset, a vector column: what a probe learns from; and its bad images."""
+    source = _Source(config)
     table = source.rows([column])
     places = zip(table["shard"].to_pylist(), table["index"].to_pylist())
     rows = zip(table["key"].to_pylist(), source.texts(table), places)
@@ -134,13 +134,13 @@ def class_ids(pairs: Sequence[tuple[str, str]], classes: tuple[str, ...]) -> np.
     return np.array([places[label] for _, label in pairs], np.int64)
 
 
-def choose_classes(recipe: Recipe, seen: set[str], taught: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """As the recipe names them, as the teacher has them, or those that were seen, numbers by size. Raises JobError for one alone."""
+def choose_classes(config: TrainingConfig, seen: set[str], taught: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """As the config names them, as the teacher has them, or those that were seen, numbers by size. Raises JobError for one alone."""
     if odd := next((name for name in sorted(seen) if len(name) > NAME_CHARS), None):
         raise JobError(
-            f"a label of {len(odd):,} characters is no class name: {odd[:40]}… Correct `label` ({recipe.label_place})."
+            f"a label of {len(odd):,} characters is no class name: {odd[:40]}… Correct `label` ({config.label_place})."
         )
-    found = tuple(recipe.classes) or taught
+    found = tuple(config.classes) or taught
     if not found:
         found = tuple(sorted(seen, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name)))
     if len(seen) < 2 or len(found) < 2:
@@ -151,53 +151,53 @@ def choose_classes(recipe: Recipe, seen: set[str], taught: tuple[str, ...] = ())
     return found
 
 
-def require_labels(recipe: Recipe, pairs: Sequence[tuple[str, str | None]]) -> None:
-    """Raises JobError where images have no label and the recipe does not skip them, and where a label_table names none of them."""
+def require_labels(config: TrainingConfig, pairs: Sequence[tuple[str, str | None]]) -> None:
+    """Raises JobError where images have no label and the config does not skip them, and where a label_table names none of them."""
     lacking = [key for key, label in pairs if label is None]
-    if recipe.label_table and len(lacking) == len(pairs) > 0:
-        keys = list(labels_by_key(recipe) or ())
+    if config.label_table and len(lacking) == len(pairs) > 0:
+        keys = list(labels_by_key(config) or ())
         raise JobError(
-            f"label_table {recipe.label_table} names none of {count(len(pairs), 'image')}: its {recipe.table_key} holds "
+            f"label_table {config.label_table} names none of {count(len(pairs), 'image')}: its {config.table_key} holds "
             f"{', '.join(keys[:TOLD]) or 'nothing'}, the images are {', '.join(lacking[:TOLD])}. Correct `label_table` or `table_key`."
         )
-    if lacking and recipe.unlabelled == "refuse":
-        fields = "`label`, `label_table` or `table_key`" if recipe.label_table else "`label`"
+    if lacking and config.unlabelled == "refuse":
+        fields = "`label`, `label_table` or `table_key`" if config.label_table else "`label`"
         raise JobError(
-            f"{count(len(lacking), 'image')} without a label ({recipe.label_place}), such as {', '.join(lacking[:TOLD])}. "
+            f"{count(len(lacking), 'image')} without a label ({config.label_place}), such as {', '.join(lacking[:TOLD])}. "
             f"Correct {fields}, or set unlabelled: skip."
         )
 
 
-def require_both(recipe: Recipe, train: np.ndarray, held_out: np.ndarray) -> None:
+def require_both(config: TrainingConfig, train: np.ndarray, held_out: np.ndarray) -> None:
     """Raises JobError where the split leaves one side of these class ids without what it needs."""
     if len(set(train.tolist())) < 2:
         raise JobError("the images that are not held out have one class only. Give more images, or a smaller `validation`.")
-    if recipe.validation and not len(held_out):
+    if config.validation and not len(held_out):
         raise JobError("no image fell into the held-out share. Set a larger `validation`, or 0 to train without.")
 
 
 class _Source:
-    """The images of a recipe with their labels, whichever of its fields says where they are."""
+    """The images of a config with their labels, whichever of its fields says where they are."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
-        self.dataset = require_complete(recipe.from_dataset) if recipe.from_dataset else None
-        self.job = prepared(self.dataset.job if self.dataset else recipe.source_job())
+    def __init__(self, config: TrainingConfig) -> None:
+        self.config = config
+        self.dataset = require_complete(config.from_dataset) if config.from_dataset else None
+        self.job = prepared(self.dataset.job if self.dataset else config.source_job())
         if self.dataset:
-            require_outside(self.dataset, "`out`", absolute(recipe.out))
+            require_outside(self.dataset, "`out`", absolute(config.out))
         self.bases = [re.split(r"[*?\[{]", pattern)[0].rpartition("/")[0] for pattern in self.job.source]
         self.bases += self.job.source
-        self.table, self.used = labels_by_key(recipe), dict[str, tuple[str, int]]()
+        self.table, self.used = labels_by_key(config), dict[str, tuple[str, int]]()
         if self.dataset is None:
             if self.job.keep and self.shards[0].kind == "files":
                 raise JobError(
-                    f"label: {recipe.label_at}: loose files have no columns. Set label: folder, or give a label_table."
+                    f"label: {config.label_at}: loose files have no columns. Set label: folder, or give a label_table."
                 )
             kept_schema(self.shards[0], self.job)  # says which columns there are, where the label's is not
             return
         known = [*self.dataset.schema.names, "folder"]
-        if self.table is None and recipe.label_at not in known:
-            raise JobError(f"{self.dataset.out} has no column `{recipe.label_at}`. `label` may be one of {', '.join(known)}.")
+        if self.table is None and config.label_at not in known:
+            raise JobError(f"{self.dataset.out} has no column `{config.label_at}`. `label` may be one of {', '.join(known)}.")
 
     def bad(self) -> list[dict[str, str]]:
         """Images that the dataset could not decode: key, reason, message."""
@@ -220,15 +220,15 @@ class _Source:
         """The dataset's rows that are sure enough."""
         assert self.dataset is not None
         names = ["key", "shard", "index", "content_hash", *more]
-        names += [name for name in (self.recipe.label_at, "score") if name in self.dataset.schema.names]
+        names += [name for name in (self.config.label_at, "score") if name in self.dataset.schema.names]
         table = read(self.dataset.out, list(dict.fromkeys(names)))
-        if "score" in table.column_names and self.recipe.min_score:  # scores of a regression may be negative
-            table = table.filter(pa.array(table["score"].to_numpy() >= self.recipe.min_score))
+        if "score" in table.column_names and self.config.min_score:  # scores of a regression may be negative
+            table = table.filter(pa.array(table["score"].to_numpy() >= self.config.min_score))
         return table
 
     def texts(self, table: pa.Table) -> list[object]:
         """What stands in the label's place of each of these rows."""
-        name = self.recipe.label_at
+        name = self.config.label_at
         return table[name].to_pylist() if name in table.column_names else [None] * len(table)
 
     def images(self) -> Iterator[tuple[str, str | None, Encoded]]:
@@ -246,7 +246,7 @@ class _Source:
         """Of the rows of a label_table that name no image; nothing where none does, which is an error later."""
         unused = [key for key in self.table or () if key not in self.used] if self.used else []
         if unused:
-            where = f"{len(unused):,} of {len(self.table or ()):,} keys of label_table {self.recipe.label_table}"
+            where = f"{len(unused):,} of {len(self.table or ()):,} keys of label_table {self.config.label_table}"
             log.warning("%s name no image, such as %s", where, ", ".join(unused[:TOLD]))
 
     def _parts(self) -> Iterator[tuple[Shard, dict[int, object] | None]]:
@@ -272,13 +272,13 @@ class _Source:
         """The label as text; None where there is none. place: the image's shard and index, since keys may repeat."""
         if self.table is not None:
             found: object = self._in_table(key, place)
-        elif self.recipe.label_at == "folder":
+        elif self.config.label_at == "folder":
             found = key.rpartition("/")[0].rpartition("/")[2]
         else:
             found = text
-        if self.recipe.label_field is not None and found is not None:
-            found = field_of(found, self.recipe.label_field)
-        return text_of(found, self.recipe)
+        if self.config.label_field is not None and found is not None:
+            found = field_of(found, self.config.label_field)
+        return text_of(found, self.config)
 
     def _in_table(self, key: str, place: tuple[str, int]) -> str | None:
         """By the whole key, what is below the source, or the file's name. Raises JobError where a row would label two images."""
@@ -289,7 +289,7 @@ class _Source:
             return None
         if self.used.setdefault(name, place) != place:
             what = (
-                f"label_table {self.recipe.label_table} has one row for {name}, and several images are called so, such as {key}"
+                f"label_table {self.config.label_table} has one row for {name}, and several images are called so, such as {key}"
             )
             raise JobError(f"{what}. Write their keys whole; tell images of one key apart by another key_column.")
         return self.table[name]
@@ -332,17 +332,19 @@ def _decode_into(folder: str, source: _Source, specs: tuple[DecodeSpec, DecodeSp
     pq.write_table(pa.table(columns, schema=ROWS), f"{folder}/rows.parquet")
 
 
-def _open(recipe: Recipe, cache: str, shapes: tuple[tuple[int, int], tuple[int, int]], taught: tuple[str, ...]) -> Material:
+def _open(
+    config: TrainingConfig, cache: str, shapes: tuple[tuple[int, int], tuple[int, int]], taught: tuple[str, ...]
+) -> TrainingData:
     with open(f"{cache}/rows.parquet", "rb") as stream:
         table = read_table(stream, ROWS.names).to_pylist()
-    require_labels(recipe, [(row["key"], row["label"]) for row in table if row["reason"] in (None, NO_LABEL)])
+    require_labels(config, [(row["key"], row["label"]) for row in table if row["reason"] in (None, NO_LABEL)])
     rows = [row for row in table if row["reason"] is None]
     skipped = [{name: row[name] for name in ("key", "reason", "message")} for row in table if row["reason"] is not None]
     if not rows:
         first = "".join(f", {it['key']}: {it['reason']}" for it in skipped[:1])
         why = f"{len(skipped):,} of {len(table):,} images cannot be used{first}"
         raise JobError(f"there is nothing to learn from: {why}. Correct `source` or `label`.")
-    classes = choose_classes(recipe, {row["label"] for row in rows}, taught)
+    classes = choose_classes(config, {row["label"] for row in rows}, taught)
     ids = class_ids([(row["key"], row["label"]) for row in rows], classes)
     sides = []
     for side, name in enumerate(("train.u8", "held-out.u8")):
@@ -350,9 +352,9 @@ def _open(recipe: Recipe, cache: str, shapes: tuple[tuple[int, int], tuple[int, 
         shape = (len(here), *shapes[side], 3)
         pixels = np.memmap(f"{cache}/{name}", np.uint8, "r", shape=shape) if here else np.zeros(shape, np.uint8)
         sides.append(Examples(pixels, ids[here], [rows[n]["key"] for n in here], [rows[n]["hash"] for n in here]))
-    require_both(recipe, sides[0].ids, sides[1].ids)
+    require_both(config, sides[0].ids, sides[1].ids)
     digest = short_hash(repr([(row["key"], row["label"], row["hash"].hex()) for row in rows]), 32)
-    return Material(classes, sides[0], sides[1], skipped, digest)
+    return TrainingData(classes, sides[0], sides[1], skipped, digest)
 
 
 def work_folder(out: str) -> str:

@@ -22,10 +22,10 @@ from vitray.models import machine
 from vitray.schema import PixelSpec
 from vitray.training import checkpoints
 from vitray.training.batches import Batch, Batches
-from vitray.training.config import Recipe
+from vitray.training.config import TrainingConfig
 from vitray.training.examples import SAID_S, Examples
-from vitray.training.student import Trainee, cost, distance, divergence, groups, rate_at
-from vitray.training.teachers import Tutor, normalised
+from vitray.training.student import Student, cost, distance, divergence, groups, rate_at
+from vitray.training.teachers import OnlineTeacher, normalised
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Diverged(VitrayError):
 
 
 @dataclass(frozen=True, slots=True)
-class Team:
+class WorkerGroup:
     """This worker among those that share a step. Alone: rank 0 of 1."""
 
     rank: int = 0
@@ -46,16 +46,16 @@ class Team:
     device: str = ""  # as Ray Train shares them out
     owner: str = ""  # of the checkpoints: see checkpoints.take
 
-    def wrap(self, trainee: Trainee) -> Any:
-        """What is called instead of the trainee, so that gradients are the mean over the team."""
+    def wrap(self, student: Student) -> Any:
+        """What is called instead of the student, so that gradients are the mean over the group."""
         if self.world == 1:
-            return trainee
+            return student
         from ray.train.torch import prepare_model
 
-        return prepare_model(trainee, move_to_device=False)
+        return prepare_model(student, move_to_device=False)
 
     def total(self, values: Any) -> Any:
-        """The sum over the team, in place."""
+        """The sum over the group, in place."""
         if self.world > 1:
             torch.distributed.all_reduce(values)
         return values
@@ -88,21 +88,23 @@ class Judged:
 
 
 class Fitting:
-    """One training, on one worker of a team."""
+    """One training, on one worker of a group."""
 
-    def __init__(self, recipe: Recipe, trainee: Trainee, batches: Batches, held_out: Examples, team: Team, state: str) -> None:
+    def __init__(
+        self, config: TrainingConfig, student: Student, batches: Batches, held_out: Examples, group: WorkerGroup, state: str
+    ) -> None:
         """state: the folder of its checkpoints."""
-        self.recipe, self.batches, self.held_out, self.team, self.state = recipe, batches, held_out, team, state
-        self.device = team.device or machine.resolve_device(recipe.device)
+        self.config, self.batches, self.held_out, self.group, self.state = config, batches, held_out, group, state
+        self.device = group.device or machine.resolve_device(config.device)
         self.kind = torch.device(self.device).type
-        self.precision = precision_of(recipe, self.kind)
-        self.trainee = trainee.to(self.device)
-        self.learning = trainee.learning()
-        self.optimizer = torch.optim.AdamW(groups(trainee, recipe), lr=recipe.rate)
+        self.precision = precision_of(config, self.kind)
+        self.student = student.to(self.device)
+        self.learning = student.learning()
+        self.optimizer = torch.optim.AdamW(groups(student, config), lr=config.rate)
         self.scaler = torch.amp.GradScaler(self.kind, enabled=self.precision == "fp16")
-        self.weights = class_weights(recipe, batches.examples.ids, batches.classes).to(self.device)
+        self.weights = class_weights(config, batches.examples.ids, batches.classes).to(self.device)
         self.progress = Progress()
-        self.steps = recipe.epochs * batches.steps
+        self.steps = config.epochs * batches.steps
 
     def run(self, tell: Callable[[dict[str, float]], None]) -> Progress:
         """Train to the end, from the last checkpoint if there is one.
@@ -111,7 +113,7 @@ class Fitting:
         """
         self._restore()
         said = time.monotonic()
-        wrapped, every = self.team.wrap(self.trainee), max(1, self.steps // TOLD_STEPS)
+        wrapped, every = self.group.wrap(self.student), max(1, self.steps // TOLD_STEPS)
         while not self.progress.done:
             started = time.monotonic()
             epoch, at = divmod(self.progress.step, self.batches.steps)
@@ -125,9 +127,9 @@ class Fitting:
                 self._save()
                 tell(record)
                 said = time.monotonic()
-            elif self.recipe.save_steps and self.progress.step % self.recipe.save_steps == 0:
+            elif self.config.save_steps and self.progress.step % self.config.save_steps == 0:
                 self._save()
-            if self.team.world == 1 and time.monotonic() - said > SAID_S:
+            if self.group.world == 1 and time.monotonic() - said > SAID_S:
                 said = time.monotonic()
                 tell({"step": self.progress.step, "steps": self.steps, "loss": loss})
             crash_point("train-step", str(self.progress.step))
@@ -135,26 +137,26 @@ class Fitting:
 
     def _step(self, wrapped: Any, epoch: int, at: int) -> tuple[float, float]:
         """One step of the optimizer; returns the learning rate and the mean loss of the step's images."""
-        batch, parts = self.batches.batch(epoch, at, self.team.rank), self.recipe.accumulate
+        batch, parts = self.batches.batch(epoch, at, self.group.rank), self.config.accumulate
         # dropout, where a checkpoint has any, follows from the step, too
-        torch.manual_seed((self.recipe.seed * 1_000_003 + self.progress.step) * 1009 + self.team.rank)
-        rate = rate_at(self.progress.step, self.steps, self.recipe)
+        torch.manual_seed((self.config.seed * 1_000_003 + self.progress.step) * 1009 + self.group.rank)
+        rate = rate_at(self.progress.step, self.steps, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
-        self.trainee.train()
+        self.student.train()
         total = torch.zeros((), device=self.device)
         for part in range(parts):
-            with self.team.unsynced(wrapped) if part + 1 < parts else nullcontext():
+            with self.group.unsynced(wrapped) if part + 1 < parts else nullcontext():
                 loss = self._loss(wrapped, batch, slice(part, None, parts)) / self.batches.size
-                # the team's gradient is a mean over its workers, and must be the sum
-                self.scaler.scale(loss * self.team.world).backward()
+                # the group's gradient is a mean over its workers, and must be the sum
+                self.scaler.scale(loss * self.group.world).backward()
                 total += loss.detach()
         self.scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self.learning.values(), self.recipe.clip)
+        torch.nn.utils.clip_grad_norm_(self.learning.values(), self.config.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        mean = float(self.team.total(total))
+        mean = float(self.group.total(total))
         if not np.isfinite(mean):
             raise Diverged(
                 f"the loss is {mean} in step {self.progress.step + 1}. Set a smaller `lr`, or precision: bf16 or fp32, and another `out`."
@@ -168,13 +170,13 @@ class Fitting:
         )
         with self._autocast():
             logits, own = wrapped(pixels)
-            if isinstance(self.batches.teaching, Tutor):
+            if isinstance(self.batches.teaching, OnlineTeacher):
                 taught = self.batches.teaching(pixels)
         hard = cost(logits, target, self.weights)
         if self.batches.teaching is None:
             return hard.sum()
-        soft = divergence(logits, taught, self.recipe.temperature) if own is None else distance(own, taught)
-        share = self.recipe.teacher_weight * known
+        soft = divergence(logits, taught, self.config.temperature) if own is None else distance(own, taught)
+        share = self.config.teacher_weight * known
         return ((1 - share) * hard + share * soft).sum()
 
     def _autocast(self) -> Any:
@@ -183,42 +185,42 @@ class Fitting:
 
     def _judge(self, epoch: int, loss: float) -> dict[str, float]:
         """The epoch's record; keeps the weights where they are the best so far, and says when it is enough."""
-        progress, recipe = self.progress, self.recipe
+        progress, config = self.progress, self.config
         record: dict[str, float] = {"epoch": epoch, "loss": loss, "step": progress.step}
         if len(self.held_out.ids):
             record |= self.judge(self.held_out, self.batches.spec).figures(self.held_out.ids)
-            if progress.best is None or merit(record, recipe.metric) > merit(progress.best, recipe.metric):
+            if progress.best is None or merit(record, config.metric) > merit(progress.best, config.metric):
                 progress.best = record
-                if self.team.rank == 0:
-                    checkpoints.require_own(self.state, self.team.owner)
+                if self.group.rank == 0:
+                    checkpoints.require_own(self.state, self.group.owner)
                     checkpoints.save(self.state, "best", dict(self.learning), record)
         progress.records.append(record)
-        stale = progress.best is not None and epoch - progress.best["epoch"] >= (recipe.patience or recipe.epochs)
-        progress.done = epoch == recipe.epochs or stale
+        stale = progress.best is not None and epoch - progress.best["epoch"] >= (config.patience or config.epochs)
+        progress.done = epoch == config.epochs or stale
         return record
 
     def judge(self, examples: Examples, spec: PixelSpec) -> Judged:
         """What the network says of images, each worker of its share."""
-        self.trainee.eval()
+        self.student.eval()
         count = len(examples.ids)
         found = torch.zeros(count, 3, dtype=torch.float64)
-        mine = np.arange(self.team.rank, count, self.team.world)
+        mine = np.arange(self.group.rank, count, self.group.world)
         plain = torch.ones(self.batches.classes, device=self.device)
         for start in range(0, len(mine), JUDGED_AT_ONCE):
             places = mine[start : start + JUDGED_AT_ONCE]
             pixels = normalised(torch.from_numpy(examples.pixels[places]).permute(0, 3, 1, 2).float(), spec)
             with torch.no_grad(), self._autocast():
-                logits, _ = self.trainee(pixels.to(self.device))
+                logits, _ = self.student(pixels.to(self.device))
             truth = torch.nn.functional.one_hot(torch.from_numpy(examples.ids[places]), self.batches.classes).to(self.device)
             scores, ids = logits.float().softmax(-1).max(-1)
             found[places] = torch.stack([ids.double(), scores.double(), cost(logits, truth, plain).double()], 1).cpu()
-        found = self.team.total(found.to(self.device) if self.team.world > 1 else found).cpu().numpy()
+        found = self.group.total(found.to(self.device) if self.group.world > 1 else found).cpu().numpy()
         return Judged(found[:, 0].astype(np.int64), found[:, 1].astype(np.float32), found[:, 2].astype(np.float32))
 
     def _save(self) -> None:
-        if self.team.rank:
+        if self.group.rank:
             return
-        checkpoints.require_own(self.state, self.team.owner)
+        checkpoints.require_own(self.state, self.group.owner)
         moments = {
             f"{kind}.{name}": self.optimizer.state[p][kind]
             for kind in ("exp_avg", "exp_avg_sq")
@@ -242,7 +244,7 @@ class Fitting:
             self.scaler.load_state_dict(scaler)
         updates = torch.tensor(float(numbers.pop("updates")))
         self.progress = Progress(**numbers)
-        if not self.progress.done and self.team.rank == 0:
+        if not self.progress.done and self.group.rank == 0:
             log.warning("going on from step %d of %d", self.progress.step, self.steps)
         for name, parameter in self.learning.items() if int(updates) else ():
             moments = {kind: tensors[f"{kind}.{name}"].to(self.device) for kind in ("exp_avg", "exp_avg_sq")}
@@ -265,16 +267,16 @@ def merit(record: dict[str, float], metric: str) -> tuple[float, ...]:
     return (record["validation_accuracy"], loss) if metric == "accuracy" else (loss,)
 
 
-def precision_of(recipe: Recipe, device: str) -> str:
+def precision_of(config: TrainingConfig, device: str) -> str:
     """fp32 on a CPU, where autocast wins little in training and costs digits."""
-    if recipe.precision != "auto":
-        return recipe.precision
+    if config.precision != "auto":
+        return config.precision
     return machine.auto_precision(device) if device == "cuda" else "fp32"
 
 
-def class_weights(recipe: Recipe, ids: np.ndarray, classes: int) -> Any:
+def class_weights(config: TrainingConfig, ids: np.ndarray, classes: int) -> Any:
     """float32 [C]; their mean over the images is 1."""
-    if recipe.class_weights == "none":
+    if config.class_weights == "none":
         return torch.ones(classes)
     counts = np.bincount(ids, minlength=classes)
     return torch.tensor(len(ids) / (np.count_nonzero(counts) * np.maximum(counts, 1)), dtype=torch.float32)

@@ -21,7 +21,7 @@ from vitray.models.checkpoint import Checkpoint, quiet
 from vitray.models.head import Head, write_head
 from vitray.models.pixels import FILES
 from vitray.storage import absolute, join, store_for
-from vitray.training.config import TAUGHT, Recipe
+from vitray.training.config import TAUGHT, TrainingConfig
 from vitray.training.page import page_of
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ PACKAGES = ("vitray", "torch", "transformers")
 class Told:
     """How it went. records: of steps, epochs, or a probe's strengths; figures: of the weights that were chosen."""
 
-    recipe: Recipe
+    config: TrainingConfig
     found: Checkpoint
     classes: tuple[str, ...]
     records: list[dict[str, float]]
@@ -55,7 +55,7 @@ class Seen:
 
 
 def write(told: Told, module: Any | None, head: Head | None, seen: Seen | None) -> None:
-    """Every file of OUT, config.json last: with it the directory is a checkpoint. module: of transformers. Raises StorageError."""
+    """Every file of OUT, vision_config.json last: with it the directory is a checkpoint. module: of transformers. Raises StorageError."""
     from safetensors import SafetensorError
 
     try:
@@ -67,10 +67,10 @@ def write(told: Told, module: Any | None, head: Head | None, seen: Seen | None) 
             _text(folder, "README.md", _card(told, module is not None))
             _text(folder, "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in told.records))
             _text(folder, "skipped.json", json.dumps(told.skipped, indent=1))
-            _text(folder, "report.html", page_of(told.recipe, told.classes, told.records, told.skipped, seen))
+            _text(folder, "report.html", page_of(told.config, told.classes, told.records, told.skipped, seen))
             _events(folder, told.records)
-            store_for(told.recipe.out).delete_tree(join(absolute(told.recipe.out), "tensorboard"))  # of a call that died here
-            _send(folder, absolute(told.recipe.out))
+            store_for(told.config.out).delete_tree(join(absolute(told.config.out), "tensorboard"))  # of a call that died here
+            _send(folder, absolute(told.config.out))
     except (OSError, SafetensorError) as error:
         raise StorageError(f"{tempfile.gettempdir()}: {one_line(error)}. Free some space there, then run again.") from error
 
@@ -112,21 +112,21 @@ def _send(folder: str, out: str) -> None:
 
 def _card(told: Told, is_model: bool) -> str:
     """README.md of the model. Neither source nor a local path is in it: cards are for others."""
-    recipe, base = told.recipe, told.found.model if told.found.revision else None
+    config, base = told.config, told.found.model if told.found.revision else None
     versions = package_versions()
     head = ["---", "library_name: transformers", "pipeline_tag: image-classification", "tags: [vitray]"]
     head += [f"base_model: {json.dumps(base)}"] if base else []
     lines = [*head, "---", "", f"# An image classifier of {len(told.classes)} classes", ""]
     what = {"probe": "a linear probe of stored embeddings", "head": "its head", "full": "all of it"}
-    what |= {"last": f"its last {recipe.last} blocks and its head"}
-    what |= {"lora": f"low-rank adapters (rank {recipe.rank}, merged) and its head"}
-    begun = ", from random weights" if recipe.init == "scratch" else ""
-    lines += [f"Trained by vitray {versions['vitray']}: {what[recipe.train]}{begun}."]
-    is_taught = bool(recipe.teacher or recipe.teacher_model)
+    what |= {"last": f"its last {config.last} blocks and its head"}
+    what |= {"lora": f"low-rank adapters (rank {config.rank}, merged) and its head"}
+    begun = ", from random weights" if config.init == "scratch" else ""
+    lines += [f"Trained by vitray {versions['vitray']}: {what[config.train]}{begun}."]
+    is_taught = bool(config.teacher or config.teacher_model)
     if is_taught:
-        learnt = "scores" if recipe.distill == "labels" else "embeddings"
-        lines += [f"It learnt the {learnt} of a teacher, with a weight of {recipe.teacher_weight:g} beside the labels."]
-    if recipe.from_dataset and recipe.label_at == "label" and not recipe.label_table:
+        learnt = "scores" if config.distill == "labels" else "embeddings"
+        lines += [f"It learnt the {learnt} of a teacher, with a weight of {config.teacher_weight:g} beside the labels."]
+    if config.from_dataset and config.label_at == "label" and not config.label_table:
         lines += ["Its labels are what another model said: the figures tell how well it agrees with that one."]
     lines += [] if is_model else ["", "This is a head alone, for vitray's `head:`. It reads an embedding of its backbone."]
     if told.figures:
@@ -135,7 +135,7 @@ def _card(told: Told, is_model: bool) -> str:
     lines += ["", "## Classes", "", ", ".join(map(_plain, told.classes[:1000])), "", "## How", ""]
     private = {"source", "dataset", "teacher", "teacher_model", "model", "out", "label_table", "allow", "classes"}
     private |= set() if is_taught else TAUGHT
-    lines += [f"- {name}: {json.dumps(value)}" for name, value in recipe.deciding().items() if name not in private]
+    lines += [f"- {name}: {json.dumps(value)}" for name, value in config.deciding().items() if name not in private]
     lines += [f"- base: {told.found.model} at {told.found.revision}"] if base else []
     return "\n".join([*lines, f"- versions: {', '.join(f'{name} {versions[name]}' for name in PACKAGES)}", ""])
 

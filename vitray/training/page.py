@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vitray.html import axis, rendered
-from vitray.training.config import Recipe
+from vitray.training.config import TrainingConfig
 
 if TYPE_CHECKING:
     from vitray.training.outputs import Seen
@@ -21,7 +21,11 @@ LEFT, BOTTOM, WIDTH, HEIGHT = 48, 220, 424, 208  # of the frame that macros.html
 
 
 def page_of(
-    recipe: Recipe, classes: tuple[str, ...], records: list[dict[str, float]], skipped: list[dict[str, str]], seen: Seen | None
+    config: TrainingConfig,
+    classes: tuple[str, ...],
+    records: list[dict[str, float]],
+    skipped: list[dict[str, str]],
+    seen: Seen | None,
 ) -> str:
     """The page as text. Names come from data: everything is escaped, and what could turn or hide text is replaced."""
     worst = _worst(classes, seen) if seen is not None else []
@@ -29,11 +33,11 @@ def page_of(
         "training",
         "page.html",
         maker="vitray finetune",
-        name=recipe.out.rstrip("/").rpartition("/")[2],
+        name=config.out.rstrip("/").rpartition("/")[2],
         notes=(),
         made_from="the training's own records",
         holds_pictures=any(it["picture"] for it in worst),
-        recipe={name: json.dumps(value) for name, value in recipe.model_dump(mode="json").items()},
+        config={name: json.dumps(value) for name, value in config.model_dump(mode="json").items()},
         curves=curves(records),
         confusion=_confusion(classes, seen) if seen is not None and len(classes) <= CELLS else None,
         pairs=_pairs(classes, seen) if seen is not None else [],

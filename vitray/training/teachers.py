@@ -16,7 +16,7 @@ from vitray.models.checkpoint import Checkpoint, read_config, read_labels
 from vitray.models.loading import load_network
 from vitray.models.pixels import read_pixels
 from vitray.schema import PixelSpec
-from vitray.training.config import Recipe
+from vitray.training.config import TrainingConfig
 
 log = logging.getLogger(__name__)
 
@@ -24,10 +24,10 @@ log = logging.getLogger(__name__)
 class Teaching:
     """What a teacher's dataset says of each training image, found by the hash of its bytes."""
 
-    def __init__(self, recipe: Recipe, dataset: Dataset, hashes: list[bytes], classes: tuple[str, ...]) -> None:
+    def __init__(self, config: TrainingConfig, dataset: Dataset, hashes: list[bytes], classes: tuple[str, ...]) -> None:
         """Raises JobError when it has none of the images, or not the classes."""
         self.size, self.ids = len(classes), None
-        names = ["top_ids", "top_scores"] if recipe.distill == "labels" else [choose_vector(dataset, recipe.column).column]
+        names = ["top_ids", "top_scores"] if config.distill == "labels" else [choose_vector(dataset, config.column).column]
         table = read(dataset.out, ["content_hash", *names])
         at = {value: n for n, value in enumerate(table["content_hash"].to_pylist())}
         self.rows = np.array([at.get(value, -1) for value in hashes], np.int64)
@@ -37,7 +37,7 @@ class Teaching:
             log.warning(
                 "teacher %s has not seen %d of %d images: their labels alone teach them", dataset.out, unknown, len(hashes)
             )
-        if recipe.distill == "embedding":
+        if config.distill == "embedding":
             self.values = matrix_of(table[names[0]])
             self.size = self.values.shape[1]
             return
@@ -58,16 +58,16 @@ class Teaching:
         return dense
 
 
-class Tutor:
+class OnlineTeacher:
     """The teacher itself, asked about each crop and mixture: the student learns its function. Source: Beyer et al. 2022."""
 
-    def __init__(self, recipe: Recipe, found: Checkpoint, classes: tuple[str, ...], given: PixelSpec) -> None:
+    def __init__(self, config: TrainingConfig, found: Checkpoint, classes: tuple[str, ...], given: PixelSpec) -> None:
         """given: how the student's pixels are normalised. Raises JobError when it has other classes."""
-        config, scores = read_config(found), recipe.distill == "labels"
-        self.given, self.own = given, read_pixels(found, config)
-        self.places = _places(read_labels(found, config), classes) if scores else None
-        self.size = len(classes) if scores else config.dimension
-        self.network, self.has_cls = load_network(found, scores), config.prefix_tokens > 0
+        vision_config, scores = read_config(found), config.distill == "labels"
+        self.given, self.own = given, read_pixels(found, vision_config)
+        self.places = _places(read_labels(found, vision_config), classes) if scores else None
+        self.size = len(classes) if scores else vision_config.dimension
+        self.network, self.has_cls = load_network(found, scores), vision_config.prefix_tokens > 0
         self.network.module.eval()
 
     @torch.no_grad()  # type: ignore[untyped-decorator]  # torch is not typed here

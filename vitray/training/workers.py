@@ -15,38 +15,38 @@ from vitray.errors import ClusterError, VitrayError, one_line
 from vitray.pipeline.cluster import RETRIES, alive_nodes, ray_session
 from vitray.storage import absolute, exists, join, store_for
 from vitray.training.checkpoints import TakenOver
-from vitray.training.config import Recipe
-from vitray.training.finetuning import Study
-from vitray.training.fitting import Team
+from vitray.training.config import TrainingConfig
+from vitray.training.finetuning import TrainingRun
+from vitray.training.fitting import WorkerGroup
 
 START_S = 600.0  # for the workers to begin; Ray would wait for ever
 LOOK_S = 2.0
 
 
-def fit_with_ray(recipe: Recipe, owner: str, address: str | None, allow_open: bool) -> None:
-    """Train to the end on recipe.workers workers; how it ended is in the state of OUT.
+def fit_with_ray(config: TrainingConfig, owner: str, address: str | None, allow_open: bool) -> None:
+    """Train to the end on config.workers workers; how it ended is in the state of OUT.
 
     A worker that dies takes the others with it: all begin again from the last checkpoint, three times at most. Raises ClusterError.
     """
-    began = join(absolute(recipe.out), "_vitray", f"began-{uuid.uuid4().hex}")
+    began = join(absolute(config.out), "_vitray", f"began-{uuid.uuid4().hex}")
     with ray_session(address, allow_open), tempfile.TemporaryDirectory(prefix="vitray-") as scratch:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
         has_gpus = any(node["Resources"].get("GPU", 0) for node in alive_nodes())  # where this command runs there may be none
-        on_gpu = recipe.device == "cuda" or (recipe.device == "auto" and has_gpus)
-        _require_room(recipe.workers, "GPU" if on_gpu else "CPU")
+        on_gpu = config.device == "cuda" or (config.device == "auto" and has_gpus)
+        _require_room(config.workers, "GPU" if on_gpu else "CPU")
         limits = FailureConfig(max_failures=RETRIES, controller_failure_limit=RETRIES)
         trainer = TorchTrainer(
             work,
             train_loop_config={  # unset fields stay unset: which ones were given is checked, too
-                "recipe": recipe.model_dump(mode="json", exclude_unset=True),
+                "config": config.model_dump(mode="json", exclude_unset=True),
                 "home": os.getcwd(),
                 "began": began,
                 "owner": owner,
             },
             torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
-            scaling_config=ScalingConfig(num_workers=recipe.workers, use_gpu=on_gpu),
+            scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=on_gpu),
             run_config=RunConfig(storage_path=scratch, failure_config=limits),
         )
         try:
@@ -56,7 +56,7 @@ def fit_with_ray(recipe: Recipe, owner: str, address: str | None, allow_open: bo
 
 
 def work(told: dict[str, Any]) -> None:
-    """One worker, in a process of Ray's: makes everything from the recipe, as the others do."""
+    """One worker, in a process of Ray's: makes everything from the config, as the others do."""
     from ray.train import get_context, report
     from ray.train.torch import get_device
 
@@ -64,9 +64,9 @@ def work(told: dict[str, Any]) -> None:
         os.chdir(told["home"])
     store_for(told["began"]).create(told["began"], b"")
     context = get_context()
-    team = Team(context.get_world_rank(), context.get_world_size(), str(get_device()), told["owner"])
+    group = WorkerGroup(context.get_world_rank(), context.get_world_size(), str(get_device()), told["owner"])
     with contextlib.suppress(TakenOver):  # Ray would begin again; the command itself says it
-        Study.of(Recipe(**told["recipe"])).fitting(team).run(report)
+        TrainingRun.of(TrainingConfig(**told["config"])).fitting(group).run(report)
 
 
 def _require_room(workers: int, what: str) -> None:
