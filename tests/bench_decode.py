@@ -48,11 +48,17 @@ def _cut(photo: Image.Image, size: tuple[int, int], rng: np.random.Generator) ->
     """80 to 100% of a photograph, in the proportions of `size`."""
     scale = min(photo.width / size[0], photo.height / size[1]) * rng.uniform(0.8, 1)
     width, height = int(size[0] * scale), int(size[1] * scale)
-    left, top = (int(rng.integers(0, free + 1)) for free in (photo.width - width, photo.height - height))
-    return photo.crop((left, top, left + width, top + height)).resize(size, Image.Resampling.BICUBIC)
+    left, top = (
+        int(rng.integers(0, free + 1)) for free in (photo.width - width, photo.height - height)
+    )
+    return photo.crop((left, top, left + width, top + height)).resize(
+        size, Image.Resampling.BICUBIC
+    )
 
 
-def _collage(photos: list[Image.Image], size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
+def _collage(
+    photos: list[Image.Image], size: tuple[int, int], rng: np.random.Generator
+) -> Image.Image:
     canvas, top = Image.new("RGB", size), 0
     while top < size[1]:
         left = 0
@@ -71,7 +77,8 @@ def spec(mode: str, resample: int = 2) -> DecodeSpec:
 
 def fragments(files: list[bytes]) -> list[list[Encoded]]:
     return [
-        [Encoded(n, "", "", data) for n, data in enumerate(files[at : at + FRAGMENT])] for at in range(0, len(files), FRAGMENT)
+        [Encoded(n, "", "", data) for n, data in enumerate(files[at : at + FRAGMENT])]
+        for at in range(0, len(files), FRAGMENT)
     ]
 
 
@@ -81,21 +88,29 @@ def decoded(files: list[bytes], wanted: DecodeSpec) -> Pixels:
 
 def in_process(wanted: DecodeSpec) -> Callable[[list[bytes]], object]:
     """Without the child that a deadly image would take down; pixels land in pages of fragments in turn, as the child's do."""
-    pages = itertools.cycle([np.empty((FRAGMENT, *wanted.pixels.size, 3), np.uint8) for _ in range(PAGES)])
+    pages = itertools.cycle(
+        [np.empty((FRAGMENT, *wanted.pixels.size, 3), np.uint8) for _ in range(PAGES)]
+    )
     return lambda files: [
-        [decode_one(item.data, wanted, into) for item, into in zip(items, page)] for items, page in zip(fragments(files), pages)
+        [decode_one(item.data, wanted, into) for item, into in zip(items, page)]
+        for items, page in zip(fragments(files), pages)
     ]
 
 
 def contender(name: str) -> Callable[[list[bytes]], object]:
     if name == "pillow":  # what vitray adds (checks, EXIF, isolation, reasons) is not in here
-        return lambda files: [np.asarray(Image.open(io.BytesIO(f)).convert("RGB").resize((224, 224), 2)) for f in files]
+        return lambda files: [
+            np.asarray(Image.open(io.BytesIO(f)).convert("RGB").resize((224, 224), 2))
+            for f in files
+        ]
     if name == "hugging face":  # as its users call it: rescaled and normalised to float32 as well
         from transformers.image_utils import load_image
         from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
         processor = ViTImageProcessorPil()
-        return lambda files: [processor(load_image(Image.open(io.BytesIO(f)))).pixel_values[0] for f in files]
+        return lambda files: [
+            processor(load_image(Image.open(io.BytesIO(f)))).pixel_values[0] for f in files
+        ]
     if name == "in process":
         return in_process(spec("exact"))
     wanted = spec(name)
@@ -123,7 +138,9 @@ def serve(name: str, folder: str) -> None:
         print((cpu_s() - before) / times / len(files), flush=True)
 
 
-def race(files: list[bytes], rounds: int, contenders: Sequence[str] = CONTENDERS) -> dict[str, list[float]]:
+def race(
+    files: list[bytes], rounds: int, contenders: Sequence[str] = CONTENDERS
+) -> dict[str, list[float]]:
     """CPU seconds an image of every contender in every round."""
     with tempfile.TemporaryDirectory() as folder:
         for n, data in enumerate(files):
@@ -146,17 +163,24 @@ def race(files: list[bytes], rounds: int, contenders: Sequence[str] = CONTENDERS
 def table(took: dict[str, list[float]]) -> None:
     print("                images/s   x pillow (least .. most)      x hugging face")
     for name, seconds in took.items():
-        over = {base: [b / s for b, s in zip(took[base], seconds)] for base in ("pillow", "hugging face")}
+        over = {
+            base: [b / s for b, s in zip(took[base], seconds)]
+            for base in ("pillow", "hugging face")
+        }
         low, high = min(over["pillow"]), max(over["pillow"])
         rate = f"{1 / statistics.median(seconds):10.0f}   {statistics.median(over['pillow']):5.2f} ({low:.2f} .. {high:.2f})"
         print(f"{name:14s}{rate}   {statistics.median(over['hugging face']):16.2f}")
-    print(f"draft over exact: {statistics.median(e / d for e, d in zip(took['exact'], took['draft'])):.2f}")
+    print(
+        f"draft over exact: {statistics.median(e / d for e, d in zip(took['exact'], took['draft'])):.2f}"
+    )
 
 
 def isolation(files: list[bytes], rounds: int) -> None:
     """What the child costs. By themselves and oftener: it is less than what a neighbour does to one round."""
     took = race(files, rounds, ("in process", "exact"))
-    low, middle, high = statistics.quantiles([e / p - 1 for e, p in zip(took["exact"], took["in process"])])
+    low, middle, high = statistics.quantiles(
+        [e / p - 1 for e, p in zip(took["exact"], took["in process"])]
+    )
     print(f"isolation: {middle:.1%} of an exact decode (middle half {low:.1%} .. {high:.1%})")
 
 
@@ -168,13 +192,17 @@ def differences(files: list[bytes]) -> None:
             apart = np.abs(decoded(files, spec(mode, resample)) - exact)
             psnr = 10 * np.log10(255**2 / max(1e-12, float((apart**2).mean())))
             more = float((apart > 1).mean())
-            print(f"{mode}, {kind}: mean {apart.mean():.4f}, most {apart.max()}, more than one {more:.1e}, PSNR {psnr:.1f} dB")
+            print(
+                f"{mode}, {kind}: mean {apart.mean():.4f}, most {apart.max()}, more than one {more:.1e}, PSNR {psnr:.1f} dB"
+            )
 
 
 def main(images: int = 2 * FRAGMENT, rounds: int = 7) -> None:
     for size, count in (((500, 375), images), ((4000, 3000), max(8, images // 8))):
         files = jpegs(size, count)
-        print(f"{size[0]}x{size[1]}, {len(files)} JPEGs of {statistics.mean(map(len, files)) / 1000:.0f} kB, {rounds} rounds")
+        print(
+            f"{size[0]}x{size[1]}, {len(files)} JPEGs of {statistics.mean(map(len, files)) / 1000:.0f} kB, {rounds} rounds"
+        )
         table(race(files, rounds))
         isolation(files, 5 * rounds)
         differences(files)

@@ -34,9 +34,21 @@ def seconds_of(folder: Path, model: str, shards: int, ready: Path) -> float:
     source.mkdir(parents=True)
     for n in range(shards):
         os.link(ready, source / f"{n:05d}.tar")
-    argv = [sys.executable, "-m", "vitray", "run", f"{source}/*.tar", "--model", model, "--out", str(out)]
+    argv = [
+        sys.executable,
+        "-m",
+        "vitray",
+        "run",
+        f"{source}/*.tar",
+        "--model",
+        model,
+        "--out",
+        str(out),
+    ]
     started = time.perf_counter()
-    subprocess.run([*argv, "--set", "device=cpu", "--set", "engine=torch"], check=True, capture_output=True)
+    subprocess.run(
+        [*argv, "--set", "device=cpu", "--set", "engine=torch"], check=True, capture_output=True
+    )
     return time.perf_counter() - started
 
 
@@ -67,7 +79,9 @@ def ledger_share(folder: Path, model: str, ready: Path) -> dict[str, float]:
     images = [image for batch in batches if batch.rows for image in batch.rows["data"].to_pylist()]
     timed("hash", lambda: [content_hash(image) for image in images])
     decoded = [timed("decode", partial(decode_step, dataset, batch)) for batch in batches]
-    predicted = [timed("predict", partial(predict_step, dataset, network, batch)) for batch in decoded]
+    predicted = [
+        timed("predict", partial(predict_step, dataset, network, batch)) for batch in decoded
+    ]
     for batch in predicted:
         timed("stage", partial(stage_step, dataset, batch))
     timed("commit", lambda: commit_step(dataset, shard))
@@ -84,7 +98,11 @@ def requests(model: str, shards: int, ready: bytes) -> Counter[str]:
 
     import vitray
 
-    keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
+    keys = {
+        "AWS_ACCESS_KEY_ID": "a",
+        "AWS_SECRET_ACCESS_KEY": "b",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -103,7 +121,13 @@ def requests(model: str, shards: int, ready: bytes) -> Counter[str]:
 
     AioBaseClient._make_api_call = counting
     try:
-        job = vitray.Job(source=f"s3://{bucket}/in/*.tar", model=model, out=f"s3://{bucket}/out", device="cpu", engine="torch")
+        job = vitray.Job(
+            source=f"s3://{bucket}/in/*.tar",
+            model=model,
+            out=f"s3://{bucket}/out",
+            device="cpu",
+            engine="torch",
+        )
         vitray.run(job)
     finally:
         AioBaseClient._make_api_call = call
@@ -118,18 +142,38 @@ def main(model: str, images: int = 1000, rounds: int = 2) -> None:
         write_tar(str(folder / "ready.tar"), members)
         write_tar(str(folder / "small.tar"), members[:128])
         took = ledger_share(folder / "ledger-share", model, folder / "ready.tar")
-        print(", ".join(f"{name} {seconds * 1000 / SHARD:.3f} ms" for name, seconds in took.items()), "of CPU an image")
+        print(
+            ", ".join(f"{name} {seconds * 1000 / SHARD:.3f} ms" for name, seconds in took.items()),
+            "of CPU an image",
+        )
         whole = sum(took.values()) - took["hash"]  # decode hashes too
-        print(f"stage, commit and hashes are {sum(took[n] for n in ('stage', 'commit', 'hash')) / whole:.1%} of it", flush=True)
+        print(
+            f"stage, commit and hashes are {sum(took[n] for n in ('stage', 'commit', 'hash')) / whole:.1%} of it",
+            flush=True,
+        )
         took: dict[int, list[float]] = {times: [] for times in (1, 4, 16)}
         for n in range(rounds):
             for times, seconds in took.items():
-                seconds.append(seconds_of(folder / f"round-{n}", model, times * images // SHARD, folder / "ready.tar"))
-                print(f"round {n + 1}: {times:2d}x, {times * images:6,} images: {seconds[-1]:.1f} s", flush=True)
-        slopes = [[3 * images / (b - a), 12 * images / (c - b)] for a, b, c in zip(*took.values(), strict=True)]
+                seconds.append(
+                    seconds_of(
+                        folder / f"round-{n}", model, times * images // SHARD, folder / "ready.tar"
+                    )
+                )
+                print(
+                    f"round {n + 1}: {times:2d}x, {times * images:6,} images: {seconds[-1]:.1f} s",
+                    flush=True,
+                )
+        slopes = [
+            [3 * images / (b - a), 12 * images / (c - b)]
+            for a, b, c in zip(*took.values(), strict=True)
+        ]
         for n, (near, far) in enumerate(slopes):
-            print(f"round {n + 1}: 1x to 4x {near:.1f} images/s, 4x to 16x {far:.1f}: {far / near:.3f} of it")
-        few, many = (requests(model, shards, (folder / "small.tar").read_bytes()) for shards in (2, 8))
+            print(
+                f"round {n + 1}: 1x to 4x {near:.1f} images/s, 4x to 16x {far:.1f}: {far / near:.3f} of it"
+            )
+        few, many = (
+            requests(model, shards, (folder / "small.tar").read_bytes()) for shards in (2, 8)
+        )
         print("S3 requests a shard of 128 images in 2 fragments, and of a run besides:")
         for name in sorted(many):
             each = (many[name] - few[name]) / 6

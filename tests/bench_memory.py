@@ -32,7 +32,11 @@ def photographs() -> list[Image.Image]:
     import skimage
 
     folder = Path(skimage.__file__).parent / "data"
-    found = [Image.open(p).convert("RGB") for p in sorted(folder.iterdir()) if p.suffix in (".jpg", ".png", ".jpeg")]
+    found = [
+        Image.open(p).convert("RGB")
+        for p in sorted(folder.iterdir())
+        if p.suffix in (".jpg", ".png", ".jpeg")
+    ]
     return [p for p in found if min(p.size) >= 256]
 
 
@@ -44,7 +48,9 @@ def jpegs(count: int, seed: int = 0) -> list[bytes]:
         width = int(rng.integers(200, min(photo.size) + 1))
         left, top = (int(rng.integers(0, side - width + 1)) for side in photo.size)
         buffer = io.BytesIO()
-        photo.crop((left, top, left + width, top + width)).resize((500, 375)).save(buffer, "JPEG", quality=90)
+        photo.crop((left, top, left + width, top + width)).resize((500, 375)).save(
+            buffer, "JPEG", quality=90
+        )
         made.append(buffer.getvalue())
     return made
 
@@ -61,7 +67,11 @@ def peak_mb(argv: list[str]) -> dict[str, float]:
             except psutil.Error:
                 continue
         driver = sizes.pop(process.pid, 0.0)
-        now = {"driver": driver, "worker": max(sizes.values(), default=0.0), "all": driver + sum(sizes.values())}
+        now = {
+            "driver": driver,
+            "worker": max(sizes.values(), default=0.0),
+            "all": driver + sum(sizes.values()),
+        }
         peak = {name: max(mb, now[name]) for name, mb in peak.items()}
         time.sleep(0.1)
     assert process.returncode == 0
@@ -112,17 +122,37 @@ def write_20_gb(folder: str, times: int) -> int:
 
 def main(model: str, largest: str = "100", where_alone: str = "") -> None:
     """largest: leave out inputs that are more than so many times the first. where_alone: "ray" leaves out threads."""
-    inputs = [*((write_growing, times) for times in (1, 10, 100, 1000) if times <= int(largest)), (write_20_gb, 1)]
-    places: list[list[str]] = [["--address", "local"]] if where_alone else [[], ["--address", "local"]]
+    inputs = [
+        *((write_growing, times) for times in (1, 10, 100, 1000) if times <= int(largest)),
+        (write_20_gb, 1),
+    ]
+    places: list[list[str]] = (
+        [["--address", "local"]] if where_alone else [[], ["--address", "local"]]
+    )
     for where, (write, times) in itertools.product(places, inputs):
         with tempfile.TemporaryDirectory() as folder:
             images = write(folder, times)
-            argv = [sys.executable, "-m", "vitray", "run", f"{folder}/in-*.tar", "--model", model, "--out", f"{folder}/out"]
+            argv = [
+                sys.executable,
+                "-m",
+                "vitray",
+                "run",
+                f"{folder}/in-*.tar",
+                "--model",
+                model,
+                "--out",
+                f"{folder}/out",
+            ]
             started = time.monotonic()
             found = {name: round(mb) for name, mb in peak_mb([*argv, *where]).items()}
             seconds = round(time.monotonic() - started, 1)
             rows = vitray.read(f"{folder}/out", columns=["key"]).num_rows
-        what = {"where": "Ray" if where else "threads", "input": write.__name__, "images": images, "rows": rows}
+        what = {
+            "where": "Ray" if where else "threads",
+            "input": write.__name__,
+            "images": images,
+            "rows": rows,
+        }
         print(json.dumps(what | {"peak_mb": found, "seconds": seconds}), flush=True)
 
 

@@ -22,7 +22,11 @@ import transformers
 from vitray.job import Embedding, Job
 from vitray.models import identify, open_model, vector_columns
 
-SIZES = {"vit-b": (768, 12, 3072), "vit-s": (384, 6, 1536), "vit-tiny": (192, 3, 768)}  # width, heads, MLP; 12 blocks
+SIZES = {
+    "vit-b": (768, 12, 3072),
+    "vit-s": (384, 6, 1536),
+    "vit-tiny": (192, 3, 768),
+}  # width, heads, MLP; 12 blocks
 TOKENS, BLOCKS, SIDE = 197, 12, 224
 
 
@@ -34,51 +38,88 @@ def gflop(width: int) -> float:
 
 def make_model(directory: str, name: str, blocks: int = BLOCKS) -> None:
     width, heads, mlp = SIZES[name]
-    sizes = {"hidden_size": width, "num_hidden_layers": blocks, "num_attention_heads": heads, "intermediate_size": mlp}
+    sizes = {
+        "hidden_size": width,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": heads,
+        "intermediate_size": mlp,
+    }
     torch.manual_seed(0)
     config = transformers.ViTConfig(**sizes, num_labels=1000)
     transformers.ViTForImageClassification(config).save_pretrained(directory)
     transformers.ViTImageProcessorPil().save_pretrained(directory)
 
 
-def variants(directory: str, args: argparse.Namespace, batch: int) -> dict[str, Callable[[np.ndarray], object]]:
+def variants(
+    directory: str, args: argparse.Namespace, batch: int
+) -> dict[str, Callable[[np.ndarray], object]]:
     vectors = [Embedding()] if args.embed else []
-    options = {"precision": args.precision, "batch_size": batch, "device": "cpu", "engine": "torch", "embeddings": vectors}
+    options = {
+        "precision": args.precision,
+        "batch_size": batch,
+        "device": "cpu",
+        "engine": "torch",
+        "embeddings": vectors,
+    }
     job = Job(source=["in"], out="out", model=directory, **options)
     spec = identify(job)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}[spec.precision]
-    plain = transformers.ViTForImageClassification.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa").eval()
+    plain = transformers.ViTForImageClassification.from_pretrained(
+        directory, dtype=dtype, attn_implementation="sdpa"
+    ).eval()
 
     def plain_loop(pixels: np.ndarray) -> object:
         x = (torch.from_numpy(pixels).float() / 255 - 0.5) / 0.5
         with torch.inference_mode():
-            answer = plain(pixel_values=x.permute(0, 3, 1, 2).to(dtype).contiguous(), output_hidden_states=bool(vectors))
+            answer = plain(
+                pixel_values=x.permute(0, 3, 1, 2).to(dtype).contiguous(),
+                output_hidden_states=bool(vectors),
+            )
             return answer.logits.float().softmax(-1).topk(5)
 
     columns = vector_columns(job, spec)
-    chosen = {"plain": plain_loop, "vitray": open_model(spec, columns, 5, True, "cpu", args.threads).predict}
+    chosen = {
+        "plain": plain_loop,
+        "vitray": open_model(spec, columns, 5, True, "cpu", args.threads).predict,
+    }
     for engine in args.engines:
-        chosen[engine] = open_model(replace(spec, engine=engine), columns, 5, True, "cpu", args.threads).predict
+        chosen[engine] = open_model(
+            replace(spec, engine=engine), columns, 5, True, "cpu", args.threads
+        ).predict
     if args.compiled:
-        chosen["compiled"] = open_model(spec, columns, 5, True, "cpu", args.threads, compiled=True).predict
+        chosen["compiled"] = open_model(
+            spec, columns, 5, True, "cpu", args.threads, compiled=True
+        ).predict
     return chosen
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=SIZES, default="vit-b")
-    parser.add_argument("--batches", type=lambda text: [int(n) for n in text.split(",")], default=[8, 16, 32])
+    parser.add_argument(
+        "--batches", type=lambda text: [int(n) for n in text.split(",")], default=[8, 16, 32]
+    )
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--precision", choices=["bf16", "fp32", "fp16"], default="bf16")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
-    parser.add_argument("--embed", action="store_true", help="the CLS embedding too, not the labels alone")
+    parser.add_argument(
+        "--embed", action="store_true", help="the CLS embedding too, not the labels alone"
+    )
     parser.add_argument("--compiled", action="store_true")
-    parser.add_argument("--engines", type=lambda text: text.split(","), default=[], help="openvino,onnx: those beside torch")
+    parser.add_argument(
+        "--engines",
+        type=lambda text: text.split(","),
+        default=[],
+        help="openvino,onnx: those beside torch",
+    )
     args = parser.parse_args()
     now = time.process_time if args.clock == "cpu" else time.perf_counter
     torch.set_num_threads(args.threads)
-    layer, rows = torch.nn.Linear(768, 3072, dtype=torch.bfloat16), torch.randn(4096, 768, dtype=torch.bfloat16)
+    layer, rows = (
+        torch.nn.Linear(768, 3072, dtype=torch.bfloat16),
+        torch.randn(4096, 768, dtype=torch.bfloat16),
+    )
 
     def seconds(run: Callable[[], object]) -> float:
         started = now()
@@ -86,12 +127,18 @@ def main() -> None:
         return now() - started
 
     image_gflop = gflop(SIZES[args.model][0])
-    print(f"{args.model}: {image_gflop:.2f} GFLOP an image, {args.precision}, {args.threads} threads, {args.clock} clock")
+    print(
+        f"{args.model}: {image_gflop:.2f} GFLOP an image, {args.precision}, {args.threads} threads, {args.clock} clock"
+    )
     with tempfile.TemporaryDirectory() as directory, torch.inference_mode():
         make_model(directory, args.model)
         for batch in args.batches:
-            pixels = np.random.default_rng(0).integers(0, 256, (batch, SIDE, SIDE, 3), dtype=np.uint8)
-            chosen = {name: partial(run, pixels) for name, run in variants(directory, args, batch).items()}
+            pixels = np.random.default_rng(0).integers(
+                0, 256, (batch, SIDE, SIDE, 3), dtype=np.uint8
+            )
+            chosen = {
+                name: partial(run, pixels) for name, run in variants(directory, args, batch).items()
+            }
             took: dict[str, list[float]] = {}
             ceiling = 1e9
             for run in chosen.values():
@@ -107,7 +154,9 @@ def main() -> None:
                 spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}..{ratios[-1]:.2f})"
                 fastest, median = batch / min(times), batch / statistics.median(times)
                 share = f"{fastest / best:.2f} of the ceiling"
-                print(f"  {name:9s} best {fastest:7.1f}  median {median:7.1f} images/s  {share}  against plain {spread}")
+                print(
+                    f"  {name:9s} best {fastest:7.1f}  median {median:7.1f} images/s  {share}  against plain {spread}"
+                )
 
 
 if __name__ == "__main__":

@@ -54,7 +54,10 @@ PEERS = {  # name -> what it reads, command; {images} {out} {model} {batch} are 
     "daft": ("loose", "peers/daft_udf.py {images} {out} {model} {batch}"),
     "hand": ("tars", "peers/hand.py {images} {out} {model} {batch}"),
     "hand-compiled": ("tars", "peers/hand.py {images} {out} {model} {batch} compiled"),
-    "vitray": ("tars", "-m vitray run {images}/*.tar --model {model} --out {out} --set device=cpu --set engine=torch"),
+    "vitray": (
+        "tars",
+        "-m vitray run {images}/*.tar --model {model} --out {out} --set device=cpu --set engine=torch",
+    ),
 }
 QUIET = {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1"}
 QUIET |= {"DO_NOT_TRACK": "1", "DAFT_ANALYTICS_ENABLED": "0"}
@@ -84,7 +87,9 @@ def slopes(runs: Sequence[Run], peer: str, small: int, large: int) -> dict[int, 
 
 def wholes(runs: Sequence[Run], peer: str, large: int) -> dict[int, float]:
     """Images/s of the whole command, start and exit included, by round."""
-    return {run.round: large / run.seconds for run in runs if run.peer == peer and run.images == large}
+    return {
+        run.round: large / run.seconds for run in runs if run.peer == peer and run.images == large
+    }
 
 
 def ratios(mine: dict[int, float], theirs: dict[int, float]) -> list[float]:
@@ -124,11 +129,15 @@ def table(runs: Sequence[Run], small: int, large: int) -> str:
     return "\n".join(lines)
 
 
-def run_command(argv: list[str], environment: dict[str, str], log: Path, limit_s: float) -> tuple[float, int]:
+def run_command(
+    argv: list[str], environment: dict[str, str], log: Path, limit_s: float
+) -> tuple[float, int]:
     """(wall seconds, peak MB) of one whole process. Raises RuntimeError when it fails or passes the limit, with its last lines."""
     with log.open("wb") as stream:
         started = time.perf_counter()
-        process = subprocess.Popen(argv, env=environment, stdout=stream, stderr=stream, start_new_session=True)
+        process = subprocess.Popen(
+            argv, env=environment, stdout=stream, stderr=stream, start_new_session=True
+        )
         timer = threading.Timer(limit_s, os.killpg, (process.pid, signal.SIGKILL))
         timer.start()
         try:
@@ -162,28 +171,42 @@ def answers_of(out: Path) -> pa.Table:
         raise ValueError("it wrote no Parquet file")
     tables = [pq.ParquetFile(path).read(use_threads=False) for path in files]
     name = "key" if "key" in tables[0].column_names else "path"
-    whole = pa.concat_tables([t.select([c for c in (name, "label", "embedding") if c in t.column_names]) for t in tables])
+    whole = pa.concat_tables(
+        [t.select([c for c in (name, "label", "embedding") if c in t.column_names]) for t in tables]
+    )
     return whole.set_column(0, "key", pa.array([key_of(path) for path in whole[name].to_pylist()]))
 
 
 def judge(reference: pa.Table, answers: pa.Table) -> tuple[float, float | None]:
     """(share of clear images with the reference's label, mean CLS cosine or None). Raises ValueError when the gate is not passed."""
     if sorted(reference["key"].to_pylist()) != sorted(answers["key"].to_pylist()):
-        raise ValueError(f"{len(answers)} rows for {len(reference)} images, or other keys: not every image was labelled once")
+        raise ValueError(
+            f"{len(answers)} rows for {len(reference)} images, or other keys: not every image was labelled once"
+        )
     reference, answers = reference.sort_by("key"), answers.sort_by("key")
     clear = np.array(reference["clear"].to_pylist())
     labels = reference["label"].to_pylist()
     if clear.mean() < 0.5 or len(set(labels)) < 5:
-        raise ValueError(f"the reference proves nothing: {clear.mean():.0%} of its images are clear, {len(set(labels))} labels")
+        raise ValueError(
+            f"the reference proves nothing: {clear.mean():.0%} of its images are clear, {len(set(labels))} labels"
+        )
     share = float(np.mean(np.equal(labels, answers["label"].to_pylist())[clear]))
     if share < AGREEMENT:
-        raise ValueError(f"{share:.1%} of the clear images have the label of the float32 loop, {AGREEMENT:.0%} are asked for")
+        raise ValueError(
+            f"{share:.1%} of the clear images have the label of the float32 loop, {AGREEMENT:.0%} are asked for"
+        )
     if "embedding" not in answers.column_names:
         return share, None
     mine, theirs = (np.array(t["embedding"].to_pylist(), np.float64) for t in (answers, reference))
-    cosine = float(np.mean((mine * theirs).sum(1) / np.linalg.norm(mine, axis=1) / np.linalg.norm(theirs, axis=1)))
+    cosine = float(
+        np.mean(
+            (mine * theirs).sum(1) / np.linalg.norm(mine, axis=1) / np.linalg.norm(theirs, axis=1)
+        )
+    )
     if not cosine >= COSINE:  # so that a NaN does not pass
-        raise ValueError(f"mean CLS cosine {cosine:.5f} with the float32 loop, {COSINE} is asked for")
+        raise ValueError(
+            f"mean CLS cosine {cosine:.5f} with the float32 loop, {COSINE} is asked for"
+        )
     return share, cosine
 
 
@@ -199,12 +222,17 @@ def make_photos(folder: Path, count: int, seed: int = 0) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     data = {path.stem: path for path in (Path(skimage.__file__).parent / "data").iterdir()}
-    photos, rng = [Image.open(data[name]).convert("RGB") for name in PHOTOS], np.random.default_rng(seed)
+    photos, rng = (
+        [Image.open(data[name]).convert("RGB") for name in PHOTOS],
+        np.random.default_rng(seed),
+    )
     for n in range(count):
         photo = photos[rng.integers(len(photos))]
         unit = min(photo.width / 4, photo.height / 3) * rng.uniform(0.6, 1)
         left, top = rng.uniform(0, photo.width - 4 * unit), rng.uniform(0, photo.height - 3 * unit)
-        image = photo.resize((500, 375), Image.Resampling.BICUBIC, box=(left, top, left + 4 * unit, top + 3 * unit))
+        image = photo.resize(
+            (500, 375), Image.Resampling.BICUBIC, box=(left, top, left + 4 * unit, top + 3 * unit)
+        )
         buffer = io.BytesIO()
         (ImageOps.mirror(image) if rng.integers(2) else image).save(buffer, "JPEG", quality=90)
         (folder / f"{n:05d}.jpg").write_bytes(buffer.getvalue())
@@ -253,7 +281,8 @@ def make_reference(scratch: Path, model: Path, count: int) -> pa.Table:
         return pq.ParquetFile(file).read()
     processor = AutoImageProcessor.from_pretrained(model, backend="pil")
     exact, rough = (
-        AutoModelForImageClassification.from_pretrained(model, dtype=t).eval() for t in (torch.float32, torch.bfloat16)
+        AutoModelForImageClassification.from_pretrained(model, dtype=t).eval()
+        for t in (torch.float32, torch.bfloat16)
     )
     paths = sorted((scratch / f"input-{count}" / "loose").iterdir())
     vectors, labels, margins, changes = [], [], [], []
@@ -261,7 +290,9 @@ def make_reference(scratch: Path, model: Path, count: int) -> pa.Table:
         for start in range(0, count, 32):
             images = [Image.open(path).convert("RGB") for path in paths[start : start + 32]]
             pixels = processor(images, return_tensors="pt")["pixel_values"]
-            cls, cls_rough = (m.vit(pixels.to(m.dtype)).last_hidden_state[:, 0] for m in (exact, rough))
+            cls, cls_rough = (
+                m.vit(pixels.to(m.dtype)).last_hidden_state[:, 0] for m in (exact, rough)
+            )
             top = exact.classifier(cls).topk(2)
             margin = top.values[:, 0] - top.values[:, 1]
             again = rough.classifier(cls_rough).float().gather(1, top.indices)
@@ -270,9 +301,17 @@ def make_reference(scratch: Path, model: Path, count: int) -> pa.Table:
             margins += margin.tolist()
             changes += (again[:, 0] - again[:, 1] - margin).abs().tolist()
     clear = np.array(margins) > 2 * np.quantile(changes, 0.95)
-    columns = {"key": [path.stem for path in paths], "label": labels, "clear": clear, "embedding": vectors}
+    columns = {
+        "key": [path.stem for path in paths],
+        "label": labels,
+        "clear": clear,
+        "embedding": vectors,
+    }
     pq.write_table(pa.table(columns), file)
-    print(f"reference of {count}: {clear.mean():.0%} of the images are clear, {len(set(labels))} labels", flush=True)
+    print(
+        f"reference of {count}: {clear.mean():.0%} of the images are clear, {len(set(labels))} labels",
+        flush=True,
+    )
     return pa.table(columns)
 
 
@@ -284,19 +323,36 @@ class Bench:
         self._scratch, self._batch, self._deadline = scratch, BATCHES[model], deadline
         # in a process of its own: Linux counts what the parent holds at fork into a child's peak
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            self._inputs = {size: pool.submit(make_input, scratch, size).result() for size in sorted(sizes, reverse=True)}
+            self._inputs = {
+                size: pool.submit(make_input, scratch, size).result()
+                for size in sorted(sizes, reverse=True)
+            }
             self._model = pool.submit(make_model, scratch, model).result()
-            self._references = {size: pool.submit(make_reference, scratch, self._model, size).result() for size in sizes}
+            self._references = {
+                size: pool.submit(make_reference, scratch, self._model, size).result()
+                for size in sizes
+            }
         self._environment = os.environ | QUIET | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        self._environment |= {"TORCHINDUCTOR_CACHE_DIR": str(scratch / "compiled"), "PYTHONPATH": str(HERE.parent)}
+        self._environment |= {
+            "TORCHINDUCTOR_CACHE_DIR": str(scratch / "compiled"),
+            "PYTHONPATH": str(HERE.parent),
+        }
 
     def measure(self, round_: int, peer: str, images: int) -> Run:
         """One run, judged. Raises RuntimeError, naming the peer, when it fails, is late or does not pass the gate."""
         out, log = self._scratch / "out", self._scratch / f"{peer}.log"
         shutil.rmtree(out, ignore_errors=True)
         kind, command = PEERS[peer]
-        fill = {"images": self._inputs[images] / kind, "out": out, "model": self._model, "batch": self._batch}
-        argv = [str(HERE / word) if word.startswith("peers/") else word.format(**fill) for word in command.split()]
+        fill = {
+            "images": self._inputs[images] / kind,
+            "out": out,
+            "model": self._model,
+            "batch": self._batch,
+        }
+        argv = [
+            str(HERE / word) if word.startswith("peers/") else word.format(**fill)
+            for word in command.split()
+        ]
         time.sleep(1)  # Ray's processes of the command before leave a moment after it
         left = self._deadline - time.monotonic()
         if left <= 0:
@@ -313,9 +369,16 @@ def machine() -> dict[str, object]:
     from importlib.metadata import version
 
     with open("/proc/cpuinfo", encoding="ascii", errors="replace") as stream:
-        cpu = next((line.partition(":")[2].strip() for line in stream if line.startswith("model name")), platform.machine())
+        cpu = next(
+            (line.partition(":")[2].strip() for line in stream if line.startswith("model name")),
+            platform.machine(),
+        )
     names = ["vitray", "torch", "transformers", "ray", "daft", "pyarrow", "pillow", "simplejpeg"]
-    return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "versions": {name: version(name) for name in names}}
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "versions": {name: version(name) for name in names},
+    }
 
 
 def read_lines(file: Path) -> tuple[dict[str, object], list[Run]]:
@@ -324,12 +387,25 @@ def read_lines(file: Path) -> tuple[dict[str, object], list[Run]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", choices=BATCHES, default="vit-tiny")
-    parser.add_argument("--sizes", type=lambda text: sorted(map(int, text.split(","))), help="two numbers of images (by model)")
-    parser.add_argument("--peers", type=lambda text: text.split(","), default=list(PEERS), help=",".join(PEERS))
+    parser.add_argument(
+        "--sizes",
+        type=lambda text: sorted(map(int, text.split(","))),
+        help="two numbers of images (by model)",
+    )
+    parser.add_argument(
+        "--peers", type=lambda text: text.split(","), default=list(PEERS), help=",".join(PEERS)
+    )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--deadline", type=float, default=3600, help="seconds for everything; what is finished then is kept")
+    parser.add_argument(
+        "--deadline",
+        type=float,
+        default=3600,
+        help="seconds for everything; what is finished then is kept",
+    )
     parser.add_argument("--scratch", type=Path, default=Path("bench"))
     parser.add_argument("--out", type=Path, help="JSON lines (default: SCRATCH/MODEL.jsonl)")
     parser.add_argument("--table", type=Path, help="print the table of such a file and leave")
@@ -346,15 +422,28 @@ def main() -> None:
     scratch.mkdir(parents=True, exist_ok=True)
     bench, runs = Bench(scratch, args.model, [WARM_UP, small, large], deadline), []
     out = args.out or scratch / f"{args.model}.jsonl"
-    about = {"model": args.model, "sizes": [small, large], "batch": BATCHES[args.model], **machine()}
+    about = {
+        "model": args.model,
+        "sizes": [small, large],
+        "batch": BATCHES[args.model],
+        **machine(),
+    }
     out.write_text(json.dumps(about) + "\n")
     plan = [(0, peer, WARM_UP) for peer in args.peers]
-    plan += [(n, peer, size) for n in range(1, args.rounds + 1) for peer in args.peers for size in (small, large)]
+    plan += [
+        (n, peer, size)
+        for n in range(1, args.rounds + 1)
+        for peer in args.peers
+        for size in (small, large)
+    ]
     failed = ""
     try:
         for round_, peer, images in plan:
             run = bench.measure(round_, peer, images)
-            print(f"round {round_} {peer}: {images} images, {run.seconds:.1f} s, labels {run.agreement:.4f}", flush=True)
+            print(
+                f"round {round_} {peer}: {images} images, {run.seconds:.1f} s, labels {run.agreement:.4f}",
+                flush=True,
+            )
             if round_:
                 runs.append(run)
                 with out.open("a") as stream:

@@ -37,17 +37,25 @@ def products(layer: torch.nn.Module, x: torch.Tensor) -> float:
 
 
 def main(directory: str, rounds: int, engine: str = "torch", compiled: str = "") -> None:
-    job = Job(source=["in"], out="out", model=directory, precision="bf16", engine=engine, device="cpu")
+    job = Job(
+        source=["in"], out="out", model=directory, precision="bf16", engine=engine, device="cpu"
+    )
     spec = identify(job)
     rows, inputs, outputs = SHAPES["cpu"]
     linear = torch.nn.Linear(inputs, outputs, dtype=torch.bfloat16)
     layer = PackedLinear(linear, None) if can_pack(torch.bfloat16) else linear
     x = torch.randn(rows, inputs, dtype=torch.bfloat16)
-    images = 2.0 * rows * inputs * outputs / flop_per_image(spec)  # whose products one product equals
-    pixels = np.random.default_rng(0).integers(0, 256, (4 * spec.batch_size, *spec.pixels.shape, 3), dtype=np.uint8)
+    images = (
+        2.0 * rows * inputs * outputs / flop_per_image(spec)
+    )  # whose products one product equals
+    pixels = np.random.default_rng(0).integers(
+        0, 256, (4 * spec.batch_size, *spec.pixels.shape, 3), dtype=np.uint8
+    )
     shares = []
     with torch_threads_kept(), ThreadPoolExecutor(CALLERS) as pool:
-        model = open_model(spec, vector_columns(job, spec), job.top_k, True, "cpu", cores(), bool(compiled))
+        model = open_model(
+            spec, vector_columns(job, spec), job.top_k, True, "cpu", cores(), bool(compiled)
+        )
         model.predict(pixels)
         for turn in range(rounds + 1):
             before = products(layer, x)
@@ -57,7 +65,10 @@ def main(directory: str, rounds: int, engine: str = "torch", compiled: str = "")
             ceiling = images * (before + products(layer, x)) / 2
             if turn:  # the first warms up
                 shares.append(rate / ceiling)
-                print(f"model {rate:6.1f} images/s, ceiling {ceiling:6.1f}, share {rate / ceiling:.2f}", flush=True)
+                print(
+                    f"model {rate:6.1f} images/s, ceiling {ceiling:6.1f}, share {rate / ceiling:.2f}",
+                    flush=True,
+                )
     print(f"median {statistics.median(shares):.2f} ({min(shares):.2f}..{max(shares):.2f})")
 
 

@@ -23,7 +23,15 @@ from bench_peers import make_input, make_model
 
 WIDTH, BLOCKS, STEPS, EXAMPLES = 384, 4, 300, 3000
 SMALL, LARGE = 64, 320
-HOWS = ["onnx", "onnx --fp16", "onnx --int8", "onnx --int8-weights", "onnx --int4-weights", "openvino", "openvino --fp16"]
+HOWS = [
+    "onnx",
+    "onnx --fp16",
+    "onnx --int8",
+    "onnx --int8-weights",
+    "onnx --int4-weights",
+    "openvino",
+    "openvino --fp16",
+]
 HOWS += ["openvino --int8", "openvino --int8-weights", "openvino --int4-weights", "torch-export"]
 
 
@@ -36,22 +44,36 @@ def train(folder: Path) -> None:
 
     pixels, kinds = shapes._examples(np.random.default_rng(0), EXAMPLES)
     torch.manual_seed(0)
-    side = {"image_size": 32, "patch_size": 8, "hidden_size": WIDTH, "num_hidden_layers": BLOCKS, "num_attention_heads": 6}
-    model = ViTForImageClassification(ViTConfig(**side, intermediate_size=4 * WIDTH, id2label=dict(enumerate(shapes.NAMES))))
+    side = {
+        "image_size": 32,
+        "patch_size": 8,
+        "hidden_size": WIDTH,
+        "num_hidden_layers": BLOCKS,
+        "num_attention_heads": 6,
+    }
+    model = ViTForImageClassification(
+        ViTConfig(**side, intermediate_size=4 * WIDTH, id2label=dict(enumerate(shapes.NAMES)))
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-4, total_steps=STEPS)
     for _ in range(STEPS):
         chosen = torch.randint(len(kinds), (64,))
-        loss = torch.nn.functional.cross_entropy(model(pixel_values=pixels[chosen]).logits, kinds[chosen])
+        loss = torch.nn.functional.cross_entropy(
+            model(pixel_values=pixels[chosen]).logits, kinds[chosen]
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
     unseen, truth = shapes._examples(np.random.default_rng(1), 600)
     with torch.inference_mode():
-        print(f"accuracy {(model.eval()(pixel_values=unseen).logits.argmax(-1) == truth).float().mean():.4f} on unseen shapes")
+        print(
+            f"accuracy {(model.eval()(pixel_values=unseen).logits.argmax(-1) == truth).float().mean():.4f} on unseen shapes"
+        )
     model.save_pretrained(folder)
-    ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(folder)
+    ViTImageProcessorPil(
+        size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    ).save_pretrained(folder)
 
 
 def draw(folder: Path, count: int = 800) -> None:
@@ -64,7 +86,9 @@ def draw(folder: Path, count: int = 800) -> None:
 
 
 def vitray(*argv: object) -> str:
-    done = subprocess.run([sys.executable, "-m", "vitray", *map(str, argv)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "vitray", *map(str, argv)], capture_output=True, text=True
+    )
     if done.returncode:
         sys.exit(done.stderr)
     return done.stdout
@@ -73,7 +97,19 @@ def vitray(*argv: object) -> str:
 def export(model: Path, how: str, images: Path, into: Path) -> str:
     shutil.rmtree(into, ignore_errors=True)
     to, *more = how.split()
-    return vitray("export", model, "--to", to, *more, "--calibrate", images, "--into", into, "--set", "precision=auto")
+    return vitray(
+        "export",
+        model,
+        "--to",
+        to,
+        *more,
+        "--calibrate",
+        images,
+        "--into",
+        into,
+        "--set",
+        "precision=auto",
+    )
 
 
 def trained(scratch: Path, hows: list[str]) -> None:
@@ -89,8 +125,15 @@ def handwritten(scratch: Path, hows: list[str]) -> None:
     model, images = scratch / "digits", scratch / "digits-unseen"
     if not images.exists():
         source = digits.tar(scratch / "digits.tar", digits.few(digits.TRAINED))
-        config = {**digits.SCRATCH, "source": source, "model": digits.model(scratch / "digits-config"), "out": model}
-        (scratch / "digits.yaml").write_text("".join(f"{name}: {value}\n" for name, value in config.items()))
+        config = {
+            **digits.SCRATCH,
+            "source": source,
+            "model": digits.model(scratch / "digits-config"),
+            "out": model,
+        }
+        (scratch / "digits.yaml").write_text(
+            "".join(f"{name}: {value}\n" for name, value in config.items())
+        )
         print(vitray("finetune", scratch / "digits.yaml"), flush=True)
         digits.folders(images, digits.few(1000, skip=digits.TRAINED))
     for how in hows:
@@ -98,8 +141,13 @@ def handwritten(scratch: Path, hows: list[str]) -> None:
 
 
 def line(scratch: Path, hows: list[str], rounds: int) -> None:
-    model, inputs = make_model(scratch, "vit-b"), [make_input(scratch, n) / "loose" for n in (SMALL, LARGE)]
-    choices: dict[str, tuple[Path, list[str]]] = {"torch bf16": (model, ["--set", "engine=torch", "--set", "precision=bf16"])}
+    model, inputs = (
+        make_model(scratch, "vit-b"),
+        [make_input(scratch, n) / "loose" for n in (SMALL, LARGE)],
+    )
+    choices: dict[str, tuple[Path, list[str]]] = {
+        "torch bf16": (model, ["--set", "engine=torch", "--set", "precision=bf16"])
+    }
     for how in hows:
         into = scratch / how.replace(" ", "")
         if not into.exists():
@@ -112,13 +160,28 @@ def line(scratch: Path, hows: list[str], rounds: int) -> None:
             for images in inputs:
                 shutil.rmtree(scratch / "out", ignore_errors=True)
                 started = time.perf_counter()
-                vitray("run", images, "--model", path, "--out", scratch / "out", "--set", "device=cpu", *more)
+                vitray(
+                    "run",
+                    images,
+                    "--model",
+                    path,
+                    "--out",
+                    scratch / "out",
+                    "--set",
+                    "device=cpu",
+                    *more,
+                )
                 took.append(time.perf_counter() - started)
             rates[name].append((LARGE - SMALL) / (took[1] - took[0]))
-            print(f"{name}: {rates[name][-1]:.2f} images/s (commands of {took[0]:.1f} and {took[1]:.1f} s)", flush=True)
+            print(
+                f"{name}: {rates[name][-1]:.2f} images/s (commands of {took[0]:.1f} and {took[1]:.1f} s)",
+                flush=True,
+            )
     for name, found in rates.items():
         times = [a / b for a, b in zip(found, rates["torch bf16"])]
-        print(f"{name}: median {statistics.median(found):.2f} images/s, {statistics.median(times):.2f} times torch bf16")
+        print(
+            f"{name}: median {statistics.median(found):.2f} images/s, {statistics.median(times):.2f} times torch bf16"
+        )
 
 
 if __name__ == "__main__":

@@ -42,7 +42,9 @@ KINDS: dict[str, Callable[[], bytes]] = {
     "png, RGBA": lambda: encoded(noise("RGBA"), "png", compress_level=1),
     "png, 16-bit gray": lambda: encoded(noise("I;16"), "png", compress_level=1),
     "png, one colour": lambda: encoded(Image.new("RGBA", (SIDE, SIDE)), "png"),
-    "webp, lossless": lambda: encoded(Image.new("RGB", (SIDE, SIDE), (1, 2, 3)), "webp", lossless=True, method=0),
+    "webp, lossless": lambda: encoded(
+        Image.new("RGB", (SIDE, SIDE), (1, 2, 3)), "webp", lossless=True, method=0
+    ),
     "webp, lossy": lambda: encoded(noise("RGB").reduce(2).resize((SIDE, SIDE)), "webp", method=0),
     "gif": lambda: encoded(noise("L"), "gif"),
     "tiff, LZW": lambda: encoded(noise("RGB"), "tiff", compression="tiff_lzw"),
@@ -58,13 +60,17 @@ def _status(name: str) -> float:
 def measure(data: bytes, answers: SimpleQueue[tuple[float, float, str]]) -> None:
     Image.MAX_IMAGE_PIXELS = None
     wanted, into = spec("exact"), np.empty((224, 224, 3), np.uint8)
-    wanted = wanted.__class__(wanted.pixels, ("jpeg", "png", "webp", "gif", "tiff", "bmp"), 50_000_000, None, "exact")
+    wanted = wanted.__class__(
+        wanted.pixels, ("jpeg", "png", "webp", "gif", "tiff", "bmp"), 50_000_000, None, "exact"
+    )
     decode_one(encoded(Image.new("RGB", (8, 8)), "png"), wanted, into)
     with open("/proc/self/clear_refs", "w", encoding="ascii") as clear:
         clear.write("5")  # the peak begins anew
     before, started = _status("VmRSS"), time.process_time()
     outcome = decode_one(data, wanted, into)
-    answers.put((time.process_time() - started, _status("VmHWM") - before, outcome.reason or "decoded"))
+    answers.put(
+        (time.process_time() - started, _status("VmHWM") - before, outcome.reason or "decoded")
+    )
 
 
 def main() -> None:
@@ -75,7 +81,10 @@ def main() -> None:
         process.start()
         seconds, megabytes, what = answers.get()
         process.join()
-        print(f"{kind:20} {len(data) / 1e6:7.1f} MB  {seconds:5.2f} s of CPU  {megabytes:6.0f} MB  {what}", flush=True)
+        print(
+            f"{kind:20} {len(data) / 1e6:7.1f} MB  {seconds:5.2f} s of CPU  {megabytes:6.0f} MB  {what}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

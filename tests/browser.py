@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+BROWSER = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 WAIT_S = 60.0
 
 
@@ -36,12 +38,16 @@ class Browser:
         flags = f"--headless=new --no-sandbox --disable-gpu --hide-scrollbars --remote-debugging-pipe --user-data-dir={profile}"
         # Chromium reads from 3 and writes to 4
         line = f"exec {BROWSER} {flags} --no-first-run 3<&{theirs_in} 4>&{theirs_out}"
-        self._process = subprocess.Popen(["bash", "-c", line], pass_fds=(theirs_in, theirs_out), stderr=subprocess.DEVNULL)
+        self._process = subprocess.Popen(
+            ["bash", "-c", line], pass_fds=(theirs_in, theirs_out), stderr=subprocess.DEVNULL
+        )
         os.close(theirs_in)
         os.close(theirs_out)
         self._held, self._number, self._events = b"", 0, list[dict[str, Any]]()
 
-    def visit(self, page: Path, width: int, values: tuple[str, ...] = (), scheme: str = "light") -> Visit:
+    def visit(
+        self, page: Path, width: int, values: tuple[str, ...] = (), scheme: str = "light"
+    ) -> Visit:
         """Open a page in a tab of its own, so wide. values: expressions to evaluate in it."""
         self._events.clear()
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
@@ -50,13 +56,19 @@ class Browser:
             self._call(f"{domain}.enable", tab)
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
         self._call("Emulation.setDeviceMetricsOverride", tab, **size)
-        self._call("Emulation.setEmulatedMedia", tab, features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self._call(
+            "Emulation.setEmulatedMedia",
+            tab,
+            features=[{"name": "prefers-color-scheme", "value": scheme}],
+        )
         self._call("Page.navigate", tab, url=page.as_uri())
         while not any(event["method"] == "Page.loadEventFired" for event in self._events):
             self._read()
         found = Visit()
         found.values = [self._evaluate(tab, value) for value in values]
-        found.width = self._evaluate(tab, "Math.max(document.documentElement.scrollWidth, document.body.scrollWidth)")
+        found.width = self._evaluate(
+            tab, "Math.max(document.documentElement.scrollWidth, document.body.scrollWidth)"
+        )
         shot = self._call("Page.captureScreenshot", tab, captureBeyondViewport=True)
         found.picture = base64.b64decode(shot["data"])
         for event in self._events:
@@ -64,7 +76,9 @@ class Browser:
             match event["method"]:
                 case "Network.requestWillBeSent":
                     url = told["request"]["url"]
-                    found.requests += [] if url == page.as_uri() or url.startswith("data:") else [url]
+                    found.requests += (
+                        [] if url == page.as_uri() or url.startswith("data:") else [url]
+                    )
                 case "Runtime.consoleAPICalled" | "Runtime.exceptionThrown" | "Log.entryAdded":
                     found.said.append(json.dumps(told))
                 case "Page.javascriptDialogOpening":
@@ -79,11 +93,18 @@ class Browser:
         os.close(self._from)
 
     def _evaluate(self, tab: str, expression: str) -> Any:
-        return self._call("Runtime.evaluate", tab, expression=expression, returnByValue=True)["result"].get("value")
+        return self._call("Runtime.evaluate", tab, expression=expression, returnByValue=True)[
+            "result"
+        ].get("value")
 
     def _call(self, method: str, tab: str | None = None, **arguments: object) -> dict[str, Any]:
         self._number += 1
-        message = {"id": self._number, "method": method, "params": arguments, **({"sessionId": tab} if tab else {})}
+        message = {
+            "id": self._number,
+            "method": method,
+            "params": arguments,
+            **({"sessionId": tab} if tab else {}),
+        }
         os.write(self._to, json.dumps(message).encode() + b"\0")
         while (answer := self._read()).get("id") != self._number:
             pass

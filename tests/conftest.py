@@ -23,7 +23,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # threads of tiny products wait for each other where several processes share the cores: a training took 31 s instead of 5
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-KEYS = {"AWS_ACCESS_KEY_ID": "AKTEST", "AWS_SECRET_ACCESS_KEY": "SKTEST", "AWS_DEFAULT_REGION": "us-east-1"}
+KEYS = {
+    "AWS_ACCESS_KEY_ID": "AKTEST",
+    "AWS_SECRET_ACCESS_KEY": "SKTEST",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
 RGW = Path(__file__).with_name("rgw.sh")
 
 
@@ -32,7 +36,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         marks = {mark.name for mark in item.iter_markers()}
         if "ray" in marks:
-            item.add_marker(pytest.mark.xdist_group("ray" if "ray" in getattr(item, "fixturenames", ()) else item.path.stem))
+            item.add_marker(
+                pytest.mark.xdist_group(
+                    "ray" if "ray" in getattr(item, "fixturenames", ()) else item.path.stem
+                )
+            )
         elif "s3" in marks:
             item.add_marker(pytest.mark.xdist_group("s3"))
 
@@ -98,17 +106,25 @@ def real_s3() -> Iterator[str]:
     if given := os.environ.get("VITRAY_TEST_S3"):
         yield given
         return
-    if not all(shutil.which(name) for name in ("radosgw", "ceph-mon", "ceph-osd", "ceph", "monmaptool")):
+    if not all(
+        shutil.which(name) for name in ("radosgw", "ceph-mon", "ceph-osd", "ceph", "monmaptool")
+    ):
         if os.environ.get("VITRAY_REQUIRE_S3"):
-            pytest.fail("VITRAY_REQUIRE_S3 is set, but radosgw, ceph-mon and ceph-osd are not installed")
+            pytest.fail(
+                "VITRAY_REQUIRE_S3 is set, but radosgw, ceph-mon and ceph-osd are not installed"
+            )
         pytest.skip("no real S3 server: set VITRAY_TEST_S3, or install radosgw ceph-mon ceph-osd")
     folder = f"/tmp/vitray-rgw-{uuid.uuid4().hex[:8]}"  # short: unix sockets live in it
     port, mon = free_port(), free_port()
-    subprocess.run(["bash", str(RGW), folder, str(port), str(mon), "start"], check=True, timeout=180)
+    subprocess.run(
+        ["bash", str(RGW), folder, str(port), str(mon), "start"], check=True, timeout=180
+    )
     try:
         yield f"http://127.0.0.1:{port}"
     finally:
-        subprocess.run(["bash", str(RGW), folder, str(port), str(mon), "stop"], check=False, timeout=60)
+        subprocess.run(
+            ["bash", str(RGW), folder, str(port), str(mon), "stop"], check=False, timeout=60
+        )
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,20 @@ from PIL import Image
 
 from vitray.operations.demo import write_tar
 
-CONFIG: dict[str, object] = {"label": "cls", "flip": False, "crop": 0.6, "lr": 2e-3, "batch_size": 64}
-SCRATCH: dict[str, object] = {**CONFIG, "train": "full", "init": "scratch", "epochs": 60, "label_smoothing": 0.1}
+CONFIG: dict[str, object] = {
+    "label": "cls",
+    "flip": False,
+    "crop": 0.6,
+    "lr": 2e-3,
+    "batch_size": 64,
+}
+SCRATCH: dict[str, object] = {
+    **CONFIG,
+    "train": "full",
+    "init": "scratch",
+    "epochs": 60,
+    "label_smoothing": 0.1,
+}
 TRAINED = 120  # of each digit; the other 60 or so are for judging
 
 
@@ -55,17 +67,30 @@ def folders(root: Path, chosen: Iterable[int]) -> str:
 def few(count: int, digits: Iterable[int] = range(10), skip: int = 0) -> list[int]:
     """The first `count` of each digit, behind the first `skip`."""
     _, labels = load()
-    return sorted(n for digit in digits for n in np.flatnonzero(labels == digit)[skip : skip + count].tolist())
+    return sorted(
+        n for digit in digits for n in np.flatnonzero(labels == digit)[skip : skip + count].tolist()
+    )
 
 
 def model(directory: Path, width: int = 64, layers: int = 4) -> str:
     """config.json and processor of a ViT for 16 x 16 pixels; no weights."""
     from transformers import ViTConfig, ViTImageProcessorPil
 
-    sizes = {"image_size": 16, "patch_size": 4, "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 4}
-    ViTConfig(**sizes, intermediate_size=2 * width, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).save_pretrained(
-        directory
+    sizes = {
+        "image_size": 16,
+        "patch_size": 4,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+    }
+    ViTConfig(
+        **sizes,
+        intermediate_size=2 * width,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    ).save_pretrained(directory)
+    processor = ViTImageProcessorPil(
+        size={"height": 16, "width": 16}, resample=2, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
-    processor = ViTImageProcessorPil(size={"height": 16, "width": 16}, resample=2, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     processor.save_pretrained(directory)
     return str(directory)

@@ -51,15 +51,25 @@ def make(
         members = {f"{i:04d}.jpg": f"image {n} {i}".encode() for i in range(len(shown.keys))}
         hand_made.write_tar(folder / "in" / f"s-{n:03d}.tar", members)
     named = ["embedding"] if not more else [f"embedding_{name}" for name in ("first", *more)]
-    embeddings = [{"dtype": dtype, "name": name.removeprefix("embedding").lstrip("_")} for name in named]
+    embeddings = [
+        {"dtype": dtype, "name": name.removeprefix("embedding").lstrip("_")} for name in named
+    ]
     job = hand_made.job_of(folder, embeddings=embeddings, keep=list(keep))
     dimension = shards[0].vectors.shape[1]
     spec = replace(hand_made.spec_of(job.model), dimension=dimension)
     columns = [VectorColumn(name, dimension, None, "cls", False, dtype) for name in named]
-    dataset = resolve_dataset(job, spec, columns, pa.schema([(name, pa.string()) for name in keep]), "2025-01-01T00:00:00+00:00")
+    dataset = resolve_dataset(
+        job,
+        spec,
+        columns,
+        pa.schema([(name, pa.string()) for name in keep]),
+        "2025-01-01T00:00:00+00:00",
+    )
     listed = list_shards(job, []).shards
     for shard, shown in list(zip(listed, shards))[:commit]:
-        images = [item for item in read_shard(shard, job, lambda _: True) if isinstance(item, Encoded)]
+        images = [
+            item for item in read_shard(shard, job, lambda _: True) if isinstance(item, Encoded)
+        ]
         rows = [_row(shard.id, image, shown, named, dtype) for image in images]
         rows = [{**row, **dict.fromkeys(keep, row["label"])} for row in rows]
         table = pa.Table.from_pylist(rows, schema=dataset.schema)
@@ -72,14 +82,28 @@ def make(
     return dataset
 
 
-def _row(shard: str, image: Encoded, shown: Shown, named: Sequence[str], dtype: str) -> dict[str, object]:
+def _row(
+    shard: str, image: Encoded, shown: Shown, named: Sequence[str], dtype: str
+) -> dict[str, object]:
     n = image.index % len(hand_made.CLASSES)
     return {
         **{"key": shown.keys[image.index], "shard": shard, "index": image.index, "uri": image.uri},
-        **{"width": 40, "height": 30, "format": "jpeg", "content_hash": content_hash(image.data or b"")},
+        **{
+            "width": 40,
+            "height": 30,
+            "format": "jpeg",
+            "content_hash": content_hash(image.data or b""),
+        },
         **{"label": hand_made.CLASSES[n], "label_id": n, "score": 0.75},
-        **{"top_labels": [hand_made.CLASSES[n], hand_made.CLASSES[n - 1]], "top_ids": [n, n - 1], "top_scores": [0.75, 0.25]},
-        **{name: (shown.vectors[image.index] * (at + 1)).astype(dtype) for at, name in enumerate(named)},
+        **{
+            "top_labels": [hand_made.CLASSES[n], hand_made.CLASSES[n - 1]],
+            "top_ids": [n, n - 1],
+            "top_scores": [0.75, 0.25],
+        },
+        **{
+            name: (shown.vectors[image.index] * (at + 1)).astype(dtype)
+            for at, name in enumerate(named)
+        },
     }
 
 

@@ -124,7 +124,11 @@ class MemoryStore:
 
     def find(self, prefix: str) -> list[ObjectInfo]:
         def work() -> list[ObjectInfo]:
-            return [self._info(url) for url in sorted(self.objects) if f"{url}/".startswith(f"{prefix}/")]
+            return [
+                self._info(url)
+                for url in sorted(self.objects)
+                if f"{url}/".startswith(f"{prefix}/")
+            ]
 
         found: list[ObjectInfo] = self._call(f"find {prefix}", FAULTS_OF_READS, work)
         return found
@@ -168,7 +172,10 @@ class _Execution:
         self.preemptions = self.faults = 0
         store.turn, store.answer = self._turn, self._answer
         self._current = 0
-        self.runs = [Run(threading.Thread(target=self._live, args=(n, work), daemon=True)) for n, work in enumerate(runs)]
+        self.runs = [
+            Run(threading.Thread(target=self._live, args=(n, work), daemon=True))
+            for n, work in enumerate(runs)
+        ]
         for n, run in enumerate(self.runs):  # one by one, up to its first call
             self._current = n
             run.thread.start()
@@ -185,7 +192,9 @@ class _Execution:
 
     def _wait(self) -> None:
         if not self._blocked.acquire(timeout=PATIENCE_S):
-            raise Violation(f"run {self._current} makes no call and does not end after {self.trace}")
+            raise Violation(
+                f"run {self._current} makes no call and does not end after {self.trace}"
+            )
 
     def _turn(self, what: str, faults: tuple[int, ...]) -> int:
         run = self.runs[self._current]
@@ -298,7 +307,9 @@ def explore(scenario: Scenario, bounds: Bounds) -> Found:
                     store.turn, store.answer = lambda *_: WELL, lambda _: None
                     scenario.check(store, execution.runs)
         except Violation as error:
-            raise Violation(f"{error}\nafter {len(seen)} states, by the choices {execution.trace}") from error
+            raise Violation(
+                f"{error}\nafter {len(seen)} states, by the choices {execution.trace}"
+            ) from error
         finally:
             execution.close()
     found.states = len(seen) + len(checked)

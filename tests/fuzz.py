@@ -36,7 +36,12 @@ def main(target: str, seconds: str, keep: str = "") -> None:
             print(f"{target}: the slowest input so far took {took:.3f} s", flush=True)
         assert took < SLOW_S, f"{took:.1f} s for one input"
 
-    options = [f"-max_total_time={seconds}", "-max_len=20000", "-timeout=60", "-print_final_stats=1"]
+    options = [
+        f"-max_total_time={seconds}",
+        "-max_len=20000",
+        "-timeout=60",
+        "-print_final_stats=1",
+    ]
     atheris.Setup([sys.argv[0], *options, f"-artifact_prefix={os.getcwd()}/", str(corpus)], once)
     atheris.Fuzz()
 

@@ -25,7 +25,13 @@ from vitray.sources import read_shard
 TARGETS = ("decode", "tar", "parquet")
 SLOW_S = 5.0
 FORMS = ("jpeg", "png", "webp", "gif", "tiff", "bmp")
-SPEC = DecodeSpec(PixelSpec((16, 16), 2, None, 1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), FORMS, 1_000_000, None, "exact")
+SPEC = DecodeSpec(
+    PixelSpec((16, 16), 2, None, 1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    FORMS,
+    1_000_000,
+    None,
+    "exact",
+)
 INTO = np.empty((16, 16, 3), np.uint8)
 SCRATCH = Path(tempfile.mkdtemp(prefix="vitray-fuzz-"))
 CORPUS = Path(__file__).with_name("data") / "fuzz"
@@ -51,7 +57,9 @@ def _check_read(form: str, data: bytes) -> None:
     path = SCRATCH / f"shard.{form}"
     path.write_bytes(data)
     status = path.stat()
-    shard = Shard("s-0-0", form, str(path), status.st_size, f"{status.st_size}-{status.st_mtime_ns}")
+    shard = Shard(
+        "s-0-0", form, str(path), status.st_size, f"{status.st_size}-{status.st_mtime_ns}"
+    )
     job = make_job({"source": [str(path)], "model": "m", "out": "o", "format": form})
     try:
         *rows, end = read_shard(shard, job, lambda index: True)
@@ -74,20 +82,26 @@ def seeds(target: str) -> list[bytes]:
         ("CMYK", "jpeg"),
     ):
         buffer = io.BytesIO()
-        Image.fromarray(rng.integers(0, 256, (24, 20, len(mode)), np.uint8).squeeze(), mode).save(buffer, form)
+        Image.fromarray(rng.integers(0, 256, (24, 20, len(mode)), np.uint8).squeeze(), mode).save(
+            buffer, form
+        )
         images.append(buffer.getvalue())
     if target == "decode":
         return images
     if target == "parquet":
         sink = pa.BufferOutputStream()
-        pq.write_table(pa.table({"image": images, "caption": [str(n) for n in range(len(images))]}), sink)
+        pq.write_table(
+            pa.table({"image": images, "caption": [str(n) for n in range(len(images))]}), sink
+        )
         return [sink.getvalue().to_pybytes()]
     tars = []
     for form in (tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w", format=form) as archive:
             for n, image in enumerate(images[:3]):
-                member = tarfile.TarInfo(f"{'long/' * 30 if form != tarfile.USTAR_FORMAT else ''}{n}.jpg")
+                member = tarfile.TarInfo(
+                    f"{'long/' * 30 if form != tarfile.USTAR_FORMAT else ''}{n}.jpg"
+                )
                 member.size = len(image)
                 archive.addfile(member, io.BytesIO(image))
         tars.append(buffer.getvalue())

@@ -59,11 +59,20 @@ class Check:
     def make_model(self, folder: str) -> str:
         import transformers
 
-        small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128, "patch_size": 8}
+        small = {
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 128,
+            "patch_size": 8,
+        }
         self.torch.manual_seed(0)
         # weights of 0.05 tell images apart; those of 0.02, the default, give nearly all the same label
         config = transformers.ViTConfig(
-            image_size=self.side, num_labels=1000, initializer_range=0.05, **(small if self.quick else {})
+            image_size=self.side,
+            num_labels=1000,
+            initializer_range=0.05,
+            **(small if self.quick else {}),
         )
         transformers.ViTForImageClassification(config).save_pretrained(folder)
         size = {"height": self.side, "width": self.side}
@@ -78,7 +87,13 @@ class Check:
 
         where = device or self.device
         job: Any = SimpleNamespace(
-            **{"model": self.model_dir, "revision": None, "labels": True, "labelled": True, "head": None},
+            **{
+                "model": self.model_dir,
+                "revision": None,
+                "labels": True,
+                "labelled": True,
+                "head": None,
+            },
             **{"device": where, "precision": precision},
             **{
                 "batch_size": batch or self.batch,
@@ -89,7 +104,9 @@ class Check:
             },
         )
         spec = identify(job)
-        model: Any = open_model(spec, vector_columns(job, spec), 5, True, where, os.cpu_count() or 1)
+        model: Any = open_model(
+            spec, vector_columns(job, spec), 5, True, where, os.cpu_count() or 1
+        )
         if where == "cpu":
             model._ring = Ring(CpuLanes(), (spec.batch_size, self.side, self.side, 3))
         return model
@@ -103,14 +120,18 @@ class Check:
         return forward
 
     def noise(self, count: int) -> Any:
-        pixels = self.np.random.default_rng(0).integers(0, 256, (count, self.side, self.side, 3), dtype="uint8")
+        pixels = self.np.random.default_rng(0).integers(
+            0, 256, (count, self.side, self.side, 3), dtype="uint8"
+        )
         return self.torch.from_numpy(pixels).to(self.device)
 
     def sync(self) -> None:
         if self.cuda:
             self.torch.cuda.synchronize()
 
-    def rates(self, variants: dict[str, tuple[int, Callable[[], object]]]) -> dict[str, dict[str, float]]:
+    def rates(
+        self, variants: dict[str, tuple[int, Callable[[], object]]]
+    ) -> dict[str, dict[str, float]]:
         """Images/s of each variant (how many images a call is, the call), in turn, by the wall clock up to the device's end."""
         took: dict[str, list[float]] = {}
         for number in range(self.rounds + 1):  # the first round warms up
@@ -121,7 +142,10 @@ class Check:
                 self.sync()
                 if number:
                     took.setdefault(name, []).append(images / (time.perf_counter() - started))
-        return {name: {"median": statistics.median(r), "least": min(r), "most": max(r)} for name, r in took.items()}
+        return {
+            name: {"median": statistics.median(r), "least": min(r), "most": max(r)}
+            for name, r in took.items()
+        }
 
     def passes(self, forward: Any, size: int) -> tuple[int, Callable[[], object]]:
         """Enough passes over a batch on the device that one call takes a third of a second on a fast GPU."""
@@ -144,7 +168,9 @@ def photos(count: int) -> list[bytes]:
     found = importlib.util.find_spec("skimage")
     folder = Path(found.origin).parent / "data" if found and found.origin else Path("/nowhere")
     whole = [
-        Image.open(p).convert("RGB") for p in (folder / n for n in ("chelsea.png", "coffee.png", "rocket.jpg")) if p.exists()
+        Image.open(p).convert("RGB")
+        for p in (folder / n for n in ("chelsea.png", "coffee.png", "rocket.jpg"))
+        if p.exists()
     ]
     made = []
     for n in range(count):
@@ -152,13 +178,20 @@ def photos(count: int) -> list[bytes]:
             source = whole[n % len(whole)]
             width = int(rng.integers(200, source.width * 3 // 4))
             height = min(source.height, width * 3 // 4)
-            left, top = rng.integers(0, source.width - width), rng.integers(0, source.height - height + 1)
-            image = source.crop((left, top, left + width, top + height)).resize((500, 375), Image.Resampling.BICUBIC)
+            left, top = (
+                rng.integers(0, source.width - width),
+                rng.integers(0, source.height - height + 1),
+            )
+            image = source.crop((left, top, left + width, top + height)).resize(
+                (500, 375), Image.Resampling.BICUBIC
+            )
         else:
             blotches = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(
                 (500, 375), Image.Resampling.BICUBIC
             )
-            image = Image.fromarray((np.asarray(blotches) * 0.9 + rng.integers(0, 25, (375, 500, 1))).astype(np.uint8))
+            image = Image.fromarray(
+                (np.asarray(blotches) * 0.9 + rng.integers(0, 25, (375, 500, 1))).astype(np.uint8)
+            )
         buffer = io.BytesIO()
         image.save(buffer, "jpeg", quality=90)
         made.append(buffer.getvalue())
@@ -186,11 +219,22 @@ def agreement(found: Any, expected: Any) -> dict[str, float]:
 def matmul(check: Check) -> dict[str, Any]:
     """The best rate of a bf16 matrix product on random data: the ceiling of all that follows."""
     torch, best = check.torch, {}
-    shapes = [(64, 64, 64)] if check.quick else [(8192, 8192, 8192), (50432, 768, 3072), (50432, 3072, 768), (16384, 4096, 8192)]
+    shapes = (
+        [(64, 64, 64)]
+        if check.quick
+        else [(8192, 8192, 8192), (50432, 768, 3072), (50432, 3072, 768), (16384, 4096, 8192)]
+    )
     for m, k, n in shapes:
-        a, b = torch.randn(m, k, device=check.device).bfloat16(), torch.randn(k, n, device=check.device).bfloat16()
-        times = 1 if check.quick else max(1, int(2e14 / (2 * m * k * n)))  # a third of a second on a fast GPU
-        rate = check.rates({"x": (times, lambda a=a, b=b, times=times: [a @ b for _ in range(times)])})["x"]
+        a, b = (
+            torch.randn(m, k, device=check.device).bfloat16(),
+            torch.randn(k, n, device=check.device).bfloat16(),
+        )
+        times = (
+            1 if check.quick else max(1, int(2e14 / (2 * m * k * n)))
+        )  # a third of a second on a fast GPU
+        rate = check.rates(
+            {"x": (times, lambda a=a, b=b, times=times: [a @ b for _ in range(times)])}
+        )["x"]
         best[f"{m}x{k}x{n}"] = rate["median"] * 2 * m * k * n / 1e12
     top = max(best.values())
     check.found["ceiling"] = top * 1e3 / GFLOP
@@ -241,10 +285,16 @@ def ring(check: Check) -> dict[str, Any]:
     with ThreadPoolExecutor(4) as pool:
         found += pool.map(model.predict, [pixels] * 8)
     same = [
-        bool(np.array_equal(f.ids, expected.ids) and np.array_equal(f.vectors["embedding"], expected.vectors["embedding"]))
+        bool(
+            np.array_equal(f.ids, expected.ids)
+            and np.array_equal(f.vectors["embedding"], expected.vectors["embedding"])
+        )
         for f in found
     ]
-    return {"equal": all(same), "least_agreement": min(agreement(f, expected)["cosine"] for f in found)}
+    return {
+        "equal": all(same),
+        "least_agreement": min(agreement(f, expected)["cosine"] for f in found),
+    }
 
 
 def pixels_to_rows(check: Check) -> dict[str, Any]:
@@ -268,12 +318,24 @@ def pixels_to_rows(check: Check) -> dict[str, Any]:
         }
     )
     check.found["model"] = rates["model"]["median"]
-    shares = {f"{name} / model": rates[name]["median"] / rates["model"]["median"] for name in ("one call", "actor")}
-    return {"images_s": rates, **shares, **of_ceiling(check, rates["model"]), "recompiled": dict(counters) != frames}
+    shares = {
+        f"{name} / model": rates[name]["median"] / rates["model"]["median"]
+        for name in ("one call", "actor")
+    }
+    return {
+        "images_s": rates,
+        **shares,
+        **of_ceiling(check, rates["model"]),
+        "recompiled": dict(counters) != frames,
+    }
 
 
 def of_ceiling(check: Check, rate: dict[str, float]) -> dict[str, float]:
-    return {"model / ceiling": rate["median"] / check.found["ceiling"]} if "ceiling" in check.found else {}
+    return (
+        {"model / ceiling": rate["median"] / check.found["ceiling"]}
+        if "ceiling" in check.found
+        else {}
+    )
 
 
 def model_only(check: Check) -> dict[str, Any]:
@@ -288,10 +350,22 @@ def model_only(check: Check) -> dict[str, Any]:
         mixed = check.open("fp8") if check.torch.cuda.get_device_capability() >= (8, 9) else None
         if mixed is not None:
             variants[f"fp8 eager {check.batch}"] = check.passes(mixed._forward, check.batch)
-            wanted.append((f"fp8 compiled {check.batch}", lambda: check.compile(mixed, check.batch), check.batch))
+            wanted.append(
+                (
+                    f"fp8 compiled {check.batch}",
+                    lambda: check.compile(mixed, check.batch),
+                    check.batch,
+                )
+            )
         graphs = {"mode": "reduce-overhead"}
-        wanted += [(f"compiled {size}", partial(check.compile, plain, size), size) for size in (512, 128, 64)]
-        wanted += [(f"graphs {size}", partial(check.compile, plain, size, **graphs), size) for size in (64, check.batch)]
+        wanted += [
+            (f"compiled {size}", partial(check.compile, plain, size), size)
+            for size in (512, 128, 64)
+        ]
+        wanted += [
+            (f"graphs {size}", partial(check.compile, plain, size, **graphs), size)
+            for size in (64, check.batch)
+        ]
     for name, make, size in wanted:
         if check.args.deadline - time.monotonic() < 90:
             notes[name] = "no time left to compile it"
@@ -303,7 +377,9 @@ def model_only(check: Check) -> dict[str, Any]:
         except Exception as error:
             notes[name] = repr(error)[:300]
     rates = check.rates(variants)
-    shares = {name: of_ceiling(check, rate).get("model / ceiling", 0) for name, rate in rates.items()}
+    shares = {
+        name: of_ceiling(check, rate).get("model / ceiling", 0) for name, rate in rates.items()
+    }
     return {"images_s": rates, "of_ceiling": shares, "notes": notes}
 
 
@@ -318,7 +394,9 @@ def decoded(check: Check, mode: str, jpegs: list[bytes]) -> Any:
     from vitray.decoding.decode import decode
     from vitray.schema import Encoded
 
-    return decode([Encoded(n, "", "", data) for n, data in enumerate(jpegs)], spec_of(check.side, mode))[0]
+    return decode(
+        [Encoded(n, "", "", data) for n, data in enumerate(jpegs)], spec_of(check.side, mode)
+    )[0]
 
 
 def device_decoder(check: Check, mode: str, threads: int) -> Any:
@@ -330,7 +408,9 @@ def device_decoder(check: Check, mode: str, threads: int) -> Any:
     if check.cuda:
         return gpu_decode.open_decoder(spec.pixels, on_cpu, fit, threads, mode == "hybrid")
     resize = partial(gpu_decode.export_model, mode="bilinear")
-    return gpu_decode.DeviceDecoder(spec.pixels, "cpu", in_software, on_cpu, fit, resize, threads, mode == "hybrid")
+    return gpu_decode.DeviceDecoder(
+        spec.pixels, "cpu", in_software, on_cpu, fit, resize, threads, mode == "hybrid"
+    )
 
 
 def in_software(blobs: list[Any]) -> list[Any]:
@@ -339,7 +419,10 @@ def in_software(blobs: list[Any]) -> list[Any]:
     import torch
 
     try:
-        return [torch.from_numpy(simplejpeg.decode_jpeg(bytes(b), "RGB", strict=True)).permute(2, 0, 1) for b in blobs]
+        return [
+            torch.from_numpy(simplejpeg.decode_jpeg(bytes(b), "RGB", strict=True)).permute(2, 0, 1)
+            for b in blobs
+        ]
     except ValueError as error:
         raise RuntimeError("broken") from error
 
@@ -351,7 +434,9 @@ def start_worker(jpegs: list[bytes], side: int) -> None:
     from vitray.schema import Encoded
 
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    _worker.update(items=[Encoded(n, "", "", data) for n, data in enumerate(jpegs)], spec=spec_of(side, "fast"))
+    _worker.update(
+        items=[Encoded(n, "", "", data) for n, data in enumerate(jpegs)], spec=spec_of(side, "fast")
+    )
 
 
 def decode_into(name: str, start: int, count: int) -> str:
@@ -361,7 +446,9 @@ def decode_into(name: str, start: int, count: int) -> str:
     from vitray.decoding.decode import decode
 
     items = _worker["items"]
-    pixels, _ = decode([items[n % len(items)] for n in range(start, start + count)], _worker["spec"])
+    pixels, _ = decode(
+        [items[n % len(items)] for n in range(start, start + count)], _worker["spec"]
+    )
     memory = _worker.get(name) or _worker.setdefault(name, shared_memory.SharedMemory(name))
     np.frombuffer(memory.buf, np.uint8, pixels.size)[:] = pixels.reshape(-1)
     return name
@@ -372,7 +459,10 @@ def jpeg(check: Check) -> dict[str, Any]:
     np, model, cores = check.np, check.compiled or check.open("bf16"), os.cpu_count() or 1
     plain = partial(coded, check.jpegs)
     said: dict[str, Any] = {"cores": cores}
-    with ThreadPoolExecutor(ACTOR_THREADS) as actor, by_processes(check, cores) as (decode_only, to_rows):
+    with (
+        ThreadPoolExecutor(ACTOR_THREADS) as actor,
+        by_processes(check, cores) as (decode_only, to_rows),
+    ):
         images = check.batch * (2 if check.quick else 20)
         variants = {
             "decode cpu": (images, partial(decode_only, images)),
@@ -391,7 +481,11 @@ def jpeg(check: Check) -> dict[str, Any]:
                 list(actor.map(lambda at: decoder.decode(plain(at, check.batch)), starts))
 
             def rows(decoder: Any = decoder, starts: Any = starts) -> None:
-                list(actor.map(lambda at: model.predict(decoder.decode(plain(at, check.batch))[0]), starts))
+                list(
+                    actor.map(
+                        lambda at: model.predict(decoder.decode(plain(at, check.batch))[0]), starts
+                    )
+                )
 
             variants |= {f"decode {mode}": (images, only), f"rows {mode}": (images, rows)}
         rates = said["images_s"] = check.rates(variants)
@@ -401,7 +495,12 @@ def jpeg(check: Check) -> dict[str, Any]:
     some = check.jpegs[:128]
     exact, fast = (decoded(check, mode, some) for mode in ("exact", "fast"))
     expected = model.predict(exact)
-    pixels = {"fast": fast, **{mode: decoder.decode(coded(some, 0, len(some)))[0] for mode, decoder in decoders.items()}}
+    pixels = {
+        "fast": fast,
+        **{
+            mode: decoder.decode(coded(some, 0, len(some)))[0] for mode, decoder in decoders.items()
+        },
+    }
     for mode, found in pixels.items():
         there = found if isinstance(found, np.ndarray) else found.cpu().numpy()
         gap = np.abs(there.astype(np.int16) - exact)
@@ -410,7 +509,9 @@ def jpeg(check: Check) -> dict[str, Any]:
             "most": int(gap.max()),
             **agreement(model.predict(found), expected),
         }
-    said["bad_rows_agree"] = all(bad_rows(check, decoder) for decoder in decoders.values()) if decoders else None
+    said["bad_rows_agree"] = (
+        all(bad_rows(check, decoder) for decoder in decoders.values()) if decoders else None
+    )
     return said
 
 
@@ -430,9 +531,13 @@ def bad_rows(check: Check, decoder: Any) -> bool:
     images[2] = whole[:middle] + b"\xff\xd9"
     images[5] = whole[:middle] + b"\xff\x00" * 40 + whole[middle + 80 :]
     images[7] = whole[:700] + b"\xff\xd9"
-    _, outcomes = decode([Encoded(n, "", "", data) for n, data in enumerate(images)], spec_of(check.side, "fast"))
+    _, outcomes = decode(
+        [Encoded(n, "", "", data) for n, data in enumerate(images)], spec_of(check.side, "fast")
+    )
     _, bad = decoder.decode(coded(images, 0, len(images)))
-    return {n: o.reason for n, o in enumerate(outcomes) if o.reason} == {n: o.reason for n, o in bad.items()}
+    return {n: o.reason for n, o in enumerate(outcomes) if o.reason} == {
+        n: o.reason for n, o in bad.items()
+    }
 
 
 class by_processes:
@@ -440,13 +545,19 @@ class by_processes:
 
     def __init__(self, check: Check, cores: int) -> None:
         self.check, self.cores = check, cores
-        self.shape = (check.batch // 4, check.side, check.side, 3)  # small, so that a round has no long tail
+        self.shape = (
+            check.batch // 4,
+            check.side,
+            check.side,
+            3,
+        )  # small, so that a round has no long tail
 
     def __enter__(self) -> tuple[Callable[..., None], Callable[..., None]]:
         initial = (self.check.jpegs, self.check.side)
         self.pool = ProcessPoolExecutor(self.cores, get_context("spawn"), start_worker, initial)
         self.blocks = [
-            shared_memory.SharedMemory(create=True, size=int(self.check.np.prod(self.shape))) for _ in range(2 * self.cores)
+            shared_memory.SharedMemory(create=True, size=int(self.check.np.prod(self.shape)))
+            for _ in range(2 * self.cores)
         ]
         return self.decode_only, self.to_rows
 
@@ -464,7 +575,9 @@ class by_processes:
         """Four parts make a batch: an actor's fragment."""
         np, parts = (
             self.check.np,
-            self._parts(images, lambda block: np.frombuffer(block.buf, np.uint8).reshape(self.shape).copy()),
+            self._parts(
+                images, lambda block: np.frombuffer(block.buf, np.uint8).reshape(self.shape).copy()
+            ),
         )
         batches = iter(lambda: list(islice(parts, 4)), [])
         running: list[Any] = []
@@ -478,8 +591,14 @@ class by_processes:
     def _parts(self, images: int, take: Callable[[Any], Any]) -> Iterator[Any]:
         from concurrent.futures import FIRST_COMPLETED, wait
 
-        starts, names = iter(range(0, images, self.shape[0])), {block.name: block for block in self.blocks}
-        busy = {self.pool.submit(decode_into, name, at, self.shape[0]) for name, at in zip(names, starts)}
+        starts, names = (
+            iter(range(0, images, self.shape[0])),
+            {block.name: block for block in self.blocks},
+        )
+        busy = {
+            self.pool.submit(decode_into, name, at, self.shape[0])
+            for name, at in zip(names, starts)
+        }
         while busy:
             done, busy = wait(busy, return_when=FIRST_COMPLETED)
             for one in done:
@@ -497,32 +616,54 @@ def machine(torch: Any) -> dict[str, Any]:
     import transformers
 
     cpu = next(
-        (line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine()
+        (
+            line.partition(":")[2].strip()
+            for line in open("/proc/cpuinfo")
+            if line.startswith("model name")
+        ),
+        platform.machine(),
     )
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
+    versions = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
     return {"cpu": cpu, "cores": os.cpu_count(), "gpu": gpu, "cuda": torch.version.cuda, **versions}
 
 
 def show(value: Any, indent: str = "  ") -> None:
     for name, inner in value.items():
         if isinstance(inner, dict) and set(inner) == {"median", "least", "most"}:
-            print(f"{indent}{name:28s} {inner['median']:10.1f} images/s  ({inner['least']:.1f} .. {inner['most']:.1f})")
+            print(
+                f"{indent}{name:28s} {inner['median']:10.1f} images/s  ({inner['least']:.1f} .. {inner['most']:.1f})"
+            )
         elif isinstance(inner, dict):
             print(f"{indent}{name}")
             show(inner, indent + "  ")
         else:
-            print(f"{indent}{name:34s} {inner:.4f}" if isinstance(inner, float) else f"{indent}{name:34s} {inner}")
+            print(
+                f"{indent}{name:34s} {inner:.4f}"
+                if isinstance(inner, float)
+                else f"{indent}{name:34s} {inner}"
+            )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--quick", action="store_true", help="a small model and few images: does it run?")
+    parser.add_argument(
+        "--quick", action="store_true", help="a small model and few images: does it run?"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument(
-        "--minutes", type=float, default=7.5, help="no section, and no compilation, begins when it is nearly over"
+        "--minutes",
+        type=float,
+        default=7.5,
+        help="no section, and no compilation, begins when it is nearly over",
     )
     parser.add_argument("--only", nargs="*", choices=SECTIONS, default=list(SECTIONS))
     args = parser.parse_args()
@@ -538,17 +679,27 @@ def main() -> int:
         print("torch sees no CUDA device; --device cpu --quick runs without one")
         return 2
     torch._dynamo.config.recompile_limit = 64  # one code object, many batch sizes and precisions
-    report: dict[str, Any] = {"command": " ".join(sys.argv), "machine": machine(torch), "sections": {}}
+    report: dict[str, Any] = {
+        "command": " ".join(sys.argv),
+        "machine": machine(torch),
+        "sections": {},
+    }
     print(json.dumps(report["machine"]))
     args.out.mkdir(parents=True, exist_ok=True)
-    threading.Timer(60 * args.minutes + 25, lambda: os._exit(3)).start()  # a section that hangs: what was measured is written
+    threading.Timer(
+        60 * args.minutes + 25, lambda: os._exit(3)
+    ).start()  # a section that hangs: what was measured is written
     with tempfile.TemporaryDirectory() as folder:
         check = Check(args, folder)
         for name in args.only:
             started = time.monotonic()
             print(f"{name}: {SECTIONS[name].__doc__}", flush=True)
             try:
-                said = SECTIONS[name](check) if args.deadline - started > 45 or args.quick else {"skipped": "no time left"}
+                said = (
+                    SECTIONS[name](check)
+                    if args.deadline - started > 45 or args.quick
+                    else {"skipped": "no time left"}
+                )
             except Exception as error:
                 said = {"error": repr(error)[:500], "where": traceback.format_exc()[-1500:]}
             report["sections"][name] = {**said, "took_s": round(time.monotonic() - started, 1)}

@@ -10,10 +10,27 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from vitray.dataset import Dataset, Ledger, commit_shard, finish, resolve_dataset, write_end, write_fragment
+from vitray.dataset import (
+    Dataset,
+    Ledger,
+    commit_shard,
+    finish,
+    resolve_dataset,
+    write_end,
+    write_fragment,
+)
 from vitray.job import Job, make_job
-from vitray.schema import ERROR_SCHEMA, Encoded, End, ModelSpec, PixelSpec, Shard, VectorColumn, content_hash
-from vitray.sources import kept_schema, list_shards, read_shard
+from vitray.schema import (
+    ERROR_SCHEMA,
+    Encoded,
+    End,
+    ModelSpec,
+    PixelSpec,
+    Shard,
+    VectorColumn,
+    content_hash,
+)
+from vitray.sources import file_passthrough_schema, list_shards, read_shard
 
 CLASSES = ("cat", "dog", "emu")
 DIMENSION = 4
@@ -53,24 +70,45 @@ def write_tar(path: Path, members: dict[str, bytes]) -> None:
 def write_tars(folder: Path, count: int = 3) -> str:
     """Tars of IMAGES members each, unless there are some; returns the pattern that names them."""
     for n in range(0 if folder.exists() and any(folder.glob("*.tar")) else count):
-        write_tar(folder / f"s-{n:03d}.tar", {f"{n}/{i:02d}.jpg": f"image {n} {i}".encode() for i in range(IMAGES)})
+        write_tar(
+            folder / f"s-{n:03d}.tar",
+            {f"{n}/{i:02d}.jpg": f"image {n} {i}".encode() for i in range(IMAGES)},
+        )
     return f"{folder}/*.tar"
 
 
 def job_of(folder: Path, **fields: object) -> Job:
     """A job for tars in folder/in, to folder/out, with one vector of unit length."""
-    base = {"source": f"{folder}/in/*.tar", "model": str(folder / "model"), "out": str(folder / "out"), "engine": "torch"}
-    return make_job({**base, "precision": "fp32", "fragment_rows": 4, "top_k": 2, "embeddings": [{"normalize": True}], **fields})
+    base = {
+        "source": f"{folder}/in/*.tar",
+        "model": str(folder / "model"),
+        "out": str(folder / "out"),
+        "engine": "torch",
+    }
+    return make_job(
+        {
+            **base,
+            "precision": "fp32",
+            "fragment_rows": 4,
+            "top_k": 2,
+            "embeddings": [{"normalize": True}],
+            **fields,
+        }
+    )
 
 
-def make_dataset(folder: Path, commit: int | None = None, spec: ModelSpec | None = None, **fields: object) -> Dataset:
+def make_dataset(
+    folder: Path, commit: int | None = None, spec: ModelSpec | None = None, **fields: object
+) -> Dataset:
     """Three tars labelled by formula into folder/out. commit: only the first so many shards (and no manifest step)."""
     write_tars(folder / "in")
     job = job_of(folder, **fields)
     shards = list_shards(job, []).shards
     spec = spec or spec_of(job.model)
     vector = VectorColumn("embedding", spec.dimension, None, "cls", True, "float32")
-    dataset = resolve_dataset(job, spec, [vector], kept_schema(shards[0], job), "2025-01-01T00:00:00+00:00")
+    dataset = resolve_dataset(
+        job, spec, [vector], file_passthrough_schema(shards[0], job), "2025-01-01T00:00:00+00:00"
+    )
     for shard in shards[:commit]:
         stage(dataset, shard)
         assert commit_shard(dataset, shard) is not None
@@ -79,19 +117,27 @@ def make_dataset(folder: Path, commit: int | None = None, spec: ModelSpec | None
     return dataset
 
 
-def finish_with(dataset: Dataset, listed: Sequence[str], planned: Sequence[str], prune: bool = False) -> Ledger:
+def finish_with(
+    dataset: Dataset, listed: Sequence[str], planned: Sequence[str], prune: bool = False
+) -> Ledger:
     """The manifest step over a source that is listed so."""
     return finish(dataset, lambda: (listed, planned), prune)
 
 
 def stage(dataset: Dataset, shard: Shard) -> None:
     """Every fragment of a shard and its tail."""
-    images = [item for item in read_shard(shard, dataset.job, lambda _: True) if isinstance(item, Encoded)]
+    images = [
+        item for item in read_shard(shard, dataset.job, lambda _: True) if isinstance(item, Encoded)
+    ]
     step = dataset.fragment_rows
     for start in range(0, len(images), step):
         part = images[start : start + step]
-        rows = pa.Table.from_pylist([row(dataset, shard, i) for i in part if i.index != BAD], schema=dataset.schema)
-        errors = pa.Table.from_pylist([error(shard, i) for i in part if i.index == BAD], schema=ERROR_SCHEMA)
+        rows = pa.Table.from_pylist(
+            [row(dataset, shard, i) for i in part if i.index != BAD], schema=dataset.schema
+        )
+        errors = pa.Table.from_pylist(
+            [error(shard, i) for i in part if i.index == BAD], schema=ERROR_SCHEMA
+        )
         write_fragment(dataset, shard.id, (start, start + len(part)), rows, errors)
     write_end(dataset, shard.id, End(len(images)))
 
@@ -101,9 +147,18 @@ def row(dataset: Dataset, shard: Shard, image: Encoded) -> dict[str, object]:
     vector = np.arange(1, dataset.spec.dimension + 1, dtype=np.float32) + image.index
     return {
         **{"key": image.key, "shard": shard.id, "index": image.index, "uri": image.uri},
-        **{"width": 40, "height": 30, "format": "JPEG", "content_hash": content_hash(image.data or b"")},
+        **{
+            "width": 40,
+            "height": 30,
+            "format": "JPEG",
+            "content_hash": content_hash(image.data or b""),
+        },
         **{"label": classes[n], "label_id": n, "score": 0.75},
-        **{"top_labels": [classes[n], classes[n - 1]], "top_ids": [n, (n - 1) % len(classes)], "top_scores": [0.75, 0.25]},
+        **{
+            "top_labels": [classes[n], classes[n - 1]],
+            "top_ids": [n, (n - 1) % len(classes)],
+            "top_scores": [0.75, 0.25],
+        },
         "embedding": vector / np.linalg.norm(vector),
     }
 
@@ -111,4 +166,10 @@ def row(dataset: Dataset, shard: Shard, image: Encoded) -> dict[str, object]:
 def error(shard: Shard, image: Encoded) -> dict[str, object]:
     data = image.data or b""
     place = {"key": image.key, "shard": shard.id, "index": image.index, "uri": image.uri}
-    return {**place, "reason": "not_an_image", "message": "no", "content_hash": content_hash(data), "size_bytes": len(data)}
+    return {
+        **place,
+        "reason": "not_an_image",
+        "message": "no",
+        "content_hash": content_hash(data),
+        "size_bytes": len(data),
+    }

@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 import typer
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -31,99 +32,196 @@ from vitray.training.config import TrainingConfig
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference.md"
 IMAGE_COLUMNS = {
-    "key": "the sample's own name: in a tar the path up to a dot of the base name (`tar_keys`), else the key column, the image's path, or the row's "
-    "number. Need not be unique: (`shard`, `index`) is",
-    "shard": "id of the shard, which is the data file's name",
-    "index": "place of the image in its shard, from 0",
+    "key": "the sample's own name: in a tar the path up to a dot of the base name (`tar_keys`), "
+    "else the key column, the image's path, or the row's number. Need not be unique. "
+    "(`shard`, `index`) is unique.",
+    "shard": "id of the shard, which is the name of the data file",
+    "index": "position of the image in its shard, from 0",
     "uri": "the object that the image came from",
     "content_hash": "BLAKE2b of the encoded bytes, 16 bytes",
 }
 ROW_COLUMNS = {
-    "width": "of the original, in pixels, as its header says (before EXIF orientation)",
-    "height": "likewise",
+    "width": "width of the original in pixels, from its header (before EXIF orientation)",
+    "height": "height, likewise",
     "format": f"one of {', '.join(FORMATS)}, found by content",
     "label": "name of the best class",
     "label_id": "its number in the model",
-    "score": "softmax over the classes; sigmoid where the model has several labels an image or a single output, and of labels that a "
-    "SigLIP reads; the raw value of a regression",
+    "score": "softmax over the classes. Sigmoid if the model has several labels for an image or a "
+    "single output, and for labels that a SigLIP reads. The raw value of a regression.",
     "top_labels": "names of the `top_k` best classes, best first",
     "top_ids": "their numbers",
     "top_scores": "their scores",
 }
 ERROR_COLUMNS = {
     "reason": "one of the reasons below",
-    "message": "what the reader or the decoder said",
-    "size_bytes": "of the encoded image",
+    "message": "what the reader or the decoder reported",
+    "size_bytes": "size of the encoded image",
 }
 MANIFEST_COLUMNS = {
     "shard": "id of the shard",
     "url": "its input",
-    "source_version": "etag of the input; on a local disk size and time; of a group of files a hash over theirs",
-    "path": "of the data file, in the dataset",
-    "etag": "of the data file; empty on a local disk",
-    "size_bytes": "of the data file",
-    "rows": "good images",
-    "errors": "bad images",
-    "truncated_at": "byte at which the input was cut, null where it was whole",
-    "sha256": "of the data file",
-    "left_out": "what of the shard has no row, by reason, as JSON; null in manifests made before December 2026",
-    "image_members": "how many images came from tar members of each extension, as JSON; null likewise",
-    "state": "current; gone: the input is listed no more; outdated: the input changed, and is not committed anew yet",
+    "source_version": "etag of the input. On a local disk size and time. "
+    "For a group of files a hash over theirs.",
+    "path": "path of the data file in the dataset",
+    "etag": "etag of the data file; empty on a local disk",
+    "size_bytes": "size of the data file",
+    "rows": "number of good images",
+    "errors": "number of bad images",
+    "truncated_at": "byte at which the input was cut; null if it was whole",
+    "sha256": "hash of the data file",
+    "left_out": "what of the shard has no row, by reason, as JSON; "
+    "null in manifests made before December 2026",
+    "image_members": "number of images from tar members of each extension, as JSON; null likewise",
+    "state": "`current`. `gone`: the input is not listed any more. "
+    "`outdated`: the input changed, and its new version is not committed yet.",
 }
+SECTIONS = (
+    "Job",
+    "Embeddings",
+    "Training",
+    "Files of a dataset",
+    "Columns of `data/`",
+    "Columns of `_errors/`",
+    "Reasons",
+    "Left out",
+    "Manifest",
+    "Exit codes",
+    "Commands",
+    "Python",
+    "Metrics",
+)
+JOB = """
+The fields of a job file (YAML or JSON), of `--set`, and of `vitray.Job`.
+
+- An unknown field is refused, with the nearest known name.
+- Relative paths start at the directory where the command runs, also those in a job file.
+- Credentials are never fields. They come from the environment, a profile or a role.
+- `decode: gpu` and `hybrid` need a CUDA GPU and `vitray[gpu]`. See [run on GPUs](how-to/gpus.md).
+"""
+FILES = """
+    OUT/data/<shard>.parquet       rows of the good images
+    OUT/_errors/<shard>.parquet    rows of the bad images
+    OUT/_SUCCESS.json              exists exactly while nothing is pending
+    OUT/_vitray/                   the job, the manifest, run records, and what is staged
+
+Every reader of Parquet can open `data/*.parquet` at any moment, and never sees half a file.
+"""
+EXIT_CODES = """
+- 3: `export --to webdataset` also ends with it, if it could not read every image again.
+- 4: the share counts the whole dataset. After 1,000 images a run stops as soon as it passes
+  `max_error_rate`.
+- 5: `compare` and the export of a model end with it, if fewer labels agree than `--min-agreement`.
+- 129, 130: a terminal that closes, and Ctrl-C, end a run at once.
+- 143: SIGTERM lets a run finish the writes that have begun, for at most 15 s.
+
+[What to do after each code](how-to/spot.md#after-each-exit-code).
+"""
+COMMANDS = """
+A tour. Each command has `--help`.
+
+```sh
+vitray run 's3://photos/shards-{000..099}.tar' --model google/vit-base-patch16-224 --out s3://out
+vitray run job.yaml --set precision=bf16 --set keep=txt,cls    # flags override the file
+vitray plan job.yaml                          # what a run would do; writes nothing
+vitray plan job.yaml --probe 200 --prices prices.yaml    # time, bottleneck and cost
+vitray submit job.yaml --address http://head:8265        # on a cluster; Ctrl-C leaves it running
+vitray bench job.yaml                         # speed of each stage; writes nothing to out
+vitray status s3://out                        # progress
+vitray validate s3://out --content            # every file against manifest, footer and inputs
+vitray redo s3://out --reason decode_error --yes     # delete data files; the next run makes them
+vitray backfill job.yaml --model google/vit-large-patch16-224 --out s3://out-2
+vitray compare s3://out s3://out-2 --min-agreement 0.98 --page changes.html
+vitray relabel s3://out --head s3://heads/pets --into s3://pets   # other labels, no image is read
+vitray compact s3://out --into s3://out-large    # the same rows in few files of 256 MB and more
+vitray search s3://out --image cat.jpg           # the nearest images
+vitray export s3://out --to lance --into photos.lance    # or faiss, npy, csv, webdataset
+vitray export google/vit-base-patch16-224 --to openvino --int8 --calibrate photos --into vit-int8
+vitray report s3://out --truth cls               # one HTML page
+vitray finetune pets.yaml                        # your own classes, or a smaller model
+vitray clean s3://out                            # remove staging that nothing needs
+```
+
+Options before the command:
+"""
 
 
 def page() -> str:
     parts = [
         "# Reference",
-        "Made from the code by `make docs`; not edited by hand.",
-        "[Job](#job) · [Embeddings](#embeddings) · [Training](#training) · [Columns of `data/`](#columns-of-data) · [Columns of `_errors/`](#columns-of-_errors) · "
-        "[Reasons](#reasons) · [Left out](#left-out) · [Manifest](#manifest) · [Exit codes](#exit-codes) · [Commands](#commands) · [Python](#python) · "
-        "[Metrics](#metrics)",
+        "`make docs` makes this page from the code. Do not edit it.",
+        " · ".join(f"[{section}](#{_anchor(section)})" for section in SECTIONS),
         "## Job",
-        "The fields of a job file, of `--set`, and of `vitray.Job`. An unknown one is refused with the nearest known name.",
-        _table("field | type | default | meaning", [_field_row(*item) for item in Job.model_fields.items()]),
+        JOB.strip(),
+        _table("field | type | default | meaning", _fields_of(Job)),
         "## Embeddings",
-        "The entries of `embeddings`. With a single one without a `name` the column is called `embedding`, else `embedding_<name>`.",
-        _table("field | type | default | meaning", [_field_row(*item) for item in Embedding.model_fields.items()]),
+        "The entries of `embeddings`. One forward pass computes all of them. A single embedding "
+        "without a `name` is the column `embedding`. Otherwise columns are `embedding_<name>`.",
+        _table("field | type | default | meaning", _fields_of(Embedding)),
         "## Training",
-        "The fields of a `vitray finetune` file, and of its `--set`: see [how to](how-to/finetune.md).",
-        _table("field | type | default | meaning", [_field_row(*item) for item in TrainingConfig.model_fields.items()]),
+        "The fields of a `vitray finetune` file, and of its `--set`. "
+        "See [train the model on your own classes](how-to/finetune.md).",
+        _table("field | type | default | meaning", _fields_of(TrainingConfig)),
+        "## Files of a dataset",
+        FILES.strip("\n"),
         "## Columns of `data/`",
-        "`OUT/data/<shard>.parquet` has the good images of a shard, in its order. Kept columns stand before `label`, under their own name, or "
-        "`input_<name>` where the output has that column already. Vectors stand last. `label` and what follows it up to the vectors is "
-        "absent with `labels: false`.",
+        "`OUT/data/<shard>.parquet` has the good images of a shard, in its order. "
+        "Passthrough columns stand before `label`, under their own name. If the output already "
+        "has that name, the column is called `input_<name>`. Vectors stand last. "
+        "With `labels: false`, the columns from `label` to `top_scores` are absent.",
         _columns([*IMAGE_FIELDS, *LABEL_FIELDS], IMAGE_COLUMNS | ROW_COLUMNS, _vector_row()),
         "## Columns of `_errors/`",
-        "`OUT/_errors/<shard>.parquet` has the bad images of a shard. It is there only where a shard has some. "
-        "Datasets made before December 2026 have them in `errors/`.",
+        "`OUT/_errors/<shard>.parquet` has the bad images of a shard. It exists only if the shard "
+        "has some. In datasets made before December 2026 the folder is called `errors/`.",
         _columns(ERROR_SCHEMA, IMAGE_COLUMNS | ERROR_COLUMNS),
         "## Reasons",
         "Why an image is bad: the values of `reason`.",
-        _table("reason | meaning", [[f"`{name}`", said] for name, said in REASONS.items()]),
+        _table("reason | meaning", [[f"`{name}`", meaning] for name, meaning in REASONS.items()]),
         "## Left out",
-        "Why something in a source has no row: the names in `left_out`. See [which images get a row](how-to/sources.md).",
-        _table("reason | meaning", [[f"`{name}`", said] for name, said in LEFT_OUT.items()]),
+        "Why something in a source has no row: the names in `left_out`. "
+        "See [which images get a row](how-to/sources.md).",
+        _table("reason | meaning", [[f"`{name}`", meaning] for name, meaning in LEFT_OUT.items()]),
         "## Manifest",
-        "`OUT/_SUCCESS.json` names it: a row for each data file that counts.",
+        "`OUT/_SUCCESS.json` names the manifest, a Parquet file. It has a row for each data file.",
         _columns(MANIFEST_SCHEMA, MANIFEST_COLUMNS),
         "## Exit codes",
         _table("code | meaning", exit_codes()),
-        "The exceptions behind them, all of `vitray.errors`:",
-        f"```text\n{inspect.cleandoc(errors.__doc__ or '').partition(chr(10) * 2)[2].partition(chr(10) * 2)[0]}\n```",
+        EXIT_CODES.strip(),
+        "The exceptions of `vitray.errors` and their codes:",
+        f"```text\n{_exceptions()}\n```",
         "## Commands",
-        "`vitray COMMAND --help` says the same. Before the command:",
+        COMMANDS.strip(),
         _table("option | meaning", _option_rows(group())),
         *[part for name, command in group().commands.items() for part in _command(name, command)],
         "## Python",
         *[part for name in vitray.__all__ if name[0].islower() for part in _function(name)],
         "### `Result`",
         inspect.cleandoc(Result.__doc__ or ""),
-        _table("field | type", [[f"`{f.name}`", f"`{f.type}`"] for f in dataclasses.fields(Result)] + [["`exit_code`", "`int`"]]),
+        _table("field | type", _result_rows()),
         "## Metrics",
-        "Of a run on Ray, by Ray's own exporter. Without Ray there are none; the run record in `OUT/_vitray/runs/` has the same counts.",
+        "Ray's own exporter serves these while a run on Ray works. Without Ray there are none. "
+        "The run record in `OUT/_vitray/runs/` has the same counts.",
         _table("metric | kind | tags | meaning", metrics()),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _anchor(heading: str) -> str:
+    """The anchor of a heading, as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def _fields_of(model: type[BaseModel]) -> list[list[str]]:
+    return [_field_row(*item) for item in model.model_fields.items()]
+
+
+def _exceptions() -> str:
+    """The tree in the docstring of vitray.errors: its second paragraph."""
+    return inspect.cleandoc(errors.__doc__ or "").split("\n\n")[1]
+
+
+def _result_rows() -> list[list[str]]:
+    rows = [[f"`{field.name}`", f"`{field.type}`"] for field in dataclasses.fields(Result)]
+    return [*rows, ["`exit_code`", "`int`"]]
 
 
 def group() -> Any:
@@ -133,7 +231,10 @@ def group() -> Any:
 def exit_codes() -> list[list[str]]:
     """What the command line says of them, a row each."""
     said = (app.info.epilog or "").removeprefix("Exit codes: ").removesuffix(".")
-    return [[f"`{code}`", meaning] for code, meaning in (part.split(" ", 1) for part in re.split(r", (?=\d)", said))]
+    return [
+        [f"`{code}`", meaning]
+        for code, meaning in (part.split(" ", 1) for part in re.split(r", (?=\d)", said))
+    ]
 
 
 def metrics() -> list[list[str]]:
@@ -141,7 +242,10 @@ def metrics() -> list[list[str]]:
     rows = [(f"ray_{name}_total", "counter", tags, what) for name, (what, tags) in COUNTERS.items()]
     name, what, tags = STEP_SECONDS
     rows.append((f"ray_{name}", "histogram", tags, what))
-    return [[f"`{name}`", kind, ", ".join(f"`{tag}`" for tag in tags), what] for name, kind, tags, what in rows]
+    return [
+        [f"`{name}`", kind, ", ".join(f"`{tag}`" for tag in tags), what]
+        for name, kind, tags, what in rows
+    ]
 
 
 def _field_row(name: str, field: FieldInfo) -> list[str]:
@@ -159,7 +263,13 @@ def _type_of(kind: Any) -> str:
         return f"list of {_type_of(arguments[0])}"
     if arguments:
         return " or ".join(_type_of(part) for part in arguments if part is not type(None))
-    return {str: "text", int: "whole number", float: "number", bool: "true, false", Embedding: "embedding"}[kind]
+    return {
+        str: "text",
+        int: "whole number",
+        float: "number",
+        bool: "true, false",
+        Embedding: "embedding",
+    }[kind]
 
 
 def _default_of(field: FieldInfo) -> str:
@@ -175,7 +285,11 @@ def _default_of(field: FieldInfo) -> str:
 
 
 def _entry(value: object) -> str:
-    return f"{{layer: {value.layer}, pool: {value.pool}}}" if isinstance(value, Embedding) else str(value)
+    return (
+        f"{{layer: {value.layer}, pool: {value.pool}}}"
+        if isinstance(value, Embedding)
+        else str(value)
+    )
 
 
 def _columns(fields: Any, meanings: dict[str, str], *more: list[str]) -> str:
@@ -192,14 +306,25 @@ def _arrow(kind: pa.DataType) -> str:
 
 
 def _vector_row() -> list[str]:
-    return ["`embedding`, or `embedding_<name>`", "fixed-size list of float32 or float16", "the vector; never null"]
+    return [
+        "`embedding`, or `embedding_<name>`",
+        "fixed-size list of float32 or float16",
+        "the vector; never null",
+    ]
 
 
 def _command(name: str, command: Any) -> list[str]:
     arguments = [p for p in command.params if p.param_type_name == "argument"]
     usage = " ".join(["vitray", name, *(p.metavar or f"[{p.name.upper()}]" for p in arguments)])
-    rows = [[f"`{p.metavar or p.name.upper()}`", (p.help or "") + _with_default(p)] for p in arguments]
-    return [f"### `vitray {name}`", f"`{usage} [OPTIONS]`", command.help, _table("name | meaning", rows + _option_rows(command))]
+    rows = [
+        [f"`{p.metavar or p.name.upper()}`", (p.help or "") + _with_default(p)] for p in arguments
+    ]
+    return [
+        f"### `vitray {name}`",
+        f"`{usage} [OPTIONS]`",
+        command.help,
+        _table("name | meaning", rows + _option_rows(command)),
+    ]
 
 
 def _option_rows(command: Any) -> list[list[str]]:
@@ -207,7 +332,9 @@ def _option_rows(command: Any) -> list[list[str]]:
     for option in command.params:
         if option.param_type_name == "option":
             choices = (
-                "|".join(typing.get_args(kinds[option.name])) if typing.get_origin(kinds[option.name]) is typing.Literal else ""
+                "|".join(typing.get_args(kinds[option.name]))
+                if typing.get_origin(kinds[option.name]) is typing.Literal
+                else ""
             )
             value = "" if option.is_flag else f" {option.metavar or choices or option.name.upper()}"
             names = ", ".join(f"`{name}{value}`" for name in [*option.opts, *option.secondary_opts])
@@ -227,7 +354,11 @@ def _with_default(parameter: Any) -> str:
 
 def _function(name: str) -> list[str]:
     thing = getattr(vitray, name)
-    return [f"### `vitray.{name}`", f"```text\nvitray.{name}{_signature(thing)}\n```", inspect.cleandoc(thing.__doc__ or "")]
+    return [
+        f"### `vitray.{name}`",
+        f"```text\nvitray.{name}{_signature(thing)}\n```",
+        inspect.cleandoc(thing.__doc__ or ""),
+    ]
 
 
 def _signature(thing: Any) -> str:
@@ -242,13 +373,21 @@ def _signature(thing: Any) -> str:
 def _table(heads: str, rows: list[list[str]]) -> str:
     width = heads.count("|") + 1
     assert all(len(row) == width for row in rows), rows
-    return "\n".join([f"| {heads} |", "| --- " * width + "|", *("| " + " | ".join(map(_cell, row)) + " |" for row in rows)])
+    return "\n".join(
+        [
+            f"| {heads} |",
+            "| --- " * width + "|",
+            *("| " + " | ".join(map(_cell, row)) + " |" for row in rows),
+        ]
+    )
 
 
 def _cell(text: str) -> str:
     """Bars would end the cell, and <words> outside of code would be tags."""
     parts = text.replace("|", "\\|").split("`")
-    return "`".join(part.replace("<", "&lt;") if n % 2 == 0 else part for n, part in enumerate(parts))
+    return "`".join(
+        part.replace("<", "&lt;") if n % 2 == 0 else part for n, part in enumerate(parts)
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,13 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
-FORWARD, LOSE, CUT, SLOW, FLIP = 0, -1, -2, -3, -4  # any other answer of a rule is an HTTP status to give instead of forwarding
+FORWARD, LOSE, CUT, SLOW, FLIP = (
+    0,
+    -1,
+    -2,
+    -3,
+    -4,
+)  # any other answer of a rule is an HTTP status to give instead of forwarding
 SLOW_S = 2.0
 
 
@@ -52,7 +58,11 @@ def proxied(backend: str) -> Iterator[Proxy]:
             if verdict > 0:
                 self.answer(verdict, [], b"")
                 return
-            headers = {k: v for k, v in self.headers.items() if k.lower() not in proxy.drop_headers | {"expect", "connection"}}
+            headers = {
+                k: v
+                for k, v in self.headers.items()
+                if k.lower() not in proxy.drop_headers | {"expect", "connection"}
+            }
             upstream = http.client.HTTPConnection(str(target.hostname), target.port, timeout=30)
             upstream.request(self.command, self.path, body, headers)
             answer = upstream.getresponse()
@@ -64,9 +74,13 @@ def proxied(backend: str) -> Iterator[Proxy]:
                 return
             self.answer(answer.status, answer.getheaders(), data, verdict)
 
-        def answer(self, status: int, headers: list[tuple[str, str]], data: bytes, verdict: int = FORWARD) -> None:
+        def answer(
+            self, status: int, headers: list[tuple[str, str]], data: bytes, verdict: int = FORWARD
+        ) -> None:
             self.send_response_only(status)
-            own = {"transfer-encoding", "connection"} | (set() if self.command == "HEAD" else {"content-length"})
+            own = {"transfer-encoding", "connection"} | (
+                set() if self.command == "HEAD" else {"content-length"}
+            )
             for name, value in headers:
                 if name.lower() not in own:
                     self.send_header(name, value)
@@ -74,7 +88,11 @@ def proxied(backend: str) -> Iterator[Proxy]:
                 self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             if verdict == FLIP and data:
-                data = bytes(data[: len(data) // 3]) + bytes([data[len(data) // 3] ^ 4]) + data[len(data) // 3 + 1 :]
+                data = (
+                    bytes(data[: len(data) // 3])
+                    + bytes([data[len(data) // 3] ^ 4])
+                    + data[len(data) // 3 + 1 :]
+                )
             half = len(data) // 2 if verdict in (CUT, SLOW) else len(data)
             self.wfile.write(data[:half])
             if verdict == CUT:
@@ -92,7 +110,9 @@ def proxied(backend: str) -> Iterator[Proxy]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+    )
     thread.start()
     proxy.url = f"http://127.0.0.1:{server.server_port}"
     try:

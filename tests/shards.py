@@ -33,7 +33,9 @@ def pictures(count: int, seed: int = 1) -> list[Picture]:
         kind, buffer = int(rng.integers(len(shapes.NAMES))), io.BytesIO()
         image = shapes.draw(kind, rng)
         image.save(buffer, "PNG" if n % 2 else "JPEG")
-        made.append(Picture(f"{n:05d}", buffer.getvalue(), shapes.NAMES[kind], "png" if n % 2 else "jpg"))
+        made.append(
+            Picture(f"{n:05d}", buffer.getvalue(), shapes.NAMES[kind], "png" if n % 2 else "jpg")
+        )
     return made
 
 
@@ -46,7 +48,14 @@ def split(items: list[Picture], shards: int) -> list[list[Picture]]:
 
 def tar_bytes(items: list[Picture], folder: Path) -> bytes:
     path = folder / "scratch.tar"
-    write_tar(str(path), [m for p in items for m in ((f"{p.key}.{p.suffix}", p.data), (f"{p.key}.cls", p.truth.encode()))])
+    write_tar(
+        str(path),
+        [
+            m
+            for p in items
+            for m in ((f"{p.key}.{p.suffix}", p.data), (f"{p.key}.cls", p.truth.encode()))
+        ],
+    )
     return path.read_bytes()
 
 
@@ -62,7 +71,12 @@ def put_tars(root: str, items: list[Picture], shards: int, scratch: Path) -> Non
 
 
 def put_parquet(root: str, items: list[Picture], rows_a_group: int) -> None:
-    table = pa.table({"key": [p.key for p in items], "image": [{"bytes": p.data, "path": f"{p.key}.{p.suffix}"} for p in items]})
+    table = pa.table(
+        {
+            "key": [p.key for p in items],
+            "image": [{"bytes": p.data, "path": f"{p.key}.{p.suffix}"} for p in items],
+        }
+    )
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, row_group_size=rows_a_group)
     put(f"{root}/all.parquet", sink.getvalue().to_pybytes())
@@ -97,11 +111,15 @@ def plain_loop(model: str, items: list[Picture], precision: str = "float32") -> 
     from transformers.image_utils import load_image
 
     processor = AutoImageProcessor.from_pretrained(model, backend="pil")
-    network = AutoModelForImageClassification.from_pretrained(model).eval().to(getattr(torch, precision))
+    network = (
+        AutoModelForImageClassification.from_pretrained(model).eval().to(getattr(torch, precision))
+    )
     logits, cls = [], []
     for start in range(0, len(items), 50):
         images = [load_image(Image.open(io.BytesIO(p.data))) for p in items[start : start + 50]]
-        pixels = processor(images, return_tensors="pt")["pixel_values"].to(getattr(torch, precision))
+        pixels = processor(images, return_tensors="pt")["pixel_values"].to(
+            getattr(torch, precision)
+        )
         with torch.inference_mode():
             body = network.base_model(pixels).last_hidden_state
             logits.append(network(pixels).logits.float().numpy())

@@ -28,7 +28,13 @@ PREFIX = {
     "clip": 1,
     "siglip": 0,
 }
-STEM = {"vit": "ViT", "deit": "DeiT", "distilled": "DeiT", "dinov2": "Dinov2", "dinov2_with_registers": "Dinov2WithRegisters"}
+STEM = {
+    "vit": "ViT",
+    "deit": "DeiT",
+    "distilled": "DeiT",
+    "dinov2": "Dinov2",
+    "dinov2_with_registers": "Dinov2WithRegisters",
+}
 STEM |= {"beit": "Beit", "beit_mean": "Beit", "clip": "CLIP", "siglip": "Siglip"}
 PROCESSOR = {
     "DeiT": "DeiT",
@@ -41,7 +47,9 @@ PROCESSOR = {
 }
 
 
-def make_checkpoint(directory: Path, name: str, headed: bool, side: int = 32, layers: int = 3, **more: object) -> str:
+def make_checkpoint(
+    directory: Path, name: str, headed: bool, side: int = 32, layers: int = 3, **more: object
+) -> str:
     """A small checkpoint of one family with random weights, none of them zero."""
     stem = STEM[name]
     tower = {
@@ -56,11 +64,23 @@ def make_checkpoint(directory: Path, name: str, headed: bool, side: int = 32, la
         tower |= {"use_relative_position_bias": True, "use_mean_pooling": name == "beit_mean"}
     head = {"num_labels": CLASSES, **more}
     if stem in ("CLIP", "Siglip"):
-        text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 99}
-        config = getattr(transformers, f"{stem}Config")(vision_config=tower, text_config=text, **head)
+        text = {
+            "hidden_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "intermediate_size": 64,
+            "vocab_size": 99,
+        }
+        config = getattr(transformers, f"{stem}Config")(
+            vision_config=tower, text_config=text, **head
+        )
     else:
         config = getattr(transformers, f"{stem}Config")(**tower, **head)
-    kind = stem + ("ForImageClassification" if headed else "Model") + ("WithTeacher" if headed and name == "distilled" else "")
+    kind = (
+        stem
+        + ("ForImageClassification" if headed else "Model")
+        + ("WithTeacher" if headed and name == "distilled" else "")
+    )
     torch.manual_seed(0)
     model = getattr(transformers, kind)(config)
     with torch.no_grad():
@@ -79,9 +99,13 @@ def make_checkpoint(directory: Path, name: str, headed: bool, side: int = 32, la
     return str(directory)
 
 
-def job_for(model: str, labels: bool = True, embeddings: list[Embedding] | None = None, **more: object) -> Job:
+def job_for(
+    model: str, labels: bool = True, embeddings: list[Embedding] | None = None, **more: object
+) -> Job:
     fields = {"precision": "fp32", "device": "cpu", "engine": "torch", **more}
-    return Job(source=["in"], out="out", model=model, labels=labels, embeddings=embeddings or [], **fields)
+    return Job(
+        source=["in"], out="out", model=model, labels=labels, embeddings=embeddings or [], **fields
+    )
 
 
 def noise(count: int, side: int = 32, seed: int = 0) -> np.ndarray:
@@ -89,7 +113,12 @@ def noise(count: int, side: int = 32, seed: int = 0) -> np.ndarray:
 
 
 def every_vector(has_cls: bool) -> list[Embedding]:
-    return [Embedding(layer=layer, pool=pool) for layer in (1, 2, 3, "last") for pool in POOLS if has_cls or pool != "cls"]
+    return [
+        Embedding(layer=layer, pool=pool)
+        for layer in (1, 2, 3, "last")
+        for pool in POOLS
+        if has_cls or pool != "cls"
+    ]
 
 
 def open_job(job: Job, spec: ModelSpec | None = None, threads: int = 2) -> Model:
@@ -123,21 +152,31 @@ def plain_loop(
 ) -> tuple[torch.Tensor | None, dict[int | str, torch.Tensor]]:
     """What transformers alone gives: logits and tokens [N, T, D] by layer."""
     processor = AutoImageProcessor.from_pretrained(directory, backend="pil")
-    model = (AutoModelForImageClassification if headed else AutoModel).from_pretrained(directory).eval()
+    model = (
+        (AutoModelForImageClassification if headed else AutoModel).from_pretrained(directory).eval()
+    )
     inputs = processor([Image.fromarray(p) for p in pixels], return_tensors="pt")
     two_towers = name in ("clip", "siglip")
     tower = model.vision_model if two_towers else getattr(model, model.base_model_prefix, model)
     with torch.inference_mode():
         output = tower(inputs["pixel_values"], output_hidden_states=True)
         logits = model(**inputs).logits if headed else None
-        last = tower.post_layernorm(output.last_hidden_state) if name == "clip" else output.last_hidden_state
+        last = (
+            tower.post_layernorm(output.last_hidden_state)
+            if name == "clip"
+            else output.last_hidden_state
+        )
         if name == "clip":
             torch.testing.assert_close(last[:, 0], output.pooler_output)
     return logits, {**dict(enumerate(output.hidden_states)), "last": last}
 
 
 def pooled(tokens: torch.Tensor, pool: str, prefix: int) -> np.ndarray:
-    return {"cls": tokens[:, 0], "mean": tokens.mean(1), "patches_mean": tokens[:, prefix:].mean(1)}[pool].numpy()
+    return {
+        "cls": tokens[:, 0],
+        "mean": tokens.mean(1),
+        "patches_mean": tokens[:, prefix:].mean(1),
+    }[pool].numpy()
 
 
 def drop_weights(directory: str, *parts: str) -> None:
@@ -145,11 +184,15 @@ def drop_weights(directory: str, *parts: str) -> None:
 
     path = f"{directory}/model.safetensors"
     weights = load_file(path)
-    kept = {name: value for name, value in weights.items() if not any(part in name for part in parts)}
+    kept = {
+        name: value for name, value in weights.items() if not any(part in name for part in parts)
+    }
     assert len(kept) < len(weights)
     save_file(kept, path, {"format": "pt"})
 
 
 def edit(path: str, **changes: object) -> None:
     fields = {**json.loads(Path(path).read_text()), **changes}
-    Path(path).write_text(json.dumps({name: value for name, value in fields.items() if value is not None}))
+    Path(path).write_text(
+        json.dumps({name: value for name, value in fields.items() if value is not None})
+    )

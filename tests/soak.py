@@ -41,8 +41,15 @@ def s3_endpoint(stack: ExitStack) -> str | None:
     if not all(shutil.which(name) for name in ("radosgw", "ceph-mon", "ceph-osd")):
         return None
     folder, port, mon = f"/tmp/vitray-soak-{uuid.uuid4().hex[:8]}", free_port(), free_port()
-    subprocess.run(["bash", str(RGW), folder, str(port), str(mon), "start"], check=True, timeout=180)
-    stack.callback(subprocess.run, ["bash", str(RGW), folder, str(port), str(mon), "stop"], check=False, timeout=60)
+    subprocess.run(
+        ["bash", str(RGW), folder, str(port), str(mon), "start"], check=True, timeout=180
+    )
+    stack.callback(
+        subprocess.run,
+        ["bash", str(RGW), folder, str(port), str(mon), "stop"],
+        check=False,
+        timeout=60,
+    )
     return f"http://127.0.0.1:{port}"
 
 
@@ -69,7 +76,9 @@ def wrong_with(out: str) -> str:
     return "" if checked.ok else str(checked)
 
 
-def faulty_run(argv: list[str], out: str, proxy: Proxy | None, rng: random.Random) -> tuple[str, list[int]]:
+def faulty_run(
+    argv: list[str], out: str, proxy: Proxy | None, rng: random.Random
+) -> tuple[str, list[int]]:
     """What befell one run, or two at once, and the exit codes. Exits where one claims what is not so, or prints a traceback."""
     what = rng.choice(["kill", "kill", "term", "stop", "crash", "storm", "two"])
     environment = dict(os.environ)
@@ -116,12 +125,20 @@ def main(minutes: float, seed: int) -> None:
             problem = wrong_with(out) if last.returncode == 0 else last.stderr
             befallen.update(what for what, _ in history)
             total.update(rounds=1, runs=len(history) + 1, images=IMAGES)
-            print(json.dumps({"s3": on_s3, "befell": history, "last": last.returncode, "problem": problem}), flush=True)
+            print(
+                json.dumps(
+                    {"s3": on_s3, "befell": history, "last": last.returncode, "problem": problem}
+                ),
+                flush=True,
+            )
             if problem:
                 sys.exit(f"the dataset is not whole: {problem}")
             if not on_s3:
                 shutil.rmtree(out)
-        print(json.dumps({"minutes": minutes, "seed": seed, **total, "faults": dict(befallen)}), flush=True)
+        print(
+            json.dumps({"minutes": minutes, "seed": seed, **total, "faults": dict(befallen)}),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

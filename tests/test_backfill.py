@@ -19,14 +19,25 @@ from vitray.operations.backfilling import next_job
 
 
 def cli(*argv: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "vitray", *map(str, argv)], capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-m", "vitray", *map(str, argv)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def test_the_next_dataset_has_the_shards_of_the_old_one(shapes_model: str, tmp_path: Path) -> None:
     """Loose files that came in two deliveries: listed at once they would make other groups."""
     items = pictures(70)
     put_files(str(tmp_path / "in"), items[:10])
-    fields = {"source": f"{tmp_path}/in", "model": shapes_model, "out": f"{tmp_path}/out", "group_size": 32, "engine": "torch"}
+    fields = {
+        "source": f"{tmp_path}/in",
+        "model": shapes_model,
+        "out": f"{tmp_path}/out",
+        "group_size": 32,
+        "engine": "torch",
+    }
     (tmp_path / "job.yaml").write_text(json.dumps(fields))
     assert cli("run", tmp_path / "job.yaml").returncode == 0
     put_files(str(tmp_path / "in"), items[10:])
@@ -41,7 +52,10 @@ def test_the_next_dataset_has_the_shards_of_the_old_one(shapes_model: str, tmp_p
     assert cli(*argv).stdout.startswith("0 shards committed now")
     told = json.loads(cli("compare", old, new, "--json").stdout)
     assert (told["rows"], told["only_old_shards"], told["only_new_shards"]) == (70, 0, 0)
-    labels = [vitray.read(out, columns=["uri", "label"]).sort_by("uri")["label"].to_pylist() for out in (old, new)]
+    labels = [
+        vitray.read(out, columns=["uri", "label"]).sort_by("uri")["label"].to_pylist()
+        for out in (old, new)
+    ]
     assert told["agreement"] == sum(a == b for a, b in zip(*labels)) / 70
 
 
@@ -64,10 +78,16 @@ def test_beside_a_bucket_is_no_place(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("vitray.operations.backfilling.go_on_with_groups", lambda old, new: None)
     monkeypatch.setattr("vitray.operations.backfilling.with_source_rules", lambda job: job)
     job = make_job({"source": "in", "model": "a/old", "out": "s3://photos-vit/"})
-    with pytest.raises(JobError, match=r"s3://photos-vit/ is a whole bucket, and beside it is somebody else's: .* --out"):
+    with pytest.raises(
+        JobError,
+        match=r"s3://photos-vit/ is a whole bucket, and beside it is somebody else's: .* --out",
+    ):
         next_job(job, "a/new")
     assert next_job(job, "a/new", "s3://mine/new").out == "s3://mine/new"
-    assert next_job(job.model_copy(update={"out": "s3://photos/vit"}), "a/new").out == "s3://photos/vit-new"
+    assert (
+        next_job(job.model_copy(update={"out": "s3://photos/vit"}), "a/new").out
+        == "s3://photos/vit-new"
+    )
 
 
 def test_without_an_old_dataset_or_into_it_nothing_is_done(tmp_path: Path) -> None:
@@ -81,8 +101,12 @@ def test_without_an_old_dataset_or_into_it_nothing_is_done(tmp_path: Path) -> No
     assert next_job(dataset.job, "google/vit-base:../x", None).out == f"{dataset.out}-x"
 
 
-def test_the_next_model_has_its_own_revision_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_model_has_its_own_revision_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("vitray.operations.backfilling.open_dataset", lambda out: object())
-    job = make_job({"source": "in", "model": "a/old", "revision": "v1", "out": str(tmp_path / "out")})
+    job = make_job(
+        {"source": "in", "model": "a/old", "revision": "v1", "out": str(tmp_path / "out")}
+    )
     assert next_job(job, "a/new").revision is None
     assert next_job(job, "a/new", revision="v2").revision == "v2"

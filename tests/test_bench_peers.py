@@ -35,20 +35,32 @@ def test_slopes_leave_start_up_out_and_whole_commands_keep_it() -> None:
 
 
 def test_a_round_that_noise_ate_or_that_was_cut_has_no_slope() -> None:
-    made = [*runs("vitray", [(12.0, 16.0), (30.0, 20.0)]), Run(3, "vitray", 300, 9.0, 700, 1.0, None)]
+    made = [
+        *runs("vitray", [(12.0, 16.0), (30.0, 20.0)]),
+        Run(3, "vitray", 300, 9.0, 700, 1.0, None),
+    ]
     assert bench_peers.slopes(made, "vitray", 100, 300) == {1: 50.0}
 
 
 def test_ratios_are_of_one_round_each_and_their_median_is_told(tmp_path: Path) -> None:
     # a slow minute hits both peers of a round: the rounds' ratios are 2, 2 and 4, the medians' own ratio is 4
-    made = runs("hand", [(1.0, 9.0), (1.0, 3.0), (1.0, 5.0)]) + runs("vitray", [(5.0, 9.0), (5.0, 6.0), (5.0, 6.0)])
+    made = runs("hand", [(1.0, 9.0), (1.0, 3.0), (1.0, 5.0)]) + runs(
+        "vitray", [(5.0, 9.0), (5.0, 6.0), (5.0, 6.0)]
+    )
     mine, theirs = (bench_peers.slopes(made, peer, 100, 300) for peer in ("vitray", "hand"))
     assert bench_peers.ratios(mine, theirs) == [2.0, 2.0, 4.0]
     file = tmp_path / "runs.jsonl"
-    file.write_text("".join(json.dumps(line) + "\n" for line in [{"sizes": [100, 300]}, *map(asdict, made)]))
+    file.write_text(
+        "".join(json.dumps(line) + "\n" for line in [{"sizes": [100, 300]}, *map(asdict, made)])
+    )
     about, again = bench_peers.read_lines(file)
     hand, vitray = bench_peers.table(again, *about["sizes"]).splitlines()[2:]
-    assert hand.split(" | ")[1:5] == ["50.00 (25.00..100.00)", "5.0 (3.0..9.0)", "2.00 (2.00..4.00)", "0.83 (0.50..1.00)"]
+    assert hand.split(" | ")[1:5] == [
+        "50.00 (25.00..100.00)",
+        "5.0 (3.0..9.0)",
+        "2.00 (2.00..4.00)",
+        "0.83 (0.50..1.00)",
+    ]
     assert vitray.split(" | ")[3:5] == ["1.00 (1.00..1.00)"] * 2
 
 
@@ -60,10 +72,14 @@ def test_a_command_is_timed_from_outside_and_a_failing_or_late_one_is_named(tmp_
     assert 0 < seconds < 60
     assert peak_mb > 290
     with pytest.raises(RuntimeError, match=r"exit code 3 after .*\n.*no such thing"):
-        bench_peers.run_command([sys.executable, "-c", "print('no such thing'); exit(3)"], environment, log, 60)
+        bench_peers.run_command(
+            [sys.executable, "-c", "print('no such thing'); exit(3)"], environment, log, 60
+        )
     started = time.monotonic()
     with pytest.raises(RuntimeError, match=r"exit code -9 .*limit 1 s"):
-        bench_peers.run_command([sys.executable, "-c", "import time; time.sleep(60)"], environment, log, 1)
+        bench_peers.run_command(
+            [sys.executable, "-c", "import time; time.sleep(60)"], environment, log, 1
+        )
     assert time.monotonic() - started < 30
 
 
@@ -73,8 +89,13 @@ def test_a_command_is_timed_from_outside_and_a_failing_or_late_one_is_named(tmp_
 def reference() -> pa.Table:
     """40 images of 8 labels; the first four are near ties."""
     vectors = np.random.default_rng(0).normal(size=(COUNT, 16)).astype(np.float32)
-    columns = {"key": [f"{n:05d}" for n in range(COUNT)], "label": [f"LABEL_{n % 8}" for n in range(COUNT)]}
-    return pa.table({**columns, "clear": [n >= 4 for n in range(COUNT)], "embedding": list(vectors)})
+    columns = {
+        "key": [f"{n:05d}" for n in range(COUNT)],
+        "label": [f"LABEL_{n % 8}" for n in range(COUNT)],
+    }
+    return pa.table(
+        {**columns, "clear": [n >= 4 for n in range(COUNT)], "embedding": list(vectors)}
+    )
 
 
 def judged(out: Path, **changed: object) -> tuple[float, float | None]:
@@ -82,9 +103,9 @@ def judged(out: Path, **changed: object) -> tuple[float, float | None]:
     truth = reference()
     columns = {"path": [f"/in/loose/{key}.jpg" for key in truth["key"].to_pylist()]}
     columns |= {name: truth[name].to_pylist() for name in ("label", "embedding")} | changed
-    answers = pa.table({name: column for name, column in columns.items() if column is not None}).take(
-        list(range(len(columns["path"])))[::-1]
-    )
+    answers = pa.table(
+        {name: column for name, column in columns.items() if column is not None}
+    ).take(list(range(len(columns["path"])))[::-1])
     out.mkdir(exist_ok=True)
     for n, part in enumerate((answers.slice(0, 10), answers.slice(10))):
         pq.write_table(part, out / f"{n}.parquet")

@@ -24,12 +24,17 @@ from vitray.models.checkpoint import locate
 @pytest.mark.parametrize("name", ["vit", "clip", "siglip"])
 def test_labels_without_a_trained_head_are_refused(tmp_path: Path, name: str) -> None:
     directory = make_checkpoint(tmp_path, name, False)
-    with pytest.raises(ModelError, match="has no trained classification head, so it cannot label; set labels: false") as raised:
+    with pytest.raises(
+        ModelError,
+        match="has no trained classification head, so it cannot label; set labels: false",
+    ) as raised:
         identify(job_for(directory))
     assert ("labels: [cat, dog]" in str(raised.value)) == (name != "vit")
 
 
-def test_a_checkpoint_without_pooler_embeds_and_a_needed_pooler_is_never_made_up(tmp_path: Path) -> None:
+def test_a_checkpoint_without_pooler_embeds_and_a_needed_pooler_is_never_made_up(
+    tmp_path: Path,
+) -> None:
     vit = make_checkpoint(tmp_path / "vit", "vit", False)
     job = job_for(vit, False, [Embedding()])
     before = run(job, noise(2)).vectors["embedding"]
@@ -37,10 +42,15 @@ def test_a_checkpoint_without_pooler_embeds_and_a_needed_pooler_is_never_made_up
     np.testing.assert_array_equal(run(job, noise(2)).vectors["embedding"], before)
     siglip = make_checkpoint(tmp_path / "siglip", "siglip", False)
     drop_weights(siglip, "vision_model.head", "text_model")
-    assert run(job_for(siglip, False, [Embedding(pool="mean")]), noise(2)).vectors["embedding"].shape == (2, 32)
+    assert run(job_for(siglip, False, [Embedding(pool="mean")]), noise(2)).vectors[
+        "embedding"
+    ].shape == (2, 32)
     beit = make_checkpoint(tmp_path / "beit", "beit_mean", True)
     drop_weights(beit, "pooler")
-    with pytest.raises(ModelError, match=r"lacks 2 weights that BeitForImageClassification needs \(beit.pooler.layernorm"):
+    with pytest.raises(
+        ModelError,
+        match=r"lacks 2 weights that BeitForImageClassification needs \(beit.pooler.layernorm",
+    ):
         run(job_for(beit), noise(2))
 
 
@@ -60,7 +70,9 @@ def test_layers_and_tokens_that_do_not_exist_are_refused(tmp_path: Path) -> None
     spec = identify(job_for(directory, False, [Embedding(pool="mean")]))
     with pytest.raises(ModelError, match=r"no layer 4: layers are 1\.\.3 or last"):
         vector_columns(job_for(directory, False, [Embedding(layer=4, pool="mean")]), spec)
-    with pytest.raises(JobError, match=r"`embeddings\.0\.layer`: a whole number from 1 to 999, or last"):
+    with pytest.raises(
+        JobError, match=r"`embeddings\.0\.layer`: a whole number from 1 to 999, or last"
+    ):
         Job(source="s", model=directory, out="o", embeddings=[{"layer": 0}])
     with pytest.raises(ModelError, match="no CLS token; use pool: mean"):
         vector_columns(job_for(directory, False, [Embedding()]), spec)
@@ -81,15 +93,28 @@ def test_code_in_a_checkpoint_never_runs(tmp_path: Path) -> None:
     config, processor = f"{directory}/config.json", f"{directory}/preprocessor_config.json"
     edit(
         config,
-        auto_map={"AutoConfig": "configuration.A", "AutoModelForImageClassification": "modeling.A", "AutoModel": "modeling.A"},
+        auto_map={
+            "AutoConfig": "configuration.A",
+            "AutoModelForImageClassification": "modeling.A",
+            "AutoModel": "modeling.A",
+        },
     )
     edit(processor, auto_map={"AutoImageProcessor": "processing.A"})
-    assert run(job_for(directory), noise(1)).ids.shape == (1, 5)  # the known class, without its code
+    assert run(job_for(directory), noise(1)).ids.shape == (
+        1,
+        5,
+    )  # the known class, without its code
     edit(processor, image_processor_type="CustomImageProcessor")
-    with pytest.raises(ModelError, match="is a CustomImageProcessor, which transformers does not know without custom code"):
+    with pytest.raises(
+        ModelError,
+        match="is a CustomImageProcessor, which transformers does not know without custom code",
+    ):
         identify(job_for(directory))
     edit(config, model_type="custom_vit")
-    with pytest.raises(ModelError, match=r"model type custom_vit, which vitray does not know\. Known: vit, deit, dinov2"):
+    with pytest.raises(
+        ModelError,
+        match=r"model type custom_vit, which vitray does not know\. Known: vit, deit, dinov2",
+    ):
         identify(job_for(directory))
     assert not trap.exists()
 
@@ -98,7 +123,10 @@ def test_weights_that_changed_since_they_were_identified_are_refused(tmp_path: P
     directory = make_checkpoint(tmp_path, "vit", True)
     job = job_for(directory)
     spec = identify(job)
-    assert spec.weights_sha256 == hashlib.sha256(Path(f"{directory}/model.safetensors").read_bytes()).hexdigest()
+    assert (
+        spec.weights_sha256
+        == hashlib.sha256(Path(f"{directory}/model.safetensors").read_bytes()).hexdigest()
+    )
     drop_weights(directory, "pooler", "classifier.bias")
     with pytest.raises(ModelError, match="the weights changed"):
         open_model(spec, [], 1, True, "cpu", 1)
@@ -113,7 +141,9 @@ def test_sharded_weights_load_and_all_shards_are_hashed(tmp_path: Path) -> None:
     shards = sorted(Path(directory).glob("model-*.safetensors"))
     assert len(shards) > 1
     spec = identify(job_for(directory))
-    assert spec.weights_sha256 == hashlib.sha256(b"".join(s.read_bytes() for s in shards)).hexdigest()
+    assert (
+        spec.weights_sha256 == hashlib.sha256(b"".join(s.read_bytes() for s in shards)).hexdigest()
+    )
     np.testing.assert_array_equal(run(job_for(directory), noise(2), spec).scores, whole.scores)
     shards[1].unlink()
     with pytest.raises(ModelError, match=f"{shards[1].name}, which its index names, is missing"):
@@ -131,7 +161,9 @@ PROCESSORS = [
 
 
 @pytest.mark.parametrize(("changes", "message"), PROCESSORS)
-def test_processors_that_cannot_be_reproduced_are_refused(tmp_path: Path, changes: dict, message: str) -> None:
+def test_processors_that_cannot_be_reproduced_are_refused(
+    tmp_path: Path, changes: dict, message: str
+) -> None:
     directory = make_checkpoint(tmp_path, "vit", True)
     edit(f"{directory}/preprocessor_config.json", **changes)
     with pytest.raises(ModelError, match=message):
@@ -142,7 +174,11 @@ def test_pixel_specs_say_what_the_processor_says(tmp_path: Path) -> None:
     directory = make_checkpoint(tmp_path, "clip", False)
     spec = identify(job_for(directory, False, [Embedding()])).pixels
     assert (spec.size, spec.crop, spec.resample, spec.rescale) == ((32,), (32, 32), 3, 1 / 255)
-    assert spec.mean == (0.48145466, 0.4578275, 0.40821073) and spec.std == (0.26862954, 0.26130258, 0.27577711)
+    assert spec.mean == (0.48145466, 0.4578275, 0.40821073) and spec.std == (
+        0.26862954,
+        0.26130258,
+        0.27577711,
+    )
     edit(f"{directory}/preprocessor_config.json", do_rescale=False, do_normalize=False)
     spec = identify(job_for(directory, False, [Embedding()])).pixels
     assert (spec.rescale, spec.mean, spec.std) == (1.0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -164,9 +200,16 @@ def test_dinov2_may_be_used_below_the_size_it_was_trained_at(tmp_path: Path) -> 
     assert dict(processor.crop_size) == side
     pixels = noise(2, 16)
     with torch.inference_mode():
-        x = torch.tensor((pixels / 255 - processor.image_mean) / processor.image_std, dtype=torch.float32).permute(0, 3, 1, 2)
+        x = torch.tensor(
+            (pixels / 255 - processor.image_mean) / processor.image_std, dtype=torch.float32
+        ).permute(0, 3, 1, 2)
         tokens = AutoModel.from_pretrained(directory)(x).last_hidden_state
-    np.testing.assert_allclose(run(job, pixels).vectors["embedding"], pooled(tokens, "patches_mean", 1), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        run(job, pixels).vectors["embedding"],
+        pooled(tokens, "patches_mean", 1),
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 # ---------------------------------------------------------------- where checkpoints come from
@@ -205,17 +248,25 @@ for model, revision in (("acme/tiny", None), ("acme/tiny", "v9"), ("acme/tinny",
         print(error)
 """
     env = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     known, revision, unknown = done.stdout.splitlines()
     assert known == commit
-    assert revision.startswith("model acme/tiny at revision v9 is neither") and "HF_HUB_OFFLINE is set" in revision
     assert (
-        unknown.startswith("model acme/tinny is neither a local directory nor in the cache") and "check the spelling" in unknown
+        revision.startswith("model acme/tiny at revision v9 is neither")
+        and "HF_HUB_OFFLINE is set" in revision
+    )
+    assert (
+        unknown.startswith("model acme/tinny is neither a local directory nor in the cache")
+        and "check the spelling" in unknown
     )
 
 
-def test_s3_checkpoints_are_fetched_once_and_again_when_they_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_s3_checkpoints_are_fetched_once_and_again_when_they_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server_module = pytest.importorskip("moto.server")
     server = server_module.ThreadedMotoServer(port=0, verbose=False)
     server.start()
@@ -239,15 +290,27 @@ def test_s3_checkpoints_are_fetched_once_and_again_when_they_change(tmp_path: Pa
         store.replace("s3://models/tiny/pytorch_model.bin", b"not fetched")
         job = job_for("s3://models/tiny/")
         with ThreadPoolExecutor(4) as pool:  # as many actors of one node do
-            assert len({found.directory for found in pool.map(locate, [job.model] * 4, [None] * 4)}) == 1
+            assert (
+                len({found.directory for found in pool.map(locate, [job.model] * 4, [None] * 4)})
+                == 1
+            )
         spec = identify(job)
         assert spec.model == "s3://models/tiny"
-        np.testing.assert_array_equal(run(job, noise(2), spec).scores, run(job_for(directory), noise(2)).scores)
+        np.testing.assert_array_equal(
+            run(job, noise(2), spec).scores, run(job_for(directory), noise(2)).scores
+        )
         cache = tmp_path / "cache" / "vitray" / "models"
         (kept,) = [p for p in cache.iterdir() if p.is_dir()]  # no scratch directory is left either
-        assert sorted(p.name for p in kept.iterdir()) == ["config.json", "model.safetensors", "preprocessor_config.json"]
+        assert sorted(p.name for p in kept.iterdir()) == [
+            "config.json",
+            "model.safetensors",
+            "preprocessor_config.json",
+        ]
         drop_weights(directory, "classifier.bias")
-        store.replace("s3://models/tiny/model.safetensors", Path(f"{directory}/model.safetensors").read_bytes())
+        store.replace(
+            "s3://models/tiny/model.safetensors",
+            Path(f"{directory}/model.safetensors").read_bytes(),
+        )
         with pytest.raises(ModelError, match="the weights changed"):
             open_model(spec, [], 1, True, "cpu", 1)
         with pytest.raises(ModelError, match="holds no checkpoint"):

@@ -73,7 +73,12 @@ def only_files(folder: Path) -> dict[str, tuple[int, int]]:
 
 def write_job(path: Path, **fields: object) -> Path:
     """A job file (JSON is YAML) for the tars in `in`, with fields replaced, or left out when None."""
-    base = {"source": f"{path.parent}/in/*.tar", "model": f"{path.parent}/model", "out": f"{path.parent}/out", **fields}
+    base = {
+        "source": f"{path.parent}/in/*.tar",
+        "model": f"{path.parent}/model",
+        "out": f"{path.parent}/out",
+        **fields,
+    }
     path.write_text(json.dumps({name: value for name, value in base.items() if value is not None}))
     return path
 
@@ -96,12 +101,27 @@ def raw(text: str) -> list[str]:
         ({"max_error_rate": 2}, "`max_error_rate`: Input should be less than or equal to 1"),
         ({"batch_size": 0}, "valid: `batch_size`: a whole number from 1 to 8192, or auto\n"),
         ({"batch_size": "abc"}, "valid: `batch_size`: a whole number from 1 to 8192, or auto\n"),
-        ({"fragment_rows": 8193}, "valid: `fragment_rows`: a whole number from 1 to 8192, or auto\n"),
-        ({"embeddings": [{"layer": "first"}]}, "valid: `embeddings.0.layer`: a whole number from 1 to 999, or last\n"),
-        ({"precision": "bf17"}, "`precision`: Input should be 'auto', 'bf16', 'fp16', 'fp32' or 'fp8'"),
-        ({"formats": ["jpg", "heic"]}, "`formats`: unknown image format heic; known: bmp, gif, jpeg"),
+        (
+            {"fragment_rows": 8193},
+            "valid: `fragment_rows`: a whole number from 1 to 8192, or auto\n",
+        ),
+        (
+            {"embeddings": [{"layer": "first"}]},
+            "valid: `embeddings.0.layer`: a whole number from 1 to 999, or last\n",
+        ),
+        (
+            {"precision": "bf17"},
+            "`precision`: Input should be 'auto', 'bf16', 'fp16', 'fp32' or 'fp8'",
+        ),
+        (
+            {"formats": ["jpg", "heic"]},
+            "`formats`: unknown image format heic; known: bmp, gif, jpeg",
+        ),
         ({"labels": False, "embeddings": []}, "valid: nothing to compute"),
-        ({"keep": ["label", "input_label"]}, "valid: keep: two columns of the output would be called input_label\n"),
+        (
+            {"keep": ["label", "input_label"]},
+            "valid: keep: two columns of the output would be called input_label\n",
+        ),
         ({"keep": "txt, cls,txt"}, "valid: keep: two columns of the output would be called txt\n"),
         ({"keep": "txt,"}, "`keep.1`: String should have at least 1 character"),
         ({"embeddings": [{}, {}]}, "valid: two embeddings are called cls_last"),
@@ -121,7 +141,14 @@ def test_a_bad_job_gets_one_line_that_names_the_field(
     vitray: Call, tmp_path: Path, command: str, fields: dict[str, object], says: str
 ) -> None:
     hand_made.write_tars(tmp_path / "in", 1)
-    refused(vitray, tmp_path, [command, write_job(tmp_path / "job.yaml", **fields)], 2, "JobError: the job is not valid: ", says)
+    refused(
+        vitray,
+        tmp_path,
+        [command, write_job(tmp_path / "job.yaml", **fields)],
+        2,
+        "JobError: the job is not valid: ",
+        says,
+    )
 
 
 def refused(vitray: Call, folder: Path, argv: list[object], code: int, *says: str) -> str:
@@ -152,7 +179,14 @@ def refused(vitray: Call, folder: Path, argv: list[object], code: int, *says: st
     ],
 )
 def test_a_bad_set_gets_one_line(vitray: Call, tmp_path: Path, pair: str, says: str) -> None:
-    refused(vitray, tmp_path, ["run", write_job(tmp_path / "job.yaml"), "--set", pair], 2, "JobError: ", says)
+    refused(
+        vitray,
+        tmp_path,
+        ["run", write_job(tmp_path / "job.yaml"), "--set", pair],
+        2,
+        "JobError: ",
+        says,
+    )
 
 
 @pytest.mark.parametrize(
@@ -163,14 +197,22 @@ def test_a_bad_set_gets_one_line(vitray: Call, tmp_path: Path, pair: str, says: 
         (b"source: a\n\tmodel: b", "is not valid YAML"),
         (b"out: 2024-13-45", "is not valid YAML"),
         (b"[" * 5000, "is not valid YAML"),
-        (b"source: a\nkeep: [a]\nmodel: m\nkeep: [b]\n", "is not valid YAML: `keep` is there twice, again in line 4"),
-        (b"embeddings:\n- layer: 1\n  layer: 2\n", "is not valid YAML: `layer` is there twice, again in line 3"),
+        (
+            b"source: a\nkeep: [a]\nmodel: m\nkeep: [b]\n",
+            "is not valid YAML: `keep` is there twice, again in line 4",
+        ),
+        (
+            b"embeddings:\n- layer: 1\n  layer: 2\n",
+            "is not valid YAML: `layer` is there twice, again in line 3",
+        ),
         (b"", "holds no fields; write lines like `source: photos/*.tar`"),
         (b"- a\n- b", "holds no fields"),
         (b"just text", "holds no fields"),
     ],
 )
-def test_an_unreadable_job_file_is_named(vitray: Call, tmp_path: Path, text: bytes, says: str) -> None:
+def test_an_unreadable_job_file_is_named(
+    vitray: Call, tmp_path: Path, text: bytes, says: str
+) -> None:
     path = tmp_path / "my job.yaml"
     path.write_bytes(text)
     refused(vitray, tmp_path, ["run", path], 2, f"JobError: {path} ", says)
@@ -188,15 +230,29 @@ def test_a_python_tag_in_yaml_does_not_run(vitray: Call, tmp_path: Path, value: 
     mark, job = tmp_path / "ran", tmp_path / "job.yaml"
     value = value.format(mark=mark)
     job.write_text(f"source: {value}\nmodel: m\nout: o\n")
-    refused(vitray, tmp_path, ["plan", job], 2, f"{job} is not valid YAML", "could not determine a constructor")
+    refused(
+        vitray,
+        tmp_path,
+        ["plan", job],
+        2,
+        f"{job} is not valid YAML",
+        "could not determine a constructor",
+    )
     write_job(job)
-    refused(vitray, tmp_path, ["plan", job, "--set", f"model={value}"], 2, "the value is not valid YAML")
+    refused(
+        vitray, tmp_path, ["plan", job, "--set", f"model={value}"], 2, "the value is not valid YAML"
+    )
     assert not mark.exists()
 
 
 def test_a_missing_job_file_is_named(vitray: Call, tmp_path: Path) -> None:
     refused(
-        vitray, tmp_path, ["run", tmp_path / "no.yaml"], 2, f"cannot read the job file {tmp_path}/no.yaml: No such file", "Give"
+        vitray,
+        tmp_path,
+        ["run", tmp_path / "no.yaml"],
+        2,
+        f"cannot read the job file {tmp_path}/no.yaml: No such file",
+        "Give",
     )
     (tmp_path / "folder.yaml").mkdir()
     refused(vitray, tmp_path, ["run", tmp_path / "folder.yaml"], 2, "folder.yaml: Is a directory")
@@ -211,9 +267,15 @@ def test_a_missing_job_file_is_named(vitray: Call, tmp_path: Path) -> None:
         (["plan", "a", "b"], "unexpected extra argument"),
         (["redo"], "Missing argument 'OUT'"),
         (["run", "x", "--keep", "cls"], "`keep` is a field of the job: write --set keep=…"),
-        (["plan", "--batch-size=8", "x"], "`batch_size` is a field of the job: write --set batch_size=…"),
+        (
+            ["plan", "--batch-size=8", "x"],
+            "`batch_size` is a field of the job: write --set batch_size=…",
+        ),
         (["bench", "x", "--limit", "1"], "`limit` is a field of the job: write --set limit=…"),
-        (["submit", "x", "--address", "http://h:1", "--top-k", "1"], "`top_k` is a field of the job: write --set top_k=…"),
+        (
+            ["submit", "x", "--address", "http://h:1", "--top-k", "1"],
+            "`top_k` is a field of the job: write --set top_k=…",
+        ),
         (["run", "--source", "x"], "No such option: --source"),
         (["status", "x", "--keep", "cls"], "No such option: --keep"),
         (["plan", "x", "--set"], "requires an argument"),
@@ -226,9 +288,16 @@ def test_bad_usage_exits_2(vitray: Call, tmp_path: Path, argv: list[object], say
 
 
 @pytest.mark.parametrize("field", sorted(set(Job.model_fields) - {"source", "model", "out"}))
-def test_a_field_given_as_an_option_is_told_how_to_be_set(vitray: Call, tmp_path: Path, field: str) -> None:
+def test_a_field_given_as_an_option_is_told_how_to_be_set(
+    vitray: Call, tmp_path: Path, field: str
+) -> None:
     refused(
-        vitray, tmp_path, ["run", "x", f"--{field}", "1"], 2, f"vitray: `{field}` is a field of the job", f"write --set {field}=…"
+        vitray,
+        tmp_path,
+        ["run", "x", f"--{field}", "1"],
+        2,
+        f"vitray: `{field}` is a field of the job",
+        f"write --set {field}=…",
     )
 
 
@@ -239,7 +308,11 @@ def test_version_is_printed(vitray: Call, argv: list[str]) -> None:
 
 def test_no_command_shows_the_help_and_nothing_else(vitray: Call) -> None:
     code, out, err = vitray()
-    assert code == 2 and "Label and embed image collections" in out + err and "(vitray --help)" not in err
+    assert (
+        code == 2
+        and "Label and embed image collections" in out + err
+        and "(vitray --help)" not in err
+    )
 
 
 # ---------------------------------------------------------------- a job in Python
@@ -248,18 +321,30 @@ def test_no_command_shows_the_help_and_nothing_else(vitray: Call) -> None:
 def test_a_bad_job_in_python_is_a_vitray_error_with_the_same_words() -> None:
     fields: dict[str, object] = {"source": "a", "model": "m", "out": "o", "batchsize": 8}
     said = []
-    for make in (lambda: Job(**fields), lambda: Job.model_validate(fields), lambda: make_job(fields)):
+    for make in (
+        lambda: Job(**fields),
+        lambda: Job.model_validate(fields),
+        lambda: make_job(fields),
+    ):
         with pytest.raises(VitrayError) as caught:
             make()
         assert isinstance(caught.value, JobError) and caught.value.__suppress_context__
         said.append(str(caught.value))
-    assert said == ["the job is not valid: unknown field `batchsize`; did you mean `batch_size`?"] * 3
+    assert (
+        said == ["the job is not valid: unknown field `batchsize`; did you mean `batch_size`?"] * 3
+    )
     with pytest.raises(JobError, match="unknown field `self`"):
         make_job({**fields, "self": 1})
 
 
 def test_a_job_is_copied_and_pickled_whole() -> None:
-    job = Job(source="a", model="m", out="o", keep="cls", embeddings=[{"layer": 2}, Embedding(pool="mean")])
+    job = Job(
+        source="a",
+        model="m",
+        out="o",
+        keep="cls",
+        embeddings=[{"layer": 2}, Embedding(pool="mean")],
+    )
     assert pickle.loads(pickle.dumps(job)) == job == Job.model_validate_json(job.model_dump_json())
     copied = job.model_copy(update={"out": "x"})
     assert (copied.out, copied.source, copied.embeddings) == ("x", ["a"], job.embeddings)
@@ -277,16 +362,34 @@ def test_a_job_is_copied_and_pickled_whole() -> None:
         ("source", "in, out/*.tar", ["in, out/*.tar"]),
     ],
 )
-def test_a_text_of_names_is_cut_at_its_commas(field: str, value: object, expected: list[str]) -> None:
-    assert getattr(make_job({"source": "a", "model": "m", "out": "o", field: value}), field) == expected
+def test_a_text_of_names_is_cut_at_its_commas(
+    field: str, value: object, expected: list[str]
+) -> None:
+    assert (
+        getattr(make_job({"source": "a", "model": "m", "out": "o", field: value}), field)
+        == expected
+    )
     if isinstance(value, str):
-        assert getattr(make_job({"source": "a", "model": "m", "out": "o", **parse_set([f"{field}={value}"])}), field) == expected
+        assert (
+            getattr(
+                make_job(
+                    {"source": "a", "model": "m", "out": "o", **parse_set([f"{field}={value}"])}
+                ),
+                field,
+            )
+            == expected
+        )
 
 
 def test_yaml_anchors_and_merges_are_no_duplicates(tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
-    path.write_text("one: &a {layer: 1, pool: cls}\ntwo: &b {<<: *a, layer: 2}\nembeddings: [*a, {<<: *b, pool: mean}]\n")
-    assert read_fields(path)["embeddings"] == [{"layer": 1, "pool": "cls"}, {"layer": 2, "pool": "mean"}]
+    path.write_text(
+        "one: &a {layer: 1, pool: cls}\ntwo: &b {<<: *a, layer: 2}\nembeddings: [*a, {<<: *b, pool: mean}]\n"
+    )
+    assert read_fields(path)["embeddings"] == [
+        {"layer": 1, "pool": "cls"},
+        {"layer": 2, "pool": "mean"},
+    ]
 
 
 # ---------------------------------------------------------------- bad sources, models and outputs
@@ -297,25 +400,49 @@ def test_yaml_anchors_and_merges_are_no_duplicates(tmp_path: Path) -> None:
     [
         ([], "nothing/*.tar", 2, "names no object"),
         ([], "nothing", 2, "does not exist"),
-        (["in/.hidden", "in/_SUCCESS"], "in", 2, "holds no object (names that begin with a dot or an underscore do not count)"),
+        (
+            ["in/.hidden", "in/_SUCCESS"],
+            "in",
+            2,
+            "holds no object (names that begin with a dot or an underscore do not count)",
+        ),
         (["in/a.tar", "in/b.jpg", "in/c.jpg"], "in", 2, "is a mix: 2 .jpg, 1 .tar. Set `format:`"),
         (["in/a.tar.gz"], "in", 2, "compressed tars (1 .tar.gz)"),
         (["in/a.tar.gz", "in/a.tar"], "in", 2, "compressed tars"),
         (["in/a.txt"], "in", 2, "holds no tar, Parquet, manifest (csv, jsonl) or image: 1 .txt"),
-        ([], "gs://photos/*.tar", 2, "gs://photos/*.tar: vitray reads and writes local paths and s3://, not gs://"),
+        (
+            [],
+            "gs://photos/*.tar",
+            2,
+            "gs://photos/*.tar: vitray reads and writes local paths and s3://, not gs://",
+        ),
         ([], "https://x.org/a.tar", 2, "not https://"),
         ([], "in/{5..2}.tar", 2, "the range {5..2} is empty"),
     ],
 )
 def test_a_bad_source_is_named(
-    vitray: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: list[str], source: str, code: int, says: str
+    vitray: Call,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    files: list[str],
+    source: str,
+    code: int,
+    says: str,
 ) -> None:
     (tmp_path / "in").mkdir()
     for name in files:
         (tmp_path / name).write_bytes(b"x")
     monkeypatch.chdir(tmp_path)
     for command in ("run", "plan"):
-        refused(vitray, tmp_path, [command, source, "--model", "m", "--out", "out"], code, "Error: ", says, source.split("{")[0])
+        refused(
+            vitray,
+            tmp_path,
+            [command, source, "--model", "m", "--out", "out"],
+            code,
+            "Error: ",
+            says,
+            source.split("{")[0],
+        )
 
 
 def test_an_empty_source_on_the_line_is_not_the_current_directory(
@@ -330,20 +457,36 @@ def test_an_empty_source_on_the_line_is_not_the_current_directory(
 def test_an_out_of_unknown_scheme_is_refused(vitray: Call, tmp_path: Path, out: str) -> None:
     hand_made.write_tars(tmp_path / "in")
     for command in ("run", "plan"):
-        refused(vitray, tmp_path, [command, f"{tmp_path}/in", "--model", "m", "--out", out], 2, out, "local paths and s3://")
+        refused(
+            vitray,
+            tmp_path,
+            [command, f"{tmp_path}/in", "--model", "m", "--out", out],
+            2,
+            out,
+            "local paths and s3://",
+        )
 
 
 def test_a_file_in_place_of_out_is_named(vitray: Call, tmp_path: Path) -> None:
     hand_made.write_tars(tmp_path / "in")
     (tmp_path / "out").write_bytes(b"x")
     argv = ["run", f"{tmp_path}/in", "--model", "m", "--out", tmp_path / "out"]
-    refused(vitray, tmp_path, argv, 1, f"{tmp_path}/out", "A file stands where a folder must be: choose another path.")
+    refused(
+        vitray,
+        tmp_path,
+        argv,
+        1,
+        f"{tmp_path}/out",
+        "A file stands where a folder must be: choose another path.",
+    )
 
 
 def test_an_address_where_nobody_listens_is_named_at_once(labelled: Path, tmp_path: Path) -> None:
     argv = ["run", labelled / "in", "--model", labelled / "model", "--out", tmp_path / "out"]
     found = subprocess_vitray(*argv, "--address", f"127.0.0.1:{free_port()}")
-    assert found.returncode == 1 and found.stderr.startswith("ClusterError: Ray at 127.0.0.1:"), found.stderr
+    assert found.returncode == 1 and found.stderr.startswith("ClusterError: Ray at 127.0.0.1:"), (
+        found.stderr
+    )
     assert "Connection refused" in found.stderr and found.stderr.count("\n") == 1
 
 
@@ -353,8 +496,18 @@ def test_an_out_without_write_permission_is_named(vitray: Call) -> None:
         folder.chmod(0o755)
         hand_made.write_tars(folder / "in")
         (folder / "locked").mkdir(mode=0o555)
-        argv: list[object] = ["run", folder / "in", "--model", "m", "--out", folder / "locked" / "out"]
-        says = (f"StorageError: {folder}/locked/out: ", "Permission denied. Check the permissions, or choose another path.")
+        argv: list[object] = [
+            "run",
+            folder / "in",
+            "--model",
+            "m",
+            "--out",
+            folder / "locked" / "out",
+        ]
+        says = (
+            f"StorageError: {folder}/locked/out: ",
+            "Permission denied. Check the permissions, or choose another path.",
+        )
         user = os.geteuid()
         if user == 0:
             os.seteuid(pwd.getpwnam("nobody").pw_uid)  # root may write everywhere
@@ -364,15 +517,36 @@ def test_an_out_without_write_permission_is_named(vitray: Call) -> None:
             os.seteuid(user)
 
 
-def test_a_missing_bucket_is_named(vitray: Call, tmp_path: Path, mock_s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_bucket_is_named(
+    vitray: Call, tmp_path: Path, mock_s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, value in {**KEYS, "AWS_ENDPOINT_URL": mock_s3}.items():
         monkeypatch.setenv(name, value)
     hand_made.write_tars(tmp_path / "in")
-    for source in ("s3://no-such-bucket/in", "s3://no-such-bucket/in/", "s3://no-such-bucket", "s3://no-such-bucket/*.tar"):
+    for source in (
+        "s3://no-such-bucket/in",
+        "s3://no-such-bucket/in/",
+        "s3://no-such-bucket",
+        "s3://no-such-bucket/*.tar",
+    ):
         argv: list[object] = ["plan", source, "--model", "m", "--out", tmp_path / "out"]
-        refused(vitray, tmp_path, argv, 1, "StorageError: s3://no-such-bucket", "the bucket does not exist. Check its name")
+        refused(
+            vitray,
+            tmp_path,
+            argv,
+            1,
+            "StorageError: s3://no-such-bucket",
+            "the bucket does not exist. Check its name",
+        )
     argv = ["run", tmp_path / "in", "--model", "m", "--out", "s3://no-such-bucket/out"]
-    refused(vitray, tmp_path, argv, 1, "StorageError: s3://no-such-bucket/out", "the bucket does not exist. Check its name")
+    refused(
+        vitray,
+        tmp_path,
+        argv,
+        1,
+        "StorageError: s3://no-such-bucket/out",
+        "the bucket does not exist. Check its name",
+    )
 
 
 def test_s3_without_credentials_says_which_variables(
@@ -385,7 +559,14 @@ def test_s3_without_credentials_says_which_variables(
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
     argv = ["plan", "s3://bucket/in", "--model", "m", "--out", tmp_path / "out"]
-    refused(vitray, tmp_path, argv, 1, "StorageError: s3://bucket/in: access refused", "AWS_ACCESS_KEY_ID")
+    refused(
+        vitray,
+        tmp_path,
+        argv,
+        1,
+        "StorageError: s3://bucket/in: access refused",
+        "AWS_ACCESS_KEY_ID",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -429,7 +610,13 @@ def test_source_model_out_on_the_line_equal_the_job_file(vitray: Call, labelled:
     assert (code, err) == (0, "")
     second = json.loads(out)
     assert {**first, "seconds": 0} == {**second, "seconds": 0}
-    assert (first["shards"], first["rows"], first["errors"], first["committed"], first["pending"]) == (3, 27, 3, 0, 0)
+    assert (
+        first["shards"],
+        first["rows"],
+        first["errors"],
+        first["committed"],
+        first["pending"],
+    ) == (3, 27, 3, 0, 0)
     plans = [vitray("plan", *argv, "--json") for argv in ([labelled / "a job.yaml"], line)]
     assert plans[0] == plans[1]
     after = only_files(labelled)
@@ -443,7 +630,9 @@ def test_run_says_what_it_did(vitray: Call, labelled: Path) -> None:
     assert out.splitlines()[1] == f"{labelled}/out: 3 shards, 27 rows, 3 errors"
 
 
-def test_run_says_when_there_was_nothing_to_see(vitray: Call, labelled: Path, tmp_path: Path) -> None:
+def test_run_says_when_there_was_nothing_to_see(
+    vitray: Call, labelled: Path, tmp_path: Path
+) -> None:
     from vitray.models import identify
 
     hand_made.write_tar(tmp_path / "in" / "s.tar", {})
@@ -452,7 +641,10 @@ def test_run_says_when_there_was_nothing_to_see(vitray: Call, labelled: Path, tm
     code, out, err = vitray("run", *argv)
     assert (code, err) == (0, "")
     assert out.splitlines()[0].startswith("0 shards committed now (0 images computed in ")
-    assert out.splitlines()[1:] == [f"{tmp_path}/out: 1 shard, 0 rows, 0 errors", "the shards held no image: check `source`"]
+    assert out.splitlines()[1:] == [
+        f"{tmp_path}/out: 1 shard, 0 rows, 0 errors",
+        "the shards held no image: check `source`",
+    ]
 
 
 def test_run_says_that_too_many_images_were_bad(vitray: Call, labelled: Path) -> None:
@@ -478,7 +670,13 @@ def test_the_summary_counts_in_proper_words() -> None:
         "suffixes": {".txt": 2},
         "errors_path": "/o/_errors",
     }
-    found = {"set_aside": {}, "truncated": {}, "notes": {"s": "links"}, "reasons": {"empty": 2}, "too_many_errors": True}
+    found = {
+        "set_aside": {},
+        "truncated": {},
+        "notes": {"s": "links"},
+        "reasons": {"empty": 2},
+        "too_many_errors": True,
+    }
     job = Job(source="a", model="m", out="o", max_error_rate=0.5)
     assert summary(SimpleNamespace(out="/o", **counts, **found), job).splitlines() == [
         "1 shard committed now (1 image computed in 1.0 s, 1.0 images/s with start-up)",
@@ -508,14 +706,22 @@ def test_an_out_of_another_job_is_refused_and_the_fields_are_named(
     for pair in sets:
         argv += ["--set", pair]
     err = refused(
-        vitray, labelled, argv, 2, f"FingerprintError: {labelled}/out belongs to fingerprint", "Choose another `out`", *names
+        vitray,
+        labelled,
+        argv,
+        2,
+        f"FingerprintError: {labelled}/out belongs to fingerprint",
+        "Choose another `out`",
+        *names,
     )
     assert err.count(" differs ") == len(names)
 
 
 def test_a_model_that_does_not_exist_is_named(vitray: Call, labelled: Path) -> None:
     argv = ["run", labelled / "a job.yaml", "--model", "nobody/no-such-model"]
-    refused(vitray, labelled, argv, 2, "ModelError: model nobody/no-such-model", "check the spelling")
+    refused(
+        vitray, labelled, argv, 2, "ModelError: model nobody/no-such-model", "check the spelling"
+    )
     argv[-1] = str(labelled / "nowhere")
     refused(vitray, labelled, argv, 2, f"{labelled}/nowhere")
     argv[-1] = str(labelled / "a job.yaml")
@@ -524,7 +730,15 @@ def test_a_model_that_does_not_exist_is_named(vitray: Call, labelled: Path) -> N
 
 def test_labels_from_a_model_without_head_are_refused(vitray: Call, labelled: Path) -> None:
     argv = ["run", labelled / "a job.yaml", "--model", labelled / "headless"]
-    refused(vitray, labelled, argv, 2, "ModelError: ", "headless has no trained classification head", "labels: false")
+    refused(
+        vitray,
+        labelled,
+        argv,
+        2,
+        "ModelError: ",
+        "headless has no trained classification head",
+        "labels: false",
+    )
 
 
 # ---------------------------------------------------------------- plan and status
@@ -535,7 +749,9 @@ def test_set_wins_over_the_file_and_flags_over_both(vitray: Call, tmp_path: Path
     job = write_job(tmp_path / "a job file.yml", limit=3)
     plan = plan_of(vitray, job)
     assert (plan["shards"], plan["out"]) == (3, f"{tmp_path}/out")
-    plan = plan_of(vitray, job, "--set", "limit=2", "--set", f"out={tmp_path}/x", "--out", f"{tmp_path}/other")
+    plan = plan_of(
+        vitray, job, "--set", "limit=2", "--set", f"out={tmp_path}/x", "--out", f"{tmp_path}/other"
+    )
     assert (plan["shards"], plan["out"]) == (2, f"{tmp_path}/other")
     assert plan_of(vitray, job, "--set", "limit=2", "--set", "limit=1")["shards"] == 1
     two = f"source=[{tmp_path}/in/s-000.tar, {tmp_path}/in/s-002.tar]"
@@ -550,26 +766,40 @@ def plan_of(vitray: Call, *argv: object) -> dict[str, object]:
     return found
 
 
-def test_plan_says_whether_it_compiles_and_refuses_an_engine_without_the_precision(vitray: Call, tmp_path: Path) -> None:
+def test_plan_says_whether_it_compiles_and_refuses_an_engine_without_the_precision(
+    vitray: Call, tmp_path: Path
+) -> None:
     hand_made.make_dataset(tmp_path, commit=0)
     argv = [f"{tmp_path}/in", "--model", "m", "--out", f"{tmp_path}/new"]
-    assert plan_of(vitray, *argv)["compile"].startswith("auto: off (30 images; on from 100,000 a machine")
+    assert plan_of(vitray, *argv)["compile"].startswith(
+        "auto: off (30 images; on from 100,000 a machine"
+    )
     assert plan_of(vitray, *argv, "--set", "compile=on")["compile"] == "on"
-    assert plan_of(vitray, *argv, "--set", "compile=on", "--set", "engine=openvino")["compile"].startswith("off: engine openvino")
+    assert plan_of(vitray, *argv, "--set", "compile=on", "--set", "engine=openvino")[
+        "compile"
+    ].startswith("off: engine openvino")
     for engine, precision, has in (("onnx", "bf16", "fp32"), ("openvino", "fp16", "bf16 or fp32")):
         sets = ["--set", f"engine={engine}", "--set", f"precision={precision}"]
         refused(
-            vitray, tmp_path, ["plan", *argv, *sets], 2, f"engine {engine} computes in {has}, not in {precision}. Set precision"
+            vitray,
+            tmp_path,
+            ["plan", *argv, *sets],
+            2,
+            f"engine {engine} computes in {has}, not in {precision}. Set precision",
         )
 
 
-def test_plan_refuses_what_run_would_and_demo_a_place_that_cannot_be(vitray: Call, tmp_path: Path) -> None:
+def test_plan_refuses_what_run_would_and_demo_a_place_that_cannot_be(
+    vitray: Call, tmp_path: Path
+) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "file").touch()
     code, _, err = vitray("plan", tmp_path / "in", "--model", "m", "--out", tmp_path / "in" / "out")
     assert code == 2 and "lies inside `source`" in err
     code, _, err = vitray("demo", tmp_path / "file" / "demo")
-    assert code == 1 and err.startswith("StorageError: ") and "cannot be made: Not a directory" in err
+    assert (
+        code == 1 and err.startswith("StorageError: ") and "cannot be made: Not a directory" in err
+    )
 
 
 def test_plan_counts_tars_and_what_is_committed(vitray: Call, tmp_path: Path) -> None:
@@ -577,9 +807,21 @@ def test_plan_counts_tars_and_what_is_committed(vitray: Call, tmp_path: Path) ->
     before = snapshot(tmp_path)
     plan = plan_of(vitray, f"{tmp_path}/in", "--model", "m", "--out", f"{tmp_path}/out")
     size = sum(p.stat().st_size for p in (tmp_path / "in").iterdir())
-    assert (plan["kind"], plan["shards"], plan["images"], plan["images_exact"], plan["size_bytes"]) == ("tar", 3, 30, True, size)
+    assert (
+        plan["kind"],
+        plan["shards"],
+        plan["images"],
+        plan["images_exact"],
+        plan["size_bytes"],
+    ) == ("tar", 3, 30, True, size)
     assert (plan["committed"], plan["pending"], plan["pending_images"]) == (2, 1, 10)
-    decided = {"model": f"{tmp_path}/model", "precision": "fp32", "engine": "torch", "batch_size": "4", "fragment_rows": "4"}
+    decided = {
+        "model": f"{tmp_path}/model",
+        "precision": "fp32",
+        "engine": "torch",
+        "batch_size": "4",
+        "fragment_rows": "4",
+    }
     assert plan["decided"] == decided
     code, out, _ = vitray("plan", f"{tmp_path}/in", "--model", "m", "--out", f"{tmp_path}/new")
     assert code == 0
@@ -589,7 +831,16 @@ def test_plan_counts_tars_and_what_is_committed(vitray: Call, tmp_path: Path) ->
         "to do      3 shards, 30 images",
     ]
     assert "precision  decided at run" in out
-    none = vitray("plan", f"{tmp_path}/in", "--model", "m", "--out", f"{tmp_path}/new", "--set", "since=2999-01-01")[1]
+    none = vitray(
+        "plan",
+        f"{tmp_path}/in",
+        "--model",
+        "m",
+        "--out",
+        f"{tmp_path}/new",
+        "--set",
+        "since=2999-01-01",
+    )[1]
     assert none.startswith(
         "source     0 shards, 0 images, 0 bytes\ncommitted  0 shards\nnot chosen 3 shards with 30 images, by since"
     )
@@ -604,42 +855,75 @@ def test_plan_counts_parquet(vitray: Call, tmp_path: Path) -> None:
         pq.write_table(table, tmp_path / "in" / f"{n}.parquet", row_group_size=3)
     plan = plan_of(vitray, f"{tmp_path}/in", "--model", "m", "--out", f"{tmp_path}/out")
     size = sum(p.stat().st_size for p in (tmp_path / "in").iterdir())
-    assert (plan["kind"], plan["shards"], plan["images"], plan["images_exact"]) == ("parquet", 3, 12, True)
-    assert (plan["size_bytes"], plan["committed"], plan["pending_images"], plan["decided"]) == (size, 0, 12, None)
+    assert (plan["kind"], plan["shards"], plan["images"], plan["images_exact"]) == (
+        "parquet",
+        3,
+        12,
+        True,
+    )
+    assert (plan["size_bytes"], plan["committed"], plan["pending_images"], plan["decided"]) == (
+        size,
+        0,
+        12,
+        None,
+    )
 
 
 def test_plan_counts_every_byte_of_a_source_cut_into_ranges(vitray: Call, tmp_path: Path) -> None:
     path = tmp_path / "in.csv"
     path.write_text("path\n" + "".join(f"images/{n:05d}.jpg\n" for n in range(100)))
-    plan = plan_of(vitray, path, "--model", "m", "--out", f"{tmp_path}/out", "--set", "group_size=30")
+    plan = plan_of(
+        vitray, path, "--model", "m", "--out", f"{tmp_path}/out", "--set", "group_size=30"
+    )
     assert (plan["kind"], plan["shards"], plan["images"]) == ("manifest", 4, 100)
     assert path.stat().st_size - 4 < int(str(plan["size_bytes"])) <= path.stat().st_size
 
 
-def test_plan_counts_loose_files_in_the_groups_that_out_remembers(vitray: Call, tmp_path: Path) -> None:
+def test_plan_counts_loose_files_in_the_groups_that_out_remembers(
+    vitray: Call, tmp_path: Path
+) -> None:
     (tmp_path / "in").mkdir()
     for n in range(10):
         (tmp_path / "in" / f"{n}.jpg").write_bytes(b"x" * (n + 1))
     argv = [f"{tmp_path}/in", "--model", "m", "--out", f"{tmp_path}/out", "--set", "group_size=4"]
     plan = plan_of(vitray, *argv)
-    assert (plan["kind"], plan["shards"], plan["images"], plan["size_bytes"]) == ("files", 3, 10, 55)
+    assert (plan["kind"], plan["shards"], plan["images"], plan["size_bytes"]) == (
+        "files",
+        3,
+        10,
+        55,
+    )
     append_group_log(f"{tmp_path}/out", [(0, f"{tmp_path}/in/{n}.jpg") for n in (0, 9)])
     plan = plan_of(vitray, *argv)
-    assert (plan["shards"], plan["images"], plan["images_exact"], plan["pending"]) == (3, 10, True, 3)  # 2 + 4 + 4
+    assert (plan["shards"], plan["images"], plan["images_exact"], plan["pending"]) == (
+        3,
+        10,
+        True,
+        3,
+    )  # 2 + 4 + 4
     append_group_log(f"{tmp_path}/out", [(1, f"{tmp_path}/in/{n}.jpg") for n in (1, 2)])
     assert plan_of(vitray, *argv)["shards"] == 4  # 2 + 2 + 4 + 2
 
 
-def test_plan_on_s3_counts_the_same(vitray: Call, tmp_path: Path, mock_s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_on_s3_counts_the_same(
+    vitray: Call, tmp_path: Path, mock_s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from vitray.storage import store_for
 
     bucket = new_bucket(mock_s3, monkeypatch)
     hand_made.write_tars(tmp_path / "in")
     for path in (tmp_path / "in").iterdir():
         assert store_for(bucket).create(f"{bucket}/in/{path.name}", path.read_bytes())
-    plan = plan_of(vitray, f"{bucket}/in/s-{{000..001}}.tar", "--model", "m", "--out", f"{bucket}/out")
+    plan = plan_of(
+        vitray, f"{bucket}/in/s-{{000..001}}.tar", "--model", "m", "--out", f"{bucket}/out"
+    )
     size = (tmp_path / "in" / "s-000.tar").stat().st_size
-    assert (plan["shards"], plan["images"], plan["size_bytes"], plan["pending"]) == (2, 20, 2 * size, 2)
+    assert (plan["shards"], plan["images"], plan["size_bytes"], plan["pending"]) == (
+        2,
+        20,
+        2 * size,
+        2,
+    )
     assert [info.url for info in store_for(bucket).find(f"{bucket}/out")] == []
 
 
@@ -648,13 +932,25 @@ def test_status_tells_how_far(vitray: Call, tmp_path: Path) -> None:
     last = list_shards(dataset.job, []).shards[2]
     rows = [hand_made.row(dataset, last, i) for i in ()]
     errors = pa.Table.from_pylist(
-        [{"key": str(n), "shard": last.id, "index": n, "uri": "u", "reason": "empty"} for n in range(4)], schema=ERROR_SCHEMA
+        [
+            {"key": str(n), "shard": last.id, "index": n, "uri": "u", "reason": "empty"}
+            for n in range(4)
+        ],
+        schema=ERROR_SCHEMA,
     )
-    write_fragment(dataset, last.id, (0, 4), pa.Table.from_pylist(rows, schema=dataset.schema), errors)
+    write_fragment(
+        dataset, last.id, (0, 4), pa.Table.from_pylist(rows, schema=dataset.schema), errors
+    )
     code, out, err = vitray("status", dataset.out, "--json")
     assert (code, err) == (0, "")
     status = json.loads(out)
-    assert (status["complete"], status["shards"], status["rows"], status["errors"], status["truncated"]) == (False, 2, 18, 2, {})
+    assert (
+        status["complete"],
+        status["shards"],
+        status["rows"],
+        status["errors"],
+        status["truncated"],
+    ) == (False, 2, 18, 2, {})
     assert (status["staged"], status["last_run"]) == ({last.id: 4}, None)
     assert vitray("status", dataset.out)[1].splitlines()[:3] == [
         f"{dataset.out}: not complete: run the job again to go on",
@@ -665,22 +961,43 @@ def test_status_tells_how_far(vitray: Call, tmp_path: Path) -> None:
 
 def test_a_dataset_is_not_followed(vitray: Call, tmp_path: Path) -> None:
     out = hand_made.make_dataset(tmp_path).out
-    refused(vitray, tmp_path, ["status", out, "--follow"], 2, "JobError: --follow is for a submission")
+    refused(
+        vitray, tmp_path, ["status", out, "--follow"], 2, "JobError: --follow is for a submission"
+    )
 
 
-@pytest.mark.parametrize("argv", [["status"], ["validate"], ["redo", "--reason", "empty"], ["redo", "--shard", "x"], ["clean"]])
+@pytest.mark.parametrize(
+    "argv",
+    [["status"], ["validate"], ["redo", "--reason", "empty"], ["redo", "--shard", "x"], ["clean"]],
+)
 def test_a_path_without_dataset_is_refused(vitray: Call, tmp_path: Path, argv: list[str]) -> None:
     (tmp_path / "in").mkdir()
     for out in (tmp_path / "in", tmp_path / "nowhere"):
-        refused(vitray, tmp_path, [argv[0], out, *argv[1:]], 2, f"JobError: {out} holds no vitray dataset. Check the path")
+        refused(
+            vitray,
+            tmp_path,
+            [argv[0], out, *argv[1:]],
+            2,
+            f"JobError: {out} holds no vitray dataset. Check the path",
+        )
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", '{"fingerprint": "x", "facts": 5}', "\xff"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", "null", '{"fingerprint": "x", "facts": 5}', "\xff"]
+)
 @pytest.mark.parametrize("command", ["status", "validate", "clean"])
-def test_a_damaged_dataset_json_is_named(vitray: Call, tmp_path: Path, command: str, text: str) -> None:
+def test_a_damaged_dataset_json_is_named(
+    vitray: Call, tmp_path: Path, command: str, text: str
+) -> None:
     (tmp_path / "out" / "_vitray").mkdir(parents=True)
     (tmp_path / "out" / "_vitray" / "dataset.json").write_text(text, encoding="latin-1")
-    refused(vitray, tmp_path, [command, tmp_path / "out"], 1, f"{tmp_path}/out/_vitray/dataset.json is not readable")
+    refused(
+        vitray,
+        tmp_path,
+        [command, tmp_path / "out"],
+        1,
+        f"{tmp_path}/out/_vitray/dataset.json is not readable",
+    )
 
 
 # ---------------------------------------------------------------- redo and clean
@@ -698,9 +1015,27 @@ def test_redo_asks_which(vitray: Call, tmp_path: Path) -> None:
         ", ".join(REASONS),
     )
     refused(vitray, tmp_path, ["redo", dataset.out, "--yes"], 2, "give --shard ID ")
-    refused(vitray, tmp_path, ["redo", dataset.out, "--reason", "ugly"], 2, "--reason R, one of empty, not_an_image")
-    refused(vitray, tmp_path, ["redo", dataset.out, "--shard", "no-such-shard", "--yes"], 2, "holds no shard no-such-shard")
-    refused(vitray, tmp_path, ["redo", dataset.out, "--shard", "../../in/s-000", "--yes"], 2, "holds no shard ../../in/s-000")
+    refused(
+        vitray,
+        tmp_path,
+        ["redo", dataset.out, "--reason", "ugly"],
+        2,
+        "--reason R, one of empty, not_an_image",
+    )
+    refused(
+        vitray,
+        tmp_path,
+        ["redo", dataset.out, "--shard", "no-such-shard", "--yes"],
+        2,
+        "holds no shard no-such-shard",
+    )
+    refused(
+        vitray,
+        tmp_path,
+        ["redo", dataset.out, "--shard", "../../in/s-000", "--yes"],
+        2,
+        "holds no shard ../../in/s-000",
+    )
 
 
 def test_redo_deletes_only_what_was_chosen_and_only_with_yes(vitray: Call, tmp_path: Path) -> None:
@@ -709,7 +1044,10 @@ def test_redo_deletes_only_what_was_chosen_and_only_with_yes(vitray: Call, tmp_p
     before = snapshot(tmp_path)
     code, out, _ = vitray("redo", dataset.out, "--shard", first)
     assert (code, out) == (0, f"{first}\n1 data file would be deleted; add --yes to do it\n")
-    assert vitray("redo", dataset.out, "--reason", "empty")[1] == "0 data files would be deleted; add --yes to do it\n"
+    assert (
+        vitray("redo", dataset.out, "--reason", "empty")[1]
+        == "0 data files would be deleted; add --yes to do it\n"
+    )
     assert snapshot(tmp_path) == before
     assert vitray("redo", dataset.out, "--shard", first, "--yes")[0] == 0
     assert sorted(committed(dataset.out)) == others
@@ -741,7 +1079,9 @@ def test_a_hostile_file_name_does_not_reach_the_terminal_raw(vitray: Call, tmp_p
     folder = tmp_path / f"in{ESCAPE}"
     folder.mkdir()
     (folder / "a.text").write_bytes(b"x")
-    err = refused(vitray, tmp_path, ["plan", folder, "--model", "m", "--out", "o"], 2, "holds no tar")
+    err = refused(
+        vitray, tmp_path, ["plan", folder, "--model", "m", "--out", "o"], 2, "holds no tar"
+    )
     assert "owned" in err
 
 
@@ -751,7 +1091,9 @@ def test_hostile_text_on_stdout_is_not_raw(vitray: Call, tmp_path: Path) -> None
     dataset = hand_made.make_dataset(tmp_path, out=str(out))
     path = tmp_path / "in" / "s-000.tar"
     stat = path.stat()
-    hand_made.write_tar(path, {f"{i}{ESCAPE}.jpg": f"image 0 {i}".encode() for i in range(hand_made.IMAGES)})
+    hand_made.write_tar(
+        path, {f"{i}{ESCAPE}.jpg": f"image 0 {i}".encode() for i in range(hand_made.IMAGES)}
+    )
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert path.stat().st_size == stat.st_size
     code, text, err = vitray("validate", dataset.out, "--content")
@@ -759,7 +1101,12 @@ def test_hostile_text_on_stdout_is_not_raw(vitray: Call, tmp_path: Path) -> None
     assert raw(text + err) == []
     runs = out / "_vitray" / "runs"
     runs.mkdir()
-    record = {"finished": "now", "images": 1, "images_per_s": 1, "set_aside": {"s": f"cannot {ESCAPE} read"}}
+    record = {
+        "finished": "now",
+        "images": 1,
+        "images_per_s": 1,
+        "set_aside": {"s": f"cannot {ESCAPE} read"},
+    }
     (runs / "20250101.json").write_text(json.dumps(record))
     (out / "_SUCCESS.json").unlink()
     code, text, err = vitray("status", dataset.out)
@@ -793,10 +1140,18 @@ def waiting(*argv: object) -> Iterator[subprocess.Popen[str]]:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         connected = threading.Event()
         keep: list[socket.socket] = []
-        threading.Thread(target=lambda: (keep.append(silent.accept()[0]), connected.set()), daemon=True).start()
-        env = {**os.environ, **KEYS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{silent.getsockname()[1]}"}
+        threading.Thread(
+            target=lambda: (keep.append(silent.accept()[0]), connected.set()), daemon=True
+        ).start()
+        env = {
+            **os.environ,
+            **KEYS,
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{silent.getsockname()[1]}",
+        }
         command = [sys.executable, "-m", "vitray", *map(str, argv)]
-        running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+        running = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+        )
         assert connected.wait(30)
         yield running
 
@@ -818,18 +1173,27 @@ def interrupted(running: subprocess.Popen[str], number: int) -> tuple[int, str]:
         ("run", signal.SIGINT, "what is staged stays. Run the same command again to go on."),
     ],
 )
-def test_a_signal_ends_a_command_with_its_code_and_a_next_step(tmp_path: Path, command: str, number: int, says: str) -> None:
+def test_a_signal_ends_a_command_with_its_code_and_a_next_step(
+    tmp_path: Path, command: str, number: int, says: str
+) -> None:
     with waiting(command, "s3://b/in", "--model", "m", "--out", tmp_path / "out") as running:
         assert interrupted(running, number) == (128 + number, f"interrupted; {says}")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_an_export_that_is_interrupted_leaves_nothing(dataset: Dataset, tmp_path: Path, number: int) -> None:
+def test_an_export_that_is_interrupted_leaves_nothing(
+    dataset: Dataset, tmp_path: Path, number: int
+) -> None:
     path = Path(dataset.out, "_vitray", "dataset.json")
     path.write_text(path.read_text().replace(f"{tmp_path}/in/*.tar", "s3://b/in"))
-    with waiting("export", dataset.out, "--to", "webdataset", "--into", tmp_path / "made" / "tars") as running:
+    with waiting(
+        "export", dataset.out, "--to", "webdataset", "--into", tmp_path / "made" / "tars"
+    ) as running:
         assert list((tmp_path / "made").glob(".tmp-*"))
-        assert interrupted(running, number) == (128 + number, "interrupted; run the same command again.")
+        assert interrupted(running, number) == (
+            128 + number,
+            "interrupted; run the same command again.",
+        )
     assert list((tmp_path / "made").iterdir()) == []
 
 
@@ -855,13 +1219,17 @@ def problems_of(vitray: Call, dataset: Dataset, *argv: str) -> list[str]:
     assert code == again == (1 if problems else 0)
     bad = f"NOT valid: {count(len(problems), 'problem')}"
     assert out.splitlines()[0].startswith(f"{dataset.out}: {bad if problems else good};")
-    assert [line.strip() for line in out.splitlines() if line.startswith("  ")] == [" ".join(p.split()) for p in problems]
+    assert [line.strip() for line in out.splitlines() if line.startswith("  ")] == [
+        " ".join(p.split()) for p in problems
+    ]
     return problems
 
 
 def rewrite(path: Path, change: Callable[[pa.Table], pa.Table], **marks: str) -> None:
     """The data file anew with other rows and, but for `marks`, the same footer."""
-    footer = {k: v for k, v in (pq.read_metadata(path).metadata or {}).items() if k.startswith(b"vitray.")}
+    footer = {
+        k: v for k, v in (pq.read_metadata(path).metadata or {}).items() if k.startswith(b"vitray.")
+    }
     footer |= {f"vitray.{name}".encode(): value.encode() for name, value in marks.items()}
     table = change(pq.ParquetFile(path).read().replace_schema_metadata(None))
     with pq.ParquetWriter(path, table.schema) as writer:
@@ -874,7 +1242,9 @@ def with_vector(table: pa.Table, at: int, vector: list[float]) -> pa.Table:
     values[at] = vector
     kind = table.schema.field("embedding").type
     column = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel(), pa.float32()), type=kind)
-    return table.set_column(table.schema.get_field_index("embedding"), table.schema.field("embedding"), column)
+    return table.set_column(
+        table.schema.get_field_index("embedding"), table.schema.field("embedding"), column
+    )
 
 
 def with_value(table: pa.Table, name: str, at: int, value: object) -> pa.Table:
@@ -888,9 +1258,18 @@ def test_a_whole_dataset_is_valid(vitray: Call, dataset: Dataset, tmp_path: Path
     for argv in ([], ["--content"], ["--no-inputs"]):
         assert problems_of(vitray, dataset, *argv) == []
     code, out, _ = vitray("validate", dataset.out)
-    assert (code, out) == (0, f"{dataset.out}: valid; 3 files, 27 rows, 3 errors\nsource: 30 images in the committed shards\n")
+    assert (code, out) == (
+        0,
+        f"{dataset.out}: valid; 3 files, 27 rows, 3 errors\nsource: 30 images in the committed shards\n",
+    )
     found = json.loads(vitray("validate", dataset.out, "--json")[1])
-    assert (found["files"], found["rows"], found["errors"], found["pending"], found["gone"]) == (3, 27, 3, 0, 0)
+    assert (found["files"], found["rows"], found["errors"], found["pending"], found["gone"]) == (
+        3,
+        27,
+        3,
+        0,
+        0,
+    )
     assert (found["images"], found["uncounted"], found["left_out"]) == (30, 0, {})
     assert snapshot(tmp_path) == before
 
@@ -912,12 +1291,24 @@ def test_validate_finds_a_cut_file(vitray: Call, dataset: Dataset, kept: int) ->
     path = files(dataset)[0]
     path.write_bytes(path.read_bytes()[:kept])
     problems = problems_of(vitray, dataset)
-    assert len(problems) == 1 and path.name in problems[0] and "is not a data file of vitray" in problems[0]
+    assert (
+        len(problems) == 1
+        and path.name in problems[0]
+        and "is not a data file of vitray" in problems[0]
+    )
 
 
 DAMAGE: list[tuple[str, Callable[[pa.Table], pa.Table], set[str]]] = [
-    ("row removed", lambda t: t.slice(1), {"8 rows, but its footer says 9", "rows and errors do not make up 0..9"}),
-    ("last row removed", lambda t: t.slice(0, 8), {"8 rows, but its footer says 9", "rows and errors do not make up 0..9"}),
+    (
+        "row removed",
+        lambda t: t.slice(1),
+        {"8 rows, but its footer says 9", "rows and errors do not make up 0..9"},
+    ),
+    (
+        "last row removed",
+        lambda t: t.slice(0, 8),
+        {"8 rows, but its footer says 9", "rows and errors do not make up 0..9"},
+    ),
     (
         "row twice",
         lambda t: pa.concat_tables([t.slice(0, 1), t]),
@@ -927,33 +1318,74 @@ DAMAGE: list[tuple[str, Callable[[pa.Table], pa.Table], set[str]]] = [
             "rows and errors do not make up 0..9",
         },
     ),
-    ("out of order", lambda t: t.take([1, 0, *range(2, 9)]), {"rows are not in the order of their shard, or one is there twice"}),
-    ("no rows", lambda t: t.slice(0, 0), {"0 rows, but its footer says 9", "rows and errors do not make up 0..9"}),
-    ("NaN", lambda t: with_vector(t, 4, [float("nan"), 0, 0, 0]), {"embedding holds NaN or infinity"}),
-    ("infinity", lambda t: with_vector(t, 4, [float("inf"), 0, 0, 0]), {"embedding holds NaN or infinity"}),
+    (
+        "out of order",
+        lambda t: t.take([1, 0, *range(2, 9)]),
+        {"rows are not in the order of their shard, or one is there twice"},
+    ),
+    (
+        "no rows",
+        lambda t: t.slice(0, 0),
+        {"0 rows, but its footer says 9", "rows and errors do not make up 0..9"},
+    ),
+    (
+        "NaN",
+        lambda t: with_vector(t, 4, [float("nan"), 0, 0, 0]),
+        {"embedding holds NaN or infinity"},
+    ),
+    (
+        "infinity",
+        lambda t: with_vector(t, 4, [float("inf"), 0, 0, 0]),
+        {"embedding holds NaN or infinity"},
+    ),
     ("norm", lambda t: with_vector(t, 4, [0.6, 0.8, 0.1, 0]), {"embedding is not of unit length"}),
     ("zero vector", lambda t: with_vector(t, 4, [0, 0, 0, 0]), {"embedding is not of unit length"}),
     ("vector of another row", lambda t: with_vector(t, 4, [1, 0, 0, 0]), set()),
     ("null vector", lambda t: with_value(t, "embedding", 4, None), {"embedding holds a null"}),
-    ("label", lambda t: with_value(t, "label", 0, "owl"), {"a label is not the name of its label_id"}),
-    ("label_id", lambda t: with_value(t, "label_id", 0, 3), {"a label_id is not a class of the model"}),
-    ("negative label_id", lambda t: with_value(t, "label_id", 0, -1), {"a label_id is not a class of the model"}),
-    ("no label_id", lambda t: with_value(t, "label_id", 0, None), {"a label_id is not a class of the model"}),
+    (
+        "label",
+        lambda t: with_value(t, "label", 0, "owl"),
+        {"a label is not the name of its label_id"},
+    ),
+    (
+        "label_id",
+        lambda t: with_value(t, "label_id", 0, 3),
+        {"a label_id is not a class of the model"},
+    ),
+    (
+        "negative label_id",
+        lambda t: with_value(t, "label_id", 0, -1),
+        {"a label_id is not a class of the model"},
+    ),
+    (
+        "no label_id",
+        lambda t: with_value(t, "label_id", 0, None),
+        {"a label_id is not a class of the model"},
+    ),
     ("score", lambda t: with_value(t, "score", 0, 1.5), {"a score is not within 0 and 1"}),
-    ("NaN score", lambda t: with_value(t, "score", 0, float("nan")), {"a score is not within 0 and 1"}),
+    (
+        "NaN score",
+        lambda t: with_value(t, "score", 0, float("nan")),
+        {"a score is not within 0 and 1"},
+    ),
     ("shard", lambda t: with_value(t, "shard", 0, "other"), {"a row names another shard"}),
     ("key", lambda t: with_value(t, "key", 0, "other"), set()),
     ("no key", lambda t: with_value(t, "key", 0, None), set()),
 ]
 
 
-@pytest.mark.parametrize(("change", "found"), [pytest.param(c, f, id=name) for name, c, f in DAMAGE])
+@pytest.mark.parametrize(
+    ("change", "found"), [pytest.param(c, f, id=name) for name, c, f in DAMAGE]
+)
 def test_validate_finds_changed_rows(
     vitray: Call, dataset: Dataset, change: Callable[[pa.Table], pa.Table], found: set[str]
 ) -> None:
     path = files(dataset)[1]
     rewrite(path, change)
-    expected = found | {"sha256 differs from the manifest", "the hash of its rows differs from its footer"}
+    expected = found | {
+        "sha256 differs from the manifest",
+        "the hash of its rows differs from its footer",
+    }
     assert set(problems_of(vitray, dataset)) == {f"data/{path.name}: {text}" for text in expected}
 
 
@@ -964,15 +1396,26 @@ def test_validate_finds_a_missing_column(vitray: Call, dataset: Dataset) -> None
 
 
 @pytest.mark.parametrize("argv", [[], ["--content"]])
-def test_validate_survives_footers_and_columns_that_are_not_ours(vitray: Call, dataset: Dataset, argv: list[str]) -> None:
+def test_validate_survives_footers_and_columns_that_are_not_ours(
+    vitray: Call, dataset: Dataset, argv: list[str]
+) -> None:
     first, second, third = files(dataset)
     rewrite(first, lambda t: t.rename_columns(["kex", *t.column_names[1:]]))
     other = pa.table({"index": [3]})
     rewrite(second, lambda t: t, error_rows=base64.b64encode(ipc_bytes(other, "zstd")).decode())
-    broken = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(np.array([0, 2], np.int32)), pa.py_buffer(b"\xb5\xb5")])
-    rewrite(third, lambda t: t.set_column(0, "key", pa.concat_arrays([broken, t["key"].combine_chunks().slice(1)])))
+    broken = pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.py_buffer(np.array([0, 2], np.int32)), pa.py_buffer(b"\xb5\xb5")]
+    )
+    rewrite(
+        third,
+        lambda t: t.set_column(
+            0, "key", pa.concat_arrays([broken, t["key"].combine_chunks().slice(1)])
+        ),
+    )
     problems = problems_of(vitray, dataset, *argv)
-    assert {p.split(":")[0] for p in problems} == {f"data/{path.name}" for path in (first, second, third)}
+    assert {p.split(":")[0] for p in problems} == {
+        f"data/{path.name}" for path in (first, second, third)
+    }
     assert f"data/{first.name}: its schema is not the dataset's" in problems
 
 
@@ -981,7 +1424,9 @@ def test_validate_finds_changed_rows_without_a_manifest_too(vitray: Call, tmp_pa
     assert problems_of(vitray, dataset) == []
     path = files(dataset)[0]
     rewrite(path, lambda t: with_vector(t, 4, [1, 0, 0, 0]))
-    assert problems_of(vitray, dataset) == [f"data/{path.name}: the hash of its rows differs from its footer"]
+    assert problems_of(vitray, dataset) == [
+        f"data/{path.name}: the hash of its rows differs from its footer"
+    ]
 
 
 def test_validate_finds_a_file_under_a_wrong_name(vitray: Call, dataset: Dataset) -> None:
@@ -994,12 +1439,16 @@ def test_validate_finds_a_file_under_a_wrong_name(vitray: Call, dataset: Dataset
     assert all(problem.startswith(f"data/{second.name}: ") for problem in problems)
 
 
-def test_validate_finds_a_file_of_another_job(vitray: Call, dataset: Dataset, tmp_path: Path) -> None:
+def test_validate_finds_a_file_of_another_job(
+    vitray: Call, dataset: Dataset, tmp_path: Path
+) -> None:
     other = hand_made.make_dataset(tmp_path, out=str(tmp_path / "other"), max_pixels=1000)
     path = files(dataset)[0]
     shutil.copy(Path(other.out, "data", path.name), path)
     problems = problems_of(vitray, dataset)
-    assert f"data/{path.name}: fingerprint {other.fingerprint[:8]}… is not the dataset's" in problems
+    assert (
+        f"data/{path.name}: fingerprint {other.fingerprint[:8]}… is not the dataset's" in problems
+    )
 
 
 def test_validate_finds_a_file_that_is_no_data_file(vitray: Call, dataset: Dataset) -> None:
@@ -1021,7 +1470,9 @@ def test_validate_finds_a_missing_or_different_errors_file(vitray: Call, dataset
     errors = Path(dataset.out, "_errors")
     (errors / first.name).unlink()
     table = pq.ParquetFile(errors / second.name).read()
-    pq.write_table(table.set_column(4, table.schema.field(4), pa.array(["empty"])), errors / second.name)
+    pq.write_table(
+        table.set_column(4, table.schema.field(4), pa.array(["empty"])), errors / second.name
+    )
     (errors / third.name).write_bytes(b"no parquet at all")
     problems = problems_of(vitray, dataset)
     assert problems[:2] == [
@@ -1037,10 +1488,14 @@ def test_validate_finds_a_data_file_that_the_manifest_lacks(vitray: Call, datase
     manifest = next(Path(dataset.out, "_vitray").glob("manifest-*.parquet"))
     table = pq.ParquetFile(manifest).read()
     pq.write_table(table.slice(1), manifest)
-    assert problems_of(vitray, dataset) == [f"data/{path.name}: is not in the manifest, though _SUCCESS.json is there"]
+    assert problems_of(vitray, dataset) == [
+        f"data/{path.name}: is not in the manifest, though _SUCCESS.json is there"
+    ]
 
 
-def test_a_data_file_committed_since_the_manifest_is_no_problem_while_a_run_is_not_done(vitray: Call, dataset: Dataset) -> None:
+def test_a_data_file_committed_since_the_manifest_is_no_problem_while_a_run_is_not_done(
+    vitray: Call, dataset: Dataset
+) -> None:
     manifest = next(Path(dataset.out, "_vitray").glob("manifest-*.parquet"))
     pq.write_table(pq.ParquetFile(manifest).read().slice(1), manifest)
     Path(dataset.out, "_SUCCESS.json").unlink()
@@ -1048,7 +1503,9 @@ def test_a_data_file_committed_since_the_manifest_is_no_problem_while_a_run_is_n
 
 
 @pytest.mark.parametrize("what", ["gone", "garbage", "success"])
-def test_validate_checks_the_files_even_when_the_manifest_is_damaged(vitray: Call, dataset: Dataset, what: str) -> None:
+def test_validate_checks_the_files_even_when_the_manifest_is_damaged(
+    vitray: Call, dataset: Dataset, what: str
+) -> None:
     manifest = next(Path(dataset.out, "_vitray").glob("manifest-*.parquet"))
     if what == "gone":
         manifest.unlink()
@@ -1059,11 +1516,15 @@ def test_validate_checks_the_files_even_when_the_manifest_is_damaged(vitray: Cal
     path = files(dataset)[0]
     rewrite(path, lambda t: with_vector(t, 4, [1, 0, 0, 0]))
     problems = problems_of(vitray, dataset)
-    assert problems[0].startswith("the manifest cannot be read") and "run the job again" in problems[0]
+    assert (
+        problems[0].startswith("the manifest cannot be read") and "run the job again" in problems[0]
+    )
     assert f"data/{path.name}: the hash of its rows differs from its footer" in problems
 
 
-def test_inputs_that_changed_went_or_came_are_counted_and_are_no_damage(vitray: Call, dataset: Dataset, tmp_path: Path) -> None:
+def test_inputs_that_changed_went_or_came_are_counted_and_are_no_damage(
+    vitray: Call, dataset: Dataset, tmp_path: Path
+) -> None:
     def counts() -> tuple[int, int, int]:
         code, out, _ = vitray("validate", dataset.out, "--json")
         found = json.loads(out)
@@ -1077,23 +1538,38 @@ def test_inputs_that_changed_went_or_came_are_counted_and_are_no_damage(vitray: 
     assert counts() == (0, 2, 2)
     text = vitray("validate", dataset.out)[1]
     assert ": valid so far; 3 files" in text.splitlines()[0]
-    assert text.splitlines()[1] == "inputs: 2 shards not committed yet, 2 committed ones no longer listed"
+    assert (
+        text.splitlines()[1]
+        == "inputs: 2 shards not committed yet, 2 committed ones no longer listed"
+    )
     assert vitray("validate", dataset.out, "--no-inputs")[1].count("\n") == 1
 
 
-def test_validate_checks_the_files_even_when_the_source_is_gone(vitray: Call, dataset: Dataset, tmp_path: Path) -> None:
+def test_validate_checks_the_files_even_when_the_source_is_gone(
+    vitray: Call, dataset: Dataset, tmp_path: Path
+) -> None:
     shutil.rmtree(tmp_path / "in")
     rewrite(files(dataset)[0], lambda t: with_vector(t, 4, [1, 0, 0, 0]))
     problems = problems_of(vitray, dataset)
-    assert problems[0].startswith(f"the source cannot be listed: source {tmp_path}/in/*.tar names no object")
-    assert f"data/{files(dataset)[0].name}: the hash of its rows differs from its footer" in problems
+    assert problems[0].startswith(
+        f"the source cannot be listed: source {tmp_path}/in/*.tar names no object"
+    )
+    assert (
+        f"data/{files(dataset)[0].name}: the hash of its rows differs from its footer" in problems
+    )
     assert len(problems_of(vitray, dataset, "--no-inputs")) == len(problems) - 1
 
 
-def test_content_finds_bytes_that_rotted_in_the_source(vitray: Call, dataset: Dataset, tmp_path: Path) -> None:
+def test_content_finds_bytes_that_rotted_in_the_source(
+    vitray: Call, dataset: Dataset, tmp_path: Path
+) -> None:
     """The version of a local input is its size and time: only reading it again tells."""
     names = [path.name for path in files(dataset)]
-    for shard, old, new in ((0, b"image 0 7", b"image 0 8"), (1, b"1/04.jpg", b"1/44.jpg"), (2, None, None)):
+    for shard, old, new in (
+        (0, b"image 0 7", b"image 0 8"),
+        (1, b"1/04.jpg", b"1/44.jpg"),
+        (2, None, None),
+    ):
         path = tmp_path / "in" / f"s-{shard:03d}.tar"
         stat, whole = path.stat(), path.read_bytes()
         if old is None:
@@ -1101,36 +1577,52 @@ def test_content_finds_bytes_that_rotted_in_the_source(vitray: Call, dataset: Da
         elif old.startswith(b"image"):
             path.write_bytes(whole.replace(old, new))
         else:
-            images = [(f"1/{i:02d}.jpg" if i != 4 else "1/44.jpg", f"image 1 {i}".encode()) for i in range(hand_made.IMAGES)]
+            images = [
+                (f"1/{i:02d}.jpg" if i != 4 else "1/44.jpg", f"image 1 {i}".encode())
+                for i in range(hand_made.IMAGES)
+            ]
             hand_made.write_tar(path, dict(images))
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
         assert path.stat().st_size == stat.st_size
     (problem,) = problems_of(vitray, dataset)
-    assert problem.startswith(f"data/{names[2]}: the source cannot be counted again: ") and "is not a tar" in problem
+    assert (
+        problem.startswith(f"data/{names[2]}: the source cannot be counted again: ")
+        and "is not a tar" in problem
+    )
     problems = problems_of(vitray, dataset, "--content")
     assert problems[:2] == [
         f"data/{names[0]}: image 7 (0/07) is not what was labelled",
         f"data/{names[1]}: image 4 (1/44) is not what was labelled",
     ]
-    assert len(problems) == 3 and problems[2].startswith(f"data/{names[2]}: the source cannot be read again: ")
+    assert len(problems) == 3 and problems[2].startswith(
+        f"data/{names[2]}: the source cannot be read again: "
+    )
 
 
-def test_the_footer_of_a_data_file_is_checked_against_the_dataset(vitray: Call, dataset: Dataset) -> None:
+def test_the_footer_of_a_data_file_is_checked_against_the_dataset(
+    vitray: Call, dataset: Dataset
+) -> None:
     path = files(dataset)[0]
     bad = pa.Table.from_pylist([{"key": "k", "index": 9}], schema=ERROR_SCHEMA)
     rewrite(path, lambda t: t, errors="0", reasons="{}", error_rows="")
     assert f"data/{path.name}: rows and errors do not make up 0..8" in problems_of(vitray, dataset)
-    rewrite(path, lambda t: t, errors="1", error_rows=base64.b64encode(ipc_bytes(bad, "zstd")).decode())
+    rewrite(
+        path, lambda t: t, errors="1", error_rows=base64.b64encode(ipc_bytes(bad, "zstd")).decode()
+    )
     assert (
         f"data/{path.name}: its error rows differ from what the data file carries; run the job again to repair it"
         in problems_of(vitray, dataset)
     )
     assert read_footer(str(path)).errors == 1 and SCHEMA_VERSION == 1
-    assert np.isclose(np.linalg.norm(pq.ParquetFile(files(dataset)[1]).read()["embedding"][0].as_py()), 1)
+    assert np.isclose(
+        np.linalg.norm(pq.ParquetFile(files(dataset)[1]).read()["embedding"][0].as_py()), 1
+    )
 
 
 @pytest.mark.parametrize("start", ["&k [x]", "&k [*k]"])
-def test_a_value_of_terabytes_or_that_holds_itself_is_one_line(vitray: Call, tmp_path: Path, start: str) -> None:
+def test_a_value_of_terabytes_or_that_holds_itself_is_one_line(
+    vitray: Call, tmp_path: Path, start: str
+) -> None:
     deeper = "".join(f"a{n + 1}: &k{n + 1} [{', '.join(10 * [f'*k{n}'])}]\n" for n in range(12))
     job = tmp_path / "job.yaml"
     job.write_text(f"a0: {start.replace('k', 'k0')}\n{deeper}model: m\nout: o\nsource: [*k12]\n")
@@ -1140,24 +1632,35 @@ def test_a_value_of_terabytes_or_that_holds_itself_is_one_line(vitray: Call, tmp
 
 
 def test_a_message_of_megabytes_is_shortened_in_its_middle(vitray: Call, tmp_path: Path) -> None:
-    (tmp_path / "job.yaml").write_text(f"source: s\nmodel: m\nout: o\nlabels: [{'x' * 5_000_000}, {'x' * 5_000_000}]\n")
+    (tmp_path / "job.yaml").write_text(
+        f"source: s\nmodel: m\nout: o\nlabels: [{'x' * 5_000_000}, {'x' * 5_000_000}]\n"
+    )
     code, _, err = vitray("run", tmp_path / "job.yaml")
     assert code == 2 and len(err) < 5000
-    assert err.startswith("JobError: the job is not valid: `labels`: label xxx") and err.endswith("xxx is there twice\n")
+    assert err.startswith("JobError: the job is not valid: `labels`: label xxx") and err.endswith(
+        "xxx is there twice\n"
+    )
 
 
 @pytest.mark.parametrize("value", ["auto", "on", "off"])
 def test_on_and_off_are_words_also_where_yaml_thinks_otherwise(tmp_path: Path, value: str) -> None:
     (tmp_path / "job.yaml").write_text(f"source: s\nmodel: m\nout: o\ncompile: {value}\n")
     assert make_job(read_fields(tmp_path / "job.yaml")).compile == value
-    assert make_job({"source": "s", "model": "m", "out": "o", **parse_set([f"compile={value}"])}).compile == value
+    assert (
+        make_job(
+            {"source": "s", "model": "m", "out": "o", **parse_set([f"compile={value}"])}
+        ).compile
+        == value
+    )
 
 
 def test_a_colour_is_never_taken_for_a_comment(tmp_path: Path) -> None:
     assert parse_set(["background=#ffffff"]) == {"background": "#ffffff"}
     file = tmp_path / "job.yaml"
     file.write_text("source: a\nbackground: #ffffff\n")
-    with pytest.raises(JobError, match="`background` has no value in line 2; what begins with # goes in quotes"):
+    with pytest.raises(
+        JobError, match="`background` has no value in line 2; what begins with # goes in quotes"
+    ):
         read_fields(file)
     file.write_text("source: a\nbackground: '#ffffff'\nrevision: null\n")
     assert read_fields(file) == {"source": "a", "background": "#ffffff", "revision": None}

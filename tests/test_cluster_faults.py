@@ -39,7 +39,9 @@ def require_whole(out: Path) -> None:
 
 
 @contextlib.contextmanager
-def one_node(*options: str, store_bytes: int = 300_000_000, **environment: str) -> Iterator[Cluster]:
+def one_node(
+    *options: str, store_bytes: int = 300_000_000, **environment: str
+) -> Iterator[Cluster]:
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
     cluster = Cluster({**os.environ, **token, **environment}, store_bytes=store_bytes)
     try:
@@ -54,7 +56,9 @@ def last_pid(trace: Path, step: str) -> int | None:
     return int(str(max(done, key=lambda line: float(str(line["at"])))["pid"])) if done else None
 
 
-def test_workers_and_actors_killed_every_few_seconds(inputs: Path, shapes_model: str, tmp_path: Path) -> None:
+def test_workers_and_actors_killed_every_few_seconds(
+    inputs: Path, shapes_model: str, tmp_path: Path
+) -> None:
     """A decoder, a stager, the model actor, in turn, every 3 s, eight times. Ray tries each batch three times, the runner plans again."""
     trace = tmp_path / "trace"
     run = start(command(inputs, shapes_model, tmp_path / "out", "--address", "local"), trace)
@@ -71,7 +75,9 @@ def test_workers_and_actors_killed_every_few_seconds(inputs: Path, shapes_model:
     assert run.returncode == 0, stderr
     require_whole(tmp_path / "out")
     assert killed >= 3
-    print(f"{killed} processes killed; done again: { {s: n - IMAGES for s, n in images_by_step(trace).items()} }")
+    print(
+        f"{killed} processes killed; done again: { {s: n - IMAGES for s, n in images_by_step(trace).items()} }"
+    )
 
 
 def test_a_stopped_worker_is_waited_for(inputs: Path, shapes_model: str, tmp_path: Path) -> None:
@@ -91,13 +97,17 @@ def test_a_stopped_worker_is_waited_for(inputs: Path, shapes_model: str, tmp_pat
     require_whole(tmp_path / "out")
 
 
-def test_an_actor_that_dies_whenever_it_opens_the_model_is_one_error(inputs: Path, shapes_model: str, tmp_path: Path) -> None:
+def test_an_actor_that_dies_whenever_it_opens_the_model_is_one_error(
+    inputs: Path, shapes_model: str, tmp_path: Path
+) -> None:
     argv = command(inputs, shapes_model, tmp_path / "out", "--address", "local")
     started = time.monotonic()
     dying = start(argv, tmp_path / "trace", VITRAY_CRASH_AT="model-loaded")
     _, stderr = dying.communicate(timeout=500)
     print(f"gave up after {time.monotonic() - started:.0f} s")
-    assert dying.returncode == 1 and "the line fails again and again" in stderr.splitlines()[-1], stderr
+    assert dying.returncode == 1 and "the line fails again and again" in stderr.splitlines()[-1], (
+        stderr
+    )
     assert subprocess.run(argv, capture_output=True, timeout=200).returncode == 0
     require_whole(tmp_path / "out")
 
@@ -111,16 +121,24 @@ def large_pixels(tmp_path_factory: pytest.TempPathFactory) -> str:
 BLOCKS = ("--set", "fragment_rows=128")  # 19 MB each: a few fill a store of 80 MB
 
 
-def test_an_object_store_of_80_mb_is_never_full(inputs: Path, large_pixels: str, tmp_path: Path) -> None:
+def test_an_object_store_of_80_mb_is_never_full(
+    inputs: Path, large_pixels: str, tmp_path: Path
+) -> None:
     """The queues are short enough: nothing is spilled, so that a full disk would not matter."""
     spilled = tmp_path / "spilled"
     spilled.mkdir()
     with one_node(f"--object-spilling-directory={spilled}", store_bytes=80_000_000) as cluster:
-        argv = [*command(inputs, large_pixels, tmp_path / "out", *BLOCKS), "--address", cluster.address]
+        argv = [
+            *command(inputs, large_pixels, tmp_path / "out", *BLOCKS),
+            "--address",
+            cluster.address,
+        ]
         run = subprocess.Popen(argv, env=cluster.environment, **PIPES)
         most = 0
         while run.poll() is None:
-            most = max(most, sum(path.stat().st_size for path in spilled.rglob("*") if path.is_file()))
+            most = max(
+                most, sum(path.stat().st_size for path in spilled.rglob("*") if path.is_file())
+            )
             time.sleep(0.1)
         _, stderr = run.communicate(timeout=30)
     print(f"spilled: {most} bytes")
@@ -129,7 +147,9 @@ def test_an_object_store_of_80_mb_is_never_full(inputs: Path, large_pixels: str,
     assert most == 0
 
 
-def test_a_machine_whose_memory_is_always_full_is_one_error(inputs: Path, shapes_model: str, tmp_path: Path) -> None:
+def test_a_machine_whose_memory_is_always_full_is_one_error(
+    inputs: Path, shapes_model: str, tmp_path: Path
+) -> None:
     """Ray's memory monitor kills whatever works. With memory again, the same command ends whole."""
     argv = command(inputs, shapes_model, tmp_path / "out", "--address", "local")
     started = time.monotonic()

@@ -33,22 +33,44 @@ CLUSTER = HOME / "cluster"
 CRDS = HOME.parent / "shared" / "kuberay"
 KUBERNETES = "1.37"
 KUBERAY = ("rayjob", "raycronjob", "cronjob", "access")
-TREES = (*(f"kuberay/{name}.yaml" for name in KUBERAY), "aws.yaml", "prometheus.yaml", "grafana.json")
+TREES = (
+    *(f"kuberay/{name}.yaml" for name in KUBERAY),
+    "aws.yaml",
+    "prometheus.yaml",
+    "grafana.json",
+)
 FILES = (*TREES, "Dockerfile", "slurm.sbatch")
 README = (CLUSTER / "README.md").read_text()
 PLACEHOLDER = re.compile(r"\bSET_[A-Z_]*[A-Z]\b")
 
 # Below these keys, names are the user's own, or another system's: no schema can know them.
 FREE = {"labels", "matchLabels", "annotations", "nodeSelector", "requests", "limits", "file_mounts"}
-FREE_AT = {("available_node_types", "cpu"), ("available_node_types", "gpu"), ("head", "resources", "CPU")}
+FREE_AT = {
+    ("available_node_types", "cpu"),
+    ("available_node_types", "gpu"),
+    ("head", "resources", "CPU"),
+}
 
 # vitray's own metrics and their tags
-COUNTERS = {"vitray_images": {"outcome"}, "vitray_bytes": set(), "vitray_failures": {"reason"}, "vitray_shard_commits": set()}
+COUNTERS = {
+    "vitray_images": {"outcome"},
+    "vitray_bytes": set(),
+    "vitray_failures": {"reason"},
+    "vitray_shard_commits": set(),
+}
 HISTOGRAMS = {"vitray_step_seconds": {"step"}}
 
 # Closed lists that the API server knows and the published schemas do not
 VALUES = {
-    "kind": {"ServiceAccount", "NetworkPolicy", "Role", "RoleBinding", "CronJob", "RayJob", "RayCronJob"},
+    "kind": {
+        "ServiceAccount",
+        "NetworkPolicy",
+        "Role",
+        "RoleBinding",
+        "CronJob",
+        "RayJob",
+        "RayCronJob",
+    },
     "restartPolicy": {"Never", "OnFailure"},
     "operator": {"Equal", "Exists"},
     "effect": {"NoSchedule", "PreferNoSchedule", "NoExecute"},
@@ -79,7 +101,10 @@ PROMETHEUS = {  # of Prometheus' configuration the part that is used here
                 "type": "object",
                 "required": ["job_name"],
                 "additionalProperties": False,
-                "oneOf": [{"required": ["kubernetes_sd_configs"]}, {"required": ["file_sd_configs"]}],
+                "oneOf": [
+                    {"required": ["kubernetes_sd_configs"]},
+                    {"required": ["file_sd_configs"]},
+                ],
                 "properties": {
                     "job_name": {"type": "string"},
                     "kubernetes_sd_configs": {
@@ -87,7 +112,16 @@ PROMETHEUS = {  # of Prometheus' configuration the part that is used here
                             "required": ["role"],
                             "additionalProperties": False,
                             "properties": {
-                                "role": {"enum": ["node", "service", "pod", "endpoints", "endpointslice", "ingress"]},
+                                "role": {
+                                    "enum": [
+                                        "node",
+                                        "service",
+                                        "pod",
+                                        "endpoints",
+                                        "endpointslice",
+                                        "ingress",
+                                    ]
+                                },
                                 "namespaces": {
                                     "additionalProperties": False,
                                     "required": ["names"],
@@ -164,14 +198,26 @@ def broken(doc: Any, validator: Any) -> list[str]:
 
 def faults_of_object(doc: Any) -> list[str]:
     """Of one Kubernetes object: KubeRay's own schema for its kinds, Kubernetes' for the rest."""
-    faults = [f"{at[-1]}: {value}" for at, key, value in leaves(doc) if value not in VALUES.get(key, {value})]
+    faults = [
+        f"{at[-1]}: {value}"
+        for at, key, value in leaves(doc)
+        if value not in VALUES.get(key, {value})
+    ]
     if str(doc.get("apiVersion")).startswith("ray.io/"):
-        if (doc.get("apiVersion"), doc.get("kind")) not in (("ray.io/v1", "RayJob"), ("ray.io/v1", "RayCronJob")):
+        if (doc.get("apiVersion"), doc.get("kind")) not in (
+            ("ray.io/v1", "RayJob"),
+            ("ray.io/v1", "RayCronJob"),
+        ):
             return [f"no kind {doc.get('kind')} in {doc.get('apiVersion')}"]
         return faults + broken(doc, crd(doc["kind"])) + faults_of_ray(doc)
     try:
         kubernetes_validate.validate(doc, KUBERNETES, strict=True)
-    except (kubernetes_validate.ValidationError, kubernetes_validate.SchemaNotFoundError, KeyError, FileNotFoundError) as error:
+    except (
+        kubernetes_validate.ValidationError,
+        kubernetes_validate.SchemaNotFoundError,
+        KeyError,
+        FileNotFoundError,
+    ) as error:
         faults.append(getattr(error, "message", repr(error)))
     return faults
 
@@ -182,7 +228,10 @@ def faults_of_ray(doc: Any) -> list[str]:
     cluster = spec.get("rayClusterSpec", {})
     groups = [cluster.get("headGroupSpec", {}), *cluster.get("workerGroupSpecs", [])]
     given = {f"--{option}" for group in groups for option in group.get("rayStartParams", {})}
-    return [*(f"ray start has no {option}" for option in given - ray_options()), *faults_of_command(spec.get("entrypoint", ""))]
+    return [
+        *(f"ray start has no {option}" for option in given - ray_options()),
+        *faults_of_command(spec.get("entrypoint", "")),
+    ]
 
 
 def faults_of_aws(doc: Any) -> list[str]:
@@ -190,17 +239,24 @@ def faults_of_aws(doc: Any) -> list[str]:
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     schema = ray_schema()["properties"]["provider"]
-    faults = [f"provider has no {key}" for key in doc.get("provider", {}).keys() - schema["properties"].keys()]
+    faults = [
+        f"provider has no {key}"
+        for key in doc.get("provider", {}).keys() - schema["properties"].keys()
+    ]
     try:
         whole = prepare_config(copy.deepcopy(doc))
         validate_config(whole)
-    except Exception as error:  # jsonschema's, ValueError, KeyError, and what a provider of another name raises
+    except (
+        Exception
+    ) as error:  # jsonschema's, ValueError, KeyError, and what a provider of another name raises
         return [*faults, f"{type(error).__name__}: {str(error)[:200]}"]
     for kind in whole["available_node_types"].values():
         faults += faults_of_machine(kind["node_config"])
     for command in (*whole["head_start_ray_commands"], *whole["worker_start_ray_commands"]):
         faults += faults_of_command(command)
-    return faults + [f"{key} is the default's" for key in ("head_start_ray_commands", "docker") if key not in doc]
+    return faults + [
+        f"{key} is the default's" for key in ("head_start_ray_commands", "docker") if key not in doc
+    ]
 
 
 def faults_of_machine(config: Any) -> list[str]:
@@ -209,7 +265,9 @@ def faults_of_machine(config: Any) -> list[str]:
 
     shape = ec2().operation_model("RunInstances").input_shape
     report = ParamValidator().validate({**config, "MinCount": 1, "MaxCount": 1}, shape)
-    return ([report.generate_report()] if report.has_errors() else []) + list(foreign_values(config, shape))
+    return ([report.generate_report()] if report.has_errors() else []) + list(
+        foreign_values(config, shape)
+    )
 
 
 def foreign_values(value: Any, shape: Any) -> Iterator[str]:
@@ -234,7 +292,11 @@ def faults_of_command(line: str) -> list[str]:
     }.get(tuple(words[:2]))
     if known is None:
         return [f"unknown command: {line}"]
-    return [f"{words[0]} {words[1]} has no {word}" for word in words[2:] if word[:2] == "--" and word.split("=")[0] not in known]
+    return [
+        f"{words[0]} {words[1]} has no {word}"
+        for word in words[2:]
+        if word[:2] == "--" and word.split("=")[0] not in known
+    ]
 
 
 def faults_of_dashboard(doc: Any) -> list[str]:
@@ -247,9 +309,13 @@ def faults_of_dashboard(doc: Any) -> list[str]:
     faults = list(lost(doc, kept, "$"))
     for panel in doc.get("panels", []):
         targets = panel.get("targets", [])
-        faults += [] if targets and panel.get("gridPos") else [f"panel {panel.get('title')} is empty"]
+        faults += (
+            [] if targets and panel.get("gridPos") else [f"panel {panel.get('title')} is empty"]
+        )
         faults += [
-            fault for target in targets for fault in faults_of_query(target.get("expr", ""), target.get("legendFormat", ""))
+            fault
+            for target in targets
+            for fault in faults_of_query(target.get("expr", ""), target.get("legendFormat", ""))
         ]
     return faults + ([] if doc.get("panels") else ["no panels"])
 
@@ -257,7 +323,9 @@ def faults_of_dashboard(doc: Any) -> list[str]:
 def lost(given: Any, kept: Any, at: str) -> Iterator[str]:
     if isinstance(given, dict) and isinstance(kept, dict):
         for key, value in given.items():
-            yield from lost(value, kept[key], f"{at}.{key}") if key in kept else [f"{at}.{key} is unknown"]
+            yield from (
+                lost(value, kept[key], f"{at}.{key}") if key in kept else [f"{at}.{key} is unknown"]
+            )
     elif isinstance(given, list) and isinstance(kept, list) and len(given) == len(kept):
         for i, (one, other) in enumerate(zip(given, kept)):
             yield from lost(one, other, f"{at}[{i}]")
@@ -282,8 +350,14 @@ def faults_of_query(query: str, legend: str) -> list[str]:
 
     promql_parser.walk(tree, visit)
     tags = {"le", "Location"}.union(*(exported().get(name, set()) for name in names))
-    faults += [f"nobody exports {name}" for name in names if name not in exported() and name not in of_ray()]
-    faults += [f"{query}: no label {label}" for label in {*by, *re.findall(r"{{(\w+)}}", legend)} - tags]
+    faults += [
+        f"nobody exports {name}"
+        for name in names
+        if name not in exported() and name not in of_ray()
+    ]
+    faults += [
+        f"{query}: no label {label}" for label in {*by, *re.findall(r"{{(\w+)}}", legend)} - tags
+    ]
     return faults
 
 
@@ -299,7 +373,9 @@ def crd(kind: str) -> jsonschema.Draft202012Validator:
         assert not os.environ.get("CI"), what
         pytest.skip(what)
     whole = yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    (schema,) = [v["schema"]["openAPIV3Schema"] for v in whole["spec"]["versions"] if v["name"] == "v1"]
+    (schema,) = [
+        v["schema"]["openAPIV3Schema"] for v in whole["spec"]["versions"] if v["name"] == "v1"
+    ]
     close(schema)
     schema["required"] = ["apiVersion", "kind", "metadata", "spec"]
     return jsonschema.Draft202012Validator(schema)
@@ -327,7 +403,12 @@ def object_meta() -> dict[str, Any]:
     text = {"type": "string"}
     named = {"type": "object", "additionalProperties": text}
     properties = {"name": text, "generateName": text, "labels": named, "annotations": named}
-    return {"type": "object", "additionalProperties": False, "properties": properties, "minProperties": 1}
+    return {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": properties,
+        "minProperties": 1,
+    }
 
 
 @functools.cache
@@ -358,14 +439,22 @@ def vitray_options(command: str) -> set[str]:
     from vitray.cli import app
 
     found = typer.main.get_command(app).commands[command]
-    return {option for parameter in found.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    return {
+        option
+        for parameter in found.params
+        for option in (*parameter.opts, *parameter.secondary_opts)
+    }
 
 
 @functools.cache
 def exported() -> dict[str, set[str]]:
     """Names under which Prometheus sees vitray's metrics, with their tags."""
     names = {f"ray_{name}_total": tags for name, tags in COUNTERS.items()}
-    return names | {f"ray_{name}_{end}": tags for name, tags in HISTOGRAMS.items() for end in ("bucket", "count", "sum")}
+    return names | {
+        f"ray_{name}_{end}": tags
+        for name, tags in HISTOGRAMS.items()
+        for end in ("bucket", "count", "sum")
+    }
 
 
 @functools.cache
@@ -374,8 +463,12 @@ def of_ray() -> set[str]:
     import ray
 
     modules = Path(ray.__file__).parent / "dashboard" / "modules"
-    shown = "".join(path.read_text() for path in (modules / "metrics" / "dashboards").glob("*_panels.py"))
-    gauges = re.findall(r'"((?:node|cluster)_\w+)"', (modules / "reporter" / "reporter_agent.py").read_text())
+    shown = "".join(
+        path.read_text() for path in (modules / "metrics" / "dashboards").glob("*_panels.py")
+    )
+    gauges = re.findall(
+        r'"((?:node|cluster)_\w+)"', (modules / "reporter" / "reporter_agent.py").read_text()
+    )
     return {*re.findall(r"\bray_\w+", shown), *(f"ray_{name}" for name in gauges)}
 
 
@@ -438,7 +531,17 @@ def test_a_misspelt_key_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", TREES)
 def test_a_value_that_its_list_does_not_have_is_refused(name: str) -> None:
-    closed = {"apiVersion", "kind", "mode", "version", "upscalingMode", "role", "action", "MarketType", "SpotInstanceType"}
+    closed = {
+        "apiVersion",
+        "kind",
+        "mode",
+        "version",
+        "upscalingMode",
+        "role",
+        "action",
+        "MarketType",
+        "SpotInstanceType",
+    }
     closed |= {"InstanceType", "VolumeType", "HttpTokens", "head_node_type", "expr", *VALUES}
     docs = documents(name)
     places = [
@@ -456,8 +559,12 @@ def test_a_misspelt_option_of_a_command_is_refused(name: str) -> None:
     docs = documents(name)
     seen = 0
     for at, key, line in leaves(docs):
-        for option in re.finditer(r"--[a-z-]+", str(line) if key == "entrypoint" or key.endswith("_ray_commands") else ""):
-            assert faults_of_changed(name, docs, at, f"{line[: option.end()]}x{line[option.end() :]}"), option[0]
+        for option in re.finditer(
+            r"--[a-z-]+", str(line) if key == "entrypoint" or key.endswith("_ray_commands") else ""
+        ):
+            assert faults_of_changed(
+                name, docs, at, f"{line[: option.end()]}x{line[option.end() :]}"
+            ), option[0]
             seen += 1
     assert seen == {"kuberay/rayjob.yaml": 1, "aws.yaml": 7}[name]
 
@@ -473,7 +580,10 @@ def test_every_placeholder_is_listed_with_the_files_that_have_it() -> None:
     rows = re.findall(r"^\| `(SET_\w+)` \| ([^|]*) \| [^|]+ \|$", README, re.MULTILINE)
     assert len(rows) == len(dict(rows))
     listed = {mark: set(re.findall(r"`([^`]+)`", files)) for mark, files in rows}
-    assert listed == {mark: {name for name in FILES if mark in there[name]} for mark in set().union(*there.values())}
+    assert listed == {
+        mark: {name for name in FILES if mark in there[name]}
+        for mark in set().union(*there.values())
+    }
 
 
 def test_no_file_names_a_machine_or_holds_a_secret() -> None:
@@ -481,10 +591,13 @@ def test_no_file_names_a_machine_or_holds_a_secret() -> None:
         text = text_of(name)
         assert not re.search(r"/(home|Users|root|mnt|work|opt)/(?!vitray\b)", text), name
         assert not re.search(
-            r"AKIA|ASIA[A-Z0-9]{12}|BEGIN [A-Z ]*KEY|(?i:password|secret_access_key)|hf_[A-Za-z0-9]{20}", text
+            r"AKIA|ASIA[A-Z0-9]{12}|BEGIN [A-Z ]*KEY|(?i:password|secret_access_key)|hf_[A-Za-z0-9]{20}",
+            text,
         ), name
         assert not re.search(r"RAY_AUTH_TOKEN(=|: *|, value: )[\"']?[0-9a-z]", text), name
-        hosts = set(re.findall(r"\b[\w-]+(?:\.[\w-]+)*\.(?:com|io|org|net|internal|local)\b(?=/)", text))
+        hosts = set(
+            re.findall(r"\b[\w-]+(?:\.[\w-]+)*\.(?:com|io|org|net|internal|local)\b(?=/)", text)
+        )
         labels = {"ray.io", "app.kubernetes.io", "kubernetes.io", "eks.amazonaws.com", "nvidia.com"}
         kinds = {"rbac.authorization.k8s.io", "networking.k8s.io"}
         assert hosts <= labels | kinds | {"registry.k8s.io", "download.pytorch.org"}, name
@@ -495,8 +608,14 @@ def test_no_file_names_a_machine_or_holds_a_secret() -> None:
 
 def pods(spec: Any) -> dict[str, Any]:
     cluster = spec["rayClusterSpec"]
-    groups = {group["groupName"]: group["template"]["spec"] for group in cluster["workerGroupSpecs"]}
-    return {"submitter": spec["submitterPodTemplate"]["spec"], "head": cluster["headGroupSpec"]["template"]["spec"], **groups}
+    groups = {
+        group["groupName"]: group["template"]["spec"] for group in cluster["workerGroupSpecs"]
+    }
+    return {
+        "submitter": spec["submitterPodTemplate"]["spec"],
+        "head": cluster["headGroupSpec"]["template"]["spec"],
+        **groups,
+    }
 
 
 def test_both_schedules_start_the_same_job() -> None:
@@ -510,7 +629,11 @@ def test_a_run_on_kuberay_asks_for_a_token_and_bounds_its_retries() -> None:
     assert spec["rayClusterSpec"]["authOptions"] == {"mode": "token"}
     assert locked and spec["rayClusterSpec"]["rayVersion"] == locked[1]
     assert spec["rayClusterSpec"]["autoscalerOptions"]["version"] == "v2"
-    assert spec["backoffLimit"] == 2 and spec["ttlSecondsAfterFinished"] > 0 and spec["shutdownAfterJobFinishes"]
+    assert (
+        spec["backoffLimit"] == 2
+        and spec["ttlSecondsAfterFinished"] > 0
+        and spec["shutdownAfterJobFinishes"]
+    )
     for name in ("head", "cpu", "gpu"):
         container = pods(spec)[name]["containers"][0]
         assert {"name": "RAY_task_oom_retries", "value": "3"} in container["env"]
@@ -520,24 +643,44 @@ def test_a_run_on_kuberay_asks_for_a_token_and_bounds_its_retries() -> None:
 def test_every_pod_runs_without_root_and_its_object_store_is_shared_memory() -> None:
     (job,) = documents("kuberay/rayjob.yaml")
     (cron,) = [doc for doc in documents("kuberay/cronjob.yaml") if doc["kind"] == "CronJob"]
-    everyone = {**pods(job["spec"]), "cron": cron["spec"]["jobTemplate"]["spec"]["template"]["spec"]}
+    everyone = {
+        **pods(job["spec"]),
+        "cron": cron["spec"]["jobTemplate"]["spec"]["template"]["spec"],
+    }
     for name, pod in everyone.items():
-        assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"][
+            "seccompProfile"
+        ] == {"type": "RuntimeDefault"}
         for container in (*pod.get("initContainers", []), *pod["containers"]):
             assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}, name
             assert container["securityContext"]["allowPrivilegeEscalation"] is False, name
-            mounts = {mount["name"]: mount["mountPath"] for mount in container.get("volumeMounts", [])}
+            mounts = {
+                mount["name"]: mount["mountPath"] for mount in container.get("volumeMounts", [])
+            }
             volumes = {volume["name"]: volume for volume in pod.get("volumes", [])}
             assert mounts.keys() <= volumes.keys(), name
             if name in ("head", "cpu", "gpu"):
-                assert mounts["shm"] == "/dev/shm" and volumes["shm"]["emptyDir"]["medium"] == "Memory"
-    assert all(everyone[name]["automountServiceAccountToken"] is False for name in ("submitter", "cpu", "gpu"))
+                assert (
+                    mounts["shm"] == "/dev/shm" and volumes["shm"]["emptyDir"]["medium"] == "Memory"
+                )
+    assert all(
+        everyone[name]["automountServiceAccountToken"] is False
+        for name in ("submitter", "cpu", "gpu")
+    )
 
 
 def test_gpu_workers_go_to_spot_machines_and_others_do_not() -> None:
     (job,) = documents("kuberay/rayjob.yaml")
-    spot = {name for name, pod in pods(job["spec"]).items() if "SET_SPOT_LABEL" in pod.get("nodeSelector", {})}
-    assert spot == {"gpu"} == {name for name, pod in pods(job["spec"]).items() if pod.get("tolerations")}
+    spot = {
+        name
+        for name, pod in pods(job["spec"]).items()
+        if "SET_SPOT_LABEL" in pod.get("nodeSelector", {})
+    }
+    assert (
+        spot
+        == {"gpu"}
+        == {name for name, pod in pods(job["spec"]).items() if pod.get("tolerations")}
+    )
     assert pods(job["spec"])["gpu"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
 
 
@@ -547,14 +690,27 @@ def test_no_two_scheduled_runs_are_at_work_and_the_schedule_may_only_create_and_
     pod = cron["spec"]["jobTemplate"]["spec"]["template"]["spec"]
     (job,) = documents("kuberay/rayjob.yaml")
     ((key, value),) = job["metadata"]["labels"].items()
-    assert f"--selector={key}={value}" in pod["containers"][0]["command"]  # it waits for what it created
+    assert (
+        f"--selector={key}={value}" in pod["containers"][0]["command"]
+    )  # it waits for what it created
     attempts_s = (1 + job["spec"]["backoffLimit"]) * job["spec"][
         "activeDeadlineSeconds"
     ]  # KubeRay begins to count anew with each
     assert f"--timeout={attempts_s // 3600 + 1}h" in pod["containers"][0]["command"]
     assert cron["spec"]["jobTemplate"]["spec"]["activeDeadlineSeconds"] > attempts_s + 3600
-    assert role["rules"] == [{"apiGroups": ["ray.io"], "resources": ["rayjobs"], "verbs": ["create", "get", "list", "watch"]}]
-    assert account["metadata"]["name"] == binding["subjects"][0]["name"] == pod["serviceAccountName"] == "vitray-cron"
+    assert role["rules"] == [
+        {
+            "apiGroups": ["ray.io"],
+            "resources": ["rayjobs"],
+            "verbs": ["create", "get", "list", "watch"],
+        }
+    ]
+    assert (
+        account["metadata"]["name"]
+        == binding["subjects"][0]["name"]
+        == pod["serviceAccountName"]
+        == "vitray-cron"
+    )
     assert binding["roleRef"]["name"] == role["metadata"]["name"]
 
 
@@ -563,12 +719,21 @@ def test_the_network_policy_covers_every_pod_of_a_run_and_hides_the_machines_cre
     (job,) = documents("kuberay/rayjob.yaml")
     chosen = policy["spec"]["podSelector"]["matchLabels"]
     cluster = job["spec"]["rayClusterSpec"]
-    templates = [group["template"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
+    templates = [
+        group["template"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])
+    ]
     for template in (*templates, job["spec"]["submitterPodTemplate"]):
         assert chosen.items() <= template["metadata"]["labels"].items()
-    assert all(template["spec"]["serviceAccountName"] == account["metadata"]["name"] for template in templates)
-    assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"] and all("from" in rule for rule in policy["spec"]["ingress"])
-    blocks = [to["ipBlock"] for rule in policy["spec"]["egress"] for to in rule["to"] if "ipBlock" in to]
+    assert all(
+        template["spec"]["serviceAccountName"] == account["metadata"]["name"]
+        for template in templates
+    )
+    assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"] and all(
+        "from" in rule for rule in policy["spec"]["ingress"]
+    )
+    blocks = [
+        to["ipBlock"] for rule in policy["spec"]["egress"] for to in rule["to"] if "ipBlock" in to
+    ]
     assert [block["except"] for block in blocks] == [["169.254.169.254/32"]]
 
 
@@ -578,7 +743,9 @@ def test_the_network_policy_covers_every_pod_of_a_run_and_hides_the_machines_cre
 def test_gpu_workers_on_ec2_are_spot_machines_and_only_the_head_may_start_others() -> None:
     (doc,) = documents("aws.yaml")
     machines = {name: kind["node_config"] for name, kind in doc["available_node_types"].items()}
-    assert {name for name, machine in machines.items() if "InstanceMarketOptions" in machine} == {"gpu"}
+    assert {name for name, machine in machines.items() if "InstanceMarketOptions" in machine} == {
+        "gpu"
+    }
     assert machines["gpu"]["InstanceMarketOptions"]["MarketType"] == "spot"
     assert {name: machine["IamInstanceProfile"]["Arn"] for name, machine in machines.items()} == {
         "head": "SET_HEAD_PROFILE_ARN",
@@ -586,7 +753,9 @@ def test_gpu_workers_on_ec2_are_spot_machines_and_only_the_head_may_start_others
         "gpu": "SET_WORKER_PROFILE_ARN",
     }
     for machine in machines.values():
-        assert machine["SecurityGroupIds"] and machine["MetadataOptions"]["HttpTokens"] == "required"
+        assert (
+            machine["SecurityGroupIds"] and machine["MetadataOptions"]["HttpTokens"] == "required"
+        )
     assert "--dashboard-host=127.0.0.1" in doc["head_start_ray_commands"][1]
     assert not any("ssh_private_key" in part for part in (doc["auth"], doc["provider"]))
 
@@ -604,7 +773,9 @@ def faults_of_batch(text: str) -> list[str]:
         option = re.fullmatch(r"#SBATCH --([a-z-]+)(=\S+)?", line)
         if not (re.match(r"# ", line) or (option and option[1] in SBATCH.split())):
             faults.append(f"unknown: {line}")
-    command = re.search(r"ray symmetric-run (.*?) -- (vitray .*)$", text.replace("\\\n", ""), re.MULTILINE)
+    command = re.search(
+        r"ray symmetric-run (.*?) -- (vitray .*)$", text.replace("\\\n", ""), re.MULTILINE
+    )
     if not command:
         return [*faults, "no symmetric-run"]
     own = {"--address", "--min-nodes"}  # --head, --port and --node-ip-address are its own business
@@ -623,16 +794,31 @@ def test_the_slurm_script_is_understood_by_bash_sbatch_and_ray() -> None:
         "export RAY_AUTH_TOKEN RAY_AUTH_MODE=token RAY_task_oom_retries=3 RAY_num_workers_soft_limit=64 RAY_USAGE_STATS_ENABLED=0"
         in text
     )
-    assert {option for parameter in symmetric_run.params for option in parameter.opts} >= {"--address", "--min-nodes"}
+    assert {option for parameter in symmetric_run.params for option in parameter.opts} >= {
+        "--address",
+        "--min-nodes",
+    }
 
 
 def test_a_misspelt_option_of_the_slurm_script_is_refused() -> None:
     text = text_of("slurm.sbatch")
-    options = [match for match in re.finditer(r"--([a-z][a-z-]*)", text) if match[0] != "--cpus-per-task" or match.start() < 500]
-    options = [match for match in options if "srun" not in text[text.rfind("\n", 0, match.start()) : match.start()]]
+    options = [
+        match
+        for match in re.finditer(r"--([a-z][a-z-]*)", text)
+        if match[0] != "--cpus-per-task" or match.start() < 500
+    ]
+    options = [
+        match
+        for match in options
+        if "srun" not in text[text.rfind("\n", 0, match.start()) : match.start()]
+    ]
     assert len(options) > 15
-    assert [m[0] for m in options if not faults_of_batch(f"{text[: m.end()]}x{text[m.end() :]}")] == []
-    assert faults_of_batch(text.replace("#SBATCH", "#SBATCHx", 1)) and faults_of_batch(text + "\nif true; then")
+    assert [
+        m[0] for m in options if not faults_of_batch(f"{text[: m.end()]}x{text[m.end() :]}")
+    ] == []
+    assert faults_of_batch(text.replace("#SBATCH", "#SBATCHx", 1)) and faults_of_batch(
+        text + "\nif true; then"
+    )
 
 
 # ---------------------------------------------------------------- the image
@@ -644,7 +830,9 @@ def faults_of_image(texts: dict[str, str], folder: Path) -> dict[str, list[str]]
         (folder / name).write_text(text)
     hadolint = Path(sys.executable).with_name("hadolint")
     command = [str(hadolint), "--no-color", "--format=json", *texts]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C.UTF-8"})
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C.UTF-8"}
+    )
     found: dict[str, list[str]] = {name: [] for name in texts}
     for finding in json.loads(done.stdout):
         found[finding["file"]].append(f"{finding['line']}: {finding['code']} {finding['message']}")
@@ -654,7 +842,11 @@ def faults_of_image(texts: dict[str, str], folder: Path) -> dict[str, list[str]]
 def test_the_image_is_pinned_runs_without_root_and_holds_no_weights(tmp_path: Path) -> None:
     assert faults_of_image({"Dockerfile": text_of("Dockerfile")}, tmp_path) == {"Dockerfile": []}
     parser = DockerfileParser(path=str(tmp_path))
-    steps = [(step["instruction"], step["value"]) for step in parser.structure if step["instruction"] != "COMMENT"]
+    steps = [
+        (step["instruction"], step["value"])
+        for step in parser.structure
+        if step["instruction"] != "COMMENT"
+    ]
     stages = [value.split(" AS ") for instruction, value in steps if instruction == "FROM"]
     assert stages[0] == ["python:3.11.14-slim-trixie", "base"]
     assert {base for base, _ in stages[1:]} <= {"packages-${TORCH}", *(name for _, name in stages)}
@@ -662,9 +854,13 @@ def test_the_image_is_pinned_runs_without_root_and_holds_no_weights(tmp_path: Pa
     after = [instruction for instruction, _ in steps[[i for i, _ in steps].index("USER") :]]
     assert after == ["USER", "WORKDIR", "ENTRYPOINT"] and steps[-1][1] == '["vitray"]'
     assert not any(instruction == "ADD" for instruction, _ in steps)
-    copied = {word for instruction, value in steps if instruction == "COPY" for word in value.split()[:-1]}
+    copied = {
+        word for instruction, value in steps if instruction == "COPY" for word in value.split()[:-1]
+    }
     assert all((HOME / path).exists() for path in copied)
-    assert copied <= {line[1:] for line in text_of("Dockerfile.dockerignore").splitlines() if line.startswith("!")}
+    assert copied <= {
+        line[1:] for line in text_of("Dockerfile.dockerignore").splitlines() if line.startswith("!")
+    }
     arguments = [value for instruction, value in steps if instruction in ("ARG", "ENV")]
     assert arguments == [
         "TORCH=cuda",
@@ -677,7 +873,11 @@ def test_the_image_is_pinned_runs_without_root_and_holds_no_weights(tmp_path: Pa
 
 def test_a_misspelt_instruction_of_the_image_is_refused(tmp_path: Path) -> None:
     text = text_of("Dockerfile")
-    found = list(re.finditer(r"^(ARG|FROM|SHELL|RUN|WORKDIR|COPY|ENV|USER|ENTRYPOINT)(?= )", text, re.MULTILINE))
+    found = list(
+        re.finditer(
+            r"^(ARG|FROM|SHELL|RUN|WORKDIR|COPY|ENV|USER|ENTRYPOINT)(?= )", text, re.MULTILINE
+        )
+    )
     typos = {f"{i}.Dockerfile": f"{text[: m.end()]}X{text[m.end() :]}" for i, m in enumerate(found)}
     spoilt = {
         "root.Dockerfile": text.replace("USER 1000", "USER root"),
@@ -685,18 +885,30 @@ def test_a_misspelt_instruction_of_the_image_is_refused(tmp_path: Path) -> None:
         "url.Dockerfile": text.replace("COPY vitray ./vitray", "ADD vitray ./vitray"),
     }
     assert len(typos) > 15
-    assert [name for name, faults in faults_of_image(typos | spoilt, tmp_path).items() if not faults] == []
+    assert [
+        name for name, faults in faults_of_image(typos | spoilt, tmp_path).items() if not faults
+    ] == []
 
 
-def test_the_image_without_cuda_leaves_out_torch_alone_and_takes_the_locked_one_elsewhere(tmp_path: Path) -> None:
+def test_the_image_without_cuda_leaves_out_torch_alone_and_takes_the_locked_one_elsewhere(
+    tmp_path: Path,
+) -> None:
     command = re.search(r"sed -E '(.*)' requirements.txt > rest.txt", text_of("Dockerfile"))
     assert command
     rest = subprocess.run(
-        ["sed", "-E", command[1], str(CLUSTER / "requirements.txt")], capture_output=True, text=True, check=True
+        ["sed", "-E", command[1], str(CLUSTER / "requirements.txt")],
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    locked, kept = (set(re.findall(r"^([\w.-]+)==", t, re.MULTILINE)) for t in (text_of("requirements.txt"), rest.stdout))
+    locked, kept = (
+        set(re.findall(r"^([\w.-]+)==", t, re.MULTILINE))
+        for t in (text_of("requirements.txt"), rest.stdout)
+    )
     left = locked - kept
-    assert {"torch", "triton"} <= left and all(re.match(r"torch$|triton$|nvidia-|cuda-", name) for name in left)
+    assert {"torch", "triton"} <= left and all(
+        re.match(r"torch$|triton$|nvidia-|cuda-", name) for name in left
+    )
     assert {"ray", "transformers", "sympy", "networkx"} <= kept
     assert re.search(r"^torch==[\d.]+$", text_of("constraints.txt"), re.MULTILINE)
 
@@ -715,7 +927,9 @@ def test_metrics_come_out_of_ray_under_the_names_that_the_dashboard_asks_for() -
         "print(json.dumps([sample.name for metric in REGISTRY.collect() for sample in metric.samples]))"
     )
     names = json.dumps([list(COUNTERS), list(HISTOGRAMS)])
-    done = subprocess.run([sys.executable, "-c", code, names], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code, names], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert {name for name in json.loads(done.stdout) if "vitray" in name} == exported().keys()
 
@@ -728,7 +942,11 @@ def test_the_dashboard_shows_every_metric_of_vitray() -> None:
 
 @pytest.mark.parametrize(
     "query",
-    ["sum(rate(ray_vitray_image_total[5m]))", "sum(rate(ray_vitray_images_total[5m])", "sum by (kind) (ray_vitray_images_total)"],
+    [
+        "sum(rate(ray_vitray_image_total[5m]))",
+        "sum(rate(ray_vitray_images_total[5m])",
+        "sum by (kind) (ray_vitray_images_total)",
+    ],
 )
 def test_a_query_that_would_show_nothing_is_refused(query: str) -> None:
     assert faults_of_query(query, "")
@@ -756,6 +974,10 @@ def test_every_file_that_the_readme_names_exists() -> None:
 
 def test_the_image_has_what_ray_up_needs() -> None:
     """rsync in the container, and on the head what starts workers on EC2: an ssh client, and boto3. Source: ray/autoscaler/_private."""
-    packages = text_of("Dockerfile").partition("--no-install-recommends")[2].partition("&&")[0].split()
+    packages = (
+        text_of("Dockerfile").partition("--no-install-recommends")[2].partition("&&")[0].split()
+    )
     assert {"rsync", "openssh-client"} <= set(packages)
-    assert "\nboto3==" in text_of("requirements.txt") and "\ns3transfer==" in text_of("requirements.txt")
+    assert "\nboto3==" in text_of("requirements.txt") and "\ns3transfer==" in text_of(
+        "requirements.txt"
+    )

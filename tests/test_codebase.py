@@ -46,10 +46,16 @@ def dangerous_arguments(tree: ast.AST) -> list[str]:
 
 
 def test_no_call_trusts_remote_code_a_shell_or_a_pickle() -> None:
-    assert {name_of(path): found for path in FILES if (found := dangerous_arguments(ast.parse(path.read_text())))} == {}
+    assert {
+        name_of(path): found
+        for path in FILES
+        if (found := dangerous_arguments(ast.parse(path.read_text())))
+    } == {}
 
 
-@pytest.mark.parametrize("code", ["f(trust_remote_code=True)", "np.load(x, allow_pickle=flag)", "run('x', shell=1)"])
+@pytest.mark.parametrize(
+    "code", ["f(trust_remote_code=True)", "np.load(x, allow_pickle=flag)", "run('x', shell=1)"]
+)
 def test_a_dangerous_argument_is_seen(code: str) -> None:
     assert len(dangerous_arguments(ast.parse(code))) == 1
 
@@ -58,7 +64,16 @@ def test_a_dangerous_argument_is_seen(code: str) -> None:
 
 
 def test_the_public_names_are_these_and_each_is_documented() -> None:
-    assert vitray.__all__ == ["Embedding", "Job", "VitrayError", "__version__", "plan", "read", "run", "validate"]
+    assert vitray.__all__ == [
+        "Embedding",
+        "Job",
+        "VitrayError",
+        "__version__",
+        "plan",
+        "read",
+        "run",
+        "validate",
+    ]
     for name in set(vitray.__all__) - {"__version__"}:
         assert (inspect.getdoc(getattr(vitray, name)) or "").strip(), name
     assert re.fullmatch(r"\d+\.\d+\.\d+", vitray.__version__)
@@ -93,14 +108,22 @@ def test_public_functions_stay_functions_after_every_module_was_imported() -> No
 
 def test_every_job_field_has_a_description() -> None:
     for model in (Job, Embedding):
-        assert [name for name, field in model.model_fields.items() if not (field.description or "").strip()] == []
+        assert [
+            name
+            for name, field in model.model_fields.items()
+            if not (field.description or "").strip()
+        ] == []
 
 
 def test_every_reason_is_given_somewhere() -> None:
     said: set[object] = set()
     for path in FILES:
         if name_of(path) != "schema.py":
-            said |= {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+            said |= {
+                node.value
+                for node in ast.walk(ast.parse(path.read_text()))
+                if isinstance(node, ast.Constant)
+            }
     assert sorted(REASONS.keys() - said) == []
 
 
@@ -108,7 +131,9 @@ def test_every_reason_is_given_somewhere() -> None:
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=60, cwd=PACKAGE.parent)
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=60, cwd=PACKAGE.parent
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done
 
@@ -132,12 +157,19 @@ def run_light(*argv: str) -> str:
 
 
 def test_import_vitray_is_light() -> None:
-    python("-c", f"import sys, vitray\nassert not ({HEAVY} | {{'pyarrow.parquet', 's3fs'}}) & set(sys.modules)")
+    python(
+        "-c",
+        f"import sys, vitray\nassert not ({HEAVY} | {{'pyarrow.parquet', 's3fs'}}) & set(sys.modules)",
+    )
 
 
 def test_help_imports_nothing_heavy_and_is_quick() -> None:
     traced = python("-X", "importtime", "-m", "vitray", "--help")
-    modules = {line.rpartition("|")[2].strip().split(".")[0] for line in traced.stderr.splitlines() if "|" in line}
+    modules = {
+        line.rpartition("|")[2].strip().split(".")[0]
+        for line in traced.stderr.splitlines()
+        if "|" in line
+    }
     assert "typer" in modules
     assert not modules & {"torch", "ray", "transformers"}
     took = []
@@ -159,12 +191,16 @@ def test_plan_status_validate_and_report_import_nothing_heavy(tmp_path: Path) ->
     assert ": complete" in run_light("status", dataset.out)
     assert ": valid; 3 files, 27 rows, 3 errors" in run_light("validate", dataset.out, "--content")
     # pictures need Numba; test_report.py holds that they need neither torch nor Ray
-    assert "30 images, 0 pictures" in run_light("report", dataset.out, "--no-pictures", "--to", f"{tmp_path}/page.html")
+    assert "30 images, 0 pictures" in run_light(
+        "report", dataset.out, "--no-pictures", "--to", f"{tmp_path}/page.html"
+    )
 
 
 def test_no_command_but_run_and_demo_needs_torch_or_ray(tmp_path: Path) -> None:
     dataset = hand_made.make_dataset(tmp_path)
-    assert "3 data files would be deleted" in run_light("redo", dataset.out, "--reason", "not_an_image")
+    assert "3 data files would be deleted" in run_light(
+        "redo", dataset.out, "--reason", "not_an_image"
+    )
     assert "removed 0 orphans" in run_light("clean", dataset.out)
     assert not os.path.exists(tmp_path / "model")
 
@@ -174,13 +210,33 @@ def test_no_command_but_run_and_demo_needs_torch_or_ray(tmp_path: Path) -> None:
 
 def test_every_locked_package_has_hashes_and_the_version_that_was_tested() -> None:
     cluster = PACKAGE.parent / "cluster"
-    lines = [line.split("==") for line in (cluster / "constraints.txt").read_text().split() if "==" in line]
+    lines = [
+        line.split("==")
+        for line in (cluster / "constraints.txt").read_text().split()
+        if "==" in line
+    ]
     tested = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in lines}
     lock = (cluster / "requirements.txt").read_text()
-    locked = re.findall(r"^([\w.-]+)==([^\s;]+)[^\n]*\\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", lock, re.M)
+    locked = re.findall(
+        r"^([\w.-]+)==([^\s;]+)[^\n]*\\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)",
+        lock,
+        re.M,
+    )
     assert len(locked) == len(re.findall(r"^[\w.-]+==", lock, re.M)) > 50
     named = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version, _ in locked}
-    assert {name: version for name, version in named.items() if tested.get(name, version) != version} == {}
-    elsewhere = {"colorama", "httpx2-jsfetch", "setuptools", "triton", "tzdata"}  # of other platforms, and CUDA's
-    assert {n for n in named.keys() - tested.keys() if not n.startswith(("cuda-", "nvidia-"))} <= elsewhere
-    assert {"torch", "ray", "transformers", "pyarrow", "pillow", "s3fs"} <= {name for name, *_ in locked}
+    assert {
+        name: version for name, version in named.items() if tested.get(name, version) != version
+    } == {}
+    elsewhere = {
+        "colorama",
+        "httpx2-jsfetch",
+        "setuptools",
+        "triton",
+        "tzdata",
+    }  # of other platforms, and CUDA's
+    assert {
+        n for n in named.keys() - tested.keys() if not n.startswith(("cuda-", "nvidia-"))
+    } <= elsewhere
+    assert {"torch", "ray", "transformers", "pyarrow", "pillow", "s3fs"} <= {
+        name for name, *_ in locked
+    }

@@ -43,7 +43,9 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(("megabytes", "parts"), [(IN_ONE, 1), (EACH_ALONE, 3)])
-def test_the_rows_are_those_of_the_dataset(place: str, tmp_path: Path, megabytes: int, parts: int) -> None:
+def test_the_rows_are_those_of_the_dataset(
+    place: str, tmp_path: Path, megabytes: int, parts: int
+) -> None:
     dataset = hand_made.make_dataset(tmp_path, out=join(place, "out"))
     into = join(place, "into")
     found = compact(dataset.out, into, megabytes)
@@ -51,11 +53,16 @@ def test_the_rows_are_those_of_the_dataset(place: str, tmp_path: Path, megabytes
     assert rows_of(into).equals(vitray.read(dataset.out))
     again = compact(dataset.out, into, megabytes)
     assert (again.written, again.rows) == (0, 27)
-    assert json.loads(store_for(into).open(join(into, "_COMPACT.json")).read())["source"] == dataset.out
+    assert (
+        json.loads(store_for(into).open(join(into, "_COMPACT.json")).read())["source"]
+        == dataset.out
+    )
 
 
 def test_another_datasets_parts_are_left_alone(tmp_path: Path) -> None:
-    one, other = (hand_made.make_dataset(tmp_path, out=str(tmp_path / name)) for name in ("one", "other"))
+    one, other = (
+        hand_made.make_dataset(tmp_path, out=str(tmp_path / name)) for name in ("one", "other")
+    )
     into = tmp_path / "into"
     compact(one.out, str(into))
     before = {path.name: path.read_bytes() for path in into.iterdir()}
@@ -70,7 +77,9 @@ def test_another_datasets_parts_are_left_alone(tmp_path: Path) -> None:
 
 
 def grow(dataset: Dataset, folder: Path) -> None:
-    hand_made.write_tar(folder / "in" / "s-003.tar", {f"3/{i:02d}.jpg": f"new {i}".encode() for i in range(10)})
+    hand_made.write_tar(
+        folder / "in" / "s-003.tar", {f"3/{i:02d}.jpg": f"new {i}".encode() for i in range(10)}
+    )
     shards = list_shards(dataset.job, []).shards
     hand_made.stage(dataset, shards[3])
     assert commit_shard(dataset, shards[3])
@@ -87,7 +96,9 @@ def test_a_dataset_that_grew_costs_its_new_parts_only(tmp_path: Path) -> None:
     assert (found.files, found.written, found.rows) == (4, 1, 36)
     assert all(path.stat().st_mtime_ns == at for path, at in before.items())
     assert rows_of(str(into)).equals(vitray.read(dataset.out))
-    assert compact(dataset.out, str(into), IN_ONE).parts == 1 and len(list(into.glob("part-*"))) == 1
+    assert (
+        compact(dataset.out, str(into), IN_ONE).parts == 1 and len(list(into.glob("part-*"))) == 1
+    )
     assert rows_of(str(into)).equals(vitray.read(dataset.out))
 
 
@@ -118,29 +129,41 @@ def test_what_must_not_be_gathered_or_written_is_refused(tmp_path: Path) -> None
         with pytest.raises(JobError, match="lies inside the dataset"):
             compact(dataset.out, into)
     whole = hand_made.make_dataset(tmp_path / "w", source=f"{tmp_path}/w/in")
-    with pytest.raises(JobError, match=f"lies inside its source {tmp_path}/w/in: choose another place"):
+    with pytest.raises(
+        JobError, match=f"lies inside its source {tmp_path}/w/in: choose another place"
+    ):
         compact(whole.out, str(tmp_path / "w" / "in" / "few"))
     with pytest.raises(JobError, match=r"holds s-000\.tar, which is no part of ours"):
         compact(dataset.out, str(tmp_path / "w" / "in"))
     assert len(list((tmp_path / "w" / "in").iterdir())) == 3
-    for name in ("part-0.parquet", "part-00000-0123456789ab.parquet"):  # other tools' names, and ours without a mark
+    for name in (
+        "part-0.parquet",
+        "part-00000-0123456789ab.parquet",
+    ):  # other tools' names, and ours without a mark
         (tmp_path / name[:6]).mkdir(exist_ok=True)
         (tmp_path / name[:6] / name).write_bytes(b"somebody's")
-        with pytest.raises(JobError, match=f"holds {name}, which is no part of ours: choose an empty directory"):
+        with pytest.raises(
+            JobError, match=f"holds {name}, which is no part of ours: choose an empty directory"
+        ):
             compact(dataset.out, str(tmp_path / name[:6]))
         assert (tmp_path / name[:6] / name).read_bytes() == b"somebody's"
         (tmp_path / name[:6] / name).unlink()
     hand_made.write_tars(tmp_path / "g" / "out2")
     few = tmp_path / "few"
     compact(dataset.out, str(few / "c"))
-    with pytest.raises(JobError, match=r"holds c/_COMPACT\.json, which is no part of ours"):  # readers would see its rows, too
+    with pytest.raises(
+        JobError, match=r"holds c/_COMPACT\.json, which is no part of ours"
+    ):  # readers would see its rows, too
         compact(dataset.out, str(few))
     assert [path.name for path in few.iterdir()] == ["c"]
     with pytest.raises(
-        JobError, match=r"few/c holds what vitray compact gathered \(_COMPACT\.json\): readers would see rows twice"
+        JobError,
+        match=r"few/c holds what vitray compact gathered \(_COMPACT\.json\): readers would see rows twice",
     ):
         hand_made.make_dataset(tmp_path / "again", out=str(few / "c"))
-    globbed = hand_made.make_dataset(tmp_path / "g", source=f"{tmp_path}/g/{{in,out2}}/*.tar", out=f"{tmp_path}/o")
+    globbed = hand_made.make_dataset(
+        tmp_path / "g", source=f"{tmp_path}/g/{{in,out2}}/*.tar", out=f"{tmp_path}/o"
+    )
     (tmp_path / "link").symlink_to(tmp_path / "g")
     for into in (f"{tmp_path}/g/out2", f"{tmp_path}/link/out2"):
         with pytest.raises(JobError, match="lies inside its source"):
@@ -149,7 +172,17 @@ def test_what_must_not_be_gathered_or_written_is_refused(tmp_path: Path) -> None
 
 def test_the_command_says_what_it_did(tmp_path: Path) -> None:
     dataset = hand_made.make_dataset(tmp_path)
-    argv = [sys.executable, "-m", "vitray", "compact", dataset.out, "--into", str(tmp_path / "into")]
+    argv = [
+        sys.executable,
+        "-m",
+        "vitray",
+        "compact",
+        dataset.out,
+        "--into",
+        str(tmp_path / "into"),
+    ]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{tmp_path}/into: 3 data files in 1 part, 1 of them written now, 27 rows\n"
+    assert (
+        done.stdout == f"{tmp_path}/into: 3 data files in 1 part, 1 of them written now, 27 rows\n"
+    )

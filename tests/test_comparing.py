@@ -22,7 +22,11 @@ def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
     """Of three tars; the second calls cats dogs and dogs cats, could not read another image, and lacks the last shard."""
     old = hand_made.make_dataset(tmp_path)
     monkeypatch.setattr(hand_made, "BAD", 4)
-    spec = replace(hand_made.spec_of(str(tmp_path / "model")), labels=("dog", "cat", "emu"), weights_sha256="8" * 64)
+    spec = replace(
+        hand_made.spec_of(str(tmp_path / "model")),
+        labels=("dog", "cat", "emu"),
+        weights_sha256="8" * 64,
+    )
     new = hand_made.make_dataset(tmp_path, commit=2, spec=spec, out=str(tmp_path / "new"))
     return old.out, new.out
 
@@ -42,7 +46,13 @@ def test_labels_that_moved_and_rows_of_one_alone_are_counted(two: tuple[str, str
             ("0/00", "0/06", "0/09", "1/00", "1/06", "1/09"),
             tuple((s, i) for s in (first, second) for i in (0, 6, 9)),
         ),
-        Move("dog", "cat", 4, ("0/01", "0/07", "1/01", "1/07"), tuple((s, i) for s in (first, second) for i in (1, 7))),
+        Move(
+            "dog",
+            "cat",
+            4,
+            ("0/01", "0/07", "1/01", "1/07"),
+            tuple((s, i) for s in (first, second) for i in (1, 7)),
+        ),
     )
     assert (found.sample, found.cka, found.neighbours) == (16, pytest.approx(1), 1.0)
 
@@ -57,11 +67,17 @@ def test_a_long_label_leaves_its_line_readable(two: tuple[str, str]) -> None:
 def test_the_command_prints_it_and_is_a_gate(two: tuple[str, str]) -> None:
     def call(*more: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "vitray", "compare", *two, *more], capture_output=True, text=True, timeout=60
+            [sys.executable, "-m", "vitray", "compare", *two, *more],
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
 
     partly = call("--min-agreement", "0.37")
-    assert partly.returncode == 0 and partly.stderr.count("is not complete: what it lacks is not compared") == 1
+    assert (
+        partly.returncode == 0
+        and partly.stderr.count("is not complete: what it lacks is not compared") == 1
+    )
     assert partly.stderr.startswith(two[1])
     dataset = open_dataset(two[1])
     assert dataset is not None
@@ -76,12 +92,19 @@ def test_the_command_prints_it_and_is_a_gate(two: tuple[str, str]) -> None:
     )
     page = two[1] + "-page.html"
     told = call("--json", "--page", page, "--min-agreement", "0.38")
-    assert json.loads(told.stdout)["agreement"] == 0.375 and json.loads(told.stdout)["moves"][1]["examples"][0] == "0/01"
+    assert (
+        json.loads(told.stdout)["agreement"] == 0.375
+        and json.loads(told.stdout)["moves"][1]["examples"][0] == "0/01"
+    )
     assert told.returncode == 5 and told.stderr.startswith(f"{page}: 16 images, 0 pictures")
     assert "Images by move" in Path(page).read_text()
     Path(page).write_text("mine")
     refused = call("--page", page)
-    assert refused.returncode == 2 and "was not made by vitray compare" in refused.stderr and Path(page).read_text() == "mine"
+    assert (
+        refused.returncode == 2
+        and "was not made by vitray compare" in refused.stderr
+        and Path(page).read_text() == "mine"
+    )
 
 
 def test_what_cannot_be_compared_is_one_error(two: tuple[str, str], tmp_path: Path) -> None:

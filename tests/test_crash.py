@@ -25,7 +25,10 @@ ON_S3 = ("commit-created",)  # the others nightly
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tars of drawn shapes, a few of them cut short."""
     folder = tmp_path_factory.mktemp("crash")
-    items = [replace(p, data=p.data[: len(p.data) // 2]) if n % 25 == 3 else p for n, p in enumerate(pictures(IMAGES))]
+    items = [
+        replace(p, data=p.data[: len(p.data) // 2]) if n % 25 == 3 else p
+        for n, p in enumerate(pictures(IMAGES))
+    ]
     put_tars(str(folder / "in"), items, SHARDS, folder)
     return folder
 
@@ -41,7 +44,9 @@ def rows_of(out: str) -> pa.Table:
     return vitray.read(out).sort_by([("shard", "ascending"), ("index", "ascending")])
 
 
-def crash_and_go_on(commands: Zygote, point: str, argv: list[str], out: str, unharmed: pa.Table) -> None:
+def crash_and_go_on(
+    commands: Zygote, point: str, argv: list[str], out: str, unharmed: pa.Table
+) -> None:
     argv = argv[3:]  # without `python -m vitray`
     assert commands.run(argv, VITRAY_CRASH_AT=point) == -9, f"{point} was not reached"
     assert commands.run(argv) == 0
@@ -53,7 +58,12 @@ def crash_and_go_on(commands: Zygote, point: str, argv: list[str], out: str, unh
 
 @pytest.mark.parametrize("point", POINTS)
 def test_a_crash_on_a_local_disk(
-    commands: Zygote, point: str, inputs: Path, shapes_model: str, tmp_path: Path, unharmed: pa.Table
+    commands: Zygote,
+    point: str,
+    inputs: Path,
+    shapes_model: str,
+    tmp_path: Path,
+    unharmed: pa.Table,
 ) -> None:
     argv = [*command(inputs, shapes_model, tmp_path / "out"), *FRAGMENTS]
     crash_and_go_on(commands, point, argv, str(tmp_path / "out"), unharmed)
@@ -61,10 +71,21 @@ def test_a_crash_on_a_local_disk(
 
 @pytest.mark.s3
 @pytest.mark.parametrize(
-    "point", [pytest.param(p, marks=[] if p in ON_S3 else [pytest.mark.nightly]) for p in POINTS if p != "object-written"]
+    "point",
+    [
+        pytest.param(p, marks=[] if p in ON_S3 else [pytest.mark.nightly])
+        for p in POINTS
+        if p != "object-written"
+    ],
 )
 def test_a_crash_on_s3(
-    commands: Zygote, point: str, inputs: Path, shapes_model: str, tmp_path: Path, s3: str, unharmed: pa.Table
+    commands: Zygote,
+    point: str,
+    inputs: Path,
+    shapes_model: str,
+    tmp_path: Path,
+    s3: str,
+    unharmed: pa.Table,
 ) -> None:
     out = join(s3, "out")
     argv = [*command(inputs, shapes_model, Path("out")), *FRAGMENTS]

@@ -67,9 +67,24 @@ from vitray.dataset import (
     write_fragment,
     write_run_record,
 )
-from vitray.errors import CommitError, FingerprintError, JobError, ObjectChanged, SourceError, StorageError
+from vitray.errors import (
+    CommitError,
+    FingerprintError,
+    JobError,
+    ObjectChanged,
+    SourceError,
+    StorageError,
+)
 from vitray.job import Job, make_job
-from vitray.schema import ERROR_SCHEMA, End, ModelSpec, Shard, VectorColumn, content_hash, short_hash
+from vitray.schema import (
+    ERROR_SCHEMA,
+    End,
+    ModelSpec,
+    Shard,
+    VectorColumn,
+    content_hash,
+    short_hash,
+)
 from vitray.storage import exists, is_local, join, sha256_of, store_for
 from vitray.storage import read as read_object
 
@@ -82,7 +97,9 @@ Bad = dict[int, str]
 
 
 def job_for(out: str, **fields: object) -> Job:
-    return make_job({"source": "s", "model": "tests/drawn", "out": out, "fragment_rows": 4, **fields})
+    return make_job(
+        {"source": "s", "model": "tests/drawn", "out": out, "fragment_rows": 4, **fields}
+    )
 
 
 def make(out: str, **fields: object) -> Dataset:
@@ -95,7 +112,9 @@ def out(root: str) -> str:
 
 
 @pytest.fixture(params=["local", "mock"])
-def quick_out(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def quick_out(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> str:
     """OUT on a disk and on the mock, where the promise hangs on our logic and not on what a real store answers."""
     if request.param == "local":
         return str(tmp_path / "out")
@@ -112,7 +131,13 @@ def input_shard(out: str, name: str = "cats", body: bytes = b"a tar, let us say"
     url = join(out.rpartition("/")[0], "in", f"{name}.tar")
     store_for(url).replace(url, body)
     info = store_for(url).stat(url)
-    return Shard(f"{name}-{short_hash(url)}-{short_hash(info.version, 8)}", "tar", url, info.size, info.version)
+    return Shard(
+        f"{name}-{short_hash(url)}-{short_hash(info.version, 8)}",
+        "tar",
+        url,
+        info.size,
+        info.version,
+    )
 
 
 def vector(index: int) -> np.ndarray:
@@ -155,7 +180,13 @@ def errors_of(shard: str, bad: Bad) -> pa.Table:
     return pa.Table.from_pylist(made, schema=ERROR_SCHEMA)
 
 
-def stage(dataset: Dataset, shard: Shard, total: int, bad: Bad | None = None, truncated_at: int | None = None) -> None:
+def stage(
+    dataset: Dataset,
+    shard: Shard,
+    total: int,
+    bad: Bad | None = None,
+    truncated_at: int | None = None,
+) -> None:
     """All fragments of a shard, last one first, and its end."""
     stage_fragments(dataset, shard, total, bad or {})
     write_end(dataset, shard.id, End(total, truncated_at))
@@ -202,12 +233,30 @@ def copy_file(dataset: Dataset, source: str, target: str) -> None:
 
 def test_a_dataset_opens_as_it_was_made(out: str) -> None:
     vectors = [VECTOR, VectorColumn("embedding_m", D, 1, "mean", True, "float16")]
-    job = job_for(out, keep=["caption", "stars"], background="#ffeedd", top_k=2, formats=["png", "jpg"], max_pixels=999)
+    job = job_for(
+        out,
+        keep=["caption", "stars"],
+        background="#ffeedd",
+        top_k=2,
+        formats=["png", "jpg"],
+        max_pixels=999,
+    )
     made = resolve_dataset(job, FACTS, vectors, KEPT, NOW)
     there = open_dataset(out)
-    assert there is not None and there.fingerprint == made.fingerprint and len(made.fingerprint) == 64
-    assert (there.job, there.spec, there.vectors, there.fragment_rows) == (made.job, FACTS, tuple(vectors), 4)
-    assert there.kept.equals(KEPT) and there.schema.equals(made.schema) and there.decode_spec == made.decode_spec
+    assert (
+        there is not None and there.fingerprint == made.fingerprint and len(made.fingerprint) == 64
+    )
+    assert (there.job, there.spec, there.vectors, there.fragment_rows) == (
+        made.job,
+        FACTS,
+        tuple(vectors),
+        4,
+    )
+    assert (
+        there.passthrough.equals(KEPT)
+        and there.schema.equals(made.schema)
+        and there.decode_spec == made.decode_spec
+    )
     document = json.loads(read_object(dataset_url(out)))
     assert document["fingerprint"] == made.fingerprint and document["created"] == NOW
     assert document["deciding"] == json.loads(json.dumps(made.deciding()))
@@ -219,7 +268,11 @@ def test_a_dataset_from_before_decode_was_a_field_keeps_its_fingerprint(out: str
     assert document["job"].pop("decode") == document["deciding"]["decode"] == "exact"
     store_for(out).replace(dataset_url(out), json.dumps(document).encode())
     there = open_dataset(out)
-    assert there is not None and there.fingerprint == made.fingerprint and there.decode_spec.mode == "exact"
+    assert (
+        there is not None
+        and there.fingerprint == made.fingerprint
+        and there.decode_spec.mode == "exact"
+    )
 
 
 def test_no_dataset_is_none(out: str) -> None:
@@ -227,14 +280,44 @@ def test_no_dataset_is_none(out: str) -> None:
 
 
 CHANGES: dict[str, Callable[[str], tuple[Job, ModelSpec, list[VectorColumn], pa.Schema]]] = {
-    "weights": lambda out: (job_for(out), replace(FACTS, weights_sha256="cd" * 32), [VECTOR], pa.schema([])),
-    "labels": lambda out: (job_for(out), replace(FACTS, labels=("cat", "dog", "fox")), [VECTOR], pa.schema([])),
-    "processor": lambda out: (job_for(out), replace(FACTS, pixels=replace(FACTS.pixels, resample=2)), [VECTOR], pa.schema([])),
+    "weights": lambda out: (
+        job_for(out),
+        replace(FACTS, weights_sha256="cd" * 32),
+        [VECTOR],
+        pa.schema([]),
+    ),
+    "labels": lambda out: (
+        job_for(out),
+        replace(FACTS, labels=("cat", "dog", "fox")),
+        [VECTOR],
+        pa.schema([]),
+    ),
+    "processor": lambda out: (
+        job_for(out),
+        replace(FACTS, pixels=replace(FACTS.pixels, resample=2)),
+        [VECTOR],
+        pa.schema([]),
+    ),
     "embeddings": lambda out: (job_for(out), FACTS, [replace(VECTOR, pool="mean")], pa.schema([])),
     "top_k": lambda out: (job_for(out, top_k=3), FACTS, [VECTOR], pa.schema([])),
-    "keep": lambda out: (job_for(out, keep=["caption"]), FACTS, [VECTOR], pa.schema([("caption", pa.string())])),
-    "precision": lambda out: (job_for(out, precision="bf16"), replace(FACTS, precision="bf16"), [VECTOR], pa.schema([])),
-    "engine": lambda out: (job_for(out, engine="onnx"), replace(FACTS, engine="onnx"), [VECTOR], pa.schema([])),
+    "keep": lambda out: (
+        job_for(out, keep=["caption"]),
+        FACTS,
+        [VECTOR],
+        pa.schema([("caption", pa.string())]),
+    ),
+    "precision": lambda out: (
+        job_for(out, precision="bf16"),
+        replace(FACTS, precision="bf16"),
+        [VECTOR],
+        pa.schema([]),
+    ),
+    "engine": lambda out: (
+        job_for(out, engine="onnx"),
+        replace(FACTS, engine="onnx"),
+        [VECTOR],
+        pa.schema([]),
+    ),
     "decode": lambda out: (job_for(out, decode="fast"), FACTS, [VECTOR], pa.schema([])),
     "formats": lambda out: (job_for(out, formats=["jpeg"]), FACTS, [VECTOR], pa.schema([])),
     "max_pixels": lambda out: (job_for(out, max_pixels=7), FACTS, [VECTOR], pa.schema([])),
@@ -255,22 +338,33 @@ def test_another_job_is_refused_and_the_field_named(local_out: str, field: str) 
     text = str(caught.value)
     assert text.count(" differs (") == 1 and f"{field} differs (" in text
     assert mine.fingerprint[:8] in text and "Choose another `out`" in text
-    assert field != "weights" or f"… of {FACTS.model}, this job: cdcdcdcd… of {FACTS.model})" in text
+    assert (
+        field != "weights" or f"… of {FACTS.model}, this job: cdcdcdcd… of {FACTS.model})" in text
+    )
     assert stored(local_out) == before
 
 
 def test_every_differing_field_is_named(local_out: str) -> None:
     make(local_out)
-    with pytest.raises(FingerprintError, match=r"top_k differs \(5, this job: 2\); precision differs \(fp32, this job: fp16\)"):
+    with pytest.raises(
+        FingerprintError,
+        match=r"top_k differs \(5, this job: 2\); precision differs \(fp32, this job: fp16\)",
+    ):
         resolve_dataset(
-            job_for(local_out, top_k=2, precision="fp16"), replace(FACTS, precision="fp16"), [VECTOR], pa.schema([]), NOW
+            job_for(local_out, top_k=2, precision="fp16"),
+            replace(FACTS, precision="fp16"),
+            [VECTOR],
+            pa.schema([]),
+            NOW,
         )
 
 
 def test_auto_adopts_what_the_first_run_froze(local_out: str) -> None:
     first = make(local_out)
     later = resolve_dataset(
-        make_job({"source": "elsewhere", "model": "tests/drawn", "out": local_out, "stall_timeout_s": 5}),
+        make_job(
+            {"source": "elsewhere", "model": "tests/drawn", "out": local_out, "stall_timeout_s": 5}
+        ),
         replace(FACTS, precision="bf16", engine="openvino", batch_size=256),
         [VECTOR],
         pa.schema([]),
@@ -285,7 +379,11 @@ def test_auto_adopts_what_the_first_run_froze(local_out: str) -> None:
 def test_a_job_takes_over_what_was_frozen_before_its_model_is_looked_at(local_out: str) -> None:
     assert with_frozen(job_for(local_out)).engine == "auto"  # nothing is there
     resolve_dataset(
-        job_for(local_out), replace(FACTS, precision="fp32", engine="onnx", batch_size=5), [VECTOR], pa.schema([]), NOW
+        job_for(local_out),
+        replace(FACTS, precision="fp32", engine="onnx", batch_size=5),
+        [VECTOR],
+        pa.schema([]),
+        NOW,
     )
     found = with_frozen(job_for(local_out, batch_size=7))
     assert (found.precision, found.engine, found.batch_size) == ("fp32", "onnx", 7)
@@ -293,10 +391,18 @@ def test_a_job_takes_over_what_was_frozen_before_its_model_is_looked_at(local_ou
 
 def test_what_a_job_says_itself_is_not_adopted(local_out: str) -> None:
     make(local_out)
-    mine = resolve_dataset(job_for(local_out, batch_size=7), replace(FACTS, batch_size=7), [VECTOR], pa.schema([]), NOW)
+    mine = resolve_dataset(
+        job_for(local_out, batch_size=7), replace(FACTS, batch_size=7), [VECTOR], pa.schema([]), NOW
+    )
     assert mine.spec.batch_size == 7, "a batch size decides no number"
     with pytest.raises(FingerprintError, match="precision differs"):
-        resolve_dataset(job_for(local_out, precision="bf16"), replace(FACTS, precision="bf16"), [VECTOR], pa.schema([]), NOW)
+        resolve_dataset(
+            job_for(local_out, precision="bf16"),
+            replace(FACTS, precision="bf16"),
+            [VECTOR],
+            pa.schema([]),
+            NOW,
+        )
 
 
 def test_the_fields_of_labels_do_not_count_without_labels(tmp_path: Path) -> None:
@@ -309,7 +415,9 @@ def test_two_runs_that_start_at_once_share_one_dataset_json(out: str) -> None:
 
     def start(precision: str) -> Dataset:
         gate.wait()
-        return resolve_dataset(job_for(out), replace(FACTS, precision=precision), [VECTOR], pa.schema([]), precision)
+        return resolve_dataset(
+            job_for(out), replace(FACTS, precision=precision), [VECTOR], pa.schema([]), precision
+        )
 
     with ThreadPoolExecutor(2) as pool:
         one, two = pool.map(start, ("bf16", "fp32"))
@@ -323,7 +431,13 @@ def test_a_dataset_of_another_version_is_refused(local_out: str) -> None:
     dataset = make(local_out)
     document = json.loads(read_object(dataset_url(local_out)))
     for text in (
-        json.dumps({**document, "deciding": {**document["deciding"], "schema_version": 99}, "fingerprint": "99" * 32}),
+        json.dumps(
+            {
+                **document,
+                "deciding": {**document["deciding"], "schema_version": 99},
+                "fingerprint": "99" * 32,
+            }
+        ),
         json.dumps({"fingerprint": dataset.fingerprint}),
         "no json",
     ):
@@ -339,19 +453,43 @@ def test_a_fragment_is_read_as_written_and_written_once(out: str) -> None:
     dataset = make(out)
     rows, bad = rows_of(dataset, "s", [0, 2, 3]), errors_of("s", {1: "empty"})
     assert write_fragment(dataset, "s", (0, 4), rows, bad) is True
-    assert write_fragment(dataset, "s", (0, 4), rows_of(dataset, "s", [0, 1, 2, 3]), errors_of("s", {})) is False
+    assert (
+        write_fragment(
+            dataset, "s", (0, 4), rows_of(dataset, "s", [0, 1, 2, 3]), errors_of("s", {})
+        )
+        is False
+    )
     there = read_fragment(dataset, "s", 0, 4)
     assert there is not None and there[0].equals(rows) and there[1].equals(bad)
-    assert list(stored(out)) == ["_vitray/dataset.json", "_vitray/staging/s/0000000000-0000000004.arrow"]
+    assert list(stored(out)) == [
+        "_vitray/dataset.json",
+        "_vitray/staging/s/0000000000-0000000004.arrow",
+    ]
 
 
 @pytest.mark.parametrize(
-    ("good", "bad"), [([0, 1, 2], []), ([0, 1, 2, 4], []), ([0, 1, 2, 3], [3]), ([1, 0, 2, 3], []), ([0, 1, 2, 2], []), ([], [])]
+    ("good", "bad"),
+    [
+        ([0, 1, 2], []),
+        ([0, 1, 2, 4], []),
+        ([0, 1, 2, 3], [3]),
+        ([1, 0, 2, 3], []),
+        ([0, 1, 2, 2], []),
+        ([], []),
+    ],
 )
-def test_a_fragment_with_other_indexes_is_refused(local_out: str, good: list[int], bad: list[int]) -> None:
+def test_a_fragment_with_other_indexes_is_refused(
+    local_out: str, good: list[int], bad: list[int]
+) -> None:
     dataset = make(local_out)
     with pytest.raises(ValueError, match=r"do not make up \(0, 4\)"):
-        write_fragment(dataset, "s", (0, 4), rows_of(dataset, "s", good), errors_of("s", dict.fromkeys(bad, "empty")))
+        write_fragment(
+            dataset,
+            "s",
+            (0, 4),
+            rows_of(dataset, "s", good),
+            errors_of("s", dict.fromkeys(bad, "empty")),
+        )
     assert staged(dataset, "s").fragments == {}
 
 
@@ -362,8 +500,14 @@ def test_staged_tells_ranges_ends_and_whether_they_tile(local_out: str) -> None:
     assert not staged(dataset, shard.id).covers(), "no end yet"
     write_end(dataset, shard.id, End(10, 512, "cut"))
     there = staged(dataset, shard.id)
-    assert list(there.ranges()) == [(0, 4), (4, 8), (8, 10)] and there.ends == (End(10, 512, "cut"),) and there.covers()
-    store_for(local_out).delete([join(dataset.staging_url(shard.id), "0000000004-0000000008.arrow")])
+    assert (
+        list(there.ranges()) == [(0, 4), (4, 8), (8, 10)]
+        and there.ends == (End(10, 512, "cut"),)
+        and there.covers()
+    )
+    store_for(local_out).delete(
+        [join(dataset.staging_url(shard.id), "0000000004-0000000008.arrow")]
+    )
     assert not staged(dataset, shard.id).covers()
     assert staged_shards(dataset) == [shard.id]
 
@@ -379,14 +523,20 @@ def test_every_damaged_fragment_is_deleted(quick_out: str) -> None:
     dataset, shard = make(quick_out), input_shard(quick_out)
     stage(dataset, shard, 20)
     other = replace(dataset, spec=replace(FACTS, precision="bf16"))
-    write_fragment(other, "other", (4, 8), rows_of(dataset, shard.id, range(4, 8)), errors_of(shard.id, {}))
+    write_fragment(
+        other, "other", (4, 8), rows_of(dataset, shard.id, range(4, 8)), errors_of(shard.id, {})
+    )
     url = join(dataset.staging_url(shard.id), "{:010d}-{:010d}.arrow").format
     whole = read_object(url(0, 4))
     copy_file(dataset, join(dataset.staging_url("other"), "0000000004-0000000008.arrow"), url(4, 8))
     store_for(quick_out).replace(url(8, 12), whole)
     store_for(quick_out).replace(url(12, 16), whole[: len(whole) // 2])
     there = staged_whole(dataset, shard.id)
-    assert list(there.ranges()) == [(0, 4), (16, 20)] and there.ends == (End(20),) and not there.covers()
+    assert (
+        list(there.ranges()) == [(0, 4), (16, 20)]
+        and there.ends == (End(20),)
+        and not there.covers()
+    )
     assert staged(dataset, shard.id) == there
     stage_fragments(dataset, shard, 20, {})
     assert staged_whole(dataset, shard.id).covers()
@@ -394,7 +544,9 @@ def test_every_damaged_fragment_is_deleted(quick_out: str) -> None:
 
 def test_a_fragment_with_any_bit_flipped_is_no_fragment(local_out: str) -> None:
     dataset = make(local_out)
-    write_fragment(dataset, "s", (0, 4), rows_of(dataset, "s", [0, 1, 3]), errors_of("s", {2: "empty"}))
+    write_fragment(
+        dataset, "s", (0, 4), rows_of(dataset, "s", [0, 1, 3]), errors_of("s", {2: "empty"})
+    )
     url = Path(join(dataset.staging_url("s"), "0000000000-0000000004.arrow"))
     whole = url.read_bytes()
     for at in range(0, len(whole), 53):
@@ -406,7 +558,9 @@ def test_a_fragment_with_any_bit_flipped_is_no_fragment(local_out: str) -> None:
 
 def test_a_fragment_cut_at_any_byte_is_no_fragment(local_out: str) -> None:
     dataset = make(local_out)
-    write_fragment(dataset, "s", (0, 4), rows_of(dataset, "s", [0, 1, 3]), errors_of("s", {2: "empty"}))
+    write_fragment(
+        dataset, "s", (0, 4), rows_of(dataset, "s", [0, 1, 3]), errors_of("s", {2: "empty"})
+    )
     url = join(dataset.staging_url("s"), "0000000000-0000000004.arrow")
     whole = Path(url).read_bytes()
     for cut in {*range(0, len(whole), 97), 1, 7, 8, 9, len(whole) - 1}:
@@ -431,7 +585,9 @@ def test_a_damaged_end_is_deleted_and_written_again(local_out: str) -> None:
 
 def test_a_fragment_beyond_the_end_does_not_block_the_shard(local_out: str) -> None:
     dataset, shard = make(local_out), input_shard(local_out)
-    stage_fragments(dataset, shard, 8, {})  # a reader that died, and had seen more rows than the one that came after
+    stage_fragments(
+        dataset, shard, 8, {}
+    )  # a reader that died, and had seen more rows than the one that came after
     write_end(dataset, shard.id, End(6))
     assert list(staged_whole(dataset, shard.id).ranges()) == [(0, 4)]
     stage_fragments(dataset, shard, 6, {})
@@ -441,12 +597,22 @@ def test_a_fragment_beyond_the_end_does_not_block_the_shard(local_out: str) -> N
 
 def test_a_fragment_apart_behind_the_end_is_not_committed(local_out: str) -> None:
     dataset, shard = make(local_out), input_shard(local_out)
-    write_fragment(dataset, shard.id, (12, 16), rows_of(dataset, shard.id, range(12, 16)), errors_of(shard.id, {}))
+    write_fragment(
+        dataset,
+        shard.id,
+        (12, 16),
+        rows_of(dataset, shard.id, range(12, 16)),
+        errors_of(shard.id, {}),
+    )
     stage(dataset, shard, 8)  # the reader that died had decoded 12-16 before 8-12
     assert not staged(dataset, shard.id).covers() and commit_shard(dataset, shard) is None
     assert staged_whole(dataset, shard.id).covers()
     done = commit_shard(dataset, shard)
-    assert done is not None and done.rows == 8 and data_table(dataset, shard)["index"].to_pylist() == list(range(8))
+    assert (
+        done is not None
+        and done.rows == 8
+        and data_table(dataset, shard)["index"].to_pylist() == list(range(8))
+    )
 
 
 # ---- commit
@@ -456,17 +622,28 @@ def test_a_commit_puts_rows_in_order_and_errors_beside_them(out: str) -> None:
     dataset, shard = make(out), input_shard(out)
     bad = {2: "truncated", 5: "empty", 10: "truncated"}
     stage(dataset, shard, 11, bad)
-    assert commit_shard(dataset, shard) == Commit(shard.id, 8, 3, {"truncated": 2, "empty": 1}, None, False)
+    assert commit_shard(dataset, shard) == Commit(
+        shard.id, 8, 3, {"truncated": 2, "empty": 1}, None, False
+    )
     good = [i for i in range(11) if i not in bad]
     table = data_table(dataset, shard)
     assert table.replace_schema_metadata(None).equals(rows_of(dataset, shard.id, good))
     assert table["index"].to_pylist() == good
     assert error_table(dataset, shard).equals(errors_of(shard.id, bad))
     footer = read_footer(dataset.data_url(shard.id))
-    assert (footer.rows, footer.errors, footer.total, footer.reasons) == (8, 3, 11, {"truncated": 2, "empty": 1})
+    assert (footer.rows, footer.errors, footer.total, footer.reasons) == (
+        8,
+        3,
+        11,
+        {"truncated": 2, "empty": 1},
+    )
     assert footer.error_rows.equals(errors_of(shard.id, bad))
     assert (footer.shard, footer.url, footer.source_version) == (shard.id, shard.url, shard.version)
-    assert sorted(stored(out)) == [f"_errors/{shard.id}.parquet", "_vitray/dataset.json", f"data/{shard.id}.parquet"]
+    assert sorted(stored(out)) == [
+        f"_errors/{shard.id}.parquet",
+        "_vitray/dataset.json",
+        f"data/{shard.id}.parquet",
+    ]
     if is_local(out):
         assert not Path(dataset.staging_url(shard.id)).exists()
 
@@ -498,12 +675,18 @@ def test_footer_and_object_metadata_say_the_same(root: str) -> None:
         "engine": "torch",
         "decode": "exact",
     }
-    assert {name: metadata[f"vitray.{name}"] for name in expected} == expected and len(metadata["vitray.write_id"]) == 32
+    assert {name: metadata[f"vitray.{name}"] for name in expected} == expected and len(
+        metadata["vitray.write_id"]
+    ) == 32
     if not is_local(out):
         bucket, _, key = dataset.data_url(shard.id).removeprefix("s3://").partition("/")
-        head = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"]).head_object(Bucket=bucket, Key=key)
+        head = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"]).head_object(
+            Bucket=bucket, Key=key
+        )
         for name in ("write_id", "fingerprint", "rows", "errors", "truncated_at", "rows_sha256"):
-            assert head["Metadata"][f"vitray-{name.replace('_', '-')}"] == metadata[f"vitray.{name}"]
+            assert (
+                head["Metadata"][f"vitray-{name.replace('_', '-')}"] == metadata[f"vitray.{name}"]
+            )
         assert head["Metadata"]["vitray-sha256"] == hashlib.sha256(body).hexdigest()
         assert head["ETag"].strip('"') == hashlib.md5(body).hexdigest(), "one PUT"
 
@@ -528,7 +711,9 @@ def test_a_shard_without_a_good_row_has_the_same_schema(local_out: str) -> None:
     tables = [data_table(dataset, shard) for shard in (full, empty, bad)]
     assert [t.num_rows for t in tables] == [5, 0, 0]
     assert all(t.schema.remove_metadata().equals(dataset.schema) for t in tables)
-    assert error_table(dataset, bad).equals(errors_of(bad.id, wrong)) and not exists(dataset.errors_url(empty.id))
+    assert error_table(dataset, bad).equals(errors_of(bad.id, wrong)) and not exists(
+        dataset.errors_url(empty.id)
+    )
     assert read_footer(dataset.data_url(empty.id)).rows_sha256 == hashlib.sha256().hexdigest()
     assert read(local_out).num_rows == 5
 
@@ -544,14 +729,18 @@ def test_a_truncated_shard_is_committed_with_that_verdict(local_out: str) -> Non
 
 def test_kept_columns_and_float16_vectors_arrive(local_out: str) -> None:
     vectors = [VECTOR, VectorColumn("embedding_h", D, 1, "mean", False, "float16")]
-    dataset = resolve_dataset(job_for(local_out, keep=["caption", "stars"]), FACTS, vectors, KEPT, NOW)
+    dataset = resolve_dataset(
+        job_for(local_out, keep=["caption", "stars"]), FACTS, vectors, KEPT, NOW
+    )
     shard = input_shard(local_out)
     commit(dataset, shard, 9, {3: "empty"})
     table, good = read(local_out), [0, 1, 2, 4, 5, 6, 7, 8]
     assert table["caption"].to_pylist() == [None if i % 4 == 1 else f"caption {i}" for i in good]
     assert table["stars"].to_pylist() == [None if i % 5 == 2 else i for i in good]
     half = np.stack(table["embedding_h"].to_numpy())
-    assert half.dtype == np.float16 and np.array_equal(half, np.stack([vector(i) for i in good]).astype(np.float16))
+    assert half.dtype == np.float16 and np.array_equal(
+        half, np.stack([vector(i) for i in good]).astype(np.float16)
+    )
     assert table.schema.field("embedding_h").type == dataset.schema.field("embedding_h").type
 
 
@@ -564,7 +753,9 @@ def test_a_second_commit_adopts_the_first(out: str) -> None:
     assert stored(out).keys() == before.keys()
 
 
-def test_a_link_that_was_made_and_then_refused_is_a_commit(local_out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_link_that_was_made_and_then_refused_is_a_commit(
+    local_out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What a client of NFS sees when the answer to its first request was lost and the second finds the name taken."""
     real = os.link
 
@@ -631,7 +822,9 @@ def test_a_foreign_file_in_place_is_an_error_and_stays(local_out: str, body: byt
     dataset, shard = make(local_out), input_shard(local_out)
     stage(dataset, shard, 4)
     store_for(local_out).replace(dataset.data_url(shard.id), body)
-    with pytest.raises(CommitError, match=r"is not a data file of vitray.*Move it away and run again\.$"):
+    with pytest.raises(
+        CommitError, match=r"is not a data file of vitray.*Move it away and run again\.$"
+    ):
         commit_shard(dataset, shard)
     assert read_object(dataset.data_url(shard.id)) == body and staged(dataset, shard.id).covers()
 
@@ -642,7 +835,9 @@ def test_a_file_of_another_fingerprint_is_an_error(local_out: str) -> None:
     commit(other, shard, 4)
     before = read_object(dataset.data_url(shard.id))
     stage(dataset, shard, 4)
-    with pytest.raises(CommitError, match=rf"fingerprint {other.fingerprint[:8]}.*{dataset.fingerprint[:8]}"):
+    with pytest.raises(
+        CommitError, match=rf"fingerprint {other.fingerprint[:8]}.*{dataset.fingerprint[:8]}"
+    ):
         commit_shard(dataset, shard)
     assert read_object(dataset.data_url(shard.id)) == before
 
@@ -657,7 +852,9 @@ def test_files_of_another_job_without_their_dataset_json_are_refused(out: str) -
     assert make(out, top_k=2).fingerprint == other.fingerprint
 
 
-def test_a_file_of_another_job_put_into_data_is_refused_by_finish(local_out: str, tmp_path: Path) -> None:
+def test_a_file_of_another_job_put_into_data_is_refused_by_finish(
+    local_out: str, tmp_path: Path
+) -> None:
     mine, other = make(local_out), make(str(tmp_path / "other"), top_k=2)
     shard = input_shard(local_out)
     commit(other, shard, 6)
@@ -676,7 +873,10 @@ def test_a_data_file_under_the_name_of_another_shard_is_refused(local_out: str) 
     before = stored(local_out)
     store_for(local_out).replace(dataset.data_url(cats.id), read_object(dataset.data_url(dogs.id)))
     changed = stored(local_out)
-    for check in (lambda: check_data(dataset), lambda: finish_with(dataset, [cats.id, dogs.id], [cats.id, dogs.id])):
+    for check in (
+        lambda: check_data(dataset),
+        lambda: finish_with(dataset, [cats.id, dogs.id], [cats.id, dogs.id]),
+    ):
         with pytest.raises(CommitError, match=f"{cats.id}.parquet holds shard dogs-"):
             check()
     assert stored(local_out) == changed != before
@@ -691,7 +891,11 @@ def test_finish_removes_the_staging_that_a_slower_run_left(quick_out: str) -> No
 
 
 def test_a_file_of_another_shard_is_an_error(local_out: str) -> None:
-    dataset, one, two = make(local_out), input_shard(local_out, "one"), input_shard(local_out, "two")
+    dataset, one, two = (
+        make(local_out),
+        input_shard(local_out, "one"),
+        input_shard(local_out, "two"),
+    )
     commit(dataset, one, 4)
     copy_file(dataset, dataset.data_url(one.id), dataset.data_url(two.id))
     with pytest.raises(CommitError):
@@ -725,7 +929,11 @@ def test_eight_runs_commit_one_object(out: str) -> None:
     assert len(found) == 8, "the file exists: nobody may plan the shard again"
     assert sum(not c.adopted for c in found) == 1
     assert {(c.rows, c.errors) for c in found} == {(8, 1)}
-    assert sorted(stored(out)) == [f"_errors/{shard.id}.parquet", "_vitray/dataset.json", f"data/{shard.id}.parquet"]
+    assert sorted(stored(out)) == [
+        f"_errors/{shard.id}.parquet",
+        "_vitray/dataset.json",
+        f"data/{shard.id}.parquet",
+    ]
     assert data_table(dataset, shard)["index"].to_pylist() == [0, 1, 2, 4, 5, 6, 7, 8]
 
 
@@ -762,7 +970,12 @@ def once(matches: Callable[[Call], bool], event: Callable[[], None]) -> Callable
 
 
 def rival(
-    proxy: Proxy, mock_s3: str, dataset: Dataset, shard: Shard, total: int = 9, bad: Bad | None = None
+    proxy: Proxy,
+    mock_s3: str,
+    dataset: Dataset,
+    shard: Shard,
+    total: int = 9,
+    bad: Bad | None = None,
 ) -> Callable[[], None]:
     """Another run: commits the shard with boto3's bytes of a commit made elsewhere, then cleans up, past the proxy."""
     bucket, _, prefix = dataset.out.removeprefix("s3://").partition("/")
@@ -780,8 +993,12 @@ def rival(
     made = body()
 
     def act() -> None:
-        client.put_object(Bucket=bucket, Key=f"{prefix}/data/{shard.id}.parquet", Body=made, IfNoneMatch="*")
-        found = client.list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/_vitray/staging/").get("Contents", [])
+        client.put_object(
+            Bucket=bucket, Key=f"{prefix}/data/{shard.id}.parquet", Body=made, IfNoneMatch="*"
+        )
+        found = client.list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/_vitray/staging/").get(
+            "Contents", []
+        )
         for item in found:
             client.delete_object(Bucket=bucket, Key=item["Key"])
 
@@ -789,28 +1006,48 @@ def rival(
 
 
 WINDOWS: dict[str, Callable[[Call], bool]] = {
-    "before the staging is listed": lambda call: call.method == "GET" and "staging" in call.path and "list-type" in call.path,
-    "before the end is read": lambda call: call.method in ("GET", "HEAD") and call.path.endswith("end-9.arrow"),
-    "before the first fragment is read": lambda call: call.method in ("GET", "HEAD") and call.path.endswith("0000000004.arrow"),
-    "before the last fragment is read": lambda call: call.method in ("GET", "HEAD") and call.path.endswith("0000000009.arrow"),
-    "before the input is looked at": lambda call: call.method == "HEAD" and call.path.endswith("cats.tar"),
+    "before the staging is listed": lambda call: (
+        call.method == "GET" and "staging" in call.path and "list-type" in call.path
+    ),
+    "before the end is read": lambda call: (
+        call.method in ("GET", "HEAD") and call.path.endswith("end-9.arrow")
+    ),
+    "before the first fragment is read": lambda call: (
+        call.method in ("GET", "HEAD") and call.path.endswith("0000000004.arrow")
+    ),
+    "before the last fragment is read": lambda call: (
+        call.method in ("GET", "HEAD") and call.path.endswith("0000000009.arrow")
+    ),
+    "before the input is looked at": lambda call: (
+        call.method == "HEAD" and call.path.endswith("cats.tar")
+    ),
     "before the create": lambda call: call.method == "PUT" and "/data/" in call.path,
 }
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-def test_a_run_that_is_overtaken_adopts(behind: Callable[[], Any], proxy: Proxy, mock_s3: str, window: str) -> None:
+def test_a_run_that_is_overtaken_adopts(
+    behind: Callable[[], Any], proxy: Proxy, mock_s3: str, window: str
+) -> None:
     dataset, shard = behind()
     act = rival(proxy, mock_s3, dataset, shard)
     proxy.rule = once(WINDOWS[window], act)
     assert commit_shard(dataset, shard) == Commit(shard.id, 8, 1, {"empty": 1}, None, True)
-    assert sorted(stored(dataset.out)) == [f"_errors/{shard.id}.parquet", "_vitray/dataset.json", f"data/{shard.id}.parquet"]
+    assert sorted(stored(dataset.out)) == [
+        f"_errors/{shard.id}.parquet",
+        "_vitray/dataset.json",
+        f"data/{shard.id}.parquet",
+    ]
 
 
-def test_an_overtaking_run_that_saw_another_total_is_an_error(behind: Callable[[], Any], proxy: Proxy, mock_s3: str) -> None:
+def test_an_overtaking_run_that_saw_another_total_is_an_error(
+    behind: Callable[[], Any], proxy: Proxy, mock_s3: str
+) -> None:
     dataset, shard = behind()
     proxy.rule = once(WINDOWS["before the create"], rival(proxy, mock_s3, dataset, shard, total=10))
-    with pytest.raises(CommitError, match=rf"committed 10 images .*this one saw 9 .*vitray redo --shard {shard.id}"):
+    with pytest.raises(
+        CommitError, match=rf"committed 10 images .*this one saw 9 .*vitray redo --shard {shard.id}"
+    ):
         commit_shard(dataset, shard)
 
 
@@ -818,32 +1055,48 @@ def test_an_overtaking_run_that_judged_an_image_otherwise_is_adopted_with_a_warn
     behind: Callable[[], Any], proxy: Proxy, mock_s3: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     dataset, shard = behind()
-    proxy.rule = once(WINDOWS["before the create"], rival(proxy, mock_s3, dataset, shard, bad={3: "empty", 4: "time_limit"}))
+    proxy.rule = once(
+        WINDOWS["before the create"],
+        rival(proxy, mock_s3, dataset, shard, bad={3: "empty", 4: "time_limit"}),
+    )
     with caplog.at_level(logging.WARNING, logger="vitray"):
         done = commit_shard(dataset, shard)
     assert done == Commit(shard.id, 7, 2, {"empty": 1, "time_limit": 1}, None, True)
-    assert f"{shard.id}: another run committed 2 errors, this one saw 1; the first stays" in caplog.text
+    assert (
+        f"{shard.id}: another run committed 2 errors, this one saw 1; the first stays"
+        in caplog.text
+    )
     assert error_table(dataset, shard)["index"].to_pylist() == [3, 4]
 
 
-def test_a_commit_whose_answer_is_lost_knows_its_own(behind: Callable[[], Any], proxy: Proxy) -> None:
+def test_a_commit_whose_answer_is_lost_knows_its_own(
+    behind: Callable[[], Any], proxy: Proxy
+) -> None:
     dataset, shard = behind()
     answers = iter([LOSE])
-    proxy.rule = lambda call: next(answers, FORWARD) if WINDOWS["before the create"](call) else FORWARD
+    proxy.rule = lambda call: (
+        next(answers, FORWARD) if WINDOWS["before the create"](call) else FORWARD
+    )
     assert commit_shard(dataset, shard) == Commit(shard.id, 8, 1, {"empty": 1}, None, False)
     assert proxy.count("PUT", "/data/") == 2
 
 
-def test_a_commit_that_is_never_answered_looks_before_it_gives_up(behind: Callable[[], Any], proxy: Proxy) -> None:
+def test_a_commit_that_is_never_answered_looks_before_it_gives_up(
+    behind: Callable[[], Any], proxy: Proxy
+) -> None:
     dataset, shard = behind()
     proxy.rule = lambda call: LOSE if WINDOWS["before the create"](call) and proxy.count("PUT", "/data/") == 1 else (
         503 if WINDOWS["before the create"](call) else FORWARD
     )  # fmt: skip
     assert commit_shard(dataset, shard) == Commit(shard.id, 8, 1, {"empty": 1}, None, False)
-    assert proxy.count("PUT", "/data/") in (10, 11), "aiohttp repeats a PUT by itself when a kept connection drops"
+    assert proxy.count("PUT", "/data/") in (10, 11), (
+        "aiohttp repeats a PUT by itself when a kept connection drops"
+    )
 
 
-def test_a_commit_that_never_arrives_is_an_error_and_keeps_its_staging(behind: Callable[[], Any], proxy: Proxy) -> None:
+def test_a_commit_that_never_arrives_is_an_error_and_keeps_its_staging(
+    behind: Callable[[], Any], proxy: Proxy
+) -> None:
     dataset, shard = behind()
     proxy.rule = lambda call: 503 if WINDOWS["before the create"](call) else FORWARD
     with pytest.raises(StorageError, match=r"data/cats.*no answer in 10 tries"):
@@ -860,13 +1113,18 @@ def test_a_crash_before_errors_is_repaired_by_the_next_commit(quick_out: str) ->
     store_for(quick_out).delete([dataset.errors_url(shard.id)])
     stage(dataset, shard, 6, {1: "empty"})
     assert commit_shard(dataset, shard) == replace(first, adopted=True)
-    assert error_table(dataset, shard).equals(errors_of(shard.id, {1: "empty"})) and staging(dataset) == []
+    assert (
+        error_table(dataset, shard).equals(errors_of(shard.id, {1: "empty"}))
+        and staging(dataset) == []
+    )
 
 
 def test_a_crash_before_clean_up_is_repaired_by_the_next_commit(quick_out: str) -> None:
     dataset, shard = make(quick_out), input_shard(quick_out)
     commit(dataset, shard, 6, {1: "empty"})
-    write_fragment(dataset, shard.id, (4, 6), rows_of(dataset, shard.id, [4, 5]), errors_of(shard.id, {}))
+    write_fragment(
+        dataset, shard.id, (4, 6), rows_of(dataset, shard.id, [4, 5]), errors_of(shard.id, {})
+    )
     done = commit_shard(dataset, shard)
     assert done is not None and done.adopted and staging(dataset) == []
 
@@ -917,11 +1175,18 @@ def test_the_hash_of_rows_survives_parquet(row_group_size: int, dictionary: bool
 
 def test_the_hash_of_rows_does_not_depend_on_dictionaries_or_on_bytes_behind_a_null() -> None:
     plain = WIDE.set_column(6, "format", WIDE["format"].cast(pa.string()))
-    turned = pa.DictionaryArray.from_arrays(pa.array([2 - i % 3 for i in range(2500)], pa.int8()), ["webp", "png", "jpeg"])
+    turned = pa.DictionaryArray.from_arrays(
+        pa.array([2 - i % 3 for i in range(2500)], pa.int8()), ["webp", "png", "jpeg"]
+    )
     assert digest_of([plain]) == digest_of([WIDE.set_column(6, "format", turned)]) == WIDE_DIGEST
-    valid, values = pa.py_buffer(bytes([0b101])), pa.py_buffer(np.array([1, 99, 3], np.int16).tobytes())
+    valid, values = (
+        pa.py_buffer(bytes([0b101])),
+        pa.py_buffer(np.array([1, 99, 3], np.int16).tobytes()),
+    )
     dirty = pa.Array.from_buffers(pa.int16(), 3, [valid, values])
-    assert digest_of([pa.table({"a": dirty})]) == digest_of([pa.table({"a": pa.array([1, None, 3], pa.int16())})])
+    assert digest_of([pa.table({"a": dirty})]) == digest_of(
+        [pa.table({"a": pa.array([1, None, 3], pa.int16())})]
+    )
 
 
 @pytest.mark.parametrize("name", WIDE.schema.names)
@@ -955,10 +1220,14 @@ def test_vectors_are_split_by_bytes_and_have_no_dictionary(local_out: str) -> No
     columns = {group.column(i).path_in_schema: group.column(i) for i in range(group.num_columns)}
     assert {c.compression for c in columns.values()} == {"ZSTD"}
     for name in ("embedding.list.element", "embedding_h.list.element"):
-        assert "BYTE_STREAM_SPLIT" in columns[name].encodings and not columns[name].has_dictionary_page
+        assert (
+            "BYTE_STREAM_SPLIT" in columns[name].encodings and not columns[name].has_dictionary_page
+        )
     assert columns["label"].has_dictionary_page
     names = list(columns)
-    assert max(names.index(n) for n in names if "embedding" not in n) < min(names.index(n) for n in names if "embedding" in n)
+    assert max(names.index(n) for n in names if "embedding" not in n) < min(
+        names.index(n) for n in names if "embedding" in n
+    )
 
 
 def test_row_groups_are_of_the_size_that_was_measured(local_out: str) -> None:
@@ -987,19 +1256,32 @@ def test_duckdb_pandas_and_pyarrow_read_the_data(local_out: str) -> None:
     files = f"{local_out}/data/*.parquet"
     query = vector(100)
     good = [0, 1, 3, 4, 5, 6, 0, 1, 2, 3, 4]
-    cosines = [float(vector(i) @ query / np.linalg.norm(vector(i)) / np.linalg.norm(query)) for i in good]
+    cosines = [
+        float(vector(i) @ query / np.linalg.norm(vector(i)) / np.linalg.norm(query)) for i in good
+    ]
     asked = [float(x) for x in query]
-    as_list = duckdb.execute(f"select index, list_cosine_similarity(embedding, $1) from '{files}' order by shard, index", [asked])
+    as_list = duckdb.execute(
+        f"select index, list_cosine_similarity(embedding, $1) from '{files}' order by shard, index",
+        [asked],
+    )
     found = as_list.fetchall()
-    assert [row[0] for row in found] == good and np.allclose([row[1] for row in found], cosines, atol=1e-6)
+    assert [row[0] for row in found] == good and np.allclose(
+        [row[1] for row in found], cosines, atol=1e-6
+    )
     as_array = f"select array_cosine_similarity(embedding::float[{D}], $1::float[{D}]) from '{files}' order by shard, index"
-    assert np.allclose([row[0] for row in duckdb.execute(as_array, [asked]).fetchall()], cosines, atol=1e-6)
+    assert np.allclose(
+        [row[0] for row in duckdb.execute(as_array, [asked]).fetchall()], cosines, atol=1e-6
+    )
     frame = pd.concat([pd.read_parquet(path) for path in data_files(local_out)])
-    assert frame["index"].tolist() == good and np.array_equal(np.stack(frame["embedding"]), np.stack([vector(i) for i in good]))
+    assert frame["index"].tolist() == good and np.array_equal(
+        np.stack(frame["embedding"]), np.stack([vector(i) for i in good])
+    )
     import pyarrow.dataset as pads
 
     schema = pads.dataset(join(local_out, "data"), format="parquet").schema
-    assert schema.field("embedding").type == pa.list_(pa.field("element", pa.float32(), nullable=False), D)
+    assert schema.field("embedding").type == pa.list_(
+        pa.field("element", pa.float32(), nullable=False), D
+    )
     assert schema.field("content_hash").type == pa.binary(16)
 
 
@@ -1021,7 +1303,14 @@ def test_finish_writes_manifest_and_success(out: str) -> None:
     commit(dataset, two, 4)
     ids = [two.id, one.id]
     ledger = finish_with(dataset, ids, ids)
-    assert (ledger.shards, ledger.rows, ledger.errors, ledger.truncated, ledger.pending, ledger.gone) == (2, 9, 1, {}, 0, 0)
+    assert (
+        ledger.shards,
+        ledger.rows,
+        ledger.errors,
+        ledger.truncated,
+        ledger.pending,
+        ledger.gone,
+    ) == (2, 9, 1, {}, 0, 0)
     assert names_of(out, "manifest-") == [f"_vitray/{ledger.manifest}"]
     assert success(out) == {
         "shards": 2, "rows": 9, "errors": 1, "truncated": 0, "gone": 0, "manifest": ledger.manifest,
@@ -1029,7 +1318,9 @@ def test_finish_writes_manifest_and_success(out: str) -> None:
     }  # fmt: skip
     manifest = read_manifest(out)
     assert manifest is not None
-    for row, shard, (rows, errors) in zip(manifest.to_pylist(), (one, two), ((5, 1), (4, 0)), strict=True):
+    for row, shard, (rows, errors) in zip(
+        manifest.to_pylist(), (one, two), ((5, 1), (4, 0)), strict=True
+    ):
         body = read_object(dataset.data_url(shard.id))
         etag = row.pop("etag")
         assert is_local(out) or etag == hashlib.md5(body).hexdigest()
@@ -1049,18 +1340,29 @@ def test_a_second_finish_writes_nothing(out: str) -> None:
     assert stored(out) == before
 
 
-def test_a_second_finish_sends_no_write_that_could_change_anything(behind: Callable[[], Any], proxy: Proxy) -> None:
+def test_a_second_finish_sends_no_write_that_could_change_anything(
+    behind: Callable[[], Any], proxy: Proxy
+) -> None:
     dataset, shard = behind()
     commit_shard(dataset, shard)
     finish_with(dataset, [shard.id], [shard.id])
     proxy.calls.clear()
     finish_with(dataset, [shard.id], [shard.id])
     writes = [call for call in proxy.calls if call.method not in ("GET", "HEAD")]
-    assert all(call.method == "PUT" and call.headers.get("if-none-match") == "*" and "/manifest-" in call.path for call in writes)
+    assert all(
+        call.method == "PUT"
+        and call.headers.get("if-none-match") == "*"
+        and "/manifest-" in call.path
+        for call in writes
+    )
 
 
 def test_manifest_and_success_are_the_same_bytes_when_made_again(quick_out: str) -> None:
-    dataset, one, two = make(quick_out), input_shard(quick_out, "one"), input_shard(quick_out, "two")
+    dataset, one, two = (
+        make(quick_out),
+        input_shard(quick_out, "one"),
+        input_shard(quick_out, "two"),
+    )
     commit(dataset, one, 6, {1: "empty"})
     commit(dataset, two, 4)
     ids = [one.id, two.id]
@@ -1073,12 +1375,18 @@ def test_manifest_and_success_are_the_same_bytes_when_made_again(quick_out: str)
 
 
 def test_pending_shards_mean_no_success(local_out: str) -> None:
-    dataset, one, two = make(local_out), input_shard(local_out, "one"), input_shard(local_out, "two")
+    dataset, one, two = (
+        make(local_out),
+        input_shard(local_out, "one"),
+        input_shard(local_out, "two"),
+    )
     commit(dataset, one, 4)
     ledger = finish_with(dataset, [one.id, two.id], [one.id, two.id])
     assert (ledger.pending, ledger.rows) == (1, 4) and success(local_out) is None
     assert names_of(local_out, "manifest-") == [f"_vitray/{ledger.manifest}"]
-    assert finish_with(dataset, [one.id, two.id], [one.id]).pending == 0, "`limit` left the other one local_out"
+    assert finish_with(dataset, [one.id, two.id], [one.id]).pending == 0, (
+        "`limit` left the other one local_out"
+    )
     assert success(local_out) is not None
     finish_with(dataset, [one.id, two.id], [one.id, two.id])
     assert success(local_out) is None
@@ -1101,11 +1409,15 @@ def test_a_superseded_version_stays_until_its_replacement_is_committed(quick_out
     finish_with(dataset, listed, listed)
     assert set(committed(quick_out)) == {old.id, kept.id} and success(quick_out) is None
     finish_with(dataset, listed, [kept.id])
-    assert set(committed(quick_out)) == {old.id, kept.id}, "`limit` leaves the new version quick_out: the old one is all there is"
+    assert set(committed(quick_out)) == {old.id, kept.id}, (
+        "`limit` leaves the new version quick_out: the old one is all there is"
+    )
 
     commit(dataset, new, 6)
     table = read(quick_out)
-    assert len(set(table["shard"].to_pylist())) == 2, "never two versions of an input, also before the manifest step"
+    assert len(set(table["shard"].to_pylist())) == 2, (
+        "never two versions of an input, also before the manifest step"
+    )
     finish_with(dataset, listed, listed)
     assert set(committed(quick_out)) == {new.id, kept.id} and not exists(dataset.errors_url(old.id))
     assert data_files(quick_out) == [dataset.data_url(shard) for shard in sorted(listed)]
@@ -1118,7 +1430,9 @@ def test_a_manifest_of_before_the_change_still_names_the_old_version(local_out: 
     finish_with(dataset, [old.id], [old.id])
     new = input_shard(local_out, "photos", b"version 2, longer")
     commit(dataset, new, 6)
-    assert data_files(local_out) == [dataset.data_url(old.id)], "the run that changes it has not come to its manifest step"
+    assert data_files(local_out) == [dataset.data_url(old.id)], (
+        "the run that changes it has not come to its manifest step"
+    )
     unmark_success(local_out)  # a manifest step that was killed after its first deletes
     store_for(local_out).delete([dataset.data_url(old.id)])
     assert data_files(local_out) == [dataset.data_url(new.id)]
@@ -1126,7 +1440,10 @@ def test_a_manifest_of_before_the_change_still_names_the_old_version(local_out: 
 
 def test_ranges_of_one_file_are_shards_of_one_version(local_out: str) -> None:
     dataset, whole = make(local_out), input_shard(local_out, "rows")
-    ranges = [replace(whole, id=whole.id.replace("rows-", f"rows-rg{n}-{n + 1}-"), start=n, stop=n + 1) for n in range(3)]
+    ranges = [
+        replace(whole, id=whole.id.replace("rows-", f"rows-rg{n}-{n + 1}-"), start=n, stop=n + 1)
+        for n in range(3)
+    ]
     commit(dataset, ranges[0], 4)
     finish_with(dataset, [s.id for s in ranges], [s.id for s in ranges])
     commit(dataset, ranges[1], 4)
@@ -1144,14 +1461,21 @@ def test_ranges_of_one_file_are_shards_of_one_version(local_out: str) -> None:
 
 
 def test_a_gone_input_keeps_its_rows_until_prune(quick_out: str) -> None:
-    dataset, one, two = make(quick_out), input_shard(quick_out, "one"), input_shard(quick_out, "two")
+    dataset, one, two = (
+        make(quick_out),
+        input_shard(quick_out, "one"),
+        input_shard(quick_out, "two"),
+    )
     commit(dataset, one, 4)
     commit(dataset, two, 4, {0: "empty"})
     ledger = finish_with(dataset, [one.id], [one.id])
     assert (ledger.gone, ledger.shards, ledger.rows) == (1, 2, 7)
     manifest = read_manifest(quick_out)
     assert manifest is not None
-    assert dict(zip(manifest["shard"].to_pylist(), manifest["state"].to_pylist())) == {one.id: "current", two.id: "gone"}
+    assert dict(zip(manifest["shard"].to_pylist(), manifest["state"].to_pylist())) == {
+        one.id: "current",
+        two.id: "gone",
+    }
     assert read(quick_out).num_rows == 7
     ledger = finish_with(dataset, [one.id], [one.id], prune=True)
     assert (ledger.gone, ledger.shards, ledger.rows) == (0, 1, 4)
@@ -1161,12 +1485,18 @@ def test_a_gone_input_keeps_its_rows_until_prune(quick_out: str) -> None:
 
 
 def test_finish_repairs_errors_and_removes_what_belongs_to_nothing(quick_out: str) -> None:
-    dataset, one, two = make(quick_out), input_shard(quick_out, "one"), input_shard(quick_out, "two")
+    dataset, one, two = (
+        make(quick_out),
+        input_shard(quick_out, "one"),
+        input_shard(quick_out, "two"),
+    )
     commit(dataset, one, 4, {0: "empty"})
     commit(dataset, two, 4)
     first = finish_with(dataset, [one.id], [one.id])
     copy_file(
-        dataset, join(quick_out, "_vitray", first.manifest), join(quick_out, "_vitray", "manifest-0123456789abcdef.parquet")
+        dataset,
+        join(quick_out, "_vitray", first.manifest),
+        join(quick_out, "_vitray", "manifest-0123456789abcdef.parquet"),
     )
     copy_file(dataset, dataset.errors_url(one.id), dataset.errors_url(two.id))
     copy_file(dataset, dataset.errors_url(one.id), dataset.errors_url("never-0-0"))
@@ -1177,7 +1507,9 @@ def test_finish_repairs_errors_and_removes_what_belongs_to_nothing(quick_out: st
     assert names_of(quick_out, "manifest-") == [f"_vitray/{ledger.manifest}"]
 
 
-def test_a_data_file_deleted_by_hand_and_made_again_has_its_own_hash_in_the_manifest(quick_out: str) -> None:
+def test_a_data_file_deleted_by_hand_and_made_again_has_its_own_hash_in_the_manifest(
+    quick_out: str,
+) -> None:
     dataset, shard = make(quick_out), input_shard(quick_out)
     commit(dataset, shard, 4)
     finish_with(dataset, [shard.id], [shard.id])
@@ -1186,7 +1518,9 @@ def test_a_data_file_deleted_by_hand_and_made_again_has_its_own_hash_in_the_mani
     finish_with(dataset, [shard.id], [shard.id])
     manifest = read_manifest(quick_out)
     assert manifest is not None
-    assert manifest["sha256"].to_pylist() == [hashlib.sha256(read_object(dataset.data_url(shard.id))).hexdigest()]
+    assert manifest["sha256"].to_pylist() == [
+        hashlib.sha256(read_object(dataset.data_url(shard.id))).hexdigest()
+    ]
 
 
 def test_a_success_that_names_a_lost_manifest_is_healed(quick_out: str) -> None:
@@ -1195,7 +1529,10 @@ def test_a_success_that_names_a_lost_manifest_is_healed(quick_out: str) -> None:
     first = finish_with(dataset, [shard.id], [shard.id])
     store_for(quick_out).delete([join(quick_out, "_vitray", first.manifest)])
     assert read_manifest(quick_out) is None and read(quick_out).num_rows == 4
-    assert finish_with(dataset, [shard.id], [shard.id]) == first and read_manifest(quick_out) is not None
+    assert (
+        finish_with(dataset, [shard.id], [shard.id]) == first
+        and read_manifest(quick_out) is not None
+    )
 
 
 @pytest.mark.parametrize("name", ["part", "part-0", "a-b-c-d"])
@@ -1210,7 +1547,11 @@ def test_a_foreign_file_in_data_is_named(local_out: str, name: str) -> None:
 
 def test_a_name_with_manifest_in_it_is_no_manifest(quick_out: str) -> None:
     out = join(quick_out, "manifest-run")
-    dataset, done, underway = make(out), input_shard(out, "manifest-done"), input_shard(out, "manifest-2026")
+    dataset, done, underway = (
+        make(out),
+        input_shard(out, "manifest-done"),
+        input_shard(out, "manifest-2026"),
+    )
     commit(dataset, done, 4)
     stage_fragments(dataset, underway, 8, {})
     append_group_log(out, [(0, "s3://b/a")])
@@ -1233,7 +1574,10 @@ def test_a_path_is_in_one_group_for_ever(out: str) -> None:
     assert load_group_log(out) == mine
     assert append_group_log(out, [(1, "s3://b/c")]) is True
     assert load_group_log(out) == [*mine, (1, "s3://b/c")]
-    assert names_of(out, "shards/") == ["_vitray/shards/000000.parquet", "_vitray/shards/000001.parquet"]
+    assert names_of(out, "shards/") == [
+        "_vitray/shards/000000.parquet",
+        "_vitray/shards/000001.parquet",
+    ]
 
 
 def test_a_path_leaves_its_group_once_and_may_enter_another(out: str) -> None:
@@ -1247,7 +1591,9 @@ def test_a_path_leaves_its_group_once_and_may_enter_another(out: str) -> None:
     log += [(NO_GROUP, "a"), (NO_GROUP, "b")]
     assert load_group_log(out) == log
     copy = join(out, "copy")
-    assert append_group_log(copy, log) is True and load_group_log(copy) == log, "as backfill and relabel do"
+    assert append_group_log(copy, log) is True and load_group_log(copy) == log, (
+        "as backfill and relabel do"
+    )
 
 
 def test_of_eight_appends_at_once_one_is_accepted(out: str) -> None:
@@ -1285,14 +1631,19 @@ def test_redo_by_shard_and_by_reason(local_out: str) -> None:
         shards_to_redo(dataset, ["nope"], [])
     forget(dataset, [one.id])
     assert set(committed(local_out)) == {two.id, three.id} and success(local_out) is None
-    assert names_of(local_out, "_errors/") == [f"_errors/{two.id}.parquet"] and names_of(local_out, "manifest-") == []
+    assert (
+        names_of(local_out, "_errors/") == [f"_errors/{two.id}.parquet"]
+        and names_of(local_out, "manifest-") == []
+    )
     commit(dataset, one, 4)
     assert finish_with(dataset, ids, ids).errors == 1
 
 
 def test_clean_removes_orphans_only(quick_out: str, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = make(quick_out)
-    done, unlisted, underway = (input_shard(quick_out, name) for name in ("done", "unlisted", "underway"))
+    done, unlisted, underway = (
+        input_shard(quick_out, name) for name in ("done", "unlisted", "underway")
+    )
     commit(dataset, done, 4, {0: "empty"})
     finish_with(dataset, [done.id, underway.id], [done.id, underway.id])
     before = set(stored(quick_out))
@@ -1302,7 +1653,9 @@ def test_clean_removes_orphans_only(quick_out: str, monkeypatch: pytest.MonkeyPa
     stage(dataset, unlisted, 8)
     store_for(quick_out).create(nonce := join(quick_out, "_vitray", "probe-12ab"), b"vitray probe")
     assert clean(dataset, [done.id, underway.id]) == sorted([done.id, unlisted.id])
-    assert set(stored(quick_out)) == working | {nonce.removeprefix(f"{quick_out}/")}  # a run may be at work with it
+    assert set(stored(quick_out)) == working | {
+        nonce.removeprefix(f"{quick_out}/")
+    }  # a run may be at work with it
     monkeypatch.setattr(storage, "ABANDONED_S", -60)
     assert clean(dataset, [done.id, underway.id]) == ["_vitray/probe-12ab"]
     assert set(stored(quick_out)) == working and len(working - before) == 2
@@ -1321,8 +1674,14 @@ def test_what_a_killed_plan_left_is_taken_for_nothing(local_out: str) -> None:
     finish_with(inside, [other.id], [other.id])
     append_group_log(inside.out, [(0, "u")])
     write_run_record(inside, "r", {"run": "r"})
-    assert set(committed(local_out)) == {shard.id} and staged_shards(dataset) == [] and read_run_records(local_out) == []
-    assert [row["shard"] for row in read_manifest(local_out).to_pylist()] == [shard.id] and load_group_log(local_out) == []
+    assert (
+        set(committed(local_out)) == {shard.id}
+        and staged_shards(dataset) == []
+        and read_run_records(local_out) == []
+    )
+    assert [row["shard"] for row in read_manifest(local_out).to_pylist()] == [
+        shard.id
+    ] and load_group_log(local_out) == []
     assert len(read(local_out)) == 4 and finish_with(dataset, [shard.id], [shard.id]).rows == 4
     assert {entry.name for entry in os.scandir(f"{local_out}/_vitray/probe-12ab/64/out")} == {
         "data",
@@ -1344,13 +1703,19 @@ def test_read_gives_rows_in_the_order_of_shards_and_the_columns_asked_for(local_
     assert list(zip(table["shard"].to_pylist(), table["index"].to_pylist())) == [
         *((a.id, i) for i in range(6)), *((b.id, i) for i in (0, 1, 3, 4)),
     ]  # fmt: skip
-    assert table["format"].to_pylist() == [("jpeg", "png", "webp")[i % 3] for i in [0, 1, 2, 3, 4, 5, 0, 1, 3, 4]]
+    assert table["format"].to_pylist() == [
+        ("jpeg", "png", "webp")[i % 3] for i in [0, 1, 2, 3, 4, 5, 0, 1, 3, 4]
+    ]
     assert set(table.column_names) == {"index", "shard", "format"}
     finish_with(dataset, ids, ids)
     whole = read(local_out)
-    assert whole.schema.equals(dataset.schema) and data_files(local_out) == [dataset.data_url(s) for s in ids]
+    assert whole.schema.equals(dataset.schema) and data_files(local_out) == [
+        dataset.data_url(s) for s in ids
+    ]
     assert whole.drop_columns(["format"]).equals(
-        pa.concat_tables([rows_of(dataset, a.id, range(6)), rows_of(dataset, b.id, [0, 1, 3, 4])]).drop_columns(["format"])
+        pa.concat_tables(
+            [rows_of(dataset, a.id, range(6)), rows_of(dataset, b.id, [0, 1, 3, 4])]
+        ).drop_columns(["format"])
     )
 
 
@@ -1387,7 +1752,9 @@ def test_a_version_that_was_committed_after_the_listing_is_not_removed(quick_out
 
     ledger = finish(dataset, list_ids)
     assert committed(quick_out).keys() == {later[0].id}
-    assert (ledger.rows, ledger.pending) == (4, 0) and read_manifest(quick_out)["shard"].to_pylist() == [later[0].id]
+    assert (ledger.rows, ledger.pending) == (4, 0) and read_manifest(quick_out)[
+        "shard"
+    ].to_pylist() == [later[0].id]
 
 
 def test_an_input_that_arrived_after_the_listing_is_not_pruned(quick_out: str) -> None:
@@ -1403,10 +1770,14 @@ def test_an_input_that_arrived_after_the_listing_is_not_pruned(quick_out: str) -
             ids.append(arrived.id)
         return listed, listed
 
-    assert finish(dataset, list_ids, prune=True).shards == 2 and committed(quick_out).keys() == set(ids)
+    assert finish(dataset, list_ids, prune=True).shards == 2 and committed(quick_out).keys() == set(
+        ids
+    )
 
 
-def test_a_listing_that_never_knows_what_others_commit_removes_nothing_and_says_so(local_out: str) -> None:
+def test_a_listing_that_never_knows_what_others_commit_removes_nothing_and_says_so(
+    local_out: str,
+) -> None:
     dataset, shard = make(local_out), input_shard(local_out)
 
     def list_ids() -> tuple[list[str], list[str]]:
@@ -1447,10 +1818,17 @@ def test_an_outdated_version_keeps_its_errors_and_its_place_in_the_manifest(quic
     for planned, is_done in (([new.id], False), ([], True)):
         ledger = finish_with(dataset, [new.id], planned)
         assert (ledger.rows, ledger.errors, ledger.pending) == (5, 1, len(planned))
-        assert read_manifest(quick_out).select(["shard", "state"]).to_pylist() == [{"shard": old.id, "state": "outdated"}]
-        assert error_table(dataset, old).num_rows == 1 and exists(join(quick_out, "_SUCCESS.json")) == is_done
+        assert read_manifest(quick_out).select(["shard", "state"]).to_pylist() == [
+            {"shard": old.id, "state": "outdated"}
+        ]
+        assert (
+            error_table(dataset, old).num_rows == 1
+            and exists(join(quick_out, "_SUCCESS.json")) == is_done
+        )
     commit(dataset, new, 4)
-    assert finish_with(dataset, [new.id], [new.id]).rows == 4 and committed(quick_out).keys() == {new.id}
+    assert finish_with(dataset, [new.id], [new.id]).rows == 4 and committed(quick_out).keys() == {
+        new.id
+    }
 
 
 def test_inputs_whose_hashes_are_equal_are_two_where_their_names_differ() -> None:

@@ -48,12 +48,28 @@ from vitray.schema import REASONS, DecodeSpec, Encoded, PixelSpec
 DATA = Path(skimage.__file__).parent / "data"
 FORMATS = ("jpeg", "png", "webp", "bmp", "gif", "tiff")
 PHOTOS = ("chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg", "logo.png", "page.png")
-SIZES = ((1, 1), (1, 7), (9, 1), (3, 500), (500, 3), (224, 224), (223, 225), (256, 256), (113, 225), (301, 1021), (97, 61))
+SIZES = (
+    (1, 1),
+    (1, 7),
+    (9, 1),
+    (3, 500),
+    (500, 3),
+    (224, 224),
+    (223, 225),
+    (256, 256),
+    (113, 225),
+    (301, 1021),
+    (97, 61),
+)
 
 
 @cache
 def photo(width: int = 60, height: int = 40) -> Image.Image:
-    return Image.open(DATA / "chelsea.png").convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    return (
+        Image.open(DATA / "chelsea.png")
+        .convert("RGB")
+        .resize((width, height), Image.Resampling.BICUBIC)
+    )
 
 
 def encode(image: Image.Image, form: str, **options: object) -> bytes:
@@ -63,17 +79,30 @@ def encode(image: Image.Image, form: str, **options: object) -> bytes:
 
 
 def spec(
-    size: tuple[int, ...] | None = None, crop: tuple[int, int] | None = (40, 60), resample: int = 2, **fields: object
+    size: tuple[int, ...] | None = None,
+    crop: tuple[int, int] | None = (40, 60),
+    resample: int = 2,
+    **fields: object,
 ) -> DecodeSpec:
     pixels = PixelSpec(size, resample, crop, 1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    return DecodeSpec(**{"pixels": pixels, "formats": FORMATS, "max_pixels": 50_000_000, "background": None, **fields})
+    return DecodeSpec(
+        **{
+            "pixels": pixels,
+            "formats": FORMATS,
+            "max_pixels": 50_000_000,
+            "background": None,
+            **fields,
+        }
+    )
 
 
 def items(*data: bytes | None) -> list[Encoded]:
     return [Encoded(i, str(i), f"file:{i}", one) for i, one in enumerate(data)]
 
 
-def good(data: bytes, background: tuple[int, int, int] | None = None, shape: tuple[int, int] = (40, 60)) -> Pixels:
+def good(
+    data: bytes, background: tuple[int, int, int] | None = None, shape: tuple[int, int] = (40, 60)
+) -> Pixels:
     """The pixels of one image as they are: neither resized nor cropped."""
     pixels, outcomes = decode(items(data), spec(crop=shape, background=background))
     assert outcomes[0].reason is None, outcomes
@@ -96,14 +125,30 @@ def processors() -> list[tuple[str, dict[str, object], DecodeSpec]]:
     return [
         ("vit", {}, spec((224, 224), None, 2)),
         ("deit", {}, spec((256, 256), (224, 224), 3)),
-        ("bit", {"size": edge, "crop_size": square}, spec((256,), (224, 224), 3)),  # as DINOv2's checkpoints have it
-        ("bit", {"size": {"shortest_edge": 97}, "crop_size": {"height": 131, "width": 80}}, spec((97,), (131, 80), 3)),
+        (
+            "bit",
+            {"size": edge, "crop_size": square},
+            spec((256,), (224, 224), 3),
+        ),  # as DINOv2's checkpoints have it
+        (
+            "bit",
+            {"size": {"shortest_edge": 97}, "crop_size": {"height": 131, "width": 80}},
+            spec((97,), (131, 80), 3),
+        ),
         ("beit", {}, spec((224, 224), None, 3)),
-        ("beit", {"size": {"height": 256, "width": 256}, "do_center_crop": True}, spec((256, 256), (224, 224), 3)),
+        (
+            "beit",
+            {"size": {"height": 256, "width": 256}, "do_center_crop": True},
+            spec((256, 256), (224, 224), 3),
+        ),
         ("clip", {}, spec((224,), (224, 224), 3)),
         ("clip", {"do_resize": False}, spec(None, (224, 224), 3)),
         ("siglip", {}, spec((224, 224), None, 3)),
-        ("siglip", {"size": {"height": 200, "width": 301}, "resample": 1}, spec((200, 301), None, 1)),
+        (
+            "siglip",
+            {"size": {"height": 200, "width": 301}, "resample": 1},
+            spec((200, 301), None, 1),
+        ),
     ]
 
 
@@ -115,7 +160,9 @@ def test_pixels_equal_hugging_face_bit_for_bit(case: int) -> None:
 
     name, options, wanted = processors()[case]
     module = import_module(f"transformers.models.{name}.image_processing_pil_{name}")
-    processor = next(getattr(module, n) for n in module.__all__)(**options, do_rescale=False, do_normalize=False)
+    processor = next(getattr(module, n) for n in module.__all__)(
+        **options, do_rescale=False, do_normalize=False
+    )
     files = [(DATA / photo).read_bytes() for photo in PHOTOS]
     files += [encode(photo(*size), "PNG") for size in SIZES]
     files += [encode(photo(640, 423), "JPEG", quality=q, progressive=q > 80) for q in (60, 90)]
@@ -128,16 +175,28 @@ def test_pixels_equal_hugging_face_bit_for_bit(case: int) -> None:
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied_and_the_header_size_reported(form: str, orientation: int) -> None:
+def test_exif_orientation_is_applied_and_the_header_size_reported(
+    form: str, orientation: int
+) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encode(photo(), form, exif=exif)
     plain = np.asarray(Image.open(io.BytesIO(encode(photo(), form))).convert("RGB"))
-    rows, columns = plain[::-1], plain[:, ::-1]  # the orientations as EXIF 2.3 words them, by numpy alone
+    rows, columns = (
+        plain[::-1],
+        plain[:, ::-1],
+    )  # the orientations as EXIF 2.3 words them, by numpy alone
     swapped = plain.transpose(1, 0, 2)
-    upright = [plain, columns, rows[:, ::-1], rows, swapped, swapped[:, ::-1], swapped[::-1, ::-1], swapped[::-1]][
-        orientation - 1
-    ]
+    upright = [
+        plain,
+        columns,
+        rows[:, ::-1],
+        rows,
+        swapped,
+        swapped[:, ::-1],
+        swapped[::-1, ::-1],
+        swapped[::-1],
+    ][orientation - 1]
     pixels, outcomes = decode(items(data), spec(crop=upright.shape[:2]))
     assert outcomes == [Outcome(60, 40, form.lower(), None, "")]
     assert np.array_equal(pixels[0], upright)
@@ -186,7 +245,9 @@ def as_decoded(data: bytes, mode: str = "exact") -> tuple[str | None, Pixels | N
 
 
 def is_by_turbo(data: bytes) -> bool:
-    return not isinstance(_load(Image.open(io.BytesIO(data)), data, spec()), JpegImagePlugin.JpegImageFile)
+    return not isinstance(
+        _load(Image.open(io.BytesIO(data)), data, spec()), JpegImagePlugin.JpegImageFile
+    )
 
 
 def same(one: tuple[str | None, Pixels | None], other: tuple[str | None, Pixels | None]) -> bool:
@@ -196,8 +257,15 @@ def same(one: tuple[str | None, Pixels | None], other: tuple[str | None, Pixels 
 @pytest.mark.parametrize("sampling", ["444", "422", "420", "440", "411", "Gray"])
 def test_jpegs_of_every_sampling_size_and_quality_equal_pillow_bit_for_bit(sampling: str) -> None:
     form = "GRAY" if sampling == "Gray" else "RGB"
-    for size, qualities in [((61, 45), range(1, 101)), *((size, (10, 75, 95, 100)) for size in SMALL)]:
-        pixels = np.array(photo(*size).convert("L"))[..., None] if form == "GRAY" else np.array(photo(*size))
+    for size, qualities in [
+        ((61, 45), range(1, 101)),
+        *((size, (10, 75, 95, 100)) for size in SMALL),
+    ]:
+        pixels = (
+            np.array(photo(*size).convert("L"))[..., None]
+            if form == "GRAY"
+            else np.array(photo(*size))
+        )
         for quality in qualities:
             data = simplejpeg.encode_jpeg(pixels, quality, form, sampling)
             assert is_by_turbo(data)
@@ -230,7 +298,9 @@ def test_photographs_equal_pillow_bit_for_bit() -> None:
     for name in PHOTOS:
         image = Image.open(DATA / name).convert("RGB")
         for number, quality in enumerate((50, 75, 90, 98)):
-            data = encode(image, "JPEG", quality=quality, subsampling=number % 3, progressive=quality < 80)
+            data = encode(
+                image, "JPEG", quality=quality, subsampling=number % 3, progressive=quality < 80
+            )
             assert is_by_turbo(data)
             assert same(as_decoded(data), as_pillow(data)), (name, quality)
 
@@ -246,7 +316,15 @@ def damaged(data: bytes, seed: int) -> Iterator[bytes]:
     yield from (data[:-n] for n in range(1, 12))
     yield from (data[:at] + b"\xff\xd9" for at in range(header, len(data), 97))
     yield from (
-        data[:2] + junk + data[2:] for junk in (b"\0\0\0", b"\xff\xff", b"\xff\x01", b"\xff\xd8", b"\xff\xd9", b"\xff\xf0\0\4ab")
+        data[:2] + junk + data[2:]
+        for junk in (
+            b"\0\0\0",
+            b"\xff\xff",
+            b"\xff\x01",
+            b"\xff\xd8",
+            b"\xff\xd9",
+            b"\xff\xf0\0\4ab",
+        )
     )
     yield data[:2] + b"\xff\xee\0\7Adobe" + data[2:]
     for code in range(3):  # the Adobe marker's colour transform, beside JFIF and in its place
@@ -263,11 +341,22 @@ def damaged(data: bytes, seed: int) -> Iterator[bytes]:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"progressive": True}, {"restart_marker_blocks": 4}, {"quality": 100, "subsampling": 0}, {"mode": "CMYK"}]
+    "options",
+    [
+        {},
+        {"progressive": True},
+        {"restart_marker_blocks": 4},
+        {"quality": 100, "subsampling": 0},
+        {"mode": "CMYK"},
+    ],
 )
-def test_every_flaw_of_a_jpeg_is_judged_as_pillow_does_in_every_mode(options: dict[str, object]) -> None:
+def test_every_flaw_of_a_jpeg_is_judged_as_pillow_does_in_every_mode(
+    options: dict[str, object],
+) -> None:
     mode = str(options.get("mode", "RGB"))
-    data = encode(photo(97, 61).convert(mode), "JPEG", **{k: v for k, v in options.items() if k != "mode"})
+    data = encode(
+        photo(97, 61).convert(mode), "JPEG", **{k: v for k, v in options.items() if k != "mode"}
+    )
     files = [*damaged(data, len(data)), *(without_scans(data) if "progressive" in options else ())]
     reasons = set()
     for broken in files:
@@ -284,8 +373,16 @@ def test_every_flaw_of_a_jpeg_is_judged_as_pillow_does_in_every_mode(options: di
 def test_arithmetic_coding_is_refused_where_pillow_refuses_it() -> None:
     assert as_pillow(ARITHMETIC)[0] is None
     assert same(as_decoded(ARITHMETIC), as_pillow(ARITHMETIC))
-    comment = 65536 - 200  # Pillow reads 64 kB at a time, and libjpeg cannot pause in the midst of arithmetic coding
-    long = ARITHMETIC[:2] + b"\xff\xfe" + struct.pack(">H", comment - 2) + bytes(comment - 4) + ARITHMETIC[2:]
+    comment = (
+        65536 - 200
+    )  # Pillow reads 64 kB at a time, and libjpeg cannot pause in the midst of arithmetic coding
+    long = (
+        ARITHMETIC[:2]
+        + b"\xff\xfe"
+        + struct.pack(">H", comment - 2)
+        + bytes(comment - 4)
+        + ARITHMETIC[2:]
+    )
     assert is_by_turbo(long)  # it would not refuse it
     assert as_decoded(long) == as_pillow(long) == ("decode_error", None)
 
@@ -304,7 +401,11 @@ def test_fast_is_a_level_off_here_and_there(case: int) -> None:
     wanted = processors()[case][2]
     files = [(DATA / photo).read_bytes() for photo in PHOTOS]
     files += [encode(photo(*size), "PNG") for size in SIZES]
-    files += [encode(photo(*size), "JPEG", quality=q) for q in (60, 90) for size in ((640, 423), (300, 640), (500, 375))]
+    files += [
+        encode(photo(*size), "JPEG", quality=q)
+        for q in (60, 90)
+        for size in ((640, 423), (300, 640), (500, 375))
+    ]
     exact = in_mode("exact", files, wanted)
     apart = np.abs(in_mode("fast", files, wanted) - exact)
     assert apart.mean() < 0.01
@@ -327,7 +428,10 @@ def test_fast_on_noise_is_two_levels_off_in_one_value_of_100_000() -> None:
 
 def large(width: int = 2400, height: int = 1800) -> Image.Image:
     """A photograph again and again, so that it is as rich in detail as a camera's."""
-    canvas, tile = Image.new("RGB", (width, height)), Image.open(DATA / "motorcycle_left.png").convert("RGB")
+    canvas, tile = (
+        Image.new("RGB", (width, height)),
+        Image.open(DATA / "motorcycle_left.png").convert("RGB"),
+    )
     for left in range(0, width, tile.width):
         for top in range(0, height, tile.height):
             canvas.paste(tile, (left, top))
@@ -336,12 +440,20 @@ def large(width: int = 2400, height: int = 1800) -> Image.Image:
 
 @pytest.mark.parametrize("orientation", [1, 3, 6])
 @pytest.mark.parametrize(
-    "wanted", [spec((224, 224), None, 2), spec((256,), (224, 224), 3), spec((300, 200), None, 3), spec((96, 96), None, 1)]
+    "wanted",
+    [
+        spec((224, 224), None, 2),
+        spec((256,), (224, 224), 3),
+        spec((300, 200), None, 3),
+        spec((96, 96), None, 1),
+    ],
 )
 def test_draft_of_a_large_jpeg_is_near(wanted: DecodeSpec, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    files = [encode(large(*size), "JPEG", quality=90, exif=exif) for size in ((2400, 1800), (1800, 2400))]
+    files = [
+        encode(large(*size), "JPEG", quality=90, exif=exif) for size in ((2400, 1800), (1800, 2400))
+    ]
     apart = np.abs(in_mode("draft", files, wanted) - in_mode("exact", files, wanted))
     assert 0.05 < apart.mean() < 0.75
     assert apart.max() <= 24
@@ -350,7 +462,12 @@ def test_draft_of_a_large_jpeg_is_near(wanted: DecodeSpec, orientation: int) -> 
 def test_draft_is_fast_where_nothing_can_be_saved() -> None:
     wanted = spec((224, 224), None, 2)
     small = 224 * DRAFT_GAP * 2 - 2  # its half would be too small
-    sizes = ((small, small), (2401, 1800), (2400, 1799), (10, 10))  # and a rounded half would move every pixel
+    sizes = (
+        (small, small),
+        (2401, 1800),
+        (2400, 1799),
+        (10, 10),
+    )  # and a rounded half would move every pixel
     files = [*(encode(large(*size), "JPEG") for size in sizes), encode(large(), "BMP")]
     assert np.array_equal(in_mode("draft", files, wanted), in_mode("fast", files, wanted))
     plain = spec(None, (40, 60))
@@ -361,11 +478,27 @@ def test_oddities_and_refusals_are_the_same_in_every_mode() -> None:
     rgba = photo().convert("RGBA")
     rgba.putalpha(Image.linear_gradient("L").resize((60, 40)))
     files = [
-        *(encode(photo().convert(mode), form) for mode, form in (("L", "PNG"), ("P", "PNG"), ("CMYK", "JPEG"), ("1", "PNG"))),
-        *(encode(rgba, "PNG"), encode(Image.fromarray(sixteen_bit()), "PNG"), encode(Image.new("F", (60, 40), 0.5), "TIFF")),
-        *(encode(photo(1, 3000), "JPEG"), encode(photo(9000, 10), "JPEG"), encode(photo(), "ICO"), b"text", b""),
+        *(
+            encode(photo().convert(mode), form)
+            for mode, form in (("L", "PNG"), ("P", "PNG"), ("CMYK", "JPEG"), ("1", "PNG"))
+        ),
+        *(
+            encode(rgba, "PNG"),
+            encode(Image.fromarray(sixteen_bit()), "PNG"),
+            encode(Image.new("F", (60, 40), 0.5), "TIFF"),
+        ),
+        *(
+            encode(photo(1, 3000), "JPEG"),
+            encode(photo(9000, 10), "JPEG"),
+            encode(photo(), "ICO"),
+            b"text",
+            b"",
+        ),
     ]
-    for wanted in (spec((30,), (24, 24), 2, background=(1, 2, 3), max_pixels=60_000), spec((24, 24), None, 2)):
+    for wanted in (
+        spec((30,), (24, 24), 2, background=(1, 2, 3), max_pixels=60_000),
+        spec((24, 24), None, 2),
+    ):
         pixels, outcomes = decode(items(*files), wanted)
         for mode in ("fast", "draft"):
             others, found = decode(items(*files), replace(wanted, mode=mode))
@@ -377,7 +510,9 @@ def test_fast_decodes_beside_openmp_threads_of_the_parent() -> None:
     import torch
 
     def share_out(data: bytes, wanted: DecodeSpec, into: Pixels) -> Outcome:
-        torch.nn.functional.interpolate(torch.zeros(1, 8, 999, 999), (500, 500), mode="bilinear", antialias=True)
+        torch.nn.functional.interpolate(
+            torch.zeros(1, 8, 999, 999), (500, 500), mode="bilinear", antialias=True
+        )
         return decode_one(data, wanted, into)
 
     before = torch.get_num_threads()
@@ -398,7 +533,12 @@ def test_only_fast_and_draft_import_torch() -> None:
         "    t.decode(t.items(t.encode(t.photo(), 'JPEG')), t.spec((24, 24), None, mode=mode))\n    print('torch' in sys.modules)"
     )
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout.split() == ["False", "True"], done.stderr
 
 
@@ -422,14 +562,23 @@ def test_16_bit_gray_is_scaled_and_not_saturated() -> None:
     big = Image.frombytes("I;16B", (60, 40), sixteen_bit().astype(">u2").tobytes())
     wide = Image.fromarray(sixteen_bit().astype(np.int32))
     assert (little.mode, wide.mode) == ("I;16", "I")
-    for data in (encode(little, "PNG"), encode(little, "TIFF"), encode(big, "TIFF"), encode(wide, "TIFF")):
+    for data in (
+        encode(little, "PNG"),
+        encode(little, "TIFF"),
+        encode(big, "TIFF"),
+        encode(wide, "TIFF"),
+    ):
         assert np.array_equal(good(data), wanted)
 
 
-def png(width: int, height: int, depth: int, color: int, raw: bytes, *more: tuple[bytes, bytes]) -> bytes:
+def png(
+    width: int, height: int, depth: int, color: int, raw: bytes, *more: tuple[bytes, bytes]
+) -> bytes:
     header = (b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
     chunks = [header, *more, (b"IDAT", zlib.compress(raw)), (b"IEND", b"")]
-    body = b"".join(struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks)
+    body = b"".join(
+        struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks
+    )
     return b"\x89PNG\r\n\x1a\n" + body
 
 
@@ -440,9 +589,21 @@ def test_16_bit_rgb_keeps_its_high_bytes() -> None:
 
 
 def test_12_bit_tiff_is_scaled_from_12_bit() -> None:
-    entries = [(256, 4), (257, 1), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 1), (279, 6)]
+    entries = [
+        (256, 4),
+        (257, 1),
+        (258, 12),
+        (259, 1),
+        (262, 1),
+        (273, 8),
+        (277, 1),
+        (278, 1),
+        (279, 6),
+    ]
     strip = bytes.fromhex("000 800 fff 0f0".replace(" ", ""))
-    table = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
+    table = struct.pack("<H", len(entries)) + b"".join(
+        struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries
+    )
     data = b"II*\0" + struct.pack("<I", 14) + strip + table + b"\0\0\0\0"
     assert good(data, shape=(1, 4))[0].tolist() == [[0] * 3, [0x80] * 3, [0xFF] * 3, [0x0F] * 3]
 
@@ -473,20 +634,27 @@ def test_transparency_of_palettes_gray_and_color_keys_is_composited() -> None:
     assert good(color, (5, 6, 7), shape=(1, 2))[0].tolist() == [[1, 1, 1], [5, 6, 7]]
 
 
-@pytest.mark.parametrize(("form", "options"), [("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {}), ("TIFF", {}), ("MPO", {})])
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {}), ("TIFF", {}), ("MPO", {})],
+)
 def test_the_first_frame_of_many_is_decoded(form: str, options: dict[str, object]) -> None:
     first, second = Image.new("RGB", (60, 40), (255, 0, 0)), Image.new("RGB", (60, 40), (0, 0, 255))
     data = encode(first, form, save_all=True, append_images=[second], **options)
     assert Image.open(io.BytesIO(data)).n_frames == 2
     pixels, outcomes = decode(items(data), spec())
     further_pages = int(form == "TIFF")  # the frames of an animation are one image
-    assert outcomes == [Outcome(60, 40, {"MPO": "jpeg"}.get(form, form.lower()), None, "", further_pages)]
+    assert outcomes == [
+        Outcome(60, 40, {"MPO": "jpeg"}.get(form, form.lower()), None, "", further_pages)
+    ]
     assert np.abs(pixels[0].astype(int) - [255, 0, 0]).max() <= 1  # an MPO is lossy
 
 
 def test_icc_profiles_are_ignored() -> None:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
-    assert np.array_equal(good(encode(photo(), "JPEG", icc_profile=profile)), good(encode(photo(), "JPEG")))
+    assert np.array_equal(
+        good(encode(photo(), "JPEG", icc_profile=profile)), good(encode(photo(), "JPEG"))
+    )
 
 
 def test_scans_outside_the_image_do_not_count() -> None:
@@ -503,31 +671,50 @@ def test_scans_outside_the_image_do_not_count() -> None:
 def test_float_and_wide_integer_pixels_are_refused() -> None:
     assert refused(encode(Image.new("F", (60, 40), 0.5), "TIFF")).reason == "float_pixels"
     outcome = refused(encode(Image.new("I", (60, 40), 65536), "TIFF"))
-    assert outcome == Outcome(60, 40, "tiff", "unsupported_pixels", "integer pixels from 65536 to 65536")
+    assert outcome == Outcome(
+        60, 40, "tiff", "unsupported_pixels", "integer pixels from 65536 to 65536"
+    )
     assert refused(encode(Image.new("I", (60, 40), -1), "TIFF")).reason == "unsupported_pixels"
 
 
-@pytest.mark.parametrize("edge", [8_000, 20_000])  # below and far above Pillow's own cap, which warns and then raises
+@pytest.mark.parametrize(
+    "edge", [8_000, 20_000]
+)  # below and far above Pillow's own cap, which warns and then raises
 def test_a_bomb_is_judged_from_its_header(edge: int) -> None:
     outcome = refused(png(edge, edge, 8, 2, b""))
-    assert outcome == Outcome(edge, edge, "png", "too_many_pixels", f"{edge}x{edge} is more than max_pixels 50000000")
-    assert decode_one(png(edge, edge, 8, 2, b""), spec(), np.zeros((40, 60, 3), np.uint8)).reason == "too_many_pixels"
+    assert outcome == Outcome(
+        edge, edge, "png", "too_many_pixels", f"{edge}x{edge} is more than max_pixels 50000000"
+    )
+    assert (
+        decode_one(png(edge, edge, 8, 2, b""), spec(), np.zeros((40, 60, 3), np.uint8)).reason
+        == "too_many_pixels"
+    )
 
 
 def test_the_pixel_cap_also_holds_for_what_a_resize_makes() -> None:
-    assert refused(encode(photo(1, 3000), "PNG"), size=(256,), crop=(224, 224)).message == "1x3000 resized becomes 256x768000"
+    assert (
+        refused(encode(photo(1, 3000), "PNG"), size=(256,), crop=(224, 224)).message
+        == "1x3000 resized becomes 256x768000"
+    )
     assert refused(encode(photo(), "PNG"), max_pixels=2399).reason == "too_many_pixels"
     line = refused(png(MAX_SIDE + 1, 1, 8, 2, b""))
-    assert (line.reason, line.message) == ("too_many_pixels", "1048577x1 has a side of more than 1048576")
+    assert (line.reason, line.message) == (
+        "too_many_pixels",
+        "1048577x1 has a side of more than 1048576",
+    )
     assert decode(items(encode(photo(), "PNG")), spec(max_pixels=2400))[1][0].reason is None
 
 
 def test_a_jpeg_of_hundreds_of_scans_is_refused() -> None:
     data = encode(photo(), "JPEG", progressive=True)
     last = data[data.rindex(b"\xff\xda") : -2]
-    few, many = (data[:-2] + last * n + data[-2:] for n in (MAX_SCANS - data.count(b"\xff\xda"), 400))
+    few, many = (
+        data[:-2] + last * n + data[-2:] for n in (MAX_SCANS - data.count(b"\xff\xda"), 400)
+    )
     assert np.array_equal(good(few), np.asarray(Image.open(io.BytesIO(few))))
-    assert refused(many) == Outcome(60, 40, "jpeg", "too_many_scans", "a JPEG of more than 100 scans")
+    assert refused(many) == Outcome(
+        60, 40, "jpeg", "too_many_scans", "a JPEG of more than 100 scans"
+    )
 
 
 def test_formats_are_sniffed_and_only_those_allowed_are_decoded() -> None:
@@ -545,7 +732,13 @@ def test_formats_are_sniffed_and_only_those_allowed_are_decoded() -> None:
 
 
 def test_other_bytes_are_no_image() -> None:
-    for data in (b"<html>404 Not Found</html>", b"BMW is no bitmap", b"\0" * 4096, b"x", os.urandom(8) + b"noise"):
+    for data in (
+        b"<html>404 Not Found</html>",
+        b"BMW is no bitmap",
+        b"\0" * 4096,
+        b"x",
+        os.urandom(8) + b"noise",
+    ):
         assert refused(data).reason == "not_an_image"
     assert refused(b"").reason == "empty"
     assert refused(encode(photo(), "JPEG")[:20]).reason == "not_an_image"
@@ -591,7 +784,16 @@ def test_every_item_has_its_outcome_and_the_good_ones_their_pixels_in_order() ->
     batch = items(files[0], b"", files[1], b"text", None, files[2], files[3][:60], files[4])
     batch[4] = Encoded(4, "4", "file:4", None, "missing", "no object s3://b/4")
     pixels, outcomes = decode(batch, spec())
-    assert [outcome.reason for outcome in outcomes] == [None, "empty", None, "not_an_image", "missing", None, "truncated", None]
+    assert [outcome.reason for outcome in outcomes] == [
+        None,
+        "empty",
+        None,
+        "not_an_image",
+        "missing",
+        None,
+        "truncated",
+        None,
+    ]
     assert outcomes[4].message == "no object s3://b/4"
     assert pixels.shape == (4, 40, 60, 3) and pixels.dtype == np.uint8
     assert pixels[:, 0, 0].tolist() == [[n, 2 * n, 3 * n] for n in (0, 1, 2, 4)]
@@ -650,7 +852,9 @@ def poison(data: bytes, wanted: DecodeSpec, into: Pixels) -> Outcome:
     ],
 )
 def test_a_death_costs_its_row_alone(data: bytes, reason: str, message: str) -> None:
-    wall_s = 0.3 if data in (b"sleep", b"SIGSTOP") else 60  # a busy machine must not stop the others by the clock
+    wall_s = (
+        0.3 if data in (b"sleep", b"SIGSTOP") else 60
+    )  # a busy machine must not stop the others by the clock
     limits = Limits(cpu_s=0.3, wall_s=wall_s, memory_bytes=1 << 30)
     pixels, outcomes = decode(items(b"a", data, b"b", b"c", data, b"d"), spec(), poison, limits)
     assert [outcome.reason for outcome in outcomes] == [None, reason, None, None, reason, None]
@@ -676,7 +880,11 @@ def test_an_image_that_uses_up_its_cpu_seconds_is_tried_once(tmp_path: Path) -> 
         return poison(data, wanted, into)
 
     _, outcomes = decode(items(b"a", b"loop", b"b"), spec(), slow, Limits(cpu_s=0.3))
-    assert [outcome.reason for outcome in outcomes] == [None, "time_limit", None] and tries.read_bytes() == b"."
+    assert [outcome.reason for outcome in outcomes] == [
+        None,
+        "time_limit",
+        None,
+    ] and tries.read_bytes() == b"."
 
 
 def test_inputs_larger_and_smaller_than_what_lies_there_at_a_time_arrive_whole() -> None:
@@ -694,14 +902,25 @@ def test_inputs_larger_and_smaller_than_what_lies_there_at_a_time_arrive_whole()
 
 def test_an_image_has_five_cpu_seconds_and_more_only_under_a_higher_pixel_cap() -> None:
     _, outcomes = decode(items(b"a", b"loop"), spec(max_pixels=1000), poison)
-    assert (outcomes[1].reason, outcomes[1].message) == ("time_limit", "the decoder took more than 5 s of CPU")
-    assert limits_of(spec(max_pixels=50_000_000)).cpu_s == 5 and limits_of(spec(max_pixels=200_000_000)).cpu_s == 20
+    assert (outcomes[1].reason, outcomes[1].message) == (
+        "time_limit",
+        "the decoder took more than 5 s of CPU",
+    )
+    assert (
+        limits_of(spec(max_pixels=50_000_000)).cpu_s == 5
+        and limits_of(spec(max_pixels=200_000_000)).cpu_s == 20
+    )
 
 
 def test_the_real_decoder_keeps_within_its_memory() -> None:
     big = encode(Image.new("RGB", (6000, 8000)), "PNG")  # 192 MB in Pillow
-    _, outcomes = decode(items(big, encode(photo(), "PNG")), spec(), limits=Limits(memory_bytes=50 << 20))
-    assert [(outcome.reason, outcome.width) for outcome in outcomes] == [("decode_error", 6000), (None, 60)]
+    _, outcomes = decode(
+        items(big, encode(photo(), "PNG")), spec(), limits=Limits(memory_bytes=50 << 20)
+    )
+    assert [(outcome.reason, outcome.width) for outcome in outcomes] == [
+        ("decode_error", 6000),
+        (None, 60),
+    ]
     assert outcomes[0].message.startswith("MemoryError")
 
 
@@ -721,7 +940,9 @@ def test_threads_decode_side_by_side_and_their_signal_masks_do_not_matter() -> N
 
     def work(number: int) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPROF, signal.SIGTERM})
-        pixels, outcomes = decode(items(b"a", b"loop", bytes([number])), spec(), poison, Limits(cpu_s=0.2))
+        pixels, outcomes = decode(
+            items(b"a", b"loop", bytes([number])), spec(), poison, Limits(cpu_s=0.2)
+        )
         assert outcomes[1].reason == "time_limit"
         results[number] = pixels[:, 0, 0, 0].tolist()
 
@@ -838,7 +1059,9 @@ def test_an_interrupt_leaves_no_child() -> None:
 def children(pid: int) -> list[str]:
     found = []
     for task in Path(f"/proc/{pid}/task").iterdir():
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread of an earlier test has just ended
+        with contextlib.suppress(
+            FileNotFoundError, ProcessLookupError
+        ):  # a thread of an earlier test has just ended
             found += (task / "children").read_text().split()
     return found
 
@@ -874,5 +1097,7 @@ def test_threads_that_begin_at_once_leave_no_child_waiting_for_a_lock(tmp_path: 
         "[t.start() for t in threads]\n[t.join() for t in threads]\nassert reasons == [None] * 3, reasons"
     )
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}  # nothing is compiled yet
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=90, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=90, env=environment
+    )
     assert done.returncode == 0, done.stderr

@@ -30,7 +30,14 @@ PAGES = sorted((HOME / "docs").rglob("*.md"))
 ALL = [*PAGES, *sorted(HOME.glob("*.md")), HOME / "cluster" / "README.md"]
 TUTORIAL = HOME / "docs" / "tutorial.md"
 MODEL = "google/vit-base-patch16-224"
-SHELL = {"vitray", "export", "python", "until", "case", "done"}  # what a line of a page's `sh` may begin with
+SHELL = {
+    "vitray",
+    "export",
+    "python",
+    "until",
+    "case",
+    "done",
+}  # what a line of a page's `sh` may begin with
 PARSED = {"sh", "crontab", "yaml", "python", "text"}  # fences that a test looks into
 NUMBER = re.compile(r"\d[\d.,]*")
 
@@ -46,7 +53,10 @@ def named(path: Path) -> str:
 
 
 def fences(page: str) -> list[Fence]:
-    return [Fence(*found) for found in re.findall(r"^```(\w*)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)]
+    return [
+        Fence(*found)
+        for found in re.findall(r"^```(\w*)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    ]
 
 
 def prose(page: str) -> str:
@@ -55,7 +65,12 @@ def prose(page: str) -> str:
 
 def commands(page: str) -> list[str]:
     """Every line that is a vitray command, in fences and in indented code, as one would type it."""
-    lines = [line for fence in fences(page) if fence.language in ("sh", "crontab") for line in fence.text.splitlines()]
+    lines = [
+        line
+        for fence in fences(page)
+        if fence.language in ("sh", "crontab")
+        for line in fence.text.splitlines()
+    ]
     lines += [line[4:] for line in prose(page).splitlines() if line.startswith("    ")]
     starts = re.compile(r"^(?:[\d*/,-]+ ){5}|^(?:until|if|while) |; do$|^\.venv/bin/")
     typed = [starts.sub("", starts.sub("", line)) for line in lines]
@@ -69,7 +84,9 @@ def spans(page: str) -> list[str]:
 
 def parse(line: str) -> None:
     """Raises what the command line raises for such arguments, JobError for a field or value of --set that no job has."""
-    words = list(takewhile(lambda word: word not in (";", "|", "&&", ">"), shlex.split(line, comments=True)))[1:]
+    words = list(
+        takewhile(lambda word: word not in (";", "|", "&&", ">"), shlex.split(line, comments=True))
+    )[1:]
     group = make_reference.group()
     options = list(takewhile(lambda word: word not in group.commands, words))
     group.make_context("vitray", [*options, "run"])
@@ -91,7 +108,9 @@ def anchors(page: str) -> set[str]:
 
 
 def links(page: str) -> list[str]:
-    return [link for link in re.findall(r"\[[^\]]*\]\(([^)\s]+)\)", prose(page)) if "://" not in link]
+    return [
+        link for link in re.findall(r"\[[^\]]*\]\(([^)\s]+)\)", prose(page)) if "://" not in link
+    ]
 
 
 def broken(page: Path) -> Iterator[str]:
@@ -111,12 +130,21 @@ def test_the_reference_is_what_the_code_says() -> None:
 
 def test_the_reference_names_every_field_column_reason_and_command() -> None:
     page = make_reference.page()
-    reasons, data = page.partition("## Reasons")[2].partition("\n## ")[0], page.partition("## Columns of `data/`")[2]
+    reasons, data = (
+        page.partition("## Reasons")[2].partition("\n## ")[0],
+        page.partition("## Columns of `data/`")[2],
+    )
     assert re.findall(r"^\| `(\w+)` \|", reasons, re.MULTILINE) == list(vitray.schema.REASONS)
     assert set(vitray.schema.RESERVED) <= set(re.findall(r"^\| `(\w+)` \|", data, re.MULTILINE))
-    assert set(Job.model_fields) <= set(re.findall(r"^\| `(\w+)` \|", page.partition("## Embeddings")[0], re.MULTILINE))
-    assert set(TrainingConfig.model_fields) <= set(re.findall(r"^\| `(\w+)` \|", page.partition("## Training")[2], re.MULTILINE))
-    assert re.findall(r"^### `vitray (\w+)`", page, re.MULTILINE) == list(make_reference.group().commands)
+    assert set(Job.model_fields) <= set(
+        re.findall(r"^\| `(\w+)` \|", page.partition("## Embeddings")[0], re.MULTILINE)
+    )
+    assert set(TrainingConfig.model_fields) <= set(
+        re.findall(r"^\| `(\w+)` \|", page.partition("## Training")[2], re.MULTILINE)
+    )
+    assert re.findall(r"^### `vitray (\w+)`", page, re.MULTILINE) == list(
+        make_reference.group().commands
+    )
     codes = [row[0].strip("`") for row in make_reference.exit_codes()]
     assert codes == ["0", "1", "2", "3", "4", "5", "129/130/143"]
     shown = (HOME / "cluster" / "README.md").read_text()
@@ -132,7 +160,9 @@ def test_every_page_is_reached_from_the_index() -> None:
     while waiting:
         page = waiting.pop()
         seen.add(page)
-        near = {(page.parent / link.partition("#")[0]).resolve() for link in links(page.read_text())}
+        near = {
+            (page.parent / link.partition("#")[0]).resolve() for link in links(page.read_text())
+        }
         waiting += [path for path in near & set(PAGES) if path not in seen]
     assert seen == set(PAGES)
     assert "docs/README.md" in links((HOME / "README.md").read_text())
@@ -153,8 +183,15 @@ def test_what_is_called_a_command_in_passing_exists_and_has_these_options(page: 
     for span in spans(page.read_text()):
         name = span.split()[1]
         if name in known:
-            options = {option for parameter in known[name].params for option in [*parameter.opts, *parameter.secondary_opts]}
-            assert set(re.findall(r"(?<=\s)--[a-z0-9-]+", span)) <= options | {"--debug", "--log-format"}, span
+            options = {
+                option
+                for parameter in known[name].params
+                for option in [*parameter.opts, *parameter.secondary_opts]
+            }
+            assert set(re.findall(r"(?<=\s)--[a-z0-9-]+", span)) <= options | {
+                "--debug",
+                "--log-format",
+            }, span
         else:
             assert span in ("vitray COMMAND --help",), span
 
@@ -178,7 +215,9 @@ def test_what_is_called_a_command_in_passing_exists_and_has_these_options(page: 
 def test_a_wrong_command_is_seen(line: str) -> None:
     with pytest.raises(Exception) as caught:
         parse(line)
-    assert isinstance(caught.value, JobError) or hasattr(caught.value, "format_message"), repr(caught.value)
+    assert isinstance(caught.value, JobError) or hasattr(caught.value, "format_message"), repr(
+        caught.value
+    )
 
 
 def test_commands_are_found_wherever_they_stand() -> None:
@@ -190,7 +229,9 @@ def test_commands_are_found_wherever_they_stand() -> None:
 def test_a_broken_link_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules[__name__], "HOME", tmp_path)
     page = tmp_path / "a.md"
-    page.write_text("# One `two`, three\n[a](b.md) [b](#one-two-three) [c](#four) [d](a.md#one-two-three) [e](https://x/)\n")
+    page.write_text(
+        "# One `two`, three\n[a](b.md) [b](#one-two-three) [c](#four) [d](a.md#one-two-three) [e](https://x/)\n"
+    )
     assert list(broken(page)) == ["a.md: b.md", "a.md: #four"]
 
 
@@ -214,19 +255,40 @@ def test_every_fence_is_one_that_a_test_looks_into_and_the_shell_takes_it(page: 
 @pytest.mark.parametrize("page", PAGES, ids=named)
 def test_files_that_a_page_names_exist(page: Path) -> None:
     for name in re.findall(
-        r"`((?:tests|cluster|jobs|kuberay|vitray)/[\w./-]+\.\w+|\w+\.sbatch|aws\.yaml)`", prose(page.read_text())
+        r"`((?:tests|cluster|jobs|kuberay|vitray)/[\w./-]+\.\w+|\w+\.sbatch|aws\.yaml)`",
+        prose(page.read_text()),
     ):
         assert (HOME / name).exists() or (HOME / "cluster" / name).exists(), name
 
 
 def test_what_may_not_change_is_what_the_fingerprint_holds() -> None:
-    page = (HOME / "docs/how-to/scheduled.md").read_text().partition("## What may change")[2].partition("`auto` takes")[0]
-    own = {"labels", "prompts", "head", "embeddings", "top_k", "keep", "precision", "engine", "model", "revision"}
+    page = (
+        (HOME / "docs/how-to/scheduled.md")
+        .read_text()
+        .partition("## What may change")[2]
+        .partition("`auto` takes")[0]
+    )
+    own = {
+        "labels",
+        "prompts",
+        "head",
+        "embeddings",
+        "top_k",
+        "keep",
+        "precision",
+        "engine",
+        "model",
+        "revision",
+    }
     assert set(re.findall(r"`(\w+)`", page)) == own | set(DECIDING_FIELDS)
 
 
 def test_the_message_of_a_store_that_ignores_the_condition_is_shown_as_it_is() -> None:
-    (shown,) = (f.text.strip() for f in fences((HOME / "docs/how-to/other-s3.md").read_text()) if f.language == "text")
+    (shown,) = (
+        f.text.strip()
+        for f in fences((HOME / "docs/how-to/other-s3.md").read_text())
+        if f.language == "text"
+    )
     code = re.sub(r'"\s+f?"', "", (HOME / "vitray/storage/__init__.py").read_text())
     assert shown in code
 
@@ -242,7 +304,9 @@ class Done:
 
 
 @pytest.fixture(scope="module")
-def tutorial(shapes_model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Done]]:
+def tutorial(
+    shapes_model: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[Done]]:
     """The folder in which the tutorial's commands were run, on 40 drawn pictures and a file that is none, and what each did.
 
     The one change: the model is the tiny one of the tests, and its engine is torch, so that nothing is fetched and no engine timed.
@@ -255,7 +319,9 @@ def tutorial(shapes_model: str, tmp_path_factory: pytest.TempPathFactory) -> tup
     done = []
     for line in commands(TUTORIAL.read_text()):
         words = shlex.split(line.replace(MODEL, f"{shapes_model} --set engine=torch"))
-        ended = subprocess.run([sys.executable, "-m", *words], cwd=folder, capture_output=True, text=True, timeout=120)
+        ended = subprocess.run(
+            [sys.executable, "-m", *words], cwd=folder, capture_output=True, text=True, timeout=120
+        )
         done.append(Done(line, ended.returncode, ended.stdout + ended.stderr))
     return folder, done
 
@@ -270,7 +336,9 @@ def run_python(page: Path, folder: Path, model: str) -> dict[str, Any]:
     return names
 
 
-def test_the_tutorial_labels_a_folder_in_three_commands(tutorial: tuple[Path, list[Done]], shapes_model: str) -> None:
+def test_the_tutorial_labels_a_folder_in_three_commands(
+    tutorial: tuple[Path, list[Done]], shapes_model: str
+) -> None:
     folder, done = tutorial
     assert [d.code for d in done] == [0] * 4, done
     assert [d.command.split()[1] for d in done] == ["run", "validate", "report", "search"]
@@ -280,22 +348,35 @@ def test_the_tutorial_labels_a_folder_in_three_commands(tutorial: tuple[Path, li
     assert sum(truth[row["uri"]] == row["label"] for row in rows) >= 38
     page = (folder / "photos-vit-report.html").read_text()
     assert all(label in page for label in {row["label"] for row in rows}) and "not_an_image" in page
-    assert "00000.jpg" in done[3].said.splitlines()[1] + done[3].said.splitlines()[0]  # itself is the nearest
+    assert (
+        "00000.jpg" in done[3].said.splitlines()[1] + done[3].said.splitlines()[0]
+    )  # itself is the nearest
 
 
 def test_the_tutorial_shows_what_its_commands_say(tutorial: tuple[Path, list[Done]]) -> None:
     """But for numbers, and where the folder is."""
     folder, done = tutorial
-    shown = [fence.text.replace("/home/you", str(folder)) for fence in fences(TUTORIAL.read_text()) if fence.language == "text"]
+    shown = [
+        fence.text.replace("/home/you", str(folder))
+        for fence in fences(TUTORIAL.read_text())
+        if fence.language == "text"
+    ]
     assert len(shown) == 3
     for text, command in zip(shown, done):
         said = {NUMBER.sub("#", line) for line in command.said.splitlines()}
-        assert [line for line in text.splitlines() if NUMBER.sub("#", line) not in said] == [], command.said
+        assert [line for line in text.splitlines() if NUMBER.sub("#", line) not in said] == [], (
+            command.said
+        )
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if "```python" in page.read_text()], ids=named)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if "```python" in page.read_text()], ids=named
+)
 def test_the_python_of_a_page_runs_on_the_tutorials_dataset(
-    page: Path, tutorial: tuple[Path, list[Done]], shapes_model: str, capsys: pytest.CaptureFixture[str]
+    page: Path,
+    tutorial: tuple[Path, list[Done]],
+    shapes_model: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     names = run_python(page, tutorial[0], shapes_model)
     said = capsys.readouterr().out

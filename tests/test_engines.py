@@ -30,7 +30,16 @@ from small_models import (
 
 from vitray.errors import ModelError
 from vitray.job import Embedding
-from vitray.models import Model, Predictions, engines, identify, machine, open_model, shapes, vector_columns
+from vitray.models import (
+    Model,
+    Predictions,
+    engines,
+    identify,
+    machine,
+    open_model,
+    shapes,
+    vector_columns,
+)
 
 ENGINES = ("torch", "openvino", "onnx")
 OTHERS = ENGINES[1:]
@@ -41,13 +50,23 @@ pytestmark = pytest.mark.usefixtures("two_threads")
 # ---------------------------------------------------------------- the contract
 
 CASES = [(name, True, False) for name in STEM] + [("vit", False, False), ("siglip", False, False)]
-CASES += [("vit", True, True), ("deit", True, True), ("clip", False, True)]  # lean: the last block for CLS alone
-VARIANTS = ("distilled", "beit_mean", "dinov2_with_registers")  # graphs that hardly differ from another's: 4 s each
+CASES += [
+    ("vit", True, True),
+    ("deit", True, True),
+    ("clip", False, True),
+]  # lean: the last block for CLS alone
+VARIANTS = (
+    "distilled",
+    "beit_mean",
+    "dinov2_with_registers",
+)  # graphs that hardly differ from another's: 4 s each
 PAIRS = [
     pytest.param(
         engine,
         *case,
-        marks=[pytest.mark.nightly] if engine in OTHERS and (case[0] in VARIANTS or case[1:] == (True, True)) else [],
+        marks=[pytest.mark.nightly]
+        if engine in OTHERS and (case[0] in VARIANTS or case[1:] == (True, True))
+        else [],
     )
     for engine in ENGINES
     for case in CASES
@@ -55,7 +74,9 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(("engine", "name", "headed", "lean"), PAIRS)
-def test_an_engine_says_what_plain_transformers_says(tmp_path: Path, engine: str, name: str, headed: bool, lean: bool) -> None:
+def test_an_engine_says_what_plain_transformers_says(
+    tmp_path: Path, engine: str, name: str, headed: bool, lean: bool
+) -> None:
     directory, pixels = make_checkpoint(tmp_path / "m", name, headed), noise(5)
     embeddings = [Embedding()] if lean else every_vector(name != "siglip")
     job = job_for(directory, headed, embeddings, top_k=3, batch_size=4, engine=engine)
@@ -67,17 +88,29 @@ def test_an_engine_says_what_plain_transformers_says(tmp_path: Path, engine: str
 def test_any_number_of_images_any_kind_of_vector(tmp_path: Path, engine: str) -> None:
     directory = make_checkpoint(tmp_path, "vit", True, problem_type="multi_label_classification")
     vectors = [Embedding(name="plain"), Embedding(normalize=True, dtype="float16", name="unit")]
-    job, pixels = job_for(directory, True, vectors, top_k=CLASSES, batch_size=4, engine=engine), noise(17)
+    job, pixels = (
+        job_for(directory, True, vectors, top_k=CLASSES, batch_size=4, engine=engine),
+        noise(17),
+    )
     pixels.flags.writeable = False
     logits, tokens = plain_loop(directory, "vit", True, pixels)
     model = open_job(job)
     for count in (17, 0, 1, 2, 4, 5, 15):
         found = model.predict(pixels[:count])
-        np.testing.assert_allclose(found.scores, logits[:count].sigmoid().topk(CLASSES)[0], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(
+            found.scores, logits[:count].sigmoid().topk(CLASSES)[0], rtol=1e-4, atol=1e-6
+        )
         plain, unit = (found.vectors[f"embedding_{name}"] for name in ("plain", "unit"))
         np.testing.assert_allclose(plain, tokens["last"][:count, 0], rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(unit, plain / np.linalg.norm(plain, axis=1, keepdims=True), atol=5e-4)
-        assert (found.ids.dtype, found.scores.dtype, plain.dtype, unit.dtype) == (np.int32, np.float32, np.float32, np.float16)
+        np.testing.assert_allclose(
+            unit, plain / np.linalg.norm(plain, axis=1, keepdims=True), atol=5e-4
+        )
+        assert (found.ids.dtype, found.scores.dtype, plain.dtype, unit.dtype) == (
+            np.int32,
+            np.float32,
+            np.float32,
+            np.float16,
+        )
         assert found.ids.shape == (count, CLASSES) and unit.shape == (count, 32)
     with pytest.raises(ModelError, match=r"uint8 \[N, 32, 32, 3\], not uint8 \[2, 16, 16, 3\]"):
         model.predict(noise(2, 16))
@@ -86,8 +119,12 @@ def test_any_number_of_images_any_kind_of_vector(tmp_path: Path, engine: str) ->
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize(("weight", "column"), [("classifier.weight", "score"), ("vit.layernorm.weight", "embedding")])
-def test_what_is_not_finite_raises_instead_of_being_stored(tmp_path: Path, engine: str, weight: str, column: str) -> None:
+@pytest.mark.parametrize(
+    ("weight", "column"), [("classifier.weight", "score"), ("vit.layernorm.weight", "embedding")]
+)
+def test_what_is_not_finite_raises_instead_of_being_stored(
+    tmp_path: Path, engine: str, weight: str, column: str
+) -> None:
     directory = make_checkpoint(tmp_path, "vit", True, layers=1)
     model = transformers.ViTForImageClassification.from_pretrained(directory)
     torch.nn.init.constant_(model.get_parameter(weight), float("nan"))
@@ -103,7 +140,10 @@ def busy_threads(model: Model, pixels: np.ndarray, seconds: float = 1.5) -> int:
     """How many of this process' threads do a fifth of the work or more."""
 
     def ticks() -> dict[str, int]:
-        stats = {path.parent.name: path.read_text().rpartition(")")[2].split() for path in Path("/proc/self/task").glob("*/stat")}
+        stats = {
+            path.parent.name: path.read_text().rpartition(")")[2].split()
+            for path in Path("/proc/self/task").glob("*/stat")
+        }
         return {thread: int(stat[11]) + int(stat[12]) for thread, stat in stats.items()}
 
     model.predict(pixels)
@@ -128,7 +168,10 @@ def drawn(count: int) -> np.ndarray:
 
 
 def test_openvino_in_bf16_agrees_with_fp32_or_says_that_it_cannot(shapes_model: str) -> None:
-    jobs = {p: job_for(shapes_model, embeddings=[Embedding()], precision=p, engine="openvino") for p in ("fp32", "bf16")}
+    jobs = {
+        p: job_for(shapes_model, embeddings=[Embedding()], precision=p, engine="openvino")
+        for p in ("fp32", "bf16")
+    }
     if machine.auto_precision("cpu") != "bf16":
         with pytest.raises(ModelError, match="not in bf16 on this CPU"):
             open_job(jobs["bf16"])
@@ -151,34 +194,53 @@ def test_an_engine_that_is_not_installed_is_named_with_its_extra(
     spec = identify(job)
     monkeypatch.setitem(sys.modules, engines.MODULES[engine][0], None)
     for act in (lambda: identify(job), lambda: open_job(job, spec)):
-        with pytest.raises(ModelError, match=rf"engine {engine} is not installed here: pip install 'vitray\[{engine}\]'"):
+        with pytest.raises(
+            ModelError,
+            match=rf"engine {engine} is not installed here: pip install 'vitray\[{engine}\]'",
+        ):
             act()
 
 
 def test_precisions_and_devices_that_an_engine_has_not_are_refused(tmp_path: Path) -> None:
     directory = make_checkpoint(tmp_path, "vit", True)
     assert identify(job_for(directory, engine="onnx", precision="auto")).precision == "fp32"
-    with pytest.raises(ModelError, match=r"engine onnx computes in fp32, not in bf16\. Set precision: fp32"):
+    with pytest.raises(
+        ModelError, match=r"engine onnx computes in fp32, not in bf16\. Set precision: fp32"
+    ):
         identify(job_for(directory, engine="onnx", precision="bf16"))
     with pytest.raises(ModelError, match="engine openvino computes in bf16 or fp32, not in fp16"):
         identify(job_for(directory, engine="openvino", precision="fp16"))
-    assert "runs on the CPU, and this job on cuda" in (engines.refusal("openvino", "cuda", "bf16") or "")
+    assert "runs on the CPU, and this job on cuda" in (
+        engines.refusal("openvino", "cuda", "bf16") or ""
+    )
     assert engines.usable("cuda", "bf16")[0] == engines.usable("cpu", "fp16")[0] == ["torch"]
-    assert engines.usable("cpu", "bf16") == (["torch", "openvino"], "onnx left out (computes in fp32, not in bf16)")
+    assert engines.usable("cpu", "bf16") == (
+        ["torch", "openvino"],
+        "onnx left out (computes in fp32, not in bf16)",
+    )
     assert engines.usable("cpu", "fp32") == (list(ENGINES), "")
 
 
 @pytest.mark.parametrize("engine", OTHERS)
-def test_an_engine_that_is_installed_and_broken_is_named(tmp_path: Path, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_is_installed_and_broken_is_named(
+    tmp_path: Path, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its module is found, and to import it raises what a library that is missing raises."""
     job = job_for(make_checkpoint(tmp_path, "vit", True), engine=engine)
     name = engines.MODULES[engine][0]
     (tmp_path / "broken" / name).mkdir(parents=True)
-    (tmp_path / "broken" / name / "__init__.py").write_text('raise ImportError("libx.so.1: cannot open shared object file")\n')
+    (tmp_path / "broken" / name / "__init__.py").write_text(
+        'raise ImportError("libx.so.1: cannot open shared object file")\n'
+    )
     monkeypatch.syspath_prepend(str(tmp_path / "broken"))
-    for module in [m for m in sys.modules if m.split(".")[0] == name or m == f"vitray.models.{engine}_engine"]:
+    for module in [
+        m for m in sys.modules if m.split(".")[0] == name or m == f"vitray.models.{engine}_engine"
+    ]:
         monkeypatch.delitem(sys.modules, module)
-    with pytest.raises(ModelError, match=rf"engine {engine} is installed, but cannot be loaded \(libx.so.1: .*engine: torch"):
+    with pytest.raises(
+        ModelError,
+        match=rf"engine {engine} is installed, but cannot be loaded \(libx.so.1: .*engine: torch",
+    ):
         identify(job)
 
 
@@ -200,7 +262,9 @@ class Fake:
         return Predictions((found.ids + self.shift) % CLASSES, found.scores, turned)
 
 
-def test_auto_takes_the_fastest_engine_and_none_that_strays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_the_fastest_engine_and_none_that_strays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job = job_for(make_checkpoint(tmp_path, "vit", True), embeddings=[Embedding()], batch_size=4)
     spec = identify(job)
     torch_model = open_job(job, spec)
@@ -211,39 +275,72 @@ def test_auto_takes_the_fastest_engine_and_none_that_strays(tmp_path: Path, monk
     def broken() -> Model:
         raise RuntimeError("no kernel\nfor this")
 
-    choices = {"torch": lambda: slower, "a": lambda: slow, "b": lambda: liar, "c": lambda: turned, "d": broken}
+    choices = {
+        "torch": lambda: slower,
+        "a": lambda: slow,
+        "b": lambda: liar,
+        "c": lambda: turned,
+        "d": broken,
+    }
     engine, why = engines.fastest(spec, choices, lambda: all_labels)
     assert engine == "a" and liar.calls == turned.calls == 1
     parts = why.split(", ")
-    assert parts[0].startswith("torch ") and parts[0].endswith(" images/s") and parts[1].endswith(" images/s")
+    assert (
+        parts[0].startswith("torch ")
+        and parts[0].endswith(" images/s")
+        and parts[1].endswith(" images/s")
+    )
     assert parts[2] == "b left out (another label than torch in fp32 for 16 of 16 images)"
-    assert parts[3].startswith("c left out (cosine 0.9") and parts[4] == "d left out (no kernel for this)"
-    assert engines.fastest(spec, {"torch": lambda: slow, "a": lambda: slower}, lambda: all_labels)[0] == "torch"
-    monkeypatch.setattr(engines, "_speeds", lambda models, pixels, seconds: {"torch": 100.0, "a": 109.0})
-    assert engines.fastest(spec, {"torch": lambda: slow, "a": lambda: slow}, lambda: all_labels)[0] == "torch"  # not by noise
+    assert (
+        parts[3].startswith("c left out (cosine 0.9")
+        and parts[4] == "d left out (no kernel for this)"
+    )
+    assert (
+        engines.fastest(spec, {"torch": lambda: slow, "a": lambda: slower}, lambda: all_labels)[0]
+        == "torch"
+    )
+    monkeypatch.setattr(
+        engines, "_speeds", lambda models, pixels, seconds: {"torch": 100.0, "a": 109.0}
+    )
+    assert (
+        engines.fastest(spec, {"torch": lambda: slow, "a": lambda: slow}, lambda: all_labels)[0]
+        == "torch"
+    )  # not by noise
     monkeypatch.undo()
     quick, late = Fake(torch_model), Fake(torch_model, delay_s=0.3)
     started = time.monotonic()
-    engines.fastest(spec, {"torch": lambda: quick, "a": lambda: late}, lambda: all_labels, seconds=0.5)
+    engines.fastest(
+        spec, {"torch": lambda: quick, "a": lambda: late}, lambda: all_labels, seconds=0.5
+    )
     assert time.monotonic() - started < 3, "ten rounds of the late one"
 
 
-def test_auto_is_one_of_those_installed_and_says_how_fast_each_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_one_of_those_installed_and_says_how_fast_each_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job = job_for(make_checkpoint(tmp_path, "vit", True), embeddings=[Embedding()], engine="auto")
     spec = identify(job)
     assert spec.engine in ENGINES
-    assert [part.split()[0] for part in spec.engine_why.split(", ")] == list(ENGINES) and "left out" not in spec.engine_why
+    assert [part.split()[0] for part in spec.engine_why.split(", ")] == list(
+        ENGINES
+    ) and "left out" not in spec.engine_why
     for engine in OTHERS:
         monkeypatch.setitem(sys.modules, engines.MODULES[engine][0], None)
     alone = identify(job)
     assert alone.engine == "torch"
-    assert alone.engine_why == ", ".join(f"{engine} left out (is not installed here)" for engine in OTHERS)
+    assert alone.engine_why == ", ".join(
+        f"{engine} left out (is not installed here)" for engine in OTHERS
+    )
 
 
 def in_fresh_python(code: str, **environment: str) -> None:
     setup = f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
     done = subprocess.run(
-        [sys.executable, "-c", setup + code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=200
+        [sys.executable, "-c", setup + code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 

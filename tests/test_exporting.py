@@ -35,7 +35,9 @@ from vitray.storage import new_folder
 
 def made(folder: Path, dtype: str = "float32", **more: object) -> Dataset:
     """Two shards, one of them with every hostile key."""
-    return embedded.make(folder, [noise(len(HOSTILE), seed=1, keys=HOSTILE), noise(30, seed=2)], dtype, **more)
+    return embedded.make(
+        folder, [noise(len(HOSTILE), seed=1, keys=HOSTILE), noise(30, seed=2)], dtype, **more
+    )
 
 
 def vectors_of(dataset: Dataset, column: str = "embedding") -> np.ndarray:
@@ -45,7 +47,11 @@ def vectors_of(dataset: Dataset, column: str = "embedding") -> np.ndarray:
 def assert_keys(file: Path, dataset: Dataset) -> None:
     whole = vitray.read(dataset.out)
     names = [name for name in whole.column_names if not name.startswith("embedding")]
-    assert pq.read_table(file).cast(pa.schema([dataset.schema.field(n) for n in names])).equals(whole.select(names))
+    assert (
+        pq.read_table(file)
+        .cast(pa.schema([dataset.schema.field(n) for n in names]))
+        .equals(whole.select(names))
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -69,7 +75,9 @@ def test_of_several_columns_npy_and_faiss_want_one(tmp_path: Path) -> None:
     with pytest.raises(JobError, match="embedding_first, embedding_other: choose one by `column`"):
         export(dataset.out, str(tmp_path / "into"), Wanted("npy"))
     export(dataset.out, str(tmp_path / "into"), Wanted("npy", column="embedding_other"))
-    assert np.array_equal(np.load(tmp_path / "into/vectors.npy"), vectors_of(dataset, "embedding_other"))
+    assert np.array_equal(
+        np.load(tmp_path / "into/vectors.npy"), vectors_of(dataset, "embedding_other")
+    )
 
 
 def test_faiss_finds_every_row_under_its_place_in_keys(tmp_path: Path) -> None:
@@ -94,10 +102,20 @@ def test_csv_gives_back_hostile_keys_as_they_are_and_vectors_to_the_bit(tmp_path
     whole = vitray.read(dataset.out).to_pylist()
     export(dataset.out, str(tmp_path / "plain"), Wanted("csv"))
     rows = read_csv(tmp_path / "plain/rows.csv")
-    assert [row["key"] for row in rows] == [row["key"] for row in whole] and "embedding" not in rows[0]
+    assert [row["key"] for row in rows] == [
+        row["key"] for row in whole
+    ] and "embedding" not in rows[0]
     for said, row in zip(rows, whole):
-        assert (said["shard"], int(said["index"]), said["uri"]) == (row["shard"], row["index"], row["uri"])
-        assert (said["label"], float(said["score"]), said["format"]) == (row["label"], row["score"], "jpeg")
+        assert (said["shard"], int(said["index"]), said["uri"]) == (
+            row["shard"],
+            row["index"],
+            row["uri"],
+        )
+        assert (said["label"], float(said["score"]), said["format"]) == (
+            row["label"],
+            row["score"],
+            "jpeg",
+        )
         assert bytes.fromhex(said["content_hash"]) == row["content_hash"]
         assert json.loads(said["top_labels"]) == row["top_labels"]
     export(dataset.out, str(tmp_path / "vectors"), Wanted("csv", vectors=True))
@@ -115,11 +133,16 @@ def test_lance_holds_every_column(tmp_path: Path) -> None:
     assert table.to_pylist() == whole.to_pylist()
 
 
-def test_webdataset_holds_the_bytes_that_were_labelled_under_names_of_our_own(tmp_path: Path) -> None:
+def test_webdataset_holds_the_bytes_that_were_labelled_under_names_of_our_own(
+    tmp_path: Path,
+) -> None:
     dataset, into = made(tmp_path), tmp_path / "into"
     assert export(dataset.out, str(into), Wanted("webdataset")).rows == 39
     whole = vitray.read(dataset.out)
-    plain = [{**row, "content_hash": row["content_hash"].hex()} for row in whole.drop_columns(["embedding"]).to_pylist()]
+    plain = [
+        {**row, "content_hash": row["content_hash"].hex()}
+        for row in whole.drop_columns(["embedding"]).to_pylist()
+    ]
     members: dict[str, bytes] = {}
     for path in sorted(into.glob("*.tar")):
         with tarfile.open(path) as tar:
@@ -131,15 +154,26 @@ def test_webdataset_holds_the_bytes_that_were_labelled_under_names_of_our_own(tm
     for name, row in zip(names, plain):
         assert json.loads(members[f"{name}.json"]) == row
         assert content_hash(members[f"{name}.jpeg"]).hex() == row["content_hash"]
-    job = vitray.Job(source=f"{into}/*.tar", model="m", out=str(tmp_path / "new"))  # vitray reads its own export
-    images = [i for s in list_shards(job, []).shards for i in read_shard(s, job, lambda _: True) if isinstance(i, Encoded)]
+    job = vitray.Job(
+        source=f"{into}/*.tar", model="m", out=str(tmp_path / "new")
+    )  # vitray reads its own export
+    images = [
+        i
+        for s in list_shards(job, []).shards
+        for i in read_shard(s, job, lambda _: True)
+        if isinstance(i, Encoded)
+    ]
     assert [image.key for image in images] == names
 
 
-def test_a_file_of_a_group_that_went_costs_its_own_image_alone(shapes_model: str, tmp_path: Path) -> None:
+def test_a_file_of_a_group_that_went_costs_its_own_image_alone(
+    shapes_model: str, tmp_path: Path
+) -> None:
     items = pictures(12)
     put_files(f"{tmp_path}/in", items)
-    job = vitray.Job(source=f"{tmp_path}/in", model=shapes_model, out=f"{tmp_path}/out", engine="torch")
+    job = vitray.Job(
+        source=f"{tmp_path}/in", model=shapes_model, out=f"{tmp_path}/out", engine="torch"
+    )
     assert vitray.run(job).rows == 12
     shown = report(job.out, str(tmp_path / "page.html")).pictures
     (tmp_path / "in" / f"{items[3].key}.{items[3].suffix}").unlink()
@@ -157,8 +191,14 @@ def test_images_that_changed_or_went_are_told_and_counted(
     path = tmp_path / "in/s-002.tar"
     status, body = path.stat(), path.read_bytes()
     path.write_bytes(body.replace(b"image 2 1", b"other 2 1"))
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # the same version, as far as a listing tells
-    monkeypatch.setattr(sys, "argv", ["vitray", "export", dataset.out, "--to", "webdataset", "--into", str(tmp_path / "into")])
+    os.utime(
+        path, ns=(status.st_atime_ns, status.st_mtime_ns)
+    )  # the same version, as far as a listing tells
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["vitray", "export", dataset.out, "--to", "webdataset", "--into", str(tmp_path / "into")],
+    )
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 3
@@ -223,7 +263,9 @@ def test_a_dataset_that_is_not_complete_is_refused_or_told(tmp_path: Path) -> No
     assert json.loads((tmp_path / "into/_EXPORT.json").read_text())["complete"] is False
 
 
-def test_what_cannot_be_done_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_done_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dataset = hand_made.make_dataset(tmp_path)
     for into, to, message in (
         (f"{dataset.out}/x", "npy", "lies inside the dataset"),
@@ -234,7 +276,9 @@ def test_what_cannot_be_done_is_one_clear_error(tmp_path: Path, monkeypatch: pyt
             export(dataset.out, into, Wanted(to))
     for module, to, extra in (("faiss", "faiss", "search"), ("lancedb", "lance", "lance")):
         monkeypatch.setitem(sys.modules, module, None)
-        with pytest.raises(JobError, match=rf"--to {to} needs {module}: pip install 'vitray\[{extra}\]'"):
+        with pytest.raises(
+            JobError, match=rf"--to {to} needs {module}: pip install 'vitray\[{extra}\]'"
+        ):
             export(dataset.out, str(tmp_path / "x"), Wanted(to))
     assert not (tmp_path / "x").exists() and not list(tmp_path.glob(".tmp-*"))
 
@@ -261,5 +305,7 @@ def test_bad_images_are_in_no_export(tmp_path: Path) -> None:
     dataset = hand_made.make_dataset(tmp_path)  # one bad image in each of three shards
     export(dataset.out, str(tmp_path / "into"), Wanted("webdataset"))
     with tarfile.open(tmp_path / "into/000001.tar") as tar:
-        rows = [json.load(io.BytesIO(tar.extractfile(m).read())) for m in tar if m.name.endswith("json")]
+        rows = [
+            json.load(io.BytesIO(tar.extractfile(m).read())) for m in tar if m.name.endswith("json")
+        ]
     assert [row["index"] for row in rows] == [0, 1, 2, 4, 5, 6, 7, 8, 9]

@@ -20,13 +20,21 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from vitray.job import Embedding
 from vitray.models import compile_cache, identify, open_model, shapes, vector_columns
 from vitray.models.batching import PADDING, cut, ladder
-from vitray.models.blocks import Attention, PackedLinear, ask_first_tokens_only, fuse_attention, pack
+from vitray.models.blocks import (
+    Attention,
+    PackedLinear,
+    ask_first_tokens_only,
+    fuse_attention,
+    pack,
+)
 from vitray.models.machine import compiling_pays
 from vitray.models.torch_engine import Network, TorchModel
 from vitray.schema import VectorColumn
 
 # CI installs it: there these tests fail without
-needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or os.environ.get("CI")), reason="torch.compile needs g++ on a CPU")
+needs_compiler = pytest.mark.skipif(
+    not (shutil.which("g++") or os.environ.get("CI")), reason="torch.compile needs g++ on a CPU"
+)
 
 
 pytestmark = pytest.mark.usefixtures("two_threads")
@@ -40,8 +48,17 @@ def _fresh_dynamo() -> None:
 # ---------------------------------------------------------------- only what is asked for
 
 FIRST_TOKENS = [(name, headed) for name in STEM for headed in (True, False)]
-EVERY_TOKEN = {("siglip", True), ("siglip", False), ("beit", True), ("beit", False), ("beit_mean", True), ("beit_mean", False)}
-EVERY_TOKEN |= {(name, True) for name in ("dinov2", "dinov2_with_registers", "clip")}  # their heads read the patches
+EVERY_TOKEN = {
+    ("siglip", True),
+    ("siglip", False),
+    ("beit", True),
+    ("beit", False),
+    ("beit_mean", True),
+    ("beit_mean", False),
+}
+EVERY_TOKEN |= {
+    (name, True) for name in ("dinov2", "dinov2_with_registers", "clip")
+}  # their heads read the patches
 
 
 def tokens_seen(model: TorchModel) -> dict[int, int]:
@@ -49,16 +66,23 @@ def tokens_seen(model: TorchModel) -> dict[int, int]:
     seen: dict[int, int] = {}
     mlps = [module for name, module in model._forward.named_modules() if name.endswith(".mlp")]
     for n, mlp in enumerate(mlps):
-        mlp.register_forward_hook(lambda _module, inputs, _output, n=n: seen.update({n: inputs[0].shape[1]}))
+        mlp.register_forward_hook(
+            lambda _module, inputs, _output, n=n: seen.update({n: inputs[0].shape[1]})
+        )
     return seen
 
 
 @pytest.mark.parametrize(("name", "headed"), FIRST_TOKENS)
-def test_the_last_block_computes_the_first_tokens_alone_where_only_they_are_read(tmp_path: Path, name: str, headed: bool) -> None:
+def test_the_last_block_computes_the_first_tokens_alone_where_only_they_are_read(
+    tmp_path: Path, name: str, headed: bool
+) -> None:
     directory, pixels = make_checkpoint(tmp_path, name, headed), noise(6)
     pool = "mean" if name == "siglip" else "cls"
     lean = [Embedding(pool=pool), Embedding(layer=3, pool=pool)]
-    job, whole = (job_for(directory, headed, e, top_k=3) for e in (lean, [*lean, Embedding(pool="patches_mean")]))
+    job, whole = (
+        job_for(directory, headed, e, top_k=3)
+        for e in (lean, [*lean, Embedding(pool="patches_mean")])
+    )
     spec = identify(job)
     model = open_model(spec, vector_columns(job, spec), 3, headed, "cpu", 2)
     assert sum(isinstance(module, Attention) for module in model._forward.modules()) == 3
@@ -68,14 +92,18 @@ def test_the_last_block_computes_the_first_tokens_alone_where_only_they_are_read
     last = every if (name, headed) in EVERY_TOKEN else PREFIX[name]
     assert seen == {0: every, 1: every, 2: last}
     for column in found.vectors:
-        np.testing.assert_allclose(found.vectors[column], expected.vectors[column], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            found.vectors[column], expected.vectors[column], rtol=1e-5, atol=1e-5
+        )
     if headed:
         np.testing.assert_array_equal(found.ids, expected.ids)
         np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["vit", "dinov2", "beit", "clip", "siglip"])
-def test_blocks_above_the_highest_layer_asked_for_are_not_computed(tmp_path: Path, name: str) -> None:
+def test_blocks_above_the_highest_layer_asked_for_are_not_computed(
+    tmp_path: Path, name: str
+) -> None:
     directory, pixels = make_checkpoint(tmp_path, name, False), noise(4)
     pool = "mean" if name == "siglip" else "cls"
     job = job_for(directory, False, [Embedding(layer=layer, pool=pool) for layer in (1, 2)])
@@ -87,7 +115,9 @@ def test_blocks_above_the_highest_layer_asked_for_are_not_computed(tmp_path: Pat
     _, tokens = plain_loop(directory, name, False, pixels)
     for layer in (1, 2):
         expected = tokens[layer][:, 0] if pool == "cls" else tokens[layer].mean(1)
-        np.testing.assert_allclose(found.vectors[f"embedding_{pool}_{layer}"], expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            found.vectors[f"embedding_{pool}_{layer}"], expected, rtol=1e-4, atol=1e-5
+        )
 
 
 def test_blocks_of_another_make_are_left_as_they_are() -> None:
@@ -107,8 +137,12 @@ def test_linear_layers_are_packed_with_their_gelu_on_this_kind_of_cpu(tmp_path: 
     kinds = [type(module) for module in model._forward.modules()]
     if not pack([], torch.float32):
         pytest.skip("no oneDNN here")
-    assert kinds.count(PackedLinear) == 3 * 5  # query, key and value, out, fc1 and fc2 of three blocks
-    assert kinds.count(torch.nn.Linear) == 1 and not any(kind.__name__ == "GELUActivation" for kind in kinds)
+    assert (
+        kinds.count(PackedLinear) == 3 * 5
+    )  # query, key and value, out, fc1 and fc2 of three blocks
+    assert kinds.count(torch.nn.Linear) == 1 and not any(
+        kind.__name__ == "GELUActivation" for kind in kinds
+    )
 
 
 # ---------------------------------------------------------------- cutting
@@ -125,9 +159,16 @@ def test_hardly_a_row_is_padded_in_shards_of_any_size() -> None:
 
 
 def test_images_are_cut_into_the_largest_sizes_that_fit() -> None:
-    assert ladder(16) == (16, 8) and ladder(256) == (256, 128, 64, 32) and ladder(100) == (100, 50, 25, 12) and ladder(3) == (3,)
+    assert (
+        ladder(16) == (16, 8)
+        and ladder(256) == (256, 128, 64, 32)
+        and ladder(100) == (100, 50, 25, 12)
+        and ladder(3) == (3,)
+    )
     assert cut(64, (16, 8), PADDING) == [16] * 4
-    assert cut(63, (16, 8), PADDING) == [16] * 4  # one row of padding; a bad image must not cost three small passes
+    assert (
+        cut(63, (16, 8), PADDING) == [16] * 4
+    )  # one row of padding; a bad image must not cost three small passes
     assert cut(60, (16, 8), PADDING) == [16, 16, 16, 8, 4]
     assert cut(253, ladder(256), PADDING) == [256] and cut(3, ladder(256), PADDING) == [3]
     assert cut(21, (4,), 0.0) == [4, 4, 4, 4, 4, 1] and cut(0, (4,), 0.0) == []
@@ -151,7 +192,9 @@ def test_compiled_says_the_same_and_never_compiles_again(shapes_model: str) -> N
     job = job_for(shapes_model, embeddings=[Embedding()], batch_size=16)
     spec = identify(job)
     columns = vector_columns(job, spec)
-    plain, compiled = (open_model(spec, columns, 3, True, "cpu", 2, compiled=c) for c in (False, True))
+    plain, compiled = (
+        open_model(spec, columns, 3, True, "cpu", 2, compiled=c) for c in (False, True)
+    )
     assert sorted(compiled._compiled) == [8, 16]
     before = dict(torch._dynamo.utils.counters["frames"])
     assert before["ok"] == 2
@@ -160,7 +203,9 @@ def test_compiled_says_the_same_and_never_compiles_again(shapes_model: str) -> N
         expected, found = plain.predict(pixels[:count]), compiled.predict(pixels[:count])
         np.testing.assert_array_equal(found.ids[:, 0], expected.ids[:, 0])
         np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(found.vectors["embedding"], expected.vectors["embedding"], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            found.vectors["embedding"], expected.vectors["embedding"], rtol=1e-4, atol=1e-5
+        )
     assert torch._dynamo.utils.counters["frames"] == before
 
 
@@ -169,7 +214,15 @@ def test_compiled_bf16_agrees_with_fp32(shapes_model: str) -> None:
     job, pixels = job_for(shapes_model, embeddings=[Embedding()], batch_size=8), drawn(600)
     spec = identify(job)
     exact = run(job, pixels, spec)
-    mixed = open_model(dataclasses.replace(spec, precision="bf16"), vector_columns(job, spec), 3, True, "cpu", 2, compiled=True)
+    mixed = open_model(
+        dataclasses.replace(spec, precision="bf16"),
+        vector_columns(job, spec),
+        3,
+        True,
+        "cpu",
+        2,
+        compiled=True,
+    )
     found = mixed.predict(pixels)
     assert (found.ids[:, 0] == exact.ids[:, 0]).mean() >= 0.995
     a, b = exact.vectors["embedding"], found.vectors["embedding"]
@@ -197,9 +250,14 @@ def test_graphs_are_kept_for_the_next_start_and_say_the_same(tmp_path: Path) -> 
         pytest.skip("no oneDNN here")
     env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
     env.pop("TORCHINDUCTOR_CACHE_DIR", None)
-    code, said = KEPT.format(directory=directory, tests=str(Path(__file__).parent)), list[list[str]]()
+    code, said = (
+        KEPT.format(directory=directory, tests=str(Path(__file__).parent)),
+        list[list[str]](),
+    )
     for _ in range(2):
-        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=250)
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=250
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         said.append(done.stdout.split())
     assert [line[:2] for line in said] == [["0", "2"], ["2", "0"]]
@@ -219,12 +277,22 @@ def test_nothing_compiled_is_read_from_where_others_may_write(
     def leaves(name: str) -> str:
         with compile_cache.graphs_kept() as place:
             Path(place, name).touch()
-        assert os.environ[compile_cache.CACHE] == place  # were anything compiled later, it would not go to torch's default
+        assert (
+            os.environ[compile_cache.CACHE] == place
+        )  # were anything compiled later, it would not go to torch's default
         return place
 
-    assert leaves("graph") == str(own) and (own / "graph").exists() and own.stat().st_mode & 0o777 == 0o700
+    assert (
+        leaves("graph") == str(own)
+        and (own / "graph").exists()
+        and own.stat().st_mode & 0o777 == 0o700
+    )
     own.chmod(0o755)  # somebody else had been there, perhaps
-    assert leaves("new") == str(own) and not (own / "graph").exists() and own.stat().st_mode & 0o777 == 0o700
+    assert (
+        leaves("new") == str(own)
+        and not (own / "graph").exists()
+        and own.stat().st_mode & 0o777 == 0o700
+    )
     assert caplog.text == ""
     for place, mode in ((own.parent, 0o777), (tmp_path, 0o775)):
         before = place.stat().st_mode
@@ -236,7 +304,10 @@ def test_nothing_compiled_is_read_from_where_others_may_write(
         os.chown(own, 12345, 12345)
         assert not leaves("lost").startswith(str(tmp_path))
         os.chown(own, 0, 0)
-    assert caplog.text.count("others could put code into") == 2 + (os.getuid() == 0) and not (own / "lost").exists()
+    assert (
+        caplog.text.count("others could put code into") == 2 + (os.getuid() == 0)
+        and not (own / "lost").exists()
+    )
     shutil.rmtree(own.parent)
     own.parent.touch()  # a file in its way
     assert not leaves("lost").startswith(str(tmp_path)) and "Not a directory" in caplog.text
@@ -270,7 +341,9 @@ def test_what_a_killed_compilation_left_is_gone_and_what_another_compiles_stays(
 @pytest.mark.nightly
 def test_compiled_code_that_was_cut_is_compiled_again_at_the_next_start(tmp_path: Path) -> None:
     directory = make_checkpoint(tmp_path / "m", "vit", True)
-    env = {name: value for name, value in os.environ.items() if name != compile_cache.CACHE} | {"XDG_CACHE_HOME": str(tmp_path)}
+    env = {name: value for name, value in os.environ.items() if name != compile_cache.CACHE} | {
+        "XDG_CACHE_HOME": str(tmp_path)
+    }
     code = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
@@ -281,7 +354,9 @@ np.testing.assert_array_equal(model.predict(noise(11)).ids, run(job, noise(11)).
 """
     compiled = []
     for _ in range(3):
-        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=200)
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=200
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         compiled.append(int(done.stdout))
         if len(compiled) == 1:
@@ -303,10 +378,16 @@ np.testing.assert_array_equal(found.ids, run(job, noise(11)).ids)
 """
     env = {**os.environ, "CXX": "/nowhere/g++", "XDG_CACHE_HOME": str(tmp_path), "PATH": "/nowhere"}
     env.pop("TORCHINDUCTOR_CACHE_DIR", None)
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     said = [line for line in done.stderr.splitlines() if line.startswith("vitray.models")]
-    assert len(said) == 1 and "runs uncompiled, torch.compile failed" in said[0] and "It needs g++" in said[0]
+    assert (
+        len(said) == 1
+        and "runs uncompiled, torch.compile failed" in said[0]
+        and "It needs g++" in said[0]
+    )
     assert (tmp_path / "vitray" / "compiled").is_dir()
 
 
@@ -333,8 +414,12 @@ class SmallMemory(torch.nn.Module):
 
 @needs_compiler
 @pytest.mark.parametrize(("room", "sizes"), [(20, (16, 8)), (9, (8,)), (3, (2,))])
-def test_too_little_memory_steps_down_the_ladder_and_below_it(tmp_path: Path, room: int, sizes: tuple[int, ...]) -> None:
-    spec = dataclasses.replace(identify(job_for(make_checkpoint(tmp_path, "vit", True))), batch_size=32)
+def test_too_little_memory_steps_down_the_ladder_and_below_it(
+    tmp_path: Path, room: int, sizes: tuple[int, ...]
+) -> None:
+    spec = dataclasses.replace(
+        identify(job_for(make_checkpoint(tmp_path, "vit", True))), batch_size=32
+    )
     tower, pixels = SmallMemory(), noise(43)
     tower.room = room
     column = VectorColumn("embedding", 32, None, "mean", False, "float32")

@@ -64,16 +64,30 @@ def slow_bodies(rng: random.Random) -> Rule:
 
 def all_of_it(rng: random.Random) -> Rule:
     rules = [make(rng) for make in STORMS[:-1]]
-    return lambda call: next((verdict for rule in rules if (verdict := rule(call)) != FORWARD), FORWARD)
+    return lambda call: next(
+        (verdict for rule in rules if (verdict := rule(call)) != FORWARD), FORWARD
+    )
 
 
-STORMS = [a_fifth_503, answers_of_puts_lost, every_body_cut_once, bits_flipped_once, slow_bodies, all_of_it]
+STORMS = [
+    a_fifth_503,
+    answers_of_puts_lost,
+    every_body_cut_once,
+    bits_flipped_once,
+    slow_bodies,
+    all_of_it,
+]
 
 
 @pytest.mark.s3
 @pytest.mark.parametrize(
     "storm",
-    [pytest.param(s, id=s.__name__, marks=[] if s is answers_of_puts_lost else [pytest.mark.nightly]) for s in STORMS],
+    [
+        pytest.param(
+            s, id=s.__name__, marks=[] if s is answers_of_puts_lost else [pytest.mark.nightly]
+        )
+        for s in STORMS
+    ],
 )
 def test_a_run_completes_in_a_storm(
     storm: Callable[[random.Random], Rule],
@@ -91,7 +105,13 @@ def test_a_run_completes_in_a_storm(
     def seconds(out: str, endpoint: str) -> float:
         argv[out_at] = out
         started = time.perf_counter()
-        done = subprocess.run(argv, env={**os.environ, "AWS_ENDPOINT_URL": endpoint}, capture_output=True, text=True, timeout=280)
+        done = subprocess.run(
+            argv,
+            env={**os.environ, "AWS_ENDPOINT_URL": endpoint},
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
         assert done.returncode == 0, done.stderr
         assert f"{SHARDS} shards committed now" in done.stdout, done.stdout
         return time.perf_counter() - started
@@ -110,7 +130,9 @@ def test_a_run_completes_in_a_storm(
         stormy = seconds(join(bucket, "stormy"), proxy.url)
         faults = sum(n for verdict, n in said.items() if verdict != FORWARD)
         more = len(proxy.calls) - 2 * calm_calls
-    print(f"{storm.__name__}: {stormy / calm:.1f} times the {calm:.1f} s, {faults} faults, {more} calls more than {calm_calls}")
+    print(
+        f"{storm.__name__}: {stormy / calm:.1f} times the {calm:.1f} s, {faults} faults, {more} calls more than {calm_calls}"
+    )
     assert faults > 1
     assert rows_of(join(bucket, "stormy")).equals(rows_of(join(bucket, "calm")))
     checked = vitray.validate(join(bucket, "stormy"), content=True)

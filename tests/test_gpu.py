@@ -55,7 +55,9 @@ class LateDevice:
     def upload(self, host: torch.Tensor, there: torch.Tensor) -> LateEvent:
         return self._ask(lambda: there.copy_(host))
 
-    def compute(self, work, pixels: torch.Tensor, after: LateEvent | None) -> tuple[list[torch.Tensor], LateEvent]:
+    def compute(
+        self, work, pixels: torch.Tensor, after: LateEvent | None
+    ) -> tuple[list[torch.Tensor], LateEvent]:
         if len(pixels) > self.room:
             raise torch.OutOfMemoryError("out of memory")
         columns: list[torch.Tensor] = []
@@ -128,7 +130,9 @@ def test_after_an_exception_the_ring_goes_on() -> None:
     for _ in range(2 * SLOTS):
         with pytest.raises(ValueError, match="no such kernel"):
             ring.start(batch, fail)
-    np.testing.assert_array_equal(ring.start(batch, sums).wait()[0], batch.astype(float).sum((1, 2, 3)))
+    np.testing.assert_array_equal(
+        ring.start(batch, sums).wait()[0], batch.astype(float).sum((1, 2, 3))
+    )
 
 
 def test_a_tensor_that_is_there_already_takes_no_slot() -> None:
@@ -148,13 +152,17 @@ def with_ring(directory: str, device: LateDevice, **fields: object) -> TorchMode
 
 
 @pytest.mark.parametrize("room", [100, 8, 5, 1])
-def test_a_model_on_the_ring_says_the_same_also_when_memory_makes_it_halve_its_batch(tmp_path: Path, room: int) -> None:
+def test_a_model_on_the_ring_says_the_same_also_when_memory_makes_it_halve_its_batch(
+    tmp_path: Path, room: int
+) -> None:
     directory, pixels = make_checkpoint(tmp_path / "m", "vit", True), noise(43)
     expected = run(job_for(directory, embeddings=[Embedding()], top_k=3, batch_size=16), pixels)
     device = LateDevice(room)
     model = with_ring(directory, device, batch_size=16)
     found: list = []
-    threads = [threading.Thread(target=lambda: found.append(model.predict(pixels))) for _ in range(2)]
+    threads = [
+        threading.Thread(target=lambda: found.append(model.predict(pixels))) for _ in range(2)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -164,7 +172,9 @@ def test_a_model_on_the_ring_says_the_same_also_when_memory_makes_it_halve_its_b
     for one in found:
         np.testing.assert_array_equal(one.ids, expected.ids)
         np.testing.assert_allclose(one.scores, expected.scores, rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(one.vectors["embedding"], expected.vectors["embedding"], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            one.vectors["embedding"], expected.vectors["embedding"], rtol=1e-4, atol=1e-5
+        )
     size = {100: 16, 8: 8, 5: 4, 1: 1}[room]  # two threads that fail at once halve it once
     assert model._sizes == (size,) and max(device.launched) == size
 
@@ -225,11 +235,16 @@ def software(blobs: list, refuses: tuple[bytes, ...] = ()) -> list[torch.Tensor]
 
 
 def as_fast(batch: torch.Tensor, size: tuple[int, int], resample: int) -> torch.Tensor:
-    fitted = [resize_fast(image.permute(1, 2, 0).contiguous().numpy(), size[::-1], resample) for image in batch]
+    fitted = [
+        resize_fast(image.permute(1, 2, 0).contiguous().numpy(), size[::-1], resample)
+        for image in batch
+    ]
     return torch.from_numpy(np.stack(fitted)).permute(0, 3, 1, 2)
 
 
-def decoder_for(chosen: DecodeSpec, refuses: tuple[bytes, ...] = (), threads: int = 2) -> DeviceDecoder:
+def decoder_for(
+    chosen: DecodeSpec, refuses: tuple[bytes, ...] = (), threads: int = 2
+) -> DeviceDecoder:
     return DeviceDecoder(
         chosen.pixels, "cpu", partial(software, refuses=refuses), partial(decode_bytes, spec=chosen),
         partial(fit_size, pixels=chosen.pixels), partial(as_fast, resample=chosen.pixels.resample), threads, chosen.mode == "hybrid",
@@ -239,19 +254,34 @@ def decoder_for(chosen: DecodeSpec, refuses: tuple[bytes, ...] = (), threads: in
 def test_only_plain_jpegs_are_left_to_the_device() -> None:
     images = odd_images()
     left = [at for at, image in enumerate(images) if left_to_device(image, spec_of("gpu"))]
-    assert left == [*range(13), 18, 19, len(images) - 1]  # 18, 19: what is broken in the middle only a decoder can tell
+    assert left == [
+        *range(13),
+        18,
+        19,
+        len(images) - 1,
+    ]  # 18, 19: what is broken in the middle only a decoder can tell
     outcome, turn = left_to_device(images[6], spec_of("gpu")) or (None, 0)
     assert outcome == Outcome(90, 70, "jpeg", None, "") and turn == 6
-    assert not any(left_to_device(image, spec_of(mode)) for image in images for mode in ("exact", "fast", "draft"))
+    assert not any(
+        left_to_device(image, spec_of(mode))
+        for image in images
+        for mode in ("exact", "fast", "draft")
+    )
     assert not any(left_to_device(image, spec_of("gpu", formats=("png",))) for image in images)
-    assert not any(left_to_device(jpeg(), spec((48, 40), None, resample, mode="gpu")) for resample in (0, 1, 4, 5))
+    assert not any(
+        left_to_device(jpeg(), spec((48, 40), None, resample, mode="gpu"))
+        for resample in (0, 1, 4, 5)
+    )
     assert left_to_device(jpeg(), spec((48,), (40, 40), mode="gpu")) and not left_to_device(
         jpeg(), spec((38,), (40, 40), mode="gpu")
     )
 
 
 def batch_of(dataset, images: list) -> FragmentBatch:
-    return FragmentBatch(ShardEvent("fragment", "s", 0, len(images)), rows=_encoded_table(items(*images), dataset.kept))
+    return FragmentBatch(
+        ShardEvent("fragment", "s", 0, len(images)),
+        rows=_encoded_table(items(*images), dataset.passthrough),
+    )
 
 
 class Remembers:
@@ -269,8 +299,17 @@ class Remembers:
 
 def dataset_for(tmp_path: Path, chosen: DecodeSpec):
     made = hand_made.make_dataset(tmp_path, commit=0)
-    job = Job(**{**made.job.model_dump(), "decode": chosen.mode, "max_pixels": chosen.max_pixels, "labels": False})
-    return dataclasses.replace(made, job=job, spec=dataclasses.replace(made.spec, pixels=chosen.pixels))
+    job = Job(
+        **{
+            **made.job.model_dump(),
+            "decode": chosen.mode,
+            "max_pixels": chosen.max_pixels,
+            "labels": False,
+        }
+    )
+    return dataclasses.replace(
+        made, job=job, spec=dataclasses.replace(made.spec, pixels=chosen.pixels)
+    )
 
 
 @pytest.mark.parametrize("mode", ["gpu", "hybrid"])
@@ -286,10 +325,14 @@ def test_rows_errors_and_pixels_are_those_of_fast(tmp_path: Path, mode: str, res
             dataset = dataset_for(tmp_path / f"{number}{name}", chosen)
             decoder = decoder_for(chosen, refuses) if name == mode else None
             model = Remembers(dataset.vectors)
-            batch = predict_step(dataset, model, decode_step(dataset, batch_of(dataset, images)), decoder)
+            batch = predict_step(
+                dataset, model, decode_step(dataset, batch_of(dataset, images)), decoder
+            )
             said[name] = batch.rows.to_pylist(), batch.errors.to_pylist(), model.seen[0]
         rows, errors, seen = said[mode]
-        assert [row["index"] for row in rows] == sorted(row["index"] for row in rows) and len(rows) + len(errors) == len(images)
+        assert [row["index"] for row in rows] == sorted(row["index"] for row in rows) and len(
+            rows
+        ) + len(errors) == len(images)
         assert rows == said["fast"][0] and errors == said["fast"][1]
         np.testing.assert_array_equal(seen, said["fast"][2])
 
@@ -300,10 +343,17 @@ def test_what_is_bad_beyond_its_header_becomes_an_error_row_on_the_device(tmp_pa
     dataset = dataset_for(tmp_path, spec_of("gpu"))
 
     def on_cpu(blobs: list) -> tuple[np.ndarray, list[Outcome]]:
-        return np.empty((0, 48, 40, 3), np.uint8), [Outcome(120, 90, "jpeg", "time_limit", "too slow") for _ in blobs]
+        return np.empty((0, 48, 40, 3), np.uint8), [
+            Outcome(120, 90, "jpeg", "time_limit", "too slow") for _ in blobs
+        ]
 
     decoder = dataclasses.replace(decoder_for(spec_of("gpu"), (cut,)), on_cpu=on_cpu)
-    batch = predict_step(dataset, Remembers(dataset.vectors), decode_step(dataset, batch_of(dataset, [cut, b""])), decoder)
+    batch = predict_step(
+        dataset,
+        Remembers(dataset.vectors),
+        decode_step(dataset, batch_of(dataset, [cut, b""])),
+        decoder,
+    )
     assert batch.rows.num_rows == 0 and batch.rows.schema.equals(dataset.schema)
     assert [(e["index"], e["reason"], e["size_bytes"]) for e in batch.errors.to_pylist()] == [
         (0, "time_limit", len(cut)),
@@ -352,7 +402,8 @@ def test_orientations_are_those_of_pillow(turn: int) -> None:
     exif[0x0112] = turn
     upright = np.asarray(ImageOps.exif_transpose(image))
     np.testing.assert_array_equal(
-        TURNS[turn](torch.from_numpy(np.array(photo(31, 22))).permute(2, 0, 1)).permute(1, 2, 0), upright
+        TURNS[turn](torch.from_numpy(np.array(photo(31, 22))).permute(2, 0, 1)).permute(1, 2, 0),
+        upright,
     )
 
 
@@ -367,7 +418,10 @@ def test_the_resize_of_the_device_is_a_level_off_at_most(mode: str) -> None:
 def test_without_a_gpu_one_line_says_what_is_missing(tmp_path: Path, fields: dict) -> None:
     directory = make_checkpoint(tmp_path / "m", "vit", True)
     with pytest.raises(
-        ModelError, match="vitray\\[gpu\\]" if "decode" in fields else "compute capability 8.9 or more, and this is cpu"
+        ModelError,
+        match="vitray\\[gpu\\]"
+        if "decode" in fields
+        else "compute capability 8.9 or more, and this is cpu",
     ):
         identify(job_for(directory, **fields))
 
@@ -379,15 +433,24 @@ def test_float8_is_the_product_of_what_it_rounds_to() -> None:
     torch.manual_seed(0)
     plain, x = torch.nn.Linear(64, 48).bfloat16(), (10 * torch.randn(5, 7, 64)).bfloat16()
     x[0, 0] = 0  # an empty row has no scale
-    (rows, row_scale), (weight, weight_scale) = fp8.scaled(x.reshape(-1, 64)), fp8.scaled(plain.weight.detach())
-    assert (rows.float() * row_scale - x.reshape(-1, 64).float()).abs().max() <= x.abs().max() / 16  # half of the last of 3 bits
+    (rows, row_scale), (weight, weight_scale) = (
+        fp8.scaled(x.reshape(-1, 64)),
+        fp8.scaled(plain.weight.detach()),
+    )
+    assert (
+        rows.float() * row_scale - x.reshape(-1, 64).float()
+    ).abs().max() <= x.abs().max() / 16  # half of the last of 3 bits
     expected = (rows.float() * row_scale) @ (weight.float() * weight_scale).t() + plain.bias.float()
     found = fp8.Float8Linear(plain)(x)
     assert found.dtype == torch.bfloat16 and found.shape == (5, 7, 48)
-    torch.testing.assert_close(found.reshape(-1, 48).float(), expected.detach(), rtol=2**-7, atol=2**-7)
+    torch.testing.assert_close(
+        found.reshape(-1, 48).float(), expected.detach(), rtol=2**-7, atol=2**-7
+    )
 
 
-def test_a_float8_model_says_how_well_it_agrees(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_float8_model_says_how_well_it_agrees(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     directory = make_checkpoint(tmp_path / "m", "vit", True)
     job = job_for(directory, embeddings=[Embedding()], precision="bf16", batch_size=8)
     mixed = dataclasses.replace(identify(job), precision="fp8")
@@ -408,7 +471,15 @@ def test_a_float8_model_says_how_well_it_agrees(tmp_path: Path, caplog: pytest.L
 
 
 def test_the_command_for_a_gpu_machine_runs_here(tmp_path: Path) -> None:
-    command = [sys.executable, "tests/gpu_check.py", "--device", "cpu", "--quick", "--out", str(tmp_path)]
+    command = [
+        sys.executable,
+        "tests/gpu_check.py",
+        "--device",
+        "cpu",
+        "--quick",
+        "--out",
+        str(tmp_path),
+    ]
     done = subprocess.run(command, cwd=HOME, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     report = json.loads((tmp_path / "gpu_check.json").read_text())

@@ -38,14 +38,30 @@ IMAGES = 14
 
 
 def make_head(
-    folder: Path, model: str, layer: int | None = None, pool: str = "cls", normalize: bool = False, **more: object
+    folder: Path,
+    model: str,
+    layer: int | None = None,
+    pool: str = "cls",
+    normalize: bool = False,
+    **more: object,
 ) -> str:
     """A head of random numbers for the model's embeddings [32], whose scores tell images apart."""
     rng = np.random.default_rng(3)
     weight = rng.normal(size=(len(NAMES), 32)).astype(np.float32) * (8 if normalize else 1.5)
-    head = Head(NAMES, weight, rng.normal(size=len(NAMES)).astype(np.float32), layer, pool, normalize, model, "")
+    head = Head(
+        NAMES,
+        weight,
+        rng.normal(size=len(NAMES)).astype(np.float32),
+        layer,
+        pool,
+        normalize,
+        model,
+        "",
+    )
     folder.mkdir()
-    write_head(str(folder), replace(head, **{"weights_sha256": hash_weights(locate(model, None)), **more}))
+    write_head(
+        str(folder), replace(head, **{"weights_sha256": hash_weights(locate(model, None)), **more})
+    )
     return str(folder)
 
 
@@ -72,7 +88,10 @@ def test_a_run_labels_by_the_head_in_the_same_pass(
         pool = "mean"
     model = make_checkpoint(tmp_path / "m", name, name == "vit")
     url = make_head(tmp_path / "head", model, layer, pool, normalize)
-    wanted = [Embedding(layer=layer or "last", pool=pool, normalize=normalize), Embedding(layer=3, pool="mean")]
+    wanted = [
+        Embedding(layer=layer or "last", pool=pool, normalize=normalize),
+        Embedding(layer=3, pool="mean"),
+    ]
     vectors = run(job_for(model, False, wanted), noise(IMAGES)).vectors
     scores = expected_scores(next(iter(vectors.values())), read_head(url))
     assert np.ptp(scores, axis=1).min() > 0.05
@@ -90,7 +109,9 @@ def test_other_engines_give_the_same_scores(vit: str, tmp_path: Path, engine: st
     pytest.importorskip({"onnx": "onnxruntime"}.get(engine, engine))
     url = make_head(tmp_path / "head", vit, 2, "mean", True)
     exact = by_label(run(job_for(vit, head=url), noise(IMAGES)))
-    np.testing.assert_allclose(by_label(run(job_for(vit, head=url, engine=engine), noise(IMAGES))), exact, atol=1e-4)
+    np.testing.assert_allclose(
+        by_label(run(job_for(vit, head=url, engine=engine), noise(IMAGES))), exact, atol=1e-4
+    )
 
 
 @pytest.mark.nightly
@@ -98,7 +119,9 @@ def test_a_compiled_pass_gives_the_same_scores(vit: str, tmp_path: Path) -> None
     job = job_for(vit, head=make_head(tmp_path / "head", vit, 2, "mean", True), batch_size=1)
     spec = identify(job)
     model = open_model(spec, vector_columns(job, spec), 5, True, "cpu", 1, compiled=True)
-    np.testing.assert_allclose(by_label(model.predict(noise(3))), by_label(run(job, noise(3))), atol=1e-4)
+    np.testing.assert_allclose(
+        by_label(model.predict(noise(3))), by_label(run(job, noise(3))), atol=1e-4
+    )
 
 
 def test_bf16_labels_are_those_of_fp32_where_its_margin_is_clear(vit: str, tmp_path: Path) -> None:
@@ -119,13 +142,23 @@ def test_a_head_that_does_not_fit_is_refused_in_one_line(vit: str, tmp_path: Pat
 
     foreign = make_head(tmp_path / "foreign", vit, weights_sha256="5" * 64)
     mine = hash_weights(locate(vit, None))[:12]
-    assert f"{foreign} is for {vit} (weights 555555555555…), and the embeddings are of {vit} ({mine}…)" in refused(foreign)
-    assert "has no layer 9: layers are 1..3 or last" in refused(make_head(tmp_path / "high", vit, 9))
+    assert (
+        f"{foreign} is for {vit} (weights 555555555555…), and the embeddings are of {vit} ({mine}…)"
+        in refused(foreign)
+    )
+    assert "has no layer 9: layers are 1..3 or last" in refused(
+        make_head(tmp_path / "high", vit, 9)
+    )
     wide = np.ones((4, 48), np.float32)
-    assert "takes 48 values, and an embedding" in refused(make_head(tmp_path / "wide", vit, weight=wide))
+    assert "takes 48 values, and an embedding" in refused(
+        make_head(tmp_path / "wide", vit, weight=wide)
+    )
     for directory in (f"{tmp_path}/nothing", vit):  # a whole checkpoint is none
         said = refused(directory)
-        assert f"head {directory} cannot be read: {directory}/head.json does not exist. Give a directory with head.json" in said
+        assert (
+            f"head {directory} cannot be read: {directory}/head.json does not exist. Give a directory with head.json"
+            in said
+        )
     url = make_head(tmp_path / "head", vit)
     job = job_for(vit, head=url)
     spec = identify(job)
@@ -139,7 +172,10 @@ def test_a_head_that_does_not_fit_is_refused_in_one_line(vit: str, tmp_path: Pat
     [
         ({"pool": "banana"}, "layer 'last', pool 'banana', normalize False"),
         ({"normalize": "false"}, "layer 'last', pool 'cls', normalize 'false'"),
-        *(({"layer": layer}, f"layer {layer!r}, pool 'cls', normalize False") for layer in (2.7, True, 0, "2", None)),
+        *(
+            ({"layer": layer}, f"layer {layer!r}, pool 'cls', normalize False")
+            for layer in (2.7, True, 0, "2", None)
+        ),
         ({"labels": "abcd"}, "its labels are no list"),
         ({"labels": ["a", "b", "c"]}, "weight [4, 32], bias [4] and 3 labels do not fit"),
         ({"labels": ["a", "b", "c", None]}, "None is not text"),
@@ -149,16 +185,22 @@ def test_a_head_that_does_not_fit_is_refused_in_one_line(vit: str, tmp_path: Pat
         ({"labels": None}, "its labels are no list"),
     ],
 )
-def test_a_head_that_no_training_wrote_is_refused(vit: str, tmp_path: Path, fields: dict[str, object], says: str) -> None:
+def test_a_head_that_no_training_wrote_is_refused(
+    vit: str, tmp_path: Path, fields: dict[str, object], says: str
+) -> None:
     url = Path(make_head(tmp_path / "head", vit))
     (url / "head.json").write_text(json.dumps(json.loads((url / "head.json").read_text()) | fields))
     with pytest.raises(ModelError, match=f"^head {url} cannot be read: {re.escape(says)}"):
         read_head(str(url))
 
 
-def test_a_head_of_other_numbers_or_of_endless_brackets_is_refused(vit: str, tmp_path: Path) -> None:
+def test_a_head_of_other_numbers_or_of_endless_brackets_is_refused(
+    vit: str, tmp_path: Path
+) -> None:
     url = Path(make_head(tmp_path / "head", vit))
-    save_file({"weight": np.ones((4, 32), np.float32), "bias": np.ones(4)}, url / "head.safetensors")
+    save_file(
+        {"weight": np.ones((4, 32), np.float32), "bias": np.ones(4)}, url / "head.safetensors"
+    )
     with pytest.raises(ModelError, match="weight and bias are float32 and float64, not float32"):
         read_head(str(url))
     (url / "head.json").write_text("[" * 200_000)
@@ -176,21 +218,46 @@ def job(vit: str, tmp_path: Path) -> Job:
     for n, image in enumerate(noise(IMAGES)):
         Image.fromarray(image).save(tmp_path / "in" / f"{n:02d}.png")
     (tmp_path / "in" / "05x.png").write_bytes(b"no picture")
-    vectors = [{"name": "raw"}, {"layer": 2, "pool": "mean", "normalize": True, "dtype": "float16", "name": "half"}]
-    fields = {"engine": "torch", "device": "cpu", "precision": "fp32", "group_size": 8, "max_error_rate": 1, "top_k": 3}
-    return Job(source=f"{tmp_path}/in", model=vit, out=f"{tmp_path}/out", embeddings=vectors, **fields)
+    vectors = [
+        {"name": "raw"},
+        {"layer": 2, "pool": "mean", "normalize": True, "dtype": "float16", "name": "half"},
+    ]
+    fields = {
+        "engine": "torch",
+        "device": "cpu",
+        "precision": "fp32",
+        "group_size": 8,
+        "max_error_rate": 1,
+        "top_k": 3,
+    }
+    return Job(
+        source=f"{tmp_path}/in", model=vit, out=f"{tmp_path}/out", embeddings=vectors, **fields
+    )
 
 
-@pytest.mark.parametrize(("reads", "column", "close"), [(READS[0], "raw", 1e-4), ((2, "mean", True), "half", 1e-2)])
+@pytest.mark.parametrize(
+    ("reads", "column", "close"), [(READS[0], "raw", 1e-4), ((2, "mean", True), "half", 1e-2)]
+)
 def test_a_dataset_relabelled_equals_a_run_with_the_head(
-    job: Job, vit: str, tmp_path: Path, reads: tuple[int | None, str, bool], column: str, close: float
+    job: Job,
+    vit: str,
+    tmp_path: Path,
+    reads: tuple[int | None, str, bool],
+    column: str,
+    close: float,
 ) -> None:
     head, into = make_head(tmp_path / "head", vit, *reads), f"{tmp_path}/into"
     vitray.run(job)
     ran = job.model_copy(update={"head": head, "out": f"{tmp_path}/ran"})
     vitray.run(ran)
     found = relabel(job.out, head, into)
-    assert (found.column, found.shards, found.written, found.rows, found.errors) == (f"embedding_{column}", 2, 2, IMAGES, 1)
+    assert (found.column, found.shards, found.written, found.rows, found.errors) == (
+        f"embedding_{column}",
+        2,
+        2,
+        IMAGES,
+        1,
+    )
     old, new, expected = (vitray.read(out) for out in (job.out, into, ran.out))
     labels = ["label", "label_id", "score", "top_labels", "top_ids", "top_scores"]
     assert new.drop_columns(labels).equals(old.drop_columns(labels))
@@ -198,19 +265,35 @@ def test_a_dataset_relabelled_equals_a_run_with_the_head(
     np.testing.assert_allclose(new["score"], expected["score"], atol=close)
     chances = np.array(expected["top_scores"].to_pylist())
     clear = chances[:, 0] - chances[:, 1] > 2 * close
-    assert clear.sum() >= IMAGES // 2 and pc.all(pc.equal(new["label"], expected["label"]).filter(clear)).as_py()
-    assert [len(row) for row in new["top_labels"].to_pylist()] == [3] * IMAGES and set(new["label"].to_pylist()) <= set(NAMES)
+    assert (
+        clear.sum() >= IMAGES // 2
+        and pc.all(pc.equal(new["label"], expected["label"]).filter(clear)).as_py()
+    )
+    assert [len(row) for row in new["top_labels"].to_pylist()] == [3] * IMAGES and set(
+        new["label"].to_pylist()
+    ) <= set(NAMES)
 
     checked = vitray.validate(into, content=True)
     assert (checked.problems, checked.rows, checked.errors, checked.pending) == ((), IMAGES, 1, 0)
     assert status(into).complete
-    assert f"head       {head} (sha256 {read_head(head).sha256()[:12]}…), over the stored {found.column}\n" in str(status(into))
-    assert compare(into, ran.out).rows == IMAGES and (compare(into, ran.out).agreement or 0) >= clear.mean()
+    assert (
+        f"head       {head} (sha256 {read_head(head).sha256()[:12]}…), over the stored {found.column}\n"
+        in str(status(into))
+    )
+    assert (
+        compare(into, ran.out).rows == IMAGES
+        and (compare(into, ran.out).agreement or 0) >= clear.mean()
+    )
     report(into, f"{tmp_path}/page.html", None, False)
     assert new["label"][0].as_py() in Path(f"{tmp_path}/page.html").read_text()
-    assert f"`{read_head(head).sha256()}`, over the stored `{found.column}`" in Path(write_card(into)).read_text()
+    assert (
+        f"`{read_head(head).sha256()}`, over the stored `{found.column}`"
+        in Path(write_card(into)).read_text()
+    )
     assert relabel(job.out, head, into).written == 0
-    with pytest.raises(FingerprintError, match="head differs"):  # a run's labels are of the pass itself
+    with pytest.raises(
+        FingerprintError, match="head differs"
+    ):  # a run's labels are of the pass itself
         vitray.run(ran.model_copy(update={"out": into}))
 
 
@@ -220,7 +303,11 @@ def test_a_dataset_that_has_no_labels_gets_some_and_goes_on_after_a_kill(
     plain = job.model_copy(update={"labels": False})
     vitray.run(plain)
     bucket = new_bucket(mock_s3, monkeypatch)
-    local, head, into = make_head(tmp_path / "head", vit), join(bucket, "head"), join(bucket, "into")
+    local, head, into = (
+        make_head(tmp_path / "head", vit),
+        join(bucket, "head"),
+        join(bucket, "into"),
+    )
     for name in ("head.json", "head.safetensors"):
         store_for(head).create(join(head, name), Path(local, name).read_bytes())
     assert relabel(plain.out, head, into).written == 2
@@ -244,7 +331,9 @@ def test_a_shard_that_was_redone_is_relabelled_again(job: Job, vit: str, tmp_pat
     status = (tmp_path / "in" / "05x.png").stat()
     data = bad.read_bytes()
     (tmp_path / "in" / "05x.png").write_bytes(data[: status.st_size])
-    os.utime(tmp_path / "in" / "05x.png", ns=(status.st_atime_ns, status.st_mtime_ns))  # the same shard, other bytes
+    os.utime(
+        tmp_path / "in" / "05x.png", ns=(status.st_atime_ns, status.st_mtime_ns)
+    )  # the same shard, other bytes
     vitray.run(job)
     assert relabel(job.out, head, into).written == 1 and relabel(job.out, head, into).written == 0
     reasons = vitray.validate(into, content=True)
@@ -253,13 +342,18 @@ def test_a_shard_that_was_redone_is_relabelled_again(job: Job, vit: str, tmp_pat
     assert old.equals(new)
 
 
-def test_what_cannot_be_relabelled_is_refused_and_writes_nothing(job: Job, vit: str, tmp_path: Path) -> None:
+def test_what_cannot_be_relabelled_is_refused_and_writes_nothing(
+    job: Job, vit: str, tmp_path: Path
+) -> None:
     vitray.run(job)
     head, into = make_head(tmp_path / "head", vit, None, "mean"), f"{tmp_path}/into"
     with pytest.raises(JobError) as raised:
         relabel(job.out, head, into)
     assert "reads layer last, pool mean, normalize false" in str(raised.value)
-    assert "embedding_raw: layer last, pool cls, normalize false; embedding_half: layer 2, pool mean" in str(raised.value)
+    assert (
+        "embedding_raw: layer last, pool cls, normalize false; embedding_half: layer 2, pool mean"
+        in str(raised.value)
+    )
     foreign = make_head(tmp_path / "foreign", vit, weights_sha256="5" * 64)
     with pytest.raises(ModelError, match=r"weights 555555555555…\), and the embeddings are of"):
         relabel(job.out, foreign, into)
@@ -276,15 +370,30 @@ def test_what_cannot_be_relabelled_is_refused_and_writes_nothing(job: Job, vit: 
         relabel(job.out, make_head(tmp_path / "next", vit, bias=np.ones(4, np.float32)), into)
 
 
-def test_the_command_says_what_it_did_and_a_run_takes_the_head_as_a_field(job: Job, vit: str, tmp_path: Path) -> None:
+def test_the_command_says_what_it_did_and_a_run_takes_the_head_as_a_field(
+    job: Job, vit: str, tmp_path: Path
+) -> None:
     head = make_head(tmp_path / "head", vit)
     vitray.run(job.model_copy(update={"head": head}))
     dataset = open_dataset(job.out)
     assert dataset is not None and (dataset.spec.head, dataset.spec.labels) == (head, NAMES)
-    argv = [sys.executable, "-m", "vitray", "relabel", job.out, "--head", head, "--into", f"{tmp_path}/into"]
+    argv = [
+        sys.executable,
+        "-m",
+        "vitray",
+        "relabel",
+        job.out,
+        "--head",
+        head,
+        "--into",
+        f"{tmp_path}/into",
+    ]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{tmp_path}/into: 2 shards relabelled by embedding_raw, 2 of them now, 14 rows, 1 error\n"
+    assert (
+        done.stdout
+        == f"{tmp_path}/into: 2 shards relabelled by embedding_raw, 2 of them now, 14 rows, 1 error\n"
+    )
     assert not {"torch", "transformers"} & set(_modules_of(argv[3:]))
     write_head(head, replace(read_head(head), bias=np.ones(4, np.float32)))
     with pytest.raises(FingerprintError, match="head differs"):
@@ -293,4 +402,6 @@ def test_the_command_says_what_it_did_and_a_run_takes_the_head_as_a_field(job: J
 
 def _modules_of(arguments: list[str]) -> list[str]:
     code = f"import sys\nsys.argv = ['vitray', *{arguments!r}]\nfrom vitray.cli import main\ntry:\n    main()\nexcept SystemExit:\n    print('\\n', *sys.modules)"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60).stdout.split()
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
+    ).stdout.split()

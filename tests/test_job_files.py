@@ -18,7 +18,13 @@ from vitray.job import is_job_file, load_job, read_fields
 from vitray.training.config import load_config
 
 Call = Callable[..., tuple[int, str, str]]
-FIELDS = {"source": ["in/*.tar"], "model": "m", "out": "out", "top_k": 3, "embeddings": [{"layer": 2, "pool": "mean"}]}
+FIELDS = {
+    "source": ["in/*.tar"],
+    "model": "m",
+    "out": "out",
+    "top_k": 3,
+    "embeddings": [{"layer": 2, "pool": "mean"}],
+}
 
 
 @pytest.fixture
@@ -39,7 +45,10 @@ def vitray(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 # ---------------------------------------------------------------- job files
 
 
-@pytest.mark.parametrize("name", ["job.yaml", "j.YAML", "job.yml", "job.YML", "Job.Yaml", "job.json", "JOB.JSON", "my job.Json"])
+@pytest.mark.parametrize(
+    "name",
+    ["job.yaml", "j.YAML", "job.yml", "job.YML", "Job.Yaml", "job.json", "JOB.JSON", "my job.Json"],
+)
 def test_a_job_file_is_known_by_its_suffix_in_any_case(
     vitray: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -51,10 +60,15 @@ def test_a_job_file_is_known_by_its_suffix_in_any_case(
     assert (job.source, job.model, job.out, job.top_k) == (["in/*.tar"], "m", "out", 4)
     assert (job.embeddings[0].layer, job.embeddings[0].pool) == (2, "mean")
     code, _, err = vitray("plan", path)
-    assert code == 2 and err.startswith("SourceError: source ") and "in/*.tar names no object" in err, err
+    assert (
+        code == 2 and err.startswith("SourceError: source ") and "in/*.tar names no object" in err
+    ), err
 
 
-@pytest.mark.parametrize("name", ["photos", "a.jsonl", "a.ndjson", "json", "yaml", "a.json.tar", "job.yaml/", "a.yaml.bak"])
+@pytest.mark.parametrize(
+    "name",
+    ["photos", "a.jsonl", "a.ndjson", "json", "yaml", "a.json.tar", "job.yaml/", "a.yaml.bak"],
+)
 def test_other_arguments_are_sources(name: str) -> None:
     assert not is_job_file(name)
     assert job_of(name, "m", "out", None).source == [name]
@@ -70,25 +84,40 @@ def test_a_training_is_read_from_json_too(tmp_path: Path, name: str) -> None:
 
 def test_json_is_read_as_json_is_written(tmp_path: Path) -> None:
     path = tmp_path / "job.json"
-    text = json.dumps({**FIELDS, "labels": ["\U0001f431", "no", "\u00e9"], "head": None}, indent="\t")
+    text = json.dumps(
+        {**FIELDS, "labels": ["\U0001f431", "no", "\u00e9"], "head": None}, indent="\t"
+    )
     assert "\\ud83d\\udc31" in text
     path.write_bytes(b"\xef\xbb\xbf" + text.replace("in/*", "in\\/*").encode())
     assert read_fields(path) == {**FIELDS, "labels": ["\U0001f431", "no", "\u00e9"], "head": None}
     job = load_job(path)
-    assert (job.labels, job.head, job.source) == (["\U0001f431", "no", "\u00e9"], None, ["in/*.tar"])
+    assert (job.labels, job.head, job.source) == (
+        ["\U0001f431", "no", "\u00e9"],
+        None,
+        ["in/*.tar"],
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ('{"source": "a", "model": "m", "source": "b", "out": "o"}', "is not valid JSON: `source` is there twice"),
+        (
+            '{"source": "a", "model": "m", "source": "b", "out": "o"}',
+            "is not valid JSON: `source` is there twice",
+        ),
         ('{"embeddings": [{"layer": 1, "layer": 2}]}', "is not valid JSON: `layer` is there twice"),
-        ('{"source": "a", "max_error_rate": NaN}', "is not valid JSON: NaN is not a number in JSON"),
+        (
+            '{"source": "a", "max_error_rate": NaN}',
+            "is not valid JSON: NaN is not a number in JSON",
+        ),
         ('{"source": "a",}', "is not valid JSON: "),
         ("source: a\nmodel: m\nout: o\n", "is not valid JSON: Expecting value: line 1 column 1"),
         ("", "is not valid JSON: "),
         ("[" * 100_000, "is not valid JSON: "),
-        ('{"path": "a.jpg"}\n{"path": "b.jpg"}\n', "is not valid JSON: Extra data: line 2 column 1"),
+        (
+            '{"path": "a.jpg"}\n{"path": "b.jpg"}\n',
+            "is not valid JSON: Extra data: line 2 column 1",
+        ),
         ('{"path": "a.jpg"}\n{"path": "b.jpg"}\n', "call a manifest of JSON lines .jsonl"),
         ('[{"path": "a.jpg"}]', 'holds no fields; write an object like {"source": "photos/*.tar"}'),
         ('[{"path": "a.jpg"}]', "call a manifest of JSON lines .jsonl"),
@@ -101,7 +130,9 @@ def test_json_is_read_as_json_is_written(tmp_path: Path) -> None:
         ('{"path": "a.jpg"}', "is no job: it has path and no field of a job"),
     ],
 )
-def test_a_json_file_that_is_no_job_is_refused_in_one_line(vitray: Call, tmp_path: Path, text: str, says: str) -> None:
+def test_a_json_file_that_is_no_job_is_refused_in_one_line(
+    vitray: Call, tmp_path: Path, text: str, says: str
+) -> None:
     path = tmp_path / "my job.JSON"
     path.write_text(text)
     for command in ("run", "plan"):
@@ -115,14 +146,19 @@ def test_bytes_that_are_no_utf8_are_no_json(vitray: Call, tmp_path: Path) -> Non
     path = tmp_path / "job.json"
     path.write_bytes(json.dumps(FIELDS).encode("utf-16"))
     code, _, err = vitray("plan", path)
-    assert code == 2 and err.startswith(f"JobError: {path} is not valid JSON: 'utf-8' codec can't decode"), err
+    assert code == 2 and err.startswith(
+        f"JobError: {path} is not valid JSON: 'utf-8' codec can't decode"
+    ), err
 
 
 def test_an_unknown_field_in_json_names_the_nearest_one(vitray: Call, tmp_path: Path) -> None:
     path = tmp_path / "job.json"
     path.write_text(json.dumps({**FIELDS, "batchsize": 8}))
     code, _, err = vitray("plan", path)
-    assert (code, err) == (2, "JobError: the job is not valid: unknown field `batchsize`; did you mean `batch_size`?\n")
+    assert (code, err) == (
+        2,
+        "JobError: the job is not valid: unknown field `batchsize`; did you mean `batch_size`?\n",
+    )
 
 
 def test_a_missing_json_file_is_named(tmp_path: Path) -> None:
@@ -138,7 +174,16 @@ def test_a_missing_json_file_is_named(tmp_path: Path) -> None:
 
 @pytest.fixture
 def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("a.jpg", "b.jpg", "c.jpg", "notes.txt", "2026/x.png", "2026/y.png", "2027/z.png", "my photos/img1.jpg"):
+    for name in (
+        "a.jpg",
+        "b.jpg",
+        "c.jpg",
+        "notes.txt",
+        "2026/x.png",
+        "2026/y.png",
+        "2027/z.png",
+        "my photos/img1.jpg",
+    ):
         path = tmp_path / "photos" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"x")
@@ -148,7 +193,9 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def expanded(pattern: str) -> list[str]:
     """What a shell makes of a word without quotes."""
-    done = subprocess.run(["sh", "-c", f"printf '%s\\n' {pattern}"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["sh", "-c", f"printf '%s\\n' {pattern}"], capture_output=True, text=True, check=True
+    )
     return done.stdout.splitlines()
 
 
@@ -161,7 +208,9 @@ def expanded(pattern: str) -> list[str]:
         ("submit", ["--address", "http://127.0.0.1:1", "--model", "m"]),
     ],
 )
-def test_a_pattern_without_quotes_is_explained(vitray: Call, photos: Path, command: str, rest: list[str]) -> None:
+def test_a_pattern_without_quotes_is_explained(
+    vitray: Call, photos: Path, command: str, rest: list[str]
+) -> None:
     code, out, err = vitray(command, *expanded("photos/*.jpg"), *rest)
     assert (code, out) == (2, "")
     assert err == (
@@ -182,11 +231,15 @@ def test_a_pattern_without_quotes_is_explained(vitray: Call, photos: Path, comma
         ("./photos/*.jpg", 3),
     ],
 )
-def test_the_pattern_that_is_proposed_names_the_same_files(vitray: Call, photos: Path, pattern: str, count: int) -> None:
+def test_the_pattern_that_is_proposed_names_the_same_files(
+    vitray: Call, photos: Path, pattern: str, count: int
+) -> None:
     files = expanded(pattern)
     code, _, err = vitray("run", *files)
     assert code == 2
-    assert err.startswith(f"vitray: {count} files where one source is expected: the shell expanded the pattern; quote it: ")
+    assert err.startswith(
+        f"vitray: {count} files where one source is expected: the shell expanded the pattern; quote it: "
+    )
     command = err.partition("quote it: ")[2].removesuffix(" (vitray --help)\n")
     proposed = shlex.split(command)[2]
     assert shlex.split(command) == ["vitray", "run", proposed] and f"'{proposed}'" in command
@@ -202,10 +255,15 @@ def test_files_that_no_simple_pattern_names_are_to_be_listed(vitray: Call, photo
     )
 
 
-def test_files_of_one_beginning_are_not_widened_to_the_whole_folder(vitray: Call, photos: Path) -> None:
+def test_files_of_one_beginning_are_not_widened_to_the_whole_folder(
+    vitray: Call, photos: Path
+) -> None:
     for name in ("img_1.jpg", "img_2.jpg"):
         (photos / "photos" / name).write_bytes(b"x")
-    assert "quote it: vitray run 'photos/img_*.jpg' (" in vitray("run", *expanded("photos/img_?.jpg"))[2]
+    assert (
+        "quote it: vitray run 'photos/img_*.jpg' ("
+        in vitray("run", *expanded("photos/img_?.jpg"))[2]
+    )
 
 
 def test_a_pattern_of_names_with_spaces_stays_one_word(vitray: Call, photos: Path) -> None:
@@ -214,16 +272,33 @@ def test_a_pattern_of_names_with_spaces_stays_one_word(vitray: Call, photos: Pat
     assert "quote it: vitray run 'photos/my photos/*.jpg' (" in vitray("run", *files)[2]
 
 
-def test_files_at_different_depths_get_a_pattern_that_crosses_folders(vitray: Call, photos: Path) -> None:
+def test_files_at_different_depths_get_a_pattern_that_crosses_folders(
+    vitray: Call, photos: Path
+) -> None:
     _, _, err = vitray("run", "photos/a.jpg", "photos/2026/x.png")
-    assert "if the shell expanded the pattern, quote it: vitray run 'photos/**'; or list them as `source`" in err
+    assert (
+        "if the shell expanded the pattern, quote it: vitray run 'photos/**'; or list them as `source`"
+        in err
+    )
 
 
 def test_a_pattern_of_calibration_images_is_explained(vitray: Call, photos: Path) -> None:
-    argv = ["export", "model", "--to", "onnx", "--into", "new", "--calibrate", *expanded("photos/*.jpg")]
+    argv = [
+        "export",
+        "model",
+        "--to",
+        "onnx",
+        "--into",
+        "new",
+        "--calibrate",
+        *expanded("photos/*.jpg"),
+    ]
     code, _, err = vitray(*argv)
     assert code == 2
-    assert "the shell expanded the pattern; quote it: vitray export --calibrate 'photos/*.jpg' (vitray --help)" in err
+    assert (
+        "the shell expanded the pattern; quote it: vitray export --calibrate 'photos/*.jpg' (vitray --help)"
+        in err
+    )
 
 
 @pytest.mark.parametrize(
@@ -236,7 +311,9 @@ def test_a_pattern_of_calibration_images_is_explained(vitray: Call, photos: Path
         (["status", "photos/a.jpg", "photos/b.jpg"], "photos/b.jpg"),
     ],
 )
-def test_other_extra_arguments_are_named(vitray: Call, photos: Path, argv: list[str], extra: str) -> None:
+def test_other_extra_arguments_are_named(
+    vitray: Call, photos: Path, argv: list[str], extra: str
+) -> None:
     (photos / "job.yaml").write_text("{}")
     code, out, err = vitray(*argv)
     assert (code, out) == (2, "")

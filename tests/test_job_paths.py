@@ -53,7 +53,12 @@ def from_python(folder: Path, fields: dict[str, object]) -> Job:
 
 def from_set(folder: Path, fields: dict[str, object]) -> Job:
     (folder / "job.yaml").write_text(json.dumps(BASE))
-    return job_of(str(folder / "job.yaml"), None, None, [f"{name}={json.dumps(value)}" for name, value in fields.items()])
+    return job_of(
+        str(folder / "job.yaml"),
+        None,
+        None,
+        [f"{name}={json.dumps(value)}" for name, value in fields.items()],
+    )
 
 
 def from_options(folder: Path, fields: dict[str, object]) -> Job:
@@ -66,12 +71,18 @@ def from_options(folder: Path, fields: dict[str, object]) -> Job:
 @pytest.mark.parametrize("make", [from_yaml, from_python, from_set, from_options])
 @pytest.mark.parametrize(("field", "written", "expected"), HOMES)
 def test_a_leading_tilde_is_the_home_directory_wherever_a_job_is_written(
-    make: Callable[[Path, dict[str, object]], Job], tmp_path: Path, field: str, written: object, expected: object
+    make: Callable[[Path, dict[str, object]], Job],
+    tmp_path: Path,
+    field: str,
+    written: object,
+    expected: object,
 ) -> None:
     job = make(tmp_path, {**BASE, field: written})
     assert getattr(job, field) == expected
     assert {name: getattr(job, name) for name in BASE if name != field} == {
-        name: [value] if name == "source" else value for name, value in BASE.items() if name != field
+        name: [value] if name == "source" else value
+        for name, value in BASE.items()
+        if name != field
     }
 
 
@@ -83,7 +94,18 @@ def test_the_home_of_another_user_is_found_by_its_name() -> None:
 
 
 @pytest.mark.parametrize(
-    "literal", ["./~", "./~/x", "a/~/x", "~nobody-of-this-name/x", "~backup.tar", "s3://~/x", "/~/x", "\\~/x", "{~,a}/x"]
+    "literal",
+    [
+        "./~",
+        "./~/x",
+        "a/~/x",
+        "~nobody-of-this-name/x",
+        "~backup.tar",
+        "s3://~/x",
+        "/~/x",
+        "\\~/x",
+        "{~,a}/x",
+    ],
 )
 def test_only_a_tilde_that_a_shell_expands_is_expanded(literal: str) -> None:
     job = make_job({**BASE, "source": literal, "out": literal, "allow": [literal]})
@@ -91,8 +113,21 @@ def test_only_a_tilde_that_a_shell_expands_is_expanded(literal: str) -> None:
 
 
 def test_labels_and_names_that_begin_with_a_tilde_stay_as_they_are() -> None:
-    job = make_job({**BASE, "labels": ["~/cat", "~"], "prompts": ["~/{}"], "keep": ["~/x"], "key_column": "~/k"})
-    assert (job.labels, job.prompts, job.keep, job.key_column) == (["~/cat", "~"], ["~/{}"], ["~/x"], "~/k")
+    job = make_job(
+        {
+            **BASE,
+            "labels": ["~/cat", "~"],
+            "prompts": ["~/{}"],
+            "keep": ["~/x"],
+            "key_column": "~/k",
+        }
+    )
+    assert (job.labels, job.prompts, job.keep, job.key_column) == (
+        ["~/cat", "~"],
+        ["~/{}"],
+        ["~/x"],
+        "~/k",
+    )
 
 
 def test_a_job_that_was_expanded_once_stays_the_same() -> None:
@@ -101,8 +136,12 @@ def test_a_job_that_was_expanded_once_stays_the_same() -> None:
     assert job.out == "/home/ada/~"
 
 
-@pytest.mark.parametrize(("field", "written"), [("source", "~/a"), ("out", "~"), ("labels", "~/l.txt"), ("allow", "~/a")])
-def test_without_a_home_directory_the_field_is_named(monkeypatch: pytest.MonkeyPatch, field: str, written: str) -> None:
+@pytest.mark.parametrize(
+    ("field", "written"), [("source", "~/a"), ("out", "~"), ("labels", "~/l.txt"), ("allow", "~/a")]
+)
+def test_without_a_home_directory_the_field_is_named(
+    monkeypatch: pytest.MonkeyPatch, field: str, written: str
+) -> None:
     def nobody(uid: int) -> None:
         raise KeyError(uid)
 
@@ -116,8 +155,13 @@ def test_without_a_home_directory_the_field_is_named(monkeypatch: pytest.MonkeyP
     )
 
 
-@pytest.mark.parametrize("field", ["source", "dataset", "model", "out", "label_table", "teacher", "teacher_model", "allow"])
-def test_a_leading_tilde_is_the_home_directory_in_a_training_too(tmp_path: Path, field: str) -> None:
+@pytest.mark.parametrize(
+    "field",
+    ["source", "dataset", "model", "out", "label_table", "teacher", "teacher_model", "allow"],
+)
+def test_a_leading_tilde_is_the_home_directory_in_a_training_too(
+    tmp_path: Path, field: str
+) -> None:
     fields: dict[str, object] = {"model": "m", "out": "o", field: "~/x"}
     if field not in ("dataset", "teacher"):
         fields.setdefault("source", "in")
@@ -130,7 +174,9 @@ def test_a_leading_tilde_is_the_home_directory_in_a_training_too(tmp_path: Path,
 
 
 def test_the_column_of_a_training_is_no_path(tmp_path: Path) -> None:
-    (tmp_path / "pets.yaml").write_text(json.dumps({"source": "~/in", "model": "m", "out": "o", "label": "~/breed"}))
+    (tmp_path / "pets.yaml").write_text(
+        json.dumps({"source": "~/in", "model": "m", "out": "o", "label": "~/breed"})
+    )
     config = load_config(tmp_path / "pets.yaml")
     assert (config.label, config.source_job().keep) == ("~/breed", ["~/breed"])
 
@@ -175,7 +221,9 @@ def test_keys_and_columns_on_the_command_line_stay_as_they_are() -> None:
     assert params(["report", "out", "--truth", "~/a"])["truth"] == "~/a"
 
 
-def test_paths_in_a_manifest_are_never_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_in_a_manifest_are_never_expanded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     home, beside = tmp_path / "home", tmp_path / "in" / "~"
     for folder, data in ((home, b"secret"), (beside, b"public")):
         folder.mkdir(parents=True)
@@ -188,5 +236,9 @@ def test_paths_in_a_manifest_are_never_expanded(tmp_path: Path, monkeypatch: pyt
     for allow in ([], [str(home), str(tmp_path / "in"), user.pw_dir]):
         job = make_job({**BASE, "source": str(tmp_path / "in" / "list.csv"), "allow": allow})
         (shard,) = list_shards(job, []).shards
-        read = [(row.data, row.reason) for row in read_shard(shard, job, lambda index: True) if isinstance(row, Encoded)]
+        read = [
+            (row.data, row.reason)
+            for row in read_shard(shard, job, lambda index: True)
+            if isinstance(row, Encoded)
+        ]
         assert read == [(b"public", None), (None, "missing"), (b"public", None)]

@@ -35,7 +35,19 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(inputs: Path, model: str, out: Path, *more: str) -> list[str]:
     fields = ["precision=fp32", "engine=torch", "batch_size=8", f"fragment_rows={FRAGMENT}"]
     sets = [part for field in fields for part in ("--set", field)]
-    return [sys.executable, "-m", "vitray", "run", str(inputs / "in"), "--model", model, "--out", str(out), *sets, *more]
+    return [
+        sys.executable,
+        "-m",
+        "vitray",
+        "run",
+        str(inputs / "in"),
+        "--model",
+        model,
+        "--out",
+        str(out),
+        *sets,
+        *more,
+    ]
 
 
 def start(argv: list[str], trace: Path, **more: str) -> subprocess.Popen[str]:
@@ -43,7 +55,12 @@ def start(argv: list[str], trace: Path, **more: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "VITRAY_TRACE": str(trace), "RAY_AUTH_MODE": "token", **more}
     environment.pop("RAY_ADDRESS", None)
     return subprocess.Popen(
-        argv, env=environment, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        argv,
+        env=environment,
+        text=True,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
     )
 
 
@@ -73,13 +90,18 @@ def wait_until_staged(process: subprocess.Popen[str], trace: Path, images: float
         time.sleep(0.05)
 
 
-def kill_in_the_middle(process: subprocess.Popen[str], trace: Path, victim: str, share: float) -> None:
+def kill_in_the_middle(
+    process: subprocess.Popen[str], trace: Path, victim: str, share: float
+) -> None:
     """SIGKILL once `share` of the images are staged. A kill outside 10 to 90% does not count: the test fails."""
     wait_until_staged(process, trace, share * IMAGES)
     if victim.startswith("driver"):
         os.kill(process.pid, signal.SIGKILL)
     else:
-        last = max((line for line in lines_of(trace) if line["step"] == victim), key=lambda line: float(str(line["at"])))
+        last = max(
+            (line for line in lines_of(trace) if line["step"] == victim),
+            key=lambda line: float(str(line["at"])),
+        )
         os.kill(int(str(last["pid"])), signal.SIGKILL)
     staged = images_by_step(trace)["stage"] / IMAGES
     assert 0.1 <= staged <= 0.9, f"the kill came at {staged:.0%}"
@@ -95,7 +117,12 @@ def staged_bytes(out: Path) -> dict[str, bytes]:
 
 @pytest.mark.ray
 @pytest.mark.parametrize(
-    "victim", ["driver", *(pytest.param(v, marks=pytest.mark.nightly) for v in ("driver on ray", "decode")), "predict"]
+    "victim",
+    [
+        "driver",
+        *(pytest.param(v, marks=pytest.mark.nightly) for v in ("driver on ray", "decode")),
+        "predict",
+    ],
 )
 @pytest.mark.parametrize("round_", ROUNDS)
 def test_killed_process_leaves_no_lost_or_doubled_row(
@@ -111,7 +138,9 @@ def test_killed_process_leaves_no_lost_or_doubled_row(
         first.wait(30)
         time.sleep(3)  # its workers notice and go
         kept = staged_bytes(out)
-        done = sum(pq.read_metadata(path).num_rows for path in (out / "data").glob("*.parquet"))  # had left the staging
+        done = sum(
+            pq.read_metadata(path).num_rows for path in (out / "data").glob("*.parquet")
+        )  # had left the staging
         assert len(kept) * FRAGMENT + done >= 0.05 * IMAGES
         second = start(argv, trace)
         while second.poll() is None:  # a fragment keeps its bytes until its shard is committed
@@ -155,7 +184,9 @@ def test_two_runs_at_once_make_each_object_once(shapes_model: str, tmp_path: Pat
         _, stderr = process.communicate(timeout=240)
         assert process.returncode == 0, stderr
     table = vitray.read(str(out))
-    assert sorted(table["uri"].to_pylist()) == sorted(f"{tmp_path}/in/{p.key}.{p.suffix}" for p in items)
+    assert sorted(table["uri"].to_pylist()) == sorted(
+        f"{tmp_path}/in/{p.key}.{p.suffix}" for p in items
+    )
     success = json.loads((out / "_SUCCESS.json").read_text())
     assert (success["shards"], success["rows"], success["errors"]) == (6, 170, 0)
     assert [p.name for p in out.glob("_vitray/manifest-*")] == [success["manifest"]]
@@ -178,7 +209,9 @@ PIL.Image.open = refusing
 
 
 @pytest.mark.ray
-def test_two_runs_that_disagree_on_bad_rows_leave_one_truth(inputs: Path, shapes_model: str, tmp_path: Path) -> None:
+def test_two_runs_that_disagree_on_bad_rows_leave_one_truth(
+    inputs: Path, shapes_model: str, tmp_path: Path
+) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "sitecustomize.py").write_text(OTHER_DECODER)
     argv = [*command(inputs, shapes_model, tmp_path / "out"), "--set", "max_error_rate=1"]
@@ -194,14 +227,22 @@ def test_two_runs_that_disagree_on_bad_rows_leave_one_truth(inputs: Path, shapes
     checked = vitray.validate(str(tmp_path / "out"), content=True)
     assert checked.ok, str(checked)
     assert checked.rows + checked.errors == IMAGES and 0 < checked.errors < IMAGES / 2
-    print(f"{checked.errors} bad rows, staged by each: {[images_by_step(tmp_path / n)['stage'] for n in ('odd', 'plain')]}")
+    print(
+        f"{checked.errors} bad rows, staged by each: {[images_by_step(tmp_path / n)['stage'] for n in ('odd', 'plain')]}"
+    )
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("after_s", [*(pytest.param(s, marks=pytest.mark.nightly) for s in (0.0, 3.0, 6.0)), 9.0])
-def test_sigterm_ends_a_run_on_ray_within_20_s_with_143(inputs: Path, shapes_model: str, tmp_path: Path, after_s: float) -> None:
+@pytest.mark.parametrize(
+    "after_s", [*(pytest.param(s, marks=pytest.mark.nightly) for s in (0.0, 3.0, 6.0)), 9.0]
+)
+def test_sigterm_ends_a_run_on_ray_within_20_s_with_143(
+    inputs: Path, shapes_model: str, tmp_path: Path, after_s: float
+) -> None:
     """after_s: counted from when Ray begins to start."""
-    process = start(command(inputs, shapes_model, tmp_path / "out", "--address", "local"), tmp_path / "trace")
+    process = start(
+        command(inputs, shapes_model, tmp_path / "out", "--address", "local"), tmp_path / "trace"
+    )
     deadline = time.monotonic() + 60
     while not list(Path("/tmp/ray").glob(f"session_*_{process.pid}")):
         assert time.monotonic() < deadline
@@ -211,12 +252,20 @@ def test_sigterm_ends_a_run_on_ray_within_20_s_with_143(inputs: Path, shapes_mod
 
 @pytest.mark.ray
 @pytest.mark.parametrize("after_s", [0.8, 2.0, 4.0])
-def test_sigterm_ends_a_run_within_20_s_with_143(inputs: Path, shapes_model: str, tmp_path: Path, after_s: float) -> None:
-    ends_within_20_s(start(command(inputs, shapes_model, tmp_path / "out"), tmp_path / "trace"), after_s)
+def test_sigterm_ends_a_run_within_20_s_with_143(
+    inputs: Path, shapes_model: str, tmp_path: Path, after_s: float
+) -> None:
+    ends_within_20_s(
+        start(command(inputs, shapes_model, tmp_path / "out"), tmp_path / "trace"), after_s
+    )
 
 
 def catches_sigterm(pid: int) -> bool:
-    caught = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt"))
+    caught = next(
+        line
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+        if line.startswith("SigCgt")
+    )
     return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
 
 

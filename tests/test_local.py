@@ -47,9 +47,27 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(inputs: Path, model: str, out: Path, *more: str) -> str:
-    fields = ["precision=fp32", "engine=torch", "batch_size=8", "fragment_rows=16", "max_error_rate=1"]
+    fields = [
+        "precision=fp32",
+        "engine=torch",
+        "batch_size=8",
+        "fragment_rows=16",
+        "max_error_rate=1",
+    ]
     sets = [part for field in fields for part in ("--set", field)]
-    argv = [sys.executable, "-m", "vitray", "run", str(inputs), "--model", model, "--out", str(out), *sets, *more]
+    argv = [
+        sys.executable,
+        "-m",
+        "vitray",
+        "run",
+        str(inputs),
+        "--model",
+        model,
+        "--out",
+        str(out),
+        *sets,
+        *more,
+    ]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     done = subprocess.run(argv, capture_output=True, text=True, timeout=200, env=environment)
     assert done.returncode == 0, done.stderr
@@ -57,7 +75,9 @@ def run(inputs: Path, model: str, out: Path, *more: str) -> str:
 
 
 @pytest.mark.ray
-def test_threads_and_ray_write_the_same_rows(inputs: Path, shapes_model: str, tmp_path: Path) -> None:
+def test_threads_and_ray_write_the_same_rows(
+    inputs: Path, shapes_model: str, tmp_path: Path
+) -> None:
     run(inputs, shapes_model, tmp_path / "threads")
     run(inputs, shapes_model, tmp_path / "ray", "--address", "local")
     mine, rays = (vitray.read(str(tmp_path / name)).sort_by("key") for name in ("threads", "ray"))
@@ -66,13 +86,18 @@ def test_threads_and_ray_write_the_same_rows(inputs: Path, shapes_model: str, tm
     assert mine.select(plain).equals(rays.select(plain))
     vectors = [np.stack(table["embedding"].to_numpy()) for table in (mine, rays)]
     np.testing.assert_allclose(*vectors, atol=1e-5)
-    errors = [[pq.read_table(path) for path in sorted((tmp_path / name / "_errors").iterdir())] for name in ("threads", "ray")]
+    errors = [
+        [pq.read_table(path) for path in sorted((tmp_path / name / "_errors").iterdir())]
+        for name in ("threads", "ray")
+    ]
     assert errors[0] == errors[1] and sum(table.num_rows for table in errors[0]) == 3
 
 
 @pytest.mark.ray
 @pytest.mark.nightly
-def test_a_dataset_begun_on_ray_is_finished_by_threads(inputs: Path, shapes_model: str, tmp_path: Path) -> None:
+def test_a_dataset_begun_on_ray_is_finished_by_threads(
+    inputs: Path, shapes_model: str, tmp_path: Path
+) -> None:
     run(inputs, shapes_model, tmp_path / "out", "--address", "local", "--set", "limit=1")
     said = run(inputs, shapes_model, tmp_path / "out")
     assert said.startswith("2 shards committed now"), said
@@ -83,8 +108,17 @@ def test_a_dataset_begun_on_ray_is_finished_by_threads(inputs: Path, shapes_mode
 
 @pytest.fixture
 def dataset(inputs: Path, shapes_model: str, tmp_path: Path) -> Dataset:
-    fields = {"precision": "fp32", "engine": "torch", "batch_size": 8, "fragment_rows": 16, "max_error_rate": 1, "limit": 1}
-    vitray.run(vitray.Job(source=[str(inputs)], model=shapes_model, out=str(tmp_path / "out"), **fields))
+    fields = {
+        "precision": "fp32",
+        "engine": "torch",
+        "batch_size": 8,
+        "fragment_rows": 16,
+        "max_error_rate": 1,
+        "limit": 1,
+    }
+    vitray.run(
+        vitray.Job(source=[str(inputs)], model=shapes_model, out=str(tmp_path / "out"), **fields)
+    )
     found = open_dataset(str(tmp_path / "out"))
     assert found is not None
     return found
@@ -108,12 +142,20 @@ def test_on_a_full_cluster_the_line_waits_for_room(
     assert rays.get(taker.answer.remote(), timeout=60)
     monkeypatch.setattr(cluster, "SAID_S", 0.5)
     monkeypatch.setattr(cluster, "PLACE_S", 1.8)
-    with pytest.raises(ClusterError, match=r"^waited 1\.8 s for a machine that has room for the model, and fetches and reads it"):
+    with pytest.raises(
+        ClusterError,
+        match=r"^waited 1\.8 s for a machine that has room for the model, and fetches and reads it",
+    ):
         cluster.on_worker(SHARES, str)
     words = [record.message for record in caplog.records if record.name == cluster.__name__]
     assert len(words) in (2, 3)  # beside other work a wait may take longer than it was given
-    assert set(words) == {"waiting for a machine that has room for the model, and fetches and reads it"}
-    line, arrived = RayExecutor(dataset, list_shards(dataset.job, []).shards[1:2], SHARES), queue.Queue[object]()
+    assert set(words) == {
+        "waiting for a machine that has room for the model, and fetches and reads it"
+    }
+    line, arrived = (
+        RayExecutor(dataset, list_shards(dataset.job, []).shards[1:2], SHARES),
+        queue.Queue[object](),
+    )
     line.start(arrived)
     try:
         deadline = time.monotonic() + 60
@@ -136,13 +178,17 @@ def test_a_quiet_night_needs_no_accelerator(dataset: Dataset) -> None:
         assert (result.images, result.pending, result.exit_code) == (0, 0, 0)
 
 
-def test_what_comes_after_a_run_looks_where_it_looked(inputs: Path, dataset: Dataset, tmp_path: Path) -> None:
+def test_what_comes_after_a_run_looks_where_it_looked(
+    inputs: Path, dataset: Dataset, tmp_path: Path
+) -> None:
     """The images moved, and the limit went."""
     shutil.copytree(inputs, tmp_path / "moved")
     job = dataset.job.model_copy(update={"source": [f"{tmp_path}/moved"], "limit": None})
     vitray.run(job.model_copy(update={"limit": 2}))
     last = open_dataset(dataset.out)
-    assert last is not None and last.job == dataset.job.model_copy(update={"source": job.source, "limit": 2})
+    assert last is not None and last.job == dataset.job.model_copy(
+        update={"source": job.source, "limit": 2}
+    )
     checked = vitray.validate(dataset.out, inputs=True, content=True)
     assert (checked.files, checked.gone, checked.problems) == (3, 1, ())
     assert checked.compared == 2 and "images read again: those of 2 of 3 files" in str(checked)
@@ -150,11 +196,17 @@ def test_what_comes_after_a_run_looks_where_it_looked(inputs: Path, dataset: Dat
     checked = vitray.validate(dataset.out, inputs=True, content=True)
     assert checked.ok and (checked.gone, checked.pending, checked.rows) == (0, 0, IMAGES - 3)
     shutil.rmtree(tmp_path / "out" / "data")
-    vitray.run(job.model_copy(update={"limit": 1, "device": "cpu"}))  # once there was no limit, there is none
+    vitray.run(
+        job.model_copy(update={"limit": 1, "device": "cpu"})
+    )  # once there was no limit, there is none
     assert vitray.validate(dataset.out, inputs=True).pending == 2
     source = tmp_path / "out" / "_vitray" / "source.json"
     vitray.run(job)
-    for text in ("", "{}", "[1]"):  # a hint and no more, which the next run mends, though it has nothing to do
+    for text in (
+        "",
+        "{}",
+        "[1]",
+    ):  # a hint and no more, which the next run mends, though it has nothing to do
         said = source.read_bytes()
         source.write_text(text)
         found = open_dataset(dataset.out)
@@ -162,15 +214,29 @@ def test_what_comes_after_a_run_looks_where_it_looked(inputs: Path, dataset: Dat
         assert vitray.run(job).images == 0 and source.read_bytes() == said
 
 
-def test_a_first_file_of_another_type_is_set_aside_once_the_types_are_frozen(shapes_model: str, tmp_path: Path) -> None:
+def test_a_first_file_of_another_type_is_set_aside_once_the_types_are_frozen(
+    shapes_model: str, tmp_path: Path
+) -> None:
     (tmp_path / "in").mkdir()
     images = [picture.data for picture in pictures(12)]
-    pq.write_table(pa.table({"image": images, "price": list(range(12))}), tmp_path / "in" / "b.parquet")
-    job = vitray.Job(source=[f"{tmp_path}/in"], model=shapes_model, out=f"{tmp_path}/out", engine="torch", keep=["price"])
+    pq.write_table(
+        pa.table({"image": images, "price": list(range(12))}), tmp_path / "in" / "b.parquet"
+    )
+    job = vitray.Job(
+        source=[f"{tmp_path}/in"],
+        model=shapes_model,
+        out=f"{tmp_path}/out",
+        engine="torch",
+        keep=["price"],
+    )
     vitray.run(job)
-    pq.write_table(pa.table({"image": images, "price": [["a"]] * 12}), tmp_path / "in" / "a0.parquet")
+    pq.write_table(
+        pa.table({"image": images, "price": [["a"]] * 12}), tmp_path / "in" / "a0.parquet"
+    )
     pq.write_table(pa.table({"image": images}), tmp_path / "in" / "a1.parquet")
-    pq.write_table(pa.table({"image": images, "price": list(range(12))}), tmp_path / "in" / "c.parquet")
+    pq.write_table(
+        pa.table({"image": images, "price": list(range(12))}), tmp_path / "in" / "c.parquet"
+    )
     result = vitray.run(job)
     assert result.exit_code == 3 and result.images == 12 and len(result.set_aside) == 2
     whys = sorted(result.set_aside.values())
@@ -182,30 +248,56 @@ def test_a_first_night_of_broken_files_freezes_no_types(shapes_model: str, tmp_p
     (tmp_path / "in").mkdir()
     for name in "ab":
         (tmp_path / "in" / f"{name}.parquet").write_bytes(b"no Parquet")
-    job = vitray.Job(source=[f"{tmp_path}/in"], model=shapes_model, out=f"{tmp_path}/out", engine="torch", keep="price")
-    with pytest.raises(ShardError, match=rf"^{tmp_path}/in/a\.parquet cannot be read: .*Replace or remove it, then run again"):
+    job = vitray.Job(
+        source=[f"{tmp_path}/in"],
+        model=shapes_model,
+        out=f"{tmp_path}/out",
+        engine="torch",
+        keep="price",
+    )
+    with pytest.raises(
+        ShardError,
+        match=rf"^{tmp_path}/in/a\.parquet cannot be read: .*Replace or remove it, then run again",
+    ):
         vitray.run(job)
     assert open_dataset(job.out) is None
     images = [picture.data for picture in pictures(12)]
-    pq.write_table(pa.table({"image": images, "price": list(range(12))}), tmp_path / "in" / "b.parquet")
+    pq.write_table(
+        pa.table({"image": images, "price": list(range(12))}), tmp_path / "in" / "b.parquet"
+    )
     found = vitray.run(job)
-    assert (found.rows, len(found.set_aside)) == (12, 1) and vitray.read(job.out)["price"].to_pylist() == list(range(12))
+    assert (found.rows, len(found.set_aside)) == (12, 1) and vitray.read(job.out)[
+        "price"
+    ].to_pylist() == list(range(12))
 
 
-def test_kept_types_are_those_of_the_first_values_and_take_what_loses_nothing(shapes_model: str, tmp_path: Path) -> None:
+def test_kept_types_are_those_of_the_first_values_and_take_what_loses_nothing(
+    shapes_model: str, tmp_path: Path
+) -> None:
     (tmp_path / "in").mkdir()
     images = [picture.data for picture in pictures(12)]
 
     def add(name: str, note: pa.Array, price: pa.Array) -> None:
-        pq.write_table(pa.table({"image": images, "note": note, "price": price}), tmp_path / "in" / f"{name}.parquet")
+        pq.write_table(
+            pa.table({"image": images, "note": note, "price": price}),
+            tmp_path / "in" / f"{name}.parquet",
+        )
 
     nothing, text = pa.nulls(12), pa.array(["a"] * 12, pa.large_string())
     add("a", nothing, pa.array([0.5] * 12))
-    job = vitray.Job(source=[f"{tmp_path}/in"], model=shapes_model, out=f"{tmp_path}/out", engine="torch", keep="note,price")
+    job = vitray.Job(
+        source=[f"{tmp_path}/in"],
+        model=shapes_model,
+        out=f"{tmp_path}/out",
+        engine="torch",
+        keep="note,price",
+    )
     found = vitray.run(job)
     assert found.exit_code == 0 and vitray.read(job.out)["note"].null_count == 12
     add("b", text, pa.array(range(12)))
-    add("c", text.cast(pa.string()).dictionary_encode(), pa.array([2**60 + 1] * 12))  # no double has it
+    add(
+        "c", text.cast(pa.string()).dictionary_encode(), pa.array([2**60 + 1] * 12)
+    )  # no double has it
     add("d", text.cast(pa.string()), nothing)
     found = vitray.run(job)
     (why,) = found.set_aside.values()
@@ -216,7 +308,9 @@ def test_kept_types_are_those_of_the_first_values_and_take_what_loses_nothing(sh
         and rows["price"].to_pylist() == [0.5] * 12 + [*range(12)] + [None] * 12
     )
     assert (
-        vitray.read(vitray.run(job.model_copy(update={"out": f"{tmp_path}/new"})).out).schema.field("note").type
+        vitray.read(vitray.run(job.model_copy(update={"out": f"{tmp_path}/new"})).out)
+        .schema.field("note")
+        .type
         == pa.large_string()
     )
 
@@ -230,7 +324,9 @@ def test_a_model_that_cannot_be_opened_ends_the_line_with_its_error(dataset: Dat
     assert time.monotonic() - started < 30 and line_threads() == []
 
 
-def test_a_run_from_python_leaves_torch_its_threads(inputs: Path, shapes_model: str, tmp_path: Path) -> None:
+def test_a_run_from_python_leaves_torch_its_threads(
+    inputs: Path, shapes_model: str, tmp_path: Path
+) -> None:
     code = f"""
 import torch, vitray
 torch.set_num_threads(2)
@@ -239,7 +335,9 @@ result = vitray.run(job)
 print(result.rows, torch.get_num_threads())
 """
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=200, env=environment
+    )
     assert done.stdout.split() == [str(IMAGES - 3), "2"], done.stderr
 
 
@@ -258,13 +356,21 @@ def test_closing_a_line_ends_its_threads_while_queues_are_full(dataset: Dataset)
     assert line_threads() == []
 
 
-def test_a_line_in_which_nothing_moves_ends_and_says_where_it_stood(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_in_which_nothing_moves_ends_and_says_where_it_stood(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shards, over = list_shards(dataset.job, []).shards, threading.Event()
-    stuck = replace(dataset, job=dataset.job.model_copy(update={"stall_timeout_s": 3}), out=f"{dataset.out}-stuck")
+    stuck = replace(
+        dataset,
+        job=dataset.job.model_copy(update={"stall_timeout_s": 3}),
+        out=f"{dataset.out}-stuck",
+    )
     monkeypatch.setattr("vitray.pipeline.local_executor.predict_step", lambda *_: over.wait(30))
     line = LocalExecutor(stuck, shards, SHARES)
     threading.Timer(6, over.set).start()
-    with pytest.raises(ClusterError, match=r"no image moved for 3 s \(.*1 fragments wait for predict"):
+    with pytest.raises(
+        ClusterError, match=r"no image moved for 3 s \(.*1 fragments wait for predict"
+    ):
         run_round(stuck, shards, line, Work())
 
 
@@ -282,33 +388,52 @@ def test_a_run_that_is_asked_to_end_stages_what_is_in_the_line(dataset: Dataset)
     assert 16 <= work.progress.images < IMAGES and work.failures == {}
     there = [staged(other, shard.id).fragments for shard in shards if shard.id not in work.commits]
     kept = sum(stop - start for spans in there for start, stop in spans.items())
-    assert kept + sum(done.rows + done.errors for done in work.commits.values()) == work.progress.images
+    assert (
+        kept + sum(done.rows + done.errors for done in work.commits.values())
+        == work.progress.images
+    )
     with pytest.raises(Interrupted):
         vitray.run(other.job.model_copy(update={"out": f"{dataset.out}-none"}), stop=work.stop)
 
 
-def test_more_threads_than_shards_and_a_compiled_model_change_nothing(dataset: Dataset, tmp_path: Path) -> None:
+def test_more_threads_than_shards_and_a_compiled_model_change_nothing(
+    dataset: Dataset, tmp_path: Path
+) -> None:
     """Written into a dataset of its own, with four times the threads, and torch.compile."""
     shards = list_shards(dataset.job, []).shards
     shares = replace(share_out([{"CPU": 8}], "cpu"), readers=6, stagers=5, compiled=True)
     other = replace(dataset, out=str(tmp_path / "other"))
     work = Work()
     run_round(other, shards, LocalExecutor(other, shards, shares), work)
-    assert sorted(work.commits) == sorted(shard.id for shard in shards) and work.progress.images == IMAGES
+    assert (
+        sorted(work.commits) == sorted(shard.id for shard in shards)
+        and work.progress.images == IMAGES
+    )
     (path,) = (tmp_path / "out" / "data").iterdir()
     mine, theirs = pq.read_table(tmp_path / "other" / "data" / path.name), pq.read_table(path)
     assert mine["key"].equals(theirs["key"]) and mine["label"].equals(theirs["label"])
-    np.testing.assert_allclose(*(np.stack(t["embedding"].to_numpy()) for t in (mine, theirs)), atol=1e-4)
+    np.testing.assert_allclose(
+        *(np.stack(t["embedding"].to_numpy()) for t in (mine, theirs)), atol=1e-4
+    )
 
 
-def test_files_that_are_deleted_later_are_missing_and_not_bad(shapes_model: str, tmp_path: Path) -> None:
+def test_files_that_are_deleted_later_are_missing_and_not_bad(
+    shapes_model: str, tmp_path: Path
+) -> None:
     put_files(str(tmp_path / "in"), pictures(12))
-    job = vitray.Job(source=[f"{tmp_path}/in"], model=shapes_model, out=f"{tmp_path}/out", engine="torch")
+    job = vitray.Job(
+        source=[f"{tmp_path}/in"], model=shapes_model, out=f"{tmp_path}/out", engine="torch"
+    )
     assert vitray.run(job).exit_code == 0
     for path in sorted((tmp_path / "in").iterdir())[:5]:
         path.unlink()
     result = vitray.run(job)
-    assert (result.rows, result.errors, result.reasons, result.exit_code) == (7, 5, {"missing": 5}, 0)
+    assert (result.rows, result.errors, result.reasons, result.exit_code) == (
+        7,
+        5,
+        {"missing": 5},
+        0,
+    )
     (tmp_path / "in" / "bad.png").write_bytes(b"no image")
     again = vitray.run(job)
     assert (again.rows, again.errors, again.exit_code) == (7, 6, 4)  # one of eight is bad
@@ -320,26 +445,55 @@ def test_a_file_that_cannot_be_read_costs_its_row_and_a_name_that_is_not_utf8_co
     items = pictures(12)
     put_files(str(tmp_path / "in"), items)
     (tmp_path / "in" / "00003.png").unlink()
-    (tmp_path / "in" / "00003.png").symlink_to("/proc/sys/vm/drop_caches")  # nobody may read it, not even root
+    (tmp_path / "in" / "00003.png").symlink_to(
+        "/proc/sys/vm/drop_caches"
+    )  # nobody may read it, not even root
     os.rename(tmp_path / "in" / "00004.jpg", os.fsencode(tmp_path / "in") + b"/caf\xe9.jpg")
-    job = vitray.Job(source=[f"{tmp_path}/in"], model=shapes_model, out=f"{tmp_path}/out", engine="torch", max_error_rate=0.5)
+    job = vitray.Job(
+        source=[f"{tmp_path}/in"],
+        model=shapes_model,
+        out=f"{tmp_path}/out",
+        engine="torch",
+        max_error_rate=0.5,
+    )
     result = vitray.run(job)
-    assert (result.rows, result.errors, result.reasons, result.set_aside) == (11, 1, {"missing": 1}, {})
-    names = sorted([f"{p.key}.{p.suffix}" for n, p in enumerate(items) if n not in (3, 4)] + [r"caf\udce9.jpg"])
+    assert (result.rows, result.errors, result.reasons, result.set_aside) == (
+        11,
+        1,
+        {"missing": 1},
+        {},
+    )
+    names = sorted(
+        [f"{p.key}.{p.suffix}" for n, p in enumerate(items) if n not in (3, 4)] + [r"caf\udce9.jpg"]
+    )
     table = vitray.read(job.out)
-    assert table["key"].to_pylist() == table["uri"].to_pylist() == [f"{tmp_path}/in/{name}" for name in names]
+    assert (
+        table["key"].to_pylist()
+        == table["uri"].to_pylist()
+        == [f"{tmp_path}/in/{name}" for name in names]
+    )
     (path,) = (tmp_path / "out" / "_errors").iterdir()
     (error,) = pq.read_table(path).to_pylist()
-    assert error["key"] == f"{tmp_path}/in/00003.png" and error["message"].startswith(f"{error['key']}: Permission denied.")
+    assert error["key"] == f"{tmp_path}/in/00003.png" and error["message"].startswith(
+        f"{error['key']}: Permission denied."
+    )
     assert vitray.validate(job.out, content=True).ok and vitray.run(job).committed == 0
 
 
 @pytest.mark.parametrize("seen_before", [True, False])
-def test_pruned_files_leave_their_group_and_come_back_in_another(shapes_model: str, tmp_path: Path, seen_before: bool) -> None:
+def test_pruned_files_leave_their_group_and_come_back_in_another(
+    shapes_model: str, tmp_path: Path, seen_before: bool
+) -> None:
     """Whether a run without --prune has made `missing` rows of them or not. Every id is compared."""
     items = pictures(12)
     put_files(str(tmp_path / "in"), items)
-    job = vitray.Job(source=[f"{tmp_path}/in"], model=shapes_model, out=f"{tmp_path}/out", engine="torch", group_size=8)
+    job = vitray.Job(
+        source=[f"{tmp_path}/in"],
+        model=shapes_model,
+        out=f"{tmp_path}/out",
+        engine="torch",
+        group_size=8,
+    )
     vitray.run(job)
     paths = sorted((tmp_path / "in").iterdir())
     for path in [*paths[1:3], *paths[8:]]:  # two of the first group, all of the second
@@ -365,7 +519,9 @@ def test_a_run_that_gives_up_leaves_no_row_twice(
     from vitray.pipeline import runner
 
     put_tars(str(tmp_path / "in"), pictures(40), 2, tmp_path)
-    job = vitray.Job(source=[f"{tmp_path}/in"], model=shapes_model, out=f"{tmp_path}/out", engine="torch")
+    job = vitray.Job(
+        source=[f"{tmp_path}/in"], model=shapes_model, out=f"{tmp_path}/out", engine="torch"
+    )
     vitray.run(job)
     put_tars(str(tmp_path / "in"), pictures(60), 2, tmp_path)
     real = runner._complete
@@ -378,11 +534,15 @@ def test_a_run_that_gives_up_leaves_no_row_twice(
     with pytest.raises(ErrorRateExceeded):
         vitray.run(job)
     (record,) = (record for record in read_run_records(job.out) if "ended" in record)
-    assert record["ended"] == "ErrorRateExceeded: too many" and record["host"] == socket.gethostname()
+    assert (
+        record["ended"] == "ErrorRateExceeded: too many" and record["host"] == socket.gethostname()
+    )
     found = status(job.out)
     assert "ended      ErrorRateExceeded: too many\n" in f"{replace(found, last_run=record)}\n"
     keys = [
-        row["key"] for path in (tmp_path / "out" / "data").iterdir() for row in pq.read_table(path, columns=["key"]).to_pylist()
+        row["key"]
+        for path in (tmp_path / "out" / "data").iterdir()
+        for row in pq.read_table(path, columns=["key"]).to_pylist()
     ]
     assert sorted(keys) == [f"{n:05d}" for n in range(60)]
 
@@ -402,7 +562,14 @@ def test_files_that_arrive_while_a_run_plans_wait_for_the_next_one_and_make_no_g
     thread = threading.Thread(target=arrive)
     thread.start()
     try:
-        vitray.run(vitray.Job(source=[str(tmp_path / "in")], model=shapes_model, out=str(tmp_path / "out"), engine="torch"))
+        vitray.run(
+            vitray.Job(
+                source=[str(tmp_path / "in")],
+                model=shapes_model,
+                out=str(tmp_path / "out"),
+                engine="torch",
+            )
+        )
     finally:
         ended.set()
         thread.join()

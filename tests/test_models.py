@@ -31,18 +31,32 @@ from vitray.schema import VectorColumn
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
-CASES = [(name, headed, 32) for name in STEM for headed in (True, False)] + [(name, True, 224) for name in STEM]
+CASES = [(name, headed, 32) for name in STEM for headed in (True, False)] + [
+    (name, True, 224) for name in STEM
+]
 
 
 @pytest.mark.parametrize(("name", "headed", "side"), CASES)
-def test_predictions_equal_the_plain_transformers_loop(tmp_path: Path, name: str, headed: bool, side: int) -> None:
+def test_predictions_equal_the_plain_transformers_loop(
+    tmp_path: Path, name: str, headed: bool, side: int
+) -> None:
     directory = make_checkpoint(tmp_path / "m", name, headed, side)
     embeddings, pixels = every_vector(name != "siglip"), noise(5, side)
     job = job_for(directory, labels=headed, embeddings=embeddings, top_k=3, batch_size=2)
     spec = identify(job)
-    assert (spec.dimension, spec.layers, spec.prefix_tokens, spec.has_cls) == (32, 3, PREFIX[name], name != "siglip")
+    assert (spec.dimension, spec.layers, spec.prefix_tokens, spec.has_cls) == (
+        32,
+        3,
+        PREFIX[name],
+        name != "siglip",
+    )
     assert spec.labels == (tuple(f"LABEL_{i}" for i in range(CLASSES)) if headed else ())
-    assert (spec.pixels.shape, spec.precision, spec.batch_size, spec.engine) == ((side, side), "fp32", 2, "torch")
+    assert (spec.pixels.shape, spec.precision, spec.batch_size, spec.engine) == (
+        (side, side),
+        "fp32",
+        2,
+        "torch",
+    )
 
     require_plain(run(job, pixels, spec), job, name, pixels, atol=1e-5)
 
@@ -54,14 +68,22 @@ def test_labels_alone_and_no_images_keep_shapes_and_types(tmp_path: Path) -> Non
     np.testing.assert_allclose(alone.scores.sum(1), 1, rtol=1e-5)
     none = run(job_for(directory, embeddings=[Embedding(dtype="float16")], top_k=2), noise(0))
     assert (none.ids.shape, none.ids.dtype, none.scores.dtype) == ((0, 2), np.int32, np.float32)
-    assert (none.vectors["embedding"].shape, none.vectors["embedding"].dtype) == ((0, 32), np.float16)
+    assert (none.vectors["embedding"].shape, none.vectors["embedding"].dtype) == (
+        (0, 32),
+        np.float16,
+    )
 
 
 def test_float16_and_normalize_come_after_pooling_in_float32(tmp_path: Path) -> None:
     directory = make_checkpoint(tmp_path, "dinov2", False)
-    plain, unit = Embedding(pool="mean", name="plain"), Embedding(pool="mean", normalize=True, dtype="float16", name="unit")
+    plain, unit = (
+        Embedding(pool="mean", name="plain"),
+        Embedding(pool="mean", normalize=True, dtype="float16", name="unit"),
+    )
     vectors = run(job_for(directory, False, [plain, unit]), noise(4)).vectors
-    expected = vectors["embedding_plain"] / np.linalg.norm(vectors["embedding_plain"], axis=1, keepdims=True)
+    expected = vectors["embedding_plain"] / np.linalg.norm(
+        vectors["embedding_plain"], axis=1, keepdims=True
+    )
     assert vectors["embedding_unit"].dtype == np.float16
     np.testing.assert_allclose(vectors["embedding_unit"], expected, atol=5e-4)
 
@@ -71,7 +93,9 @@ def test_multi_label_heads_score_with_sigmoid(tmp_path: Path) -> None:
     job = job_for(directory, top_k=CLASSES)
     logits, _ = plain_loop(directory, "vit", True, noise(3))
     assert identify(job).multi_label
-    np.testing.assert_allclose(run(job, noise(3)).scores, logits.sigmoid().topk(CLASSES)[0], rtol=1e-4)
+    np.testing.assert_allclose(
+        run(job, noise(3)).scores, logits.sigmoid().topk(CLASSES)[0], rtol=1e-4
+    )
 
 
 def test_auto_is_resolved_for_this_machine(tmp_path: Path) -> None:
@@ -114,7 +138,9 @@ class SmallMemory(torch.nn.Module):
         if len(pixel_values) > self.room:
             raise self.error
         self.seen.append(len(pixel_values))
-        return SimpleNamespace(last_hidden_state=pixel_values.mean((1, 2, 3))[:, None, None].expand(-1, 4, 32))
+        return SimpleNamespace(
+            last_hidden_state=pixel_values.mean((1, 2, 3))[:, None, None].expand(-1, 4, 32)
+        )
 
 
 def small_memory(room: int, error: Exception, directory: str) -> tuple[SmallMemory, TorchModel]:
@@ -124,7 +150,9 @@ def small_memory(room: int, error: Exception, directory: str) -> tuple[SmallMemo
     return tower, TorchModel(Network(tower, tower, [], None), spec, [column], 0, "cpu")
 
 
-def test_too_little_memory_halves_the_batch_and_loses_no_image(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_too_little_memory_halves_the_batch_and_loses_no_image(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     directory, pixels = make_checkpoint(tmp_path, "vit", True), noise(21)
     tower, model = small_memory(5, torch.OutOfMemoryError("CUDA out of memory"), directory)
     vectors = model.predict(pixels).vectors["embedding"]
@@ -133,7 +161,9 @@ def test_too_little_memory_halves_the_batch_and_loses_no_image(tmp_path: Path, c
     model.predict(pixels[:8])
     assert tower.seen[6:] == [4, 4]
     assert [r.levelname for r in caplog.records] == ["WARNING"] and "halving" in caplog.text
-    _, hopeless = small_memory(0, RuntimeError("DefaultCPUAllocator: can't allocate memory"), directory)
+    _, hopeless = small_memory(
+        0, RuntimeError("DefaultCPUAllocator: can't allocate memory"), directory
+    )
     with pytest.raises(ModelError, match="does not fit cpu"):
         hopeless.predict(pixels)
     _, broken = small_memory(0, RuntimeError("something else"), directory)
@@ -145,7 +175,10 @@ def test_the_drawn_shapes_are_recognised_and_bf16_agrees_with_fp32(shapes_model:
     rng = np.random.default_rng(99)
     kinds = np.arange(600) % len(shapes.NAMES)
     pixels = shapes.pixels_of([shapes.draw(int(kind), rng) for kind in kinds])
-    found = {p: run(job_for(shapes_model, embeddings=[Embedding()], precision=p), pixels) for p in ("fp32", "bf16")}
+    found = {
+        p: run(job_for(shapes_model, embeddings=[Embedding()], precision=p), pixels)
+        for p in ("fp32", "bf16")
+    }
     exact, mixed = found["fp32"], found["bf16"]
     assert identify(job_for(shapes_model)).labels == shapes.NAMES
     assert (exact.ids[:, 0] == kinds).mean() >= 0.97

@@ -26,7 +26,9 @@ pytestmark = [
     pytest.mark.ray,
     pytest.mark.nightly,
     pytest.mark.timeout(600),
-    pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and iproute2"),
+    pytest.mark.skipif(
+        os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and iproute2"
+    ),
 ]
 IMAGES = 1536
 
@@ -82,12 +84,21 @@ def test_three_hosts_lose_one(fault: str, hosts: Hosts, shapes_model: str, tmp_p
     trace = tmp_path / "trace"
     trace.mkdir()
     put_tars(str(tmp_path / "in"), pictures(IMAGES), 6, tmp_path)
-    environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), "VITRAY_TRACE": str(trace)}
+    environment = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(16),
+        "VITRAY_TRACE": str(trace),
+    }
     cluster = Cluster({**os.environ, **environment}, address=f"{hosts.net}.1:6379")
     try:
         for n in range(3):
             cluster.join(f"--node-ip-address={hosts.net}.{n + 1}", inside=hosts.inside(n))
-        argv = [*hosts.inside(0), *command(tmp_path, shapes_model, tmp_path / "out"), "--address", cluster.address]
+        argv = [
+            *hosts.inside(0),
+            *command(tmp_path, shapes_model, tmp_path / "out"),
+            "--address",
+            cluster.address,
+        ]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         process = subprocess.Popen(argv, env=cluster.environment, **pipes)
         wait_until_staged(process, trace, 0.2 * IMAGES)
@@ -108,8 +119,15 @@ def test_three_hosts_lose_one(fault: str, hosts: Hosts, shapes_model: str, tmp_p
     finally:
         cluster.end()
     assert after == before
-    assert sorted(vitray.read(str(tmp_path / "out"), columns=["key"])["key"].to_pylist()) == [f"{n:05d}" for n in range(IMAGES)]
+    assert sorted(vitray.read(str(tmp_path / "out"), columns=["key"])["key"].to_pylist()) == [
+        f"{n:05d}" for n in range(IMAGES)
+    ]
     assert vitray.validate(str(tmp_path / "out"), content=True).ok
-    staged = sorted(float(str(line["at"])) - happened for line in lines_of(trace) if line["step"] == "stage")
+    staged = sorted(
+        float(str(line["at"])) - happened for line in lines_of(trace) if line["step"] == "stage"
+    )
     gaps = [b - a for a, b in zip([0.0, *staged], staged) if b > 0]
-    print(f"{fault}: the longest time without a staged fragment was {max(gaps):.1f} s", file=sys.stderr)
+    print(
+        f"{fault}: the longest time without a staged fragment was {max(gaps):.1f} s",
+        file=sys.stderr,
+    )

@@ -24,7 +24,11 @@ from vitray.operations.validation import validate
 from vitray.pipeline import Result
 
 SEEDS = range(5)
-EACH = {"folders": 16, "tars": 12, "tables": 12}  # random sources of each kind for a seed: 200 in all
+EACH = {
+    "folders": 16,
+    "tars": 12,
+    "tables": 12,
+}  # random sources of each kind for a seed: 200 in all
 STEMS = (
     "a",
     "Mr. Bean_0",
@@ -64,7 +68,11 @@ def random_name(rng: np.random.Generator) -> str:
 
 
 def random_data(rng: np.random.Generator) -> bytes:
-    return PICTURES[int(rng.integers(0, 3))] if rng.random() < 0.8 else bytes(rng.bytes(int(rng.integers(0, 40))))
+    return (
+        PICTURES[int(rng.integers(0, 3))]
+        if rng.random() < 0.8
+        else bytes(rng.bytes(int(rng.integers(0, 40))))
+    )
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -84,12 +92,25 @@ def test_every_file_of_a_folder_is_a_row_an_error_or_counted(tmp_path: Path, see
         if rng.random() < 0.3:
             (folder / "linked").symlink_to(tmp_path)
         form = {"format": "files"} if rng.random() < 0.5 or any(folder.rglob("*.csv")) else {}
-        result = vitray.run(job_for(folder, tmp_path / f"out{number}", group_size=int(rng.integers(1, 30)), **form))
+        result = vitray.run(
+            job_for(folder, tmp_path / f"out{number}", group_size=int(rng.integers(1, 30)), **form)
+        )
         files = [os.path.join(base, name) for base, _, names in os.walk(folder) for name in names]
-        links = [name for base, folders, _ in os.walk(folder) for name in folders if os.path.islink(os.path.join(base, name))]
-        assert result.rows + result.errors + sum(result.left_out.values()) == len(files) + len(links), sorted(files)
+        links = [
+            name
+            for base, folders, _ in os.walk(folder)
+            for name in folders
+            if os.path.islink(os.path.join(base, name))
+        ]
+        assert result.rows + result.errors + sum(result.left_out.values()) == len(files) + len(
+            links
+        ), sorted(files)
         checked(result)
-        with_row = {row["uri"] for place in ("data", "_errors") for row in rows_below(Path(result.out, place))}
+        with_row = {
+            row["uri"]
+            for place in ("data", "_errors")
+            for row in rows_below(Path(result.out, place))
+        }
         without = [os.path.relpath(path, folder) for path in files if path not in with_row]
         hidden = [path for path in without if any(part[0] in "._@" for part in path.split("/"))]
         assert result.left_out.get("hidden", 0) == len(hidden)
@@ -116,11 +137,17 @@ def test_every_picture_of_a_tar_is_a_row_an_error_or_counted(tmp_path: Path, see
         assert all("image_member" in why for why in result.set_aside.values())
         read = [path for path in folder.iterdir() if path.stem not in aside]
         pictures = sum(is_picture(data) for path in read for data in members(path))
-        without_image = sum(row["reason"] == "missing" for row in rows_below(Path(result.errors_path)))
-        assert result.rows + result.errors - without_image + sum(result.left_out.values()) == pictures
+        without_image = sum(
+            row["reason"] == "missing" for row in rows_below(Path(result.errors_path))
+        )
+        assert (
+            result.rows + result.errors - without_image + sum(result.left_out.values()) == pictures
+        )
         checked(result)
         for row in rows_below(Path(result.out, "data")):
-            assert row["json"] in (None, str(row["key"]).removesuffix(".depth")), "a sidecar of another image"
+            assert row["json"] in (None, str(row["key"]).removesuffix(".depth")), (
+                "a sidecar of another image"
+            )
     assert refused < EACH["tars"]
 
 
@@ -150,7 +177,11 @@ def write_random_tar(path: Path, rng: np.random.Generator) -> None:
 
 def members(path: Path) -> list[bytes]:
     with tarfile.open(path) as archive:
-        return [stream.read() for member in archive if (stream := archive.extractfile(member)) is not None]
+        return [
+            stream.read()
+            for member in archive
+            if (stream := archive.extractfile(member)) is not None
+        ]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -163,13 +194,22 @@ def test_every_line_of_a_table_is_a_row_or_an_error(tmp_path: Path, seed: int) -
             (folder / f"{name}.jpg").write_bytes(PICTURES[0])
         count = int(rng.integers(1, 40))
         paths = [
-            f"{rng.choice(STEMS)}.jpg" if rng.random() < 0.8 else str(rng.choice(["gone.jpg", "", "../x.jpg"]))
+            f"{rng.choice(STEMS)}.jpg"
+            if rng.random() < 0.8
+            else str(rng.choice(["gone.jpg", "", "../x.jpg"]))
             for _ in range(count)
         ]
         images = [random_data(rng) if rng.random() < 0.9 else None for _ in range(count)]
         kind = str(rng.choice(["csv", "bytes", "paths", "structs", "lists"]))
         source = write_table(folder, kind, paths, images, rng)
-        result = vitray.run(job_for(source, tmp_path / f"out{number}", group_size=int(rng.integers(1, 50)), image_column=None))
+        result = vitray.run(
+            job_for(
+                source,
+                tmp_path / f"out{number}",
+                group_size=int(rng.integers(1, 50)),
+                image_column=None,
+            )
+        )
         assert result.rows + result.errors == lines_of(source)
         lists = pq.read_table(source)["images"].to_pylist() if kind == "lists" else []
         lists = [[image for image in value if image is not None] for value in lists]
@@ -180,18 +220,30 @@ def test_every_line_of_a_table_is_a_row_or_an_error(tmp_path: Path, seed: int) -
         checked(result)
 
 
-def write_table(folder: Path, kind: str, paths: list[str], images: list[bytes | None], rng: np.random.Generator) -> Path:
+def write_table(
+    folder: Path, kind: str, paths: list[str], images: list[bytes | None], rng: np.random.Generator
+) -> Path:
     if kind == "csv":
         delimiter = str(rng.choice([",", ";", "\t"]))
         with open(folder / "list.csv", "w", newline="") as stream:
-            csv.writer(stream, delimiter=delimiter).writerows([["path", "text, or none"], *([path, "x;y,z"] for path in paths)])
+            csv.writer(stream, delimiter=delimiter).writerows(
+                [["path", "text, or none"], *([path, "x;y,z"] for path in paths)]
+            )
         return folder / "list.csv"
     struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     columns = {
         "bytes": {"image": pa.array(images, pa.binary())},
         "paths": {"path": pa.array(paths).dictionary_encode()},
-        "structs": {"image": pa.array([{"bytes": data, "path": path} for data, path in zip(images, paths)], struct)},
-        "lists": {"images": pa.array([[data] * int(rng.integers(0, 4)) for data in images], pa.list_(pa.binary()))},
+        "structs": {
+            "image": pa.array(
+                [{"bytes": data, "path": path} for data, path in zip(images, paths)], struct
+            )
+        },
+        "lists": {
+            "images": pa.array(
+                [[data] * int(rng.integers(0, 4)) for data in images], pa.list_(pa.binary())
+            )
+        },
     }[kind]
     pq.write_table(pa.table(columns), folder / "t.parquet", row_group_size=int(rng.integers(1, 20)))
     return folder / "t.parquet"

@@ -22,7 +22,12 @@ from vitray.storage import read, store_for
 
 DATA = Path(__file__).parent / "data" / "dataset-v1"
 BUCKET = "vitray-v1"  # the datasets hold its URLs, and etags, which are the same everywhere
-FIRST = {"tars": (2, 4, 2), "parquet": (1, 3, 1), "files": (1, 2, 1), "manifest": (1, 1, 2)}  # shards, rows, errors
+FIRST = {
+    "tars": (2, 4, 2),
+    "parquet": (1, 3, 1),
+    "files": (1, 2, 1),
+    "manifest": (1, 1, 2),
+}  # shards, rows, errors
 FIELDS: dict[str, dict[str, object]] = {
     "tars": {"source": "in/tars/*.tar", "keep": "cls"},
     "parquet": {"source": "in/parquet", "keep": "id,caption"},
@@ -46,16 +51,34 @@ def bucket(mock_s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def job_of(bucket: str, name: str, **more: object) -> Job:
-    base = {"engine": "torch", "precision": "fp32", "batch_size": 4, "fragment_rows": 2, "max_error_rate": 1, "compile": "off"}
+    base = {
+        "engine": "torch",
+        "precision": "fp32",
+        "batch_size": 4,
+        "fragment_rows": 2,
+        "max_error_rate": 1,
+        "compile": "off",
+    }
     fields = {**base, **FIELDS[name], **more}
-    return Job(**{**fields, "source": f"{bucket}/{fields['source']}", "model": f"{bucket}/model", "out": f"{bucket}/out/{name}"})
+    return Job(
+        **{
+            **fields,
+            "source": f"{bucket}/{fields['source']}",
+            "model": f"{bucket}/model",
+            "out": f"{bucket}/out/{name}",
+        }
+    )
 
 
 def objects(bucket: str, name: str) -> dict[str, bytes]:
     """Data files and error files, by their names below the dataset."""
     out = f"{bucket}/out/{name}/"
     found = [info.url for info in store_for(out).find(out)]
-    return {url.removeprefix(out): read(url) for url in found if url.endswith(".parquet") and "/_vitray/" not in url}
+    return {
+        url.removeprefix(out): read(url)
+        for url in found
+        if url.endswith(".parquet") and "/_vitray/" not in url
+    }
 
 
 def rows(bucket: str, name: str) -> list[dict[str, object]]:
@@ -86,7 +109,9 @@ def test_an_old_dataset_goes_on_by_its_own_rules(bucket: str, name: str) -> None
     result = vitray.run(job_of(bucket, name))
     assert (result.exit_code, result.committed, result.pending) == (0, 1, 0)
     after = objects(bucket, name)
-    assert before.items() <= after.items() and not any(path.startswith("_errors/") for path in after)
+    assert before.items() <= after.items() and not any(
+        path.startswith("_errors/") for path in after
+    )
     checked = validate(result.out, content=True)
     assert checked.ok and checked.pending == 0, checked
     assert labelled.items() <= {row["key"]: row for row in rows(bucket, name)}.items()
@@ -100,13 +125,19 @@ def test_tar_keys_of_an_old_dataset_end_at_the_first_dot(bucket: str) -> None:
     by_shard = {row["shard"]: [] for row in rows(bucket, "tars")}
     for row in rows(bucket, "tars"):
         by_shard[row["shard"]].append(row["key"])
-    assert sorted(by_shard.values()) == [["a", "b"], ["p", "Mr"], ["x", "y"]], "as its first shards, and as what is staged"
+    assert sorted(by_shard.values()) == [["a", "b"], ["p", "Mr"], ["x", "y"]], (
+        "as its first shards, and as what is staged"
+    )
     assert result.left_out == {}, "what is staged was counted by nobody"
 
 
 def test_suffixes_of_an_old_dataset_stay_those_that_it_knew(bucket: str) -> None:
     result = vitray.run(job_of(bucket, "files"))
-    assert [row["key"].rpartition("/")[2] for row in rows(bucket, "files")] == ["a.jpg", "c.png", "d.jpg"]
+    assert [row["key"].rpartition("/")[2] for row in rows(bucket, "files")] == [
+        "a.jpg",
+        "c.png",
+        "d.jpg",
+    ]
     assert result.left_out == {"other_suffix": 3}, "two .jfif and a .txt, which are told now"
 
 
@@ -118,7 +149,14 @@ def test_a_file_of_another_kind_does_not_stop_an_old_dataset(bucket: str) -> Non
 def test_types_and_keys_of_an_old_dataset_stay_those_that_it_had(bucket: str) -> None:
     vitray.run(job_of(bucket, "parquet"))
     found = rows(bucket, "parquet")
-    assert [row["key"] for row in found] == ["p10.jpg", "p11.jpg", "p13.jpg", "p14.jpg", "p15.jpg", "p17.jpg"]
+    assert [row["key"] for row in found] == [
+        "p10.jpg",
+        "p11.jpg",
+        "p13.jpg",
+        "p14.jpg",
+        "p15.jpg",
+        "p17.jpg",
+    ]
     kinds = [
         pq.read_schema(pa.BufferReader(data)).field("caption").type
         for path, data in objects(bucket, "parquet").items()
@@ -145,7 +183,9 @@ def test_a_backfill_of_an_old_dataset_has_the_same_shards(bucket: str) -> None:
     names = {path for path in objects(bucket, "tars") if path.startswith("data/")}
     assert {path for path in objects(bucket, "next") if path.startswith("data/")} == names
     footers = [read_footer(f"{bucket}/out/next/{path}") for path in sorted(names)]
-    assert [footer.total for footer in footers] == [4, 2, 2] and {footer.source_rules for footer in footers} == {1}
+    assert [footer.total for footer in footers] == [4, 2, 2] and {
+        footer.source_rules for footer in footers
+    } == {1}
 
 
 def test_the_data_holds_no_path_of_a_machine() -> None:

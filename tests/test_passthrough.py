@@ -25,13 +25,24 @@ from vitray.schema import VectorColumn, without_list_views
 from vitray.sources import list_shards, passthrough_schema
 
 UNITS = ("s", "ms", "us", "ns")
-INTEGERS = (pa.int8(), pa.int16(), pa.int32(), pa.int64(), pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64())
+INTEGERS = (
+    pa.int8(),
+    pa.int16(),
+    pa.int32(),
+    pa.int64(),
+    pa.uint8(),
+    pa.uint16(),
+    pa.uint32(),
+    pa.uint64(),
+)
 TEMPORAL = (
     pa.date32(),
     pa.time32("ms"),
     pa.time64("us"),
     pa.time64("ns"),
-    *(pa.timestamp(unit) for unit in UNITS[1:]),  # Parquet has no seconds: pyarrow makes them milliseconds
+    *(
+        pa.timestamp(unit) for unit in UNITS[1:]
+    ),  # Parquet has no seconds: pyarrow makes them milliseconds
     *(pa.timestamp(unit, "Europe/Berlin") for unit in UNITS[1:]),
     *(pa.duration(unit) for unit in UNITS),
 )
@@ -45,7 +56,17 @@ DICTIONARIES = (
     pa.dictionary(pa.int16(), pa.binary()),
 )
 EXTENSIONS = (pa.uuid(), pa.bool8(), pa.json_(), pa.fixed_shape_tensor(pa.int16(), [2]))
-LEAVES = (pa.bool_(), *INTEGERS, *TEMPORAL, *FLOATS, *DECIMALS, *TEXTS, *BYTES, *DICTIONARIES, *EXTENSIONS)
+LEAVES = (
+    pa.bool_(),
+    *INTEGERS,
+    *TEMPORAL,
+    *FLOATS,
+    *DECIMALS,
+    *TEXTS,
+    *BYTES,
+    *DICTIONARIES,
+    *EXTENSIONS,
+)
 
 
 def nested(inner: st.SearchStrategy[pa.DataType]) -> st.SearchStrategy[pa.DataType]:
@@ -56,7 +77,9 @@ def nested(inner: st.SearchStrategy[pa.DataType]) -> st.SearchStrategy[pa.DataTy
         inner.map(pa.list_view),
         inner.map(pa.large_list_view),
         inner.map(lambda kind: pa.list_(kind, 2)),
-        st.lists(inner, min_size=1, max_size=3).map(lambda kinds: pa.struct([(f"f{n}", kind) for n, kind in enumerate(kinds)])),
+        st.lists(inner, min_size=1, max_size=3).map(
+            lambda kinds: pa.struct([(f"f{n}", kind) for n, kind in enumerate(kinds)])
+        ),
         st.tuples(keys, inner).map(lambda pair: pa.map_(*pair)),
     )
 
@@ -64,12 +87,17 @@ def nested(inner: st.SearchStrategy[pa.DataType]) -> st.SearchStrategy[pa.DataTy
 TYPES = st.recursive(st.sampled_from(LEAVES), nested, max_leaves=4)
 
 
-def array_of(kind: pa.DataType, count: int, rng: np.random.Generator, nulls: bool = True) -> pa.Array:
+def array_of(
+    kind: pa.DataType, count: int, rng: np.random.Generator, nulls: bool = True
+) -> pa.Array:
     """Random values of any type: extremes, nulls, empty and long ones."""
     mask = pa.array(rng.random(count) < (0.25 if nulls else 0.0))
 
     def with_nulls(array: pa.Array) -> pa.Array:
-        return pa.array([None if is_null else value for value, is_null in zip(array, mask.to_pylist())], array.type)
+        return pa.array(
+            [None if is_null else value for value, is_null in zip(array, mask.to_pylist())],
+            array.type,
+        )
 
     if pa.types.is_null(kind):
         return pa.nulls(count)
@@ -77,7 +105,9 @@ def array_of(kind: pa.DataType, count: int, rng: np.random.Generator, nulls: boo
         return pa.ExtensionArray.from_storage(kind, array_of(kind.storage_type, count, rng, nulls))
     if pa.types.is_dictionary(kind):
         values = array_of(kind.value_type, 3, rng, nulls=False).unique()
-        indices = pa.array(rng.integers(0, len(values), count), mask=np.array(mask)).cast(kind.index_type)
+        indices = pa.array(rng.integers(0, len(values), count), mask=np.array(mask)).cast(
+            kind.index_type
+        )
         return pa.DictionaryArray.from_arrays(indices, values)
     if pa.types.is_boolean(kind):
         return pa.array(rng.random(count) < 0.5, mask=np.array(mask))
@@ -85,7 +115,13 @@ def array_of(kind: pa.DataType, count: int, rng: np.random.Generator, nulls: boo
         width = kind.bit_width // 8
         name = f"{'u' if pa.types.is_unsigned_integer(kind) else 'i'}{width}"
         extremes = np.iinfo(name)
-        few = [extremes.min, extremes.max, 0, int(rng.integers(0, 100)), min(86_399_999, extremes.max)]
+        few = [
+            extremes.min,
+            extremes.max,
+            0,
+            int(rng.integers(0, 100)),
+            min(86_399_999, extremes.max),
+        ]
         values = rng.choice(np.array(few, name), count)
         if pa.types.is_time(kind):
             values = np.abs(values) % 86_400_000
@@ -95,7 +131,10 @@ def array_of(kind: pa.DataType, count: int, rng: np.random.Generator, nulls: boo
         return pa.array(values.astype(f"f{kind.bit_width // 8}"), mask=np.array(mask))
     if pa.types.is_decimal(kind):
         largest = decimal.Decimal((0, (9,) * kind.precision, -kind.scale))
-        texts = [[largest, largest.copy_negate(), decimal.Decimal(0)][n] for n in rng.integers(0, 3, count)]
+        texts = [
+            [largest, largest.copy_negate(), decimal.Decimal(0)][n]
+            for n in rng.integers(0, 3, count)
+        ]
         return with_nulls(pa.array(texts, kind))
     if pa.types.is_fixed_size_binary(kind):
         return with_nulls(pa.array([rng.bytes(kind.byte_width) for _ in range(count)], kind))
@@ -115,13 +154,18 @@ def array_of(kind: pa.DataType, count: int, rng: np.random.Generator, nulls: boo
     offsets = pa.array([0, *np.cumsum(lengths).tolist()], pa.int64() if is_large else pa.int32())
     total = int(lengths.sum())
     if pa.types.is_map(kind):
-        keys, items = array_of(kind.key_type, total, rng, nulls=False), array_of(kind.item_type, total, rng)
+        keys, items = (
+            array_of(kind.key_type, total, rng, nulls=False),
+            array_of(kind.item_type, total, rng),
+        )
         return pa.MapArray.from_arrays(offsets, keys, items)
     flat = array_of(kind.value_type, total, rng)
     if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
         view = pa.LargeListViewArray if is_large else pa.ListViewArray
         return view.from_arrays(offsets[:-1], pa.array(lengths, offsets.type), flat, mask=mask)
-    return (pa.LargeListArray if pa.types.is_large_list(kind) else pa.ListArray).from_arrays(offsets, flat, mask=mask)
+    return (pa.LargeListArray if pa.types.is_large_list(kind) else pa.ListArray).from_arrays(
+        offsets, flat, mask=mask
+    )
 
 
 def without_dictionaries(kind: pa.DataType) -> pa.DataType:
@@ -167,14 +211,24 @@ def through(folder: Path, tables: list[pa.Table], on_ray: bool = False) -> Datas
     source.mkdir()
     for n, table in enumerate(tables):
         images = [b"no image" if row % BAD_EVERY == 3 else PICTURE for row in range(table.num_rows)]
-        pq.write_table(table.append_column("image", pa.array(images, pa.binary())), source / f"{n}.parquet", row_group_size=7)
+        pq.write_table(
+            table.append_column("image", pa.array(images, pa.binary())),
+            source / f"{n}.parquet",
+            row_group_size=7,
+        )
     names = tables[0].column_names
-    job = hand_made.job_of(folder, source=str(source), keep=names, image_column="image", source_rules=2)
+    job = hand_made.job_of(
+        folder, source=str(source), keep=names, image_column="image", source_rules=2
+    )
     shards = list_shards(job, []).shards
     vector = VectorColumn("embedding", hand_made.DIMENSION, None, "cls", True, "float32")
     kept = passthrough_schema(shards, job)
-    dataset = resolve_dataset(job, hand_made.spec_of("m"), [vector], kept, "2026-01-01T00:00:00+00:00")
-    travel: Callable[..., object] = (lambda batch: next(unpack(batch.pack()))) if on_ray else (lambda batch: batch)
+    dataset = resolve_dataset(
+        job, hand_made.spec_of("m"), [vector], kept, "2026-01-01T00:00:00+00:00"
+    )
+    travel: Callable[..., object] = (
+        (lambda batch: next(unpack(batch.pack()))) if on_ray else (lambda batch: batch)
+    )
     for shard in shards:
         for batch in map(travel, read_step(dataset, shard)):
             assert batch.event.kind in ("fragment", "end"), batch.event.message
@@ -187,7 +241,10 @@ def through(folder: Path, tables: list[pa.Table], on_ray: bool = False) -> Datas
 
 
 def kept_rows(dataset: Dataset, names: list[str]) -> list[pa.Table]:
-    return [pq.read_table(path).select(names) for path in sorted(Path(dataset.out, "data").glob("*.parquet"))]
+    return [
+        pq.read_table(path).select(names)
+        for path in sorted(Path(dataset.out, "data").glob("*.parquet"))
+    ]
 
 
 def as_read(table: pa.Table) -> pa.Table:
@@ -199,14 +256,17 @@ def as_read(table: pa.Table) -> pa.Table:
 
 def good_rows(table: pa.Table) -> pa.Table:
     """Those whose image is one, as slices: pyarrow cannot `take` from view types."""
-    return pa.concat_tables([table.slice(n, 1) for n in range(table.num_rows) if n % BAD_EVERY != 3])
+    return pa.concat_tables(
+        [table.slice(n, 1) for n in range(table.num_rows) if n % BAD_EVERY != 3]
+    )
 
 
 def plain(table: pa.Table) -> pa.Table:
     """The values in types that pyarrow can compare."""
     columns = [without_list_views(column) for column in table.columns]
     return pa.table(
-        [column.combine_chunks().cast(without_dictionaries(column.type)) for column in columns], names=table.column_names
+        [column.combine_chunks().cast(without_dictionaries(column.type)) for column in columns],
+        names=table.column_names,
     )
 
 
@@ -216,16 +276,27 @@ def test_every_plain_type_passes_through_equal(tmp_path: Path, kind: pa.DataType
 
 
 @pytest.mark.timeout(300)
-@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(
+    max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+)
 @given(kind=TYPES, seed=st.integers(0, 1 << 32), count=st.integers(1, 40), on_ray=st.booleans())
 @example(kind=pa.map_(pa.string(), pa.list_(pa.string_view())), seed=3, count=20, on_ray=True)
 @example(kind=pa.list_(pa.uuid()), seed=0, count=26, on_ray=False)
 @example(kind=pa.list_(pa.uuid()), seed=0, count=26, on_ray=True)
 @example(kind=pa.list_view(pa.string_view()), seed=4, count=20, on_ray=False)
 @example(kind=pa.list_(pa.list_view(pa.int16()), 2), seed=6, count=20, on_ray=True)
-@example(kind=pa.map_(pa.string(), pa.large_list_view(pa.list_view(pa.uuid()))), seed=7, count=20, on_ray=False)
-@example(kind=pa.struct([("f", pa.dictionary(pa.int32(), pa.string()))]), seed=5, count=20, on_ray=True)
-def test_every_type_passes_through_equal_at_any_depth(kind: pa.DataType, seed: int, count: int, on_ray: bool) -> None:
+@example(
+    kind=pa.map_(pa.string(), pa.large_list_view(pa.list_view(pa.uuid()))),
+    seed=7,
+    count=20,
+    on_ray=False,
+)
+@example(
+    kind=pa.struct([("f", pa.dictionary(pa.int32(), pa.string()))]), seed=5, count=20, on_ray=True
+)
+def test_every_type_passes_through_equal_at_any_depth(
+    kind: pa.DataType, seed: int, count: int, on_ray: bool
+) -> None:
     with tempfile.TemporaryDirectory() as folder:
         check(Path(folder), kind, seed, count, on_ray)
 
@@ -233,7 +304,11 @@ def test_every_type_passes_through_equal_at_any_depth(kind: pa.DataType, seed: i
 def check(folder: Path, kind: pa.DataType, seed: int, count: int, on_ray: bool) -> None:
     rng = np.random.default_rng(seed)
     try:
-        table = as_read(pa.table({"value": pa.chunked_array([array_of(kind, count, rng), array_of(kind, 3, rng)])}))
+        table = as_read(
+            pa.table(
+                {"value": pa.chunked_array([array_of(kind, count, rng), array_of(kind, 3, rng)])}
+            )
+        )
         is_stable = as_read(table).equals(table)
     except pa.ArrowException:  # what Parquet cannot store
         assume(False)
@@ -245,7 +320,10 @@ def check(folder: Path, kind: pa.DataType, seed: int, count: int, on_ray: bool) 
 
 
 def test_types_that_pyarrow_widens_pass_through_as_pyarrow_reads_them(tmp_path: Path) -> None:
-    columns = {"t": pa.array([1, None, 3], pa.time32("s")), "d": pa.array([0, 86_400_000, None], pa.date64())}
+    columns = {
+        "t": pa.array([1, None, 3], pa.time32("s")),
+        "d": pa.array([0, 86_400_000, None], pa.date64()),
+    }
     table = pa.table({**columns, "s": pa.array([1 << 40, None, -1], pa.timestamp("s"))})
     (found,) = kept_rows(through(tmp_path, [table]), ["t", "d", "s"])
     assert found.equals(as_read(table))
@@ -296,7 +374,9 @@ def test_files_of_different_widths_meet_in_one_type(
         pa.timestamp("ms"): pa.array([1, 2, None, 3], pa.timestamp("ms")),
         pa.timestamp("ns"): pa.array([1, 2, None, 3], pa.timestamp("ns")),
     }
-    small, other = (made[kind] if kind in made else array_of(kind, 4, rng) for kind in (first, second))
+    small, other = (
+        made[kind] if kind in made else array_of(kind, 4, rng) for kind in (first, second)
+    )
     tables = [pa.table({"value": small}), pa.table({"value": other})]
     found = kept_rows(through(tmp_path, tables), ["value"])
     assert [table["value"].type for table in found] == [both, both]
@@ -304,5 +384,7 @@ def test_files_of_different_widths_meet_in_one_type(
         assert (
             plain(table)["value"]
             .combine_chunks()
-            .equals(good_rows(plain(pa.table({"value": values})))["value"].cast(both).combine_chunks())
+            .equals(
+                good_rows(plain(pa.table({"value": values})))["value"].cast(both).combine_chunks()
+            )
         )

@@ -35,7 +35,10 @@ SEPARATE, WHOLE = "preprocessor_config.json", "processor_config.json"
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("originals")
-    return {name: make_checkpoint(folder / name, name, name == "vit") for name in ("vit", "clip", "siglip", "beit")}
+    return {
+        name: make_checkpoint(folder / name, name, name == "vit")
+        for name in ("vit", "clip", "siglip", "beit")
+    }
 
 
 @pytest.fixture
@@ -59,7 +62,10 @@ def write(model: str, name: str, changes: dict[str, Any]) -> None:
 
 def photos() -> list[Image.Image]:
     rng = np.random.default_rng(5)
-    return [Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)) for width, height in SIZES]
+    return [
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        for width, height in SIZES
+    ]
 
 
 def resized(spec: ModelSpec, images: list[Image.Image]) -> np.ndarray:
@@ -122,13 +128,20 @@ TAKEN: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(
-    ("checkpoint", "changes"), TAKEN, indirect=["checkpoint"], ids=[f"{name} {json.dumps(fields)}" for name, fields in TAKEN]
+    ("checkpoint", "changes"),
+    TAKEN,
+    indirect=["checkpoint"],
+    ids=[f"{name} {json.dumps(fields)}" for name, fields in TAKEN],
 )
-def test_fields_that_are_taken_give_the_pixels_of_transformers(checkpoint: str, changes: dict[str, Any]) -> None:
+def test_fields_that_are_taken_give_the_pixels_of_transformers(
+    checkpoint: str, changes: dict[str, Any]
+) -> None:
     write(checkpoint, SEPARATE, changes)
     spec, images = identify(job_of(checkpoint)), photos()
     processor = AutoImageProcessor.from_pretrained(checkpoint, backend="pil")
-    expected = [processor(image, do_rescale=False, do_normalize=False).pixel_values[0] for image in images]
+    expected = [
+        processor(image, do_rescale=False, do_normalize=False).pixel_values[0] for image in images
+    ]
     pixels = resized(spec, images)
     np.testing.assert_array_equal(pixels, np.moveaxis(np.stack(expected), 1, -1))
     whole = np.stack([processor(image).pixel_values[0] for image in images]).astype(np.float32)
@@ -136,14 +149,23 @@ def test_fields_that_are_taken_give_the_pixels_of_transformers(checkpoint: str, 
 
 
 def test_fields_that_a_file_leaves_out_are_those_of_its_class(checkpoint: str) -> None:
-    Path(checkpoint, SEPARATE).write_text(json.dumps({"image_processor_type": "ViTImageProcessor", "size": SIDE}))
+    Path(checkpoint, SEPARATE).write_text(
+        json.dumps({"image_processor_type": "ViTImageProcessor", "size": SIDE})
+    )
     spec = identify(job_of(checkpoint)).pixels
-    assert (spec.resample, spec.rescale, spec.mean, spec.std) == (2, 1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert (spec.resample, spec.rescale, spec.mean, spec.std) == (
+        2,
+        1 / 255,
+        (0.5, 0.5, 0.5),
+        (0.5, 0.5, 0.5),
+    )
 
 
 def test_the_processor_inside_processor_config_json_comes_first(checkpoint: str) -> None:
     inner = {"image_processor_type": "ViTImageProcessor", "size": SIDE, "resample": 3}
-    Path(checkpoint, WHOLE).write_text(json.dumps({"processor_class": "X", "image_processor": inner}))
+    Path(checkpoint, WHOLE).write_text(
+        json.dumps({"processor_class": "X", "image_processor": inner})
+    )
     assert identify(job_of(checkpoint)).pixels.resample == 3
     for other in ({}, {"image_processor": None}):
         Path(checkpoint, WHOLE).write_text(json.dumps(other))
@@ -157,18 +179,30 @@ def test_the_processor_inside_processor_config_json_comes_first(checkpoint: str)
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"resample": "bicubic"}, r'says "resample": "bicubic"\. Write 3 for bicubic: transformers reads numbers'),
+    (
+        {"resample": "bicubic"},
+        r'says "resample": "bicubic"\. Write 3 for bicubic: transformers reads numbers',
+    ),
     ({"resample": "LANCZOS"}, r'says "resample": "LANCZOS"\. Write 1 for lanczos'),
-    ({"resample": "sinc"}, r"Write the number of one of PIL's filters: 0 nearest, 1 lanczos, 2 bilinear, 3 bicubic, 4 box"),
+    (
+        {"resample": "sinc"},
+        r"Write the number of one of PIL's filters: 0 nearest, 1 lanczos, 2 bilinear, 3 bicubic, 4 box",
+    ),
     ({"resample": 6}, r'says "resample": 6\. Write the number of one of PIL\'s filters'),
     ({"resample": -1}, r'says "resample": -1\. '),
     ({"resample": 3.0}, r'says "resample": 3\.0\. '),
     ({"resample": True}, r'says "resample": true\. '),
     ({"resample": [3]}, r'says "resample": \[3\]\. '),
     ({"resample": None}, "gives no `resample`, which `do_resize` needs. Add it."),
-    ({"image_mean": None}, r'gives no `image_mean`, which `do_normalize` needs\. Add it, or write "do_normalize": false'),
+    (
+        {"image_mean": None},
+        r'gives no `image_mean`, which `do_normalize` needs\. Add it, or write "do_normalize": false',
+    ),
     ({"image_std": None}, "gives no `image_std`, which `do_normalize` needs"),
-    ({"image_mean": [0.5]}, r'says "image_mean": \[0\.5\]\. Write three numbers, for red, green and blue'),
+    (
+        {"image_mean": [0.5]},
+        r'says "image_mean": \[0\.5\]\. Write three numbers, for red, green and blue',
+    ),
     ({"image_mean": [0.5] * 4}, "Write three numbers"),
     ({"image_mean": []}, "Write three numbers"),
     ({"image_mean": "0.5"}, "Write three numbers"),
@@ -195,7 +229,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"size": [32]}, r'says "size": \[32\]\. Write \{"height"'),
     ({"size": 32.5}, r'says "size": 32\.5\. Write \{"height"'),
     ({"size": True}, r'says "size": true\. Write \{"height"'),
-    ({"size": {}}, "is not one that transformers can read .size must have one of the following set of keys"),
+    (
+        {"size": {}},
+        "is not one that transformers can read .size must have one of the following set of keys",
+    ),
     ({"size": {"height": 32}}, "is not one that transformers can read"),
     ({"size": {"height": "32", "width": "32"}}, "Write sides as whole numbers above 0"),
     ({"size": {"height": 32.0, "width": 32}}, "Write sides as whole numbers above 0"),
@@ -204,7 +241,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"size": -32}, "Write sides as whole numbers above 0"),
     ({"do_center_crop": True}, "gives no `crop_size`, which `do_center_crop` needs"),
     ({"do_center_crop": True, "crop_size": "x"}, r'says "crop_size": "x"\. Write \{"height"'),
-    ({"do_center_crop": True, "crop_size": {"height": "32", "width": 32}}, "Write sides as whole numbers above 0"),
+    (
+        {"do_center_crop": True, "crop_size": {"height": "32", "width": 32}},
+        "Write sides as whole numbers above 0",
+    ),
     ({"do_rescale": "false"}, r'says "do_rescale": "false"\. Write true or false'),
     ({"do_normalize": [False]}, r'says "do_normalize": \[false\]\. Write true or false'),
     ({"do_resize": 2}, r'says "do_resize": 2\. Write true or false'),
@@ -213,7 +253,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"image_processor_type": ["ViTImageProcessor"]}, "Write the name of a class"),
     ({"auto_map": 3}, "is not one that transformers can read"),
     ({"pad_size": "x"}, "is not one that transformers can read"),
-    ({"preprocess": 1}, r"transformers cannot process an image as preprocessor_config\.json says .'int' object is not callable"),
+    (
+        {"preprocess": 1},
+        r"transformers cannot process an image as preprocessor_config\.json says .'int' object is not callable",
+    ),
     ({"resize": 224}, r"transformers cannot process an image as preprocessor_config\.json says"),
 ]
 
@@ -223,11 +266,18 @@ def message_of(model: str, job: Job | None = None) -> str:
     with pytest.raises(ModelError) as raised:
         identify(job or job_of(model))
     message = str(raised.value)
-    assert raised.value.exit_code == 2 and message.startswith(model) and "\n" not in message and message.endswith(".")
+    assert (
+        raised.value.exit_code == 2
+        and message.startswith(model)
+        and "\n" not in message
+        and message.endswith(".")
+    )
     return message
 
 
-@pytest.mark.parametrize(("changes", "message"), REFUSED, ids=[json.dumps(fields)[:60] for fields, _ in REFUSED])
+@pytest.mark.parametrize(
+    ("changes", "message"), REFUSED, ids=[json.dumps(fields)[:60] for fields, _ in REFUSED]
+)
 def test_fields_that_cannot_be_used_are_named_with_the_file_and_the_next_step(
     checkpoint: str, changes: dict[str, Any], message: str
 ) -> None:
@@ -249,16 +299,24 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("name", [SEPARATE, WHOLE, "config.json"])
-@pytest.mark.parametrize(("text", "message"), TEXTS, ids=[text[:9].decode("latin-1") for text, _ in TEXTS])
-def test_files_that_are_no_json_object_are_named(checkpoint: str, name: str, text: bytes, message: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "message"), TEXTS, ids=[text[:9].decode("latin-1") for text, _ in TEXTS]
+)
+def test_files_that_are_no_json_object_are_named(
+    checkpoint: str, name: str, text: bytes, message: str
+) -> None:
     Path(checkpoint, name).write_bytes(text)
     assert f": {name} {message}" in message_of(checkpoint)
 
 
 @pytest.mark.parametrize("inner", [[], 3, "x", True])
-def test_a_processor_inside_processor_config_json_that_is_no_object_is_named(checkpoint: str, inner: object) -> None:
+def test_a_processor_inside_processor_config_json_that_is_no_object_is_named(
+    checkpoint: str, inner: object
+) -> None:
     Path(checkpoint, WHOLE).write_text(json.dumps({"image_processor": inner}))
-    assert "`image_processor` in processor_config.json is not a JSON object" in message_of(checkpoint)
+    assert "`image_processor` in processor_config.json is not a JSON object" in message_of(
+        checkpoint
+    )
 
 
 def test_the_file_that_was_read_is_the_one_that_is_named(checkpoint: str) -> None:
@@ -269,17 +327,26 @@ def test_the_file_that_was_read_is_the_one_that_is_named(checkpoint: str) -> Non
 
 
 @pytest.mark.parametrize("weight_map", [None, [], {}, {"a": 3}, "x"])
-def test_an_index_of_weights_that_names_no_files_is_refused(checkpoint: str, weight_map: object) -> None:
+def test_an_index_of_weights_that_names_no_files_is_refused(
+    checkpoint: str, weight_map: object
+) -> None:
     os.unlink(f"{checkpoint}/model.safetensors")
-    Path(checkpoint, "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    Path(checkpoint, "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": weight_map})
+    )
     assert "model.safetensors.index.json names no files in its weight_map" in message_of(checkpoint)
 
 
 @pytest.mark.parametrize("decode_on", ["gpu", "hybrid"])
-def test_filters_that_a_gpu_does_not_resize_with_are_refused_before_a_run(checkpoint: str, decode_on: str) -> None:
+def test_filters_that_a_gpu_does_not_resize_with_are_refused_before_a_run(
+    checkpoint: str, decode_on: str
+) -> None:
     edit(f"{checkpoint}/{SEPARATE}", resample=1)
     spec = identify(job_of(checkpoint))
-    with pytest.raises(ModelError, match=r"resizes bilinear or bicubic, and .* wants lanczos\. Set decode: exact or fast"):
+    with pytest.raises(
+        ModelError,
+        match=r"resizes bilinear or bicubic, and .* wants lanczos\. Set decode: exact or fast",
+    ):
         engines.require_filter(spec, decode_on)
     engines.require_filter(spec, "exact")
 
@@ -287,23 +354,56 @@ def test_filters_that_a_gpu_does_not_resize_with_are_refused_before_a_run(checkp
 # ---------------------------------------------------------------- directories of other libraries
 
 
-TIMM = {"architecture": "vit_base_patch16_224", "num_classes": 1000, "pretrained_cfg": {"tag": "augreg_in21k_ft_in1k"}}
+TIMM = {
+    "architecture": "vit_base_patch16_224",
+    "num_classes": 1000,
+    "pretrained_cfg": {"tag": "augreg_in21k_ft_in1k"},
+}
 MODULES = [
-    {"idx": 0, "name": "0", "path": "0_CLIPModel", "type": "sentence_transformers.models.CLIPModel"},
+    {
+        "idx": 0,
+        "name": "0",
+        "path": "0_CLIPModel",
+        "type": "sentence_transformers.models.CLIPModel",
+    },
 ]
 FOREIGN: list[tuple[dict[str, Any], list[str]]] = [
-    ({"config.json": TIMM, "model.safetensors": b""}, ["is a timm checkpoint (vit_base_patch16_224)", "transformers version"]),
-    ({"config.json": {**TIMM, "model_type": "timm_wrapper"}}, ["is a timm checkpoint (vit_base_patch16_224)", "or convert it"]),
-    ({"config.json": {"pretrained_cfg": {}}}, ["is a timm checkpoint, and vitray reads checkpoints of transformers"]),
     (
-        {"open_clip_config.json": {"model_cfg": {"embed_dim": 512}}, "open_clip_pytorch_model.bin": b""},
+        {"config.json": TIMM, "model.safetensors": b""},
+        ["is a timm checkpoint (vit_base_patch16_224)", "transformers version"],
+    ),
+    (
+        {"config.json": {**TIMM, "model_type": "timm_wrapper"}},
+        ["is a timm checkpoint (vit_base_patch16_224)", "or convert it"],
+    ),
+    (
+        {"config.json": {"pretrained_cfg": {}}},
+        ["is a timm checkpoint, and vitray reads checkpoints of transformers"],
+    ),
+    (
+        {
+            "open_clip_config.json": {"model_cfg": {"embed_dim": 512}},
+            "open_clip_pytorch_model.bin": b"",
+        },
         ["is an OpenCLIP checkpoint", "transformers version of the same weights", "or convert it"],
     ),
     ({"open_clip_config.json": {}, "config.json": {}}, ["is an OpenCLIP checkpoint"]),
-    ({"modules.json": MODULES}, ["is a sentence-transformers model", "the checkpoint that it wraps: its folder 0_CLIPModel"]),
-    ({"modules.json": {}, "config_sentence_transformers.json": {}}, ["is a sentence-transformers model"]),
     (
-        {"adapter_config.json": {"base_model_name_or_path": "google/vit-base-patch16-224"}, "adapter_model.safetensors": b""},
+        {"modules.json": MODULES},
+        [
+            "is a sentence-transformers model",
+            "the checkpoint that it wraps: its folder 0_CLIPModel",
+        ],
+    ),
+    (
+        {"modules.json": {}, "config_sentence_transformers.json": {}},
+        ["is a sentence-transformers model"],
+    ),
+    (
+        {
+            "adapter_config.json": {"base_model_name_or_path": "google/vit-base-patch16-224"},
+            "adapter_model.safetensors": b"",
+        },
         ["is a PEFT adapter for google/vit-base-patch16-224", "merge_and_unload"],
     ),
     ({"adapter_config.json": []}, ["is a PEFT adapter, not a whole model"]),
@@ -311,33 +411,57 @@ FOREIGN: list[tuple[dict[str, Any], list[str]]] = [
         {"model_index.json": {"_class_name": "StableDiffusionPipeline"}},
         ["is a diffusers pipeline (StableDiffusionPipeline)", "Choose a vision transformer"],
     ),
-    ({"model-Q4_K_M.gguf": b"GGUF"}, ["holds GGUF weights (model-Q4_K_M.gguf)", "Give the checkpoint of transformers"]),
-    ({"pytorch_model.bin": b"PK"}, ["holds pytorch_model.bin and no config.json", "can run code", "save_pretrained"]),
+    (
+        {"model-Q4_K_M.gguf": b"GGUF"},
+        ["holds GGUF weights (model-Q4_K_M.gguf)", "Give the checkpoint of transformers"],
+    ),
+    (
+        {"pytorch_model.bin": b"PK"},
+        ["holds pytorch_model.bin and no config.json", "can run code", "save_pretrained"],
+    ),
     ({"best.pth": b"PK", "notes.txt": b""}, ["holds best.pth and no config.json"]),
     ({"model.onnx": b""}, ["holds model.onnx, a graph that vitray export did not write"]),
-    ({"model.safetensors": b""}, ["holds no config.json. Give the directory of a whole checkpoint of transformers"]),
-    ({"config.json": {"hidden_size": 768}}, ["config.json names no model_type", "Known: vit, deit"]),
-    ({"config.json": {"model_type": ["vit"]}}, ["is of model type ['vit'], which vitray does not know"]),
-    ({"config.json": {"model_type": "bert"}, "modules.json": MODULES}, ["is of model type bert, which vitray does not know"]),
+    (
+        {"model.safetensors": b""},
+        ["holds no config.json. Give the directory of a whole checkpoint of transformers"],
+    ),
+    (
+        {"config.json": {"hidden_size": 768}},
+        ["config.json names no model_type", "Known: vit, deit"],
+    ),
+    (
+        {"config.json": {"model_type": ["vit"]}},
+        ["is of model type ['vit'], which vitray does not know"],
+    ),
+    (
+        {"config.json": {"model_type": "bert"}, "modules.json": MODULES},
+        ["is of model type bert, which vitray does not know"],
+    ),
 ]
 
 
 def write_directory(folder: Path, files: dict[str, Any]) -> str:
     folder.mkdir()
     for name, content in files.items():
-        (folder / name).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+        (folder / name).write_bytes(
+            content if isinstance(content, bytes) else json.dumps(content).encode()
+        )
     return str(folder)
 
 
 @pytest.mark.parametrize(("files", "parts"), FOREIGN, ids=[" ".join(files) for files, _ in FOREIGN])
-def test_directories_of_other_libraries_are_recognised(tmp_path: Path, files: dict[str, Any], parts: list[str]) -> None:
+def test_directories_of_other_libraries_are_recognised(
+    tmp_path: Path, files: dict[str, Any], parts: list[str]
+) -> None:
     message = message_of(write_directory(tmp_path / "m", files))
     assert [part for part in parts if part not in message] == [], message
 
 
 def test_an_adapter_beside_the_config_of_its_base_is_recognised(checkpoint: str) -> None:
     os.rename(f"{checkpoint}/model.safetensors", f"{checkpoint}/adapter_model.safetensors")
-    Path(checkpoint, "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "base"}))
+    Path(checkpoint, "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": "base"})
+    )
     assert "is a PEFT adapter for base, not a whole model" in message_of(checkpoint)
 
 
@@ -347,8 +471,16 @@ def test_text_of_other_libraries_stays_short_and_on_one_line(tmp_path: Path) -> 
     assert message.isprintable() and len(message) < 600
 
 
-def test_a_whole_checkpoint_beside_files_of_other_libraries_is_a_checkpoint(checkpoint: str) -> None:
-    for name in ("open_clip_config.json", "modules.json", "pytorch_model.bin", "model.onnx", "x.gguf"):
+def test_a_whole_checkpoint_beside_files_of_other_libraries_is_a_checkpoint(
+    checkpoint: str,
+) -> None:
+    for name in (
+        "open_clip_config.json",
+        "modules.json",
+        "pytorch_model.bin",
+        "model.onnx",
+        "x.gguf",
+    ):
         Path(checkpoint, name).write_text("{}")
     assert identify(job_of(checkpoint)).family == "vit"
     assert locate(checkpoint, None).directory == checkpoint

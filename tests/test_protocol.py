@@ -18,7 +18,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from explorer import ANSWER_LOST, ANSWER_LOST_THEN_REFUSED, Bounds, Died, Found, MemoryStore, Run, Scenario, Violation, explore
+from explorer import (
+    ANSWER_LOST,
+    ANSWER_LOST_THEN_REFUSED,
+    Bounds,
+    Died,
+    Found,
+    MemoryStore,
+    Run,
+    Scenario,
+    Violation,
+    explore,
+)
 from test_dataset import errors_of, make, rows_of, vector
 
 from vitray import storage
@@ -56,7 +67,9 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """s3:// is the store of the execution at hand, and write-ids follow from who writes: a repeated execution is the same."""
     monkeypatch.setattr(storage, "_s3", lambda *_: _now.store)
     monkeypatch.setattr(protocol.uuid, "uuid4", lambda: SimpleNamespace(hex=_write_id()))
-    monkeypatch.setattr(identity, "version", cache(identity.version))  # read thousands of times, most of the time that this took
+    monkeypatch.setattr(
+        identity, "version", cache(identity.version)
+    )  # read thousands of times, most of the time that this took
 
 
 def _write_id() -> str:
@@ -66,7 +79,13 @@ def _write_id() -> str:
 
 def planned() -> Shard:
     info = store_for(SOURCE).stat(SOURCE)
-    return Shard(f"cats-{short_hash(SOURCE)}-{short_hash(info.version, 8)}", "tar", SOURCE, info.size, info.version)
+    return Shard(
+        f"cats-{short_hash(SOURCE)}-{short_hash(info.version, 8)}",
+        "tar",
+        SOURCE,
+        info.size,
+        info.version,
+    )
 
 
 def _id_of(source: bytes) -> str:
@@ -77,7 +96,9 @@ def listed() -> tuple[list[str], list[str]]:
     return [planned().id], [planned().id]
 
 
-def a_run(name: str, bad: dict[int, str] | None = None, drift: float = 0.0) -> Callable[[], Commit | None]:
+def a_run(
+    name: str, bad: dict[int, str] | None = None, drift: float = 0.0
+) -> Callable[[], Commit | None]:
     """What a run does with one shard. bad: the images it cannot decode; drift: what its vectors differ by from another's."""
 
     def work() -> Commit | None:
@@ -100,9 +121,15 @@ def _make(shard: Shard, bad: dict[int, str], drift: float) -> Commit | None:
         for start, stop in SPANS:
             if there.fragments.get(start) != stop:
                 rows = rows_of(dataset, shard.id, [i for i in range(start, stop) if i not in bad])
-                vectors = np.array([vector(i) + np.float32(drift) for i in rows["index"].to_pylist()], np.float32).ravel()
-                column = pa.FixedSizeListArray.from_arrays(pa.array(vectors), type=rows.schema.field("embedding").type)
-                rows = rows.set_column(rows.schema.get_field_index("embedding"), rows.schema.field("embedding"), column)
+                vectors = np.array(
+                    [vector(i) + np.float32(drift) for i in rows["index"].to_pylist()], np.float32
+                ).ravel()
+                column = pa.FixedSizeListArray.from_arrays(
+                    pa.array(vectors), type=rows.schema.field("embedding").type
+                )
+                rows = rows.set_column(
+                    rows.schema.get_field_index("embedding"), rows.schema.field("embedding"), column
+                )
                 wrong = errors_of(shard.id, {i: bad[i] for i in range(start, stop) if i in bad})
                 write_fragment(dataset, shard.id, (start, stop), rows, wrong)
         write_end(dataset, shard.id, End(TOTAL, None))
@@ -136,19 +163,38 @@ def broken_by(url: str, before: bytes | None, after: bytes | None) -> str:
     data = join(OUT, "data", name)
     if folder == "data" and before is not None and after is not None:
         return f"{url} was written a second time"
-    if folder == "data" and after is None and name == f"{_id_of(_now.store.objects[SOURCE])}.parquet":
+    if (
+        folder == "data"
+        and after is None
+        and name == f"{_id_of(_now.store.objects[SOURCE])}.parquet"
+    ):
         return f"{url} was deleted, and it is what the input holds now"
-    if folder == "data" and after is None and not any(o.startswith(f"{OUT}/data/") and o != url for o in objects):
+    if (
+        folder == "data"
+        and after is None
+        and not any(o.startswith(f"{OUT}/data/") and o != url for o in objects)
+    ):
         return f"{url} was deleted, and nothing superseded it"
-    if folder == "_errors" and after is not None and data not in objects and name == f"{_id_of(objects[SOURCE])}.parquet":
+    if (
+        folder == "_errors"
+        and after is not None
+        and data not in objects
+        and name == f"{_id_of(objects[SOURCE])}.parquet"
+    ):
         return f"{url} was written before its data file"
     if name.startswith("staging/") and before is not None:
         if after is not None:
             return f"{url} was written a second time"
         shard = name.split("/")[1]
-        if join(OUT, "data", f"{shard}.parquet") not in objects and shard == _id_of(objects[SOURCE]):
+        if join(OUT, "data", f"{shard}.parquet") not in objects and shard == _id_of(
+            objects[SOURCE]
+        ):
             return f"{url} was deleted before its data file was there"
-    if folder == "_SUCCESS.json" and after is not None and not any(o.startswith(f"{OUT}/data/") for o in objects):
+    if (
+        folder == "_SUCCESS.json"
+        and after is not None
+        and not any(o.startswith(f"{OUT}/data/") for o in objects)
+    ):
         return "_SUCCESS.json was written before the data"
     return ""
 
@@ -156,15 +202,32 @@ def broken_by(url: str, before: bytes | None, after: bytes | None) -> str:
 def check_whole(store: MemoryStore, runs: list[Run]) -> None:
     """No false failure, no false answer; and after one more run, without faults, the dataset is whole."""
     for run in runs:
-        lost = [met for met in run.met if met[0] not in (ANSWER_LOST, ANSWER_LOST_THEN_REFUSED) or "create" not in met[1]]
-        if run.error is not None and not isinstance(run.error, Died) and (not run.met or not isinstance(run.error, StorageError)):
+        lost = [
+            met
+            for met in run.met
+            if met[0] not in (ANSWER_LOST, ANSWER_LOST_THEN_REFUSED) or "create" not in met[1]
+        ]
+        if (
+            run.error is not None
+            and not isinstance(run.error, Died)
+            and (not run.met or not isinstance(run.error, StorageError))
+        ):
             raise Violation(f"a run failed without a cause: {run.error!r}, {run.met}")
-        if isinstance(run.error, StorageError) and not lost and all("/data/" in what for _, what in run.met):
+        if (
+            isinstance(run.error, StorageError)
+            and not lost
+            and all("/data/" in what for _, what in run.met)
+        ):
             raise Violation(f"a commit that happened was called a failure: {run.error!r}")
-        if isinstance(run.result, Commit) and join(OUT, "data", f"{run.result.shard}.parquet") in store.objects:
+        if (
+            isinstance(run.result, Commit)
+            and join(OUT, "data", f"{run.result.shard}.parquet") in store.objects
+        ):
             footer = read_footer(join(OUT, "data", f"{run.result.shard}.parquet"))
             if (run.result.rows, run.result.errors) != (footer.rows, footer.errors):
-                raise Violation(f"a run reports {run.result}, the file holds {footer.rows} rows and {footer.errors} errors")
+                raise Violation(
+                    f"a run reports {run.result}, the file holds {footer.rows} rows and {footer.errors} errors"
+                )
     a_run("last")()
     shard, data = planned(), committed(OUT)
     if list(data) != [shard.id]:
@@ -172,19 +235,32 @@ def check_whole(store: MemoryStore, runs: list[Run]) -> None:
     footer = read_footer(data[shard.id].url)
     table = pq.ParquetFile(pa.BufferReader(store.objects[data[shard.id].url])).read()
     seen = sorted(table["index"].to_pylist() + footer.error_rows["index"].to_pylist())
-    if seen != list(range(TOTAL)) or (table.num_rows, footer.error_rows.num_rows) != (footer.rows, footer.errors):
+    if seen != list(range(TOTAL)) or (table.num_rows, footer.error_rows.num_rows) != (
+        footer.rows,
+        footer.errors,
+    ):
         raise Violation(f"the rows are {seen}, the footer says {footer.rows} + {footer.errors}")
     errors = join(OUT, "_errors", f"{shard.id}.parquet")
     if exists(errors) != bool(footer.errors):
-        raise Violation(f"{footer.errors} errors, but errors/ is {'there' if exists(errors) else 'not there'}")
+        raise Violation(
+            f"{footer.errors} errors, but errors/ is {'there' if exists(errors) else 'not there'}"
+        )
     if footer.errors and pq.read_table(pa.BufferReader(store.objects[errors])) != footer.error_rows:
         raise Violation("errors/ is not what the data file carries")
-    if others := [url for url in store.objects if url.startswith(join(OUT, "_errors", "")) and url != errors]:
+    if others := [
+        url for url in store.objects if url.startswith(join(OUT, "_errors", "")) and url != errors
+    ]:
         raise Violation(f"errors/ holds {others}, the input is {shard.id}")
     manifest = read_manifest(OUT)
-    if manifest is None or manifest["etag"].to_pylist() != [data[shard.id].version] or not exists(join(OUT, "_SUCCESS.json")):
+    if (
+        manifest is None
+        or manifest["etag"].to_pylist() != [data[shard.id].version]
+        or not exists(join(OUT, "_SUCCESS.json"))
+    ):
         raise Violation(f"the manifest is {manifest and manifest.to_pylist()}")
-    if shard.id in staged_shards(_now.dataset):  # of an older version, a run that was left behind may write some at any time
+    if shard.id in staged_shards(
+        _now.dataset
+    ):  # of an older version, a run that was left behind may write some at any time
         raise Violation(f"staging is left: {staged_shards(_now.dataset)}")
 
 
@@ -205,14 +281,28 @@ def scenario(runs: Callable[[], list[Callable[[], Any]]]) -> Scenario:
 SCENARIOS: dict[str, Callable[[], list[Callable[[], Any]]]] = {
     "two runs whose vectors differ in the last float": lambda: [a_run("a"), a_run("b", drift=1e-7)],
     "two runs that disagree on a bad row": lambda: [a_run("a"), a_run("b", {1: "time_limit"})],
-    "two runs, and the input changes": lambda: [a_run("a"), a_run("b", {2: "truncated"}), the_input_changes],
-    "a commit task left behind": lambda: [a_run("a"), a_run("b", {1: "time_limit"}), a_commit_task("left")],
-    "three runs that disagree": lambda: [a_run("a"), a_run("b", {1: "time_limit"}), a_run("c", {0: "decoder_died", 1: "empty"})],
+    "two runs, and the input changes": lambda: [
+        a_run("a"),
+        a_run("b", {2: "truncated"}),
+        the_input_changes,
+    ],
+    "a commit task left behind": lambda: [
+        a_run("a"),
+        a_run("b", {1: "time_limit"}),
+        a_commit_task("left"),
+    ],
+    "three runs that disagree": lambda: [
+        a_run("a"),
+        a_run("b", {1: "time_limit"}),
+        a_run("c", {0: "decoder_died", 1: "empty"}),
+    ],
 }
 
 
 def tell(name: str, found: Found) -> None:
-    print(f"{name}: {found.states:,} states, {found.executions:,} executions, {found.ends:,} ends, complete: {found.complete}")
+    print(
+        f"{name}: {found.states:,} states, {found.executions:,} executions, {found.ends:,} ends, complete: {found.complete}"
+    )
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -234,7 +324,10 @@ def test_many_states_hold(name: str, faults: int) -> None:
 @pytest.mark.timeout(900)
 def test_every_order_of_two_runs_and_a_changing_input_holds() -> None:
     """With at most two preemptions and no fault, all of them."""
-    found = explore(scenario(SCENARIOS["two runs, and the input changes"]), Bounds(preemptions=2, faults=0, states=200_000))
+    found = explore(
+        scenario(SCENARIOS["two runs, and the input changes"]),
+        Bounds(preemptions=2, faults=0, states=200_000),
+    )
     tell("two runs, and the input changes", found)
     assert found.complete and found.states > 50_000
 
@@ -247,17 +340,25 @@ def check_one_dataset(store: MemoryStore, runs: list[Run]) -> None:
     if len({a.fingerprint for a in answers}) > 1:
         raise Violation("two runs work on two datasets in one OUT")
     for run in runs:
-        if run.error is not None and not isinstance(run.error, Died | FingerprintError) and not run.met:
+        if (
+            run.error is not None
+            and not isinstance(run.error, Died | FingerprintError)
+            and not run.met
+        ):
             raise Violation(f"a run failed without a cause: {run.error!r}")
 
 
-@pytest.mark.parametrize("top_k", [pytest.param(2, metadata=pytest.mark.nightly), 3])  # the same job, another
+@pytest.mark.parametrize(
+    "top_k", [pytest.param(2, metadata=pytest.mark.nightly), 3]
+)  # the same job, another
 def test_one_of_two_first_runs_decides_what_the_dataset_is(top_k: int) -> None:
     def begin() -> tuple[MemoryStore, list[Callable[[], Any]]]:
         _now.store = MemoryStore()
         return _now.store, [lambda: make(OUT, top_k=2), lambda: make(OUT, top_k=top_k)]
 
-    found = explore(Scenario(begin, check_one_dataset), Bounds(preemptions=4, faults=2, states=20_000))
+    found = explore(
+        Scenario(begin, check_one_dataset), Bounds(preemptions=4, faults=2, states=20_000)
+    )
     tell("dataset.json", found)
     assert found.complete
 
@@ -296,7 +397,9 @@ def test_a_path_is_in_one_group_whoever_appends(faults: int) -> None:
         _now.store = MemoryStore()
         return _now.store, [a_grouping("a", "b"), a_grouping("b", "c"), a_grouping("a", "c")]
 
-    found = explore(Scenario(begin, check_groups), Bounds(preemptions=2, faults=faults, states=3000))
+    found = explore(
+        Scenario(begin, check_groups), Bounds(preemptions=2, faults=faults, states=3000)
+    )
     tell(f"groups, {faults} faults", found)
 
 
@@ -335,7 +438,9 @@ def test_two_runs_that_prune_and_one_that_appends_agree(faults: int) -> None:
         append_group_log(OUT, [(0, "a"), (0, "b")])
         return _now.store, [a_pruning("a"), a_pruning("a", "b"), a_grouping("a", "b", "c")]
 
-    found = explore(Scenario(begin, check_pruned), Bounds(preemptions=2, faults=faults, states=3000))
+    found = explore(
+        Scenario(begin, check_pruned), Bounds(preemptions=2, faults=faults, states=3000)
+    )
     tell(f"pruned groups, {faults} faults", found)
 
 
@@ -419,7 +524,9 @@ def errors_of_the_loser(patch: pytest.MonkeyPatch) -> None:
 
     def write(dataset: Any, shard: Shard, there: Any) -> Any:
         mine, adopted = real(dataset, shard, there)
-        return replace(mine, errors=0, error_rows=mine.error_rows.slice(0, 0)) if adopted else mine, adopted
+        return replace(
+            mine, errors=0, error_rows=mine.error_rows.slice(0, 0)
+        ) if adopted else mine, adopted
 
     patch.setattr(protocol, "_write", write)
 
@@ -458,7 +565,10 @@ def fragments_written_again(patch: pytest.MonkeyPatch) -> None:
 SHORT = Bounds(preemptions=2, faults=1, states=4000)
 MUTANTS: dict[Callable[[pytest.MonkeyPatch], None], tuple[str, Bounds]] = {
     put_without_condition: ("two runs that disagree on a bad row", SHORT),
-    exists_means_mine: ("a commit task left behind", Bounds(preemptions=3, faults=0, states=60_000)),
+    exists_means_mine: (
+        "a commit task left behind",
+        Bounds(preemptions=3, faults=0, states=60_000),
+    ),
     exists_means_error: ("two runs that disagree on a bad row", SHORT),
     no_answer_means_error: ("two runs that disagree on a bad row", SHORT),
     staging_cleaned_before_the_commit: ("two runs that disagree on a bad row", SHORT),
@@ -466,15 +576,23 @@ MUTANTS: dict[Callable[[pytest.MonkeyPatch], None], tuple[str, Bounds]] = {
     errors_of_the_loser: ("two runs that disagree on a bad row", SHORT),
     record_before_data: ("two runs that disagree on a bad row", SHORT),
     fragments_written_again: ("two runs that disagree on a bad row", SHORT),
-    listed_before_looking: ("two runs, and the input changes", Bounds(preemptions=2, faults=0, states=60_000)),
+    listed_before_looking: (
+        "two runs, and the input changes",
+        Bounds(preemptions=2, faults=0, states=60_000),
+    ),
 }
 
 
 @pytest.mark.parametrize(
     "mutant",
-    [pytest.param(m, id=m.__name__, metadata=[] if bounds is SHORT else [NIGHTLY]) for m, (_, bounds) in MUTANTS.items()],
+    [
+        pytest.param(m, id=m.__name__, metadata=[] if bounds is SHORT else [NIGHTLY])
+        for m, (_, bounds) in MUTANTS.items()
+    ],
 )
-def test_every_mutant_is_caught(mutant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_mutant_is_caught(
+    mutant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     name, bounds = MUTANTS[mutant]
     play = scenario(SCENARIOS[name])
     mutant(monkeypatch)

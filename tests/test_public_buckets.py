@@ -93,7 +93,9 @@ def new_bucket(endpoint: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture(params=SERVERS)
-def bucket(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+def bucket(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Bucket]:
     """A private bucket of somebody else: the environment has no credentials at all."""
     yield from new_bucket(request.getfixturevalue(f"{request.param}_s3"), tmp_path, monkeypatch)
 
@@ -117,7 +119,12 @@ def sign(monkeypatch: pytest.MonkeyPatch) -> None:
 def images_of(source: str, **fields: object) -> dict[str, bytes | None]:
     job = make_job({"source": source, "model": "m", "out": "o", **fields})
     shards = list_shards(job, []).shards
-    rows = [row for shard in shards for row in read_shard(shard, job, lambda index: True) if isinstance(row, Encoded)]
+    rows = [
+        row
+        for shard in shards
+        for row in read_shard(shard, job, lambda index: True)
+        if isinstance(row, Encoded)
+    ]
     return {row.key: row.data for row in rows}
 
 
@@ -149,7 +156,9 @@ def refusal(work: Callable[[], object]) -> StorageError:
 # ---------------------------------------------------------------- without credentials
 
 
-def test_a_bucket_that_its_acl_makes_public_is_read_without_credentials(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bucket_that_its_acl_makes_public_is_read_without_credentials(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bucket.show_to_everybody()
     require_readable_without_credentials(bucket, monkeypatch)
 
@@ -164,7 +173,13 @@ def test_a_bucket_that_its_policy_makes_public_is_read_without_credentials(
 
 def require_readable_without_credentials(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(UNSIGNED, "YES")
-    for source in (f"{bucket.url}/in", f"{bucket.url}/in/", f"{bucket.url}/in/a.tar", f"{bucket.url}/*/*.tar", bucket.url):
+    for source in (
+        f"{bucket.url}/in",
+        f"{bucket.url}/in/",
+        f"{bucket.url}/in/a.tar",
+        f"{bucket.url}/*/*.tar",
+        bucket.url,
+    ):
         assert images_of(source) == IMAGES, source
     assert read(f"{bucket.url}/in/a.tar") == tar_bytes()
     assert exists(f"{bucket.url}/in/none") is False
@@ -181,11 +196,15 @@ def test_a_manifest_names_public_objects_of_a_bucket_that_nobody_may_list(
     monkeypatch.setenv(UNSIGNED, "YES")
     refusal(lambda: expand(f"{real_bucket.url}/in"))
     (tmp_path / "list.csv").write_text(f"path\n{real_bucket.url}/in/a.jpg\n")
-    assert images_of(str(tmp_path / "list.csv"), allow=[real_bucket.url]) == {f"{real_bucket.url}/in/a.jpg": IMAGES["img0"]}
+    assert images_of(str(tmp_path / "list.csv"), allow=[real_bucket.url]) == {
+        f"{real_bucket.url}/in/a.jpg": IMAGES["img0"]
+    }
 
 
 @pytest.mark.s3
-def test_a_public_bucket_is_not_written_without_credentials(real_bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_public_bucket_is_not_written_without_credentials(
+    real_bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real_bucket.allow_everybody()
     monkeypatch.setenv(UNSIGNED, "YES")
     for work in writes(real_bucket.url):
@@ -198,17 +217,24 @@ def test_a_public_bucket_is_not_written_without_credentials(real_bucket: Bucket,
 
 
 @pytest.mark.s3
-def test_a_private_bucket_is_refused_without_credentials(real_bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_private_bucket_is_refused_without_credentials(
+    real_bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(UNSIGNED, "YES")
     for work in reads(real_bucket.url):
         error = refusal(work)
         assert type(error) is ObjectRefused
-        assert "AWS_NO_SIGN_REQUEST is set, so requests carry no credentials: unset it to use yours." in str(error)
+        assert (
+            "AWS_NO_SIGN_REQUEST is set, so requests carry no credentials: unset it to use yours."
+            in str(error)
+        )
         assert PAYER not in str(error)
 
 
 @pytest.mark.s3
-def test_credentials_are_used_again_once_the_variable_is_gone(real_bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_credentials_are_used_again_once_the_variable_is_gone(
+    real_bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sign(monkeypatch)
     assert images_of(f"{real_bucket.url}/in") == IMAGES
     monkeypatch.setenv(UNSIGNED, "1")
@@ -229,7 +255,10 @@ def test_the_variable_says_yes_or_no_as_gdal_reads_it(
     sign(monkeypatch)
     monkeypatch.setenv(UNSIGNED, value)
     assert read(f"{mock_bucket.url}/in/a.tar") == tar_bytes()
-    assert [header is not None for header in mock_bucket.headers("authorization")] == [signed, signed]
+    assert [header is not None for header in mock_bucket.headers("authorization")] == [
+        signed,
+        signed,
+    ]
 
 
 def test_missing_credentials_name_the_variable_where_something_is_read(bucket: Bucket) -> None:
@@ -250,7 +279,9 @@ def test_missing_credentials_name_the_variable_where_something_is_read(bucket: B
 
 
 @pytest.mark.parametrize("value", ["requester", "Requester"])
-def test_every_request_says_that_the_requester_pays(bucket: Bucket, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+def test_every_request_says_that_the_requester_pays(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
     sign(monkeypatch)
     monkeypatch.setenv(PAYER, value)
     assert images_of(f"{bucket.url}/in") == IMAGES
@@ -262,13 +293,19 @@ def test_every_request_says_that_the_requester_pays(bucket: Bucket, monkeypatch:
     assert {call.method for call in calls} == {"GET", "HEAD", "PUT", "DELETE"}
     assert any("list-type=2" in call.path for call in calls)
     # HEAD of a bucket, which answers whether it is there, takes no such header
-    of_bucket = [call for call in calls if call.method == "HEAD" and call.path.strip("/") == bucket.name]
-    assert {call.headers.get("x-amz-request-payer") for call in calls if call not in of_bucket} == {"requester"}
+    of_bucket = [
+        call for call in calls if call.method == "HEAD" and call.path.strip("/") == bucket.name
+    ]
+    assert {call.headers.get("x-amz-request-payer") for call in calls if call not in of_bucket} == {
+        "requester"
+    }
     assert len(of_bucket) < len(calls) / 2
 
 
 @pytest.mark.parametrize("value", [None, ""])
-def test_without_the_variable_no_request_says_so(mock_bucket: Bucket, monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
+def test_without_the_variable_no_request_says_so(
+    mock_bucket: Bucket, monkeypatch: pytest.MonkeyPatch, value: str | None
+) -> None:
     sign(monkeypatch)
     if value is not None:
         monkeypatch.setenv(PAYER, value)
@@ -276,7 +313,9 @@ def test_without_the_variable_no_request_says_so(mock_bucket: Bucket, monkeypatc
     assert set(mock_bucket.headers("x-amz-request-payer")) == {None}
 
 
-def test_a_refused_read_says_what_to_do_if_the_requester_pays(mock_bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_read_says_what_to_do_if_the_requester_pays(
+    mock_bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sign(monkeypatch)
 
     def refuse(call: Call) -> int:
@@ -296,7 +335,9 @@ def test_a_refused_read_says_what_to_do_if_the_requester_pays(mock_bucket: Bucke
 
 
 @pytest.mark.s3
-def test_wrong_keys_are_not_said_to_be_about_who_pays(real_bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_keys_are_not_said_to_be_about_who_pays(
+    real_bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sign(monkeypatch)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     text = str(refusal(lambda: expand(real_bucket.url)))
@@ -310,21 +351,34 @@ def test_wrong_keys_are_not_said_to_be_about_who_pays(real_bucket: Bucket, monke
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
-        (UNSIGNED, "maybe", "is 'maybe': write YES to read public buckets without credentials, or unset it."),
+        (
+            UNSIGNED,
+            "maybe",
+            "is 'maybe': write YES to read public buckets without credentials, or unset it.",
+        ),
         (UNSIGNED, " ", "is ' ': write YES"),
         (PAYER, "YES", "is 'YES': write requester to pay for requests yourself, or unset it."),
         (PAYER, "BucketOwner", "is 'BucketOwner': write requester"),
     ],
 )
 def test_a_bad_value_names_the_variable_and_ends_with_exit_code_2(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, value: str, says: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    value: str,
+    says: str,
 ) -> None:
     sign(monkeypatch)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # the discard port: refused
     monkeypatch.setenv(name, value)
     with pytest.raises(JobError, match=f"^{name} {says}"):
         read("s3://photos/a.tar")
-    monkeypatch.setattr(sys, "argv", ["vitray", "plan", "s3://photos/a.tar", "--model", "m", "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["vitray", "plan", "s3://photos/a.tar", "--model", "m", "--out", str(tmp_path / "out")],
+    )
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 2
@@ -332,7 +386,9 @@ def test_a_bad_value_names_the_variable_and_ends_with_exit_code_2(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_bad_value_does_not_matter_where_nothing_is_on_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bad_value_does_not_matter_where_nothing_is_on_s3(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(UNSIGNED, "maybe")
     (tmp_path / "a.tar").write_bytes(tar_bytes())
     assert images_of(str(tmp_path)) == IMAGES

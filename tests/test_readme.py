@@ -1,104 +1,80 @@
-"""The README's code runs, and so do the job files."""
+"""The README is short, and its figures, extras and job files are right. test_docs.py checks its links and commands."""
 
 from __future__ import annotations
 
-import csv
-import json
 import re
-import shlex
-import shutil
-import sys
-from pathlib import Path
-from typing import Any
+import tomllib
 
-import embedded
-import numpy as np
-import pgvector
 import pytest
+import yaml
+from docpages import README, ROOT, TUTORIAL, blocks, place_of, sentences
 
-from vitray import cli
-from vitray.consume.exporting import Wanted, export
 from vitray.job import Job, load_job
-from vitray.operations import demo
 
-HOME = Path(__file__).parent.parent
-README = (HOME / "README.md").read_text()
-RECIPES = README.partition("## Use the embeddings")[2].partition("\n## ")[0]
+TEXT = README.read_text(encoding="utf-8")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+HOW_TO = sorted((ROOT / "docs" / "how-to").glob("*.md"))
+PLAIN = [README, TUTORIAL, ROOT / "docs" / "README.md", *HOW_TO]
+DEVELOPERS = {"dev", "bench", "fuzz", "audit", "docs"}  # extras that no user needs
 
 
-def python_in(text: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+def section(heading: str) -> str:
+    """What stands below a heading of the README."""
+    return TEXT.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+
+
+def test_the_readme_has_at_most_120_lines() -> None:
+    assert len(TEXT.splitlines()) <= 120
+
+
+@pytest.mark.parametrize("page", PLAIN, ids=place_of)
+def test_no_sentence_has_more_than_30_words(page: str) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert [sentence for sentence in sentences(text) if len(sentence.split()) > 30] == []
+
+
+def test_nine_of_ten_sentences_of_the_readme_have_at_most_22_words() -> None:
+    lengths = sorted(len(sentence.split()) for sentence in sentences(TEXT))
+    assert lengths[int(0.9 * len(lengths))] <= 22
+
+
+@pytest.mark.parametrize("page", PLAIN, ids=place_of)
+def test_text_is_wrapped_at_100_columns(page: str) -> None:
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if len(line) > 100 and not line.startswith("|")] == []
+
+
+def test_sentences_are_found_in_text_lists_and_tables_but_not_in_code() -> None:
+    text = "# Head\n\nOne. Two\nlines.\n\n- Item `a. B`\n\n    code\n\n| cell one | cell two |\n"
+    assert sentences(text) == ["One.", "Two lines.", "- Item CODE", "cell one", "cell two"]
+
+
+def test_the_extras_of_the_readme_are_those_of_the_project() -> None:
+    listed = section("Install").partition("Extras:")[2].partition(". On a fresh")[0]
+    extras = set(re.findall(r"`(\w+)`", listed))
+    assert extras == PROJECT["optional-dependencies"].keys() - DEVELOPERS
+
+
+def test_the_python_version_of_the_readme_is_that_of_the_project() -> None:
+    assert PROJECT["requires-python"].removeprefix(">=") in section("Install")
+
+
+def test_the_figures_of_the_comparison_stand_in_the_benchmarks() -> None:
+    benchmarks = (ROOT / "BENCHMARKS.md").read_text(encoding="utf-8")
+    figures = re.findall(r"\d+\.\d+", section("How it compares"))
+    assert len(figures) == 2
+    assert all(figure in benchmarks for figure in figures)
+
+
+def test_the_screenshot_is_small() -> None:
+    assert 10_000 < (ROOT / "docs" / "images" / "report.png").stat().st_size < 300_000
+
+
+def test_the_job_of_the_readme_is_valid() -> None:
+    (job,) = blocks(TEXT, "yaml")
+    assert Job(**yaml.safe_load(job)).out == "s3://photos-vit"
 
 
 def test_the_job_files_are_valid_jobs() -> None:
-    files = sorted((HOME / "jobs").glob("*.yaml"))
-    assert [load_job(f).model for f in files] == ["demo/model", "facebook/dinov2-base", "google/vit-base-patch16-224"]
-
-
-def test_the_table_of_fields_says_what_the_job_says() -> None:
-    said = dict(re.findall(r"^\| `(\w+)` \| [^|]* \| (.*) \|$", README, re.MULTILINE))
-    assert said == {name: field.description for name, field in Job.model_fields.items()}
-
-
-def test_every_test_that_the_readme_names_exists() -> None:
-    table = README.partition("## What it promises")[2].partition("## Memory")[0]
-    for line in table.splitlines():
-        for file in re.findall(r"`(test_\w+\.py)", line):
-            text = "".join((HOME / "tests" / name).read_text() for name in re.findall(r"test_\w+\.py", line))
-            assert (HOME / "tests" / file).exists()
-        for start, middle in re.findall(r"(?:::|`…)(test_)?(\w+)", line):
-            assert re.search(rf"def test_\w*{middle}" if not start else rf"def test_{middle}", text), middle
-
-
-def test_the_python_of_the_readme_runs(shapes_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(shapes_model, "demo/model")
-    demo.build("demo")
-    names: dict[str, object] = {}
-    for block in [*python_in(README.replace(RECIPES, "")), python_in(RECIPES)[0]]:
-        exec(compile(block, "README.md", "exec"), names)
-    result, nearest = names["result"], names["nearest"]
-    assert (result.rows, result.errors, result.exit_code) == (588, 12, 0)
-    assert nearest[0][0] == "000/00000" and nearest[0][2] == pytest.approx(1, abs=1e-5)
-    assert demo.accuracy("demo/out") >= 0.97
-
-
-def test_the_configs_for_embeddings_run_and_agree(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    parts = [embedded.noise(50, 64, seed, [f"{seed:03d}/{n:05d}" for n in range(50)]) for seed in (0, 1)]
-    embedded.make(tmp_path / "demo", parts, keep=["cls"])
-    for line in re.findall(r"^    (vitray .*)$", RECIPES, re.MULTILINE):
-        if "--image" not in line:  # wants a model: tests/test_searching.py
-            monkeypatch.setattr(sys, "argv", shlex.split(line, comments=True))
-            with pytest.raises(SystemExit) as stop:
-                cli.main()
-            assert stop.value.code == 0, line
-    assert capsys.readouterr().out.count("  1.0000  000/00000  ") == 2
-    names: dict[str, Any] = {}
-    for block in python_in(RECIPES):
-        exec(compile(block, "README.md", "exec"), names)
-    vectors = np.concatenate([part.vectors for part in parts])
-    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    expected = [f"{n // 50:03d}/{n % 50:05d}" for n in np.argsort(-(unit @ unit[0]))[:5]]
-    assert [row[0] for row in names["nearest"]] == names["alike"] == [row["key"] for row in names["near"]] == expected
-    assert np.array_equal(names["vectors"], vectors) and np.array_equal(names["query"], vectors[0])
-    assert names["unsure"].rows()[0] == ("000/00000", "cat", 0.75) and len(names["unsure"]) == 10
-    cats = vectors[[n % 50 % 3 == 0 for n in range(100)]].mean(0)
-    assert set(names["centres"]) == {"cat", "dog", "emu"} and np.allclose(names["centres"]["cat"], cats, atol=1e-6)
-
-
-def test_the_csv_is_what_the_table_for_pgvector_takes(tmp_path: Path) -> None:
-    part = embedded.noise(len(embedded.HOSTILE), 64, keys=embedded.HOSTILE)
-    export(embedded.make(tmp_path, [part], keep=["cls"]).out, str(tmp_path / "csv"), Wanted("csv", vectors=True))
-    with open(tmp_path / "csv/rows.csv", newline="") as file:
-        header, *rows = csv.reader(file)
-    columns = re.search(r"create table images \((.*?)\n\);", RECIPES, re.DOTALL)[1].split(",")
-    kinds = dict(column.split() for column in columns)
-    assert list(kinds) == header and kinds["embedding"] == "vector(64)"
-    for row, key, vector in zip(rows, embedded.HOSTILE, part.vectors):
-        said = dict(zip(header, row))
-        assert said["key"] == key and np.array_equal(pgvector.Vector.from_text(said["embedding"]).to_numpy(), vector)
-        assert all(isinstance(json.loads(said[name]), list) for name, kind in kinds.items() if kind == "json")
-        assert all(int(said[name]) >= 0 for name, kind in kinds.items() if kind == "int")
+    models = [load_job(file).model for file in sorted((ROOT / "jobs").glob("*.yaml"))]
+    assert models == ["demo/model", "facebook/dinov2-base", "google/vit-base-patch16-224"]

@@ -24,7 +24,14 @@ def by_pillow(pixels: Pixels, size: tuple[int, int], resample: int) -> Pixels:
 
 
 @settings(max_examples=300, deadline=None)
-@given(SIDE, SIDE, st.tuples(SIDE, SIDE), st.sampled_from(FILTERS), st.booleans(), st.integers(0, 2**32))
+@given(
+    SIDE,
+    SIDE,
+    st.tuples(SIDE, SIDE),
+    st.sampled_from(FILTERS),
+    st.booleans(),
+    st.integers(0, 2**32),
+)
 def test_every_bit_is_that_of_pillow(
     rows: int, columns: int, size: tuple[int, int], resample: int, extreme: bool, seed: int
 ) -> None:
@@ -35,11 +42,16 @@ def test_every_bit_is_that_of_pillow(
 
 
 @pytest.mark.parametrize("resample", FILTERS)
-@pytest.mark.parametrize(("rows", "columns"), [(3000, 4000), (4000, 900), (900, 4000), (224, 500), (500, 224), (224, 224)])
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [(3000, 4000), (4000, 900), (900, 4000), (224, 500), (500, 224), (224, 224)],
+)
 def test_photographs_of_every_shape(rows: int, columns: int, resample: int) -> None:
     y, x = np.mgrid[:rows, :columns]
     pixels = np.stack([x * y % 251, x % 256, y % 256], axis=-1).astype(np.uint8)
-    assert np.array_equal(resize(pixels, (224, 224), resample), by_pillow(pixels, (224, 224), resample))
+    assert np.array_equal(
+        resize(pixels, (224, 224), resample), by_pillow(pixels, (224, 224), resample)
+    )
 
 
 RESIZED = """
@@ -62,8 +74,15 @@ def test_what_numba_cannot_do_here_costs_no_bit(before: str, without: bool, tmp_
     package.mkdir()
     for part in (package / "vitray", package / "vitray" / "__pycache__", package / "nowhere"):
         part.touch() if part.name != "vitray" else part.mkdir()
-    for name in ("__init__.py", "resize.py"):  # the folder that numba would use cannot be made: a file has its name
-        source = Path(sys.modules["vitray.decoding.resize"].__file__ or "").read_bytes() if name == "resize.py" else b""
+    for name in (
+        "__init__.py",
+        "resize.py",
+    ):  # the folder that numba would use cannot be made: a file has its name
+        source = (
+            Path(sys.modules["vitray.decoding.resize"].__file__ or "").read_bytes()
+            if name == "resize.py"
+            else b""
+        )
         (package / "vitray" / name).write_bytes(source)
     environment = {
         **os.environ,
@@ -72,7 +91,13 @@ def test_what_numba_cannot_do_here_costs_no_bit(before: str, without: bool, tmp_
         "XDG_CACHE_HOME": str(package / "nowhere"),
     }
     script = RESIZED.format(before=before, without=without)
-    run = subprocess.run([sys.executable, "-c", script], cwd=package, env=environment, capture_output=True, timeout=60)
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=package,
+        env=environment,
+        capture_output=True,
+        timeout=60,
+    )
     assert run.returncode == 0, run.stderr
     pixels = np.arange(60000, dtype=np.uint16).astype(np.uint8).reshape(100, 200, 3)
     assert run.stdout == by_pillow(pixels, (64, 32), 2).tobytes()
@@ -94,7 +119,9 @@ def test_the_first_use_in_many_threads_beside_imports_spoils_no_image(tmp_path: 
         "assert seen == [True] * 4, seen\nprint(compiled())"
     )
     for _ in range(3):
-        run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+        run = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
+        )
         assert run.returncode == 0, run.stderr
 
 
@@ -103,7 +130,13 @@ def test_a_cache_that_was_cut_costs_nothing_but_time(suffix: str, tmp_path: Path
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
     code = "from vitray.decoding.resize import compiled; assert compiled()"
     for _ in range(2):
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert (done.returncode, done.stderr) == (0, "")
         cut = list((tmp_path / "cache").rglob(f"*.{suffix}"))
         assert len(cut) == 2
@@ -115,7 +148,11 @@ def test_what_one_process_compiled_the_next_one_takes(tmp_path: Path) -> None:
     """Else each start compiles for a second or two, and leaves a file in the installation."""
     kept = []
     for seed in ("1", "2"):
-        environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONHASHSEED": seed}
+        environment = {
+            **os.environ,
+            "NUMBA_CACHE_DIR": str(tmp_path / "cache"),
+            "PYTHONHASHSEED": seed,
+        }
         code = "from vitray.decoding.resize import compiled; assert compiled()"
         subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
         kept.append({path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.nb?")})

@@ -13,7 +13,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from shards import Picture, pictures, plain_loop, put, put_files, put_manifest, put_parquet, put_tars, tar_bytes
+from shards import (
+    Picture,
+    pictures,
+    plain_loop,
+    put,
+    put_files,
+    put_manifest,
+    put_parquet,
+    put_tars,
+    tar_bytes,
+)
 
 import vitray
 from vitray.dataset import committed, data_files, open_dataset
@@ -23,7 +33,9 @@ from vitray.operations.planning import status
 from vitray.storage import store_for
 
 
-@pytest.fixture(params=["threads", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.nightly])])
+@pytest.fixture(
+    params=["threads", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.nightly])]
+)
 def line(request: pytest.FixtureRequest) -> None:
     """What moves the images. Both do the same; what only Ray can get wrong asks for `ray` instead."""
     if request.param == "ray":
@@ -45,7 +57,16 @@ def listing(out: str) -> dict[str, str]:
 
 
 def shape_job(source: str, model: str, out: str, **fields: object) -> vitray.Job:
-    return make_job({"source": source, "model": model, "out": out, "precision": "fp32", "engine": "torch", **fields})
+    return make_job(
+        {
+            "source": source,
+            "model": model,
+            "out": out,
+            "precision": "fp32",
+            "engine": "torch",
+            **fields,
+        }
+    )
 
 
 @pytest.mark.s3
@@ -66,8 +87,13 @@ def test_a_thousand_images_on_s3_equal_a_plain_transformers_loop(
     vectors = np.stack(table["embedding"].to_numpy(zero_copy_only=False))
     np.testing.assert_allclose(vectors, plain.cls, rtol=1e-4, atol=1e-4 * np.abs(plain.cls).mean())
     odds = np.exp(plain.logits - plain.logits.max(1, keepdims=True))
-    np.testing.assert_allclose(table["score"].to_numpy(), (odds / odds.sum(1, keepdims=True)).max(1), rtol=1e-4)
-    assert np.mean([a == b for a, b in zip(table["label"].to_pylist(), table["cls"].to_pylist())]) > 0.97
+    np.testing.assert_allclose(
+        table["score"].to_numpy(), (odds / odds.sum(1, keepdims=True)).max(1), rtol=1e-4
+    )
+    assert (
+        np.mean([a == b for a, b in zip(table["label"].to_pylist(), table["cls"].to_pylist())])
+        > 0.97
+    )
     before = listing(job.out)
     again = vitray.run(job)
     assert (again.committed, again.images) == (0, 0)
@@ -76,14 +102,20 @@ def test_a_thousand_images_on_s3_equal_a_plain_transformers_loop(
     assert checked.ok and checked.rows == 1040, str(checked)
 
 
-def test_bf16_keeps_labels_and_directions(line: None, tmp_path: Path, shapes_model: str, items: list[Picture]) -> None:
+def test_bf16_keeps_labels_and_directions(
+    line: None, tmp_path: Path, shapes_model: str, items: list[Picture]
+) -> None:
     put_tars(str(tmp_path / "in"), items[:600], 2, tmp_path)
     job = shape_job(str(tmp_path / "in"), shapes_model, str(tmp_path / "out"), precision="bf16")
     vitray.run(job)
     plain, table = plain_loop(shapes_model, items[:600]), vitray.read(job.out)
     assert np.mean(table["label_id"].to_numpy() == plain.ids) >= 0.995
     vectors = np.stack(table["embedding"].to_numpy(zero_copy_only=False))
-    cosine = (vectors * plain.cls).sum(1) / np.linalg.norm(vectors, axis=1) / np.linalg.norm(plain.cls, axis=1)
+    cosine = (
+        (vectors * plain.cls).sum(1)
+        / np.linalg.norm(vectors, axis=1)
+        / np.linalg.norm(plain.cls, axis=1)
+    )
     assert cosine.min() >= 0.999
 
 
@@ -95,11 +127,29 @@ def test_tar_parquet_files_and_manifest_give_the_same_rows(
     put_parquet(str(tmp_path / "parquet"), some, rows_a_group=40)
     put_files(str(tmp_path / "files"), some)
     put_manifest(str(tmp_path), some, "files")
-    columns = ["content_hash", "width", "height", "format", "label", "label_id", "score", "embedding"]
+    columns = [
+        "content_hash",
+        "width",
+        "height",
+        "format",
+        "label",
+        "label_id",
+        "score",
+        "embedding",
+    ]
     found = {}
-    sources = {"tar": "tar", "parquet": "parquet/all.parquet", "files": "files", "manifest": "list.jsonl"}
+    sources = {
+        "tar": "tar",
+        "parquet": "parquet/all.parquet",
+        "files": "files",
+        "manifest": "list.jsonl",
+    }
     for kind, path in sources.items():
-        fields = {"group_size": 64, "batch_size": 8} if kind in ("files", "manifest") else {"batch_size": 8}
+        fields = (
+            {"group_size": 64, "batch_size": 8}
+            if kind in ("files", "manifest")
+            else {"batch_size": 8}
+        )
         job = shape_job(str(tmp_path / path), shapes_model, str(tmp_path / f"out-{kind}"), **fields)
         result = vitray.run(job)
         assert (result.rows, result.errors) == (150, 0), kind
@@ -129,14 +179,20 @@ def odd_images() -> tuple[list[Picture], dict[str, str]]:
         "none": (b"", "jpg", "empty"),
         "text": (b"hello, I am no image", "png", "not_an_image"),
         "bomb": (bomb, "png", "too_many_pixels"),
-        "float": (saved(Image.fromarray(np.ones((8, 8), np.float32)), "TIFF"), "tif", "float_pixels"),
+        "float": (
+            saved(Image.fromarray(np.ones((8, 8), np.float32)), "TIFF"),
+            "tif",
+            "float_pixels",
+        ),
         "cmyk": (saved(base.convert("CMYK"), "JPEG"), "jpg", ""),
         "deep": (saved(Image.fromarray(np.full((40, 40), 40_000, np.uint16)), "PNG"), "png", ""),
         "palette": (saved(base.quantize(16), "PNG"), "png", ""),
         "turned": (saved(base, "JPEG", exif=exif), "jpg", ""),
         "moving": (saved(base, "GIF", save_all=True, append_images=[base.rotate(90)]), "gif", ""),
     }
-    return [Picture(f"odd_{k}", d, "", s) for k, (d, s, _) in cases.items()], {f"odd_{k}": r for k, (_, _, r) in cases.items()}
+    return [Picture(f"odd_{k}", d, "", s) for k, (d, s, _) in cases.items()], {
+        f"odd_{k}": r for k, (_, _, r) in cases.items()
+    }
 
 
 def test_odd_images_become_rows_or_reasons_and_change_nothing_else(
@@ -146,7 +202,10 @@ def test_odd_images_become_rows_or_reasons_and_change_nothing_else(
     clean, mixed = items[:200], [*items[:90], *odd, *items[90:200]]
     put_tars(str(tmp_path / "clean"), clean, 1, tmp_path)
     put_tars(str(tmp_path / "mixed"), mixed, 2, tmp_path)
-    jobs = [shape_job(str(tmp_path / n), shapes_model, str(tmp_path / f"out-{n}")) for n in ("clean", "mixed")]
+    jobs = [
+        shape_job(str(tmp_path / n), shapes_model, str(tmp_path / f"out-{n}"))
+        for n in ("clean", "mixed")
+    ]
     results = [vitray.run(job) for job in jobs]
     bad = {key: reason for key, reason in reasons.items() if reason}
     assert [r.errors for r in results] == [0, len(bad)] and results[1].exit_code == 0
@@ -156,7 +215,9 @@ def test_odd_images_become_rows_or_reasons_and_change_nothing_else(
     assert found == bad
     plain = {p.key: n for n, p in enumerate(clean)}
     reference, table = vitray.read(jobs[0].out), vitray.read(jobs[1].out)
-    assert set(table["key"].to_pylist()) == set(plain) | {key for key, reason in reasons.items() if not reason}
+    assert set(table["key"].to_pylist()) == set(plain) | {
+        key for key, reason in reasons.items() if not reason
+    }
     for row in table.to_pylist():
         if row["key"] in plain:
             mine = reference.slice(plain[row["key"]], 1).to_pylist()[0]
@@ -167,8 +228,12 @@ def test_odd_images_become_rows_or_reasons_and_change_nothing_else(
     assert vitray.validate(jobs[1].out, content=True).ok
 
 
-def test_too_many_bad_images_stop_the_run(line: None, tmp_path: Path, shapes_model: str, items: list[Picture]) -> None:
-    broken = [Picture(f"b{n:05d}", b"x", "", "jpg") if n % 5 == 0 else p for n, p in enumerate(items)]
+def test_too_many_bad_images_stop_the_run(
+    line: None, tmp_path: Path, shapes_model: str, items: list[Picture]
+) -> None:
+    broken = [
+        Picture(f"b{n:05d}", b"x", "", "jpg") if n % 5 == 0 else p for n, p in enumerate(items)
+    ]
     put_tars(str(tmp_path / "in"), broken, 3, tmp_path)
     job = shape_job(str(tmp_path / "in"), shapes_model, str(tmp_path / "out"), max_error_rate=0.1)
     with pytest.raises(ErrorRateExceeded, match="not_an_image") as caught:
@@ -181,20 +246,37 @@ def test_too_many_bad_images_stop_the_run(line: None, tmp_path: Path, shapes_mod
 def test_too_many_bad_images_of_few_are_told_at_the_end_each_time(
     line: None, tmp_path: Path, shapes_model: str, items: list[Picture]
 ) -> None:
-    put_tars(str(tmp_path / "in"), [*items[:18], Picture("bad", b"x", "", "jpg"), Picture("worse", b"", "", "jpg")], 1, tmp_path)
+    put_tars(
+        str(tmp_path / "in"),
+        [*items[:18], Picture("bad", b"x", "", "jpg"), Picture("worse", b"", "", "jpg")],
+        1,
+        tmp_path,
+    )
     job = shape_job(str(tmp_path / "in"), shapes_model, str(tmp_path / "out"), max_error_rate=0.09)
     for result in (vitray.run(job), vitray.run(job)):  # with work, and with none left
-        assert (result.rows, result.errors, result.too_many_errors, result.exit_code) == (18, 2, True, 4)
+        assert (result.rows, result.errors, result.too_many_errors, result.exit_code) == (
+            18,
+            2,
+            True,
+            4,
+        )
     assert vitray.run(make_job({**job.model_dump(), "max_error_rate": 0.1})).exit_code == 0
 
 
-def test_out_inside_source_is_refused(tmp_path: Path, shapes_model: str, items: list[Picture]) -> None:
+def test_out_inside_source_is_refused(
+    tmp_path: Path, shapes_model: str, items: list[Picture]
+) -> None:
     put_tars(str(tmp_path / "in"), items[:4], 1, tmp_path)
     for out in (tmp_path / "in", tmp_path / "in" / "deep" / "out"):
         with pytest.raises(JobError, match="lies inside `source`"):
             vitray.run(shape_job(str(tmp_path / "in"), shapes_model, str(out)))
     (tmp_path / "link").symlink_to(tmp_path / "in")
-    for source, name in (("in/**/*.parquet", "in/out"), ("in", "link/out"), ("link", "in/out"), ("*/*/*/*", "in/out")):
+    for source, name in (
+        ("in/**/*.parquet", "in/out"),
+        ("in", "link/out"),
+        ("link", "in/out"),
+        ("*/*/*/*", "in/out"),
+    ):
         with pytest.raises(JobError, match="lies inside `source`"):
             vitray.run(shape_job(f"{tmp_path}/{source}", shapes_model, f"{tmp_path}/{name}"))
     assert [path.name for path in (tmp_path / "in").iterdir()] == ["s-000.tar"]
@@ -209,7 +291,11 @@ def test_a_store_that_fails_in_the_middle_is_one_sentence(
     put(f"{job.out}/_vitray/staging", b"in the way of a folder")
     with pytest.raises(vitray.VitrayError, match=r"staging/s_000.*-.*\.arrow: ") as caught:
         vitray.run(job)
-    assert "Traceback" not in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 400
+    assert (
+        "Traceback" not in str(caught.value)
+        and "\n" not in str(caught.value)
+        and len(str(caught.value)) < 400
+    )
     os.remove(tmp_path / "out" / "_vitray" / "staging")
     assert vitray.run(job).rows == 40
 
@@ -219,14 +305,22 @@ def test_a_kept_column_with_the_name_of_an_output_column_is_called_input(
 ) -> None:
     table = pa.table({"image": [p.data for p in items[:30]], "label": list(range(30))})
     pq.write_table(table, tmp_path / "in.parquet")
-    job = shape_job(str(tmp_path / "in.parquet"), shapes_model, str(tmp_path / "out"), keep=["label"])
+    job = shape_job(
+        str(tmp_path / "in.parquet"), shapes_model, str(tmp_path / "out"), keep=["label"]
+    )
     vitray.run(job)
     found = vitray.read(job.out, columns=["input_label", "label"])
-    assert found["input_label"].to_pylist() == list(range(30)) and found["label"].type == pa.string()
+    assert (
+        found["input_label"].to_pylist() == list(range(30)) and found["label"].type == pa.string()
+    )
 
 
 def test_links_in_a_tar_are_error_rows_and_what_was_left_out_is_told(
-    line: None, tmp_path: Path, shapes_model: str, items: list[Picture], caplog: pytest.LogCaptureFixture
+    line: None,
+    tmp_path: Path,
+    shapes_model: str,
+    items: list[Picture],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     (tmp_path / "in").mkdir()
     with tarfile.open(tmp_path / "in" / "links.tar", "w") as archive:
@@ -240,7 +334,9 @@ def test_links_in_a_tar_are_error_rows_and_what_was_left_out_is_told(
             info.type, info.linkname = kind, "a.jpg" if kind != tarfile.REGTYPE else ""
             info.size = len(items[0].data) if kind == tarfile.REGTYPE else 0
             archive.addfile(info, io.BytesIO(items[0].data))
-    job = shape_job(str(tmp_path / "in"), shapes_model, str(tmp_path / "out"), keep=["nope"], max_error_rate=1)
+    job = shape_job(
+        str(tmp_path / "in"), shapes_model, str(tmp_path / "out"), keep=["nope"], max_error_rate=1
+    )
     result = vitray.run(job)
     assert (result.rows, result.errors, result.reasons) == (1, 2, {"missing": 2})
     assert list(result.notes.values()) == ["1 links were not followed"]
@@ -261,9 +357,15 @@ def test_a_changed_gone_and_new_input_each_get_their_due(
     assert result.committed == 2 and result.gone == 1
     keys = vitray.read(job.out, columns=["key"])["key"].to_pylist()
     gone = [s for s in first if s.startswith("s_001")]
-    kept = pq.read_table(data_files(job.out)[[f.split("/")[-1].startswith("s_001") for f in data_files(job.out)].index(True)])
+    kept = pq.read_table(
+        data_files(job.out)[
+            [f.split("/")[-1].startswith("s_001") for f in data_files(job.out)].index(True)
+        ]
+    )
     assert set(kept["key"].to_pylist()) <= set(keys) and len(gone) == 1
-    assert {p.key for p in items[200:230]} <= set(keys) and {p.key for p in items[300:310]} <= set(keys)
+    assert {p.key for p in items[200:230]} <= set(keys) and {p.key for p in items[300:310]} <= set(
+        keys
+    )
     assert not any(f.startswith("s_000") and f in first for f in committed(job.out))
     states = {r["shard"][:5]: r["state"] for r in vitray_manifest(job.out)}
     assert states == {"s_000": "current", "s_001": "gone", "s_002": "current", "s_009": "current"}
@@ -289,13 +391,18 @@ def test_cut_and_broken_shards_are_named_and_the_rest_completes(
     job = shape_job(str(tmp_path / "in"), shapes_model, str(tmp_path / "out"))
     result = vitray.run(job)
     assert result.exit_code == 3
-    assert [s[:5] for s in result.truncated] == ["s_001"] and [s[:5] for s in result.set_aside] == ["s_002"]
+    assert [s[:5] for s in result.truncated] == ["s_001"] and [s[:5] for s in result.set_aside] == [
+        "s_002"
+    ]
     assert not (tmp_path / "out" / "_SUCCESS.json").exists()
     keys = vitray.read(job.out, columns=["key"])["key"].to_pylist()
     assert keys == [p.key for p in items[: len(keys)]] and 10 < len(keys) < 90
     assert vitray.run(job).exit_code == 3  # and says so again
     ((shard, at),) = result.truncated.items()
-    assert f"cut short  {shard}: at byte {at:,}: {result.notes[shard]}" in str(status(job.out)) and "cut" in result.notes[shard]
+    assert (
+        f"cut short  {shard}: at byte {at:,}: {result.notes[shard]}" in str(status(job.out))
+        and "cut" in result.notes[shard]
+    )
 
 
 def test_another_fingerprint_is_refused_with_its_fields(
@@ -318,7 +425,9 @@ def test_another_fingerprint_is_refused_with_its_fields(
 
 
 @pytest.mark.ray
-def test_the_line_has_four_operators_that_never_fuse(ray: None, tmp_path: Path, shapes_model: str) -> None:
+def test_the_line_has_four_operators_that_never_fuse(
+    ray: None, tmp_path: Path, shapes_model: str
+) -> None:
     import ray as ray_module
 
     from vitray.pipeline.cluster import alive_nodes, share_out
@@ -333,7 +442,9 @@ def test_the_line_has_four_operators_that_never_fuse(ray: None, tmp_path: Path, 
     from vitray.sources import list_shards
 
     shards = list_shards(job, []).shards
-    line = build_pipeline([ray_module.put(s) for s in shards], dataset, ray_module.put(dataset), shares, []).materialize()
+    line = build_pipeline(
+        [ray_module.put(s) for s in shards], dataset, ray_module.put(dataset), shares, []
+    ).materialize()
     names = [line_.strip() for line_ in line.stats().splitlines() if line_.startswith("Operator")]
     assert [n.split()[2].rstrip(":") for n in names[-4:]] == [
         "MapBatches(read)",
@@ -351,8 +462,18 @@ def test_a_shard_without_a_kept_column_and_a_broken_first_one_are_set_aside(
     table = pq.read_table(tmp_path / "in" / "b" / "all.parquet").drop_columns(["key"])
     pq.write_table(table, tmp_path / "in" / "c.parquet")
     os.rename(tmp_path / "in" / "b" / "all.parquet", tmp_path / "in" / "b.parquet")
-    job = shape_job(str(tmp_path / "in/*.parquet"), shapes_model, str(tmp_path / "out"), keep=["image"], key_column="key")
+    job = shape_job(
+        str(tmp_path / "in/*.parquet"),
+        shapes_model,
+        str(tmp_path / "out"),
+        keep=["image"],
+        key_column="key",
+    )
     with pytest.raises(vitray.VitrayError):
         vitray.run(make_job({**job.model_dump(), "keep": ["nothing"]}))
     result = vitray.run(make_job({**job.model_dump(), "keep": []}))
-    assert result.rows == 30 and sorted(s[:1] for s in result.set_aside) == ["a", "c"] and result.exit_code == 3
+    assert (
+        result.rows == 30
+        and sorted(s[:1] for s in result.set_aside) == ["a", "c"]
+        and result.exit_code == 3
+    )

@@ -27,7 +27,10 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[list[Picture]
     """Eight shards of images with keys of their own: what is in each, and its tar."""
     items = pictures(8 * EACH)
     scratch = tmp_path_factory.mktemp("tars")
-    return [(part, tar_bytes(part, scratch)) for part in (items[at : at + EACH] for at in range(0, len(items), EACH))]
+    return [
+        (part, tar_bytes(part, scratch))
+        for part in (items[at : at + EACH] for at in range(0, len(items), EACH))
+    ]
 
 
 def put(folder: Path, name: str, data: bytes, days_ago: float = 0) -> None:
@@ -38,8 +41,13 @@ def put(folder: Path, name: str, data: bytes, days_ago: float = 0) -> None:
     os.utime(path, (then, then))
 
 
-def run(commands: Zygote, folder: Path, model: str, out: Path, *more: str) -> tuple[int, dict[str, object]]:
-    argv, said = [*RUN, str(folder / "in"), "--model", model, "--out", str(out), *more, "--json"], folder / "said"
+def run(
+    commands: Zygote, folder: Path, model: str, out: Path, *more: str
+) -> tuple[int, dict[str, object]]:
+    argv, said = (
+        [*RUN, str(folder / "in"), "--model", model, "--out", str(out), *more, "--json"],
+        folder / "said",
+    )
     return commands.run(argv[len(VITRAY) :], stdout=str(said)), json.loads(said.read_text() or "{}")
 
 
@@ -69,22 +77,38 @@ def test_two_days_of_a_nightly_job(
     put(folder, "x", b"no tar at all" * 500)
     put(folder, "y", a[1][: len(a[1]) // 2])  # cut: its beginning is good
     argv = [*RUN, str(folder), "--model", shapes_model, "--out", str(out)]
-    twice = [subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]  # cron, twice
+    twice = [
+        subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]  # cron, twice
     codes = {process.wait(240) for process in twice}
     assert codes == {3}, [process.communicate() for process in twice]
 
     code, again = run(commands, tmp_path, shapes_model, out)
-    cut = [key for key in keys(out) if keys(out).count(key) > 1]  # the half of a, once more under the name y
+    cut = [
+        key for key in keys(out) if keys(out).count(key) > 1
+    ]  # the half of a, once more under the name y
     assert (code, again["committed"], again["gone"], len(again["truncated"])) == (3, 0, 1, 1)
     assert [name.split("-")[0] for name in again["set_aside"]] == ["x"]
     assert sorted(set(keys(out))) == of(a, c, d, e, f, g)
     assert 0 < len(cut) // 2 < EACH and set(cut) <= set(of(a))
 
-    argv = [*VITRAY, "compare", str(tmp_path / "yesterday"), str(out), "--min-agreement", "0.98", "--json"]
+    argv = [
+        *VITRAY,
+        "compare",
+        str(tmp_path / "yesterday"),
+        str(out),
+        "--min-agreement",
+        "0.98",
+        "--json",
+    ]
     told = subprocess.run(argv, capture_output=True, text=True, timeout=60)
     found = json.loads(told.stdout)
     assert (told.returncode, found["rows"], found["agreement"]) == (0, 3 * EACH, 1.0)  # a, c, d
-    assert (found["only_old_shards"], found["only_new_shards"]) == (1, 4)  # b as it was; b as it is, e, f, y
+    assert (found["only_old_shards"], found["only_new_shards"]) == (
+        1,
+        4,
+    )  # b as it was; b as it is, e, f, y
 
     (folder / "x.tar").unlink()
     (folder / "y.tar").unlink()
@@ -99,18 +123,43 @@ def test_since_sample_and_limit_choose_whole_shards_and_say_what_they_left_out(
     for age, name, part in zip((9, 5, 0.5, 0), "abcd", shards):
         put(tmp_path / "in", name, part[1], days_ago=age)
     code, found = run(commands, tmp_path, shapes_model, tmp_path / "out", "--set", "since=3d")
-    assert (code, found["committed"], found["shards_not_selected"], keys(tmp_path / "out")) == (0, 2, 2, of(*shards[2:4]))
+    assert (code, found["committed"], found["shards_not_selected"], keys(tmp_path / "out")) == (
+        0,
+        2,
+        2,
+        of(*shards[2:4]),
+    )
     code, found = run(commands, tmp_path, shapes_model, tmp_path / "out", "--set", "since=3d")
     assert (code, found["committed"], found["images"]) == (0, 0, 0)
-    code, found = run(commands, tmp_path, shapes_model, tmp_path / "out", "--set", "since=7d", "--set", "limit=1")
-    assert (code, found["committed"], found["shards_not_selected"], keys(tmp_path / "out")) == (0, 1, 3, of(*shards[1:4]))
-    code, found = run(commands, tmp_path, shapes_model, tmp_path / "out")  # none of them is part of the dataset's identity
-    assert (code, found["committed"], found["shards_not_selected"], keys(tmp_path / "out")) == (0, 1, 0, of(*shards[:4]))
+    code, found = run(
+        commands, tmp_path, shapes_model, tmp_path / "out", "--set", "since=7d", "--set", "limit=1"
+    )
+    assert (code, found["committed"], found["shards_not_selected"], keys(tmp_path / "out")) == (
+        0,
+        1,
+        3,
+        of(*shards[1:4]),
+    )
+    code, found = run(
+        commands, tmp_path, shapes_model, tmp_path / "out"
+    )  # none of them is part of the dataset's identity
+    assert (code, found["committed"], found["shards_not_selected"], keys(tmp_path / "out")) == (
+        0,
+        1,
+        0,
+        of(*shards[:4]),
+    )
 
 
 def test_a_sample_keeps_its_shards_while_the_source_grows(tmp_path: Path) -> None:
     def chosen() -> set[str]:
-        job = vitray.Job(source=str(tmp_path / "in"), model="a/b", out=str(tmp_path / "out"), format="tar", sample=0.3)
+        job = vitray.Job(
+            source=str(tmp_path / "in"),
+            model="a/b",
+            out=str(tmp_path / "out"),
+            format="tar",
+            sample=0.3,
+        )
         from vitray.sources import chosen, list_shards
 
         return {os.path.basename(shard.url) for shard in chosen(list_shards(job, []).shards, job)}
@@ -135,5 +184,10 @@ def test_a_since_without_a_zone_is_utc() -> None:
     def moment(text: object) -> float | None:
         return vitray.Job(source="in", model="m", out="out", since=text).since_s()
 
-    assert moment("2026-11-01T06:00Z") == moment("2026-11-01T07:00+01:00") == moment("2026-11-01T06:00") == 1793512800.0
+    assert (
+        moment("2026-11-01T06:00Z")
+        == moment("2026-11-01T07:00+01:00")
+        == moment("2026-11-01T06:00")
+        == 1793512800.0
+    )
     assert abs((moment("36h") or 0) - (time.time() - 36 * 3600)) < 5

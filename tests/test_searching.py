@@ -20,19 +20,25 @@ from vitray.dataset import Dataset, reading
 from vitray.errors import JobError, ModelError
 
 
-def brute_force(dataset: Dataset, query: np.ndarray, column: str = "embedding") -> list[tuple[str, int, float]]:
+def brute_force(
+    dataset: Dataset, query: np.ndarray, column: str = "embedding"
+) -> list[tuple[str, int, float]]:
     """(shard, index, cosine) of every row by numpy in float64, nearest first, ties in the order of (shard, index)."""
     table = vitray.read(dataset.out)
     vectors, query = np.stack(table[column].to_numpy()).astype(np.float64), query.astype(np.float64)
     lengths = np.linalg.norm(vectors, axis=1) * np.linalg.norm(query)
     cosines = (vectors @ query) / np.where(lengths > 0, lengths, 1)
-    rows = zip(table["shard"].to_pylist(), table["index"].to_pylist(), np.round(cosines, 9).tolist())
+    rows = zip(
+        table["shard"].to_pylist(), table["index"].to_pylist(), np.round(cosines, 9).tolist()
+    )
     return sorted(rows, key=lambda row: (-row[2], row[0], row[1]))
 
 
 def assert_nearest(found: object, expected: list[tuple[str, int, float]]) -> None:
     assert [(n.shard, n.index) for n in found.neighbours] == [row[:2] for row in expected]
-    assert [n.cosine for n in found.neighbours] == pytest.approx([row[2] for row in expected], abs=2e-6)
+    assert [n.cosine for n in found.neighbours] == pytest.approx(
+        [row[2] for row in expected], abs=2e-6
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -42,7 +48,11 @@ def test_the_nearest_are_those_of_a_brute_force_ties_in_the_order_of_the_dataset
 ) -> None:
     monkeypatch.setattr(reading, "BLOCK_ROWS", block_rows)
     one, two = noise(40, seed=1), noise(30, seed=2)
-    for at in (0, 9, 33):  # the same vector again and again, also in the other shard, and nothing at all
+    for at in (
+        0,
+        9,
+        33,
+    ):  # the same vector again and again, also in the other shard, and nothing at all
         one.vectors[at] = one.vectors[5]
     two.vectors[[3, 29]], one.vectors[7], two.vectors[0] = one.vectors[5], 0, 0
     dataset = embedded.make(tmp_path, [one, two], dtype)
@@ -66,11 +76,16 @@ def test_every_key_finds_its_row_and_prints_on_one_line(tmp_path: Path) -> None:
 
 
 def test_equal_keys_are_told_and_chosen_between(tmp_path: Path) -> None:
-    dataset = embedded.make(tmp_path, [noise(4, seed=1, keys=["a", "b", "a", "c"]), noise(3, seed=2, keys=["x", "a", "y"])])
+    dataset = embedded.make(
+        tmp_path,
+        [noise(4, seed=1, keys=["a", "b", "a", "c"]), noise(3, seed=2, keys=["x", "a", "y"])],
+    )
     ids = sorted(set(vitray.read(dataset.out)["shard"].to_pylist()))
     first = search(dataset.out, Query(key="a"), 1)
     assert (first.neighbours[0].shard, first.neighbours[0].index) == (ids[0], 0)
-    assert first.notes == ("3 rows have this key, and the first is the query; --shard and --row choose",)
+    assert first.notes == (
+        "3 rows have this key, and the first is the query; --shard and --row choose",
+    )
     for query, place in (
         (Query(key="a", row=2), (ids[0], 2)),
         (Query(key="a", shard=ids[1]), (ids[1], 1)),
@@ -81,8 +96,16 @@ def test_equal_keys_are_told_and_chosen_between(tmp_path: Path) -> None:
 
 
 def test_a_file_is_found_by_the_end_of_its_path_unless_a_key_is_that_end(tmp_path: Path) -> None:
-    dataset = embedded.make(tmp_path, [noise(4, keys=["/in/a/cat.jpg", "/in/b/cat.jpg", "/in/b/bobcat.jpg", "/in/dog.jpg"])])
-    for key, index, notes in (("b/cat.jpg", 1, 0), ("dog.jpg", 3, 0), ("bobcat.jpg", 2, 0), ("cat.jpg", 0, 1)):
+    dataset = embedded.make(
+        tmp_path,
+        [noise(4, keys=["/in/a/cat.jpg", "/in/b/cat.jpg", "/in/b/bobcat.jpg", "/in/dog.jpg"])],
+    )
+    for key, index, notes in (
+        ("b/cat.jpg", 1, 0),
+        ("dog.jpg", 3, 0),
+        ("bobcat.jpg", 2, 0),
+        ("cat.jpg", 0, 1),
+    ):
         found = search(dataset.out, Query(key=key), 1)
         assert (found.neighbours[0].index, len(found.notes)) == (index, notes)
     (tmp_path / "more").mkdir()
@@ -102,8 +125,12 @@ def test_a_file_is_found_by_the_end_of_its_path_unless_a_key_is_that_end(tmp_pat
         (Query(key="zero"), "is zero"),
     ],
 )
-def test_a_query_that_names_nothing_is_one_clear_error(tmp_path: Path, query: Query, message: str) -> None:
-    dataset = embedded.make(tmp_path, [Shown(["a", "zero"], np.array([[1, 2], [0, 0]], np.float32))])
+def test_a_query_that_names_nothing_is_one_clear_error(
+    tmp_path: Path, query: Query, message: str
+) -> None:
+    dataset = embedded.make(
+        tmp_path, [Shown(["a", "zero"], np.array([[1, 2], [0, 0]], np.float32))]
+    )
     with pytest.raises(JobError, match=message):
         search(dataset.out, query)
 
@@ -123,19 +150,25 @@ def test_of_several_vector_columns_one_is_chosen(tmp_path: Path) -> None:
 def test_what_is_committed_is_searched_and_that_it_is_not_all_is_told(tmp_path: Path) -> None:
     dataset = embedded.make(tmp_path, [noise(5, seed=1), noise(5, seed=2)], commit=1)
     found = search(dataset.out, Query(key="1/0000"))
-    assert found.rows == 5 and found.notes == (f"{dataset.out} is not complete: the rows that it has were searched",)
+    assert found.rows == 5 and found.notes == (
+        f"{dataset.out} is not complete: the rows that it has were searched",
+    )
     with pytest.raises(JobError, match="is not complete"):
         search(dataset.out, Query(key="1/0000"), index=str(tmp_path / "index"))
 
 
-def labelled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[vitray.Job, list[shards.Picture]]:
+def labelled(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[vitray.Job, list[shards.Picture]]:
     """A dataset of 24 drawn shapes, made by `vitray run` with a small ViT."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     pictures = shards.pictures(24)
     shards.put_tars(str(folder / "in"), pictures, 2, folder)
     model = small_models.make_checkpoint(folder / "model", "vit", headed=True)
     fields = {"engine": "torch", "precision": "fp32", "device": "cpu", "batch_size": 8}
-    job = vitray.Job(source=str(folder / "in/*.tar"), model=model, out=str(folder / "out"), **fields)
+    job = vitray.Job(
+        source=str(folder / "in/*.tar"), model=model, out=str(folder / "out"), **fields
+    )
     assert vitray.run(job).rows == 24
     return job, pictures
 
@@ -152,7 +185,9 @@ def test_a_picture_finds_its_own_row_with_cosine_one_unless_the_weights_changed(
         assert found.neighbours[0].cosine == pytest.approx(1, abs=1e-6)
         cosines = {n.key: n.cosine for n in by_key.neighbours}
         assert len(cosines) == 24
-        assert [cosines[n.key] for n in found.neighbours] == pytest.approx([n.cosine for n in found.neighbours], abs=1e-5)
+        assert [cosines[n.key] for n in found.neighbours] == pytest.approx(
+            [n.cosine for n in found.neighbours], abs=1e-5
+        )
     (tmp_path / "cat").write_bytes(b"no image")
     with pytest.raises(JobError, match="is no good image: not_an_image"):
         search(job.out, Query(image=str(tmp_path / "cat")))
@@ -169,18 +204,28 @@ def test_an_index_agrees_with_the_exact_search_and_is_made_anew_when_the_dataset
     monkeypatch.setattr(reading, "BLOCK_ROWS", 300)
     one, index = noise(2000, 16, seed=1), tmp_path / "near.faiss"
     one.vectors[11] = 0
-    dataset = embedded.make(tmp_path, [one, noise(500, 16, seed=2, keys=[HOSTILE[n % len(HOSTILE)] for n in range(500)])])
+    dataset = embedded.make(
+        tmp_path,
+        [one, noise(500, 16, seed=2, keys=[HOSTILE[n % len(HOSTILE)] for n in range(500)])],
+    )
     query = Query(key="1/0042")
     exact, built = search(dataset.out, query), search(dataset.out, query, index=str(index))
     assert built.recall >= 0.95 and any("exact and about as fast" in note for note in built.notes)
-    assert any(note.startswith(f"built {index}") and "recall measured on 100 rows" in note for note in built.notes)
+    assert any(
+        note.startswith(f"built {index}") and "recall measured on 100 rows" in note
+        for note in built.notes
+    )
     same = {(n.key, n.shard, n.index, n.label, n.score): n.cosine for n in exact.neighbours}
     found = {(n.key, n.shard, n.index, n.label, n.score): n.cosine for n in built.neighbours}
     assert len(same.keys() & found.keys()) >= 8 and next(iter(found)) == next(iter(same))
-    assert [found[row] for row in same if row in found] == pytest.approx([same[row] for row in same if row in found], abs=1e-6)
+    assert [found[row] for row in same if row in found] == pytest.approx(
+        [same[row] for row in same if row in found], abs=1e-6
+    )
     before = index.stat().st_mtime_ns
     again = search(dataset.out, query, index=str(index))
-    assert again.neighbours == built.neighbours and not any(note.startswith("built") for note in again.notes)
+    assert again.neighbours == built.neighbours and not any(
+        note.startswith("built") for note in again.notes
+    )
     assert index.stat().st_mtime_ns == before
     grown = embedded.make(tmp_path, [one, noise(500, 16, seed=2), noise(100, 16, seed=3)])
     found = search(grown.out, Query(key="3/0050"), 1, index=str(index))
@@ -200,7 +245,10 @@ def test_an_index_that_was_cut_short_is_built_again_and_foreign_files_stay(tmp_p
     assert index.read_bytes() == b"mine"
     index.unlink()
     whole = search(dataset.out, query, column="embedding_first", index=str(index))
-    assert whole.neighbours == search(dataset.out, query, column="embedding_first", index=str(index)).neighbours
+    assert (
+        whole.neighbours
+        == search(dataset.out, query, column="embedding_first", index=str(index)).neighbours
+    )
     with pytest.raises(JobError, match="choose another file"):  # of the other column
         search(dataset.out, query, column="embedding_other", index=str(index))
     marks = json.loads((tmp_path / "near.json").read_text())
@@ -208,7 +256,9 @@ def test_an_index_that_was_cut_short_is_built_again_and_foreign_files_stay(tmp_p
         json.dumps({name: marks[name] for name in ("source", "column")})
     )  # a death before the end
     again = search(dataset.out, query, column="embedding_first", index=str(index))
-    assert again.neighbours == whole.neighbours and any(note.startswith("built") for note in again.notes)
+    assert again.neighbours == whole.neighbours and any(
+        note.startswith("built") for note in again.notes
+    )
     index.write_bytes(index.read_bytes()[:50])
     with pytest.raises(JobError, match="Delete it and"):
         search(dataset.out, query, column="embedding_first", index=str(index))
@@ -216,7 +266,9 @@ def test_an_index_that_was_cut_short_is_built_again_and_foreign_files_stay(tmp_p
         search(dataset.out, query, column="embedding_first", index=f"{dataset.out}/near")
 
 
-def test_without_faiss_an_index_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_faiss_an_index_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dataset = embedded.make(tmp_path, [noise(5)])
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(JobError, match=r"pip install 'vitray\[search\]'"):
@@ -230,7 +282,13 @@ def test_the_command_prints_rows_and_json(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == 3 and "9 rows, exact" in lines[0]
-    assert lines[1].startswith("  1.0000  'two\\nlines'  (s_000-") and lines[1].endswith(", 0)  cat 0.750")
-    told = json.loads(subprocess.run([*argv, "--json"], capture_output=True, text=True, timeout=60).stdout)
-    assert told["neighbours"][0]["key"] == HOSTILE[0] and told["neighbours"][0]["cosine"] == pytest.approx(1, abs=1e-6)
+    assert lines[1].startswith("  1.0000  'two\\nlines'  (s_000-") and lines[1].endswith(
+        ", 0)  cat 0.750"
+    )
+    told = json.loads(
+        subprocess.run([*argv, "--json"], capture_output=True, text=True, timeout=60).stdout
+    )
+    assert told["neighbours"][0]["key"] == HOSTILE[0] and told["neighbours"][0][
+        "cosine"
+    ] == pytest.approx(1, abs=1e-6)
     assert told["recall"] is None and len(told["neighbours"]) == 2

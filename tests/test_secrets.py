@@ -11,17 +11,30 @@ import pytest
 from shards import pictures, put_tars
 from test_kill import command
 
-SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "RAY_AUTH_TOKEN", "MY_PASSWORD")
+SECRETS = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "HF_TOKEN",
+    "RAY_AUTH_TOKEN",
+    "MY_PASSWORD",
+)
 
 
 @pytest.mark.parametrize(
-    "where", [[], pytest.param(["--address", "local"], marks=[pytest.mark.ray, pytest.mark.nightly])], ids=["threads", "ray"]
+    "where",
+    [[], pytest.param(["--address", "local"], marks=[pytest.mark.ray, pytest.mark.nightly])],
+    ids=["threads", "ray"],
 )
 @pytest.mark.parametrize("fails", [False, pytest.param(True, marks=pytest.mark.nightly)])
-def test_no_secret_is_written_or_printed(where: list[str], fails: bool, shapes_model: str, tmp_path: Path) -> None:
+def test_no_secret_is_written_or_printed(
+    where: list[str], fails: bool, shapes_model: str, tmp_path: Path
+) -> None:
     canaries = {name: f"canary{secrets.token_hex(12)}" for name in SECRETS}
     put_tars(str(tmp_path / "in"), pictures(32), 2, tmp_path)
-    (tmp_path / "in" / "s-001.tar").write_bytes(b"no tar at all" if fails else (tmp_path / "in" / "s-001.tar").read_bytes())
+    (tmp_path / "in" / "s-001.tar").write_bytes(
+        b"no tar at all" if fails else (tmp_path / "in" / "s-001.tar").read_bytes()
+    )
     argv = [*command(tmp_path, shapes_model, tmp_path / "out"), *where]
     argv.insert(argv.index("run"), "--debug")
     environment = {**os.environ, **canaries, "RAY_AUTH_MODE": "token"}

@@ -67,8 +67,13 @@ def asked(model: str, photos: str, **more: object) -> Job:
     return Job(source=photos, out="o", model=model, **more)
 
 
-def predictions(model: str, embeddings: list[Embedding] | None = None, **more: object) -> Predictions:
-    return run(job_for(model, engine="auto", top_k=6, embeddings=embeddings or [Embedding()], **more), UNSEEN[0])
+def predictions(
+    model: str, embeddings: list[Embedding] | None = None, **more: object
+) -> Predictions:
+    return run(
+        job_for(model, engine="auto", top_k=6, embeddings=embeddings or [Embedding()], **more),
+        UNSEEN[0],
+    )
 
 
 UNSEEN: list[np.ndarray] = []
@@ -88,12 +93,20 @@ def cosines(a: Predictions, b: Predictions) -> np.ndarray:
 
 
 @pytest.mark.parametrize("to", FLOATS)
-def test_a_float_export_says_what_torch_says_within_a_thousandth(tmp_path: Path, shapes_model: str, photos: str, to: str) -> None:
+def test_a_float_export_says_what_torch_says_within_a_thousandth(
+    tmp_path: Path, shapes_model: str, photos: str, to: str
+) -> None:
     made = export_model(asked(shapes_model, photos), to, "", str(tmp_path / "x"), 0.999)
     assert made.judgement.error is not None and made.judgement.error < 1e-3
-    assert (made.judgement.agreement, made.judgement.images, made.judgement.apart) == (1.0, 240, True)
+    assert (made.judgement.agreement, made.judgement.images, made.judgement.apart) == (
+        1.0,
+        240,
+        True,
+    )
     small = ("config.json", "vitray_export.json", "README.md")
-    files = [path.stat().st_size for path in (tmp_path / "x").iterdir() if not path.name.endswith(small)]
+    files = [
+        path.stat().st_size for path in (tmp_path / "x").iterdir() if not path.name.endswith(small)
+    ]
     assert made.judgement.megabytes == sum(files) / 1e6
     expected = run(job_for(shapes_model, top_k=6, embeddings=[Embedding()]), UNSEEN[0])
     if to == "torch-export":  # what others open
@@ -105,11 +118,15 @@ def test_a_float_export_says_what_torch_says_within_a_thousandth(tmp_path: Path,
         found = predictions(str(tmp_path / "x"))
     np.testing.assert_array_equal(found.ids, expected.ids)
     np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-3, atol=1e-6)
-    np.testing.assert_allclose(found.vectors["embedding"], expected.vectors["embedding"], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(
+        found.vectors["embedding"], expected.vectors["embedding"], rtol=1e-3, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize(("to", "how"), SMALL)
-def test_a_quantised_export_agrees_and_is_smaller(tmp_path: Path, shapes_model: str, photos: str, to: str, how: str) -> None:
+def test_a_quantised_export_agrees_and_is_smaller(
+    tmp_path: Path, shapes_model: str, photos: str, to: str, how: str
+) -> None:
     made = export_model(asked(shapes_model, photos), to, how, str(tmp_path / "x"))
     expected = run(job_for(shapes_model, top_k=6, embeddings=[Embedding()]), UNSEEN[0])
     found = predictions(str(tmp_path / "x"), precision="auto")
@@ -118,10 +135,16 @@ def test_a_quantised_export_agrees_and_is_smaller(tmp_path: Path, shapes_model: 
     assert np.abs(found.scores - expected.scores).max() > 0, "nothing was quantised"
     weights = {"onnx": "model.onnx", "openvino": "openvino_model.bin"}[to]
     # a tiny model's graph weighs as much as its weights: OpenVINO's is apart, ONNX's in the same file
-    most = {"fp16": 0.55, "int8": 0.4, "int8-weights": 0.4, "int4-weights": 0.3}[how] + (0.1 if to == "onnx" else 0)
-    assert os.path.getsize(tmp_path / "x" / weights) <= most * os.path.getsize(f"{shapes_model}/model.safetensors")
+    most = {"fp16": 0.55, "int8": 0.4, "int8-weights": 0.4, "int4-weights": 0.3}[how] + (
+        0.1 if to == "onnx" else 0
+    )
+    assert os.path.getsize(tmp_path / "x" / weights) <= most * os.path.getsize(
+        f"{shapes_model}/model.safetensors"
+    )
     calibrated = how == "int8"
-    assert (made.judgement.calibrated_on, made.judgement.images) == ((120, 120) if calibrated else (0, 240))
+    assert (made.judgement.calibrated_on, made.judgement.images) == (
+        (120, 120) if calibrated else (0, 240)
+    )
     assert made.judgement.agreement is not None and made.judgement.agreement >= 0.99
 
 
@@ -129,8 +152,15 @@ def test_every_vector_of_every_family_comes_out_of_its_graph(tmp_path: Path, pho
     for name in ("clip", "siglip", "dinov2"):
         directory = make_checkpoint(tmp_path / name, name, False)
         wanted = every_vector(name != "siglip")
-        export_model(asked(directory, photos, labels=False, embeddings=wanted), "onnx", "", str(tmp_path / f"{name}-x"))
-        halved = [e.model_copy(update={"normalize": True, "dtype": "float16"}) for e in wanted[::-1]]
+        export_model(
+            asked(directory, photos, labels=False, embeddings=wanted),
+            "onnx",
+            "",
+            str(tmp_path / f"{name}-x"),
+        )
+        halved = [
+            e.model_copy(update={"normalize": True, "dtype": "float16"}) for e in wanted[::-1]
+        ]
         pixels = noise(17)
         expected = run(job_for(directory, False, halved), pixels)
         found = run(job_for(str(tmp_path / f"{name}-x"), False, halved, engine="auto"), pixels)
@@ -140,15 +170,24 @@ def test_every_vector_of_every_family_comes_out_of_its_graph(tmp_path: Path, pho
             np.testing.assert_allclose(found.vectors[column], values, atol=2e-3, err_msg=column)
 
 
-def test_core_ml_is_converted_and_its_graph_is_checked(tmp_path: Path, shapes_model: str, photos: str) -> None:
+def test_core_ml_is_converted_and_its_graph_is_checked(
+    tmp_path: Path, shapes_model: str, photos: str
+) -> None:
     import coremltools
 
     export_model(asked(shapes_model, photos), "coreml", "fp16", str(tmp_path / "x"))
-    said = coremltools.models.MLModel(str(tmp_path / "x/model.mlpackage"), skip_model_load=True).get_spec().description
-    fields = {field.name: tuple(field.type.multiArrayType.shape) for field in (*said.input, *said.output)}
+    said = (
+        coremltools.models.MLModel(str(tmp_path / "x/model.mlpackage"), skip_model_load=True)
+        .get_spec()
+        .description
+    )
+    fields = {
+        field.name: tuple(field.type.multiArrayType.shape) for field in (*said.input, *said.output)
+    }
     assert fields == {"pixels": (1, 32, 32, 3), "scores": (1, 6), "cls_last": (1, 64)}
     with pytest.raises(
-        ModelError, match=r"Core ML export, which runs in apps on Apple's devices\. Use the checkpoint that it was made of here"
+        ModelError,
+        match=r"Core ML export, which runs in apps on Apple's devices\. Use the checkpoint that it was made of here",
     ):
         identify(asked(str(tmp_path / "x"), photos))
     with pytest.raises(JobError, match="--min-agreement: Core ML does not run here"):
@@ -159,30 +198,53 @@ def test_core_ml_is_converted_and_its_graph_is_checked(tmp_path: Path, shapes_mo
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory, shapes_model: str, photos: str) -> tuple[str, ExportedModel]:
+def small(
+    tmp_path_factory: pytest.TempPathFactory, shapes_model: str, photos: str
+) -> tuple[str, ExportedModel]:
     """An int8 ONNX export with two embeddings."""
     into = str(tmp_path_factory.mktemp("small") / "x")
     wanted = [Embedding(), Embedding(layer=2, pool="mean")]
     return into, export_model(asked(shapes_model, photos, embeddings=wanted), "onnx", "int8", into)
 
 
-def test_the_directory_says_what_it_is_and_what_made_it(small: tuple[str, ExportedModel], shapes_model: str) -> None:
+def test_the_directory_says_what_it_is_and_what_made_it(
+    small: tuple[str, ExportedModel], shapes_model: str
+) -> None:
     into, made = small
     assert sorted(os.listdir(into)) == [
-        *("README.md", "config.json", "model.onnx", "preprocessor_config.json", "vitray_export.json"),
+        *(
+            "README.md",
+            "config.json",
+            "model.onnx",
+            "preprocessor_config.json",
+            "vitray_export.json",
+        ),
     ]
     said = json.loads(Path(into, "vitray_export.json").read_text())
     digest = hashlib.sha256(Path(into, "model.onnx").read_bytes()).hexdigest()
     assert said["graph"] == {"model.onnx": digest} and made.weights_sha256 == digest
     original = hashlib.sha256(Path(shapes_model, "model.safetensors").read_bytes()).hexdigest()
-    assert said["source_weights_sha256"] == original and said["source"] == os.path.basename(shapes_model)
+    assert said["source_weights_sha256"] == original and said["source"] == os.path.basename(
+        shapes_model
+    )
     assert tuple(said["labels"]) == shapes.NAMES and said["multi_label"] is False
-    assert (said["to"], said["quantisation"], said["results"]) == ("onnx", "int8", ["scores", "mean_2", "cls_last"])
+    assert (said["to"], said["quantisation"], said["results"]) == (
+        "onnx",
+        "int8",
+        ["scores", "mean_2", "cls_last"],
+    )
     assert said["judgement"]["agreement"] == made.judgement.agreement
     card = Path(into, "README.md").read_text()
-    assert f"| same label | {made.judgement.agreement:.2%} |" in card and original in card and "| speed |" in card
+    assert (
+        f"| same label | {made.judgement.agreement:.2%} |" in card
+        and original in card
+        and "| speed |" in card
+    )
     everything = b"".join(path.read_bytes() for path in Path(into).iterdir())
-    assert os.path.dirname(shapes_model).encode() not in everything and b"site-packages" not in everything
+    assert (
+        os.path.dirname(shapes_model).encode() not in everything
+        and b"site-packages" not in everything
+    )
 
 
 def test_an_export_is_a_model_of_a_run_and_its_graph_is_in_the_fingerprint(
@@ -191,14 +253,27 @@ def test_an_export_is_a_model_of_a_run_and_its_graph_is_in_the_fingerprint(
     into, made = small
     tables = {}
     for name, model, engine in (("a", shapes_model, "torch"), ("b", into, "auto")):
-        job = vitray.Job(source=photos, model=model, engine=engine, out=str(tmp_path / name), device="cpu", top_k=2)
+        job = vitray.Job(
+            source=photos,
+            model=model,
+            engine=engine,
+            out=str(tmp_path / name),
+            device="cpu",
+            top_k=2,
+        )
         vitray.run(job)
-        tables[name] = vitray.read(job.out, columns=["key", "label", "top_scores", "embedding"]).sort_by("key")
+        tables[name] = vitray.read(
+            job.out, columns=["key", "label", "top_scores", "embedding"]
+        ).sort_by("key")
     assert tables["a"]["key"].equals(tables["b"]["key"])
-    same = np.mean([x == y for x, y in zip(tables["a"]["label"].to_pylist(), tables["b"]["label"].to_pylist())])
+    same = np.mean(
+        [x == y for x, y in zip(tables["a"]["label"].to_pylist(), tables["b"]["label"].to_pylist())]
+    )
     assert same >= 0.99 and {len(scores) for scores in tables["b"]["top_scores"].to_pylist()} == {2}
     frozen = json.loads((tmp_path / "b/_vitray/dataset.json").read_text())
-    assert frozen["deciding"]["weights"] == made.weights_sha256 and frozen["facts"]["engine"] == "onnx"
+    assert (
+        frozen["deciding"]["weights"] == made.weights_sha256 and frozen["facts"]["engine"] == "onnx"
+    )
     file = next((tmp_path / "b/data").iterdir())
     assert made.weights_sha256.encode() in b"".join(pq.read_metadata(file).metadata.values())
 
@@ -208,7 +283,10 @@ def test_what_an_export_cannot_do_is_refused_with_what_it_can(
 ) -> None:
     into, _ = small
     for more, message in (
-        ({"engine": "torch"}, r"was exported for engine onnx, so engine torch cannot run it\. Set engine: auto\."),
+        (
+            {"engine": "torch"},
+            r"was exported for engine onnx, so engine torch cannot run it\. Set engine: auto\.",
+        ),
         ({"precision": "bf16"}, "engine onnx computes in fp32, not in bf16"),
         (
             {"embeddings": [Embedding(layer=1)]},
@@ -221,12 +299,16 @@ def test_what_an_export_cannot_do_is_refused_with_what_it_can(
         export_model(asked(into, photos), "openvino", "", str(tmp_path / "y"))
     unlabelled = str(tmp_path / "z")
     export_model(asked(shapes_model, photos, labels=False), "openvino", "", unlabelled)
-    with pytest.raises(ModelError, match=r"was exported without labels; set labels: false, or export .* with them"):
+    with pytest.raises(
+        ModelError, match=r"was exported without labels; set labels: false, or export .* with them"
+    ):
         identify(asked(unlabelled, photos))
     assert predictions(unlabelled, labels=False).ids is None
 
 
-def test_a_graph_that_changed_is_not_opened(small: tuple[str, ExportedModel], photos: str, tmp_path: Path) -> None:
+def test_a_graph_that_changed_is_not_opened(
+    small: tuple[str, ExportedModel], photos: str, tmp_path: Path
+) -> None:
     copy = str(tmp_path / "copy")
     shutil.copytree(small[0], copy)
     job = job_for(copy, engine="auto", embeddings=[Embedding()])
@@ -234,10 +316,15 @@ def test_a_graph_that_changed_is_not_opened(small: tuple[str, ExportedModel], ph
     with open(f"{copy}/model.onnx", "ab") as file:
         file.write(b"\0")
     for act in (lambda: identify(job), lambda: open_job(job, spec)):
-        with pytest.raises(ModelError, match=r"model\.onnx is not the file that was exported: its sha256 changed"):
+        with pytest.raises(
+            ModelError, match=r"model\.onnx is not the file that was exported: its sha256 changed"
+        ):
             act()
     os.unlink(f"{copy}/model.onnx")
-    with pytest.raises(ModelError, match=r"model\.onnx cannot be read \(No such file or directory\)\. Copy the whole directory"):
+    with pytest.raises(
+        ModelError,
+        match=r"model\.onnx cannot be read \(No such file or directory\)\. Copy the whole directory",
+    ):
         identify(job)
     for text in ("[]", "{}", '{"format": 9}'):
         Path(copy, "vitray_export.json").write_text(text)
@@ -245,36 +332,60 @@ def test_a_graph_that_changed_is_not_opened(small: tuple[str, ExportedModel], ph
             identify(job)
 
 
-def test_labels_of_an_export_that_were_touched_are_refused(small: tuple[str, ExportedModel], photos: str, tmp_path: Path) -> None:
+def test_labels_of_an_export_that_were_touched_are_refused(
+    small: tuple[str, ExportedModel], photos: str, tmp_path: Path
+) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(small[0], copy)
     said = json.loads((copy / "vitray_export.json").read_text())
     for labels in (said["labels"][::-1], said["labels"][:-1]):
         (copy / "vitray_export.json").write_text(json.dumps(said | {"labels": labels}))
-        with pytest.raises(ModelError, match=r"is not one that vitray wrote \(it was changed\)\. Export the model again"):
+        with pytest.raises(
+            ModelError,
+            match=r"is not one that vitray wrote \(it was changed\)\. Export the model again",
+        ):
             identify(asked(str(copy), photos))
 
 
 @pytest.mark.parametrize("to", ["onnx", "openvino"])
-def test_a_head_goes_into_the_graph(to: str, tmp_path: Path, shapes_model: str, photos: str) -> None:
+def test_a_head_goes_into_the_graph(
+    to: str, tmp_path: Path, shapes_model: str, photos: str
+) -> None:
     values = np.random.default_rng(3).normal(size=(3, 64)).astype(np.float32)
     weights = identify(job_for(shapes_model)).weights_sha256
-    write_head(str(tmp_path), Head(("a", "b", "c"), values, values[:, 0], None, "cls", False, "m", weights))
+    write_head(
+        str(tmp_path), Head(("a", "b", "c"), values, values[:, 0], None, "cls", False, "m", weights)
+    )
     into = str(tmp_path / "x")
-    made = export_model(asked(shapes_model, photos, embeddings=[], head=str(tmp_path), precision="fp32"), to, "", into)
-    assert made.judgement.agreement == 1.0 and made.judgement.error is not None and made.judgement.error < 1e-3
+    made = export_model(
+        asked(shapes_model, photos, embeddings=[], head=str(tmp_path), precision="fp32"),
+        to,
+        "",
+        into,
+    )
+    assert (
+        made.judgement.agreement == 1.0
+        and made.judgement.error is not None
+        and made.judgement.error < 1e-3
+    )
     expected = run(job_for(shapes_model, top_k=3, head=str(tmp_path)), UNSEEN[0])
     found = run(job_for(into, top_k=3, engine="auto"), UNSEEN[0])
     np.testing.assert_array_equal(found.ids, expected.ids)
     np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-3, atol=1e-6)
 
 
-def test_graph_files_are_named_by_us_and_lie_in_the_directory(small: tuple[str, ExportedModel], tmp_path: Path) -> None:
+def test_graph_files_are_named_by_us_and_lie_in_the_directory(
+    small: tuple[str, ExportedModel], tmp_path: Path
+) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(small[0], copy)
     said = json.loads((copy / "vitray_export.json").read_text())
-    (copy / "vitray_export.json").write_text(json.dumps(seal(said | {"graph": {"../secret.onnx": "0" * 64}})))
-    with pytest.raises(ModelError, match=r"is not one that vitray wrote \(graph files \.\./secret\.onnx\)"):
+    (copy / "vitray_export.json").write_text(
+        json.dumps(seal(said | {"graph": {"../secret.onnx": "0" * 64}}))
+    )
+    with pytest.raises(
+        ModelError, match=r"is not one that vitray wrote \(graph files \.\./secret\.onnx\)"
+    ):
         read_export(locate(str(copy), None))
 
 
@@ -284,11 +395,23 @@ def test_a_graph_reads_no_file_outside_its_directory(tmp_path: Path) -> None:
 
     (tmp_path / "secret").write_bytes(np.arange(4, dtype=np.float32).tobytes())
     (tmp_path / "model").mkdir()
-    secret = onnx.TensorProto(name="w", data_type=onnx.TensorProto.FLOAT, dims=[4], data_location=onnx.TensorProto.EXTERNAL)
+    secret = onnx.TensorProto(
+        name="w",
+        data_type=onnx.TensorProto.FLOAT,
+        dims=[4],
+        data_location=onnx.TensorProto.EXTERNAL,
+    )
     secret.external_data.add(key="location", value="../secret")
-    pixels, out = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [4]) for name in ("pixels", "out"))
-    graph = onnx.helper.make_graph([onnx.helper.make_node("Add", ["pixels", "w"], ["out"])], "g", [pixels], [out], [secret])
-    made = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+    pixels, out = (
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [4])
+        for name in ("pixels", "out")
+    )
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Add", ["pixels", "w"], ["out"])], "g", [pixels], [out], [secret]
+    )
+    made = onnx.helper.make_model(
+        graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10
+    )
     (tmp_path / "model/model.onnx").write_bytes(made.SerializeToString())
     with pytest.raises(Exception, match=r"(?i)external|escape|outside"):
         onnx_engine.open_graph(str(tmp_path / "model/model.onnx"), "cpu")
@@ -301,17 +424,25 @@ def test_a_torch_export_is_opened_by_its_safetensors_and_never_by_its_archive(
     export_model(asked(shapes_model, photos), "torch-export", "", into)
     with zipfile.ZipFile(f"{into}/model.pt2") as archive:
         said = b"".join(archive.read(name) for name in archive.namelist())
-    assert b"site-packages" not in said and os.path.dirname(vitray.__file__).encode() not in said  # no path of this machine
+    assert (
+        b"site-packages" not in said and os.path.dirname(vitray.__file__).encode() not in said
+    )  # no path of this machine
     Path(into, "model.pt2").write_bytes(b"would be unpickled")
     job = job_for(into, engine="torch", embeddings=[Embedding(layer=1)])
-    assert identify(job).weights_sha256 == identify(job.model_copy(update={"model": shapes_model})).weights_sha256
-    assert np.array_equal(run(job, UNSEEN[0]).ids, run(job.model_copy(update={"model": shapes_model}), UNSEEN[0]).ids)
+    assert (
+        identify(job).weights_sha256
+        == identify(job.model_copy(update={"model": shapes_model})).weights_sha256
+    )
+    assert np.array_equal(
+        run(job, UNSEEN[0]).ids, run(job.model_copy(update={"model": shapes_model}), UNSEEN[0]).ids
+    )
     spec = identify(job)
     other = make_checkpoint(tmp_path / "other", "vit", True)
     shutil.copy(f"{other}/model.safetensors", into)
     for act in (lambda: identify(job), lambda: open_job(job, spec)):
         with pytest.raises(
-            ModelError, match=r"its safetensors are not those that were exported\. Copy the whole directory again"
+            ModelError,
+            match=r"its safetensors are not those that were exported\. Copy the whole directory again",
         ):
             act()
 
@@ -320,12 +451,18 @@ def test_a_torch_export_is_opened_by_its_safetensors_and_never_by_its_archive(
 
 
 def test_below_min_agreement_nothing_is_written_and_the_exit_code_is_5(
-    tmp_path: Path, shapes_model: str, photos: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    shapes_model: str,
+    photos: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     real = graphs._by_nncf
 
     def spoiled(graph: object, how: str, calibration: np.ndarray) -> object:
-        return real(graph, how, np.zeros_like(calibration))  # calibrated on black images: no range fits
+        return real(
+            graph, how, np.zeros_like(calibration)
+        )  # calibrated on black images: no range fits
 
     monkeypatch.setattr(graphs, "_by_nncf", spoiled)
     command = [
@@ -345,7 +482,10 @@ def test_below_min_agreement_nothing_is_written_and_the_exit_code_is_5(
         main()
     said = capsys.readouterr()
     assert stop.value.code == 5 and "same label" in said.out and len(said.err.splitlines()) == 1
-    assert "agree with the original, below --min-agreement 0.99; nothing was written. Calibrate on more images" in said.err
+    assert (
+        "agree with the original, below --min-agreement 0.99; nothing was written. Calibrate on more images"
+        in said.err
+    )
     assert os.listdir(tmp_path) == []
 
 
@@ -355,11 +495,18 @@ def test_answers_and_errors_are_counted_by_hand() -> None:
     a = Predictions(ids, scores, {"e": np.array([[1, 0], [0, 2]], np.float32)})
     other = np.array([[0, 1, 2, 3, 5, 4], [4, 5, 3, 2, 1, 0]], np.int32)
     b = Predictions(other, scores, {"e": np.array([[1, 0], [2, 0]], np.float32)})
-    assert agreement.answers(a, b) == {"agreement": 0.5, "top5": (0.8 + 1) / 2, "cosine": 0.5, "least_cosine": 0.0}
+    assert agreement.answers(a, b) == {
+        "agreement": 0.5,
+        "top5": (0.8 + 1) / 2,
+        "cosine": 0.5,
+        "least_cosine": 0.0,
+    }
     assert agreement.error(a, a) == 0 and agreement.error(a, b) == pytest.approx(np.sqrt(2))
 
 
-def test_calibration_and_judgement_share_no_image_and_copies_count_once(tmp_path: Path, shapes_model: str, photos: str) -> None:
+def test_calibration_and_judgement_share_no_image_and_copies_count_once(
+    tmp_path: Path, shapes_model: str, photos: str
+) -> None:
     job = asked(shapes_model, photos)
     spec = identify(job.model_copy(update={"engine": "torch"}))
     found = agreement.sample(job, spec, calibrates=True)
@@ -375,7 +522,14 @@ def test_calibration_and_judgement_share_no_image_and_copies_count_once(tmp_path
     assert (len(few.calibration), len(few.judged), few.apart) == (30, 30, False)
     with tarfile.open(tmp_path / "t.tar", "w") as tar:
         tar.add(photos, ".")
-    assert len(agreement.sample(asked(shapes_model, f"{tmp_path}/t.tar"), spec, calibrates=False).judged) == 240
+    assert (
+        len(
+            agreement.sample(
+                asked(shapes_model, f"{tmp_path}/t.tar"), spec, calibrates=False
+            ).judged
+        )
+        == 240
+    )
 
 
 @pytest.mark.parametrize("kind", ["files", "tar", "parquet"])
@@ -398,7 +552,10 @@ def test_a_sample_of_a_shard_in_which_classes_lie_side_by_side_has_all_of_them(
     spec = identify(job.model_copy(update={"engine": "torch"}))
     decode_spec = Dataset("o", job, spec, (), pa.schema([]), 1).decode_spec
     kinds = {
-        decode([Encoded(0, path.name, "", path.read_bytes())], decode_spec)[0][0].tobytes(): path.parent.name for path in paths
+        decode([Encoded(0, path.name, "", path.read_bytes())], decode_spec)[0][
+            0
+        ].tobytes(): path.parent.name
+        for path in paths
     }
     found = agreement.sample(job, spec, calibrates=True)
     assert (len(found.calibration), len(found.judged)) == (75, 75)
@@ -410,7 +567,9 @@ def test_a_sample_of_a_shard_in_which_classes_lie_side_by_side_has_all_of_them(
 # ---------------------------------------------------------------- bad input
 
 
-def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path, shapes_model: str, photos: str) -> None:
+def test_bad_input_is_one_line_and_leaves_nothing(
+    tmp_path: Path, shapes_model: str, photos: str
+) -> None:
     (tmp_path / "none").mkdir()
     (tmp_path / "few").mkdir()
     for path in sorted(Path(photos).rglob("*.png"))[:3]:
@@ -424,15 +583,31 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path, shapes_model: 
             SourceError,
             "holds 3 good images that differ; .* 16",
         ),
-        (lambda: export_model(asked(shapes_model, f"{tmp_path}/none"), "onnx", "", into), SourceError, "none"),
-        (lambda: export_model(asked(shapes_model, f"{tmp_path}/nowhere"), "onnx", "", into), JobError, "nowhere"),
+        (
+            lambda: export_model(asked(shapes_model, f"{tmp_path}/none"), "onnx", "", into),
+            SourceError,
+            "none",
+        ),
+        (
+            lambda: export_model(asked(shapes_model, f"{tmp_path}/nowhere"), "onnx", "", into),
+            JobError,
+            "nowhere",
+        ),
         (
             lambda: export_model(job, "onnx", "", str(tmp_path / "there")),
             JobError,
             "--into .* is there already: choose a new folder",
         ),
-        (lambda: export_model(job, "onnx", "", "s3://bucket/x"), JobError, "an export is a local folder"),
-        (lambda: export_model(job, "onnx", "", "/proc/x"), StorageError, "Check the path, and that the disk has room"),
+        (
+            lambda: export_model(job, "onnx", "", "s3://bucket/x"),
+            JobError,
+            "an export is a local folder",
+        ),
+        (
+            lambda: export_model(job, "onnx", "", "/proc/x"),
+            StorageError,
+            "Check the path, and that the disk has room",
+        ),
         (
             lambda: export_model(job, "torch-export", "int8", into),
             JobError,
@@ -444,13 +619,27 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path, shapes_model: 
             "keeps the checkpoint's own labels",
         ),
         (
-            lambda: export_model(asked(shapes_model, photos, labels=["a"]), "torch-export", "", into),
+            lambda: export_model(
+                asked(shapes_model, photos, labels=["a"]), "torch-export", "", into
+            ),
             JobError,
             "Use --to onnx or openvino",
         ),
-        (lambda: export_model(job, "coreml", "int8", into), JobError, "--to coreml has no --int8: .*Use --fp16"),
-        (lambda: export_model(job, "tflite", "", into), JobError, "choose one of onnx, openvino, torch-export, coreml"),
-        (lambda: export_model(asked(f"{tmp_path}/none", photos), "onnx", "", into), ModelError, r"holds no config\.json"),
+        (
+            lambda: export_model(job, "coreml", "int8", into),
+            JobError,
+            "--to coreml has no --int8: .*Use --fp16",
+        ),
+        (
+            lambda: export_model(job, "tflite", "", into),
+            JobError,
+            "choose one of onnx, openvino, torch-export, coreml",
+        ),
+        (
+            lambda: export_model(asked(f"{tmp_path}/none", photos), "onnx", "", into),
+            ModelError,
+            r"holds no config\.json",
+        ),
     ):
         with pytest.raises(kind, match=message) as caught:
             act()
@@ -462,8 +651,13 @@ def test_no_space_is_said_before_anything_is_computed(
     tmp_path: Path, shapes_model: str, photos: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = os.path.getsize(f"{shapes_model}/model.safetensors")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - free, free))
-    with pytest.raises(StorageError, match=r"an export may take 1\.4 MB for a while, and 0\.5 MB are free\. Make room"):
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - free, free)
+    )
+    with pytest.raises(
+        StorageError,
+        match=r"an export may take 1\.4 MB for a while, and 0\.5 MB are free\. Make room",
+    ):
         export_model(asked(shapes_model, photos), "openvino", "", str(tmp_path / "x"))
     assert os.listdir(tmp_path) == []
 
@@ -475,11 +669,15 @@ def test_a_disk_that_fills_up_under_a_library_is_no_fault_of_the_model(
         """As a library of C++ that looks at no answer of the disk; the judge cannot open what it left."""
         real(source, how, folder)
         (folder / "model.onnx").write_bytes((folder / "model.onnx").read_bytes()[:50_000])
-        monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 4096, 4096))
+        monkeypatch.setattr(
+            shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 4096, 4096)
+        )
 
     real, into = graphs.WRITERS["onnx"], str(tmp_path / "x")
     monkeypatch.setitem(graphs.WRITERS, "onnx", cut_short)
-    with pytest.raises(StorageError, match=rf"^{into}: .*\. Check the path, and that the disk has room\.$") as raised:
+    with pytest.raises(
+        StorageError, match=rf"^{into}: .*\. Check the path, and that the disk has room\.$"
+    ) as raised:
         export_model(asked(shapes_model, photos), "onnx", "", into)
     assert "\n" not in str(raised.value) and os.listdir(tmp_path) == []
 
@@ -495,10 +693,26 @@ def test_a_disk_that_is_really_full_is_one_line_and_the_process_lives(
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     into = str(tmp_path / "x")
-    command = [sys.executable, "-m", "vitray", "export", shapes_model, "--to", to, "--calibrate", photos, "--into", into]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, preexec_fn=few_bytes)
+    command = [
+        sys.executable,
+        "-m",
+        "vitray",
+        "export",
+        shapes_model,
+        "--to",
+        to,
+        "--calibrate",
+        photos,
+        "--into",
+        into,
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, preexec_fn=few_bytes
+    )
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr[-2000:]
-    assert done.stderr.startswith(f"StorageError: {into}: ") and done.stderr.endswith("and that the disk has room.\n")
+    assert done.stderr.startswith(f"StorageError: {into}: ") and done.stderr.endswith(
+        "and that the disk has room.\n"
+    )
     assert os.listdir(tmp_path) == []
 
 
@@ -526,13 +740,22 @@ def test_a_library_that_is_missing_is_named_with_its_extra(
     ],
 )
 def test_the_command_says_which_options_belong_together(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], more: list[str], message: str
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
+    message: str,
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["vitray", "export", "m", "--to", "onnx", "--into", "x", *more])
+    monkeypatch.setattr(
+        sys, "argv", ["vitray", "export", "m", "--to", "onnx", "--into", "x", *more]
+    )
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 2 and message in capsys.readouterr().err
-    monkeypatch.setattr(sys, "argv", ["vitray", "export", "out", "--to", "npy", "--into", "x", "--int8", "--calibrate", "p"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["vitray", "export", "out", "--to", "npy", "--into", "x", "--int8", "--calibrate", "p"],
+    )
     with pytest.raises(SystemExit):
         main()
     assert "--to npy takes no --calibrate, --int8: that is for a model" in capsys.readouterr().err
@@ -541,12 +764,28 @@ def test_the_command_says_which_options_belong_together(
 # ---------------------------------------------------------------- engines
 
 
-def test_onnx_takes_the_best_of_what_is_there_on_a_gpu_and_the_cpu_alone_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    tensorrt, cuda, cpu = "TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"
-    assert onnx_engine.providers("cuda", [cpu, cuda, "AzureExecutionProvider", tensorrt]) == [tensorrt, cuda, cpu]
+def test_onnx_takes_the_best_of_what_is_there_on_a_gpu_and_the_cpu_alone_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tensorrt, cuda, cpu = (
+        "TensorrtExecutionProvider",
+        "CUDAExecutionProvider",
+        "CPUExecutionProvider",
+    )
+    assert onnx_engine.providers("cuda", [cpu, cuda, "AzureExecutionProvider", tensorrt]) == [
+        tensorrt,
+        cuda,
+        cpu,
+    ]
     assert onnx_engine.providers("cuda", [cuda, cpu]) == [cuda, cpu]
-    assert onnx_engine.providers("cpu", [tensorrt, cuda, cpu]) == onnx_engine.providers("cuda", [cpu]) == [cpu]
-    assert "runs on the CPU, and this job on cuda" in (engines.refusal("onnx", "cuda", "fp32") or "")
+    assert (
+        onnx_engine.providers("cpu", [tensorrt, cuda, cpu])
+        == onnx_engine.providers("cuda", [cpu])
+        == [cpu]
+    )
+    assert "runs on the CPU, and this job on cuda" in (
+        engines.refusal("onnx", "cuda", "fp32") or ""
+    )
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: [cuda, cpu])
     assert engines.refusal("onnx", "cuda", "fp32") is None
     assert "runs on the CPU" in (engines.refusal("onnx", "xpu", "fp32") or "")
@@ -572,7 +811,11 @@ def test_nncf_reports_its_use_to_nobody(tmp_path: Path, shapes_model: str, photo
         "assert sys.modules['nncf'] and not any(sys.modules[m] for m in sys.modules if m.startswith('openvino_telemetry'))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "HOME": str(home)}, capture_output=True, text=True, timeout=200
+        [sys.executable, "-c", code],
+        env={**os.environ, "HOME": str(home)},
+        capture_output=True,
+        text=True,
+        timeout=200,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout)["judgement"]["agreement"] >= 0.95 and done.stderr == ""

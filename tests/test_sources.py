@@ -27,7 +27,14 @@ from vitray.dataset import base_of
 from vitray.errors import JobError, ObjectChanged, ObjectRefused, ShardError, SourceError
 from vitray.job import Job, make_job
 from vitray.schema import Encoded, End, Shard
-from vitray.sources import Group, absent_members, estimate_images, kept_schema, list_shards, read_shard
+from vitray.sources import (
+    Group,
+    absent_members,
+    estimate_images,
+    file_passthrough_schema,
+    list_shards,
+    read_shard,
+)
 from vitray.sources.objects import MAX_IMAGE_BYTES
 
 IMAGES = {f"img{n:02d}": b"\xff\xd8" + bytes([n]) * (300 + 211 * n) for n in range(7)}
@@ -38,7 +45,9 @@ def job_for(*source: Path | str, **fields: object) -> Job:
     return make_job({"source": [str(s) for s in source], "model": "m", "out": "o", **fields})
 
 
-def read_all(shard: Shard, job: Job, wanted: Callable[[int], bool] = lambda index: True) -> tuple[list[Encoded], End]:
+def read_all(
+    shard: Shard, job: Job, wanted: Callable[[int], bool] = lambda index: True
+) -> tuple[list[Encoded], End]:
     *rows, end = read_shard(shard, job, wanted)
     assert isinstance(end, End) and all(isinstance(row, Encoded) for row in rows)
     return rows, end
@@ -51,8 +60,8 @@ def only_shard(job: Job) -> Shard:
 
 def kept(row: Encoded) -> tuple[object, ...]:
     """The passthrough values of one image."""
-    assert row.kept is not None
-    return tuple(column[row.kept.row].as_py() for column in row.kept.batch.columns)
+    assert row.passthrough is not None
+    return tuple(column[row.passthrough.row].as_py() for column in row.passthrough.batch.columns)
 
 
 def pairs(rows: list[Encoded]) -> list[tuple[int, str, bytes | None]]:
@@ -89,14 +98,20 @@ def test_the_same_images_come_with_the_same_bytes_from_every_format(tmp_path: Pa
         (tmp_path / folder).mkdir()
     write_tar(tmp_path / "t/a.tar", image_members())
     names, data = list(IMAGES), list(IMAGES.values())
-    pq.write_table(pa.table({"id": names, "image": data}), tmp_path / "p/a.parquet", row_group_size=3)
+    pq.write_table(
+        pa.table({"id": names, "image": data}), tmp_path / "p/a.parquet", row_group_size=3
+    )
     structs = [{"bytes": d, "path": f"{n}.jpg"} for n, d in IMAGES.items()]
     pq.write_table(pa.table({"image": structs, "label": range(7)}), tmp_path / "h/a.parquet")
     for key, value in IMAGES.items():
         (tmp_path / f"f/{key}.JPG").write_bytes(value)
     (tmp_path / "f.csv").write_text("id,path\n" + "".join(f"{n},f/{n}.JPG\n" for n in names))
-    (tmp_path / "f.jsonl").write_text("\n".join(json.dumps({"id": n, "path": f"f/{n}.JPG"}) for n in names))
-    pq.write_table(pa.table({"id": names, "path": [f"f/{n}.JPG" for n in names]}), tmp_path / "f.parquet")
+    (tmp_path / "f.jsonl").write_text(
+        "\n".join(json.dumps({"id": n, "path": f"f/{n}.JPG"}) for n in names)
+    )
+    pq.write_table(
+        pa.table({"id": names, "path": [f"f/{n}.JPG" for n in names]}), tmp_path / "f.parquet"
+    )
     want = expected(IMAGES)
     kinds = {
         "t": ("tar", {}),
@@ -114,10 +129,17 @@ def test_the_same_images_come_with_the_same_bytes_from_every_format(tmp_path: Pa
     job = job_for(tmp_path / "f")
     rows, end = read_all(only_shard(job), job)
     urls = [str(tmp_path / f"f/{n}.JPG") for n in names]
-    assert ([r.key for r in rows], [r.uri for r in rows], [r.data for r in rows], end) == (urls, urls, data, End(7))
+    assert ([r.key for r in rows], [r.uri for r in rows], [r.data for r in rows], end) == (
+        urls,
+        urls,
+        data,
+        End(7),
+    )
     job = job_for(tmp_path / "h")
     rows, _ = read_all(only_shard(job), job)
-    assert pairs(rows) == [(n, f"{key}.jpg", value) for n, (key, value) in enumerate(IMAGES.items())]
+    assert pairs(rows) == [
+        (n, f"{key}.jpg", value) for n, (key, value) in enumerate(IMAGES.items())
+    ]
 
 
 @pytest.mark.parametrize("kind", ["tar", "parquet", "files", "csv", "jsonl"])
@@ -128,9 +150,13 @@ def test_unwanted_rows_are_not_yielded_and_the_total_counts_them(tmp_path: Path,
     if kind == "tar":
         write_tar(tmp_path / "a.tar", image_members())
     if kind == "parquet":
-        pq.write_table(pa.table({"image": list(IMAGES.values())}), tmp_path / "a.parquet", row_group_size=2)
+        pq.write_table(
+            pa.table({"image": list(IMAGES.values())}), tmp_path / "a.parquet", row_group_size=2
+        )
     (tmp_path / "a.csv").write_text("path\n" + "".join(f"i/{n}.jpg\n" for n in IMAGES))
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"path": f"i/{n}.jpg"}) + "\n" for n in IMAGES))
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"path": f"i/{n}.jpg"}) + "\n" for n in IMAGES)
+    )
     job = job_for(tmp_path / ("i" if kind == "files" else f"a.{kind}"))
     rows, end = read_all(only_shard(job), job, lambda index: index in (1, 4, 5))
     values = list(IMAGES.values())
@@ -148,13 +174,21 @@ def test_lists_globs_ranges_and_prefixes_name_the_same_shards_once(tmp_path: Pat
     (tmp_path / "s/notes.txt").write_text("ignored")
     base = [s.id for s in list_shards(job_for(tmp_path / "s"), []).shards]
     assert [i.rsplit("-", 2)[0] for i in base] == ["cats_00", "cats_01", "cats_02"]
-    for source in (["s/*.tar"], ["s/cats-{00..02}.tar"], ["s/cats-00.tar", "s/cats-{01,02}.tar", "s"]):
-        assert [s.id for s in list_shards(job_for(*(tmp_path / p for p in source)), []).shards] == base
+    for source in (
+        ["s/*.tar"],
+        ["s/cats-{00..02}.tar"],
+        ["s/cats-00.tar", "s/cats-{01,02}.tar", "s"],
+    ):
+        assert [
+            s.id for s in list_shards(job_for(*(tmp_path / p for p in source)), []).shards
+        ] == base
     backwards = job_for(tmp_path / "s/cats-02.tar", tmp_path / "s")
     assert [s.id for s in list_shards(backwards, []).shards] == [base[2], base[0], base[1]]
 
 
-def test_a_changed_input_keeps_its_base_and_an_equal_name_elsewhere_has_another(tmp_path: Path) -> None:
+def test_a_changed_input_keeps_its_base_and_an_equal_name_elsewhere_has_another(
+    tmp_path: Path,
+) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         write_tar(tmp_path / folder / "x.tar", [("1.jpg", b"x")])
@@ -174,15 +208,26 @@ def test_what_cannot_be_told_apart_is_refused_with_counts(tmp_path: Path) -> Non
     with pytest.raises(SourceError, match=r"1 \.tar, 1 \.png|1 \.png, 1 \.tar") as error:
         list_shards(job_for(tmp_path), [])
     assert "format:" in str(error.value)
-    assert [s.url for s in list_shards(job_for(tmp_path, format="tar"), []).shards] == [str(tmp_path / "a.tar")]
-    assert list_shards(job_for(tmp_path, format="files"), []).shards[0].members[0].url == str(tmp_path / "b.png")
+    assert [s.url for s in list_shards(job_for(tmp_path, format="tar"), []).shards] == [
+        str(tmp_path / "a.tar")
+    ]
+    assert list_shards(job_for(tmp_path, format="files"), []).shards[0].members[0].url == str(
+        tmp_path / "b.png"
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("a.tar.gz", "compressed tars"), ("a.tgz", "compressed tars"), ("a.txt", "holds no tar"), (None, "names no object")],
+    [
+        ("a.tar.gz", "compressed tars"),
+        ("a.tgz", "compressed tars"),
+        ("a.txt", "holds no tar"),
+        (None, "names no object"),
+    ],
 )
-def test_a_source_without_images_says_what_it_holds(tmp_path: Path, name: str | None, says: str) -> None:
+def test_a_source_without_images_says_what_it_holds(
+    tmp_path: Path, name: str | None, says: str
+) -> None:
     if name:
         (tmp_path / name).write_bytes(b"x")
     with pytest.raises(SourceError, match=says):
@@ -212,17 +257,27 @@ def put_raw(folder: Path, name: bytes, data: bytes) -> Path:
 
 
 @pytest.mark.parametrize("pattern", ["", "**/*.png"])
-def test_files_whose_names_are_not_utf8_are_read_and_their_keys_are_escaped(tmp_path: Path, pattern: str) -> None:
+def test_files_whose_names_are_not_utf8_are_read_and_their_keys_are_escaped(
+    tmp_path: Path, pattern: str
+) -> None:
     """Also beside a file whose name looks like such a key, and below a folder with such a name."""
-    names = {b"a.png": "a.png", b"caf\xe9.png": r"caf\udce9.png", rb"caf\udce9.png": r"caf\udc5cudce9.png"}
+    names = {
+        b"a.png": "a.png",
+        b"caf\xe9.png": r"caf\udce9.png",
+        rb"caf\udce9.png": r"caf\udc5cudce9.png",
+    }
     names |= {b"s\xffb/x.png": r"s\udcffb/x.png", b"\xe2\x82.png": r"\udce2\udc82.png"}
     for name in names:
         put_raw(tmp_path, name, name)
     job = job_for(tmp_path / pattern)
     shard = only_shard(job)
     rows, end = read_all(shard, job)
-    assert {row.key: row.data for row in rows} == {f"{tmp_path}/{key}": name for name, key in names.items()}
-    assert end == End(5) and all(row.reason is None and row.key.encode() and row.uri == row.key for row in rows)
+    assert {row.key: row.data for row in rows} == {
+        f"{tmp_path}/{key}": name for name, key in names.items()
+    }
+    assert end == End(5) and all(
+        row.reason is None and row.key.encode() and row.uri == row.key for row in rows
+    )
     groups = list_shards(job, []).new_groups
     assert list_shards(job, groups).shards == [shard], "the log of groups holds the keys"
     put_raw(tmp_path, b"caf\xe9.png", b"changed")
@@ -235,12 +290,19 @@ def test_other_files_whose_names_are_not_utf8_do_no_harm(tmp_path: Path) -> None
     for name in (b"README\xff", b"notes.t\xff", b"caf\xe9.txt"):
         put_raw(tmp_path, name, b"x")
     found = list_shards(job_for(tmp_path), [])
-    assert urls_of(found.shards) == [["a.png"]] and found.left_out == {"no_suffix": 2, "other_suffix": 1}
+    assert urls_of(found.shards) == [["a.png"]] and found.left_out == {
+        "no_suffix": 2,
+        "other_suffix": 1,
+    }
     asked = list_shards(job_for(tmp_path, format="files"), [])
-    assert urls_of(asked.shards) == [["README\\udcff", "a.png", "notes.t\\udcff"]] and asked.left_out == {"other_suffix": 1}
+    assert urls_of(asked.shards) == [
+        ["README\\udcff", "a.png", "notes.t\\udcff"]
+    ] and asked.left_out == {"other_suffix": 1}
     with pytest.raises(SourceError) as error:
         list_shards(job_for(tmp_path, format="parquet", source_rules=1), [])
-    assert "holds nothing of format parquet" in str(error.value) and "1 .t\\udcff" in str(error.value)
+    assert "holds nothing of format parquet" in str(error.value) and "1 .t\\udcff" in str(
+        error.value
+    )
 
 
 def test_tars_parquet_files_and_manifests_whose_names_are_not_utf8_are_read(tmp_path: Path) -> None:
@@ -301,7 +363,9 @@ def test_membership_of_groups_is_fixed_when_files_arrive_change_and_vanish(tmp_p
     job = job_for(tmp_path, group_size=2)
     one = list_shards(job, [])
     assert urls_of(one.shards) == [["b.png", "c.png"], ["d.png"]]
-    assert [g.number for g in one.new_groups] == [0, 1] and one.shards[0].id.startswith("files_000000-")
+    assert [g.number for g in one.new_groups] == [0, 1] and one.shards[0].id.startswith(
+        "files_000000-"
+    )
 
     (tmp_path / "a.png").write_bytes(b"a")  # sorts before all others
     two = list_shards(job, one.new_groups)
@@ -311,13 +375,17 @@ def test_membership_of_groups_is_fixed_when_files_arrive_change_and_vanish(tmp_p
     groups = [*one.new_groups, *two.new_groups]
     (tmp_path / "c.png").write_bytes(b"changed")
     three = list_shards(job, groups)
-    assert three.new_groups == [] and {base_of(s.id) for s in three.shards} == {base_of(s.id) for s in two.shards}
+    assert three.new_groups == [] and {base_of(s.id) for s in three.shards} == {
+        base_of(s.id) for s in two.shards
+    }
     assert [a.id == b.id for a, b in zip(two.shards, three.shards)] == [False, True, True]
     with pytest.raises(ObjectChanged):
         read_all(two.shards[0], job)
 
     (tmp_path / "b.png").unlink()
-    with pytest.raises(ObjectChanged, match="deleted since it was listed"):  # no row says `missing` of what was there
+    with pytest.raises(
+        ObjectChanged, match="deleted since it was listed"
+    ):  # no row says `missing` of what was there
         read_all(three.shards[0], job)
     (tmp_path / "d.png").unlink()
     four = list_shards(job, groups)
@@ -339,7 +407,9 @@ def test_a_file_beyond_the_cap_is_a_row_and_is_not_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["", "*.png"])
-def test_a_broken_link_and_a_pipe_are_rows_and_a_folder_behind_a_link_is_none(tmp_path: Path, pattern: str) -> None:
+def test_a_broken_link_and_a_pipe_are_rows_and_a_folder_behind_a_link_is_none(
+    tmp_path: Path, pattern: str
+) -> None:
     (tmp_path / "in" / "folder.png").mkdir(parents=True)
     (tmp_path / "in" / "a.png").write_bytes(b"x")
     (tmp_path / "in" / "b.png").symlink_to(tmp_path / "nowhere")
@@ -354,7 +424,10 @@ def test_a_broken_link_and_a_pipe_are_rows_and_a_folder_behind_a_link_is_none(tm
         ("c.png", b"x", None),
         ("e.png", None, "missing"),
     ]
-    assert [r.message.rpartition("png ")[2] for r in rows if r.reason] == ["is a link to nothing", "is no regular file"]
+    assert [r.message.rpartition("png ")[2] for r in rows if r.reason] == [
+        "is a link to nothing",
+        "is no regular file",
+    ]
     assert end == End(4)
 
 
@@ -367,19 +440,27 @@ def put_numbers(folder: Path, refused: set[int], why: str = FORBIDDEN) -> None:
     """40 files, of which some are regular files of the kernel's: nobody, not even root, may read it, or it fails as a bad disk does."""
     for n in range(40):
         if n in refused:
-            (folder / f"{n:02d}.png").symlink_to("/proc/sys/vm/drop_caches" if why == FORBIDDEN else f"/proc/{os.getpid()}/mem")
+            (folder / f"{n:02d}.png").symlink_to(
+                "/proc/sys/vm/drop_caches" if why == FORBIDDEN else f"/proc/{os.getpid()}/mem"
+            )
         else:
             (folder / f"{n:02d}.png").write_bytes(b"%d" % n)
 
 
 @pytest.mark.parametrize("why", [FORBIDDEN, DYING])
-@pytest.mark.parametrize("where", [{0}, {39}, {17, 18}, set(range(39)), set(range(1, 40)), set(range(20))])
-def test_a_file_that_cannot_be_read_costs_its_own_row(tmp_path: Path, where: set[int], why: str) -> None:
+@pytest.mark.parametrize(
+    "where", [{0}, {39}, {17, 18}, set(range(39)), set(range(1, 40)), set(range(20))]
+)
+def test_a_file_that_cannot_be_read_costs_its_own_row(
+    tmp_path: Path, where: set[int], why: str
+) -> None:
     put_numbers(tmp_path, where, why)
     job = job_for(tmp_path)
     rows, end = read_all(only_shard(job), job)
     assert end == End(40) and [row.index for row in rows] == list(range(40))
-    assert [(row.data, row.reason) for row in rows] == [(None, "missing") if n in where else (b"%d" % n, None) for n in range(40)]
+    assert [(row.data, row.reason) for row in rows] == [
+        (None, "missing") if n in where else (b"%d" % n, None) for n in range(40)
+    ]
     assert all(row.message.startswith(f"{row.uri}: {why}. ") for row in rows if row.reason)
 
 
@@ -426,10 +507,16 @@ def test_what_is_staged_already_speaks_for_the_store(tmp_path: Path) -> None:
 def test_an_image_of_a_manifest_that_cannot_be_read_costs_its_own_row(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"a")
     os.mkdir(tmp_path / "proc")
-    (tmp_path / "m.jsonl").write_text("\n".join(json.dumps({"path": p}) for p in ["a.jpg", "/proc/sys/vm/drop_caches", "a.jpg"]))
+    (tmp_path / "m.jsonl").write_text(
+        "\n".join(json.dumps({"path": p}) for p in ["a.jpg", "/proc/sys/vm/drop_caches", "a.jpg"])
+    )
     job = job_for(tmp_path / "m.jsonl", allow=[str(tmp_path), "/proc/sys/vm"])
     rows, _ = read_all(only_shard(job), job)
-    assert [(row.data, row.reason) for row in rows] == [(b"a", None), (None, "missing"), (b"a", None)]
+    assert [(row.data, row.reason) for row in rows] == [
+        (b"a", None),
+        (None, "missing"),
+        (b"a", None),
+    ]
 
 
 @pytest.fixture
@@ -443,19 +530,26 @@ def behind(mock_s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Prox
 
 
 @pytest.mark.parametrize("method", ["HEAD", "GET"])  # no right to it; in an archive
-def test_an_object_that_s3_refuses_costs_its_own_row(behind: tuple[Proxy, Job], method: str) -> None:
+def test_an_object_that_s3_refuses_costs_its_own_row(
+    behind: tuple[Proxy, Job], method: str
+) -> None:
     proxy, job = behind
     shard = only_shard(job)
-    proxy.rule = lambda call: 403 if call.method == method and "/in/00.png" in call.path else FORWARD
+    proxy.rule = lambda call: (
+        403 if call.method == method and "/in/00.png" in call.path else FORWARD
+    )
     rows, _ = read_all(shard, job)
-    assert [(row.data, row.reason) for row in rows[:2]] == [(None, "missing"), (b"1", None)] and "access refused" in rows[
-        0
-    ].message
+    assert [(row.data, row.reason) for row in rows[:2]] == [
+        (None, "missing"),
+        (b"1", None),
+    ] and "access refused" in rows[0].message
     assert [row.data for row in rows[2:]] == [b"%d" % n for n in range(2, 40)]
 
 
 @pytest.mark.parametrize("after", [0, 25, 61])
-def test_rights_that_are_lost_in_the_middle_are_nobodys_bad_image(behind: tuple[Proxy, Job], after: int) -> None:
+def test_rights_that_are_lost_in_the_middle_are_nobodys_bad_image(
+    behind: tuple[Proxy, Job], after: int
+) -> None:
     """Keys that expire refuse every object from then on: no row may say that its image was bad."""
     proxy, job = behind
     shard = only_shard(job)
@@ -469,7 +563,9 @@ def test_rights_that_are_lost_in_the_middle_are_nobodys_bad_image(behind: tuple[
 
 
 @pytest.mark.parametrize("suffix", ["tar", "parquet", "csv"])
-def test_a_shard_that_cannot_be_read_is_one_broken_shard_and_the_listing_goes_on(tmp_path: Path, suffix: str) -> None:
+def test_a_shard_that_cannot_be_read_is_one_broken_shard_and_the_listing_goes_on(
+    tmp_path: Path, suffix: str
+) -> None:
     write_tar(tmp_path / "b.tar", image_members())
     pq.write_table(pa.table({"image": list(IMAGES.values())}), tmp_path / "b.parquet")
     write_csv(tmp_path / "b.csv", [["path"], ["x.jpg"]])
@@ -493,7 +589,7 @@ def test_kept_columns_of_loose_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"x")
     job = job_for(tmp_path, keep=["caption"])
     with pytest.raises(JobError, match="caption"):
-        kept_schema(only_shard(job), job)
+        file_passthrough_schema(only_shard(job), job)
 
 
 # ---- tars: samples
@@ -517,7 +613,11 @@ def test_a_sample_is_consecutive_members_with_one_key(tmp_path: Path) -> None:
     rows, end = read_tar(write_tar(tmp_path / "a.tar", members), keep=["txt", "bin", "cls"])
     assert pairs(rows) == [
         (0, "d/one", b"1"),
-        (1, "two.seg", b"mask"),  # nothing tells that seg.png is an extension: no other sample has one
+        (
+            1,
+            "two.seg",
+            b"mask",
+        ),  # nothing tells that seg.png is an extension: no other sample has one
         (2, "two", b"2"),
         (3, "three", None),
         (4, "one", b"another folder"),
@@ -536,12 +636,20 @@ def test_a_sample_is_consecutive_members_with_one_key(tmp_path: Path) -> None:
         "2 hidden members were skipped; "
         "1 members without an extension were skipped; 1 kept texts are not UTF-8 and were read as Windows-1252",
     )
-    assert end.left_out == {"hidden": 2, "no_suffix": 1} and end.image_members == {"jpg": 3, "png": 1}
+    assert end.left_out == {"hidden": 2, "no_suffix": 1} and end.image_members == {
+        "jpg": 3,
+        "png": 1,
+    }
     chosen, _ = read_tar(tmp_path / "a.tar", image_member="jpg")
-    assert [(r.data, r.reason) for r in chosen] == [(b"1", None), (b"2", None), (None, "missing"), (b"another folder", None)]
+    assert [(r.data, r.reason) for r in chosen] == [
+        (b"1", None),
+        (b"2", None),
+        (None, "missing"),
+        (b"another folder", None),
+    ]
     job = job_for(tmp_path / "a.tar", keep=["txt", "bin", "json"])
     want = pa.schema([("txt", pa.string()), ("bin", pa.binary()), ("json", pa.string())])
-    assert kept_schema(only_shard(job), job) == want
+    assert file_passthrough_schema(only_shard(job), job) == want
 
 
 def test_one_name_twice_is_two_rows(tmp_path: Path) -> None:
@@ -552,7 +660,9 @@ def test_one_name_twice_is_two_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
 def test_long_and_foreign_names_are_honoured(tmp_path: Path, form: int) -> None:
     names = ["d" * 150 + "/" + "n" * 180, "übergröße/日本", "short"]
-    rows, end = read_tar(write_tar(tmp_path / "a.tar", [(f"{n}.jpg", n.encode()) for n in names], form))
+    rows, end = read_tar(
+        write_tar(tmp_path / "a.tar", [(f"{n}.jpg", n.encode()) for n in names], form)
+    )
     assert pairs(rows) == [(i, n, n.encode()) for i, n in enumerate(names)] and end == End(3)
 
 
@@ -568,16 +678,24 @@ def test_a_size_in_a_pax_header_is_honoured(tmp_path: Path) -> None:
 
 def test_a_name_that_is_not_utf8_is_a_valid_key(tmp_path: Path) -> None:
     info = tarfile.TarInfo("caf\udce9.jpg")
-    (tmp_path / "a.tar").write_bytes(info.tobuf(tarfile.USTAR_FORMAT, "utf-8", "surrogateescape") + bytes(1024))
+    (tmp_path / "a.tar").write_bytes(
+        info.tobuf(tarfile.USTAR_FORMAT, "utf-8", "surrogateescape") + bytes(1024)
+    )
     rows, _ = read_tar(tmp_path / "a.tar")
     assert rows[0].key == "caf\\udce9" and rows[0].key.encode()
 
 
-def test_links_are_error_rows_directories_and_devices_no_members_and_names_are_no_paths(tmp_path: Path) -> None:
+def test_links_are_error_rows_directories_and_devices_no_members_and_names_are_no_paths(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "s/a.tar"
     path.parent.mkdir()
     with tarfile.open(path, "w") as archive:
-        for name, kind in (("d.jpg", tarfile.DIRTYPE), ("f.jpg", tarfile.FIFOTYPE), ("c.jpg", tarfile.CHRTYPE)):
+        for name, kind in (
+            ("d.jpg", tarfile.DIRTYPE),
+            ("f.jpg", tarfile.FIFOTYPE),
+            ("c.jpg", tarfile.CHRTYPE),
+        ):
             info = tarfile.TarInfo(name)
             info.type, info.size = kind, 0
             archive.addfile(info)
@@ -591,8 +709,14 @@ def test_links_are_error_rows_directories_and_devices_no_members_and_names_are_n
             archive.addfile(info, io.BytesIO(b"i"))
     rows, end = read_tar(path)
     assert [(row.key, row.reason) for row in rows[:2]] == [("s", "missing"), ("l", "missing")]
-    assert "a link to /etc/passwd, which is not followed" in rows[0].message and rows[0].data is None
-    assert pairs(rows[2:]) == [(2, "../../escape", b"i"), (3, "/abs/olute", b"i"), (4, "in\x01side", b"i")]
+    assert (
+        "a link to /etc/passwd, which is not followed" in rows[0].message and rows[0].data is None
+    )
+    assert pairs(rows[2:]) == [
+        (2, "../../escape", b"i"),
+        (3, "/abs/olute", b"i"),
+        (4, "in\x01side", b"i"),
+    ]
     assert end == End(5, None, "2 special files were skipped")
     assert [p.name for p in tmp_path.rglob("*")] == ["s", "a.tar"]
 
@@ -601,18 +725,25 @@ def test_a_member_beyond_the_cap_is_a_row_and_the_rest_goes_on(tmp_path: Path) -
     big = tarfile.TarInfo("big.jpg")
     big.size = MAX_IMAGE_BYTES + 512
     after = tarfile.TarInfo("after.jpg")
-    with open(tmp_path / "a.tar", "wb") as stream:  # a hole on disk: nothing is written, and nothing may be read
+    with open(
+        tmp_path / "a.tar", "wb"
+    ) as stream:  # a hole on disk: nothing is written, and nothing may be read
         stream.write(big.tobuf())
         stream.seek(big.size, os.SEEK_CUR)
         stream.write(after.tobuf() + bytes(1024))
     rows, end = read_tar(tmp_path / "a.tar")
-    assert [(r.key, r.reason, r.data) for r in rows] == [("big", "too_large", None), ("after", None, b"")]
+    assert [(r.key, r.reason, r.data) for r in rows] == [
+        ("big", "too_large", None),
+        ("after", None, b""),
+    ]
     assert end == End(2)
 
 
 def test_kept_extensions_that_no_sample_has_are_told(tmp_path: Path) -> None:
     members: Members = [("a.jpg", b"1"), ("a.TXT", b"x"), ("b.jpg", b"2"), ("b.seg.png", b"3")]
-    job = job_for(write_tar(tmp_path / "a.tar", members), keep=["txt", ".cls", "seg.png", "png", "JSON"])
+    job = job_for(
+        write_tar(tmp_path / "a.tar", members), keep=["txt", ".cls", "seg.png", "png", "JSON"]
+    )
     assert absent_members(only_shard(job), job) == ["cls", "png", "json"]
     assert absent_members(only_shard(job), job_for(tmp_path / "a.tar")) == []
     empty = job_for(write_tar(tmp_path / "empty.tar", []), keep=["txt"])
@@ -628,7 +759,9 @@ def test_absent_members_are_looked_for_at_the_start_of_a_tar_only(tmp_path: Path
     with open(tmp_path / "a.tar", "wb") as stream:
         stream.write(tarfile.TarInfo("a.jpg").tobuf() + far.tobuf())
         stream.seek(far.size, os.SEEK_CUR)
-        stream.write(tarfile.TarInfo("c.jpg").tobuf() + tarfile.TarInfo("d.txt").tobuf() + bytes(1024))
+        stream.write(
+            tarfile.TarInfo("c.jpg").tobuf() + tarfile.TarInfo("d.txt").tobuf() + bytes(1024)
+        )
     job = job_for(tmp_path / "a.tar", keep=["bin", "txt"])
     assert absent_members(only_shard(job), job) == ["txt"]
     (tmp_path / "a.tar").write_bytes(b"broken")
@@ -659,13 +792,24 @@ def member_starts() -> list[int]:
 
 def cuts() -> Iterator[int]:
     for start, end in zip(member_starts(), data_ends()):
-        yield from (start + 1, start + 511, start + 512, start + 513, end - 1, end, end + 1, -(-end // 512) * 512)
+        yield from (
+            start + 1,
+            start + 511,
+            start + 512,
+            start + 513,
+            end - 1,
+            end,
+            end + 1,
+            -(-end // 512) * 512,
+        )
     last = member_starts()[-1]
     yield from (last + 1, last + 512, last + 1023)
 
 
 @pytest.mark.parametrize("size", sorted(set(cuts())))
-def test_a_cut_tar_gives_its_whole_rows_and_a_verdict(tmp_path: Path, whole_tar: bytes, size: int) -> None:
+def test_a_cut_tar_gives_its_whole_rows_and_a_verdict(
+    tmp_path: Path, whole_tar: bytes, size: int
+) -> None:
     (tmp_path / "a.tar").write_bytes(whole_tar[:size])
     job = job_for(tmp_path)
     shard = only_shard(job)
@@ -678,19 +822,25 @@ def test_a_cut_tar_gives_its_whole_rows_and_a_verdict(tmp_path: Path, whole_tar:
     assert pairs(rows) == expected(IMAGES)[:survivors]
     assert end.total == survivors and end.note
     starts = member_starts()
-    assert end.truncated_at is not None and starts[survivors] - 511 <= end.truncated_at <= max(starts[survivors], size)
+    assert end.truncated_at is not None and starts[survivors] - 511 <= end.truncated_at <= max(
+        starts[survivors], size
+    )
     again = read_all(shard, job, lambda index: False)
     assert again == ([], end), "what is skipped must not change the verdict"
 
 
-def test_a_tar_without_any_end_marker_is_truncated_at_its_end(tmp_path: Path, whole_tar: bytes) -> None:
+def test_a_tar_without_any_end_marker_is_truncated_at_its_end(
+    tmp_path: Path, whole_tar: bytes
+) -> None:
     size = member_starts()[-1]
     (tmp_path / "a.tar").write_bytes(whole_tar[:size])
     rows, end = read_tar(tmp_path / "a.tar")
     assert pairs(rows) == expected(IMAGES) and end == End(7, size, "the end marker is missing")
 
 
-def test_a_sample_whose_image_was_cut_away_is_in_the_verdict_and_no_error_row(tmp_path: Path) -> None:
+def test_a_sample_whose_image_was_cut_away_is_in_the_verdict_and_no_error_row(
+    tmp_path: Path,
+) -> None:
     path = write_tar(tmp_path / "a.tar", [("a.jpg", b"a"), ("b.txt", b"b"), ("b.jpg", b"c" * 600)])
     path.write_bytes(path.read_bytes()[: 512 * 5 + 100])
     rows, end = read_tar(path)
@@ -701,7 +851,10 @@ def test_an_image_survives_when_only_its_caption_was_cut(tmp_path: Path) -> None
     path = write_tar(tmp_path / "a.tar", [("a.jpg", b"a"), ("a.txt", b"b" * 600)])
     path.write_bytes(path.read_bytes()[: 512 * 3 + 100])
     rows, end = read_tar(path, keep=["txt"])
-    assert [(r.key, r.data, kept(r)) for r in rows] == [("a", b"a", (None,))] and (end.total, end.truncated_at) == (1, 1024)
+    assert [(r.key, r.data, kept(r)) for r in rows] == [("a", b"a", (None,))] and (
+        end.total,
+        end.truncated_at,
+    ) == (1, 1024)
 
 
 @pytest.mark.parametrize("where", [1, 3, 6])
@@ -724,12 +877,16 @@ def test_one_wrong_bit_in_any_field_of_a_header_is_seen(tmp_path: Path, whole_ta
         broken[at + offset] ^= 1
         (tmp_path / "a.tar").write_bytes(broken)
         rows, end = read_tar(tmp_path / "a.tar")
-        assert pairs(rows) == expected(IMAGES)[:2] and (end.total, end.truncated_at) == (2, at), name
+        assert pairs(rows) == expected(IMAGES)[:2] and (end.total, end.truncated_at) == (2, at), (
+            name
+        )
         assert "damaged header" in end.note, name
 
 
 def test_bytes_after_the_end_marker_are_reported(tmp_path: Path, whole_tar: bytes) -> None:
-    (tmp_path / "a.tar").write_bytes(whole_tar + whole_tar)  # `cat a.tar b.tar`: the second half must not be lost unseen
+    (tmp_path / "a.tar").write_bytes(
+        whole_tar + whole_tar
+    )  # `cat a.tar b.tar`: the second half must not be lost unseen
     rows, end = read_tar(tmp_path / "a.tar")
     assert pairs(rows) == expected(IMAGES)
     assert end == End(7, len(whole_tar), "there are bytes after the end marker")
@@ -765,7 +922,9 @@ def test_an_enormous_extended_header_is_not_read(tmp_path: Path) -> None:
         ("zeros, then data", bytes(2048) + b"x" * 512, "not a tar"),
     ],
 )
-def test_what_is_no_tar_is_a_broken_shard(tmp_path: Path, name: str, body: bytes, says: str) -> None:
+def test_what_is_no_tar_is_a_broken_shard(
+    tmp_path: Path, name: str, body: bytes, says: str
+) -> None:
     (tmp_path / "a.tar").write_bytes(body)
     with pytest.raises(ShardError, match=says):
         read_tar(tmp_path / "a.tar")
@@ -792,12 +951,18 @@ def test_large_files_are_split_into_whole_row_groups(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": values}), tmp_path / "b.parquet", row_group_size=45_000)
     job = job_for(tmp_path)
     *parts, one = list_shards(job, []).shards
-    assert [(s.start, s.stop, s.rows) for s in parts] == [(0, 2, 14_000), (2, 4, 14_000), (4, 7, 17_000)]
+    assert [(s.start, s.stop, s.rows) for s in parts] == [
+        (0, 2, 14_000),
+        (2, 4, 14_000),
+        (4, 7, 17_000),
+    ]
     assert [s.id.split("-")[:3] for s in parts[:2]] == [["a", "rg0", "2"], ["a", "rg2", "4"]]
     assert len({base_of(s.id) for s in parts}) == 1 and len({s.id for s in parts}) == 3
     assert (one.start, one.stop, one.rows) == (0, 0, 45_000)
     rows, end = read_all(parts[1], job, lambda index: index in (0, 13_999))
-    assert pairs(rows) == [(0, "14000", b"14000"), (13_999, "27999", b"27999")] and end == End(14_000)
+    assert pairs(rows) == [(0, "14000", b"14000"), (13_999, "27999", b"27999")] and end == End(
+        14_000
+    )
     assert estimate_images([*parts, one], job) == (90_000, True)
 
 
@@ -806,7 +971,12 @@ def test_null_bytes_are_rows_and_kept_columns_keep_their_types(tmp_path: Path) -
         {
             "tags": pa.array([["a"], None, [], ["b", "c"]]),
             "image": pa.array(
-                [{"bytes": b"1", "path": "p"}, {"bytes": None, "path": "../x.jpg"}, None, {"bytes": b"", "path": ""}],
+                [
+                    {"bytes": b"1", "path": "p"},
+                    {"bytes": None, "path": "../x.jpg"},
+                    None,
+                    {"bytes": b"", "path": ""},
+                ],
                 pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
             ),
             "kind": pa.array(["x", "y", None, "x"]).dictionary_encode(),
@@ -824,15 +994,27 @@ def test_null_bytes_are_rows_and_kept_columns_keep_their_types(tmp_path: Path) -
         ("3", b"", None),
     ]
     assert "`..` in a path is not followed" in rows[1].message
-    assert [kept(r) for r in rows] == [(1, ["a"], "x"), (2, None, "y"), (None, [], None), (4, ["b", "c"], "x")]
-    schema = kept_schema(shard, job)
+    assert [kept(r) for r in rows] == [
+        (1, ["a"], "x"),
+        (2, None, "y"),
+        (None, [], None),
+        (4, ["b", "c"], "x"),
+    ]
+    schema = file_passthrough_schema(shard, job)
     assert schema.names == ["n", "tags", "kind"] and schema.field("n").type == pa.int16()
     assert schema.field("kind").type == table["kind"].type
-    assert pa.table([pa.array(c, f.type) for c, f in zip(zip(*(kept(r) for r in rows)), schema)], schema).num_rows == 4
+    assert (
+        pa.table(
+            [pa.array(c, f.type) for c, f in zip(zip(*(kept(r) for r in rows)), schema)], schema
+        ).num_rows
+        == 4
+    )
 
 
 def test_the_image_column_is_found_by_name_then_by_type_and_can_be_named(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"thumb": [b"t"], "jpg": [b"j"], "text": ["x"]}), tmp_path / "a.parquet")
+    pq.write_table(
+        pa.table({"thumb": [b"t"], "jpg": [b"j"], "text": ["x"]}), tmp_path / "a.parquet"
+    )
     for fields, want in (({}, b"j"), ({"image_column": "thumb"}, b"t")):
         job = job_for(tmp_path, **fields)
         assert pairs(read_all(only_shard(job), job)[0]) == [(0, "0", want)]
@@ -873,7 +1055,7 @@ def test_several_image_columns_are_told_apart_by_a_usual_name_or_refused(tmp_pat
 READ_ALL = """
 import os, sys, time
 from vitray.job import make_job
-from vitray.sources import kept_schema, list_shards, read_shard
+from vitray.sources import file_passthrough_schema, list_shards, read_shard
 threads = lambda: len(os.listdir("/proc/self/task"))
 before = threads()
 def settled():  # a joined thread stays listed for a moment, one of a pool for ever
@@ -881,7 +1063,7 @@ def settled():  # a joined thread stays listed for a moment, one of a pool for e
 for source in sys.argv[1:]:
     job = make_job({"source": source, "model": "m", "out": "o", "keep": ["n"]})
     for shard in list_shards(job, []).shards:
-        kept_schema(shard, job)
+        file_passthrough_schema(shard, job)
         items = read_shard(shard, job, lambda index: True)
         next(items)
         assert shard.kind == "manifest" or settled(), "pyarrow started a thread"
@@ -892,16 +1074,34 @@ for source in sys.argv[1:]:
 def test_parquet_is_read_by_the_calling_thread_alone(tmp_path: Path) -> None:
     """A thread of pyarrow's that still holds a Python buffer when the interpreter ends aborts the process."""
     values = [os.urandom(1000) for _ in range(100)]
-    pq.write_table(pa.table({"image": values, "n": range(100)}), tmp_path / "a.parquet", row_group_size=40)
-    pq.write_table(pa.table({"path": ["none.jpg"] * 100, "n": range(100)}), tmp_path / "m.parquet", row_group_size=40)
-    argv = [sys.executable, "-c", READ_ALL, str(tmp_path / "a.parquet"), str(tmp_path / "m.parquet")]
+    pq.write_table(
+        pa.table({"image": values, "n": range(100)}), tmp_path / "a.parquet", row_group_size=40
+    )
+    pq.write_table(
+        pa.table({"path": ["none.jpg"] * 100, "n": range(100)}),
+        tmp_path / "m.parquet",
+        row_group_size=40,
+    )
+    argv = [
+        sys.executable,
+        "-c",
+        READ_ALL,
+        str(tmp_path / "a.parquet"),
+        str(tmp_path / "m.parquet"),
+    ]
     assert subprocess.run(argv, capture_output=True, text=True, timeout=60).stderr == ""
 
 
 def test_broken_parquet_is_one_broken_shard_and_the_listing_goes_on(tmp_path: Path) -> None:
     table = pa.table({"image": [os.urandom(4000) for _ in range(64)]})
     for name in "abc":
-        pq.write_table(table, tmp_path / f"{name}.parquet", row_group_size=32, write_page_checksum=True, compression="none")
+        pq.write_table(
+            table,
+            tmp_path / f"{name}.parquet",
+            row_group_size=32,
+            write_page_checksum=True,
+            compression="none",
+        )
     (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-30])  # no footer
     flipped = bytearray((tmp_path / "b.parquet").read_bytes())
     flipped[180_000] ^= 4  # in the second row group's page
@@ -971,20 +1171,29 @@ def test_paths_outside_the_allowed_prefixes_are_never_read(tmp_path: Path) -> No
     job = job_for(folder / "m.jsonl")
     rows, end = read_all(only_shard(job), job)
     n, m = len(refused), len(refused) + len(fine)
-    assert [(r.key, r.reason, r.data) for r in rows[:n]] == [(p, "path_not_allowed", None) for p in refused]
+    assert [(r.key, r.reason, r.data) for r in rows[:n]] == [
+        (p, "path_not_allowed", None) for p in refused
+    ]
     assert [(r.key, r.data) for r in rows[n:m]] == [(p, b"in") for p in fine]
     assert [r.reason for r in rows[m:]] == ["missing"] * (len(gone) + 1) + ["missing"]
     assert [r.index for r in rows] == list(range(end.total)) and all(r.key.encode() for r in rows)
     wider = job_for(folder / "m.jsonl", allow=[str(outside)])
     rows, _ = read_all(only_shard(wider), wider)
     by_key = {r.key: r for r in rows}
-    assert by_key[str(outside / "secret.jpg")].data == b"secret" and by_key["in.jpg"].reason == "path_not_allowed"
+    assert (
+        by_key[str(outside / "secret.jpg")].data == b"secret"
+        and by_key["in.jpg"].reason == "path_not_allowed"
+    )
     assert by_key["../data2/secret.jpg"].reason == "path_not_allowed"
 
 
 def test_csv_columns_are_text_and_quotes_hold_newlines(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"a")
-    body = [["\ufefffile_name", "caption", "n"], ["a.jpg", 'two\nlines, "quoted"', "007"], ["b.jpg", "", "x"]]
+    body = [
+        ["\ufefffile_name", "caption", "n"],
+        ["a.jpg", 'two\nlines, "quoted"', "007"],
+        ["b.jpg", "", "x"],
+    ]
     job = job_for(write_csv(tmp_path / "m.csv", body), keep=["n", "caption"])
     shard = only_shard(job)
     rows, end = read_all(shard, job)
@@ -993,7 +1202,9 @@ def test_csv_columns_are_text_and_quotes_hold_newlines(tmp_path: Path) -> None:
         ("b.jpg", None, "missing", ("x", "")),
     ]
     assert end == End(2) and shard.rows == 2
-    assert kept_schema(shard, job) == pa.schema([("n", pa.string()), ("caption", pa.string())])
+    assert file_passthrough_schema(shard, job) == pa.schema(
+        [("n", pa.string()), ("caption", pa.string())]
+    )
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
@@ -1005,13 +1216,19 @@ def test_ranges_of_a_manifest_tile_its_rows(tmp_path: Path, suffix: str) -> None
     if suffix == "csv":
         write_csv(path, [["path"], *[[n] for n in names]])
     elif suffix == "jsonl":
-        path.write_text("\n\n".join(json.dumps({"path": n, "extra": {"b": 1, "a": [n]}}) for n in names))
+        path.write_text(
+            "\n\n".join(json.dumps({"path": n, "extra": {"b": 1, "a": [n]}}) for n in names)
+        )
     else:
         pq.write_table(pa.table({"path": names}), path, row_group_size=2)
     job = job_for(path, group_size=3)
     shards = list_shards(job, []).shards
     assert [(s.start, s.stop, s.rows) for s in shards] == [(0, 3, 3), (3, 6, 3), (6, 7, 1)]
-    assert [s.id.split("-")[1:3] for s in shards] == [["rows0", "3"], ["rows3", "6"], ["rows6", "7"]]
+    assert [s.id.split("-")[1:3] for s in shards] == [
+        ["rows0", "3"],
+        ["rows3", "6"],
+        ["rows6", "7"],
+    ]
     got = [(r.key, r.data) for s in shards for r in read_all(s, job)[0]]
     assert got == [(f"{key}.jpg", data) for key, data in IMAGES.items()]
     assert [read_all(s, job)[1] for s in shards] == [End(3), End(3), End(1)]
@@ -1023,22 +1240,43 @@ def said(rows: list[Encoded]) -> list[tuple[str, bytes | None, str]]:
 
 def test_a_bad_line_costs_its_own_row_and_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"a")
-    lines = ['{"path": "a.jpg", "meta": {"b": 1, "a": null}}', '{"path": "a.jpg"}', "", '{"path": ', '{"path": "a.jpg"}']
+    lines = [
+        '{"path": "a.jpg", "meta": {"b": 1, "a": null}}',
+        '{"path": "a.jpg"}',
+        "",
+        '{"path": ',
+        '{"path": "a.jpg"}',
+    ]
     (tmp_path / "m.jsonl").write_text("\n".join(lines))
     job = job_for(tmp_path / "m.jsonl", group_size=2, keep=["meta"])
     first, second = list_shards(job, []).shards
     assert [kept(r) for r in read_all(first, job)[0]] == [('{"a": null, "b": 1}',), (None,)]
     rows, end = read_all(second, job)
-    assert said(rows) == [("2", None, "line 4 is not a JSON object"), ("a.jpg", b"a", "")] and end == End(2)
-    assert (rows[0].index, rows[0].uri, rows[0].reason, kept(rows[0])) == (0, f"{tmp_path}/m.jsonl", "missing", (None,))
+    assert said(rows) == [
+        ("2", None, "line 4 is not a JSON object"),
+        ("a.jpg", b"a", ""),
+    ] and end == End(2)
+    assert (rows[0].index, rows[0].uri, rows[0].reason, kept(rows[0])) == (
+        0,
+        f"{tmp_path}/m.jsonl",
+        "missing",
+        (None,),
+    )
 
 
-@pytest.mark.parametrize("line", [b"[1]", b'{"path": "a.jpg"', b"[" * 100_000, b'{"path": "\xff.jpg"}', b"{} {}", b"nothing"])
+@pytest.mark.parametrize(
+    "line",
+    [b"[1]", b'{"path": "a.jpg"', b"[" * 100_000, b'{"path": "\xff.jpg"}', b"{} {}", b"nothing"],
+)
 def test_every_bad_line_is_told_in_the_same_words(tmp_path: Path, line: bytes) -> None:
     (tmp_path / "m.jsonl").write_bytes(b'{"path": "a.jpg"}\n' + line + b"\n")
     job = job_for(tmp_path / "m.jsonl")
     rows, _ = read_all(only_shard(job), job)
-    assert (rows[1].key, rows[1].reason, rows[1].message) == ("1", "missing", "line 2 is not a JSON object")
+    assert (rows[1].key, rows[1].reason, rows[1].message) == (
+        "1",
+        "missing",
+        "line 2 is not a JSON object",
+    )
 
 
 @pytest.mark.parametrize(
@@ -1061,15 +1299,21 @@ def test_a_line_of_a_csv_that_is_none_costs_its_own_row_and_none_that_it_took_al
     images = sum(line != "" for line in lines)
     for group_size in [100_000] + [2] * (images < 100):
         job = job_for(tmp_path / "m.csv", group_size=group_size)
-        got = [row for shard in list_shards(job, []).shards for row in said(read_all(shard, job)[0])]
-        assert got == [("a.jpg", b"a", "") if n not in bad else (str(n), None, bad[n]) for n in range(images)]
+        got = [
+            row for shard in list_shards(job, []).shards for row in said(read_all(shard, job)[0])
+        ]
+        assert got == [
+            ("a.jpg", b"a", "") if n not in bad else (str(n), None, bad[n]) for n in range(images)
+        ]
 
 
 def test_a_csv_whose_every_line_takes_the_rest_along_is_broken_soon(tmp_path: Path) -> None:
     """Each line, looked at again, would take along all that follow it: 5,000 times 5,000 lines."""
     (tmp_path / "m.csv").write_text("path,n,m\n" + 'x","\n' * 5_000)
     job = job_for(tmp_path / "m.csv")
-    with pytest.raises(ShardError, match=r"m\.csv: line \d+ is not valid CSV .* Correct or remove the line\."):
+    with pytest.raises(
+        ShardError, match=r"m\.csv: line \d+ is not valid CSV .* Correct or remove the line\."
+    ):
         read_all(only_shard(job), job)
 
 
@@ -1087,15 +1331,15 @@ def test_what_is_not_text_is_refused_as_a_manifest_in_plain_words(tmp_path: Path
     for name in ("a.tar", "b.bz2", "c.png"):
         with pytest.raises(SourceError) as error:
             list_shards(job_for(tmp_path / name, format="manifest"), [])
-        says = (
-            "is not a manifest (Parquet, CSV or JSONL): its bytes are no UTF-8 text. Correct `source` or `format`, or replace it."
-        )
+        says = "is not a manifest (Parquet, CSV or JSONL): its bytes are no UTF-8 text. Correct `source` or `format`, or replace it."
         assert str(error.value) == f"{tmp_path / name} {says}"
     (tmp_path / "good.csv").write_text("path\na.jpg\n")
     job = job_for(tmp_path, format="manifest")
     broken, good = list_shards(job, []).shards
     assert read_all(good, job)[1] == End(1), "a manifest by its name is one broken shard"
-    with pytest.raises(ShardError, match=r"d\.csv is not a manifest \(Parquet, CSV or JSONL\): .* or replace it"):
+    with pytest.raises(
+        ShardError, match=r"d\.csv is not a manifest \(Parquet, CSV or JSONL\): .* or replace it"
+    ):
         read_all(broken, job)
 
 

@@ -20,7 +20,13 @@ def test_a_broken_shard_is_read_again_at_once_and_yields_each_fragment_once(tmp_
     path = tmp_path / "in" / "one.parquet"
     path.parent.mkdir()
     images = [bytes([n]) * 2000 for n in range(20)]
-    pq.write_table(pa.table({"image": images}), path, row_group_size=10, compression="none", use_dictionary=False)
+    pq.write_table(
+        pa.table({"image": images}),
+        path,
+        row_group_size=10,
+        compression="none",
+        use_dictionary=False,
+    )
     data = bytearray(path.read_bytes())
     at = data.index(images[15])
     data[at : at + 8] = b"\xff" * 8
@@ -31,7 +37,10 @@ def test_a_broken_shard_is_read_again_at_once_and_yields_each_fragment_once(tmp_
     job = hand_made.job_of(tmp_path, source=str(path))
     (shard,) = list_shards(job, []).shards
     received = [batch.event for batch in read_step(dataset, shard)]
-    assert [(r.kind, r.start, r.stop) for r in received[:-1]] == [("fragment", 0, 4), ("fragment", 4, 8)]
+    assert [(r.kind, r.start, r.stop) for r in received[:-1]] == [
+        ("fragment", 0, 4),
+        ("fragment", 4, 8),
+    ]
     assert received[-1].kind == "broken" and "one.parquet" in received[-1].message
 
 
@@ -51,8 +60,12 @@ def test_the_tail_of_a_reading_that_ended_elsewhere_cuts_no_fragment(tmp_path: P
     staging = tmp_path / "out" / "_vitray" / "staging" / shard.id
     for path in staging.iterdir():
         path.unlink()
-    images = [item for item in read_shard(shard, dataset.job, lambda _: True) if isinstance(item, Encoded)]
-    rows = pa.Table.from_pylist([hand_made.row(dataset, shard, image) for image in images[4:6]], schema=dataset.schema)
+    images = [
+        item for item in read_shard(shard, dataset.job, lambda _: True) if isinstance(item, Encoded)
+    ]
+    rows = pa.Table.from_pylist(
+        [hand_made.row(dataset, shard, image) for image in images[4:6]], schema=dataset.schema
+    )
     write_fragment(dataset, shard.id, (4, 6), rows, ERROR_SCHEMA.empty_table())
     write_end(dataset, shard.id, End(6, 5000))
     batches = list(read_step(dataset, shard))
@@ -61,5 +74,9 @@ def test_the_tail_of_a_reading_that_ended_elsewhere_cuts_no_fragment(tmp_path: P
         ("fragment", 4, 8),
         ("fragment", 8, 10),
     ]
-    assert [p.rows["index"].to_pylist() for p in batches if p.rows is not None] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert [p.rows["index"].to_pylist() for p in batches if p.rows is not None] == [
+        [0, 1, 2, 3],
+        [4, 5, 6, 7],
+        [8, 9],
+    ]
     assert batches[-1].event.total == 10

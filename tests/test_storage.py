@@ -23,8 +23,27 @@ from hypothesis import strategies as st
 from s3_proxy import FORWARD, LOSE, Call, Proxy, proxied
 
 from vitray import storage
-from vitray.errors import JobError, ObjectChanged, ObjectMissing, ObjectRefused, StorageError, UnsafeStore
-from vitray.storage import drop_scratch, exists, expand, expand_braces, join, probe, read, reads, scratch, sha256_of, store_for
+from vitray.errors import (
+    JobError,
+    ObjectChanged,
+    ObjectMissing,
+    ObjectRefused,
+    StorageError,
+    UnsafeStore,
+)
+from vitray.storage import (
+    drop_scratch,
+    exists,
+    expand,
+    expand_braces,
+    join,
+    probe,
+    read,
+    reads,
+    scratch,
+    sha256_of,
+    store_for,
+)
 
 MIB = 1 << 20
 
@@ -80,7 +99,11 @@ def test_replace_makes_and_overwrites(root: str) -> None:
     before = store.stat(url)
     store.replace(url, b"two, longer")
     after = store.stat(url)
-    assert read(url) == b"two, longer" and (before.size, after.size) == (3, 11) and before.version != after.version
+    assert (
+        read(url) == b"two, longer"
+        and (before.size, after.size) == (3, 11)
+        and before.version != after.version
+    )
     assert below(root) == ["r.json"]
 
 
@@ -98,9 +121,13 @@ def test_find_stat_and_glob_agree(root: str) -> None:
         put(join(root, name), b"x" * n)
     store = store_for(root)
     found = store.find(root)
-    assert [(i.url, i.size) for i in found] == [(join(root, name), n) for n, name in enumerate(names)]
+    assert [(i.url, i.size) for i in found] == [
+        (join(root, name), n) for n, name in enumerate(names)
+    ]
     assert [store.stat(i.url) for i in found] == found
-    assert [i.url for i in store.find(join(root, "a"))] == [join(root, n) for n in names[:3]], "a prefix ends at a slash"
+    assert [i.url for i in store.find(join(root, "a"))] == [join(root, n) for n in names[:3]], (
+        "a prefix ends at a slash"
+    )
     assert store.find(join(root, "b.txt")) == found[4:]
     assert store.glob(join(root, "a*", "*.tar")) == [found[0], found[1], found[3]]
     assert store.glob(join(root, "a", "[2-9].tar")) == [found[1]]
@@ -123,9 +150,16 @@ def test_stat_open_and_read_of_a_missing_object_raise_object_missing(root: str) 
 def test_expand_keeps_the_order_of_the_pattern_and_of_names(root: str) -> None:
     for name in ("s-009.tar", "s-010.tar", "s-011.tar", "t/b.tar", "t/a.tar"):
         put(join(root, name))
-    assert [i.url for i in expand(join(root, "s-{009..010}.tar"))] == [join(root, "s-009.tar"), join(root, "s-010.tar")]
-    assert [i.url for i in expand(join(root, "{t,s-011.tar}"))] == [join(root, n) for n in ("t/a.tar", "t/b.tar", "s-011.tar")]
-    assert [i.url for i in expand(join(root, "s-*.tar"))] == [join(root, f"s-{n:03d}.tar") for n in (9, 10, 11)]
+    assert [i.url for i in expand(join(root, "s-{009..010}.tar"))] == [
+        join(root, "s-009.tar"),
+        join(root, "s-010.tar"),
+    ]
+    assert [i.url for i in expand(join(root, "{t,s-011.tar}"))] == [
+        join(root, n) for n in ("t/a.tar", "t/b.tar", "s-011.tar")
+    ]
+    assert [i.url for i in expand(join(root, "s-*.tar"))] == [
+        join(root, f"s-{n:03d}.tar") for n in (9, 10, 11)
+    ]
 
 
 def test_expand_refuses_what_names_no_object(root: str) -> None:
@@ -136,11 +170,28 @@ def test_expand_refuses_what_names_no_object(root: str) -> None:
 
 
 def test_expand_hides_the_marks_of_other_tools(root: str) -> None:
-    for name in ("_DSC1.JPG", "a.tar", "_SUCCESS", ".crc", ".x.jpg", "_tmp/b.tar", "x/.hid/c.tar", "x/d.tar", "_x/e.tar"):
+    for name in (
+        "_DSC1.JPG",
+        "a.tar",
+        "_SUCCESS",
+        ".crc",
+        ".x.jpg",
+        "_tmp/b.tar",
+        "x/.hid/c.tar",
+        "x/d.tar",
+        "_x/e.tar",
+    ):
         put(join(root, name))
-    assert [i.url for i in expand(root)] == [join(root, name) for name in ("_DSC1.JPG", "a.tar", "x/d.tar")]
-    assert [i.url for i in expand(join(root, "*"))] == [join(root, "_DSC1.JPG"), join(root, "a.tar")]
-    assert [i.url for i in expand(join(root, "_tmp"))] == [join(root, "_tmp/b.tar")], "a hidden folder named outright is meant"
+    assert [i.url for i in expand(root)] == [
+        join(root, name) for name in ("_DSC1.JPG", "a.tar", "x/d.tar")
+    ]
+    assert [i.url for i in expand(join(root, "*"))] == [
+        join(root, "_DSC1.JPG"),
+        join(root, "a.tar"),
+    ]
+    assert [i.url for i in expand(join(root, "_tmp"))] == [join(root, "_tmp/b.tar")], (
+        "a hidden folder named outright is meant"
+    )
     assert [i.url for i in expand(join(root, "_tmp", "*.tar"))] == [join(root, "_tmp/b.tar")]
     assert [i.url for i in expand(join(root, "_SUCCESS"))] == [join(root, "_SUCCESS")]
 
@@ -176,7 +227,9 @@ def test_an_empty_or_endless_range_is_refused(pattern: str) -> None:
 
 
 @given(st.integers(0, 99_999), st.integers(0, 30), st.integers(1, 6))
-def test_a_range_has_every_number_once_and_keeps_its_zeros(first: int, more: int, width: int) -> None:
+def test_a_range_has_every_number_once_and_keeps_its_zeros(
+    first: int, more: int, width: int
+) -> None:
     low, high = str(first).zfill(width), str(first + more).zfill(width)
     assert expand_braces(f"s-{{{low}..{high}}}.tar") == [
         f"s-{str(n).zfill(len(low))}.tar" for n in range(first, first + more + 1)
@@ -279,7 +332,9 @@ def test_scratch_is_gone_at_the_end_and_what_a_killed_process_left_goes_when_it_
     others = ["_vitray/probe", "_vitray/runs/probe-3", "data/probe-4"]
     for url in [*killed, *(join(root, name) for name in others)]:
         put(url)
-    assert drop_scratch(f"{root}/") == [] and len(below(root)) == 6  # somebody may be at work with it
+    assert (
+        drop_scratch(f"{root}/") == [] and len(below(root)) == 6
+    )  # somebody may be at work with it
     if "://" in root:
         monkeypatch.setattr(storage, "ABANDONED_S", -60)
     else:
@@ -344,7 +399,9 @@ def test_a_listing_survives_failures(proxy: Proxy, proxy_root: str) -> None:
 
 
 @pytest.mark.parametrize("verdict", [503, 409])
-def test_a_create_survives_failures_before_it_arrives(proxy: Proxy, proxy_root: str, verdict: int) -> None:
+def test_a_create_survives_failures_before_it_arrives(
+    proxy: Proxy, proxy_root: str, verdict: int
+) -> None:
     url = join(proxy_root, "new")
     proxy.rule = first(3, verdict, "PUT")
     assert store_for(url).create(url, b"mine") is True
@@ -377,7 +434,9 @@ def test_a_refusal_is_not_retried(proxy: Proxy, proxy_root: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["HEAD", "GET"])
-def test_an_object_that_is_refused_is_told_from_a_store_that_fails(proxy: Proxy, proxy_root: str, method: str) -> None:
+def test_an_object_that_is_refused_is_told_from_a_store_that_fails(
+    proxy: Proxy, proxy_root: str, method: str
+) -> None:
     proxy.rule = lambda call: 403 if call.method == method else FORWARD
     with pytest.raises(ObjectRefused, match="access refused"):
         read(join(proxy_root, "there"))
@@ -419,22 +478,33 @@ def test_a_read_cut_short_is_tried_again(mock_s3: str, proxy: Proxy, proxy_root:
     proxy.rule = first(2, LOSE, "GET")
     assert read(url) == b"bytes that are there"
     gets = [call for call in proxy.calls if call.method == "GET"]
-    assert len(gets) == 3 and {call.headers["if-match"].strip('"') for call in gets} == {store_for(url).stat(url).version}
+    assert len(gets) == 3 and {call.headers["if-match"].strip('"') for call in gets} == {
+        store_for(url).stat(url).version
+    }
 
 
 def test_a_store_that_is_down_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {**KEYS, "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}.items():  # the discard port: refused
+    for name, value in {
+        **KEYS,
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
+    }.items():  # the discard port: refused
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     started = time.monotonic()
-    for work in (lambda: read("s3://b/x"), lambda: expand("s3://b/x"), lambda: store_for("s3://b").create("s3://b/x", b"x")):
+    for work in (
+        lambda: read("s3://b/x"),
+        lambda: expand("s3://b/x"),
+        lambda: store_for("s3://b").create("s3://b/x", b"x"),
+    ):
         with pytest.raises(StorageError) as caught:
             work()
         require_one_line_with_next_step(caught.value, "s3://b/x", "127.0.0.1:9")
     assert time.monotonic() - started < 30
 
 
-def test_the_back_off_grows_and_ends(proxy: Proxy, proxy_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_back_off_grows_and_ends(
+    proxy: Proxy, proxy_root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
     proxy.rule = lambda call: 503
@@ -447,7 +517,9 @@ def test_a_store_that_ignores_the_condition_is_refused(proxy: Proxy, proxy_root:
     proxy.drop_headers = frozenset({"if-none-match"})
     with pytest.raises(UnsafeStore) as caught:
         probe(proxy_root)
-    require_one_line_with_next_step(caught.value, proxy_root, "If-None-Match", "Use a store that honours it")
+    require_one_line_with_next_step(
+        caught.value, proxy_root, "If-None-Match", "Use a store that honours it"
+    )
     assert below(proxy_root) == ["there"]
 
 
@@ -465,13 +537,17 @@ def test_wrong_keys_are_one_error_and_not_retried(s3: str, monkeypatch: pytest.M
     ):
         with pytest.raises(StorageError) as caught:
             work()
-        require_one_line_with_next_step(caught.value, s3, "access refused", "Check AWS_PROFILE or AWS_ACCESS_KEY_ID")
+        require_one_line_with_next_step(
+            caught.value, s3, "access refused", "Check AWS_PROFILE or AWS_ACCESS_KEY_ID"
+        )
         assert type(caught.value) is kind
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", KEYS["AWS_SECRET_ACCESS_KEY"])
     assert read(join(s3, "x")) == b"x"
 
 
-def test_no_keys_at_all_are_one_error(mock_s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_keys_at_all_are_one_error(
+    mock_s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in KEYS:
         monkeypatch.delenv(name, raising=False)
     for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
@@ -485,7 +561,9 @@ def test_no_keys_at_all_are_one_error(mock_s3: str, tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("kind", ["mock", pytest.param("real", marks=pytest.mark.s3)])
-def test_a_missing_bucket_is_one_error(kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_bucket_is_one_error(
+    kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     new_bucket(request.getfixturevalue(f"{kind}_s3"), monkeypatch)
     url = f"s3://never-{uuid.uuid4().hex[:8]}"
     monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("retried"))
@@ -502,45 +580,76 @@ def test_a_missing_bucket_is_one_error(kind: str, request: pytest.FixtureRequest
     ):
         with pytest.raises(StorageError) as caught:
             work()
-        require_one_line_with_next_step(caught.value, url, "bucket does not exist", "Check its name")
+        require_one_line_with_next_step(
+            caught.value, url, "bucket does not exist", "Check its name"
+        )
         assert type(caught.value) is StorageError
 
 
-def test_a_bucket_that_may_not_be_asked_for_is_no_missing_one(proxy: Proxy, proxy_root: str) -> None:
+def test_a_bucket_that_may_not_be_asked_for_is_no_missing_one(
+    proxy: Proxy, proxy_root: str
+) -> None:
     """A policy can allow a prefix and refuse HEAD on its bucket."""
-    proxy.rule = lambda call: 403 if call.method == "HEAD" and call.path.count("/") == 1 else FORWARD
-    assert store_for(proxy_root).find(join(proxy_root, "none")) == [] and not exists(join(proxy_root, "none"))
+    proxy.rule = lambda call: (
+        403 if call.method == "HEAD" and call.path.count("/") == 1 else FORWARD
+    )
+    assert store_for(proxy_root).find(join(proxy_root, "none")) == [] and not exists(
+        join(proxy_root, "none")
+    )
     assert store_for(proxy_root).glob(join(proxy_root, "none*")) == [] and proxy.count("HEAD") >= 3
     proxy.rule = lambda call: 403 if call.method == "GET" else FORWARD
-    for work in (lambda: store_for(proxy_root).find(proxy_root), lambda: expand(join(proxy_root, "*"))):
+    for work in (
+        lambda: store_for(proxy_root).find(proxy_root),
+        lambda: expand(join(proxy_root, "*")),
+    ):
         with pytest.raises(StorageError, match="access refused"):
             work()
 
 
 @pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
-@pytest.mark.parametrize("endpoint", ["127.0.0.1:9000", "localhost:9000", "minio", "http://", "ftp://h:1", "http://h h"])
-def test_an_endpoint_without_its_scheme_is_a_bad_job(name: str, endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable, value in {**KEYS, "AWS_ENDPOINT_URL": "http://127.0.0.1:9", name: endpoint}.items():
+@pytest.mark.parametrize(
+    "endpoint", ["127.0.0.1:9000", "localhost:9000", "minio", "http://", "ftp://h:1", "http://h h"]
+)
+def test_an_endpoint_without_its_scheme_is_a_bad_job(
+    name: str, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable, value in {
+        **KEYS,
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
+        name: endpoint,
+    }.items():
         monkeypatch.setenv(variable, value)
     for work in (lambda: read("s3://b/x"), lambda: expand("s3://b/*")):
         with pytest.raises(JobError) as caught:
             work()
-        assert str(caught.value) == f"{name} is {endpoint!r}: write http://host:port or https://host."
+        assert (
+            str(caught.value) == f"{name} is {endpoint!r}: write http://host:port or https://host."
+        )
 
 
-def test_an_unknown_profile_is_one_error(mock_s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_profile_is_one_error(
+    mock_s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     url = new_bucket(mock_s3, monkeypatch)
     monkeypatch.setenv("AWS_PROFILE", "nobody")
     monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("retried"))
-    for work in (lambda: expand(url), lambda: read(join(url, "x")), lambda: store_for(url).create(join(url, "x"), b"")):
+    for work in (
+        lambda: expand(url),
+        lambda: read(join(url, "x")),
+        lambda: store_for(url).create(join(url, "x"), b""),
+    ):
         with pytest.raises(StorageError) as caught:
             work()
-        require_one_line_with_next_step(caught.value, url, "(nobody)", "Check ~/.aws/config, or unset AWS_PROFILE.")
+        require_one_line_with_next_step(
+            caught.value, url, "(nobody)", "Check ~/.aws/config, or unset AWS_PROFILE."
+        )
     (tmp_path / "config").write_text("no section\n[x")
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     with pytest.raises(StorageError) as caught:
         expand(url)
-    require_one_line_with_next_step(caught.value, url, "Unable to parse config file", "Check ~/.aws/config")
+    require_one_line_with_next_step(
+        caught.value, url, "Unable to parse config file", "Check ~/.aws/config"
+    )
 
 
 def test_another_account_is_another_client(mock_s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -558,7 +667,9 @@ def test_a_create_of_110_mb_is_one_put_and_conditional(s3: str) -> None:
     data, url = os.urandom(MIB) * 110, join(s3, "big.parquet")
     assert store_for(url).create(url, data, {"vitray-sha256": "ab"}) is True
     head = client().head_object(Bucket=s3.removeprefix("s3://"), Key="big.parquet")
-    assert head["ETag"].strip('"') == hashlib.md5(data).hexdigest(), "the etag of a multipart upload would be another"
+    assert head["ETag"].strip('"') == hashlib.md5(data).hexdigest(), (
+        "the etag of a multipart upload would be another"
+    )
     assert head["ContentLength"] == len(data) and head["Metadata"] == {"vitray-sha256": "ab"}
     assert store_for(url).create(url, bytes(len(data))) is False
     assert store_for(url).stat(url).version == hashlib.md5(data).hexdigest()
@@ -566,17 +677,26 @@ def test_a_create_of_110_mb_is_one_put_and_conditional(s3: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["mock", pytest.param("real", marks=pytest.mark.s3)])
-def test_metadata_is_kept(kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metadata_is_kept(
+    kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bucket = new_bucket(request.getfixturevalue(f"{kind}_s3"), monkeypatch)
-    assert store_for(bucket).create(join(bucket, "m"), b"", {"vitray-write-id": "7f", "vitray-rows": "12"})
+    assert store_for(bucket).create(
+        join(bucket, "m"), b"", {"vitray-write-id": "7f", "vitray-rows": "12"}
+    )
     head = client().head_object(Bucket=bucket.removeprefix("s3://"), Key="m")
-    assert head["Metadata"] == {"vitray-write-id": "7f", "vitray-rows": "12"} and head["ContentLength"] == 0
+    assert (
+        head["Metadata"] == {"vitray-write-id": "7f", "vitray-rows": "12"}
+        and head["ContentLength"] == 0
+    )
 
 
 # ---- a local disk alone
 
 
-def test_a_file_system_without_hard_links_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_hard_links_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def no_links(source: str, target: str) -> None:
         raise OSError(errno.EPERM, "Operation not permitted")
 
@@ -594,7 +714,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of one megabyte."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)], capture_output=True
+    ).returncode:
         pytest.skip("mount is not permitted here")
     yield disk
     subprocess.run(["umount", "-l", str(disk)], check=True)
@@ -609,7 +731,9 @@ def test_a_full_disk_leaves_nothing_half_written(small_disk: Path) -> None:
     ):
         with pytest.raises(StorageError) as caught:
             work()
-        require_one_line_with_next_step(caught.value, str(small_disk), "The disk is full", "run the same command again")
+        require_one_line_with_next_step(
+            caught.value, str(small_disk), "The disk is full", "run the same command again"
+        )
     assert below(str(small_disk)) == ["old"] and read(str(small_disk / "old")) == b"o" * 1000
     assert store.create(str(small_disk / "new"), b"small enough") is True
 
@@ -618,29 +742,46 @@ def test_a_read_only_disk_is_one_error(small_disk: Path) -> None:
     put(str(small_disk / "old"))
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     store = store_for(str(small_disk))
-    for work in (lambda: store.create(str(small_disk / "new"), b"x"), lambda: store.delete([str(small_disk / "old")])):
+    for work in (
+        lambda: store.create(str(small_disk / "new"), b"x"),
+        lambda: store.delete([str(small_disk / "old")]),
+    ):
         with pytest.raises(StorageError, match=r"read-only: choose another `out`\.$"):
             work()
     assert read(str(small_disk / "old")) == b"x"
 
 
-@pytest.mark.parametrize("path", ["/proc/self/mem", "/proc/sys/vm/drop_caches"])  # a bad disk's answer; no right to read
+@pytest.mark.parametrize(
+    "path", ["/proc/self/mem", "/proc/sys/vm/drop_caches"]
+)  # a bad disk's answer; no right to read
 def test_a_file_that_cannot_be_read_is_refused(path: str) -> None:
     with pytest.raises(ObjectRefused) as caught, store_for(path).open(path) as stream:
         stream.read(1)
     require_one_line_with_next_step(caught.value, path)
 
 
-NAMES = st.binary(min_size=1, max_size=12).filter(lambda name: not {0, 47} & set(name) and name.strip(b".") != b"")
+NAMES = st.binary(min_size=1, max_size=12).filter(
+    lambda name: not {0, 47} & set(name) and name.strip(b".") != b""
+)
 
 
-@given(st.sets(NAMES | st.sampled_from([b"\xe9", rb"\udce9", rb"\udc5cudce9", b"\\", rb"\udc5c", b"\xff\\udc80"]), max_size=6))
+@given(
+    st.sets(
+        NAMES
+        | st.sampled_from(
+            [b"\xe9", rb"\udce9", rb"\udc5cudce9", b"\\", rb"\udc5c", b"\xff\\udc80"]
+        ),
+        max_size=6,
+    )
+)
 def test_every_name_on_a_disk_has_a_url_of_its_own_which_leads_back(names: set[bytes]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_bytes(name)
         found = store_for(folder).find(folder) if names else []
-        assert {read(info.url, info.version) for info in found} == names and len(found) == len(names)
+        assert {read(info.url, info.version) for info in found} == names and len(found) == len(
+            names
+        )
         assert all(info.url.encode() and info == store_for(folder).stat(info.url) for info in found)
         plain = {name for name in names if name.isascii() and b"\\" not in name}
         assert {f"{folder}/{name.decode()}" for name in plain} <= {info.url for info in found}
@@ -686,11 +827,17 @@ def test_delete_folder_removes_an_empty_one_only(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["full"]
 
 
-def test_a_local_path_may_be_relative_or_a_file_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_path_may_be_relative_or_a_file_url(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     put("here/x.tar", b"relative")
     assert read(f"file://{tmp_path}/here/x.tar") == b"relative"
-    assert [i.url for i in expand("here")] == [i.url for i in expand("here/*.tar")] == [f"{tmp_path}/here/x.tar"]
+    assert (
+        [i.url for i in expand("here")]
+        == [i.url for i in expand("here/*.tar")]
+        == [f"{tmp_path}/here/x.tar"]
+    )
 
 
 def test_sha256_of_a_file(tmp_path: Path) -> None:
@@ -698,9 +845,13 @@ def test_sha256_of_a_file(tmp_path: Path) -> None:
     assert sha256_of(str(tmp_path / "x")) == hashlib.sha256(b"abc").hexdigest()
 
 
-def test_a_place_beside_what_is_read_is_no_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_place_beside_what_is_read_is_no_part_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    assert not reads(str(tmp_path), "s3://bucket/out") and not reads("s3://bucket/in", str(tmp_path / "out"))
+    assert not reads(str(tmp_path), "s3://bucket/out") and not reads(
+        "s3://bucket/in", str(tmp_path / "out")
+    )
     for pattern, out in (
         ("/a/in/*.parquet", "/a/in/out"),
         ("/a/in", "/a/in-out"),
@@ -708,7 +859,11 @@ def test_a_place_beside_what_is_read_is_no_part_of_it(tmp_path: Path, monkeypatc
         ("/a/*/*", "/a/b/c"),
     ):
         assert not reads(pattern, out)
-    for pattern, out in (("s3://a/in/**", "s3://a/in/out"), ("s3://a/in", "s3://a/in"), ("/a/i?/**/*.parquet", "/a/in/b/c")):
+    for pattern, out in (
+        ("s3://a/in/**", "s3://a/in/out"),
+        ("s3://a/in", "s3://a/in"),
+        ("/a/i?/**/*.parquet", "/a/in/b/c"),
+    ):
         assert reads(pattern, out)
 
 
@@ -717,11 +872,16 @@ def test_a_local_name_that_is_there_is_no_pattern(tmp_path: Path, name: str) -> 
     folder = tmp_path / name
     folder.mkdir()
     (folder / "1.jpg").write_bytes(b"1")
-    assert [info.url for info in expand(str(folder))] == [info.url for info in expand(f"{folder}/1.jpg")] == [f"{folder}/1.jpg"]
+    assert (
+        [info.url for info in expand(str(folder))]
+        == [info.url for info in expand(f"{folder}/1.jpg")]
+        == [f"{folder}/1.jpg"]
+    )
     assert reads(str(folder), f"{folder}/out") and not reads(str(folder), f"{tmp_path}/out")
     with pytest.raises(ObjectMissing, match=r"names no object$"):
         expand(f"{folder}x")
     with pytest.raises(
-        ObjectMissing, match=r"names no object \(a star stays within its folder: give the folder itself, or /\*\*\)$"
+        ObjectMissing,
+        match=r"names no object \(a star stays within its folder: give the folder itself, or /\*\*\)$",
     ):
         expand(f"{tmp_path}/*")

@@ -59,7 +59,14 @@ def write_files(folder: Path, names: dict[str, bytes]) -> Path:
 
 
 def job_for(source: object, out: Path, **fields: object) -> Job:
-    base = {"engine": "torch", "precision": "fp32", "batch_size": 8, "fragment_rows": 64, "compile": "off", "max_error_rate": 1}
+    base = {
+        "engine": "torch",
+        "precision": "fp32",
+        "batch_size": 8,
+        "fragment_rows": 64,
+        "compile": "off",
+        "max_error_rate": 1,
+    }
     return Job(**{"source": [str(source)], "model": MODEL, "out": str(out), **base, **fields})
 
 
@@ -99,7 +106,9 @@ def label(source: object, out: Path, **fields: object) -> Labelled:
 
 
 @pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., tuple[int, str, str]]]:
+def cli(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., tuple[int, str, str]]]:
     """cli(*argv) -> (exit code, stdout, stderr), in this process."""
 
     def call(*argv: object) -> tuple[int, str, str]:
@@ -113,7 +122,14 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def fields_of(**fields: object) -> list[str]:
-    base = {"engine": "torch", "precision": "fp32", "batch_size": 8, "fragment_rows": 64, "max_error_rate": 1, **fields}
+    base = {
+        "engine": "torch",
+        "precision": "fp32",
+        "batch_size": 8,
+        "fragment_rows": 64,
+        "max_error_rate": 1,
+        **fields,
+    }
     return [part for name, value in base.items() for part in ("--set", f"{name}={value}")]
 
 
@@ -156,17 +172,36 @@ def test_sidecars_of_dotted_names_belong_to_their_image(tmp_path: Path, first: s
             "li.wei.jpg",
             "li.wei.txt",
         ],
-        ["a.jpg", "a.txt", "anna.jpg", "anna.txt", "anna.maria.jpg", "anna.maria.txt", "b.jpg", "b.txt"],
+        [
+            "a.jpg",
+            "a.txt",
+            "anna.jpg",
+            "anna.txt",
+            "anna.maria.jpg",
+            "anna.maria.txt",
+            "b.jpg",
+            "b.txt",
+        ],
         ["2024.01.txt", "2024.01.jpg", "2024.02.txt", "2024.03.txt", "2024.03.jpg"],
         ["0.a.txt", "0.jpg", "0.txt", "1.jpg", "1.txt", "1.a.txt"],
-        ["clip.txt", "clip.jpg", "clip.0001.txt", "clip.0001.jpg", "clip.0002.txt", "clip.0002.jpg"],
+        [
+            "clip.txt",
+            "clip.jpg",
+            "clip.0001.txt",
+            "clip.0001.jpg",
+            "clip.0002.txt",
+            "clip.0002.jpg",
+        ],
         ["anna.jpg", "anna.txt", "anna.maria.txt", "anna.maria.jpg", "b.jpg", "b.txt"],
         ["Mr. A.jpg", "Mr. A.txt", "Mr. A.clip.json", "Mr. B.jpg", "Mr. B.txt", "Mr. B.jpg.json"],
     ],
     ids=["names", "longer names", "dates", "words", "frames", "name in front", "compound sidecars"],
 )
 def test_every_image_of_a_tar_gets_its_own_sidecar(tmp_path: Path, members: list[str]) -> None:
-    data = {name: jpg(n) if name.endswith("jpg") else name.removesuffix(".txt").encode() for n, name in enumerate(members)}
+    data = {
+        name: jpg(n) if name.endswith("jpg") else name.removesuffix(".txt").encode()
+        for n, name in enumerate(members)
+    }
     found = label(write_tar(tmp_path / "in" / "a.tar", data), tmp_path / "out", keep="txt")
     images = [name.removesuffix(".jpg") for name in members if name.endswith("jpg")]
     assert [(row["key"], row["txt"]) for row in found.rows] == [(name, name) for name in images]
@@ -177,7 +212,12 @@ def test_every_image_of_a_tar_gets_its_own_sidecar(tmp_path: Path, members: list
 def test_a_dotted_name_behind_ordinary_ones_gets_a_row(tmp_path: Path) -> None:
     """The start of the tar, by which `auto` goes, holds no such name."""
     ordinary = {f"{n:04d}.jpg": jpg(n) for n in range(230)}
-    members = {**ordinary, "shot.0001.jpg": jpg(901), "shot.0002.jpg": jpg(902), "v1.final cut.jpg": jpg(903)}
+    members = {
+        **ordinary,
+        "shot.0001.jpg": jpg(901),
+        "shot.0002.jpg": jpg(902),
+        "v1.final cut.jpg": jpg(903),
+    }
     found = label(write_tar(tmp_path / "in" / "a.tar", members), tmp_path / "out")
     assert found.keys[230:] == ["shot.0001", "shot.0002", "v1.final cut"]
 
@@ -203,15 +243,21 @@ def test_a_dotted_name_behind_ordinary_ones_gets_a_row(tmp_path: Path) -> None:
         ([], []),
     ],
 )
-def test_member_extensions_are_told_from_names_with_dots(names: list[str], extensions: list[str]) -> None:
+def test_member_extensions_are_told_from_names_with_dots(
+    names: list[str], extensions: list[str]
+) -> None:
     assert sorted(dotted_extensions(names).members) == extensions
 
 
 def test_where_a_key_ends_can_be_said(tmp_path: Path) -> None:
-    source = write_tar(tmp_path / "in" / "a.tar", {"a.x.jpg": jpg(1), "a.y.jpg": jpg(2), "b.jpg": jpg(3)})
+    source = write_tar(
+        tmp_path / "in" / "a.tar", {"a.x.jpg": jpg(1), "a.y.jpg": jpg(2), "b.jpg": jpg(3)}
+    )
     by_last = label(source, tmp_path / "last", tar_keys="last_dot")
     assert by_last.keys == ["a.x", "a.y", "b"]
-    with pytest.raises(SourceError, match=r"sample a has several images: x\.jpg, y\.jpg\. Set `image_member`"):
+    with pytest.raises(
+        SourceError, match=r"sample a has several images: x\.jpg, y\.jpg\. Set `image_member`"
+    ):
         vitray.run(job_for(source, tmp_path / "first", tar_keys="first_dot"))
 
 
@@ -220,7 +266,9 @@ def test_where_a_key_ends_can_be_said(tmp_path: Path) -> None:
 
 def test_a_plain_image_is_preferred_and_the_others_are_counted(tmp_path: Path) -> None:
     depth, photo = jpg(1, "PNG"), jpg(2)
-    source = write_tar(tmp_path / "in" / "a.tar", {"0.depth.png": depth, "0.jpg": photo, "0.json": b"{}"})
+    source = write_tar(
+        tmp_path / "in" / "a.tar", {"0.depth.png": depth, "0.jpg": photo, "0.json": b"{}"}
+    )
     found = label(source, tmp_path / "out")
     assert [(row["key"], row["format"]) for row in found.rows] == [("0", "jpeg")]
     assert found.result.left_out == {"further_image": 1}
@@ -229,14 +277,20 @@ def test_a_plain_image_is_preferred_and_the_others_are_counted(tmp_path: Path) -
 
 
 def test_several_plain_images_are_refused_by_run_and_plan(tmp_path: Path) -> None:
-    source = write_tar(tmp_path / "in" / "a.tar", {"0.jpg": jpg(1), "0.png": jpg(2, "PNG"), "1.jpg": jpg(3)})
+    source = write_tar(
+        tmp_path / "in" / "a.tar", {"0.jpg": jpg(1), "0.png": jpg(2, "PNG"), "1.jpg": jpg(3)}
+    )
     for refuse in (vitray.run, plan):
-        with pytest.raises(SourceError, match=r"sample 0 has several images: jpg, png\. Set `image_member`"):
+        with pytest.raises(
+            SourceError, match=r"sample 0 has several images: jpg, png\. Set `image_member`"
+        ):
             refuse(job_for(source, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     chosen = label(source, tmp_path / "chosen", image_member="png")
     assert [row["format"] for row in chosen.rows] == ["png"] and chosen.reasons == {"1": "missing"}
-    assert chosen.result.left_out == {"further_image": 1}, "the .jpg that `image_member` passes over"
+    assert chosen.result.left_out == {"further_image": 1}, (
+        "the .jpg that `image_member` passes over"
+    )
 
 
 def test_a_new_first_tar_with_several_plain_images_is_set_aside_too(tmp_path: Path) -> None:
@@ -260,8 +314,16 @@ def test_a_later_tar_with_several_plain_images_is_set_aside_and_named(tmp_path: 
 
 
 def mixed_folder(folder: Path) -> Path:
-    names = {"a.jpg": jpg(1), "b.jfif": jpg(2), "c.jpe": jpg(3), "IMG.HEIC": b"\0\0\0\x18ftypheic" + bytes(99)}
-    return write_files(folder, {**names, "bare": jpg(4), "notes.txt": b"text", ".hidden.jpg": jpg(5), "s/e.PJPEG": jpg(6)})
+    names = {
+        "a.jpg": jpg(1),
+        "b.jfif": jpg(2),
+        "c.jpe": jpg(3),
+        "IMG.HEIC": b"\0\0\0\x18ftypheic" + bytes(99),
+    }
+    return write_files(
+        folder,
+        {**names, "bare": jpg(4), "notes.txt": b"text", ".hidden.jpg": jpg(5), "s/e.PJPEG": jpg(6)},
+    )
 
 
 def test_unusual_suffixes_are_images_and_what_is_left_out_is_counted(
@@ -269,16 +331,31 @@ def test_unusual_suffixes_are_images_and_what_is_left_out_is_counted(
 ) -> None:
     folder = mixed_folder(tmp_path / "in")
     found = label(folder, tmp_path / "out")
-    assert found.names == ["a.jpg", "b.jfif", "c.jpe", "e.PJPEG"] and found.reasons == {"IMG.HEIC": "format_not_allowed"}
+    assert found.names == ["a.jpg", "b.jfif", "c.jpe", "e.PJPEG"] and found.reasons == {
+        "IMG.HEIC": "format_not_allowed"
+    }
     assert found.errors[0]["message"] == "heic is not decoded: convert it to JPEG, PNG or WebP"
     assert found.result.left_out == {"hidden": 1, "no_suffix": 1, "other_suffix": 1}
-    line = "left out   3: 1 hidden, 1 no_suffix, 1 other_suffix; by suffix: 1 .txt, 1 without suffix"
-    for command in (["plan", folder, "--model", MODEL, "--out", tmp_path / "out"], ["status", tmp_path / "out"]):
+    line = (
+        "left out   3: 1 hidden, 1 no_suffix, 1 other_suffix; by suffix: 1 .txt, 1 without suffix"
+    )
+    for command in (
+        ["plan", folder, "--model", MODEL, "--out", tmp_path / "out"],
+        ["status", tmp_path / "out"],
+    ):
         code, out, _ = cli(*command)
         assert code == 0 and line in out.splitlines()
-    code, out, _ = cli("run", folder, "--model", MODEL, "--out", tmp_path / "out", *fields_of(), "--json")
-    assert code == 0 and json.loads(out)["left_out"] == {"hidden": 1, "no_suffix": 1, "other_suffix": 1}
-    records = [json.loads(path.read_text()) for path in (tmp_path / "out" / "_vitray" / "runs").iterdir()]
+    code, out, _ = cli(
+        "run", folder, "--model", MODEL, "--out", tmp_path / "out", *fields_of(), "--json"
+    )
+    assert code == 0 and json.loads(out)["left_out"] == {
+        "hidden": 1,
+        "no_suffix": 1,
+        "other_suffix": 1,
+    }
+    records = [
+        json.loads(path.read_text()) for path in (tmp_path / "out" / "_vitray" / "runs").iterdir()
+    ]
     assert records[-1]["left_out"] == found.result.left_out
 
 
@@ -296,9 +373,19 @@ def test_an_explicit_format_reads_files_without_a_suffix(tmp_path: Path) -> None
 
 
 def test_camera_raw_is_no_tiff_of_its_thumbnail(tmp_path: Path) -> None:
-    write_files(tmp_path / "in", {"a.jpg": jpg(1), "b.NEF": jpg(2, "TIFF"), "c.dng": jpg(3, "TIFF"), "d.tif": jpg(4, "TIFF")})
+    write_files(
+        tmp_path / "in",
+        {
+            "a.jpg": jpg(1),
+            "b.NEF": jpg(2, "TIFF"),
+            "c.dng": jpg(3, "TIFF"),
+            "d.tif": jpg(4, "TIFF"),
+        },
+    )
     found = label(tmp_path / "in", tmp_path / "out")
-    assert found.names == ["a.jpg", "d.tif"] and found.reasons == dict.fromkeys(("b.NEF", "c.dng"), "format_not_allowed")
+    assert found.names == ["a.jpg", "d.tif"] and found.reasons == dict.fromkeys(
+        ("b.NEF", "c.dng"), "format_not_allowed"
+    )
 
 
 # ---- 5: types of passthrough columns: see tests/test_passthrough.py
@@ -310,18 +397,29 @@ def test_camera_raw_is_no_tiff_of_its_thumbnail(tmp_path: Path) -> None:
 def test_paths_beat_thumbnails_and_other_pairs_are_refused(tmp_path: Path) -> None:
     folder = write_files(tmp_path / "in", {"a.jpg": jpg(1)})
     thumbnail = jpg(2, "PNG")
-    pq.write_table(pa.table({"image_path": ["a.jpg"], "thumbnail": [thumbnail]}), folder / "list.parquet")
+    pq.write_table(
+        pa.table({"image_path": ["a.jpg"], "thumbnail": [thumbnail]}), folder / "list.parquet"
+    )
     found = label(folder / "list.parquet", tmp_path / "out")
     assert [(row["key"], row["format"]) for row in found.rows] == [("a.jpg", "jpeg")]
-    pq.write_table(pa.table({"image_path": ["a.jpg"], "blob": [thumbnail]}), folder / "list.parquet")
-    with pytest.raises(JobError, match=r"images in `blob` and paths in `image_path`\. Set `image_column`"):
+    pq.write_table(
+        pa.table({"image_path": ["a.jpg"], "blob": [thumbnail]}), folder / "list.parquet"
+    )
+    with pytest.raises(
+        JobError, match=r"images in `blob` and paths in `image_path`\. Set `image_column`"
+    ):
         vitray.run(job_for(folder / "list.parquet", tmp_path / "out2"))
     chosen = label(folder / "list.parquet", tmp_path / "out3", image_column="blob")
     assert [row["format"] for row in chosen.rows] == ["png"]
 
 
-@pytest.mark.parametrize(("path", "data"), [("filename", "data"), ("url", "jpg"), ("image_path", "image"), ("key", "blob")])
-def test_bytes_with_a_usual_name_beat_a_name_of_the_file(tmp_path: Path, path: str, data: str) -> None:
+@pytest.mark.parametrize(
+    ("path", "data"),
+    [("filename", "data"), ("url", "jpg"), ("image_path", "image"), ("key", "blob")],
+)
+def test_bytes_with_a_usual_name_beat_a_name_of_the_file(
+    tmp_path: Path, path: str, data: str
+) -> None:
     pq.write_table(pa.table({path: ["elsewhere/a.jpg"], data: [jpg(1)]}), tmp_path / "a.parquet")
     assert label(tmp_path / "a.parquet", tmp_path / "out").result.rows == 1
 
@@ -336,11 +434,19 @@ def test_the_first_image_of_a_list_is_the_first_that_is_there(tmp_path: Path) ->
     images = pa.array([[None, jpg(1)], [jpg(2), None, jpg(3)], [], None], pa.list_(pa.binary()))
     pq.write_table(pa.table({"images": images}), tmp_path / "a.parquet")
     found = label(tmp_path / "a.parquet", tmp_path / "out")
-    assert (found.result.rows, found.result.errors, found.result.left_out) == (2, 2, {"further_image": 1})
+    assert (found.result.rows, found.result.errors, found.result.left_out) == (
+        2,
+        2,
+        {"further_image": 1},
+    )
 
 
 def test_images_in_further_columns_are_counted(tmp_path: Path) -> None:
-    columns = {"image": [jpg(1), jpg(2), jpg(3)], "mask": [jpg(4), None, jpg(5)], "hash": [b"x", b"y", b"z"]}
+    columns = {
+        "image": [jpg(1), jpg(2), jpg(3)],
+        "mask": [jpg(4), None, jpg(5)],
+        "hash": [b"x", b"y", b"z"],
+    }
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
     found = label(tmp_path / "a.parquet", tmp_path / "out")
     assert found.result.rows == 3 and found.result.left_out == {"further_image": 2}
@@ -364,9 +470,20 @@ def test_limit_and_sample_say_how_many_images_they_choose(
     tmp_path: Path, cli: Callable[..., tuple[int, str, str]], caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = write_files(tmp_path / "in", {f"{n:02d}.jpg": jpg(n) for n in range(12)})
-    argv = ["run", folder, "--model", MODEL, *fields_of(limit=2, group_size=4), "--out", tmp_path / "out"]
+    argv = [
+        "run",
+        folder,
+        "--model",
+        MODEL,
+        *fields_of(limit=2, group_size=4),
+        "--out",
+        tmp_path / "out",
+    ]
     code, out, _ = cli(*argv)
-    assert code == 0 and caplog.messages[0] == "limit chooses whole shards: 2 of 3 files shards, 8 of 12 images"
+    assert (
+        code == 0
+        and caplog.messages[0] == "limit chooses whole shards: 2 of 3 files shards, 8 of 12 images"
+    )
     assert "not chosen 1 shard with 4 images, by since, sample or limit" in out.splitlines()
     code, out, _ = cli(*argv, "--json")
     found = json.loads(out)
@@ -383,14 +500,36 @@ def test_categories_lists_and_paths_in_structs_are_read(tmp_path: Path) -> None:
     folder = write_files(tmp_path / "in", {"a.jpg": jpg(1), "b.jpg": jpg(2)})
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     tables = {
-        "paths.parquet": pa.table({"path": pa.array(["a.jpg", "b.jpg", "a.jpg"]).dictionary_encode()}),
-        "bytes.parquet": pa.table({"image": pa.array([jpg(1), jpg(1), jpg(2)]).dictionary_encode()}),
-        "lists.parquet": pa.table(
-            {"images": pa.array([[{"bytes": jpg(n), "path": None}] * 2 for n in (1, 2, 3)], pa.list_(image))}
+        "paths.parquet": pa.table(
+            {"path": pa.array(["a.jpg", "b.jpg", "a.jpg"]).dictionary_encode()}
         ),
-        "structs.parquet": pa.table({"image": pa.array([{"bytes": None, "path": f"{n}.jpg"} for n in "aba"], image)}),
-        "alone.parquet": pa.table({"image": pa.array([{"path": f"{n}.jpg"} for n in "aba"], pa.struct([("path", pa.string())]))}),
-        "blobs.parquet": pa.table({"image": pa.array([[jpg(1)], [jpg(2), jpg(3)], [jpg(4)]], pa.large_list(pa.large_binary()))}),
+        "bytes.parquet": pa.table(
+            {"image": pa.array([jpg(1), jpg(1), jpg(2)]).dictionary_encode()}
+        ),
+        "lists.parquet": pa.table(
+            {
+                "images": pa.array(
+                    [[{"bytes": jpg(n), "path": None}] * 2 for n in (1, 2, 3)], pa.list_(image)
+                )
+            }
+        ),
+        "structs.parquet": pa.table(
+            {"image": pa.array([{"bytes": None, "path": f"{n}.jpg"} for n in "aba"], image)}
+        ),
+        "alone.parquet": pa.table(
+            {
+                "image": pa.array(
+                    [{"path": f"{n}.jpg"} for n in "aba"], pa.struct([("path", pa.string())])
+                )
+            }
+        ),
+        "blobs.parquet": pa.table(
+            {
+                "image": pa.array(
+                    [[jpg(1)], [jpg(2), jpg(3)], [jpg(4)]], pa.large_list(pa.large_binary())
+                )
+            }
+        ),
     }
     further = {"lists.parquet": 3, "blobs.parquet": 1}
     for name, table in tables.items():
@@ -408,23 +547,35 @@ def test_paths_in_structs_do_not_lead_out(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": rows}), tmp_path / "in" / "a.parquet")
     found = label(tmp_path / "in" / "a.parquet", tmp_path / "out")
     assert found.names == ["a.jpg"]
-    assert [row["reason"] for row in found.errors] == ["path_not_allowed", "path_not_allowed", "missing"]
+    assert [row["reason"] for row in found.errors] == [
+        "path_not_allowed",
+        "path_not_allowed",
+        "missing",
+    ]
 
 
 # ---- 11: delimiters, encodings, backslashes, web addresses
 
 
-@pytest.mark.parametrize(("delimiter", "name"), [(";", "list.csv"), ("\t", "list.csv"), ("\t", "list.tsv"), ("|", "list.csv")])
+@pytest.mark.parametrize(
+    ("delimiter", "name"),
+    [(";", "list.csv"), ("\t", "list.csv"), ("\t", "list.tsv"), ("|", "list.csv")],
+)
 def test_other_delimiters_are_recognised(tmp_path: Path, delimiter: str, name: str) -> None:
     folder = write_files(tmp_path / "in", {"a.jpg": jpg(1), "b.jpg": jpg(2)})
     lines = [["label", "path"], ["a, or b", "a.jpg"], ["x", "b.jpg"]]
     (folder / name).write_text("\n".join(delimiter.join(line) for line in lines))
     found = label(folder / name, tmp_path / "out", keep="label")
-    assert [(row["key"], row["input_label"]) for row in found.rows] == [("a.jpg", "a, or b"), ("b.jpg", "x")]
+    assert [(row["key"], row["input_label"]) for row in found.rows] == [
+        ("a.jpg", "a, or b"),
+        ("b.jpg", "x"),
+    ]
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32", "utf-16-be"])
-def test_other_encodings_are_named(tmp_path: Path, encoding: str, cli: Callable[..., tuple[int, str, str]]) -> None:
+def test_other_encodings_are_named(
+    tmp_path: Path, encoding: str, cli: Callable[..., tuple[int, str, str]]
+) -> None:
     (tmp_path / "list.csv").write_text("path,label\na.jpg,x\n", encoding=encoding)
     code, _, err = cli("run", tmp_path / "list.csv", "--model", MODEL, "--out", tmp_path / "out")
     assert code == 2 and encoding[:6].upper() in err and "iconv" in err
@@ -432,7 +583,14 @@ def test_other_encodings_are_named(tmp_path: Path, encoding: str, cli: Callable[
 
 def test_backslashes_mean_slashes_where_no_such_file_is(tmp_path: Path) -> None:
     folder = write_files(tmp_path / "in", {"img/a.jpg": jpg(1), "odd\\name.jpg": jpg(2)})
-    lines = ["path", "img\\a.jpg", ".\\img\\a.jpg", "odd\\name.jpg", "..\\x.jpg", "https://example.org/a.jpg"]
+    lines = [
+        "path",
+        "img\\a.jpg",
+        ".\\img\\a.jpg",
+        "odd\\name.jpg",
+        "..\\x.jpg",
+        "https://example.org/a.jpg",
+    ]
     (folder / "list.csv").write_text("\n".join(lines))
     found = label(folder / "list.csv", tmp_path / "out")
     assert found.keys == lines[1:4]
@@ -465,21 +623,34 @@ def test_a_csv_is_read_however_it_was_saved(tmp_path: Path, body: str, encoding:
 
 
 def test_kept_text_of_a_tar_has_no_marks_and_says_when_it_is_not_utf8(tmp_path: Path) -> None:
-    members = {"0.jpg": jpg(1), "0.txt": "café".encode("cp1252"), "1.jpg": jpg(2), "1.txt": b"\xef\xbb\xbfplain"}
+    members = {
+        "0.jpg": jpg(1),
+        "0.txt": "café".encode("cp1252"),
+        "1.jpg": jpg(2),
+        "1.txt": b"\xef\xbb\xbfplain",
+    }
     found = label(write_tar(tmp_path / "in" / "a.tar", members), tmp_path / "out", keep="txt")
     assert [row["txt"] for row in found.rows] == ["café", "plain"]
-    assert list(found.result.notes.values()) == ["1 kept texts are not UTF-8 and were read as Windows-1252"]
+    assert list(found.result.notes.values()) == [
+        "1 kept texts are not UTF-8 and were read as Windows-1252"
+    ]
 
 
 @pytest.mark.parametrize(
     ("name", "body", "says"),
     [
-        ("list.jsonl", '[{"path": "a.jpg"}, {"path": "b.jpg"}]', "is one JSON document, not JSON lines"),
+        (
+            "list.jsonl",
+            '[{"path": "a.jpg"}, {"path": "b.jpg"}]',
+            "is one JSON document, not JSON lines",
+        ),
         ("list.jsonl", '{\n "path": "a.jpg"\n}\n', "is one JSON document, not JSON lines"),
         ("list.csv", "img/a.jpg\nimg/b.jpg\n", "has no header: its first line is img/a.jpg"),
     ],
 )
-def test_a_manifest_of_another_form_is_refused_by_name(tmp_path: Path, name: str, body: str, says: str) -> None:
+def test_a_manifest_of_another_form_is_refused_by_name(
+    tmp_path: Path, name: str, body: str, says: str
+) -> None:
     (tmp_path / name).write_text(body)
     with pytest.raises(JobError, match=says):
         vitray.run(job_for(tmp_path / name, tmp_path / "out"))
@@ -490,7 +661,9 @@ def test_a_file_without_a_kept_column_is_set_aside_wherever_it_comes(tmp_path: P
         for order in ("ab", "ba"):
             path = tmp_path / order / f"{order[n]}.parquet"
             path.parent.mkdir(exist_ok=True)
-            pq.write_table(pa.table({name: [jpg(n)] if name == "image" else ["x"] for name in names}), path)
+            pq.write_table(
+                pa.table({name: [jpg(n)] if name == "image" else ["x"] for name in names}), path
+            )
     for order in ("ab", "ba"):
         found = label(tmp_path / order, tmp_path / f"out-{order}", keep="caption")
         assert (found.result.exit_code, found.result.rows, len(found.result.set_aside)) == (3, 1, 1)
@@ -501,14 +674,25 @@ def test_a_file_without_a_kept_column_is_set_aside_wherever_it_comes(tmp_path: P
 def test_folders_that_look_like_patterns_and_partitions_are_read(tmp_path: Path) -> None:
     write_files(
         tmp_path / "in",
-        {"[raw] 2024/a.jpg": jpg(1), "set {a,b}/b.jpg": jpg(2), "_year=2020/c.jpg": jpg(3), "@eaDir/d.jpg": jpg(4)},
+        {
+            "[raw] 2024/a.jpg": jpg(1),
+            "set {a,b}/b.jpg": jpg(2),
+            "_year=2020/c.jpg": jpg(3),
+            "@eaDir/d.jpg": jpg(4),
+        },
     )
     assert label(tmp_path / "in" / "[raw] 2024" / "*.jpg", tmp_path / "out1").names == ["a.jpg"]
     assert label(tmp_path / "in" / "set {a,b}", tmp_path / "out2").names == ["b.jpg"]
     found = label(tmp_path / "in", tmp_path / "out3", keep="_year")
-    assert sorted(found.names) == ["a.jpg", "b.jpg", "c.jpg"] and found.result.left_out == {"hidden": 1}
+    assert sorted(found.names) == ["a.jpg", "b.jpg", "c.jpg"] and found.result.left_out == {
+        "hidden": 1
+    }
     (tmp_path / "in" / "loop").symlink_to(tmp_path / "in")
-    assert sorted(label(f"{tmp_path}/in/**", tmp_path / "out5").names) == ["a.jpg", "b.jpg", "c.jpg"]
+    assert sorted(label(f"{tmp_path}/in/**", tmp_path / "out5").names) == [
+        "a.jpg",
+        "b.jpg",
+        "c.jpg",
+    ]
     with pytest.raises(JobError, match=r"Write \*\*/\*\.jpg"):
         vitray.run(job_for(f"{tmp_path}/in/**.jpg", tmp_path / "out4"))
 
@@ -520,7 +704,11 @@ def test_pictures_with_much_metadata_are_good_and_negatives_are_positive(tmp_pat
     Image.fromarray(65535 - values).save(white, "TIFF", tiffinfo={262: 0})
     info = PngImagePlugin.PngInfo()
     info.add_text("notes", "x" * 2_000_000, zip=True)
-    pictures = {"a.tif": black.getvalue(), "b.tif": white.getvalue(), "c.png": jpg(1, "PNG", pnginfo=info)}
+    pictures = {
+        "a.tif": black.getvalue(),
+        "b.tif": white.getvalue(),
+        "c.png": jpg(1, "PNG", pnginfo=info),
+    }
     found = label(write_files(tmp_path / "in", pictures), tmp_path / "out")
     assert found.names == ["a.tif", "b.tif", "c.png"]
     assert found.rows[0]["embedding"] == found.rows[1]["embedding"]
@@ -534,7 +722,10 @@ def test_members_that_are_not_adjacent_are_told(tmp_path: Path) -> None:
     source = write_tar(tmp_path / "in" / "a.tar", images | {f"{n}.json": b"{}" for n in range(3)})
     found = label(source, tmp_path / "out")
     assert found.keys == ["0", "1", "2"]
-    assert "key 0 came before" in found.errors[0]["message"] and "sort the tar" in found.errors[0]["message"]
+    assert (
+        "key 0 came before" in found.errors[0]["message"]
+        and "sort the tar" in found.errors[0]["message"]
+    )
     (note,) = found.result.notes.values()
     assert "the members of 3 samples are not adjacent (first: 0): sort the tar by name" in note
 
@@ -545,7 +736,10 @@ def test_members_that_are_not_adjacent_are_told(tmp_path: Path) -> None:
 def test_types_are_wide_enough_for_every_file(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for n, kind in enumerate((pa.int32(), pa.int64(), pa.int8())):
-        pq.write_table(pa.table({"image": [jpg(n)], "n": pa.array([n + 100], kind)}), tmp_path / "in" / f"{n}.parquet")
+        pq.write_table(
+            pa.table({"image": [jpg(n)], "n": pa.array([n + 100], kind)}),
+            tmp_path / "in" / f"{n}.parquet",
+        )
     found = label(tmp_path / "in", tmp_path / "out", keep="n")
     assert [row["n"] for row in found.rows] == [100, 101, 102] and found.result.exit_code == 0
     kinds = {pq.read_schema(path).field("n").type for path in (tmp_path / "out" / "data").iterdir()}
@@ -554,11 +748,18 @@ def test_types_are_wide_enough_for_every_file(tmp_path: Path) -> None:
 
 def test_a_later_night_with_wider_integers_goes_on_while_they_fit(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    pq.write_table(pa.table({"image": [jpg(1)], "n": pa.array([1], pa.int32())}), tmp_path / "in" / "a.parquet")
+    pq.write_table(
+        pa.table({"image": [jpg(1)], "n": pa.array([1], pa.int32())}), tmp_path / "in" / "a.parquet"
+    )
     assert label(tmp_path / "in", tmp_path / "out", keep="n").result.rows == 1
-    pq.write_table(pa.table({"image": [jpg(2)], "n": pa.array([2], pa.int64())}), tmp_path / "in" / "b.parquet")
+    pq.write_table(
+        pa.table({"image": [jpg(2)], "n": pa.array([2], pa.int64())}), tmp_path / "in" / "b.parquet"
+    )
     assert [row["n"] for row in label(tmp_path / "in", tmp_path / "out", keep="n").rows] == [1, 2]
-    pq.write_table(pa.table({"image": [jpg(3)], "n": pa.array([1 << 40], pa.int64())}), tmp_path / "in" / "c.parquet")
+    pq.write_table(
+        pa.table({"image": [jpg(3)], "n": pa.array([1 << 40], pa.int64())}),
+        tmp_path / "in" / "c.parquet",
+    )
     third = vitray.run(job_for(tmp_path / "in", tmp_path / "out", keep="n"))
     (why,) = third.set_aside.values()
     assert third.exit_code == 3 and "column `n` does not fit the dataset's int32" in why
@@ -578,7 +779,9 @@ def test_readers_of_a_directory_see_good_rows_alone(tmp_path: Path) -> None:
 # ---- 16: a file of another kind among a dataset's
 
 
-@pytest.mark.parametrize("name", ["labels.csv", "more.tar", "x.parquet", "old.tar.gz", "list.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["labels.csv", "more.tar", "x.parquet", "old.tar.gz", "list.jsonl"]
+)
 def test_a_file_of_another_kind_does_not_stop_the_next_run(tmp_path: Path, name: str) -> None:
     folder = write_files(tmp_path / "in", {"a.jpg": jpg(1)})
     assert label(folder, tmp_path / "out").result.left_out == {}
@@ -592,9 +795,13 @@ def test_a_file_of_another_kind_does_not_stop_the_next_run(tmp_path: Path, name:
     os.unlink(folder / "b.jpg")
     with pytest.raises(SourceError, match="holds nothing of format files"):
         vitray.run(job_for(folder, tmp_path / "out"))  # it does not become a dataset of that kind
-    elsewhere = write_files(tmp_path / "elsewhere", {"a.tar": b"", "b.tar": b"", "preview.jpg": jpg(3)})
+    elsewhere = write_files(
+        tmp_path / "elsewhere", {"a.tar": b"", "b.tar": b"", "preview.jpg": jpg(3)}
+    )
     with pytest.raises(SourceError, match="is a mix"):
-        vitray.run(job_for(elsewhere, tmp_path / "out"))  # another source: nothing is known of its kind
+        vitray.run(
+            job_for(elsewhere, tmp_path / "out")
+        )  # another source: nothing is known of its kind
 
 
 # ---- 17: columns that folders spell out
@@ -603,10 +810,15 @@ def test_a_file_of_another_kind_does_not_stop_the_next_run(tmp_path: Path, name:
 def test_folders_are_columns(tmp_path: Path) -> None:
     write_files(tmp_path / "in", {"label=cat/y=1/a.jpg": jpg(1), "label=big%20dog/b.jpg": jpg(2)})
     found = label(tmp_path / "in", tmp_path / "out", keep="label,folder,y")
-    values = {row["key"].rpartition("/")[2]: (row["input_label"], row["folder"], row["y"]) for row in found.rows}
+    values = {
+        row["key"].rpartition("/")[2]: (row["input_label"], row["folder"], row["y"])
+        for row in found.rows
+    }
     assert values == {"a.jpg": ("cat", "y=1", "1"), "b.jpg": ("big dog", "label=big%20dog", None)}
     single = label(tmp_path / "in", tmp_path / "single", keep="y", group_size=1)
-    assert [row["y"] for row in single.rows] == [None, "1"], "a group without that folder is not set aside"
+    assert [row["y"] for row in single.rows] == [None, "1"], (
+        "a group without that folder is not set aside"
+    )
     with pytest.raises(JobError, match="`folder` keeps the name of each file's folder"):
         vitray.run(job_for(tmp_path / "in", tmp_path / "out2", keep="caption"))
 
@@ -614,7 +826,10 @@ def test_folders_are_columns(tmp_path: Path) -> None:
 def test_folders_of_tables_and_tars_are_columns(tmp_path: Path) -> None:
     for n, kind in enumerate(("cat", "dog")):
         (tmp_path / "in" / f"kind={kind}").mkdir(parents=True)
-        pq.write_table(pa.table({"image": [jpg(n)], "n": [n]}), tmp_path / "in" / f"kind={kind}" / "part.parquet")
+        pq.write_table(
+            pa.table({"image": [jpg(n)], "n": [n]}),
+            tmp_path / "in" / f"kind={kind}" / "part.parquet",
+        )
         write_tar(tmp_path / "tars" / f"kind={kind}" / "a.tar", {"0.jpg": jpg(n), "0.txt": b"t"})
     tables = label(tmp_path / "in", tmp_path / "out", keep="n,kind")
     assert sorted((row["n"], row["kind"]) for row in tables.rows) == [(0, "cat"), (1, "dog")]
@@ -649,13 +864,28 @@ def test_the_first_page_of_a_tiff_is_read_and_the_others_are_counted(tmp_path: P
 
 @pytest.mark.parametrize("name", ["key", "__key__", "id"])
 def test_a_column_of_unique_values_names_the_rows(
-    tmp_path: Path, name: str, cli: Callable[..., tuple[int, str, str]], caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    name: str,
+    cli: Callable[..., tuple[int, str, str]],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     values: list[object] = [7, 8, 9] if name == "id" else ["x", "y", "z"]
-    pq.write_table(pa.table({name: values, "image": [jpg(n) for n in range(3)]}), tmp_path / "a.parquet")
-    argv = ["run", tmp_path / "a.parquet", "--model", MODEL, "--out", tmp_path / "out", *fields_of()]
+    pq.write_table(
+        pa.table({name: values, "image": [jpg(n) for n in range(3)]}), tmp_path / "a.parquet"
+    )
+    argv = [
+        "run",
+        tmp_path / "a.parquet",
+        "--model",
+        MODEL,
+        "--out",
+        tmp_path / "out",
+        *fields_of(),
+    ]
     assert cli(*argv)[0] == 0 and f"keys come from column `{name}`" in caplog.text
-    assert [row["key"] for row in rows_below(tmp_path / "out" / "data")] == [str(value) for value in values]
+    assert [row["key"] for row in rows_below(tmp_path / "out" / "data")] == [
+        str(value) for value in values
+    ]
     assert cli(*argv)[0] == 0, "the next run goes on with that column"
     assert status(str(tmp_path / "out")).decided["key_column"] == name
 
@@ -666,7 +896,9 @@ def test_a_column_of_unique_values_names_the_rows(
     ids=["twice", "null", "float", "bytes", "lists"],
 )
 def test_other_columns_name_no_rows(tmp_path: Path, values: list[object]) -> None:
-    pq.write_table(pa.table({"id": values, "image": [jpg(n) for n in range(3)]}), tmp_path / "a.parquet")
+    pq.write_table(
+        pa.table({"id": values, "image": [jpg(n) for n in range(3)]}), tmp_path / "a.parquet"
+    )
     assert label(tmp_path / "a.parquet", tmp_path / "out").keys == ["0", "1", "2"]
 
 
@@ -681,9 +913,13 @@ def test_a_column_that_a_file_lacks_names_no_rows(tmp_path: Path) -> None:
     (tmp_path / "b.parquet").rename(tmp_path / "in" / "b.parquet")
     later = label(tmp_path / "in", tmp_path / "later")
     assert later.keys == ["7", "0"]
-    assert list(later.result.notes.values()) == ["no column `id` here: rows are named by their number"]
+    assert list(later.result.notes.values()) == [
+        "no column `id` here: rows are named by their number"
+    ]
     os.unlink(tmp_path / "later" / "_vitray" / "dataset.json")
-    assert label(tmp_path / "in", tmp_path / "later").keys == ["7", "0"], "a data file tells the key column"
+    assert label(tmp_path / "in", tmp_path / "later").keys == ["7", "0"], (
+        "a data file tells the key column"
+    )
 
 
 def test_images_with_paths_keep_them_as_keys(tmp_path: Path) -> None:
@@ -695,7 +931,9 @@ def test_images_with_paths_keep_them_as_keys(tmp_path: Path) -> None:
 # ---- a first run that fails
 
 
-def test_a_first_run_that_fails_binds_no_later_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_first_run_that_fails_binds_no_later_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = write_files(tmp_path / "in", {"a.jpg": jpg(1)})
 
     def refuse(*_: object) -> None:

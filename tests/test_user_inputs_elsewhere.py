@@ -52,24 +52,45 @@ def keys(result: vitray.Result) -> list[str]:
 
 def check_everywhere(root: str, scratch: Path) -> None:
     put(f"{root}/tars/a.tar", tar_bytes(scratch, {name: jpg(n) for n, name in enumerate(DOTTED)}))
-    put(f"{root}/tars/b.tar", tar_bytes(scratch, {"0.depth.png": jpg(1, "PNG"), "0.jpg": jpg(2), "bare": jpg(3)}))
+    put(
+        f"{root}/tars/b.tar",
+        tar_bytes(scratch, {"0.depth.png": jpg(1, "PNG"), "0.jpg": jpg(2), "bare": jpg(3)}),
+    )
     tars = run(root, "tars", "out-tars")
     assert keys(tars) == [*(name.removesuffix(".jpg") for name in DOTTED), "0"]
     assert tars.left_out == {"further_image": 1, "no_suffix": 1}
-    for name in ("a.jpg", "b.jfif", "label=cat/c.jpe", "d.heic", "bare", "notes.txt", ".e.jpg", "_f/g.jpg"):
-        put(f"{root}/files/{name}", jpg(len(name)) if name != "d.heic" else b"\0\0\0\x18ftypheic" + bytes(99))
+    for name in (
+        "a.jpg",
+        "b.jfif",
+        "label=cat/c.jpe",
+        "d.heic",
+        "bare",
+        "notes.txt",
+        ".e.jpg",
+        "_f/g.jpg",
+    ):
+        put(
+            f"{root}/files/{name}",
+            jpg(len(name)) if name != "d.heic" else b"\0\0\0\x18ftypheic" + bytes(99),
+        )
     files = run(root, "files", "out-files", keep="label")
     assert (keys(files), files.errors) == (["a.jpg", "b.jfif", "c.jpe"], 1)
     assert files.left_out == {"hidden": 2, "no_suffix": 1, "other_suffix": 1}
     put(f"{root}/files/list.csv", b"path\n")
-    assert run(root, "files", "out-files", keep="label").left_out == {**files.left_out, "other_kind": 1}
+    assert run(root, "files", "out-files", keep="label").left_out == {
+        **files.left_out,
+        "other_kind": 1,
+    }
     table = pa.table({**TYPES, "image": [jpg(n) for n in range(3)], "id": [7, 8, 9]})
     put(f"{root}/tables/a.parquet", parquet_bytes(table))
     tables = run(root, "tables", "out-tables", keep=",".join(TYPES))
     assert keys(tables) == ["7", "8", "9"]
     found = read_rows(tables.out, list(TYPES))
     for name, values in TYPES.items():
-        assert found[name].type == values.type and found[name].combine_chunks().to_string() == values.to_string(), name
+        assert (
+            found[name].type == values.type
+            and found[name].combine_chunks().to_string() == values.to_string()
+        ), name
     for name in ("img/a.jpg", "img/b c.jpg"):
         put(f"{root}/lists/{name}", jpg(len(name)))
     put(

@@ -36,7 +36,11 @@ class DrawnExecutor:
     rounds: list[int] = []
 
     def __init__(self, dataset: Dataset, shards: list[Shard]) -> None:
-        self._dataset, self._shards, self._done = dataset, shards, list[tuple[str, Commit | VitrayError | None]]()
+        self._dataset, self._shards, self._done = (
+            dataset,
+            shards,
+            list[tuple[str, Commit | VitrayError | None]](),
+        )
         self.rounds.append(len(shards))
 
     def start(self, arrived: queue.Queue[ShardEvent | Exception | None]) -> None:
@@ -48,7 +52,11 @@ class DrawnExecutor:
             hand_made.stage(self._dataset, shard)
             for start, stop in staged(self._dataset, shard.id).ranges():
                 bad = {"not_an_image": 1} if start <= hand_made.BAD < stop else {}
-                arrived.put(ShardEvent("staged" if before else "fragment", shard.id, start, stop, reasons=bad))
+                arrived.put(
+                    ShardEvent(
+                        "staged" if before else "fragment", shard.id, start, stop, reasons=bad
+                    )
+                )
             if not next(self.forgets, False):
                 arrived.put(ShardEvent("end", shard.id, total=hand_made.IMAGES))
         arrived.put(None)
@@ -109,7 +117,9 @@ def test_deadly_neighbours_are_so_many_failures(dataset: Dataset, first: int) ->
     assert set(work.failures) == DrawnExecutor.deadly and len(committed(dataset.out)) == SHARDS - 4
 
 
-def test_a_round_has_no_more_fragments_than_the_driver_holds(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_round_has_no_more_fragments_than_the_driver_holds(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(runner, "LEAST_IMAGE_BYTES", 1)
     monkeypatch.setattr(runner, "ROUND_FRAGMENTS", 6 * hand_made.IMAGES // dataset.fragment_rows)
     assert not complete(dataset).failures and set(committed(dataset.out)) == set(ids(dataset))
@@ -122,9 +132,13 @@ def test_a_round_has_no_more_fragments_than_the_driver_holds(dataset: Dataset, m
     assert DrawnExecutor.rounds == [1, 1, 1]
 
 
-def test_a_line_that_always_dies_is_an_error_and_no_shard_is_blamed_for_it(dataset: Dataset) -> None:
+def test_a_line_that_always_dies_is_an_error_and_no_shard_is_blamed_for_it(
+    dataset: Dataset,
+) -> None:
     DrawnExecutor.deadly = frozenset(ids(dataset))
-    with pytest.raises(ClusterError, match=r"fails again and again, also with .* alone: a process died"):
+    with pytest.raises(
+        ClusterError, match=r"fails again and again, also with .* alone: a process died"
+    ):
         complete(dataset)
     assert DrawnExecutor.rounds == [20, 20, 2] + [1] * 5
 
@@ -133,24 +147,37 @@ def test_a_shard_that_is_planned_again_is_counted_once(dataset: Dataset) -> None
     DrawnExecutor.forgets = iter([True] * SHARDS)  # in the first round no end arrives
     work = complete(dataset)
     assert (work.progress.images, work.progress.errors) == (SHARDS * hand_made.IMAGES, SHARDS)
-    assert work.progress.reasons == {"not_an_image": SHARDS} and work.failures == {} and work.counted == {}
+    assert (
+        work.progress.reasons == {"not_an_image": SHARDS}
+        and work.failures == {}
+        and work.counted == {}
+    )
 
 
 def test_shards_that_are_staged_and_not_committed_are_counted(dataset: Dataset) -> None:
     work, seen = Work(), list[tuple[int, int]]()
     work.report = lambda progress: seen.append((progress.shards_staged, progress.shards_done))
     _complete(dataset, dataset.job, list_shards(dataset.job, []), DrawnExecutor, work)
-    assert seen[0] == (1, 0) and seen[-1] == (0, SHARDS) and all(0 <= begun <= SHARDS - done for begun, done in seen)
+    assert (
+        seen[0] == (1, 0)
+        and seen[-1] == (0, SHARDS)
+        and all(0 <= begun <= SHARDS - done for begun, done in seen)
+    )
 
 
 def test_a_shard_whose_end_never_arrives_is_set_aside(dataset: Dataset) -> None:
     DrawnExecutor.forgets = iter([True] * SHARDS * 10)
     work = complete(dataset)
-    assert set(work.failures.values()) == {"its fragments did not arrive"} and len(DrawnExecutor.rounds) == 3
+    assert (
+        set(work.failures.values()) == {"its fragments did not arrive"}
+        and len(DrawnExecutor.rounds) == 3
+    )
 
 
 @pytest.mark.parametrize("few", [1, 4])
-def test_where_nothing_ever_moved_no_shard_is_blamed_however_few_there_are(dataset: Dataset, tmp_path: Path, few: int) -> None:
+def test_where_nothing_ever_moved_no_shard_is_blamed_however_few_there_are(
+    dataset: Dataset, tmp_path: Path, few: int
+) -> None:
     for path in sorted((tmp_path / "in").iterdir())[few:]:
         path.unlink()
     DrawnExecutor.deadly = frozenset(ids(dataset))
@@ -159,7 +186,9 @@ def test_where_nothing_ever_moved_no_shard_is_blamed_however_few_there_are(datas
     assert len(DrawnExecutor.rounds) <= 2 + 3 * few
 
 
-def test_an_input_that_changes_each_time_is_set_aside_and_a_failure_of_an_older_version_is_forgotten(dataset: Dataset) -> None:
+def test_an_input_that_changes_each_time_is_set_aside_and_a_failure_of_an_older_version_is_forgotten(
+    dataset: Dataset,
+) -> None:
     now = ids(dataset)
     for shard in list_shards(dataset.job, []).shards[2:]:
         hand_made.stage(dataset, shard)
@@ -167,7 +196,9 @@ def test_an_input_that_changes_each_time_is_set_aside_and_a_failure_of_an_older_
     old = [f"{shard.rpartition('-')[0]}-00000000" for shard in now]
     work = Work(changed={old[0]}, failures={old[2]: "broken"})
     result = _finished(dataset, dataset.job, False, work, 0.0)
-    assert result.set_aside == {now[0]: "its input changed each time it was read"}  # the second one came after the listing
+    assert result.set_aside == {
+        now[0]: "its input changed each time it was read"
+    }  # the second one came after the listing
     assert result.pending == 2
 
 
@@ -215,14 +246,23 @@ def test_waiting_for_room_is_said_and_is_no_standing_still(
     events = rounds._events(Waits(), 2.0 if waits else 0.5, threading.Event())
     if (place_s, waits) == (60, True):
         assert len(list(events)) >= 4  # the patience began when there was room
-        assert "no machine has room for the model yet; waiting for one does not count as standing still" in caplog.text
+        assert (
+            "no machine has room for the model yet; waiting for one does not count as standing still"
+            in caplog.text
+        )
         return
-    why = r"no machine had room for the model in 1\.5 s" if waits else r"no image moved for 0\.5 s \(drawn\)"
+    why = (
+        r"no machine had room for the model in 1\.5 s"
+        if waits
+        else r"no image moved for 0\.5 s \(drawn\)"
+    )
     with pytest.raises(ClusterError, match=why):
         list(events)
 
 
-def test_an_hour_without_room_is_counted_from_the_last_event(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_hour_without_room_is_counted_from_the_last_event(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     class Late(DrawnExecutor):
         def __init__(self) -> None: ...
 
@@ -240,7 +280,9 @@ def test_an_hour_without_room_is_counted_from_the_last_event(monkeypatch: pytest
 
 
 @pytest.mark.timeout(60)
-def test_a_commit_that_is_not_in_out_is_a_failure_after_three(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_commit_that_is_not_in_out_is_a_failure_after_three(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As of a machine that writes to a disk of its own under the same path."""
     lost, real = ids(dataset)[3], DrawnExecutor.commit
 
@@ -251,20 +293,27 @@ def test_a_commit_that_is_not_in_out_is_a_failure_after_three(dataset: Dataset, 
 
     monkeypatch.setattr(DrawnExecutor, "commit", commit)
     work = complete(dataset)
-    assert set(work.failures) == {lost} and "do all machines see the same disk?" in work.failures[lost]
+    assert (
+        set(work.failures) == {lost} and "do all machines see the same disk?" in work.failures[lost]
+    )
     assert set(work.commits) == set(committed(dataset.out)) == set(ids(dataset)) - {lost}
     assert DrawnExecutor.rounds == [SHARDS, 1, 1]
 
 
 @pytest.mark.parametrize("comes", [True, False])
-def test_a_disk_that_comes_late_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comes: bool) -> None:
+def test_a_disk_that_comes_late_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comes: bool
+) -> None:
     monkeypatch.setattr(cluster, "SEEN_S", 2.0)
     require_seen(str(tmp_path), "s3://nowhere/x")
     if comes:
         threading.Timer(0.5, (tmp_path / "there").mkdir).start()
         require_seen(str(tmp_path), str(tmp_path / "there"))
     else:
-        with pytest.raises(ClusterError, match=f"{tmp_path}/there cannot be seen from {socket.gethostname()}: .* then run again"):
+        with pytest.raises(
+            ClusterError,
+            match=f"{tmp_path}/there cannot be seen from {socket.gethostname()}: .* then run again",
+        ):
             require_seen(str(tmp_path), str(tmp_path / "there"))
 
 

@@ -24,9 +24,13 @@ class Zygote:
 
     def run(self, argv: list[str], stdout: str = "/dev/stderr", **more: str) -> int:
         """argv: what comes after `vitray`; stdout: a file for what it prints."""
-        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | more
+        environment = {
+            name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"
+        } | more
         assert self._process.stdin and self._process.stdout
-        self._process.stdin.write(json.dumps({"argv": argv, "environment": environment, "stdout": stdout}) + "\n")
+        self._process.stdin.write(
+            json.dumps({"argv": argv, "environment": environment, "stdout": stdout}) + "\n"
+        )
         self._process.stdin.flush()
         if not select.select([self._process.stdout], [], [], LIMIT_S)[0]:
             os.killpg(self._process.pid, signal.SIGKILL)

@@ -11,7 +11,10 @@ POINTS = (
     *("commit-written", "commit-created", "commit-errors", "commit-cleaned"),
     *("manifest-started", "manifest-written", "manifest-marked", "driver-recorded"),
 )
-TRAINING_POINTS = ("train-step", "train-saved")  # of finetune; what stands for the shard is the number of the step
+TRAINING_POINTS = (
+    "train-step",
+    "train-saved",
+)  # of finetune; what stands for the shard is the number of the step
 
 
 def crash_point(name: str, shard: str = "") -> None:

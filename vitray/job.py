@@ -69,7 +69,9 @@ def distinct_labels(names: Sequence[object]) -> list[str]:
         raise ValueError("no label; write at least one")
     for name in names:
         if not isinstance(name, str):
-            raise ValueError(f"{name!r} is not text; put it in quotes")  # YAML reads no, on and 7 as something else
+            raise ValueError(
+                f"{name!r} is not text; put it in quotes"
+            )  # YAML reads no, on and 7 as something else
     found = [str(name).strip() for name in names]
     if "" in found:
         raise ValueError(f"label {found.index('') + 1} is empty")
@@ -87,7 +89,9 @@ def expand_home(url: str) -> str:
     path = url.removeprefix("file://")
     expanded = os.path.expanduser(path)
     if expanded == path and path.split("/")[0] == "~":
-        raise ValueError(f"{url}: this user has no home directory; set HOME, or write the whole path")
+        raise ValueError(
+            f"{url}: this user has no home directory; set HOME, or write the whole path"
+        )
     return url.removesuffix(path) + expanded
 
 
@@ -101,7 +105,10 @@ Strings = Annotated[list[Text], BeforeValidator(_cut_at_commas)]
 Color = Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$")]
 Count = Annotated[int | Literal["auto"], _whole_or("auto", 8192)]
 Layer = Annotated[int | Literal["last"], _whole_or("last", 999)]
-TYPES = {"string_type": "is not text; put it in quotes", "list_type": "is no list; write [a, b]"}  # pydantic's names of problems
+TYPES = {
+    "string_type": "is not text; put it in quotes",
+    "list_type": "is no list; write [a, b]",
+}  # pydantic's names of problems
 # ValueError: a date like 2024-13-45, bytes that are not UTF-8; RecursionError: thousands of open brackets
 BAD_YAML = (yaml.YAMLError, ValueError, RecursionError)
 
@@ -111,11 +118,17 @@ class Embedding(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    layer: Layer = Field("last", description="1..L: output of that block; last: after the final LayerNorm")
-    pool: Literal["cls", "mean", "patches_mean"] = Field("cls", description="CLS token, mean of all tokens, or of the patches")
+    layer: Layer = Field(
+        "last", description="1..L: output of that block; last: after the final LayerNorm"
+    )
+    pool: Literal["cls", "mean", "patches_mean"] = Field(
+        "cls", description="CLS token, mean of all tokens, or of the patches"
+    )
     normalize: bool = Field(False, description="scale to unit L2 norm (in float32, before dtype)")
     dtype: Literal["float32", "float16"] = Field("float32", description="type of the stored values")
-    name: str = Field("", description="column suffix; default <pool>_<layer>", pattern=r"^[a-z0-9_]*$")
+    name: str = Field(
+        "", description="column suffix; default <pool>_<layer>", pattern=r"^[a-z0-9_]*$"
+    )
 
     @property
     def label(self) -> str:
@@ -134,35 +147,53 @@ class Written(BaseModel):
         except ValidationError as error:
             # of a list in which all are wrong the first is named
             problems = {(p["loc"][:1], p["type"]): p for p in reversed(error.errors())}
-            said = [_said(type(self), p["type"], p["loc"], p["msg"], p["input"]) for p in reversed(problems.values())]
+            said = [
+                _said(type(self), p["type"], p["loc"], p["msg"], p["input"])
+                for p in reversed(problems.values())
+            ]
             raise JobError(f"the job is not valid: {'; '.join(said)}") from None
 
 
 class Job(Written):
     """One dataset to make: which images, which model, where to."""
 
-    source: Urls = Field(description="URL, list, glob, {000..099} range or prefix; local path or s3://", min_length=1)
+    source: Urls = Field(
+        description="URL, list, glob, {000..099} range or prefix; local path or s3://", min_length=1
+    )
     model: Location = Field(description="Hugging Face id, local directory, or s3:// directory")
     out: Location = Field(description="output directory, local or s3://")
     revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face id")
-    format: Literal["auto", "tar", "parquet", "files", "manifest"] = Field("auto", description="what the source holds")
+    format: Literal["auto", "tar", "parquet", "files", "manifest"] = Field(
+        "auto", description="what the source holds"
+    )
     labels: Labels = Field(
         True,
         description="classify: true by the checkpoint's trained head; a list, or a file with one label a line, by the text tower of "
         "CLIP or SigLIP; false: embed only",
     )
     prompts: Prompts = Field(
-        [PROMPT], description="what the text tower reads of a label, for {}; the vectors of several are averaged"
+        [PROMPT],
+        description="what the text tower reads of a label, for {}; the vectors of several are averaged",
     )
     head: Location | None = Field(
-        None, description="directory of a linear head for this model's embeddings, which labels instead"
+        None,
+        description="directory of a linear head for this model's embeddings, which labels instead",
     )
-    embeddings: list[Embedding] = Field([Embedding.model_validate({})], description="vectors to keep, all of one forward pass")
+    embeddings: list[Embedding] = Field(
+        [Embedding.model_validate({})], description="vectors to keep, all of one forward pass"
+    )
     top_k: int = Field(5, description="how many labels a row keeps", ge=1, le=1000)
-    keep: Strings = Field([], description="input columns or tar member extensions to copy into the output: a list, or a,b")
-    image_column: str | None = Field(None, description="Parquet or manifest column with the image (default: found by itself)")
+    keep: Strings = Field(
+        [],
+        description="input columns or tar member extensions to copy into the output: a list, or a,b",
+    )
+    image_column: str | None = Field(
+        None, description="Parquet or manifest column with the image (default: found by itself)"
+    )
     key_column: str | None = Field(None, description="Parquet or manifest column that names a row")
-    image_member: str | None = Field(None, description="tar: extension of the member to use when a sample has several images")
+    image_member: str | None = Field(
+        None, description="tar: extension of the member to use when a sample has several images"
+    )
     tar_keys: Literal["auto", "first_dot", "last_dot"] = Field(
         "auto",
         description="tar: where a member's key ends; auto: at the first dot, as WebDataset has it, or at the last one "
@@ -172,11 +203,15 @@ class Job(Written):
         "auto",
         description="how names in the source become rows; auto: as in the dataset's first run; 1: as before December 2026",
     )
-    allow: Prefixes = Field([], description="manifest: prefixes its paths may point into (default: the manifest's directory)")
+    allow: Prefixes = Field(
+        [],
+        description="manifest: prefixes its paths may point into (default: the manifest's directory)",
+    )
     formats: Strings = Field(list(FORMATS), description="image formats that are decoded")
     max_pixels: int = Field(50_000_000, description="pixel cap of one image", ge=1)
     background: Color | None = Field(
-        None, description="'#rrggbb' (in quotes) to composite transparent images on (default: alpha is dropped)"
+        None,
+        description="'#rrggbb' (in quotes) to composite transparent images on (default: alpha is dropped)",
     )
     decode: Literal["exact", "fast", "draft", "gpu", "hybrid"] = Field(
         "exact",
@@ -188,24 +223,44 @@ class Job(Written):
         description="auto: the fastest the hardware has, except fp8 (Ada, Hopper or newer), which says how well it agrees with bf16",
     )
     engine: Literal["auto", "torch", "openvino", "onnx"] = Field(
-        "auto", description="what computes; auto: the fastest that is installed and says what torch says in fp32"
+        "auto",
+        description="what computes; auto: the fastest that is installed and says what torch says in fp32",
     )
     compile: Literal["auto", "on", "off"] = Field(
-        "auto", description="torch.compile, of engine torch; auto: where the images repay its minute, as plan says"
+        "auto",
+        description="torch.compile, of engine torch; auto: where the images repay its minute, as plan says",
     )
     batch_size: Count = Field("auto", description="images a forward pass")
-    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = Field("auto", description="where the model runs")
-    group_size: int = Field(4096, description="loose files, or rows of a manifest, in a shard", ge=1, le=100_000)
-    fragment_rows: Count = Field("auto", description="images staged at a time; a crash costs a few of these")
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = Field(
+        "auto", description="where the model runs"
+    )
+    group_size: int = Field(
+        4096, description="loose files, or rows of a manifest, in a shard", ge=1, le=100_000
+    )
+    fragment_rows: Count = Field(
+        "auto", description="images staged at a time; a crash costs a few of these"
+    )
     since: str | None = Field(
-        None, description="only shards modified since: 2026-11-01, 2026-11-01T06:00Z (UTC where no zone is given), or 36h, 7d ago"
+        None,
+        description="only shards modified since: 2026-11-01, 2026-11-01T06:00Z (UTC where no zone is given), or 36h, 7d ago",
     )
-    sample: float | None = Field(None, description="only this share of the shards, chosen by their names", gt=0, le=1)
-    limit: int | None = Field(None, description="only the first so many shards, of those that since and sample leave", ge=1)
+    sample: float | None = Field(
+        None, description="only this share of the shards, chosen by their names", gt=0, le=1
+    )
+    limit: int | None = Field(
+        None,
+        description="only the first so many shards, of those that since and sample leave",
+        ge=1,
+    )
     max_error_rate: float = Field(
-        0.05, description="share of bad images above which the exit code is 4; after 1,000 images a run stops at once", ge=0, le=1
+        0.05,
+        description="share of bad images above which the exit code is 4; after 1,000 images a run stops at once",
+        ge=0,
+        le=1,
     )
-    stall_timeout_s: float = Field(600, description="seconds without a finished fragment after which the run gives up", gt=0)
+    stall_timeout_s: float = Field(
+        600, description="seconds without a finished fragment after which the run gives up", gt=0
+    )
 
     @field_validator("compile", mode="before")
     @classmethod
@@ -226,7 +281,9 @@ class Job(Written):
         aliases = {"jpg": "jpeg", "tif": "tiff"}
         names = [aliases.get(v.lower(), v.lower()) for v in value]
         if unknown := sorted(set(names) - set(FORMATS)):
-            raise ValueError(f"unknown image format {', '.join(unknown)}; known: {', '.join(FORMATS)}")
+            raise ValueError(
+                f"unknown image format {', '.join(unknown)}; known: {', '.join(FORMATS)}"
+            )
         return sorted(set(names))
 
     @field_validator("since", mode="before")
@@ -250,10 +307,12 @@ class Job(Written):
             raise ValueError("prompts are for labels of your own, such as labels: [cat, dog]")
         names = [e.label for e in self.embeddings]
         if len(set(names)) != len(names):
-            raise ValueError(f"two embeddings are called {max(names, key=names.count)}; give them a `name`")
+            raise ValueError(
+                f"two embeddings are called {max(names, key=names.count)}; give them a `name`"
+            )
         taken = set(RESERVED) | {self.column(e) for e in self.embeddings}
-        for name in map(self.kept_as, self.keep):
-            if name in taken or [self.kept_as(k) for k in self.keep].count(name) > 1:
+        for name in map(self.passthrough_name, self.keep):
+            if name in taken or [self.passthrough_name(k) for k in self.keep].count(name) > 1:
                 raise ValueError(f"keep: two columns of the output would be called {name}")
         return self
 
@@ -279,13 +338,17 @@ class Job(Written):
     def labelled(self) -> bool:
         return self.labels is not False
 
-    def kept_as(self, name: str) -> str:
+    def passthrough_name(self, name: str) -> str:
         """The output column of a kept one: its own name, input_<name> where the output has such a column already."""
         taken = {*RESERVED, *(self.column(e) for e in self.embeddings)}
         return f"input_{name}" if name in taken else name
 
     def column(self, embedding: Embedding) -> str:
-        return "embedding" if len(self.embeddings) == 1 and not embedding.name else f"embedding_{embedding.label}"
+        return (
+            "embedding"
+            if len(self.embeddings) == 1 and not embedding.name
+            else f"embedding_{embedding.label}"
+        )
 
 
 def _moment(text: str | None) -> float | None:
@@ -296,7 +359,9 @@ def _moment(text: str | None) -> float | None:
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
-        raise ValueError("a date like 2026-11-01, a time like 2026-11-01T06:00Z, or a span like 36h or 7d") from None
+        raise ValueError(
+            "a date like 2026-11-01, a time like 2026-11-01T06:00Z, or a span like 36h or 7d"
+        ) from None
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
@@ -305,22 +370,30 @@ def make_job(fields: dict[str, Any]) -> Job:
     return Job(**fields)
 
 
-def _said(written: type[Written], kind: str, place: tuple[int | str, ...], message: str, value: object) -> str:
+def _said(
+    written: type[Written], kind: str, place: tuple[int | str, ...], message: str, value: object
+) -> str:
     """What a person reads of one problem that pydantic found."""
     name = ".".join(map(str, place))
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(str(place[-1]), (Embedding if len(place) > 1 else written).model_fields, n=1)
+        near = difflib.get_close_matches(
+            str(place[-1]), (Embedding if len(place) > 1 else written).model_fields, n=1
+        )
         return f"unknown field `{name}`" + (f"; did you mean `{near[0]}`?" if near else "")
     if kind == "missing":
         return f"`{name}` is missing: {written.model_fields[name].description}"
     if kind in TYPES:
         return f"`{name}`: {_beginning(value)} {TYPES[kind]}"
-    return (f"`{name}`: " if name else "") + message.removeprefix("Value error, ")  # no name: what _consistent says
+    return (f"`{name}`: " if name else "") + message.removeprefix(
+        "Value error, "
+    )  # no name: what _consistent says
 
 
 def _beginning(value: object) -> str:
     """As JSON; lazily, since by aliases a small file can say a value of terabytes, or one that holds itself."""
-    return "".join(islice(json.JSONEncoder(default=str, check_circular=False).iterencode(value), 60))[:60]
+    return "".join(
+        islice(json.JSONEncoder(default=str, check_circular=False).iterencode(value), 60)
+    )[:60]
 
 
 class _Loader(yaml.SafeLoader):
@@ -335,7 +408,9 @@ class _Loader(yaml.SafeLoader):
                     f"`{key.value}` has no value in line {key.start_mark.line + 1}; what begins with # goes in quotes"
                 )
             if first.setdefault(str(key.value), key) is not key:
-                raise ValueError(f"`{key.value}` is there twice, again in line {key.start_mark.line + 1}")
+                raise ValueError(
+                    f"`{key.value}` is there twice, again in line {key.start_mark.line + 1}"
+                )
         return node
 
 
@@ -401,7 +476,9 @@ def parse_set(pairs: list[str]) -> dict[str, object]:
         if not equals:
             raise JobError(f"--set {pair}: write --set field=value")
         try:
-            fields[name.strip()] = value if value.startswith("#") else _Loader(value).get_single_data()
+            fields[name.strip()] = (
+                value if value.startswith("#") else _Loader(value).get_single_data()
+            )
         except BAD_YAML as error:
             raise JobError(f"--set {pair}: the value is not valid YAML") from error
     return fields

@@ -40,5 +40,9 @@ def describe(counts: Mapping[str, int], suffixes: Mapping[str, int] | None = Non
     """`5: 2 hidden, 3 other_suffix; by suffix: 2 .txt, 1 .json`. suffixes: of the files without a row that are not hidden."""
     parts = [f"{number:,} {reason}" for reason, number in sorted(counts.items()) if number]
     most = sorted((suffixes or {}).items(), key=lambda item: (-item[1], item[0]))[:SUFFIXES_SHOWN]
-    shown = f"; by suffix: {', '.join(f'{number:,} {suffix}' for suffix, number in most)}" if most else ""
+    shown = (
+        f"; by suffix: {', '.join(f'{number:,} {suffix}' for suffix, number in most)}"
+        if most
+        else ""
+    )
     return f"{sum(counts.values()):,}: {', '.join(parts)}{shown}"

@@ -105,12 +105,26 @@ REASONS = {
 }
 
 # which image a row is about, good or bad
-_IMAGE = list(pa.schema([("key", pa.string()), ("shard", pa.string()), ("index", pa.int32()), ("uri", pa.string())]))
+_IMAGE = list(
+    pa.schema(
+        [("key", pa.string()), ("shard", pa.string()), ("index", pa.int32()), ("uri", pa.string())]
+    )
+)
 ERROR_SCHEMA = pa.schema(
-    [*_IMAGE, ("reason", pa.string()), ("message", pa.string()), ("content_hash", pa.binary(16)), ("size_bytes", pa.int64())]
+    [
+        *_IMAGE,
+        ("reason", pa.string()),
+        ("message", pa.string()),
+        ("content_hash", pa.binary(16)),
+        ("size_bytes", pa.int64()),
+    ]
 )
 
-_SIZE = [("width", pa.int32()), ("height", pa.int32()), ("format", pa.dictionary(pa.int8(), pa.string()))]
+_SIZE = [
+    ("width", pa.int32()),
+    ("height", pa.int32()),
+    ("format", pa.dictionary(pa.int8(), pa.string())),
+]
 IMAGE_FIELDS = [*_IMAGE, *pa.schema([*_SIZE, ("content_hash", pa.binary(16))])]
 _BEST = [("label", pa.string()), ("label_id", pa.int32()), ("score", pa.float32())]
 _TOP = [("top_labels", pa.string()), ("top_ids", pa.int32()), ("top_scores", pa.float32())]
@@ -132,12 +146,14 @@ class VectorColumn:
     dtype: str
 
 
-def row_schema(labels: bool, vectors: list[VectorColumn], kept: pa.Schema) -> pa.Schema:
+def row_schema(labels: bool, vectors: list[VectorColumn], passthrough: pa.Schema) -> pa.Schema:
     """The one Arrow schema of every data file of a dataset; scalars stand before vectors."""
-    fields = IMAGE_FIELDS + list(kept) + (LABEL_FIELDS if labels else [])
+    fields = IMAGE_FIELDS + list(passthrough) + (LABEL_FIELDS if labels else [])
     for v in vectors:
         value = pa.float16() if v.dtype == "float16" else pa.float32()
-        fields.append(pa.field(v.column, pa.list_(pa.field("element", value, nullable=False), v.dimension)))
+        fields.append(
+            pa.field(v.column, pa.list_(pa.field("element", value, nullable=False), v.dimension))
+        )
     return pa.schema(fields)
 
 
@@ -254,7 +270,9 @@ class Shard:
     stop: int = 0
     rows: int | None = None
     members: tuple[Member, ...] = ()
-    modified: float | None = field(default=None, compare=False)  # the object, or the newest member; seconds since 1970
+    modified: float | None = field(
+        default=None, compare=False
+    )  # the object, or the newest member; seconds since 1970
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,7 +338,9 @@ def without_list_views(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """
     if not holds_list_views(column.type):
         return column
-    return pa.chunked_array([_lists_of(chunk) for chunk in column.chunks or [pa.nulls(0, column.type)]])
+    return pa.chunked_array(
+        [_lists_of(chunk) for chunk in column.chunks or [pa.nulls(0, column.type)]]
+    )
 
 
 def _lists_of(array: pa.Array) -> pa.Array:
@@ -332,21 +352,29 @@ def _lists_of(array: pa.Array) -> pa.Array:
     is_null = array.is_null()
     if pa.types.is_struct(kind):
         children = [_lists_of(child) for child in array.flatten()]
-        return pa.StructArray.from_arrays(children, names=[field.name for field in kind], mask=is_null)
+        return pa.StructArray.from_arrays(
+            children, names=[field.name for field in kind], mask=is_null
+        )
     if pa.types.is_fixed_size_list(kind):
         size = kind.list_size  # `values` is of the whole array, whatever slice of it this is
         values = _lists_of(array.values.slice(array.offset * size, len(array) * size))
         return pa.FixedSizeListArray.from_arrays(values, size, mask=is_null)
     if pa.types.is_map(kind):
         offsets = pc.add(array.offsets, 0)  # a copy: a mask needs offsets that are no slice
-        return pa.MapArray.from_arrays(offsets, _lists_of(array.keys), _lists_of(array.items), mask=is_null)
+        return pa.MapArray.from_arrays(
+            offsets, _lists_of(array.keys), _lists_of(array.items), mask=is_null
+        )
     is_large = pa.types.is_large_list(kind) or pa.types.is_large_list_view(kind)
     sizes = pc.if_else(is_null, 0, pc.list_value_length(array).cast(pa.int64()))
     ends = pc.cumulative_sum(sizes) if len(sizes) else sizes
-    offsets = pa.concat_arrays([pa.array([0], pa.int64()), ends]).cast(pa.int64() if is_large else pa.int32())
+    offsets = pa.concat_arrays([pa.array([0], pa.int64()), ends]).cast(
+        pa.int64() if is_large else pa.int32()
+    )
     starts = array.offsets.slice(0, len(array)).cast(pa.int64())
     values = _lists_of(_spans(array.values, starts.to_numpy(), sizes.to_numpy()))
-    return (pa.LargeListArray if is_large else pa.ListArray).from_arrays(offsets, values, mask=is_null)
+    return (pa.LargeListArray if is_large else pa.ListArray).from_arrays(
+        offsets, values, mask=is_null
+    )
 
 
 def _spans(values: pa.Array, starts: np.ndarray, sizes: np.ndarray) -> pa.Array:
@@ -390,7 +418,7 @@ class Encoded:
     data: bytes | None
     reason: str | None = None
     message: str = ""
-    kept: PassthroughRow | None = None
+    passthrough: PassthroughRow | None = None
     further_images: int = 0  # of the same row, which are not read
     spellings: tuple[str, ...] = ()  # other URLs that its path may mean, where none is at `uri`
 

@@ -13,7 +13,9 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 folder, out, model, batch = sys.argv[1:]
 texts, numbers = DataType.list(DataType.string()), DataType.list(DataType.float32())
-ANSWER = DataType.struct({"label": DataType.string(), "top_labels": texts, "top_scores": numbers, "embedding": numbers})
+ANSWER = DataType.struct(
+    {"label": DataType.string(), "top_labels": texts, "top_scores": numbers, "embedding": numbers}
+)
 
 
 @daft.cls(max_concurrency=1)
@@ -29,11 +31,22 @@ class Classifier:
             tokens = self.model.vit(**inputs).last_hidden_state
             top = self.model.classifier(tokens[:, 0]).softmax(-1).topk(5)
         rows = []
-        for scores, ids, vector in zip(top.values.tolist(), top.indices.tolist(), tokens[:, 0].numpy()):
+        for scores, ids, vector in zip(
+            top.values.tolist(), top.indices.tolist(), tokens[:, 0].numpy()
+        ):
             names = [self.model.config.id2label[n] for n in ids]
-            rows.append({"label": names[0], "top_labels": names, "top_scores": scores, "embedding": vector.tolist()})
+            rows.append(
+                {
+                    "label": names[0],
+                    "top_labels": names,
+                    "top_scores": scores,
+                    "embedding": vector.tolist(),
+                }
+            )
         return rows
 
 
-images = daft.from_glob_path(f"{folder}/*.jpg").with_column("image", decode_image(download(col("path")), mode="RGB"))
+images = daft.from_glob_path(f"{folder}/*.jpg").with_column(
+    "image", decode_image(download(col("path")), mode="RGB")
+)
 images.select("path", Classifier(model).classify(col("image"))).write_parquet(out)

@@ -23,7 +23,10 @@ folder, out, source, batch, *compiled = sys.argv[1:]
 BATCH, CORES, AHEAD, ROWS = int(batch), len(os.sched_getaffinity(0)), 4, 1000
 torch.set_num_threads(CORES)
 processor = AutoImageProcessor.from_pretrained(source)
-SIZE, RESAMPLE = (processor.size["width"], processor.size["height"]), Image.Resampling(processor.resample)
+SIZE, RESAMPLE = (
+    (processor.size["width"], processor.size["height"]),
+    Image.Resampling(processor.resample),
+)
 
 
 class Labeller(torch.nn.Module):
@@ -31,7 +34,9 @@ class Labeller(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.model = AutoModelForImageClassification.from_pretrained(source, dtype=torch.bfloat16).eval()
+        self.model = AutoModelForImageClassification.from_pretrained(
+            source, dtype=torch.bfloat16
+        ).eval()
         mean, std = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
         self.register_buffer("factor", processor.rescale_factor / std)
         self.register_buffer("shift", -mean / std)
@@ -60,7 +65,9 @@ def batches():
 
 
 def decode(jpegs: list[bytes]) -> np.ndarray:
-    pixels = np.zeros((BATCH, SIZE[1], SIZE[0], 3), np.uint8)  # always a whole batch: one shape to compile
+    pixels = np.zeros(
+        (BATCH, SIZE[1], SIZE[0], 3), np.uint8
+    )  # always a whole batch: one shape to compile
     for n, jpeg in enumerate(jpegs):
         image = Image.fromarray(simplejpeg.decode_jpeg(jpeg, fastdct=False, fastupsample=False))
         pixels[n] = image.resize(SIZE, RESAMPLE)
@@ -82,7 +89,12 @@ def decoded(pool: ThreadPoolExecutor):
 def write(part: int, names: list[str], parts: list[list[torch.Tensor]]) -> None:
     scores, ids, vectors = (torch.cat(column).numpy() for column in zip(*parts))
     labels = [[labeller.model.config.id2label[n] for n in row] for row in ids.tolist()]
-    columns = {"path": names, "label": [row[0] for row in labels], "top_labels": labels, "top_scores": list(scores)}
+    columns = {
+        "path": names,
+        "label": [row[0] for row in labels],
+        "top_labels": labels,
+        "top_scores": list(scores),
+    }
     columns["embedding"] = pa.FixedSizeListArray.from_arrays(vectors.ravel(), vectors.shape[1])
     pq.write_table(pa.table(columns), f"{out}/{part:05d}.parquet", compression="zstd")
 

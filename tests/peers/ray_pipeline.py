@@ -18,7 +18,9 @@ class Classifier:
         self.classify = pipeline("image-classification", model=model)
 
     def __call__(self, batch):
-        answers = self.classify([Image.fromarray(pixels) for pixels in batch.pop("image")], top_k=5, batch_size=BATCH)
+        answers = self.classify(
+            [Image.fromarray(pixels) for pixels in batch.pop("image")], top_k=5, batch_size=BATCH
+        )
         batch["label"] = [top[0]["label"] for top in answers]
         batch["top_labels"] = [[one["label"] for one in top] for top in answers]
         batch["top_scores"] = [[one["score"] for one in top] for top in answers]
@@ -26,5 +28,7 @@ class Classifier:
 
 
 images = ray.data.read_images(folder, mode="RGB", include_paths=True)
-labels = images.map_batches(Classifier, compute=ray.data.ActorPoolStrategy(size=1), batch_size=BATCH)
+labels = images.map_batches(
+    Classifier, compute=ray.data.ActorPoolStrategy(size=1), batch_size=BATCH
+)
 labels.write_parquet(out)

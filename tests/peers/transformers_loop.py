@@ -15,7 +15,9 @@ from transformers import pipeline
 folder, out, model, *batch = sys.argv[1:]
 paths = sorted(Path(folder).glob("*.jpg"))
 if batch:
-    classify = pipeline("image-classification", model=model, dtype=torch.bfloat16, batch_size=int(batch[0]))
+    classify = pipeline(
+        "image-classification", model=model, dtype=torch.bfloat16, batch_size=int(batch[0])
+    )
 else:
     classify = pipeline("image-classification", model=model)
 answers = list(classify((Image.open(path) for path in paths), top_k=5))

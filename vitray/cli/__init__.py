@@ -23,7 +23,17 @@ from vitray.version import __version__
 LogFormat = Literal["text", "json"]
 # parameters that are paths, in any command: shells do not expand the `~` of --out=~/x
 JOB_PATHS = ("calibrate", "directory", "head", "into", "model", "new", "old", "out", "what")
-FILE_PATHS = ("image", "index", "page", "planned", "prices", "config", "target", "to", "working_dir")
+FILE_PATHS = (
+    "image",
+    "index",
+    "page",
+    "planned",
+    "prices",
+    "config",
+    "target",
+    "to",
+    "working_dir",
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -44,15 +54,28 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="show tracebacks and debug logs")] = False,
-    log_format: Annotated[LogFormat, typer.Option("--log-format", help="of warnings, and of --debug")] = "text",
-    version: Annotated[bool, typer.Option("--version", callback=_version, help="print the version", is_eager=True)] = False,
+    log_format: Annotated[
+        LogFormat, typer.Option("--log-format", help="of warnings, and of --debug")
+    ] = "text",
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, help="print the version", is_eager=True)
+    ] = False,
 ) -> None:
     terminal = Terminal()
     text = logging.Formatter("%(levelname)s %(name)s: %(message)s")
     terminal.setFormatter(text if log_format == "text" else JsonFormatter())
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, handlers=[terminal])
     if not debug:
-        for noisy in ("ray", "botocore", "aiobotocore", "s3fs", "fsspec", "urllib3", "httpx", "transformers"):
+        for noisy in (
+            "ray",
+            "botocore",
+            "aiobotocore",
+            "s3fs",
+            "fsspec",
+            "urllib3",
+            "httpx",
+            "transformers",
+        ):
             logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
@@ -158,7 +181,9 @@ def main() -> None:
         os._exit(1)
     except Exception as error:
         if _is_usage_error(error):
-            if text := one_line(_usage(error)):  # empty: no command was given, and the help stands there
+            if text := one_line(
+                _usage(error)
+            ):  # empty: no command was given, and the help stands there
                 print(f"vitray: {text} (vitray --help)", file=sys.stderr)
             sys.exit(2)
         _fail(error, f"unexpected {type(error).__name__}", 1, debug)
@@ -169,7 +194,9 @@ def _usage(error: Any) -> str:
     from vitray.job import Job
 
     field = getattr(error, "option_name", "").lstrip("-").replace("-", "_")
-    if field in Job.model_fields.keys() - {"source", "model", "out"} and "sets" in {p.name for p in error.ctx.command.params}:
+    if field in Job.model_fields.keys() - {"source", "model", "out"} and "sets" in {
+        p.name for p in error.ctx.command.params
+    }:
         return f"`{field}` is a field of the job: write --set {field}=…"
     return str(error.format_message())
 

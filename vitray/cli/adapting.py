@@ -10,7 +10,9 @@ from vitray.cli.console import Address, Json, Open, Sets, end_at_once_when_inter
 
 
 def finetune(
-    config: Annotated[str, typer.Argument(metavar="JOB.yaml", help="what to train: images, labels, model, out")],
+    config: Annotated[
+        str, typer.Argument(metavar="JOB.yaml", help="what to train: images, labels, model, out")
+    ],
     sets: Sets = None,
     address: Address = None,
     allow_open_cluster: Open = False,
@@ -22,8 +24,16 @@ def finetune(
     from vitray.training.finetuning import finetune as train
 
     def tell(record: dict[str, float]) -> None:
-        at = f"epoch {record['epoch']:g}" if "epoch" in record else f"step {record['step']:g} of {record['steps']:g}"
-        figures = (f"{name.replace('_', ' ')} {record[name]:.4g}" for name in record if name not in ("epoch", "step", "steps"))
+        at = (
+            f"epoch {record['epoch']:g}"
+            if "epoch" in record
+            else f"step {record['step']:g} of {record['steps']:g}"
+        )
+        figures = (
+            f"{name.replace('_', ' ')} {record[name]:.4g}"
+            for name in record
+            if name not in ("epoch", "step", "steps")
+        )
         say(f"{at}: {', '.join(figures)}", err=True)
 
     end_at_once_when_interrupted("checkpoints stay. Run the same command again to go on.")

@@ -31,23 +31,47 @@ RUN_STAYS = "what is staged stays. Run the same command again to go on."
 _live: list[Any] = []  # the view on the terminal, while there is one
 
 Target = Annotated[
-    str, typer.Argument(metavar="JOB.yaml|SOURCE", help="a job file (.yaml, .yml, .json), or images: path, glob, prefix, s3://…")
+    str,
+    typer.Argument(
+        metavar="JOB.yaml|SOURCE",
+        help="a job file (.yaml, .yml, .json), or images: path, glob, prefix, s3://…",
+    ),
 ]
-Model = Annotated[str | None, typer.Option("--model", help="Hugging Face id, local directory or s3:// directory")]
-Out = Annotated[str | None, typer.Option("--out", help="output directory, local (~ is your home) or s3://")]
-Sets = Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="override a field of the job (repeatable)")]
+Model = Annotated[
+    str | None, typer.Option("--model", help="Hugging Face id, local directory or s3:// directory")
+]
+Out = Annotated[
+    str | None, typer.Option("--out", help="output directory, local (~ is your home) or s3://")
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="override a field of the job (repeatable)"),
+]
 OutArgument = Annotated[str, typer.Argument(metavar="OUT", help="a dataset directory")]
 Address = Annotated[
     str | None,
-    typer.Option("--address", help="a Ray cluster, or local for one of our own (default: RAY_ADDRESS, else none on a CPU)"),
+    typer.Option(
+        "--address",
+        help="a Ray cluster, or local for one of our own (default: RAY_ADDRESS, else none on a CPU)",
+    ),
 ]
-JobAddress = Annotated[str, typer.Option("--address", metavar="URL", help="the cluster's job API, like http://head:8265")]
-Open = Annotated[bool, typer.Option("--allow-open-cluster", help="join a Ray cluster that asks for no token")]
+JobAddress = Annotated[
+    str,
+    typer.Option("--address", metavar="URL", help="the cluster's job API, like http://head:8265"),
+]
+Open = Annotated[
+    bool, typer.Option("--allow-open-cluster", help="join a Ray cluster that asks for no token")
+]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 
 
 def run_shown(
-    job: Job, address: str | None, allow_open_cluster: bool, as_json: bool, prune: bool = False, planned: str | None = None
+    job: Job,
+    address: str | None,
+    allow_open_cluster: bool,
+    as_json: bool,
+    prune: bool = False,
+    planned: str | None = None,
 ) -> NoReturn:
     from vitray.operations.watching import summary
     from vitray.pipeline import run as run_job
@@ -78,15 +102,24 @@ def watched() -> Iterator[Callable[[Progress], None]]:
     from vitray.operations.watching import json_line, view
 
     if sys.stderr.isatty():
-        live = Live(console=Console(stderr=True), auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
+        live = Live(
+            console=Console(stderr=True),
+            auto_refresh=False,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
         with live:
             _live.append(live)
             try:
-                yield _at_most_every(0.5, lambda progress: live.update(view(progress), refresh=True))
+                yield _at_most_every(
+                    0.5, lambda progress: live.update(view(progress), refresh=True)
+                )
             finally:
                 _live.clear()
         return
-    yield _at_most_every(EVERY_S, lambda progress: print(json_line(progress), file=sys.stderr, flush=True))
+    yield _at_most_every(
+        EVERY_S, lambda progress: print(json_line(progress), file=sys.stderr, flush=True)
+    )
 
 
 def _at_most_every(seconds: float, tell: Callable[[Progress], None]) -> Callable[[Progress], None]:
@@ -107,8 +140,14 @@ def _at_most_every(seconds: float, tell: Callable[[Progress], None]) -> Callable
 def job_of(target: str, model: str | None, out: str | None, sets: list[str] | None) -> Job:
     from vitray.job import load_job, make_job, parse_set
 
-    overrides = parse_set(sets or []) | {name: value for name, value in (("model", model), ("out", out)) if value is not None}
-    return load_job(target, overrides) if is_file(target) else make_job({"source": target, **overrides})
+    overrides = parse_set(sets or []) | {
+        name: value for name, value in (("model", model), ("out", out)) if value is not None
+    }
+    return (
+        load_job(target, overrides)
+        if is_file(target)
+        else make_job({"source": target, **overrides})
+    )
 
 
 def is_file(target: str) -> bool:
@@ -135,8 +174,15 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        said = {"at": at, "level": record.levelname, "logger": record.name, "message": record.getMessage()}
-        return json.dumps(said | ({"traceback": self.formatException(record.exc_info)} if record.exc_info else {}))
+        said = {
+            "at": at,
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        return json.dumps(
+            said | ({"traceback": self.formatException(record.exc_info)} if record.exc_info else {})
+        )
 
 
 class Terminal(logging.Handler):
@@ -152,7 +198,9 @@ class Terminal(logging.Handler):
 
 _stop, _is_running = threading.Event(), threading.Event()
 _farewell = ["run the same command again."]
-_signals: list[int] = []  # that came; an Event's lock is not for handlers that may interrupt each other
+_signals: list[
+    int
+] = []  # that came; an Event's lock is not for handlers that may interrupt each other
 
 
 def end_at_once_when_interrupted(text: str) -> None:
@@ -173,7 +221,9 @@ def on_signal(number: int, _frame: object) -> None:
     _signals.append(number)
     if number != signal.SIGTERM or not _is_running.is_set() or len(_signals) > 1:
         _end(number)
-    signal.alarm(0)  # Ray's own handler in C++, which came before this one, has set an alarm that aborts the process after 3 s
+    signal.alarm(
+        0
+    )  # Ray's own handler in C++, which came before this one, has set an alarm that aborts the process after 3 s
     _stop.set()
 
 

@@ -39,13 +39,19 @@ def run(
     address: Address = None,
     prune: Annotated[bool, typer.Option(help="delete rows whose input is gone")] = False,
     planned: Annotated[
-        str | None, typer.Option(metavar="PLAN.json", help="what plan --probe --json said, for the run record to hold against")
+        str | None,
+        typer.Option(
+            metavar="PLAN.json",
+            help="what plan --probe --json said, for the run record to hold against",
+        ),
     ] = None,
     allow_open_cluster: Open = False,
     as_json: Json = False,
 ) -> None:
     """Label and embed what is missing; safe to repeat."""
-    run_shown(job_of(target, model, out, sets), address, allow_open_cluster, as_json, prune, planned)
+    run_shown(
+        job_of(target, model, out, sets), address, allow_open_cluster, as_json, prune, planned
+    )
 
 
 def plan(
@@ -54,14 +60,27 @@ def plan(
     out: Out = None,
     sets: Sets = None,
     probe: Annotated[
-        int, typer.Option(help="time so many images of the source, here or at --address, and say what the rest takes", min=0)
+        int,
+        typer.Option(
+            help="time so many images of the source, here or at --address, and say what the rest takes",
+            min=0,
+        ),
     ] = 0,
     machines: Annotated[
-        int | None, typer.Option(help="with --probe: how many such machines (default: those that were measured)", min=1)
+        int | None,
+        typer.Option(
+            help="with --probe: how many such machines (default: those that were measured)", min=1
+        ),
     ] = None,
-    prices: Annotated[str | None, typer.Option(metavar="PRICES.yaml", help=f"with --probe: {', '.join(PRICES)}")] = None,
+    prices: Annotated[
+        str | None, typer.Option(metavar="PRICES.yaml", help=f"with --probe: {', '.join(PRICES)}")
+    ] = None,
     address: Annotated[
-        str | None, typer.Option("--address", help="with --probe: the Ray cluster to measure (default: RAY_ADDRESS, else none)")
+        str | None,
+        typer.Option(
+            "--address",
+            help="with --probe: the Ray cluster to measure (default: RAY_ADDRESS, else none)",
+        ),
     ] = None,
     allow_open_cluster: Open = False,
     as_json: Json = False,
@@ -96,21 +115,29 @@ def bench(
     target: Target,
     model: Model = None,
     sets: Sets = None,
-    images: Annotated[int, typer.Option(help="how many images of the source to measure with", min=32)] = 256,
-    seconds: Annotated[float, typer.Option(help="how long each step is timed alone", min=0.1)] = 6.0,
+    images: Annotated[
+        int, typer.Option(help="how many images of the source to measure with", min=32)
+    ] = 256,
+    seconds: Annotated[
+        float, typer.Option(help="how long each step is timed alone", min=0.1)
+    ] = 6.0,
     as_json: Json = False,
 ) -> None:
     """Time each step alone and the whole line on the first images of the source; writes nothing to `out`."""
     from vitray.operations.bench import bench as bench_job
 
-    found = bench_job(job_of(target, model, None if is_file(target) else "not-written", sets), images, seconds)
+    found = bench_job(
+        job_of(target, model, None if is_file(target) else "not-written", sets), images, seconds
+    )
     show(found, as_json, str(found))
 
 
 def validate(
     out: OutArgument,
     inputs: Annotated[bool, typer.Option(help="list the source again and compare")] = True,
-    content: Annotated[bool, typer.Option(help="read every image's bytes again and compare hashes")] = False,
+    content: Annotated[
+        bool, typer.Option(help="read every image's bytes again and compare hashes")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Check every data file against manifest, footer and inputs; exit code 1 when something is wrong."""
@@ -133,7 +160,9 @@ def clean(out: OutArgument) -> None:
 
 
 def demo(
-    directory: Annotated[str, typer.Argument(help="where to put model, shards and output")] = "demo",
+    directory: Annotated[
+        str, typer.Argument(help="where to put model, shards and output")
+    ] = "demo",
     address: Annotated[str | None, typer.Option(help="a Ray cluster, or local")] = None,
 ) -> None:
     """Draw shapes, train a tiny ViT on them, label and embed them, check the result."""

@@ -75,7 +75,9 @@ class Comparison:
                 f"embeddings         CKA {self.cka:.4f}, {self.neighbours:.1%} of {NEIGHBOURS} neighbours shared, {self.sample:,} rows"
             )
         for move in self.moves:
-            old, new, *keys = (shortened(text, WIDTH) for text in (move.old, move.new, *move.examples[:TOLD]))
+            old, new, *keys = (
+                shortened(text, WIDTH) for text in (move.old, move.new, *move.examples[:TOLD])
+            )
             lines.append(f"  {move.images:>8,}  {old} -> {new}  ({', '.join(keys)})")
         return "\n".join(lines)
 
@@ -83,7 +85,9 @@ class Comparison:
 def compare(old: str, new: str) -> Comparison:
     """Row against row. Raises JobError when one of the two is no dataset, or when they have no shard in common."""
     datasets = [require_dataset(out) for out in (old, new)]
-    first, second = ({shard_of(url): url for url in data_files(dataset.out)} for dataset in datasets)
+    first, second = (
+        {shard_of(url): url for url in data_files(dataset.out)} for dataset in datasets
+    )
     both = sorted(first.keys() & second.keys())
     if not both:
         raise JobError(
@@ -92,14 +96,21 @@ def compare(old: str, new: str) -> Comparison:
         )
     rows = agreed = 0
     alone, shift = [0, 0], 0.0
-    moves, examples = Counter[tuple[str, str]](), dict[tuple[str, str], list[tuple[str, tuple[str, int]]]]()
+    moves, examples = (
+        Counter[tuple[str, str]](),
+        dict[tuple[str, str], list[tuple[str, tuple[str, int]]]](),
+    )
     vectors: list[tuple[np.ndarray, np.ndarray]] = []
     labelled = all(dataset.job.labelled for dataset in datasets)
     embedded = [next((vector.column for vector in dataset.vectors), None) for dataset in datasets]
     share = max(1, SAMPLE // len(both))
     for shard in both:
-        a, b = (_table(urls[shard], labelled, vector) for urls, vector in zip((first, second), embedded))
-        _, at_a, at_b = np.intersect1d(a["index"], b["index"], assume_unique=True, return_indices=True)
+        a, b = (
+            _table(urls[shard], labelled, vector) for urls, vector in zip((first, second), embedded)
+        )
+        _, at_a, at_b = np.intersect1d(
+            a["index"], b["index"], assume_unique=True, return_indices=True
+        )
         rows += len(at_a)
         alone[0] += len(a) - len(at_a)
         alone[1] += len(b) - len(at_b)
@@ -112,11 +123,16 @@ def compare(old: str, new: str) -> Comparison:
                 pair = (a["label"][int(n)].as_py(), b["label"][int(n)].as_py())
                 moves[pair] += 1
                 if moves[pair] <= EXAMPLES:
-                    examples.setdefault(pair, []).append((a["key"][int(n)].as_py(), (shard, a["index"][int(n)].as_py())))
+                    examples.setdefault(pair, []).append(
+                        (a["key"][int(n)].as_py(), (shard, a["index"][int(n)].as_py()))
+                    )
         if None not in embedded and len(at_a) and len(vectors) * share < SAMPLE:
             some = np.linspace(0, len(at_a) - 1, min(share, len(at_a))).astype(int)
             vectors.append((matrix_of(a["vector"].take(some)), matrix_of(b["vector"].take(some))))
-    x, y = (np.concatenate([p[n] for p in vectors]).astype(float) if vectors else np.empty((0, 1)) for n in (0, 1))
+    x, y = (
+        np.concatenate([p[n] for p in vectors]).astype(float) if vectors else np.empty((0, 1))
+        for n in (0, 1)
+    )
     enough = len(x) > NEIGHBOURS
     return Comparison(
         old=absolute(old),
@@ -127,7 +143,9 @@ def compare(old: str, new: str) -> Comparison:
         only_old_shards=len(first.keys() - second.keys()),
         only_new_shards=len(second.keys() - first.keys()),
         agreement=agreed / rows if labelled and rows else None,
-        moves=tuple(Move(*pair, count, *zip(*examples[pair])) for pair, count in moves.most_common(MOVES)),
+        moves=tuple(
+            Move(*pair, count, *zip(*examples[pair])) for pair, count in moves.most_common(MOVES)
+        ),
         score_shift=shift / agreed if labelled and agreed else None,
         sample=len(x),
         cka=linear_cka(x, y) if enough else None,
@@ -138,7 +156,10 @@ def compare(old: str, new: str) -> Comparison:
 def linear_cka(x: np.ndarray, y: np.ndarray) -> float:
     """Of [n, p] and [n, q] for the same n rows: 1 when one is the other turned or scaled, near 0 when they have nothing in common."""
     x, y = x - x.mean(0), y - y.mean(0)
-    cross, within = np.square(x.T @ y).sum(), np.sqrt(np.square(x.T @ x).sum() * np.square(y.T @ y).sum())
+    cross, within = (
+        np.square(x.T @ y).sum(),
+        np.sqrt(np.square(x.T @ x).sum() * np.square(y.T @ y).sum()),
+    )
     return float(cross / within) if within else 0.0
 
 
@@ -156,7 +177,14 @@ def _nearest(x: np.ndarray, k: int) -> np.ndarray:
 
 
 def _table(url: str, labelled: bool, vector: str | None) -> pa.Table:
-    names = ["index", "key", *(["label", "score"] if labelled else []), *([vector] if vector else [])]
+    names = [
+        "index",
+        "key",
+        *(["label", "score"] if labelled else []),
+        *([vector] if vector else []),
+    ]
     with store_for(url).open(url) as stream:
         table = read_table(stream, names)
-    return table.rename_columns(["vector" if name == vector else name for name in table.column_names])
+    return table.rename_columns(
+        ["vector" if name == vector else name for name in table.column_names]
+    )

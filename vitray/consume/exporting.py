@@ -70,7 +70,8 @@ class Export:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.into}: {self.rows:,} rows as {self.to}" + ("" if self.complete else ", of a dataset that is NOT complete")
+            f"{self.into}: {self.rows:,} rows as {self.to}"
+            + ("" if self.complete else ", of a dataset that is NOT complete")
         ]
         if self.missing:
             lines.append(
@@ -92,7 +93,9 @@ def export(out: str, into: str, wanted: Wanted) -> Export:
     Raises JobError when the dataset is not complete (unless partial), when `into` is there, and for a library that is not installed.
     """
     if wanted.to not in WRITERS:
-        raise JobError(f"--to {wanted.to}: choose one of {', '.join(WRITERS)}, or a format of models (vitray export --help).")
+        raise JobError(
+            f"--to {wanted.to}: choose one of {', '.join(WRITERS)}, or a format of models (vitray export --help)."
+        )
     dataset = require_dataset(out) if wanted.partial else require_complete(out)
     target = absolute(into)
     require_outside(dataset, "--into", target)
@@ -100,17 +103,30 @@ def export(out: str, into: str, wanted: Wanted) -> Export:
     try:
         with new_folder(into, "--into") as folder:
             done = WRITERS[wanted.to](dataset, folder, wanted)
-            metadata = {"source": dataset.out, "fingerprint": dataset.fingerprint, "to": wanted.to, "complete": complete}
-            (folder / "_EXPORT.json").write_text(json.dumps({**metadata, "rows": done.rows, "missing": done.missing}, indent=1))
+            metadata = {
+                "source": dataset.out,
+                "fingerprint": dataset.fingerprint,
+                "to": wanted.to,
+                "complete": complete,
+            }
+            (folder / "_EXPORT.json").write_text(
+                json.dumps({**metadata, "rows": done.rows, "missing": done.missing}, indent=1)
+            )
     except ImportError as error:
-        raise JobError(f"--to {wanted.to} needs {error.name}: pip install 'vitray[{EXTRAS[wanted.to]}]'.") from error
+        raise JobError(
+            f"--to {wanted.to} needs {error.name}: pip install 'vitray[{EXTRAS[wanted.to]}]'."
+        ) from error
     return Export(target, wanted.to, done.rows, done.missing, complete, done.examples)
 
 
 def _npy(dataset: Dataset, folder: Path, wanted: Wanted) -> Written:
     """vectors.npy [N, D] in the column's own type, and keys.parquet with what else is known of each row, in the same order."""
     vector, rows = choose_vector(dataset, wanted.column), sum(row_counts(dataset).values())
-    header = {"descr": np.dtype(vector.dtype).str, "fortran_order": False, "shape": (rows, vector.dimension)}
+    header = {
+        "descr": np.dtype(vector.dtype).str,
+        "fortran_order": False,
+        "shape": (rows, vector.dimension),
+    }
     seen = 0
     with open(folder / "vectors.npy", "wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
@@ -118,7 +134,9 @@ def _npy(dataset: Dataset, folder: Path, wanted: Wanted) -> Written:
             file.write(values.tobytes())
             seen += len(values)
     if seen != rows:
-        raise StorageError(f"{dataset.out} changed while it was read: {rows:,} rows became {seen:,}. Run the same command again.")
+        raise StorageError(
+            f"{dataset.out} changed while it was read: {rows:,} rows became {seen:,}. Run the same command again."
+        )
     return Written(rows)
 
 
@@ -143,7 +161,9 @@ def _vectors_and_keys(dataset: Dataset, folder: Path, column: str) -> Iterator[n
     """Blocks of vectors [n, D], whose rows' other columns are written into keys.parquet on the way."""
     names = _scalars(dataset)
     with pq.ParquetWriter(
-        folder / "keys.parquet", pa.schema([dataset.schema.field(n) for n in names]), compression="zstd"
+        folder / "keys.parquet",
+        pa.schema([dataset.schema.field(n) for n in names]),
+        compression="zstd",
     ) as writer:
         for block in row_blocks(dataset, data_files(dataset.out), [*names, column]):
             writer.write_table(block.select(names))
@@ -161,9 +181,17 @@ def _csv(dataset: Dataset, folder: Path, wanted: Wanted) -> Written:
     vectors, rows = {v.column for v in dataset.vectors}, 0
 
     def texts(block: pa.Table) -> pa.Table:
-        return pa.table({name: (_vector_text if name in vectors else _text)(block[name].combine_chunks()) for name in names})
+        return pa.table(
+            {
+                name: (_vector_text if name in vectors else _text)(block[name].combine_chunks())
+                for name in names
+            }
+        )
 
-    with open(folder / "rows.csv", "wb") as file, csv.CSVWriter(file, texts(dataset.schema.empty_table()).schema) as writer:
+    with (
+        open(folder / "rows.csv", "wb") as file,
+        csv.CSVWriter(file, texts(dataset.schema.empty_table()).schema) as writer,
+    ):
         for block in row_blocks(dataset, data_files(dataset.out), names):
             writer.write_table(texts(block))
             rows += len(block)
@@ -174,7 +202,15 @@ def _text(column: pa.Array) -> pa.Array:
     kind = column.type
     if types.is_dictionary(kind):
         return column.cast(kind.value_type)
-    if any(is_so(kind) for is_so in (types.is_nested, types.is_binary, types.is_large_binary, types.is_fixed_size_binary)):
+    if any(
+        is_so(kind)
+        for is_so in (
+            types.is_nested,
+            types.is_binary,
+            types.is_large_binary,
+            types.is_fixed_size_binary,
+        )
+    ):
         values = column.to_pylist()
         said = [v if v is None else v.hex() if isinstance(v, bytes) else _json(v) for v in values]
         return pa.array(said, pa.string())
@@ -189,14 +225,20 @@ def _vector_text(column: pa.Array) -> pa.Array:
 
 
 def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, default=lambda other: other.hex() if isinstance(other, bytes) else str(other))
+    return json.dumps(
+        value,
+        ensure_ascii=False,
+        default=lambda other: other.hex() if isinstance(other, bytes) else str(other),
+    )
 
 
 def _lance(dataset: Dataset, folder: Path, wanted: Wanted) -> Written:
     """A LanceDB database with one table that holds every column."""
     import lancedb
 
-    fields = [f.with_type(f.type.value_type) if types.is_dictionary(f.type) else f for f in dataset.schema]
+    fields = [
+        f.with_type(f.type.value_type) if types.is_dictionary(f.type) else f for f in dataset.schema
+    ]
     blocks = row_blocks(dataset, data_files(dataset.out), dataset.schema.names)
     batches = (batch for block in blocks for batch in block.cast(pa.schema(fields)).to_batches())
     reader = pa.RecordBatchReader.from_batches(pa.schema(fields), batches)
@@ -210,26 +252,41 @@ def _webdataset(dataset: Dataset, folder: Path, wanted: Wanted) -> Written:
     written, lost, examples = 0, 0, list[str]()
     for number, url in enumerate(data_files(dataset.out)):
         shard = now.get(base_of(shard_of(url)))
-        rows = {row["index"]: row for block in row_blocks(dataset, [url], _scalars(dataset)) for row in block.to_pylist()}
+        rows = {
+            row["index"]: row
+            for block in row_blocks(dataset, [url], _scalars(dataset))
+            for row in block.to_pylist()
+        }
         with tarfile.open(folder / f"{number:06d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
             for row, data in _images(dataset, shard, rows) if shard else ():
                 name = f"{number:06d}-{row['index']:08d}"
                 suffix = row["format"] if row["format"] in IMAGE_SUFFIXES else "bin"
-                for member, body in ((f"{name}.{suffix}", data), (f"{name}.json", _json(row).encode())):
+                for member, body in (
+                    (f"{name}.{suffix}", data),
+                    (f"{name}.json", _json(row).encode()),
+                ):
                     info = tarfile.TarInfo(member)
                     info.size = len(body)
                     tar.addfile(info, io.BytesIO(body))
                 written += 1
         lost += len(rows)
-        examples += [f"{row['shard']} {row['index']}" for row in rows.values()][: TOLD - len(examples)]
+        examples += [f"{row['shard']} {row['index']}" for row in rows.values()][
+            : TOLD - len(examples)
+        ]
     return Written(written, lost, tuple(examples))
 
 
-def _images(dataset: Dataset, shard: Shard, rows: dict[int, dict[str, Any]]) -> Iterator[tuple[dict[str, Any], bytes]]:
+def _images(
+    dataset: Dataset, shard: Shard, rows: dict[int, dict[str, Any]]
+) -> Iterator[tuple[dict[str, Any], bytes]]:
     """Rows with the bytes that they were made from, taken out of `rows`; those that cannot be read again, or changed, stay there."""
     try:
         for item in read_shard(shard, dataset.job, rows.__contains__):
-            if isinstance(item, Encoded) and item.data and content_hash(item.data) == rows[item.index]["content_hash"]:
+            if (
+                isinstance(item, Encoded)
+                and item.data
+                and content_hash(item.data) == rows[item.index]["content_hash"]
+            ):
                 yield rows.pop(item.index), item.data
     except (ShardError, ObjectMissing, ObjectChanged) as error:
         log.warning("%s cannot be read again: %s", shard.id, one_line(error))
@@ -237,8 +294,16 @@ def _images(dataset: Dataset, shard: Shard, rows: dict[int, dict[str, Any]]) -> 
 
 def _scalars(dataset: Dataset) -> list[str]:
     """Every column but the vectors."""
-    return [name for name in dataset.schema.names if name not in {v.column for v in dataset.vectors}]
+    return [
+        name for name in dataset.schema.names if name not in {v.column for v in dataset.vectors}
+    ]
 
 
 Writer = Callable[[Dataset, Path, Wanted], Written]
-WRITERS: dict[str, Writer] = {"lance": _lance, "faiss": _faiss, "npy": _npy, "webdataset": _webdataset, "csv": _csv}
+WRITERS: dict[str, Writer] = {
+    "lance": _lance,
+    "faiss": _faiss,
+    "npy": _npy,
+    "webdataset": _webdataset,
+    "csv": _csv,
+}

@@ -78,7 +78,11 @@ class Found:
     neighbours: tuple[Neighbour, ...]
 
     def __str__(self) -> str:
-        how = "exact" if self.recall is None else f"by an index that finds {self.recall:.1%} of the nearest"
+        how = (
+            "exact"
+            if self.recall is None
+            else f"by an index that finds {self.recall:.1%} of the nearest"
+        )
         lines = [f"nearest to {self.query} by {self.column}, {self.rows:,} rows, {how}"]
         lines += [f"note: {note}" for note in self.notes]
         for n in self.neighbours:
@@ -87,7 +91,9 @@ class Found:
         return "\n".join(lines)
 
 
-def search(out: str, query: Query, k: int = 10, column: str | None = None, index: str | None = None) -> Found:
+def search(
+    out: str, query: Query, k: int = 10, column: str | None = None, index: str | None = None
+) -> Found:
     """The k nearest of the rows that are committed. index: a file with a FAISS index of the complete dataset, made when missing or old.
 
     Raises JobError when the query names no row or no good image, ModelError when the weights are not the dataset's.
@@ -96,11 +102,17 @@ def search(out: str, query: Query, k: int = 10, column: str | None = None, index
     vector, counts = choose_vector(dataset, column), row_counts(dataset)
     values, said, notes = _query(dataset, vector, query, counts)
     if not values.any():
-        raise JobError(f"the vector of {said} is zero, so that no row is nearer to it than another. Choose another query.")
+        raise JobError(
+            f"the vector of {said} is zero, so that no row is nearer to it than another. Choose another query."
+        )
     unit, recall = values / np.linalg.norm(values), None
     if index is None:
         rows = _exact(dataset, vector, counts, unit, k)
-        notes += [] if is_complete(dataset) else [f"{dataset.out} is not complete: the rows that it has were searched"]
+        notes += (
+            []
+            if is_complete(dataset)
+            else [f"{dataset.out} is not complete: the rows that it has were searched"]
+        )
     else:
         rows, recall, more = _indexed(dataset, vector, counts, unit, k, index)
         notes += more
@@ -108,7 +120,9 @@ def search(out: str, query: Query, k: int = 10, column: str | None = None, index
     return Found(dataset.out, vector.column, said, sum(counts.values()), recall, tuple(notes), near)
 
 
-def _query(dataset: Dataset, vector: VectorColumn, query: Query, counts: Counts) -> tuple[np.ndarray, str, list[str]]:
+def _query(
+    dataset: Dataset, vector: VectorColumn, query: Query, counts: Counts
+) -> tuple[np.ndarray, str, list[str]]:
     """A vector, float32 [D], what to call it, and what to tell of it."""
     row = (query.key, query.shard, query.row)
     if query.image is not None and row == (None, None, None):
@@ -127,7 +141,9 @@ def _of_image(dataset: Dataset, vector: VectorColumn, url: str) -> np.ndarray:
     except ObjectMissing as error:
         raise JobError(f"--image {error}. Check the path.") from error
     if outcome.reason is not None:
-        raise JobError(f"--image {url} is no good image: {outcome.reason} ({outcome.message}). Choose another.")
+        raise JobError(
+            f"--image {url} is no good image: {outcome.reason} ({outcome.message}). Choose another."
+        )
     job = dataset.job
     with torch_threads_kept():
         model = open_model(dataset.spec, list(dataset.vectors), 0, False, job.device, threads=1)
@@ -135,25 +151,41 @@ def _of_image(dataset: Dataset, vector: VectorColumn, url: str) -> np.ndarray:
     return values
 
 
-def _of_row(dataset: Dataset, vector: VectorColumn, query: Query, counts: Counts) -> tuple[np.ndarray, str, list[str]]:
+def _of_row(
+    dataset: Dataset, vector: VectorColumn, query: Query, counts: Counts
+) -> tuple[np.ndarray, str, list[str]]:
     urls = [url for url in counts if query.shard is None or url == dataset.data_url(query.shard)]
     first, matches = _first(dataset, urls, query, pc.equal)
-    if first is None and query.key is not None:  # of a loose file, whose key is its path, people know the name
-        first, matches = _first(dataset, urls, query, lambda keys, key: pc.ends_with(keys, f"/{key}"))
+    if (
+        first is None and query.key is not None
+    ):  # of a loose file, whose key is its path, people know the name
+        first, matches = _first(
+            dataset, urls, query, lambda keys, key: pc.ends_with(keys, f"/{key}")
+        )
     if first is None:
         raise JobError(
             f"{dataset.out} has no good row like this. Keys of loose files are their paths, of which the end will do; bad images, "
             f"in {dataset.out}/{dataset.errors_folder}, have no vector."
         )
     said = f"{_shown(first['key'])} ({first['shard']}, {first['index']})"
-    notes = [f"{matches:,} rows have this key, and the first is the query; --shard and --row choose"] if matches > 1 else []
+    notes = (
+        [f"{matches:,} rows have this key, and the first is the query; --shard and --row choose"]
+        if matches > 1
+        else []
+    )
     for block in row_blocks(dataset, [dataset.data_url(first["shard"])], ["index", vector.column]):
         if at := np.flatnonzero(block["index"].to_numpy() == first["index"]).tolist():
-            return matrix_of(block[vector.column].slice(at[0], 1))[0].astype(np.float32), said, notes
+            return (
+                matrix_of(block[vector.column].slice(at[0], 1))[0].astype(np.float32),
+                said,
+                notes,
+            )
     raise AssertionError
 
 
-def _first(dataset: Dataset, urls: Iterable[str], query: Query, same: Callable[..., Any]) -> tuple[dict[str, Any] | None, int]:
+def _first(
+    dataset: Dataset, urls: Iterable[str], query: Query, same: Callable[..., Any]
+) -> tuple[dict[str, Any] | None, int]:
     """The first row that the query names, and how many it names. same: whether keys are the query's."""
     first, matches = None, 0
     for block in row_blocks(dataset, urls, ["key", "shard", "index"]):
@@ -164,7 +196,9 @@ def _first(dataset: Dataset, urls: Iterable[str], query: Query, same: Callable[.
     return first, matches
 
 
-def _exact(dataset: Dataset, vector: VectorColumn, counts: Counts, unit: np.ndarray, k: int) -> list[dict[str, Any]]:
+def _exact(
+    dataset: Dataset, vector: VectorColumn, counts: Counts, unit: np.ndarray, k: int
+) -> list[dict[str, Any]]:
     best: pa.Table | None = None
     for block in row_blocks(dataset, counts, [*_told(dataset), vector.column]):
         values = matrix_of(block[vector.column]).astype(np.float32)
@@ -184,27 +218,38 @@ def _indexed(
     try:
         import faiss
     except ImportError as error:
-        raise JobError("--index needs FAISS: pip install 'vitray[search]', or leave it out for an exact search.") from error
+        raise JobError(
+            "--index needs FAISS: pip install 'vitray[search]', or leave it out for an exact search."
+        ) from error
     path, rows = absolute(url), sum(counts.values())
     require_outside(dataset, "--index", path)
     if not is_local(path) or not rows:
         raise JobError(
             f"--index {path}: it must be a local file, and the dataset must have rows. Leave it out for an exact search."
         )
-    notes = [f"with fewer than {SMALL:,} rows, a search without --index is exact and about as fast"] if rows < SMALL else []
+    notes = (
+        [f"with fewer than {SMALL:,} rows, a search without --index is exact and about as fast"]
+        if rows < SMALL
+        else []
+    )
     try:
         metadata, is_new = _up_to_date(dataset, vector, path), False
         if metadata is None:
             metadata, is_new = _build(faiss, dataset, vector, path, counts), True
         cosines, near = faiss.read_index(path, faiss.IO_FLAG_MMAP).search(unit[None], min(k, rows))
     except RuntimeError as error:
-        raise JobError(f"--index {path}: {one_line(error)}. Delete it and {path}.json, or choose another file.") from error
+        raise JobError(
+            f"--index {path}: {one_line(error)}. Delete it and {path}.json, or choose another file."
+        ) from error
     if is_new:
         notes.append(
             f"built {path}: {metadata['visited']} of {metadata['lists']} lists are visited; recall measured on {metadata['measured']} rows"
         )
     hits = {int(at): float(cosine) for at, cosine in zip(near[0], cosines[0]) if at >= 0}
-    found = [{**row, "cosine": min(1.0, max(-1.0, hits[at]))} for at, row in _rows_at(dataset, counts, sorted(hits))]
+    found = [
+        {**row, "cosine": min(1.0, max(-1.0, hits[at]))}
+        for at, row in _rows_at(dataset, counts, sorted(hits))
+    ]
     return sorted(found, key=lambda row: -row["cosine"]), metadata["recall"], notes
 
 
@@ -217,30 +262,49 @@ def _up_to_date(dataset: Dataset, vector: VectorColumn, path: str) -> dict[str, 
         metadata, owner = {}, None
     mine, is_there = _identity(dataset, vector), exists(path) or exists(f"{path}.json")
     if is_there and owner != (mine["source"], mine["column"]):
-        raise JobError(f"--index {path} is there and no index of {vector.column} of {dataset.out}: choose another file.")
+        raise JobError(
+            f"--index {path} is there and no index of {vector.column} of {dataset.out}: choose another file."
+        )
     return metadata if exists(path) and metadata.items() >= mine.items() else None
 
 
 def _identity(dataset: Dataset, vector: VectorColumn) -> dict[str, Any]:
     manifest = json.loads(read(join(dataset.out, "_SUCCESS.json")))["manifest"]
-    return {"source": dataset.out, "column": vector.column, "fingerprint": dataset.fingerprint, "manifest": manifest}
+    return {
+        "source": dataset.out,
+        "column": vector.column,
+        "fingerprint": dataset.fingerprint,
+        "manifest": manifest,
+    }
 
 
-def _build(faiss: Any, dataset: Dataset, vector: VectorColumn, path: str, counts: Counts) -> dict[str, Any]:
+def _build(
+    faiss: Any, dataset: Dataset, vector: VectorColumn, path: str, counts: Counts
+) -> dict[str, Any]:
     """What was written into FILE.json, after the index. All vectors are in memory meanwhile, as float32."""
     identity, rows = _identity(dataset, vector), sum(counts.values())
     lists = max(1, min(math.isqrt(rows), rows // LEAST))
     share, rng = min(1.0, TRAIN * lists / rows), np.random.default_rng(0)
-    sample = np.concatenate([block[rng.random(len(block)) <= share] for block in _units(faiss, dataset, vector, counts)])
+    sample = np.concatenate(
+        [block[rng.random(len(block)) <= share] for block in _units(faiss, dataset, vector, counts)]
+    )
     index = faiss.index_factory(vector.dimension, f"IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT)
     index.train(sample)
     for block in _units(faiss, dataset, vector, counts):
         index.add(block)
     queries = sample[:: max(1, len(sample) // RECALL_ROWS)][:RECALL_ROWS]
     recall = _tune(index, lists, queries)
-    metadata = {**identity, "recall": recall, "measured": len(queries), "lists": lists, "visited": index.nprobe}
+    metadata = {
+        **identity,
+        "recall": recall,
+        "measured": len(queries),
+        "lists": lists,
+        "visited": index.nprobe,
+    }
     # until the last line the file is ours, and fits no dataset
-    store_for(path).replace(f"{path}.json", json.dumps({name: identity[name] for name in ("source", "column")}).encode())
+    store_for(path).replace(
+        f"{path}.json", json.dumps({name: identity[name] for name in ("source", "column")}).encode()
+    )
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
     try:
         faiss.write_index(index, temporary)
@@ -251,7 +315,9 @@ def _build(faiss: Any, dataset: Dataset, vector: VectorColumn, path: str, counts
     return metadata
 
 
-def _units(faiss: Any, dataset: Dataset, vector: VectorColumn, counts: Counts) -> Iterator[np.ndarray]:
+def _units(
+    faiss: Any, dataset: Dataset, vector: VectorColumn, counts: Counts
+) -> Iterator[np.ndarray]:
     """Blocks of unit vectors, float32; zeros stay zeros."""
     for block in row_blocks(dataset, counts, [vector.column]):
         values = matrix_of(block[vector.column]).astype(np.float32)
@@ -270,13 +336,19 @@ def _tune(index: Any, lists: int, queries: np.ndarray) -> float:
     for visited in [*(1 << bit for bit in range(lists.bit_length()) if 1 << bit < lists), lists]:
         index.nprobe = visited
         found = index.search(queries, NEIGHBOURS + 1)[1]
-        recall = sum(len(near & {*row.tolist()}) for near, row in zip(nearest, found)) / total if total else 1.0
+        recall = (
+            sum(len(near & {*row.tolist()}) for near, row in zip(nearest, found)) / total
+            if total
+            else 1.0
+        )
         if recall >= RECALL:
             break
     return recall
 
 
-def _rows_at(dataset: Dataset, counts: Counts, positions: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _rows_at(
+    dataset: Dataset, counts: Counts, positions: list[int]
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows at these places of the whole dataset, in order."""
     start = 0
     for url, rows in counts.items():
@@ -284,7 +356,10 @@ def _rows_at(dataset: Dataset, counts: Counts, positions: list[int]) -> Iterator
         inside = [position for position in positions if start <= position < start + rows]
         for block in row_blocks(dataset, [url] if inside else [], _told(dataset)):
             here = [position for position in inside if at <= position < at + len(block)]
-            yield from zip(here, block.take(pa.array([position - at for position in here], pa.int64())).to_pylist())
+            yield from zip(
+                here,
+                block.take(pa.array([position - at for position in here], pa.int64())).to_pylist(),
+            )
             at += len(block)
         start += rows
 

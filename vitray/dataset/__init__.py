@@ -5,7 +5,15 @@ staging.py    fragments of shards that are not whole yet      files.py     the o
 commit.py     fragments -> the one data file of a shard       ledger.py    what is committed: manifest, _SUCCESS, redo
 """
 
-from vitray.dataset.commit import Commit, Footer, RowsDigest, commit_rows, commit_shard, parquet_of, read_footer
+from vitray.dataset.commit import (
+    Commit,
+    Footer,
+    RowsDigest,
+    commit_rows,
+    commit_shard,
+    parquet_of,
+    read_footer,
+)
 from vitray.dataset.files import (
     NO_GROUP,
     append_group_log,
@@ -54,8 +62,23 @@ from vitray.dataset.reading import (
     row_counts,
     rows_in,
 )  # fmt: skip
-from vitray.dataset.resolve import COMPACTED, drop_unstarted, kept_in_data, resolve_dataset, with_frozen, with_source_rules
-from vitray.dataset.staging import Fragment, read_fragment, staged, staged_shards, staged_whole, write_end, write_fragment
+from vitray.dataset.resolve import (
+    COMPACTED,
+    drop_unstarted,
+    passthrough_in_data,
+    resolve_dataset,
+    with_frozen,
+    with_source_rules,
+)
+from vitray.dataset.staging import (
+    Fragment,
+    read_fragment,
+    staged,
+    staged_shards,
+    staged_whole,
+    write_end,
+    write_fragment,
+)
 
 __all__ = [
     "COMPACTED",
@@ -82,7 +105,6 @@ __all__ = [
     "forget",
     "go_on_with_groups",
     "is_complete",
-    "kept_in_data",
     "last_source",
     "load_group_log",
     "manifest_row",
@@ -90,6 +112,7 @@ __all__ = [
     "open_dataset",
     "package_versions",
     "parquet_of",
+    "passthrough_in_data",
     "read",
     "read_errors",
     "read_footer",

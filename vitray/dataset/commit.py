@@ -27,18 +27,44 @@ from vitray.dataset.files import parquet_bytes
 from vitray.dataset.identity import Dataset
 from vitray.dataset.staging import Staged, drop_staging, read_fragment, staged
 from vitray.errors import CommitError, ObjectChanged, ObjectMissing, StorageError
-from vitray.schema import ERROR_SCHEMA, End, Shard, ipc_bytes, ipc_table, rebuilt_type, without_list_views
+from vitray.schema import (
+    ERROR_SCHEMA,
+    End,
+    Shard,
+    ipc_bytes,
+    ipc_table,
+    rebuilt_type,
+    without_list_views,
+)
 from vitray.storage import is_local, store_for
 from vitray.version import __version__
 
 log = logging.getLogger(__name__)
 
-ROW_GROUP_ROWS = 16_384  # 50 MB of a 768-float vector: small enough for a laptop, large enough for a scan
+ROW_GROUP_ROWS = (
+    16_384  # 50 MB of a 768-float vector: small enough for a laptop, large enough for a scan
+)
 DIGEST_ROWS = 1024
 READS = 3  # of a file that makes no sense: the way here may have spoilt it
-_TEXTS = ("write_id", "fingerprint", "shard", "url", "source_version", "rows_sha256")  # of a Footer, the same in the file
-_SPEC_FIELDS = ("model", "revision", "weights_sha256", "dimension", "precision", "engine")  # of ModelSpec
-_IN_HEADER = re.compile(r"[!-~]{1,64}")  # object metadata are HTTP headers: visible ASCII, 2 kB in all
+_TEXTS = (
+    "write_id",
+    "fingerprint",
+    "shard",
+    "url",
+    "source_version",
+    "rows_sha256",
+)  # of a Footer, the same in the file
+_SPEC_FIELDS = (
+    "model",
+    "revision",
+    "weights_sha256",
+    "dimension",
+    "precision",
+    "engine",
+)  # of ModelSpec
+_IN_HEADER = re.compile(
+    r"[!-~]{1,64}"
+)  # object metadata are HTTP headers: visible ASCII, 2 kB in all
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +125,9 @@ def commit_shard(dataset: Dataset, shard: Shard) -> Commit | None:
     crash_point("commit-errors", shard.id)
     drop_staging(dataset, shard.id)
     crash_point("commit-cleaned", shard.id)
-    return Commit(shard.id, footer.rows, footer.errors, footer.reasons, footer.truncated_at, adopted)
+    return Commit(
+        shard.id, footer.rows, footer.errors, footer.reasons, footer.truncated_at, adopted
+    )
 
 
 def commit_rows(dataset: Dataset, origin: Footer, rows: Iterable[pa.Table]) -> Commit:
@@ -113,10 +141,14 @@ def commit_rows(dataset: Dataset, origin: Footer, rows: Iterable[pa.Table]) -> C
             yield good
 
     end = End(origin.total, origin.truncated_at, "", origin.left_out, origin.image_members)
-    made = parquet_of(dataset, counted(), lambda: _metadata(dataset, shard, end, digest, origin.error_rows))
+    made = parquet_of(
+        dataset, counted(), lambda: _metadata(dataset, shard, end, digest, origin.error_rows)
+    )
     footer, adopted = _create(dataset, shard, *made)
     repair_errors(dataset, footer)
-    return Commit(shard.id, footer.rows, footer.errors, footer.reasons, footer.truncated_at, adopted)
+    return Commit(
+        shard.id, footer.rows, footer.errors, footer.reasons, footer.truncated_at, adopted
+    )
 
 
 def read_footer(url: str) -> Footer:
@@ -125,20 +157,28 @@ def read_footer(url: str) -> Footer:
         try:
             with store_for(url).open(url) as stream:
                 metadata = pq.read_metadata(stream).metadata or {}
-            return _footer({k.decode(): v.decode() for k, v in metadata.items() if k.startswith(b"vitray.")})
+            return _footer(
+                {k.decode(): v.decode() for k, v in metadata.items() if k.startswith(b"vitray.")}
+            )
         except (ValueError, KeyError, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None:  # the disk; pyarrow's own, for damaged bytes, has none
+            if (
+                isinstance(error, OSError) and error.errno is not None
+            ):  # the disk; pyarrow's own, for damaged bytes, has none
                 raise
             if attempt == READS:
                 what = " ".join(str(error).split())
-                raise CommitError(f"{url} is not a data file of vitray ({what}). Move it away and run again.") from error
+                raise CommitError(
+                    f"{url} is not a data file of vitray ({what}). Move it away and run again."
+                ) from error
     raise AssertionError
 
 
 def repair_errors(dataset: Dataset, footer: Footer) -> None:
     """Write the shard's file of error rows from what the data file carries, when it has errors."""
     if footer.errors:
-        store_for(dataset.out).replace(dataset.errors_url(footer.shard), parquet_bytes(footer.error_rows))
+        store_for(dataset.out).replace(
+            dataset.errors_url(footer.shard), parquet_bytes(footer.error_rows)
+        )
 
 
 class RowsDigest:
@@ -181,7 +221,9 @@ def _plain_type(kind: pa.DataType) -> pa.DataType:
             return _plain_type(kind.storage_type)
         if pa.types.is_dictionary(kind):
             return _plain_type(kind.value_type)
-        return {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}.get(kind, kind)
+        return {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}.get(
+            kind, kind
+        )
 
     return rebuilt_type(kind, leaf)
 
@@ -190,7 +232,12 @@ def _canonical(table: pa.Table) -> bytes:
     # take() makes fresh arrays: no offsets, no leftover bits behind the end
     batches = table.take(pa.array(range(table.num_rows))).combine_chunks().to_batches()
     # without the schema: Parquet renames the children of lists
-    return b"\0".join([*(name.encode() for name in table.column_names), *(bytes(batch.serialize()) for batch in batches)])
+    return b"\0".join(
+        [
+            *(name.encode() for name in table.column_names),
+            *(bytes(batch.serialize()) for batch in batches),
+        ]
+    )
 
 
 def _look(dataset: Dataset, shard_id: str) -> Footer | None:
@@ -225,7 +272,11 @@ def _require_same_input(shard: Shard) -> None:
     """The input once more. Members of a group on S3 were read with If-Match, so their rows are true to the version."""
     planned = [(shard.url, shard.version)]
     if shard.kind == "files":
-        planned = [(m.url, m.version) for m in shard.members if m.size >= 0] if is_local(shard.url) else []
+        planned = (
+            [(m.url, m.version) for m in shard.members if m.size >= 0]
+            if is_local(shard.url)
+            else []
+        )
     for url, version in planned:
         try:
             same = store_for(url).stat(url).version == version
@@ -239,9 +290,15 @@ def _write(dataset: Dataset, shard: Shard, there: Staged) -> tuple[Footer, bool]
     return _create(dataset, shard, *_parquet_of(dataset, shard, there))
 
 
-def _create(dataset: Dataset, shard: Shard, data: bytes, metadata: dict[str, str]) -> tuple[Footer, bool]:
+def _create(
+    dataset: Dataset, shard: Shard, data: bytes, metadata: dict[str, str]
+) -> tuple[Footer, bool]:
     url = dataset.data_url(shard.id)
-    headers = {k.replace("vitray.", "vitray-").replace("_", "-"): v for k, v in metadata.items() if _IN_HEADER.fullmatch(v)}
+    headers = {
+        k.replace("vitray.", "vitray-").replace("_", "-"): v
+        for k, v in metadata.items()
+        if _IN_HEADER.fullmatch(v)
+    }
     headers["vitray-sha256"] = hashlib.sha256(data).hexdigest()
     mine = _footer(metadata)
     crash_point("commit-written", shard.id)
@@ -262,7 +319,12 @@ def _create(dataset: Dataset, shard: Shard, data: bytes, metadata: dict[str, str
             f"this one saw {mine.total} (cut at {mine.truncated_at}). Check the input, then `vitray redo --shard {shard.id}`."
         )
     if winner.errors != mine.errors:
-        log.warning("%s: another run committed %d errors, this one saw %d; the first stays", shard.id, winner.errors, mine.errors)
+        log.warning(
+            "%s: another run committed %d errors, this one saw %d; the first stays",
+            shard.id,
+            winner.errors,
+            mine.errors,
+        )
     return winner, True
 
 
@@ -279,7 +341,9 @@ def parquet_of(
             said = _write_parquet(dataset, Path(name), tables, metadata)
             return scratch.read(), said
     except OSError as error:
-        raise StorageError(f"scratch disk {tempfile.gettempdir()}: {error}. Free space there or set TMPDIR.") from error
+        raise StorageError(
+            f"scratch disk {tempfile.gettempdir()}: {error}. Free space there or set TMPDIR."
+        ) from error
 
 
 def _write_parquet(
@@ -291,7 +355,9 @@ def _write_parquet(
         path,
         schema,
         compression="zstd",
-        use_dictionary=[f.name for f in schema if f.name not in vectors and not pa.types.is_nested(f.type)],
+        use_dictionary=[
+            f.name for f in schema if f.name not in vectors and not pa.types.is_nested(f.type)
+        ],
         use_byte_stream_split=[f"{name}.list.element" for name in vectors],
     ) as writer:
         path.unlink()
@@ -316,7 +382,9 @@ def _parquet_of(dataset: Dataset, shard: Shard, there: Staged) -> tuple[bytes, d
         for start, stop in there.ranges():
             fragment = read_fragment(dataset, shard.id, start, stop)
             if fragment is None:
-                raise ObjectMissing(f"{shard.id}: fragment {start}-{stop} is damaged")  # the next reader makes it anew
+                raise ObjectMissing(
+                    f"{shard.id}: fragment {start}-{stop} is damaged"
+                )  # the next reader makes it anew
             good = fragment.rows.select(dataset.schema.names).cast(dataset.schema)
             errors.append(fragment.errors)
             left_out.update(fragment.left_out)
@@ -330,7 +398,9 @@ def _parquet_of(dataset: Dataset, shard: Shard, there: Staged) -> tuple[bytes, d
     return parquet_of(dataset, rows(), metadata)
 
 
-def _metadata(dataset: Dataset, shard: Shard, end: End, digest: RowsDigest, errors: pa.Table) -> dict[str, str]:
+def _metadata(
+    dataset: Dataset, shard: Shard, end: End, digest: RowsDigest, errors: pa.Table
+) -> dict[str, str]:
     metadata = {
         "write_id": uuid.uuid4().hex,
         "fingerprint": dataset.fingerprint,
@@ -341,19 +411,28 @@ def _metadata(dataset: Dataset, shard: Shard, end: End, digest: RowsDigest, erro
         "errors": errors.num_rows,
         "truncated_at": end.truncated_at,
         "rows_sha256": digest.hexdigest(),
-        "reasons": json.dumps({item["values"]: item["counts"] for item in pc.value_counts(errors["reason"]).to_pylist()}),
+        "reasons": json.dumps(
+            {
+                item["values"]: item["counts"]
+                for item in pc.value_counts(errors["reason"]).to_pylist()
+            }
+        ),
         "left_out": json.dumps(end.left_out) if end.left_out else "",
         "image_members": json.dumps(end.image_members) if end.image_members else "",
         "source_rules": dataset.job.rules,
         "key_column": dataset.job.key_column,
         # base64: footer values are text to other readers of Parquet
-        "error_rows": base64.b64encode(ipc_bytes(errors, "zstd")).decode() if errors.num_rows else "",
+        "error_rows": base64.b64encode(ipc_bytes(errors, "zstd")).decode()
+        if errors.num_rows
+        else "",
         **{name: getattr(dataset.spec, name) for name in _SPEC_FIELDS},
         "id2label_sha256": dataset.spec.labels_sha256(),
         "decode": dataset.job.decode,
         "version": __version__,
     }
-    return {f"vitray.{name}": "" if value is None else str(value) for name, value in metadata.items()}
+    return {
+        f"vitray.{name}": "" if value is None else str(value) for name, value in metadata.items()
+    }
 
 
 def _footer(metadata: dict[str, str]) -> Footer:
@@ -364,8 +443,12 @@ def _footer(metadata: dict[str, str]) -> Footer:
         errors=int(get["errors"]),
         truncated_at=int(get["truncated_at"]) if get["truncated_at"] else None,
         reasons=json.loads(get["reasons"]),
-        error_rows=ipc_table(base64.b64decode(get["error_rows"])) if get["error_rows"] else ERROR_SCHEMA.empty_table(),
-        left_out=json.loads(get.get("left_out") or "{}"),  # files written before December 2026 have neither
+        error_rows=ipc_table(base64.b64decode(get["error_rows"]))
+        if get["error_rows"]
+        else ERROR_SCHEMA.empty_table(),
+        left_out=json.loads(
+            get.get("left_out") or "{}"
+        ),  # files written before December 2026 have neither
         image_members=json.loads(get.get("image_members") or "{}"),
         source_rules=int(get.get("source_rules") or 1),
         key_column=get.get("key_column") or None,

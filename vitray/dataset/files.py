@@ -29,7 +29,9 @@ def read_table(source: Any, columns: Sequence[str] | None = None) -> pa.Table:
 
     A thread of pyarrow's pool that still holds a Python buffer when the interpreter ends aborts the process.
     """
-    return pq.ParquetFile(source, pre_buffer=False).read(columns=columns and list(columns), use_threads=False)
+    return pq.ParquetFile(source, pre_buffer=False).read(
+        columns=columns and list(columns), use_threads=False
+    )
 
 
 def read_parquet(url: str) -> pa.Table:
@@ -53,7 +55,11 @@ def parquet_bytes(table: pa.Table) -> bytes:
 def load_group_log(out: str) -> list[tuple[int, str]]:
     """(group number, url) of every grouped object, in the order of the log; NO_GROUP where it left its group."""
     parts = [read_parquet(info.url) for info in under(out, "_vitray", "shards")]
-    return [member for part in parts for member in zip(part["group"].to_pylist(), part["url"].to_pylist())]
+    return [
+        member
+        for part in parts
+        for member in zip(part["group"].to_pylist(), part["url"].to_pylist())
+    ]
 
 
 def append_group_log(out: str, members: Sequence[tuple[int, str]]) -> bool:
@@ -81,7 +87,10 @@ def go_on_with_groups(old: str, new: str) -> None:
 
 
 def write_run_record(dataset: Dataset, run_id: str, record: dict[str, object]) -> None:
-    store_for(dataset.out).create(join(dataset.out, "_vitray", "runs", f"{run_id}.json"), json.dumps(record, indent=1).encode())
+    store_for(dataset.out).create(
+        join(dataset.out, "_vitray", "runs", f"{run_id}.json"),
+        json.dumps(record, indent=1).encode(),
+    )
 
 
 def read_run_records(out: str) -> list[dict[str, Any]]:

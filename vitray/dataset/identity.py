@@ -17,12 +17,36 @@ import pyarrow as pa
 
 from vitray.errors import JobError, ObjectMissing, StorageError, one_line
 from vitray.job import Job, make_job
-from vitray.schema import LABEL_FIELDS, SCHEMA_VERSION, DecodeSpec, ModelSpec, PixelSpec, ScoreFunction, VectorColumn, row_schema
+from vitray.schema import (
+    LABEL_FIELDS,
+    SCHEMA_VERSION,
+    DecodeSpec,
+    ModelSpec,
+    PixelSpec,
+    ScoreFunction,
+    VectorColumn,
+    row_schema,
+)
 from vitray.storage import absolute, exists, join, read, store_for
 
 # of the job, as they are; of the others some do not count, or count as what was resolved from them
-DECIDING_FIELDS = ("decode", "formats", "max_pixels", "background", "image_member", "image_column", "key_column", "allow")
-MOVING = ("source", "format", "since", "sample", "limit")  # of the job: where its images are, and which of them
+DECIDING_FIELDS = (
+    "decode",
+    "formats",
+    "max_pixels",
+    "background",
+    "image_member",
+    "image_column",
+    "key_column",
+    "allow",
+)
+MOVING = (
+    "source",
+    "format",
+    "since",
+    "sample",
+    "limit",
+)  # of the job: where its images are, and which of them
 # whose versions decide numbers and behaviour
 PACKAGES = "vitray ray torch transformers openvino onnxruntime pyarrow pillow simplejpeg s3fs numpy"
 
@@ -35,19 +59,30 @@ class Dataset:
     job: Job
     spec: ModelSpec
     vectors: tuple[VectorColumn, ...]
-    kept: pa.Schema
+    passthrough: pa.Schema
     fragment_rows: int
     is_new: bool = field(default=False, compare=False)  # whether this process has made dataset.json
 
     @property
     def schema(self) -> pa.Schema:
-        return row_schema(self.job.labelled, list(self.vectors), self.kept)
+        return row_schema(self.job.labelled, list(self.vectors), self.passthrough)
 
     @property
     def decode_spec(self) -> DecodeSpec:
         hexes = self.job.background
-        colour = None if hexes is None else (int(hexes[1:3], 16), int(hexes[3:5], 16), int(hexes[5:7], 16))
-        return DecodeSpec(self.spec.pixels, tuple(self.job.formats), self.job.max_pixels, colour, self.job.decode, self.job.rules)
+        colour = (
+            None
+            if hexes is None
+            else (int(hexes[1:3], 16), int(hexes[3:5], 16), int(hexes[5:7], 16))
+        )
+        return DecodeSpec(
+            self.spec.pixels,
+            tuple(self.job.formats),
+            self.job.max_pixels,
+            colour,
+            self.job.decode,
+            self.job.rules,
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -62,12 +97,18 @@ class Dataset:
             "processor": asdict(self.spec.pixels),
             "embeddings": [asdict(v) for v in self.vectors],
             "top_k": self.job.top_k if self.job.labelled else 0,
-            "keep": [[f.name, str(f.type)] for f in self.kept],
+            "keep": [[f.name, str(f.type)] for f in self.passthrough],
             "precision": self.spec.precision,
             "engine": self.spec.engine,
             # absent where there are none: datasets that were begun before there were any go on
-            **({"prompts": [*self.spec.prompts, self.spec.text_sha256]} if self.spec.prompts else {}),
-            **({"score_function": "none"} if self.spec.score_function is ScoreFunction.NONE else {}),
+            **(
+                {"prompts": [*self.spec.prompts, self.spec.text_sha256]}
+                if self.spec.prompts
+                else {}
+            ),
+            **(
+                {"score_function": "none"} if self.spec.score_function is ScoreFunction.NONE else {}
+            ),
             **({"head": [self.spec.head_sha256, self.spec.head_column]} if self.spec.head else {}),
             **self._source_rules(),
             **{name: getattr(self.job, name) for name in DECIDING_FIELDS},
@@ -84,7 +125,10 @@ class Dataset:
         offsets = pa.array(np.arange(0, n * k + 1, k), pa.int32())
         columns = [(said, pa.string()), (ids, pa.int32()), (scores, pa.float32())]
         best = [pa.array(values[:, 0], kind) for values, kind in columns]
-        lists = [pa.ListArray.from_arrays(offsets, pa.array(values.ravel(), kind)) for values, kind in columns]
+        lists = [
+            pa.ListArray.from_arrays(offsets, pa.array(values.ravel(), kind))
+            for values, kind in columns
+        ]
         return dict(zip([f.name for f in LABEL_FIELDS], best + lists))
 
     def data_url(self, shard_id: str) -> str:
@@ -160,7 +204,9 @@ def last_source(out: str) -> LastSource:
 
 
 def _counts(value: object) -> dict[str, int]:
-    return {str(name): int(count) for name, count in value.items()} if isinstance(value, dict) else {}
+    return (
+        {str(name): int(count) for name, count in value.items()} if isinstance(value, dict) else {}
+    )
 
 
 def remember_source(dataset: Dataset, found: LastSource, begins: bool = False) -> None:
@@ -171,7 +217,10 @@ def remember_source(dataset: Dataset, found: LastSource, begins: bool = False) -
     existing = open_dataset(dataset.out)
     if existing is None:
         return
-    old, new = ({name: job.model_dump(mode="json")[name] for name in MOVING} for job in (existing.job, dataset.job))
+    old, new = (
+        {name: job.model_dump(mode="json")[name] for name in MOVING}
+        for job in (existing.job, dataset.job)
+    )
     new |= {name: None for name in ("since", "sample", "limit") if old[name] is None}
     if begins or {**new, **asdict(found)} != {**old, **asdict(last_source(dataset.out))}:
         document = json.dumps({**new, **asdict(found)}, indent=1).encode()
@@ -200,7 +249,7 @@ def to_json(dataset: Dataset, now: str) -> bytes:
         "facts": asdict(dataset.spec),
         "key_is_found": dataset.job.key_is_found,
         "vectors": [asdict(v) for v in dataset.vectors],
-        "kept": base64.b64encode(dataset.kept.serialize().to_pybytes()).decode(),
+        "kept": base64.b64encode(dataset.passthrough.serialize().to_pybytes()).decode(),
         "fragment_rows": dataset.fragment_rows,
         "created": now,
         "versions": package_versions(),
@@ -210,7 +259,9 @@ def to_json(dataset: Dataset, now: str) -> bytes:
 
 def differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """The names on which two deciding() do not agree, in the order of `new`."""
-    old, new = json.loads(json.dumps([old, new]))  # one of them may come from JSON, which has no tuples
+    old, new = json.loads(
+        json.dumps([old, new])
+    )  # one of them may come from JSON, which has no tuples
     return [name for name in {**new, **old} if old.get(name) != new.get(name)]
 
 
@@ -222,7 +273,7 @@ def _from_json(out: str, document: dict[str, Any]) -> Dataset:
         job=_job_of(document),
         spec=ModelSpec(**spec),
         vectors=tuple(VectorColumn(**v) for v in document["vectors"]),
-        kept=pa.ipc.read_schema(pa.py_buffer(base64.b64decode(document["kept"]))),
+        passthrough=pa.ipc.read_schema(pa.py_buffer(base64.b64decode(document["kept"]))),
         fragment_rows=int(document["fragment_rows"]),
     )
     if document["fingerprint"] != dataset.fingerprint:
@@ -238,7 +289,10 @@ def _job_of(document: dict[str, Any]) -> Job:
 
 
 def _with_tuples(fields: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in dict(fields).items()}
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in dict(fields).items()
+    }
 
 
 def package_versions() -> dict[str, str]:

@@ -22,12 +22,24 @@ from vitray.dataset.identity import Dataset
 from vitray.dataset.staging import drop_staging, staged_shards
 from vitray.errors import CommitError, FingerprintError, JobError, ObjectMissing
 from vitray.schema import ERROR_SCHEMA
-from vitray.storage import ObjectInfo, drop_scratch, exists, is_local, join, read, sha256_of, store_for
+from vitray.storage import (
+    ObjectInfo,
+    drop_scratch,
+    exists,
+    is_local,
+    join,
+    read,
+    sha256_of,
+    store_for,
+)
 
 THREADS = 16
 LOOKS = 4  # when another run changes what this one reads
 T = TypeVar("T")
-COUNTS = ("left_out", "image_members")  # of a Footer, as JSON; manifests written before December 2026 have neither
+COUNTS = (
+    "left_out",
+    "image_members",
+)  # of a Footer, as JSON; manifests written before December 2026 have neither
 MANIFEST_SCHEMA = pa.schema(
     [(name, pa.string()) for name in ("shard", "url", "source_version", "path", "etag")]
     + [(name, pa.int64()) for name in ("size_bytes", "rows", "errors", "truncated_at")]
@@ -55,7 +67,9 @@ class Ledger:
 
 def committed(out: str) -> dict[str, ObjectInfo]:
     """Every data file, by shard id."""
-    return {shard_of(info.url): info for info in under(out, "data") if info.url.endswith(".parquet")}
+    return {
+        shard_of(info.url): info for info in under(out, "data") if info.url.endswith(".parquet")
+    }
 
 
 def read_manifest(out: str) -> pa.Table | None:
@@ -96,7 +110,10 @@ def _again(work: Callable[[], T]) -> T:
 
 
 def _finish(
-    dataset: Dataset, list_ids: Callable[[], tuple[Sequence[str], Sequence[str]]], prune: bool, fresh: Container[str]
+    dataset: Dataset,
+    list_ids: Callable[[], tuple[Sequence[str], Sequence[str]]],
+    prune: bool,
+    fresh: Container[str],
 ) -> Ledger:
     crash_point("manifest-started")
     seen = committed(dataset.out).keys()  # before the listing: no other may be removed
@@ -121,7 +138,9 @@ def _finish(
         store.delete(dataset.data_url(s) for s in sorted(drop))
         store.delete(dataset.errors_url(s) for s in sorted(drop))
     states = (
-        dict.fromkeys(data.keys() & wanted, "current") | dict.fromkeys(gone - drop, "gone") | dict.fromkeys(outdated, "outdated")
+        dict.fromkeys(data.keys() & wanted, "current")
+        | dict.fromkeys(gone - drop, "gone")
+        | dict.fromkeys(outdated, "outdated")
     )
     known = _known(dataset, {s: data[s] for s in states if s not in fresh})
     rows = _manifest_rows(dataset, {s: data[s] for s in states}, known, states)
@@ -156,7 +175,12 @@ def total_counts(texts: Iterable[str | None]) -> dict[str, int]:
 
 def footers_of(dataset: Dataset, shards: Iterable[str]) -> dict[str, Footer]:
     """The footers of data files, by shard id, without their error rows: those of a whole dataset may not fit into memory."""
-    return _of_each(shards, lambda shard: replace(read_footer(dataset.data_url(shard)), error_rows=ERROR_SCHEMA.empty_table()))
+    return _of_each(
+        shards,
+        lambda shard: replace(
+            read_footer(dataset.data_url(shard)), error_rows=ERROR_SCHEMA.empty_table()
+        ),
+    )
 
 
 def _of_each(shards: Iterable[str], work: Callable[[str], T]) -> dict[str, T]:
@@ -167,7 +191,9 @@ def _of_each(shards: Iterable[str], work: Callable[[str], T]) -> dict[str, T]:
 
 def require_own(dataset: Dataset, footers: Mapping[str, Footer]) -> None:
     """Raises FingerprintError when one of these data files is not of this dataset, CommitError when it is of another shard."""
-    foreign = [name for name, footer in footers.items() if footer.fingerprint != dataset.fingerprint]
+    foreign = [
+        name for name, footer in footers.items() if footer.fingerprint != dataset.fingerprint
+    ]
     if foreign:
         raise FingerprintError(
             f"{dataset.out}/data holds {len(foreign)} files of another job (fingerprint {footers[foreign[0]].fingerprint[:8]}…, "
@@ -175,7 +201,9 @@ def require_own(dataset: Dataset, footers: Mapping[str, Footer]) -> None:
         )
     for name, footer in footers.items():
         if footer.shard != name:
-            raise CommitError(f"{dataset.data_url(name)} holds shard {footer.shard}: it was renamed. Delete it and run again.")
+            raise CommitError(
+                f"{dataset.data_url(name)} holds shard {footer.shard}: it was renamed. Delete it and run again."
+            )
 
 
 def check_data(dataset: Dataset) -> None:
@@ -208,15 +236,21 @@ def shards_to_redo(dataset: Dataset, shards: Iterable[str], reasons: Iterable[st
     data, asked, causes = committed(dataset.out), set(shards), set(reasons)
     unknown = asked - data.keys()
     if unknown:
-        raise JobError(f"{dataset.out} holds no shard {', '.join(sorted(unknown))}. Ids are the names in data/ without .parquet.")
+        raise JobError(
+            f"{dataset.out} holds no shard {', '.join(sorted(unknown))}. Ids are the names in data/ without .parquet."
+        )
     others = footers_of(dataset, [s for s in data if causes and s not in asked])
-    return sorted(asked | {shard for shard, footer in others.items() if causes & footer.reasons.keys()})
+    return sorted(
+        asked | {shard for shard, footer in others.items() if causes & footer.reasons.keys()}
+    )
 
 
 def forget(dataset: Dataset, shards: Iterable[str]) -> None:
     """Delete data files, so that the next run makes them again."""
     unmark_success(dataset.out)
-    store_for(dataset.out).delete(info.url for info in _directly_in_vitray(dataset.out, "manifest-"))
+    store_for(dataset.out).delete(
+        info.url for info in _directly_in_vitray(dataset.out, "manifest-")
+    )
     for shard in shards:
         store_for(dataset.out).delete([dataset.data_url(shard), dataset.errors_url(shard)])
 
@@ -229,17 +263,24 @@ def clean(dataset: Dataset, listed: Iterable[str]) -> list[str]:
         drop_staging(dataset, shard)
     left = store_for(dataset.out).abandoned(dataset.out)
     store_for(dataset.out).delete(left)
-    return orphans + [url.removeprefix(dataset.out + "/") for url in [*drop_scratch(dataset.out), *left]]
+    return orphans + [
+        url.removeprefix(dataset.out + "/") for url in [*drop_scratch(dataset.out), *left]
+    ]
 
 
 def _manifest_rows(
-    dataset: Dataset, admitted: dict[str, ObjectInfo], known: dict[str, dict[str, Any]], states: Mapping[str, str]
+    dataset: Dataset,
+    admitted: dict[str, ObjectInfo],
+    known: dict[str, dict[str, Any]],
+    states: Mapping[str, str],
 ) -> list[dict[str, Any]]:
     """One row a data file, from the last manifest where the file is the same, else from its footer."""
     footers = footers_of(dataset, admitted.keys() - known.keys())
     require_own(dataset, footers)
     rows = known | _of_each(footers, lambda shard: _row(admitted[shard], footers[shard]))
-    return [{**dict.fromkeys(COUNTS), **rows[shard], "state": states[shard]} for shard in sorted(rows)]
+    return [
+        {**dict.fromkeys(COUNTS), **rows[shard], "state": states[shard]} for shard in sorted(rows)
+    ]
 
 
 def _known(dataset: Dataset, data: dict[str, ObjectInfo]) -> dict[str, dict[str, Any]]:
@@ -252,7 +293,11 @@ def _known(dataset: Dataset, data: dict[str, ObjectInfo]) -> dict[str, dict[str,
 
 def _is_same(row: dict[str, object], info: ObjectInfo, manifest: ObjectInfo) -> bool:
     """Whether a data file is the one that the manifest saw. On a local disk: it is older than the manifest."""
-    same = _modified_ns(info) < _modified_ns(manifest) if is_local(info.url) else row["etag"] == info.version
+    same = (
+        _modified_ns(info) < _modified_ns(manifest)
+        if is_local(info.url)
+        else row["etag"] == info.version
+    )
     return same and row["size_bytes"] == info.size
 
 
@@ -273,17 +318,25 @@ def _row(info: ObjectInfo, footer: Footer) -> dict[str, object]:
 def manifest_row(footer: Footer) -> dict[str, Any]:
     """What the manifest says of a data file by its footer alone."""
     names = ("shard", "url", "source_version", "rows", "errors", "truncated_at")
-    return {name: getattr(footer, name) for name in names} | {name: json.dumps(getattr(footer, name)) for name in COUNTS}
+    return {name: getattr(footer, name) for name in names} | {
+        name: json.dumps(getattr(footer, name)) for name in COUNTS
+    }
 
 
 def _repair_error_files(dataset: Dataset, should: set[str], there: set[str]) -> None:
     """The folder of error rows holds exactly the copies of what the admitted data files carry. there: those that it held before they were listed."""
-    _of_each(should - there, lambda shard: repair_errors(dataset, read_footer(dataset.data_url(shard))))
+    _of_each(
+        should - there, lambda shard: repair_errors(dataset, read_footer(dataset.data_url(shard)))
+    )
     store_for(dataset.out).delete(dataset.errors_url(s) for s in sorted(there - should))
 
 
 def _mark_success(dataset: Dataset, ledger: Ledger) -> None:
-    document = {**asdict(ledger), "truncated": len(ledger.truncated), "fingerprint": dataset.fingerprint}
+    document = {
+        **asdict(ledger),
+        "truncated": len(ledger.truncated),
+        "fingerprint": dataset.fingerprint,
+    }
     del document["pending"]
     _keep(join(dataset.out, "_SUCCESS.json"), json.dumps(document, indent=1).encode())
 
@@ -297,14 +350,23 @@ def _keep(url: str, body: bytes) -> None:
 def _directly_in_vitray(out: str, start: str) -> list[ObjectInfo]:
     """The objects OUT/_vitray/<start>..., not those in its folders, whose names come from inputs."""
     inside = join(out, "_vitray", start)
-    return [i for i in under(out, "_vitray") if i.url.startswith(inside) and "/" not in i.url.removeprefix(inside)]
+    return [
+        i
+        for i in under(out, "_vitray")
+        if i.url.startswith(inside) and "/" not in i.url.removeprefix(inside)
+    ]
 
 
 def _manifest_info(out: str) -> ObjectInfo | None:
     found = _directly_in_vitray(out, "manifest-")
     try:
         named = join(out, "_vitray", json.loads(read(join(out, "_SUCCESS.json")))["manifest"])
-    except (ObjectMissing, ValueError, KeyError, TypeError):  # absent or damaged: the next run writes it
+    except (
+        ObjectMissing,
+        ValueError,
+        KeyError,
+        TypeError,
+    ):  # absent or damaged: the next run writes it
         named = ""
     # a manifest step that was killed can leave two, or a name without its manifest
     return next((info for info in found if info.url == named), found[-1] if found else None)

@@ -16,7 +16,11 @@ from vitray.errors import JobError, SourceError
 from vitray.schema import ERROR_SCHEMA, VectorColumn
 from vitray.storage import absolute, exists, expand_braces, join, reads, store_for
 
-WRITTEN = ("data/x.parquet", "x.parquet", "x.tar")  # names of what commands write that make a folder
+WRITTEN = (
+    "data/x.parquet",
+    "x.parquet",
+    "x.tar",
+)  # names of what commands write that make a folder
 BLOCK_ROWS = 4096  # 12 MB of a 768-float vector
 
 
@@ -24,7 +28,9 @@ def require_dataset(out: str) -> Dataset:
     """The dataset in a directory. Raises JobError when there is none."""
     dataset = open_dataset(out)
     if dataset is None:
-        raise JobError(f"{absolute(out)} holds no vitray dataset. Check the path, or run a job into it first.")
+        raise JobError(
+            f"{absolute(out)} holds no vitray dataset. Check the path, or run a job into it first."
+        )
     return dataset
 
 
@@ -32,7 +38,9 @@ def require_complete(out: str) -> Dataset:
     """The complete dataset in a directory. Raises JobError when there is none, or something is pending."""
     dataset = require_dataset(out)
     if not is_complete(dataset):
-        raise JobError(f"{dataset.out} is not complete: run its job first (vitray status {dataset.out}).")
+        raise JobError(
+            f"{dataset.out} is not complete: run its job first (vitray status {dataset.out})."
+        )
     return dataset
 
 
@@ -42,7 +50,11 @@ def is_complete(dataset: Dataset) -> bool:
 
 def require_outside(dataset: Dataset, option: str, url: str) -> None:
     """Raises JobError for a place inside the dataset, or inside its source, where the next run would take it for input."""
-    sources = ((part, f"its source {source}") for source in dataset.job.source for part in expand_braces(absolute(source)))
+    sources = (
+        (part, f"its source {source}")
+        for source in dataset.job.source
+        for part in expand_braces(absolute(source))
+    )
     for place, what in ((dataset.out, "the dataset"), *sources):
         if any(reads(place, url, name) for name in WRITTEN):
             raise JobError(f"{option} {url} lies inside {what}: choose another place.")
@@ -51,7 +63,11 @@ def require_outside(dataset: Dataset, option: str, url: str) -> None:
 def data_files(out: str) -> list[str]:
     """The URLs of the data files that count, in the order of shard ids: one version of each input, the manifest's if it has one."""
     data, manifest = committed(absolute(out)), read_manifest(absolute(out))
-    named = [] if manifest is None else [str(shard) for shard in manifest["shard"].to_pylist() if shard in data]
+    named = (
+        []
+        if manifest is None
+        else [str(shard) for shard in manifest["shard"].to_pylist() if shard in data]
+    )
     versions = {base_of(shard): version_of(shard) for shard in [*sorted(data), *named]}
     admitted = [shard for shard in sorted(data) if versions[base_of(shard)] == version_of(shard)]
     return [join(absolute(out), "data", f"{shard}.parquet") for shard in admitted]
@@ -64,7 +80,9 @@ def read(out: str, columns: Sequence[str] | None = None) -> pa.Table:
     """
     urls = data_files(out)
     if not urls:
-        raise SourceError(f"{out} holds no committed shard. Run a job into it first, or check the path.")
+        raise SourceError(
+            f"{out} holds no committed shard. Run a job into it first, or check the path."
+        )
 
     def one(url: str) -> pa.Table:
         with store_for(url).open(url) as stream:
@@ -96,9 +114,16 @@ def row_blocks(dataset: Dataset, urls: Iterable[str], columns: Sequence[str]) ->
 def row_counts(dataset: Dataset) -> dict[str, int]:
     """The rows of each data file that counts, by URL, in the order of data_files."""
     manifest = read_manifest(dataset.out) if is_complete(dataset) else None
-    known = {} if manifest is None else dict(zip(manifest["path"].to_pylist(), manifest["rows"].to_pylist()))
+    known = (
+        {}
+        if manifest is None
+        else dict(zip(manifest["path"].to_pylist(), manifest["rows"].to_pylist()))
+    )
     start = len(dataset.out) + 1
-    return {url: known[url[start:]] if url[start:] in known else rows_in(url) for url in data_files(dataset.out)}
+    return {
+        url: known[url[start:]] if url[start:] in known else rows_in(url)
+        for url in data_files(dataset.out)
+    }
 
 
 def rows_in(url: str) -> int:
@@ -121,5 +146,7 @@ def choose_vector(dataset: Dataset, name: str | None) -> VectorColumn:
 def matrix_of(column: pa.ChunkedArray) -> np.ndarray:
     """A vector column as an array [N, D] of its own type."""
     flat = column.combine_chunks()
-    values: np.ndarray = flat.flatten().to_numpy(zero_copy_only=False).reshape(len(flat), flat.type.list_size)
+    values: np.ndarray = (
+        flat.flatten().to_numpy(zero_copy_only=False).reshape(len(flat), flat.type.list_size)
+    )
     return values

@@ -12,7 +12,14 @@ import pyarrow.parquet as pq
 
 from vitray.dataset.commit import read_footer
 from vitray.dataset.files import under
-from vitray.dataset.identity import Dataset, dataset_url, differing, open_dataset, source_url, to_json
+from vitray.dataset.identity import (
+    Dataset,
+    dataset_url,
+    differing,
+    open_dataset,
+    source_url,
+    to_json,
+)
 from vitray.dataset.ledger import committed, footers_of, require_own
 from vitray.errors import FingerprintError, JobError, StorageError
 from vitray.job import Job
@@ -31,17 +38,26 @@ def with_source_rules(job: Job) -> Job:
     out = absolute(job.out)
     existing = open_dataset(out)
     if existing is None:
-        if job.source_rules != "auto" or (first := next(iter(sorted(committed(out))), None)) is None:
+        if (
+            job.source_rules != "auto"
+            or (first := next(iter(sorted(committed(out))), None)) is None
+        ):
             return job.model_copy(update={"source_rules": job.rules})
         footer = read_footer(join(out, "data", f"{first}.parquet"))
         job = job.model_copy(update={"source_rules": footer.source_rules})
         return job if job.key_column else job.with_found_key(footer.key_column)
     rules = existing.job.rules if job.source_rules == "auto" else job.rules
     job = job.model_copy(update={"source_rules": rules})
-    return job.with_found_key(existing.job.key_column) if existing.job.key_is_found and job.key_column is None else job
+    return (
+        job.with_found_key(existing.job.key_column)
+        if existing.job.key_is_found and job.key_column is None
+        else job
+    )
 
 
-def resolve_dataset(job: Job, spec: ModelSpec, vectors: list[VectorColumn], kept: pa.Schema, now: str) -> Dataset:
+def resolve_dataset(
+    job: Job, spec: ModelSpec, vectors: list[VectorColumn], passthrough: pa.Schema, now: str
+) -> Dataset:
     """The dataset of this job: made by a conditional create, or the one that is there when its fingerprint is equal.
 
     `auto` fields adopt what is frozen. Raises FingerprintError with the differing fields,
@@ -51,7 +67,7 @@ def resolve_dataset(job: Job, spec: ModelSpec, vectors: list[VectorColumn], kept
     there = open_dataset(out)
     if there is None:
         rows = job.fragment_rows if job.fragment_rows != "auto" else max(64, spec.batch_size)
-        mine = Dataset(out, job, spec, tuple(vectors), kept, rows)
+        mine = Dataset(out, job, spec, tuple(vectors), passthrough, rows)
         if metadata := [name for name in COMPACTED if exists(join(out, name))]:
             raise JobError(
                 f"{out} holds what vitray compact gathered ({metadata[0]}): readers would see rows twice. Choose another `out`."
@@ -61,22 +77,35 @@ def resolve_dataset(job: Job, spec: ModelSpec, vectors: list[VectorColumn], kept
             return replace(mine, is_new=True)
         there = open_dataset(out)
         if there is None:
-            raise StorageError(f"{dataset_url(out)} was refused but is not there. Run the same command again.")
-    mine = Dataset(out, job, replace(spec, **_frozen(job, there)), tuple(vectors), kept, there.fragment_rows)
+            raise StorageError(
+                f"{dataset_url(out)} was refused but is not there. Run the same command again."
+            )
+    mine = Dataset(
+        out,
+        job,
+        replace(spec, **_frozen(job, there)),
+        tuple(vectors),
+        passthrough,
+        there.fragment_rows,
+    )
     if mine.fingerprint == there.fingerprint:
         return mine
     if _has_ended_without_rows(out):
         drop_unstarted(out)
-        return resolve_dataset(job, spec, vectors, kept, now)
+        return resolve_dataset(job, spec, vectors, passthrough, now)
     raise FingerprintError(_difference(there, mine))
 
 
-def kept_in_data(out: str, names: Sequence[str]) -> pa.Schema | None:
+def passthrough_in_data(out: str, names: Sequence[str]) -> pa.Schema | None:
     """The types of passthrough columns in a data file of a directory; None where there is none, or it lacks one of them."""
     for shard in sorted(committed(absolute(out))):
         with store_for(out).open(join(absolute(out), "data", f"{shard}.parquet")) as stream:
             schema = pq.read_schema(stream).remove_metadata()
-        return pa.schema([schema.field(name) for name in names]) if set(names) <= set(schema.names) else None
+        return (
+            pa.schema([schema.field(name) for name in names])
+            if set(names) <= set(schema.names)
+            else None
+        )
     return None
 
 
@@ -113,7 +142,11 @@ def with_frozen(job: Job) -> Job:
 
 
 def _frozen(job: Job, there: Dataset) -> dict[str, Any]:
-    return {name: getattr(there.spec, name) for name in ("precision", "engine", "batch_size") if getattr(job, name) == "auto"}
+    return {
+        name: getattr(there.spec, name)
+        for name in ("precision", "engine", "batch_size")
+        if getattr(job, name) == "auto"
+    }
 
 
 def _difference(there: Dataset, mine: Dataset) -> str:
@@ -121,7 +154,9 @@ def _difference(there: Dataset, mine: Dataset) -> str:
     names = differing(old, new)
     for side, spec in ((old, there.spec), (new, mine.spec)):
         side["weights"] = f"{spec.weights_sha256[:8]}… of {spec.model}"
-    values = "; ".join(f"{n} differs ({_short(old.get(n))}, this job: {_short(new.get(n))})" for n in names)
+    values = "; ".join(
+        f"{n} differs ({_short(old.get(n))}, this job: {_short(new.get(n))})" for n in names
+    )
     if not committed(there.out):
         step = f"Choose another `out`. If no run works on this one, delete {there.out}/_vitray to begin anew: it has no rows yet."
     else:

@@ -21,14 +21,19 @@ from vitray.schema import End, ipc_bytes, ipc_table
 from vitray.storage import join, read, store_for
 
 _FRAGMENT = re.compile(r"(\d{10})-(\d{10})\.arrow")
-_SEAL = struct.Struct("<4sI")  # behind the Arrow stream: a mark, and the CRC-32 of what stands before
+_SEAL = struct.Struct(
+    "<4sI"
+)  # behind the Arrow stream: a mark, and the CRC-32 of what stands before
 _END = re.compile(r"end-(\d+)\.arrow")
 _END_SCHEMA = pa.schema(
     [
         ("total", pa.int64()),
         ("truncated_at", pa.int64()),
         ("note", pa.string()),
-        ("left_out", pa.string()),  # JSON, as image_members; ends written before December 2026 have neither
+        (
+            "left_out",
+            pa.string(),
+        ),  # JSON, as image_members; ends written before December 2026 have neither
         ("image_members", pa.string()),
     ]
 )
@@ -108,7 +113,11 @@ def write_fragment(
 ) -> bool:
     """Stage the good and error rows of [start, stop). False: it was staged already, and what is there stays."""
     _require_span(rows, errors, span)
-    metadata = {"errors": ipc_bytes(errors), "fingerprint": dataset.fingerprint, "left_out": json.dumps(left_out or {})}
+    metadata = {
+        "errors": ipc_bytes(errors),
+        "fingerprint": dataset.fingerprint,
+        "left_out": json.dumps(left_out or {}),
+    }
     marked = rows.replace_schema_metadata(metadata)
     return store_for(dataset.out).create(_fragment_url(dataset, shard_id, *span), _sealed(marked))
 
@@ -131,9 +140,15 @@ def read_fragment(dataset: Dataset, shard_id: str, start: int, stop: int) -> Fra
 
 
 def write_end(dataset: Dataset, shard_id: str, end: End) -> None:
-    row = {**asdict(end), "left_out": json.dumps(end.left_out), "image_members": json.dumps(end.image_members)}
+    row = {
+        **asdict(end),
+        "left_out": json.dumps(end.left_out),
+        "image_members": json.dumps(end.image_members),
+    }
     table = pa.Table.from_pylist([row], schema=_END_SCHEMA)
-    store_for(dataset.out).create(join(dataset.staging_url(shard_id), f"end-{end.total}.arrow"), _sealed(table))
+    store_for(dataset.out).create(
+        join(dataset.staging_url(shard_id), f"end-{end.total}.arrow"), _sealed(table)
+    )
 
 
 def drop_staging(dataset: Dataset, shard_id: str) -> None:

@@ -32,13 +32,18 @@ from vitray.decoding.resize import TORCH_MODES, Pixels, compiled, resize, resize
 from vitray.job import FORMATS
 from vitray.schema import DecodeSpec, Encoded, PixelSpec
 
-MAX_SIDE = 1 << 20  # px: the weights of a resize grow with a side; a PNG of 50,000,000x1 in 146 kB took 1.8 GB
+MAX_SIDE = (
+    1 << 20
+)  # px: the weights of a resize grow with a side; a PNG of 50,000,000x1 in 146 kB took 1.8 GB
 MAX_SCANS = 100  # cameras and encoders write about 10; a file of 1,000 scans decodes 100 times slower than it is long
 PNG_TEXT_BYTES = 64 << 20  # of one chunk, inflated; as much as Pillow allows for all of them
 MESSAGE_CHARS = 200
 PAGES = 4  # of pixels: what one thread's callers hold at a time in the line
 CHILD_RUNS = 64  # calls for which a child is used; a leak or a fragmented heap lives no longer
-CPU_S, CPU_S_PIXELS = 5.0, 50_000_000  # the slowest honest image of so many pixels, a progressive JPEG of noise, takes 2.5 s
+CPU_S, CPU_S_PIXELS = (
+    5.0,
+    50_000_000,
+)  # the slowest honest image of so many pixels, a progressive JPEG of noise, takes 2.5 s
 DRAFT_GAP = 3  # a draft is decoded at no less than three times the size that it is resized to: a level or less off in the mean
 ON_DEVICE = ("gpu", "hybrid")  # modes in which plain JPEGs are decoded where the model is
 
@@ -62,8 +67,12 @@ _SIGNATURES = [  # only tells what an unreadable or unwanted file is; Pillow alo
 ]
 _TURN = Image.Transpose
 _NEW_SUBFILE_TYPE, _SUB_IFDS, _DNG_VERSION, _PHOTOMETRIC = 254, 330, 50706, 262  # tags of a TIFF
-_ODD_MARKERS = frozenset(b"\xc3\xc9\xca\xcb")  # lossless or arithmetic coding, of which Pillow refuses what exceeds its buffer
-_NOT_BASELINE = frozenset(b"\xc1\xc2\xc3\xc5\xc6\xc7\xc9\xca\xcb\xcd\xce\xcf")  # frames; what only looks like one costs speed
+_ODD_MARKERS = frozenset(
+    b"\xc3\xc9\xca\xcb"
+)  # lossless or arithmetic coding, of which Pillow refuses what exceeds its buffer
+_NOT_BASELINE = frozenset(
+    b"\xc1\xc2\xc3\xc5\xc6\xc7\xc9\xca\xcb\xcd\xce\xcf"
+)  # frames; what only looks like one costs speed
 _ORIENTATIONS = {
     **{2: _TURN.FLIP_LEFT_RIGHT, 3: _TURN.ROTATE_180, 4: _TURN.FLIP_TOP_BOTTOM, 5: _TURN.TRANSPOSE},
     **{6: _TURN.ROTATE_270, 7: _TURN.TRANSVERSE, 8: _TURN.ROTATE_90},
@@ -103,25 +112,39 @@ def decode_one(data: bytes, spec: DecodeSpec, into: Pixels) -> Outcome:
         image = _open(data, spec.formats)
         # a TIFF's `size` is already turned by its orientation
         width, height = getattr(image, "_tile_size", image.size)
-        outcome = Outcome(width, height, "jpeg" if image.format == "MPO" else image.format.lower(), None, "")
+        outcome = Outcome(
+            width, height, "jpeg" if image.format == "MPO" else image.format.lower(), None, ""
+        )
         markers = _markers(data) if outcome.format == "jpeg" else b""
         _check_header(image, data, markers, spec.max_pixels)
         if outcome.format == "tiff" and spec.rules > 1 and _is_camera_raw(image, data):
             raise _Refused(
-                "format_not_allowed", "camera raw is not decoded: its first page is a thumbnail. Export it as JPEG or TIFF"
+                "format_not_allowed",
+                "camera raw is not decoded: its first page is a thumbnail. Export it as JPEG or TIFF",
             )
         plain = markers and image.mode in ("RGB", "L") and _ODD_MARKERS.isdisjoint(markers)
         into[...] = _fit(_rgb(image, data if plain else None, spec), spec)
-        return replace(outcome, further_pages=_further_pages(data)) if outcome.format == "tiff" else outcome
+        return (
+            replace(outcome, further_pages=_further_pages(data))
+            if outcome.format == "tiff"
+            else outcome
+        )
     except _Refused as refusal:
         return replace(outcome, reason=refusal.reason, message=_one_line(str(refusal)))
-    except Exception as error:  # the one place where a bad image turns into data: Pillow raises nearly every type
+    except (
+        Exception
+    ) as error:  # the one place where a bad image turns into data: Pillow raises nearly every type
         reason = "truncated" if "truncated" in str(error).lower() else "decode_error"
-        return replace(outcome, reason=reason, message=_one_line(f"{type(error).__name__}: {error}"))
+        return replace(
+            outcome, reason=reason, message=_one_line(f"{type(error).__name__}: {error}")
+        )
 
 
 def decode(
-    items: Sequence[Encoded], spec: DecodeSpec, one: Callable[..., Outcome] = decode_one, limits: Limits | None = None
+    items: Sequence[Encoded],
+    spec: DecodeSpec,
+    one: Callable[..., Outcome] = decode_one,
+    limits: Limits | None = None,
 ) -> tuple[Pixels, list[Outcome]]:
     """Pixels uint8 [n_good, H, W, 3] of the good ones in order, and one outcome an item. limits: None for those of spec.max_pixels.
 
@@ -140,7 +163,9 @@ def decode(
     decoded = map(_outcome, ledger[: len(images)].tolist())
     outcomes = [next(decoded) if item.data else _without_bytes(item) for item in items]
     good = sum(outcome.reason is None for outcome in outcomes)
-    if good < len(images) or worker.child.runs == CHILD_RUNS:  # a bad image may have spoilt more than its own row
+    if (
+        good < len(images) or worker.child.runs == CHILD_RUNS
+    ):  # a bad image may have spoilt more than its own row
         _here.worker = None
     return worker.pages.current[:good], outcomes
 
@@ -158,7 +183,12 @@ def limits_of(spec: DecodeSpec) -> Limits:
 def left_to_device(data: bytes | None, spec: DecodeSpec) -> tuple[Outcome, int] | None:
     """Header and EXIF orientation (1..8) of a JPEG for a hardware decoder: baseline, whole, within limits, to be exported."""
     resized = spec.pixels.size is not None and spec.pixels.resample in TORCH_MODES
-    if spec.mode not in ON_DEVICE or not resized or not data or data[:3] + data[-2:] != b"\xff\xd8\xff\xff\xd9":
+    if (
+        spec.mode not in ON_DEVICE
+        or not resized
+        or not data
+        or data[:3] + data[-2:] != b"\xff\xd8\xff\xff\xd9"
+    ):
         return None
     with suppress(Exception):  # `decode` says what is wrong with it
         image, markers = _open(data, spec.formats), _markers(data)
@@ -167,17 +197,27 @@ def left_to_device(data: bytes | None, spec: DecodeSpec) -> tuple[Outcome, int] 
         width, height = image.size[::-1] if turn in (5, 6, 7, 8) else image.size
         to_width, to_height = fit_size((width, height), spec.pixels)
         rows, columns = spec.pixels.crop or (to_height, to_width)
-        baseline = 0xC0 in markers and _NOT_BASELINE.isdisjoint(markers) and image.info.get("adobe_transform", 1) == 1
-        plain = baseline and image.format == "JPEG" and [part[0] for part in image.layer] == [1, 2, 3]
+        baseline = (
+            0xC0 in markers
+            and _NOT_BASELINE.isdisjoint(markers)
+            and image.info.get("adobe_transform", 1) == 1
+        )
+        plain = (
+            baseline and image.format == "JPEG" and [part[0] for part in image.layer] == [1, 2, 3]
+        )
         if plain and columns <= to_width <= width and rows <= to_height <= height:
-            return Outcome(image.width, image.height, "jpeg", None, ""), turn if turn in _ORIENTATIONS else 1
+            return Outcome(
+                image.width, image.height, "jpeg", None, ""
+            ), turn if turn in _ORIENTATIONS else 1
     return None
 
 
 class _DecoderWorker:
     """A child that decodes, the pages of pixels that it fills, and the ledger of what became of each image."""
 
-    def __init__(self, key: tuple[Callable[..., Outcome], DecodeSpec, Limits, int], rows: int) -> None:
+    def __init__(
+        self, key: tuple[Callable[..., Outcome], DecodeSpec, Limits, int], rows: int
+    ) -> None:
         self.key, (one, spec, limits, _) = key, key
         self.pages = pages = Pages(PAGES, (rows, *spec.pixels.shape, 3), np.uint8)
         self.ledger = ledger = shared((rows,), _ENTRY)
@@ -194,7 +234,9 @@ _loading = threading.Lock()
 _here = threading.local()  # a child dies with the thread that forked it
 
 
-def _worker_for(one: Callable[..., Outcome], spec: DecodeSpec, limits: Limits, rows: int) -> _DecoderWorker:
+def _worker_for(
+    one: Callable[..., Outcome], spec: DecodeSpec, limits: Limits, rows: int
+) -> _DecoderWorker:
     """That of this thread's last call, where it fits and has a free page."""
     worker, key = getattr(_here, "worker", None), (one, spec, limits, os.getpid())
     if worker is None or worker.key != key or len(worker.ledger) < rows or not worker.pages.turn():
@@ -214,7 +256,13 @@ def _load_decoders(mode: str) -> None:
         compiled()
     Image.init()
     forms = ("jpeg", "png", "webp", "bmp", "gif", "tiff")
-    spec = DecodeSpec(PixelSpec((4, 4), Image.Resampling.BILINEAR, None, 1, (0, 0, 0), (1, 1, 1)), forms, 64, None, mode)
+    spec = DecodeSpec(
+        PixelSpec((4, 4), Image.Resampling.BILINEAR, None, 1, (0, 0, 0), (1, 1, 1)),
+        forms,
+        64,
+        None,
+        mode,
+    )
     for form in forms:
         buffer = io.BytesIO()
         Image.new("RGB", (8, 8)).save(buffer, form)
@@ -224,13 +272,22 @@ def _load_decoders(mode: str) -> None:
 @cache
 def _prepare_child(mode: str) -> None:
     Image.MAX_IMAGE_PIXELS = None  # our own cap is judged from the header
-    PngImagePlugin.MAX_TEXT_CHUNK = PNG_TEXT_BYTES  # else 1 MB of metadata makes a good picture a bad one
-    with suppress(AttributeError):  # not glibc. M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: a page that was freed serves the next image
-        _ = [ctypes.CDLL(None).mallopt(option, limit) for option, limit in ((-3, 1 << 25), (-1, 1 << 28))]
+    PngImagePlugin.MAX_TEXT_CHUNK = (
+        PNG_TEXT_BYTES  # else 1 MB of metadata makes a good picture a bad one
+    )
+    with suppress(
+        AttributeError
+    ):  # not glibc. M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: a page that was freed serves the next image
+        _ = [
+            ctypes.CDLL(None).mallopt(option, limit)
+            for option, limit in ((-3, 1 << 25), (-1, 1 << 28))
+        ]
     if mode != "exact":
         import torch
 
-        torch.set_num_threads(1)  # OpenMP would wait for ever for the threads that it had before the fork
+        torch.set_num_threads(
+            1
+        )  # OpenMP would wait for ever for the threads that it had before the fork
 
 
 def _without_bytes(item: Encoded) -> Outcome:
@@ -241,7 +298,15 @@ def _without_bytes(item: Encoded) -> Outcome:
 
 def _entry(outcome: Outcome) -> tuple[object, ...]:
     reason, message = (outcome.reason or "").encode(), outcome.message.encode()[:MESSAGE_CHARS]
-    return outcome.width, outcome.height, outcome.format.encode(), reason, message, not reason, outcome.further_pages
+    return (
+        outcome.width,
+        outcome.height,
+        outcome.format.encode(),
+        reason,
+        message,
+        not reason,
+        outcome.further_pages,
+    )
 
 
 def _outcome(entry: tuple[Any, ...]) -> Outcome:
@@ -275,13 +340,20 @@ def _open(data: bytes, formats: Sequence[str]) -> Any:
             raise _Refused("not_an_image", "no known image signature") from None
         if name not in names:
             if name in FORMATS:
-                raise _Refused("format_not_allowed", f"{name} is not in formats ({', '.join(names)})") from None
-            raise _Refused("format_not_allowed", f"{name} is not decoded: convert it to JPEG, PNG or WebP") from None
+                raise _Refused(
+                    "format_not_allowed", f"{name} is not in formats ({', '.join(names)})"
+                ) from None
+            raise _Refused(
+                "format_not_allowed", f"{name} is not decoded: convert it to JPEG, PNG or WebP"
+            ) from None
         if _bytes_needed(name, data) > len(data):
-            raise _Refused("truncated", f"the {name} header points beyond the {len(data)} bytes that are there") from None
+            raise _Refused(
+                "truncated", f"the {name} header points beyond the {len(data)} bytes that are there"
+            ) from None
         if isinstance(error, UnidentifiedImageError):
             raise _Refused(
-                "not_an_image", f"starts like a {name}, but its header is cut, broken, or of a kind that Pillow does not read"
+                "not_an_image",
+                f"starts like a {name}, but its header is cut, broken, or of a kind that Pillow does not read",
             ) from None
         raise
 
@@ -298,7 +370,9 @@ def _bytes_needed(name: str, data: bytes) -> int:
     if name == "webp":
         return 8 + int.from_bytes(data[4:8], "little")
     if name == "tiff" and data[2:4] in (b"*\0", b"\0*"):
-        return 2 + int(struct.unpack("<I" if data[:2] == b"II" else ">I", data[4:8].ljust(4, b"\0"))[0])
+        return 2 + int(
+            struct.unpack("<I" if data[:2] == b"II" else ">I", data[4:8].ljust(4, b"\0"))[0]
+        )
     return 0
 
 
@@ -331,7 +405,9 @@ def _scans(data: bytes) -> int:
     """Scans of a JPEG up to its end marker, counted to MAX_SCANS + 1. Those of thumbnails and trailing videos do not count."""
     marker = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd8]")
     count = at = 0
-    while (found := marker.search(data, at)) and data[found.end() - 1] != 0xD9 and count <= MAX_SCANS:
+    while (
+        (found := marker.search(data, at)) and data[found.end() - 1] != 0xD9 and count <= MAX_SCANS
+    ):
         count += data[found.end() - 1] == 0xDA
         at = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
     return count
@@ -360,8 +436,12 @@ def _load(image: Any, jpeg: bytes | None, spec: DecodeSpec) -> Any:
     if jpeg is not None:
         packed = _orientation(image) not in _ORIENTATIONS
         width, height = _draft_size(image.size, spec) if spec.mode == "draft" else image.size
-        with suppress(Exception):  # it raises at every flaw; what is good in spite of one, or why not, only Pillow says
-            pixels = simplejpeg.decode_jpeg(jpeg, "RGB" if packed else "RGBX", min_height=height, min_width=width)
+        with suppress(
+            Exception
+        ):  # it raises at every flaw; what is good in spite of one, or why not, only Pillow says
+            pixels = simplejpeg.decode_jpeg(
+                jpeg, "RGB" if packed else "RGBX", min_height=height, min_width=width
+            )
             return pixels if packed else _image(pixels)
     image.load()
     return image
@@ -370,7 +450,14 @@ def _load(image: Any, jpeg: bytes | None, spec: DecodeSpec) -> Any:
 def _draft_size(size: tuple[int, int], spec: DecodeSpec) -> tuple[int, int]:
     """An eighth, a quarter or a half, where that divides the sides: a rounded side would move every pixel after the resize."""
     least = DRAFT_GAP * max(spec.pixels.size or size)
-    part = next((part for part in (8, 4, 2) if all(side % part == 0 and side // part >= least for side in size)), 1)
+    part = next(
+        (
+            part
+            for part in (8, 4, 2)
+            if all(side % part == 0 and side // part >= least for side in size)
+        ),
+        1,
+    )
     return size[0] // part, size[1] // part
 
 
@@ -392,10 +479,14 @@ def _to_8bit(image: Any, rules: int) -> Any:
     """The high byte of 16-bit pixels; Pillow's own conversion turns all above 255 into white."""
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 0xFFFF:
-        raise _Refused("unsupported_pixels", f"integer pixels from {values.min()} to {values.max()}")
+        raise _Refused(
+            "unsupported_pixels", f"integer pixels from {values.min()} to {values.max()}"
+        )
     tags = getattr(image, "tag_v2", {})
     bits = 12 if tags.get(258) == (12,) else 16  # TIFF BitsPerSample
-    if tags.get(_PHOTOMETRIC) == 0 and rules > 1:  # white is zero, which Pillow 13 heeds for 8 bits alone
+    if (
+        tags.get(_PHOTOMETRIC) == 0 and rules > 1
+    ):  # white is zero, which Pillow 13 heeds for 8 bits alone
         values = (1 << bits) - 1 - values
     scaled = Image.fromarray((values >> (bits - 8)).astype(np.uint8))
     if "transparency" in image.info:
@@ -407,9 +498,13 @@ def _fit(image: Any, spec: DecodeSpec) -> Pixels:
     full = image.shape[1::-1] if isinstance(image, np.ndarray) else image.size
     size = fit_size(full, spec.pixels)
     if math.prod(size) > max(spec.max_pixels, math.prod(full)):
-        raise _Refused("too_many_pixels", f"{full[0]}x{full[1]} resized becomes {size[0]}x{size[1]}")
+        raise _Refused(
+            "too_many_pixels", f"{full[0]}x{full[1]} resized becomes {size[0]}x{size[1]}"
+        )
     if spec.pixels.size is not None and spec.mode == "exact":
-        image = (partial(resize, image) if isinstance(image, np.ndarray) else image.resize)(size, spec.pixels.resample)
+        image = (partial(resize, image) if isinstance(image, np.ndarray) else image.resize)(
+            size, spec.pixels.resample
+        )
     elif spec.pixels.size is not None:
         image = resize_fast(np.require(image, np.uint8, "W"), size, spec.pixels.resample)
     pixels = np.asarray(image)

@@ -33,7 +33,9 @@ from vitray.errors import VitrayError
 
 _STARTED, _DONE = 1, 2
 _HEAD = struct.Struct("=qqq")  # the index of the first input, how many come, and their bytes in all
-CHUNK_BYTES = 4 << 20  # of inputs that lie there at a time, if one is no longer: a fragment of photographs may have gigabytes
+CHUNK_BYTES = (
+    4 << 20
+)  # of inputs that lie there at a time, if one is no longer: a fragment of photographs may have gigabytes
 # Ray, faulthandler and absl catch these: their reports take locks that a child may never get
 _RESET = (
     *(signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT),
@@ -69,7 +71,10 @@ class Pages:
     """Arrays that parent and children see alike. One is `current`; it is used again when nobody holds it or a view on it any more."""
 
     def __init__(self, count: int, shape: tuple[int, ...], dtype: DTypeLike) -> None:
-        self._pages, self._turn = [shared(shape, dtype) for _ in range(count)], shared((1,), np.uint8)
+        self._pages, self._turn = (
+            [shared(shape, dtype) for _ in range(count)],
+            shared((1,), np.uint8),
+        )
 
     @property
     def memory(self) -> list[NDArray[Any]]:
@@ -96,7 +101,11 @@ class Child:
     """
 
     def __init__(
-        self, work: Callable[[int, bytes], None], capacity: int, limits: Limits, memory: Sequence[NDArray[Any]] = ()
+        self,
+        work: Callable[[int, bytes], None],
+        capacity: int,
+        limits: Limits,
+        memory: Sequence[NDArray[Any]] = (),
     ) -> None:
         """memory: what `work` writes to. Children of other threads, forked later, do not get it."""
         self._work, self._limits = work, limits
@@ -104,7 +113,9 @@ class Child:
         self._sizes: NDArray[np.int64] = shared((capacity,), np.int64)
         self._inputs, self._chunk = os.memfd_create("vitray"), cast(mmap.mmap, b"")
         weakref.finalize(self, os.close, self._inputs)
-        self._maps: list[Any] = [array.base for array in (self._states, *memory)]  # not the arrays: Pages counts who holds them
+        self._maps: list[Any] = [
+            array.base for array in (self._states, *memory)
+        ]  # not the arrays: Pages counts who holds them
         self._end: Callable[[], int | None] | None = None
         self.runs = 0
 
@@ -181,7 +192,9 @@ class Child:
         try:
             self._line.send(_HEAD.pack(start, stop - start, size))
             while not stalled:
-                events = dict(poller.poll(self._limits.wall_s * 250))  # ms: looks four times in that span
+                events = dict(
+                    poller.poll(self._limits.wall_s * 250)
+                )  # ms: looks four times in that span
                 if events.get(line, 0) & select.POLLIN and (answered := bool(self._line.recv(1))):
                     return None
                 if self._pidfd in events:
@@ -215,7 +228,9 @@ def _death(status: int | None, stalled: bool, limits: Limits) -> Death:
     if stalled:
         return Death(True, f"stood still for {limits.wall_s:g} s")
     if status is None or not os.WIFSIGNALED(status):
-        return Death(False, "ended" if status is None else f"ended with exit status {os.WEXITSTATUS(status)}")
+        return Death(
+            False, "ended" if status is None else f"ended with exit status {os.WEXITSTATUS(status)}"
+        )
     if os.WTERMSIG(status) == signal.SIGPROF:
         return Death(True, f"took more than {limits.cpu_s:g} s of CPU", is_certain=True)
     return Death(False, f"was killed by {signal.Signals(os.WTERMSIG(status)).name}")
@@ -227,7 +242,9 @@ def _limit_memory(allowance: int) -> None:
         cap = int(statm.read().split()[5]) * resource.getpagesize() + allowance
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
     # not RLIMIT_AS: CUDA reserves terabytes of addresses
-    resource.setrlimit(resource.RLIMIT_DATA, (cap if hard == resource.RLIM_INFINITY else min(cap, hard), hard))
+    resource.setrlimit(
+        resource.RLIMIT_DATA, (cap if hard == resource.RLIM_INFINITY else min(cap, hard), hard)
+    )
 
 
 def _fork(body: Callable[[], None]) -> int:
@@ -259,7 +276,9 @@ def _become_child(prctl: Callable[..., int], parent: int, body: Callable[[], Non
             gc.freeze()  # finalizers of the parent's objects must not run here
             logging.disable()
             warnings.simplefilter("ignore")
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # C libraries print lines about every broken file
+            os.dup2(
+                os.open(os.devnull, os.O_WRONLY), 2
+            )  # C libraries print lines about every broken file
             body()
             status = 0
     finally:

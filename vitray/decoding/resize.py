@@ -46,7 +46,9 @@ def _by_pillow(pixels: Pixels, size: tuple[int, int], resample: int) -> Pixels:
     return np.asarray(Image.fromarray(pixels).resize(size, resample))
 
 
-def _resized(pixels: Pixels, size: tuple[int, int], kernel: tuple[Any, float], passes: tuple[Passes, Passes]) -> Pixels:
+def _resized(
+    pixels: Pixels, size: tuple[int, int], kernel: tuple[Any, float], passes: tuple[Passes, Passes]
+) -> Pixels:
     (rows, columns, _), (width, height), (down, across) = pixels.shape, size, passes
     for axis in (0, 1) if _height_first(pixels.shape, size) else (1, 0):
         if axis and width != columns:
@@ -63,7 +65,9 @@ def _resized(pixels: Pixels, size: tuple[int, int], kernel: tuple[Any, float], p
 def resize_fast(pixels: Pixels, size: tuple[int, int], resample: int) -> Pixels:
     """As Pillow's resize, a level off here and there, and several times faster. What torch does otherwise is left to Pillow."""
     (width, height), (rows, columns, _), mode = size, pixels.shape, TORCH_MODES.get(resample)
-    if mode is None or width > columns or height > rows:  # enlarging, their bicubics are two levels apart
+    if (
+        mode is None or width > columns or height > rows
+    ):  # enlarging, their bicubics are two levels apart
         return _by_pillow(pixels, size, resample)
     import torch
 
@@ -89,12 +93,18 @@ def _cubic(x: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(x < 1, near, np.where(x < 2, far, 0))
 
 
-_KERNELS = {int(Image.Resampling.BILINEAR): (_triangle, 1.0), int(Image.Resampling.BICUBIC): (_cubic, 2.0)}
+_KERNELS = {
+    int(Image.Resampling.BILINEAR): (_triangle, 1.0),
+    int(Image.Resampling.BICUBIC): (_cubic, 2.0),
+}
 
 
 @lru_cache(64)
 def _weights(
-    size: int, result: int, kernel: Callable[[NDArray[np.float64]], NDArray[np.float64]], reach: float
+    size: int,
+    result: int,
+    kernel: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    reach: float,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]:
     """Of each pixel of the result: its first neighbour, how many it has, and what they weigh."""
     scale = size / result
@@ -105,7 +115,9 @@ def _weights(
     step = np.arange(math.ceil(reach * stretch) * 2 + 1)
     weights = kernel(np.abs((step + first[:, None] - centre[:, None] + 0.5) * (1.0 / stretch)))
     weights[step >= count[:, None]] = 0
-    total = weights.cumsum(axis=1)[:, -1:]  # one by one, as Pillow: a pairwise sum differs in the last bit
+    total = weights.cumsum(axis=1)[
+        :, -1:
+    ]  # one by one, as Pillow: a pairwise sum differs in the last bit
     weights = np.divide(weights, total, out=weights, where=total != 0) * (1 << _BITS)
     return first, count, np.trunc(weights + np.copysign(0.5, weights)).astype(np.int32)
 
@@ -128,7 +140,10 @@ def _compile() -> tuple[Passes, Passes] | None:
         passes = _passes(import_module("numba"))
     except Exception as error:  # ImportError also beside a NumPy that is newer than it knows; else whatever its compiler raises
         if not isinstance(error, ModuleNotFoundError):
-            log.warning("Numba cannot be used here (%s): Pillow resizes, with the same bits, more slowly", one_line(error))
+            log.warning(
+                "Numba cannot be used here (%s): Pillow resizes, with the same bits, more slowly",
+                one_line(error),
+            )
         return None
     sample = np.arange(60 * 40 * 3, dtype=np.uint32).astype(np.uint8).reshape(60, 40, 3)
     right = all(
@@ -187,5 +202,7 @@ def _jit(numba: Any, signature: str, function: Any) -> Any:
     """Compiled now, for one signature: nothing is compiled when an image is resized."""
     try:
         return numba.njit(signature, cache=True, error_model="numpy", nogil=True)(function)
-    except Exception:  # of a cache that is damaged, full, or not to be written: compiled in each process
+    except (
+        Exception
+    ):  # of a cache that is damaged, full, or not to be written: compiled in each process
         return numba.njit(signature, error_model="numpy", nogil=True)(function)

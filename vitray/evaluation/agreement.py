@@ -68,7 +68,11 @@ class Judgement:
 
     def rows(self) -> list[tuple[str, str]]:
         """(what, value), for people."""
-        used = "" if self.apart else ", the same that it was calibrated on: give more than 64 to tell them apart"
+        used = (
+            ""
+            if self.apart
+            else ", the same that it was calibrated on: give more than 64 to tell them apart"
+        )
         if self.calibrated_on and self.apart:
             used = f", none of the {self.calibrated_on} that it was calibrated on"
         compared = self.agreement is not None or self.cosine is not None
@@ -78,7 +82,12 @@ class Judgement:
         if self.top5 is not None:
             found.append((f"shared {TOP} best labels", f"{self.top5:.2%} of them in the mean"))
         if self.cosine is not None:
-            found.append(("cosine of embeddings", f"{self.cosine:.5f} in the mean, {self.least_cosine:.5f} at least"))
+            found.append(
+                (
+                    "cosine of embeddings",
+                    f"{self.cosine:.5f} in the mean, {self.least_cosine:.5f} at least",
+                )
+            )
         if self.error is not None:
             found.append(("relative error in fp32", f"{self.error:.1e} at most"))
         if not compared:
@@ -86,7 +95,12 @@ class Judgement:
         found.append(("size", f"{self.megabytes:.2f} MB, {self.ratio:.3f} of the original"))
         if self.speed is not None:
             times = f"{self.speed:.2f} times torch in {self.torch_precision}, median of rounds ({self.slowest:.2f} to {self.fastest:.2f})"
-            found.append(("speed", f"{times}; {self.images_s:,.1f} images/s, torch {self.torch_images_s:,.1f}"))
+            found.append(
+                (
+                    "speed",
+                    f"{times}; {self.images_s:,.1f} images/s, torch {self.torch_images_s:,.1f}",
+                )
+            )
         return found
 
     def share(self) -> float | None:
@@ -101,7 +115,9 @@ def sample(job: Job, spec: ModelSpec, calibrates: bool) -> Sample:
     encoded = _encoded(job, most)
     while items := list(itertools.islice(encoded, DECODED)):
         fresh = {content_hash(item.data): item for item in items if item.data}
-        pixels, _ = decode([item for digest, item in fresh.items() if digest not in seen], decode_spec)
+        pixels, _ = decode(
+            [item for digest, item in fresh.items() if digest not in seen], decode_spec
+        )
         seen |= fresh.keys()
         found += [np.array(image) for image in pixels]  # copies: the child writes there again
     if len(found) < LEAST:
@@ -131,7 +147,9 @@ def _encoded(job: Job, most: int) -> Iterator[Encoded]:
         rows = min(rows, DEEP * each) if shard.kind == "tar" else rows
         places = set(_drawn(rows, min(each, rows)).tolist())
         items = read_shard(shard, job, places.__contains__)
-        yield from itertools.islice((item for item in items if isinstance(item, Encoded)), len(places))
+        yield from itertools.islice(
+            (item for item in items if isinstance(item, Encoded)), len(places)
+        )
 
 
 def _drawn(among: int, many: int) -> np.ndarray:
@@ -141,21 +159,30 @@ def _drawn(among: int, many: int) -> np.ndarray:
 
 def answers(expected: Predictions, found: Predictions) -> dict[str, float | None]:
     """agreement, top5, cosine and least_cosine of a Judgement. Both with all labels."""
-    said: dict[str, float | None] = {"agreement": None, "top5": None, "cosine": None, "least_cosine": None}
+    said: dict[str, float | None] = {
+        "agreement": None,
+        "top5": None,
+        "cosine": None,
+        "least_cosine": None,
+    }
     if expected.ids is not None and found.ids is not None:
         said["agreement"] = float((expected.ids[:, 0] == found.ids[:, 0]).mean())
         if expected.ids.shape[1] > TOP:
             pairs = zip(expected.ids[:, :TOP].tolist(), found.ids[:, :TOP].tolist())
             said["top5"] = float(np.mean([len(set(a) & set(b)) / TOP for a, b in pairs]))
     if expected.vectors:
-        cosines = np.stack([_cosine(values, found.vectors[name]) for name, values in expected.vectors.items()])
+        cosines = np.stack(
+            [_cosine(values, found.vectors[name]) for name, values in expected.vectors.items()]
+        )
         said |= {"cosine": float(cosines.mean()), "least_cosine": float(cosines.min())}
     return said
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     a, b = a.astype(np.float64), b.astype(np.float64)
-    return np.asarray((a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-30))
+    return np.asarray(
+        (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-30)
+    )
 
 
 def error(expected: Predictions, found: Predictions) -> float:
@@ -163,7 +190,10 @@ def error(expected: Predictions, found: Predictions) -> float:
     pairs = [(values, found.vectors[name]) for name, values in expected.vectors.items()]
     if expected.ids is not None and found.ids is not None:
         pairs.append((_by_label(expected), _by_label(found)))
-    rows = [np.linalg.norm(b - a, axis=1) / np.maximum(np.linalg.norm(a, axis=1), 1e-30) for a, b in pairs]
+    rows = [
+        np.linalg.norm(b - a, axis=1) / np.maximum(np.linalg.norm(a, axis=1), 1e-30)
+        for a, b in pairs
+    ]
     return float(np.max(rows))
 
 
@@ -188,5 +218,15 @@ def speeds(exported: Model, original: Model, pixels: np.ndarray) -> dict[str, fl
         if time.perf_counter() - started > SECONDS:
             break
     ratios = [b / a for a, b in zip(took[exported], took[original])]
-    rates = dict(zip(("images_s", "torch_images_s"), (len(pixels) / statistics.median(seconds) for seconds in took.values())))
-    return {"speed": statistics.median(ratios), "slowest": min(ratios), "fastest": max(ratios), **rates}
+    rates = dict(
+        zip(
+            ("images_s", "torch_images_s"),
+            (len(pixels) / statistics.median(seconds) for seconds in took.values()),
+        )
+    )
+    return {
+        "speed": statistics.median(ratios),
+        "slowest": min(ratios),
+        "fastest": max(ratios),
+        **rates,
+    }

@@ -11,7 +11,10 @@ from markupsafe import Markup
 
 from vitray.version import __version__
 
-CHARS, TAIL = 200, 48  # of a key or a message; of a key under its picture, which ends in what tells it from others
+CHARS, TAIL = (
+    200,
+    48,
+)  # of a key or a message; of a key under its picture, which ends in what tells it from others
 HIDDEN = {"Cc", "Cf", "Cs", "Cn", "Zl", "Zp"}
 
 
@@ -35,22 +38,34 @@ def rendered(package: str, template: str, **values: object) -> str:
     world.filters["n"] = lambda number: f"{number:,.0f}"
     world.filters["rate"] = lambda number: f"{number:,.1f}"
     world.filters["brief"] = _brief
-    return world.get_template(template).render(made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", version=__version__, **values)
+    return world.get_template(template).render(
+        made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", version=__version__, **values
+    )
 
 
 def visible(text: str) -> str:
     """The text without what could hide or turn other text: control characters and those of direction become U+FFFD."""
     odd = {"\u200c", "\u200d"}  # joiners, which words and emoji need
-    return "".join("\ufffd" if unicodedata.category(c) in HIDDEN and c not in odd else c for c in text)
+    return "".join(
+        "\ufffd" if unicodedata.category(c) in HIDDEN and c not in odd else c for c in text
+    )
 
 
 def axis(top: float) -> list[float]:
     """Round values from 0 to `top` or just above, five at most."""
     raw = max(top, 1e-9) / 4
     size = 10.0 ** math.floor(math.log10(raw))
-    step = next(size * n for n in (1, 2, 2.5, 5, 10) if size * n >= raw * 0.999 and (n != 2.5 or size > 1))
+    step = next(
+        size * n for n in (1, 2, 2.5, 5, 10) if size * n >= raw * 0.999 and (n != 2.5 or size > 1)
+    )
     return [step * n for n in range(math.ceil(top / step - 1e-9) + 1)] if top > 0 else [0.0, 1.0]
 
 
 def _brief(number: float) -> str:
-    return f"{number / 1e6:g}M" if number >= 1e6 else f"{number / 1e3:g}k" if number >= 1e4 else f"{number:g}"
+    return (
+        f"{number / 1e6:g}M"
+        if number >= 1e6
+        else f"{number / 1e3:g}k"
+        if number >= 1e4
+        else f"{number:g}"
+    )

@@ -32,8 +32,16 @@ LACKS = {
 }
 EXTRAS = {"onnxruntime": "onnx", "onnx": "onnx", "onnxscript": "onnx", "openvino": "openvino"}
 EXTRAS |= {"nncf": "quantise", "coremltools": "coreml"}
-MODULES = {"onnx": ("onnxruntime", "onnx", "onnxscript"), "openvino": ("openvino",), "coreml": ("coremltools",)}
-MATRICES = ["MatMul", "Gemm", "Conv"]  # softmax, norms and GELU stay float32: they are little work, and lose most
+MODULES = {
+    "onnx": ("onnxruntime", "onnx", "onnxscript"),
+    "openvino": ("openvino",),
+    "coreml": ("coremltools",),
+}
+MATRICES = [
+    "MatMul",
+    "Gemm",
+    "Conv",
+]  # softmax, norms and GELU stay float32: they are little work, and lose most
 GROUP = 32  # weights that share a scale in int4
 BATCH = 10  # calibration images at a time
 COPIES = 3  # of the weights that lie on the disk at a time, at most
@@ -70,17 +78,27 @@ def require(to: str, how: str) -> None:
         raise JobError(f"--to {to}: choose one of {', '.join(KNOWN)}.")
     if how and how not in KNOWN[to]:
         raise JobError(f"--to {to} has no --{how}: {LACKS[to]}.")
-    needed = (*MODULES.get(to, ()), *(("nncf",) if to == "openvino" and how.startswith("int") else ()))
+    needed = (
+        *MODULES.get(to, ()),
+        *(("nncf",) if to == "openvino" and how.startswith("int") else ()),
+    )
     if missing := next((module for module in needed if find_spec(module) is None), None):
-        raise JobError(f"--to {to}{how and f' --{how}'} needs {missing}: pip install 'vitray[{EXTRAS[missing]}]'.")
+        raise JobError(
+            f"--to {to}{how and f' --{how}'} needs {missing}: pip install 'vitray[{EXTRAS[missing]}]'."
+        )
 
 
 def write(source: Source, to: str, how: str, folder: Path) -> None:
     """The graph's files into the folder. Raises ModelError when the library refuses the model."""
-    needed, free = COPIES * sum(map(os.path.getsize, weight_files(source.found))), shutil.disk_usage(folder).free
+    needed, free = (
+        COPIES * sum(map(os.path.getsize, weight_files(source.found))),
+        shutil.disk_usage(folder).free,
+    )
     if free < needed:
         megabytes = f"{needed / 1e6:.1f} MB for a while, and {free / 1e6:.1f} MB are free"
-        raise StorageError(f"{folder.parent}: an export may take {megabytes}. Make room, or choose another --into.")
+        raise StorageError(
+            f"{folder.parent}: an export may take {megabytes}. Make room, or choose another --into."
+        )
     try:
         with _silence():
             WRITERS[to](source, how, folder)
@@ -90,7 +108,9 @@ def write(source: Source, to: str, how: str, folder: Path) -> None:
         if "iostream error" in str(error):  # what C++ says of a disk that takes no more
             raise OSError(one_line(error)) from error
         said = f"{type(error).__name__}, {one_line(error)}"
-        raise ModelError(f"{source.spec.model} cannot be exported by --to {to}{how and f' --{how}'} ({said}).") from error
+        raise ModelError(
+            f"{source.spec.model} cannot be exported by --to {to}{how and f' --{how}'} ({said})."
+        ) from error
 
 
 def run_program(source: Source) -> Model:
@@ -114,7 +134,11 @@ def _silence() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -136,14 +160,27 @@ def _onnx(source: Source, how: str, folder: Path) -> None:
         raise ModelError("ONNX Runtime's quantiser takes models of up to 2 GB; use --to openvino")
     if how == "int8":
         quant_pre_process(file, plain, skip_symbolic_shape=True)
-        kinds = {"quant_format": QuantFormat.QDQ, "activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+        kinds = {
+            "quant_format": QuantFormat.QDQ,
+            "activation_type": QuantType.QUInt8,
+            "weight_type": QuantType.QInt8,
+        }
         extremes = {"per_channel": True, "calibrate_method": CalibrationMethod.MinMax}
-        quantize_static(plain, file, _Reader(source.calibration), op_types_to_quantize=MATRICES, **kinds, **extremes)
+        quantize_static(
+            plain,
+            file,
+            _Reader(source.calibration),
+            op_types_to_quantize=MATRICES,
+            **kinds,
+            **extremes,
+        )
         os.unlink(plain)
     elif how == "fp16":
         onnx.save(convert_float_to_float16(onnx.load(file), keep_io_types=True), file)
     elif how:
-        quantiser = MatMulNBitsQuantizer(onnx.load(file), bits=int(how[3]), block_size=GROUP, is_symmetric=True)
+        quantiser = MatMulNBitsQuantizer(
+            onnx.load(file), bits=int(how[3]), block_size=GROUP, is_symmetric=True
+        )
         quantiser.process()
         onnx.save(quantiser.model.model, file)
     if not os.path.exists(f"{file}.data"):
@@ -165,7 +202,12 @@ def _without_notes(graph: Any) -> Any:
     for node in graph.graph.node:
         del node.metadata_props[:]
         node.ClearField("doc_string")
-    for value in (*graph.graph.value_info, *graph.graph.input, *graph.graph.output, *graph.graph.initializer):
+    for value in (
+        *graph.graph.value_info,
+        *graph.graph.input,
+        *graph.graph.output,
+        *graph.graph.initializer,
+    ):
         del value.metadata_props[:]
     del graph.graph.value_info[:], graph.graph.metadata_props[:], graph.metadata_props[:]
     return graph
@@ -187,8 +229,13 @@ def _by_nncf(graph: Any, how: str, calibration: np.ndarray) -> Any:
     from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 
     if how != "int8":
-        mode = {"int8-weights": nncf.CompressWeightsMode.INT8_SYM, "int4-weights": nncf.CompressWeightsMode.INT4_SYM}[how]
-        return nncf.compress_weights(graph, mode=mode, group_size=GROUP if how == "int4-weights" else None)
+        mode = {
+            "int8-weights": nncf.CompressWeightsMode.INT8_SYM,
+            "int4-weights": nncf.CompressWeightsMode.INT4_SYM,
+        }[how]
+        return nncf.compress_weights(
+            graph, mode=mode, group_size=GROUP if how == "int4-weights" else None
+        )
     return nncf.quantize(
         graph,
         nncf.Dataset([image[None] for image in calibration]),
@@ -205,7 +252,10 @@ def _torch_export(source: Source, how: str, folder: Path) -> None:
     """model.pt2 for others; a copy of the weights beside it is what vitray opens: see SECURITY.md."""
     import torch
 
-    program, archive = source.program(), io.BytesIO()  # torch's own writer ends the process when the disk is full
+    program, archive = (
+        source.program(),
+        io.BytesIO(),
+    )  # torch's own writer ends the process when the disk is full
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths of this machine
     torch.export.save(program, archive)
@@ -232,11 +282,21 @@ def _coreml(source: Source, how: str, folder: Path) -> None:
     )
     said = model.get_spec().description
     shapes = [tuple(field.type.multiArrayType.shape) for field in (*said.input, *said.output)]
-    sizes = [len(source.spec.labels)] * source.labels + [vector.dimension for vector in source.vectors]
-    if shapes != [tuple(one.shape), *((1, size) for size in sizes)] or [field.name for field in said.output] != source.names:
+    sizes = [len(source.spec.labels)] * source.labels + [
+        vector.dimension for vector in source.vectors
+    ]
+    if (
+        shapes != [tuple(one.shape), *((1, size) for size in sizes)]
+        or [field.name for field in said.output] != source.names
+    ):
         raise ModelError(f"coremltools made a graph of {shapes}")
     model.save(str(folder / "model.mlpackage"))
 
 
 Write = Callable[[Source, str, Path], None]
-WRITERS: dict[str, Write] = {"onnx": _onnx, "openvino": _openvino, "torch-export": _torch_export, "coreml": _coreml}
+WRITERS: dict[str, Write] = {
+    "onnx": _onnx,
+    "openvino": _openvino,
+    "torch-export": _torch_export,
+    "coreml": _coreml,
+}

@@ -67,7 +67,9 @@ def identify(job: Job, runs_here: bool = True) -> ModelSpec:
         family=config.family,
         labels=(),
         # without labels as it always was: datasets of embeddings alone have it in their fingerprint
-        multi_label=graph.multi_label if graph else config.hf.problem_type == "multi_label_classification",
+        multi_label=graph.multi_label
+        if graph
+        else config.hf.problem_type == "multi_label_classification",
         dimension=config.dimension,
         layers=config.layers,
         prefix_tokens=config.prefix_tokens,
@@ -75,9 +77,15 @@ def identify(job: Job, runs_here: bool = True) -> ModelSpec:
         pixels=pixels.read_pixels(found, config),
         precision=fastest if job.precision == "auto" else job.precision,
         engine="torch" if asked == "auto" else asked,
-        batch_size=machine.auto_batch_size(device, config.dimension) if job.batch_size == "auto" else job.batch_size,
+        batch_size=machine.auto_batch_size(device, config.dimension)
+        if job.batch_size == "auto"
+        else job.batch_size,
     )
-    spec = exported.labelled(job, spec, graph, config) if graph else labelling.labelled(job, spec, found, config)
+    spec = (
+        exported.labelled(job, spec, graph, config)
+        if graph
+        else labelling.labelled(job, spec, found, config)
+    )
     if runs_here:
         engines.require(spec.engine, device, spec.precision)
     engines.require_pixels(spec.engine, job.decode)
@@ -156,7 +164,9 @@ def will_compile(job: Job, images: int) -> str:
         return job.compile
     cpu, gpu = COMPILE_PAYS["cpu"], COMPILE_PAYS["cuda"]
     say = "off" if images < min(cpu, gpu) else "on where a machine, or a GPU, gets enough of them"
-    return f"auto: {say} ({images:,} images; on from {cpu:,} a machine, or {gpu:,} a GPU, in one run)"
+    return (
+        f"auto: {say} ({images:,} images; on from {cpu:,} a machine, or {gpu:,} a GPU, in one run)"
+    )
 
 
 def vector_columns(job: Job, spec: ModelSpec) -> list[VectorColumn]:
@@ -168,12 +178,22 @@ def vector_columns(job: Job, spec: ModelSpec) -> list[VectorColumn]:
         layer = None if embedding.layer == "last" else embedding.layer
         require_vector(spec, layer, embedding.pool)
         column = job.column(embedding)
-        columns.append(VectorColumn(column, spec.dimension, layer, embedding.pool, embedding.normalize, embedding.dtype))
+        columns.append(
+            VectorColumn(
+                column, spec.dimension, layer, embedding.pool, embedding.normalize, embedding.dtype
+            )
+        )
     return columns
 
 
 def open_model(
-    spec: ModelSpec, vectors: list[VectorColumn], top_k: int, labels: bool, device: str, threads: int, compiled: bool = False
+    spec: ModelSpec,
+    vectors: list[VectorColumn],
+    top_k: int,
+    labels: bool,
+    device: str,
+    threads: int,
+    compiled: bool = False,
 ) -> Model:
     """The checkpoint, loaded and ready.
 
@@ -185,7 +205,9 @@ def open_model(
     from vitray.models import checkpoint, engines, exported, linear, loading, machine
 
     if labels and not spec.labels:
-        raise ModelError(f"{spec.model} was identified without labels; identify it again with labels: true")
+        raise ModelError(
+            f"{spec.model} was identified without labels; identify it again with labels: true"
+        )
     found = checkpoint.locate(spec.model, spec.revision)
     graph = exported.read_graph(found)
     if (weights := exported.hash_model(found)) != spec.weights_sha256:
@@ -199,19 +221,29 @@ def open_model(
     k = top_k if labels else 0
     if graph:
         return exported.open_exported(found, graph, spec, vectors, k, chosen, threads)
-    network = loading.load_network(found, labels, linear.open_head(spec, found, chosen) if labels else None)
+    network = loading.load_network(
+        found, labels, linear.open_head(spec, found, chosen) if labels else None
+    )
     crash_point("model-loaded")
     if spec.engine == "torch":
         from vitray.models.torch_engine import TorchModel
 
-        return TorchModel(network, spec, vectors, k, chosen, threads if chosen == "cpu" else 1, compiled)
+        return TorchModel(
+            network, spec, vectors, k, chosen, threads if chosen == "cpu" else 1, compiled
+        )
     from vitray.models.graph import GraphModel, export_graph
 
     program = export_graph(network, spec, vectors, labels)
     if spec.engine == "onnx":
         from vitray.models import onnx_engine
 
-        return GraphModel(onnx_engine.compile_graph(program, chosen), spec, vectors, k, threads if chosen == "cpu" else 1)
+        return GraphModel(
+            onnx_engine.compile_graph(program, chosen),
+            spec,
+            vectors,
+            k,
+            threads if chosen == "cpu" else 1,
+        )
     from vitray.models import openvino_engine
 
     run = openvino_engine.open_graph(openvino_engine.convert(program), spec.precision, threads)

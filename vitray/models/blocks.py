@@ -72,8 +72,13 @@ def pack(blocks: Any, dtype: torch.dtype) -> bool:
 def can_pack(dtype: torch.dtype) -> bool:
     """Whether oneDNN multiplies this type here."""
     known = torch.ops.mkldnn
-    supported = {torch.bfloat16: known._is_mkldnn_bf16_supported, torch.float16: known._is_mkldnn_fp16_supported}
-    return platform.machine() in ("x86_64", "AMD64") and bool(supported.get(dtype, torch.backends.mkldnn.is_available)())
+    supported = {
+        torch.bfloat16: known._is_mkldnn_bf16_supported,
+        torch.float16: known._is_mkldnn_fp16_supported,
+    }
+    return platform.machine() in ("x86_64", "AMD64") and bool(
+        supported.get(dtype, torch.backends.mkldnn.is_available)()
+    )
 
 
 # Compiled graphs name a packed layer by its number: with its weights inside torch could not keep them for the next start, as oneDNN's
@@ -87,7 +92,9 @@ _library.define("packed_linear(Tensor x, int number, int outputs) -> Tensor")
 _library.impl("packed_linear", lambda x, number, outputs: _packed[number].multiply(x), "CPU")
 
 
-torch.library.register_fake("vitray::packed_linear", lambda x, number, outputs: x.new_empty(*x.shape[:-1], outputs))
+torch.library.register_fake(
+    "vitray::packed_linear", lambda x, number, outputs: x.new_empty(*x.shape[:-1], outputs)
+)
 
 
 class PackedLinear(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
@@ -126,21 +133,31 @@ class Attention(torch.nn.Module):  # type: ignore[misc]  # torch is not typed he
         super().__init__()
         parts = [plain.q_proj, plain.k_proj, plain.v_proj]
         weights = [p.weight.detach() for p in parts]
-        biases = [torch.zeros(len(p.weight)) if p.bias is None else p.bias.detach() for p in parts]  # BEiT's keys have none
+        biases = [
+            torch.zeros(len(p.weight)) if p.bias is None else p.bias.detach() for p in parts
+        ]  # BEiT's keys have none
         # the scale goes into the weights: exact for heads of 16, 64 or 256, where it is a power of two
         self.query = _linear(weights[0] * scale, biases[0] * scale)
         self.key_value = _linear(torch.cat(weights[1:]), torch.cat(biases[1:]))
         self.out = getattr(plain, "o_proj", None) or plain.out_proj
         self.head_dim = int(plain.head_dim)
         # torch's fused CPU kernel (2.13) multiplies bf16 fast with AMX alone: a Zen 5 took 15 ms where matmuls take 7
-        self._matmuls = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+        self._matmuls = (
+            torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+        )
         self.here = _Here()
 
-    def forward(self, hidden_states: Any, attention_mask: Any = None, **_unused: Any) -> tuple[Any, None]:
+    def forward(
+        self, hidden_states: Any, attention_mask: Any = None, **_unused: Any
+    ) -> tuple[Any, None]:
         images, asked, _ = hidden_states.shape
         context = hidden_states if self.here.context is None else self.here.context
         q = self.query(hidden_states).view(images, asked, -1, self.head_dim).transpose(1, 2)
-        k, v = self.key_value(context).view(images, context.shape[1], 2, -1, self.head_dim).permute(2, 0, 3, 1, 4)
+        k, v = (
+            self.key_value(context)
+            .view(images, context.shape[1], 2, -1, self.head_dim)
+            .permute(2, 0, 3, 1, 4)
+        )
         if torch.compiler.is_exporting():
             scores = q @ k.transpose(-2, -1)
             # in an export transformers makes a boolean mask of padding, all true: images have none; BEiT's is a bias
@@ -155,7 +172,9 @@ class Attention(torch.nn.Module):  # type: ignore[misc]  # torch is not typed he
 
 def _linear(weight: Any, bias: Any) -> torch.nn.Linear:
     layer = torch.nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-    layer.weight, layer.bias = (torch.nn.Parameter(tensor, requires_grad=False) for tensor in (weight, bias))
+    layer.weight, layer.bias = (
+        torch.nn.Parameter(tensor, requires_grad=False) for tensor in (weight, bias)
+    )
     return layer
 
 
@@ -163,4 +182,6 @@ def _attend_by_matmul(q: Any, k: Any, v: Any) -> Any:
     """softmax(q k^T) v, heads [N, H, T, d] as one batch of matrices, which oneDNN multiplies at full speed."""
     images, heads, asked, width = q.shape
     q, k, v = (x.reshape(images * heads, -1, width) for x in (q, k, v))
-    return torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v).view(images, heads, asked, width)
+    return torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v).view(
+        images, heads, asked, width
+    )

@@ -35,7 +35,10 @@ HEADS = (("classifier.weight",), ("cls_classifier.weight", "distillation_classif
 HUB_FILES = ["*.json", "model.safetensors", "model-*.safetensors", "merges.txt", "spiece.model"]
 EXPORT = "vitray_export.json"  # what `vitray export` wrote holds it, and of the graph's files these: see exported.py
 GRAPH_FILES = ("model.onnx", "model.onnx.data", "openvino_model.xml", "openvino_model.bin")
-WRAPPERS = {"_orig_mod.": "a compiled module", "module.": "a DataParallel module"}  # by the prefix of their weights
+WRAPPERS = {
+    "_orig_mod.": "a compiled module",
+    "module.": "a DataParallel module",
+}  # by the prefix of their weights
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -80,30 +83,46 @@ def locate(model: str, revision: str | None) -> Checkpoint:
     if not model.startswith("s3://") and not os.path.exists(path):
         return _from_hub(model, revision)
     if revision is not None:
-        raise ModelError(f"{model} is a directory, which has no revisions. Leave `revision` out, or give a Hugging Face id.")
+        raise ModelError(
+            f"{model} is a directory, which has no revisions. Leave `revision` out, or give a Hugging Face id."
+        )
     if model.startswith("s3://"):
         return Checkpoint(storage.absolute(model), None, _from_s3(model))
     if not os.path.isdir(path):
-        raise ModelError(f"{model} is a file. Give the directory that holds config.json and model.safetensors.")
+        raise ModelError(
+            f"{model} is a file. Give the directory that holds config.json and model.safetensors."
+        )
     return Checkpoint(storage.absolute(path), None, storage.absolute(path))
 
 
 def _from_hub(model: str, revision: str | None) -> Checkpoint:
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model):
-        raise ModelError(f"{model} does not exist. Give a local directory, an s3:// directory, or a Hugging Face id (org/name).")
+        raise ModelError(
+            f"{model} does not exist. Give a local directory, an s3:// directory, or a Hugging Face id (org/name)."
+        )
     from huggingface_hub import constants, errors, snapshot_download
 
     named = f"model {model}" + (f" at revision {revision}" if revision else "")
     try:
-        directory = snapshot_download(model, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=["*/*"])
-        if os.path.isfile(os.path.join(directory, EXPORT)):  # others' repositories hold graphs that nobody asked for
+        directory = snapshot_download(
+            model, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]
+        )
+        if os.path.isfile(
+            os.path.join(directory, EXPORT)
+        ):  # others' repositories hold graphs that nobody asked for
             snapshot_download(model, revision=revision, allow_patterns=list(GRAPH_FILES))
     except errors.GatedRepoError as error:
-        raise ModelError(f"{named} is gated: accept its terms on huggingface.co and set HF_TOKEN.") from error
+        raise ModelError(
+            f"{named} is gated: accept its terms on huggingface.co and set HF_TOKEN."
+        ) from error
     except errors.RepositoryNotFoundError as error:
-        raise ModelError(f"{named}: neither on the Hugging Face hub nor a local directory. Check the spelling.") from error
+        raise ModelError(
+            f"{named}: neither on the Hugging Face hub nor a local directory. Check the spelling."
+        ) from error
     except errors.RevisionNotFoundError as error:
-        raise ModelError(f"{named}: no such revision. Give a branch, a tag or a commit of that model.") from error
+        raise ModelError(
+            f"{named}: no such revision. Give a branch, a tag or a commit of that model."
+        ) from error
     except Exception as error:  # any of httpx's, or of the disk's: the hub cannot be asked and the cache does not have it
         if constants.HF_HUB_OFFLINE:
             raise ModelError(
@@ -116,7 +135,9 @@ def _from_hub(model: str, revision: str | None) -> Checkpoint:
         ) from error
     commit = os.path.basename(os.path.normpath(directory))
     if not COMMIT.fullmatch(commit):
-        raise ModelError(f"{named}: the cache's snapshot {directory} is not named by a commit. Delete it and run again.")
+        raise ModelError(
+            f"{named}: the cache's snapshot {directory} is not named by a commit. Delete it and run again."
+        )
     return Checkpoint(model, commit, directory)
 
 
@@ -126,13 +147,19 @@ def _from_s3(url: str) -> str:
     try:
         listed = {info.url.removeprefix(base): info for info in storage.expand(base)}
     except ObjectMissing as error:
-        raise ModelError(f"{url} holds no checkpoint: there is no object under it. Check the URL.") from error
+        raise ModelError(
+            f"{url} holds no checkpoint: there is no object under it. Check the URL."
+        ) from error
     wanted = (".json", ".txt", ".safetensors", "spiece.model", *GRAPH_FILES)
-    files = {name: info for name, info in listed.items() if "/" not in name and name.endswith(wanted)}
+    files = {
+        name: info for name, info in listed.items() if "/" not in name and name.endswith(wanted)
+    }
     if not any(name.endswith(".json") for name in files) and (other := foreign.of_weights(listed)):
         raise ModelError(f"{url} {other}")
     root = cache_directory("models")
-    target = os.path.join(root, short_hash("\0".join(f"{i.url} {i.version}" for i in files.values()), 32))
+    target = os.path.join(
+        root, short_hash("\0".join(f"{i.url} {i.version}" for i in files.values()), 32)
+    )
     with open(f"{target}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not os.path.isdir(target):
@@ -148,7 +175,9 @@ def _from_s3(url: str) -> str:
 
 def cache_directory(name: str) -> str:
     """vitray's own directory of that name in the user's cache, made if it is not there."""
-    path = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "vitray", name)
+    path = os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "vitray", name
+    )
     os.makedirs(path, 0o755, exist_ok=True)
     return path
 
@@ -158,7 +187,9 @@ def cache_directory(name: str) -> str:
 
 def read_config(found: Checkpoint) -> VisionConfig:
     """config.json, read by transformers' own class of that model_type; `auto_map` is not looked at."""
-    if not os.path.isfile(os.path.join(found.directory, "config.json")) and (other := _other_library(found)):
+    if not os.path.isfile(os.path.join(found.directory, "config.json")) and (
+        other := _other_library(found)
+    ):
         raise ModelError(f"{found.model} {other}")
     raw = read_json(found, "config.json")
     family = raw.get("model_type")
@@ -167,8 +198,12 @@ def read_config(found: Checkpoint) -> VisionConfig:
             raise ModelError(f"{found.model} {other}")
         known = f"Known: {', '.join(FAMILIES)}."
         if family is None:
-            raise ModelError(f"{found.model}: config.json names no model_type, so it is no checkpoint of transformers. {known}")
-        raise ModelError(f"{found.model} is of model type {family}, which vitray does not know. {known}")
+            raise ModelError(
+                f"{found.model}: config.json names no model_type, so it is no checkpoint of transformers. {known}"
+            )
+        raise ModelError(
+            f"{found.model} is of model type {family}, which vitray does not know. {known}"
+        )
     if isinstance(raw.get("id2label"), list):  # names in the order of the head's outputs
         raw["id2label"] = dict(enumerate(raw["id2label"]))
     from transformers import CONFIG_MAPPING
@@ -183,15 +218,21 @@ def read_config(found: Checkpoint) -> VisionConfig:
             dimension=int(vision.hidden_size),
             layers=int(vision.num_hidden_layers),
             prefix_tokens=FAMILIES[family] + int(getattr(vision, "num_register_tokens", 0)),
-            image_size=(int(size[0]), int(size[1])) if isinstance(size, (list, tuple)) else (int(size), int(size)),
+            image_size=(int(size[0]), int(size[1]))
+            if isinstance(size, (list, tuple))
+            else (int(size), int(size)),
             patch_size=int(patch[0] if isinstance(patch, (list, tuple)) else patch),
             score_function=_score_function(config),
             hf=config,
         )
     except Exception as error:  # strict dataclasses raise their own kinds
-        raise ModelError(f"{found.model}: config.json is not a valid {family} config ({one_line(error)}).") from error
+        raise ModelError(
+            f"{found.model}: config.json is not a valid {family} config ({one_line(error)})."
+        ) from error
     if vision.num_channels != 3:
-        raise ModelError(f"{found.model} takes images of {vision.num_channels} channels; vitray feeds RGB.")
+        raise ModelError(
+            f"{found.model} takes images of {vision.num_channels} channels; vitray feeds RGB."
+        )
     return spec
 
 
@@ -223,7 +264,9 @@ def read_labels(found: Checkpoint, config: VisionConfig) -> tuple[str, ...]:
     names = config.class_names()
     outputs = shapes[head[0]][0]
     if sorted(names) != list(range(outputs)):
-        raise ModelError(f"{found.model}: config.json names {len(names)} classes, but the head has {outputs}. Repair id2label.")
+        raise ModelError(
+            f"{found.model}: config.json names {len(names)} classes, but the head has {outputs}. Repair id2label."
+        )
     return tuple(names[i] for i in range(outputs))
 
 
@@ -241,9 +284,14 @@ def tensor_shapes(found: Checkpoint, names: set[str]) -> dict[str, list[int]]:
         try:
             with safe_open(path, framework="np") as tensors:
                 _require_plain_names(found, list(tensors.keys()))
-                shapes |= {name: tensors.get_slice(name).get_shape() for name in names & set(tensors.keys())}
+                shapes |= {
+                    name: tensors.get_slice(name).get_shape()
+                    for name in names & set(tensors.keys())
+                }
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{found.model}: {os.path.basename(path)} is damaged ({one_line(error)}); fetch it.") from error
+            raise ModelError(
+                f"{found.model}: {os.path.basename(path)} is damaged ({one_line(error)}); fetch it."
+            ) from error
     return shapes
 
 
@@ -264,18 +312,30 @@ def weight_files(found: Checkpoint) -> list[str]:
         return [single]
     if os.path.isfile(f"{single}.index.json"):
         weight_map = read_json(found, "model.safetensors.index.json").get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        if (
+            not isinstance(weight_map, dict)
+            or not weight_map
+            or not all(isinstance(v, str) for v in weight_map.values())
+        ):
             raise ModelError(
                 f"{found.model}: model.safetensors.index.json names no files in its weight_map. Fetch the checkpoint again."
             )
         names = sorted(set(weight_map.values()))
         paths = [os.path.join(found.directory, name) for name in names]
-        missing = [name for name, path in zip(names, paths) if os.path.basename(name) != name or not os.path.isfile(path)]
+        missing = [
+            name
+            for name, path in zip(names, paths)
+            if os.path.basename(name) != name or not os.path.isfile(path)
+        ]
         if missing:
-            raise ModelError(f"{found.model}: {missing[0]}, which its index names, is missing. Fetch the checkpoint again.")
+            raise ModelError(
+                f"{found.model}: {missing[0]}, which its index names, is missing. Fetch the checkpoint again."
+            )
         return paths
     if os.path.isfile(os.path.join(found.directory, foreign.ADAPTER)):
-        raise ModelError(f"{found.model} {foreign.of_adapter(_read_any_json(found, foreign.ADAPTER))}")
+        raise ModelError(
+            f"{found.model} {foreign.of_adapter(_read_any_json(found, foreign.ADAPTER))}"
+        )
     raise ModelError(
         f"{found.model} holds no model.safetensors. vitray loads safetensors only, because .bin and .pt files can run code: "
         "convert to safetensors (load it with transformers where you trust it, then save_pretrained)."
@@ -321,6 +381,10 @@ def _read_any_json(found: Checkpoint, name: str) -> Any:
         with open(os.path.join(found.directory, name), encoding="utf-8") as stream:
             return json.load(stream)
     except FileNotFoundError as error:
-        raise ModelError(f"{found.model} holds no {name}. Give the directory of a whole checkpoint of transformers.") from error
+        raise ModelError(
+            f"{found.model} holds no {name}. Give the directory of a whole checkpoint of transformers."
+        ) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{found.model}: {name} cannot be read ({one_line(error)}). Fetch the checkpoint again.") from error
+        raise ModelError(
+            f"{found.model}: {name} cannot be read ({one_line(error)}). Fetch the checkpoint again."
+        ) from error

@@ -39,8 +39,13 @@ def graphs_kept() -> Iterator[str]:
             path = _private()
             stack.enter_context(_marked(path))
         except OSError as error:
-            log.warning("what torch compiles is not kept for the next start: %s. Set XDG_CACHE_HOME to another place.", error)
-            path = stack.enter_context(tempfile.TemporaryDirectory(prefix="vitray-compiled-", ignore_cleanup_errors=True))
+            log.warning(
+                "what torch compiles is not kept for the next start: %s. Set XDG_CACHE_HOME to another place.",
+                error,
+            )
+            path = stack.enter_context(
+                tempfile.TemporaryDirectory(prefix="vitray-compiled-", ignore_cleanup_errors=True)
+            )
         _ours.add(path)
         os.environ[CACHE] = path  # for good: torch's default is in /tmp, where others may write
         yield path
@@ -53,7 +58,9 @@ def _private() -> str:
     for above in map(os.stat, Path(path).parents):
         is_shared = above.st_mode & 0o022 and not above.st_mode & stat.S_ISVTX
         if there.st_uid != user or above.st_uid not in (0, user) or is_shared:
-            raise PermissionError(f"others could put code into {path}, by its owner or by what it lies in")
+            raise PermissionError(
+                f"others could put code into {path}, by its owner or by what it lies in"
+            )
     if there.st_mode & 0o077:  # others may have put something there
         _empty(path)
         os.chmod(path, 0o700)

@@ -16,7 +16,10 @@ from vitray.schema import ModelSpec
 
 MODULES = {"openvino": ("openvino",), "onnx": ("onnxruntime", "onnx", "onnxscript")}
 PRECISIONS = {"openvino": ("bf16", "fp32"), "onnx": ("fp32",)}
-CLOSE = {"fp32": (0.99999, 1e-3), "bf16": (0.999, 0.05)}  # least cosine; how far the label's score may be below the best one's
+CLOSE = {
+    "fp32": (0.99999, 1e-3),
+    "bf16": (0.999, 0.05),
+}  # least cosine; how far the label's score may be below the best one's
 IMAGES = 16  # that every engine is checked on
 ROUNDS, SECONDS = 10, 10.0  # of timing; seconds an engine, at most
 AHEAD = 1.1  # of torch, which starts sooner: a graph is made anew at each start
@@ -67,7 +70,9 @@ def require(engine: str, device: str, precision: str) -> None:
 def require_pixels(engine: str, decode: str) -> None:
     """Raises ModelError when pixels would be on the GPU, in torch's hands, and the engine wants them here."""
     if engine != "torch" and decode in ("gpu", "hybrid"):
-        raise ModelError(f"decode: {decode} leaves pixels to engine torch. Set decode: exact or fast, or engine: torch.")
+        raise ModelError(
+            f"decode: {decode} leaves pixels to engine torch. Set decode: exact or fast, or engine: torch."
+        )
 
 
 def require_filter(spec: ModelSpec, decode: str) -> None:
@@ -82,25 +87,35 @@ def require_filter(spec: ModelSpec, decode: str) -> None:
 def usable(device: str, precision: str) -> tuple[list[str], str]:
     """The engines that can run this here, torch first; and why not the others, as `fastest` says it."""
     why = {engine: refusal(engine, device, precision) for engine in ("torch", *MODULES)}
-    said = {name: reason.removeprefix(f"engine {name} ").partition(": pip")[0] for name, reason in why.items() if reason}
+    said = {
+        name: reason.removeprefix(f"engine {name} ").partition(": pip")[0]
+        for name, reason in why.items()
+        if reason
+    }
     out = [f"{name} left out ({reason.partition('. ')[0]})" for name, reason in said.items()]
     return [engine for engine, reason in why.items() if reason is None], ", ".join(out)
 
 
-def fastest(spec: ModelSpec, engines: Mapping[str, Open], exact: Open, seconds: float = SECONDS) -> tuple[str, str]:
+def fastest(
+    spec: ModelSpec, engines: Mapping[str, Open], exact: Open, seconds: float = SECONDS
+) -> tuple[str, str]:
     """The name of the fastest engine, and a line that says what each did.
 
     exact: opens torch in float32 with all labels. An engine that fails or strays from its answers is left out; torch,
     what the others are held against, is not checked. seconds: of timing, an engine.
     """
     rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (max(IMAGES, spec.batch_size), *spec.pixels.shape, 3), dtype=np.uint8)
+    pixels = rng.integers(
+        0, 256, (max(IMAGES, spec.batch_size), *spec.pixels.shape, 3), dtype=np.uint8
+    )
     expected = exact().predict(pixels[:IMAGES])
     opened, said = dict[str, Model](), dict[str, str]()
     for name, open_engine in engines.items():
         try:
             model = open_engine()
-            stray = None if name == "torch" else strays(model.predict(pixels[:IMAGES]), expected, spec)
+            stray = (
+                None if name == "torch" else strays(model.predict(pixels[:IMAGES]), expected, spec)
+            )
         except Exception as error:  # an engine may not know this model: each has its own exceptions
             stray = " ".join(str(error).split())[:120] or type(error).__name__
         if stray is None:
@@ -122,15 +137,24 @@ def strays(found: Predictions, expected: Predictions, spec: ModelSpec) -> str | 
     least, below = CLOSE[spec.precision]
     for name, exact in expected.vectors.items():
         a, b = found.vectors[name].astype(np.float32), exact.astype(np.float32)
-        cosine = float(((a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))).min())
+        cosine = float(
+            ((a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))).min()
+        )
         if not cosine >= least:
             return f"cosine {cosine:.5f} of {name} with torch in fp32"
-    if found.ids is not None and found.scores is not None and expected.ids is not None and expected.scores is not None:
+    if (
+        found.ids is not None
+        and found.scores is not None
+        and expected.ids is not None
+        and expected.scores is not None
+    ):
         place = (expected.ids == found.ids[:, :1]).argmax(1)
         score = np.take_along_axis(expected.scores, place[:, None], 1)[:, 0]
         if spec.regression or len(spec.labels) == 1:
             scale = float(np.abs(expected.scores).max()) if spec.regression else 1.0
-            off = float(max(np.abs(found.scores[:, 0] - score).max(), (expected.scores[:, 0] - score).max()))
+            off = float(
+                max(np.abs(found.scores[:, 0] - score).max(), (expected.scores[:, 0] - score).max())
+            )
             return None if off <= below * scale else f"a score {off:.2g} off that of torch in fp32"
         wrong = int((score < expected.scores[:, 0] * (1 - below)).sum())
         if wrong:

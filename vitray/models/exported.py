@@ -16,7 +16,14 @@ import numpy as np
 
 from vitray.errors import ModelError
 from vitray.job import Job
-from vitray.models.checkpoint import EXPORT, GRAPH_FILES, Checkpoint, VisionConfig, hash_weights, read_json
+from vitray.models.checkpoint import (
+    EXPORT,
+    GRAPH_FILES,
+    Checkpoint,
+    VisionConfig,
+    hash_weights,
+    read_json,
+)
 from vitray.schema import ModelSpec, ScoreFunction, VectorColumn
 
 if TYPE_CHECKING:
@@ -59,15 +66,22 @@ def read_export(found: Checkpoint) -> Exported | None:
             raise ValueError(f"format {said['format']}, this vitray knows {FORMAT}")
         if said != seal(said):
             raise ValueError("it was changed")
-        vectors = tuple((None if v["layer"] == "last" else int(v["layer"]), str(v["pool"])) for v in said["vectors"])
+        vectors = tuple(
+            (None if v["layer"] == "last" else int(v["layer"]), str(v["pool"]))
+            for v in said["vectors"]
+        )
         graph = {str(name): str(digest) for name, digest in said["graph"].items()}
         if said["to"] in ENGINES and not NEEDED[said["to"]] <= graph.keys() <= set(GRAPH_FILES):
             raise ValueError(f"graph files {', '.join(graph)}")
         labels = tuple(map(str, said["labels"])), bool(said["multi_label"])
         source = str(said["source"]), str(said["source_weights_sha256"])
-        return Exported(str(said["to"]), str(said["quantisation"]), *source, *labels, vectors, graph)
+        return Exported(
+            str(said["to"]), str(said["quantisation"]), *source, *labels, vectors, graph
+        )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{found.model}: {EXPORT} is not one that vitray wrote ({error}). Export the model again.") from error
+        raise ModelError(
+            f"{found.model}: {EXPORT} is not one that vitray wrote ({error}). Export the model again."
+        ) from error
 
 
 def seal(said: dict[str, Any]) -> dict[str, Any]:
@@ -92,7 +106,9 @@ def read_graph(found: Checkpoint) -> Exported | None:
 def engine_of(export: Exported, model: str, asked: str) -> str:
     """The engine of an export. Raises ModelError when the job asks for another."""
     if asked not in ("auto", export.to):
-        raise ModelError(f"{model} was exported for engine {export.to}, so engine {asked} cannot run it. Set engine: auto.")
+        raise ModelError(
+            f"{model} was exported for engine {export.to}, so engine {asked} cannot run it. Set engine: auto."
+        )
     return export.to
 
 
@@ -101,7 +117,10 @@ def places(export: Exported, model: str, vectors: Sequence[VectorColumn]) -> lis
     found = []
     for vector in vectors:
         if (vector.layer, vector.pool) not in export.vectors:
-            has = ", ".join(f"{pool} of layer {layer or 'last'}" for layer, pool in export.vectors) or "no embedding at all"
+            has = (
+                ", ".join(f"{pool} of layer {layer or 'last'}" for layer, pool in export.vectors)
+                or "no embedding at all"
+            )
             raise ModelError(
                 f"{model} gives {has}, and not {vector.pool} of layer {vector.layer or 'last'}: what it gives was fixed when it was "
                 f"exported. Set embeddings to those, or export {export.source} again with the ones you want."
@@ -122,7 +141,9 @@ def labelled(job: Job, spec: ModelSpec, export: Exported, config: VisionConfig) 
             f"Use the checkpoint that it was made of ({export.source}), or relabel the dataset's embeddings (vitray relabel)."
         )
     if job.labelled and not export.labels:
-        raise ModelError(f"{spec.model} was exported without labels; set labels: false, or export {export.source} with them.")
+        raise ModelError(
+            f"{spec.model} was exported without labels; set labels: false, or export {export.source} with them."
+        )
     if not job.labelled:
         return spec
     has_own_head = export.labels == tuple(name for _, name in sorted(config.class_names().items()))
@@ -143,7 +164,9 @@ def hash_model(found: Checkpoint) -> str:
         return _hash_graph(found, export)
     weights = hash_weights(found)
     if export is not None and export.to == "torch-export" and weights != export.weights:
-        raise ModelError(f"{found.model}: its safetensors are not those that were exported. Copy the whole directory again.")
+        raise ModelError(
+            f"{found.model}: its safetensors are not those that were exported. Copy the whole directory again."
+        )
     return weights
 
 
@@ -158,14 +181,24 @@ def _hash_graph(found: Checkpoint, export: Exported) -> str:
                     together.update(block)
                     alone.update(block)
         except OSError as error:
-            raise ModelError(f"{found.model}: {name} cannot be read ({error.strerror}). Copy the whole directory.") from error
+            raise ModelError(
+                f"{found.model}: {name} cannot be read ({error.strerror}). Copy the whole directory."
+            ) from error
         if alone.hexdigest() != export.graph[name]:
-            raise ModelError(f"{found.model}: {name} is not the file that was exported: its sha256 changed. Copy it again.")
+            raise ModelError(
+                f"{found.model}: {name} is not the file that was exported: its sha256 changed. Copy it again."
+            )
     return together.hexdigest()
 
 
 def open_exported(
-    found: Checkpoint, export: Exported, spec: ModelSpec, vectors: list[VectorColumn], top_k: int, device: str, threads: int
+    found: Checkpoint,
+    export: Exported,
+    spec: ModelSpec,
+    vectors: list[VectorColumn],
+    top_k: int,
+    device: str,
+    threads: int,
 ) -> GraphModel:
     """The graph, compiled and ready. top_k: 0 without labels. Raises ModelError for a vector that it lacks."""
     from vitray.models.graph import GraphModel
@@ -184,7 +217,9 @@ def open_exported(
     def asked(pixels: np.ndarray) -> list[np.ndarray]:
         results = run(pixels)
         scores = results[:1] if first and top_k else []
-        return scores + [_finish(vector, results[first + place]) for vector, place in zip(vectors, chosen)]
+        return scores + [
+            _finish(vector, results[first + place]) for vector, place in zip(vectors, chosen)
+        ]
 
     return GraphModel(asked, spec, vectors, top_k, threads if device == "cpu" else 1)
 

@@ -16,8 +16,15 @@ from vitray.models.blocks import ask_first_tokens_only, fuse_attention
 from vitray.models.loading import Network
 from vitray.schema import ModelSpec, ScoreFunction, VectorColumn
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}  # fp8: see fp8.py
-WHOLE = -1  # as k: the scores of all labels in their own order, for an engine that ranks them itself
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp8": torch.bfloat16,
+}  # fp8: see fp8.py
+WHOLE = (
+    -1
+)  # as k: the scores of all labels in their own order, for an engine that ranks them itself
 LABELS_FROM_PREFIX = ("vit", "deit")  # the others' heads read all tokens, or may
 POOLED_FROM_PREFIX = ("clip",)  # SigLIP's pooler reads all
 
@@ -42,31 +49,52 @@ class Forward(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
     With k = WHOLE scores are [n, C] and ids are empty.
     """
 
-    def __init__(self, network: Network, spec: ModelSpec, vectors: list[VectorColumn], k: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        network: Network,
+        spec: ModelSpec,
+        vectors: list[VectorColumn],
+        k: int,
+        device: torch.device,
+    ) -> None:
         super().__init__()
         self.module, self.final_norm = network.module, network.final_norm
         self._spec, self._vectors, self._k, self._dtype = spec, vectors, k, DTYPES[spec.precision]
         pixels = spec.pixels
         # no buffers: they stay float32 when the weights do not
-        self._mean, self._std = (torch.tensor(v, dtype=torch.float32, device=device) for v in (pixels.mean, pixels.std))
+        self._mean, self._std = (
+            torch.tensor(v, dtype=torch.float32, device=device) for v in (pixels.mean, pixels.std)
+        )
         self.caught = Caught()
-        self._read = [*vectors, network.head.column] if k and network.head and network.head.column else vectors
+        self._read = (
+            [*vectors, network.head.column]
+            if k and network.head and network.head.column
+            else vectors
+        )
         self._leave_out_what_nobody_reads(network.blocks, network.head)
         for layer in {v.layer for v in self._read}:
-            (network.tower if layer is None else network.blocks[layer - 1]).register_forward_hook(self._catch(layer))
+            (network.tower if layer is None else network.blocks[layer - 1]).register_forward_hook(
+                self._catch(layer)
+            )
         self.eval().to(device, self._dtype)
-        self.head = None if network.head is None else network.head.to(device)  # after that: it stays float32
+        self.head = (
+            None if network.head is None else network.head.to(device)
+        )  # after that: it stays float32
 
     def _leave_out_what_nobody_reads(self, blocks: Any, head: Any | None) -> None:
         fuse_attention(blocks)
         layers = {v.layer for v in self._read}
         asks_tower = self._k and (head is None or head.column is None)
-        depth = len(blocks) if asks_tower or None in layers else max(layer for layer in layers if layer)
+        depth = (
+            len(blocks) if asks_tower or None in layers else max(layer for layer in layers if layer)
+        )
         del blocks[depth:]
         cls_only = all(v.pool == "cls" for v in self._read if v.layer in (None, depth))
         family = self._spec.family
         prefix_labels = LABELS_FROM_PREFIX if head is None else POOLED_FROM_PREFIX
-        readable = family in prefix_labels if asks_tower else family != "beit"  # whose blocks add a bias to pairs of tokens
+        readable = (
+            family in prefix_labels if asks_tower else family != "beit"
+        )  # whose blocks add a bias to pairs of tokens
         if blocks and cls_only and readable:
             ask_first_tokens_only(blocks[-1], self._spec.prefix_tokens)
 

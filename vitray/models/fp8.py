@@ -33,8 +33,14 @@ def require(device: str) -> None:
     """Raises ModelError where the hardware has no float8."""
     capability = torch.cuda.get_device_capability() if device == "cuda" else None
     if capability is None or capability < CAPABILITY:
-        has = device if capability is None else f"a GPU of compute capability {capability[0]}.{capability[1]}"
-        raise ModelError(f"precision fp8 needs a GPU of compute capability 8.9 or more, and this is {has}. Set precision: auto.")
+        has = (
+            device
+            if capability is None
+            else f"a GPU of compute capability {capability[0]}.{capability[1]}"
+        )
+        raise ModelError(
+            f"precision fp8 needs a GPU of compute capability 8.9 or more, and this is {has}. Set precision: auto."
+        )
 
 
 def quantise(forward: Any, blocks: Any, pixels: Any) -> Agreement:
@@ -43,7 +49,9 @@ def quantise(forward: Any, blocks: Any, pixels: Any) -> Agreement:
         before = [column.clone() for column in forward(pixels)]
         for parent in [m for block in blocks for m in block.modules()]:
             for name, child in list(parent.named_children()):
-                if type(child) is torch.nn.Linear and not any(side % MULTIPLE for side in child.weight.shape):
+                if type(child) is torch.nn.Linear and not any(
+                    side % MULTIPLE for side in child.weight.shape
+                ):
                     setattr(parent, name, Float8Linear(child))
         agreement = _agreement(before, forward(pixels))
     labels = "" if agreement.labels is None else f" {agreement.labels:.1%} of labels,"
@@ -62,7 +70,9 @@ def synthetic(images: int, shape: tuple[int, int], device: Any) -> Any:
 def _agreement(before: list[Any], after: list[Any]) -> Agreement:
     ids, vectors = (before[1], after[1]), list(zip(before[2:], after[2:]))
     labels = float((ids[0][:, 0] == ids[1][:, 0]).float().mean()) if ids[0].shape[1] else None
-    cosines = [torch.nn.functional.cosine_similarity(a.float(), b.float()).min() for a, b in vectors]
+    cosines = [
+        torch.nn.functional.cosine_similarity(a.float(), b.float()).min() for a, b in vectors
+    ]
     return Agreement(labels, float(min(cosines)) if cosines else None)
 
 
@@ -72,14 +82,24 @@ class Float8Linear(torch.nn.Module):  # type: ignore[misc]  # torch is not typed
     def __init__(self, plain: torch.nn.Linear) -> None:
         super().__init__()
         weight, self._scale = scaled(plain.weight.detach())
-        self._weight, self._scale = weight.t(), self._scale.t()  # by columns: what the hardware reads
+        self._weight, self._scale = (
+            weight.t(),
+            self._scale.t(),
+        )  # by columns: what the hardware reads
         self._bias = None if plain.bias is None else plain.bias.detach().to(torch.bfloat16)
 
     def forward(self, x: Any) -> Any:
         """bfloat16 [..., in] -> [..., out]."""
         rows, scale = scaled(x.reshape(-1, x.shape[-1]))
-        named = {"scale_a": scale, "scale_b": self._scale, "bias": self._bias, "out_dtype": torch.bfloat16}
-        return torch._scaled_mm(rows, self._weight, **named, use_fast_accum=True).view(*x.shape[:-1], -1)
+        named = {
+            "scale_a": scale,
+            "scale_b": self._scale,
+            "bias": self._bias,
+            "out_dtype": torch.bfloat16,
+        }
+        return torch._scaled_mm(rows, self._weight, **named, use_fast_accum=True).view(
+            *x.shape[:-1], -1
+        )
 
 
 def scaled(rows: Any) -> tuple[Any, Any]:

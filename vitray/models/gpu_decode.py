@@ -22,9 +22,17 @@ from vitray.models.pixels import GPU_FILTERS
 from vitray.schema import PixelSpec
 
 HARDWARE_IMAGES, HARDWARE_PIXELS = 128, 1 << 26  # at once; as float32 that is 0.8 GB
-CPU_IMAGES = 4  # a thread's bite of the shared queue: small, so that none of them is the last by far
+CPU_IMAGES = (
+    4  # a thread's bite of the shared queue: small, so that none of them is the last by far
+)
 TURNS: dict[int, Callable[[Any], Any]] = {  # EXIF orientation of [3, H, W]
-    **{1: lambda x: x, 2: lambda x: x.flip(-1), 3: lambda x: x.flip(-1, -2), 4: lambda x: x.flip(-2), 5: lambda x: x.mT},
+    **{
+        1: lambda x: x,
+        2: lambda x: x.flip(-1),
+        3: lambda x: x.flip(-1, -2),
+        4: lambda x: x.flip(-2),
+        5: lambda x: x.mT,
+    },
     **{6: lambda x: x.mT.flip(-1), 7: lambda x: x.mT.flip(-1, -2), 8: lambda x: x.mT.flip(-2)},
 }
 
@@ -88,7 +96,9 @@ class DeviceDecoder:
     def _decode(self, images: Sequence[Coded | np.ndarray]) -> tuple[Any, dict[int, Any]]:
         out = torch.empty((len(images), *self.spec.shape, 3), dtype=torch.uint8, device=self.device)
         waiting = deque(at for at, image in enumerate(images) if isinstance(image, Coded))
-        rows: dict[int, np.ndarray] = {at: image for at, image in enumerate(images) if not isinstance(image, Coded)}
+        rows: dict[int, np.ndarray] = {
+            at: image for at, image in enumerate(images) if not isinstance(image, Coded)
+        }
         bad: dict[int, Any] = {}
 
         def by_cpu(chosen: list[int]) -> None:
@@ -113,9 +123,17 @@ class DeviceDecoder:
             other.result()
         if rows:
             places = sorted(rows)
-            out[torch.tensor(places, device=self.device)] = torch.from_numpy(np.stack([rows[p] for p in places])).to(self.device)
+            out[torch.tensor(places, device=self.device)] = torch.from_numpy(
+                np.stack([rows[p] for p in places])
+            ).to(self.device)
         if bad:
-            out = out[torch.tensor([at for at in range(len(images)) if at not in bad], dtype=torch.int64, device=self.device)]
+            out = out[
+                torch.tensor(
+                    [at for at in range(len(images)) if at not in bad],
+                    dtype=torch.int64,
+                    device=self.device,
+                )
+            ]
         return out, bad
 
     def _by_hardware(self, chosen: list[int], images: Sequence[Any], out: Any) -> list[int]:
@@ -126,7 +144,9 @@ class DeviceDecoder:
             if len(chosen) == 1:
                 return chosen
             half = len(chosen) // 2
-            return self._by_hardware(chosen[:half], images, out) + self._by_hardware(chosen[half:], images, out)
+            return self._by_hardware(chosen[:half], images, out) + self._by_hardware(
+                chosen[half:], images, out
+            )
         alike: dict[tuple[int, int], list[tuple[int, Any]]] = {}
         refused = []
         for at, image in zip(chosen, decoded):
@@ -137,12 +157,16 @@ class DeviceDecoder:
             alike.setdefault((upright.shape[1], upright.shape[2]), []).append((at, upright))
         for (height, width), members in alike.items():
             to_width, to_height = self.fit((width, height))
-            fitted = self.resize(torch.stack([image for _, image in members]), (to_height, to_width))
+            fitted = self.resize(
+                torch.stack([image for _, image in members]), (to_height, to_width)
+            )
             if self.spec.crop is not None:
                 rows, columns = self.spec.crop
                 top, left = (to_height - rows) // 2, (to_width - columns) // 2
                 fitted = fitted[..., top : top + rows, left : left + columns]
-            out[torch.tensor([at for at, _ in members], device=self.device)] = fitted.permute(0, 2, 3, 1)
+            out[torch.tensor([at for at, _ in members], device=self.device)] = fitted.permute(
+                0, 2, 3, 1
+            )
         return refused
 
 
@@ -169,11 +193,15 @@ def _pieces(chosen: list[int], images: Sequence[Any]) -> list[list[int]]:
     return pieces
 
 
-def open_decoder(spec: PixelSpec, on_cpu: Any, fit: Any, threads: int, shares: bool) -> DeviceDecoder:
+def open_decoder(
+    spec: PixelSpec, on_cpu: Any, fit: Any, threads: int, shares: bool
+) -> DeviceDecoder:
     """The decoder of this machine's GPU. Raises ModelError without one, or without torchvision."""
     require("cuda")
     resize = partial(export_model, mode=GPU_FILTERS[spec.resample])
-    return DeviceDecoder(spec, torch.device("cuda"), jpeg_engine(), on_cpu, fit, resize, threads, shares)
+    return DeviceDecoder(
+        spec, torch.device("cuda"), jpeg_engine(), on_cpu, fit, resize, threads, shares
+    )
 
 
 def require(device: str) -> None:
@@ -183,7 +211,9 @@ def require(device: str) -> None:
     lacks = "a CUDA device" if device != "cuda" or not torch.cuda.is_available() else ""
     lacks = lacks or ("" if find_spec("torchvision") else "torchvision")
     if lacks:
-        raise ModelError(f"decode gpu and hybrid need {lacks}: install vitray[gpu] on a machine with a GPU, or set decode: fast.")
+        raise ModelError(
+            f"decode gpu and hybrid need {lacks}: install vitray[gpu] on a machine with a GPU, or set decode: fast."
+        )
 
 
 def jpeg_engine() -> Callable[[list[Any]], list[Any]]:

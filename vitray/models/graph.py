@@ -20,21 +20,35 @@ from vitray.models.loading import Network
 from vitray.models.postprocess import best, check_pixels, gather
 from vitray.schema import ModelSpec, VectorColumn
 
-Run = Callable[[np.ndarray], list[np.ndarray]]  # uint8 [n, H, W, 3], n >= 1, to the graph's results; by several threads at once
+Run = Callable[
+    [np.ndarray], list[np.ndarray]
+]  # uint8 [n, H, W, 3], n >= 1, to the graph's results; by several threads at once
 
 
 def export_graph(
-    network: Network, spec: ModelSpec, vectors: list[VectorColumn], labels: bool, fixed: torch.Tensor | None = None
+    network: Network,
+    spec: ModelSpec,
+    vectors: list[VectorColumn],
+    labels: bool,
+    fixed: torch.Tensor | None = None,
 ) -> Any:
     """torch's ExportedProgram: pixels [images, H, W, 3] to the scores of all labels [images, C] if `labels`, then the vectors.
 
     Weights and arithmetic are float32. fixed: pixels whose type and number of images are the only ones; else uint8, any number.
     """
-    whole = Forward(network, replace(spec, precision="fp32"), vectors, WHOLE if labels else 0, torch.device("cpu"))
+    whole = Forward(
+        network,
+        replace(spec, precision="fp32"),
+        vectors,
+        WHOLE if labels else 0,
+        torch.device("cpu"),
+    )
     pixels = torch.zeros(2, *spec.pixels.shape, 3, dtype=torch.uint8) if fixed is None else fixed
     shapes = ({0: torch.export.Dim("images")},) if fixed is None else None
     with torch.no_grad(), without_warnings():
-        return torch.export.export(_Asked(whole, labels), (pixels,), dynamic_shapes=shapes, strict=False)
+        return torch.export.export(
+            _Asked(whole, labels), (pixels,), dynamic_shapes=shapes, strict=False
+        )
 
 
 @contextmanager
@@ -48,7 +62,9 @@ def without_warnings() -> Iterator[None]:
 class GraphModel:
     """Model over what runs such a graph, of whatever engine."""
 
-    def __init__(self, run: Run, spec: ModelSpec, vectors: list[VectorColumn], top_k: int, workers: int) -> None:
+    def __init__(
+        self, run: Run, spec: ModelSpec, vectors: list[VectorColumn], top_k: int, workers: int
+    ) -> None:
         self._run, self._spec, self._vectors, self._workers = run, spec, vectors, workers
         self._map = ThreadPoolExecutor(workers, "vitray-predict").map
         self._k = min(top_k, len(spec.labels))
@@ -62,7 +78,10 @@ class GraphModel:
         check_pixels(self._spec, pixels)
         sizes = share(len(pixels), self._spec.batch_size, self._workers)
         starts = accumulate(sizes, initial=0)
-        batches = [np.require(pixels[start : start + n], requirements=["C"]) for start, n in zip(starts, sizes)]
+        batches = [
+            np.require(pixels[start : start + n], requirements=["C"])
+            for start, n in zip(starts, sizes)
+        ]
         columns = [np.concatenate(column) for column in zip(*self._map(self._run, batches))]
         if columns:
             nothing = np.empty((len(pixels), 0), np.float32)

@@ -26,13 +26,19 @@ def with_label_names(job: Job) -> Job:
     try:
         names = distinct_labels(read(url).decode("utf-8-sig").strip().splitlines())
     except (VitrayError, OSError) as error:
-        raise JobError(f"`labels`: {url} cannot be read ({one_line(error)}); for labels in the job write [cat, dog].") from error
+        raise JobError(
+            f"`labels`: {url} cannot be read ({one_line(error)}); for labels in the job write [cat, dog]."
+        ) from error
     except ValueError as error:
-        raise JobError(f"`labels`: {url}: {one_line(error)}; write one label a line, in UTF-8.") from error
+        raise JobError(
+            f"`labels`: {url}: {one_line(error)}; write one label a line, in UTF-8."
+        ) from error
     return job.model_copy(update={"labels": names})
 
 
-def labelled(job: Job, spec: ModelSpec, found: checkpoint.Checkpoint, config: checkpoint.VisionConfig) -> ModelSpec:
+def labelled(
+    job: Job, spec: ModelSpec, found: checkpoint.Checkpoint, config: checkpoint.VisionConfig
+) -> ModelSpec:
     """The spec with the labels that the job asks for. Raises ModelError when the checkpoint cannot give them."""
     spec = _labelled(job, spec, found, config)
     if len(spec.labels) == 1 and spec.score_function is ScoreFunction.SOFTMAX:
@@ -45,10 +51,18 @@ def labelled(job: Job, spec: ModelSpec, found: checkpoint.Checkpoint, config: ch
     return spec
 
 
-def _labelled(job: Job, spec: ModelSpec, found: checkpoint.Checkpoint, config: checkpoint.VisionConfig) -> ModelSpec:
+def _labelled(
+    job: Job, spec: ModelSpec, found: checkpoint.Checkpoint, config: checkpoint.VisionConfig
+) -> ModelSpec:
     if job.head is not None:
         head = read_own_head(absolute(job.head), spec)
-        return replace(spec, labels=head.labels, multi_label=False, head=absolute(job.head), head_sha256=head.sha256())
+        return replace(
+            spec,
+            labels=head.labels,
+            multi_label=False,
+            head=absolute(job.head),
+            head_sha256=head.sha256(),
+        )
     if isinstance(job.labels, list):
         texts = text.tokens(found, config, job.labels, job.prompts)
         return replace(
@@ -62,7 +76,11 @@ def _labelled(job: Job, spec: ModelSpec, found: checkpoint.Checkpoint, config: c
         return spec
     labels = checkpoint.read_labels(found, config)
     if not labels:
-        words = " It labels with words of yours: labels: [cat, dog]." if config.family in text.FAMILIES else ""
+        words = (
+            " It labels with words of yours: labels: [cat, dog]."
+            if config.family in text.FAMILIES
+            else ""
+        )
         raise ModelError(
             f"{found.model} has no trained classification head, so it cannot label; set labels: false to keep embeddings only, "
             f"or choose a checkpoint with a head.{words}"
@@ -99,4 +117,6 @@ def require_vector(spec: ModelSpec, layer: int | None, pool: str) -> None:
     if layer is not None and not 1 <= layer <= spec.layers:
         raise ModelError(f"{spec.model} has no layer {layer}: layers are 1..{spec.layers} or last")
     if pool == "cls" and not spec.has_cls:
-        raise ModelError(f"{spec.model} is a {spec.family} model, which has no CLS token; use pool: mean")
+        raise ModelError(
+            f"{spec.model} is a {spec.family} model, which has no CLS token; use pool: mean"
+        )

@@ -23,16 +23,21 @@ class LinearHead(torch.nn.Module):  # type: ignore[misc]  # torch is not typed h
     column: the vector that it reads; None for the tower's own pooled one. projection: [E, D], after which the vector gets unit length.
     """
 
-    def __init__(self, column: VectorColumn | None, weight: Any, bias: Any, projection: Any = None) -> None:
+    def __init__(
+        self, column: VectorColumn | None, weight: Any, bias: Any, projection: Any = None
+    ) -> None:
         super().__init__()
         self.column = column
         self.weight, self.bias, self.projection = (
-            None if values is None else torch.nn.Parameter(values, requires_grad=False) for values in (weight, bias, projection)
+            None if values is None else torch.nn.Parameter(values, requires_grad=False)
+            for values in (weight, bias, projection)
         )
 
     def forward(self, vectors: Any) -> Any:
         if self.column is None:
-            vectors = normalize(vectors if self.projection is None else linear(vectors, self.projection), dim=-1)
+            vectors = normalize(
+                vectors if self.projection is None else linear(vectors, self.projection), dim=-1
+            )
         return linear(vectors, self.weight, self.bias)
 
 
@@ -42,18 +47,34 @@ def open_head(spec: ModelSpec, found: Checkpoint, device: str) -> LinearHead | N
     device: where labels are read.
     """
     if spec.prompts:
-        return LinearHead(None, *_read_labels(spec.labels, spec.prompts, spec.text_sha256, spec.weights_sha256, found, device))
+        return LinearHead(
+            None,
+            *_read_labels(
+                spec.labels, spec.prompts, spec.text_sha256, spec.weights_sha256, found, device
+            ),
+        )
     if not spec.head:
         return None
     head = read_own_head(spec.head, spec)
     if head.sha256() != spec.head_sha256:
-        raise ModelError(f"head {spec.head} changed since it was planned. Put the old one back, or choose another `out`.")
-    return LinearHead(head_column(head, spec), torch.from_numpy(head.weight), torch.from_numpy(head.bias))
+        raise ModelError(
+            f"head {spec.head} changed since it was planned. Put the old one back, or choose another `out`."
+        )
+    return LinearHead(
+        head_column(head, spec), torch.from_numpy(head.weight), torch.from_numpy(head.bias)
+    )
 
 
-@lru_cache(maxsize=2)  # `engine: auto` opens a model several times; a thousand labels in 80 prompts are 80,000 texts
+@lru_cache(
+    maxsize=2
+)  # `engine: auto` opens a model several times; a thousand labels in 80 prompts are 80,000 texts
 def _read_labels(
-    labels: tuple[str, ...], prompts: tuple[str, ...], text_sha256: str, weights_sha256: str, found: Checkpoint, device: str
+    labels: tuple[str, ...],
+    prompts: tuple[str, ...],
+    text_sha256: str,
+    weights_sha256: str,
+    found: Checkpoint,
+    device: str,
 ) -> tuple[Any, Any, Any]:
     """weight [C, E], bias [C] and projection [E, D] or None, so that the logits are the model's own."""
     config = read_config(found)
@@ -63,9 +84,15 @@ def _read_labels(
             f"{found.model}: its tokenizer changed since it was planned. Put the old one back, or choose another `out`."
         )
     is_clip = config.family == "clip"
-    whole = load_weights(found, transformers.CLIPModel if is_clip else transformers.SiglipModel, config.hf)
+    whole = load_weights(
+        found, transformers.CLIPModel if is_clip else transformers.SiglipModel, config.hf
+    )
     vectors = text.embed(whole, texts, device)
     with torch.inference_mode(False), torch.no_grad():
         weight = vectors.clone() * whole.logit_scale.exp().cpu()
-        bias = torch.zeros(len(weight)) if is_clip else whole.logit_bias.cpu().expand(len(weight)).clone()
+        bias = (
+            torch.zeros(len(weight))
+            if is_clip
+            else whole.logit_bias.cpu().expand(len(weight)).clone()
+        )
         return weight, bias, whole.visual_projection.weight.detach().cpu() if is_clip else None

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 
 from vitray.errors import ModelError
-from vitray.models.checkpoint import Checkpoint, VisionConfig, head_shapes, quiet, read_config, read_labels
+from vitray.models.checkpoint import (
+    Checkpoint,
+    VisionConfig,
+    head_shapes,
+    quiet,
+    read_config,
+    read_labels,
+)
 
 VISION_TEXT = ("clip", "siglip")
 WITH_POOLER = ("vit", "deit", "beit")
@@ -40,11 +47,15 @@ def load_network(found: Checkpoint, labels: bool, head: Any | None = None) -> Ne
     config, headed = read_config(found), labels and head is None
     family = config.family.removesuffix("_vision_model")
     hf = config.hf if headed else getattr(config.hf, "vision_config", config.hf)
-    kind = "ForImageClassification" if headed else "VisionModel" if family in VISION_TEXT else "Model"
+    kind = (
+        "ForImageClassification" if headed else "VisionModel" if family in VISION_TEXT else "Model"
+    )
     name = MODEL_MAPPING_NAMES[family].removesuffix("Model") + kind
     if headed and "distillation_classifier.weight" in head_shapes(found):
         name += "WithTeacher"
-    options: dict[str, Any] = {"add_pooling_layer": False} if not headed and family in WITH_POOLER else {}
+    options: dict[str, Any] = (
+        {"add_pooling_layer": False} if not headed and family in WITH_POOLER else {}
+    )
     _with_pooler(family, hf, head is not None and head.column is None)
     return _parts(load_weights(found, getattr(transformers, name), hf, **options), config, head)
 
@@ -64,21 +75,31 @@ def load_trainable(found: Checkpoint, classes: Sequence[str], seed: int, scratch
         raise ModelError(
             f"{found.model} is a vision tower alone, which transformers has no head for; take the whole {family[:-13]}."
         )
-    has_head = not scratch and tuple(classes) == read_labels(found, config) and "classifier.weight" in head_shapes(found)
+    has_head = (
+        not scratch
+        and tuple(classes) == read_labels(found, config)
+        and "classifier.weight" in head_shapes(found)
+    )
     hf = config.hf
     hf.id2label, hf.label2id = dict(enumerate(classes)), {name: n for n, name in enumerate(classes)}
     hf.problem_type = "single_label_classification"
     _with_pooler(family, hf, False)
-    kind = getattr(transformers, MODEL_MAPPING_NAMES[family].removesuffix("Model") + "ForImageClassification")
+    kind = getattr(
+        transformers, MODEL_MAPPING_NAMES[family].removesuffix("Model") + "ForImageClassification"
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if scratch:
-            return _parts(_uncached(kind._from_config(hf, dtype=torch.float32, attn_implementation="sdpa")), config)
+            return _parts(
+                _uncached(kind._from_config(hf, dtype=torch.float32, attn_implementation="sdpa")),
+                config,
+            )
         made_up = () if has_head else ("classifier.weight", "classifier.bias")
         module = load_weights(found, kind, hf, made_up, ignore_mismatched_sizes=True)
         if not has_head:  # of other classes, where their number is the same
             torch.nn.init.normal_(
-                module.classifier.weight, std=hf.initializer_range if hasattr(hf, "initializer_range") else 0.02
+                module.classifier.weight,
+                std=hf.initializer_range if hasattr(hf, "initializer_range") else 0.02,
             )
             torch.nn.init.zeros_(module.classifier.bias)
     return _parts(_uncached(module), config)
@@ -93,19 +114,25 @@ def _uncached(module: Any) -> Any:
 
 
 def _with_pooler(family: str, config: Any, wanted: bool) -> None:
-    if family == "siglip":  # its attention pooler serves the text tower's labels alone, and not every checkpoint has it
+    if (
+        family == "siglip"
+    ):  # its attention pooler serves the text tower's labels alone, and not every checkpoint has it
         getattr(config, "vision_config", config).vision_use_head = wanted
 
 
 def _parts(module: Any, config: VisionConfig, head: Any | None = None) -> Network:
     family = config.family.removesuffix("_vision_model")
     tower = getattr(module, "vision_model" if family in VISION_TEXT else family, module)
-    blocks = next(m for m in tower.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == config.layers)
+    blocks = next(
+        m for m in tower.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == config.layers
+    )
     # CLIP gives its tokens before the norm that its pooler_output has seen
     return Network(module, tower, blocks, tower.post_layernorm if family == "clip" else None, head)
 
 
-def load_weights(found: Checkpoint, kind: Any, config: Any, made_up: Sequence[str] = (), **options: Any) -> Any:
+def load_weights(
+    found: Checkpoint, kind: Any, config: Any, made_up: Sequence[str] = (), **options: Any
+) -> Any:
     """The module with every weight out of the checkpoint: a random head, pooler or block raises ModelError, but for those `made_up`."""
     try:
         with quiet():
@@ -120,11 +147,17 @@ def load_weights(found: Checkpoint, kind: Any, config: Any, made_up: Sequence[st
                 output_loading_info=True,
                 **options,
             )
-    except Exception as error:  # transformers raises many kinds for a checkpoint that does not fit its config
+    except (
+        Exception
+    ) as error:  # transformers raises many kinds for a checkpoint that does not fit its config
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{found.model} cannot be loaded as {kind.__name__}: {reason}") from error
-    missing = {key for key in report["missing_keys"] if not key.endswith("mask_token")} - set(made_up)  # masks: of pretraining
-    other = {str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"]} - set(made_up)
+    missing = {key for key in report["missing_keys"] if not key.endswith("mask_token")} - set(
+        made_up
+    )  # masks: of pretraining
+    other = {
+        str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"]
+    } - set(made_up)
     if other:
         raise ModelError(
             f"{found.model} has {len(other)} weights of another shape than its config.json says ({', '.join(sorted(other)[:3])}). "
@@ -134,6 +167,7 @@ def load_weights(found: Checkpoint, kind: Any, config: Any, made_up: Sequence[st
         lacks = sorted(missing)
         raise ModelError(
             f"{found.model} lacks {len(lacks)} weights that {kind.__name__} needs ({', '.join(lacks[:3])}); vitray does not make "
-            "them up. Choose a whole checkpoint" + (", or labels: false." if "ForImage" in kind.__name__ else ".")
+            "them up. Choose a whole checkpoint"
+            + (", or labels: false." if "ForImage" in kind.__name__ else ".")
         )
     return module

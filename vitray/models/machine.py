@@ -14,11 +14,15 @@ def resolve_device(asked: str) -> str:
     """cuda, xpu, mps or cpu. Raises ModelError when the asked one is not there."""
     import torch
 
-    present = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    present = (
+        torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    )
     if asked in ("auto", present):
         return str(present)
     if asked != "cpu":
-        raise ModelError(f"device {asked} is not available here (torch {torch.__version__} sees {present}). Set device: auto.")
+        raise ModelError(
+            f"device {asked} is not available here (torch {torch.__version__} sees {present}). Set device: auto."
+        )
     return "cpu"
 
 

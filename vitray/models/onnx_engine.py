@@ -12,13 +12,18 @@ import torch
 
 from vitray.models.graph import Run, without_warnings
 
-ON_GPU = ("TensorrtExecutionProvider", "CUDAExecutionProvider")  # the first that is there, the next for what it cannot do
+ON_GPU = (
+    "TensorrtExecutionProvider",
+    "CUDAExecutionProvider",
+)  # the first that is there, the next for what it cannot do
 IN_MEMORY = 1_500_000_000  # bytes of weights; protobuf ends at 2 GiB
 
 
 def providers(device: str, available: Sequence[str]) -> list[str]:
     """What ONNX Runtime may compute with on a device, best first; the CPU last, for operations that nothing else knows."""
-    return [name for name in ON_GPU if name in available and device == "cuda"] + ["CPUExecutionProvider"]
+    return [name for name in ON_GPU if name in available and device == "cuda"] + [
+        "CPUExecutionProvider"
+    ]
 
 
 def write_graph(exported: Any, file: str, names: Sequence[str] | None = None) -> None:
@@ -34,7 +39,9 @@ def open_graph(file: str, device: str) -> Run:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1  # a thread a batch: see torch_engine.py
     options.log_severity_level = 3  # errors
-    session = onnxruntime.InferenceSession(file, options, providers=providers(device, onnxruntime.get_available_providers()))
+    session = onnxruntime.InferenceSession(
+        file, options, providers=providers(device, onnxruntime.get_available_providers())
+    )
     (pixels_name,) = (node.name for node in session.get_inputs())
 
     def run(pixels: np.ndarray) -> list[np.ndarray]:

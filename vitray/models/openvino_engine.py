@@ -51,6 +51,8 @@ def open_graph(graph: Any, precision: str, threads: int) -> Run:
     def run(pixels: np.ndarray) -> list[np.ndarray]:
         if not hasattr(here, "request"):
             here.request = compiled.create_infer_request()
-        return [np.array(values) for values in here.request.infer([pixels]).values()]  # the request's own are written again
+        return [
+            np.array(values) for values in here.request.infer([pixels]).values()
+        ]  # the request's own are written again
 
     return run

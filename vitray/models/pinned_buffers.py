@@ -114,6 +114,8 @@ class CudaLanes:
             return columns, self._mark(self._work)
 
     def _mark(self, stream: Any) -> Event:
-        event: Event = torch.cuda.Event(blocking=True)  # who waits sleeps: spinning takes the core from a decoder
+        event: Event = torch.cuda.Event(
+            blocking=True
+        )  # who waits sleeps: spinning takes the core from a decoder
         stream.record_event(event)
         return event

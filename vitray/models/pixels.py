@@ -37,7 +37,9 @@ def read_pixels(found: Checkpoint, config: VisionConfig) -> PixelSpec:
     processor = _load_processor(found, config, file, declared)
 
     def refuse(what: str) -> ModelError:
-        return ModelError(f"{found.model}: its image processor ({type(processor).__name__}) {what}; vitray cannot do that.")
+        return ModelError(
+            f"{found.model}: its image processor ({type(processor).__name__}) {what}; vitray cannot do that."
+        )
 
     if type(processor).__name__ not in {f"{name}ImageProcessorPil" for name in PLAIN}:
         raise refuse("does more than resize, crop and normalise")
@@ -56,7 +58,10 @@ def read_pixels(found: Checkpoint, config: VisionConfig) -> PixelSpec:
     elif set(size) == {"shortest_edge"} and crop is not None:
         resized = (size["shortest_edge"],)
     else:
-        raise refuse(f"resizes to {size}" + (" without a crop, so its result has no fixed size" if crop is None else ""))
+        raise refuse(
+            f"resizes to {size}"
+            + (" without a crop, so its result has no fixed size" if crop is None else "")
+        )
     if crop is not None and (crop["height"] > resized[0] or crop["width"] > resized[-1]):
         raise refuse(f"crops to {crop} out of {size}, which pads")
     spec = PixelSpec(
@@ -82,7 +87,9 @@ def _declared(found: Checkpoint) -> tuple[str, dict[str, Any]]:
     if os.path.isfile(os.path.join(found.directory, whole)):
         nested = read_json(found, whole).get("image_processor")
         if nested is not None and not isinstance(nested, dict):
-            raise ModelError(f"{found.model}: `image_processor` in {whole} is not a JSON object. Fetch the checkpoint again.")
+            raise ModelError(
+                f"{found.model}: `image_processor` in {whole} is not a JSON object. Fetch the checkpoint again."
+            )
         if nested is not None:
             return whole, nested
     if os.path.isfile(os.path.join(found.directory, separate)):
@@ -103,7 +110,9 @@ def _check_declared(where: str, declared: dict[str, Any]) -> None:
     for name in ("size", "crop_size"):
         value = declared.get(name)
         is_pair = isinstance(value, list) and len(value) == 2
-        if not is_pair and (isinstance(value, bool) or not isinstance(value, (int, dict, type(None)))):
+        if not is_pair and (
+            isinstance(value, bool) or not isinstance(value, (int, dict, type(None)))
+        ):
             raise ModelError(
                 f'{where} says {_said(name, value)}. Write {{"height": 224, "width": 224}}, with the sides that are meant.'
             )
@@ -113,24 +122,38 @@ def _said(name: str, value: Any) -> str:
     return f'"{name}": {shortened(json.dumps(value), 80)}'
 
 
-def _load_processor(found: Checkpoint, config: VisionConfig, file: str, declared: dict[str, Any]) -> Any:
+def _load_processor(
+    found: Checkpoint, config: VisionConfig, file: str, declared: dict[str, Any]
+) -> Any:
     from transformers import AutoImageProcessor
 
     try:
         with quiet():
             # "pil" explicitly: with torchvision installed the default silently changes pixels
             processor = AutoImageProcessor.from_pretrained(
-                found.directory, backend="pil", trust_remote_code=False, local_files_only=True, config=config.hf
+                found.directory,
+                backend="pil",
+                trust_remote_code=False,
+                local_files_only=True,
+                config=config.hf,
             )
     except Exception as error:  # whatever a broken or foreign file makes transformers raise
         raise ModelError(
             f"{found.model}: {file} is not one that transformers can read ({shortened(one_line(error), 300)}). "
             "Correct it, or copy that file from the checkpoint it was fine-tuned from."
         ) from error
-    kind = str(declared.get("image_processor_type") or declared.get("feature_extractor_type") or type(processor).__name__)
-    if type(processor).__name__ != re.sub("(ImageProcessor(Fast|Pil)?|FeatureExtractor)$", "ImageProcessorPil", kind):
+    kind = str(
+        declared.get("image_processor_type")
+        or declared.get("feature_extractor_type")
+        or type(processor).__name__
+    )
+    if type(processor).__name__ != re.sub(
+        "(ImageProcessor(Fast|Pil)?|FeatureExtractor)$", "ImageProcessorPil", kind
+    ):
         # transformers falls back to the family's default for a name that it does not know: other pixels, silently
-        raise ModelError(f"{found.model}: its image processor is a {kind}, which transformers does not know without custom code.")
+        raise ModelError(
+            f"{found.model}: its image processor is a {kind}, which transformers does not know without custom code."
+        )
     return processor
 
 
@@ -178,13 +201,17 @@ class _Fields:
     def rescale_factor(self) -> float:
         factor = _number(self._required("rescale_factor", "do_rescale"))
         if factor is None or factor == 0:
-            raise self._refuse("rescale_factor", f"Write a number other than 0, such as {1 / 255} (1/255).")
+            raise self._refuse(
+                "rescale_factor", f"Write a number other than 0, such as {1 / 255} (1/255)."
+            )
         return factor
 
     def channels(self, name: str) -> tuple[float, float, float]:
         """One number for each of red, green and blue; a single number is for all of them."""
         value = self._required(name, "do_normalize")
-        numbers = [_number(one) for one in (value if isinstance(value, (list, tuple)) else [value] * 3)]
+        numbers = [
+            _number(one) for one in (value if isinstance(value, (list, tuple)) else [value] * 3)
+        ]
         if len(numbers) != 3 or None in numbers:
             raise self._refuse(name, "Write three numbers, for red, green and blue.")
         if name == "image_std" and not all(np.float32(number) for number in numbers):
@@ -195,13 +222,21 @@ class _Fields:
     def _required(self, name: str, step: str) -> Any:
         value = getattr(self.processor, name, None)
         if value is None:
-            without = "" if step == "do_resize" else f', or write "{step}": false if the model was trained without'
-            raise ModelError(f"{self.where} gives no `{name}`, which `{step}` needs. Add it{without}.")
+            without = (
+                ""
+                if step == "do_resize"
+                else f', or write "{step}": false if the model was trained without'
+            )
+            raise ModelError(
+                f"{self.where} gives no `{name}`, which `{step}` needs. Add it{without}."
+            )
         return value
 
     def _refuse(self, name: str, step: str) -> ModelError:
         value = getattr(self.processor, name)
-        plain = value if isinstance(value, (bool, int, float, str, list, tuple, dict)) else dict(value)
+        plain = (
+            value if isinstance(value, (bool, int, float, str, list, tuple, dict)) else dict(value)
+        )
         return ModelError(f"{self.where} says {_said(name, plain)}. {step}")
 
 
@@ -240,4 +275,6 @@ def _check_shape(found: Checkpoint, config: VisionConfig, spec: PixelSpec) -> No
     if config.family in ANY_SIZE and not any(side % config.patch_size for side in spec.shape):
         return
     made, wanted = ("x".join(map(str, shape)) for shape in (spec.shape, config.image_size))
-    raise ModelError(f"{found.model}: its image processor makes {made}, the model takes {wanted}. Correct either.")
+    raise ModelError(
+        f"{found.model}: its image processor makes {made}, the model takes {wanted}. Correct either."
+    )

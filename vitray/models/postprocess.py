@@ -16,7 +16,9 @@ def check_pixels(spec: ModelSpec, pixels: Any) -> None:
     height, width = spec.pixels.shape
     kind = str(pixels.dtype).removeprefix("torch.")
     if kind != "uint8" or tuple(pixels.shape[1:]) != (height, width, 3):
-        raise ModelError(f"{spec.model} takes pixels as uint8 [N, {height}, {width}, 3], not {kind} {list(pixels.shape)}.")
+        raise ModelError(
+            f"{spec.model} takes pixels as uint8 [N, {height}, {width}, 3], not {kind} {list(pixels.shape)}."
+        )
 
 
 def best(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -25,7 +27,9 @@ def best(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     return np.take_along_axis(scores, ids, 1), ids
 
 
-def gather(spec: ModelSpec, vectors: list[VectorColumn], k: int, columns: list[np.ndarray]) -> Predictions:
+def gather(
+    spec: ModelSpec, vectors: list[VectorColumn], k: int, columns: list[np.ndarray]
+) -> Predictions:
     """Predictions of the columns scores and ids [N, k], then one [N, D] a vector; of no columns where there was no image.
 
     Raises ModelError for what is not finite.

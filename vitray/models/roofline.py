@@ -28,7 +28,9 @@ def flop_per_image(spec: ModelSpec) -> float:
     config = checkpoint.read_config(checkpoint.locate(spec.model, spec.revision))
     vision = getattr(config.hf, "vision_config", config.hf)
     width = spec.dimension
-    inner = int(getattr(vision, "intermediate_size", 0) or width * vision.mlp_ratio)  # DINOv2's config has a ratio
+    inner = int(
+        getattr(vision, "intermediate_size", 0) or width * vision.mlp_ratio
+    )  # DINOv2's config has a ratio
     height, side = spec.pixels.shape
     patches = (height // config.patch_size) * (side // config.patch_size)
     tokens = patches + spec.prefix_tokens

@@ -36,13 +36,23 @@ def draw(kind: int, rng: np.random.Generator, size: int = 64) -> Image.Image:
     elif name == "cross":
         for angle in (turn, turn + math.pi / 2):
             step = radius * np.array([math.cos(angle), math.sin(angle)])
-            pen.line((x - step[0], y - step[1], x + step[0], y + step[1]), fill=ink, width=round(radius * 0.45))
+            pen.line(
+                (x - step[0], y - step[1], x + step[0], y + step[1]),
+                fill=ink,
+                width=round(radius * 0.45),
+            )
     else:
         corners, inner = {"square": (4, 1.0), "triangle": (3, 1.0), "star": (5, 0.4)}[name]
         start = turn - math.pi / (4 if name == "square" else 2)
-        spokes = [radius if i % 2 == 0 else radius * inner for i in range(corners * 2)] if inner < 1 else [radius] * corners
+        spokes = (
+            [radius if i % 2 == 0 else radius * inner for i in range(corners * 2)]
+            if inner < 1
+            else [radius] * corners
+        )
         angles = [start + 2 * math.pi * i / len(spokes) for i in range(len(spokes))]
-        pen.polygon([(x + r * math.cos(a), y + r * math.sin(a)) for r, a in zip(spokes, angles)], fill=ink)
+        pen.polygon(
+            [(x + r * math.cos(a), y + r * math.sin(a)) for r, a in zip(spokes, angles)], fill=ink
+        )
     return image.resize((size, size), Image.Resampling.BOX)
 
 
@@ -57,7 +67,9 @@ def _two_colours(rng: np.random.Generator) -> tuple[tuple[int, ...], tuple[int, 
 
 def pixels_of(images: list[Image.Image]) -> np.ndarray:
     """uint8 [N, 32, 32, 3]: what the model's image processor makes of them."""
-    made = [np.asarray(image.resize((SIDE_PX, SIDE_PX), Image.Resampling.BILINEAR)) for image in images]
+    made = [
+        np.asarray(image.resize((SIDE_PX, SIDE_PX), Image.Resampling.BILINEAR)) for image in images
+    ]
     return np.stack(made)
 
 
@@ -99,7 +111,9 @@ def train(directory: str, seed: int = 0, steps: int = 600, examples: int = 6000)
     side = {"height": SIDE_PX, "width": SIDE_PX}
     with quiet():
         model.save_pretrained(directory)
-    ViTImageProcessorPil(size=side, resample=2, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(directory)
+    ViTImageProcessorPil(
+        size=side, resample=2, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    ).save_pretrained(directory)
     return float((guesses == truth).float().mean())
 
 
@@ -109,7 +123,9 @@ def _examples(rng: np.random.Generator, count: int) -> tuple[Any, Any]:
 
     kinds = np.arange(count) % len(NAMES)
     pixels = torch.from_numpy(pixels_of([draw(int(kind), rng) for kind in kinds]))
-    return ((pixels.float() / 255 - 0.5) / 0.5).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(kinds)
+    return ((pixels.float() / 255 - 0.5) / 0.5).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(
+        kinds
+    )
 
 
 def _fit(model: Any, pixels: Any, kinds: Any, steps: int) -> None:

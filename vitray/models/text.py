@@ -13,7 +13,11 @@ from vitray.errors import ModelError, one_line
 from vitray.models.checkpoint import Checkpoint, VisionConfig, quiet, tensor_shapes
 
 FAMILIES = ("clip", "siglip")
-VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))  # any of these
+VOCABULARIES = (
+    ("tokenizer.json",),
+    ("vocab.json", "merges.txt"),
+    ("spiece.model",),
+)  # any of these
 # as transformers' zero-shot pipeline pads; SigLIP was trained so, and reads its last token
 PADDING: dict[str, dict[str, Any]] = {
     "clip": {"padding": True},
@@ -32,11 +36,15 @@ class Tokens:
     def sha256(self) -> str:
         digest = hashlib.sha256()
         for name, values in sorted(self.arrays.items()):
-            digest.update(f"{name} {values.shape}".encode() + np.ascontiguousarray(values, np.int64).tobytes())
+            digest.update(
+                f"{name} {values.shape}".encode() + np.ascontiguousarray(values, np.int64).tobytes()
+            )
         return digest.hexdigest()
 
 
-def tokens(found: Checkpoint, config: VisionConfig, labels: list[str], prompts: list[str]) -> Tokens:
+def tokens(
+    found: Checkpoint, config: VisionConfig, labels: list[str], prompts: list[str]
+) -> Tokens:
     """Every label in every prompt. Raises ModelError without a text tower or a tokenizer, and for a text that is too long."""
     if config.family not in FAMILIES or not tensor_shapes(found, {"logit_scale"}):
         raise ModelError(
@@ -59,7 +67,10 @@ def tokens(found: Checkpoint, config: VisionConfig, labels: list[str], prompts: 
 
 
 def _tokenised(found: Checkpoint, config: VisionConfig, texts: list[str]) -> dict[str, np.ndarray]:
-    if not any(all(os.path.isfile(os.path.join(found.directory, name)) for name in names) for names in VOCABULARIES):
+    if not any(
+        all(os.path.isfile(os.path.join(found.directory, name)) for name in names)
+        for names in VOCABULARIES
+    ):
         # transformers would make an empty CLIP tokenizer up
         raise ModelError(
             f"{found.model} holds no tokenizer ({', or '.join(' and '.join(names) for names in VOCABULARIES)}), so it cannot read "
@@ -74,7 +85,9 @@ def _tokenised(found: Checkpoint, config: VisionConfig, texts: list[str]) -> dic
             )
             return dict(tokenizer(texts, return_tensors="np", **PADDING[config.family]))
     except ImportError as error:
-        raise ModelError(f"{found.model}: its tokenizer needs SentencePiece: pip install 'vitray[siglip]'.") from error
+        raise ModelError(
+            f"{found.model}: its tokenizer needs SentencePiece: pip install 'vitray[siglip]'."
+        ) from error
     except Exception as error:  # whatever a broken or foreign file makes transformers raise
         raise ModelError(
             f"{found.model}: its tokenizer does not work ({one_line(error)}). Fetch the checkpoint again."
@@ -92,7 +105,10 @@ def embed(two_towers: Any, texts: Tokens, device: str) -> Any:
     parts, tower = [], two_towers.eval().to(device)
     with torch.inference_mode():
         for start in range(0, len(texts.arrays["input_ids"]), TEXTS):
-            batch = {name: torch.from_numpy(a[start : start + TEXTS]).to(device) for name, a in texts.arrays.items()}
+            batch = {
+                name: torch.from_numpy(a[start : start + TEXTS]).to(device)
+                for name, a in texts.arrays.items()
+            }
             parts.append(tower.get_text_features(**batch).pooler_output.cpu())
         vectors = normalize(torch.cat(parts), dim=-1)
         return normalize(vectors.unflatten(0, (-1, texts.prompts)).mean(1), dim=-1)

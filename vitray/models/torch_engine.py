@@ -46,12 +46,20 @@ class TorchModel:
         self._spec, self._vectors, self._device = spec, vectors, torch.device(device)
         self._k = min(top_k, len(spec.labels))
         if spec.precision == "fp32" and device == "cuda":
-            torch.backends.cudnn.allow_tf32 = False  # the patch embedding is a convolution: 10 bits of mantissa otherwise
+            torch.backends.cudnn.allow_tf32 = (
+                False  # the patch embedding is a convolution: 10 bits of mantissa otherwise
+            )
         self._forward = Forward(network, spec, vectors, self._k, self._device)
         if spec.precision == "fp8":
-            synthetic = fp8.synthetic(min(fp8.IMAGES, spec.batch_size), spec.pixels.shape, self._device)
+            synthetic = fp8.synthetic(
+                min(fp8.IMAGES, spec.batch_size), spec.pixels.shape, self._device
+            )
             self.agreement = fp8.quantise(self._forward, network.blocks, synthetic)
-        self._ring = Ring(CudaLanes(self._device), (spec.batch_size, *spec.pixels.shape, 3)) if device == "cuda" else None
+        self._ring = (
+            Ring(CudaLanes(self._device), (spec.batch_size, *spec.pixels.shape, 3))
+            if device == "cuda"
+            else None
+        )
         self._stepping = threading.Lock()
         self._sizes: tuple[int, ...] = (spec.batch_size,)
         self._workers = workers
@@ -76,18 +84,33 @@ class TorchModel:
         # Freezing lays the weights out as this CPU likes them, where they are not packed; then no graph is kept for the next start.
         # It must be on while dynamo traces, so `options=` would not do. The joint passes turn `Attention`'s matmuls back into the
         # slower fused kernel.
-        on_cpu = {"freezing": not packed, "use_joint_graph_passes": False} if self._device.type == "cpu" else {}
+        on_cpu = (
+            {"freezing": not packed, "use_joint_graph_passes": False}
+            if self._device.type == "cpu"
+            else {}
+        )
         # Dynamo counts compilations by code, for all models of a process; a ladder is all that one model ever asks for
         of_a_ladder = {"recompile_limit": 256}
         try:
-            with graphs_kept() as place, torch._inductor.config.patch(on_cpu), torch._dynamo.config.patch(of_a_ladder):
+            with (
+                graphs_kept() as place,
+                torch._inductor.config.patch(on_cpu),
+                torch._dynamo.config.patch(of_a_ladder),
+            ):
                 for size in self._compiled:
-                    if self._run_if_it_fits(np.zeros((size, *self._spec.pixels.shape, 3), np.uint8), size) is None:
+                    if (
+                        self._run_if_it_fits(
+                            np.zeros((size, *self._spec.pixels.shape, 3), np.uint8), size
+                        )
+                        is None
+                    ):
                         self._step_down(self._sizes)
         except TorchDynamoException as error:
             reason = " ".join(str(error).split())[:200]
             needs = f"It needs g++, and room in {place}, whose contents the next start compiles anew; or set compile: off"
-            log.warning("%s runs uncompiled, torch.compile failed: %s. %s", self._spec.model, reason, needs)
+            log.warning(
+                "%s runs uncompiled, torch.compile failed: %s. %s", self._spec.model, reason, needs
+            )
             self._sizes, self._compiled = (self._spec.batch_size,), {}
 
     def predict(self, pixels: Any) -> Predictions:
@@ -101,7 +124,10 @@ class TorchModel:
         while done < len(pixels):
             sizes = self._sizes
             batches = self._cut(len(pixels) - done, sizes)
-            spans = [pixels[start : start + n] for start, n in zip(accumulate(batches, initial=done), batches)]
+            spans = [
+                pixels[start : start + n]
+                for start, n in zip(accumulate(batches, initial=done), batches)
+            ]
             for n, part in zip(batches, self._map(self._run_if_it_fits, spans, batches)):
                 if part is None:
                     self._step_down(sizes)
@@ -132,7 +158,9 @@ class TorchModel:
                 return lambda: columns
         except RuntimeError as error:  # torch.OutOfMemoryError is one; CPU and MPS raise plain ones
             known = ("out of memory", "can't allocate memory")
-            if isinstance(error, torch.OutOfMemoryError) or any(text in str(error).lower() for text in known):
+            if isinstance(error, torch.OutOfMemoryError) or any(
+                text in str(error).lower() for text in known
+            ):
                 return None
             raise
 
@@ -160,5 +188,9 @@ class TorchModel:
             torch.accelerator.empty_cache()
         batch = self._sizes[0]
         if batch == self._spec.batch_size:
-            log.warning("%s: out of memory with %d images at once, halving; set batch_size lower", self._spec.model, batch)
+            log.warning(
+                "%s: out of memory with %d images at once, halving; set batch_size lower",
+                self._spec.model,
+                batch,
+            )
         self._sizes = self._sizes[1:] or (batch // 2,)

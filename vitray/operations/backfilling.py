@@ -16,7 +16,9 @@ def next_job(job: Job, model: str, out: str | None = None, revision: str | None 
     Loose files get the groups that job.out has, so that both datasets have the same shards. Raises JobError where job.out holds none.
     """
     if open_dataset(job.out) is None:
-        raise JobError(f"{absolute(job.out)} holds no vitray dataset to go on from. Check `out`, or run the job first.")
+        raise JobError(
+            f"{absolute(job.out)} holds no vitray dataset to go on from. Check `out`, or run the job first."
+        )
     if out is None and re.fullmatch(r"s3://[^/]+/*", job.out):
         raise JobError(
             f"{job.out} is a whole bucket, and beside it is somebody else's: say where the new dataset goes with --out."
@@ -25,8 +27,12 @@ def next_job(job: Job, model: str, out: str | None = None, revision: str | None 
     if absolute(beside) == absolute(job.out):
         raise JobError(f"--out {beside} is the dataset that is there: choose another directory.")
     go_on_with_groups(job.out, beside)
-    return with_source_rules(job).model_copy(update={"model": model, "revision": revision, "out": beside})
+    return with_source_rules(job).model_copy(
+        update={"model": model, "revision": revision, "out": beside}
+    )
 
 
 def _name_of(model: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.]+", "-", model.rstrip("/").rpartition("/")[2]).strip("-.") or "next"
+    return (
+        re.sub(r"[^A-Za-z0-9.]+", "-", model.rstrip("/").rpartition("/")[2]).strip("-.") or "next"
+    )

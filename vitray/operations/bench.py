@@ -23,7 +23,14 @@ from vitray.dataset import Dataset, parquet_of, read, require_dataset, with_froz
 from vitray.decoding.decode import ON_DEVICE, decode
 from vitray.errors import JobError
 from vitray.job import Job
-from vitray.models import identify, open_model, runs_on, torch_threads_kept, vector_columns, with_label_names
+from vitray.models import (
+    identify,
+    open_model,
+    runs_on,
+    torch_threads_kept,
+    vector_columns,
+    with_label_names,
+)
 from vitray.pipeline import joined, on_machine, prepared, run
 from vitray.schema import Encoded
 from vitray.sources import list_shards, read_shard
@@ -63,7 +70,9 @@ class Bench:
     gflops: float
     line: float
     first_rows_s: float
-    identify_s: float  # imports, reading the checkpoint, and timing the engines where `auto` has several
+    identify_s: (
+        float  # imports, reading the checkpoint, and timing the engines where `auto` has several
+    )
     out_kilobytes: float  # of a row, in Parquet
     fragment_rows: int
     limit: str  # read, decode or model: the slowest alone; line: what lies between the steps
@@ -77,7 +86,11 @@ class Bench:
         ceiling = f"{self.gflops:,.0f} GFLOP/s of matrix products: the model has {self.model / self.ceiling:.2f}"
         line = f"{self.line / self.model:.2f} of the model alone; first rows after {self.first_rows_s:.1f} s"
         rows = [
-            ("read", self.read, f"the first {self.images} images of the source, {self.read * self.kilobytes / 1000:.0f} MB/s"),
+            (
+                "read",
+                self.read,
+                f"the first {self.images} images of the source, {self.read * self.kilobytes / 1000:.0f} MB/s",
+            ),
             ("decode, 1 core", self.decode_core, self.decode_mode),
             (f"decode, {self.cores} cores", self.decode, self.decode_mode + share),
             ("model alone", self.model, model),
@@ -98,11 +111,17 @@ def bench(job: Job, images: int = 256, seconds: float = 6.0, near: str = "") -> 
     frozen = alone.dataset.job.model_copy(update={"engine": alone.dataset.spec.engine})
     if near:
         drop_scratch(near)
-    with tempfile.TemporaryDirectory(prefix="vitray-bench-") if is_local(near) else scratch(near) as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix="vitray-bench-")
+        if is_local(near)
+        else scratch(near) as folder
+    ):
         return _bench(alone, _line(frozen, alone, 1, seconds, _Start(folder, run)))
 
 
-def bench_cluster(job: Job, address: str, images: int, seconds: float, allow_open_cluster: bool = False) -> Bench:
+def bench_cluster(
+    job: Job, address: str, images: int, seconds: float, allow_open_cluster: bool = False
+) -> Bench:
     """The same of a Ray cluster: every step alone on one whole machine of it, and the whole line on all of it.
 
     The line runs on tars of the sample in OUT/_vitray/probe-<random>, since where OUT is a run would write too. It is removed
@@ -116,7 +135,9 @@ def bench_cluster(job: Job, address: str, images: int, seconds: float, allow_ope
         alone: _Alone = on_machine(machine, _alone, job, images, seconds, machine.cpus)
         there = partial(run, address=address, allow_open_cluster=allow_open_cluster)
         with scratch(job.out) as folder:
-            line = _line(job, alone, machine.alike * max(1, machine.gpus), seconds, _Start(folder, there))
+            line = _line(
+                job, alone, machine.alike * max(1, machine.gpus), seconds, _Start(folder, there)
+            )
     each = replace(line, rate=line.rate / machine.alike)
     others = f" and others: {machine.others}" if machine.others else ""
     return replace(
@@ -150,7 +171,11 @@ class _Alone:
     @property
     def steps(self) -> dict[str, float]:
         on_device = self.dataset.job.decode in ON_DEVICE  # what was timed is the CPU's share
-        return {"read": self.read, **({} if on_device else {"decode": self.decode}), "model": self.model}
+        return {
+            "read": self.read,
+            **({} if on_device else {"decode": self.decode}),
+            "model": self.model,
+        }
 
     @property
     def slowest(self) -> float:
@@ -178,17 +203,37 @@ def _alone(job: Job, images: int, seconds: float, cores: int) -> _Alone:
     started = time.perf_counter()
     spec, device = identify(job), runs_on(job)
     identify_s = time.perf_counter() - started
-    dataset = Dataset(job.out, job, spec, tuple(vector_columns(job, spec)), pa.schema([]), len(sample))
-    if not any(len(decode(sample[n : n + 32], dataset.decode_spec)[0]) for n in range(0, len(sample), 32)):
+    dataset = Dataset(
+        job.out, job, spec, tuple(vector_columns(job, spec)), pa.schema([]), len(sample)
+    )
+    if not any(
+        len(decode(sample[n : n + 32], dataset.decode_spec)[0]) for n in range(0, len(sample), 32)
+    ):
         reason = decode(sample[:1], dataset.decode_spec)[1][0].reason
-        raise JobError(f"none of the first {len(sample)} images can be decoded ({reason}). Check `source` and the job.")
-    decode_core, decode_all = (_decode(dataset, sample, threads, seconds / 2) for threads in (1, cores))
+        raise JobError(
+            f"none of the first {len(sample)} images can be decoded ({reason}). Check `source` and the job."
+        )
+    decode_core, decode_all = (
+        _decode(dataset, sample, threads, seconds / 2) for threads in (1, cores)
+    )
     from vitray.models.roofline import roofline  # loads torch
 
     before = roofline(spec, device)  # twice, since other work on the machine comes and goes
     model = _model(dataset, device, cores, seconds)
     most, flops = (sum(pair) / 2 for pair in zip(before, roofline(spec, device)))
-    return _Alone(dataset, sample, device, cores, identify_s, read, decode_core, decode_all, model, most, flops)
+    return _Alone(
+        dataset,
+        sample,
+        device,
+        cores,
+        identify_s,
+        read,
+        decode_core,
+        decode_all,
+        model,
+        most,
+        flops,
+    )
 
 
 def _bench(alone: _Alone, line: _Line, gpus: int = 1) -> Bench:
@@ -199,7 +244,11 @@ def _bench(alone: _Alone, line: _Line, gpus: int = 1) -> Bench:
         del steps["read"]
     slowest = min(steps, key=lambda step: steps[step])
     # on a CPU the cores are shared
-    together = steps[slowest] if alone.device != "cpu" else min(steps[slowest], 1 / (1 / alone.decode + 1 / alone.model))
+    together = (
+        steps[slowest]
+        if alone.device != "cpu"
+        else min(steps[slowest], 1 / (1 / alone.decode + 1 / alone.model))
+    )
     return Bench(
         images=len(alone.sample),
         kilobytes=alone.kilobytes,
@@ -235,7 +284,9 @@ def _read(job: Job, images: int) -> tuple[list[Encoded], float]:
     started = time.perf_counter()
     sample = list(itertools.islice(encoded(), images))
     if not sample:
-        raise JobError(f"{', '.join(job.source)} holds no image to measure with. Check `source` and `format`.")
+        raise JobError(
+            f"{', '.join(job.source)} holds no image to measure with. Check `source` and `format`."
+        )
     return sample, len(sample) / (time.perf_counter() - started)
 
 
@@ -247,7 +298,10 @@ def _decode(dataset: Dataset, sample: list[Encoded], threads: int, seconds: floa
         list(pool.map(lambda part: decode(part, dataset.decode_spec), parts[:threads]))
         done, started = 0, time.perf_counter()
         while time.perf_counter() - started < seconds:
-            done += sum(len(outcomes) for _, outcomes in pool.map(lambda part: decode(part, dataset.decode_spec), parts))
+            done += sum(
+                len(outcomes)
+                for _, outcomes in pool.map(lambda part: decode(part, dataset.decode_spec), parts)
+            )
         return done / (time.perf_counter() - started)
 
 
@@ -257,9 +311,19 @@ def _model(dataset: Dataset, device: str, threads: int, seconds: float) -> float
     A slope, too: at the end of each run cores wait for the last batch.
     """
     spec, job = dataset.spec, dataset.job
-    pixels = np.random.default_rng(0).integers(0, 256, (4 * spec.batch_size, *spec.pixels.shape, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(
+        0, 256, (4 * spec.batch_size, *spec.pixels.shape, 3), dtype=np.uint8
+    )
     with torch_threads_kept(), ThreadPoolExecutor(CALLERS) as pool:
-        model = open_model(spec, list(dataset.vectors), job.top_k, job.labelled, device, threads, job.compile == "on")
+        model = open_model(
+            spec,
+            list(dataset.vectors),
+            job.top_k,
+            job.labelled,
+            device,
+            threads,
+            job.compile == "on",
+        )
 
         def seconds_of(calls: int) -> float:
             started = time.perf_counter()
@@ -278,7 +342,12 @@ def _line(job: Job, alone: _Alone, machines: int, seconds: float, start: _Start)
     The rate is the slope between the last two: what is in the queues at the first rows and at the end cancels out. How fast the
     line is, its steps alone do not say: a tiny ViT on a Ray of two busy cores made 54 images/s, the model alone 3,500.
     """
-    images = int(max(len(alone.sample), machines * min(alone.slowest * seconds, LINE_GROWS * len(alone.sample))))
+    images = int(
+        max(
+            len(alone.sample),
+            machines * min(alone.slowest * seconds, LINE_GROWS * len(alone.sample)),
+        )
+    )
     most = max(LINE_GROWS * images, SCRATCH_BYTES / alone.kilobytes / 1000)
     first_s, before_s = _run(job, alone.sample, images, start)
     made = require_dataset(f"{start.folder}/{images}/out")
@@ -304,11 +373,20 @@ def _run(job: Job, sample: list[Encoded], images: int, start: _Start) -> tuple[f
     """Seconds from the call to the first rows, and from those to the last, of one run."""
     folder = f"{start.folder}/{images}"
     _write_tars(f"{folder}/in", sample, images)
-    own = {"source": [f"{folder}/in"], "out": f"{folder}/out", "format": "tar", "image_member": None, "keep": []}
+    own = {
+        "source": [f"{folder}/in"],
+        "out": f"{folder}/out",
+        "format": "tar",
+        "image_member": None,
+        "keep": [],
+    }
     whole = {"limit": None, "sample": None, "since": None, "max_error_rate": 1.0}
     seen: list[tuple[float, int]] = []
     started = time.perf_counter()
-    start.run(job.model_copy(update=own | whole), progress=lambda now: seen.append((time.perf_counter(), now.images)))
+    start.run(
+        job.model_copy(update=own | whole),
+        progress=lambda now: seen.append((time.perf_counter(), now.images)),
+    )
     first = next(at for at, count in seen if count)
     last = next(at for at, count in seen if count == seen[-1][1])
     return first - started, last - first

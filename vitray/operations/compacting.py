@@ -45,7 +45,9 @@ class Compaction:
 
     def __str__(self) -> str:
         parts = f"{count(self.parts, 'part')}, {self.written} of them written now"
-        return f"{self.into}: {count(self.files, 'data file')} in {parts}, {count(self.rows, 'row')}"
+        return (
+            f"{self.into}: {count(self.files, 'data file')} in {parts}, {count(self.rows, 'row')}"
+        )
 
 
 def compact(out: str, into: str, megabytes: int = 256) -> Compaction:
@@ -56,8 +58,14 @@ def compact(out: str, into: str, megabytes: int = 256) -> Compaction:
     dataset, into = require_complete(out), absolute(into)
     require_outside(dataset, "--into", into)
     there = _parts_there(into)
-    groups = {_name(n, group): group for n, group in enumerate(_grouped(dataset, megabytes * 1_000_000))}
-    mark, begun, told = join(into, WHOLE), join(into, BEGUN), {"source": dataset.out, "fingerprint": dataset.fingerprint}
+    groups = {
+        _name(n, group): group for n, group in enumerate(_grouped(dataset, megabytes * 1_000_000))
+    }
+    mark, begun, told = (
+        join(into, WHOLE),
+        join(into, BEGUN),
+        {"source": dataset.out, "fingerprint": dataset.fingerprint},
+    )
     metadata = [json.loads(read(url)) for url in (mark, begun) if exists(url)]
     if others := [said["source"] for said in metadata if said["source"] != dataset.out]:
         raise JobError(f"--into {into} holds the rows of {others[0]}: choose an empty directory.")
@@ -71,7 +79,9 @@ def compact(out: str, into: str, megabytes: int = 256) -> Compaction:
         store_for(mark).replace(mark, json.dumps(whole, indent=1).encode())
         store_for(begun).delete([begun])
     rows = sum(rows_in(join(into, name)) for name in groups)
-    return Compaction(into, sum(map(len, groups.values())), len(groups), len(groups.keys() - there), rows)
+    return Compaction(
+        into, sum(map(len, groups.values())), len(groups), len(groups.keys() - there), rows
+    )
 
 
 def _parts_there(into: str) -> set[str]:
@@ -82,7 +92,9 @@ def _parts_there(into: str) -> set[str]:
     is_marked = bool(names & {WHOLE, BEGUN})  # before the first part
     ours = {name for name in names if is_marked and OURS.fullmatch(name)}
     if foreign := sorted(names - ours - {WHOLE, BEGUN}):
-        raise JobError(f"--into {into} holds {foreign[0]}, which is no part of ours: choose an empty directory.")
+        raise JobError(
+            f"--into {into} holds {foreign[0]}, which is no part of ours: choose an empty directory."
+        )
     return ours
 
 
@@ -101,7 +113,9 @@ def _grouped(dataset: Dataset, size_bytes: int) -> Iterator[list[tuple[str, str]
 
 
 def _name(number: int, group: list[tuple[str, str]]) -> str:
-    return f"{PART}{number:05d}-{hashlib.sha256(json.dumps(group).encode()).hexdigest()[:12]}.parquet"
+    return (
+        f"{PART}{number:05d}-{hashlib.sha256(json.dumps(group).encode()).hexdigest()[:12]}.parquet"
+    )
 
 
 def _write(dataset: Dataset, group: list[tuple[str, str]], url: str) -> None:

@@ -22,7 +22,10 @@ PRICES = {
 }
 # of S3, measured: see BENCHMARKS.md
 START_S = 1.0  # Python, and what it imports before the first line of a command
-WRITES_A_SHARD, READS_A_SHARD = 6, 13  # besides its fragments: each is written once, and takes a HEAD and a GET
+WRITES_A_SHARD, READS_A_SHARD = (
+    6,
+    13,
+)  # besides its fragments: each is written once, and takes a HEAD and a GET
 
 
 class Rates(Protocol):
@@ -85,17 +88,29 @@ class Estimate:
             f"bytes out  {decimal(self.out_bytes)}",
         ]
         if self.money is not None:
-            parts = ", ".join(f"{name} {value:,.2f}" for name, value in self.money.items() if name != "gb_month")
-            lines.append(f"money      {parts}; then {self.money['gb_month']:,.2f} a month for what is stored")
+            parts = ", ".join(
+                f"{name} {value:,.2f}" for name, value in self.money.items() if name != "gb_month"
+            )
+            lines.append(
+                f"money      {parts}; then {self.money['gb_month']:,.2f} a month for what is stored"
+            )
         return "\n".join(lines)
 
 
 def estimate(
-    images: int, shards: int, rates: Rates, machines: int | None = None, prices: dict[str, float] | None = None
+    images: int,
+    shards: int,
+    rates: Rates,
+    machines: int | None = None,
+    prices: dict[str, float] | None = None,
 ) -> Estimate:
     """What `images` in `shards` will take on so many machines like the one that was measured; by default on all that were."""
     machines = machines or rates.machines
-    seconds = START_S + rates.identify_s + rates.first_rows_s + images / rates.line / machines if images else 0.0
+    seconds = (
+        START_S + rates.identify_s + rates.first_rows_s + images / rates.line / machines
+        if images
+        else 0.0
+    )
     on_cpu = rates.device == "cpu"
     more_core = rates.line * (rates.cores + 1) / rates.cores
     if not on_cpu:  # decoding is all that the cores do
@@ -108,12 +123,24 @@ def estimate(
         writes, reads = shards * WRITES_A_SHARD + fragments, shards * READS_A_SHARD + 2 * fragments
         money = {
             "machines": hours * prices.get("machine_hour", 0),
-            "requests": writes / 1000 * prices.get("put_1000", 0) + reads / 1000 * prices.get("get_1000", 0),
+            "requests": writes / 1000 * prices.get("put_1000", 0)
+            + reads / 1000 * prices.get("get_1000", 0),
             "gb_month": stored / 1e9 * prices.get("gb_month", 0),
         }
     more_gpu = None if on_cpu else min(rates.decode, (rates.gpus + 1) / rates.gpus * rates.model)
     limit = {"line": "what lies between the steps"}.get(rates.limit, rates.limit)
-    return Estimate(images, machines, seconds, rates.line, limit, stored, more_core, more_gpu, money, rates.measured)
+    return Estimate(
+        images,
+        machines,
+        seconds,
+        rates.line,
+        limit,
+        stored,
+        more_core,
+        more_gpu,
+        money,
+        rates.measured,
+    )
 
 
 def read_prices(path: str) -> dict[str, float]:
@@ -122,11 +149,15 @@ def read_prices(path: str) -> dict[str, float]:
     try:
         table = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, *BAD_YAML) as error:
-        raise JobError(f"--prices {path} cannot be read: {getattr(error, 'strerror', error)}") from error
+        raise JobError(
+            f"--prices {path} cannot be read: {getattr(error, 'strerror', error)}"
+        ) from error
     if not isinstance(table, dict) or not table or set(table) - PRICES.keys():
         raise JobError(f"--prices {path}: give one or more of {known}")
     if odd := [
-        name for name, value in table.items() if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0
+        name
+        for name, value in table.items()
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0
     ]:
         raise JobError(f"--prices {path}: {odd[0]} is no price")
     return {name: float(value) for name, value in table.items()}
@@ -136,13 +167,24 @@ def read_plan(path: str) -> dict[str, Any]:
     """What `plan --probe --json` printed. Raises JobError for what is not that."""
     try:
         expected: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not all(type(expected[name]) in (int, float) and 0 <= expected[name] < math.inf for name in ("seconds", "images")):
+        if not all(
+            type(expected[name]) in (int, float) and 0 <= expected[name] < math.inf
+            for name in ("seconds", "images")
+        ):
             raise ValueError("its seconds or images are no numbers")
     except (OSError, ValueError, KeyError, TypeError) as error:
         why = getattr(error, "strerror", error)
-        raise JobError(f"--planned {path} is not what vitray plan --probe --json prints: {why}") from error
+        raise JobError(
+            f"--planned {path} is not what vitray plan --probe --json prints: {why}"
+        ) from error
     return expected
 
 
 def _span(seconds: float) -> str:
-    return f"{seconds:,.0f} s" if seconds < 120 else f"{seconds / 60:,.1f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
+    return (
+        f"{seconds:,.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:,.1f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:,.1f} h"
+    )

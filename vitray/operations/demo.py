@@ -27,8 +27,14 @@ def build(directory: str, seed: int = 7) -> tuple[Job, float]:
     try:
         os.makedirs(shards, exist_ok=True)
     except OSError as error:
-        raise StorageError(f"{shards} cannot be made: {error.strerror}. Choose another directory.") from error
-    accuracy = train(model) if not os.path.exists(os.path.join(model, "model.safetensors")) else float("nan")
+        raise StorageError(
+            f"{shards} cannot be made: {error.strerror}. Choose another directory."
+        ) from error
+    accuracy = (
+        train(model)
+        if not os.path.exists(os.path.join(model, "model.safetensors"))
+        else float("nan")
+    )
     rng = np.random.default_rng(seed)
     for n in range(SHARDS):
         path = os.path.join(shards, f"shapes-{n:03d}.tar")

@@ -57,7 +57,9 @@ class Plan:
 
     def __str__(self) -> str:
         about = "" if self.images_exact else "about "
-        decided = self.decided or dict.fromkeys(("model", "precision", "engine", "batch_size", "fragment_rows"), "decided at run")
+        decided = self.decided or dict.fromkeys(
+            ("model", "precision", "engine", "batch_size", "fragment_rows"), "decided at run"
+        )
         lines = [
             f"source     {count(self.shards, f'{self.kind} shard'.strip())}, {about}{count(self.images, 'image')}, {decimal(self.size_bytes)}",
             f"committed  {count(self.committed, 'shard')}",
@@ -107,11 +109,16 @@ class Status:
             f"committed  {count(self.shards, 'shard')}, {count(self.rows, 'row')}, {count(self.errors, 'error')}, "
             f"{count(len(self.truncated), 'shard')} cut short",
             *(
-                f"cut short  {shard}: at byte {at:,}" + (f": {self.notes[shard]}" if shard in self.notes else "")
+                f"cut short  {shard}: at byte {at:,}"
+                + (f": {self.notes[shard]}" if shard in self.notes else "")
                 for shard, at in self.truncated.items()
             ),
             *([f"left out   {describe(self.left_out, self.suffixes)}"] if self.left_out else []),
-            *([f"not chosen {self._not_selected()}"] if (self.last_run or {}).get("shards_not_selected") else []),
+            *(
+                [f"not chosen {self._not_selected()}"]
+                if (self.last_run or {}).get("shards_not_selected")
+                else []
+            ),
             *([f"members    {self._members()}"] if self.image_members else []),
             f"staged     {count(sum(self.staged.values()), 'image')} of {count(len(self.staged), 'shard')}",
             *(f"{name:<10} {value}" for name, value in self.decided.items()),
@@ -122,14 +129,18 @@ class Status:
             )
             lines += [f"ended      {self.last_run['ended']}"] if "ended" in self.last_run else []
             if "seconds_over_planned" in self.last_run:
-                lines.append(f"planned    took {self.last_run['seconds_over_planned']} of the time that was planned")
+                lines.append(
+                    f"planned    took {self.last_run['seconds_over_planned']} of the time that was planned"
+                )
             if isinstance(aside, dict) and not self.complete:
                 lines += [f"set aside  {shard}: {why}" for shard, why in aside.items()]
         return "\n".join(lines)
 
     def _not_selected(self) -> str:
         last: dict[str, Any] = self.last_run or {}
-        shards, images = (int(last.get(name) or 0) for name in ("shards_not_selected", "images_not_selected"))
+        shards, images = (
+            int(last.get(name) or 0) for name in ("shards_not_selected", "images_not_selected")
+        )
         return f"{count(shards, 'shard')} with {count(images, 'image')}, by since, sample or limit of the last run"
 
     def _members(self) -> str:
@@ -148,7 +159,13 @@ def plan(job: Job) -> Plan:
     done = committed(out).keys()
     pending = [s for s in shards if s.id not in done]
     images, exact = estimate_images(shards, job)
-    left = images if len(pending) == len(shards) else estimate_images(pending, job)[0] if pending else 0
+    left = (
+        images
+        if len(pending) == len(shards)
+        else estimate_images(pending, job)[0]
+        if pending
+        else 0
+    )
     dataset = open_dataset(out)
     if dataset is None and job.keep:
         passthrough_schema(listing.shards, job)  # refuses what a run would refuse
@@ -187,12 +204,19 @@ def status(out: str) -> Status:
         if found["truncated_at"] is not None:
             truncated[shard] = found["truncated_at"]
     waiting = {
-        shard: there for shard in staged_shards(dataset) if shard not in data and (there := _staged_images(dataset, shard))
+        shard: there
+        for shard in staged_shards(dataset)
+        if shard not in data and (there := _staged_images(dataset, shard))
     }
     records = read_run_records(dataset.out)
     complete = exists(join(dataset.out, "_SUCCESS.json")) and known.keys() <= data.keys()
     last = records[-1] if records else None
-    said = {shard: text for record in records for shard, text in record.get("notes", {}).items() if shard in data}
+    said = {
+        shard: text
+        for record in records
+        for shard, text in record.get("notes", {}).items()
+        if shard in data
+    }
     return Status(
         dataset.out,
         complete,
@@ -217,7 +241,10 @@ def decided_values(dataset: Dataset) -> dict[str, str]:
         over = f", over the stored {spec.head_column}" if spec.head_column else ""
         more = {"head": f"{spec.head} (sha256 {spec.head_sha256[:12]}…){over}"}
     if spec.prompts:
-        first, others = spec.prompts[0], f" and {len(spec.prompts) - 1} more" if len(spec.prompts) > 1 else ""
+        first, others = (
+            spec.prompts[0],
+            f" and {len(spec.prompts) - 1} more" if len(spec.prompts) > 1 else "",
+        )
         more = {"prompts": f"{first!r}{others} for {len(spec.labels)} labels"}
     keys = {"key_column": dataset.job.key_column} if dataset.job.key_column else {}
     return {

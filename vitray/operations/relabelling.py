@@ -73,13 +73,23 @@ def relabel(out: str, head: str, into: str) -> Relabelling:
     job = old.job.model_copy(update={"out": into, "labels": True, "prompts": [PROMPT], "head": url})
     if not exists(dataset_url(into)):
         probe(into)
-    new = resolve_dataset(job, spec, list(old.vectors), old.kept, datetime.now(UTC).isoformat(timespec="seconds"))
+    new = resolve_dataset(
+        job,
+        spec,
+        list(old.vectors),
+        old.passthrough,
+        datetime.now(UTC).isoformat(timespec="seconds"),
+    )
     check_data(new)
     go_on_with_groups(old.out, into)
     files = {shard_of(source): source for source in data_files(old.out)}
     done = committed(into)
     before, now = _counts(into), _counts(old.out)
-    odd = sorted(s for s in files.keys() & done.keys() if before.get(s) != now.get(s) or before.get(s, (0, 1))[1])
+    odd = sorted(
+        s
+        for s in files.keys() & done.keys()
+        if before.get(s) != now.get(s) or before.get(s, (0, 1))[1]
+    )
     if redone := [s for s in odd if _differ(read_footer(files[s]), read_footer(done[s].url))]:
         forget(new, redone)
     pending = files.keys() - committed(into).keys()
@@ -92,7 +102,11 @@ def relabel(out: str, head: str, into: str) -> Relabelling:
 def _counts(out: str) -> dict[str, tuple[int, int]]:
     """Rows and errors by shard, as far as the manifest knows."""
     manifest = read_manifest(out)
-    return {} if manifest is None else {row["shard"]: (row["rows"], row["errors"]) for row in manifest.to_pylist()}
+    return (
+        {}
+        if manifest is None
+        else {row["shard"]: (row["rows"], row["errors"]) for row in manifest.to_pylist()}
+    )
 
 
 def _differ(old: Footer, new: Footer) -> bool:
@@ -116,7 +130,9 @@ def _column_for(dataset: Dataset, head: Head, url: str) -> VectorColumn:
 
 def _relabelled(old: Dataset, new: Dataset, source: str, head: Head) -> Iterator[pa.Table]:
     labels = {field.name for field in LABEL_FIELDS}
-    for table in row_blocks(old, [source], [name for name in new.schema.names if name not in labels]):
+    for table in row_blocks(
+        old, [source], [name for name in new.schema.names if name not in labels]
+    ):
         scores = _scores(matrix_of(table[new.spec.head_column]), head)
         ids = np.argsort(-scores, axis=1, kind="stable")[:, : new.job.top_k].astype(np.int32)
         for name, values in new.label_columns(ids, np.take_along_axis(scores, ids, 1)).items():

@@ -38,7 +38,10 @@ _SCHEME = re.compile(r"https?://[^/@\s]+/?$")
 _LEFT_HERE = (".git", ".venv", JOB_FILE)
 _REMOTE = re.compile(r"s3://")
 log = logging.getLogger(__name__)
-OVERRIDING = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # where Ray's client would go instead of where it is told to
+OVERRIDING = (
+    "RAY_API_SERVER_ADDRESS",
+    "RAY_ADDRESS",
+)  # where Ray's client would go instead of where it is told to
 _ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
 
 
@@ -57,7 +60,10 @@ class Submission:
         ended = "" if self.exit_code is None else f", exit code {self.exit_code}"
         lines = [f"{self.id}: {self.status}{ended}", f"out      {self.out}"]
         if self.exit_code is None:
-            lines += [f"follow   vitray status {self.id} --follow {self._where}", f"stop     vitray stop {self.id} {self._where}"]
+            lines += [
+                f"follow   vitray status {self.id} --follow {self._where}",
+                f"stop     vitray stop {self.id} {self._where}",
+            ]
         elif self.status == "FAILED":
             lines.append(f"because  {self.message}")
         return "\n".join(lines)
@@ -76,10 +82,16 @@ class Cluster:
     def __init__(self, address: str, allow_open: bool = False) -> None:
         if not _SCHEME.match(address):
             shown = re.sub(r"//[^/]*@", "//***@", address)
-            raise JobError(f"--address {shown}: give the URL of the cluster's job API, like http://head:8265")
+            raise JobError(
+                f"--address {shown}: give the URL of the cluster's job API, like http://head:8265"
+            )
         self.address, self.allow_open = address.rstrip("/"), allow_open
-        if not os.environ.get("RAY_AUTH_TOKEN", "").strip().isprintable():  # requests would show it in its error
-            raise ClusterError("RAY_AUTH_TOKEN holds a line break or a control character. Set it again.")
+        if (
+            not os.environ.get("RAY_AUTH_TOKEN", "").strip().isprintable()
+        ):  # requests would show it in its error
+            raise ClusterError(
+                "RAY_AUTH_TOKEN holds a line break or a control character. Set it again."
+            )
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         with self._told():
             if not allow_open and _answers_strangers(self.address):
@@ -89,12 +101,18 @@ class Cluster:
                 )
             from ray.job_submission import JobSubmissionClient
 
-            for chatty in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+            for chatty in (
+                "ray",
+                "ray.dashboard.modules.dashboard_sdk",
+                "ray.dashboard.modules.job.sdk",
+            ):
                 logging.getLogger(chatty).setLevel(logging.WARNING)  # at INFO since their import
             with _without(*OVERRIDING):
                 self._client: Any = self._ask(partial(JobSubmissionClient, self.address))
 
-    def submit(self, job: Job, working_dir: str | None = None, submission_id: str | None = None) -> Submission:
+    def submit(
+        self, job: Job, working_dir: str | None = None, submission_id: str | None = None
+    ) -> Submission:
         """Hand a job over. Its paths must mean the same there: s3://, or absolute.
 
         working_dir: a directory that travels too, without what its .gitignore names; it is the job's current directory there.
@@ -105,8 +123,17 @@ class Cluster:
         if not _ID.fullmatch(name):
             raise JobError(f"--submission-id {name!r}: letters, digits, - and _ only, 100 at most")
         if known := self._known(name):
-            raise JobError(f"{name} was submitted before: {known.status}. Choose another --submission-id, or leave it out.")
-        entrypoint = ["vitray", "run", JOB_FILE, "--address", "auto", *(["--allow-open-cluster"] if self.allow_open else [])]
+            raise JobError(
+                f"{name} was submitted before: {known.status}. Choose another --submission-id, or leave it out."
+            )
+        entrypoint = [
+            "vitray",
+            "run",
+            JOB_FILE,
+            "--address",
+            "auto",
+            *(["--allow-open-cluster"] if self.allow_open else []),
+        ]
         with tempfile.TemporaryDirectory(prefix="vitray-submit-") as scratch, self._told():
             folder = os.path.join(scratch, "job")
             _link(working_dir, folder)
@@ -125,7 +152,9 @@ class Cluster:
                         )
                     )
                     break
-                except RuntimeError as error:  # a cluster that has just come up has no agent for it yet
+                except (
+                    RuntimeError
+                ) as error:  # a cluster that has just come up has no agent for it yet
                     if "No available agent" not in str(error) or time.monotonic() > deadline:
                         raise
                     time.sleep(1)
@@ -151,11 +180,20 @@ class Cluster:
         failed = code if code and 0 < code < 256 and code != NOT_FOUND else 1
         ended = {"SUCCEEDED": 0, "STOPPED": 143, "FAILED": failed}.get(status)
         out = (info.metadata or {}).get("out", "")
-        said, _, printed = (info.message or "").partition(", last available logs")  # Ray adds a page of them
+        said, _, printed = (info.message or "").partition(
+            ", last available logs"
+        )  # Ray adds a page of them
         last = printed.strip().rpartition("\n")[2]
         if code == NOT_FOUND:
             said, last = "the cluster's head has no `vitray` on its PATH: install it there", ""
-        return Submission(submission_id, self.address, status, ended, " ".join(f"{said} {last}".split())[:400], out)
+        return Submission(
+            submission_id,
+            self.address,
+            status,
+            ended,
+            " ".join(f"{said} {last}".split())[:400],
+            out,
+        )
 
     def follow(self, submission_id: str, write: Callable[[str], None]) -> Submission:
         """Gives `write` what the job prints, from its beginning, and returns when it is over."""
@@ -171,7 +209,9 @@ class Cluster:
         while (found := self.find(submission_id)).exit_code is None and time.monotonic() < deadline:
             time.sleep(0.5)
         if found.exit_code is None:
-            raise ClusterError(f"{submission_id} is still {found.status} {ANSWER_S:.0f} s after it was asked to end. Ask again.")
+            raise ClusterError(
+                f"{submission_id} is still {found.status} {ANSWER_S:.0f} s after it was asked to end. Ask again."
+            )
         return found
 
     async def _follow(self, submission_id: str, write: Callable[[str], None]) -> Submission:
@@ -201,7 +241,12 @@ class Cluster:
                     f"{self.address} has not answered for {LOST_S:.0f} s ({one_line(broken)}); the job may go on: {where}"
                 ) from broken
             if broken is not None and silent > TOLD_S and not is_told:
-                log.warning("%s does not answer (%s); asking again for %d s", self.address, one_line(broken), LOST_S - TOLD_S)
+                log.warning(
+                    "%s does not answer (%s); asking again for %d s",
+                    self.address,
+                    one_line(broken),
+                    LOST_S - TOLD_S,
+                )
                 is_told = True
             await asyncio.sleep(1)
 
@@ -230,7 +275,9 @@ class Cluster:
         try:
             value, error = answers.get(timeout=ANSWER_S)
         except queue.Empty:
-            raise ClusterError(f"{self.address} has not answered for {ANSWER_S:.0f} s. Run the same command again.") from None
+            raise ClusterError(
+                f"{self.address} has not answered for {ANSWER_S:.0f} s. Run the same command again."
+            ) from None
         if error is not None:
             raise error
         return value
@@ -260,7 +307,9 @@ def _root_of(error: BaseException) -> str:
         if isinstance(seen, OSError) and seen.strerror:
             return seen.strerror
         seen = seen.__cause__ or seen.__context__
-    first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)  # Ray goes on with advice
+    first = next(
+        (line for line in str(error).splitlines() if line.strip()), type(error).__name__
+    )  # Ray goes on with advice
     return " ".join(first.split())[:300].rstrip(" .:")
 
 
@@ -277,7 +326,9 @@ def _without(*names: str) -> Iterator[None]:
 def _answers_strangers(address: str) -> bool:
     import requests
 
-    status = requests.get(f"{address}/api/jobs/", timeout=ANSWER_S, allow_redirects=False).status_code
+    status = requests.get(
+        f"{address}/api/jobs/", timeout=ANSWER_S, allow_redirects=False
+    ).status_code
     if status not in (200, 401, 403):  # a redirect could lead to an open one
         raise ClusterError(
             f"{address} does not say whether it asks for a token (HTTP {status}). Give the job API's own URL; else run again."
@@ -286,8 +337,16 @@ def _answers_strangers(address: str) -> bool:
 
 
 def _require_shared_paths(job: Job, working_dir: str | None) -> None:
-    places = [*job.source, *job.allow, job.out, *filter(None, [job.head]), *([job.model] if os.path.exists(job.model) else [])]
-    if local := next((place for place in places if not _REMOTE.match(place) and not os.path.isabs(place)), None):
+    places = [
+        *job.source,
+        *job.allow,
+        job.out,
+        *filter(None, [job.head]),
+        *([job.model] if os.path.exists(job.model) else []),
+    ]
+    if local := next(
+        (place for place in places if not _REMOTE.match(place) and not os.path.isabs(place)), None
+    ):
         raise JobError(
             f"{local!r} is a path of this machine; on a cluster give s3://… or an absolute path that every machine sees"
             + (" (what --working-dir takes along lies elsewhere on each)" if working_dir else "")
@@ -301,4 +360,6 @@ def _link(working_dir: str | None, folder: str) -> None:
         raise JobError(f"--working-dir {working_dir} is not a directory")
     for name in os.listdir(working_dir) if working_dir is not None else ():
         if name not in _LEFT_HERE:
-            os.symlink(os.path.abspath(os.path.join(working_dir or "", name)), os.path.join(folder, name))
+            os.symlink(
+                os.path.abspath(os.path.join(working_dir or "", name)), os.path.join(folder, name)
+            )

@@ -14,15 +14,36 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vitray.dataset import Dataset, Footer, RowsDigest, committed, read_footer, read_manifest, read_table, require_dataset
-from vitray.errors import CommitError, JobError, ObjectChanged, ObjectMissing, ShardError, StorageError, count, one_line
+from vitray.dataset import (
+    Dataset,
+    Footer,
+    RowsDigest,
+    committed,
+    read_footer,
+    read_manifest,
+    read_table,
+    require_dataset,
+)
+from vitray.errors import (
+    CommitError,
+    JobError,
+    ObjectChanged,
+    ObjectMissing,
+    ShardError,
+    StorageError,
+    count,
+    one_line,
+)
 from vitray.left_out import LeftOut, describe
 from vitray.pipeline import list_source
 from vitray.schema import Encoded, End, ScoreFunction, Shard, content_hash
 from vitray.sources import Listing, chosen, count_again, read_shard
 from vitray.storage import exists, is_local, join, read, store_for
 
-NORM_TOLERANCE = {"float32": 1e-4, "float16": 5e-3}  # of a unit vector after rounding to that type, D up to 4096
+NORM_TOLERANCE = {
+    "float32": 1e-4,
+    "float16": 5e-3,
+}  # of a unit vector after rounding to that type, D up to 4096
 # what damaged bytes raise, depending on where
 UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, SystemError)
 
@@ -57,17 +78,27 @@ class Validation:
     def __str__(self) -> str:
         good = "valid so far" if self.pending else "valid"
         verdict = good if self.ok else f"NOT valid: {count(len(self.problems), 'problem')}"
-        held = f"{count(self.files, 'file')}, {count(self.rows, 'row')}, {count(self.errors, 'error')}"
+        held = (
+            f"{count(self.files, 'file')}, {count(self.rows, 'row')}, {count(self.errors, 'error')}"
+        )
         lines = [f"{self.out}: {verdict}; {held}"]
         if self.pending or self.gone:
-            lines.append(f"inputs: {count(self.pending, 'shard')} not committed yet, {self.gone} committed ones no longer listed")
+            lines.append(
+                f"inputs: {count(self.pending, 'shard')} not committed yet, {self.gone} committed ones no longer listed"
+            )
         if self.images is not None:
-            more = f"; {count(self.uncounted, 'tar')} not counted (--content counts them)" if self.uncounted else ""
+            more = (
+                f"; {count(self.uncounted, 'tar')} not counted (--content counts them)"
+                if self.uncounted
+                else ""
+            )
             lines.append(f"source: {count(self.images, 'image')} in the committed shards{more}")
         if self.left_out:
             lines.append(f"left out   {describe(self.left_out, self.suffixes)}")
         if self.compared is not None:
-            lines.append(f"images read again: those of {self.compared} of {count(self.files, 'file')}")
+            lines.append(
+                f"images read again: those of {self.compared} of {count(self.files, 'file')}"
+            )
         return "\n".join(lines + [f"  {problem}" for problem in self.problems])
 
 
@@ -79,19 +110,31 @@ def validate(out: str, inputs: bool = True, content: bool = False) -> Validation
     dataset = require_dataset(out)
     listed, problems = _manifest_rows(dataset)
     data = committed(dataset.out)
-    problems += [f"data/{shard}.parquet is in the manifest but missing" for shard in sorted((listed or {}).keys() - data.keys())]
+    problems += [
+        f"data/{shard}.parquet is in the manifest but missing"
+        for shard in sorted((listed or {}).keys() - data.keys())
+    ]
     is_done = exists(join(dataset.out, "_SUCCESS.json"))
     if listed is not None and is_done:
         unlisted = sorted(data.keys() - listed.keys())
-        problems += [f"data/{shard}.parquet: is not in the manifest, though _SUCCESS.json is there" for shard in unlisted]
+        problems += [
+            f"data/{shard}.parquet: is not in the manifest, though _SUCCESS.json is there"
+            for shard in unlisted
+        ]
     listing, unlistable = _inputs(dataset) if inputs or content else (None, [])
     problems += unlistable
     by_id = {shard.id: shard for shard in listing.shards} if listing else {}
     rows = errors = compared = images = uncounted = 0
     left_out = Counter(listing.left_out if listing else {})
-    with ThreadPoolExecutor(2) as pool:  # a manifest of before the work that is going on tells nothing of a file
+    with ThreadPoolExecutor(
+        2
+    ) as pool:  # a manifest of before the work that is going on tells nothing of a file
         for shard, (footer, found) in zip(
-            sorted(data), pool.map(lambda s: _check_file(dataset, s, (listed or {}).get(s) if is_done else None), sorted(data))
+            sorted(data),
+            pool.map(
+                lambda s: _check_file(dataset, s, (listed or {}).get(s) if is_done else None),
+                sorted(data),
+            ),
         ):
             problems += [f"data/{shard}.parquet: {problem}" for problem in found]
             if footer is None:
@@ -102,7 +145,10 @@ def validate(out: str, inputs: bool = True, content: bool = False) -> Validation
                 continue
             if content:
                 compared += 1
-                problems += [f"data/{shard}.parquet: {p}" for p in _check_content(dataset, by_id[shard], footer)]
+                problems += [
+                    f"data/{shard}.parquet: {p}"
+                    for p in _check_content(dataset, by_id[shard], footer)
+                ]
             held, more = _count_again(dataset, by_id[shard], footer, content)
             images, uncounted = images + (held or 0), uncounted + (held is None)
             problems += [f"data/{shard}.parquet: {p}" for p in more]
@@ -123,19 +169,29 @@ def validate(out: str, inputs: bool = True, content: bool = False) -> Validation
     )
 
 
-def _count_again(dataset: Dataset, shard: Shard, footer: Footer, content: bool) -> tuple[int | None, list[str]]:
+def _count_again(
+    dataset: Dataset, shard: Shard, footer: Footer, content: bool
+) -> tuple[int | None, list[str]]:
     """How many images the source holds in a committed shard, and what is wrong with that; None where a tar on a store was not read."""
     if shard.kind == "tar" and not is_local(shard.url) and not content:
         return None, []
     try:
         images, left_out = count_again(shard, dataset.job)
     except (ShardError, ObjectMissing, ObjectChanged) as error:
-        return footer.total, [] if content else [f"the source cannot be counted again: {one_line(error)}"]
+        return footer.total, [] if content else [
+            f"the source cannot be counted again: {one_line(error)}"
+        ]
     problems = []
     if images != footer.total and not content:  # with the content the total was compared already
         problems.append(f"the source holds {images} images, the dataset {footer.total}")
-    if left_out is not None and footer.source_rules > 1 and left_out != _without_pages(footer.left_out):
-        problems.append(f"the source has {describe(left_out)} without a row, the dataset counted {describe(footer.left_out)}")
+    if (
+        left_out is not None
+        and footer.source_rules > 1
+        and left_out != _without_pages(footer.left_out)
+    ):
+        problems.append(
+            f"the source has {describe(left_out)} without a row, the dataset counted {describe(footer.left_out)}"
+        )
     return images, problems
 
 
@@ -149,7 +205,9 @@ def _manifest_rows(dataset: Dataset) -> tuple[dict[str, dict[str, object]] | Non
     try:
         manifest = read_manifest(dataset.out)
         success = join(dataset.out, "_SUCCESS.json")
-        if exists(success) and not exists(join(dataset.out, "_vitray", json.loads(read(success))["manifest"])):
+        if exists(success) and not exists(
+            join(dataset.out, "_vitray", json.loads(read(success))["manifest"])
+        ):
             raise StorageError("the one that _SUCCESS.json names does not exist.")
         return None if manifest is None else {row["shard"]: row for row in manifest.to_pylist()}, []
     except (StorageError, *UNREADABLE) as error:
@@ -165,7 +223,9 @@ def _inputs(dataset: Dataset) -> tuple[Listing | None, list[str]]:
         return None, [f"the source cannot be listed: {one_line(error)} --no-inputs leaves it out."]
 
 
-def _check_file(dataset: Dataset, shard: str, listed: dict[str, object] | None) -> tuple[Footer | None, list[str]]:
+def _check_file(
+    dataset: Dataset, shard: str, listed: dict[str, object] | None
+) -> tuple[Footer | None, list[str]]:
     url = dataset.data_url(shard)
     try:
         footer = read_footer(url)
@@ -178,10 +238,22 @@ def _check_file(dataset: Dataset, shard: str, listed: dict[str, object] | None) 
     if footer.shard != shard:
         found.append(f"its footer names shard {footer.shard}")
     if listed is not None:
-        mine = {"sha256": hashlib.sha256(body).hexdigest(), "rows": footer.rows, "errors": footer.errors}
-        found += [f"{name} differs from the manifest" for name, value in mine.items() if listed[name] != value]
+        mine = {
+            "sha256": hashlib.sha256(body).hexdigest(),
+            "rows": footer.rows,
+            "errors": footer.errors,
+        }
+        found += [
+            f"{name} differs from the manifest"
+            for name, value in mine.items()
+            if listed[name] != value
+        ]
     try:
-        found += list(_check_rows(dataset, shard, footer, pq.ParquetFile(pa.BufferReader(body), pre_buffer=False)))
+        found += list(
+            _check_rows(
+                dataset, shard, footer, pq.ParquetFile(pa.BufferReader(body), pre_buffer=False)
+            )
+        )
     except UNREADABLE as error:
         found.append(f"cannot be read: {one_line(error)}")
     return footer, found + (list(_check_errors(dataset, shard, footer)) if footer.errors else [])
@@ -198,14 +270,18 @@ def _check_errors(dataset: Dataset, shard: str, footer: Footer) -> Iterator[str]
         yield f"its file of error rows cannot be read; delete it and run the job again to repair it ({one_line(error)})"
 
 
-def _check_rows(dataset: Dataset, shard: str, footer: Footer, file: pq.ParquetFile) -> Iterator[str]:
+def _check_rows(
+    dataset: Dataset, shard: str, footer: Footer, file: pq.ParquetFile
+) -> Iterator[str]:
     if not file.schema_arrow.remove_metadata().equals(dataset.schema):
         yield "its schema is not the dataset's"
         return
     digest, seen, bad = RowsDigest(), list[int](), set[str]()
     for batch in file.iter_batches(batch_size=4096, use_threads=False):
         table = pa.Table.from_batches([batch])
-        with contextlib.suppress(pa.ArrowInvalid):  # a null vector does not fit: named below, and the hash differs
+        with contextlib.suppress(
+            pa.ArrowInvalid
+        ):  # a null vector does not fit: named below, and the hash differs
             digest.add(table.cast(dataset.schema))
         seen += table["index"].to_pylist()
         bad |= set(_check_values(dataset, shard, table))
@@ -240,10 +316,18 @@ def _check_values(dataset: Dataset, shard: str, table: pa.Table) -> Iterator[str
         if column.null_count:
             yield f"{v.column} holds a null"
             continue
-        values = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, v.dimension)
+        values = (
+            column.flatten()
+            .to_numpy(zero_copy_only=False)
+            .astype(np.float32)
+            .reshape(-1, v.dimension)
+        )
         if not np.isfinite(values).all():
             yield f"{v.column} holds NaN or infinity"
-        elif v.normalize and np.abs(np.linalg.norm(values, axis=1) - 1).max(initial=0) > NORM_TOLERANCE[v.dtype]:
+        elif (
+            v.normalize
+            and np.abs(np.linalg.norm(values, axis=1) - 1).max(initial=0) > NORM_TOLERANCE[v.dtype]
+        ):
             yield f"{v.column} is not of unit length"
 
 
@@ -252,7 +336,11 @@ def _check_content(dataset: Dataset, shard: Shard, footer: Footer) -> Iterator[s
     try:
         with store_for(dataset.out).open(dataset.data_url(shard.id)) as stream:
             table = read_table(stream, names := ["index", "key", "content_hash"])
-        known = {i: (k, h) for t in (table, footer.error_rows) for i, k, h in zip(*(t[name].to_pylist() for name in names))}
+        known = {
+            i: (k, h)
+            for t in (table, footer.error_rows)
+            for i, k, h in zip(*(t[name].to_pylist() for name in names))
+        }
     except UNREADABLE:
         return  # _check_file said so
     left_out = Counter[str]()

@@ -28,7 +28,9 @@ LOOK_S = 5.0
 
 def summary(result: Result, job: Job) -> str:
     """What a person reads of a run that ended."""
-    speed = f", {result.images / result.seconds:.1f} images/s with start-up" if result.images else ""
+    speed = (
+        f", {result.images / result.seconds:.1f} images/s with start-up" if result.images else ""
+    )
     took = f"{count(result.images, 'image')} computed in {result.seconds:.1f} s{speed}"
     lines = [
         f"{count(result.committed, 'shard')} committed now ({took})",
@@ -36,10 +38,15 @@ def summary(result: Result, job: Job) -> str:
     ]
     lines += [f"  {count} {reason} in this run" for reason, count in sorted(result.reasons.items())]
     lines += [f"set aside  {shard}: {why}" for shard, why in result.set_aside.items()]
-    lines += [f"cut short  {s}: truncated at byte {n}; the rows before it are committed" for s, n in result.truncated.items()]
+    lines += [
+        f"cut short  {s}: truncated at byte {n}; the rows before it are committed"
+        for s, n in result.truncated.items()
+    ]
     lines += [f"note       {shard}: {text}" for shard, text in result.notes.items()]
     if result.gone:
-        lines.append(f"no longer in the source: {count(result.gone, 'committed shard')}; --prune removes the rows")
+        lines.append(
+            f"no longer in the source: {count(result.gone, 'committed shard')}; --prune removes the rows"
+        )
     if result.left_out:
         lines.append(f"left out   {describe(result.left_out, result.suffixes)}")
     if result.shards_not_selected:
@@ -50,11 +57,15 @@ def summary(result: Result, job: Job) -> str:
     if result.too_many_errors:
         bad = result.errors - result.deleted
         share = f"{bad} of {result.rows + bad}, more than max_error_rate={job.max_error_rate:g}"
-        lines.append(f"too many bad images: {share}; see {result.errors_path}, or raise max_error_rate")
+        lines.append(
+            f"too many bad images: {share}; see {result.errors_path}, or raise max_error_rate"
+        )
     if arrived := result.pending - len(result.set_aside):
         lines.append(f"arrived since: {count(arrived, 'shard')}; run again")
     if result.set_aside:
-        lines.append(f"next: mend or remove those shards, then run again (vitray status {shlex.quote(job.out)})")
+        lines.append(
+            f"next: mend or remove those shards, then run again (vitray status {shlex.quote(job.out)})"
+        )
     return "\n".join(lines)
 
 
@@ -87,7 +98,9 @@ def view(progress: Progress) -> Table:
     left = progress.left_s()
     known = progress.images_expected
     of = f" of {known:,}" if known else ""
-    bar = ProgressBar(total=known or progress.shards, completed=progress.images if known else progress.shards_done)
+    bar = ProgressBar(
+        total=known or progress.shards, completed=progress.images if known else progress.shards_done
+    )
     computed = max(1, progress.images - progress.resumed)
     rows: list[tuple[str, RenderableType]] = [
         ("", bar),
@@ -95,11 +108,20 @@ def view(progress: Progress) -> Table:
             "shards",
             f"{progress.shards_done:,} of {progress.shards:,} done, {progress.shards_staged:,} staged in part, {progress.set_aside} set aside",
         ),
-        ("images", f"{progress.images:,}{of}, {progress.errors:,} failed, {progress.resumed:,} found staged"),
-        ("images/s", f"{progress.rate_now():,.1f} now, {progress.rate():,.1f} in the mean, {decimal(progress.size_bytes)} read"),
+        (
+            "images",
+            f"{progress.images:,}{of}, {progress.errors:,} failed, {progress.resumed:,} found staged",
+        ),
+        (
+            "images/s",
+            f"{progress.rate_now():,.1f} now, {progress.rate():,.1f} in the mean, {decimal(progress.size_bytes)} read",
+        ),
         ("ETA", "not known yet" if left is None else str(timedelta(seconds=round(left)))),
         *(("failed", f"{count:,} {reason}") for reason, count in sorted(progress.reasons.items())),
-        *((f"{step}", f"{1000 * s / computed:,.1f} ms an image, {s:,.0f} s in all") for step, s in progress.seconds.items()),
+        *(
+            (f"{step}", f"{1000 * s / computed:,.1f} ms an image, {s:,.0f} s in all")
+            for step, s in progress.seconds.items()
+        ),
         ("waiting", progress.waiting()),
         ("CPU here", f"{psutil.cpu_percent():.0f}%"),
         *((f"GPU {n} here", f"{100 * share:.0f}%") for n, share in enumerate(_gpus())),

@@ -6,4 +6,14 @@ from vitray.pipeline.cluster import joined, on_machine
 from vitray.pipeline.progress import Progress, Result
 from vitray.pipeline.runner import groups_of, list_source, prepared, run, with_absolute_paths
 
-__all__ = ["Progress", "Result", "groups_of", "joined", "list_source", "on_machine", "prepared", "run", "with_absolute_paths"]
+__all__ = [
+    "Progress",
+    "Result",
+    "groups_of",
+    "joined",
+    "list_source",
+    "on_machine",
+    "prepared",
+    "run",
+    "with_absolute_paths",
+]

@@ -64,16 +64,22 @@ def share_out(nodes: list[dict[str, float]], device: str) -> Shares:
     cpus = sum(node.get("CPU", 0) for node in nodes)
     gpus = sum(node.get("GPU", 0) for node in nodes) if device in ("auto", "cuda") else 0
     if cpus < 2:
-        raise ClusterError(f"the cluster has {cpus:g} CPUs; the line needs 2: one for the model, one for the rest")
+        raise ClusterError(
+            f"the cluster has {cpus:g} CPUs; the line needs 2: one for the model, one for the rest"
+        )
     if gpus >= 1:
         actors, actor_cpus, actor_gpus, threads = int(gpus), 1.0, 1.0, 4
         free = cpus - actors
         if free < 1:
-            raise ClusterError(f"the cluster has {cpus:g} CPUs for {gpus:g} GPUs; it needs one a GPU and at least one more")
+            raise ClusterError(
+                f"the cluster has {cpus:g} CPUs for {gpus:g} GPUs; it needs one a GPU and at least one more"
+            )
     else:
         hosts = [node["CPU"] for node in nodes if node.get("CPU", 0) >= 2]
         if not hosts:
-            raise ClusterError("no machine of the cluster has 2 CPUs, which the model needs on one machine")
+            raise ClusterError(
+                "no machine of the cluster has 2 CPUs, which the model needs on one machine"
+            )
         smallest = min(hosts)
         actors, actor_cpus, actor_gpus, threads = len(hosts), smallest - 1, 0.0, int(smallest)
         free = cpus - actors * actor_cpus
@@ -88,7 +94,8 @@ def share_out(nodes: list[dict[str, float]], device: str) -> Shares:
         reader_cpus=0.25,
         decoder_cpus=decoder,
         stagers=max(2, min(32, int(cpus // 2))),
-        queue_blocks=2 * actors + max(1, int(free // 2)),  # the actors' next blocks, and what decoders finish meanwhile
+        queue_blocks=2 * actors
+        + max(1, int(free // 2)),  # the actors' next blocks, and what decoders finish meanwhile
     )
 
 
@@ -109,16 +116,26 @@ def ray_session(address: str | None, allow_open: bool = False) -> Iterator[None]
         _set_up_token()
         # idle workers beyond it are killed, and started again: 2 s each
         os.environ.setdefault("RAY_num_workers_soft_limit", "64")
-        os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))  # of a task that was killed for lack of memory; else endless
+        os.environ.setdefault(
+            "RAY_task_oom_retries", str(RETRIES)
+        )  # of a task that was killed for lack of memory; else endless
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
     if ray.is_initialized():
         yield
         return
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
+    options: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "configure_logging": False,
+    }
     if where == "local":
-        options |= {"include_dashboard": False, "num_cpus": own_cpus(), "object_store_memory": _object_store_bytes()}
+        options |= {
+            "include_dashboard": False,
+            "num_cpus": own_cpus(),
+            "object_store_memory": _object_store_bytes(),
+        }
     with _without_native_noise(), _started(where, options):
         if where != "local" and not allow_open:
             _require_token(where, ray.get_runtime_context().gcs_address)
@@ -139,7 +156,11 @@ def _require_token(where: str, gcs: str) -> None:
         try:
             ask(messages.GetAllNodeInfoRequest(), timeout=10)
         except grpc.RpcError as error:
-            if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAVAILABLE):
+            if error.code() in (
+                grpc.StatusCode.UNAUTHENTICATED,
+                grpc.StatusCode.PERMISSION_DENIED,
+                grpc.StatusCode.UNAVAILABLE,
+            ):
                 return  # unavailable without TLS, where Ray has it
             raise ClusterError(
                 f"Ray at {where} does not say whether it asks for a token ({error.code().name}). Run again, or say --allow-open-cluster."
@@ -163,7 +184,9 @@ def _started(where: str, options: dict[str, Any]) -> Iterator[None]:
 
     def live() -> None:
         try:
-            logging.getLogger("ray").setLevel(logging.ERROR)  # it would warn that it leaves SIGTERM alone
+            logging.getLogger("ray").setLevel(
+                logging.ERROR
+            )  # it would warn that it leaves SIGTERM alone
             host, _, port = where.rpartition(":")
             if "://" not in where and port.isdecimal():  # Ray itself would try for two minutes
                 socket.create_connection((host, int(port)), timeout=10).close()
@@ -176,7 +199,9 @@ def _started(where: str, options: dict[str, Any]) -> Iterator[None]:
     threading.Thread(target=live, name="vitray-ray", daemon=True).start()
     try:
         if not is_up.wait(START_S) or failed:
-            why = " ".join(str(failed[0]).split())[:300] if failed else f"nothing came in {START_S} s"
+            why = (
+                " ".join(str(failed[0]).split())[:300] if failed else f"nothing came in {START_S} s"
+            )
             raise ClusterError(
                 f"Ray at {where} does not answer: {why}. Check the address, that the cluster runs this version of Ray, and "
                 "RAY_AUTH_MODE and RAY_AUTH_TOKEN."
@@ -188,7 +213,9 @@ def _started(where: str, options: dict[str, Any]) -> Iterator[None]:
             ray.shutdown()
             shutil.rmtree(logs, ignore_errors=True)  # 0.4 MB a run; those of a run that failed stay
     finally:
-        is_up.wait(START_S)  # a signal may have ended the first wait: what is half up cannot be shut down
+        is_up.wait(
+            START_S
+        )  # a signal may have ended the first wait: what is half up cannot be shut down
         ray.shutdown()
         is_over.set()
 
@@ -200,14 +227,20 @@ def _without_native_noise() -> Iterator[None]:
     It warns in red of every actor with bounded restarts. With --debug nothing is hidden.
     """
     python = sys.__stderr__
-    if python is None or sys.stderr is not python or logging.getLogger().isEnabledFor(logging.DEBUG):
+    if (
+        python is None
+        or sys.stderr is not python
+        or logging.getLogger().isEnabledFor(logging.DEBUG)
+    ):
         yield
         return
     python.flush()
     real = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
-    sys.stderr = open(real, "w", buffering=1, encoding=python.encoding, errors="backslashreplace", closefd=False)
+    sys.stderr = open(
+        real, "w", buffering=1, encoding=python.encoding, errors="backslashreplace", closefd=False
+    )
     try:
         yield
     finally:
@@ -239,12 +272,17 @@ def alive_nodes() -> list[dict[str, Any]]:
 def typical_machine(nodes: list[dict[str, Any]], device: str) -> Machine:
     """Of the alive nodes: where the model would run, the commonest size. Raises ClusterError where nothing could run."""
     share_out([node["Resources"] for node in nodes], device)
-    sizes = [(int(r.get("GPU", 0)) if device != "cpu" else 0, int(r["CPU"])) for r in (node["Resources"] for node in nodes)]
+    sizes = [
+        (int(r.get("GPU", 0)) if device != "cpu" else 0, int(r["CPU"]))
+        for r in (node["Resources"] for node in nodes)
+    ]
     computing = [size for size in sizes if size[0]] or [size for size in sizes if size[1] >= 2]
     size = max(sorted(set(computing)), key=computing.count)  # the smaller of equally many
     node = nodes[sizes.index(size)]
     alike = sizes.count(size)
-    return Machine(node["NodeID"], node["NodeManagerAddress"], size[1], size[0], alike, len(sizes) - alike)
+    return Machine(
+        node["NodeID"], node["NodeManagerAddress"], size[1], size[0], alike, len(sizes) - alike
+    )
 
 
 @contextlib.contextmanager
@@ -264,15 +302,23 @@ def on_machine(machine: Machine, work: Callable[..., Any], *arguments: Any) -> A
     task = ray.remote(max_calls=1)(outcome).options(
         num_cpus=machine.cpus, num_gpus=machine.gpus, scheduling_strategy=there, max_retries=RETRIES
     )
-    return answer(task.remote(work, *arguments), 900, f"all of {machine.host} to be free, and measured")
+    return answer(
+        task.remote(work, *arguments), 900, f"all of {machine.host} to be free, and measured"
+    )
 
 
 def on_worker(shares: Shares, work: Callable[..., Any], *arguments: Any) -> Any:
     """What a function returns on the class of machine that will run the model."""
     import ray
 
-    task = ray.remote(outcome).options(num_cpus=shares.actor_cpus, num_gpus=shares.actor_gpus, max_retries=RETRIES)
-    return answer(task.remote(work, *arguments), PLACE_S, "a machine that has room for the model, and fetches and reads it")
+    task = ray.remote(outcome).options(
+        num_cpus=shares.actor_cpus, num_gpus=shares.actor_gpus, max_retries=RETRIES
+    )
+    return answer(
+        task.remote(work, *arguments),
+        PLACE_S,
+        "a machine that has room for the model, and fetches and reads it",
+    )
 
 
 def require_shared(out: str, named: list[str], nodes: list[dict[str, Any]]) -> None:
@@ -286,7 +332,10 @@ def require_shared(out: str, named: list[str], nodes: list[dict[str, Any]]) -> N
     with scratch(out) as nonce:
         store_for(nonce).create(nonce, b"nonce")
         there = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
-        tasks = [ray.remote(outcome).options(num_cpus=0, scheduling_strategy=node, max_retries=RETRIES) for node in there]
+        tasks = [
+            ray.remote(outcome).options(num_cpus=0, scheduling_strategy=node, max_retries=RETRIES)
+            for node in there
+        ]
         asked = [task.remote(require_seen, nonce, *paths) for task in tasks]
         for ref, node in zip(asked, nodes):
             answer(ref, 120, f"node {node['NodeManagerAddress']} to answer")
@@ -324,14 +373,20 @@ def answer(ref: Any, timeout_s: float, what: str) -> Any:
     import ray
 
     deadline = time.monotonic() + timeout_s
-    while not ray.wait([ref], timeout=max(0.0, min(SAID_S, left := deadline - time.monotonic())))[0]:
+    while not ray.wait([ref], timeout=max(0.0, min(SAID_S, left := deadline - time.monotonic())))[
+        0
+    ]:
         if left < SAID_S:
-            raise ClusterError(f"waited {timeout_s:g} s for {what}. Look at `ray status`, then run again.")
+            raise ClusterError(
+                f"waited {timeout_s:g} s for {what}. Look at `ray status`, then run again."
+            )
         log.warning("waiting for %s", what)
     try:
         found = ray.get(ref, timeout=timeout_s)
     except ray.exceptions.RayError as error:
-        raise ClusterError(f"{what} failed: {one_line(error)}. Look at Ray's logs, then run again.") from error
+        raise ClusterError(
+            f"{what} failed: {one_line(error)}. Look at Ray's logs, then run again."
+        ) from error
     if isinstance(found, VitrayError):
         raise found
     return found

@@ -22,7 +22,14 @@ from vitray.errors import VitrayError
 from vitray.models import Model, open_model
 from vitray.pipeline.cluster import Shares
 from vitray.pipeline.rounds import COMMITS_AT_ONCE
-from vitray.pipeline.stages import FragmentBatch, commit_step, decode_step, predict_step, read_step, stage_step
+from vitray.pipeline.stages import (
+    FragmentBatch,
+    commit_step,
+    decode_step,
+    predict_step,
+    read_step,
+    stage_step,
+)
 from vitray.schema import Shard, ShardEvent
 
 PREDICTORS = 2  # one prepares and packs while the other's batches are computed
@@ -48,7 +55,14 @@ class LocalExecutor:
         dataset, job, shares = self._dataset, self._dataset.job, self._shares
         load_decoders(job.decode)  # before other threads import: see vitray/resize.py
         model = self._pool.submit(
-            open_model, dataset.spec, list(dataset.vectors), job.top_k, job.labelled, job.device, shares.threads, shares.compiled
+            open_model,
+            dataset.spec,
+            list(dataset.vectors),
+            job.top_k,
+            job.labelled,
+            job.device,
+            shares.threads,
+            shares.compiled,
         )
         self._opening.append(model)
         shards: queue.Queue[Any] = queue.Queue()
@@ -59,8 +73,15 @@ class LocalExecutor:
         self._arrived = arrived
         self._step(shares.readers, shards, self._read, encoded)
         self._step(shares.threads, encoded, lambda batch: [decode_step(dataset, batch)], decoded)
-        self._step(PREDICTORS, decoded, lambda batch: [predict_step(dataset, self._opened(model), batch)], predicted)
-        self._step(shares.stagers, predicted, lambda batch: [stage_step(dataset, batch).event], arrived)
+        self._step(
+            PREDICTORS,
+            decoded,
+            lambda batch: [predict_step(dataset, self._opened(model), batch)],
+            predicted,
+        )
+        self._step(
+            shares.stagers, predicted, lambda batch: [stage_step(dataset, batch).event], arrived
+        )
 
     def stop(self) -> None:
         self._stopped.set()
@@ -80,7 +101,9 @@ class LocalExecutor:
         return False
 
     def state(self) -> str:
-        return ", ".join(f"{waiting.qsize()} fragments wait for {step}" for step, waiting in self._queues.items())
+        return ", ".join(
+            f"{waiting.qsize()} fragments wait for {step}" for step, waiting in self._queues.items()
+        )
 
     def close(self) -> None:
         self._closed.set()
@@ -96,7 +119,11 @@ class LocalExecutor:
         return itertools.takewhile(lambda _: not self._stopped.is_set(), batches)
 
     def _step(
-        self, threads: int, inbox: queue.Queue[Any], work: Callable[[Any], Iterable[Any]], outbox: queue.Queue[Any]
+        self,
+        threads: int,
+        inbox: queue.Queue[Any],
+        work: Callable[[Any], Iterable[Any]],
+        outbox: queue.Queue[Any],
     ) -> None:
         """So many threads that work on what is in the inbox, until a None comes; the last of them passes it on."""
         others = threading.Semaphore(threads - 1)

@@ -11,7 +11,11 @@ COUNTERS = {  # and their tags
     "vitray_failures": ("bad images by reason", ("reason",)),
     "vitray_shard_commits": ("shards whose data file exists", ()),
 }
-STEP_SECONDS = ("vitray_step_seconds", "seconds that a step took for one fragment; of commit: for one shard", ("step",))
+STEP_SECONDS = (
+    "vitray_step_seconds",
+    "seconds that a step took for one fragment; of commit: for one shard",
+    ("step",),
+)
 BOUNDARIES = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300]
 
 
@@ -29,7 +33,10 @@ class RayMeter(Meter):
     def __init__(self) -> None:
         from ray.util.metrics import Counter, Histogram
 
-        self._counters = {name: Counter(name, description=what, tag_keys=tags) for name, (what, tags) in COUNTERS.items()}
+        self._counters = {
+            name: Counter(name, description=what, tag_keys=tags)
+            for name, (what, tags) in COUNTERS.items()
+        }
         name, what, tags = STEP_SECONDS
         self._seconds = Histogram(name, description=what, boundaries=BOUNDARIES, tag_keys=tags)
 

@@ -30,7 +30,9 @@ class Progress:
     reasons: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
-    timeline: list[tuple[float, int]] = field(default_factory=list)  # seconds since the start, images computed by then
+    timeline: list[tuple[float, int]] = field(
+        default_factory=list
+    )  # seconds since the start, images computed by then
     every: int = 1  # so many fragments make a mark of the timeline
     fragments: int = 0
     # marks of every fragment; the first is NOW_S old, or of the start
@@ -48,7 +50,9 @@ class Progress:
     def rate_now(self) -> float:
         """Images a second, of the last NOW_S or more."""
         seconds, images = time.monotonic() - self.started, self.images - self.resumed
-        at, there = next((mark for mark in reversed(self.latest) if seconds - mark[0] >= NOW_S), (0.0, 0))
+        at, there = next(
+            (mark for mark in reversed(self.latest) if seconds - mark[0] >= NOW_S), (0.0, 0)
+        )
         return (images - there) / max(1e-9, seconds - at)
 
     def left_s(self) -> float | None:
@@ -82,7 +86,9 @@ class Progress:
         self.fragments += 1
         if self.fragments % self.every == 0:
             self.timeline.append(mark)
-        if len(self.timeline) > MARKS:  # every other one stays, of those to come too: as fine at the start as at the end
+        if (
+            len(self.timeline) > MARKS
+        ):  # every other one stays, of those to come too: as fine at the start as at the end
             self.timeline, self.every = self.timeline[1::2], 2 * self.every
 
 

@@ -1,6 +1,6 @@
 """Short queues between the steps, so that a crash costs few images and memory stays flat however slow the model is.
 
-Ray Data's own back-pressure lets a fast step fill half of the object store before it slows down: see DECISIONS.md.
+Ray Data's own back-pressure lets a fast step fill half of the object store before it slows down: see docs/decisions/0006.
 """
 
 from __future__ import annotations
@@ -44,4 +44,6 @@ class ShortQueues(BackpressurePolicy):  # type: ignore[misc]  # Ray's classes ca
 def keep_queues_short(context: Any, blocks: int) -> None:
     """Bound every queue of the Ray datasets made with this DataContext."""
     context.set_config(DEPTH_KEY, blocks)
-    context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, ShortQueues])
+    context.set_config(
+        ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, ShortQueues]
+    )

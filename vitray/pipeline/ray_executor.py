@@ -20,7 +20,15 @@ from vitray.dataset import Commit, Dataset, dataset_url
 from vitray.errors import VitrayError
 from vitray.models import open_model
 from vitray.pipeline.cluster import RETRIES, Shares, alive_nodes, outcome, require_seen, sees
-from vitray.pipeline.stages import commit_step, decode_step, open_device_decoder, predict_step, read_step, stage_step, unpack
+from vitray.pipeline.stages import (
+    commit_step,
+    decode_step,
+    open_device_decoder,
+    predict_step,
+    read_step,
+    stage_step,
+    unpack,
+)
 from vitray.schema import Shard, ShardEvent
 from vitray.storage import is_local
 
@@ -33,7 +41,9 @@ class RayExecutor:
 
         self._dataset, self._refs = ray.put(dataset), {shard.id: ray.put(shard) for shard in shards}
         self._actors: list[str] = []
-        self._line = build_pipeline(list(self._refs.values()), dataset, self._dataset, shares, self._actors)
+        self._line = build_pipeline(
+            list(self._refs.values()), dataset, self._dataset, shares, self._actors
+        )
         self._commit = ray.remote(_commit).options(num_cpus=0, max_retries=RETRIES)
         self._running: dict[Any, str] = {}
         self._nodes = {node["NodeID"] for node in alive_nodes()}
@@ -52,7 +62,9 @@ class RayExecutor:
 
         def consume() -> None:
             try:
-                for block in self._line.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                for block in self._line.iter_batches(
+                    batch_size=None, batch_format="pyarrow", prefetch_batches=0
+                ):
                     for batch in unpack(block):
                         arrived.put(batch.event)
                 arrived.put(None)
@@ -63,7 +75,9 @@ class RayExecutor:
         self._thread.start()
 
     def stop(self) -> None:
-        self._arrived.put(None)  # Ray has no way to end its reading alone: what is in the line is lost, what is staged stays
+        self._arrived.put(
+            None
+        )  # Ray has no way to end its reading alone: what is in the line is lost, what is staged stays
 
     def commit(self, shard_id: str) -> None:
         self._running[self._commit.remote(self._dataset, self._refs[shard_id])] = shard_id
@@ -83,7 +97,9 @@ class RayExecutor:
 
         is_named = False
         for name in list(self._actors):
-            with contextlib.suppress(ValueError, KeyError):  # there is none of that name, or no more
+            with contextlib.suppress(
+                ValueError, KeyError
+            ):  # there is none of that name, or no more
                 if actors(ray.get_actor(name)._actor_id.hex())["Address"]["IPAddress"]:
                     return False
                 is_named = True
@@ -92,7 +108,8 @@ class RayExecutor:
     def state(self) -> str:
         steps = getattr(self._executor, "_topology", None) or {}
         said = (
-            f"{op.name}: {op.num_active_tasks()} tasks, {at.total_enqueued_input_blocks()} waiting" for op, at in steps.items()
+            f"{op.name}: {op.num_active_tasks()} tasks, {at.total_enqueued_input_blocks()} waiting"
+            for op, at in steps.items()
         )
         return "; ".join(said) or "Ray has not begun"
 
@@ -118,7 +135,9 @@ def require_source(shards: list[Shard]) -> None:
         require_seen(shards[0].url)
 
 
-def build_pipeline(shards: list[Any], dataset: Dataset, dataset_ref: Any, shares: Shares, actors: list[str]) -> Any:
+def build_pipeline(
+    shards: list[Any], dataset: Dataset, dataset_ref: Any, shares: Shares, actors: list[str]
+) -> Any:
     """The Ray dataset of events. shards, dataset_ref: object references, fetched where they are used.
 
     actors: grows by the names of the actors that Ray Data makes.
@@ -126,7 +145,9 @@ def build_pipeline(shards: list[Any], dataset: Dataset, dataset_ref: Any, shares
     import ray
     from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 
-    mark = dataset_url(dataset.out)  # a machine that joins later may lack the disk: what it wrote would be nowhere
+    mark = dataset_url(
+        dataset.out
+    )  # a machine that joins later may lack the disk: what it wrote would be nowhere
 
     def read(block: pa.Table) -> Iterator[pa.Table]:
         for n in block["n"].to_pylist():
@@ -150,9 +171,15 @@ def build_pipeline(shards: list[Any], dataset: Dataset, dataset_ref: Any, shares
         return {"max_restarts": RETRIES, "max_task_retries": RETRIES, "name": actors[-1]}
 
     if not logging.getLogger().isEnabledFor(logging.DEBUG):
-        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it prints tracebacks of what we say in one line
-    warnings.filterwarnings("ignore", message=".*ray_remote_args_fn.*")  # the only way to bound retries: see DECISIONS.md
-    warnings.filterwarnings("ignore", message="The maximum number of concurrent tasks")  # fewer shards than machines
+        logging.getLogger("ray.data").setLevel(
+            logging.CRITICAL
+        )  # it prints tracebacks of what we say in one line
+    warnings.filterwarnings(
+        "ignore", message=".*ray_remote_args_fn.*"
+    )  # the only way to bound retries: see docs/decisions/0006
+    warnings.filterwarnings(
+        "ignore", message="The maximum number of concurrent tasks"
+    )  # fewer shards than machines
     from vitray.pipeline.queues import keep_queues_short
 
     context = DataContext.get_current()
@@ -160,26 +187,42 @@ def build_pipeline(shards: list[Any], dataset: Dataset, dataset_ref: Any, shares
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.max_errored_blocks = 0
-    context.target_max_block_size = 1  # every batch is a block of its own: a retried task yields the same blocks again
+    context.target_max_block_size = (
+        1  # every batch is a block of its own: a retried task yields the same blocks again
+    )
     shape: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
     task: dict[str, Any] = {**shape, "ray_remote_args_fn": lambda: {"max_retries": RETRIES}}
-    items = ray.data.from_items([{"n": n} for n in range(len(shards))], override_num_blocks=len(shards))
-    encoded = items.map_batches(read, compute=TaskPoolStrategy(shares.readers), num_cpus=shares.reader_cpus, **task)
+    items = ray.data.from_items(
+        [{"n": n} for n in range(len(shards))], override_num_blocks=len(shards)
+    )
+    encoded = items.map_batches(
+        read, compute=TaskPoolStrategy(shares.readers), num_cpus=shares.reader_cpus, **task
+    )
     decoded = encoded.map_batches(decode, num_cpus=shares.decoder_cpus, **task)
     # a GPU computes one fragment while Python unpacks the next and packs the last; a CPU has nothing to hide it behind
     pool = {"max_tasks_in_flight_per_actor": 2}
     if shares.actor_gpus:
-        pool = {"max_tasks_in_flight_per_actor": 3, "max_concurrent_calls_per_actor": 2, "enable_true_multi_threading": True}
+        pool = {
+            "max_tasks_in_flight_per_actor": 3,
+            "max_concurrent_calls_per_actor": 2,
+            "enable_true_multi_threading": True,
+        }
     predicted = decoded.map_batches(
         Predict,
-        fn_constructor_args=(dataset, shares.threads, shares.compiled),  # by value: a restarted actor must not need a reference
+        fn_constructor_args=(
+            dataset,
+            shares.threads,
+            shares.compiled,
+        ),  # by value: a restarted actor must not need a reference
         compute=ActorPoolStrategy(size=shares.actors, **pool),
         num_cpus=shares.actor_cpus,
         num_gpus=shares.actor_gpus,
         ray_remote_args_fn=named,
         **shape,
     )
-    return predicted.map_batches(stage, compute=TaskPoolStrategy(shares.stagers), num_cpus=0, **task)
+    return predicted.map_batches(
+        stage, compute=TaskPoolStrategy(shares.stagers), num_cpus=0, **task
+    )
 
 
 class Predict:
@@ -192,9 +235,20 @@ class Predict:
         require_seen(dataset_url(dataset.out))
         job = dataset.job
         self._dataset = dataset
-        self._model = open_model(dataset.spec, list(dataset.vectors), job.top_k, job.labelled, job.device, threads, compiled)
+        self._model = open_model(
+            dataset.spec,
+            list(dataset.vectors),
+            job.top_k,
+            job.labelled,
+            job.device,
+            threads,
+            compiled,
+        )
         self._decoder = open_device_decoder(dataset, threads)
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        steps = (predict_step(self._dataset, self._model, batch, self._decoder) for batch in unpack(block))
+        steps = (
+            predict_step(self._dataset, self._model, batch, self._decoder)
+            for batch in unpack(block)
+        )
         return pa.concat_tables([batch.pack() for batch in steps])

@@ -42,11 +42,19 @@ class Work:
     notes: dict[str, str] = field(default_factory=dict)
     changed: set[str] = field(default_factory=set)
     commits: dict[str, Commit] = field(default_factory=dict)
-    counted: dict[str, set[int]] = field(default_factory=dict)  # where the fragments start that `progress` has, by shard
-    vanished: int = 0  # files that were deleted since they got their place in a shard: `missing`, but not bad
-    stop: threading.Event = field(default_factory=threading.Event)  # somebody wants the run to end soon
+    counted: dict[str, set[int]] = field(
+        default_factory=dict
+    )  # where the fragments start that `progress` has, by shard
+    vanished: int = (
+        0  # files that were deleted since they got their place in a shard: `missing`, but not bad
+    )
+    stop: threading.Event = field(
+        default_factory=threading.Event
+    )  # somebody wants the run to end soon
     selection: Selection = field(default_factory=Selection)
-    run_id: str = field(default_factory=lambda: f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}")
+    run_id: str = field(
+        default_factory=lambda: f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
+    )
 
 
 def blame(work: Work, shard_id: str, why: str, attempts: int = 1) -> None:
@@ -90,7 +98,11 @@ class Executor(Protocol):
 
 def run_round(dataset: Dataset, shards: list[Shard], executor: Executor, work: Work) -> None:
     """Bring shards through the line and commit each as soon as its fragments cover it. Ends early when work.stop is set."""
-    commits, coverage, blamed = _Commits(executor, dataset.job.stall_timeout_s, work), _Coverage(), set[str]()
+    commits, coverage, blamed = (
+        _Commits(executor, dataset.job.stall_timeout_s, work),
+        _Coverage(),
+        set[str](),
+    )
     work.progress.waiting = executor.state
     with contextlib.closing(executor):
         for event in _events(executor, dataset.job.stall_timeout_s, work.stop):
@@ -105,7 +117,9 @@ def run_round(dataset: Dataset, shards: list[Shard], executor: Executor, work: W
                 if event.message:
                     work.notes[event.shard] = event.message
                 counted = work.counted.setdefault(event.shard, set())
-                if coverage.add(event) and event.start not in counted:  # not in an earlier round either
+                if (
+                    coverage.add(event) and event.start not in counted
+                ):  # not in an earlier round either
                     counted.add(event.start)
                     work.progress.add(event)
                     if event.kind == "fragment":
@@ -119,11 +133,19 @@ def run_round(dataset: Dataset, shards: list[Shard], executor: Executor, work: W
         commits.wait()
     if work.stop.is_set():
         return
-    for shard_id in {shard.id for shard in shards} - work.commits.keys() - blamed - commits.missed - work.changed:
+    for shard_id in (
+        {shard.id for shard in shards}
+        - work.commits.keys()
+        - blamed
+        - commits.missed
+        - work.changed
+    ):
         blame(work, shard_id, "its fragments did not arrive")
 
 
-def _events(executor: Executor, patience_s: float, stop: threading.Event) -> Iterator[ShardEvent | None]:
+def _events(
+    executor: Executor, patience_s: float, stop: threading.Event
+) -> Iterator[ShardEvent | None]:
     """Events as they come, None once a second without one. Raises ClusterError after patience_s without any, beside PLACE_S at most
     without a place for the model; MachineLostError after LOST_S where a machine is gone.
 
@@ -151,7 +173,9 @@ def _events(executor: Executor, patience_s: float, stop: threading.Event) -> Ite
                         f"no machine had room for the model in {PLACE_S:g} s. Look at `ray status`, then run again."
                     ) from None
                 if now - said > SAID_S:
-                    log.warning("no machine has room for the model yet; waiting for one does not count as standing still")
+                    log.warning(
+                        "no machine has room for the model yet; waiting for one does not count as standing still"
+                    )
                     said = now
             if now - last > patience_s:
                 raise ClusterError(
@@ -242,14 +266,19 @@ class _Commits:
             if self.settle(wait_s=1.0):
                 deadline = time.monotonic() + self._patience_s
             if time.monotonic() > deadline:
-                raise ClusterError(f"no commit finished in {self._patience_s:g} s. Is the store slow? Run again to go on.")
+                raise ClusterError(
+                    f"no commit finished in {self._patience_s:g} s. Is the store slow? Run again to go on."
+                )
             self._work.report(self._work.progress)
 
 
 def _judge(job: Job, progress: Progress, vanished: int) -> None:
     bad = progress.errors - min(vanished, progress.reasons.get("missing", 0))
     if progress.images >= JUDGED_IMAGES and bad > job.max_error_rate * progress.images:
-        worst = ", ".join(f"{n} {reason}" for reason, n in sorted(progress.reasons.items(), key=lambda item: -item[1]))
+        worst = ", ".join(
+            f"{n} {reason}"
+            for reason, n in sorted(progress.reasons.items(), key=lambda item: -item[1])
+        )
         raise ErrorRateExceeded(
             f"{bad} of {progress.images} images are bad ({worst}), more than max_error_rate={job.max_error_rate:g}. "
             "Look at the source, or raise max_error_rate and run again; nothing further was committed."

@@ -37,11 +37,11 @@ from vitray.dataset import (
     dataset_url,
     drop_unstarted,
     finish,
-    kept_in_data,
     last_source,
     load_group_log,
     open_dataset,
     package_versions,
+    passthrough_in_data,
     read_manifest,
     remember_source,
     resolve_dataset,
@@ -62,8 +62,23 @@ from vitray.errors import (
     shortened,
 )
 from vitray.job import Job
-from vitray.models import compiles, identify, runs_on, torch_threads_kept, vector_columns, with_label_names
-from vitray.pipeline.cluster import Shares, alive_nodes, on_worker, own_cpus, ray_session, require_shared, share_out
+from vitray.models import (
+    compiles,
+    identify,
+    runs_on,
+    torch_threads_kept,
+    vector_columns,
+    with_label_names,
+)
+from vitray.pipeline.cluster import (
+    Shares,
+    alive_nodes,
+    on_worker,
+    own_cpus,
+    ray_session,
+    require_shared,
+    share_out,
+)
 from vitray.pipeline.local_executor import LocalExecutor
 from vitray.pipeline.metrics import Meter, RayMeter
 from vitray.pipeline.progress import Progress, Result
@@ -86,11 +101,16 @@ from vitray.storage import absolute, drop_scratch, exists, expand_braces, join, 
 
 log = logging.getLogger(__name__)
 
-ROUND_SHARDS, ROUND_FRAGMENTS = 4096, 65_536  # Ray keeps 12 to 37 kB of each fragment in the driver until its round ends
+ROUND_SHARDS, ROUND_FRAGMENTS = (
+    4096,
+    65_536,
+)  # Ray keeps 12 to 37 kB of each fragment in the driver until its round ends
 NARROWER = 8  # from the second fault on, the next round has so many times fewer shards; after a good one so many times more
 DEADLY = 5  # so many shards that die alone, one after the other: it is not the shards
 LEAST_IMAGE_BYTES = 4096  # no photo is smaller: fewer bytes than that times images need no estimate
-NEARLY = 0.1  # of the images: a run that did a part of them says nothing of the time that was planned
+NEARLY = (
+    0.1  # of the images: a run that did a part of them says nothing of the time that was planned
+)
 MakeLine = Callable[[Dataset, list[Shard]], Executor]
 
 
@@ -140,23 +160,40 @@ def run(
             log.warning("engine: auto is %s (%s)", dataset.spec.engine, spec.engine_why)
         crash_point("driver-resolved")
         meter = RayMeter() if nodes else Meter()
-        work = Work(report=progress or (lambda _: None), stop=stop or threading.Event(), meter=meter, selection=selection)
+        work = Work(
+            report=progress or (lambda _: None),
+            stop=stop or threading.Event(),
+            meter=meter,
+            selection=selection,
+        )
         try:
             with _told_if_it_fails(dataset, work) if dataset.is_new else contextlib.nullcontext():
                 check_data(dataset)
-                require_shared(dataset.out, [listing.shards[0].url, dataset.spec.model, dataset.spec.head], nodes)
+                require_shared(
+                    dataset.out,
+                    [listing.shards[0].url, dataset.spec.model, dataset.spec.head],
+                    nodes,
+                )
                 probe(dataset.out)
                 remember_source(dataset, _seen(listing), begins=True)
                 for _ in range(ATTEMPTS):
                     listing = _settle_groups(job, listing, prune)
                     work.changed.clear()
                     crash_point("driver-planned")
-                    _complete(dataset, job, listing, partial(open_executor, shares=_compiling(job, listing, shares)), work)
+                    _complete(
+                        dataset,
+                        job,
+                        listing,
+                        partial(open_executor, shares=_compiling(job, listing, shares)),
+                        work,
+                    )
                     if not work.changed:
                         break
                     listing = list_source(job)
         except (ErrorRateExceeded, Interrupted, ClusterError) as error:
-            with contextlib.suppress(VitrayError):  # what was committed may have superseded files that readers see twice now
+            with contextlib.suppress(
+                VitrayError
+            ):  # what was committed may have superseded files that readers see twice now
                 result = _finished(dataset, job, prune, work, started)
                 record = _record(dataset, result, work, shares, planned) | {
                     "ended": shortened(f"{type(error).__name__}: {error}", 400)
@@ -178,18 +215,28 @@ def _machines(
     That is where nobody asked for Ray, by an address (`local` for one of our own) or by having started it, and the model runs on
     the CPU.
     """
-    asked = address or os.environ.get("RAY_ADDRESS") or ("ray" in sys.modules and import_module("ray").is_initialized())
+    asked = (
+        address
+        or os.environ.get("RAY_ADDRESS")
+        or ("ray" in sys.modules and import_module("ray").is_initialized())
+    )
     if not asked and runs_on(job) == "cpu":
         with torch_threads_kept():
             # few wait: what does is computed again after a kill
-            yield LocalExecutor, replace(share_out([{"CPU": own_cpus()}], "cpu"), stagers=2, queue_blocks=1), []
+            yield (
+                LocalExecutor,
+                replace(share_out([{"CPU": own_cpus()}], "cpu"), stagers=2, queue_blocks=1),
+                [],
+            )
         return
 
     def now() -> Shares:
         return share_out([node["Resources"] for node in alive_nodes()], job.device)
 
     def open_ray(dataset: Dataset, shards: list[Shard], shares: Shares) -> RayExecutor:
-        return RayExecutor(dataset, shards, replace(now(), compiled=shares.compiled))  # machines come and go between rounds
+        return RayExecutor(
+            dataset, shards, replace(now(), compiled=shares.compiled)
+        )  # machines come and go between rounds
 
     with ray_session(address, allow_open):
         yield open_ray, now(), alive_nodes()
@@ -272,10 +319,16 @@ def _with_key_column(job: Job, listing: Listing) -> Job:
 def with_absolute_paths(job: Job) -> Job:
     """Workers have a working directory of their own, and so has whoever validates the dataset later."""
     out = absolute(job.out)
-    paths = {"source": [absolute(s) for s in job.source], "allow": [absolute(a) for a in job.allow], "out": out}
+    paths = {
+        "source": [absolute(s) for s in job.source],
+        "allow": [absolute(a) for a in job.allow],
+        "out": out,
+    }
     for source in paths["source"]:
         if any(reads(part, out) for part in expand_braces(source)):
-            raise JobError(f"`out` {out} lies inside `source` {source}: it would read its own output. Choose another `out`.")
+            raise JobError(
+                f"`out` {out} lies inside `source` {source}: it would read its own output. Choose another `out`."
+            )
     model = absolute(job.model) if os.path.isdir(job.model) else job.model
     head = None if job.head is None else absolute(job.head)
     return job.model_copy(update={**paths, "model": model, "head": head})
@@ -288,19 +341,26 @@ def groups_of(out: str) -> list[Group]:
     for number, url in log:
         members.setdefault(number, []).append(url)
     members.pop(NO_GROUP, None)
-    return [Group(n, tuple(url for url in urls if homes[url] == n), tuple(urls)) for n, urls in sorted(members.items())]
+    return [
+        Group(n, tuple(url for url in urls if homes[url] == n), tuple(urls))
+        for n, urls in sorted(members.items())
+    ]
 
 
 def _settle_groups(job: Job, listing: Listing, prune: bool) -> Listing:
     """A listing whose groups are all in the log: ours, or those of a run that was faster. prune: what is gone leaves its group."""
     for _ in range(20):
         gone = [(NO_GROUP, url) for shard in listing.shards for url in _vanished(shard) if prune]
-        members = gone or [(group.number, url) for group in listing.new_groups for url in group.urls]
+        members = gone or [
+            (group.number, url) for group in listing.new_groups for url in group.urls
+        ]
         # not listed again after that: files that arrive meanwhile would become groups of one or two
         if not members or (append_group_log(absolute(job.out), members) and not gone):
             return listing
         listing = list_source(job)
-    raise StorageError(f"{job.out}: other runs keep appending groups. Wait for them, then run the same command again.")
+    raise StorageError(
+        f"{job.out}: other runs keep appending groups. Wait for them, then run the same command again."
+    )
 
 
 def _pending(job: Job, listing: Listing) -> list[Shard]:
@@ -310,25 +370,35 @@ def _pending(job: Job, listing: Listing) -> list[Shard]:
 
 def _resolve(job: Job, spec: ModelSpec, listing: Listing) -> Dataset:
     return resolve_dataset(
-        job, spec, vector_columns(job, spec), _kept(job, listing), datetime.now(UTC).isoformat(timespec="seconds")
+        job,
+        spec,
+        vector_columns(job, spec),
+        _passthrough(job, listing),
+        datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
 
-def _kept(job: Job, listing: Listing) -> pa.Schema:
+def _passthrough(job: Job, listing: Listing) -> pa.Schema:
     """The types of the passthrough columns: those of the dataset, else those that hold the values of the first files.
 
     Raises ShardError when no file can be read.
     """
     if (existing := open_dataset(job.out)) is not None and existing.job.keep == job.keep:
-        return existing.kept
-    if existing is None and (schema := kept_in_data(job.out, list(map(job.kept_as, job.keep)))) is not None:
+        return existing.passthrough
+    if (
+        existing is None
+        and (schema := passthrough_in_data(job.out, list(map(job.passthrough_name, job.keep))))
+        is not None
+    ):
         return schema  # dataset.json was lost
     schema = passthrough_schema(listing.shards, job)
     for shard in listing.shards:
         with contextlib.suppress(ShardError):
             if absent := absent_members(shard, job):
                 log.warning(
-                    "keep: no sample at the start of %s has a member .%s; null where there is none", shard.url, ", .".join(absent)
+                    "keep: no sample at the start of %s has a member .%s; null where there is none",
+                    shard.url,
+                    ", .".join(absent),
                 )
             break
     return schema
@@ -336,14 +406,19 @@ def _kept(job: Job, listing: Listing) -> pa.Schema:
 
 def _compiling(job: Job, listing: Listing, shares: Shares) -> Shares:
     """The shares, with `compiled` as the first round of what is pending has it."""
-    round_shards, device = _pending(job, listing)[:ROUND_SHARDS], "cuda" if shares.actor_gpus else "cpu"
+    round_shards, device = (
+        _pending(job, listing)[:ROUND_SHARDS],
+        "cuda" if shares.actor_gpus else "cpu",
+    )
     images = sum(shard.size for shard in round_shards) // LEAST_IMAGE_BYTES
     if compiles(job, images // shares.actors, device):
         images = estimate_images(round_shards, job)[0]
     return replace(shares, compiled=compiles(job, images // shares.actors, device))
 
 
-def _complete(dataset: Dataset, job: Job, listing: Listing, open_executor: MakeLine, work: Work) -> None:
+def _complete(
+    dataset: Dataset, job: Job, listing: Listing, open_executor: MakeLine, work: Work
+) -> None:
     """Rounds until nothing is pending but what was set aside. A round that a system fault ended is planned again."""
     pending = _pending(job, listing)
     if pending:
@@ -352,7 +427,9 @@ def _complete(dataset: Dataset, job: Job, listing: Listing, open_executor: MakeL
     known = [shard.rows for shard in pending]
     progress = work.progress  # which goes on where inputs that changed are planned again
     progress.shards = progress.shards_done + len(pending)
-    progress.images_expected = progress.images + sum(r for r in known if r is not None) if None not in known else None
+    progress.images_expected = (
+        progress.images + sum(r for r in known if r is not None) if None not in known else None
+    )
     progress.bytes_expected = progress.size_bytes + sum(shard.size for shard in pending)
     faults, size, dead, last = 0, ROUND_SHARDS, set[str](), Exception()
     while pending:
@@ -365,7 +442,9 @@ def _complete(dataset: Dataset, job: Job, listing: Listing, open_executor: MakeL
         except Exception as error:
             cause = _cause(error)
             if isinstance(cause, VitrayError):
-                raise type(cause)(str(cause).partition("\n")[0]) from error  # Ray appends advice of its own
+                raise type(cause)(
+                    str(cause).partition("\n")[0]
+                ) from error  # Ray appends advice of its own
             log.warning("a round ended early (%s); planning again", _last_line(error))
             last = error
             is_blamable = not isinstance(error, MachineLostError)
@@ -373,16 +452,28 @@ def _complete(dataset: Dataset, job: Job, listing: Listing, open_executor: MakeL
             if len(round_shards) == 1 and is_blamable:
                 blame(work, round_shards[0].id, f"its processes died: {_last_line(error)}")
                 dead.add(round_shards[0].id)
-            if faults > 1 and is_blamable:  # a death nobody can be blamed for: in ever smaller rounds, until one shard is alone
+            if (
+                faults > 1 and is_blamable
+            ):  # a death nobody can be blamed for: in ever smaller rounds, until one shard is alone
                 size = max(1, len(round_shards) // NARROWER)
             if len(dead) == DEADLY:
                 break
         done = committed(dataset.out).keys()
         for shard_id in {shard.id for shard in round_shards} & work.commits.keys() - done:
             del work.commits[shard_id]
-            blame(work, shard_id, "a machine says it is committed, but it is not in `out`: do all machines see the same disk?")
-        pending = [s for s in pending if s.id not in done | work.changed and work.attempts.get(s.id, 0) < ATTEMPTS]
-        pending.sort(key=lambda shard: work.attempts.get(shard.id, 0))  # what has died before comes last
+            blame(
+                work,
+                shard_id,
+                "a machine says it is committed, but it is not in `out`: do all machines see the same disk?",
+            )
+        pending = [
+            s
+            for s in pending
+            if s.id not in done | work.changed and work.attempts.get(s.id, 0) < ATTEMPTS
+        ]
+        pending.sort(
+            key=lambda shard: work.attempts.get(shard.id, 0)
+        )  # what has died before comes last
     is_still = work.progress.images == work.progress.resumed
     if len(dead) == DEADLY or (dead and is_still):  # all that were left died, and no image moved
         alone = ", ".join(sorted(dead)[:3])
@@ -398,7 +489,9 @@ def _within_memory(shards: list[Shard], job: Job, fragment_rows: int) -> list[Sh
     if sum(shard.rows or shard.size // LEAST_IMAGE_BYTES for shard in shards) <= most:
         return shards
     stops = list(accumulate(shard.size for shard in shards))
-    return shards[: max(1, bisect(stops, stops[-1] * most / max(1, estimate_images(shards, job)[0])))]
+    return shards[
+        : max(1, bisect(stops, stops[-1] * most / max(1, estimate_images(shards, job)[0])))
+    ]
 
 
 def _finished(dataset: Dataset, job: Job, prune: bool, work: Work, started: float) -> Result:
@@ -414,10 +507,17 @@ def _finished(dataset: Dataset, job: Job, prune: bool, work: Work, started: floa
     restore_dataset(dataset)  # another first run that failed may have taken it away
     ledger = finish(dataset, list_ids, prune, work.commits)
     remember_source(dataset, _seen(listing))
-    planned, vanished = [shard.id for shard in selected], sum(len(_vanished(shard)) for shard in listing.shards)
-    left = set(planned) - committed(dataset.out).keys()  # what another run finished, or what is listed no more, is no failure
+    planned, vanished = (
+        [shard.id for shard in selected],
+        sum(len(_vanished(shard)) for shard in listing.shards),
+    )
+    left = (
+        set(planned) - committed(dataset.out).keys()
+    )  # what another run finished, or what is listed no more, is no failure
     restless = {base_of(shard) for shard in work.changed}
-    aside = {s: "its input changed each time it was read" for s in sorted(left) if base_of(s) in restless}
+    aside = {
+        s: "its input changed each time it was read" for s in sorted(left) if base_of(s) in restless
+    }
     aside |= {s: why for s, why in work.failures.items() if s in left}
     images = work.progress.images - work.progress.resumed
     return Result(
@@ -440,7 +540,8 @@ def _finished(dataset: Dataset, job: Job, prune: bool, work: Work, started: floa
         reasons=dict(work.progress.reasons),
         gone=ledger.gone,
         deleted=vanished,
-        too_many_errors=ledger.errors - vanished > job.max_error_rate * (ledger.rows + ledger.errors - vanished),
+        too_many_errors=ledger.errors - vanished
+        > job.max_error_rate * (ledger.rows + ledger.errors - vanished),
     )
 
 
@@ -449,9 +550,15 @@ def _vanished(shard: Shard) -> list[str]:
     return [member.url for member in shard.members if member.size < 0 and not member.version]
 
 
-def _record(dataset: Dataset, result: Result, work: Work, shares: Shares, planned: dict[str, Any] | None) -> dict[str, object]:
+def _record(
+    dataset: Dataset, result: Result, work: Work, shares: Shares, planned: dict[str, Any] | None
+) -> dict[str, object]:
     against: dict[str, object] = {} if planned is None else {"planned": planned}
-    if planned is not None and planned["seconds"] and abs(result.images - planned["images"]) <= NEARLY * planned["images"]:
+    if (
+        planned is not None
+        and planned["seconds"]
+        and abs(result.images - planned["images"]) <= NEARLY * planned["images"]
+    ):
         against["seconds_over_planned"] = round(result.seconds / planned["seconds"], 3)
     return {
         **against,
@@ -461,7 +568,9 @@ def _record(dataset: Dataset, result: Result, work: Work, shares: Shares, planne
         "fingerprint": dataset.fingerprint,
         "versions": package_versions(),
         "shares": asdict(shares),
-        "seconds_by_step": {step: round(seconds, 3) for step, seconds in work.progress.seconds.items()},
+        "seconds_by_step": {
+            step: round(seconds, 3) for step, seconds in work.progress.seconds.items()
+        },
         "bytes": work.progress.size_bytes,
         "timeline": work.progress.timeline,
         "images_per_s": round(result.images / max(1e-9, result.seconds), 2),
@@ -473,7 +582,9 @@ def _cause(error: BaseException) -> BaseException:
     """The exception of ours at the root of what Ray raised, else the one given."""
     seen: BaseException | None = error
     while seen is not None:
-        inner = getattr(seen, "cause", None)  # first: Ray's own is a VitrayError too, but with a traceback as its text
+        inner = getattr(
+            seen, "cause", None
+        )  # first: Ray's own is a VitrayError too, but with a traceback as its text
         if isinstance(seen, VitrayError) and not isinstance(inner, BaseException):
             return seen
         seen = inner if isinstance(inner, BaseException) else seen.__cause__
@@ -481,4 +592,6 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _last_line(error: BaseException) -> str:
-    return ([line for line in str(error).splitlines() if line.strip()] or [type(error).__name__])[-1][:200]
+    return ([line for line in str(error).splitlines() if line.strip()] or [type(error).__name__])[
+        -1
+    ][:200]

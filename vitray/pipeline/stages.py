@@ -19,7 +19,15 @@ import numpy as np
 import pyarrow as pa
 
 from vitray.crash import crash_point
-from vitray.dataset import Commit, Dataset, commit_shard, read_fragment, staged_whole, write_end, write_fragment
+from vitray.dataset import (
+    Commit,
+    Dataset,
+    commit_shard,
+    read_fragment,
+    staged_whole,
+    write_end,
+    write_fragment,
+)
 from vitray.decoding.decode import ON_DEVICE, decode, decode_bytes, fit_size, left_to_device
 from vitray.errors import JobError, ObjectChanged, ShardError, StorageError, VitrayError, one_line
 from vitray.left_out import LeftOut
@@ -38,14 +46,19 @@ from vitray.schema import (
     take_rows,
     with_type,
 )
-from vitray.sources import read_shard, require_kept
+from vitray.sources import read_shard, require_passthrough
 
 if TYPE_CHECKING:
     from vitray.models.gpu_decode import DeviceDecoder
 
 READS = 3  # of a shard whose bytes make no sense: a proxy may have spoilt them
 READ_AGAIN_S = 0.5
-COUNTS = ("reasons", "seconds", "left_out", "image_members")  # of a ShardEvent: dictionaries, JSON on the way
+COUNTS = (
+    "reasons",
+    "seconds",
+    "left_out",
+    "image_members",
+)  # of a ShardEvent: dictionaries, JSON on the way
 FRAGMENT_BATCH_SCHEMA = pa.schema(
     [(name, pa.string()) for name in ("kind", "shard", "message", *COUNTS)]
     + [(name, pa.int64()) for name in ("start", "stop", "total", "truncated_at", "size_bytes")]
@@ -71,7 +84,8 @@ class FragmentBatch:
             *([None if table is None else ipc_bytes(table)] for table in (self.rows, self.errors)),
         ]  # fmt: skip
         return pa.Table.from_arrays(
-            [pa.array(v, f.type) for v, f in zip(values, FRAGMENT_BATCH_SCHEMA)], schema=FRAGMENT_BATCH_SCHEMA
+            [pa.array(v, f.type) for v, f in zip(values, FRAGMENT_BATCH_SCHEMA)],
+            schema=FRAGMENT_BATCH_SCHEMA,
         )
 
 
@@ -82,7 +96,10 @@ def unpack(block: pa.Table) -> Iterator[FragmentBatch]:
         plain = {name: row[name].as_py() for name in FRAGMENT_BATCH_SCHEMA.names[:-2]}
         truncated_at = plain.pop("truncated_at")
         plain |= {name: json.loads(plain[name]) for name in COUNTS}
-        rows, errors = (ipc_table(row[name].as_buffer()) if row[name].is_valid else None for name in ("rows", "errors"))
+        rows, errors = (
+            ipc_table(row[name].as_buffer()) if row[name].is_valid else None
+            for name in ("rows", "errors")
+        )
         yield FragmentBatch(ShardEvent(**plain), truncated_at, rows, errors)
 
 
@@ -94,7 +111,7 @@ def read_step(dataset: Dataset, shard: Shard) -> Iterator[FragmentBatch]:
     """
     started = time.perf_counter()
     try:
-        require_kept(shard, dataset.job, dataset.kept)
+        require_passthrough(shard, dataset.job, dataset.passthrough)
         there = staged_whole(dataset, shard.id)
         if there.covers():
             for span in there.ranges():
@@ -102,7 +119,11 @@ def read_step(dataset: Dataset, shard: Shard) -> Iterator[FragmentBatch]:
             yield _end_batch(shard.id, there.ends[0])
             return
         # not a short one: it may be the tail of a reading that ended elsewhere, and would cut this one's fragments
-        full = {start: stop for start, stop in there.fragments.items() if stop - start == dataset.fragment_rows}
+        full = {
+            start: stop
+            for start, stop in there.fragments.items()
+            if stop - start == dataset.fragment_rows
+        }
         sent: set[int] = set()
         for attempt in range(1, READS + 1):
             try:
@@ -112,13 +133,21 @@ def read_step(dataset: Dataset, shard: Shard) -> Iterator[FragmentBatch]:
                 if attempt == READS:
                     raise
                 time.sleep(READ_AGAIN_S)
-    except (JobError, ShardError, StorageError) as error:  # JobError: this shard lacks a kept column
+    except (
+        JobError,
+        ShardError,
+        StorageError,
+    ) as error:  # JobError: this shard lacks a passthrough column
         is_broken = isinstance(error, (JobError, ShardError))
-        kind = "changed" if isinstance(error, ObjectChanged) else "broken" if is_broken else "failed"
+        kind = (
+            "changed" if isinstance(error, ObjectChanged) else "broken" if is_broken else "failed"
+        )
         yield FragmentBatch(ShardEvent(kind, shard.id, message=str(error)))
 
 
-def _fragments(dataset: Dataset, shard: Shard, there: dict[int, int], sent: set[int], started: float) -> Iterator[FragmentBatch]:
+def _fragments(
+    dataset: Dataset, shard: Shard, there: dict[int, int], sent: set[int], started: float
+) -> Iterator[FragmentBatch]:
     """there: {start: stop} of what is staged; sent: the starts that an earlier try yielded, which grows."""
     rows, held, at = dataset.fragment_rows, list[Encoded](), 0
 
@@ -136,8 +165,10 @@ def _fragments(dataset: Dataset, shard: Shard, there: dict[int, int], sent: set[
         size = sum(len(item.data or b"") for item in held)
         further = sum(item.further_images for item in held)
         left_out: dict[str, int] = {LeftOut.FURTHER_IMAGE: further} if further else {}
-        event = ShardEvent("fragment", shard.id, start, stop, seconds=seconds, size_bytes=size, left_out=left_out)
-        whole = FragmentBatch(event, rows=_encoded_table(held, dataset.kept))
+        event = ShardEvent(
+            "fragment", shard.id, start, stop, seconds=seconds, size_bytes=size, left_out=left_out
+        )
+        whole = FragmentBatch(event, rows=_encoded_table(held, dataset.passthrough))
         sent.add(start)
         yield whole
 
@@ -164,31 +195,51 @@ def _fragments(dataset: Dataset, shard: Shard, there: dict[int, int], sent: set[
 
 
 def _end_batch(shard_id: str, end: End) -> FragmentBatch:
-    event = ShardEvent("end", shard_id, total=end.total, message=end.note, left_out=end.left_out, image_members=end.image_members)
+    event = ShardEvent(
+        "end",
+        shard_id,
+        total=end.total,
+        message=end.note,
+        left_out=end.left_out,
+        image_members=end.image_members,
+    )
     return FragmentBatch(event, end.truncated_at)
 
 
 def _was_staged(dataset: Dataset, shard_id: str, span: tuple[int, int]) -> FragmentBatch:
     fragment = read_fragment(dataset, shard_id, *span)
     if fragment is None:
-        raise StorageError(f"{shard_id}: fragment {span[0]}-{span[1]} is damaged. Run again; it is made anew.")
+        raise StorageError(
+            f"{shard_id}: fragment {span[0]}-{span[1]} is damaged. Run again; it is made anew."
+        )
     return FragmentBatch(ShardEvent("staged", shard_id, *span, reasons=_counts(fragment.errors)))
 
 
-def _encoded_table(items: list[Encoded], kept: pa.Schema) -> pa.Table:
+def _encoded_table(items: list[Encoded], passthrough: pa.Schema) -> pa.Table:
     """The images as a table with the columns index, key, uri, reason, message, data and `keep:<name>`."""
-    kinds = {"index": pa.int32(), "data": pa.large_binary(), **dict.fromkeys(("key", "uri", "reason", "message"), pa.string())}
-    columns = {name: pa.array([getattr(item, name) for item in items], kind) for name, kind in kinds.items()}
-    passthrough = _passthrough_columns(items, kept) if len(kept) else {}
-    return pa.table({**columns, **{f"keep:{name}": column for name, column in passthrough.items()}})
+    kinds = {
+        "index": pa.int32(),
+        "data": pa.large_binary(),
+        **dict.fromkeys(("key", "uri", "reason", "message"), pa.string()),
+    }
+    columns = {
+        name: pa.array([getattr(item, name) for item in items], kind)
+        for name, kind in kinds.items()
+    }
+    passthrough_columns = _passthrough_columns(items, passthrough) if len(passthrough) else {}
+    return pa.table(
+        {**columns, **{f"keep:{name}": column for name, column in passthrough_columns.items()}}
+    )
 
 
-def _passthrough_columns(items: list[Encoded], kept: pa.Schema) -> dict[str, pa.ChunkedArray]:
+def _passthrough_columns(
+    items: list[Encoded], passthrough: pa.Schema
+) -> dict[str, pa.ChunkedArray]:
     """The passthrough columns of the images with the dataset's types. Raises ShardError for a value that does not go into its type."""
-    rows = [item.kept for item in items if item.kept is not None]
-    table = passthrough_table(rows, kept)
+    rows = [item.passthrough for item in items if item.passthrough is not None]
+    table = passthrough_table(rows, passthrough)
     columns = {}
-    for at, field in enumerate(kept):
+    for at, field in enumerate(passthrough):
         try:
             columns[field.name] = with_type(table.column(at), field.type)
         except (pa.ArrowException, OverflowError) as error:
@@ -212,24 +263,34 @@ def decode_step(dataset: Dataset, batch: FragmentBatch) -> FragmentBatch:
     plain = [table[name].to_pylist() for name in ("index", "key", "uri", "reason", "message")]
     items = [Encoded(i, k, u, d, r, m) for i, k, u, r, m, d in zip(*plain, data)]
     left = [left_to_device(d, dataset.decode_spec) for d in data]
-    pixels, decoded = decode([item for item, plain in zip(items, left) if plain is None], dataset.decode_spec)
+    pixels, decoded = decode(
+        [item for item, plain in zip(items, left) if plain is None], dataset.decode_spec
+    )
     rest = iter(decoded)
     outcomes = [next(rest) if plain is None else plain[0] for plain in left]
     hashes = [None if d is None else content_hash(d) for d in data]
     good = [n for n, o in enumerate(outcomes) if o.reason is None]
     bad = [n for n, o in enumerate(outcomes) if o.reason is not None]
     values = {name: [getattr(items[n], name) for n in good] for name in ("key", "index", "uri")}
-    values |= {name: [getattr(outcomes[n], name) for n in good] for name in ("width", "height", "format")}
+    values |= {
+        name: [getattr(outcomes[n], name) for n in good] for name in ("width", "height", "format")
+    }
     values |= {"shard": [shard] * len(good), "content_hash": [hashes[n] for n in good]}
     columns = {f.name: pa.array(values[f.name], f.type) for f in IMAGE_FIELDS}
-    columns |= {c.name: take_rows(table[f"keep:{c.name}"], good) for c in dataset.kept}
+    columns |= {c.name: take_rows(table[f"keep:{c.name}"], good) for c in dataset.passthrough}
     if dataset.job.decode in ON_DEVICE:
         rows = iter(pixels)
-        columns["pixels"] = pa.array([data[n] if left[n] else next(rows).tobytes() for n in good], pa.large_binary())
-        columns["turn"] = pa.array([plain[1] if plain else 0 for plain in map(left.__getitem__, good)], pa.int8())
+        columns["pixels"] = pa.array(
+            [data[n] if left[n] else next(rows).tobytes() for n in good], pa.large_binary()
+        )
+        columns["turn"] = pa.array(
+            [plain[1] if plain else 0 for plain in map(left.__getitem__, good)], pa.int8()
+        )
     else:
         width = int(np.prod(pixels.shape[1:]))
-        columns["pixels"] = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(good), [None, pa.py_buffer(pixels)])
+        columns["pixels"] = pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(width), len(good), [None, pa.py_buffer(pixels)]
+        )
     errors = pa.Table.from_pylist(
         [
             {"key": items[n].key, "shard": shard, "index": items[n].index, "uri": items[n].uri, "reason": outcomes[n].reason,
@@ -254,10 +315,14 @@ def open_device_decoder(dataset: Dataset, threads: int) -> DeviceDecoder | None:
     from vitray.models.gpu_decode import open_decoder
 
     fit = partial(fit_size, pixels=spec.pixels)
-    return open_decoder(spec.pixels, partial(decode_bytes, spec=spec), fit, threads, shares=spec.mode == "hybrid")
+    return open_decoder(
+        spec.pixels, partial(decode_bytes, spec=spec), fit, threads, shares=spec.mode == "hybrid"
+    )
 
 
-def predict_step(dataset: Dataset, model: Model, batch: FragmentBatch, decoder: DeviceDecoder | None = None) -> FragmentBatch:
+def predict_step(
+    dataset: Dataset, model: Model, batch: FragmentBatch, decoder: DeviceDecoder | None = None
+) -> FragmentBatch:
     """Pixels -> labels and vectors, in the dataset's schema."""
     if batch.rows is None:
         return batch
@@ -272,10 +337,18 @@ def predict_step(dataset: Dataset, model: Model, batch: FragmentBatch, decoder: 
         pixels = flat[: len(column) * height * width * 3].reshape(len(column), height, width, 3)
     if table.num_rows:
         found = model.predict(pixels)
-        columns = {name: table[name] for name in table.column_names if name not in ("pixels", "turn")}
-        rows = pa.table({**columns, **_predicted(dataset, found)}).select(dataset.schema.names).cast(dataset.schema)
+        columns = {
+            name: table[name] for name in table.column_names if name not in ("pixels", "turn")
+        }
+        rows = (
+            pa.table({**columns, **_predicted(dataset, found)})
+            .select(dataset.schema.names)
+            .cast(dataset.schema)
+        )
     else:
-        rows = pa.Table.from_batches([], dataset.schema)  # empty_table() lacks lists of extension types (pyarrow 26.0)
+        rows = pa.Table.from_batches(
+            [], dataset.schema
+        )  # empty_table() lacks lists of extension types (pyarrow 26.0)
     trace("predict", batch.event.shard, batch.event.start, batch.event.stop)
     return replace(batch, rows=rows, errors=errors, event=_timed(batch.event, "predict", started))
 
@@ -288,14 +361,28 @@ def _decode_there(
 
     blobs = [blob.as_buffer() for blob in table["pixels"]]
     plain = zip(blobs, *(table[name].to_pylist() for name in ("turn", "width", "height")))
-    images = [Coded(b, t, w, h) if t else np.frombuffer(b, np.uint8).reshape(shape) for b, t, w, h in plain]
+    images = [
+        Coded(b, t, w, h) if t else np.frombuffer(b, np.uint8).reshape(shape)
+        for b, t, w, h in plain
+    ]
     pixels, bad = decoder.decode(images)
     if not bad:
         return pixels, table, errors
-    refused = table.take(pa.array(sorted(bad), pa.int64())).select(["key", "shard", "index", "uri", "content_hash"]).to_pylist()
-    said = [{"reason": bad[n].reason, "message": bad[n].message, "size_bytes": blobs[n].size} for n in sorted(bad)]
-    more = pa.Table.from_pylist([{**row, **why} for row, why in zip(refused, said)], schema=ERROR_SCHEMA)
-    good = table.take(pa.array([n for n in range(len(blobs)) if n not in bad], pa.int64())).combine_chunks()
+    refused = (
+        table.take(pa.array(sorted(bad), pa.int64()))
+        .select(["key", "shard", "index", "uri", "content_hash"])
+        .to_pylist()
+    )
+    said = [
+        {"reason": bad[n].reason, "message": bad[n].message, "size_bytes": blobs[n].size}
+        for n in sorted(bad)
+    ]
+    more = pa.Table.from_pylist(
+        [{**row, **why} for row, why in zip(refused, said)], schema=ERROR_SCHEMA
+    )
+    good = table.take(
+        pa.array([n for n in range(len(blobs)) if n not in bad], pa.int64())
+    ).combine_chunks()
     return pixels, good, pa.concat_tables([errors, more]).sort_by("index")
 
 
@@ -305,7 +392,9 @@ def _predicted(dataset: Dataset, found: Predictions) -> dict[str, pa.Array]:
         columns = dataset.label_columns(found.ids, found.scores)
     for v in dataset.vectors:
         values = pa.array(found.vectors[v.column].ravel())
-        columns[v.column] = pa.FixedSizeListArray.from_arrays(values, type=dataset.schema.field(v.column).type)
+        columns[v.column] = pa.FixedSizeListArray.from_arrays(
+            values, type=dataset.schema.field(v.column).type
+        )
     return columns
 
 
@@ -314,7 +403,9 @@ def stage_step(dataset: Dataset, batch: FragmentBatch) -> FragmentBatch:
     started, event = time.perf_counter(), batch.event
     if event.kind == "end":
         counts = (event.left_out, event.image_members)
-        write_end(dataset, event.shard, End(event.total, batch.truncated_at, event.message, *counts))
+        write_end(
+            dataset, event.shard, End(event.total, batch.truncated_at, event.message, *counts)
+        )
         crash_point("stage-end", event.shard)
     if batch.rows is None or batch.errors is None:
         return FragmentBatch(event, batch.truncated_at)
@@ -350,6 +441,13 @@ def trace(step: str, shard: str, start: int, stop: int) -> None:
     crash_point(step, shard)
     folder = os.environ.get("VITRAY_TRACE")
     if folder:
-        line = {"step": step, "shard": shard, "start": start, "stop": stop, "pid": os.getpid(), "at": time.time()}
+        line = {
+            "step": step,
+            "shard": shard,
+            "start": start,
+            "stop": stop,
+            "pid": os.getpid(),
+            "at": time.time(),
+        }
         with open(os.path.join(folder, f"{os.getpid()}.jsonl"), "a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")

@@ -22,12 +22,37 @@ from vitray.sources.tables import python_value
 from vitray.sources.tar import absent_members
 
 __all__ = [
-    "Group", "Listing", "Selection", "absent_members", "chosen", "count_again", "estimate_images", "find_key_column", "kept_schema",
-    "kind_of", "list_shards", "passthrough_schema", "python_value", "read_shard", "require_kept", "select", "wider",
+    "Group",
+    "Listing",
+    "Selection",
+    "absent_members",
+    "chosen",
+    "count_again",
+    "estimate_images",
+    "file_passthrough_schema",
+    "find_key_column",
+    "kind_of",
+    "list_shards",
+    "passthrough_schema",
+    "python_value",
+    "read_shard",
+    "require_passthrough",
+    "select",
+    "wider",
 ]  # fmt: skip
 
-READ = {"tar": tar.read_tar, "files": files.read_files, "parquet": parquet.read_parquet, "manifest": manifest.read_manifest}
-KEPT = {"tar": tar.kept_schema, "files": files.kept_schema, "parquet": tables.kept_schema, "manifest": tables.kept_schema}
+READ = {
+    "tar": tar.read_tar,
+    "files": files.read_files,
+    "parquet": parquet.read_parquet,
+    "manifest": manifest.read_manifest,
+}
+FILE_SCHEMAS = {
+    "tar": tar.file_passthrough_schema,
+    "files": files.file_passthrough_schema,
+    "parquet": tables.file_passthrough_schema,
+    "manifest": tables.file_passthrough_schema,
+}
 ESTIMATE_SHARDS = 5
 LOOK_INTO = 100  # files whose types decide those of a new dataset
 
@@ -39,15 +64,23 @@ def read_shard(shard: Shard, job: Job, wanted: Callable[[int], bool]) -> Iterato
     """
     try:
         yield from READ[shard.kind](shard, job, wanted)
-    except JobError as error:  # listing saw the job's columns in the first file: one without is broken
+    except (
+        JobError
+    ) as error:  # listing saw the job's columns in the first file: one without is broken
         raise ShardError(f"{shard.url}: {error}") from error
 
 
 def chosen(shards: Sequence[Shard], job: Job) -> list[Shard]:
     """Those that `since`, `sample` and `limit` leave, one after the other: whole shards, and the same ones when the source has grown."""
     least = job.since_s()
-    recent = [shard for shard in shards if least is None or shard.modified is None or shard.modified >= least]
-    return [shard for shard in recent if job.sample is None or _lot(shard) < job.sample][: job.limit]
+    recent = [
+        shard
+        for shard in shards
+        if least is None or shard.modified is None or shard.modified >= least
+    ]
+    return [shard for shard in recent if job.sample is None or _lot(shard) < job.sample][
+        : job.limit
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,21 +113,35 @@ def select(listing: Listing, job: Job) -> Selection:
     Raises JobError when `sample` leaves no shard.
     """
     shards = chosen(listing.shards, job)
-    if job.sample is not None and not shards and not chosen(listing.shards, job.model_copy(update={"since": None})):
+    if (
+        job.sample is not None
+        and not shards
+        and not chosen(listing.shards, job.model_copy(update={"since": None}))
+    ):
         step = "Raise `sample`, or use `limit`."
         if listing.kind in ("files", "manifest"):
             step += " With a smaller `group_size` the images become more shards."
-        raise JobError(f"sample: {job.sample:g} of {count(len(listing.shards), 'shard')} is none. {step}")
-    fields = ", ".join(name for name in ("since", "sample", "limit") if getattr(job, name) is not None)
+        raise JobError(
+            f"sample: {job.sample:g} of {count(len(listing.shards), 'shard')} is none. {step}"
+        )
+    fields = ", ".join(
+        name for name in ("since", "sample", "limit") if getattr(job, name) is not None
+    )
     if len(shards) == len(listing.shards):
         return Selection(fields, listing.kind, len(shards), len(shards))
     if listing.kind == "tar":
         per_byte = _images_per_byte(shards or listing.shards, job)
-        images, all_images = (round(sum(s.size for s in some) * per_byte) for some in (shards, listing.shards))
+        images, all_images = (
+            round(sum(s.size for s in some) * per_byte) for some in (shards, listing.shards)
+        )
     else:
-        images, all_images = (sum(shard.rows or 0 for shard in some) for some in (shards, listing.shards))
+        images, all_images = (
+            sum(shard.rows or 0 for shard in some) for some in (shards, listing.shards)
+        )
     exact = all(shard.rows is not None for shard in listing.shards)
-    return Selection(fields, listing.kind, len(shards), len(listing.shards), images, all_images, exact)
+    return Selection(
+        fields, listing.kind, len(shards), len(listing.shards), images, all_images, exact
+    )
 
 
 def _images_per_byte(tars: Sequence[Shard], job: Job) -> float:
@@ -110,13 +157,13 @@ def _lot(shard: Shard) -> float:
     return int(short_hash(shard.id.rpartition("-")[0], 12), 16) / 16**12
 
 
-def kept_schema(shard: Shard, job: Job) -> pa.Schema:
-    """The types of the job's kept columns as this shard has them, in the order of job.keep.
+def file_passthrough_schema(shard: Shard, job: Job) -> pa.Schema:
+    """The types of the job's passthrough columns as this shard has them, in the order of job.keep.
 
     Raises JobError for a column that the shard has not, ShardError when it cannot be read.
     """
-    schema = KEPT[shard.kind](shard, job)
-    return pa.schema([field.with_name(job.kept_as(field.name)) for field in schema])
+    schema = FILE_SCHEMAS[shard.kind](shard, job)
+    return pa.schema([field.with_name(job.passthrough_name(field.name)) for field in schema])
 
 
 def passthrough_schema(shards: Sequence[Shard], job: Job) -> pa.Schema:
@@ -125,9 +172,11 @@ def passthrough_schema(shards: Sequence[Shard], job: Job) -> pa.Schema:
     Raises ShardError when no file can be read, JobError for a column that is not there.
     """
     fields, errors = list[pa.Field](), list[VitrayError]()
-    first_of_each_file = list({shard.url: shard for shard in shards}.values())[:LOOK_INTO] if job.keep else []
+    first_of_each_file = (
+        list({shard.url: shard for shard in shards}.values())[:LOOK_INTO] if job.keep else []
+    )
     with ThreadPoolExecutor(READERS) as pool:
-        found = list(pool.map(lambda shard: _kept_schema_or_error(shard, job), first_of_each_file))
+        found = list(pool.map(lambda shard: _file_schema_or_error(shard, job), first_of_each_file))
     for schema in found:
         if isinstance(schema, VitrayError):  # it will be set aside when it is read
             errors.append(schema)
@@ -144,9 +193,9 @@ def _text_for_null(kind: pa.DataType) -> pa.DataType:
     return pa.string() if pa.types.is_null(kind) else kind
 
 
-def _kept_schema_or_error(shard: Shard, job: Job) -> pa.Schema | JobError | ShardError:
+def _file_schema_or_error(shard: Shard, job: Job) -> pa.Schema | JobError | ShardError:
     try:
-        return kept_schema(shard, job)
+        return file_passthrough_schema(shard, job)
     except (JobError, ShardError) as error:
         return error
 
@@ -162,7 +211,9 @@ def _unified(old: pa.Field, new: pa.Field) -> pa.Field | None:
     if old.type == new.type:
         return old
     try:
-        return pa.unify_schemas([pa.schema([old]), pa.schema([new])], promote_options="permissive").field(0)
+        return pa.unify_schemas(
+            [pa.schema([old]), pa.schema([new])], promote_options="permissive"
+        ).field(0)
     except pa.ArrowException:
         return None
 
@@ -178,23 +229,31 @@ def _narrowed(field: pa.Field) -> pa.Field:
         return tables.SAME_VALUES.get(kind, kind)
 
     kind = rebuilt_type(field.type, leaf)
-    is_list = pa.types.is_large_list(kind) or pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind)
+    is_list = (
+        pa.types.is_large_list(kind)
+        or pa.types.is_list_view(kind)
+        or pa.types.is_large_list_view(kind)
+    )
     return field.with_type(pa.list_(kind.value_field) if is_list else kind)
 
 
-def require_kept(shard: Shard, job: Job, kept: pa.Schema) -> None:
+def require_passthrough(shard: Shard, job: Job, passthrough: pa.Schema) -> None:
     """Raises ShardError when a passthrough column's type does not go into the dataset's, JobError when there is none.
 
     Integers go into integers of any width here; a value that does not fit is seen when it is read.
     """
     if shard.kind == "files":  # folders spell out text, or nothing
         return
-    for mine, field in zip(kept_schema(shard, job), kept, strict=True):
+    for mine, field in zip(file_passthrough_schema(shard, job), passthrough, strict=True):
         both_integers = pa.types.is_integer(mine.type) and pa.types.is_integer(field.type)
         if both_integers and job.rules > 1:
             continue
         same_values = (_decoded(mine), _decoded(field))
-        if _goes_into(mine, field) or _goes_into(*same_values) or _goes_into(*map(_narrowed, same_values)):
+        if (
+            _goes_into(mine, field)
+            or _goes_into(*same_values)
+            or _goes_into(*map(_narrowed, same_values))
+        ):
             continue
         raise ShardError(
             f"{shard.url}: column `{mine.name}` is {mine.type}, in this dataset it is {field.type}. Write it with that type, or "
@@ -221,7 +280,9 @@ def estimate_images(shards: Sequence[Shard], job: Job) -> tuple[int, bool]:
         images, walked, whole = images + count, walked + size, whole + (size == shard.size)
     if whole == len(tars):
         return known + images, not unreadable
-    return known + round(sum(shard.size for shard in tars) * images / walked if walked else 0), False
+    return known + round(
+        sum(shard.size for shard in tars) * images / walked if walked else 0
+    ), False
 
 
 def count_again(shard: Shard, job: Job) -> tuple[int, dict[str, int] | None]:
@@ -240,7 +301,11 @@ def find_key_column(shards: Sequence[Shard], job: Job) -> str | None:
     """The column that names the rows of a new dataset from Parquet files, where one is called so and its values are unique."""
     if job.key_column or job.rules == 1:
         return job.key_column
-    files = [shard for shard in {shard.url: shard for shard in shards}.values() if shard.kind == "parquet"][:LOOK_INTO]
+    files = [
+        shard
+        for shard in {shard.url: shard for shard in shards}.values()
+        if shard.kind == "parquet"
+    ][:LOOK_INTO]
     for shard in files[:ESTIMATE_SHARDS]:
         with suppress(JobError, ShardError, ObjectMissing):
             name = tables.find_key_column(shard, job)

@@ -26,16 +26,23 @@ class Group:
     ever: tuple[str, ...] = ()
 
 
-def list_files(found: Sequence[ObjectInfo], job: Job, groups: Sequence[Group]) -> tuple[list[Shard], list[Group]]:
+def list_files(
+    found: Sequence[ObjectInfo], job: Job, groups: Sequence[Group]
+) -> tuple[list[Shard], list[Group]]:
     """The shards of known and new groups, and the new groups: files that no group holds yet, in the order of URLs."""
     by_url = {info.url: info for info in found}
     known = {url for group in groups for url in group.urls}
     fresh = sorted(by_url.keys() - known)
     first = max((group.number for group in groups), default=-1) + 1
     starts = range(0, len(fresh), job.group_size)
-    new = [Group(first + n, tuple(fresh[start : start + job.group_size])) for n, start in enumerate(starts)]
+    new = [
+        Group(first + n, tuple(fresh[start : start + job.group_size]))
+        for n, start in enumerate(starts)
+    ]
     everyone = sorted([*groups, *new], key=lambda group: group.number)
-    return [_shard(group, by_url) for group in everyone if any(url in by_url for url in group.urls)], new
+    return [
+        _shard(group, by_url) for group in everyone if any(url in by_url for url in group.urls)
+    ], new
 
 
 def read_files(shard: Shard, job: Job, wanted: Callable[[int], bool]) -> Iterator[Encoded | End]:
@@ -45,7 +52,7 @@ def read_files(shard: Shard, job: Job, wanted: Callable[[int], bool]) -> Iterato
     yield End(len(shard.members))
 
 
-def kept_schema(shard: Shard, job: Job) -> pa.Schema:
+def file_passthrough_schema(shard: Shard, job: Job) -> pa.Schema:
     """Text columns that the folders of the files spell out. Raises JobError for any other column."""
     for name in job.keep:
         if not any(is_folder_column(name, member.url) for member in shard.members):
@@ -80,6 +87,19 @@ def _row(index: int, member: Member, job: Job) -> Encoded:
         reason, message = "missing", f"{member.url} {member.version or 'does not exist any more'}"
     elif member.size > MAX_IMAGE_BYTES:
         reason, message = too_large(member.size)
-    elif suffix in CAMERA_RAW_SUFFIXES and job.rules > 1:  # it begins like a TIFF whose first page is a thumbnail
-        reason, message = "format_not_allowed", f"camera raw (.{suffix}) is not decoded: export it as JPEG or TIFF"
-    return Encoded(index, member.url, member.url, None, reason, message, with_folder_columns(None, member.url, job))
+    elif (
+        suffix in CAMERA_RAW_SUFFIXES and job.rules > 1
+    ):  # it begins like a TIFF whose first page is a thumbnail
+        reason, message = (
+            "format_not_allowed",
+            f"camera raw (.{suffix}) is not decoded: export it as JPEG or TIFF",
+        )
+    return Encoded(
+        index,
+        member.url,
+        member.url,
+        None,
+        reason,
+        message,
+        with_folder_columns(None, member.url, job),
+    )

@@ -64,7 +64,9 @@ def list_shards(job: Job, groups: Sequence[Group], known_kind: str | None = None
     if kind == "tar" and known_kind is None:  # a later tar is set aside alone
         _of_first_readable(shards[:1], lambda shard: require_clear_samples(shard, job))
     left_out = Counter[str](_why_left_out(info, kind, job) for info in others)
-    left_out.update({LeftOut.HIDDEN: len(found.hidden), LeftOut.LINKED_FOLDER: len(found.linked_folders)})
+    left_out.update(
+        {LeftOut.HIDDEN: len(found.hidden), LeftOut.LINKED_FOLDER: len(found.linked_folders)}
+    )
     suffixes = Counter(suffix_of(info.url, job.rules) for info in others)
     return Listing(shards, new, kind, dict(+left_out), dict(suffixes))
 
@@ -76,7 +78,9 @@ def _search(job: Job) -> Found:
         try:
             found = storage.search(pattern, job.rules)
         except ObjectMissing as error:
-            raise SourceError(f"source {error}. Correct `source`, or put the images there.") from error
+            raise SourceError(
+                f"source {error}. Correct `source`, or put the images there."
+            ) from error
         objects |= {info.url: info for info in found.objects}
         hidden |= set(found.hidden)
         linked |= set(found.linked_folders)
@@ -93,7 +97,9 @@ def _kind(job: Job, found: list[ObjectInfo], known_kind: str | None) -> str:
     return known_kind or _detect(job, found)
 
 
-def _choose(job: Job, kind: str, found: list[ObjectInfo]) -> tuple[list[ObjectInfo], list[ObjectInfo]]:
+def _choose(
+    job: Job, kind: str, found: list[ObjectInfo]
+) -> tuple[list[ObjectInfo], list[ObjectInfo]]:
     """Objects of this kind, and the others.
 
     With an explicit format, names in the source are taken whatever their suffix. So are files without
@@ -104,7 +110,9 @@ def _choose(job: Job, kind: str, found: list[ObjectInfo]) -> tuple[list[ObjectIn
     named = {storage.absolute(pattern) for pattern in job.source} if is_explicit else set()
     bare = set[str]()
     if is_explicit and job.rules > 1 and kind != "manifest":
-        asked = {suffix_of(pattern, job.rules) for pattern in job.source}  # such as .dat in photos/*.dat
+        asked = {
+            suffix_of(pattern, job.rules) for pattern in job.source
+        }  # such as .dat in photos/*.dat
         bare = {WITHOUT_SUFFIX, *(suffix for suffix in asked if suffix not in KINDS[job.rules])}
 
     def is_taken(info: ObjectInfo) -> bool:
@@ -121,7 +129,11 @@ def _why_left_out(info: ObjectInfo, kind: str, job: Job) -> LeftOut:
         return LeftOut.BESIDE_MANIFEST
     if own_kind:
         return LeftOut.OTHER_KIND
-    return LeftOut.NO_SUFFIX if suffix_of(info.url, job.rules) == WITHOUT_SUFFIX else LeftOut.OTHER_SUFFIX
+    return (
+        LeftOut.NO_SUFFIX
+        if suffix_of(info.url, job.rules) == WITHOUT_SUFFIX
+        else LeftOut.OTHER_SUFFIX
+    )
 
 
 def _detect(job: Job, found: list[ObjectInfo]) -> str:
@@ -136,9 +148,7 @@ def _detect(job: Job, found: list[ObjectInfo]) -> str:
     elif kinds:
         what = f"is a mix: {_counts(found, job)}. Set `format:` to tar, parquet, files or manifest to choose one."
     else:
-        what = (
-            f"holds no tar, Parquet, manifest (csv, jsonl) or image: {_counts(found, job)}. Correct `source`, or set `format:`."
-        )
+        what = f"holds no tar, Parquet, manifest (csv, jsonl) or image: {_counts(found, job)}. Correct `source`, or set `format:`."
     raise SourceError(f"source {_names(job)} {what}")
 
 

@@ -21,7 +21,9 @@ from vitray.sources.tables import count_rows, key_of, read_rows, read_schema, wi
 
 MAX_URL_BYTES = 1024  # S3's limit of a key; a longer one is answered with 400, not with 404
 # base64 of an image, which no path looks like: letters of both cases and digits, and no dot
-_DATA = re.compile(r"data:image/|(?=.{0,99}[A-Z])(?=.{0,99}[a-z])(?=.{0,99}[0-9])[A-Za-z0-9+/=]{256}")
+_DATA = re.compile(
+    r"data:image/|(?=.{0,99}[A-Z])(?=.{0,99}[a-z])(?=.{0,99}[0-9])[A-Za-z0-9+/=]{256}"
+)
 Located = tuple[str, str | None, str]  # URL, reason, message
 
 
@@ -48,7 +50,9 @@ def allowed_prefixes(shard: Shard, job: Job) -> list[str]:
     return [storage.absolute(prefix) for prefix in job.allow] or [_folder_of(shard)]
 
 
-def follow_path(path: object, shard: Shard, allowed: Sequence[str], job: Job) -> tuple[Located, tuple[str, ...]]:
+def follow_path(
+    path: object, shard: Shard, allowed: Sequence[str], job: Job
+) -> tuple[Located, tuple[str, ...]]:
     """(URL, None, "") of the object that a path in this file means, or (what was named, reason, message); and other URLs.
 
     By source rules 2 `./` is dropped on S3 as on disk. Where no object has the name as it is written,
@@ -81,18 +85,32 @@ def _spellings(path: str) -> list[str]:
 def _rows(shard: Shard, job: Job, total: int, notes: list[str]) -> Iterator[Encoded]:
     allowed = allowed_prefixes(shard, job)
     index = -1
-    for index, row in enumerate(read_rows(shard, job, range(shard.start, shard.start + total), notes)):
+    for index, row in enumerate(
+        read_rows(shard, job, range(shard.start, shard.start + total), notes)
+    ):
         if row.problem:
-            kept = with_folder_columns(None, shard.url, job)
-            yield Encoded(index, str(shard.start + index), shard.url, None, "missing", row.problem, kept)
+            passthrough = with_folder_columns(None, shard.url, job)
+            yield Encoded(
+                index,
+                str(shard.start + index),
+                shard.url,
+                None,
+                "missing",
+                row.problem,
+                passthrough,
+            )
             continue
         is_path = not isinstance(row.path, str) or not _DATA.match(row.path)
         key = key_of(row.key, row.path if is_path else None, shard.start + index)
         (uri, reason, message), spellings = follow_path(row.path, shard, allowed, job)
-        kept = with_folder_columns(row.kept, uri or shard.url, job)
-        yield Encoded(index, key, uri or shard.url, None, reason, message, kept, spellings=spellings)
+        passthrough = with_folder_columns(row.passthrough, uri or shard.url, job)
+        yield Encoded(
+            index, key, uri or shard.url, None, reason, message, passthrough, spellings=spellings
+        )
     if index + 1 != total:
-        raise ShardError(f"{shard.url}: {index + 1} rows came, {total} were listed. Replace or remove it, then run again.")
+        raise ShardError(
+            f"{shard.url}: {index + 1} rows came, {total} were listed. Replace or remove it, then run again."
+        )
 
 
 def _folder_of(shard: Shard) -> str:
@@ -103,21 +121,35 @@ def _locate(path: object, folder: str, allowed: Sequence[str], rules: int) -> Lo
     if not isinstance(path, str) or not path:
         return "", "missing", "the row names no object"
     if _DATA.match(path):
-        return path[:64], "path_not_allowed", "image data as text (base64, data:) is not read: store bytes in a binary column"
+        return (
+            path[:64],
+            "path_not_allowed",
+            "image data as text (base64, data:) is not read: store bytes in a binary column",
+        )
     scheme, _, rest = path.partition("://")
     shown = printable(path)[:500]
     if rest and scheme.lower() in ("http", "https"):
-        return shown, "path_not_allowed", f"{shown} is not followed: vitray reads local paths and s3://, not web URLs"
+        return (
+            shown,
+            "path_not_allowed",
+            f"{shown} is not followed: vitray reads local paths and s3://, not web URLs",
+        )
     if rules > 1 and not rest:
         path = "/".join(part for part in path.split("/") if part != ".")
     url = storage.absolute(path if rest or path.startswith("/") else storage.join(folder, path))
     if ".." in path.split("/"):
-        return shown, "path_not_allowed", f"{shown}: `..` in a path is not followed; write the path below `allow` without it"
+        return (
+            shown,
+            "path_not_allowed",
+            f"{shown}: `..` in a path is not followed; write the path below `allow` without it",
+        )
     odd = (rest and scheme not in ("file", "s3")) or "\0" in path or printable(path) != path
     if odd or not any(_is_below(prefix, url) for prefix in allowed):
         return shown, "path_not_allowed", f"{shown} is not below the allowed prefixes (`allow`)"
     # isfile: a pipe or a device below the prefix would block for ever
-    if len(url.encode()) > MAX_URL_BYTES or (storage.is_local(url) and not os.path.isfile(storage.on_disk(url))):
+    if len(url.encode()) > MAX_URL_BYTES or (
+        storage.is_local(url) and not os.path.isfile(storage.on_disk(url))
+    ):
         return url[:500], "missing", f"{url[:500]} does not exist or is no file"
     return url, None, ""
 
@@ -126,5 +158,7 @@ def _is_below(prefix: str, url: str) -> bool:
     """Whole path components count: /data/ab is not inside /data/a. Symbolic links may not lead out."""
     if not url.startswith(prefix.rstrip("/") + "/"):
         return False
-    real = [os.path.realpath(storage.on_disk(name)) for name in (url, prefix) if storage.is_local(name)]
+    real = [
+        os.path.realpath(storage.on_disk(name)) for name in (url, prefix) if storage.is_local(name)
+    ]
     return not real or real[0].startswith(real[1].rstrip("/") + "/")

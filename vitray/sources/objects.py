@@ -21,7 +21,12 @@ CHUNK_BYTES = 8 << 20  # one ranged GET of the storage package
 
 def whole_shard(info: ObjectInfo, kind: str) -> Shard:
     return Shard(
-        shard_id(_stem_of(info.url), info.url, info.version), kind, info.url, info.size, info.version, modified=info.modified
+        shard_id(_stem_of(info.url), info.url, info.version),
+        kind,
+        info.url,
+        info.size,
+        info.version,
+        modified=info.modified,
     )
 
 
@@ -54,7 +59,9 @@ def open_shard(shard: Shard) -> BinaryIO:
     try:
         return storage.store_for(shard.url).open(shard.url, shard.version)
     except ObjectMissing as error:
-        raise ShardError(f"{shard.url} was listed and does not exist any more. Run again to list the source anew.") from error
+        raise ShardError(
+            f"{shard.url} was listed and does not exist any more. Run again to list the source anew."
+        ) from error
 
 
 def too_large(size: int) -> tuple[str, str]:
@@ -68,7 +75,9 @@ class _Refused(Encoded):
     __slots__ = ()
 
 
-def follow(rows: Iterable[Encoded], wanted: Callable[[int], bool], version_of: Callable[[int], str | None]) -> Iterator[Encoded]:
+def follow(
+    rows: Iterable[Encoded], wanted: Callable[[int], bool], version_of: Callable[[int], str | None]
+) -> Iterator[Encoded]:
     """The wanted rows in order; one that has no reason yet gets the bytes of the object that its uri names.
 
     version_of: the version of a row's object by the row's index; None reads what is there now. At most READERS images
@@ -93,7 +102,9 @@ def follow(rows: Iterable[Encoded], wanted: Callable[[int], bool], version_of: C
 
 
 def read_each(
-    rows: Iterable[Encoded], wanted: Callable[[int], bool], version_of: Callable[[int], str | None] = lambda index: None
+    rows: Iterable[Encoded],
+    wanted: Callable[[int], bool],
+    version_of: Callable[[int], str | None] = lambda index: None,
 ) -> Iterator[Encoded]:
     """All rows in order; a wanted one with neither bytes nor a reason gets the bytes of the object that its uri names.
 
@@ -103,7 +114,9 @@ def read_each(
     with ThreadPoolExecutor(READERS) as pool:
         for row in rows:
             is_complete = row.data is not None or row.reason is not None or not wanted(row.index)
-            waiting.append(row if is_complete else pool.submit(_read_row, row, version_of(row.index)))
+            waiting.append(
+                row if is_complete else pool.submit(_read_row, row, version_of(row.index))
+            )
             while waiting and (isinstance(waiting[0], Encoded) or len(waiting) >= READERS):
                 yield _result(waiting.popleft())
         while waiting:
@@ -129,7 +142,7 @@ def _read_row(row: Encoded, version: str | None) -> Encoded:
                 return other
         return replace(row, reason="missing", message=str(error))
     except ObjectRefused as error:
-        return _Refused(row.index, row.key, row.uri, None, "missing", str(error), row.kept)
+        return _Refused(row.index, row.key, row.uri, None, "missing", str(error), row.passthrough)
     if len(data) > MAX_IMAGE_BYTES:
         reason, message = too_large(len(data))
         return replace(row, reason=reason, message=message)

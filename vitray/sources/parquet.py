@@ -13,7 +13,14 @@ from vitray.job import Job
 from vitray.left_out import LeftOut
 from vitray.schema import Encoded, End, PassthroughRow, Shard
 from vitray.sources.manifest import allowed_prefixes, follow_path
-from vitray.sources.objects import MAX_IMAGE_BYTES, open_shard, part_of, printable, read_each, too_large
+from vitray.sources.objects import (
+    MAX_IMAGE_BYTES,
+    open_shard,
+    part_of,
+    printable,
+    read_each,
+    too_large,
+)
 from vitray.sources.tables import (
     columns_to_read,
     is_list,
@@ -27,7 +34,9 @@ from vitray.sources.tables import (
     with_folder_columns,
 )
 
-MAX_SHARD_ROWS = 20_000  # a few minutes of one accelerator, so that a set of large files still spreads
+MAX_SHARD_ROWS = (
+    20_000  # a few minutes of one accelerator, so that a set of large files still spreads
+)
 MAX_SHARD_BYTES = 1 << 30
 
 
@@ -36,10 +45,18 @@ def split_parquet(whole: Shard) -> list[Shard]:
     with open_shard(whole) as stream, open_parquet(stream, whole.url) as file:
         groups = [file.metadata.row_group(n) for n in range(file.num_row_groups)]
         rows = [0, *accumulate(group.num_rows for group in groups)]
-        ends = [0, *accumulate(sum(g.column(n).total_compressed_size for n in range(g.num_columns)) for g in groups)]
+        ends = [
+            0,
+            *accumulate(
+                sum(g.column(n).total_compressed_size for n in range(g.num_columns)) for g in groups
+            ),
+        ]
     starts = [0]
     for n in range(1, len(groups)):
-        if rows[n + 1] - rows[starts[-1]] > MAX_SHARD_ROWS or ends[n + 1] - ends[starts[-1]] > MAX_SHARD_BYTES:
+        if (
+            rows[n + 1] - rows[starts[-1]] > MAX_SHARD_ROWS
+            or ends[n + 1] - ends[starts[-1]] > MAX_SHARD_BYTES
+        ):
             starts.append(n)
     if len(starts) == 1:
         return [replace(whole, rows=rows[-1])]
@@ -71,27 +88,42 @@ def _in_other_columns(file: Any, shard: Shard, job: Job) -> dict[str, int]:
     )
     for name in other_image_columns(file.schema_arrow, shard, job):
         place = places.get(name, places.get(f"{name}.bytes"))
-        for n in range(shard.start, shard.stop or metadata.num_row_groups) if place is not None else ():
+        for n in (
+            range(shard.start, shard.stop or metadata.num_row_groups) if place is not None else ()
+        ):
             group = metadata.row_group(n)
             statistics = group.column(place).statistics
-            nulls = statistics.null_count if statistics is not None and statistics.has_null_count else 0
+            nulls = (
+                statistics.null_count if statistics is not None and statistics.has_null_count else 0
+            )
             count += group.num_rows - nulls
     return {LeftOut.FURTHER_IMAGE: count} if count else {}
 
 
-def _rows(file: Any, shard: Shard, job: Job, rows: range, wanted: Callable[[int], bool]) -> Iterator[Encoded]:
+def _rows(
+    file: Any, shard: Shard, job: Job, rows: range, wanted: Callable[[int], bool]
+) -> Iterator[Encoded]:
     """The wanted rows of a range of the file's. One without bytes whose path may be read has no reason yet."""
     names = columns_to_read(file.schema_arrow, shard, job)
-    for row, batch, positions in read_batches(file, names, rows, lambda row: wanted(row - rows.start)):
+    for row, batch, positions in read_batches(
+        file, names, rows, lambda row: wanted(row - rows.start)
+    ):
         images, further = _first_images(batch.column(names[0]))
-        kept = passthrough_batch(batch, job) if job.keep else None
+        passthrough = passthrough_batch(batch, job) if job.keep else None
         keys = key_values(batch, job)
         for n in positions:
             path, data = _path_and_bytes(images[n])
             named = None if keys is None else python_value(keys[n])
-            values = with_folder_columns(kept and PassthroughRow(kept, n), shard.url, job)
+            values = with_folder_columns(
+                passthrough and PassthroughRow(passthrough, n), shard.url, job
+            )
             item = Encoded(
-                row + n - rows.start, key_of(named, path, row + n), shard.url, None, kept=values, further_images=further[n]
+                row + n - rows.start,
+                key_of(named, path, row + n),
+                shard.url,
+                None,
+                passthrough=values,
+                further_images=further[n],
             )
             yield _with_content(item, data, path, shard, job)
 
@@ -106,7 +138,9 @@ def _first_images(column: pa.Array) -> tuple[pa.Array, list[int]]:
     if is_list(column.type):
         rows = [_images_of(row) for row in column]
         firsts = [images[0].as_py() if images else None for images in rows]
-        return pa.array(firsts, column.type.value_type), [max(0, len(images) - 1) for images in rows]
+        return pa.array(firsts, column.type.value_type), [
+            max(0, len(images) - 1) for images in rows
+        ]
     return column, [0] * len(column)
 
 
@@ -128,10 +162,18 @@ def _with_content(item: Encoded, data: pa.Scalar, path: object, shard: Shard, jo
     if pa.types.is_dictionary(data.type):
         data = data.value
     if not data.is_valid and path and job.rules > 1:
-        (uri, reason, message), spellings = follow_path(path, shard, allowed_prefixes(shard, job), job)
-        return replace(item, uri=uri or shard.url, reason=reason, message=message, spellings=spellings)
+        (uri, reason, message), spellings = follow_path(
+            path, shard, allowed_prefixes(shard, job), job
+        )
+        return replace(
+            item, uri=uri or shard.url, reason=reason, message=message, spellings=spellings
+        )
     if not data.is_valid:
-        what = f", only the path {printable(str(path))[:200]}; only bytes inside the file are read" if path else ""
+        what = (
+            f", only the path {printable(str(path))[:200]}; only bytes inside the file are read"
+            if path
+            else ""
+        )
         return replace(item, reason="missing", message=f"the row holds no image bytes{what}")
     if data.as_buffer().size > MAX_IMAGE_BYTES:
         reason, message = too_large(data.as_buffer().size)

@@ -34,14 +34,43 @@ from vitray.sources.text import (
 IMAGE_NAMES_V1 = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "content", "picture")
 IMAGE_NAMES = (
     *IMAGE_NAMES_V1,
-    *("images", "photo", "data", "binary", "image_bytes", "img_bytes", "image_data", "image_content"),
+    *(
+        "images",
+        "photo",
+        "data",
+        "binary",
+        "image_bytes",
+        "img_bytes",
+        "image_data",
+        "image_content",
+    ),
     *("jpeg_bytes", "png_bytes", "image_binary", "image/encoded", "encoded_image"),
 )
 # Columns with these words hold a second, smaller or derived picture.
 SECONDARY_WORDS = ("thumb", "preview", "icon", "mask", "depth", "segment", "small")
-PATH_NAMES_V1 = ("path", "file", "filename", "file_name", "image", "image_path", "url", "uri", "key")
+PATH_NAMES_V1 = (
+    "path",
+    "file",
+    "filename",
+    "file_name",
+    "image",
+    "image_path",
+    "url",
+    "uri",
+    "key",
+)
 PATH_NAMES = (
-    *("path", "file", "filename", "file_name", "image", "image_path", "img_path", "image_file", "filepath"),
+    *(
+        "path",
+        "file",
+        "filename",
+        "file_name",
+        "image",
+        "image_path",
+        "img_path",
+        "image_file",
+        "filepath",
+    ),
     *("file_path", "img", "url", "uri", "image_url", "image_uri", "key"),
 )
 KEY_NAMES = ("__key__", "key", "id")
@@ -59,7 +88,7 @@ class TableRow:
 
     path: object = None
     key: object = None
-    kept: PassthroughRow | None = None
+    passthrough: PassthroughRow | None = None
     problem: str = ""
 
 
@@ -112,18 +141,26 @@ def read_rows(shard: Shard, job: Job, rows: range, notes: list[str]) -> Iterator
 def _parquet_rows(file: Any, shard: Shard, job: Job, rows: range) -> Iterator[TableRow]:
     names = columns_to_read(file.schema_arrow, shard, job)
     for _, batch, positions in read_batches(file, names, rows, lambda row: True):
-        kept = passthrough_batch(batch, job)
+        passthrough = passthrough_batch(batch, job)
         keys = key_values(batch, job)
         for n in positions:
             key = None if keys is None else python_value(keys[n])
-            yield TableRow(python_value(batch.column(names[0])[n]), key, PassthroughRow(kept, n))
+            yield TableRow(
+                python_value(batch.column(names[0])[n]), key, PassthroughRow(passthrough, n)
+            )
 
 
 def _text_row(fields: dict[str, str | None], names: list[str], job: Job) -> TableRow:
-    kept = {name: pa.array([fields[name]], pa.string()) for name in job.keep if name in fields}
+    passthrough = {
+        name: pa.array([fields[name]], pa.string()) for name in job.keep if name in fields
+    }
     key = fields.get(job.key_column) if job.key_column else None
     path = fields[names[0]]
-    return TableRow(path.strip() if path and job.rules > 1 else path, key, PassthroughRow(_batch_of(kept, 1), 0))
+    return TableRow(
+        path.strip() if path and job.rules > 1 else path,
+        key,
+        PassthroughRow(_batch_of(passthrough, 1), 0),
+    )
 
 
 @contextmanager
@@ -132,10 +169,14 @@ def open_parquet(stream: BinaryIO, url: str) -> Iterator[Any]:
     try:
         # column chunks are read in pieces, because a row group of images can be gigabytes; and by this thread alone, because
         # one of pyarrow's pool that still holds a Python buffer when the interpreter ends aborts the process
-        yield pq.ParquetFile(stream, buffer_size=CHUNK_BYTES, pre_buffer=False, page_checksum_verification=True)
+        yield pq.ParquetFile(
+            stream, buffer_size=CHUNK_BYTES, pre_buffer=False, page_checksum_verification=True
+        )
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         what = " ".join(str(error).split())[:300]
-        raise ShardError(f"{url} cannot be read: {what}. Replace or remove it, then run again.") from error
+        raise ShardError(
+            f"{url} cannot be read: {what}. Replace or remove it, then run again."
+        ) from error
 
 
 def read_batches(
@@ -151,7 +192,9 @@ def read_batches(
         here = range(max(row, rows.start), min(stop, rows.stop))
         if not any(map(wanted, here)):
             continue
-        for batch in file.iter_batches(batch_size=BATCH_ROWS, row_groups=[group], columns=names, use_threads=False):
+        for batch in file.iter_batches(
+            batch_size=BATCH_ROWS, row_groups=[group], columns=names, use_threads=False
+        ):
             positions = [n for n in range(batch.num_rows) if row + n in here and wanted(row + n)]
             if positions:
                 yield row, batch, positions
@@ -161,21 +204,23 @@ def read_batches(
 
 
 def passthrough_batch(batch: pa.RecordBatch, job: Job) -> pa.RecordBatch:
-    """The passthrough columns that a batch has, in the order of job.keep, with the types of `kept_schema`."""
+    """The passthrough columns that a batch has, in the order of job.keep, with the types of `file_passthrough_schema`."""
     columns = {name: batch.column(name) for name in job.keep if name in batch.schema.names}
     return _batch_of(columns, batch.num_rows)
 
 
-def with_folder_columns(kept: PassthroughRow | None, url: str, job: Job) -> PassthroughRow | None:
+def with_folder_columns(
+    passthrough: PassthroughRow | None, url: str, job: Job
+) -> PassthroughRow | None:
     """All passthrough values of an image: those of its table, and those that the folders of its URL spell out."""
     if not job.keep:
         return None
-    if kept is not None and kept.batch.num_columns == len(job.keep):
-        return kept
+    if passthrough is not None and passthrough.batch.num_columns == len(job.keep):
+        return passthrough
     columns = dict[str, pa.Array]()
     for name in job.keep:
-        if kept is not None and name in kept.batch.schema.names:
-            columns[name] = kept.batch.column(name).slice(kept.row, 1)
+        if passthrough is not None and name in passthrough.batch.schema.names:
+            columns[name] = passthrough.batch.column(name).slice(passthrough.row, 1)
         else:
             columns[name] = pa.array([folder_value(name, url)], pa.string())
     return PassthroughRow(_batch_of(columns, 1), 0)
@@ -201,7 +246,9 @@ def python_value(scalar: pa.Scalar) -> object:
 def key_of(named: object, path: object, row: int) -> str:
     """A sample's own name: what its key column says, else the path of its image, else its row in the file."""
     value = next(value for value in (named, path, row) if value is not None and value != "")
-    return printable(value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value))
+    return printable(
+        value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)
+    )
 
 
 def columns_to_read(schema: pa.Schema, shard: Shard, job: Job) -> list[str]:
@@ -216,15 +263,26 @@ def columns_to_read(schema: pa.Schema, shard: Shard, job: Job) -> list[str]:
             raise JobError(
                 f"key_column: `{job.key_column}` is {schema.field(job.key_column).type}; choose a column of text or numbers."
             )
-        names = [*likely, *(name for name in (job.key_column, *job.keep) if name and name in schema.names)]
+        names = [
+            *likely,
+            *(name for name in (job.key_column, *job.keep) if name and name in schema.names),
+        ]
         return list(dict.fromkeys(names))
     if likely:
-        raise JobError(f"the input has several columns that could hold the images: {', '.join(likely)}. Set `image_column`.")
+        raise JobError(
+            f"the input has several columns that could hold the images: {', '.join(likely)}. Set `image_column`."
+        )
     paths = f"string column of paths ({', '.join(PATH_NAMES)})"
-    what = "column with image bytes (binary, or a struct with `bytes`)" if shard.kind == "parquet" else paths
+    what = (
+        "column with image bytes (binary, or a struct with `bytes`)"
+        if shard.kind == "parquet"
+        else paths
+    )
     has = ", ".join(f"{field.name}: {field.type}" for field in list(schema)[:20])
     named = f" named `{job.image_column}`" if job.image_column else ""
-    if shard.kind == "manifest" and any(kind_of(name, job.rules) == "files" for name in schema.names):
+    if shard.kind == "manifest" and any(
+        kind_of(name, job.rules) == "files" for name in schema.names
+    ):
         raise JobError(
             f"{shard.url} has no header: its first line is {', '.join(schema.names)[:200]}. Add a line with the column names, like `path`."
         )
@@ -268,7 +326,9 @@ def likely_columns(schema: pa.Schema, kind: str, job: Job) -> list[str]:
         return [by_lower[name] for name in PATH_NAMES if name in by_lower][:1]
     usual = IMAGE_NAMES_V1 if job.rules == 1 else IMAGE_NAMES
     by_name = [name for name in fitting if name.lower() in usual]
-    if job.rules > 1 and len(by_name) > 1:  # `image` beside `data`: the first eight names are the clear ones
+    if (
+        job.rules > 1 and len(by_name) > 1
+    ):  # `image` beside `data`: the first eight names are the clear ones
         by_name = [name for name in by_name if name.lower() in IMAGE_NAMES_V1] or by_name
     if by_name or job.rules == 1:
         return by_name or fitting
@@ -278,9 +338,15 @@ def likely_columns(schema: pa.Schema, kind: str, job: Job) -> list[str]:
 def other_image_columns(schema: pa.Schema, shard: Shard, job: Job) -> list[str]:
     """Columns that hold images too, by type and name, and are not read."""
     read = columns_to_read(schema, shard, job)
-    fitting = [field for field in schema if schema.get_field_index(field.name) >= 0 and _holds_images(field, job)]
+    fitting = [
+        field
+        for field in schema
+        if schema.get_field_index(field.name) >= 0 and _holds_images(field, job)
+    ]
     is_asked = job.image_column is not None  # else several such columns would have been refused
-    return [f.name for f in fitting if f.name not in read and (is_asked or _is_named_like_an_image(f))]
+    return [
+        f.name for f in fitting if f.name not in read and (is_asked or _is_named_like_an_image(f))
+    ]
 
 
 def _is_named_like_an_image(field: pa.Field) -> bool:
@@ -292,12 +358,14 @@ def _is_secondary(name: str) -> bool:
     return any(word in name.lower() for word in SECONDARY_WORDS)
 
 
-def kept_schema(shard: Shard, job: Job) -> pa.Schema:
+def file_passthrough_schema(shard: Shard, job: Job) -> pa.Schema:
     """The passthrough columns' types in this file, in the order of job.keep."""
     schema = read_schema(shard, job)
     _require(schema, shard, job, shard.url)
     types = [schema.field(name).type if name in schema.names else pa.string() for name in job.keep]
-    if job.rules == 1:  # without what differs from file to file: dictionaries' indices, the width of offsets
+    if (
+        job.rules == 1
+    ):  # without what differs from file to file: dictionaries' indices, the width of offsets
         values = [kind.value_type if pa.types.is_dictionary(kind) else kind for kind in types]
         types = [SAME_VALUES.get(kind, kind) for kind in values]
     return pa.schema(list(zip(job.keep, types)))
@@ -314,7 +382,11 @@ def find_key_column(shard: Shard, job: Job) -> str | None:
             return None
         for name in KEY_NAMES:
             index = file.schema_arrow.get_field_index(name)
-            if index >= 0 and name != image and _is_unique_key(file, file.schema_arrow.field(index).type, name):
+            if (
+                index >= 0
+                and name != image
+                and _is_unique_key(file, file.schema_arrow.field(index).type, name)
+            ):
                 return name
     return None
 
@@ -323,13 +395,18 @@ def _has_paths(file: Any, kind: pa.DataType, name: str) -> bool:
     """Whether an image of the first row group has a path."""
     if not pa.types.is_struct(kind) or kind.get_field_index("path") < 0 or not file.num_row_groups:
         return False
-    paths = file.read_row_group(0, columns=[f"{name}.path"], use_threads=False)[name].combine_chunks()
+    paths = file.read_row_group(0, columns=[f"{name}.path"], use_threads=False)[
+        name
+    ].combine_chunks()
     return bool(len(paths) > paths.field("path").null_count)
 
 
 def _is_unique_key(file: Any, kind: pa.DataType, name: str) -> bool:
     values = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not (pa.types.is_integer(values) or values in STRINGS) or file.metadata.num_rows > MAX_KEY_ROWS:
+    if (
+        not (pa.types.is_integer(values) or values in STRINGS)
+        or file.metadata.num_rows > MAX_KEY_ROWS
+    ):
         return False
     column = file.read(columns=[name], use_threads=False)[name].cast(values)
     if values == pa.string_view():
@@ -377,7 +454,9 @@ def _holds_path_alone(kind: pa.DataType) -> bool:
     if not pa.types.is_struct(kind):
         return False
     n = kind.get_field_index("path")
-    return n >= 0 and kind.get_field_index("bytes") < 0 and _values_of(kind.field(n).type) in STRINGS
+    return (
+        n >= 0 and kind.get_field_index("bytes") < 0 and _values_of(kind.field(n).type) in STRINGS
+    )
 
 
 def _holds_paths(kind: pa.DataType, job: Job) -> bool:
@@ -410,7 +489,9 @@ def _is_parquet(stream: BinaryIO, shard: Shard) -> bool:
     return shard.kind == "parquet" or head == b"PAR1" or shard.url.lower().endswith(".parquet")
 
 
-def _records(stream: BinaryIO, shard: Shard, job: Job, notes: list[str] | None = None) -> Iterator[list[str] | str]:
+def _records(
+    stream: BinaryIO, shard: Shard, job: Job, notes: list[str] | None = None
+) -> Iterator[list[str] | str]:
     wanted = [job.image_column] if job.image_column else list(PATH_NAMES)
     dialect = Dialect() if job.rules == 1 else dialect_of(stream, shard.url, wanted)
     return csv_records(stream, shard.url, dialect, [] if notes is None else notes)

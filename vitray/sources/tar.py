@@ -64,11 +64,13 @@ def read_tar(shard: Shard, job: Job, wanted: Callable[[int], bool]) -> Iterator[
 
 def _most_common(members: Counter[str]) -> dict[str, int]:
     """The most frequent extensions and `other`: names come from the tar, and their number must not grow with it."""
-    most = Counter({printable(name)[:40]: count for name, count in members.most_common(MEMBERS_TOLD)})
+    most = Counter(
+        {printable(name)[:40]: count for name, count in members.most_common(MEMBERS_TOLD)}
+    )
     return dict(+(most + Counter(other=members.total() - most.total())))
 
 
-def kept_schema(shard: Shard, job: Job) -> pa.Schema:
+def file_passthrough_schema(shard: Shard, job: Job) -> pa.Schema:
     folders = _folder_columns(shard, job)
     is_text = {name: name in folders or _is_text(_extension(name)) for name in job.keep}
     return pa.schema([(name, pa.string() if is_text[name] else pa.binary()) for name in job.keep])
@@ -106,7 +108,7 @@ def count_samples(shard: Shard, job: Job) -> tuple[int, int, set[str]]:
 
 
 def absent_members(shard: Shard, job: Job) -> list[str]:
-    """The kept extensions that no sample at the start of a tar has; none for an empty tar and for other kinds.
+    """The passthrough extensions that no sample at the start of a tar has; none for an empty tar and for other kinds.
 
     Raises ShardError when the tar cannot be read, ObjectChanged, StorageError.
     """
@@ -161,17 +163,27 @@ def dotted_extensions(names: Sequence[str]) -> DottedExtensions:
         samples[-1][1].add(extension)
     seen, names_of_images = Counter[str](), set[str]()
     for _, extensions in samples:
-        stems = Counter(extension.rpartition(".")[0] for extension in extensions if "." in extension)
+        stems = Counter(
+            extension.rpartition(".")[0] for extension in extensions if "." in extension
+        )
         for extension in extensions:
             seen[extension] += 1
-            if stems[extension.rpartition(".")[0]] > 1 and "." in extension:  # an image and its sidecar
+            if (
+                stems[extension.rpartition(".")[0]] > 1 and "." in extension
+            ):  # an image and its sidecar
                 names_of_images.add(extension)
     images = [set(filter(_is_image_extension, extensions)) for _, extensions in samples]
     with_images = [found for found in images if found]
-    is_single = len(with_images) == 1 and (len(with_images[0]) == 1 or any("." not in found for found in with_images[0]))
+    is_single = len(with_images) == 1 and (
+        len(with_images[0]) == 1 or any("." not in found for found in with_images[0])
+    )
     least = 1 if is_single else 2
     frequent = {extension for extension, count in seen.items() if count >= least}
-    members = {extension for extension in frequent - names_of_images if _MEMBER_EXTENSION.fullmatch(extension)}
+    members = {
+        extension
+        for extension in frequent - names_of_images
+        if _MEMBER_EXTENSION.fullmatch(extension)
+    }
     return DottedExtensions(frozenset(members), frozenset(names_of_images))
 
 
@@ -190,7 +202,9 @@ def _peek(source: TarSource, job: Job) -> DottedExtensions:
             pass  # the reader comes to the same place, and says so
         source.restart()
     found = dotted_extensions(names)
-    return found._replace(members=found.members | {extension for extension in asked if "." in extension})
+    return found._replace(
+        members=found.members | {extension for extension in asked if "." in extension}
+    )
 
 
 class _SeveralImagesError(ShardError):
@@ -199,14 +213,14 @@ class _SeveralImagesError(ShardError):
 
 @dataclass(slots=True)
 class _Sample:
-    """Members with one key. kept: passthrough values by extension. image: the extension that the data came from."""
+    """Members with one key. passthrough: passthrough values by extension. image: the extension that the data came from."""
 
     index: int
     key: str
     start: int
     wanted: bool
     extensions: dict[str, None] = field(default_factory=dict)  # in order
-    kept: dict[str, bytes] = field(default_factory=dict)
+    passthrough: dict[str, bytes] = field(default_factory=dict)
     images: list[str] = field(default_factory=list)
     image: str | None = None
     data: bytes | None = None
@@ -225,15 +239,20 @@ class _Reader:
     total: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
     image_members: Counter[str] = field(default_factory=Counter)
-    _keys: dict[str, bool] = field(default_factory=dict)  # whether a sample of that key had an image
+    _keys: dict[str, bool] = field(
+        default_factory=dict
+    )  # whether a sample of that key had an image
     _parted: list[str] = field(default_factory=list)  # keys whose members are not adjacent
     _not_utf8: int = 0  # kept texts
 
     def __post_init__(self) -> None:
         self.image_member = _extension(self.job.image_member) if self.job.image_member else None
         self.kept_extensions = {_extension(name) for name in self.job.keep}
-        self.kept_schema = kept_schema(self.shard, self.job)
-        self.folders = {name: folder_value(name, self.shard.url) for name in _folder_columns(self.shard, self.job)}
+        self.file_passthrough_schema = file_passthrough_schema(self.shard, self.job)
+        self.folders = {
+            name: folder_value(name, self.shard.url)
+            for name in _folder_columns(self.shard, self.job)
+        }
 
     def samples(self, source: TarSource) -> Iterator[_Sample]:
         """Consecutive members with one key. A cut is noted in the source; the last sample survives when its image is whole."""
@@ -262,16 +281,20 @@ class _Reader:
     def row_of(self, sample: _Sample) -> Encoded:
         if not sample.images:
             sample.reason, sample.message = "missing", self._why_without_image(sample)
-        kept = self._kept(sample) if self.job.keep else None
+        passthrough = self._passthrough(sample) if self.job.keep else None
         key, uri = printable(sample.key), self.shard.url
-        return Encoded(sample.index, key, uri, sample.data, sample.reason, sample.message, kept)
+        return Encoded(
+            sample.index, key, uri, sample.data, sample.reason, sample.message, passthrough
+        )
 
     def notes(self) -> list[str]:
         """What a person should know of this tar beside its rows."""
         found = [f"{count} {_NOTES[what]}" for what, count in self.left_out.items() if count]
         if self._parted:
             count, first = len(self._parted), printable(self._parted[0])[:200]
-            found.append(f"the members of {count} samples are not adjacent (first: {first}): sort the tar by name")
+            found.append(
+                f"the members of {count} samples are not adjacent (first: {first}): sort the tar by name"
+            )
         if self._not_utf8:
             found.append(f"{self._not_utf8} kept texts are not UTF-8 and were read as Windows-1252")
         return found
@@ -298,16 +321,27 @@ class _Reader:
             return last
         if first[1] in self.dotted.members:
             return first
-        if self.image_member and _MEMBER_EXTENSION.fullmatch(first[1]):  # the job takes members for what they are called
+        if self.image_member and _MEMBER_EXTENSION.fullmatch(
+            first[1]
+        ):  # the job takes members for what they are called
             return first
         is_image = _is_image_extension(first[1]) and self.image_member in (None, last[1])
-        if not is_image and sample is not None and sample.images and name.startswith(f"{sample.key}."):
+        if (
+            not is_image
+            and sample is not None
+            and sample.images
+            and name.startswith(f"{sample.key}.")
+        ):
             rest = name[len(sample.key) + 1 :].lower()
-            if rest not in self.dotted.names and ("." not in rest or _MEMBER_EXTENSION.fullmatch(rest)):
+            if rest not in self.dotted.names and (
+                "." not in rest or _MEMBER_EXTENSION.fullmatch(rest)
+            ):
                 return sample.key, rest
         return last
 
-    def _add(self, sample: _Sample, extension: str, member: tarfile.TarInfo, source: TarSource) -> None:
+    def _add(
+        self, sample: _Sample, extension: str, member: tarfile.TarInfo, source: TarSource
+    ) -> None:
         """Take what the row needs of a member: the image and kept values, nothing else is read."""
         sample.extensions[extension] = None
         is_picked = False
@@ -323,12 +357,15 @@ class _Reader:
         elif not member.isreg():
             if is_picked:
                 link = printable(member.linkname)[:200]
-                sample.reason, sample.message = "missing", f"a link to {link}, which is not followed"
+                sample.reason, sample.message = (
+                    "missing",
+                    f"a link to {link}, which is not followed",
+                )
         elif sample.wanted and (is_picked or is_kept):
             data = source.take(member.size)
             sample.data = data if is_picked else sample.data
             if is_kept:
-                sample.kept[extension] = data
+                sample.passthrough[extension] = data
 
     def _is_better(self, extension: str, than: str | None) -> bool:
         """Whether an image of this extension is the sample's: the first one, and a plain one rather than `depth.png`."""
@@ -340,16 +377,18 @@ class _Reader:
         candidates = plain or sample.images
         if len(candidates) > 1 and self.job.rules > 1:
             names = ", ".join(sorted(set(candidates)))
-            setting = (
-                f"`image_member` to one of them (image_member: {candidates[0]}; a dataset with rows needs another `out` for that)"
-            )
+            setting = f"`image_member` to one of them (image_member: {candidates[0]}; a dataset with rows needs another `out` for that)"
             keys = "" if plain else ", or `tar_keys: last_dot` for a row for each"
             raise _SeveralImagesError(
                 f"{self.shard.url}: sample {printable(sample.key)[:200]} has several images: {names}. Set {setting}{keys}."
             )
         self.total += 1
         # what `image_member` passes over is an image all the same
-        images = {*sample.images, *filter(_is_image_extension, sample.extensions)} if self.job.rules > 1 else sample.images
+        images = (
+            {*sample.images, *filter(_is_image_extension, sample.extensions)}
+            if self.job.rules > 1
+            else sample.images
+        )
         self.left_out[LeftOut.FURTHER_IMAGE] += max(0, len(images) - 1)
         if sample.image is not None:
             self.image_members[sample.image] += 1
@@ -371,14 +410,18 @@ class _Reader:
         has = printable(", ".join(islice(sample.extensions, 8)))[:200]
         return f"the sample has no {what} member: it has {has}"
 
-    def _kept(self, sample: _Sample) -> PassthroughRow:
+    def _passthrough(self, sample: _Sample) -> PassthroughRow:
         columns = list[pa.Array]()
-        for field_ in self.kept_schema:
-            value: object = sample.kept.get(_extension(field_.name), self.folders.get(field_.name))
+        for field_ in self.file_passthrough_schema:
+            value: object = sample.passthrough.get(
+                _extension(field_.name), self.folders.get(field_.name)
+            )
             if isinstance(value, bytes) and field_.type == pa.string():
                 value = self._text(value)
             columns.append(pa.array([value], field_.type))
-        return PassthroughRow(pa.RecordBatch.from_arrays(columns, schema=self.kept_schema), 0)
+        return PassthroughRow(
+            pa.RecordBatch.from_arrays(columns, schema=self.file_passthrough_schema), 0
+        )
 
     def _text(self, data: bytes) -> str:
         if self.job.rules == 1:
@@ -397,7 +440,9 @@ class _Reader:
     def _why_left_out(self, member: tarfile.TarInfo) -> LeftOut:
         if not member.isreg():
             return LeftOut.LINK if member.islnk() or member.issym() else LeftOut.SPECIAL_FILE
-        return LeftOut.HIDDEN if member.name.rpartition("/")[2].startswith(".") else LeftOut.NO_SUFFIX
+        return (
+            LeftOut.HIDDEN if member.name.rpartition("/")[2].startswith(".") else LeftOut.NO_SUFFIX
+        )
 
 
 _NOTES: dict[str, str] = {

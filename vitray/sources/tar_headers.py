@@ -17,7 +17,13 @@ from vitray.sources.objects import printable
 MAX_EXTENSION_BYTES = 1 << 20  # PAX records or a GNU long name; a real path is under 4 KiB
 BLOCK = 512
 TAIL_BYTES = 1 << 20
-COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
+COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK\x03\x04": "zip",
+}
 
 
 class TarCutError(Exception):
@@ -42,7 +48,9 @@ class TarSource:
         data = self.stream.read(count)
         self.at += len(data)
         if len(data) < count and self.at < self.size:
-            raise StorageError(f"{self.url}: {self.at} of {self.size} bytes came. Run the same command again.")
+            raise StorageError(
+                f"{self.url}: {self.at} of {self.size} bytes came. Run the same command again."
+            )
         return data
 
     def move(self, offset: int) -> None:
@@ -69,7 +77,9 @@ def members_of(source: TarSource) -> Iterator[tarfile.TarInfo]:
         data_at = source.at
         if data_at + info.size > source.size:
             there = source.size - data_at
-            raise TarCutError(f"the data of {printable(info.name)!r} are cut: {there} of {info.size} bytes")
+            raise TarCutError(
+                f"the data of {printable(info.name)!r} are cut: {there} of {info.size} bytes"
+            )
         yield info
         source.move(min(data_at + _padded(info.size), source.size))
 
@@ -125,8 +135,12 @@ def _complete(info: tarfile.TarInfo, records: dict[str, bytes]) -> None:
     """Give a member the name and the size that its extended headers say."""
     if "path" in records:
         info.name = records["path"].decode("utf-8", "surrogateescape")
-    if info.type == tarfile.GNUTYPE_SPARSE or any(keyword.startswith("GNU.sparse") for keyword in records):
-        raise TarCutError(f"{printable(info.name)!r} is stored sparse; pack it again without --sparse")
+    if info.type == tarfile.GNUTYPE_SPARSE or any(
+        keyword.startswith("GNU.sparse") for keyword in records
+    ):
+        raise TarCutError(
+            f"{printable(info.name)!r} is stored sparse; pack it again without --sparse"
+        )
     if "size" in records:
         if not records["size"].isdigit() or len(records["size"]) > 20:
             raise TarCutError("a damaged PAX header")
@@ -160,6 +174,8 @@ def not_a_tar(source: TarSource) -> ShardError:
     head = source.take(16)
     packed = next((name for magic, name in COMPRESSED.items() if head.startswith(magic)), None)
     if packed:
-        return ShardError(f"{source.url} is {packed}, not a tar. Compressed archives cannot be streamed exactly: unpack it.")
+        return ShardError(
+            f"{source.url} is {packed}, not a tar. Compressed archives cannot be streamed exactly: unpack it."
+        )
     what = f"it begins with {head!r}" if head else "it is empty"
     return ShardError(f"{source.url} is not a tar: {what}. Replace or remove it, or set `format`.")

@@ -18,7 +18,9 @@ from vitray.schema import Shard
 from vitray.sources.objects import printable, text_of
 
 MAX_LINE_BYTES = 16 << 20
-NO_TEXT = re.compile(rb"[\0-\x08\x0e-\x19]")  # control characters, which any tar, image or archive begins with
+NO_TEXT = re.compile(
+    rb"[\0-\x08\x0e-\x19]"
+)  # control characters, which any tar, image or archive begins with
 # looked at a second time, where an open quote took them along; a hostile file could ask for each of them n times
 LINES_AGAIN = 1_000_000
 SAMPLE_LINES = 10_000  # JSON lines may leave fields out: so many tell the columns
@@ -48,7 +50,9 @@ class Dialect:
     delimiter: str = ","
     skipped: int = 0
     strips: bool = False
-    decodes: bool = False  # whether lines that are not UTF-8 are read as Windows-1252: by source rules 2
+    decodes: bool = (
+        False  # whether lines that are not UTF-8 are read as Windows-1252: by source rules 2
+    )
 
 
 def text_format(stream: BinaryIO, shard: Shard) -> str:
@@ -97,7 +101,9 @@ def dialect_of(stream: BinaryIO, url: str, columns: Sequence[str]) -> Dialect:
         with suppress(csv.Error, StopIteration):
             names[delimiter] = next(csv.reader([header], delimiter=delimiter))
     wanted = {name.lower() for name in columns}
-    with_column = [d for d, fields in names.items() if any(field.strip().lower() in wanted for field in fields)]
+    with_column = [
+        d for d, fields in names.items() if any(field.strip().lower() in wanted for field in fields)
+    ]
     with_several = [d for d, fields in names.items() if len(fields) > 1]
     delimiter = next(iter([*with_column, *with_several, *names]), ",") if not said else said[1]
     strips = any(name != name.strip() for name in names.get(delimiter, []))
@@ -108,13 +114,17 @@ def _header_text(line: bytes) -> str:
     return text_of(line)[0].rstrip("\r\n")
 
 
-def csv_records(stream: BinaryIO, url: str, dialect: Dialect, notes: list[str]) -> Iterator[list[str] | str]:
+def csv_records(
+    stream: BinaryIO, url: str, dialect: Dialect, notes: list[str]
+) -> Iterator[list[str] | str]:
     """The fields of each record, the header first; of a malformed line, what is wrong with it.
 
     The lines that an open quote took along are looked at again. Python's reader: pyarrow's reads
     ahead in threads that outlive a range.
     """
-    csv.field_size_limit(MAX_LINE_BYTES if dialect.decodes else PYTHON_FIELD_CHARS)  # of this process
+    csv.field_size_limit(
+        MAX_LINE_BYTES if dialect.decodes else PYTHON_FIELD_CHARS
+    )  # of this process
     lines = islice(_lines(stream, url, dialect.decodes), dialect.skipped, None)
     numbered = ((n, _line_text(n, line, dialect, notes)) for n, line in lines)
     taken, again = list[tuple[int, str]](), deque[tuple[int, str]]()
@@ -127,11 +137,17 @@ def csv_records(stream: BinaryIO, url: str, dialect: Dialect, notes: list[str]) 
 
     while True:
         try:
-            for record in csv.reader(texts(), strict=True, delimiter=dialect.delimiter, skipinitialspace=dialect.strips):
+            for record in csv.reader(
+                texts(), strict=True, delimiter=dialect.delimiter, skipinitialspace=dialect.strips
+            ):
                 if record and len(record) != (width := width or len(record)):
                     raise csv.Error(f"{len(record)} fields, the header has {width}")
                 if record:
-                    yield [name.strip() for name in record] if dialect.strips and is_header else record
+                    yield (
+                        [name.strip() for name in record]
+                        if dialect.strips and is_header
+                        else record
+                    )
                     is_header = False
                 taken.clear()
             return
@@ -165,7 +181,9 @@ def json_names(stream: BinaryIO, url: str) -> list[str]:
             f"{url} is one JSON document, not JSON lines. Write one object a line: jq -c '.[]' for an array."
         )
     if found and not names:
-        raise ShardError(f"{url}: none of its first {len(found):,} lines is a JSON object with fields. Correct or remove it.")
+        raise ShardError(
+            f"{url}: none of its first {len(found):,} lines is a JSON object with fields. Correct or remove it."
+        )
     return list(names)
 
 
@@ -188,14 +206,23 @@ def json_text(value: object) -> str | None:
     return printable(value) if isinstance(value, str) else json.dumps(value, sort_keys=True)
 
 
-def _lines(stream: BinaryIO, url: str, carriage_returns: bool = False) -> Iterator[tuple[int, bytes]]:
+def _lines(
+    stream: BinaryIO, url: str, carriage_returns: bool = False
+) -> Iterator[tuple[int, bytes]]:
     """(number, line). carriage_returns: lines that end in one alone, as Excel for the Mac writes them, are lines too."""
     first = stream.readline(MAX_LINE_BYTES + 1)
-    if carriage_returns and b"\r" in first.rstrip(b"\r\n") and not first.endswith(b"\n") and len(first) <= MAX_LINE_BYTES:
+    if (
+        carriage_returns
+        and b"\r" in first.rstrip(b"\r\n")
+        and not first.endswith(b"\n")
+        and len(first) <= MAX_LINE_BYTES
+    ):
         yield from enumerate(first.splitlines(keepends=True), 1)
         return
     following = iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b"")
     for number, line in enumerate(chain([first] if first else [], following), 1):
         if len(line) > MAX_LINE_BYTES:
-            raise ShardError(f"{url}: line {number} is longer than {MAX_LINE_BYTES} bytes. Split or remove it.")
+            raise ShardError(
+                f"{url}: line {number} is longer than {MAX_LINE_BYTES} bytes. Split or remove it."
+            )
         yield number, line

@@ -1,7 +1,7 @@
 """The only door to storage: list, read, stream, create-if-absent, on a local disk and on S3.
 
 Every call has a deadline and ten attempts with jittered backoff. Reads are conditional on the version that was
-planned. pyarrow's own file systems are not used: see DECISIONS.md.
+planned. pyarrow's own file systems are not used: see docs/decisions/0008.
 """
 
 from __future__ import annotations
@@ -40,8 +40,13 @@ def store_for(url: str) -> Store:
     if is_local(url):
         return LocalStore()
     if url.startswith("s3://"):
-        return _s3(os.getpid(), tuple((name, os.environ.get(name)) for name in os.environ if name.startswith("AWS_")))
-    raise JobError(f"{url}: vitray reads and writes local paths and s3://, not {url.partition('://')[0]}://")
+        return _s3(
+            os.getpid(),
+            tuple((name, os.environ.get(name)) for name in os.environ if name.startswith("AWS_")),
+        )
+    raise JobError(
+        f"{url}: vitray reads and writes local paths and s3://, not {url.partition('://')[0]}://"
+    )
 
 
 def join(base: str, *parts: str) -> str:
@@ -65,7 +70,9 @@ def probe(out: str) -> None:
     """Refuse a store on which a second conditional create would not be refused."""
     store = store_for(out)
     with scratch(out) as url:
-        store.create(url, b"vitray probe")  # refused: its answer was lost, and the second try found it
+        store.create(
+            url, b"vitray probe"
+        )  # refused: its answer was lost, and the second try found it
         second = store.create(url, b"vitray probe again")
         kept = read(url)
     if second or kept != b"vitray probe":
@@ -85,13 +92,20 @@ def scratch(out: str) -> Iterator[str]:
         raise type(error)(str(error).replace(url, out)) from error
     finally:
         store.delete_tree(url)
-        for folder in (join(out, "_vitray"), out):  # a job that is refused after this leaves nothing
+        for folder in (
+            join(out, "_vitray"),
+            out,
+        ):  # a job that is refused after this leaves nothing
             store.delete_folder(folder)
 
 
 def drop_scratch(out: str) -> list[str]:
     """Delete the scratch of killed processes: that in which nothing has changed for an hour; returns its names."""
-    store, inside, latest = store_for(out), join(absolute(out), "_vitray", SCRATCH), dict[str, float]()
+    store, inside, latest = (
+        store_for(out),
+        join(absolute(out), "_vitray", SCRATCH),
+        dict[str, float](),
+    )
     with contextlib.suppress(ObjectMissing):
         for info in store.find(join(absolute(out), "_vitray")):
             if info.url.startswith(inside):
@@ -129,7 +143,11 @@ def search(pattern: str, rules: int = 1) -> Found:
             _require_whole_globstars(url)
         infos, linked_folders = (store.glob(url), []) if _wild(url) else store.find_all(url)
         if not infos:
-            hint = " (a star stays within its folder: give the folder itself, or /**)" if url.endswith("/*") else ""
+            hint = (
+                " (a star stays within its folder: give the folder itself, or /**)"
+                if url.endswith("/*")
+                else ""
+            )
             raise ObjectMissing(f"{url} names no object{hint}")
         is_hidden = _hidden_by(absolute(url), rules)
         for info in infos:
@@ -145,7 +163,9 @@ def _require_whole_globstars(pattern: str) -> None:
     """Raises JobError for `**` inside a name, which fsspec and Python's glob read differently."""
     for part in pattern.split("/"):
         if "**" in part and part != "**":
-            raise JobError(f"{pattern}: `**` stands for whole folders. Write **/{part.replace('**', '*')} instead of {part}.")
+            raise JobError(
+                f"{pattern}: `**` stands for whole folders. Write **/{part.replace('**', '*')} instead of {part}."
+            )
 
 
 def expand(pattern: str) -> list[ObjectInfo]:
@@ -176,7 +196,9 @@ def reads(pattern: str, out: str, name: str = "data/x.parquet") -> bool:
     written = f"{out}/{name}"
     if _wild(pattern):
         _require_whole_globstars(pattern)
-    return written.startswith(f"{pattern}/") or bool(_wild(pattern) and re.match(glob_translate(pattern), written))
+    return written.startswith(f"{pattern}/") or bool(
+        _wild(pattern) and re.match(glob_translate(pattern), written)
+    )
 
 
 def _hidden_by(pattern: str, rules: int) -> Callable[[str], bool]:
@@ -195,7 +217,10 @@ def _hidden_by(pattern: str, rules: int) -> Callable[[str], bool]:
             if any(part in NAS_FOLDERS for part in folders):
                 return True
             folders = [part for part in folders if not (part.startswith("_") and "=" in part)]
-        return any(part[:1] in {".", "_"} - asked for part in folders) or name[:1] in {".", *("_" * (not is_image))} - asked
+        return (
+            any(part[:1] in {".", "_"} - asked for part in folders)
+            or name[:1] in {".", *("_" * (not is_image))} - asked
+        )
 
     return is_hidden
 

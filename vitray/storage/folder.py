@@ -15,7 +15,9 @@ from vitray.errors import JobError, StorageError, one_line
 from vitray.storage.local import fsync
 from vitray.storage.objects import absolute, is_local
 
-FULL = 1 << 20  # bytes left: libraries that write files, or read what they wrote, tell of a full disk by errors of their own
+FULL = (
+    1 << 20
+)  # bytes left: libraries that write files, or read what they wrote, tell of a full disk by errors of their own
 
 
 @contextlib.contextmanager
@@ -27,7 +29,9 @@ def new_folder(into: str, option: str) -> Iterator[Path]:
     StorageError when the disk is full or fails.
     """
     if not is_local(into):
-        raise JobError(f"{option} {into}: an export is a local folder. Write it there, then copy it.")
+        raise JobError(
+            f"{option} {into}: an export is a local folder. Write it there, then copy it."
+        )
     target = Path(absolute(into))
     if os.path.lexists(target):
         raise JobError(f"{option} {target} is there already: choose a new folder.")
@@ -48,7 +52,9 @@ def new_folder(into: str, option: str) -> Iterator[Path]:
         if not isinstance(error, OSError) and shutil.disk_usage(folder).free >= FULL:
             raise
         said = one_line(error).rstrip(".")
-        raise StorageError(f"{target}: {said}. Check the path, and that the disk has room.") from error
+        raise StorageError(
+            f"{target}: {said}. Check the path, and that the disk has room."
+        ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -21,7 +21,15 @@ from vitray.storage.objects import ABANDONED_S, TMP_PREFIX, ObjectInfo, absolute
 
 ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 # one file's own fault, and no better when it is asked for again; what a network file system says while it is away is not here
-REFUSED = (errno.EACCES, errno.EPERM, errno.EIO, errno.EUCLEAN, errno.EBADMSG, errno.ELOOP, errno.ENAMETOOLONG)
+REFUSED = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.EUCLEAN,
+    errno.EBADMSG,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+)
 ESCAPE = r"\\u(dc(?:[89a-f][0-9a-f]|5c))"  # of a byte that is no UTF-8, and of the backslash before what looks like one
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
 
@@ -38,16 +46,22 @@ class LocalStore:
         if os.path.isfile(root):
             return [self.stat(prefix)], []
         paths, linked_folders = list[str](), list[str]()
-        for folder, folders, names in os.walk(root, onerror=lambda error: _raise_in_walk(error, root)):
+        for folder, folders, names in os.walk(
+            root, onerror=lambda error: _raise_in_walk(error, root)
+        ):
             paths += [os.path.join(folder, name) for name in names]
             inside = (os.path.join(folder, name) for name in folders)
             linked_folders += [_url_of(path) for path in inside if os.path.islink(path)]
         return self._infos(paths), linked_folders
 
     def glob(self, pattern: str) -> list[ObjectInfo]:
-        found = globbing.iglob(_with_literal_folders(on_disk(pattern)), recursive=True, include_hidden=True)
+        found = globbing.iglob(
+            _with_literal_folders(on_disk(pattern)), recursive=True, include_hidden=True
+        )
         cycles = dict[str, bool]()
-        return self._infos(path for path in found if not _is_in_cycle(os.path.dirname(path), cycles))
+        return self._infos(
+            path for path in found if not _is_in_cycle(os.path.dirname(path), cycles)
+        )
 
     def _infos(self, paths: Iterable[str]) -> list[ObjectInfo]:
         found = []
@@ -67,7 +81,9 @@ class LocalStore:
             _raise_read(error, path)
         if stat.S_ISDIR(status.st_mode):
             raise ObjectMissing(f"{absolute(url)} does not exist as a file: it is a folder")
-        return ObjectInfo(absolute(url), status.st_size, f"{status.st_size}-{status.st_mtime_ns}", status.st_mtime)
+        return ObjectInfo(
+            absolute(url), status.st_size, f"{status.st_size}-{status.st_mtime_ns}", status.st_mtime
+        )
 
     def open(self, url: str, version: str | None = None) -> BinaryIO:
         if version is not None and self.stat(url).version != version:
@@ -100,8 +116,17 @@ class LocalStore:
 
     def abandoned(self, prefix: str) -> list[str]:
         walk = os.walk(on_disk(prefix))
-        found = [os.path.join(folder, name) for folder, _, names in walk for name in names if name.startswith(TMP_PREFIX)]
-        return [path for path in found if os.path.exists(path) and time.time() - os.path.getmtime(path) > ABANDONED_S]
+        found = [
+            os.path.join(folder, name)
+            for folder, _, names in walk
+            for name in names
+            if name.startswith(TMP_PREFIX)
+        ]
+        return [
+            path
+            for path in found
+            if os.path.exists(path) and time.time() - os.path.getmtime(path) > ABANDONED_S
+        ]
 
     def delete_folder(self, url: str) -> None:
         with contextlib.suppress(OSError):  # not empty: somebody writes there
@@ -135,7 +160,9 @@ def _is_in_cycle(folder: str, known: dict[str, bool]) -> bool:
     if folder not in known:
         parent = os.path.dirname(folder)
         is_link = os.path.islink(folder)
-        leads_back = is_link and f"{os.path.realpath(parent)}/".startswith(f"{os.path.realpath(folder)}/")
+        leads_back = is_link and f"{os.path.realpath(parent)}/".startswith(
+            f"{os.path.realpath(folder)}/"
+        )
         known[folder] = leads_back or (parent != folder and _is_in_cycle(parent, known))
     return known[folder]
 
@@ -157,7 +184,11 @@ def on_disk(url: str) -> str:
 
 def _url_of(path: str) -> str:
     """The URL of an absolute path; on_disk() leads back, also from a name that looks like an escape itself."""
-    return re.sub(rf"\\(?={ESCAPE[2:]})", r"\\udc5c", path).encode("utf-8", "backslashreplace").decode()
+    return (
+        re.sub(rf"\\(?={ESCAPE[2:]})", r"\\udc5c", path)
+        .encode("utf-8", "backslashreplace")
+        .decode()
+    )
 
 
 @contextlib.contextmanager
@@ -182,7 +213,9 @@ def _temporary(path: str, data: bytes) -> Iterator[str]:
 
 def _new_file(path: str) -> BinaryIO:
     folder = os.path.dirname(path)
-    for _ in range(2):  # another run may remove the folder, when it is empty, between the two calls or inside the first
+    for _ in range(
+        2
+    ):  # another run may remove the folder, when it is empty, between the two calls or inside the first
         with contextlib.suppress(FileNotFoundError, FileExistsError):
             os.makedirs(folder, exist_ok=True)
             return open(path, "xb")

@@ -17,8 +17,15 @@ from vitray.storage.objects import ObjectInfo, reason, retrying
 
 CALL_TIMEOUT_S = 120.0
 READ_BLOCK_BYTES = 8 << 20
-BAD_CONFIG = ("ProfileNotFound", "ConfigParseError")  # botocore's names of what is wrong in ~/.aws/config
-BAD_KEYS = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "RequestTimeTooSkewed")  # nobody's object is refused by these
+BAD_CONFIG = (
+    "ProfileNotFound",
+    "ConfigParseError",
+)  # botocore's names of what is wrong in ~/.aws/config
+BAD_KEYS = (
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "RequestTimeTooSkewed",
+)  # nobody's object is refused by these
 MAX_OBJECT_BYTES = 5 << 30  # one PUT; conditional multipart is not safe on every store
 UNSIGNED = "AWS_NO_SIGN_REQUEST"  # both names as GDAL has them
 PAYER = "AWS_REQUEST_PAYER"
@@ -68,7 +75,12 @@ class S3Store:
         except ObjectMissing:
             self._nothing_in(url)
             raise
-        return ObjectInfo(url, int(head["ContentLength"]), head["ETag"].strip('"'), head["LastModified"].timestamp())
+        return ObjectInfo(
+            url,
+            int(head["ContentLength"]),
+            head["ETag"].strip('"'),
+            head["LastModified"].timestamp(),
+        )
 
     def _nothing_in(self, url: str) -> list[ObjectInfo]:
         """Nothing, of a bucket that is there: s3fs lists a missing one as empty, and the answer to a HEAD carries no code."""
@@ -94,7 +106,9 @@ class S3Store:
         span = f"bytes={start}-{stop - 1}"
 
         async def get() -> bytes:
-            answer = await self._fs._call_s3("get_object", Bucket=bucket, Key=key, Range=span, IfMatch=info.version)
+            answer = await self._fs._call_s3(
+                "get_object", Bucket=bucket, Key=key, Range=span, IfMatch=info.version
+            )
             async with answer["Body"] as body:
                 data: bytes = await body.read()
             if len(data) != stop - start:
@@ -118,7 +132,9 @@ class S3Store:
 
     def _put(self, url: str, data: bytes, **conditions: object) -> None:
         if len(data) > MAX_OBJECT_BYTES:
-            raise StorageError(f"{url}: {len(data)} bytes do not fit one PUT (5 GB). Use smaller shards or fewer embeddings.")
+            raise StorageError(
+                f"{url}: {len(data)} bytes do not fit one PUT (5 GB). Use smaller shards or fewer embeddings."
+            )
         # 4 MB/s is slow enough for any link that can feed a GPU
         self._request("put_object", url, CALL_TIMEOUT_S + len(data) / 4e6, Body=data, **conditions)
 
@@ -135,7 +151,9 @@ class S3Store:
         for url in urls:
             self._request("delete_object", url)
 
-    def _request(self, method: str, url: str, timeout_s: float = CALL_TIMEOUT_S, **arguments: object) -> Any:
+    def _request(
+        self, method: str, url: str, timeout_s: float = CALL_TIMEOUT_S, **arguments: object
+    ) -> Any:
         """The store's answer about the object, or the bucket, that the URL names."""
         bucket, _, key = _key(url).partition("/")
         where = {"Bucket": bucket, "Key": key} if key else {"Bucket": bucket}
@@ -186,7 +204,9 @@ class _RangeReader(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._info.size}[whence]
+        self._at = (
+            offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._info.size}[whence]
+        )
         return self._at
 
     def tell(self) -> int:
@@ -222,13 +242,17 @@ def _is_unsigned() -> bool:
         return True
     if value.lower() in ("", "no", "false", "off", "0"):
         return False
-    raise JobError(f"{UNSIGNED} is {value!r}: write YES to read public buckets without credentials, or unset it.")
+    raise JobError(
+        f"{UNSIGNED} is {value!r}: write YES to read public buckets without credentials, or unset it."
+    )
 
 
 def _pays_requests() -> bool:
     value = os.environ.get(PAYER, "")
     if value.lower() not in ("", "requester"):
-        raise JobError(f"{PAYER} is {value!r}: write requester to pay for requests yourself, or unset it.")
+        raise JobError(
+            f"{PAYER} is {value!r}: write requester to pay for requests yourself, or unset it."
+        )
     return bool(value)
 
 
@@ -238,7 +262,12 @@ def _key(url: str) -> str:
 
 def _infos(found: dict[str, dict[str, Any]]) -> list[ObjectInfo]:
     return [
-        ObjectInfo(f"s3://{name}", int(item["size"]), str(item.get("ETag", "")).strip('"'), item["LastModified"].timestamp())
+        ObjectInfo(
+            f"s3://{name}",
+            int(item["size"]),
+            str(item.get("ETag", "")).strip('"'),
+            item["LastModified"].timestamp(),
+        )
         for name, item in sorted(found.items())
         if item["type"] == "file" and not name.endswith("/")
     ]
@@ -250,7 +279,9 @@ def _answer(error: BaseException) -> tuple[int, str]:
     while cause is not None:
         response = getattr(cause, "response", None)
         if isinstance(response, dict):
-            return response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0), response.get("Error", {}).get("Code", "")
+            return response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0), response.get(
+                "Error", {}
+            ).get("Code", "")
         cause = cause.__cause__
     return 0, ""
 
@@ -258,26 +289,51 @@ def _answer(error: BaseException) -> tuple[int, str]:
 def _is_transient(error: Exception) -> bool:
     status, code = _answer(error)
     if status:
-        return status >= 500 or status in (408, 409, 429) or code in ("SlowDown", "RequestTimeout", "XAmzContentSHA256Mismatch")
+        return (
+            status >= 500
+            or status in (408, 409, 429)
+            or code in ("SlowDown", "RequestTimeout", "XAmzContentSHA256Mismatch")
+        )
     name = type(error).__module__.split(".")[0]
-    if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError", *BAD_CONFIG):
+    if type(error).__name__ in (
+        "NoCredentialsError",
+        "PartialCredentialsError",
+        "ParamValidationError",
+        *BAD_CONFIG,
+    ):
         return False
-    return isinstance(error, (ConnectionError, TimeoutError, asyncio.TimeoutError)) or name in ("aiohttp", "botocore", "fsspec")
+    return isinstance(error, (ConnectionError, TimeoutError, asyncio.TimeoutError)) or name in (
+        "aiohttp",
+        "botocore",
+        "fsspec",
+    )
 
 
 def _raise_s3(error: Exception, url: str, step_after_refusal: str) -> NoReturn:
     status, code = _answer(error)
     if status == 412:
-        raise FileExistsError(url) from error  # a condition was refused: create() and read_range() say which
+        raise FileExistsError(
+            url
+        ) from error  # a condition was refused: create() and read_range() say which
     if code == "NoSuchBucket":
         raise _no_bucket(url) from error
     if isinstance(error, FileNotFoundError) or status == 404:
         raise ObjectMissing(f"{url} does not exist") from error
-    if isinstance(error, PermissionError) or status in (401, 403) or "Credentials" in type(error).__name__:
+    if (
+        isinstance(error, PermissionError)
+        or status in (401, 403)
+        or "Credentials" in type(error).__name__
+    ):
         kind = ObjectRefused if status == 403 and code not in BAD_KEYS else StorageError
-        raise kind(f"{url}: access refused ({code or reason(error)}). {step_after_refusal}") from error
+        raise kind(
+            f"{url}: access refused ({code or reason(error)}). {step_after_refusal}"
+        ) from error
     mine = type(error).__name__ in BAD_CONFIG
-    step = "~/.aws/config, or unset AWS_PROFILE" if mine else "the URL, AWS_DEFAULT_REGION and AWS_ENDPOINT_URL"
+    step = (
+        "~/.aws/config, or unset AWS_PROFILE"
+        if mine
+        else "the URL, AWS_DEFAULT_REGION and AWS_ENDPOINT_URL"
+    )
     raise StorageError(f"{url}: {reason(error).rstrip('.')}. Check {step}.") from error
 
 

@@ -68,7 +68,9 @@ class Batches:
         places = order[step * self.size : (step + 1) * self.size]
         chance = np.random.default_rng([self.config.seed, epoch, step])
         views = self._views(chance)
-        share = float(chance.beta(self.config.mixup, self.config.mixup)) if self.config.mixup else 1.0
+        share = (
+            float(chance.beta(self.config.mixup, self.config.mixup)) if self.config.mixup else 1.0
+        )
         mine = np.arange(rank, self.size, self.world)
         batch = self._seen(places[mine], views[mine])
         if share == 1:
@@ -84,26 +86,46 @@ class Batches:
     def _views(self, chance: np.random.Generator) -> np.ndarray:
         """float32 [B, 2, 3]: where each image's crop lies, for affine_grid."""
         config, n = self.config, self.size
-        area, ratio = chance.uniform(config.crop, 1, n), np.exp(chance.uniform(-np.log(ASPECT), np.log(ASPECT), n))
+        area, ratio = (
+            chance.uniform(config.crop, 1, n),
+            np.exp(chance.uniform(-np.log(ASPECT), np.log(ASPECT), n)),
+        )
         if config.crop == 1:
             ratio = np.ones(n)
         width, height = np.minimum(np.sqrt(area * ratio), 1), np.minimum(np.sqrt(area / ratio), 1)
-        right, down = (1 - width) * chance.uniform(-1, 1, n), (1 - height) * chance.uniform(-1, 1, n)
+        right, down = (
+            (1 - width) * chance.uniform(-1, 1, n),
+            (1 - height) * chance.uniform(-1, 1, n),
+        )
         mirror = np.where(chance.random(n) < 0.5, -1, 1) if config.flip else np.ones(n)
         zero = np.zeros(n)
-        return np.stack([np.stack([width * mirror, zero, right], 1), np.stack([zero, height, down], 1)], 1).astype(np.float32)
+        return np.stack(
+            [np.stack([width * mirror, zero, right], 1), np.stack([zero, height, down], 1)], 1
+        ).astype(np.float32)
 
     def _seen(self, places: np.ndarray, views: np.ndarray) -> Batch:
         pixels = torch.from_numpy(self.examples.pixels[places]).permute(0, 3, 1, 2).float()
         if self.config.crop < 1:
-            grid = functional.affine_grid(torch.from_numpy(views), [len(places), 3, *self.spec.shape], align_corners=False)
-            pixels = functional.grid_sample(pixels, grid, mode="bilinear", padding_mode="border", align_corners=False)
+            grid = functional.affine_grid(
+                torch.from_numpy(views), [len(places), 3, *self.spec.shape], align_corners=False
+            )
+            pixels = functional.grid_sample(
+                pixels, grid, mode="bilinear", padding_mode="border", align_corners=False
+            )
         else:  # mirrored exactly
-            pixels = torch.where(torch.from_numpy(views[:, :1, :1, None] < 0), pixels.flip(3), pixels)
-        target = functional.one_hot(torch.from_numpy(self.examples.ids[places]), self.classes).float()
-        target = target * (1 - self.config.label_smoothing) + self.config.label_smoothing / self.classes
+            pixels = torch.where(
+                torch.from_numpy(views[:, :1, :1, None] < 0), pixels.flip(3), pixels
+            )
+        target = functional.one_hot(
+            torch.from_numpy(self.examples.ids[places]), self.classes
+        ).float()
+        target = (
+            target * (1 - self.config.label_smoothing) + self.config.label_smoothing / self.classes
+        )
         if not isinstance(self.teaching, Teaching):
             asked = torch.full((len(places),), self.teaching is not None)
             return Batch(normalised(pixels, self.spec), target, torch.zeros(len(places), 0), asked)
         known = torch.from_numpy(self.teaching.rows[places] >= 0)
-        return Batch(normalised(pixels, self.spec), target, torch.from_numpy(self.teaching.of(places)), known)
+        return Batch(
+            normalised(pixels, self.spec), target, torch.from_numpy(self.teaching.of(places)), known
+        )

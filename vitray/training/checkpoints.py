@@ -44,7 +44,12 @@ def save(folder: str, name: str, tensors: dict[str, Any], numbers: dict[str, Any
     parts: list[dict[str, str]] = []
     for chunk in _cut(tensors):
         data = to_bytes({key: value.detach().cpu().contiguous() for key, value in chunk.items()})
-        parts.append({"object": f"{name}-{uuid.uuid4().hex}.safetensors", "sha256": hashlib.sha256(data).hexdigest()})
+        parts.append(
+            {
+                "object": f"{name}-{uuid.uuid4().hex}.safetensors",
+                "sha256": hashlib.sha256(data).hexdigest(),
+            }
+        )
         store_for(pointer).replace(join(absolute(folder), parts[-1]["object"]), data)
     store_for(pointer).replace(pointer, json.dumps({"parts": parts, "numbers": numbers}).encode())
     if old is not None:
@@ -62,7 +67,9 @@ def load(folder: str, name: str) -> tuple[dict[str, Any], dict[str, Any]] | None
         try:
             data = read(join(absolute(folder), part["object"]))
         except ObjectMissing as error:
-            if _pointer(folder, name) != found:  # replaced meanwhile, by a command that was taken over from
+            if (
+                _pointer(folder, name) != found
+            ):  # replaced meanwhile, by a command that was taken over from
                 return load(folder, name)
             raise _damaged(folder, name, one_line(error)) from error
         if hashlib.sha256(data).hexdigest() != part["sha256"]:
@@ -78,15 +85,26 @@ def sweep(folder: str) -> None:
         there = {info.url for info in store.find(absolute(folder))}
     except ObjectMissing:
         return
-    states = [_pointer(folder, url.rpartition("/")[2].removesuffix(".json")) for url in there if url.endswith(".json")]
-    named = {join(absolute(folder), part["object"]) for state in states if state for part in state["parts"]}
+    states = [
+        _pointer(folder, url.rpartition("/")[2].removesuffix(".json"))
+        for url in there
+        if url.endswith(".json")
+    ]
+    named = {
+        join(absolute(folder), part["object"])
+        for state in states
+        if state
+        for part in state["parts"]
+    }
     store.delete(sorted(url for url in there if url.endswith(".safetensors") and url not in named))
 
 
 def _pointer(folder: str, name: str) -> dict[str, Any] | None:
     try:
         said = json.loads(read(join(absolute(folder), f"{name}.json")))
-        parts = [{"object": str(part["object"]), "sha256": str(part["sha256"])} for part in said["parts"]]
+        parts = [
+            {"object": str(part["object"]), "sha256": str(part["sha256"])} for part in said["parts"]
+        ]
         return {"parts": parts, "numbers": dict(said["numbers"])}
     except ObjectMissing:
         return None
@@ -95,7 +113,9 @@ def _pointer(folder: str, name: str) -> dict[str, Any] | None:
 
 
 def _damaged(folder: str, name: str, why: str) -> StorageError:
-    return StorageError(f"the checkpoint {join(folder, name)} is damaged ({why}). Delete {folder} to train from the start.")
+    return StorageError(
+        f"the checkpoint {join(folder, name)} is damaged ({why}). Delete {folder} to train from the start."
+    )
 
 
 def _cut(tensors: dict[str, Any]) -> list[dict[str, Any]]:

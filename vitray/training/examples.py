@@ -33,7 +33,7 @@ from vitray.decoding.decode import decode
 from vitray.errors import JobError, StorageError, count, one_line
 from vitray.pipeline import list_source, prepared
 from vitray.schema import DecodeSpec, Encoded, PixelSpec, Shard, content_hash, short_hash
-from vitray.sources import kept_schema, list_shards, python_value, read_shard
+from vitray.sources import file_passthrough_schema, list_shards, python_value, read_shard
 from vitray.storage import absolute, is_local, join, store_for
 from vitray.training.config import TrainingConfig
 from vitray.training.labels import field_of, labels_by_key, text_of
@@ -43,7 +43,9 @@ MARGIN = 1.15  # side of what is kept for random crops, against what the model t
 CHUNK = 64  # images decoded by one call
 NO_LABEL = "no_label"
 TEXTS = ("key", "label", "reason", "message")
-ROWS = pa.schema([*((name, pa.string()) for name in TEXTS), ("held_out", pa.bool_()), ("hash", pa.binary(16))])
+ROWS = pa.schema(
+    [*((name, pa.string()) for name in TEXTS), ("held_out", pa.bool_()), ("hash", pa.binary(16))]
+)
 SAID_S = 30.0  # between two words about what takes long
 NAME_CHARS = 500  # of a class; longer ones are captions, or the bytes of an image
 TOLD = 3  # keys named in an error
@@ -73,7 +75,9 @@ class TrainingData:
     digest: str  # of keys, labels and bytes
 
 
-def gather(config: TrainingConfig, pixels: PixelSpec, taught: tuple[str, ...], folder: str) -> TrainingData:
+def gather(
+    config: TrainingConfig, pixels: PixelSpec, taught: tuple[str, ...], folder: str
+) -> TrainingData:
     """Read, split and decode the config's images into `folder`, unless they are there.
 
     pixels: the model's processor. taught: the classes of a teacher whose scores are learnt, in its order.
@@ -82,7 +86,13 @@ def gather(config: TrainingConfig, pixels: PixelSpec, taught: tuple[str, ...], f
     source = _Source(config)
     spec = DecodeSpec(pixels, tuple(source.job.formats), source.job.max_pixels, None)
     larger = replace(spec, pixels=enlarged(spec.pixels) if config.crop < 1 else spec.pixels)
-    settings = [source.identity(), repr((spec, larger)), config.validation, config.unlabelled, config.min_score]
+    settings = [
+        source.identity(),
+        repr((spec, larger)),
+        config.validation,
+        config.unlabelled,
+        config.min_score,
+    ]
     settings += [config.label_at, config.label_field, config.table_key, source.bases]
     settings += [config.format, config.image_column, config.key_column, config.image_member]
     cache = os.path.join(folder, short_hash(json.dumps(settings), 24))
@@ -96,11 +106,15 @@ def gather(config: TrainingConfig, pixels: PixelSpec, taught: tuple[str, ...], f
                     _decode_into(whole, source, (larger, spec), config.validation)
                     os.rename(whole, cache)
     except OSError as error:
-        raise StorageError(f"{cache}: {one_line(error)}. Decoded images need room there: free some, then run again.") from error
+        raise StorageError(
+            f"{cache}: {one_line(error)}. Decoded images need room there: free some, then run again."
+        ) from error
     return _open(config, cache, (larger.pixels.shape, spec.pixels.shape), taught)
 
 
-def label_rows(config: TrainingConfig, column: str) -> tuple[list[tuple[str, str | None]], pa.ChunkedArray, list[dict[str, str]]]:
+def label_rows(
+    config: TrainingConfig, column: str
+) -> tuple[list[tuple[str, str | None]], pa.ChunkedArray, list[dict[str, str]]]:
     """(key, label) of each row of the config's dataset, a vector column: what a probe learns from; and its bad images."""
     source = _Source(config)
     table = source.rows([column])
@@ -112,13 +126,19 @@ def label_rows(config: TrainingConfig, column: str) -> tuple[list[tuple[str, str
 
 
 def is_held_out(key: str, share: float) -> bool:
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") < share * 2**64
+    return (
+        int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") < share * 2**64
+    )
 
 
 def enlarged(pixels: PixelSpec) -> PixelSpec:
     """The same processor for sides MARGIN times as long."""
     size = None if pixels.size is None else tuple(ceil(MARGIN * side) for side in pixels.size)
-    crop = None if pixels.crop is None else (ceil(MARGIN * pixels.crop[0]), ceil(MARGIN * pixels.crop[1]))
+    crop = (
+        None
+        if pixels.crop is None
+        else (ceil(MARGIN * pixels.crop[0]), ceil(MARGIN * pixels.crop[1]))
+    )
     return replace(pixels, size=size, crop=crop)
 
 
@@ -134,7 +154,9 @@ def class_ids(pairs: Sequence[tuple[str, str]], classes: tuple[str, ...]) -> np.
     return np.array([places[label] for _, label in pairs], np.int64)
 
 
-def choose_classes(config: TrainingConfig, seen: set[str], taught: tuple[str, ...] = ()) -> tuple[str, ...]:
+def choose_classes(
+    config: TrainingConfig, seen: set[str], taught: tuple[str, ...] = ()
+) -> tuple[str, ...]:
     """As the config names them, as the teacher has them, or those that were seen, numbers by size. Raises JobError for one alone."""
     if odd := next((name for name in sorted(seen) if len(name) > NAME_CHARS), None):
         raise JobError(
@@ -142,7 +164,12 @@ def choose_classes(config: TrainingConfig, seen: set[str], taught: tuple[str, ..
         )
     found = tuple(config.classes) or taught
     if not found:
-        found = tuple(sorted(seen, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name)))
+        found = tuple(
+            sorted(
+                seen,
+                key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name),
+            )
+        )
     if len(seen) < 2 or len(found) < 2:
         raise JobError(
             f"the images have {len(seen)} class ({', '.join(sorted(seen)) or 'no label'}); to tell classes apart takes two. "
@@ -171,9 +198,13 @@ def require_labels(config: TrainingConfig, pairs: Sequence[tuple[str, str | None
 def require_both(config: TrainingConfig, train: np.ndarray, held_out: np.ndarray) -> None:
     """Raises JobError where the split leaves one side of these class ids without what it needs."""
     if len(set(train.tolist())) < 2:
-        raise JobError("the images that are not held out have one class only. Give more images, or a smaller `validation`.")
+        raise JobError(
+            "the images that are not held out have one class only. Give more images, or a smaller `validation`."
+        )
     if config.validation and not len(held_out):
-        raise JobError("no image fell into the held-out share. Set a larger `validation`, or 0 to train without.")
+        raise JobError(
+            "no image fell into the held-out share. Set a larger `validation`, or 0 to train without."
+        )
 
 
 class _Source:
@@ -185,7 +216,9 @@ class _Source:
         self.job = prepared(self.dataset.job if self.dataset else config.source_job())
         if self.dataset:
             require_outside(self.dataset, "`out`", absolute(config.out))
-        self.bases = [re.split(r"[*?\[{]", pattern)[0].rpartition("/")[0] for pattern in self.job.source]
+        self.bases = [
+            re.split(r"[*?\[{]", pattern)[0].rpartition("/")[0] for pattern in self.job.source
+        ]
         self.bases += self.job.source
         self.table, self.used = labels_by_key(config), dict[str, tuple[str, int]]()
         if self.dataset is None:
@@ -193,15 +226,23 @@ class _Source:
                 raise JobError(
                     f"label: {config.label_at}: loose files have no columns. Set label: folder, or give a label_table."
                 )
-            kept_schema(self.shards[0], self.job)  # says which columns there are, where the label's is not
+            file_passthrough_schema(
+                self.shards[0], self.job
+            )  # says which columns there are, where the label's is not
             return
         known = [*self.dataset.schema.names, "folder"]
         if self.table is None and config.label_at not in known:
-            raise JobError(f"{self.dataset.out} has no column `{config.label_at}`. `label` may be one of {', '.join(known)}.")
+            raise JobError(
+                f"{self.dataset.out} has no column `{config.label_at}`. `label` may be one of {', '.join(known)}."
+            )
 
     def bad(self) -> list[dict[str, str]]:
         """Images that the dataset could not decode: key, reason, message."""
-        rows = read_errors(self.dataset).select(["key", "reason", "message"]).to_pylist() if self.dataset else []
+        rows = (
+            read_errors(self.dataset).select(["key", "reason", "message"]).to_pylist()
+            if self.dataset
+            else []
+        )
         return [{**row, "key": self.short(row["key"])} for row in rows]
 
     @cached_property
@@ -214,15 +255,23 @@ class _Source:
     def identity(self) -> list[object]:
         """What changes when the images or their labels do."""
         table = short_hash(repr(sorted(self.table.items()))) if self.table is not None else None
-        return [[shard.id for shard in self.shards], self.dataset and self.dataset.fingerprint, table]
+        return [
+            [shard.id for shard in self.shards],
+            self.dataset and self.dataset.fingerprint,
+            table,
+        ]
 
     def rows(self, more: list[str]) -> pa.Table:
         """The dataset's rows that are sure enough."""
         assert self.dataset is not None
         names = ["key", "shard", "index", "content_hash", *more]
-        names += [name for name in (self.config.label_at, "score") if name in self.dataset.schema.names]
+        names += [
+            name for name in (self.config.label_at, "score") if name in self.dataset.schema.names
+        ]
         table = read(self.dataset.out, list(dict.fromkeys(names)))
-        if "score" in table.column_names and self.config.min_score:  # scores of a regression may be negative
+        if (
+            "score" in table.column_names and self.config.min_score
+        ):  # scores of a regression may be negative
             table = table.filter(pa.array(table["score"].to_numpy() >= self.config.min_score))
         return table
 
@@ -234,12 +283,23 @@ class _Source:
     def images(self) -> Iterator[tuple[str, str | None, Encoded]]:
         """Keys without the folder of the source, so that a move changes nothing; labels; images."""
         for shard, there in self._parts():
-            for item in read_shard(shard, self.job, (lambda index: True) if there is None else there.__contains__):
+            for item in read_shard(
+                shard, self.job, (lambda index: True) if there is None else there.__contains__
+            ):
                 if isinstance(item, Encoded):
-                    text = there[item.index] if there is not None else _first_kept(item)
-                    yield self.short(item.key), self.label_of(item.key, text, (shard.id, item.index)), item
+                    text = there[item.index] if there is not None else _first_passthrough(item)
+                    yield (
+                        self.short(item.key),
+                        self.label_of(item.key, text, (shard.id, item.index)),
+                        item,
+                    )
                 elif item.truncated_at is not None:
-                    log.warning("%s is cut short at byte %d: its %d images are used", shard.url, item.truncated_at, item.total)
+                    log.warning(
+                        "%s is cut short at byte %d: its %d images are used",
+                        shard.url,
+                        item.truncated_at,
+                        item.total,
+                    )
         self.tell_unused()
 
     def tell_unused(self) -> None:
@@ -255,7 +315,9 @@ class _Source:
             yield from ((shard, None) for shard in self.shards)
             return
         table, by_shard = self.rows([]), dict[str, dict[int, object]]()
-        for shard_id, index, text in zip(table["shard"].to_pylist(), table["index"].to_pylist(), self.texts(table)):
+        for shard_id, index, text in zip(
+            table["shard"].to_pylist(), table["index"].to_pylist(), self.texts(table)
+        ):
             by_shard.setdefault(shard_id, {})[index] = text
         if lost := by_shard.keys() - {shard.id for shard in self.shards}:
             rows = sum(len(by_shard[shard]) for shard in lost)
@@ -266,7 +328,11 @@ class _Source:
         yield from ((shard, by_shard.get(shard.id, {})) for shard in self.shards)
 
     def short(self, key: str) -> str:
-        return min((key[len(base) + 1 :] for base in self.bases if key.startswith(f"{base}/")), key=len, default=key)
+        return min(
+            (key[len(base) + 1 :] for base in self.bases if key.startswith(f"{base}/")),
+            key=len,
+            default=key,
+        )
 
     def label_of(self, key: str, text: object, place: tuple[str, int]) -> str | None:
         """The label as text; None where there is none. place: the image's shard and index, since keys may repeat."""
@@ -288,38 +354,71 @@ class _Source:
         if name is None:
             return None
         if self.used.setdefault(name, place) != place:
-            what = (
-                f"label_table {self.config.label_table} has one row for {name}, and several images are called so, such as {key}"
+            what = f"label_table {self.config.label_table} has one row for {name}, and several images are called so, such as {key}"
+            raise JobError(
+                f"{what}. Write their keys whole; tell images of one key apart by another key_column."
             )
-            raise JobError(f"{what}. Write their keys whole; tell images of one key apart by another key_column.")
         return self.table[name]
 
 
-def _first_kept(item: Encoded) -> object:
+def _first_passthrough(item: Encoded) -> object:
     """The label's column, which is the only one that is kept, as Python has it."""
-    return python_value(item.kept.batch.column(0)[item.kept.row]) if item.kept is not None else None
+    return (
+        python_value(item.passthrough.batch.column(0)[item.passthrough.row])
+        if item.passthrough is not None
+        else None
+    )
 
 
-def _decode_into(folder: str, source: _Source, specs: tuple[DecodeSpec, DecodeSpec], share: float) -> None:
+def _decode_into(
+    folder: str, source: _Source, specs: tuple[DecodeSpec, DecodeSpec], share: float
+) -> None:
     """train.u8 and held-out.u8, pixels one after the other; rows.parquet, with a reason where a row has no pixels there."""
     rows: list[tuple[object, ...]] = []
     workers, images, said = len(os.sched_getaffinity(0)), source.images(), time.monotonic()
     waiting: deque[tuple[int, list[tuple[str, str | None, Encoded]], Future[Any]]] = deque()
-    with ThreadPoolExecutor(workers) as pool, open(f"{folder}/train.u8", "wb") as one, open(f"{folder}/held-out.u8", "wb") as two:
+    with (
+        ThreadPoolExecutor(workers) as pool,
+        open(f"{folder}/train.u8", "wb") as one,
+        open(f"{folder}/held-out.u8", "wb") as two,
+    ):
 
         def settle() -> None:
             side, chunk, future = waiting.popleft()
             pixels, outcomes = future.result()
             (one, two)[side].write(pixels.tobytes())
             for (key, label, image), outcome in zip(chunk, outcomes):
-                rows.append((key, label, outcome.reason, outcome.message, bool(side), content_hash(image.data or b"")))
+                rows.append(
+                    (
+                        key,
+                        label,
+                        outcome.reason,
+                        outcome.message,
+                        bool(side),
+                        content_hash(image.data or b""),
+                    )
+                )
 
         while chunk := list(islice(images, CHUNK)):
-            rows += [(key, None, NO_LABEL, "skipped", False, None) for key, label, _ in chunk if label is None]
+            rows += [
+                (key, None, NO_LABEL, "skipped", False, None)
+                for key, label, _ in chunk
+                if label is None
+            ]
             for side in (0, 1):
-                part = [it for it in chunk if it[1] is not None and is_held_out(it[0], share) == bool(side)]
+                part = [
+                    it
+                    for it in chunk
+                    if it[1] is not None and is_held_out(it[0], share) == bool(side)
+                ]
                 if part:
-                    waiting.append((side, part, pool.submit(decode, [image for *_, image in part], specs[side])))
+                    waiting.append(
+                        (
+                            side,
+                            part,
+                            pool.submit(decode, [image for *_, image in part], specs[side]),
+                        )
+                    )
             while len(waiting) > 2 * workers:
                 settle()
             if time.monotonic() - said > SAID_S:
@@ -333,13 +432,22 @@ def _decode_into(folder: str, source: _Source, specs: tuple[DecodeSpec, DecodeSp
 
 
 def _open(
-    config: TrainingConfig, cache: str, shapes: tuple[tuple[int, int], tuple[int, int]], taught: tuple[str, ...]
+    config: TrainingConfig,
+    cache: str,
+    shapes: tuple[tuple[int, int], tuple[int, int]],
+    taught: tuple[str, ...],
 ) -> TrainingData:
     with open(f"{cache}/rows.parquet", "rb") as stream:
         table = read_table(stream, ROWS.names).to_pylist()
-    require_labels(config, [(row["key"], row["label"]) for row in table if row["reason"] in (None, NO_LABEL)])
+    require_labels(
+        config, [(row["key"], row["label"]) for row in table if row["reason"] in (None, NO_LABEL)]
+    )
     rows = [row for row in table if row["reason"] is None]
-    skipped = [{name: row[name] for name in ("key", "reason", "message")} for row in table if row["reason"] is not None]
+    skipped = [
+        {name: row[name] for name in ("key", "reason", "message")}
+        for row in table
+        if row["reason"] is not None
+    ]
     if not rows:
         first = "".join(f", {it['key']}: {it['reason']}" for it in skipped[:1])
         why = f"{len(skipped):,} of {len(table):,} images cannot be used{first}"
@@ -350,8 +458,16 @@ def _open(
     for side, name in enumerate(("train.u8", "held-out.u8")):
         here = [n for n, row in enumerate(rows) if row["held_out"] == bool(side)]
         shape = (len(here), *shapes[side], 3)
-        pixels = np.memmap(f"{cache}/{name}", np.uint8, "r", shape=shape) if here else np.zeros(shape, np.uint8)
-        sides.append(Examples(pixels, ids[here], [rows[n]["key"] for n in here], [rows[n]["hash"] for n in here]))
+        pixels = (
+            np.memmap(f"{cache}/{name}", np.uint8, "r", shape=shape)
+            if here
+            else np.zeros(shape, np.uint8)
+        )
+        sides.append(
+            Examples(
+                pixels, ids[here], [rows[n]["key"] for n in here], [rows[n]["hash"] for n in here]
+            )
+        )
     require_both(config, sides[0].ids, sides[1].ids)
     digest = short_hash(repr([(row["key"], row["label"], row["hash"].hex()) for row in rows]), 32)
     return TrainingData(classes, sides[0], sides[1], skipped, digest)

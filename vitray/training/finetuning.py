@@ -52,17 +52,28 @@ class Result:
     model: bool  # whether OUT is a checkpoint that `model:` takes; else a head for `head:`
 
     def __str__(self) -> str:
-        judged = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in self.figures.items())
+        judged = ", ".join(
+            f"{name.replace('_', ' ')} {value:.4g}" for name, value in self.figures.items()
+        )
         what = f"{self.train} on {self.images:,} images of {self.classes} classes in {self.seconds:.1f} s"
         lines = [f"{self.out}: {what}; {judged or 'not judged'}"]
-        lines += [f"skipped    {self.skipped:,} images, listed in {join(self.out, 'skipped.json')}"] if self.skipped else []
+        lines += (
+            [f"skipped    {self.skipped:,} images, listed in {join(self.out, 'skipped.json')}"]
+            if self.skipped
+            else []
+        )
         use = f"vitray relabel DATASET --head {self.out} --into …"
         use = f"vitray run SOURCE --model {self.out} --out …" if self.model else use
-        return "\n".join([*lines, f"use it     {use}", f"look       {join(self.out, 'report.html')}"])
+        return "\n".join(
+            [*lines, f"use it     {use}", f"look       {join(self.out, 'report.html')}"]
+        )
 
 
 def finetune(
-    config: TrainingConfig, tell: Tell = lambda record: None, address: str | None = None, allow_open: bool = False
+    config: TrainingConfig,
+    tell: Tell = lambda record: None,
+    address: str | None = None,
+    allow_open: bool = False,
 ) -> Result:
     """Train what is missing and write OUT. tell: gets a record an epoch, and one every 30 s in between (fitting.Fitting.run).
 
@@ -78,15 +89,23 @@ def finetune(
         else:
             _require_same(config, {})
             _sweep(config)
-            log.warning("%s is trained already: nothing was done, and no image was looked at", config.out)
+            log.warning(
+                "%s is trained already: nothing was done, and no image was looked at", config.out
+            )
             return Result(**{**done, "out": absolute(config.out)})
         try:
-            result = _probe(config) if config.train == "probe" else _train(config, tell, address, allow_open)
+            result = (
+                _probe(config)
+                if config.train == "probe"
+                else _train(config, tell, address, allow_open)
+            )
         except JobError:
             if not exists(_url(config, "training.json")):  # refused before anything was begun
                 examples.forget(config.out)
             raise
-        store_for(config.out).replace(_url(config, "result.json"), json.dumps({**vars(result), "out": ""}, indent=1).encode())
+        store_for(config.out).replace(
+            _url(config, "result.json"), json.dumps({**vars(result), "out": ""}, indent=1).encode()
+        )
         _sweep(config)
         return result
 
@@ -102,11 +121,21 @@ def _train(config: TrainingConfig, tell: Tell, address: str | None, allow_open: 
 
     training_run = TrainingRun.of(config)
     # of several workers' training this process makes the end alone, on what it has: a cluster's head may be without a GPU
-    device = "" if config.workers == 1 else "cpu" if config.device == "cpu" else resolve_device("auto")
+    device = (
+        "" if config.workers == 1 else "cpu" if config.device == "cpu" else resolve_device("auto")
+    )
     group = WorkerGroup(device=device, owner=uuid.uuid4().hex)
     fitting, training_data = training_run.fitting(group), training_run.training_data
-    same = {"weights": training_run.weights, "data": training_data.digest, "class_names": list(training_data.classes)}
-    same |= {"teacher_weights": checkpoint.hash_weights(training_run.online_teacher)} if training_run.online_teacher else {}
+    same = {
+        "weights": training_run.weights,
+        "data": training_data.digest,
+        "class_names": list(training_data.classes),
+    }
+    same |= (
+        {"teacher_weights": checkpoint.hash_weights(training_run.online_teacher)}
+        if training_run.online_teacher
+        else {}
+    )
     _require_same(config, {**same, "images_a_step": fitting.batches.size})
     checkpoints.take(fitting.state, group.owner)
     if config.workers > 1:
@@ -124,13 +153,27 @@ def _train(config: TrainingConfig, tell: Tell, address: str | None, allow_open: 
     held = training_data.held_out
     judged = fitting.judge(held, training_run.pixels) if len(held.ids) else None
     figures = judged.figures(held.ids) if judged is not None else {}
-    told = outputs.Told(config, training_run.found, training_data.classes, progress.records, training_data.skipped, figures)
+    told = outputs.Told(
+        config,
+        training_run.found,
+        training_data.classes,
+        progress.records,
+        training_data.skipped,
+        figures,
+    )
     seen = outputs.Seen(held.keys, held.ids, judged, held.pixels) if judged is not None else None
     checkpoints.require_own(fitting.state, group.owner)
     outputs.write(told, fitting.student.finished().cpu(), None, seen)
-    counts = len(training_data.classes), len(training_data.train.ids), len(held.ids), len(training_data.skipped)
+    counts = (
+        len(training_data.classes),
+        len(training_data.train.ids),
+        len(held.ids),
+        len(training_data.skipped),
+    )
     epochs = int(progress.records[-1]["epoch"])
-    return Result(absolute(config.out), config.train, *counts, epochs, progress.seconds, figures, True)
+    return Result(
+        absolute(config.out), config.train, *counts, epochs, progress.seconds, figures, True
+    )
 
 
 def _probe(config: TrainingConfig) -> Result:
@@ -142,7 +185,10 @@ def _probe(config: TrainingConfig) -> Result:
     dataset = require_complete(str(config.dataset))
     vector = choose_vector(dataset, config.column)
     rows, column, bad = examples.label_rows(config, vector.column)
-    found = checkpoint.locate(config.model or dataset.spec.model, config.revision if config.model else dataset.spec.revision)
+    found = checkpoint.locate(
+        config.model or dataset.spec.model,
+        config.revision if config.model else dataset.spec.revision,
+    )
     if (weights := hash_model(found)) != dataset.spec.weights_sha256:
         what = f"{found.model} is not the model of {dataset.out}: its weights are others"
         raise ModelError(f"{what}. Leave `model` out, or make a new dataset.")
@@ -150,24 +196,58 @@ def _probe(config: TrainingConfig) -> Result:
     pairs = [(key, label) for key, label in rows if label is not None]
     classes = examples.choose_classes(config, {label for _, label in pairs})
     ids = examples.class_ids(pairs, classes)
-    vectors = matrix_of(column)[[n for n, row in enumerate(rows) if row[1] is not None]].astype(np.float32)
+    vectors = matrix_of(column)[[n for n, row in enumerate(rows) if row[1] is not None]].astype(
+        np.float32
+    )
     held = np.array([examples.is_held_out(key, config.validation) for key, _ in pairs])
     examples.require_both(config, ids[~held], ids[held])
-    _require_same(config, {"weights": weights, "data": dataset.fingerprint, "class_names": list(classes), "rows": len(ids)})
+    _require_same(
+        config,
+        {
+            "weights": weights,
+            "data": dataset.fingerprint,
+            "class_names": list(classes),
+            "rows": len(ids),
+        },
+    )
     unseen = vectors[held], ids[held]
     loss_weights = class_weights(config, ids[~held], len(classes))
-    fitted = fit_probe(vectors[~held], ids[~held], unseen, loss_weights, config.label_smoothing, config.metric)
+    fitted = fit_probe(
+        vectors[~held], ids[~held], unseen, loss_weights, config.label_smoothing, config.metric
+    )
     figures = {name: value for name, value in fitted.best.items() if name.startswith("validation")}
-    head = Head(classes, fitted.weight, fitted.bias, vector.layer, vector.pool, vector.normalize, found.model, weights)
+    head = Head(
+        classes,
+        fitted.weight,
+        fitted.bias,
+        vector.layer,
+        vector.pool,
+        vector.normalize,
+        found.model,
+        weights,
+    )
     module = _with_head(config, found, head, dataset.spec.family)
-    skipped = [{"key": key, "reason": examples.NO_LABEL, "message": "skipped"} for key, label in rows if label is None]
+    skipped = [
+        {"key": key, "reason": examples.NO_LABEL, "message": "skipped"}
+        for key, label in rows
+        if label is None
+    ]
     skipped += bad
     told = outputs.Told(config, found, classes, fitted.records, skipped, figures)
     judged = judge_probe(fitted.weight, fitted.bias, *unseen) if held.any() else None
     shown = [key for (key, _), there in zip(pairs, held) if there]
-    outputs.write(told, module, head, outputs.Seen(shown, ids[held], judged, None) if judged else None)
+    outputs.write(
+        told, module, head, outputs.Seen(shown, ids[held], judged, None) if judged else None
+    )
     counts = len(classes), int((~held).sum()), int(held.sum()), len(skipped), 1
-    return Result(absolute(config.out), "probe", *counts, time.monotonic() - started, figures, module is not None)
+    return Result(
+        absolute(config.out),
+        "probe",
+        *counts,
+        time.monotonic() - started,
+        figures,
+        module is not None,
+    )
 
 
 @dataclass(frozen=True)
@@ -196,7 +276,10 @@ class TrainingRun:
         teacher = require_complete(config.teacher) if config.teacher else None
         online_teacher = _checkpoint(config.teacher_model, None) if config.teacher_model else None
         training_data = examples.gather(
-            config, pixels, _taught(config, teacher, online_teacher), examples.work_folder(config.out)
+            config,
+            pixels,
+            _taught(config, teacher, online_teacher),
+            examples.work_folder(config.out),
         )
         return cls(config, found, weights, pixels, training_data, teacher, online_teacher)
 
@@ -214,10 +297,19 @@ class TrainingRun:
             teaching = Teaching(self.config, self.teacher, train.hashes, classes)
         elif self.online_teacher is not None:
             teaching = OnlineTeacher(self.config, self.online_teacher, classes, self.pixels)
-        dimension = teaching.size if teaching is not None and self.config.distill == "embedding" else None
+        dimension = (
+            teaching.size if teaching is not None and self.config.distill == "embedding" else None
+        )
         batches = Batches(self.config, train, self.pixels, len(classes), teaching, group.world)
         student = prepare(self.config, self.found, classes, dimension)
-        return Fitting(self.config, student, batches, self.training_data.held_out, group, _url(self.config, "state"))
+        return Fitting(
+            self.config,
+            student,
+            batches,
+            self.training_data.held_out,
+            group,
+            _url(self.config, "state"),
+        )
 
 
 def _checkpoint(model: str, revision: str | None) -> checkpoint.Checkpoint:
@@ -230,7 +322,9 @@ def _checkpoint(model: str, revision: str | None) -> checkpoint.Checkpoint:
     return found
 
 
-def _taught(config: TrainingConfig, teacher: Dataset | None, online_teacher: checkpoint.Checkpoint | None) -> tuple[str, ...]:
+def _taught(
+    config: TrainingConfig, teacher: Dataset | None, online_teacher: checkpoint.Checkpoint | None
+) -> tuple[str, ...]:
     """The classes whose scores are learnt of a teacher. Raises JobError where it has none, or scores that are no distribution."""
     if config.distill == "embedding":
         return ()
@@ -242,19 +336,33 @@ def _taught(config: TrainingConfig, teacher: Dataset | None, online_teacher: che
             vision_config.multi_label,
         )
     elif teacher is not None:
-        name, labels, independent = teacher.out, teacher.spec.labels if teacher.job.labelled else (), teacher.spec.multi_label
+        name, labels, independent = (
+            teacher.out,
+            teacher.spec.labels if teacher.job.labelled else (),
+            teacher.spec.multi_label,
+        )
     else:
         return ()
     if not labels:
-        raise JobError(f"teacher {name} holds no labels. Set distill: embedding, or give one that labels.")
+        raise JobError(
+            f"teacher {name} holds no labels. Set distill: embedding, or give one that labels."
+        )
     if independent:
-        raise JobError(f"teacher {name} has scores of independent classes, which are no distribution. Set distill: embedding.")
+        raise JobError(
+            f"teacher {name} has scores of independent classes, which are no distribution. Set distill: embedding."
+        )
     return labels
 
 
-def _with_head(config: TrainingConfig, found: checkpoint.Checkpoint, head: Any, family: str) -> Any | None:
+def _with_head(
+    config: TrainingConfig, found: checkpoint.Checkpoint, head: Any, family: str
+) -> Any | None:
     """The whole module where its own head reads what the probe does, CLS after the final LayerNorm; else, and of an export, None."""
-    if family not in ("vit", "deit") or (head.layer, head.pool, head.normalize) != (None, "cls", False) or read_graph(found):
+    if (
+        family not in ("vit", "deit")
+        or (head.layer, head.pool, head.normalize) != (None, "cls", False)
+        or read_graph(found)
+    ):
         return None
     import torch
 
@@ -277,8 +385,12 @@ def _require_own(config: TrainingConfig) -> None:
     except ObjectMissing:
         return
     ours = ("_vitray/images/", f"_vitray/{SCRATCH}")
-    if not exists(_url(config, "training.json")) and (foreign := [name for name in there if not name.startswith(ours)]):
-        raise FingerprintError(f"{out} holds what no training wrote, such as {foreign[0]}. Choose an empty directory as `out`.")
+    if not exists(_url(config, "training.json")) and (
+        foreign := [name for name in there if not name.startswith(ours)]
+    ):
+        raise FingerprintError(
+            f"{out} holds what no training wrote, such as {foreign[0]}. Choose an empty directory as `out`."
+        )
 
 
 def _require_same(config: TrainingConfig, more: dict[str, object]) -> None:
@@ -301,10 +413,14 @@ def _url(config: TrainingConfig, name: str) -> str:
 @contextmanager
 def _alone(out: str) -> Iterator[None]:
     """Two trainings of this machine into one OUT would delete each other's checkpoints. Raises JobError."""
-    path = os.path.join(checkpoint.cache_directory("finetune"), f"{short_hash(absolute(out), 24)}.lock")
+    path = os.path.join(
+        checkpoint.cache_directory("finetune"), f"{short_hash(absolute(out), 24)}.lock"
+    )
     with open(path, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise JobError(f"another vitray finetune trains into {out}. Wait for it, or choose another `out`.") from None
+            raise JobError(
+                f"another vitray finetune trains into {out}. Wait for it, or choose another `out`."
+            ) from None
         yield

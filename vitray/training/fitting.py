@@ -84,17 +84,32 @@ class Judged:
     losses: np.ndarray
 
     def figures(self, truth: np.ndarray) -> dict[str, float]:
-        return {"validation_loss": float(self.losses.mean()), "validation_accuracy": float((self.ids == truth).mean())}
+        return {
+            "validation_loss": float(self.losses.mean()),
+            "validation_accuracy": float((self.ids == truth).mean()),
+        }
 
 
 class Fitting:
     """One training, on one worker of a group."""
 
     def __init__(
-        self, config: TrainingConfig, student: Student, batches: Batches, held_out: Examples, group: WorkerGroup, state: str
+        self,
+        config: TrainingConfig,
+        student: Student,
+        batches: Batches,
+        held_out: Examples,
+        group: WorkerGroup,
+        state: str,
     ) -> None:
         """state: the folder of its checkpoints."""
-        self.config, self.batches, self.held_out, self.group, self.state = config, batches, held_out, group, state
+        self.config, self.batches, self.held_out, self.group, self.state = (
+            config,
+            batches,
+            held_out,
+            group,
+            state,
+        )
         self.device = group.device or machine.resolve_device(config.device)
         self.kind = torch.device(self.device).type
         self.precision = precision_of(config, self.kind)
@@ -139,7 +154,9 @@ class Fitting:
         """One step of the optimizer; returns the learning rate and the mean loss of the step's images."""
         batch, parts = self.batches.batch(epoch, at, self.group.rank), self.config.accumulate
         # dropout, where a checkpoint has any, follows from the step, too
-        torch.manual_seed((self.config.seed * 1_000_003 + self.progress.step) * 1009 + self.group.rank)
+        torch.manual_seed(
+            (self.config.seed * 1_000_003 + self.progress.step) * 1009 + self.group.rank
+        )
         rate = rate_at(self.progress.step, self.steps, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
@@ -166,7 +183,8 @@ class Fitting:
     def _loss(self, wrapped: Any, batch: Batch, part: slice) -> Any:
         """The sum over these images."""
         pixels, target, taught, known = (
-            values[part].to(self.device) for values in (batch.pixels, batch.target, batch.taught, batch.known)
+            values[part].to(self.device)
+            for values in (batch.pixels, batch.target, batch.taught, batch.known)
         )
         with self._autocast():
             logits, own = wrapped(pixels)
@@ -175,7 +193,11 @@ class Fitting:
         hard = cost(logits, target, self.weights)
         if self.batches.teaching is None:
             return hard.sum()
-        soft = divergence(logits, taught, self.config.temperature) if own is None else distance(own, taught)
+        soft = (
+            divergence(logits, taught, self.config.temperature)
+            if own is None
+            else distance(own, taught)
+        )
         share = self.config.teacher_weight * known
         return ((1 - share) * hard + share * soft).sum()
 
@@ -189,13 +211,17 @@ class Fitting:
         record: dict[str, float] = {"epoch": epoch, "loss": loss, "step": progress.step}
         if len(self.held_out.ids):
             record |= self.judge(self.held_out, self.batches.spec).figures(self.held_out.ids)
-            if progress.best is None or merit(record, config.metric) > merit(progress.best, config.metric):
+            if progress.best is None or merit(record, config.metric) > merit(
+                progress.best, config.metric
+            ):
                 progress.best = record
                 if self.group.rank == 0:
                     checkpoints.require_own(self.state, self.group.owner)
                     checkpoints.save(self.state, "best", dict(self.learning), record)
         progress.records.append(record)
-        stale = progress.best is not None and epoch - progress.best["epoch"] >= (config.patience or config.epochs)
+        stale = progress.best is not None and epoch - progress.best["epoch"] >= (
+            config.patience or config.epochs
+        )
         progress.done = epoch == config.epochs or stale
         return record
 
@@ -208,14 +234,26 @@ class Fitting:
         plain = torch.ones(self.batches.classes, device=self.device)
         for start in range(0, len(mine), JUDGED_AT_ONCE):
             places = mine[start : start + JUDGED_AT_ONCE]
-            pixels = normalised(torch.from_numpy(examples.pixels[places]).permute(0, 3, 1, 2).float(), spec)
+            pixels = normalised(
+                torch.from_numpy(examples.pixels[places]).permute(0, 3, 1, 2).float(), spec
+            )
             with torch.no_grad(), self._autocast():
                 logits, _ = self.student(pixels.to(self.device))
-            truth = torch.nn.functional.one_hot(torch.from_numpy(examples.ids[places]), self.batches.classes).to(self.device)
+            truth = torch.nn.functional.one_hot(
+                torch.from_numpy(examples.ids[places]), self.batches.classes
+            ).to(self.device)
             scores, ids = logits.float().softmax(-1).max(-1)
-            found[places] = torch.stack([ids.double(), scores.double(), cost(logits, truth, plain).double()], 1).cpu()
-        found = self.group.total(found.to(self.device) if self.group.world > 1 else found).cpu().numpy()
-        return Judged(found[:, 0].astype(np.int64), found[:, 1].astype(np.float32), found[:, 2].astype(np.float32))
+            found[places] = torch.stack(
+                [ids.double(), scores.double(), cost(logits, truth, plain).double()], 1
+            ).cpu()
+        found = (
+            self.group.total(found.to(self.device) if self.group.world > 1 else found).cpu().numpy()
+        )
+        return Judged(
+            found[:, 0].astype(np.int64),
+            found[:, 1].astype(np.float32),
+            found[:, 2].astype(np.float32),
+        )
 
     def _save(self) -> None:
         if self.group.rank:
@@ -225,13 +263,20 @@ class Fitting:
             f"{kind}.{name}": self.optimizer.state[p][kind]
             for kind in ("exp_avg", "exp_avg_sq")
             for name, p in self.learning.items()
-            if self.optimizer.state[p]  # none before the first update: fp16 skips those that overflow
+            if self.optimizer.state[
+                p
+            ]  # none before the first update: fp16 skips those that overflow
         }
         numbers = {name: getattr(self.progress, name) for name in Progress.__dataclass_fields__}
         # fewer than steps where fp16 overflowed
         counts = [int(self.optimizer.state[p].get("step", 0)) for p in self.learning.values()]
         numbers |= {"scaler": self.scaler.state_dict(), "updates": counts[0]}
-        checkpoints.save(self.state, "last", {f"weight.{name}": p for name, p in self.learning.items()} | moments, numbers)
+        checkpoints.save(
+            self.state,
+            "last",
+            {f"weight.{name}": p for name, p in self.learning.items()} | moments,
+            numbers,
+        )
         crash_point("train-saved", str(self.progress.step))
 
     def _restore(self) -> None:
@@ -239,7 +284,11 @@ class Fitting:
         if found is None:
             return
         tensors, numbers = found
-        put(self.learning, {name: tensors.get(f"weight.{name}") for name in self.learning}, self.state)
+        put(
+            self.learning,
+            {name: tensors.get(f"weight.{name}") for name in self.learning},
+            self.state,
+        )
         if scaler := numbers.pop("scaler"):  # empty where it was begun in another precision
             self.scaler.load_state_dict(scaler)
         updates = torch.tensor(float(numbers.pop("updates")))
@@ -247,15 +296,24 @@ class Fitting:
         if not self.progress.done and self.group.rank == 0:
             log.warning("going on from step %d of %d", self.progress.step, self.steps)
         for name, parameter in self.learning.items() if int(updates) else ():
-            moments = {kind: tensors[f"{kind}.{name}"].to(self.device) for kind in ("exp_avg", "exp_avg_sq")}
+            moments = {
+                kind: tensors[f"{kind}.{name}"].to(self.device)
+                for kind in ("exp_avg", "exp_avg_sq")
+            }
             self.optimizer.state[parameter] = {"step": updates.clone(), **moments}
 
 
 def put(learning: dict[str, Any], tensors: dict[str, Any], state: str) -> None:
     """Saved values into the parameters of those names. Raises StorageError where they are of another network."""
-    odd = [name for name, p in learning.items() if tensors.get(name) is None or tensors[name].shape != p.shape]
+    odd = [
+        name
+        for name, p in learning.items()
+        if tensors.get(name) is None or tensors[name].shape != p.shape
+    ]
     if odd:
-        raise StorageError(f"{state} is of another training: {odd[0]} does not fit. Delete it to train from the start.")
+        raise StorageError(
+            f"{state} is of another training: {odd[0]} does not fit. Delete it to train from the start."
+        )
     with torch.no_grad():
         for name, parameter in learning.items():
             parameter.copy_(tensors[name])
@@ -279,4 +337,6 @@ def class_weights(config: TrainingConfig, ids: np.ndarray, classes: int) -> Any:
     if config.class_weights == "none":
         return torch.ones(classes)
     counts = np.bincount(ids, minlength=classes)
-    return torch.tensor(len(ids) / (np.count_nonzero(counts) * np.maximum(counts, 1)), dtype=torch.float32)
+    return torch.tensor(
+        len(ids) / (np.count_nonzero(counts) * np.maximum(counts, 1)), dtype=torch.float32
+    )

@@ -69,7 +69,11 @@ def labels_by_key(config: TrainingConfig) -> dict[str, str] | None:
                 )
         return labels
     except ObjectMissing as error:
-        raise JobError(f"label_table {config.label_table} is not there. Correct `label_table`.") from error
+        raise JobError(
+            f"label_table {config.label_table} is not there. Correct `label_table`."
+        ) from error
     except (ValueError, pa.ArrowException, csv.Error) as error:
         what = f"label_table {config.label_table} cannot be read as CSV or Parquet with the columns {' and '.join(names)}"
-        raise JobError(f"{what} ({one_line(error)}). Correct `label_table`, `table_key` or `label`.") from error
+        raise JobError(
+            f"{what} ({one_line(error)}). Correct `label_table`, `table_key` or `label`."
+        ) from error

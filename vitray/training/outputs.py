@@ -65,14 +65,26 @@ def write(told: Told, module: Any | None, head: Head | None, seen: Seen | None) 
             if head is not None:
                 write_head(folder, head)
             _text(folder, "README.md", _card(told, module is not None))
-            _text(folder, "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in told.records))
+            _text(
+                folder,
+                "metrics.jsonl",
+                "".join(json.dumps(record) + "\n" for record in told.records),
+            )
             _text(folder, "skipped.json", json.dumps(told.skipped, indent=1))
-            _text(folder, "report.html", page_of(told.config, told.classes, told.records, told.skipped, seen))
+            _text(
+                folder,
+                "report.html",
+                page_of(told.config, told.classes, told.records, told.skipped, seen),
+            )
             _events(folder, told.records)
-            store_for(told.config.out).delete_tree(join(absolute(told.config.out), "tensorboard"))  # of a call that died here
+            store_for(told.config.out).delete_tree(
+                join(absolute(told.config.out), "tensorboard")
+            )  # of a call that died here
             _send(folder, absolute(told.config.out))
     except (OSError, SafetensorError) as error:
-        raise StorageError(f"{tempfile.gettempdir()}: {one_line(error)}. Free some space there, then run again.") from error
+        raise StorageError(
+            f"{tempfile.gettempdir()}: {one_line(error)}. Free some space there, then run again."
+        ) from error
 
 
 def _checkpoint(folder: str, module: Any, found: Checkpoint) -> None:
@@ -114,7 +126,12 @@ def _card(told: Told, is_model: bool) -> str:
     """README.md of the model. Neither source nor a local path is in it: cards are for others."""
     config, base = told.config, told.found.model if told.found.revision else None
     versions = package_versions()
-    head = ["---", "library_name: transformers", "pipeline_tag: image-classification", "tags: [vitray]"]
+    head = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: image-classification",
+        "tags: [vitray]",
+    ]
     head += [f"base_model: {json.dumps(base)}"] if base else []
     lines = [*head, "---", "", f"# An image classifier of {len(told.classes)} classes", ""]
     what = {"probe": "a linear probe of stored embeddings", "head": "its head", "full": "all of it"}
@@ -125,24 +142,59 @@ def _card(told: Told, is_model: bool) -> str:
     is_taught = bool(config.teacher or config.teacher_model)
     if is_taught:
         learnt = "scores" if config.distill == "labels" else "embeddings"
-        lines += [f"It learnt the {learnt} of a teacher, with a weight of {config.teacher_weight:g} beside the labels."]
+        lines += [
+            f"It learnt the {learnt} of a teacher, with a weight of {config.teacher_weight:g} beside the labels."
+        ]
     if config.from_dataset and config.label_at == "label" and not config.label_table:
-        lines += ["Its labels are what another model said: the figures tell how well it agrees with that one."]
-    lines += [] if is_model else ["", "This is a head alone, for vitray's `head:`. It reads an embedding of its backbone."]
+        lines += [
+            "Its labels are what another model said: the figures tell how well it agrees with that one."
+        ]
+    lines += (
+        []
+        if is_model
+        else [
+            "",
+            "This is a head alone, for vitray's `head:`. It reads an embedding of its backbone.",
+        ]
+    )
     if told.figures:
         lines += ["", "| held-out images | |", "| --- | --- |"]
-        lines += [f"| {name.removeprefix('validation_')} | {value:.4f} |" for name, value in told.figures.items()]
+        lines += [
+            f"| {name.removeprefix('validation_')} | {value:.4f} |"
+            for name, value in told.figures.items()
+        ]
     lines += ["", "## Classes", "", ", ".join(map(_plain, told.classes[:1000])), "", "## How", ""]
-    private = {"source", "dataset", "teacher", "teacher_model", "model", "out", "label_table", "allow", "classes"}
+    private = {
+        "source",
+        "dataset",
+        "teacher",
+        "teacher_model",
+        "model",
+        "out",
+        "label_table",
+        "allow",
+        "classes",
+    }
     private |= set() if is_taught else TAUGHT
-    lines += [f"- {name}: {json.dumps(value)}" for name, value in config.deciding().items() if name not in private]
+    lines += [
+        f"- {name}: {json.dumps(value)}"
+        for name, value in config.deciding().items()
+        if name not in private
+    ]
     lines += [f"- base: {told.found.model} at {told.found.revision}"] if base else []
-    return "\n".join([*lines, f"- versions: {', '.join(f'{name} {versions[name]}' for name in PACKAGES)}", ""])
+    return "\n".join(
+        [*lines, f"- versions: {', '.join(f'{name} {versions[name]}' for name in PACKAGES)}", ""]
+    )
 
 
 def _plain(name: str) -> str:
     """A class's name, so that neither Markdown nor HTML obeys it, and without control characters."""
     said = (c if c.isprintable() else "?" for c in name[:100])
     return "".join(
-        html.escape(c) if c in "<>&" else f"\\{c}" if c in string.punctuation and c not in "_.,-'" else c for c in said
+        html.escape(c)
+        if c in "<>&"
+        else f"\\{c}"
+        if c in string.punctuation and c not in "_.,-'"
+        else c
+        for c in said
     )

@@ -53,7 +53,11 @@ def curves(records: list[dict[str, float]]) -> list[dict[str, Any]]:
     """A drawing for each figure: its name, last value, range, axis, and an SVG path in the frame of macros.html."""
     drawn = []
     for name in ("loss", "validation_loss", "validation_accuracy", "lr"):
-        told = [(n, it) for n, it in enumerate(records) if name in it and ("epoch" not in it or name != "loss")]
+        told = [
+            (n, it)
+            for n, it in enumerate(records)
+            if name in it and ("epoch" not in it or name != "loss")
+        ]
         points = [(it.get("step", n), it[name]) for n, it in told]
         if len(points) < 2:
             continue
@@ -81,7 +85,11 @@ def _pairs(classes: tuple[str, ...], seen: Seen) -> list[tuple[str, str, int]]:
 
 def _worst(classes: tuple[str, ...], seen: Seen) -> list[dict[str, Any]]:
     """The wrong images of the largest loss."""
-    order = [n for n in np.argsort(-seen.judged.losses, kind="stable") if seen.judged.ids[n] != seen.truth[n]][:WORST]
+    order = [
+        n
+        for n in np.argsort(-seen.judged.losses, kind="stable")
+        if seen.judged.ids[n] != seen.truth[n]
+    ][:WORST]
     return [
         {
             "key": seen.keys[n],
@@ -98,4 +106,7 @@ def _picture(pixels: np.ndarray) -> str:
     """What the model saw, as a JPEG of ours: not a byte of the input reaches the page."""
     import simplejpeg
 
-    return "data:image/jpeg;base64," + b64encode(simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), 90, "RGB", "444")).decode()
+    return (
+        "data:image/jpeg;base64,"
+        + b64encode(simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), 90, "RGB", "444")).decode()
+    )

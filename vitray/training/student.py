@@ -24,9 +24,15 @@ class Student(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
     What learns has requires_grad; `depth` of a parameter is 0 in the embeddings, 1..L in the blocks, L + 1 behind them.
     """
 
-    def __init__(self, network: Network, vision_config: VisionConfig, dimension: int | None) -> None:
+    def __init__(
+        self, network: Network, vision_config: VisionConfig, dimension: int | None
+    ) -> None:
         super().__init__()
-        self.module, self.has_cls, self.final_norm = network.module, vision_config.prefix_tokens > 0, network.final_norm
+        self.module, self.has_cls, self.final_norm = (
+            network.module,
+            vision_config.prefix_tokens > 0,
+            network.final_norm,
+        )
         self.adapters: Any = None
         self.depth = _depths(network)
         self.layers = len(network.blocks)
@@ -55,7 +61,9 @@ class Student(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
         return self.module if self.adapters is None else self.adapters.merge_and_unload()
 
 
-def prepare(config: TrainingConfig, found: Checkpoint, classes: tuple[str, ...], dimension: int | None) -> Student:
+def prepare(
+    config: TrainingConfig, found: Checkpoint, classes: tuple[str, ...], dimension: int | None
+) -> Student:
     """The checkpoint as the config trains it. dimension: of a teacher's vectors, which it learns. Random weights follow from the seed."""
     network = load_trainable(found, classes, config.seed, config.init == "scratch")
     vision_config = read_config(found)
@@ -80,7 +88,11 @@ def _freeze(student: Student, network: Network, config: TrainingConfig) -> None:
             raise JobError(
                 f"last: {config.last}, and the model has {len(network.blocks)} blocks. Set a smaller one, or train: full."
             )
-        norms = [part for name, part in network.tower.named_children() if "norm" in name or name == "pooler"]
+        norms = [
+            part
+            for name, part in network.tower.named_children()
+            if "norm" in name or name == "pooler"
+        ]
         awake += [*network.blocks[-config.last :], *norms]
     kept = {id(p) for part in awake for p in part.parameters()} | {
         id(p) for p in (student.projector or torch.nn.Identity()).parameters()
@@ -104,15 +116,21 @@ def _adapters(network: Network, config: TrainingConfig) -> Any:
 
     inside = {id(layer) for layer in network.blocks.modules() if isinstance(layer, torch.nn.Linear)}
     names = [name for name, layer in network.module.named_modules() if id(layer) in inside]
-    vision_config = LoraConfig(r=config.rank, lora_alpha=LORA_SCALE * config.rank, target_modules=names)
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # peft calls what transformers renames
+    vision_config = LoraConfig(
+        r=config.rank, lora_alpha=LORA_SCALE * config.rank, target_modules=names
+    )
+    with warnings.catch_warnings(
+        action="ignore", category=FutureWarning
+    ):  # peft calls what transformers renames
         return get_peft_model(network.module, vision_config)
 
 
 def _depths(network: Network) -> dict[int, int]:
     """By id of a parameter; what has none is behind the blocks."""
     depths = {id(p): 0 for name, p in network.tower.named_parameters() if "embeddings" in name}
-    return depths | {id(p): n + 1 for n, block in enumerate(network.blocks) for p in block.parameters()}
+    return depths | {
+        id(p): n + 1 for n, block in enumerate(network.blocks) for p in block.parameters()
+    }
 
 
 def groups(student: Student, config: TrainingConfig) -> list[dict[str, Any]]:
@@ -121,8 +139,13 @@ def groups(student: Student, config: TrainingConfig) -> list[dict[str, Any]]:
     for parameter in student.learning().values():
         depth = student.depth.get(id(parameter), student.layers + 1)
         scale = config.layer_decay ** (student.layers + 1 - depth)
-        found.setdefault((scale, config.weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
-    return [{"params": ps, "scale": scale, "weight_decay": decay} for (scale, decay), ps in found.items()]
+        found.setdefault((scale, config.weight_decay if parameter.ndim > 1 else 0.0), []).append(
+            parameter
+        )
+    return [
+        {"params": ps, "scale": scale, "weight_decay": decay}
+        for (scale, decay), ps in found.items()
+    ]
 
 
 def rate_at(step: int, steps: int, config: TrainingConfig) -> float:

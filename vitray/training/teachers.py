@@ -24,18 +24,33 @@ log = logging.getLogger(__name__)
 class Teaching:
     """What a teacher's dataset says of each training image, found by the hash of its bytes."""
 
-    def __init__(self, config: TrainingConfig, dataset: Dataset, hashes: list[bytes], classes: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        config: TrainingConfig,
+        dataset: Dataset,
+        hashes: list[bytes],
+        classes: tuple[str, ...],
+    ) -> None:
         """Raises JobError when it has none of the images, or not the classes."""
         self.size, self.ids = len(classes), None
-        names = ["top_ids", "top_scores"] if config.distill == "labels" else [choose_vector(dataset, config.column).column]
+        names = (
+            ["top_ids", "top_scores"]
+            if config.distill == "labels"
+            else [choose_vector(dataset, config.column).column]
+        )
         table = read(dataset.out, ["content_hash", *names])
         at = {value: n for n, value in enumerate(table["content_hash"].to_pylist())}
         self.rows = np.array([at.get(value, -1) for value in hashes], np.int64)
         if (self.rows < 0).all():
-            raise JobError(f"teacher {dataset.out} has seen none of these images (by their bytes). Run its job on them first.")
+            raise JobError(
+                f"teacher {dataset.out} has seen none of these images (by their bytes). Run its job on them first."
+            )
         if unknown := int((self.rows < 0).sum()):
             log.warning(
-                "teacher %s has not seen %d of %d images: their labels alone teach them", dataset.out, unknown, len(hashes)
+                "teacher %s has not seen %d of %d images: their labels alone teach them",
+                dataset.out,
+                unknown,
+                len(hashes),
             )
         if config.distill == "embedding":
             self.values = matrix_of(table[names[0]])
@@ -61,7 +76,9 @@ class Teaching:
 class OnlineTeacher:
     """The teacher itself, asked about each crop and mixture: the student learns its function. Source: Beyer et al. 2022."""
 
-    def __init__(self, config: TrainingConfig, found: Checkpoint, classes: tuple[str, ...], given: PixelSpec) -> None:
+    def __init__(
+        self, config: TrainingConfig, found: Checkpoint, classes: tuple[str, ...], given: PixelSpec
+    ) -> None:
         """given: how the student's pixels are normalised. Raises JobError when it has other classes."""
         vision_config, scores = read_config(found), config.distill == "labels"
         self.given, self.own = given, read_pixels(found, vision_config)
@@ -108,4 +125,6 @@ def normalised(pixels: Any, spec: PixelSpec) -> Any:
 
 
 def _channels(pixels: Any, spec: PixelSpec) -> tuple[Any, Any]:
-    return pixels.new_tensor(spec.mean).view(1, 3, 1, 1), pixels.new_tensor(spec.std).view(1, 3, 1, 1)
+    return pixels.new_tensor(spec.mean).view(1, 3, 1, 1), pixels.new_tensor(spec.std).view(
+        1, 3, 1, 1
+    )

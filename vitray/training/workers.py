@@ -33,7 +33,9 @@ def fit_with_ray(config: TrainingConfig, owner: str, address: str | None, allow_
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
-        has_gpus = any(node["Resources"].get("GPU", 0) for node in alive_nodes())  # where this command runs there may be none
+        has_gpus = any(
+            node["Resources"].get("GPU", 0) for node in alive_nodes()
+        )  # where this command runs there may be none
         on_gpu = config.device == "cuda" or (config.device == "auto" and has_gpus)
         _require_room(config.workers, "GPU" if on_gpu else "CPU")
         limits = FailureConfig(max_failures=RETRIES, controller_failure_limit=RETRIES)
@@ -60,11 +62,15 @@ def work(told: dict[str, Any]) -> None:
     from ray.train import get_context, report
     from ray.train.torch import get_device
 
-    with contextlib.suppress(OSError):  # Ray has put it into a folder of its own, where relative paths name nothing
+    with contextlib.suppress(
+        OSError
+    ):  # Ray has put it into a folder of its own, where relative paths name nothing
         os.chdir(told["home"])
     store_for(told["began"]).create(told["began"], b"")
     context = get_context()
-    group = WorkerGroup(context.get_world_rank(), context.get_world_size(), str(get_device()), told["owner"])
+    group = WorkerGroup(
+        context.get_world_rank(), context.get_world_size(), str(get_device()), told["owner"]
+    )
     with contextlib.suppress(TakenOver):  # Ray would begin again; the command itself says it
         TrainingRun.of(TrainingConfig(**told["config"])).fitting(group).run(report)
 
@@ -91,7 +97,11 @@ def _watched(fit: Callable[[], object], began: str) -> None:
         except Exception as error:
             failed.append(error)
 
-    thread, started, is_begun = threading.Thread(target=run, name="vitray-training", daemon=True), time.monotonic(), False
+    thread, started, is_begun = (
+        threading.Thread(target=run, name="vitray-training", daemon=True),
+        time.monotonic(),
+        False,
+    )
     thread.start()
     while thread.is_alive():
         thread.join(LOOK_S)

@@ -34,11 +34,13 @@ class Report:
         return "\n".join([f"{self.page}: {what}", *(f"note       {note}" for note in self.notes)])
 
 
-def report(out: str, to: str | None = None, truth: str | None = None, pictures: bool = True) -> Report:
+def report(
+    out: str, to: str | None = None, truth: str | None = None, pictures: bool = True
+) -> Report:
     """Write the page of a dataset, also of one that is not complete or whose source is gone.
 
     to: where; by default <name of out>-report.html in the current directory. A file there that is no report is not overwritten.
-    truth: a kept column that holds the true label, for accuracy and calibration. pictures: read images of the source again.
+    truth: a passthrough column that holds the true label, for accuracy and calibration. pictures: read images of the source again.
     Raises JobError for what is no dataset, CommitError for a data file that cannot be read.
     """
     dataset = require_dataset(out)
@@ -67,9 +69,11 @@ def _written(page: Page, target: str, command: str) -> Report:
 
 
 def _require_truth(dataset: Dataset, truth: str | None) -> None:
-    if truth is not None and (truth not in dataset.kept.names or not dataset.job.labelled):
-        has = ", ".join(dataset.kept.names) or "none: set `keep` in a job with another `out`"
-        raise JobError(f"--truth {truth}: no kept column of a dataset with labels is called so. Kept columns: {has}.")
+    if truth is not None and (truth not in dataset.passthrough.names or not dataset.job.labelled):
+        has = ", ".join(dataset.passthrough.names) or "none: set `keep` in a job with another `out`"
+        raise JobError(
+            f"--truth {truth}: no passthrough column of a dataset with labels is called so. Passthrough columns: {has}."
+        )
 
 
 def _require_ours(target: str, command: str) -> None:
@@ -79,4 +83,6 @@ def _require_ours(target: str, command: str) -> None:
     except ObjectMissing:
         return
     if f'<meta name="generator" content="vitray {command} '.encode() not in head:
-        raise JobError(f"{target} exists and was not made by vitray {command}. Choose another file, or move it away.")
+        raise JobError(
+            f"{target} exists and was not made by vitray {command}. Choose another file, or move it away."
+        )

@@ -14,7 +14,9 @@ from vitray.errors import JobError, ObjectMissing
 from vitray.schema import ModelSpec
 from vitray.storage import join, read, store_for
 
-EDGES = [f"{10**zeros}{unit}" for unit in "KMBT" for zeros in range(3)][:10]  # 1K to 1T, as the Hub writes them
+EDGES = [f"{10**zeros}{unit}" for unit in "KMBT" for zeros in range(3)][
+    :10
+]  # 1K to 1T, as the Hub writes them
 SIZES = ["n<1K", *(f"{low}<n<{high}" for low, high in pairwise(EDGES)), "n>1T"]
 SEAL = re.compile(rb"(.*\n)<!-- vitray report --card ([0-9a-f]{64}) -->\n", re.DOTALL)
 
@@ -27,11 +29,15 @@ def write_card(out: str, license: str = "unknown") -> str:
     dataset = require_dataset(out)
     url, store = join(dataset.out, "README.md"), store_for(dataset.out)
     footers = [read_footer(file) for file in data_files(dataset.out)]
-    text = card_of(dataset, sum(f.rows for f in footers), sum(f.errors for f in footers), license).encode()
+    text = card_of(
+        dataset, sum(f.rows for f in footers), sum(f.errors for f in footers), license
+    ).encode()
     body = text + f"<!-- vitray report --card {hashlib.sha256(text).hexdigest()} -->\n".encode()
     if not store.create(url, body):
         if not _is_ours(url):
-            raise JobError(f"{url} was not made by vitray, or was edited since. Move it away to have another one written.")
+            raise JobError(
+                f"{url} was not made by vitray, or was edited since. Move it away to have another one written."
+            )
         store.replace(url, body)
     return url
 
@@ -39,12 +45,19 @@ def write_card(out: str, license: str = "unknown") -> str:
 def card_of(dataset: Dataset, rows: int, errors: int, license: str) -> str:
     """Front matter and text. https://huggingface.co/docs/hub/datasets-cards names the fields."""
     spec, name = dataset.spec, dataset.out.rpartition("/")[2]
-    configs = [{"config_name": "default", "data_files": [{"split": "train", "path": "data/*.parquet"}]}]
+    configs = [
+        {"config_name": "default", "data_files": [{"split": "train", "path": "data/*.parquet"}]}
+    ]
     if errors:
         configs.append(
-            {"config_name": "errors", "data_files": [{"split": "train", "path": f"{dataset.errors_folder}/*.parquet"}]}
+            {
+                "config_name": "errors",
+                "data_files": [{"split": "train", "path": f"{dataset.errors_folder}/*.parquet"}],
+            }
         )
-    tasks = ["image-classification"] * dataset.job.labelled + ["image-feature-extraction"] * bool(dataset.vectors)
+    tasks = ["image-classification"] * dataset.job.labelled + ["image-feature-extraction"] * bool(
+        dataset.vectors
+    )
     front = {
         "pretty_name": name,
         "license": license,
@@ -53,9 +66,14 @@ def card_of(dataset: Dataset, rows: int, errors: int, license: str) -> str:
         "size_categories": [SIZES[min(max(0, len(str(rows)) - 3), len(SIZES) - 1)]],
         "configs": configs,
     }
-    types = {f.name: f.type.value_type if pa.types.is_dictionary(f.type) else f.type for f in dataset.schema}
+    types = {
+        f.name: f.type.value_type if pa.types.is_dictionary(f.type) else f.type
+        for f in dataset.schema
+    }
     columns = [f"| `{_plain(name)}` | `{_plain(str(kind))}` |" for name, kind in types.items()]
-    model = spec.model.rpartition("/")[2] if spec.model.startswith("/") else spec.model  # a card is for others to read
+    model = (
+        spec.model.rpartition("/")[2] if spec.model.startswith("/") else spec.model
+    )  # a card is for others to read
     return "\n".join(
         [
             f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n",
@@ -79,7 +97,11 @@ def _labelled_by(spec: ModelSpec) -> list[str]:
     if spec.head:
         over = f", over the stored `{spec.head_column}`" if spec.head_column else ""
         return [f"| labelled by a linear head, SHA-256 | `{spec.head_sha256}`{over} |"]
-    return [f"| labels read as | {', '.join(f'`{_plain(prompt)}`' for prompt in spec.prompts)} |"] if spec.prompts else []
+    return (
+        [f"| labels read as | {', '.join(f'`{_plain(prompt)}`' for prompt in spec.prompts)} |"]
+        if spec.prompts
+        else []
+    )
 
 
 def _is_ours(url: str) -> bool:

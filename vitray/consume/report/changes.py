@@ -59,12 +59,20 @@ def changes_page(found: Changes) -> Page:
     """Equal shard ids are the same images, so that the source of the new dataset is that of both."""
     old, new = require_dataset(found.old), require_dataset(found.new)
     refs = [ref for move in found.moves for ref in move.refs]
-    before, after = rows_of(old, refs, ["label", "score"]), rows_of(new, refs, ["key", "content_hash", "label", "score"])
+    before, after = (
+        rows_of(old, refs, ["label", "score"]),
+        rows_of(new, refs, ["key", "content_hash", "label", "score"]),
+    )
     shards, notes = listed(new) if refs else ({}, [])
     images, why = pictures_of(new, shards, after) if shards else ({}, [])
 
     def shown(ref: tuple[str, int]) -> dict[str, object]:
-        return {"key": after[ref]["key"], "old": before[ref], "new": after[ref], "picture": images.get(ref)}
+        return {
+            "key": after[ref]["key"],
+            "old": before[ref],
+            "new": after[ref],
+            "picture": images.get(ref),
+        }
 
     html = rendered(
         "consume/report",

@@ -40,7 +40,9 @@ class SameBytes:
 
     def add(self, number: int, hashes: pa.ChunkedArray, indexes: np.ndarray) -> None:
         first = np.frombuffer(b"".join(hashes.to_pylist()), np.uint64)[::2]
-        rows = np.stack([first, np.full(len(first), number, np.uint64), indexes.astype(np.uint64)], axis=1)
+        rows = np.stack(
+            [first, np.full(len(first), number, np.uint64), indexes.astype(np.uint64)], axis=1
+        )
         self._held.append(self._share(rows))
         while sum(map(len, self._held)) > self.limit:
             self.halvings += 1
@@ -52,8 +54,13 @@ class SameBytes:
         rows = rows[np.lexsort((rows[:, 2], rows[:, 1], rows[:, 0]))]
         _, starts, sizes = np.unique(rows[:, 0], return_index=True, return_counts=True)
         largest = [n for n in np.argsort(-sizes, kind="stable")[:most] if sizes[n] > 1]
-        groups = [(int(sizes[n]), rows[starts[n] : starts[n] + min(sizes[n], MEMBERS), 1:].tolist()) for n in largest]
-        return int(sizes[sizes > 1].sum()), [(size, [(int(s), int(i)) for s, i in first]) for size, first in groups]
+        groups = [
+            (int(sizes[n]), rows[starts[n] : starts[n] + min(sizes[n], MEMBERS), 1:].tolist())
+            for n in largest
+        ]
+        return int(sizes[sizes > 1].sum()), [
+            (size, [(int(s), int(i)) for s, i in first]) for size, first in groups
+        ]
 
     def _share(self, rows: np.ndarray) -> np.ndarray:
         return np.compress(rows[:, 0] % np.uint64(1 << self.halvings) == 0, rows, axis=0)
@@ -90,15 +97,19 @@ class Counts:
 def count(dataset: Dataset, urls: Sequence[str], truth: str | None) -> Counts:
     """Everything that the page says of the data files. Raises CommitError for a file that cannot be read.
 
-    truth: a kept column with the true label, by name or by id.
+    truth: a passthrough column with the true label, by name or by id.
     """
     counts = Counts()
-    some = {urls[n] for n in np.linspace(0, len(urls) - 1, min(SAMPLE_SHARDS, len(urls))).astype(int)}
+    some = {
+        urls[n] for n in np.linspace(0, len(urls) - 1, min(SAMPLE_SHARDS, len(urls))).astype(int)
+    }
     for url in urls:
         try:
             _add(counts, dataset, url, truth, -(-SAMPLE_ROWS // len(some)) if url in some else 0)
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise CommitError(f"{url} cannot be read ({error}). `vitray validate {dataset.out}` looks at every file.") from error
+            raise CommitError(
+                f"{url} cannot be read ({error}). `vitray validate {dataset.out}` looks at every file."
+            ) from error
     return counts
 
 
@@ -107,9 +118,19 @@ def _add(counts: Counts, dataset: Dataset, url: str, truth: str | None, sample: 
     _add_errors(counts, footer.error_rows)
     counts.truncated |= {} if footer.truncated_at is None else {footer.shard: footer.truncated_at}
     vector = next((v.column for v in dataset.vectors), None) if sample else None
-    names = ["index", "format", "content_hash", *(["label", "label_id", "score"] if labelled else [])]
+    names = [
+        "index",
+        "format",
+        "content_hash",
+        *(["label", "label_id", "score"] if labelled else []),
+    ]
     with store_for(url).open(url) as stream:
-        table = read_table(stream, list(dict.fromkeys([*names, *([truth] if truth else []), *([vector] if vector else [])])))
+        table = read_table(
+            stream,
+            list(
+                dict.fromkeys([*names, *([truth] if truth else []), *([vector] if vector else [])])
+            ),
+        )
     indexes = table["index"].to_numpy()
     counts.rows += len(table)
     counts.formats.update(_values(table["format"].cast(pa.string())))
@@ -136,7 +157,9 @@ def _add_errors(counts: Counts, rows: pa.Table) -> None:
         told += few.select(["key", "uri", "message"]).to_pylist()
 
 
-def _add_labels(counts: Counts, shard: str, table: pa.Table, indexes: np.ndarray, is_sampled: bool) -> None:
+def _add_labels(
+    counts: Counts, shard: str, table: pa.Table, indexes: np.ndarray, is_sampled: bool
+) -> None:
     scores = table["score"].to_numpy()
     counts.labels.update(_values(table["label"]))
     counts.scores += np.histogram(scores, SCORE_BINS, (0, 1))[0]
@@ -148,7 +171,9 @@ def _add_labels(counts: Counts, shard: str, table: pa.Table, indexes: np.ndarray
         if len(refs := here.setdefault(label, [])) < EACH_LABEL:
             refs.append((shard, int(index)))
     for label, refs in here.items():  # low indexes: the least of a tar has to be read to show them
-        counts.by_label[label] = sorted([*counts.by_label.get(label, []), *refs], key=lambda ref: ref[1])[:EACH_LABEL]
+        counts.by_label[label] = sorted(
+            [*counts.by_label.get(label, []), *refs], key=lambda ref: ref[1]
+        )[:EACH_LABEL]
 
 
 def _add_truth(counts: Counts, table: pa.Table, dataset: Dataset, column: str) -> None:
@@ -165,12 +190,18 @@ def _add_truth(counts: Counts, table: pa.Table, dataset: Dataset, column: str) -
 
 def is_right(dataset: Dataset, told: str, label: str, label_id: int) -> bool:
     """Whether the true label is this one. It is given by name, or by id where no name is a number."""
-    return told == label or (told == str(label_id) and not any(name.isdecimal() for name in dataset.spec.labels))
+    return told == label or (
+        told == str(label_id) and not any(name.isdecimal() for name in dataset.spec.labels)
+    )
 
 
 def text_of(value: object) -> str:
-    """A kept value as text, empty for null; members of a tar can be bytes."""
-    return "" if value is None else (value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)).strip()
+    """A passthrough value as text, empty for null; members of a tar can be bytes."""
+    return (
+        ""
+        if value is None
+        else (value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)).strip()
+    )
 
 
 def _values(column: pa.ChunkedArray) -> dict[str, int]:

@@ -46,7 +46,10 @@ def page_of(dataset: Dataset, urls: Sequence[str], truth: str | None, pictures: 
     counts = count(dataset, urls, truth)
     shards, notes = listed(dataset)
     twin_rows, twins = counts.same_bytes.groups(TWINS)
-    groups = {"twins": [(n, [(counts.shards[s], i) for s, i in first]) for n, first in twins], "alike": _alike(counts)}
+    groups = {
+        "twins": [(n, [(counts.shards[s], i) for s, i in first]) for n, first in twins],
+        "alike": _alike(counts),
+    }
     shown = _shown(counts, groups)
     names = [
         "key",
@@ -59,7 +62,10 @@ def page_of(dataset: Dataset, urls: Sequence[str], truth: str | None, pictures: 
     notes += why
 
     def cards(refs: Iterable[Ref]) -> list[dict[str, Any]]:
-        return [_card(dataset, rows[ref], images.get(ref, None if pictures else ""), truth) for ref in refs]
+        return [
+            _card(dataset, rows[ref], images.get(ref, None if pictures else ""), truth)
+            for ref in refs
+        ]
 
     html = rendered(
         "consume/report",
@@ -72,14 +78,25 @@ def page_of(dataset: Dataset, urls: Sequence[str], truth: str | None, pictures: 
         truth=truth,
         runs=_runs(dataset),
         labels=counts.labels.most_common(LABELS),
-        scores=[(n / SCORE_BINS, (n + 1) / SCORE_BINS, int(value)) for n, value in enumerate(counts.scores)],
+        scores=[
+            (n / SCORE_BINS, (n + 1) / SCORE_BINS, int(value))
+            for n, value in enumerate(counts.scores)
+        ],
         score_axis=axis(int(counts.scores.max())),
         calibration=_calibration(counts),
-        gallery=[(label, n, cards(counts.by_label.get(label, []))) for label, n in counts.labels.most_common(GALLERY * pictures)],
+        gallery=[
+            (label, n, cards(counts.by_label.get(label, [])))
+            for label, n in counts.labels.most_common(GALLERY * pictures)
+        ],
         least_sure=cards(ref for _, ref in counts.least_sure),
-        failures=[(reason, REASONS.get(reason, ""), n, counts.examples[reason]) for reason, n in counts.reasons.most_common()],
+        failures=[
+            (reason, REASONS.get(reason, ""), n, counts.examples[reason])
+            for reason, n in counts.reasons.most_common()
+        ],
         map=_map(counts) if sum(map(len, counts.vectors)) > 2 else None,
-        groups={name: [(size, cards(refs)) for size, refs in found] for name, found in groups.items()},
+        groups={
+            name: [(size, cards(refs)) for size, refs in found] for name, found in groups.items()
+        },
         twin_rows=twin_rows,
         near=NEAR,
         dataset=dataset,
@@ -106,16 +123,25 @@ def within(record: dict[str, Any]) -> dict[str, Any] | None:
         return None
     edges = np.linspace(0, end, steps + 1)
     rates = np.diff(np.interp(edges, *metadata.T)) * steps / end
-    unit, unit_s = ("seconds", 1) if end < 120 else ("minutes", 60) if end < 3 * 3600 else ("hours", 3600)
+    unit, unit_s = (
+        ("seconds", 1) if end < 120 else ("minutes", 60) if end < 3 * 3600 else ("hours", 3600)
+    )
     top, wide = axis(rates.max()), 424 / steps
-    path = "".join(f"V{220 - 208 * rate / top[-1]:.1f}H{48 + wide * (n + 1):.1f}" for n, rate in enumerate(rates))
+    path = "".join(
+        f"V{220 - 208 * rate / top[-1]:.1f}H{48 + wide * (n + 1):.1f}"
+        for n, rate in enumerate(rates)
+    )
     return {
         "finished": record["finished"],
         "rates": [(n * end / steps / unit_s, float(rate)) for n, rate in enumerate(rates)],
         "mean": images / end,
         "step_s": end / steps,
         "unit": unit,
-        "times": [(tick, 48 + 424 * tick * unit_s / end) for tick in axis(end / unit_s) if tick * unit_s <= end],
+        "times": [
+            (tick, 48 + 424 * tick * unit_s / end)
+            for tick in axis(end / unit_s)
+            if tick * unit_s <= end
+        ],
         "axis": top,
         "path": f"M48 220{path}V220Z",
     }
@@ -136,10 +162,16 @@ def _state(dataset: Dataset, counts: Counts, listed: dict[str, Shard]) -> str:
         return "empty: nothing is committed yet"
     if exists(join(dataset.out, "_SUCCESS.json")) and not pending:
         return "complete"
-    return f"not complete: {pending:,} of {len(planned):,} shards are still to do" if pending else "not complete"
+    return (
+        f"not complete: {pending:,} of {len(planned):,} shards are still to do"
+        if pending
+        else "not complete"
+    )
 
 
-def _card(dataset: Dataset, row: dict[str, Any], picture: str | None, truth: str | None) -> dict[str, Any]:
+def _card(
+    dataset: Dataset, row: dict[str, Any], picture: str | None, truth: str | None
+) -> dict[str, Any]:
     true = text_of(row[truth]) if truth else ""
     is_wrong = true != "" and not is_right(dataset, true, row["label"], row["label_id"])
     return {**row, "picture": picture, "true": true if is_wrong else ""}
@@ -147,9 +179,17 @@ def _card(dataset: Dataset, row: dict[str, Any], picture: str | None, truth: str
 
 def _shown(counts: Counts, groups: dict[str, list[tuple[int, list[Ref]]]]) -> list[Ref]:
     """Every row of which the page shows a picture."""
-    refs = [ref for label, _ in counts.labels.most_common(GALLERY) for ref in counts.by_label.get(label, [])]
+    refs = [
+        ref
+        for label, _ in counts.labels.most_common(GALLERY)
+        for ref in counts.by_label.get(label, [])
+    ]
     refs += [ref for _, ref in counts.least_sure]
-    return list(dict.fromkeys(refs + [ref for found in groups.values() for _, members in found for ref in members]))
+    return list(
+        dict.fromkeys(
+            refs + [ref for found in groups.values() for _, members in found for ref in members]
+        )
+    )
 
 
 def _alike(counts: Counts) -> list[tuple[int, list[Ref]]]:
@@ -174,7 +214,9 @@ def _runs(dataset: Dataset) -> dict[str, Any]:
         "records": worked[-RUNS:],
         "earlier": max(0, len(worked) - RUNS),
         "axis": axis(max((record["images_per_s"] for record in worked[-RUNS:]), default=1)),
-        "steps": [(step, s, s / total, images / s if s else 0) for step, s in steps.items()] if total else [],
+        "steps": [(step, s, s / total, images / s if s else 0) for step, s in steps.items()]
+        if total
+        else [],
         "images": images,
         "within": within(worked[-1]) if worked else None,
     }
@@ -182,10 +224,16 @@ def _runs(dataset: Dataset) -> dict[str, Any]:
 
 def _calibration(counts: Counts) -> dict[str, Any] | None:
     """Bins of (rows, mean score, share right, its interval); the mean gap between score and share; None without a truth."""
-    bins = [(int(n), score / n, right / n, *wilson(right, n)) for n, right, score in counts.truth if n]
+    bins = [
+        (int(n), score / n, right / n, *wilson(right, n)) for n, right, score in counts.truth if n
+    ]
     known, right, _ = counts.truth.sum(0)
     gap = sum(n * abs(score - share) for n, score, share, *_ in bins) / max(1, known)
-    return {"bins": bins, "known": known, "gap": gap, "most": max(bins)[0], "accuracy": right / known} if bins else None
+    return (
+        {"bins": bins, "known": known, "gap": gap, "most": max(bins)[0], "accuracy": right / known}
+        if bins
+        else None
+    )
 
 
 def _map(counts: Counts) -> dict[str, Any]:
@@ -196,5 +244,8 @@ def _map(counts: Counts) -> dict[str, Any]:
     kinds = [(label, points[labels == label]) for label in named]
     if (others := points[~np.isin(labels, named)]).size:
         kinds.append((f"{len(set(counts.sampled_labels)) - len(named)} other labels", others))
-    paths = [(label, len(some), "".join(f"M{10 + 460 * x:.1f} {470 - 460 * y:.1f}h0" for x, y in some)) for label, some in kinds]
+    paths = [
+        (label, len(some), "".join(f"M{10 + 460 * x:.1f} {470 - 460 * y:.1f}h0" for x, y in some))
+        for label, some in kinds
+    ]
     return {"series": paths, "how": how, "rows": len(points)}

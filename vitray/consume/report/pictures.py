@@ -50,12 +50,16 @@ def pictures_of(
     for name in sorted(wanted, key=lambda name: (-len(wanted[name]), name)):
         shard = now.get(base_of(name))
         if shard is None:
-            why["Some images are no longer in the source, or have changed since they were labelled."] = None
+            why[
+                "Some images are no longer in the source, or have changed since they were labelled."
+            ] = None
             continue
         if shard.kind in ("tar", "parquet") and pictures:
             left -= shard.size
         if left < 0:
-            why[f"Pictures come from the first {SOURCE_BYTES >> 30} GB of the source that were read for them."] = None
+            why[
+                f"Pictures come from the first {SOURCE_BYTES >> 30} GB of the source that were read for them."
+            ] = None
             break
         try:
             for item in _images(dataset, shard, wanted[name]):
@@ -72,7 +76,9 @@ def pictures_of(
 
 def _images(dataset: Dataset, shard: Shard, indexes: set[int]) -> Iterable[Encoded]:
     last = max(indexes)
-    with closing(cast(Any, read_shard(shard, dataset.job, lambda index: index in indexes))) as items:
+    with closing(
+        cast(Any, read_shard(shard, dataset.job, lambda index: index in indexes))
+    ) as items:
         for item in items:
             if isinstance(item, Encoded):
                 yield item
@@ -87,7 +93,10 @@ def _jpeg(image: Encoded, dataset: Dataset) -> str | None:
     pixels, _ = decode([image], DecodeSpec(middle, job.formats, job.max_pixels, job.background))
     if not len(pixels):
         return None
-    return "data:image/jpeg;base64," + b64encode(simplejpeg.encode_jpeg(pixels[0], quality=82, colorspace="RGB")).decode()
+    return (
+        "data:image/jpeg;base64,"
+        + b64encode(simplejpeg.encode_jpeg(pixels[0], quality=82, colorspace="RGB")).decode()
+    )
 
 
 def _by_shard(refs: Iterable[Ref]) -> dict[str, set[int]]:

@@ -13,7 +13,11 @@ NEAR = 0.99  # cosine
 def on_a_plane(vectors: np.ndarray) -> tuple[np.ndarray, str]:
     """[N, D] as [N, 2] within 0 and 1, y upwards, and how it was done: UMAP where it is installed, else PCA."""
     if len(vectors) > 15 and find_spec("umap"):  # 15: UMAP's own number of neighbours
-        points = import_module("umap").UMAP(n_components=2, metric="cosine", random_state=0).fit_transform(vectors)
+        points = (
+            import_module("umap")
+            .UMAP(n_components=2, metric="cosine", random_state=0)
+            .fit_transform(vectors)
+        )
         how = "UMAP by cosine: neighbours are near, distances between groups mean little."
     else:
         points, share = principal(vectors)
@@ -27,7 +31,9 @@ def principal(vectors: np.ndarray) -> tuple[np.ndarray, float]:
     centred = vectors.astype(np.float64) - vectors.mean(0, dtype=np.float64)
     values, axes = np.linalg.eigh(centred.T @ centred)
     plane = axes[:, ::-1][:, :2]
-    plane = plane * np.sign(plane[np.abs(plane).argmax(0), range(plane.shape[1])])  # an axis has no sign of its own
+    plane = plane * np.sign(
+        plane[np.abs(plane).argmax(0), range(plane.shape[1])]
+    )  # an axis has no sign of its own
     points = np.zeros((len(vectors), 2))
     points[:, : plane.shape[1]] = centred @ plane
     return points, float(values[::-1][:2].sum() / max(values.sum(), 1e-30))
