@@ -1,4 +1,6 @@
-"""Entrypoint for schedulers that start a Python file: `python jobs/run.py JOB.yaml [--set field=value ...]`."""
+"""Entrypoint for schedulers that start a Python file: `python jobs/run.py JOB.yaml [--set
+field=value ...]`.
+"""
 
 import sys
 

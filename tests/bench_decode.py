@@ -1,10 +1,12 @@
 """Images a second of CPU, and how far from exact: `python tests/bench_decode.py [images [rounds]]`.
 
-JPEGs at quality 90 of the photographs that scikit-image ships: cut and exported to 500x375; and side by side on 4000x3000, so that
-they are as rich in detail as a camera's. Resized to 224x224, bilinear, as for google/vit-base-patch16-224.
+JPEGs at quality 90 of the photographs that scikit-image ships: cut and exported to 500x375; and
+side by side on 4000x3000, so that they are as rich in detail as a camera's. Resized to 224x224,
+bilinear, as for google/vit-base-patch16-224.
 
-Each contender has a process of its own, pinned to one core, and they take turns. What counts is CPU time, the decoding child's
-and a new child's fork included: a neighbour on the machine disturbs it less than the clock. vitray's figures are of decode().
+Each contender has a process of its own, pinned to one core, and they take turns. What counts is CPU
+time, the decoding child's and a new child's fork included: a neighbour on the machine disturbs it
+less than the clock. vitray's figures are of decode().
 """
 
 from __future__ import annotations
@@ -87,7 +89,9 @@ def decoded(files: list[bytes], wanted: DecodeSpec) -> Pixels:
 
 
 def in_process(wanted: DecodeSpec) -> Callable[[list[bytes]], object]:
-    """Without the child that a deadly image would take down; pixels land in pages of fragments in turn, as the child's do."""
+    """Without the child that a deadly image would take down; pixels land in pages of fragments in
+    turn, as the child's do.
+    """
     pages = itertools.cycle(
         [np.empty((FRAGMENT, *wanted.pixels.size, 3), np.uint8) for _ in range(PAGES)]
     )
@@ -168,15 +172,21 @@ def table(took: dict[str, list[float]]) -> None:
             for base in ("pillow", "hugging face")
         }
         low, high = min(over["pillow"]), max(over["pillow"])
-        rate = f"{1 / statistics.median(seconds):10.0f}   {statistics.median(over['pillow']):5.2f} ({low:.2f} .. {high:.2f})"
+        rate = (
+            f"{1 / statistics.median(seconds):10.0f}   {statistics.median(over['pillow']):5.2f} "
+            f"({low:.2f} .. {high:.2f})"
+        )
         print(f"{name:14s}{rate}   {statistics.median(over['hugging face']):16.2f}")
     print(
-        f"draft over exact: {statistics.median(e / d for e, d in zip(took['exact'], took['draft'])):.2f}"
+        f"draft over exact: "
+        f"{statistics.median(e / d for e, d in zip(took['exact'], took['draft'])):.2f}"
     )
 
 
 def isolation(files: list[bytes], rounds: int) -> None:
-    """What the child costs. By themselves and oftener: it is less than what a neighbour does to one round."""
+    """What the child costs. By themselves and oftener: it is less than what a neighbour does to one
+    round.
+    """
     took = race(files, rounds, ("in process", "exact"))
     low, middle, high = statistics.quantiles(
         [e / p - 1 for e, p in zip(took["exact"], took["in process"])]
@@ -193,7 +203,8 @@ def differences(files: list[bytes]) -> None:
             psnr = 10 * np.log10(255**2 / max(1e-12, float((apart**2).mean())))
             more = float((apart > 1).mean())
             print(
-                f"{mode}, {kind}: mean {apart.mean():.4f}, most {apart.max()}, more than one {more:.1e}, PSNR {psnr:.1f} dB"
+                f"{mode}, {kind}: mean {apart.mean():.4f}, most {apart.max()}, more than one "
+                f"{more:.1e}, PSNR {psnr:.1f} dB"
             )
 
 
@@ -201,7 +212,8 @@ def main(images: int = 2 * FRAGMENT, rounds: int = 7) -> None:
     for size, count in (((500, 375), images), ((4000, 3000), max(8, images // 8))):
         files = jpegs(size, count)
         print(
-            f"{size[0]}x{size[1]}, {len(files)} JPEGs of {statistics.mean(map(len, files)) / 1000:.0f} kB, {rounds} rounds"
+            f"{size[0]}x{size[1]}, {len(files)} JPEGs of "
+            f"{statistics.mean(map(len, files)) / 1000:.0f} kB, {rounds} rounds"
         )
         table(race(files, rounds))
         isolation(files, 5 * rounds)

@@ -1,8 +1,10 @@
-"""What more images cost: 1x, 4x and 16x, the ledger's share, S3 requests a shard: `bench_growth.py MODEL [images [rounds]]`.
+"""What more images cost: 1x, 4x and 16x, the ledger's share, S3 requests a shard: `bench_growth.py
+MODEL [images [rounds]]`.
 
-Images are JPEGs of 500x375 in tars of 500 (the same ones again in every tar: only the model and the pipeline are measured). Images/s
-are slopes of the wall time of whole commands, between 1x and 4x and between 4x and 16x. Requests are counted at the client,
-against a mock S3 in this process, of 2 shards and of 8: the difference is what one shard costs.
+Images are JPEGs of 500x375 in tars of 500 (the same ones again in every tar: only the model and the
+pipeline are measured). Images/s are slopes of the wall time of whole commands, between 1x and 4x
+and between 4x and 16x. Requests are counted at the client, against a mock S3 in this process, of 2
+shards and of 8: the difference is what one shard costs.
 """
 
 from __future__ import annotations
@@ -53,7 +55,9 @@ def seconds_of(folder: Path, model: str, shards: int, ready: Path) -> float:
 
 
 def ledger_share(folder: Path, model: str, ready: Path) -> dict[str, float]:
-    """CPU seconds of each step for one shard, all in one thread: what staging, commits and hashes take of the whole."""
+    """CPU seconds of each step for one shard, all in one thread: what staging, commits and hashes
+    take of the whole.
+    """
     from vitray.dataset import open_dataset
     from vitray.models import open_model
     from vitray.pipeline.stages import commit_step, decode_step, predict_step, read_step, stage_step
@@ -148,7 +152,8 @@ def main(model: str, images: int = 1000, rounds: int = 2) -> None:
         )
         whole = sum(took.values()) - took["hash"]  # decode hashes too
         print(
-            f"stage, commit and hashes are {sum(took[n] for n in ('stage', 'commit', 'hash')) / whole:.1%} of it",
+            f"stage, commit and hashes are "
+            f"{sum(took[n] for n in ('stage', 'commit', 'hash')) / whole:.1%} of it",
             flush=True,
         )
         took: dict[int, list[float]] = {times: [] for times in (1, 4, 16)}
@@ -169,7 +174,8 @@ def main(model: str, images: int = 1000, rounds: int = 2) -> None:
         ]
         for n, (near, far) in enumerate(slopes):
             print(
-                f"round {n + 1}: 1x to 4x {near:.1f} images/s, 4x to 16x {far:.1f}: {far / near:.3f} of it"
+                f"round {n + 1}: 1x to 4x {near:.1f} images/s, 4x to 16x {far:.1f}: "
+                f"{far / near:.3f} of it"
             )
         few, many = (
             requests(model, shards, (folder / "small.tar").read_bytes()) for shards in (2, 8)

@@ -1,8 +1,10 @@
-"""Peak memory when the input grows a hundredfold, and of a tar of 20 GB, on threads and on Ray: `python tests/bench_memory.py MODEL`;
-`python tests/bench_memory.py MODEL 1000 ray` goes on to a thousandfold, on Ray alone.
+"""Peak memory when the input grows a hundredfold, and of a tar of 20 GB, on threads and on Ray:
+`python tests/bench_memory.py MODEL`; `python tests/bench_memory.py MODEL 1000 ray` goes on to a
+thousandfold, on Ray alone.
 
-MODEL is a checkpoint directory (make demo leaves one in demo/model). Images are JPEGs of 500x375 cut from the photographs
-that scikit-image ships. PSS is what counts: pages shared by processes are shared out between them.
+MODEL is a checkpoint directory (make demo leaves one in demo/model). Images are JPEGs of 500x375
+cut from the photographs that scikit-image ships. PSS is what counts: pages shared by processes are
+shared out between them.
 """
 
 from __future__ import annotations
@@ -56,7 +58,9 @@ def jpegs(count: int, seed: int = 0) -> list[bytes]:
 
 
 def peak_mb(argv: list[str]) -> dict[str, float]:
-    """Peak PSS in MB of the driver, of its busiest worker and of all processes together, over one run."""
+    """Peak PSS in MB of the driver, of its busiest worker and of all processes together, over one
+    run.
+    """
     peak = {"driver": 0.0, "worker": 0.0, "all": 0.0}
     process = psutil.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     while process.poll() is None:
@@ -85,7 +89,8 @@ def fifty_megapixels() -> bytes:
 
 
 def write_growing(folder: str, times: int) -> int:
-    """Shards of 100 photographs. The first four, and one in forty of the rest, have four of 50 MP each, so that whatever can meet meets
+    """Shards of 100 photographs. The first four, and one in forty of the rest, have four of 50 MP
+    each, so that whatever can meet meets
     in the smallest input, too: what a larger one holds beyond it is what grows.
     """
     pool, large = jpegs(IMAGES), fifty_megapixels()
@@ -104,7 +109,9 @@ def write_growing(folder: str, times: int) -> int:
 
 
 def write_20_gb(folder: str, times: int) -> int:
-    """One tar of 400 photographs with a member of 20 GB in their middle, which is a hole of the file."""
+    """One tar of 400 photographs with a member of 20 GB in their middle, which is a hole of the
+    file.
+    """
     del times
     with open(f"{folder}/in-0000.tar", "wb") as stream:
         for n, data in enumerate(jpegs(IMAGES)):
@@ -121,7 +128,9 @@ def write_20_gb(folder: str, times: int) -> int:
 
 
 def main(model: str, largest: str = "100", where_alone: str = "") -> None:
-    """largest: leave out inputs that are more than so many times the first. where_alone: "ray" leaves out threads."""
+    """largest: leave out inputs that are more than so many times the first. where_alone: "ray"
+    leaves out threads.
+    """
     inputs = [
         *((write_growing, times) for times in (1, 10, 100, 1000) if times <= int(largest)),
         (write_20_gb, 1),

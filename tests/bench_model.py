@@ -1,8 +1,10 @@
-"""Images/s of the model alone, uncompiled and compiled, beside plain transformers: `python tests/bench_model.py --model vit-b`.
+"""Images/s of the model alone, uncompiled and compiled, beside plain transformers: `python
+tests/bench_model.py --model vit-b`.
 
-Random weights, random pixels, one batch at a time, variants in turn. The ceiling is the fastest bf16 linear layer of torch
-here, at any instant of the run, over the FLOP of one image; CLS-only last blocks do less than that, so it can be passed.
-`--clock cpu --threads 1` counts the process' own seconds: for machines that others use too.
+Random weights, random pixels, one batch at a time, variants in turn. The ceiling is the fastest
+bf16 linear layer of torch here, at any instant of the run, over the FLOP of one image; CLS-only
+last blocks do less than that, so it can be passed. `--clock cpu --threads 1` counts the process'
+own seconds: for machines that others use too.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ TOKENS, BLOCKS, SIDE = 197, 12, 224
 
 
 def gflop(width: int) -> float:
-    """One image: the blocks' four projections and MLP, attention's two products, the patch embedding."""
+    """One image: the blocks' four projections and MLP, attention's two products, the patch
+    embedding.
+    """
     blocks = BLOCKS * (TOKENS * 12 * width**2 + 2 * TOKENS**2 * width)
     return 2 * (blocks + (TOKENS - 1) * 768 * width) / 1e9
 
@@ -128,7 +132,8 @@ def main() -> None:
 
     image_gflop = gflop(SIZES[args.model][0])
     print(
-        f"{args.model}: {image_gflop:.2f} GFLOP an image, {args.precision}, {args.threads} threads, {args.clock} clock"
+        f"{args.model}: {image_gflop:.2f} GFLOP an image, {args.precision}, {args.threads} "
+        f"threads, {args.clock} clock"
     )
     with tempfile.TemporaryDirectory() as directory, torch.inference_mode():
         make_model(directory, args.model)
@@ -155,7 +160,8 @@ def main() -> None:
                 fastest, median = batch / min(times), batch / statistics.median(times)
                 share = f"{fastest / best:.2f} of the ceiling"
                 print(
-                    f"  {name:9s} best {fastest:7.1f}  median {median:7.1f} images/s  {share}  against plain {spread}"
+                    f"  {name:9s} best {fastest:7.1f}  median {median:7.1f} images/s  {share}  "
+                    f"against plain {spread}"
                 )
 
 

@@ -1,17 +1,22 @@
-"""vitray beside what a user could write instead, in one run: `make bench`, or `python tests/bench_peers.py --model vit-b`.
+"""vitray beside what a user could write instead, in one run: `make bench`, or `python
+tests/bench_peers.py --model vit-b`.
 
-Each peer is a process of its own (tests/peers), measured from outside, all on the same JPEGs (photographs' crops at 500x375)
-and the same random weights, in alternating rounds. Steady state is the slope of wall time between two sizes of input, so start-up
-cancels out; the whole command is the larger size from start to exit. An unmeasured round comes first: it fills caches, and stops
-a broken peer within a minute.
+Each peer is a process of its own (tests/peers), measured from outside, all on the same JPEGs
+(photographs' crops at 500x375) and the same random weights, in alternating rounds. Steady state is
+the slope of wall time between two sizes of input, so start-up cancels out; the whole command is the
+larger size from start to exit. An unmeasured round comes first: it fills caches, and stops a broken
+peer within a minute.
 
-The gate: every run must label every image once, and agree with a float32 loop of transformers over Pillow's pixels on 98% of the
-*clear* images. Random weights have near ties, which bfloat16 decides at will: an image is clear when the margin between its first
-two float32 logits is more than twice what plain transformers in bfloat16 changes such margins by, in 95% of the images. Where a peer
-keeps embeddings, their mean CLS cosine must be 0.999. A pipeline keeps labels alone, less work, in favour of `loop` and `ray`.
+The gate: every run must label every image once, and agree with a float32 loop of transformers over
+Pillow's pixels on 98% of the *clear* images. Random weights have near ties, which bfloat16 decides
+at will: an image is clear when the margin between its first two float32 logits is more than twice
+what plain transformers in bfloat16 changes such margins by, in 95% of the images. Where a peer
+keeps embeddings, their mean CLS cosine must be 0.999. A pipeline keeps labels alone, less work, in
+favour of `loop` and `ray`.
 
-`peak MB` is what wait4 says: the largest single process among the command and its children that it waited for.
-Each run is a JSON line in --out at once, so that a run which is stopped keeps its finished rounds; `--table FILE` prints them again.
+`peak MB` is what wait4 says: the largest single process among the command and its children that it
+waited for. Each run is a JSON line in --out at once, so that a run which is stopped keeps its
+finished rounds; `--table FILE` prints them again.
 """
 
 from __future__ import annotations
@@ -56,7 +61,8 @@ PEERS = {  # name -> what it reads, command; {images} {out} {model} {batch} are 
     "hand-compiled": ("tars", "peers/hand.py {images} {out} {model} {batch} compiled"),
     "vitray": (
         "tars",
-        "-m vitray run {images}/*.tar --model {model} --out {out} --set device=cpu --set engine=torch",
+        "-m vitray run {images}/*.tar --model {model} --out {out} --set device=cpu --set "
+        "engine=torch",
     ),
 }
 QUIET = {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1"}
@@ -99,13 +105,17 @@ def ratios(mine: dict[int, float], theirs: dict[int, float]) -> list[float]:
 def spread(values: Sequence[float], digits: int = 2) -> str:
     if not values:
         return "-"
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}..{max(values):.{digits}f})"
+    return (
+        f"{statistics.median(values):.{digits}f} "
+        f"({min(values):.{digits}f}..{max(values):.{digits}f})"
+    )
 
 
 def table(runs: Sequence[Run], small: int, large: int) -> str:
     """Markdown; a ratio is the median of the rounds' own ratios."""
     lines = [
-        f"| peer | images/s, slope {small}..{large} | seconds, {large} images | vitray / peer, slope | vitray / peer, whole "
+        f"| peer | images/s, slope {small}..{large} | seconds, {large} images | vitray / peer, "
+        f"slope | vitray / peer, whole "
         "| peak MB | labels | CLS cosine | rounds |",
         "| --- " * 9 + "|",
     ]
@@ -132,7 +142,9 @@ def table(runs: Sequence[Run], small: int, large: int) -> str:
 def run_command(
     argv: list[str], environment: dict[str, str], log: Path, limit_s: float
 ) -> tuple[float, int]:
-    """(wall seconds, peak MB) of one whole process. Raises RuntimeError when it fails or passes the limit, with its last lines."""
+    """(wall seconds, peak MB) of one whole process. Raises RuntimeError when it fails or passes the
+    limit, with its last lines.
+    """
     with log.open("wb") as stream:
         started = time.perf_counter()
         process = subprocess.Popen(
@@ -152,7 +164,8 @@ def run_command(
     if process.returncode:
         last = log.read_text(errors="replace")[-2000:]
         raise RuntimeError(
-            f"exit code {process.returncode} after {seconds:.0f} s (limit {limit_s:.0f} s): {' '.join(argv)}\n{last}"
+            f"exit code {process.returncode} after {seconds:.0f} s (limit {limit_s:.0f} s): "
+            f"{' '.join(argv)}\n{last}"
         )
     return seconds, usage.ru_maxrss // 1024
 
@@ -165,7 +178,9 @@ def key_of(path: str) -> str:
 
 
 def answers_of(out: Path) -> pa.Table:
-    """key, label, and embedding where the peer kept one, of all Parquet files under a peer's output."""
+    """key, label, and embedding where the peer kept one, of all Parquet files under a peer's
+    output.
+    """
     files = [path for path in sorted(out.rglob("*.parquet")) if "_vitray" not in path.parts]
     if not files:
         raise ValueError("it wrote no Parquet file")
@@ -178,22 +193,27 @@ def answers_of(out: Path) -> pa.Table:
 
 
 def judge(reference: pa.Table, answers: pa.Table) -> tuple[float, float | None]:
-    """(share of clear images with the reference's label, mean CLS cosine or None). Raises ValueError when the gate is not passed."""
+    """(share of clear images with the reference's label, mean CLS cosine or None). Raises
+    ValueError when the gate is not passed.
+    """
     if sorted(reference["key"].to_pylist()) != sorted(answers["key"].to_pylist()):
         raise ValueError(
-            f"{len(answers)} rows for {len(reference)} images, or other keys: not every image was labelled once"
+            f"{len(answers)} rows for {len(reference)} images, or other keys: not every image was "
+            f"labelled once"
         )
     reference, answers = reference.sort_by("key"), answers.sort_by("key")
     clear = np.array(reference["clear"].to_pylist())
     labels = reference["label"].to_pylist()
     if clear.mean() < 0.5 or len(set(labels)) < 5:
         raise ValueError(
-            f"the reference proves nothing: {clear.mean():.0%} of its images are clear, {len(set(labels))} labels"
+            f"the reference proves nothing: {clear.mean():.0%} of its images are clear, "
+            f"{len(set(labels))} labels"
         )
     share = float(np.mean(np.equal(labels, answers["label"].to_pylist())[clear]))
     if share < AGREEMENT:
         raise ValueError(
-            f"{share:.1%} of the clear images have the label of the float32 loop, {AGREEMENT:.0%} are asked for"
+            f"{share:.1%} of the clear images have the label of the float32 loop, {AGREEMENT:.0%} "
+            f"are asked for"
         )
     if "embedding" not in answers.column_names:
         return share, None
@@ -214,7 +234,9 @@ def judge(reference: pa.Table, answers: pa.Table) -> tuple[float, float | None]:
 
 
 def make_photos(folder: Path, count: int, seed: int = 0) -> None:
-    """Crops of scikit-image's photographs, some mirrored, as JPEGs of 500x375 at quality 90; the first n are the same for any count."""
+    """Crops of scikit-image's photographs, some mirrored, as JPEGs of 500x375 at quality 90; the
+    first n are the same for any count.
+    """
     import skimage
     from PIL import Image, ImageOps
 
@@ -271,7 +293,9 @@ def make_model(scratch: Path, name: str) -> Path:
 
 
 def make_reference(scratch: Path, model: Path, count: int) -> pa.Table:
-    """key, label, clear and embedding (CLS) by float32 transformers over Pillow's pixels; kept in the scratch directory."""
+    """key, label, clear and embedding (CLS) by float32 transformers over Pillow's pixels; kept in
+    the scratch directory.
+    """
     import torch
     from PIL import Image
     from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -309,7 +333,8 @@ def make_reference(scratch: Path, model: Path, count: int) -> pa.Table:
     }
     pq.write_table(pa.table(columns), file)
     print(
-        f"reference of {count}: {clear.mean():.0%} of the images are clear, {len(set(labels))} labels",
+        f"reference of {count}: {clear.mean():.0%} of the images are clear, {len(set(labels))} "
+        f"labels",
         flush=True,
     )
     return pa.table(columns)
@@ -339,7 +364,9 @@ class Bench:
         }
 
     def measure(self, round_: int, peer: str, images: int) -> Run:
-        """One run, judged. Raises RuntimeError, naming the peer, when it fails, is late or does not pass the gate."""
+        """One run, judged. Raises RuntimeError, naming the peer, when it fails, is late or does not
+        pass the gate.
+        """
         out, log = self._scratch / "out", self._scratch / f"{peer}.log"
         shutil.rmtree(out, ignore_errors=True)
         kind, command = PEERS[peer]
@@ -441,7 +468,8 @@ def main() -> None:
         for round_, peer, images in plan:
             run = bench.measure(round_, peer, images)
             print(
-                f"round {round_} {peer}: {images} images, {run.seconds:.1f} s, labels {run.agreement:.4f}",
+                f"round {round_} {peer}: {images} images, {run.seconds:.1f} s, labels "
+                f"{run.agreement:.4f}",
                 flush=True,
             )
             if round_:

@@ -1,7 +1,9 @@
-"""The model's share of what its matrix products alone would allow: `python tests/bench_share.py MODEL ROUNDS [ENGINE [compiled]]`.
+"""The model's share of what its matrix products alone would allow: `python tests/bench_share.py
+MODEL ROUNDS [ENGINE [compiled]]`.
 
-Each round times products of one shape for a second, then the model for some, then the products again; both sides count all that they
-did in their time, so that a neighbour on the machine takes from either alike. Prints every round, the median and the spread.
+Each round times products of one shape for a second, then the model for some, then the products
+again; both sides count all that they did in their time, so that a neighbour on the machine takes
+from either alike. Prints every round, the median and the spread.
 """
 
 from __future__ import annotations
@@ -66,7 +68,8 @@ def main(directory: str, rounds: int, engine: str = "torch", compiled: str = "")
             if turn:  # the first warms up
                 shares.append(rate / ceiling)
                 print(
-                    f"model {rate:6.1f} images/s, ceiling {ceiling:6.1f}, share {rate / ceiling:.2f}",
+                    f"model {rate:6.1f} images/s, ceiling {ceiling:6.1f}, share "
+                    f"{rate / ceiling:.2f}",
                     flush=True,
                 )
     print(f"median {statistics.median(shares):.2f} ({min(shares):.2f}..{max(shares):.2f})")

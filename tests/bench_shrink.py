@@ -1,9 +1,12 @@
-"""What shrinking costs and brings: `python tests/bench_shrink.py trained`, `... digits`, or `... line`. Wants the machine for itself.
+"""What shrinking costs and brings: `python tests/bench_shrink.py trained`, `... digits`, or `...
+line`. Wants the machine for itself.
 
-trained: a ViT (width 384, 4 blocks, 4.8 million weights) trained on drawn shapes, then each format and quantisation judged by
-`vitray export` itself, on shapes that it has not seen. digits: the same of the digits' teacher of test_finetune_bars.py (0.5 MB), trained by
-`vitray finetune`; calibrated and judged on images that it has not seen. line: `vitray run` on JPEGs with a ViT-B/16 of random weights: torch in bf16
-against exports, in alternating rounds; images/s are the slope between two sizes of input, so that start-up is not in them.
+trained: a ViT (width 384, 4 blocks, 4.8 million weights) trained on drawn shapes, then each format
+and quantisation judged by `vitray export` itself, on shapes that it has not seen. digits: the same
+of the digits' teacher of test_finetune_bars.py (0.5 MB), trained by `vitray finetune`; calibrated
+and judged on images that it has not seen. line: `vitray run` on JPEGs with a ViT-B/16 of random
+weights: torch in bf16 against exports, in alternating rounds; images/s are the slope between two
+sizes of input, so that start-up is not in them.
 """
 
 from __future__ import annotations
@@ -36,7 +39,9 @@ HOWS += ["openvino --int8", "openvino --int8-weights", "openvino --int4-weights"
 
 
 def train(folder: Path) -> None:
-    """Like shapes.train, but wider: of the demo's model the graph weighs as much as its weights in int8."""
+    """Like shapes.train, but wider: of the demo's model the graph weighs as much as its weights in
+    int8.
+    """
     import torch
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
@@ -68,7 +73,9 @@ def train(folder: Path) -> None:
     unseen, truth = shapes._examples(np.random.default_rng(1), 600)
     with torch.inference_mode():
         print(
-            f"accuracy {(model.eval()(pixel_values=unseen).logits.argmax(-1) == truth).float().mean():.4f} on unseen shapes"
+            f"accuracy "
+            f"{(model.eval()(pixel_values=unseen).logits.argmax(-1) == truth).float().mean():.4f} "
+            f"on unseen shapes"
         )
     model.save_pretrained(folder)
     ViTImageProcessorPil(
@@ -174,13 +181,15 @@ def line(scratch: Path, hows: list[str], rounds: int) -> None:
                 took.append(time.perf_counter() - started)
             rates[name].append((LARGE - SMALL) / (took[1] - took[0]))
             print(
-                f"{name}: {rates[name][-1]:.2f} images/s (commands of {took[0]:.1f} and {took[1]:.1f} s)",
+                f"{name}: {rates[name][-1]:.2f} images/s (commands of {took[0]:.1f} and "
+                f"{took[1]:.1f} s)",
                 flush=True,
             )
     for name, found in rates.items():
         times = [a / b for a, b in zip(found, rates["torch bf16"])]
         print(
-            f"{name}: median {statistics.median(found):.2f} images/s, {statistics.median(times):.2f} times torch bf16"
+            f"{name}: median {statistics.median(found):.2f} images/s, "
+            f"{statistics.median(times):.2f} times torch bf16"
         )
 
 

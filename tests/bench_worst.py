@@ -1,7 +1,8 @@
-"""What the worst image that is let in costs: seconds and MB of its decoder, by kind: `python tests/bench_worst.py`.
+"""What the worst image that is let in costs: seconds and MB of its decoder, by kind: `python
+tests/bench_worst.py`.
 
-Every kind at the default pixel cap of 50 MP, noise (which compresses worst), resized to 224x224 as for ViT. MB are what the child that
-decodes holds at its peak beyond what it began with.
+Every kind at the default pixel cap of 50 MP, noise (which compresses worst), resized to 224x224 as
+for ViT. MB are what the child that decodes holds at its peak beyond what it began with.
 """
 
 from __future__ import annotations
@@ -82,7 +83,8 @@ def main() -> None:
         seconds, megabytes, what = answers.get()
         process.join()
         print(
-            f"{kind:20} {len(data) / 1e6:7.1f} MB  {seconds:5.2f} s of CPU  {megabytes:6.0f} MB  {what}",
+            f"{kind:20} {len(data) / 1e6:7.1f} MB  {seconds:5.2f} s of CPU  {megabytes:6.0f} MB  "
+            f"{what}",
             flush=True,
         )
 

@@ -1,4 +1,6 @@
-"""Headless Chromium by its DevTools protocol, over pipes: what a page asked for, said and looks like."""
+"""Headless Chromium by its DevTools protocol, over pipes: what a page asked for, said and looks
+like.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ WAIT_S = 60.0
 
 @dataclass
 class Visit:
-    """requests: URLs other than the page and data:. said: console, log and errors of the page. dialogs: what it asked."""
+    """requests: URLs other than the page and data:. said: console, log and errors of the page.
+    dialogs: what it asked.
+    """
 
     width: int = 0  # of the content
     requests: list[str] = field(default_factory=list)
@@ -35,7 +39,10 @@ class Browser:
     def __init__(self, profile: Path) -> None:
         assert BROWSER is not None
         (theirs_in, self._to), (self._from, theirs_out) = os.pipe(), os.pipe()
-        flags = f"--headless=new --no-sandbox --disable-gpu --hide-scrollbars --remote-debugging-pipe --user-data-dir={profile}"
+        flags = (
+            f"--headless=new --no-sandbox --disable-gpu --hide-scrollbars --remote-debugging-pipe "
+            f"--user-data-dir={profile}"
+        )
         # Chromium reads from 3 and writes to 4
         line = f"exec {BROWSER} {flags} --no-first-run 3<&{theirs_in} 4>&{theirs_out}"
         self._process = subprocess.Popen(

@@ -1,4 +1,6 @@
-"""What the tests share: a trained tiny model, shards of drawn shapes, S3 servers (a mock and a real one), one Ray."""
+"""What the tests share: a trained tiny model, shards of drawn shapes, S3 servers (a mock and a real
+one), one Ray.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # threads of tiny products wait for each other where several processes share the cores: a training took 31 s instead of 5
+    # threads of tiny products wait for each other where several processes share the cores: a
+    # training took 31 s instead of 5
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 KEYS = {
@@ -32,7 +35,9 @@ RGW = Path(__file__).with_name("rgw.sh")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several test processes one has the Ray that tests share; a file's tests that start a Ray of their own stay together, and S3's."""
+    """With several test processes one has the Ray that tests share; a file's tests that start a Ray
+    of their own stay together, and S3's.
+    """
     for item in items:
         marks = {mark.name for mark in item.iter_markers()}
         if "ray" in marks:
@@ -47,7 +52,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def shapes_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Directory of the tiny ViT, trained once for all test processes on drawn shapes. Asserts the accuracy it was trained for."""
+    """Directory of the tiny ViT, trained once for all test processes on drawn shapes. Asserts the
+    accuracy it was trained for.
+    """
 
     from vitray.models import shapes
 
@@ -102,7 +109,9 @@ def two_threads() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def real_s3() -> Iterator[str]:
-    """Endpoint of a real S3 server: VITRAY_TEST_S3, else a Ceph of our own where Debian's packages are installed."""
+    """Endpoint of a real S3 server: VITRAY_TEST_S3, else a Ceph of our own where Debian's packages
+    are installed.
+    """
     if given := os.environ.get("VITRAY_TEST_S3"):
         yield given
         return
@@ -140,7 +149,9 @@ def mock_s3() -> Iterator[str]:
 
 
 def new_bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Point the environment at an S3 server and make an empty bucket there; returns its s3:// URL."""
+    """Point the environment at an S3 server and make an empty bucket there; returns its s3://
+    URL.
+    """
     import boto3
 
     for name, value in {**KEYS, "AWS_ENDPOINT_URL": endpoint}.items():
@@ -178,7 +189,9 @@ def rays() -> Iterator[contextlib.ExitStack]:
 
 @pytest.fixture
 def ray(request: pytest.FixtureRequest, rays: contextlib.ExitStack) -> None:
-    """One Ray for the tests in a row that ask for it; its workers know the real S3 server, where there is one."""
+    """One Ray for the tests in a row that ask for it; its workers know the real S3 server, where
+    there is one.
+    """
     import ray
 
     from vitray.pipeline.cluster import ray_session
@@ -192,6 +205,8 @@ def ray(request: pytest.FixtureRequest, rays: contextlib.ExitStack) -> None:
 
 @pytest.fixture(autouse=True)
 def _threads_unless_ray(request: pytest.FixtureRequest, rays: contextlib.ExitStack) -> None:
-    """Where Ray is up, `vitray.run` goes through it, in several times the time: it ends before a test that did not ask for it."""
+    """Where Ray is up, `vitray.run` goes through it, in several times the time: it ends before a
+    test that did not ask for it.
+    """
     if request.node.get_closest_marker("ray") is None:
         rays.close()

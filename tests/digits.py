@@ -1,4 +1,6 @@
-"""scikit-learn's 1,797 handwritten digits as PNG files, and a tiny ViT's config to train on them."""
+"""scikit-learn's 1,797 handwritten digits as PNG files, and a tiny ViT's config to train on
+them.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ def png(image: np.ndarray) -> bytes:
 
 
 def tar(path: Path, chosen: Iterable[int]) -> str:
-    """A tar of these digits, with their labels as .cls and .json members, in folders called by the label."""
+    """A tar of these digits, with their labels as .cls and .json members, in folders called by the
+    label.
+    """
     images, labels = load()
     members = []
     for n in chosen:

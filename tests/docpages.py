@@ -1,4 +1,6 @@
-"""The pages of the documentation, taken apart: code blocks, commands, links, headings, sentences."""
+"""The pages of the documentation, taken apart: code blocks, commands, links, headings,
+sentences.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def prose(text: str) -> str:
 
 
 def commands(text: str) -> list[str]:
-    """Every line that is a vitray command, in code blocks and indented code, as one would type it."""
+    """Every line that is a vitray command, in code blocks and indented code, as one would type
+    it.
+    """
     lines = [
         line
         for fence in fences(text)

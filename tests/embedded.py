@@ -1,4 +1,6 @@
-"""Datasets with the keys and vectors that a test gives, over tars whose members are named by number: no model, no Ray."""
+"""Datasets with the keys and vectors that a test gives, over tars whose members are named by
+number: no model, no Ray.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,8 @@ def make(
 ) -> Dataset:
     """A dataset of these shards in folder/out.
 
-    more: further vector columns, each its vectors times 2, 3 …; commit: only so many shards; keep: columns that hold the label again.
+    more: further vector columns, each its vectors times 2, 3 …; commit: only so many shards; keep:
+    columns that hold the label again.
     """
     for n, shown in enumerate(shards):
         members = {f"{i:04d}.jpg": f"image {n} {i}".encode() for i in range(len(shown.keys))}

@@ -1,8 +1,10 @@
-"""Every interleaving, within bounds, of runs that work on one store: which steps they take in turn, and which of them go wrong.
+"""Every interleaving, within bounds, of runs that work on one store: which steps they take in turn,
+and which of them go wrong.
 
-Runs are threads of real code; each stops before every call of the store until the explorer lets it go on, so that one execution is
-one list of choices. A state is what the store holds and what each run was answered: two orders that lead to the same state are
-followed once. An execution is repeated from its start for every branch, so all code under test must be deterministic.
+Runs are threads of real code; each stops before every call of the store until the explorer lets it
+go on, so that one execution is one list of choices. A state is what the store holds and what each
+run was answered: two orders that lead to the same state are followed once. An execution is repeated
+from its start for every branch, so all code under test must be deterministic.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from typing import Any, BinaryIO
 from vitray.errors import ObjectChanged, ObjectMissing, StorageError
 from vitray.storage import ObjectInfo
 
-# what may befall a call: nothing; the process dies before or after it; the request or the answer is lost and nobody tries again;
-# the answer is lost and the second try finds its own work
+# what may befall a call: nothing; the process dies before or after it; the request or the answer is
+# lost and nobody tries again; the answer is lost and the second try finds its own work
 WELL, DIES_BEFORE, DIES_AFTER, REQUEST_LOST, ANSWER_LOST, ANSWER_LOST_THEN_REFUSED = range(6)
 FAULTS_OF_READS = (DIES_BEFORE, REQUEST_LOST)
 FAULTS_OF_WRITES = (DIES_BEFORE, DIES_AFTER, REQUEST_LOST, ANSWER_LOST)
@@ -73,7 +75,9 @@ class Run:
 
 
 class MemoryStore:
-    """Objects in memory behind the calls of vitray.storage.Store; `watch(url, before, after)` names the promise a change breaks."""
+    """Objects in memory behind the calls of vitray.storage.Store; `watch(url, before, after)` names
+    the promise a change breaks.
+    """
 
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
@@ -266,14 +270,17 @@ class _Execution:
 
 @dataclass(frozen=True)
 class Scenario:
-    """begin() -> a fresh store and its runs; check(store, runs) raises Violation where a promise is broken at the end."""
+    """begin() -> a fresh store and its runs; check(store, runs) raises Violation where a promise is
+    broken at the end.
+    """
 
     begin: Callable[[], tuple[MemoryStore, list[Callable[[], Any]]]]
     check: Callable[[MemoryStore, list[Run]], None]
 
 
 def explore(scenario: Scenario, bounds: Bounds) -> Found:
-    """All states within the bounds, in an order drawn from a fixed seed. Raises Violation with the choices that broke a promise.
+    """All states within the bounds, in an order drawn from a fixed seed. Raises Violation with the
+    choices that broke a promise.
 
     Depth first would spend a limit of states on the last steps of the runs.
     """

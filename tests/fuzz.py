@@ -1,6 +1,8 @@
-"""Coverage-guided fuzzing (atheris) of what reads hostile bytes: `python tests/fuzz.py decode|tar|parquet SECONDS [KEEP]`.
+"""Coverage-guided fuzzing (atheris) of what reads hostile bytes: `python tests/fuzz.py
+decode|tar|parquet SECONDS [KEEP]`.
 
-Begins with tests/data/fuzz and small files of each kind. What reached new code stays in KEEP, when it is given.
+Begins with tests/data/fuzz and small files of each kind. What reached new code stays in KEEP, when
+it is given.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""What must hold for any bytes that a decoder or a reader of shards is given: for tests/fuzz.py, and for what it once found.
+"""What must hold for any bytes that a decoder or a reader of shards is given: for tests/fuzz.py,
+and for what it once found.
 
-A reason of the closed list or pixels; rows numbered from 0 whose number the end tells, or one ShardError; and never another exception,
-a crash, or more than SLOW_S of CPU.
+A reason of the closed list or pixels; rows numbered from 0 whose number the end tells, or one
+ShardError; and never another exception, a crash, or more than SLOW_S of CPU.
 """
 
 from __future__ import annotations

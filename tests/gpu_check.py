@@ -1,8 +1,11 @@
-"""Checks and times all that vitray does on a GPU, in under 8 minutes: `python tests/gpu_check.py --out DIR`.
+"""Checks and times all that vitray does on a GPU, in under 8 minutes: `python tests/gpu_check.py
+--out DIR`.
 
-Needs this repository, and torch, transformers, pyarrow, pydantic, PyYAML; for JPEGs also simplejpeg, Pillow and torchvision. No
-Ray, no network: weights are random, photos are scikit-image's or drawn. A section that fails says why, and the others go on.
-Writes gpu_check.json. `--device cpu --quick` runs the same code on a small model without a GPU; its figures mean nothing.
+Needs this repository, and torch, transformers, pyarrow, pydantic, PyYAML; for JPEGs also
+simplejpeg, Pillow and torchvision. No
+Ray, no network: weights are random, photos are scikit-image's or drawn. A section that fails says
+why, and the others go on. Writes gpu_check.json. `--device cpu --quick` runs the same code on a
+small model without a GPU; its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -67,7 +70,8 @@ class Check:
             "patch_size": 8,
         }
         self.torch.manual_seed(0)
-        # weights of 0.05 tell images apart; those of 0.02, the default, give nearly all the same label
+        # weights of 0.05 tell images apart; those of 0.02, the default, give nearly all the same
+        # label
         config = transformers.ViTConfig(
             image_size=self.side,
             num_labels=1000,
@@ -112,7 +116,9 @@ class Check:
         return model
 
     def compile(self, model: Any, size: int, **options: Any) -> Any:
-        """Its forward pass for one batch size: open_model(compiled=True) would compile the ladder of four."""
+        """Its forward pass for one batch size: open_model(compiled=True) would compile the ladder
+        of four.
+        """
         forward = self.torch.compile(model._forward, dynamic=False, **options)
         with self.torch.inference_mode():
             forward(self.noise(size))
@@ -132,7 +138,9 @@ class Check:
     def rates(
         self, variants: dict[str, tuple[int, Callable[[], object]]]
     ) -> dict[str, dict[str, float]]:
-        """Images/s of each variant (how many images a call is, the call), in turn, by the wall clock up to the device's end."""
+        """Images/s of each variant (how many images a call is, the call), in turn, by the wall
+        clock up to the device's end.
+        """
         took: dict[str, list[float]] = {}
         for number in range(self.rounds + 1):  # the first round warms up
             for name, (images, call) in variants.items():
@@ -148,7 +156,9 @@ class Check:
         }
 
     def passes(self, forward: Any, size: int) -> tuple[int, Callable[[], object]]:
-        """Enough passes over a batch on the device that one call takes a third of a second on a fast GPU."""
+        """Enough passes over a batch on the device that one call takes a third of a second on a
+        fast GPU.
+        """
         pixels, count = self.noise(size), 1 if self.quick else max(1, 5120 // size)
 
         def call() -> None:
@@ -160,7 +170,9 @@ class Check:
 
 
 def photos(count: int) -> list[bytes]:
-    """JPEGs of 500x375, quality 90: crops of scikit-image's photos where it is installed, else coloured blotches with grain."""
+    """JPEGs of 500x375, quality 90: crops of scikit-image's photos where it is installed, else
+    coloured blotches with grain.
+    """
     import numpy as np
     from PIL import Image
 
@@ -199,7 +211,9 @@ def photos(count: int) -> list[bytes]:
 
 
 def agreement(found: Any, expected: Any) -> dict[str, float]:
-    """Of two Predictions: share of equal labels, the least and the mean cosine of the CLS vectors, how many labels there are."""
+    """Of two Predictions: share of equal labels, the least and the mean cosine of the CLS vectors,
+    how many labels there are.
+    """
     import numpy as np
 
     a, b = (x.vectors["embedding"].astype(np.float64) for x in (found, expected))
@@ -242,7 +256,9 @@ def matmul(check: Check) -> dict[str, Any]:
 
 
 def equality(check: Check) -> dict[str, Any]:
-    """Each precision on the device against float32 on the CPU, on photos; float8 also says what it finds when it is opened."""
+    """Each precision on the device against float32 on the CPU, on photos; float8 also says what it
+    finds when it is opened.
+    """
     pixels = decoded(check, "exact", check.jpegs[: 16 if check.quick else 128])
     expected = check.open("fp32", "cpu", 16).predict(pixels)
     said: dict[str, Any] = {}
@@ -274,7 +290,9 @@ class CpuLanes:
 
 
 def ring(check: Check) -> dict[str, Any]:
-    """The ring against one batch after the other, from one thread and from several: the same numbers, bit for bit."""
+    """The ring against one batch after the other, from one thread and from several: the same
+    numbers, bit for bit.
+    """
     np, model = check.np, check.open("bf16")
     through = model._ring
     pixels = check.noise(check.batch * 5 + check.batch // 3).cpu().numpy()
@@ -298,7 +316,9 @@ def ring(check: Check) -> dict[str, Any]:
 
 
 def pixels_to_rows(check: Check) -> dict[str, Any]:
-    """From pixels on the host to results on the host, by one call and by two threads, against the model alone; compiled, bf16."""
+    """From pixels on the host to results on the host, by one call and by two threads, against the
+    model alone; compiled, bf16.
+    """
     model = check.open("bf16")
     if check.cuda:
         model._compiled = {check.batch: check.compile(model, check.batch)}
@@ -339,7 +359,9 @@ def of_ceiling(check: Check, rate: dict[str, float]) -> dict[str, float]:
 
 
 def model_only(check: Check) -> dict[str, Any]:
-    """The forward pass alone on pixels that are there: eager and compiled by batch, CUDA graphs, float8; as far as time allows."""
+    """The forward pass alone on pixels that are there: eager and compiled by batch, CUDA graphs,
+    float8; as far as time allows.
+    """
     variants, notes = {}, {}
     plain = check.compiled or check.open("bf16")
     for size in (8,) if check.quick else (64, 128, 256, 512):
@@ -440,7 +462,9 @@ def start_worker(jpegs: list[bytes], side: int) -> None:
 
 
 def decode_into(name: str, start: int, count: int) -> str:
-    """In a process of the pool: images start .. start + count, as vitray's decode step makes them, into shared memory."""
+    """In a process of the pool: images start .. start + count, as vitray's decode step makes them,
+    into shared memory.
+    """
     import numpy as np
 
     from vitray.decoding.decode import decode
@@ -455,7 +479,9 @@ def decode_into(name: str, start: int, count: int) -> str:
 
 
 def jpeg(check: Check) -> dict[str, Any]:
-    """From JPEG bytes to rows: by decoders on all cores, by the GPU's decoder, by both; each against what limits it."""
+    """From JPEG bytes to rows: by decoders on all cores, by the GPU's decoder, by both; each
+    against what limits it.
+    """
     np, model, cores = check.np, check.compiled or check.open("bf16"), os.cpu_count() or 1
     plain = partial(coded, check.jpegs)
     said: dict[str, Any] = {"cores": cores}
@@ -522,7 +548,9 @@ def coded(jpegs: list[bytes], start: int, count: int) -> list[Any]:
 
 
 def bad_rows(check: Check, decoder: Any) -> bool:
-    """Whether broken JPEGs among good ones are bad on the device exactly where, and why, they are bad in mode fast."""
+    """Whether broken JPEGs among good ones are bad on the device exactly where, and why, they are
+    bad in mode fast.
+    """
     from vitray.decoding.decode import decode
     from vitray.schema import Encoded
 
@@ -541,7 +569,9 @@ def bad_rows(check: Check, decoder: Any) -> bool:
 
 
 class by_processes:
-    """Decoding by a process a core into shared memory, and that with a model behind it: the line without Ray."""
+    """Decoding by a process a core into shared memory, and that with a model behind it: the line
+    without Ray.
+    """
 
     def __init__(self, check: Check, cores: int) -> None:
         self.check, self.cores = check, cores
@@ -636,7 +666,8 @@ def show(value: Any, indent: str = "  ") -> None:
     for name, inner in value.items():
         if isinstance(inner, dict) and set(inner) == {"median", "least", "most"}:
             print(
-                f"{indent}{name:28s} {inner['median']:10.1f} images/s  ({inner['least']:.1f} .. {inner['most']:.1f})"
+                f"{indent}{name:28s} {inner['median']:10.1f} images/s  ({inner['least']:.1f} .. "
+                f"{inner['most']:.1f})"
             )
         elif isinstance(inner, dict):
             print(f"{indent}{name}")

@@ -1,4 +1,6 @@
-"""A dataset made by hand through vitray.dataset's own functions: no model, no Ray. Predictions are a formula of the index."""
+"""A dataset made by hand through vitray.dataset's own functions: no model, no Ray. Predictions are
+a formula of the index.
+"""
 
 from __future__ import annotations
 
@@ -100,7 +102,9 @@ def job_of(folder: Path, **fields: object) -> Job:
 def make_dataset(
     folder: Path, commit: int | None = None, spec: ModelSpec | None = None, **fields: object
 ) -> Dataset:
-    """Three tars labelled by formula into folder/out. commit: only the first so many shards (and no manifest step)."""
+    """Three tars labelled by formula into folder/out. commit: only the first so many shards (and no
+    manifest step).
+    """
     write_tars(folder / "in")
     job = job_of(folder, **fields)
     shards = list_shards(job, []).shards

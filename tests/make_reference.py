@@ -1,7 +1,8 @@
-"""Writes docs/reference.md from the code: `python tests/make_reference.py`, or `make docs`. tests/test_docs.py fails where it is stale.
+"""Writes docs/reference.md from the code: `python tests/make_reference.py`, or `make docs`.
+tests/test_docs.py fails where it is stale.
 
-Tables come from the job, the schema, the command line, the exception tree and the metrics. What a column holds stands here, since
-an Arrow schema has no room for it.
+Tables come from the job, the schema, the command line, the exception tree and the metrics. What a
+column holds stands here, since an Arrow schema has no room for it.
 """
 
 from __future__ import annotations

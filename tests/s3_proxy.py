@@ -1,4 +1,6 @@
-"""An HTTP proxy in front of an S3 server that misbehaves on demand: errors, lost answers, cut and slow bodies, dropped headers."""
+"""An HTTP proxy in front of an S3 server that misbehaves on demand: errors, lost answers, cut and
+slow bodies, dropped headers.
+"""
 
 from __future__ import annotations
 

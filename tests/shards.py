@@ -1,4 +1,6 @@
-"""Shards for the tests: the same drawn shapes as tars, Parquet, loose files and a manifest, and plain loops to compare with."""
+"""Shards for the tests: the same drawn shapes as tars, Parquet, loose files and a manifest, and
+plain loops to compare with.
+"""
 
 from __future__ import annotations
 

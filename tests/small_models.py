@@ -1,4 +1,6 @@
-"""Small checkpoints of every family with random weights, and the plain transformers loop to hold them against."""
+"""Small checkpoints of every family with random weights, and the plain transformers loop to hold
+them against.
+"""
 
 from __future__ import annotations
 
@@ -131,7 +133,9 @@ def run(job: Job, pixels: np.ndarray, spec: ModelSpec | None = None) -> Predicti
 
 
 def require_plain(found: Predictions, job: Job, name: str, pixels: np.ndarray, atol: float) -> None:
-    """`found` are the vectors and labels, with their types, of a plain loop over the job's checkpoint."""
+    """`found` are the vectors and labels, with their types, of a plain loop over the job's
+    checkpoint.
+    """
     logits, tokens = plain_loop(job.model, name, job.labels, pixels)
     for embedding in job.embeddings:
         vectors = found.vectors[job.column(embedding)]

@@ -1,8 +1,10 @@
-"""Jobs in a loop under random faults, each compared with the ids that must come out: `make soak MINUTES=60`.
+"""Jobs in a loop under random faults, each compared with the ids that must come out: `make soak
+MINUTES=60`.
 
-A round is one dataset: up to FAULTY runs are killed, told to end, stopped for a while, crashed at a named point, or work against a
-store that fails (with Ceph's packages installed; else on a local disk), sometimes two at once; then a run without faults ends it.
-Prints one JSON line a round, and a total. Exits with 1 at the first lost, doubled or foreign row.
+A round is one dataset: up to FAULTY runs are killed, told to end, stopped for a while, crashed at a
+named point, or work against a store that fails (with Ceph's packages installed; else on a local
+disk), sometimes two at once; then a run without faults ends it. Prints one JSON line a round, and a
+total. Exits with 1 at the first lost, doubled or foreign row.
 """
 
 from __future__ import annotations
@@ -71,7 +73,10 @@ def wrong_with(out: str) -> str:
     keys = Counter(vitray.read(out, columns=["key"])["key"].to_pylist())
     wanted = {f"{n:05d}" for n in range(IMAGES)}
     if keys != Counter(wanted):
-        return f"lost {len(wanted - keys.keys())}, doubled {sum(keys.values()) - len(keys)}, foreign {len(keys.keys() - wanted)}"
+        return (
+            f"lost {len(wanted - keys.keys())}, doubled {sum(keys.values()) - len(keys)}, foreign "
+            f"{len(keys.keys() - wanted)}"
+        )
     checked = vitray.validate(out, content=True)
     return "" if checked.ok else str(checked)
 
@@ -79,7 +84,9 @@ def wrong_with(out: str) -> str:
 def faulty_run(
     argv: list[str], out: str, proxy: Proxy | None, rng: random.Random
 ) -> tuple[str, list[int]]:
-    """What befell one run, or two at once, and the exit codes. Exits where one claims what is not so, or prints a traceback."""
+    """What befell one run, or two at once, and the exit codes. Exits where one claims what is not
+    so, or prints a traceback.
+    """
     what = rng.choice(["kill", "kill", "term", "stop", "crash", "storm", "two"])
     environment = dict(os.environ)
     if what == "crash":

@@ -1,4 +1,6 @@
-"""vitray backfill: the next model's dataset from the very shards of the old one, compared with it."""
+"""vitray backfill: the next model's dataset from the very shards of the old one, compared with
+it.
+"""
 
 from __future__ import annotations
 

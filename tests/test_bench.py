@@ -65,7 +65,8 @@ def test_bench_speaks_json_on_the_command_line(
 ) -> None:
     job = tmp_path / "job.yaml"
     job.write_text(
-        f"source: {inputs}\nmodel: {shapes_model}\nout: {tmp_path / 'out'}\ndevice: cpu\nengine: torch\n"
+        f"source: {inputs}\nmodel: {shapes_model}\nout: {tmp_path / 'out'}\ndevice: cpu\nengine: "
+        f"torch\n"
     )
     answer = CliRunner().invoke(
         app, ["bench", str(job), "--images", "32", "--seconds", "0.5", "--json"]

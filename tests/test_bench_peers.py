@@ -1,4 +1,6 @@
-"""The harness of `make bench`: its arithmetic, and that no peer passes with wrong, missing or doubled answers."""
+"""The harness of `make bench`: its arithmetic, and that no peer passes with wrong, missing or
+doubled answers.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,8 @@ def test_a_round_that_noise_ate_or_that_was_cut_has_no_slope() -> None:
 
 
 def test_ratios_are_of_one_round_each_and_their_median_is_told(tmp_path: Path) -> None:
-    # a slow minute hits both peers of a round: the rounds' ratios are 2, 2 and 4, the medians' own ratio is 4
+    # a slow minute hits both peers of a round: the rounds' ratios are 2, 2 and 4, the medians' own
+    # ratio is 4
     made = runs("hand", [(1.0, 9.0), (1.0, 3.0), (1.0, 5.0)]) + runs(
         "vitray", [(5.0, 9.0), (5.0, 6.0), (5.0, 6.0)]
     )
@@ -99,7 +102,9 @@ def reference() -> pa.Table:
 
 
 def judged(out: Path, **changed: object) -> tuple[float, float | None]:
-    """The verdict on two files that hold the reference's own answers, in reverse, but for the changed columns (in order)."""
+    """The verdict on two files that hold the reference's own answers, in reverse, but for the
+    changed columns (in order).
+    """
     truth = reference()
     columns = {"path": [f"/in/loose/{key}.jpg" for key in truth["key"].to_pylist()]}
     columns |= {name: truth[name].to_pylist() for name in ("label", "embedding")} | changed

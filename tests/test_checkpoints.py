@@ -1,4 +1,6 @@
-"""Checkpoints: where they come from, and that nothing which was not trained, or which could run code, ever predicts."""
+"""Checkpoints: where they come from, and that nothing which was not trained, or which could run
+code, ever predicts.
+"""
 
 from __future__ import annotations
 

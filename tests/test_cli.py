@@ -1,4 +1,6 @@
-"""The command line as a person meets it: one short message and the right exit code for bad input, nothing written; and `validate`."""
+"""The command line as a person meets it: one short message and the right exit code for bad input,
+nothing written; and `validate`.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,9 @@ def only_files(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def write_job(path: Path, **fields: object) -> Path:
-    """A job file (JSON is YAML) for the tars in `in`, with fields replaced, or left out when None."""
+    """A job file (JSON is YAML) for the tars in `in`, with fields replaced, or left out when
+    None.
+    """
     base = {
         "source": f"{path.parent}/in/*.tar",
         "model": f"{path.parent}/model",
@@ -152,7 +156,9 @@ def test_a_bad_job_gets_one_line_that_names_the_field(
 
 
 def refused(vitray: Call, folder: Path, argv: list[object], code: int, *says: str) -> str:
-    """Runs a command that must fail with one line on stderr, nothing on stdout, and nothing written."""
+    """Runs a command that must fail with one line on stderr, nothing on stdout, and nothing
+    written.
+    """
     before = snapshot(folder)
     got, out, err = vitray(*argv)
     assert got == code, err
@@ -384,7 +390,8 @@ def test_a_text_of_names_is_cut_at_its_commas(
 def test_yaml_anchors_and_merges_are_no_duplicates(tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     path.write_text(
-        "one: &a {layer: 1, pool: cls}\ntwo: &b {<<: *a, layer: 2}\nembeddings: [*a, {<<: *b, pool: mean}]\n"
+        "one: &a {layer: 1, pool: cls}\ntwo: &b {<<: *a, layer: 2}\nembeddings: [*a, {<<: *b, "
+        "pool: mean}]\n"
     )
     assert read_fields(path)["embeddings"] == [
         {"layer": 1, "pool": "cls"},
@@ -649,7 +656,10 @@ def test_run_says_when_there_was_nothing_to_see(
 
 def test_run_says_that_too_many_images_were_bad(vitray: Call, labelled: Path) -> None:
     code, out, err = vitray("run", labelled / "a job.yaml", "--set", "max_error_rate=0.05")
-    says = f"too many bad images: 3 of 30, more than max_error_rate=0.05; see {labelled}/out/_errors, or raise max_error_rate"
+    says = (
+        f"too many bad images: 3 of 30, more than max_error_rate=0.05; see {labelled}/out/_errors, "
+        f"or raise max_error_rate"
+    )
     assert (code, err, out.splitlines()[2:]) == (4, "", [says])
 
 
@@ -686,7 +696,8 @@ def test_the_summary_counts_in_proper_words() -> None:
         "no longer in the source: 1 committed shard; --prune removes the rows",
         "left out   3: 1 hidden, 2 other_suffix; by suffix: 2 .txt",
         "not chosen 2 shards with 20 images, by since, sample or limit",
-        "too many bad images: 2 of 3, more than max_error_rate=0.5; see /o/_errors, or raise max_error_rate",
+        "too many bad images: 2 of 3, more than max_error_rate=0.5; see /o/_errors, or raise "
+        "max_error_rate",
     ]
 
 
@@ -842,7 +853,8 @@ def test_plan_counts_tars_and_what_is_committed(vitray: Call, tmp_path: Path) ->
         "since=2999-01-01",
     )[1]
     assert none.startswith(
-        "source     0 shards, 0 images, 0 bytes\ncommitted  0 shards\nnot chosen 3 shards with 30 images, by since"
+        "source     0 shards, 0 images, 0 bytes\ncommitted  0 shards\nnot chosen 3 shards with 30 "
+        "images, by since"
     )
     assert snapshot(tmp_path) == before
     assert len(committed(dataset.out)) == 2
@@ -1260,7 +1272,8 @@ def test_a_whole_dataset_is_valid(vitray: Call, dataset: Dataset, tmp_path: Path
     code, out, _ = vitray("validate", dataset.out)
     assert (code, out) == (
         0,
-        f"{dataset.out}: valid; 3 files, 27 rows, 3 errors\nsource: 30 images in the committed shards\n",
+        f"{dataset.out}: valid; 3 files, 27 rows, 3 errors\nsource: 30 images in the committed "
+        f"shards\n",
     )
     found = json.loads(vitray("validate", dataset.out, "--json")[1])
     assert (found["files"], found["rows"], found["errors"], found["pending"], found["gone"]) == (
@@ -1477,7 +1490,8 @@ def test_validate_finds_a_missing_or_different_errors_file(vitray: Call, dataset
     problems = problems_of(vitray, dataset)
     assert problems[:2] == [
         f"data/{first.name}: its file of error rows is missing; run the job again to repair it",
-        f"data/{second.name}: its error rows differ from what the data file carries; run the job again to repair it",
+        f"data/{second.name}: its error rows differ from what the data file carries; run the job "
+        f"again to repair it",
     ]
     assert problems[2].startswith(f"data/{third.name}: its file of error rows cannot be read")
     assert len(problems) == 3
@@ -1610,8 +1624,8 @@ def test_the_footer_of_a_data_file_is_checked_against_the_dataset(
         path, lambda t: t, errors="1", error_rows=base64.b64encode(ipc_bytes(bad, "zstd")).decode()
     )
     assert (
-        f"data/{path.name}: its error rows differ from what the data file carries; run the job again to repair it"
-        in problems_of(vitray, dataset)
+        f"data/{path.name}: its error rows differ from what the data file carries; run the job "
+        f"again to repair it" in problems_of(vitray, dataset)
     )
     assert read_footer(str(path)).errors == 1 and SCHEMA_VERSION == 1
     assert np.isclose(

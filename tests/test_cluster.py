@@ -25,7 +25,9 @@ from vitray.pipeline.cluster import share_out
 
 
 def answers(argv: list[str], environment: dict[str, str]) -> bool:
-    """Whether a command ends well within 20 s; `ray status` waits for ever on a head that is just coming up."""
+    """Whether a command ends well within 20 s; `ray status` waits for ever on a head that is just
+    coming up.
+    """
     try:
         return (
             subprocess.run(argv, env=environment, capture_output=True, timeout=20).returncode == 0
@@ -227,7 +229,9 @@ def test_a_lost_node_costs_no_row_and_a_new_one_is_used(shapes_model: str, tmp_p
 def test_a_node_that_joins_without_the_shared_disk_loses_and_doubles_nothing(
     shapes_model: str, tmp_path: Path
 ) -> None:
-    """Its mounts are its own: an empty disk lies where the others have source and out. The run ends and says so; without it, it completes."""
+    """Its mounts are its own: an empty disk lies where the others have source and out. The run ends
+    and says so; without it, it completes.
+    """
     images, trace, disk = 1536, tmp_path / "trace", tmp_path / "disk"
     put_tars(str(disk / "in"), pictures(images), 12, tmp_path)
     trace.mkdir()

@@ -1,4 +1,6 @@
-"""What goes wrong on a cluster: workers killed or stopped, models that never open, no memory, no room for objects. Every id is compared."""
+"""What goes wrong on a cluster: workers killed or stopped, models that never open, no memory, no
+room for objects. Every id is compared.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,9 @@ def last_pid(trace: Path, step: str) -> int | None:
 def test_workers_and_actors_killed_every_few_seconds(
     inputs: Path, shapes_model: str, tmp_path: Path
 ) -> None:
-    """A decoder, a stager, the model actor, in turn, every 3 s, eight times. Ray tries each batch three times, the runner plans again."""
+    """A decoder, a stager, the model actor, in turn, every 3 s, eight times. Ray tries each batch
+    three times, the runner plans again.
+    """
     trace = tmp_path / "trace"
     run = start(command(inputs, shapes_model, tmp_path / "out", "--address", "local"), trace)
     wait_until_staged(run, trace, 1)
@@ -76,7 +80,8 @@ def test_workers_and_actors_killed_every_few_seconds(
     require_whole(tmp_path / "out")
     assert killed >= 3
     print(
-        f"{killed} processes killed; done again: { {s: n - IMAGES for s, n in images_by_step(trace).items()} }"
+        f"{killed} processes killed; done again: "
+        f"{ {s: n - IMAGES for s, n in images_by_step(trace).items()} }"
     )
 
 

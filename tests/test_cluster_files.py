@@ -1,4 +1,5 @@
-"""The files of cluster/: each is held against a schema or a parser that knows its kind, and each check is shown to see a typo.
+"""The files of cluster/: each is held against a schema or a parser that knows its kind, and each
+check is shown to see a typo.
 
 Nothing here asks the network. What a schema leaves open (labels, node selectors) is named in FREE.
 """
@@ -174,11 +175,14 @@ def text_of(name: str) -> str:
 
 
 def documents(name: str) -> list[Any]:
-    """The documents of a YAML or JSON file, without shared parts, so that one place can be changed alone."""
+    """The documents of a YAML or JSON file, without shared parts, so that one place can be changed
+    alone.
+    """
     return json.loads(json.dumps(list(yaml.safe_load_all(text_of(name)))))
 
 
-# ---------------------------------------------------------------- what is wrong with a file: one function a kind
+# ---------------------------------------------------------------- what is wrong with a file: one
+# function a kind
 
 
 def faults_of(name: str, docs: list[Any]) -> list[str]:
@@ -283,7 +287,9 @@ def foreign_values(value: Any, shape: Any) -> Iterator[str]:
 
 
 def faults_of_command(line: str) -> list[str]:
-    """Options that `ray start`, `vitray run` or `vitray submit` does not have, or a command that is none of these."""
+    """Options that `ray start`, `vitray run` or `vitray submit` does not have, or a command that is
+    none of these.
+    """
     words = shlex.split(line)
     known = {
         ("ray", "start"): ray_options(),
@@ -300,7 +306,9 @@ def faults_of_command(line: str) -> list[str]:
 
 
 def faults_of_dashboard(doc: Any) -> list[str]:
-    """Keys that Grafana's own model does not keep, PromQL that does not parse, metrics and labels that nobody exports."""
+    """Keys that Grafana's own model does not keep, PromQL that does not parse, metrics and labels
+    that nobody exports.
+    """
     register_default_plugins()
     try:
         kept = json.loads(JSONEncoder().encode(Dashboard.from_json(copy.deepcopy(doc))))
@@ -366,10 +374,15 @@ def faults_of_query(query: str, legend: str) -> list[str]:
 
 @functools.cache
 def crd(kind: str) -> jsonschema.Draft202012Validator:
-    """KubeRay's schema of a kind, closed wherever it does not say that it is open; `metadata` is Kubernetes' own."""
+    """KubeRay's schema of a kind, closed wherever it does not say that it is open; `metadata` is
+    Kubernetes' own.
+    """
     path = CRDS / f"ray.io_{kind.lower()}s.yaml"
     if not path.exists():
-        what = f"{path} is missing: ray-operator/config/crd/bases of github.com/ray-project/kuberay, commit feeaf72f"
+        what = (
+            f"{path} is missing: ray-operator/config/crd/bases of github.com/ray-project/kuberay, "
+            f"commit feeaf72f"
+        )
         assert not os.environ.get("CI"), what
         pytest.skip(what)
     whole = yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
@@ -591,7 +604,8 @@ def test_no_file_names_a_machine_or_holds_a_secret() -> None:
         text = text_of(name)
         assert not re.search(r"/(home|Users|root|mnt|work|opt)/(?!vitray\b)", text), name
         assert not re.search(
-            r"AKIA|ASIA[A-Z0-9]{12}|BEGIN [A-Z ]*KEY|(?i:password|secret_access_key)|hf_[A-Za-z0-9]{20}",
+            r"AKIA|ASIA[A-Z0-9]{12}|BEGIN [A-Z "
+            r"]*KEY|(?i:password|secret_access_key)|hf_[A-Za-z0-9]{20}",
             text,
         ), name
         assert not re.search(r"RAY_AUTH_TOKEN(=|: *|, value: )[\"']?[0-9a-z]", text), name
@@ -791,8 +805,8 @@ def test_the_slurm_script_is_understood_by_bash_sbatch_and_ray() -> None:
     text = text_of("slurm.sbatch")
     assert faults_of_batch(text) == []
     assert (
-        "export RAY_AUTH_TOKEN RAY_AUTH_MODE=token RAY_task_oom_retries=3 RAY_num_workers_soft_limit=64 RAY_USAGE_STATS_ENABLED=0"
-        in text
+        "export RAY_AUTH_TOKEN RAY_AUTH_MODE=token RAY_task_oom_retries=3 "
+        "RAY_num_workers_soft_limit=64 RAY_USAGE_STATS_ENABLED=0" in text
     )
     assert {option for parameter in symmetric_run.params for option in parameter.opts} >= {
         "--address",
@@ -864,7 +878,8 @@ def test_the_image_is_pinned_runs_without_root_and_holds_no_weights(tmp_path: Pa
     arguments = [value for instruction, value in steps if instruction in ("ARG", "ENV")]
     assert arguments == [
         "TORCH=cuda",
-        "HOME=/home/vitray HF_HOME=/weights RAY_AUTH_MODE=token RAY_task_oom_retries=3 RAY_num_workers_soft_limit=64 "
+        "HOME=/home/vitray HF_HOME=/weights RAY_AUTH_MODE=token RAY_task_oom_retries=3 "
+        "RAY_num_workers_soft_limit=64 "
         "RAY_USAGE_STATS_ENABLED=0 RAY_JOB_STOP_WAIT_TIME_S=20",
     ]
     installs = [value for _, value in steps if "pip install" in value]
@@ -920,11 +935,15 @@ def test_metrics_come_out_of_ray_under_the_names_that_the_dashboard_asks_for() -
     """Ray's own recorder and exporter, in a process of their own: they are global."""
     code = (
         "import json, sys\nfrom prometheus_client import REGISTRY\n"
-        "from ray._private.telemetry.open_telemetry_metric_recorder import OpenTelemetryMetricRecorder\n"
+        "from ray._private.telemetry.open_telemetry_metric_recorder import "
+        "OpenTelemetryMetricRecorder\n"
         "counters, histograms = json.loads(sys.argv[1])\nrecorder = OpenTelemetryMetricRecorder()\n"
-        "for name in counters:\n    recorder.register_counter_metric(name, 'd')\n    recorder.set_metric_value(name, {}, 1.0)\n"
-        "for name in histograms:\n    recorder.register_histogram_metric(name, 'd', [1.0])\n    recorder.set_metric_value(name, {}, 1.0)\n"
-        "print(json.dumps([sample.name for metric in REGISTRY.collect() for sample in metric.samples]))"
+        "for name in counters:\n    recorder.register_counter_metric(name, 'd')\n    "
+        "recorder.set_metric_value(name, {}, 1.0)\n"
+        "for name in histograms:\n    recorder.register_histogram_metric(name, 'd', [1.0])\n    "
+        "recorder.set_metric_value(name, {}, 1.0)\n"
+        "print(json.dumps([sample.name for metric in REGISTRY.collect() for sample in "
+        "metric.samples]))"
     )
     names = json.dumps([list(COUNTERS), list(HISTOGRAMS)])
     done = subprocess.run(
@@ -973,7 +992,9 @@ def test_every_file_that_the_readme_names_exists() -> None:
 
 
 def test_the_image_has_what_ray_up_needs() -> None:
-    """rsync in the container, and on the head what starts workers on EC2: an ssh client, and boto3. Source: ray/autoscaler/_private."""
+    """rsync in the container, and on the head what starts workers on EC2: an ssh client, and boto3.
+    Source: ray/autoscaler/_private.
+    """
     packages = (
         text_of("Dockerfile").partition("--no-install-recommends")[2].partition("&&")[0].split()
     )

@@ -1,4 +1,6 @@
-"""Rules of the code base: dangerous arguments, public names, quick imports, locked versions. Import rules: pyproject.toml."""
+"""Rules of the code base: dangerous arguments, public names, quick imports, locked versions. Import
+rules: pyproject.toml.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,10 @@ PACKAGE = Path(vitray.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 NEVER_TRUE = {"trust_remote_code", "shell", "allow_pickle"}
 HELP_S = 1.0
-HEAVY = "{'torch', 'ray', 'transformers', 'openvino', 'onnxruntime', 'numba', 'faiss', 'lancedb', 'peft'}"
+HEAVY = (
+    "{'torch', 'ray', 'transformers', 'openvino', 'onnxruntime', 'numba', 'faiss', 'lancedb', "
+    "'peft'}"
+)
 
 
 def name_of(path: Path) -> str:
@@ -93,10 +98,12 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 def test_public_functions_stay_functions_after_every_module_was_imported() -> None:
     code = (
-        "import vitray, vitray.operations.planning, vitray.operations.validation, vitray.dataset, vitray.pipeline, vitray.operations.demo, vitray.cli\n"
+        "import vitray, vitray.operations.planning, vitray.operations.validation, vitray.dataset, "
+        "vitray.pipeline, vitray.operations.demo, vitray.cli\n"
         "names = [vitray.plan, vitray.validate, vitray.read, vitray.run]\n"
         "assert [f.__module__ + '.' + f.__name__ for f in names] == ["
-        "'vitray.operations.planning.plan', 'vitray.operations.validation.validate', 'vitray.dataset.reading.read', 'vitray.pipeline.runner.run']\n"
+        "'vitray.operations.planning.plan', 'vitray.operations.validation.validate', "
+        "'vitray.dataset.reading.read', 'vitray.pipeline.runner.run']\n"
         "from vitray import *\n"
         "assert callable(plan) and callable(validate)"
     )
@@ -139,18 +146,22 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def run_light(*argv: str) -> str:
-    """vitray.cli.main in a fresh interpreter, which must not have imported anything heavy nor left a thread; returns what it printed."""
+    """vitray.cli.main in a fresh interpreter, which must not have imported anything heavy nor left
+    a thread; returns what it printed.
+    """
     code = (
         "import pathlib, sys, time, numpy, pyarrow.parquet\nfrom vitray.cli import main\n"
         # jemalloc starts a thread of its own when it likes
-        "def threads():\n    names = [path.read_text() for path in pathlib.Path('/proc/self/task').glob('*/comm')]\n"
+        "def threads():\n    names = [path.read_text() for path in "
+        "pathlib.Path('/proc/self/task').glob('*/comm')]\n"
         "    return sum('jemalloc' not in name for name in names)\n"
         "started = threads()\n"
         f"sys.argv = ['vitray', *{argv!r}]\n"
         "try:\n    main()\nexcept SystemExit as stop:\n    assert stop.code == 0, stop.code\n"
         f"heavy = {HEAVY} & set(sys.modules)\nassert not heavy, heavy\n"
         # a thread of pyarrow's pool that holds a Python buffer at exit aborts the process
-        "for _ in range(50):  # a joined thread is gone a moment later\n    time.sleep(0.02 * (threads() > started))\n"
+        "for _ in range(50):  # a joined thread is gone a moment later\n    time.sleep(0.02 * "
+        "(threads() > started))\n"
         "left = threads() - started\nassert left <= 0, f'{left} threads left'"
     )
     return python("-c", code).stdout
@@ -159,7 +170,8 @@ def run_light(*argv: str) -> str:
 def test_import_vitray_is_light() -> None:
     python(
         "-c",
-        f"import sys, vitray\nassert not ({HEAVY} | {{'pyarrow.parquet', 's3fs'}}) & set(sys.modules)",
+        f"import sys, vitray\nassert not ({HEAVY} | {{'pyarrow.parquet', 's3fs'}}) & "
+        f"set(sys.modules)",
     )
 
 

@@ -158,7 +158,9 @@ def test_what_must_not_be_gathered_or_written_is_refused(tmp_path: Path) -> None
     assert [path.name for path in few.iterdir()] == ["c"]
     with pytest.raises(
         JobError,
-        match=r"few/c holds what vitray compact gathered \(_COMPACT\.json\): readers would see rows twice",
+        match=r"few/c holds what vitray compact gathered \(_COMPACT\.json\): readers would see "
+        r"rows "
+        r"twice",
     ):
         hand_made.make_dataset(tmp_path / "again", out=str(few / "c"))
     globbed = hand_made.make_dataset(

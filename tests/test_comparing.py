@@ -19,7 +19,9 @@ from vitray.errors import JobError
 
 @pytest.fixture
 def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
-    """Of three tars; the second calls cats dogs and dogs cats, could not read another image, and lacks the last shard."""
+    """Of three tars; the second calls cats dogs and dogs cats, could not read another image, and
+    lacks the last shard.
+    """
     old = hand_made.make_dataset(tmp_path)
     monkeypatch.setattr(hand_made, "BAD", 4)
     spec = replace(

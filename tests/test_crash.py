@@ -1,4 +1,6 @@
-"""kill -9 at every named point of a run: the next run completes the dataset, and it equals that of a run which nobody killed."""
+"""kill -9 at every named point of a run: the next run completes the dataset, and it equals that of
+a run which nobody killed.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""What an output directory promises: one fingerprint, each shard in it exactly once, and a ledger that says so.
+"""What an output directory promises: one fingerprint, each shard in it exactly once, and a ledger
+that says so.
 
-No model and no Ray: rows are drawn, and so are crashes; what a killed run leaves behind is files, made here by hand.
+No model and no Ray: rows are drawn, and so are crashes; what a killed run leaves behind is files,
+made here by hand.
 """
 
 from __future__ import annotations
@@ -115,7 +117,9 @@ def out(root: str) -> str:
 def quick_out(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> str:
-    """OUT on a disk and on the mock, where the promise hangs on our logic and not on what a real store answers."""
+    """OUT on a disk and on the mock, where the promise hangs on our logic and not on what a real
+    store answers.
+    """
     if request.param == "local":
         return str(tmp_path / "out")
     return join(new_bucket(request.getfixturevalue("mock_s3"), monkeypatch), "out")
@@ -756,7 +760,9 @@ def test_a_second_commit_adopts_the_first(out: str) -> None:
 def test_a_link_that_was_made_and_then_refused_is_a_commit(
     local_out: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a client of NFS sees when the answer to its first request was lost and the second finds the name taken."""
+    """What a client of NFS sees when the answer to its first request was lost and the second finds
+    the name taken.
+    """
     real = os.link
 
     def twice(source: str, target: str) -> None:
@@ -948,7 +954,9 @@ def proxy(mock_s3: str) -> Iterator[Proxy]:
 
 @pytest.fixture
 def behind(proxy: Proxy, mock_s3: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
-    """OUT behind the proxy, staged, and a way for another run to commit meanwhile, which goes past the proxy."""
+    """OUT behind the proxy, staged, and a way for another run to commit meanwhile, which goes past
+    the proxy.
+    """
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     out = join(new_bucket(proxy.url, monkeypatch), "out")
     dataset, shard = make(out), input_shard(out)
@@ -977,7 +985,9 @@ def rival(
     total: int = 9,
     bad: Bad | None = None,
 ) -> Callable[[], None]:
-    """Another run: commits the shard with boto3's bytes of a commit made elsewhere, then cleans up, past the proxy."""
+    """Another run: commits the shard with boto3's bytes of a commit made elsewhere, then cleans up,
+    past the proxy.
+    """
     bucket, _, prefix = dataset.out.removeprefix("s3://").partition("/")
     client = boto3.client("s3", endpoint_url=mock_s3)
 
@@ -1085,7 +1095,8 @@ def test_a_commit_that_is_never_answered_looks_before_it_gives_up(
     behind: Callable[[], Any], proxy: Proxy
 ) -> None:
     dataset, shard = behind()
-    proxy.rule = lambda call: LOSE if WINDOWS["before the create"](call) and proxy.count("PUT", "/data/") == 1 else (
+    proxy.rule = lambda call: LOSE if WINDOWS["before the "
+        "create"](call) and proxy.count("PUT", "/data/") == 1 else (
         503 if WINDOWS["before the create"](call) else FORWARD
     )  # fmt: skip
     assert commit_shard(dataset, shard) == Commit(shard.id, 8, 1, {"empty": 1}, None, False)
@@ -1268,7 +1279,10 @@ def test_duckdb_pandas_and_pyarrow_read_the_data(local_out: str) -> None:
     assert [row[0] for row in found] == good and np.allclose(
         [row[1] for row in found], cosines, atol=1e-6
     )
-    as_array = f"select array_cosine_similarity(embedding::float[{D}], $1::float[{D}]) from '{files}' order by shard, index"
+    as_array = (
+        f"select array_cosine_similarity(embedding::float[{D}], $1::float[{D}]) from '{files}' "
+        f"order by shard, index"
+    )
     assert np.allclose(
         [row[0] for row in duckdb.execute(as_array, [asked]).fetchall()], cosines, atol=1e-6
     )

@@ -1,4 +1,5 @@
-"""decode.py and isolation.py: pixels equal Hugging Face's, every oddity has its value or its reason, and a death costs one row.
+"""decode.py and isolation.py: pixels equal Hugging Face's, every oddity has its value or its
+reason, and a death costs one row.
 
 Expected values come from Pillow, numpy or Hugging Face, never from the code under test.
 """
@@ -530,7 +531,8 @@ def test_fast_decodes_beside_openmp_threads_of_the_parent() -> None:
 def test_only_fast_and_draft_import_torch() -> None:
     code = (
         "import sys, test_decode as t\nfor mode in ('exact', 'fast'):\n"
-        "    t.decode(t.items(t.encode(t.photo(), 'JPEG')), t.spec((24, 24), None, mode=mode))\n    print('torch' in sys.modules)"
+        "    t.decode(t.items(t.encode(t.photo(), 'JPEG')), t.spec((24, 24), None, mode=mode))\n  "
+        "  print('torch' in sys.modules)"
     )
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
     done = subprocess.run(
@@ -1024,7 +1026,9 @@ def test_a_child_ends_with_its_thread() -> None:
 
 
 def test_what_only_a_signal_handler_holds_does_not_end_in_a_child(tmp_path: Path) -> None:
-    """Ray Train leaves one that holds an actor; its end in a child left Ray's client in the parent without answers for ever."""
+    """Ray Train leaves one that holds an actor; its end in a child left Ray's client in the parent
+    without answers for ever.
+    """
     ended = tmp_path / "ended"
 
     class Held:
@@ -1084,17 +1088,22 @@ def test_the_child_dies_with_its_parent(tmp_path: Path) -> None:
 
 
 def test_threads_that_begin_at_once_leave_no_child_waiting_for_a_lock(tmp_path: Path) -> None:
-    """One that forked while another compiled had a child that waited for the compiler's lock until it was killed, a minute later."""
+    """One that forked while another compiled had a child that waited for the compiler's lock until
+    it was killed, a minute later.
+    """
     code = (
-        "import io, threading\nfrom PIL import Image\nfrom vitray.decoding.decode import decode\nfrom vitray.decoding.isolation import CHUNK_BYTES, Limits\n"
+        "import io, threading\nfrom PIL import Image\nfrom vitray.decoding.decode import "
+        "decode\nfrom vitray.decoding.isolation import CHUNK_BYTES, Limits\n"
         "from vitray.schema import DecodeSpec, Encoded, PixelSpec\n"
         "buffer = io.BytesIO()\nImage.new('RGB', (64, 48)).save(buffer, 'JPEG')\n"
-        "spec = DecodeSpec(PixelSpec((16, 16), 2, None, 1, (0, 0, 0), (1, 1, 1)), ('jpeg',), 10**6, None)\n"
+        "spec = DecodeSpec(PixelSpec((16, 16), 2, None, 1, (0, 0, 0), (1, 1, 1)), ('jpeg',), "
+        "10**6, None)\n"
         "reasons, start = [], threading.Barrier(3)\n"
         "def work():\n    start.wait()\n    item = Encoded(0, 'a', 'a', buffer.getvalue())\n"
         "    reasons.extend(o.reason for o in decode([item], spec, limits=Limits(wall_s=200))[1])\n"
         "threads = [threading.Thread(target=work) for _ in range(3)]\n"
-        "[t.start() for t in threads]\n[t.join() for t in threads]\nassert reasons == [None] * 3, reasons"
+        "[t.start() for t in threads]\n[t.join() for t in threads]\nassert reasons == [None] * 3, "
+        "reasons"
     )
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}  # nothing is compiled yet
     done = subprocess.run(

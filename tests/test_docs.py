@@ -1,22 +1,34 @@
-"""The pages say what is so: the reference is the code's, links lead somewhere, commands exist, jobs are valid, and the tutorial is run."""
+"""The pages are true: the reference matches the code, links lead somewhere, commands parse, jobs
+are valid.
+
+test_docs_run.py runs what the pages show.
+"""
 
 from __future__ import annotations
 
 import re
 import shlex
 import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import chdir
-from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 import make_reference
 import pytest
 import yaml
-from shards import pictures
+from docpages import (
+    ALL,
+    PAGES,
+    README,
+    ROOT,
+    anchors,
+    command_spans,
+    commands,
+    fences,
+    links,
+    place_of,
+    prose,
+)
 
 import vitray
 from vitray.dataset.identity import DECIDING_FIELDS
@@ -25,68 +37,18 @@ from vitray.job import Job, make_job, parse_set
 from vitray.operations.costing import PRICES
 from vitray.training.config import TrainingConfig
 
-HOME = Path(__file__).parent.parent
-PAGES = sorted((HOME / "docs").rglob("*.md"))
-ALL = [*PAGES, *sorted(HOME.glob("*.md")), HOME / "cluster" / "README.md"]
-TUTORIAL = HOME / "docs" / "tutorial.md"
-MODEL = "google/vit-base-patch16-224"
-SHELL = {
-    "vitray",
-    "export",
-    "python",
-    "until",
-    "case",
-    "done",
-}  # what a line of a page's `sh` may begin with
-PARSED = {"sh", "crontab", "yaml", "python", "text"}  # fences that a test looks into
-NUMBER = re.compile(r"\d[\d.,]*")
-
-
-@dataclass(frozen=True)
-class Fence:
-    language: str
-    text: str
-
-
-def named(path: Path) -> str:
-    return path.relative_to(HOME).as_posix()
-
-
-def fences(page: str) -> list[Fence]:
-    return [
-        Fence(*found)
-        for found in re.findall(r"^```(\w*)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    ]
-
-
-def prose(page: str) -> str:
-    return re.sub(r"^```.*?^```$", "", page, flags=re.MULTILINE | re.DOTALL)
-
-
-def commands(page: str) -> list[str]:
-    """Every line that is a vitray command, in fences and in indented code, as one would type it."""
-    lines = [
-        line
-        for fence in fences(page)
-        if fence.language in ("sh", "crontab")
-        for line in fence.text.splitlines()
-    ]
-    lines += [line[4:] for line in prose(page).splitlines() if line.startswith("    ")]
-    starts = re.compile(r"^(?:[\d*/,-]+ ){5}|^(?:until|if|while) |; do$|^\.venv/bin/")
-    typed = [starts.sub("", starts.sub("", line)) for line in lines]
-    return [line for line in typed if line.startswith("vitray ")]
-
-
-def spans(page: str) -> list[str]:
-    """What stands in backticks within the text, as far as it is a vitray command."""
-    return [" ".join(span.split()) for span in re.findall(r"`(vitray\s[^`]+)`", prose(page))]
+FIRST_WORDS = {"vitray", "export", "python", "until", "case", "done", "pip", "make", "mkdir", "."}
+LANGUAGES = {"sh", "crontab", "yaml", "python", "text", "sql"}
+TABLE_NAMES = re.compile(r"^\| `(\w+)` \|", re.MULTILINE)
+TEST = re.compile(r"`(test_\w+\.py)(?:::(\w+))?`")
 
 
 def parse(line: str) -> None:
-    """Raises what the command line raises for such arguments, JobError for a field or value of --set that no job has."""
-    words = list(
-        takewhile(lambda word: word not in (";", "|", "&&", ">"), shlex.split(line, comments=True))
-    )[1:]
+    """Raises what the command line raises for such arguments, and JobError for a field or value
+    that no job has.
+    """
+    ends = (";", "|", "&&", ">")
+    words = list(takewhile(lambda word: word not in ends, shlex.split(line, comments=True)))[1:]
     group = make_reference.group()
     options = list(takewhile(lambda word: word not in group.commands, words))
     group.make_context("vitray", [*options, "run"])
@@ -101,27 +63,17 @@ def parse(line: str) -> None:
         make_job(fields)
 
 
-def anchors(page: str) -> set[str]:
-    """Of its headings, as GitHub makes them."""
-    heads = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
-
-
-def links(page: str) -> list[str]:
-    return [
-        link for link in re.findall(r"\[[^\]]*\]\(([^)\s]+)\)", prose(page)) if "://" not in link
-    ]
-
-
-def broken(page: Path) -> Iterator[str]:
-    for link in links(page.read_text()):
+def broken_links(page: Path) -> Iterator[str]:
+    for link in links(page.read_text(encoding="utf-8")):
         place, _, anchor = link.partition("#")
         target = (page.parent / place).resolve() if place else page
-        if not target.exists() or (anchor and anchor not in anchors(target.read_text())):
-            yield f"{named(page)}: {link}"
+        if not target.exists() or (
+            anchor and anchor not in anchors(target.read_text(encoding="utf-8"))
+        ):
+            yield f"{page.name}: {link}"
 
 
-# ---------------------------------------------------------------- what needs no run
+# ---------------------------------------------------------------- the reference
 
 
 def test_the_reference_is_what_the_code_says() -> None:
@@ -130,70 +82,101 @@ def test_the_reference_is_what_the_code_says() -> None:
 
 def test_the_reference_names_every_field_column_reason_and_command() -> None:
     page = make_reference.page()
-    reasons, data = (
-        page.partition("## Reasons")[2].partition("\n## ")[0],
-        page.partition("## Columns of `data/`")[2],
-    )
-    assert re.findall(r"^\| `(\w+)` \|", reasons, re.MULTILINE) == list(vitray.schema.REASONS)
-    assert set(vitray.schema.RESERVED) <= set(re.findall(r"^\| `(\w+)` \|", data, re.MULTILINE))
-    assert set(Job.model_fields) <= set(
-        re.findall(r"^\| `(\w+)` \|", page.partition("## Embeddings")[0], re.MULTILINE)
-    )
-    assert set(TrainingConfig.model_fields) <= set(
-        re.findall(r"^\| `(\w+)` \|", page.partition("## Training")[2], re.MULTILINE)
-    )
-    assert re.findall(r"^### `vitray (\w+)`", page, re.MULTILINE) == list(
-        make_reference.group().commands
-    )
+    job, _, training = page.partition("## Embeddings")
+    reasons = page.partition("## Reasons")[2].partition("\n## ")[0]
+    columns = page.partition("## Columns of `data/`")[2]
+    assert TABLE_NAMES.findall(reasons) == list(vitray.schema.REASONS)
+    assert set(vitray.schema.RESERVED) <= set(TABLE_NAMES.findall(columns))
+    assert set(Job.model_fields) <= set(TABLE_NAMES.findall(job))
+    assert set(TrainingConfig.model_fields) <= set(TABLE_NAMES.findall(training))
+    commands = re.findall(r"^### `vitray ([\w-]+)`", page, re.MULTILINE)
+    assert commands == list(make_reference.group().commands)
+
+
+def test_the_reference_has_the_description_of_every_job_field() -> None:
+    table = make_reference.page().partition("## Job")[2].partition("\n## ")[0]
+    described = dict(re.findall(r"^\| `(\w+)` \| .* \| (.*) \|$", table, re.MULTILINE))
+    expected = {name: field.description for name, field in Job.model_fields.items()}
+    assert described == expected
+
+
+def test_the_reference_and_the_cluster_page_name_every_exit_code_and_metric() -> None:
     codes = [row[0].strip("`") for row in make_reference.exit_codes()]
     assert codes == ["0", "1", "2", "3", "4", "5", "129/130/143"]
-    shown = (HOME / "cluster" / "README.md").read_text()
-    assert all(row[0] in shown for row in make_reference.metrics())
+    cluster = (ROOT / "cluster" / "README.md").read_text(encoding="utf-8")
+    assert all(row[0] in cluster for row in make_reference.metrics())
+
+
+# ---------------------------------------------------------------- links and files
 
 
 def test_every_link_leads_to_a_page_and_to_a_heading_in_it() -> None:
-    assert [link for page in ALL for link in broken(page)] == []
+    assert [link for page in ALL for link in broken_links(page)] == []
 
 
 def test_every_page_is_reached_from_the_index() -> None:
-    seen, waiting = set[Path](), [HOME / "docs" / "README.md"]
+    seen, waiting = set[Path](), [ROOT / "docs" / "README.md"]
     while waiting:
         page = waiting.pop()
         seen.add(page)
-        near = {
-            (page.parent / link.partition("#")[0]).resolve() for link in links(page.read_text())
-        }
-        waiting += [path for path in near & set(PAGES) if path not in seen]
+        text = page.read_text(encoding="utf-8")
+        linked = {(page.parent / link.partition("#")[0]).resolve() for link in links(text)}
+        waiting += [path for path in linked & set(PAGES) if path not in seen]
     assert seen == set(PAGES)
-    assert "docs/README.md" in links((HOME / "README.md").read_text())
+    assert "docs/README.md" in links(README.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("page", ALL, ids=named)
-def test_every_vitray_command_is_one(page: Path) -> None:
-    for line in commands(page.read_text()):
+def test_a_broken_link_is_found(tmp_path: Path) -> None:
+    page = tmp_path / "a.md"
+    page.write_text(
+        "# One `two`, three\n"
+        "[a](b.md) [b](#one-two-three) [c](#four) [d](a.md#one-two-three) [e](https://x/)\n"
+    )
+    assert list(broken_links(page)) == ["a.md: b.md", "a.md: #four"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=place_of)
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    name = r"`((?:tests|benchmarks|tools|cluster|jobs|kuberay|vitray)/[\w./-]+\.\w+|\w+\.sbatch|aws\.yaml)`"
+    for found in re.findall(name, prose(page.read_text(encoding="utf-8"))):
+        assert (ROOT / found).exists() or (ROOT / "cluster" / found).exists(), found
+
+
+@pytest.mark.parametrize("page", [ROOT / "RELIABILITY.md", ROOT / "SECURITY.md"], ids=place_of)
+def test_every_test_that_a_page_names_exists(page: Path) -> None:
+    files = {
+        path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")
+    }
+    named = TEST.findall(page.read_text(encoding="utf-8"))
+    assert len(named) > 10
+    assert [file for file, _ in named if file not in files] == []
+    assert [name for file, name in named if f"def {name}" not in files[file]] == []
+
+
+# ---------------------------------------------------------------- commands
+
+
+@pytest.mark.parametrize("page", ALL, ids=place_of)
+def test_every_vitray_command_parses(page: Path) -> None:
+    for line in commands(page.read_text(encoding="utf-8")):
         try:
             parse(line)
         except Exception as error:
             pytest.fail(f"{line}: {error or type(error).__name__}")
 
 
-@pytest.mark.parametrize("page", ALL, ids=named)
-def test_what_is_called_a_command_in_passing_exists_and_has_these_options(page: Path) -> None:
+@pytest.mark.parametrize("page", ALL, ids=place_of)
+def test_every_command_within_the_text_exists_and_has_these_options(page: Path) -> None:
     known = make_reference.group().commands
-    for span in spans(page.read_text()):
+    for span in command_spans(page.read_text(encoding="utf-8")):
         name = span.split()[1]
-        if name in known:
-            options = {
-                option
-                for parameter in known[name].params
-                for option in [*parameter.opts, *parameter.secondary_opts]
-            }
-            assert set(re.findall(r"(?<=\s)--[a-z0-9-]+", span)) <= options | {
-                "--debug",
-                "--log-format",
-            }, span
-        else:
-            assert span in ("vitray COMMAND --help",), span
+        if name not in known:
+            assert span == "vitray COMMAND --help", span
+            continue
+        parameters = known[name].params
+        options = {option for p in parameters for option in [*p.opts, *p.secondary_opts]}
+        used = set(re.findall(r"(?<=\s)--[a-z0-9-]+", span))
+        assert used <= options | {"--debug", "--log-format"}, span
 
 
 @pytest.mark.parametrize(
@@ -212,7 +195,7 @@ def test_what_is_called_a_command_in_passing_exists_and_has_these_options(page: 
         "vitray finetune pets.yaml --set epohcs=3",
     ],
 )
-def test_a_wrong_command_is_seen(line: str) -> None:
+def test_a_wrong_command_is_refused(line: str) -> None:
     with pytest.raises(Exception) as caught:
         parse(line)
     assert isinstance(caught.value, JobError) or hasattr(caught.value, "format_message"), repr(
@@ -220,55 +203,53 @@ def test_a_wrong_command_is_seen(line: str) -> None:
     )
 
 
-def test_commands_are_found_wherever_they_stand() -> None:
-    page = "```sh\nuntil vitray run a.yaml; do\n```\n```crontab\n0 3 * * * vitray plan a.yaml\n```\n    vitray status out\n\nand `vitray\nclean out`\n"
-    assert [line.split()[1] for line in commands(page)] == ["run", "plan", "status"]
-    assert spans(page) == ["vitray clean out"]
-
-
-def test_a_broken_link_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules[__name__], "HOME", tmp_path)
-    page = tmp_path / "a.md"
-    page.write_text(
-        "# One `two`, three\n[a](b.md) [b](#one-two-three) [c](#four) [d](a.md#one-two-three) [e](https://x/)\n"
-    )
-    assert list(broken(page)) == ["a.md: b.md", "a.md: #four"]
-
-
-@pytest.mark.parametrize("page", PAGES, ids=named)
-def test_every_fence_is_one_that_a_test_looks_into_and_the_shell_takes_it(page: Path) -> None:
-    for fence in fences(page.read_text()):
-        assert fence.language in PARSED, fence
-        if fence.language == "sh":
-            subprocess.run(["bash", "-n"], input=fence.text, text=True, check=True, timeout=10)
-            assert {line.split()[0] for line in fence.text.splitlines() if line.strip()} <= SHELL
-            scripts = re.findall(r"^python (\S+)", fence.text, re.MULTILINE)
-            assert all((HOME / script).is_file() for script in scripts)
-        elif fence.language == "yaml":
-            fields = yaml.safe_load(fence.text)
-            if page.name == "plan.md":
-                assert fields.keys() == PRICES.keys()
-                continue
-            assert (TrainingConfig if "train" in fields else Job)(**fields).out
-
-
-@pytest.mark.parametrize("page", PAGES, ids=named)
-def test_files_that_a_page_names_exist(page: Path) -> None:
-    for name in re.findall(
-        r"`((?:tests|cluster|jobs|kuberay|vitray)/[\w./-]+\.\w+|\w+\.sbatch|aws\.yaml)`",
-        prose(page.read_text()),
-    ):
-        assert (HOME / name).exists() or (HOME / "cluster" / name).exists(), name
-
-
-def test_what_may_not_change_is_what_the_fingerprint_holds() -> None:
+def test_commands_are_found_in_code_blocks_indented_code_and_text() -> None:
     page = (
-        (HOME / "docs/how-to/scheduled.md")
-        .read_text()
-        .partition("## What may change")[2]
-        .partition("`auto` takes")[0]
+        "```sh\nuntil vitray run a.yaml; do\nvitray search o \\\n  --k 3\n```\n"
+        "```crontab\n0 3 * * * vitray plan a.yaml\n```\n"
+        "    vitray status out\n\nand `vitray\nclean out`\n"
     )
-    own = {
+    assert [line.split()[1] for line in commands(page)] == ["run", "search", "plan", "status"]
+    assert commands(page)[1].split()[-2:] == ["--k", "3"]
+    assert command_spans(page) == ["vitray clean out"]
+
+
+# ---------------------------------------------------------------- code blocks
+
+
+@pytest.mark.parametrize("page", [README, *PAGES], ids=place_of)
+def test_every_code_block_has_a_known_language_and_valid_content(page: Path) -> None:
+    for fence in fences(page.read_text(encoding="utf-8")):
+        assert fence.language in LANGUAGES, fence
+        if fence.language == "sh":
+            check_shell(fence.text)
+        elif fence.language == "yaml":
+            check_yaml(fence.text)
+
+
+def check_shell(text: str) -> None:
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True, timeout=10)
+    lines = text.replace("\\\n", " ").splitlines()
+    assert {line.split()[0] for line in lines if line.strip()} <= FIRST_WORDS
+    for script in re.findall(r"^python (\S+)", text, re.MULTILINE):
+        assert (ROOT / script).is_file(), script
+
+
+def check_yaml(text: str) -> None:
+    """A file of prices, a training or a job."""
+    fields = yaml.safe_load(text)
+    if "machine_hour" in fields:
+        assert fields.keys() == PRICES.keys()
+    elif "train" in fields:
+        assert TrainingConfig(**fields).out
+    else:
+        assert Job(**fields).out
+
+
+def test_the_fields_that_may_not_change_are_those_of_the_fingerprint() -> None:
+    page = (ROOT / "docs/how-to/scheduled.md").read_text(encoding="utf-8")
+    named = page.partition("## What may change")[2].partition("`auto` takes")[0]
+    other = {
         "labels",
         "prompts",
         "head",
@@ -280,113 +261,12 @@ def test_what_may_not_change_is_what_the_fingerprint_holds() -> None:
         "model",
         "revision",
     }
-    assert set(re.findall(r"`(\w+)`", page)) == own | set(DECIDING_FIELDS)
+    assert set(re.findall(r"`(\w+)`", named)) == other | set(DECIDING_FIELDS)
 
 
 def test_the_message_of_a_store_that_ignores_the_condition_is_shown_as_it_is() -> None:
-    (shown,) = (
-        f.text.strip()
-        for f in fences((HOME / "docs/how-to/other-s3.md").read_text())
-        if f.language == "text"
-    )
-    code = re.sub(r'"\s+f?"', "", (HOME / "vitray/storage/__init__.py").read_text())
+    page = (ROOT / "docs/how-to/other-s3.md").read_text(encoding="utf-8")
+    (shown,) = (fence.text.strip() for fence in fences(page) if fence.language == "text")
+    files = (ROOT / "vitray" / "storage").glob("*.py")
+    code = "".join(re.sub(r'"\s+f?"', "", file.read_text(encoding="utf-8")) for file in files)
     assert shown in code
-
-
-# ---------------------------------------------------------------- the tutorial, run
-
-
-@dataclass(frozen=True)
-class Done:
-    command: str
-    code: int
-    said: str
-
-
-@pytest.fixture(scope="module")
-def tutorial(
-    shapes_model: str, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, list[Done]]:
-    """The folder in which the tutorial's commands were run, on 40 drawn pictures and a file that is none, and what each did.
-
-    The one change: the model is the tiny one of the tests, and its engine is torch, so that nothing is fetched and no engine timed.
-    """
-    folder = tmp_path_factory.mktemp("tutorial")
-    (folder / "photos").mkdir()
-    for picture in pictures(40):
-        (folder / "photos" / f"{picture.key}.jpg").write_bytes(picture.data)
-    (folder / "photos" / "notes.jpg").write_bytes(b"no picture at all")
-    done = []
-    for line in commands(TUTORIAL.read_text()):
-        words = shlex.split(line.replace(MODEL, f"{shapes_model} --set engine=torch"))
-        ended = subprocess.run(
-            [sys.executable, "-m", *words], cwd=folder, capture_output=True, text=True, timeout=120
-        )
-        done.append(Done(line, ended.returncode, ended.stdout + ended.stderr))
-    return folder, done
-
-
-def run_python(page: Path, folder: Path, model: str) -> dict[str, Any]:
-    """The names that a page's Python leaves."""
-    names: dict[str, Any] = {}
-    with chdir(folder):
-        for fence in fences(page.read_text()):
-            if fence.language == "python":
-                exec(compile(fence.text.replace(MODEL, model), named(page), "exec"), names)
-    return names
-
-
-def test_the_tutorial_labels_a_folder_in_three_commands(
-    tutorial: tuple[Path, list[Done]], shapes_model: str
-) -> None:
-    folder, done = tutorial
-    assert [d.code for d in done] == [0] * 4, done
-    assert [d.command.split()[1] for d in done] == ["run", "validate", "report", "search"]
-    rows = vitray.read(f"{folder}/photos-vit", columns=["uri", "label"]).to_pylist()
-    truth = {f"{folder}/photos/{p.key}.jpg": p.truth for p in pictures(40)}
-    assert [row["uri"] for row in rows] == sorted(truth)
-    assert sum(truth[row["uri"]] == row["label"] for row in rows) >= 38
-    page = (folder / "photos-vit-report.html").read_text()
-    assert all(label in page for label in {row["label"] for row in rows}) and "not_an_image" in page
-    assert (
-        "00000.jpg" in done[3].said.splitlines()[1] + done[3].said.splitlines()[0]
-    )  # itself is the nearest
-
-
-def test_the_tutorial_shows_what_its_commands_say(tutorial: tuple[Path, list[Done]]) -> None:
-    """But for numbers, and where the folder is."""
-    folder, done = tutorial
-    shown = [
-        fence.text.replace("/home/you", str(folder))
-        for fence in fences(TUTORIAL.read_text())
-        if fence.language == "text"
-    ]
-    assert len(shown) == 3
-    for text, command in zip(shown, done):
-        said = {NUMBER.sub("#", line) for line in command.said.splitlines()}
-        assert [line for line in text.splitlines() if NUMBER.sub("#", line) not in said] == [], (
-            command.said
-        )
-
-
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if "```python" in page.read_text()], ids=named
-)
-def test_the_python_of_a_page_runs_on_the_tutorials_dataset(
-    page: Path,
-    tutorial: tuple[Path, list[Done]],
-    shapes_model: str,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    names = run_python(page, tutorial[0], shapes_model)
-    said = capsys.readouterr().out
-    if page == TUTORIAL:
-        assert said.splitlines()[-1].split()[1] == "not_an_image" and len(said.splitlines()) == 4
-    elif page.name == "exactness.md":
-        assert names["agree"] == 16 and names["cosines"].min() >= 0.999
-    elif page.name == "scheduled.md":
-        assert said.split()[:3] == ["1", "40", "1"]
-    elif page.name == "commit.md":
-        assert names["told"]["rows"] == "40" and names["told"]["errors"] == "1"
-    else:
-        pytest.fail(f"{named(page)}: say here what its Python leaves")

@@ -1,4 +1,6 @@
-"""Engines: each keeps the same contract behind the one seam, and `auto` takes the fastest of those that do."""
+"""Engines: each keeps the same contract behind the one seam, and `auto` takes the fastest of those
+that do.
+"""
 
 from __future__ import annotations
 
@@ -246,7 +248,9 @@ def test_an_engine_that_is_installed_and_broken_is_named(
 
 @dataclasses.dataclass
 class Fake:
-    """An engine that says what another one says, but late, or with other labels, or turned vectors."""
+    """An engine that says what another one says, but late, or with other labels, or turned
+    vectors.
+    """
 
     model: Model
     delay_s: float = 0.0
@@ -351,7 +355,8 @@ def test_a_dataset_that_has_an_engine_keeps_it_and_no_other_is_opened(tmp_path: 
     hand_made.make_dataset(tmp_path, spec=identify(job))
     in_fresh_python(
         "import vitray, hand_made, pathlib\n"
-        f"job = hand_made.job_of(pathlib.Path({str(tmp_path)!r}), engine='auto', max_error_rate=1)\n"
+        f"job = hand_made.job_of(pathlib.Path({str(tmp_path)!r}), engine='auto', "
+        f"max_error_rate=1)\n"
         "assert vitray.run(job).committed == 0\n"
         "assert not {'openvino', 'onnxruntime'} & set(sys.modules)"
     )
@@ -363,7 +368,8 @@ def test_openvino_reports_its_use_to_nobody(tmp_path: Path) -> None:
     in_fresh_python(
         "from small_models import *\n"
         f"run(job_for({directory!r}, engine='openvino'), noise(2))\n"
-        "assert sys.modules['openvino'] and not any(sys.modules[m] for m in sys.modules if m.startswith('openvino_telemetry'))",
+        "assert sys.modules['openvino'] and not any(sys.modules[m] for m in sys.modules if "
+        "m.startswith('openvino_telemetry'))",
         HOME=str(home),
     )
     assert not list(home.glob("intel*"))

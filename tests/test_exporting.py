@@ -1,4 +1,6 @@
-"""vitray export: what other tools read is what the dataset holds, row for row, and it appears whole or not at all."""
+"""vitray export: what other tools read is what the dataset holds, row for row, and it appears whole
+or not at all.
+"""
 
 from __future__ import annotations
 
@@ -204,8 +206,8 @@ def test_images_that_changed_or_went_are_told_and_counted(
     assert stop.value.code == 3
     ids = sorted(set(vitray.read(dataset.out)["shard"].to_pylist()))
     assert (
-        f"missing: 4 images of the dataset could not be read again as they were, such as {ids[1]} 0, {ids[1]} 1"
-        in capsys.readouterr().out
+        f"missing: 4 images of the dataset could not be read again as they were, such as {ids[1]} "
+        f"0, {ids[1]} 1" in capsys.readouterr().out
     )
     kept = []
     for path in sorted((tmp_path / "into").glob("*.tar")):
@@ -285,7 +287,10 @@ def test_what_cannot_be_done_is_one_clear_error(
 
 def test_what_a_killed_export_left_goes_with_the_next_one(tmp_path: Path) -> None:
     into = str(tmp_path / "into")
-    code = f"import os\nfrom vitray.storage import new_folder\nwith new_folder({into!r}, '--into') as f: (f / 'half').touch(); os.kill(os.getpid(), 9)"
+    code = (
+        f"import os\nfrom vitray.storage import new_folder\nwith new_folder({into!r}, '--into') as "
+        f"f: (f / 'half').touch(); os.kill(os.getpid(), 9)"
+    )
     for _ in range(2):  # the second one deletes what the first left
         assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == -9
         (left,) = tmp_path.iterdir()

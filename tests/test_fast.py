@@ -318,7 +318,10 @@ def test_what_a_killed_compilation_left_is_gone_and_what_another_compiles_stays(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv(compile_cache.CACHE, default_cache_dir())
-    code = "import os; from vitray.models.compile_cache import *\nwith graphs_kept() as place: open(place + '/half', 'w'); os.kill(os.getpid(), 9)"
+    code = (
+        "import os; from vitray.models.compile_cache import *\nwith graphs_kept() as place: "
+        "open(place + '/half', 'w'); os.kill(os.getpid(), 9)"
+    )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == -9
     own = tmp_path / "vitray" / "compiled"
     assert (own / "half").exists()
@@ -393,7 +396,9 @@ np.testing.assert_array_equal(found.ids, run(job, noise(11)).ids)
 
 @torch.library.custom_op("vitray_tests::fits", mutates_args=())
 def fits(pixels: torch.Tensor, room: int) -> torch.Tensor:
-    """Its input again, if it holds no more images than there is room for: also inside a compiled graph."""
+    """Its input again, if it holds no more images than there is room for: also inside a compiled
+    graph.
+    """
     if len(pixels) > room:
         raise torch.OutOfMemoryError("out of memory")
     return pixels.clone()

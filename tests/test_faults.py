@@ -1,4 +1,6 @@
-"""A run against a store that fails all the time: it completes, with the rows of a run that nothing befell."""
+"""A run against a store that fails all the time: it completes, with the rows of a run that nothing
+befell.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def every_body_cut_once(rng: random.Random) -> Rule:
 
 
 def bits_flipped_once(rng: random.Random) -> Rule:
-    """In what vitray staged itself; nothing but TLS can tell of a bit in an image that came wrong."""
+    """In what vitray staged itself; nothing but TLS can tell of a bit in an image that came
+    wrong.
+    """
     seen = set[str]()
 
     def rule(call: Call) -> int:
@@ -131,7 +135,8 @@ def test_a_run_completes_in_a_storm(
         faults = sum(n for verdict, n in said.items() if verdict != FORWARD)
         more = len(proxy.calls) - 2 * calm_calls
     print(
-        f"{storm.__name__}: {stormy / calm:.1f} times the {calm:.1f} s, {faults} faults, {more} calls more than {calm_calls}"
+        f"{storm.__name__}: {stormy / calm:.1f} times the {calm:.1f} s, {faults} faults, {more} "
+        f"calls more than {calm_calls}"
     )
     assert faults > 1
     assert rows_of(join(bucket, "stormy")).equals(rows_of(join(bucket, "calm")))

@@ -1,4 +1,6 @@
-"""Fine-tuning in seconds: what is read, what learns, what is written, what is refused. The bars are in test_finetune_bars.py."""
+"""Fine-tuning in seconds: what is read, what learns, what is written, what is refused. The bars are
+in test_finetune_bars.py.
+"""
 
 from __future__ import annotations
 
@@ -229,8 +231,10 @@ def test_a_browser_shows_the_page_asks_for_nothing_and_runs_nothing(
             "[...document.images].filter(i => i.complete && i.naturalWidth == 16).length",
             "document.scripts.length + document.querySelectorAll('[onload], [onerror]').length",
             # a table of all classes scrolls in a frame of its own
-            f"[...document.querySelectorAll('body *')].filter(e => !e.closest('.wide > *') && {BEYOND}).length",
-            "[...document.querySelectorAll('section')].filter(s => s.getBoundingClientRect().height < 40).length",
+            f"[...document.querySelectorAll('body *')].filter(e => !e.closest('.wide > *') && "
+            f"{BEYOND}).length",
+            "[...document.querySelectorAll('section')].filter(s => "
+            "s.getBoundingClientRect().height < 40).length",
             "document.title",
             "[...document.querySelectorAll('section')].map(s => s.id).join()",
         )
@@ -1133,18 +1137,21 @@ def test_a_label_that_a_table_lacks_is_told_with_the_place_it_was_looked_for(
     )
     assert (
         said("name,digit\n6/0000,6\n")
-        == "has no column `file`; it has name, digit. Correct `label_table`, `table_key` or `label`."
+        == "has no column `file`; it has name, digit. Correct `label_table`, `table_key` or "
+        "`label`."
     )
     fields["unlabelled"] = "skip"
     long = said(f"file,digit\n6/0000,{'x' * 501}\n6/0001,6\n")
     assert (
         long
-        == f"a label of 501 characters is no class name: {'x' * 40}… Correct `label` (digit of {table}, by its column file)."
+        == f"a label of 501 characters is no class name: {'x' * 40}… Correct `label` (digit of "
+        f"{table}, by its column file)."
     )
     del fields["unlabelled"]
     found = said("file,digit\n6/0000,6\n6/none,6\n")
     assert found.startswith(
-        f"199 images without a label (digit of {table}, by its column file), such as 6/0001, 6/0002, "
+        f"199 images without a label (digit of {table}, by its column file), such as 6/0001, "
+        f"6/0002, "
     )
     assert found.endswith("Correct `label`, `label_table` or `table_key`, or set unlabelled: skip.")
     assert f"1 of 2 keys of label_table {table} name no image, such as 6/none" in caplog.text
@@ -1204,7 +1211,8 @@ def test_a_table_with_two_labels_of_one_image_or_one_of_two_images_is_refused(
     )
     with pytest.raises(
         JobError,
-        match=rf"one row for {names[0]}, and several images are called so, such as .*/1/{names[0]}\. Write",
+        match=rf"one row for {names[0]}, and several images are called so, such as "
+        rf".*/1/{names[0]}\. Write",
     ):
         finetune(TrainingConfig(**fields))
     with pytest.raises(
@@ -1239,7 +1247,8 @@ def test_images_of_a_dataset_that_changed_since_are_missed(
     sorted(Path(root).rglob("*.png"))[0].unlink()
     with pytest.raises(
         JobError,
-        match=r"4 of 10 images of .*/dataset are no longer where they were labelled: 1 of its shards changed",
+        match=r"4 of 10 images of .*/dataset are no longer where they were labelled: 1 of its "
+        r"shards changed",
     ):
         finetune(
             TrainingConfig(
@@ -1367,7 +1376,8 @@ def test_an_export_is_no_model_to_train_but_its_embeddings_are_enough_for_a_prob
     for field in ("model", "teacher_model"):
         with pytest.raises(
             ModelError,
-            match=rf"{export} is an export \(onnx\), which cannot be trained\. Give {Path(trained).name}",
+            match=rf"{export} is an export \(onnx\), which cannot be trained\. Give "
+            rf"{Path(trained).name}",
         ):
             finetune(TrainingConfig(**{**small, field: export, "out": str(tmp_path / "out")}))
     dataset = embedded(export, small["source"], tmp_path / "dataset", engine="auto")

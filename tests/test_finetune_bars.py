@@ -1,4 +1,6 @@
-"""The figures that fine-tuning has to reach, on scikit-learn's digits: each is printed, and judged on images that no training saw."""
+"""The figures that fine-tuning has to reach, on scikit-learn's digits: each is printed, and judged
+on images that no training saw.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ WAYS: dict[str, dict[str, object]] = {
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """train.tar, shots.tar (50 a class, of train), eight.tar (train, without 8 and 9), unseen.tar; model/ without weights."""
+    """train.tar, shots.tar (50 a class, of train), eight.tar (train, without 8 and 9), unseen.tar;
+    model/ without weights.
+    """
     folder = tmp_path_factory.mktemp("digits")
     digits.tar(folder / "train.tar", digits.few(digits.TRAINED))
     digits.tar(folder / "shots.tar", digits.few(SHOTS))
@@ -127,9 +131,11 @@ def test_two_new_digits_are_learnt_from_fifty_images_each_way(home: Path) -> Non
 
 
 def test_a_student_of_a_quarter_comes_near_its_teacher(home: Path) -> None:
-    """Teacher, student alone and student taught see the same 200 images; the taught one learns from the teacher alone. Three seeds.
+    """Teacher, student alone and student taught see the same 200 images; the taught one learns from
+    the teacher alone. Three seeds.
 
-    The settings were chosen on the other 1,000 of the 1,200 images: BENCHMARKS.md has the way, and set-ups in which a teacher does not help.
+    The settings were chosen on the other 1,000 of the 1,200 images: BENCHMARKS.md has the way, and
+    set-ups in which a teacher does not help.
     """
     few, figures = digits.tar(home / "few.tar", digits.few(20)), list[tuple[float, float, float]]()
     large, small = (
@@ -155,7 +161,8 @@ def test_a_student_of_a_quarter_comes_near_its_teacher(home: Path) -> None:
     ]
     means = np.mean(figures, 0)
     print(
-        f"student of {sizes[1] / sizes[0]:.2f} of its teacher's {sizes[0]:,} weights: teacher, alone, taught {means.round(4)}"
+        f"student of {sizes[1] / sizes[0]:.2f} of its teacher's {sizes[0]:,} weights: teacher, "
+        f"alone, taught {means.round(4)}"
     )
     assert sizes[1] <= sizes[0] / 4 * 1.05
     assert means[2] >= means[0] - 0.02 and means[2] > means[1]
@@ -207,7 +214,8 @@ def test_killed_at_random_steps_it_ends_with_equal_weights(home: Path) -> None:
         load_file(home / "killed" / "model.safetensors"),
     )
     print(
-        f"killed {kills} times; equal weights: {all(torch.equal(one[name], two[name]) for name in one)}"
+        f"killed {kills} times; equal weights: "
+        f"{all(torch.equal(one[name], two[name]) for name in one)}"
     )
     assert (
         kills >= 3

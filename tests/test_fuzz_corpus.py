@@ -1,4 +1,6 @@
-"""What fuzzing found worth keeping (tests/data/fuzz), and whole and cut files of each kind, through the same checks."""
+"""What fuzzing found worth keeping (tests/data/fuzz), and whole and cut files of each kind, through
+the same checks.
+"""
 
 from __future__ import annotations
 

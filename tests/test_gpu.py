@@ -1,6 +1,8 @@
-"""What a GPU does, as far as a CPU can tell: the ring's order and slots, JPEGs split between decoders, float8, the one command.
+"""What a GPU does, as far as a CPU can tell: the ring's order and slots, JPEGs split between
+decoders, float8, the one command.
 
-A fake device does everything late, as a GPU does: whoever overwrites a buffer too early, or reads a result too early, is caught.
+A fake device does everything late, as a GPU does: whoever overwrites a buffer too early, or reads a
+result too early, is caught.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ HOME = Path(__file__).parent.parent
 
 
 class LateDevice:
-    """Lanes in which nothing happens before somebody waits, or a later thing needs it. Memory for `room` images at once."""
+    """Lanes in which nothing happens before somebody waits, or a later thing needs it. Memory for
+    `room` images at once.
+    """
 
     def __init__(self, room: int = 1000) -> None:
         self.room, self.lock = room, threading.RLock()
@@ -224,7 +228,9 @@ def spec_of(mode: str, **fields: object) -> DecodeSpec:
 
 
 def software(blobs: list, refuses: tuple[bytes, ...] = ()) -> list[torch.Tensor]:
-    """A hardware decoder as torchvision's: all or nothing, and libjpeg-turbo's pixels, so that they can be compared."""
+    """A hardware decoder as torchvision's: all or nothing, and libjpeg-turbo's pixels, so that they
+    can be compared.
+    """
     if any(bytes(blob) in refuses for blob in blobs):
         raise RuntimeError("nvJPEG error 2")
     try:

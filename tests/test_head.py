@@ -1,4 +1,6 @@
-"""A linear head labels a run in its own pass, or a finished dataset by the embeddings that are there; both say the same."""
+"""A linear head labels a run in its own pass, or a finished dataset by the embeddings that are
+there; both say the same.
+"""
 
 from __future__ import annotations
 
@@ -156,8 +158,8 @@ def test_a_head_that_does_not_fit_is_refused_in_one_line(vit: str, tmp_path: Pat
     for directory in (f"{tmp_path}/nothing", vit):  # a whole checkpoint is none
         said = refused(directory)
         assert (
-            f"head {directory} cannot be read: {directory}/head.json does not exist. Give a directory with head.json"
-            in said
+            f"head {directory} cannot be read: {directory}/head.json does not exist. Give a "
+            f"directory with head.json" in said
         )
     url = make_head(tmp_path / "head", vit)
     job = job_for(vit, head=url)
@@ -277,8 +279,8 @@ def test_a_dataset_relabelled_equals_a_run_with_the_head(
     assert (checked.problems, checked.rows, checked.errors, checked.pending) == ((), IMAGES, 1, 0)
     assert status(into).complete
     assert (
-        f"head       {head} (sha256 {read_head(head).sha256()[:12]}…), over the stored {found.column}\n"
-        in str(status(into))
+        f"head       {head} (sha256 {read_head(head).sha256()[:12]}…), over the stored "
+        f"{found.column}\n" in str(status(into))
     )
     assert (
         compare(into, ran.out).rows == IMAGES
@@ -392,7 +394,8 @@ def test_the_command_says_what_it_did_and_a_run_takes_the_head_as_a_field(
     assert done.returncode == 0, done.stderr
     assert (
         done.stdout
-        == f"{tmp_path}/into: 2 shards relabelled by embedding_raw, 2 of them now, 14 rows, 1 error\n"
+        == f"{tmp_path}/into: 2 shards relabelled by embedding_raw, 2 of them now, 14 rows, 1 "
+        f"error\n"
     )
     assert not {"torch", "transformers"} & set(_modules_of(argv[3:]))
     write_head(head, replace(read_head(head), bias=np.ones(4, np.float32)))
@@ -401,7 +404,10 @@ def test_the_command_says_what_it_did_and_a_run_takes_the_head_as_a_field(
 
 
 def _modules_of(arguments: list[str]) -> list[str]:
-    code = f"import sys\nsys.argv = ['vitray', *{arguments!r}]\nfrom vitray.cli import main\ntry:\n    main()\nexcept SystemExit:\n    print('\\n', *sys.modules)"
+    code = (
+        f"import sys\nsys.argv = ['vitray', *{arguments!r}]\nfrom vitray.cli import main\ntry:\n   "
+        f" main()\nexcept SystemExit:\n    print('\\n', *sys.modules)"
+    )
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
     ).stdout.split()

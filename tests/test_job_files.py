@@ -1,4 +1,6 @@
-"""Which argument is a job file, how JSON is read, and what is said when the shell expanded a pattern of files."""
+"""Which argument is a job file, how JSON is read, and what is said when the shell expanded a
+pattern of files.
+"""
 
 from __future__ import annotations
 
@@ -125,7 +127,8 @@ def test_json_is_read_as_json_is_written(tmp_path: Path) -> None:
         ("7", "holds no fields"),
         (
             '{"info": {}, "images": [], "annotations": [], "categories": []}',
-            "is no job: it has info, images, annotations, … and no field of a job (a .json file is read as a job",
+            "is no job: it has info, images, annotations, … and no field of a job (a .json file "
+            "is read as a job",
         ),
         ('{"path": "a.jpg"}', "is no job: it has path and no field of a job"),
     ],
@@ -165,7 +168,8 @@ def test_a_missing_json_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(JobError) as caught:
         job_of(str(tmp_path / "no.json"), None, None, None)
     assert str(caught.value) == (
-        f"cannot read the job file {tmp_path}/no.json: No such file or directory. Give the path of a YAML or JSON file."
+        f"cannot read the job file {tmp_path}/no.json: No such file or directory. Give the path "
+        f"of a YAML or JSON file."
     )
 
 
@@ -238,7 +242,8 @@ def test_the_pattern_that_is_proposed_names_the_same_files(
     code, _, err = vitray("run", *files)
     assert code == 2
     assert err.startswith(
-        f"vitray: {count} files where one source is expected: the shell expanded the pattern; quote it: "
+        f"vitray: {count} files where one source is expected: the shell expanded the pattern; "
+        f"quote it: "
     )
     command = err.partition("quote it: ")[2].removesuffix(" (vitray --help)\n")
     proposed = shlex.split(command)[2]
@@ -250,7 +255,8 @@ def test_files_that_no_simple_pattern_names_are_to_be_listed(vitray: Call, photo
     code, _, err = vitray("run", *expanded("photos/[ab].jpg"))
     assert (code, err) == (
         2,
-        "vitray: 2 files where one source is expected: if the shell expanded the pattern, quote it: "
+        "vitray: 2 files where one source is expected: if the shell expanded the pattern, quote "
+        "it: "
         "vitray run 'photos/*.jpg'; or list them as `source` of a job file (vitray --help)\n",
     )
 
@@ -277,8 +283,8 @@ def test_files_at_different_depths_get_a_pattern_that_crosses_folders(
 ) -> None:
     _, _, err = vitray("run", "photos/a.jpg", "photos/2026/x.png")
     assert (
-        "if the shell expanded the pattern, quote it: vitray run 'photos/**'; or list them as `source`"
-        in err
+        "if the shell expanded the pattern, quote it: vitray run 'photos/**'; or list them as "
+        "`source`" in err
     )
 
 
@@ -296,8 +302,8 @@ def test_a_pattern_of_calibration_images_is_explained(vitray: Call, photos: Path
     code, _, err = vitray(*argv)
     assert code == 2
     assert (
-        "the shell expanded the pattern; quote it: vitray export --calibrate 'photos/*.jpg' (vitray --help)"
-        in err
+        "the shell expanded the pattern; quote it: vitray export --calibrate 'photos/*.jpg' "
+        "(vitray --help)" in err
     )
 
 

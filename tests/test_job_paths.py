@@ -1,4 +1,6 @@
-"""Paths that a person writes: `~` is the home directory, in every field and option; never in paths that come from data."""
+"""Paths that a person writes: `~` is the home directory, in every field and option; never in paths
+that come from data.
+"""
 
 from __future__ import annotations
 
@@ -151,7 +153,8 @@ def test_without_a_home_directory_the_field_is_named(
         make_job({**BASE, field: written})
     place = f"{field}.0" if field in ("source", "allow") else field
     assert str(caught.value) == (
-        f"the job is not valid: `{place}`: {written}: this user has no home directory; set HOME, or write the whole path"
+        f"the job is not valid: `{place}`: {written}: this user has no home directory; set HOME, "
+        f"or write the whole path"
     )
 
 

@@ -1,4 +1,6 @@
-"""kill -9 of the driver, of a decode worker, of the model actor, in the middle of a run; then the same command again."""
+"""kill -9 of the driver, of a decode worker, of the model actor, in the middle of a run; then the
+same command again.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +95,9 @@ def wait_until_staged(process: subprocess.Popen[str], trace: Path, images: float
 def kill_in_the_middle(
     process: subprocess.Popen[str], trace: Path, victim: str, share: float
 ) -> None:
-    """SIGKILL once `share` of the images are staged. A kill outside 10 to 90% does not count: the test fails."""
+    """SIGKILL once `share` of the images are staged. A kill outside 10 to 90% does not count: the
+    test fails.
+    """
     wait_until_staged(process, trace, share * IMAGES)
     if victim.startswith("driver"):
         os.kill(process.pid, signal.SIGKILL)
@@ -195,7 +199,8 @@ def test_two_runs_at_once_make_each_object_once(shapes_model: str, tmp_path: Pat
     assert vitray.validate(str(out), content=True).ok
 
 
-# a machine whose decoder refuses pictures that all others take: what a time limit or another libjpeg would do
+# a machine whose decoder refuses pictures that all others take: what a time limit or another
+# libjpeg would do
 OTHER_DECODER = """
 import PIL.Image
 whole = PIL.Image.open
@@ -228,7 +233,8 @@ def test_two_runs_that_disagree_on_bad_rows_leave_one_truth(
     assert checked.ok, str(checked)
     assert checked.rows + checked.errors == IMAGES and 0 < checked.errors < IMAGES / 2
     print(
-        f"{checked.errors} bad rows, staged by each: {[images_by_step(tmp_path / n)['stage'] for n in ('odd', 'plain')]}"
+        f"{checked.errors} bad rows, staged by each: "
+        f"{[images_by_step(tmp_path / n)['stage'] for n in ('odd', 'plain')]}"
     )
 
 

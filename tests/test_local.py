@@ -1,4 +1,6 @@
-"""The line as threads of one process: the same rows as on Ray, the same ledger, and an end whenever something breaks."""
+"""The line as threads of one process: the same rows as on Ray, the same ledger, and an end whenever
+something breaks.
+"""
 
 from __future__ import annotations
 
@@ -375,7 +377,9 @@ def test_a_line_in_which_nothing_moves_ends_and_says_where_it_stood(
 
 
 def test_a_run_that_is_asked_to_end_stages_what_is_in_the_line(dataset: Dataset) -> None:
-    """All that was decoded is there afterwards, every whole shard is committed, and nothing more is read."""
+    """All that was decoded is there afterwards, every whole shard is committed, and nothing more is
+    read.
+    """
     shards, work = list_shards(dataset.job, []).shards, Work()
     other = replace(dataset, out=f"{dataset.out}-stopped")
 
@@ -484,7 +488,9 @@ def test_a_file_that_cannot_be_read_costs_its_row_and_a_name_that_is_not_utf8_co
 def test_pruned_files_leave_their_group_and_come_back_in_another(
     shapes_model: str, tmp_path: Path, seen_before: bool
 ) -> None:
-    """Whether a run without --prune has made `missing` rows of them or not. Every id is compared."""
+    """Whether a run without --prune has made `missing` rows of them or not. Every id is
+    compared.
+    """
     items = pictures(12)
     put_files(str(tmp_path / "in"), items)
     job = vitray.Job(

@@ -1,4 +1,6 @@
-"""Scores: what transformers' image-classification pipeline gives, for one output, several and regression, on every engine."""
+"""Scores: what transformers' image-classification pipeline gives, for one output, several and
+regression, on every engine.
+"""
 
 from __future__ import annotations
 
@@ -258,7 +260,9 @@ def resolved(job: Job, spec: ModelSpec) -> Dataset:
 
 
 def written_before(job: Job, spec: ModelSpec) -> str:
-    """Fingerprint of a dataset as the first version made it: a softmax unless the config said multi-label; no `regression`."""
+    """Fingerprint of a dataset as the first version made it: a softmax unless the config said
+    multi-label; no `regression`.
+    """
     declared = read_config(locate(job.model, None)).hf.problem_type == "multi_label_classification"
     dataset = resolved(job, dataclasses.replace(spec, multi_label=declared, regression=False))
     file = Path(job.out, "_vitray", "dataset.json")
@@ -395,7 +399,8 @@ def test_a_comparison_of_regression_gives_the_mean_change(
     assert (found.rows, found.agreement, found.score_shift) == (27, 1.0, pytest.approx(43.5))
 
 
-# ---------------------------------------------------------------- files as other programs leave them
+# ---------------------------------------------------------------- files as other programs leave
+# them
 
 SMALL = Path(__file__).parent / "data" / "dataset-v1" / "model"
 

@@ -1,4 +1,6 @@
-"""Models: predictions equal a plain transformers loop, whatever the batch, the pool and the precision."""
+"""Models: predictions equal a plain transformers loop, whatever the batch, the pool and the
+precision.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""A cluster of three hosts, each a network namespace of its own, joined by a bridge: what a cut cable does. Root only.
+"""A cluster of three hosts, each a network namespace of its own, joined by a bridge: what a cut
+cable does. Root only.
 
-The namespaces share one disk, as machines share a store: a host that nobody can reach goes on writing there.
+The namespaces share one disk, as machines share a store: a host that nobody can reach goes on
+writing there.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """An image that was in the source and has no row is counted, over random sources with odd names.
 
-What a source holds is counted here with os.walk, tarfile, csv and pyarrow, and by magic bytes: not by vitray.
+What a source holds is counted here with os.walk, tarfile, csv and pyarrow, and by magic bytes: not
+by vitray.
 """
 
 from __future__ import annotations
@@ -152,7 +153,9 @@ def test_every_picture_of_a_tar_is_a_row_an_error_or_counted(tmp_path: Path, see
 
 
 def write_random_tar(path: Path, rng: np.random.Generator) -> None:
-    """Samples with sidecars, several images, dots in their names; hidden pictures and some without a suffix."""
+    """Samples with sidecars, several images, dots in their names; hidden pictures and some without
+    a suffix.
+    """
     style = str(rng.choice(["plain", "dotted", "depth", "mixed"]))
     names = list[tuple[str, bytes]]()
     for n in range(int(rng.integers(1, 20))):

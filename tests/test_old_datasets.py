@@ -1,4 +1,6 @@
-"""Datasets made before December 2026 open, validate and go on as they were begun: see data/make_dataset_v1.py."""
+"""Datasets made before December 2026 open, validate and go on as they were begun: see
+data/make_dataset_v1.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Passthrough columns: every Arrow type that Parquet can store comes out as it went in, without Python values on the way."""
+"""Passthrough columns: every Arrow type that Parquet can store comes out as it went in, without
+Python values on the way.
+"""
 
 from __future__ import annotations
 
@@ -169,7 +171,9 @@ def array_of(
 
 
 def without_dictionaries(kind: pa.DataType) -> pa.DataType:
-    """Equal values may have their dictionaries in another order: compared as what they stand for."""
+    """Equal values may have their dictionaries in another order: compared as what they stand
+    for.
+    """
     if pa.types.is_dictionary(kind):
         return kind.value_type
     if pa.types.is_struct(kind):
@@ -206,7 +210,9 @@ BAD_EVERY = 5  # so many rows hold one image that is none
 
 
 def through(folder: Path, tables: list[pa.Table], on_ray: bool = False) -> Dataset:
-    """These Parquet files through read, decode, predict, stage and commit. on_ray: packed between the stages, as Ray does it."""
+    """These Parquet files through read, decode, predict, stage and commit. on_ray: packed between
+    the stages, as Ray does it.
+    """
     source = folder / "in"
     source.mkdir()
     for n, table in enumerate(tables):

@@ -1,4 +1,6 @@
-"""Processor files and directories of other libraries: the pixels of transformers, or one ModelError that says what to do."""
+"""Processor files and directories of other libraries: the pixels of transformers, or one ModelError
+that says what to do.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,8 @@ def write(model: str, name: str, changes: dict[str, Any]) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-# ---------------------------------------------------------------- what is taken gives the pixels of transformers
+# ---------------------------------------------------------------- what is taken gives the pixels of
+# transformers
 
 
 def photos() -> list[Image.Image]:
@@ -175,7 +178,8 @@ def test_the_processor_inside_processor_config_json_comes_first(checkpoint: str)
         identify(job_of(checkpoint))
 
 
-# ---------------------------------------------------------------- what is not taken is one ModelError
+# ---------------------------------------------------------------- what is not taken is one
+# ModelError
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -186,7 +190,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"resample": "LANCZOS"}, r'says "resample": "LANCZOS"\. Write 1 for lanczos'),
     (
         {"resample": "sinc"},
-        r"Write the number of one of PIL's filters: 0 nearest, 1 lanczos, 2 bilinear, 3 bicubic, 4 box",
+        r"Write the number of one of PIL's filters: 0 nearest, 1 lanczos, 2 bilinear, 3 bicubic, "
+        r"4 box",
     ),
     ({"resample": 6}, r'says "resample": 6\. Write the number of one of PIL\'s filters'),
     ({"resample": -1}, r'says "resample": -1\. '),
@@ -196,7 +201,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"resample": None}, "gives no `resample`, which `do_resize` needs. Add it."),
     (
         {"image_mean": None},
-        r'gives no `image_mean`, which `do_normalize` needs\. Add it, or write "do_normalize": false',
+        r'gives no `image_mean`, which `do_normalize` needs\. Add it, or write "do_normalize": '
+        r"false",
     ),
     ({"image_std": None}, "gives no `image_std`, which `do_normalize` needs"),
     (
@@ -214,7 +220,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"image_std": float("nan")}, "Write three numbers"),
     (
         {"image_std": [0.5, 0, 0.5]},
-        r'says "image_std": \[0\.5, 0, 0\.5\]\. Pixels are divided by these: write numbers other than 0',
+        r'says "image_std": \[0\.5, 0, 0\.5\]\. Pixels are divided by these: write numbers other '
+        r"than 0",
     ),
     ({"image_std": 0}, "Pixels are divided by these"),
     ({"image_std": 1e-60}, "Pixels are divided by these"),  # 0 in float32
@@ -255,7 +262,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"pad_size": "x"}, "is not one that transformers can read"),
     (
         {"preprocess": 1},
-        r"transformers cannot process an image as preprocessor_config\.json says .'int' object is not callable",
+        r"transformers cannot process an image as preprocessor_config\.json says .'int' object is "
+        r"not callable",
     ),
     ({"resize": 224}, r"transformers cannot process an image as preprocessor_config\.json says"),
 ]

@@ -1,7 +1,9 @@
-"""The commit protocol, explored: runs of the real code on one store, in every order within bounds, while calls and processes fail.
+"""The commit protocol, explored: runs of the real code on one store, in every order within bounds,
+while calls and processes fail.
 
-After every execution a run without faults comes, and then each image must have its row, once, in a dataset that is whole. Mutants of
-the protocol, each a mistake that somebody could make, must all be caught by the same exploration.
+After every execution a run without faults comes, and then each image must have its row, once, in a
+dataset that is whole. Mutants of the protocol, each a mistake that somebody could make, must all be
+caught by the same exploration.
 """
 
 from __future__ import annotations
@@ -64,7 +66,9 @@ _who = threading.local()
 
 @pytest.fixture(autouse=True)
 def memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """s3:// is the store of the execution at hand, and write-ids follow from who writes: a repeated execution is the same."""
+    """s3:// is the store of the execution at hand, and write-ids follow from who writes: a repeated
+    execution is the same.
+    """
     monkeypatch.setattr(storage, "_s3", lambda *_: _now.store)
     monkeypatch.setattr(protocol.uuid, "uuid4", lambda: SimpleNamespace(hex=_write_id()))
     monkeypatch.setattr(
@@ -99,7 +103,9 @@ def listed() -> tuple[list[str], list[str]]:
 def a_run(
     name: str, bad: dict[int, str] | None = None, drift: float = 0.0
 ) -> Callable[[], Commit | None]:
-    """What a run does with one shard. bad: the images it cannot decode; drift: what its vectors differ by from another's."""
+    """What a run does with one shard. bad: the images it cannot decode; drift: what its vectors
+    differ by from another's.
+    """
 
     def work() -> Commit | None:
         _who.name, done = name, None
@@ -200,7 +206,9 @@ def broken_by(url: str, before: bytes | None, after: bytes | None) -> str:
 
 
 def check_whole(store: MemoryStore, runs: list[Run]) -> None:
-    """No false failure, no false answer; and after one more run, without faults, the dataset is whole."""
+    """No false failure, no false answer; and after one more run, without faults, the dataset is
+    whole.
+    """
     for run in runs:
         lost = [
             met
@@ -226,7 +234,8 @@ def check_whole(store: MemoryStore, runs: list[Run]) -> None:
             footer = read_footer(join(OUT, "data", f"{run.result.shard}.parquet"))
             if (run.result.rows, run.result.errors) != (footer.rows, footer.errors):
                 raise Violation(
-                    f"a run reports {run.result}, the file holds {footer.rows} rows and {footer.errors} errors"
+                    f"a run reports {run.result}, the file holds {footer.rows} rows and "
+                    f"{footer.errors} errors"
                 )
     a_run("last")()
     shard, data = planned(), committed(OUT)
@@ -301,7 +310,8 @@ SCENARIOS: dict[str, Callable[[], list[Callable[[], Any]]]] = {
 
 def tell(name: str, found: Found) -> None:
     print(
-        f"{name}: {found.states:,} states, {found.executions:,} executions, {found.ends:,} ends, complete: {found.complete}"
+        f"{name}: {found.states:,} states, {found.executions:,} executions, {found.ends:,} ends, "
+        f"complete: {found.complete}"
     )
 
 
@@ -364,7 +374,9 @@ def test_one_of_two_first_runs_decides_what_the_dataset_is(top_k: int) -> None:
 
 
 def a_grouping(*urls: str) -> Callable[[], list[tuple[int, str]]]:
-    """As pipeline.runner settles groups: read the log, append what it lacks, until nothing is new."""
+    """As pipeline.runner settles groups: read the log, append what it lacks, until nothing is
+    new.
+    """
 
     def work() -> list[tuple[int, str]]:
         for _ in range(5):
@@ -404,7 +416,9 @@ def test_a_path_is_in_one_group_whoever_appends(faults: int) -> None:
 
 
 def a_pruning(*urls: str) -> Callable[[], list[tuple[int, str]]]:
-    """As pipeline.runner takes out what is gone: the files that a group still has, until none is left."""
+    """As pipeline.runner takes out what is gone: the files that a group still has, until none is
+    left.
+    """
 
     def work() -> list[tuple[int, str]]:
         for _ in range(5):

@@ -30,7 +30,9 @@ SERVERS = ["mock", pytest.param("real", marks=pytest.mark.s3)]
 
 
 class Bucket:
-    """A bucket with a tar of IMAGES under `in/`; url is its address, proxy sees every request of vitray's."""
+    """A bucket with a tar of IMAGES under `in/`; url is its address, proxy sees every request of
+    vitray's.
+    """
 
     def __init__(self, endpoint: str, proxy: Proxy) -> None:
         self.name = f"t-{uuid.uuid4().hex[:12]}"
@@ -325,7 +327,8 @@ def test_a_refused_read_says_what_to_do_if_the_requester_pays(
     check = "Check AWS_PROFILE or AWS_ACCESS_KEY_ID and the bucket's policy."
     url = f"{mock_bucket.url}/in/a.tar"
     assert str(refusal(lambda: read(url))) == (
-        f"{url}: access refused (403). {check} If its requester pays, set AWS_REQUEST_PAYER=requester."
+        f"{url}: access refused (403). {check} If its requester pays, set "
+        f"AWS_REQUEST_PAYER=requester."
     )
     assert str(refusal(writes(mock_bucket.url)[0])).endswith(check)
     monkeypatch.setenv(PAYER, "requester")

@@ -1,4 +1,6 @@
-"""vitray report: the page's numbers are those of the dataset, what comes from data stays text, and a browser loads nothing else."""
+"""vitray report: the page's numbers are those of the dataset, what comes from data stays text, and
+a browser loads nothing else.
+"""
 
 from __future__ import annotations
 
@@ -102,7 +104,9 @@ LOADING = {
 
 
 def hostile_dataset(folder: Path, monkeypatch: pytest.MonkeyPatch, **fields: object) -> Dataset:
-    """Images, one of them twice, in tars with names that would run, load or deceive; labels and messages likewise."""
+    """Images, one of them twice, in tars with names that would run, load or deceive; labels and
+    messages likewise.
+    """
     rng = np.random.default_rng(0)
     for n in range(2):
         members = {}
@@ -131,7 +135,9 @@ def hostile_dataset(folder: Path, monkeypatch: pytest.MonkeyPatch, **fields: obj
 
 @pytest.fixture(scope="module")
 def shapes_dataset(shapes_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """300 drawn shapes in four tars, some of them twice, some broken, labelled by the trained model."""
+    """300 drawn shapes in four tars, some of them twice, some broken, labelled by the trained
+    model.
+    """
     folder = tmp_path_factory.mktemp("report")
     pictures = shards.pictures(300)
     for n in (7, 150, 299):
@@ -168,13 +174,15 @@ def test_its_numbers_are_those_of_duckdb(shapes_dataset: str, tmp_path: Path) ->
         by_score.get(n, 0) for n in range(20)
     ]
     bins = ask(
-        f"select avg(score), avg((label = cls)::int), count(*) from {data} group by least(floor(score::float * 10), 9) order by 1"
+        f"select avg(score), avg((label = cls)::int), count(*) from {data} group by "
+        f"least(floor(score::float * 10), 9) order by 1"
     )
     told = [(f"{score:.3f}", f"{100 * right:.1f}%", f"{n}") for score, right, n in bins]
     assert [tuple(row) for row in page.tables["Right labels by score"]] == told
     counts = count(_dataset(shapes_dataset), data_files(shapes_dataset), "cls")
     twins = ask(
-        f"select list((shard, index) order by shard, index) from {data} group by content_hash having count(*) > 1"
+        f"select list((shard, index) order by shard, index) from {data} group by content_hash "
+        f"having count(*) > 1"
     )
     rows, groups = counts.same_bytes.groups(5)
     assert (rows, [size for size, _ in groups]) == (4, [4]) and len(twins) == 1
@@ -248,7 +256,8 @@ def test_throughput_is_drawn_within_the_last_run_that_computed_images(tmp_path: 
         ["2.00", "30.0"],
         ["3.00", "10.0"],
     ]  # minutes
-    # 30 images/s, the top of the axis, is at 12; nothing at 220: what lies between is 208 units high
+    # 30 images/s, the top of the axis, is at 12; nothing at 220: what lies between is 208 units
+    # high
     assert 'd="M48 220V150.7H154.0V220.0H260.0V12.0H366.0V150.7H472.0V220Z"' in html
     assert (
         '<line class="mean" x1="48" x2="472" y1="133.3" y2="133.3"/>' in html
@@ -327,8 +336,10 @@ def test_a_browser_shows_it_asks_for_nothing_and_runs_nothing(
             "[...document.images].filter(i => i.complete && i.naturalWidth == 128).length",
             "document.images.length",
             "document.scripts.length",
-            "[...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1).length",
-            "[...document.querySelectorAll('section')].filter(s => s.getBoundingClientRect().height < 40).length",
+            "[...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right "
+            "> innerWidth + 1).length",
+            "[...document.querySelectorAll('section')].filter(s => "
+            "s.getBoundingClientRect().height < 40).length",
         )
         seen = chromium.visit(tmp_path / "page.html", width, asked, scheme)
         loaded, images, *nothing = seen.values
@@ -354,7 +365,8 @@ def test_the_browser_of_these_tests_sees_requests_errors_and_width(
 ) -> None:
     page = tmp_path / "bad.html"
     page.write_text(
-        "<img src='http://127.0.0.1:9/x.png'><div style='width:900px'>x</div><script>console.log('hello'); nothing()</script>"
+        "<img src='http://127.0.0.1:9/x.png'><div "
+        "style='width:900px'>x</div><script>console.log('hello'); nothing()</script>"
     )
     seen = chromium.visit(page, 400)
     assert seen.requests == ["http://127.0.0.1:9/x.png"] and seen.width >= 900
@@ -434,7 +446,8 @@ def test_a_browser_shows_a_comparison_with_hostile_names_and_asks_for_nothing(
         asked = (
             "[...document.images].filter(i => i.complete && i.naturalWidth == 128).length",
             "document.scripts.length",
-            "[...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1).length",
+            "[...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right "
+            "> innerWidth + 1).length",
         )
         seen = chromium.visit(page, width, asked, scheme)
         assert seen.values == [made.pictures, 0, 0] and made.pictures > 8
@@ -598,7 +611,8 @@ def test_the_card_is_what_the_hub_reads_and_only_ours_is_overwritten(shapes_data
 def test_the_command_writes_both_without_torch_or_ray(shapes_dataset: str, tmp_path: Path) -> None:
     code = (
         "import sys\nfrom vitray.cli import main\n"
-        f"sys.argv = ['vitray', 'report', {shapes_dataset!r}, '--to', {str(tmp_path / 'page.html')!r}, '--truth', 'cls', '--card']\n"
+        f"sys.argv = ['vitray', 'report', {shapes_dataset!r}, '--to', "
+        f"{str(tmp_path / 'page.html')!r}, '--truth', 'cls', '--card']\n"
         "try:\n    main()\nexcept SystemExit as stop:\n    assert stop.code == 0, stop.code\n"
         "assert not {'torch', 'ray', 'transformers'} & set(sys.modules)"
     )
@@ -622,7 +636,8 @@ def test_the_plane_is_that_of_the_singular_values(
     ) and share == pytest.approx((s**2)[:2].sum() / (s**2).sum())
     assert principal(np.ones((5, 1)))[0].shape == (5, 2)
     (tmp_path / "umap.py").write_text(
-        "class UMAP:\n    def __init__(self, **options): pass\n    def fit_transform(self, x): return x[:, 3:5]\n"
+        "class UMAP:\n    def __init__(self, **options): pass\n    def fit_transform(self, x): "
+        "return x[:, 3:5]\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     points, how = on_a_plane(vectors)

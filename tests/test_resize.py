@@ -1,4 +1,6 @@
-"""resize equals Pillow in every bit, whatever the sizes; without Numba, or with no folder for what it compiles, too."""
+"""resize equals Pillow in every bit, whatever the sizes; without Numba, or with no folder for what
+it compiles, too.
+"""
 
 from __future__ import annotations
 
@@ -104,15 +106,21 @@ def test_what_numba_cannot_do_here_costs_no_bit(before: str, without: bool, tmp_
 
 
 def test_the_first_use_in_many_threads_beside_imports_spoils_no_image(tmp_path: Path) -> None:
-    """As a run begins: decoding threads, while another one imports torch. Numba's first use is not safe there, so it comes before."""
+    """As a run begins: decoding threads, while another one imports torch. Numba's first use is not
+    safe there, so it comes before.
+    """
     script = (
         "import io, threading\nimport numpy as np\nfrom PIL import Image\n"
-        "from vitray.decoding.decode import decode\nfrom vitray.decoding.resize import compiled\nfrom vitray.schema import DecodeSpec, Encoded, PixelSpec\n"
-        "spec = DecodeSpec(PixelSpec((64, 64), 2, None, 1, (0, 0, 0), (1, 1, 1)), ('jpeg',), 10**6, None, 'exact')\n"
+        "from vitray.decoding.decode import decode\nfrom vitray.decoding.resize import "
+        "compiled\nfrom vitray.schema import DecodeSpec, Encoded, PixelSpec\n"
+        "spec = DecodeSpec(PixelSpec((64, 64), 2, None, 1, (0, 0, 0), (1, 1, 1)), ('jpeg',), "
+        "10**6, None, 'exact')\n"
         "buffer = io.BytesIO()\nImage.linear_gradient('L').convert('RGB').save(buffer, 'jpeg')\n"
         "want = np.asarray(Image.open(buffer).resize((64, 64), 2))\nseen = []\n"
-        "def work():\n    pixels, outcomes = decode([Encoded(n, '', '', buffer.getvalue()) for n in range(20)], spec)\n"
-        "    seen.append([o.reason for o in outcomes] == [None] * 20 and bool((pixels == want).all()))\n"
+        "def work():\n    pixels, outcomes = decode([Encoded(n, '', '', buffer.getvalue()) for n "
+        "in range(20)], spec)\n"
+        "    seen.append([o.reason for o in outcomes] == [None] * 20 and bool((pixels == "
+        "want).all()))\n"
         "def heavy():\n    import transformers.models.vit.modeling_vit\n"
         "threads = [threading.Thread(target=t) for t in (heavy, work, work, work, work)]\n"
         "[t.start() for t in threads]\n[t.join() for t in threads]\n"

@@ -1,4 +1,6 @@
-"""The promises, on whole runs in one shared Ray: numbers, formats, resume, odd images, two runs at once."""
+"""The promises, on whole runs in one shared Ray: numbers, formats, resume, odd images, two runs at
+once.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ from vitray.storage import store_for
     params=["threads", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.nightly])]
 )
 def line(request: pytest.FixtureRequest) -> None:
-    """What moves the images. Both do the same; what only Ray can get wrong asks for `ray` instead."""
+    """What moves the images. Both do the same; what only Ray can get wrong asks for `ray`
+    instead.
+    """
     if request.param == "ray":
         request.getfixturevalue("ray")
 

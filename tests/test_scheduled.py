@@ -1,4 +1,6 @@
-"""A source that grows and changes under a job that is run again and again: what is new is done, and told; nothing else is touched."""
+"""A source that grows and changes under a job that is run again and again: what is new is done, and
+told; nothing else is touched.
+"""
 
 from __future__ import annotations
 

@@ -23,7 +23,9 @@ from vitray.errors import JobError, ModelError
 def brute_force(
     dataset: Dataset, query: np.ndarray, column: str = "embedding"
 ) -> list[tuple[str, int, float]]:
-    """(shard, index, cosine) of every row by numpy in float64, nearest first, ties in the order of (shard, index)."""
+    """(shard, index, cosine) of every row by numpy in float64, nearest first, ties in the order of
+    (shard, index).
+    """
     table = vitray.read(dataset.out)
     vectors, query = np.stack(table[column].to_numpy()).astype(np.float64), query.astype(np.float64)
     lengths = np.linalg.norm(vectors, axis=1) * np.linalg.norm(query)

@@ -1,4 +1,6 @@
-"""`vitray export MODEL`: what is written is a model that says what the original says, is judged on other images, or is not there."""
+"""`vitray export MODEL`: what is written is a model that says what the original says, is judged on
+other images, or is not there.
+"""
 
 from __future__ import annotations
 
@@ -134,7 +136,8 @@ def test_a_quantised_export_agrees_and_is_smaller(
     assert np.quantile(cosines(found, expected), 0.05) >= 0.98
     assert np.abs(found.scores - expected.scores).max() > 0, "nothing was quantised"
     weights = {"onnx": "model.onnx", "openvino": "openvino_model.bin"}[to]
-    # a tiny model's graph weighs as much as its weights: OpenVINO's is apart, ONNX's in the same file
+    # a tiny model's graph weighs as much as its weights: OpenVINO's is apart, ONNX's in the same
+    # file
     most = {"fp16": 0.55, "int8": 0.4, "int8-weights": 0.4, "int4-weights": 0.3}[how] + (
         0.1 if to == "onnx" else 0
     )
@@ -187,7 +190,8 @@ def test_core_ml_is_converted_and_its_graph_is_checked(
     assert fields == {"pixels": (1, 32, 32, 3), "scores": (1, 6), "cls_last": (1, 64)}
     with pytest.raises(
         ModelError,
-        match=r"Core ML export, which runs in apps on Apple's devices\. Use the checkpoint that it was made of here",
+        match=r"Core ML export, which runs in apps on Apple's devices\. Use the checkpoint that it "
+        r"was made of here",
     ):
         identify(asked(str(tmp_path / "x"), photos))
     with pytest.raises(JobError, match="--min-agreement: Core ML does not run here"):
@@ -323,7 +327,8 @@ def test_a_graph_that_changed_is_not_opened(
     os.unlink(f"{copy}/model.onnx")
     with pytest.raises(
         ModelError,
-        match=r"model\.onnx cannot be read \(No such file or directory\)\. Copy the whole directory",
+        match=r"model\.onnx cannot be read \(No such file or directory\)\. Copy the whole "
+        r"directory",
     ):
         identify(job)
     for text in ("[]", "{}", '{"format": 9}'):
@@ -442,7 +447,8 @@ def test_a_torch_export_is_opened_by_its_safetensors_and_never_by_its_archive(
     for act in (lambda: identify(job), lambda: open_job(job, spec)):
         with pytest.raises(
             ModelError,
-            match=r"its safetensors are not those that were exported\. Copy the whole directory again",
+            match=r"its safetensors are not those that were exported\. Copy the whole directory "
+            r"again",
         ):
             act()
 
@@ -483,8 +489,8 @@ def test_below_min_agreement_nothing_is_written_and_the_exit_code_is_5(
     said = capsys.readouterr()
     assert stop.value.code == 5 and "same label" in said.out and len(said.err.splitlines()) == 1
     assert (
-        "agree with the original, below --min-agreement 0.99; nothing was written. Calibrate on more images"
-        in said.err
+        "agree with the original, below --min-agreement 0.99; nothing was written. Calibrate on "
+        "more images" in said.err
     )
     assert os.listdir(tmp_path) == []
 
@@ -666,7 +672,9 @@ def test_a_disk_that_fills_up_under_a_library_is_no_fault_of_the_model(
     tmp_path: Path, shapes_model: str, photos: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def cut_short(source: graphs.Source, how: str, folder: Path) -> None:
-        """As a library of C++ that looks at no answer of the disk; the judge cannot open what it left."""
+        """As a library of C++ that looks at no answer of the disk; the judge cannot open what it
+        left.
+        """
         real(source, how, folder)
         (folder / "model.onnx").write_bytes((folder / "model.onnx").read_bytes()[:50_000])
         monkeypatch.setattr(
@@ -805,10 +813,12 @@ def test_nncf_reports_its_use_to_nobody(tmp_path: Path, shapes_model: str, photo
     home.mkdir()
     code = (
         "import sys\nfrom vitray.cli import main\n"
-        f"sys.argv = ['vitray', 'export', {shapes_model!r}, '--to', 'openvino', '--int8', '--json', '--calibrate', {photos!r}, "
+        f"sys.argv = ['vitray', 'export', {shapes_model!r}, '--to', 'openvino', '--int8', "
+        f"'--json', '--calibrate', {photos!r}, "
         f"'--into', {str(tmp_path / 'x')!r}]\n"
         "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code\n"
-        "assert sys.modules['nncf'] and not any(sys.modules[m] for m in sys.modules if m.startswith('openvino_telemetry'))"
+        "assert sys.modules['nncf'] and not any(sys.modules[m] for m in sys.modules if "
+        "m.startswith('openvino_telemetry'))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -1,4 +1,6 @@
-"""What a source promises: the same bytes whatever the format, every byte accounted for, nothing read that is not ours."""
+"""What a source promises: the same bytes whatever the format, every byte accounted for, nothing
+read that is not ours.
+"""
 
 from __future__ import annotations
 
@@ -331,7 +333,9 @@ def test_tars_parquet_files_and_manifests_whose_names_are_not_utf8_are_read(tmp_
 
 
 def test_an_escape_in_a_manifest_leads_no_further_than_a_link(tmp_path: Path) -> None:
-    """What is looked at is what is opened: the name with the byte, not the one that is spelt like it."""
+    """What is looked at is what is opened: the name with the byte, not the one that is spelt like
+    it.
+    """
     (tmp_path / "secret.jpg").write_bytes(b"secret")
     folder = tmp_path / "in"
     put_raw(folder, rb"a\udce9.jpg", b"spelt like it")
@@ -437,7 +441,9 @@ FORBIDDEN, DYING = "Permission denied", "Input/output error"
 
 
 def put_numbers(folder: Path, refused: set[int], why: str = FORBIDDEN) -> None:
-    """40 files, of which some are regular files of the kernel's: nobody, not even root, may read it, or it fails as a bad disk does."""
+    """40 files, of which some are regular files of the kernel's: nobody, not even root, may read
+    it, or it fails as a bad disk does.
+    """
     for n in range(40):
         if n in refused:
             (folder / f"{n:02d}.png").symlink_to(
@@ -634,7 +640,8 @@ def test_a_sample_is_consecutive_members_with_one_key(tmp_path: Path) -> None:
         5,
         None,
         "2 hidden members were skipped; "
-        "1 members without an extension were skipped; 1 kept texts are not UTF-8 and were read as Windows-1252",
+        "1 members without an extension were skipped; 1 kept texts are not UTF-8 and were read as "
+        "Windows-1252",
     )
     assert end.left_out == {"hidden": 2, "no_suffix": 1} and end.image_members == {
         "jpg": 3,
@@ -869,7 +876,10 @@ def test_a_damaged_header_ends_the_tar_there(tmp_path: Path, whole_tar: bytes, w
 
 
 def test_one_wrong_bit_in_any_field_of_a_header_is_seen(tmp_path: Path, whole_tar: bytes) -> None:
-    names = "name mode uid gid size mtime chksum typeflag linkname magic version uname gname devmajor devminor prefix padding"
+    names = (
+        "name mode uid gid size mtime chksum typeflag linkname magic version uname gname devmajor "
+        "devminor prefix padding"
+    )
     offsets = (0, 100, 108, 116, 124, 136, 148, 156, 157, 257, 263, 265, 297, 329, 337, 345, 500)
     at = member_starts()[2]
     for name, offset in zip(names.split(), offsets):
@@ -1072,7 +1082,9 @@ for source in sys.argv[1:]:
 
 
 def test_parquet_is_read_by_the_calling_thread_alone(tmp_path: Path) -> None:
-    """A thread of pyarrow's that still holds a Python buffer when the interpreter ends aborts the process."""
+    """A thread of pyarrow's that still holds a Python buffer when the interpreter ends aborts the
+    process.
+    """
     values = [os.urandom(1000) for _ in range(100)]
     pq.write_table(
         pa.table({"image": values, "n": range(100)}), tmp_path / "a.parquet", row_group_size=40
@@ -1282,13 +1294,28 @@ def test_every_bad_line_is_told_in_the_same_words(tmp_path: Path, line: bytes) -
 @pytest.mark.parametrize(
     ("lines", "bad"),
     [
-        (["a.jpg,1", "a.jpg", "a.jpg,2"], {1: "line 3 is not valid CSV (1 fields, the header has 2)"}),
-        (["a.jpg,1", 'a.jpg,"5" disc"', "a.jpg,2"], {1: "line 3 is not valid CSV (',' expected after '\"')"}),
-        (["a.jpg,1", 'a.jpg,"open', "a.jpg,2", 'a.jpg,"x"'], {1: "line 3 is not valid CSV (',' expected after '\"')"}),
-        (["a.jpg,1", 'a.jpg,"open', "a.jpg,2", "", "a.jpg,3"], {1: "line 3 is not valid CSV (unexpected end of data)"}),
-        (["a.jpg,1", 'a.jpg,"open'] + ["a.jpg,2"] * 17_000, {1: "line 3 is not valid CSV (unexpected end of data)"}),
-        (['a.jpg,"two\nlines"', "a.jpg,1,2", "a.jpg,2"], {1: "line 4 is not valid CSV (3 fields, the header has 2)"}),
-        (['"', "a.jpg,1", '"'], {0: "line 2 is not valid CSV (1 fields, the header has 2)", 2: "line 4 is not valid CSV (unexpected end of data)"}),
+        (["a.jpg,1", "a.jpg", "a.jpg,2"], {1: "line 3 is not valid CSV (1 fields, the header "
+            "has 2)"}),
+        (["a.jpg,1", 'a.jpg,"5" '
+            'disc"', "a.jpg,2"], {1: "line 3 is not valid CSV (',' expected after '\"')"}),
+        (["a.jpg,1", 'a.jpg,"open', "a.jpg,2", 'a.jpg,"x"'], {1: "line 3 is not valid CSV (',' "
+            "expected "
+            "after "
+            "'\"')"}),
+        (["a.jpg,1", 'a.jpg,"open', "a.jpg,2", "", "a.jpg,3"], {1: "line 3 is not valid CSV "
+            "(unexpected "
+            "end of "
+            "data)"}),
+        (["a.jpg,1", 'a.jpg,"open'] + ["a.jpg,2"] * 17_000, {1: "line 3 is not valid CSV "
+            "(unexpected "
+            "end of "
+            "data)"}),
+        (['a.jpg,"two\nlines"', "a.jpg,1,2", "a.jpg,2"], {1: "line 4 is not valid CSV (3 fields, "
+            "the "
+            "header "
+            "has 2)"}),
+        (['"', "a.jpg,1", '"'], {0: "line 2 is not valid CSV (1 fields, the header "
+            "has 2)", 2: "line 4 is not valid CSV (unexpected end of data)"}),
     ],
 )  # fmt: skip
 def test_a_line_of_a_csv_that_is_none_costs_its_own_row_and_none_that_it_took_along(
@@ -1331,7 +1358,10 @@ def test_what_is_not_text_is_refused_as_a_manifest_in_plain_words(tmp_path: Path
     for name in ("a.tar", "b.bz2", "c.png"):
         with pytest.raises(SourceError) as error:
             list_shards(job_for(tmp_path / name, format="manifest"), [])
-        says = "is not a manifest (Parquet, CSV or JSONL): its bytes are no UTF-8 text. Correct `source` or `format`, or replace it."
+        says = (
+            "is not a manifest (Parquet, CSV or JSONL): its bytes are no UTF-8 text. Correct "
+            "`source` or `format`, or replace it."
+        )
         assert str(error.value) == f"{tmp_path / name} {says}"
     (tmp_path / "good.csv").write_text("path\na.jpg\n")
     job = job_for(tmp_path, format="manifest")

@@ -16,7 +16,9 @@ from vitray.sources import list_shards, read_shard
 
 
 def test_a_broken_shard_is_read_again_at_once_and_yields_each_fragment_once(tmp_path: Path) -> None:
-    """Two row groups, the second one damaged: what was read before stays, and the event says what is wrong."""
+    """Two row groups, the second one damaged: what was read before stays, and the event says what
+    is wrong.
+    """
     path = tmp_path / "in" / "one.parquet"
     path.parent.mkdir()
     images = [bytes([n]) * 2000 for n in range(20)]

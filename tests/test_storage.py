@@ -1,4 +1,6 @@
-"""What a store promises: an object appears once and whole, a read is of one version, a failure is one clear message."""
+"""What a store promises: an object appears once and whole, a read is of one version, a failure is
+one clear message.
+"""
 
 from __future__ import annotations
 
@@ -882,6 +884,7 @@ def test_a_local_name_that_is_there_is_no_pattern(tmp_path: Path, name: str) -> 
         expand(f"{folder}x")
     with pytest.raises(
         ObjectMissing,
-        match=r"names no object \(a star stays within its folder: give the folder itself, or /\*\*\)$",
+        match=r"names no object \(a star stays within its folder: give the folder itself, or "
+        r"/\*\*\)$",
     ):
         expand(f"{tmp_path}/*")

@@ -1,4 +1,6 @@
-"""`vitray submit` on a real head with its dashboard and a token, on loopback: what travels, how it is followed, and how it ends."""
+"""`vitray submit` on a real head with its dashboard and a token, on loopback: what travels, how it
+is followed, and how it ends.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,9 @@ def vitray_on(head: Cluster, *argv: object, **options: object) -> subprocess.Com
 
 @contextlib.contextmanager
 def scraped() -> Iterator[dict[str, float]]:
-    """The most that Ray's exporter said of each metric of ours while the block ran, summed over tags."""
+    """The most that Ray's exporter said of each metric of ours while the block ran, summed over
+    tags.
+    """
     most: dict[str, float] = {}
     is_over = threading.Event()
 
@@ -118,7 +122,9 @@ def job_file(shapes_model: str, tmp_path: Path) -> Path:
 def test_a_submitted_job_is_followed_and_ends_as_a_run_does(
     head: Cluster, job_file: Path, tmp_path: Path
 ) -> None:
-    """With a working tree beside it: what its .gitignore names stays here, and so does every secret."""
+    """With a working tree beside it: what its .gitignore names stays here, and so does every
+    secret.
+    """
     tree = tmp_path / "tree"
     (tree / "data").mkdir(parents=True)
     (tree / ".gitignore").write_text("data/\n")
@@ -231,7 +237,9 @@ def test_a_wrong_token_and_an_unknown_submission_are_one_line(
 def test_a_node_that_dies_under_a_submitted_job_costs_no_row(
     head: Cluster, shapes_model: str, tmp_path: Path
 ) -> None:
-    """Three nodes; one is killed when the first shards are committed. The job ends well, and a report is made of it."""
+    """Three nodes; one is killed when the first shards are committed. The job ends well, and a
+    report is made of it.
+    """
     for _ in range(2):
         head.join(
             f"--dashboard-agent-listen-port={free_port()}", f"--metrics-export-port={free_port()}"
@@ -356,7 +364,10 @@ def test_no_secret_is_in_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_failure_is_told_by_its_last_line_and_not_by_a_page(
     code: int | None, printed: str, exit_code: int, because: str
 ) -> None:
-    message = f"Job entrypoint command failed with exit code {code}, last available logs (truncated to 20,000 chars):\n{printed}"
+    message = (
+        f"Job entrypoint command failed with exit code {code}, last available logs (truncated to "
+        f"20,000 chars):\n{printed}"
+    )
     info = SimpleNamespace(
         status=SimpleNamespace(value="FAILED"),
         driver_exit_code=code,

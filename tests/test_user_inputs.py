@@ -1,4 +1,5 @@
-"""Inputs that real users had: every image gets a row, or is counted, or the job is refused in plain words.
+"""Inputs that real users had: every image gets a row, or is counted, or the job is refused in plain
+words.
 
 Each test names the public report that its input was built after.
 """

@@ -1,4 +1,6 @@
-"""What is seen of a run: the view, the JSON lines, the numbers in both, and what Prometheus is told."""
+"""What is seen of a run: the view, the JSON lines, the numbers in both, and what Prometheus is
+told.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,8 @@ def test_the_view_has_them_too() -> None:
     console.print(view(some_progress()))
     text = console.file.getvalue()
     for part in (
-        "1 of 4 done, 2 staged in part, 1 set aside", "200 of 400, 5 failed, 100 found staged", "3 truncated", "4.0 MB read",
+        "1 of 4 done, 2 staged in part, 1 set "
+        "aside", "200 of 400, 5 failed, 100 found staged", "3 truncated", "4.0 MB read",
         "40.0 ms an image", "3 fragments wait for decode", "CPU here",
     ):  # fmt: skip
         assert part in text, (part, text)

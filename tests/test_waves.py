@@ -1,4 +1,6 @@
-"""What a run does when the line itself dies: rounds that grow narrower until one shard is alone. No model, no Ray, no threads."""
+"""What a run does when the line itself dies: rounds that grow narrower until one shard is alone. No
+model, no Ray, no threads.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ SHARDS = 20
 
 
 class DrawnExecutor:
-    """Stages drawn rows. Dies where a round holds a shard of `deadly`; keeps the first fragment back where `forgets` says so."""
+    """Stages drawn rows. Dies where a round holds a shard of `deadly`; keeps the first fragment
+    back where `forgets` says so.
+    """
 
     deadly: frozenset[str] = frozenset()
     forgets: Iterator[bool] = iter(())
@@ -206,7 +210,9 @@ def test_an_input_that_changes_each_time_is_set_aside_and_a_failure_of_an_older_
 def test_a_round_whose_machine_is_lost_is_planned_again(
     dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: int
 ) -> None:
-    """The first line stands still with a machine gone; the next one does it. One shard alone is not blamed for it either."""
+    """The first line stands still with a machine gone; the next one does it. One shard alone is not
+    blamed for it either.
+    """
     for path in sorted((tmp_path / "in").iterdir())[shards:]:
         path.unlink()
     monkeypatch.setattr(rounds, "LOST_S", 0.5)
@@ -247,8 +253,8 @@ def test_waiting_for_room_is_said_and_is_no_standing_still(
     if (place_s, waits) == (60, True):
         assert len(list(events)) >= 4  # the patience began when there was room
         assert (
-            "no machine has room for the model yet; waiting for one does not count as standing still"
-            in caplog.text
+            "no machine has room for the model yet; waiting for one does not count as standing "
+            "still" in caplog.text
         )
         return
     why = (

@@ -1,4 +1,6 @@
-"""Labels that a text tower reads: equal to transformers' own zero-shot pipeline, on every engine, frozen with the dataset."""
+"""Labels that a text tower reads: equal to transformers' own zero-shot pipeline, on every engine,
+frozen with the dataset.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,9 @@ def clip_tokenizer() -> CLIPTokenizer:
 
 
 def siglip_tokenizer() -> PreTrainedTokenizerFast:
-    """A unigram model of a few words and their letters, as a tokenizer.json; a trained one would be another in each process."""
+    """A unigram model of a few words and their letters, as a tokenizer.json; a trained one would be
+    another in each process.
+    """
     words = sorted({f"\u2581{word.lower()}" for line in WORDS for word in line.split()})
     letters = sorted({letter for word in words for letter in word} - set(words))
     pieces = [
@@ -267,8 +271,9 @@ def test_a_compiled_pass_gives_the_same_scores(towers: dict[str, str], stem: str
     )
 
 
-# A clear margin: a step of bf16 (2**-8) in a cosine, times the logit scale of 100 or 20. How many labels of closer
-# images turn over depends on the CPU and on CLIP's tokenizer, which its training makes anew in each process.
+# A clear margin: a step of bf16 (2**-8) in a cosine, times the logit scale of 100 or 20. How many
+# labels of closer images turn over depends on the CPU and on CLIP's tokenizer, which its training
+# makes anew in each process.
 @pytest.mark.parametrize(("stem", "margin"), [("CLIP", 0.4), ("Siglip", 0.1)])
 def test_bf16_labels_are_those_of_fp32_where_its_margin_is_clear(
     towers: dict[str, str], stem: str, margin: float
@@ -287,7 +292,8 @@ def test_bf16_labels_are_those_of_fp32_where_its_margin_is_clear(
     assert model._forward.head.weight.dtype == torch.float32
 
 
-# ---------------------------------------------------------------- where labels and tokenizers come from
+# ---------------------------------------------------------------- where labels and tokenizers come
+# from
 
 
 def test_labels_come_from_a_list_or_from_a_file(tmp_path: Path, root: str) -> None:

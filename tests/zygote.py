@@ -1,7 +1,8 @@
-"""Whole commands that start in a third of the time: forks of one process that has imported torch and transformers, and run nothing.
+"""Whole commands that start in a third of the time: forks of one process that has imported torch
+and transformers, and run nothing.
 
-`python zygote.py` reads {"argv": [...], "environment": {...}, "stdout": a file} line by line and answers each with the exit code of `vitray ARGV`,
-negative where a signal ended it.
+`python zygote.py` reads {"argv": [...], "environment": {...}, "stdout": a file} line by line and
+answers each with the exit code of `vitray ARGV`, negative where a signal ended it.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def zygote() -> Iterator[Zygote]:
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, __file__], start_new_session=True, **pipes) as process:
         yield Zygote(process)
-        process.terminate()  # to close its input is not enough: a child that a test forked may hold it, too
+        # to close its input is not enough: a child that a test forked may hold it, too
+        process.terminate()
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """vitray labels and embeds image collections of any size with a Vision Transformer.
 
 import vitray
-job = vitray.Job(source="s3://photos/*.tar", model="google/vit-base-patch16-224", out="s3://photos-vit")
-result = vitray.run(job)
+job = vitray.Job(source="s3://photos/*.tar", model="google/vit-base-patch16-224",
+out="s3://photos-vit") result = vitray.run(job)
 table = vitray.read(job.out, columns=["key", "label", "embedding"])
 """
 

@@ -1,4 +1,6 @@
-"""Where a process can be told to die at once, so that tests see what is left behind and what the next run makes of it."""
+"""Where a process can be told to die at once, so that tests see what is left behind and what the
+next run makes of it.
+"""
 
 from __future__ import annotations
 

@@ -90,7 +90,9 @@ def one_line(error: BaseException) -> str:
 
 
 def shortened(text: str, most: int) -> str:
-    """Without its middle where it is longer: keys and labels stand at a message's begin, the next step at its end."""
+    """Without its middle where it is longer: keys and labels stand at a message's begin, the next
+    step at its end.
+    """
     return text if len(text) <= most else f"{text[: most - most // 3]}…{text[-(most // 3) :]}"
 
 

@@ -1,4 +1,6 @@
-"""`Job`: what a person writes. Fields, defaults, validation, YAML. Knows nothing of storage, models or Ray."""
+"""`Job`: what a person writes. Fields, defaults, validation, YAML. Knows nothing of storage, models
+or Ray.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,9 @@ def _labels(value: object) -> object:
 
 
 def distinct_labels(names: Sequence[object]) -> list[str]:
-    """Labels without the spaces around them. Raises ValueError when there is none, or one is no text, empty or there twice."""
+    """Labels without the spaces around them. Raises ValueError when there is none, or one is no
+    text, empty or there twice.
+    """
     if not names:
         raise ValueError("no label; write at least one")
     for name in names:
@@ -109,7 +113,8 @@ TYPES = {
     "string_type": "is not text; put it in quotes",
     "list_type": "is no list; write [a, b]",
 }  # pydantic's names of problems
-# ValueError: a date like 2024-13-45, bytes that are not UTF-8; RecursionError: thousands of open brackets
+# ValueError: a date like 2024-13-45, bytes that are not UTF-8; RecursionError: thousands of open
+# brackets
 BAD_YAML = (yaml.YAMLError, ValueError, RecursionError)
 
 
@@ -168,12 +173,15 @@ class Job(Written):
     )
     labels: Labels = Field(
         True,
-        description="classify: true by the checkpoint's trained head; a list, or a file with one label a line, by the text tower of "
+        description="classify: true by the checkpoint's trained head; a list, or a file with one "
+        "label a "
+        "line, by the text tower of "
         "CLIP or SigLIP; false: embed only",
     )
     prompts: Prompts = Field(
         [PROMPT],
-        description="what the text tower reads of a label, for {}; the vectors of several are averaged",
+        description="what the text tower reads of a label, for {}; the vectors of several are "
+        "averaged",
     )
     head: Location | None = Field(
         None,
@@ -185,7 +193,8 @@ class Job(Written):
     top_k: int = Field(5, description="how many labels a row keeps", ge=1, le=1000)
     keep: Strings = Field(
         [],
-        description="input columns or tar member extensions to copy into the output: a list, or a,b",
+        description="input columns or tar member extensions to copy into the output: a list, "
+        "or a,b",
     )
     image_column: str | None = Field(
         None, description="Parquet or manifest column with the image (default: found by itself)"
@@ -196,39 +205,54 @@ class Job(Written):
     )
     tar_keys: Literal["auto", "first_dot", "last_dot"] = Field(
         "auto",
-        description="tar: where a member's key ends; auto: at the first dot, as WebDataset has it, or at the last one "
+        description="tar: where a member's key ends; auto: at the first dot, as WebDataset has it, "
+        "or at "
+        "the last one "
         "where what follows the first dot is part of the name",
     )
     source_rules: Literal["auto", 1, 2] = Field(
         "auto",
-        description="how names in the source become rows; auto: as in the dataset's first run; 1: as before December 2026",
+        description="how names in the source become rows; auto: as in the dataset's first run; "
+        "1: as "
+        "before December 2026",
     )
     allow: Prefixes = Field(
         [],
-        description="manifest: prefixes its paths may point into (default: the manifest's directory)",
+        description="manifest: prefixes its paths may point into (default: the manifest's "
+        "directory)",
     )
     formats: Strings = Field(list(FORMATS), description="image formats that are decoded")
     max_pixels: int = Field(50_000_000, description="pixel cap of one image", ge=1)
     background: Color | None = Field(
         None,
-        description="'#rrggbb' (in quotes) to composite transparent images on (default: alpha is dropped)",
+        description="'#rrggbb' (in quotes) to composite transparent images on (default: alpha is "
+        "dropped)",
     )
     decode: Literal["exact", "fast", "draft", "gpu", "hybrid"] = Field(
         "exact",
-        description="exact: Hugging Face's pixels; fast: a level off here and there; draft: large JPEGs at reduced size; "
-        "gpu: baseline JPEGs by the GPU's decoder, the rest as fast; hybrid: CPU threads take a share of those, too",
+        description="exact: Hugging Face's pixels; fast: a level off here and there; draft: large "
+        "JPEGs "
+        "at reduced size; "
+        "gpu: baseline JPEGs by the GPU's decoder, the rest as fast; hybrid: CPU threads take a "
+        "share of those, too",
     )
     precision: Literal["auto", "bf16", "fp16", "fp32", "fp8"] = Field(
         "auto",
-        description="auto: the fastest the hardware has, except fp8 (Ada, Hopper or newer), which says how well it agrees with bf16",
+        description="auto: the fastest the hardware has, except fp8 (Ada, Hopper or newer), which "
+        "says "
+        "how well it agrees with bf16",
     )
     engine: Literal["auto", "torch", "openvino", "onnx"] = Field(
         "auto",
-        description="what computes; auto: the fastest that is installed and says what torch says in fp32",
+        description="what computes; auto: the fastest that is installed and says what torch "
+        "says in "
+        "fp32",
     )
     compile: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="torch.compile, of engine torch; auto: where the images repay its minute, as plan says",
+        description="torch.compile, of engine torch; auto: where the images repay its minute, as "
+        "plan "
+        "says",
     )
     batch_size: Count = Field("auto", description="images a forward pass")
     device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = Field(
@@ -242,7 +266,9 @@ class Job(Written):
     )
     since: str | None = Field(
         None,
-        description="only shards modified since: 2026-11-01, 2026-11-01T06:00Z (UTC where no zone is given), or 36h, 7d ago",
+        description="only shards modified since: 2026-11-01, 2026-11-01T06:00Z (UTC where no "
+        "zone is "
+        "given), or 36h, 7d ago",
     )
     sample: float | None = Field(
         None, description="only this share of the shards, chosen by their names", gt=0, le=1
@@ -254,7 +280,9 @@ class Job(Written):
     )
     max_error_rate: float = Field(
         0.05,
-        description="share of bad images above which the exit code is 4; after 1,000 images a run stops at once",
+        description="share of bad images above which the exit code is 4; after 1,000 images a run "
+        "stops "
+        "at once",
         ge=0,
         le=1,
     )
@@ -319,7 +347,9 @@ class Job(Written):
     _key_is_found: bool = PrivateAttr(False)
 
     def with_found_key(self, name: str | None) -> Job:
-        """The job with a key column that nobody wrote: a file without it is no broken one, its rows are named by number."""
+        """The job with a key column that nobody wrote: a file without it is no broken one, its rows
+        are named by number.
+        """
         job = self.model_copy(update={"key_column": name})
         job._key_is_found = name is not None
         return job
@@ -339,7 +369,9 @@ class Job(Written):
         return self.labels is not False
 
     def passthrough_name(self, name: str) -> str:
-        """The output column of a kept one: its own name, input_<name> where the output has such a column already."""
+        """The output column of a kept one: its own name, input_<name> where the output has such a
+        column already.
+        """
         taken = {*RESERVED, *(self.column(e) for e in self.embeddings)}
         return f"input_{name}" if name in taken else name
 
@@ -390,7 +422,9 @@ def _said(
 
 
 def _beginning(value: object) -> str:
-    """As JSON; lazily, since by aliases a small file can say a value of terabytes, or one that holds itself."""
+    """As JSON; lazily, since by aliases a small file can say a value of terabytes, or one that
+    holds itself.
+    """
     return "".join(
         islice(json.JSONEncoder(default=str, check_circular=False).iterencode(value), 60)
     )[:60]
@@ -405,7 +439,8 @@ class _Loader(yaml.SafeLoader):
         for key, value in node.value:
             if value.tag.endswith(":null") and not value.value:
                 raise ValueError(
-                    f"`{key.value}` has no value in line {key.start_mark.line + 1}; what begins with # goes in quotes"
+                    f"`{key.value}` has no value in line {key.start_mark.line + 1}; what begins "
+                    f"with # goes in quotes"
                 )
             if first.setdefault(str(key.value), key) is not key:
                 raise ValueError(

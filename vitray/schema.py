@@ -1,4 +1,5 @@
-"""The words that travel: columns, Arrow schemas, the closed list of reasons, shards, blocks and events.
+"""The words that travel: columns, Arrow schemas, the closed list of reasons, shards, blocks and
+events.
 
 Pure data, no input or output. What a model or a source does is in their rooms.
 """
@@ -100,7 +101,9 @@ REASONS = {
     "time_limit": "decoding took more CPU seconds than one image may",
     "decoder_died": "the decoder crashed on these bytes",
     "decode_error": "the decoder refused the bytes",
-    "missing": "the listed object does not exist (any more) or cannot be read, or the row names or holds no image",
+    "missing": "the listed object does not exist (any more) or cannot be read, or the row names or "
+    "holds "
+    "no image",
     "path_not_allowed": "a manifest path outside the allowed prefixes",
 }
 
@@ -161,8 +164,10 @@ def row_schema(labels: bool, vectors: list[VectorColumn], passthrough: pa.Schema
 class PixelSpec:
     """What an image processor does to pixels before the device: resize, then crop.
 
-    size: (height, width), or (shortest_edge,) which keeps the aspect ratio. crop: (height, width) or None.
-    resample: a PIL resampling number. rescale, mean, std are applied on the device: (x * rescale - mean) / std.
+    size: (height, width), or (shortest_edge,) which keeps the aspect ratio. crop: (height, width)
+    or None.
+    resample: a PIL resampling number. rescale, mean, std are applied on the device: (x * rescale -
+    mean) / std.
     """
 
     size: tuple[int, ...] | None
@@ -183,7 +188,9 @@ class PixelSpec:
 
 @dataclass(frozen=True, slots=True)
 class DecodeSpec:
-    """All that decides a row's pixels, or its reason. mode: exact | fast | draft, see decode.py. rules: of the source, see Job."""
+    """All that decides a row's pixels, or its reason. mode: exact | fast | draft, see decode.py.
+    rules: of the source, see Job.
+    """
 
     pixels: PixelSpec
     formats: tuple[str, ...]
@@ -194,7 +201,9 @@ class DecodeSpec:
 
 
 class ScoreFunction(StrEnum):
-    """What makes scores of a classification head's logits; named as transformers' pipelines name it."""
+    """What makes scores of a classification head's logits; named as transformers' pipelines name
+    it.
+    """
 
     SOFTMAX = "softmax"
     SIGMOID = "sigmoid"
@@ -205,10 +214,12 @@ class ScoreFunction(StrEnum):
 class ModelSpec:
     """What a checkpoint is, found once and frozen in dataset.json.
 
-    labels: class names by id, empty when there are none. prompts, text_sha256: of labels that a text tower reads, and the hash of what
-    its tokenizer makes of them. head, head_sha256: a linear head of its own, where it is and its hash; head_column: the stored
-    embedding that it read instead of images. precision, engine, batch_size: resolved.
-    multi_label: each score stands alone, they do not add up to 1. regression: such scores are not probabilities either.
+    labels: class names by id, empty when there are none. prompts, text_sha256: of labels that a
+    text tower reads, and the hash of what its tokenizer makes of them. head, head_sha256: a linear
+    head of its own, where it is and its hash; head_column: the stored embedding that it read
+    instead of images. precision, engine, batch_size: resolved.
+    multi_label: each score stands alone, they do not add up to 1. regression: such scores are not
+    probabilities either.
     engine_why: what each engine did, where `auto` chose between several.
     """
 
@@ -256,7 +267,8 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """The unit of commit. `start`, `stop`: row groups of a Parquet file or rows of a manifest; (0, 0) for all.
+    """The unit of commit. `start`, `stop`: row groups of a Parquet file or rows of a manifest; (0,
+    0) for all.
 
     rows: how many images, when listing already tells. members: only for kind "files".
     """
@@ -284,7 +296,8 @@ class PassthroughRow:
 
 
 def passthrough_table(rows: Sequence[PassthroughRow], schema: pa.Schema) -> pa.Table:
-    """The rows as one table, in order, with the types of their batches; `schema` where there are none.
+    """The rows as one table, in order, with the types of their batches; `schema` where there are
+    none.
 
     Neighbours in a batch are copied as one slice. Values are never converted to Python objects.
     """
@@ -378,7 +391,9 @@ def _lists_of(array: pa.Array) -> pa.Array:
 
 
 def _spans(values: pa.Array, starts: np.ndarray, sizes: np.ndarray) -> pa.Array:
-    """The values of all spans, one after the other: one slice where they are so already, as in what Parquet gives."""
+    """The values of all spans, one after the other: one slice where they are so already, as in what
+    Parquet gives.
+    """
     if len(starts) and (starts == starts[0] + np.cumsum(sizes) - sizes)[sizes > 0].all():
         return values.slice(int(starts[0]), int(sizes.sum()))
     spans = [values.slice(int(start), int(size)) for start, size in zip(starts, sizes) if size]
@@ -386,7 +401,9 @@ def _spans(values: pa.Array, starts: np.ndarray, sizes: np.ndarray) -> pa.Array:
 
 
 def with_type(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
-    """A column with another type and equal values. Raises pa.ArrowException where a value would change."""
+    """A column with another type and equal values. Raises pa.ArrowException where a value would
+    change.
+    """
     if column.type == kind:
         return column
     if holds_list_views(column.type) and not holds_list_views(kind):
@@ -399,7 +416,9 @@ def with_type(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
 
 
 def take_rows(column: pa.ChunkedArray, rows: Sequence[int]) -> pa.ChunkedArray:
-    """These rows of a column, in ascending order, for every Arrow type: pyarrow's own `take` lacks the view types (26.0)."""
+    """These rows of a column, in ascending order, for every Arrow type: pyarrow's own `take` lacks
+    the view types (26.0).
+    """
     slices, first = list[pa.ChunkedArray](), 0
     for at in range(1, len(rows) + 1):
         if at == len(rows) or rows[at] != rows[at - 1] + 1:
@@ -427,7 +446,8 @@ class Encoded:
 class End:
     """The last thing a source yields: how many images the shard holds.
 
-    truncated_at: the byte at which the shard was cut. left_out: what has no row, by left_out.LEFT_OUT.
+    truncated_at: the byte at which the shard was cut. left_out: what has no row, by
+    left_out.LEFT_OUT.
     image_members: how many images came from tar members of each extension.
     """
 
@@ -443,7 +463,8 @@ class ShardEvent:
     """What reaches the driver: never rows, only what became of them.
 
     kind: "fragment" (staged now), "staged" (was there before), "end" (total is known),
-    "failed" (could not be read), "broken" (its bytes are no such shard), "changed" (not the planned version).
+    "failed" (could not be read), "broken" (its bytes are no such shard), "changed" (not the planned
+    version).
     """
 
     kind: str

@@ -1,10 +1,10 @@
 """Make tests/data/dataset-v1: four small datasets as vitray wrote them at commit 108fe75.
 
-Run it at that commit only: `python tests/data/make_dataset_v1.py tests/data/dataset-v1`. The datasets
-live on a mock S3 server, because URLs and etags there are the same on every machine.
+Run it at that commit only: `python tests/data/make_dataset_v1.py tests/data/dataset-v1`. The
+datasets live on a mock S3 server, because URLs and etags there are the same on every machine.
 
-Each dataset is complete but for one shard that arrived later. In `tars`, a run was killed just before
-it committed that shard, so its fragments are staged.
+Each dataset is complete but for one shard that arrived later. In `tars`, a run was killed just
+before it committed that shard, so its fragments are staged.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""The bar: what an expert writes by hand for one machine, without resume, bad images, hashes or a second node.
+"""The bar: what an expert writes by hand for one machine, without resume, bad images, hashes or a
+second node.
 
-Tars read in order, decoded by threads (exact: libjpeg-turbo, Pillow's resize), a bounded queue, bfloat16, top 5 and CLS, a
-Parquet file every 1,000 images. `python hand.py TARS OUT MODEL BATCH [compiled]`.
+Tars read in order, decoded by threads (exact: libjpeg-turbo, Pillow's resize), a bounded queue,
+bfloat16, top 5 and CLS, a Parquet file every 1,000 images. `python hand.py TARS OUT MODEL BATCH
+[compiled]`.
 """
 
 import os

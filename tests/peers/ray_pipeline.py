@@ -1,6 +1,8 @@
-"""The plain Ray Data example, as in Ray's documentation for images and ViT: read_images, a pipeline in an actor, write_parquet.
+"""The plain Ray Data example, as in Ray's documentation for images and ViT: read_images, a pipeline
+in an actor, write_parquet.
 
-Labels alone, which is less work than the others do. `python ray_pipeline.py IMAGES OUT MODEL BATCH`.
+Labels alone, which is less work than the others do. `python ray_pipeline.py IMAGES OUT MODEL
+BATCH`.
 """
 
 import sys

@@ -1,6 +1,8 @@
-"""The obvious loop: a transformers pipeline over PIL images. Labels alone, which is less work than the others do.
+"""The obvious loop: a transformers pipeline over PIL images. Labels alone, which is less work than
+the others do.
 
-`python transformers_loop.py IMAGES OUT MODEL [BATCH]`; with BATCH in bfloat16 and so many images at once, without it as it comes.
+`python transformers_loop.py IMAGES OUT MODEL [BATCH]`; with BATCH in bfloat16 and so many images at
+once, without it as it comes.
 """
 
 import sys

@@ -1,4 +1,6 @@
-"""The command line: each command is one call. The only place that prints, and that configures logging."""
+"""The command line: each command is one call. The only place that prints, and that configures
+logging.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +41,12 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Label and embed image collections with a Vision Transformer: one Parquet file a shard, exactly once.",
-    epilog="Exit codes: 0 all committed, 1 a broken system, 2 bad usage or job, 3 done but shards were cut short or set aside, "
-    "4 too many bad images, 5 compare, export: too few labels agree, 129/130/143 interrupted: run again to go on.",
+    help="Label and embed image collections with a Vision Transformer: one Parquet file a shard, "
+    "exactly once.",
+    epilog="Exit codes: 0 all committed, 1 a broken system, 2 bad usage or job, 3 done but shards "
+    "were cut short or set aside, "
+    "4 too many bad images, 5 compare, export: too few labels agree, 129/130/143 interrupted: run "
+    "again to go on.",
 )
 
 
@@ -116,7 +121,10 @@ class _Command(TyperCommand):
         beginning = f"{len(files)} files where one source is expected: "
         if set(glob.glob(pattern)) == set(files):
             return f"{beginning}the shell expanded the pattern; quote it: {quoted}"
-        return f"{beginning}if the shell expanded the pattern, quote it: {quoted}; or list them as `source` of a job file"
+        return (
+            f"{beginning}if the shell expanded the pattern, quote it: {quoted}; or list them as "
+            f"`source` of a job file"
+        )
 
 
 def _is_usage_error(error: Exception) -> bool:
@@ -153,7 +161,9 @@ for command in (*making.COMMANDS, *operating.COMMANDS, *adapting.COMMANDS):
 
 
 def entry() -> NoReturn:
-    """The console script. Ends without the interpreter's clean-up, where native threads that still wake abort the process."""
+    """The console script. Ends without the interpreter's clean-up, where native threads that still
+    wake abort the process.
+    """
     code: object = 0
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)

@@ -18,7 +18,9 @@ def finetune(
     allow_open_cluster: Open = False,
     as_json: Json = False,
 ) -> None:
-    """Train a model on labelled images, or on a dataset; writes a checkpoint that --model takes. Safe to repeat."""
+    """Train a model on labelled images, or on a dataset; writes a checkpoint that --model takes.
+    Safe to repeat.
+    """
     from vitray.job import parse_set
     from vitray.training.config import load_config
     from vitray.training.finetuning import finetune as train

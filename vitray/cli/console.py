@@ -1,4 +1,6 @@
-"""What every command shares: options, the job they name, what they print, and what a signal does to a run."""
+"""What every command shares: options, the job they name, what they print, and what a signal does to
+a run.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,8 @@ Address = Annotated[
     str | None,
     typer.Option(
         "--address",
-        help="a Ray cluster, or local for one of our own (default: RAY_ADDRESS, else none on a CPU)",
+        help="a Ray cluster, or local for one of our own (default: RAY_ADDRESS, else none on a "
+        "CPU)",
     ),
 ]
 JobAddress = Annotated[
@@ -95,7 +98,9 @@ def run_shown(
 
 @contextlib.contextmanager
 def watched() -> Iterator[Callable[[Progress], None]]:
-    """What shows a run's progress: a view on a terminal, else one JSON line in EVERY_S, and one at the end."""
+    """What shows a run's progress: a view on a terminal, else one JSON line in EVERY_S, and one at
+    the end.
+    """
     from rich.console import Console
     from rich.live import Live
 
@@ -165,7 +170,9 @@ def say(text: str, err: bool = False) -> None:
 
 
 def plain(text: str) -> str:
-    """Without control characters: keys, file names and messages come from data, and a terminal obeys what it is sent."""
+    """Without control characters: keys, file names and messages come from data, and a terminal
+    obeys what it is sent.
+    """
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 
@@ -204,12 +211,16 @@ _signals: list[
 
 
 def end_at_once_when_interrupted(text: str) -> None:
-    """For a command that stands a crash at any moment; others have files that they take away when a first signal ends them."""
+    """For a command that stands a crash at any moment; others have files that they take away when a
+    first signal ends them.
+    """
     _farewell.append(text)
 
 
 def _end_if_stopped() -> None:
-    """SIGTERM is what a machine that goes away sends, some seconds before: writes that began get STOP_S to end."""
+    """SIGTERM is what a machine that goes away sends, some seconds before: writes that began get
+    STOP_S to end.
+    """
     _is_running.set()
     _stop.wait()
     time.sleep(STOP_S)
@@ -217,18 +228,24 @@ def _end_if_stopped() -> None:
 
 
 def on_signal(number: int, _frame: object) -> None:
-    """The first SIGTERM lets a run end what it writes. All else ends it at once, as a crash would, which is safe at any moment."""
+    """The first SIGTERM lets a run end what it writes. All else ends it at once, as a crash would,
+    which is safe at any moment.
+    """
     _signals.append(number)
     if number != signal.SIGTERM or not _is_running.is_set() or len(_signals) > 1:
         _end(number)
     signal.alarm(
         0
-    )  # Ray's own handler in C++, which came before this one, has set an alarm that aborts the process after 3 s
+        # Ray's own handler in C++, which came before this one, has set an alarm that aborts the
+        # process after 3 s
+    )
     _stop.set()
 
 
 def _end(number: int) -> NoReturn:
-    """At once for what a crash does not harm, and where Ray is: in its C++ an exception can abort the process."""
+    """At once for what a crash does not harm, and where Ray is: in its C++ an exception can abort
+    the process.
+    """
     with contextlib.suppress(OSError, ValueError):
         if _live:
             os.write(sys.stderr.fileno(), b"\x1b[?25h")  # the view hides the cursor

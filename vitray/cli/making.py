@@ -62,7 +62,8 @@ def plan(
     probe: Annotated[
         int,
         typer.Option(
-            help="time so many images of the source, here or at --address, and say what the rest takes",
+            help="time so many images of the source, here or at --address, and say what the rest "
+            "takes",
             min=0,
         ),
     ] = 0,
@@ -102,7 +103,8 @@ def plan(
 
         if where := address or os.environ.get("RAY_ADDRESS"):
             end_at_once_when_interrupted(
-                "no plan was made. A later plan --probe, run or clean of this dataset removes _vitray/probe-… from it."
+                "no plan was made. A later plan --probe, run or clean of this dataset removes "
+                "_vitray/probe-… from it."
             )
             rates = bench_cluster(job, where, probe, PROBE_S, allow_open_cluster)
         else:
@@ -123,7 +125,9 @@ def bench(
     ] = 6.0,
     as_json: Json = False,
 ) -> None:
-    """Time each step alone and the whole line on the first images of the source; writes nothing to `out`."""
+    """Time each step alone and the whole line on the first images of the source; writes nothing to
+    `out`.
+    """
     from vitray.operations.bench import bench as bench_job
 
     found = bench_job(
@@ -140,7 +144,9 @@ def validate(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Check every data file against manifest, footer and inputs; exit code 1 when something is wrong."""
+    """Check every data file against manifest, footer and inputs; exit code 1 when something is
+    wrong.
+    """
     from vitray.operations.validation import validate as validate_dataset
 
     found = validate_dataset(out, inputs, content)

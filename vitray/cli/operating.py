@@ -1,4 +1,6 @@
-"""Commands for a group that runs vitray again and again, on a cluster, with the next model; and for those who use what it made."""
+"""Commands for a group that runs vitray again and again, on a cluster, with the next model; and for
+those who use what it made.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,8 @@ def redo(
 
     if not (shard or reason) or set(reason or ()) - REASONS.keys():
         raise JobError(
-            f"give --shard ID (a file in {out}/data, without .parquet) or --reason R, one of {', '.join(REASONS)}"
+            f"give --shard ID (a file in {out}/data, without .parquet) or --reason R, one of "
+            f"{', '.join(REASONS)}"
         )
     dataset = require_dataset(out)
     chosen = shards_to_redo(dataset, shard or (), reason or ())
@@ -82,7 +85,9 @@ def backfill(
     allow_open_cluster: Open = False,
     as_json: Json = False,
 ) -> None:
-    """Make the next dataset, by another model, beside the old one from the same shards; safe to repeat."""
+    """Make the next dataset, by another model, beside the old one from the same shards; safe to
+    repeat.
+    """
     from vitray.operations.backfilling import next_job
 
     run_shown(
@@ -114,12 +119,14 @@ def compare(
     found = compare_datasets(old, new)
     for dataset in filterfalse(is_complete, map(require_dataset, (old, new))):
         say(
-            f"{dataset.out} is not complete: what it lacks is not compared (vitray status {dataset.out})",
+            f"{dataset.out} is not complete: what it lacks is not compared (vitray status "
+            f"{dataset.out})",
             err=True,
         )
     if min_agreement is not None and found.agreement is None:
         raise JobError(
-            "--min-agreement: the two have no labels to compare. Leave it out, or compare datasets with labels."
+            "--min-agreement: the two have no labels to compare. Leave it out, or compare "
+            "datasets with labels."
         )
     show(found, as_json, str(found))
     if page is not None:
@@ -161,7 +168,9 @@ def relabel(
     ],
     as_json: Json = False,
 ) -> None:
-    """Label a complete dataset anew by a head over its embeddings, as a dataset beside it; no image is read; safe to repeat."""
+    """Label a complete dataset anew by a head over its embeddings, as a dataset beside it; no image
+    is read; safe to repeat.
+    """
     from vitray.operations.relabelling import relabel as relabel_dataset
 
     found = relabel_dataset(out, head, into)
@@ -177,7 +186,8 @@ def submit(
     working_dir: Annotated[
         str | None,
         typer.Option(
-            help="a directory that travels too, without what its .gitignore names: the job's current one there"
+            help="a directory that travels too, without what its .gitignore names: the job's "
+            "current one there"
         ),
     ] = None,
     submission_id: Annotated[
@@ -246,7 +256,8 @@ def status(
 def _tell(cluster: Cluster, submission: Submission, follow: bool, as_json: bool) -> None:
     if follow:
         end_at_once_when_interrupted(
-            f"the job goes on. Come back with vitray status {submission.id} --follow --address {cluster.address}"
+            f"the job goes on. Come back with vitray status {submission.id} --follow --address "
+            f"{cluster.address}"
         )
         if not as_json:
             say(str(submission))
@@ -301,7 +312,8 @@ def export(
         str,
         typer.Option(
             "--to",
-            help="of rows: lance, faiss, npy, webdataset, csv; of a model: onnx, openvino, torch-export, coreml",
+            help="of rows: lance, faiss, npy, webdataset, csv; of a model: onnx, openvino, "
+            "torch-export, coreml",
         ),
     ],
     into: Annotated[str, typer.Option("--into", help="a new local folder")],
@@ -349,7 +361,8 @@ def export(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a dataset's rows as other tools read them, or a model as other engines run it, smaller and judged on your images.
+    """Write a dataset's rows as other tools read them, or a model as other engines run it, smaller
+    and judged on your images.
 
     Of rows: exit code 3 when images of a webdataset could not be read again.
     """
@@ -377,7 +390,8 @@ def export(
     odd = [name for name, value in (of_rows if is_model else of_model).items() if value is not None]
     if odd:
         raise JobError(
-            f"--to {to} takes no {', '.join(odd)}: {'that is for rows' if is_model else 'that is for a model'}."
+            f"--to {to} takes no {', '.join(odd)}: "
+            f"{'that is for rows' if is_model else 'that is for a model'}."
         )
     if not is_model:
         found = exporting.export(what, into, exporting.Wanted(to, column, vectors, partial))
@@ -391,7 +405,8 @@ def export(
         raise JobError(f"choose one of --{', --'.join(how)}.")
     if calibrate is None:
         raise JobError(
-            "--calibrate SOURCE is missing: an export is judged on your own images before it is written."
+            "--calibrate SOURCE is missing: an export is judged on your own images before it is "
+            "written."
         )
     job = make_job(
         {**parse_set(sets or []), "source": calibrate, "model": what, "out": "not-written"}

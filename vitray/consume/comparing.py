@@ -1,7 +1,8 @@
-"""What another model, or other settings, changed: two datasets made from the same shards, row against row.
+"""What another model, or other settings, changed: two datasets made from the same shards, row
+against row.
 
-A shard id names one version of one input, so that equal ids hold the same images in the same order; everything else is counted apart.
-Memory holds one shard of each, and a sample of vectors.
+A shard id names one version of one input, so that equal ids hold the same images in the same order;
+everything else is counted apart. Memory holds one shard of each, and a sample of vectors.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ WIDTH = 60  # characters of a label or key
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """Images whose label went from one to another. examples: keys of the first; refs: their (shard, index), since keys may repeat."""
+    """Images whose label went from one to another. examples: keys of the first; refs: their (shard,
+    index), since keys may repeat.
+    """
 
     old: str
     new: str
@@ -38,11 +41,15 @@ class Move:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Of `old` and `new`. agreement, score_shift, cka, neighbours: None where there is nothing to compare.
+    """Of `old` and `new`. agreement, score_shift, cka, neighbours: None where there is nothing to
+    compare.
 
-    agreement: share of `rows` with the same label. score_shift: mean of new minus old score, over rows of the same label.
-    cka: linear centered kernel alignment of the two spaces, 0..1 (Kornblith et al. 2019, arXiv:1905.00414).
-    neighbours: share of an image's nearest NEIGHBOURS by cosine that both spaces name. Both on a sample of at most SAMPLE rows.
+    agreement: share of `rows` with the same label. score_shift: mean of new minus old score, over
+    rows of the same label.
+    cka: linear centered kernel alignment of the two spaces, 0..1 (Kornblith et al. 2019,
+    arXiv:1905.00414).
+    neighbours: share of an image's nearest NEIGHBOURS by cosine that both spaces name. Both on a
+    sample of at most SAMPLE rows.
     """
 
     old: str
@@ -63,7 +70,8 @@ class Comparison:
         lines = [
             f"{self.old} -> {self.new}",
             f"rows in both       {self.rows:,}",
-            f"in one alone       {self.only_old_rows:,} rows and {self.only_old_shards} shards of the old one, "
+            f"in one alone       {self.only_old_rows:,} rows and {self.only_old_shards} shards of "
+            f"the old one, "
             f"{self.only_new_rows:,} and {self.only_new_shards} of the new one",
         ]
         if self.agreement is not None:
@@ -72,7 +80,8 @@ class Comparison:
             lines.append(f"score of these     {self.score_shift:+.4f} in the mean")
         if self.cka is not None:
             lines.append(
-                f"embeddings         CKA {self.cka:.4f}, {self.neighbours:.1%} of {NEIGHBOURS} neighbours shared, {self.sample:,} rows"
+                f"embeddings         CKA {self.cka:.4f}, {self.neighbours:.1%} of {NEIGHBOURS} "
+                f"neighbours shared, {self.sample:,} rows"
             )
         for move in self.moves:
             old, new, *keys = (
@@ -83,7 +92,9 @@ class Comparison:
 
 
 def compare(old: str, new: str) -> Comparison:
-    """Row against row. Raises JobError when one of the two is no dataset, or when they have no shard in common."""
+    """Row against row. Raises JobError when one of the two is no dataset, or when they have no
+    shard in common.
+    """
     datasets = [require_dataset(out) for out in (old, new)]
     first, second = (
         {shard_of(url): url for url in data_files(dataset.out)} for dataset in datasets
@@ -91,7 +102,8 @@ def compare(old: str, new: str) -> Comparison:
     both = sorted(first.keys() & second.keys())
     if not both:
         raise JobError(
-            f"{absolute(old)} and {absolute(new)} have no shard in common: they were not made from the same input, or of loose files "
+            f"{absolute(old)} and {absolute(new)} have no shard in common: they were not made "
+            f"from the same input, or of loose files "
             "in other groups (vitray backfill keeps them)."
         )
     rows = agreed = 0
@@ -154,7 +166,9 @@ def compare(old: str, new: str) -> Comparison:
 
 
 def linear_cka(x: np.ndarray, y: np.ndarray) -> float:
-    """Of [n, p] and [n, q] for the same n rows: 1 when one is the other turned or scaled, near 0 when they have nothing in common."""
+    """Of [n, p] and [n, q] for the same n rows: 1 when one is the other turned or scaled, near 0
+    when they have nothing in common.
+    """
     x, y = x - x.mean(0), y - y.mean(0)
     cross, within = (
         np.square(x.T @ y).sum(),
@@ -164,7 +178,9 @@ def linear_cka(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def neighbour_overlap(x: np.ndarray, y: np.ndarray, k: int) -> float:
-    """The mean share of each row's k nearest other rows, by cosine, that are the same in [n, p] and in [n, q]."""
+    """The mean share of each row's k nearest other rows, by cosine, that are the same in [n, p] and
+    in [n, q].
+    """
     near = [_nearest(space, k) for space in (x, y)]
     return float(np.mean([len(set(one) & set(other)) / k for one, other in zip(*near)]))
 

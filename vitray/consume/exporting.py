@@ -1,7 +1,9 @@
-"""A dataset as other tools read it: NumPy, FAISS, CSV, LanceDB, or the images with their labels as WebDataset tars.
+"""A dataset as other tools read it: NumPy, FAISS, CSV, LanceDB, or the images with their labels as
+WebDataset tars.
 
-Everything is written shard by shard into a folder beside the one that is asked for, which appears whole, by a rename, or not at all.
-Rows stand in the order of the dataset. Names of files and of tar members are numbers: nothing of the data becomes a path.
+Everything is written shard by shard into a folder beside the one that is asked for, which appears
+whole, by a rename, or not at all. Rows stand in the order of the dataset. Names of files and of tar
+members are numbers: nothing of the data becomes a path.
 """
 
 from __future__ import annotations
@@ -49,7 +51,9 @@ EXTRAS = {"faiss": "search", "lance": "lance"}
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What to write. column: of npy and faiss, where there are several. vectors: csv with them. partial: also of an incomplete dataset."""
+    """What to write. column: of npy and faiss, where there are several. vectors: csv with them.
+    partial: also of an incomplete dataset.
+    """
 
     to: str
     column: str | None = None
@@ -59,7 +63,9 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """What was written. missing: rows without their image (webdataset), which could not be read again."""
+    """What was written. missing: rows without their image (webdataset), which could not be read
+    again.
+    """
 
     into: str
     to: str
@@ -75,7 +81,8 @@ class Export:
         ]
         if self.missing:
             lines.append(
-                f"missing: {self.missing:,} images of the dataset could not be read again as they were, such as {', '.join(self.examples)}"
+                f"missing: {self.missing:,} images of the dataset could not be read again as they "
+                f"were, such as {', '.join(self.examples)}"
             )
         return "\n".join(lines)
 
@@ -90,11 +97,13 @@ class Written:
 def export(out: str, into: str, wanted: Wanted) -> Export:
     """Write the rows into a new local folder.
 
-    Raises JobError when the dataset is not complete (unless partial), when `into` is there, and for a library that is not installed.
+    Raises JobError when the dataset is not complete (unless partial), when `into` is there, and for
+    a library that is not installed.
     """
     if wanted.to not in WRITERS:
         raise JobError(
-            f"--to {wanted.to}: choose one of {', '.join(WRITERS)}, or a format of models (vitray export --help)."
+            f"--to {wanted.to}: choose one of {', '.join(WRITERS)}, or a format of models (vitray "
+            f"export --help)."
         )
     dataset = require_dataset(out) if wanted.partial else require_complete(out)
     target = absolute(into)
@@ -120,7 +129,9 @@ def export(out: str, into: str, wanted: Wanted) -> Export:
 
 
 def _npy(dataset: Dataset, folder: Path, wanted: Wanted) -> Written:
-    """vectors.npy [N, D] in the column's own type, and keys.parquet with what else is known of each row, in the same order."""
+    """vectors.npy [N, D] in the column's own type, and keys.parquet with what else is known of each
+    row, in the same order.
+    """
     vector, rows = choose_vector(dataset, wanted.column), sum(row_counts(dataset).values())
     header = {
         "descr": np.dtype(vector.dtype).str,
@@ -135,13 +146,15 @@ def _npy(dataset: Dataset, folder: Path, wanted: Wanted) -> Written:
             seen += len(values)
     if seen != rows:
         raise StorageError(
-            f"{dataset.out} changed while it was read: {rows:,} rows became {seen:,}. Run the same command again."
+            f"{dataset.out} changed while it was read: {rows:,} rows became {seen:,}. Run the "
+            f"same command again."
         )
     return Written(rows)
 
 
 def _faiss(dataset: Dataset, folder: Path, wanted: Wanted) -> Written:
-    """index.faiss over unit vectors, whose inner product is the cosine, and keys.parquet: the row of id n is its row n.
+    """index.faiss over unit vectors, whose inner product is the cosine, and keys.parquet: the row
+    of id n is its row n.
 
     FAISS holds the index in memory until it is written: N x D x 4 bytes.
     """
@@ -158,7 +171,9 @@ def _faiss(dataset: Dataset, folder: Path, wanted: Wanted) -> Written:
 
 
 def _vectors_and_keys(dataset: Dataset, folder: Path, column: str) -> Iterator[np.ndarray]:
-    """Blocks of vectors [n, D], whose rows' other columns are written into keys.parquet on the way."""
+    """Blocks of vectors [n, D], whose rows' other columns are written into keys.parquet on the
+    way.
+    """
     names = _scalars(dataset)
     with pq.ParquetWriter(
         folder / "keys.parquet",
@@ -171,7 +186,8 @@ def _vectors_and_keys(dataset: Dataset, folder: Path, column: str) -> Iterator[n
 
 
 def _csv(dataset: Dataset, folder: Path, wanted: Wanted) -> Written:
-    """rows.csv: every scalar as it is, bytes in hex, lists as JSON; an empty field is null, an empty string is "".
+    """rows.csv: every scalar as it is, bytes in hex, lists as JSON; an empty field is null, an
+    empty string is "".
 
     Vectors are JSON, too, which is what pgvector's COPY takes.
     """
@@ -246,7 +262,9 @@ def _lance(dataset: Dataset, folder: Path, wanted: Wanted) -> Written:
 
 
 def _webdataset(dataset: Dataset, folder: Path, wanted: Wanted) -> Written:
-    """A tar for each data file: the bytes that were labelled, read again from the source, and a .json of the row without its vectors."""
+    """A tar for each data file: the bytes that were labelled, read again from the source, and a
+    .json of the row without its vectors.
+    """
     # of whatever version: where one file of a group changed, the others are as they were
     now = {base_of(shard.id): shard for shard in list_source(dataset.job, dataset.out).shards}
     written, lost, examples = 0, 0, list[str]()
@@ -279,7 +297,9 @@ def _webdataset(dataset: Dataset, folder: Path, wanted: Wanted) -> Written:
 def _images(
     dataset: Dataset, shard: Shard, rows: dict[int, dict[str, Any]]
 ) -> Iterator[tuple[dict[str, Any], bytes]]:
-    """Rows with the bytes that they were made from, taken out of `rows`; those that cannot be read again, or changed, stay there."""
+    """Rows with the bytes that they were made from, taken out of `rows`; those that cannot be read
+    again, or changed, stay there.
+    """
     try:
         for item in read_shard(shard, dataset.job, rows.__contains__):
             if (

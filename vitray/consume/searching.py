@@ -1,7 +1,9 @@
-"""Which images are like this one: the nearest rows of a dataset by cosine, to a picture or to a row.
+"""Which images are like this one: the nearest rows of a dataset by cosine, to a picture or to a
+row.
 
-Exact by default: every row is read, in blocks. With an index FAISS visits only lists of rows that are near; how many of the nearest that
-finds was measured when the index was built. A vector of zeros is like nothing: its cosine is 0.
+Exact by default: every row is read, in blocks. With an index FAISS visits only lists of rows that
+are near; how many of the nearest that finds was measured when the index was built. A vector of
+zeros is like nothing: its cosine is 0.
 """
 
 from __future__ import annotations
@@ -38,14 +40,18 @@ from vitray.storage import absolute, exists, is_local, join, read, store_for
 TRAIN, LEAST = 64, 39  # vectors from which the centre of a list is found; below 39 FAISS warns
 RECALL = 0.95  # as many lists are visited as this needs
 RECALL_ROWS, NEIGHBOURS = 100, 10  # what it is measured on
-SMALL = 10_000  # rows; as many of 768 floats are searched in 0.25 s on two cores, as long as FAISS and an index take to load
+# rows; as many of 768 floats are searched in 0.25 s on two cores, as long as FAISS and an index
+# take to load
+SMALL = 10_000
 
 Counts = Mapping[str, int]  # rows of each data file, by URL, in the order of the dataset
 
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """What to look for: an image (path or URL), or a row: by its key, by shard and row, or by all three."""
+    """What to look for: an image (path or URL), or a row: by its key, by shard and row, or by all
+    three.
+    """
 
     image: str | None = None
     key: str | None = None
@@ -67,7 +73,9 @@ class Neighbour:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The nearest rows, nearest first; of equal cosines the first in the order of the dataset. recall: of an index, as measured."""
+    """The nearest rows, nearest first; of equal cosines the first in the order of the dataset.
+    recall: of an index, as measured.
+    """
 
     out: str
     column: str
@@ -94,16 +102,19 @@ class Found:
 def search(
     out: str, query: Query, k: int = 10, column: str | None = None, index: str | None = None
 ) -> Found:
-    """The k nearest of the rows that are committed. index: a file with a FAISS index of the complete dataset, made when missing or old.
+    """The k nearest of the rows that are committed. index: a file with a FAISS index of the
+    complete dataset, made when missing or old.
 
-    Raises JobError when the query names no row or no good image, ModelError when the weights are not the dataset's.
+    Raises JobError when the query names no row or no good image, ModelError when the weights are
+    not the dataset's.
     """
     dataset = require_dataset(out) if index is None else require_complete(out)
     vector, counts = choose_vector(dataset, column), row_counts(dataset)
     values, said, notes = _query(dataset, vector, query, counts)
     if not values.any():
         raise JobError(
-            f"the vector of {said} is zero, so that no row is nearer to it than another. Choose another query."
+            f"the vector of {said} is zero, so that no row is nearer to it than another. Choose "
+            f"another query."
         )
     unit, recall = values / np.linalg.norm(values), None
     if index is None:
@@ -130,12 +141,15 @@ def _query(
     if query.image is None and (query.key is not None or None not in row[1:]):
         return _of_row(dataset, vector, query, counts)
     raise JobError(
-        "give one query: --image FILE, or --key KEY, or --shard ID and --row N (with --key, these choose among equal keys)."
+        "give one query: --image FILE, or --key KEY, or --shard ID and --row N (with --key, these "
+        "choose among equal keys)."
     )
 
 
 def _of_image(dataset: Dataset, vector: VectorColumn, url: str) -> np.ndarray:
-    """What the dataset's model says of a picture, decoded as the dataset's images were (on the CPU, where that was a GPU's work)."""
+    """What the dataset's model says of a picture, decoded as the dataset's images were (on the CPU,
+    where that was a GPU's work).
+    """
     try:
         pixels, (outcome,) = decode([Encoded(0, url, url, read(url))], dataset.decode_spec)
     except ObjectMissing as error:
@@ -164,7 +178,8 @@ def _of_row(
         )
     if first is None:
         raise JobError(
-            f"{dataset.out} has no good row like this. Keys of loose files are their paths, of which the end will do; bad images, "
+            f"{dataset.out} has no good row like this. Keys of loose files are their paths, of "
+            f"which the end will do; bad images, "
             f"in {dataset.out}/{dataset.errors_folder}, have no vector."
         )
     said = f"{_shown(first['key'])} ({first['shard']}, {first['index']})"
@@ -186,7 +201,9 @@ def _of_row(
 def _first(
     dataset: Dataset, urls: Iterable[str], query: Query, same: Callable[..., Any]
 ) -> tuple[dict[str, Any] | None, int]:
-    """The first row that the query names, and how many it names. same: whether keys are the query's."""
+    """The first row that the query names, and how many it names. same: whether keys are the
+    query's.
+    """
     first, matches = None, 0
     for block in row_blocks(dataset, urls, ["key", "shard", "index"]):
         block = block if query.key is None else block.filter(same(block["key"], query.key))
@@ -202,7 +219,8 @@ def _exact(
     best: pa.Table | None = None
     for block in row_blocks(dataset, counts, [*_told(dataset), vector.column]):
         values = matrix_of(block[vector.column]).astype(np.float32)
-        # sums of products a row: a matrix product's last bit depends on where a row stands, and equal vectors would not tie
+        # sums of products a row: a matrix product's last bit depends on where a row stands, and
+        # equal vectors would not tie
         lengths = np.sqrt((values * values).sum(1))
         cosines = np.clip((values * unit).sum(1) / np.where(lengths > 0, lengths, 1), -1, 1)
         block = block.drop_columns([vector.column]).append_column("cosine", pa.array(cosines))
@@ -219,13 +237,15 @@ def _indexed(
         import faiss
     except ImportError as error:
         raise JobError(
-            "--index needs FAISS: pip install 'vitray[search]', or leave it out for an exact search."
+            "--index needs FAISS: pip install 'vitray[search]', or leave it out for an exact "
+            "search."
         ) from error
     path, rows = absolute(url), sum(counts.values())
     require_outside(dataset, "--index", path)
     if not is_local(path) or not rows:
         raise JobError(
-            f"--index {path}: it must be a local file, and the dataset must have rows. Leave it out for an exact search."
+            f"--index {path}: it must be a local file, and the dataset must have rows. Leave it "
+            f"out for an exact search."
         )
     notes = (
         [f"with fewer than {SMALL:,} rows, a search without --index is exact and about as fast"]
@@ -243,7 +263,8 @@ def _indexed(
         ) from error
     if is_new:
         notes.append(
-            f"built {path}: {metadata['visited']} of {metadata['lists']} lists are visited; recall measured on {metadata['measured']} rows"
+            f"built {path}: {metadata['visited']} of {metadata['lists']} lists are visited; "
+            f"recall measured on {metadata['measured']} rows"
         )
     hits = {int(at): float(cosine) for at, cosine in zip(near[0], cosines[0]) if at >= 0}
     found = [
@@ -254,7 +275,9 @@ def _indexed(
 
 
 def _up_to_date(dataset: Dataset, vector: VectorColumn, path: str) -> dict[str, Any] | None:
-    """What FILE.json says of an index that fits the dataset as it is, None when it is to be built. Raises JobError at another's file."""
+    """What FILE.json says of an index that fits the dataset as it is, None when it is to be built.
+    Raises JobError at another's file.
+    """
     try:
         metadata = json.loads(read(f"{path}.json"))
         owner = (metadata["source"], metadata["column"])
@@ -263,7 +286,8 @@ def _up_to_date(dataset: Dataset, vector: VectorColumn, path: str) -> dict[str, 
     mine, is_there = _identity(dataset, vector), exists(path) or exists(f"{path}.json")
     if is_there and owner != (mine["source"], mine["column"]):
         raise JobError(
-            f"--index {path} is there and no index of {vector.column} of {dataset.out}: choose another file."
+            f"--index {path} is there and no index of {vector.column} of {dataset.out}: choose "
+            f"another file."
         )
     return metadata if exists(path) and metadata.items() >= mine.items() else None
 
@@ -281,7 +305,9 @@ def _identity(dataset: Dataset, vector: VectorColumn) -> dict[str, Any]:
 def _build(
     faiss: Any, dataset: Dataset, vector: VectorColumn, path: str, counts: Counts
 ) -> dict[str, Any]:
-    """What was written into FILE.json, after the index. All vectors are in memory meanwhile, as float32."""
+    """What was written into FILE.json, after the index. All vectors are in memory meanwhile, as
+    float32.
+    """
     identity, rows = _identity(dataset, vector), sum(counts.values())
     lists = max(1, min(math.isqrt(rows), rows // LEAST))
     share, rng = min(1.0, TRAIN * lists / rows), np.random.default_rng(0)
@@ -326,7 +352,8 @@ def _units(
 
 
 def _tune(index: Any, lists: int, queries: np.ndarray) -> float:
-    """Leaves the index with the least power of two of lists to visit that reaches RECALL; returns what it reaches.
+    """Leaves the index with the least power of two of lists to visit that reaches RECALL; returns
+    what it reaches.
 
     All lists together are an exact search. A query's first hit does not count: it is itself.
     """

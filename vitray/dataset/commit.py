@@ -1,7 +1,8 @@
 """The commit: fragments of a whole shard become its one data file, by one conditional create.
 
-The protocol, in the order of the code: look; cover; look at the input again; write on scratch disk; create; when the
-answer is "refused" or none at all, look who won; then the file of error rows, then staging.
+The protocol, in the order of the code: look; cover; look at the input again; write on scratch disk;
+create; when the answer is "refused" or none at all, look who won; then the file of error rows, then
+staging.
 """
 
 from __future__ import annotations
@@ -69,9 +70,11 @@ _IN_HEADER = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Footer:
-    """What a data file says of itself. reasons: errors by reason. truncated_at: byte at which its shard was cut.
+    """What a data file says of itself. reasons: errors by reason. truncated_at: byte at which its
+    shard was cut.
 
-    left_out: what of its shard has no row, by left_out.LEFT_OUT. image_members: images by the tar member they came from.
+    left_out: what of its shard has no row, by left_out.LEFT_OUT. image_members: images by the tar
+    member they came from.
     """
 
     write_id: str
@@ -109,14 +112,16 @@ class Commit:
 
 
 def commit_shard(dataset: Dataset, shard: Shard) -> Commit | None:
-    """Make the shard's data file exist, or adopt the one that does. None: fragments are missing, plan it again.
+    """Make the shard's data file exist, or adopt the one that does. None: fragments are missing,
+    plan it again.
 
-    Raises CommitError when a file is there that this job could not have written, ObjectChanged when the input is no
-    longer the planned version.
+    Raises CommitError when a file is there that this job could not have written, ObjectChanged when
+    the input is no longer the planned version.
     """
     footer, adopted = _look(dataset, shard.id), True
     if footer is None:
-        # when there is nothing to make it from, another run may have finished this shard and cleaned up meanwhile
+        # when there is nothing to make it from, another run may have finished this shard and
+        # cleaned up meanwhile
         footer, adopted = _make(dataset, shard) or (_look(dataset, shard.id), True)
     if footer is None:
         return None
@@ -131,7 +136,9 @@ def commit_shard(dataset: Dataset, shard: Shard) -> Commit | None:
 
 
 def commit_rows(dataset: Dataset, origin: Footer, rows: Iterable[pa.Table]) -> Commit:
-    """Make the data file out of the rows of another dataset's, whose footer says shard, input, errors and verdict. Raises like commit_shard."""
+    """Make the data file out of the rows of another dataset's, whose footer says shard, input,
+    errors and verdict. Raises like commit_shard.
+    """
     shard, digest = Shard(origin.shard, "", origin.url, 0, origin.source_version), RowsDigest()
 
     def counted() -> Iterator[pa.Table]:
@@ -152,7 +159,9 @@ def commit_rows(dataset: Dataset, origin: Footer, rows: Iterable[pa.Table]) -> C
 
 
 def read_footer(url: str) -> Footer:
-    """The footer of a data file. Raises ObjectMissing, or CommitError when vitray did not write it."""
+    """The footer of a data file. Raises ObjectMissing, or CommitError when vitray did not write
+    it.
+    """
     for attempt in range(1, READS + 1):
         try:
             with store_for(url).open(url) as stream:
@@ -182,7 +191,9 @@ def repair_errors(dataset: Dataset, footer: Footer) -> None:
 
 
 class RowsDigest:
-    """SHA-256 of rows, the same however they are cut into tables, row groups or dictionaries, and read back from Parquet."""
+    """SHA-256 of rows, the same however they are cut into tables, row groups or dictionaries, and
+    read back from Parquet.
+    """
 
     def __init__(self) -> None:
         self.rows = 0
@@ -207,7 +218,9 @@ class RowsDigest:
 
 
 def _plain(table: pa.Table) -> pa.Table:
-    """The same values in types whose bytes follow from them: dictionaries and views may be laid out in several ways."""
+    """The same values in types whose bytes follow from them: dictionaries and views may be laid out
+    in several ways.
+    """
     for at, name in enumerate(table.column_names):
         column = without_list_views(table.column(at))
         if (kind := _plain_type(column.type)) != table.schema.field(at).type:
@@ -241,21 +254,26 @@ def _canonical(table: pa.Table) -> bytes:
 
 
 def _look(dataset: Dataset, shard_id: str) -> Footer | None:
-    """The footer of the shard's data file, None when there is none. Raises CommitError when this job did not make it."""
+    """The footer of the shard's data file, None when there is none. Raises CommitError when this
+    job did not make it.
+    """
     try:
         footer = read_footer(dataset.data_url(shard_id))
     except ObjectMissing:
         return None
     if footer.fingerprint != dataset.fingerprint or footer.shard != shard_id:
         raise CommitError(
-            f"{dataset.data_url(shard_id)} exists with fingerprint {footer.fingerprint[:8]}… (this job: "
+            f"{dataset.data_url(shard_id)} exists with fingerprint {footer.fingerprint[:8]}… "
+            f"(this job: "
             f"{dataset.fingerprint[:8]}…). Choose another `out`, or move that file away."
         )
     return footer
 
 
 def _make(dataset: Dataset, shard: Shard) -> tuple[Footer, bool] | None:
-    """The data file's footer, and whether another run made it. None: fragments are missing or damaged, or were while we read."""
+    """The data file's footer, and whether another run made it. None: fragments are missing or
+    damaged, or were while we read.
+    """
     there = staged(dataset, shard.id)
     if len(there.ends) > 1:  # its readers disagreed: start anew
         drop_staging(dataset, shard.id)
@@ -269,7 +287,9 @@ def _make(dataset: Dataset, shard: Shard) -> tuple[Footer, bool] | None:
 
 
 def _require_same_input(shard: Shard) -> None:
-    """The input once more. Members of a group on S3 were read with If-Match, so their rows are true to the version."""
+    """The input once more. Members of a group on S3 were read with If-Match, so their rows are true
+    to the version.
+    """
     planned = [(shard.url, shard.version)]
     if shard.kind == "files":
         planned = (
@@ -316,7 +336,8 @@ def _create(
     if (winner.total, winner.truncated_at) != (mine.total, mine.truncated_at):
         raise CommitError(
             f"{url}: another run committed {winner.total} images (cut at {winner.truncated_at}), "
-            f"this one saw {mine.total} (cut at {mine.truncated_at}). Check the input, then `vitray redo --shard {shard.id}`."
+            f"this one saw {mine.total} (cut at {mine.truncated_at}). Check the input, then "
+            f"`vitray redo --shard {shard.id}`."
         )
     if winner.errors != mine.errors:
         log.warning(
@@ -331,7 +352,8 @@ def _create(
 def parquet_of(
     dataset: Dataset, tables: Iterable[pa.Table], metadata: Callable[[], dict[str, str]]
 ) -> tuple[bytes, dict[str, str]]:
-    """Tables of rows as one Parquet file, and `metadata`: what its footer says, asked for when all rows are written.
+    """Tables of rows as one Parquet file, and `metadata`: what its footer says, asked for when all
+    rows are written.
 
     It grows on the scratch disk, without a name there, so that a death leaves nothing.
     """

@@ -1,4 +1,6 @@
-"""The files of OUT, found and read whole; the log of groups and the run records, which are nothing more than that."""
+"""The files of OUT, found and read whole; the log of groups and the run records, which are nothing
+more than that.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ NO_GROUP = -1
 
 
 def under(out: str, *parts: str) -> list[ObjectInfo]:
-    """Every object below a folder of OUT, in the order of URLs; none when there is no such folder."""
+    """Every object below a folder of OUT, in the order of URLs; none when there is no such
+    folder.
+    """
     try:
         return store_for(out).find(join(out, *parts))
     except ObjectMissing:
@@ -27,7 +31,8 @@ def under(out: str, *parts: str) -> list[ObjectInfo]:
 def read_table(source: Any, columns: Sequence[str] | None = None) -> pa.Table:
     """A Parquet file as a table, read by this thread alone. source: a stream or a pa.BufferReader.
 
-    A thread of pyarrow's pool that still holds a Python buffer when the interpreter ends aborts the process.
+    A thread of pyarrow's pool that still holds a Python buffer when the interpreter ends aborts the
+    process.
     """
     return pq.ParquetFile(source, pre_buffer=False).read(
         columns=columns and list(columns), use_threads=False
@@ -41,7 +46,10 @@ def read_parquet(url: str) -> pa.Table:
     except (pa.ArrowException, OSError) as error:
         step = "Delete it and run the job again: it is made anew from data/."
         if "/_vitray/shards/" in url:
-            step = "It holds which files are in which shard: bring a copy back, or choose another `out`."
+            step = (
+                "It holds which files are in which shard: bring a copy back, or choose another "
+                "`out`."
+            )
         raise StorageError(f"{url} is damaged ({error}). {step}") from error
 
 
@@ -53,7 +61,9 @@ def parquet_bytes(table: pa.Table) -> bytes:
 
 
 def load_group_log(out: str) -> list[tuple[int, str]]:
-    """(group number, url) of every grouped object, in the order of the log; NO_GROUP where it left its group."""
+    """(group number, url) of every grouped object, in the order of the log; NO_GROUP where it left
+    its group.
+    """
     parts = [read_parquet(info.url) for info in under(out, "_vitray", "shards")]
     return [
         member
@@ -63,8 +73,11 @@ def load_group_log(out: str) -> list[tuple[int, str]]:
 
 
 def append_group_log(out: str, members: Sequence[tuple[int, str]]) -> bool:
-    """Append new groups, or objects that leave theirs. False: another run was faster (with a group or a URL); read and plan again."""
-    # the number of parts is read before their content: what is appended after that takes the name that we want
+    """Append new groups, or objects that leave theirs. False: another run was faster (with a group
+    or a URL); read and plan again.
+    """
+    # the number of parts is read before their content: what is appended after that takes the name
+    # that we want
     name = f"{len(under(out, '_vitray', 'shards')):06d}.parquet"
     groups, urls = zip(*members)
     known = load_group_log(out)
@@ -80,7 +93,9 @@ def append_group_log(out: str, members: Sequence[tuple[int, str]]) -> bool:
 
 
 def go_on_with_groups(old: str, new: str) -> None:
-    """Loose files get in `new` the groups that they have in `old`, so that both have the same shards; what `new` began otherwise stays."""
+    """Loose files get in `new` the groups that they have in `old`, so that both have the same
+    shards; what `new` began otherwise stays.
+    """
     theirs, mine = load_group_log(absolute(old)), load_group_log(absolute(new))
     if len(theirs) > len(mine) and theirs[: len(mine)] == mine:
         append_group_log(absolute(new), theirs[len(mine) :])  # refused: another call did the same

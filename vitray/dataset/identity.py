@@ -136,7 +136,9 @@ class Dataset:
 
     @property
     def errors_folder(self) -> str:
-        """The folder of the error rows. Readers of a directory skip names that begin with an underscore."""
+        """The folder of the error rows. Readers of a directory skip names that begin with an
+        underscore.
+        """
         return "errors" if self.job.rules == 1 else "_errors"
 
     def errors_url(self, shard_id: str) -> str:
@@ -164,7 +166,9 @@ class LastSource:
 
 
 def open_dataset(out: str) -> Dataset | None:
-    """The dataset in a directory, with the source of its last run; None when there is none. Needs neither torch nor Ray."""
+    """The dataset in a directory, with the source of its last run; None when there is none. Needs
+    neither torch nor Ray.
+    """
     try:
         text = read(dataset_url(out))
     except ObjectMissing:
@@ -174,8 +178,10 @@ def open_dataset(out: str) -> Dataset | None:
         return _from_json(absolute(out), _with_last_source(out, document))
     except (ValueError, KeyError, TypeError, RecursionError, JobError) as error:
         raise StorageError(
-            f"{dataset_url(out)} is not readable ({one_line(error)[:160]}). If another version of vitray wrote it, use that one. "
-            "Else bring a copy of it back, or move it away and run the same job again: it is made anew and checked against "
+            f"{dataset_url(out)} is not readable ({one_line(error)[:160]}). If another version of "
+            f"vitray wrote it, use that one. "
+            "Else bring a copy of it back, or move it away and run the same job again: it is made "
+            "anew and checked against "
             "the data files."
         ) from error
 
@@ -210,9 +216,11 @@ def _counts(value: object) -> dict[str, int]:
 
 
 def remember_source(dataset: Dataset, found: LastSource, begins: bool = False) -> None:
-    """Where the images are may be another place each time: what comes after a run goes by the last one.
+    """Where the images are may be another place each time: what comes after a run goes by the last
+    one.
 
-    A limit stays while all runs had one. begins: write it in any case, so that its time tells when a run began.
+    A limit stays while all runs had one. begins: write it in any case, so that its time tells when
+    a run began.
     """
     existing = open_dataset(dataset.out)
     if existing is None:

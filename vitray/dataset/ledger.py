@@ -52,7 +52,8 @@ class Ledger:
     """The outcome of a manifest step.
 
     truncated: {shard: byte at which it was cut}. pending: planned shards without a data file.
-    gone: inputs no longer listed. left_out: what the committed shards have no row for, by left_out.LEFT_OUT.
+    gone: inputs no longer listed. left_out: what the committed shards have no row for, by
+    left_out.LEFT_OUT.
     """
 
     shards: int
@@ -88,12 +89,14 @@ def finish(
     prune: bool = False,
     fresh: Container[str] = (),
 ) -> Ledger:
-    """The manifest step. list_ids: lists the source now: every shard id, and those of them that `limit` leaves.
+    """The manifest step. list_ids: lists the source now: every shard id, and those of them that
+    `limit` leaves.
 
     fresh: ids of data files that the last manifest cannot have seen, whatever a clock says.
 
-    Removes superseded files and, with prune, those whose input is gone; repairs error files; writes the manifest and
-    _SUCCESS.json. Writes nothing that is there already. Begins again when another run commits or removes something meanwhile.
+    Removes superseded files and, with prune, those whose input is gone; repairs error files; writes
+    the manifest and _SUCCESS.json. Writes nothing that is there already. Begins again when another
+    run commits or removes something meanwhile.
     """
     return _again(lambda: _finish(dataset, list_ids, prune, fresh))
 
@@ -124,7 +127,8 @@ def _finish(
     data = committed(dataset.out)
     if newer := data.keys() - seen - set(listed):
         raise ObjectMissing(
-            f"{dataset.out}: another run committed {min(newer)}, which was not listed. Run the same command again."
+            f"{dataset.out}: another run committed {min(newer)}, which was not listed. Run the "
+            f"same command again."
         )
     store, before = store_for(dataset.out), _directly_in_vitray(dataset.out, "manifest-")
     wanted, pending = set(listed), set(planned) - data.keys()
@@ -174,7 +178,9 @@ def total_counts(texts: Iterable[str | None]) -> dict[str, int]:
 
 
 def footers_of(dataset: Dataset, shards: Iterable[str]) -> dict[str, Footer]:
-    """The footers of data files, by shard id, without their error rows: those of a whole dataset may not fit into memory."""
+    """The footers of data files, by shard id, without their error rows: those of a whole dataset
+    may not fit into memory.
+    """
     return _of_each(
         shards,
         lambda shard: replace(
@@ -190,25 +196,30 @@ def _of_each(shards: Iterable[str], work: Callable[[str], T]) -> dict[str, T]:
 
 
 def require_own(dataset: Dataset, footers: Mapping[str, Footer]) -> None:
-    """Raises FingerprintError when one of these data files is not of this dataset, CommitError when it is of another shard."""
+    """Raises FingerprintError when one of these data files is not of this dataset, CommitError when
+    it is of another shard.
+    """
     foreign = [
         name for name, footer in footers.items() if footer.fingerprint != dataset.fingerprint
     ]
     if foreign:
         raise FingerprintError(
-            f"{dataset.out}/data holds {len(foreign)} files of another job (fingerprint {footers[foreign[0]].fingerprint[:8]}…, "
-            f"this job: {dataset.fingerprint[:8]}…), such as {foreign[0]}.parquet. Choose another `out`, or move them away."
+            f"{dataset.out}/data holds {len(foreign)} files of another job (fingerprint "
+            f"{footers[foreign[0]].fingerprint[:8]}…, "
+            f"this job: {dataset.fingerprint[:8]}…), such as {foreign[0]}.parquet. Choose another "
+            f"`out`, or move them away."
         )
     for name, footer in footers.items():
         if footer.shard != name:
             raise CommitError(
-                f"{dataset.data_url(name)} holds shard {footer.shard}: it was renamed. Delete it and run again."
+                f"{dataset.data_url(name)} holds shard {footer.shard}: it was renamed. Delete it "
+                f"and run again."
             )
 
 
 def check_data(dataset: Dataset) -> None:
-    """Refuse data files that the last manifest does not know and this dataset did not make, before any work. Raises like
-    require_own.
+    """Refuse data files that the last manifest does not know and this dataset did not make, before
+    any work. Raises like require_own.
     """
     data = committed(dataset.out)
     known = _known(dataset, data)
@@ -222,7 +233,9 @@ def unmark_success(out: str) -> None:
 
 
 def base_of(shard_id: str) -> str:
-    """What stays the same in an id when the version of its input changes; a name that is no id stays itself."""
+    """What stays the same in an id when the version of its input changes; a name that is no id
+    stays itself.
+    """
     parts = shard_id.split("-")
     return f"{parts[0]}-{parts[-2]}" if len(parts) > 2 else shard_id
 
@@ -232,12 +245,15 @@ def version_of(shard_id: str) -> str:
 
 
 def shards_to_redo(dataset: Dataset, shards: Iterable[str], reasons: Iterable[str]) -> list[str]:
-    """The ids of the data files of these shards, or that hold an error with one of these reasons. forget() deletes them."""
+    """The ids of the data files of these shards, or that hold an error with one of these reasons.
+    forget() deletes them.
+    """
     data, asked, causes = committed(dataset.out), set(shards), set(reasons)
     unknown = asked - data.keys()
     if unknown:
         raise JobError(
-            f"{dataset.out} holds no shard {', '.join(sorted(unknown))}. Ids are the names in data/ without .parquet."
+            f"{dataset.out} holds no shard {', '.join(sorted(unknown))}. Ids are the names in "
+            f"data/ without .parquet."
         )
     others = footers_of(dataset, [s for s in data if causes and s not in asked])
     return sorted(
@@ -256,7 +272,9 @@ def forget(dataset: Dataset, shards: Iterable[str]) -> None:
 
 
 def clean(dataset: Dataset, listed: Iterable[str]) -> list[str]:
-    """Delete the staging of shards that are committed or not listed any more, and what killed processes left; returns names."""
+    """Delete the staging of shards that are committed or not listed any more, and what killed
+    processes left; returns names.
+    """
     data, wanted = committed(dataset.out), set(listed)
     orphans = [s for s in staged_shards(dataset) if s in data or s not in wanted]
     for shard in orphans:
@@ -274,7 +292,9 @@ def _manifest_rows(
     known: dict[str, dict[str, Any]],
     states: Mapping[str, str],
 ) -> list[dict[str, Any]]:
-    """One row a data file, from the last manifest where the file is the same, else from its footer."""
+    """One row a data file, from the last manifest where the file is the same, else from its
+    footer.
+    """
     footers = footers_of(dataset, admitted.keys() - known.keys())
     require_own(dataset, footers)
     rows = known | _of_each(footers, lambda shard: _row(admitted[shard], footers[shard]))
@@ -292,7 +312,9 @@ def _known(dataset: Dataset, data: dict[str, ObjectInfo]) -> dict[str, dict[str,
 
 
 def _is_same(row: dict[str, object], info: ObjectInfo, manifest: ObjectInfo) -> bool:
-    """Whether a data file is the one that the manifest saw. On a local disk: it is older than the manifest."""
+    """Whether a data file is the one that the manifest saw. On a local disk: it is older than the
+    manifest.
+    """
     same = (
         _modified_ns(info) < _modified_ns(manifest)
         if is_local(info.url)
@@ -324,7 +346,9 @@ def manifest_row(footer: Footer) -> dict[str, Any]:
 
 
 def _repair_error_files(dataset: Dataset, should: set[str], there: set[str]) -> None:
-    """The folder of error rows holds exactly the copies of what the admitted data files carry. there: those that it held before they were listed."""
+    """The folder of error rows holds exactly the copies of what the admitted data files carry.
+    there: those that it held before they were listed.
+    """
     _of_each(
         should - there, lambda shard: repair_errors(dataset, read_footer(dataset.data_url(shard)))
     )
@@ -348,7 +372,9 @@ def _keep(url: str, body: bytes) -> None:
 
 
 def _directly_in_vitray(out: str, start: str) -> list[ObjectInfo]:
-    """The objects OUT/_vitray/<start>..., not those in its folders, whose names come from inputs."""
+    """The objects OUT/_vitray/<start>..., not those in its folders, whose names come from
+    inputs.
+    """
     inside = join(out, "_vitray", start)
     return [
         i

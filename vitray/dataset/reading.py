@@ -35,7 +35,9 @@ def require_dataset(out: str) -> Dataset:
 
 
 def require_complete(out: str) -> Dataset:
-    """The complete dataset in a directory. Raises JobError when there is none, or something is pending."""
+    """The complete dataset in a directory. Raises JobError when there is none, or something is
+    pending.
+    """
     dataset = require_dataset(out)
     if not is_complete(dataset):
         raise JobError(
@@ -49,7 +51,9 @@ def is_complete(dataset: Dataset) -> bool:
 
 
 def require_outside(dataset: Dataset, option: str, url: str) -> None:
-    """Raises JobError for a place inside the dataset, or inside its source, where the next run would take it for input."""
+    """Raises JobError for a place inside the dataset, or inside its source, where the next run
+    would take it for input.
+    """
     sources = (
         (part, f"its source {source}")
         for source in dataset.job.source
@@ -61,7 +65,9 @@ def require_outside(dataset: Dataset, option: str, url: str) -> None:
 
 
 def data_files(out: str) -> list[str]:
-    """The URLs of the data files that count, in the order of shard ids: one version of each input, the manifest's if it has one."""
+    """The URLs of the data files that count, in the order of shard ids: one version of each input,
+    the manifest's if it has one.
+    """
     data, manifest = committed(absolute(out)), read_manifest(absolute(out))
     named = (
         []
@@ -74,7 +80,8 @@ def data_files(out: str) -> list[str]:
 
 
 def read(out: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """Every good row of a dataset as one table, ordered by (shard, index). Raises SourceError when there is none.
+    """Every good row of a dataset as one table, ordered by (shard, index). Raises SourceError when
+    there is none.
 
     columns: the ones to read, e.g. ["key", "label", "embedding"]; all when None.
     """
@@ -133,12 +140,15 @@ def rows_in(url: str) -> int:
 
 
 def choose_vector(dataset: Dataset, name: str | None) -> VectorColumn:
-    """The vector column of that name, or the only one. Raises JobError when it is not clear which."""
+    """The vector column of that name, or the only one. Raises JobError when it is not clear
+    which.
+    """
     columns = {vector.column: vector for vector in dataset.vectors}
     chosen = name or (next(iter(columns)) if len(columns) == 1 else "")
     if chosen not in columns:
         raise JobError(
-            f"{dataset.out} has the vector columns {', '.join(columns) or '(none)'}: choose one by `column` (--column)."
+            f"{dataset.out} has the vector columns {', '.join(columns) or '(none)'}: choose one "
+            f"by `column` (--column)."
         )
     return columns[chosen]
 

@@ -1,4 +1,6 @@
-"""Which dataset a job goes on with: the one in OUT when its fingerprint is equal, else a new one, else a refusal."""
+"""Which dataset a job goes on with: the one in OUT when its fingerprint is equal, else a new one,
+else a refusal.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ COMPACTED = ("_COMPACT.json", "_COMPACTING.json")
 
 
 def with_source_rules(job: Job) -> Job:
-    """The job with the source rules of the dataset in its `out`, the newest ones where there is none.
+    """The job with the source rules of the dataset in its `out`, the newest ones where there is
+    none.
 
     So too the key column that the first run found, where the job names none. Where dataset.json was
     lost, a data file tells the rules.
@@ -58,7 +61,8 @@ def with_source_rules(job: Job) -> Job:
 def resolve_dataset(
     job: Job, spec: ModelSpec, vectors: list[VectorColumn], passthrough: pa.Schema, now: str
 ) -> Dataset:
-    """The dataset of this job: made by a conditional create, or the one that is there when its fingerprint is equal.
+    """The dataset of this job: made by a conditional create, or the one that is there when its
+    fingerprint is equal.
 
     `auto` fields adopt what is frozen. Raises FingerprintError with the differing fields,
     also when data files of another one lie there without a dataset.json.
@@ -70,7 +74,8 @@ def resolve_dataset(
         mine = Dataset(out, job, spec, tuple(vectors), passthrough, rows)
         if metadata := [name for name in COMPACTED if exists(join(out, name))]:
             raise JobError(
-                f"{out} holds what vitray compact gathered ({metadata[0]}): readers would see rows twice. Choose another `out`."
+                f"{out} holds what vitray compact gathered ({metadata[0]}): readers would see "
+                f"rows twice. Choose another `out`."
             )
         require_own(mine, footers_of(mine, committed(out)))
         if store_for(out).create(dataset_url(out), to_json(mine, now)):
@@ -97,7 +102,9 @@ def resolve_dataset(
 
 
 def passthrough_in_data(out: str, names: Sequence[str]) -> pa.Schema | None:
-    """The types of passthrough columns in a data file of a directory; None where there is none, or it lacks one of them."""
+    """The types of passthrough columns in a data file of a directory; None where there is none, or
+    it lacks one of them.
+    """
     for shard in sorted(committed(absolute(out))):
         with store_for(out).open(join(absolute(out), "data", f"{shard}.parquet")) as stream:
             schema = pq.read_schema(stream).remove_metadata()
@@ -110,7 +117,8 @@ def passthrough_in_data(out: str, names: Sequence[str]) -> pa.Schema | None:
 
 
 def drop_unstarted(out: str) -> bool:
-    """Forget a dataset that has no data file, with its groups and fragments, so that any job may begin one here.
+    """Forget a dataset that has no data file, with its groups and fragments, so that any job may
+    begin one here.
 
     Returns whether it did.
     """
@@ -122,7 +130,8 @@ def drop_unstarted(out: str) -> bool:
 
 
 def _has_ended_without_rows(out: str) -> bool:
-    """Whether no shard is committed and the last run has ended: its record is newer than the beginning of any run.
+    """Whether no shard is committed and the last run has ended: its record is newer than the
+    beginning of any run.
 
     source.json is written by each run that begins.
     """
@@ -136,7 +145,9 @@ def _has_ended_without_rows(out: str) -> bool:
 
 
 def with_frozen(job: Job) -> Job:
-    """The job with what `auto` was in the first run, so that engines are timed once; as it is where none was."""
+    """The job with what `auto` was in the first run, so that engines are timed once; as it is where
+    none was.
+    """
     there = open_dataset(absolute(job.out))
     return job if there is None else job.model_copy(update=_frozen(job, there))
 
@@ -158,10 +169,19 @@ def _difference(there: Dataset, mine: Dataset) -> str:
         f"{n} differs ({_short(old.get(n))}, this job: {_short(new.get(n))})" for n in names
     )
     if not committed(there.out):
-        step = f"Choose another `out`. If no run works on this one, delete {there.out}/_vitray to begin anew: it has no rows yet."
+        step = (
+            f"Choose another `out`. If no run works on this one, delete {there.out}/_vitray to "
+            f"begin anew: it has no rows yet."
+        )
     else:
-        step = "Choose another `out` (vitray backfill makes that of another model), or give the job the fields of the first run."
-    return f"{there.out} belongs to fingerprint {there.fingerprint[:8]}… (this job: {mine.fingerprint[:8]}…): {values}. {step}"
+        step = (
+            "Choose another `out` (vitray backfill makes that of another model), or give the job "
+            "the fields of the first run."
+        )
+    return (
+        f"{there.out} belongs to fingerprint {there.fingerprint[:8]}… (this job: "
+        f"{mine.fingerprint[:8]}…): {values}. {step}"
+    )
 
 
 def _short(value: object) -> str:

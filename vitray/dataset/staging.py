@@ -1,6 +1,7 @@
 """Fragments: the rows of one fixed range of a shard, kept until the shard is whole.
 
-A fragment is created if absent and never changes: of two runs that disagree on a bad row the first one's word holds.
+A fragment is created if absent and never changes: of two runs that disagree on a bad row the first
+one's word holds.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ _END_SCHEMA = pa.schema(
 
 
 class Fragment(NamedTuple):
-    """The good and the error rows of a fixed range, and what its images left out, by left_out.LEFT_OUT."""
+    """The good and the error rows of a fixed range, and what its images left out, by
+    left_out.LEFT_OUT.
+    """
 
     rows: pa.Table
     errors: pa.Table
@@ -49,13 +52,17 @@ class Fragment(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """What is staged of a shard: fragments as {start: stop}, and the tails (more than one only if readers disagreed)."""
+    """What is staged of a shard: fragments as {start: stop}, and the tails (more than one only if
+    readers disagreed).
+    """
 
     fragments: dict[int, int]
     ends: tuple[End, ...]
 
     def covers(self) -> bool:
-        """Whether one tail is known and the fragments make up [0, total): no gap, and nothing behind the end."""
+        """Whether one tail is known and the fragments make up [0, total): no gap, and nothing
+        behind the end.
+        """
         if len(self.ends) != 1:
             return False
         edges = [0, *(edge for span in self.ranges() for edge in span), self.ends[0].total]
@@ -79,8 +86,8 @@ def staged_shards(dataset: Dataset) -> list[str]:
 def staged_whole(dataset: Dataset, shard_id: str) -> Staged:
     """Like staged(), but every fragment was opened, and what is damaged deleted, to be made again.
 
-    So is a fragment beyond the one known end: a reader that had seen more rows died. And one of another length: it is of a run
-    with other `fragment_rows`, whose dataset.json is gone.
+    So is a fragment beyond the one known end: a reader that had seen more rows died. And one of
+    another length: it is of a run with other `fragment_rows`, whose dataset.json is gone.
     """
     there, damaged = _scan(dataset, shard_id)
     rows = dataset.fragment_rows
@@ -111,7 +118,9 @@ def write_fragment(
     errors: pa.Table,
     left_out: dict[str, int] | None = None,
 ) -> bool:
-    """Stage the good and error rows of [start, stop). False: it was staged already, and what is there stays."""
+    """Stage the good and error rows of [start, stop). False: it was staged already, and what is
+    there stays.
+    """
     _require_span(rows, errors, span)
     metadata = {
         "errors": ipc_bytes(errors),
@@ -152,7 +161,9 @@ def write_end(dataset: Dataset, shard_id: str, end: End) -> None:
 
 
 def drop_staging(dataset: Dataset, shard_id: str) -> None:
-    """Delete a shard's staging. Only after its data file was seen, or when its readers disagreed on its end."""
+    """Delete a shard's staging. Only after its data file was seen, or when its readers disagreed on
+    its end.
+    """
     store, folder = store_for(dataset.out), dataset.staging_url(shard_id)
     store.delete(info.url for info in under(folder))
     store.delete_folder(folder)

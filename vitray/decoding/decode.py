@@ -1,10 +1,11 @@
 """Bytes -> pixels or a reason; hides every oddity of image formats.
 
-Good pixels equal Hugging Face's own path bit for bit: load_image (EXIF orientation, RGB), then the checkpoint's PIL processor.
-That is mode "exact". "fast" resizes with torch, a level off here and there; "draft" also decodes large JPEGs at a fraction of
-their size; "gpu" and "hybrid" are "fast" for all that is not `left_to_device`. Which rows are good, and why others are not, is the
-same in all. `decode_one` is the pure part. `decode` runs it in a child (isolation.py), so that a crash, a bomb or an endless
-decoder costs one row. Reading bytes and normalising pixels are elsewhere.
+Good pixels equal Hugging Face's own path bit for bit: load_image (EXIF orientation, RGB), then the
+checkpoint's PIL processor. That is mode "exact". "fast" resizes with torch, a level off here and
+there; "draft" also decodes large JPEGs at a fraction of their size; "gpu" and "hybrid" are "fast"
+for all that is not `left_to_device`. Which rows are good, and why others are not, is the same in
+all. `decode_one` is the pure part. `decode` runs it in a child (isolation.py), so that a crash, a
+bomb or an endless decoder costs one row. Reading bytes and normalising pixels are elsewhere.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ from vitray.schema import DecodeSpec, Encoded, PixelSpec
 MAX_SIDE = (
     1 << 20
 )  # px: the weights of a resize grow with a side; a PNG of 50,000,000x1 in 146 kB took 1.8 GB
-MAX_SCANS = 100  # cameras and encoders write about 10; a file of 1,000 scans decodes 100 times slower than it is long
+# cameras and encoders write about 10; a file of 1,000 scans decodes 100 times slower than it is
+# long
+MAX_SCANS = 100
 PNG_TEXT_BYTES = 64 << 20  # of one chunk, inflated; as much as Pillow allows for all of them
 MESSAGE_CHARS = 200
 PAGES = 4  # of pixels: what one thread's callers hold at a time in the line
@@ -44,10 +47,13 @@ CPU_S, CPU_S_PIXELS = (
     5.0,
     50_000_000,
 )  # the slowest honest image of so many pixels, a progressive JPEG of noise, takes 2.5 s
-DRAFT_GAP = 3  # a draft is decoded at no less than three times the size that it is resized to: a level or less off in the mean
+# a draft is decoded at no less than three times the size that it is resized to: a level or less off
+# in the mean
+DRAFT_GAP = 3
 ON_DEVICE = ("gpu", "hybrid")  # modes in which plain JPEGs are decoded where the model is
 
-_SIGNATURES = [  # only tells what an unreadable or unwanted file is; Pillow alone decides what is decoded
+# only tells what an unreadable or unwanted file is; Pillow alone decides what is decoded
+_SIGNATURES = [
     (name, re.compile(pattern, re.DOTALL))
     for name, pattern in (
         ("jpeg", rb"\xff\xd8\xff"),
@@ -92,7 +98,8 @@ _ENTRY = np.dtype(  # an Outcome in shared memory
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one image. reason None: good. width, height: of the header, before EXIF orientation (0: not known).
+    """What became of one image. reason None: good. width, height: of the header, before EXIF
+    orientation (0: not known).
 
     further_pages: of a TIFF, behind the first one, which was decoded.
     """
@@ -106,7 +113,9 @@ class Outcome:
 
 
 def decode_one(data: bytes, spec: DecodeSpec, into: Pixels) -> Outcome:
-    """The outcome of one image; a good one's pixels are in `into`, uint8 [H, W, 3]. In this process: nothing limits it."""
+    """The outcome of one image; a good one's pixels are in `into`, uint8 [H, W, 3]. In this
+    process: nothing limits it.
+    """
     outcome = Outcome(0, 0, "", None, "")
     try:
         image = _open(data, spec.formats)
@@ -120,7 +129,8 @@ def decode_one(data: bytes, spec: DecodeSpec, into: Pixels) -> Outcome:
         if outcome.format == "tiff" and spec.rules > 1 and _is_camera_raw(image, data):
             raise _Refused(
                 "format_not_allowed",
-                "camera raw is not decoded: its first page is a thumbnail. Export it as JPEG or TIFF",
+                "camera raw is not decoded: its first page is a thumbnail. Export it as JPEG or "
+                "TIFF",
             )
         plain = markers and image.mode in ("RGB", "L") and _ODD_MARKERS.isdisjoint(markers)
         into[...] = _fit(_rgb(image, data if plain else None, spec), spec)
@@ -146,9 +156,11 @@ def decode(
     one: Callable[..., Outcome] = decode_one,
     limits: Limits | None = None,
 ) -> tuple[Pixels, list[Outcome]]:
-    """Pixels uint8 [n_good, H, W, 3] of the good ones in order, and one outcome an item. limits: None for those of spec.max_pixels.
+    """Pixels uint8 [n_good, H, W, 3] of the good ones in order, and one outcome an item. limits:
+    None for those of spec.max_pixels.
 
-    The pixels lie where the child wrote them, until the array and all views on it are gone. Raises what isolation.Child.run raises.
+    The pixels lie where the child wrote them, until the array and all views on it are gone. Raises
+    what isolation.Child.run raises.
     """
     images = [item.data for item in items if item.data]
     load_decoders(spec.mode)
@@ -181,7 +193,9 @@ def limits_of(spec: DecodeSpec) -> Limits:
 
 
 def left_to_device(data: bytes | None, spec: DecodeSpec) -> tuple[Outcome, int] | None:
-    """Header and EXIF orientation (1..8) of a JPEG for a hardware decoder: baseline, whole, within limits, to be exported."""
+    """Header and EXIF orientation (1..8) of a JPEG for a hardware decoder: baseline, whole, within
+    limits, to be exported.
+    """
     resized = spec.pixels.size is not None and spec.pixels.resample in TORCH_MODES
     if (
         spec.mode not in ON_DEVICE
@@ -213,7 +227,9 @@ def left_to_device(data: bytes | None, spec: DecodeSpec) -> tuple[Outcome, int] 
 
 
 class _DecoderWorker:
-    """A child that decodes, the pages of pixels that it fills, and the ledger of what became of each image."""
+    """A child that decodes, the pages of pixels that it fills, and the ledger of what became of
+    each image.
+    """
 
     def __init__(
         self, key: tuple[Callable[..., Outcome], DecodeSpec, Limits, int], rows: int
@@ -245,7 +261,9 @@ def _worker_for(
 
 
 def load_decoders(mode: str) -> None:
-    """Every decoder was imported and run once: a child that imports may wait for ever on a lock of a thread it does not have."""
+    """Every decoder was imported and run once: a child that imports may wait for ever on a lock of
+    a thread it does not have.
+    """
     with _loading:
         _load_decoders(mode)
 
@@ -353,7 +371,8 @@ def _open(data: bytes, formats: Sequence[str]) -> Any:
         if isinstance(error, UnidentifiedImageError):
             raise _Refused(
                 "not_an_image",
-                f"starts like a {name}, but its header is cut, broken, or of a kind that Pillow does not read",
+                f"starts like a {name}, but its header is cut, broken, or of a kind that Pillow "
+                f"does not read",
             ) from None
         raise
 
@@ -366,7 +385,9 @@ def _further_pages(data: bytes) -> int:
 
 
 def _bytes_needed(name: str, data: bytes) -> int:
-    """The least size that the first bytes promise, for the formats whose cut files Pillow does not call truncated."""
+    """The least size that the first bytes promise, for the formats whose cut files Pillow does not
+    call truncated.
+    """
     if name == "webp":
         return 8 + int.from_bytes(data[4:8], "little")
     if name == "tiff" and data[2:4] in (b"*\0", b"\0*"):
@@ -377,7 +398,9 @@ def _bytes_needed(name: str, data: bytes) -> int:
 
 
 def _markers(data: bytes) -> bytes:
-    """The byte behind each 0xFF of a JPEG; the codes of its markers are among them. Four times as fast as bytes.count."""
+    """The byte behind each 0xFF of a JPEG; the codes of its markers are among them. Four times as
+    fast as bytes.count.
+    """
     values = np.frombuffer(data, np.uint8)
     return bytes(values[1:][values[:-1] == 0xFF])
 
@@ -395,14 +418,18 @@ def _check_header(image: Any, data: bytes, markers: bytes, max_pixels: int) -> N
 
 
 def _is_camera_raw(image: Any, data: bytes) -> bool:
-    """Whether a TIFF is one of the cameras' own formats: DNG, CR2, or a thumbnail with the picture behind SubIFDs (NEF, ARW)."""
+    """Whether a TIFF is one of the cameras' own formats: DNG, CR2, or a thumbnail with the picture
+    behind SubIFDs (NEF, ARW).
+    """
     tags = image.tag_v2
     is_thumbnail = bool(int(tags.get(_NEW_SUBFILE_TYPE, 0)) & 1)
     return _DNG_VERSION in tags or data[8:10] == b"CR" or (is_thumbnail and _SUB_IFDS in tags)
 
 
 def _scans(data: bytes) -> int:
-    """Scans of a JPEG up to its end marker, counted to MAX_SCANS + 1. Those of thumbnails and trailing videos do not count."""
+    """Scans of a JPEG up to its end marker, counted to MAX_SCANS + 1. Those of thumbnails and
+    trailing videos do not count.
+    """
     marker = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd8]")
     count = at = 0
     while (
@@ -414,7 +441,8 @@ def _scans(data: bytes) -> int:
 
 
 def _rgb(image: Any, jpeg: bytes | None, spec: DecodeSpec) -> Any:
-    """The upright RGB image that Hugging Face's load_image gives, or our policy where that one raises or spoils.
+    """The upright RGB image that Hugging Face's load_image gives, or our policy where that one
+    raises or spoils.
 
     An array [H, W, 3] instead of an image where that saves a copy.
     """
@@ -432,7 +460,9 @@ def _rgb(image: Any, jpeg: bytes | None, spec: DecodeSpec) -> Any:
 
 
 def _load(image: Any, jpeg: bytes | None, spec: DecodeSpec) -> Any:
-    """The image with its pixels. libjpeg-turbo by itself gives those of Pillow, which is built on it, without Pillow's copies."""
+    """The image with its pixels. libjpeg-turbo by itself gives those of Pillow, which is built on
+    it, without Pillow's copies.
+    """
     if jpeg is not None:
         packed = _orientation(image) not in _ORIENTATIONS
         width, height = _draft_size(image.size, spec) if spec.mode == "draft" else image.size
@@ -448,7 +478,9 @@ def _load(image: Any, jpeg: bytes | None, spec: DecodeSpec) -> Any:
 
 
 def _draft_size(size: tuple[int, int], spec: DecodeSpec) -> tuple[int, int]:
-    """An eighth, a quarter or a half, where that divides the sides: a rounded side would move every pixel after the resize."""
+    """An eighth, a quarter or a half, where that divides the sides: a rounded side would move every
+    pixel after the resize.
+    """
     least = DRAFT_GAP * max(spec.pixels.size or size)
     part = next(
         (
@@ -462,13 +494,17 @@ def _draft_size(size: tuple[int, int], spec: DecodeSpec) -> tuple[int, int]:
 
 
 def _image(pixels: Pixels) -> Any:
-    """The RGB image whose memory `pixels` is, uint8 [H, W, 4], the last unused: as Pillow keeps them, so nothing is copied."""
+    """The RGB image whose memory `pixels` is, uint8 [H, W, 4], the last unused: as Pillow keeps
+    them, so nothing is copied.
+    """
     flat = pa.Array.from_buffers(pa.uint8(), pixels.size, [None, pa.py_buffer(pixels)])
     return Image.fromarrow(flat, "RGB", (pixels.shape[1], pixels.shape[0]))
 
 
 def _orientation(image: Any) -> Any:
-    """The EXIF orientation. An EXIF block that cannot be read has none: load_image raises there, though the pixels are good."""
+    """The EXIF orientation. An EXIF block that cannot be read has none: load_image raises there,
+    though the pixels are good.
+    """
     try:
         return image.getexif().get(0x0112, 1)
     except (SyntaxError, ValueError, TypeError, LookupError, OverflowError, struct.error):
@@ -512,7 +548,9 @@ def _fit(image: Any, spec: DecodeSpec) -> Pixels:
 
 
 def fit_size(size: tuple[int, int], pixels: PixelSpec) -> tuple[int, int]:
-    """(width, height) after the resize. Source: transformers.image_transforms.get_resize_output_image_size."""
+    """(width, height) after the resize. Source:
+    transformers.image_transforms.get_resize_output_image_size.
+    """
     if pixels.size is None:
         return size
     if len(pixels.size) == 2:
@@ -525,7 +563,9 @@ def fit_size(size: tuple[int, int], pixels: PixelSpec) -> tuple[int, int]:
 
 
 def _center_crop(pixels: Pixels, crop: tuple[int, int]) -> Pixels:
-    """The middle, on zeros where the image is smaller. Source: transformers.image_transforms.center_crop."""
+    """The middle, on zeros where the image is smaller. Source:
+    transformers.image_transforms.center_crop.
+    """
     out = np.zeros((*crop, 3), np.uint8)
     top, left = ((have - want) // 2 for have, want in zip(pixels.shape, crop))
     middle = pixels[max(0, top) : max(0, top) + crop[0], max(0, left) : max(0, left) + crop[1]]

@@ -1,6 +1,8 @@
-"""Work that may kill its process, or never end, done in a forked child: a death costs one input, and the caller lives.
+"""Work that may kill its process, or never end, done in a forked child: a death costs one input,
+and the caller lives.
 
-Knows nothing of images. Inputs and results lie in memory that both processes share; a socket says what is there. Linux only.
+Knows nothing of images. Inputs and results lie in memory that both processes share; a socket says
+what is there. Linux only.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ _STARTED, _DONE = 1, 2
 _HEAD = struct.Struct("=qqq")  # the index of the first input, how many come, and their bytes in all
 CHUNK_BYTES = (
     4 << 20
-)  # of inputs that lie there at a time, if one is no longer: a fragment of photographs may have gigabytes
+    # of inputs that lie there at a time, if one is no longer: a fragment of photographs may have
+    # gigabytes
+)
 # Ray, faulthandler and absl catch these: their reports take locks that a child may never get
 _RESET = (
     *(signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT),
@@ -45,7 +49,9 @@ _RESET = (
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one input may cost: CPU seconds, seconds without any progress, bytes beyond what the worker already holds."""
+    """What one input may cost: CPU seconds, seconds without any progress, bytes beyond what the
+    worker already holds.
+    """
 
     cpu_s: float = 5.0
     wall_s: float = 60.0
@@ -54,7 +60,9 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Death:
-    """Why an input has no result. timed_out: it used up its CPU seconds, or stood still. is_certain: nothing else can be the cause."""
+    """Why an input has no result. timed_out: it used up its CPU seconds, or stood still.
+    is_certain: nothing else can be the cause.
+    """
 
     timed_out: bool
     message: str
@@ -68,7 +76,9 @@ def shared(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
 
 
 class Pages:
-    """Arrays that parent and children see alike. One is `current`; it is used again when nobody holds it or a view on it any more."""
+    """Arrays that parent and children see alike. One is `current`; it is used again when nobody
+    holds it or a view on it any more.
+    """
 
     def __init__(self, count: int, shape: tuple[int, ...], dtype: DTypeLike) -> None:
         self._pages, self._turn = (
@@ -87,17 +97,19 @@ class Pages:
 
     def turn(self) -> bool:
         """Make another one current. False: all are held."""
-        # two references are the list's and the call's; every view on an array holds the array itself
+        # two references are the list's and the call's; every view on an array holds the array
+        # itself
         free = [n for n in range(len(self._pages)) if sys.getrefcount(self._pages[n]) == 2]
         self._turn[0] = free[0] if free else self._turn[0]
         return bool(free)
 
 
 class Child:
-    """A forked process that works on inputs, and on those of later runs too: a fork costs as much as ten small images.
+    """A forked process that works on inputs, and on those of later runs too: a fork costs as much
+    as ten small images.
 
-    `work(index, data)` leaves its result in memory that was `shared` before. It must not import, log or wait for a thread.
-    The process ends with this object, and with the thread that made it.
+    `work(index, data)` leaves its result in memory that was `shared` before. It must not import,
+    log or wait for a thread. The process ends with this object, and with the thread that made it.
     """
 
     def __init__(
@@ -120,10 +132,11 @@ class Child:
         self.runs = 0
 
     def run(self, inputs: Sequence[bytes], charge: Callable[[int, Death], None]) -> None:
-        """work(i, inputs[i]) was done in order, for no more than `capacity`; charge(i, death) was called here where it died.
+        """work(i, inputs[i]) was done in order, for no more than `capacity`; charge(i, death) was
+        called here where it died.
 
-        A death is charged when it repeats: the first may come from a dying node, or from a neighbour's hunger for memory. One
-        by the clock of its CPU seconds is charged at once.
+        A death is charged when it repeats: the first may come from a dying node, or from a
+        neighbour's hunger for memory. One by the clock of its CPU seconds is charged at once.
         Raises OSError when no process can be started, VitrayError when it dies outside any work.
         """
         states, suspect = self._states[: len(inputs)], -1
@@ -143,7 +156,8 @@ class Child:
                 states[at] = _DONE
             else:
                 raise VitrayError(
-                    f"a child process {death.message} before its work began. Look for a lack of memory, then run again."
+                    f"a child process {death.message} before its work began. Look for a lack of "
+                    f"memory, then run again."
                 )
 
     def _start(self) -> None:
@@ -169,14 +183,17 @@ class Child:
             for at, begin, stop in zip(range(start, start + count), [0, *stops], stops):
                 data = inputs[begin:stop]
                 self._states[at] = _STARTED
-                # the default action, by the kernel: a Python handler would wait for the C code to return
+                # the default action, by the kernel: a Python handler would wait for the C code to
+                # return
                 signal.setitimer(signal.ITIMER_PROF, self._limits.cpu_s)
                 self._work(at, data)
                 self._states[at] = _DONE
             line.send(b".")
 
     def _feed(self, inputs: Sequence[bytes], start: int) -> Death | None:
-        """As many inputs as fit are done; else how the process ended: by itself, or because it stood still."""
+        """As many inputs as fit are done; else how the process ended: by itself, or because it
+        stood still.
+        """
         stop, size, room = start, 0, max(CHUNK_BYTES, len(inputs[start]))
         if len(self._chunk) != room:  # what one long input took is given back with the next chunk
             os.truncate(self._inputs, room)
@@ -212,7 +229,9 @@ class Child:
 
 
 def _reap(owner: int, pid: int, pidfd: int, line: socket.socket) -> int | None:
-    """The wait status of a child of this process that was ended; None where somebody else in it asked before."""
+    """The wait status of a child of this process that was ended; None where somebody else in it
+    asked before.
+    """
     if os.getpid() != owner:
         return None
     with suppress(ProcessLookupError):
@@ -251,7 +270,8 @@ def _fork(body: Callable[[], None]) -> int:
     """The process id of a child that runs `body` and ends."""
     prctl, parent = _prctl(), os.getpid()
     with warnings.catch_warnings():
-        # of a fork beside threads: the child takes no lock of theirs, and should it stand still after all, _feed ends it
+        # of a fork beside threads: the child takes no lock of theirs, and should it stand still
+        # after all, _feed ends it
         warnings.simplefilter("ignore", DeprecationWarning)
         pid = os.fork()
     if pid == 0:
@@ -268,7 +288,8 @@ def _prctl() -> Callable[..., int]:
 def _become_child(prctl: Callable[..., int], parent: int, body: Callable[[], None]) -> NoReturn:
     status = 70  # EX_SOFTWARE
     try:
-        # kept: what a handler alone holds would else be destroyed here, such as Ray Train's actor, and speak on sockets of the parent
+        # kept: what a handler alone holds would else be destroyed here, such as Ray Train's actor,
+        # and speak on sockets of the parent
         _handlers = [signal.signal(number, signal.SIG_DFL) for number in _RESET]
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -1,7 +1,8 @@
 """Pillow's resize of RGB pixels, bit for bit, in less than half of its time.
 
-Pillow weighs a pixel's neighbours in integers with 22 bits behind the point, in one direction, rounds to bytes, then does so in the
-other. Numba compiles the same sums for this machine's vector units. Source: Resample.c and Image.resize of Pillow 13.
+Pillow weighs a pixel's neighbours in integers with 22 bits behind the point, in one direction,
+rounds to bytes, then does so in the other. Numba compiles the same sums for this machine's vector
+units. Source: Resample.c and Image.resize of Pillow 13.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ _ROWS = 32  # what the pass across turns at a time: stays in the nearest cache
 
 
 def resize(pixels: Pixels, size: tuple[int, int], resample: int) -> Pixels:
-    """uint8 [H, W, 3] as uint8 [height, width, 3] for `size` (width, height). What Numba is not here for, Pillow does."""
+    """uint8 [H, W, 3] as uint8 [height, width, 3] for `size` (width, height). What Numba is not
+    here for, Pillow does.
+    """
     kernel, passes = _KERNELS.get(resample), _compiled()
     if kernel is None or passes is None:
         return _by_pillow(pixels, size, resample)
@@ -63,7 +66,9 @@ def _resized(
 
 
 def resize_fast(pixels: Pixels, size: tuple[int, int], resample: int) -> Pixels:
-    """As Pillow's resize, a level off here and there, and several times faster. What torch does otherwise is left to Pillow."""
+    """As Pillow's resize, a level off here and there, and several times faster. What torch does
+    otherwise is left to Pillow.
+    """
     (width, height), (rows, columns, _), mode = size, pixels.shape, TORCH_MODES.get(resample)
     if (
         mode is None or width > columns or height > rows
@@ -123,22 +128,29 @@ def _weights(
 
 
 def compiled() -> bool:
-    """Whether Numba does it here. Best asked before threads start: Numba's first use and an import in another thread disturb each other."""
+    """Whether Numba does it here. Best asked before threads start: Numba's first use and an import
+    in another thread disturb each other.
+    """
     return _compiled() is not None
 
 
 def _compiled() -> tuple[Passes, Passes] | None:
-    if not _known:  # no lock after that: one held by another thread at a fork would be held in the child for ever
+    # no lock after that: one held by another thread at a fork would be held in the child for ever
+    if not _known:
         with _first_use:
             _known.extend([] if _known else [_compile()])
     return _known[0]
 
 
 def _compile() -> tuple[Passes, Passes] | None:
-    """The pass down and the pass across, checked against Pillow; None without a Numba that works."""
+    """The pass down and the pass across, checked against Pillow; None without a Numba that
+    works.
+    """
     try:
         passes = _passes(import_module("numba"))
-    except Exception as error:  # ImportError also beside a NumPy that is newer than it knows; else whatever its compiler raises
+    except Exception as error:
+        # ImportError also beside a NumPy that is newer than it knows; else whatever its compiler
+        # raises
         if not isinstance(error, ModuleNotFoundError):
             log.warning(
                 "Numba cannot be used here (%s): Pillow resizes, with the same bits, more slowly",
@@ -173,7 +185,8 @@ def _passes(numba: Any) -> tuple[Passes, Passes]:
             for x in range(len(sums)):
                 line[x] = np.uint8(min(max(sums[x] >> _BITS, low), high))
 
-    # by a name of the module: what a function closes over is in the name of its cache, and a compiled one is another in each process
+    # by a name of the module: what a function closes over is in the name of its cache, and a
+    # compiled one is another in each process
     global _down
     _down = _jit(numba, f"void(uint8[:,::1], {weights}, uint8[:,::1])", down)
 

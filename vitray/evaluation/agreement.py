@@ -1,4 +1,6 @@
-"""What a smaller model costs: its answers and its speed beside the original's, on images of the user's own."""
+"""What a smaller model costs: its answers and its speed beside the original's, on images of the
+user's own.
+"""
 
 from __future__ import annotations
 
@@ -40,12 +42,17 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """Of `images`, against engine torch in fp32. None where there is nothing to compare, or where the format cannot run here.
+    """Of `images`, against engine torch in fp32. None where there is nothing to compare, or where
+    the format cannot run here.
 
-    agreement: share with the same label. top5: mean share of the original's five best labels that are among the export's.
-    cosine, least_cosine: mean and least of all embeddings. error: largest relative error of any result of any image, computed in fp32.
-    precision: what the export computes in where it is not quantised; torch_precision: what engine torch does in this job.
-    speed: how many times as fast as engine torch: median of alternating rounds; slowest, fastest: of these rounds.
+    agreement: share with the same label. top5: mean share of the original's five best labels that
+    are among the export's.
+    cosine, least_cosine: mean and least of all embeddings. error: largest relative error of any
+    result of any image, computed in fp32.
+    precision: what the export computes in where it is not quantised; torch_precision: what engine
+    torch does in this job.
+    speed: how many times as fast as engine torch: median of alternating rounds; slowest, fastest:
+    of these rounds.
     """
 
     images: int
@@ -94,7 +101,10 @@ class Judgement:
             found.append(("answers", "not compared: this format does not run here"))
         found.append(("size", f"{self.megabytes:.2f} MB, {self.ratio:.3f} of the original"))
         if self.speed is not None:
-            times = f"{self.speed:.2f} times torch in {self.torch_precision}, median of rounds ({self.slowest:.2f} to {self.fastest:.2f})"
+            times = (
+                f"{self.speed:.2f} times torch in {self.torch_precision}, median of rounds "
+                f"({self.slowest:.2f} to {self.fastest:.2f})"
+            )
             found.append(
                 (
                     "speed",
@@ -122,7 +132,8 @@ def sample(job: Job, spec: ModelSpec, calibrates: bool) -> Sample:
         found += [np.array(image) for image in pixels]  # copies: the child writes there again
     if len(found) < LEAST:
         raise SourceError(
-            f"--calibrate {', '.join(job.source)} holds {len(found)} good images that differ; a judgement takes {LEAST} at least, "
+            f"--calibrate {', '.join(job.source)} holds {len(found)} good images that differ; a "
+            f"judgement takes {LEAST} at least, "
             f"and {most} are good. Give more of the images that the model is for."
         )
     images = np.stack(found)
@@ -135,7 +146,8 @@ def sample(job: Job, spec: ModelSpec, calibrates: bool) -> Sample:
 
 
 def _encoded(job: Job, most: int) -> Iterator[Encoded]:
-    """About so many, as many of one shard as of another, from anywhere in it: classes lie side by side, or take turns.
+    """About so many, as many of one shard as of another, from anywhere in it: classes lie side by
+    side, or take turns.
 
     Of a tar, which is read from its begin, within DEEP times as many.
     """
@@ -186,7 +198,9 @@ def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def error(expected: Predictions, found: Predictions) -> float:
-    """The largest |found - expected| / |expected| of a row, of scores by label and of each embedding."""
+    """The largest |found - expected| / |expected| of a row, of scores by label and of each
+    embedding.
+    """
     pairs = [(values, found.vectors[name]) for name, values in expected.vectors.items()]
     if expected.ids is not None and found.ids is not None:
         pairs.append((_by_label(expected), _by_label(found)))
@@ -205,7 +219,9 @@ def _by_label(found: Predictions) -> np.ndarray:
 
 
 def speeds(exported: Model, original: Model, pixels: np.ndarray) -> dict[str, float]:
-    """The last five fields of a Judgement: both in turn on the same images, so that what else the machine does meets both."""
+    """The last five fields of a Judgement: both in turn on the same images, so that what else the
+    machine does meets both.
+    """
     took: dict[Model, list[float]] = {exported: [], original: []}
     for model in took:
         model.predict(pixels)

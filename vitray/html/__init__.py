@@ -1,4 +1,6 @@
-"""What our HTML files share: each is one that needs nothing else. A package's own templates extend base.html and use macros.html."""
+"""What our HTML files share: each is one that needs nothing else. A package's own templates extend
+base.html and use macros.html.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def rendered(package: str, template: str, **values: object) -> str:
 
 
 def visible(text: str) -> str:
-    """The text without what could hide or turn other text: control characters and those of direction become U+FFFD."""
+    """The text without what could hide or turn other text: control characters and those of
+    direction become U+FFFD.
+    """
     odd = {"\u200c", "\u200d"}  # joiners, which words and emoji need
     return "".join(
         "\ufffd" if unicodedata.category(c) in HIDDEN and c not in odd else c for c in text

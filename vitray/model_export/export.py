@@ -1,4 +1,6 @@
-"""`vitray export MODEL`: a checkpoint as ONNX, OpenVINO, torch-export or Core ML, smaller if asked, judged before it is written."""
+"""`vitray export MODEL`: a checkpoint as ONNX, OpenVINO, torch-export or Core ML, smaller if asked,
+judged before it is written.
+"""
 
 from __future__ import annotations
 
@@ -38,9 +40,11 @@ PACKAGES = {
 
 @dataclass(frozen=True, slots=True)
 class ExportedModel:
-    """What was written. model: the one that it was made from. how: its quantisation, "" for float32.
+    """What was written. model: the one that it was made from. how: its quantisation, "" for
+    float32.
 
-    weights_sha256: what the fingerprint of a dataset made with it will hold; None for what vitray cannot run.
+    weights_sha256: what the fingerprint of a dataset made with it will hold; None for what vitray
+    cannot run.
     """
 
     into: str
@@ -58,24 +62,29 @@ class ExportedModel:
 def export_model(
     job: Job, to: str, how: str, into: str, min_agreement: float | None = None
 ) -> ExportedModel:
-    """The job's model, exported to a new local folder that is a `model:` too; its source calibrates and judges.
+    """The job's model, exported to a new local folder that is a `model:` too; its source calibrates
+    and judges.
 
-    how: "", fp16, int8, int8-weights or int4-weights. Raises JobError for a combination that is not known, SourceError for too few
-    images, Disagreement below min_agreement; then nothing is written.
+    how: "", fp16, int8, int8-weights or int4-weights. Raises JobError for a combination that is not
+    known, SourceError for too few images, Disagreement below min_agreement; then nothing is
+    written.
     """
     graphs.require(to, how)
     if to == "torch-export" and (job.head is not None or not isinstance(job.labels, bool)):
         raise JobError(
-            "--to torch-export keeps the checkpoint's own labels: as a `model:` it is the checkpoint. Use --to onnx or openvino."
+            "--to torch-export keeps the checkpoint's own labels: as a `model:` it is the "
+            "checkpoint. Use --to onnx or openvino."
         )
     if min_agreement is not None and to == "coreml":
         raise JobError(
-            "--min-agreement: Core ML does not run here, so nothing can agree. Leave it out, and judge it on a device."
+            "--min-agreement: Core ML does not run here, so nothing can agree. Leave it out, and "
+            "judge it on a device."
         )
     found = locate(job.model, job.revision)
     if earlier := read_export(found):
         raise ModelError(
-            f"{found.model} is an export already ({earlier.to}). Give the checkpoint that it was made from."
+            f"{found.model} is an export already ({earlier.to}). Give the checkpoint that it was "
+            f"made from."
         )
     job = job.model_copy(update={"engine": "torch", "device": "cpu"})
     with new_folder(into, "--into") as folder, torch_threads_kept():
@@ -91,8 +100,10 @@ def export_model(
         )
         if min_agreement is not None and (share is None or share < min_agreement):
             raise Disagreement(
-                f"{to} {how or 'float32'}: {share or 0:.2%} agree with the original, below --min-agreement {min_agreement:g}; nothing was "
-                "written. Calibrate on more images that are like those to come, or quantise less: --int8-weights, --fp16 or not at all.",
+                f"{to} {how or 'float32'}: {share or 0:.2%} agree with the original, below "
+                f"--min-agreement {min_agreement:g}; nothing was "
+                "written. Calibrate on more images that are like those to come, or quantise less: "
+                "--int8-weights, --fp16 or not at all.",
                 done,
             )
         _sign(folder, source, done)
@@ -100,7 +111,9 @@ def export_model(
 
 
 def _raw(job: Job, spec: ModelSpec) -> list[VectorColumn]:
-    """The vectors that the graph gives: what a job does to them afterwards, normalising and halving, stays the job's."""
+    """The vectors that the graph gives: what a job does to them afterwards, normalising and
+    halving, stays the job's.
+    """
     places = {(v.layer, v.pool) for v in vector_columns(job, spec)}
     ordered = sorted(places, key=lambda place: (place[0] or spec.layers + 1, place[1]))
     return [
@@ -110,7 +123,9 @@ def _raw(job: Job, spec: ModelSpec) -> list[VectorColumn]:
 
 
 def _name(source: graphs.Source) -> str:
-    """Of the model, for whoever gets the directory: a path of this machine would say nothing to them."""
+    """Of the model, for whoever gets the directory: a path of this machine would say nothing to
+    them.
+    """
     return (
         source.found.model
         if source.found.revision
@@ -160,7 +175,9 @@ def _describe(source: graphs.Source, to: str, how: str, folder: Path) -> None:
 def _judge(
     job: Job, source: graphs.Source, images: Sample, to: str, folder: Path
 ) -> tuple[Judgement, str | None]:
-    """And the weights_sha256 that a dataset made with it will have; None for what is no `model:` here."""
+    """And the weights_sha256 that a dataset made with it will have; None for what is no `model:`
+    here.
+    """
     spec, threads = source.spec, cores()
     files = [
         *_graph_files(folder),

@@ -1,6 +1,8 @@
-"""A checkpoint's forward pass as files of other formats, quantised if asked. Each function below writes one format; none judges.
+"""A checkpoint's forward pass as files of other formats, quantised if asked. Each function below
+writes one format; none judges.
 
-All but Core ML take the one ExportedProgram of models/graph.py. What libraries print on the way is not shown.
+All but Core ML take the one ExportedProgram of models/graph.py. What libraries print on the way is
+not shown.
 """
 
 from __future__ import annotations
@@ -27,8 +29,13 @@ from vitray.schema import ModelSpec, VectorColumn
 QUANTISED = ("fp16", "int8", "int8-weights", "int4-weights")
 KNOWN = {"onnx": QUANTISED, "openvino": QUANTISED, "torch-export": (), "coreml": ("fp16",)}
 LACKS = {
-    "torch-export": "torch's own int8 (torchao) wants a GPU, and fp16 is a precision of the job. Use --to onnx or openvino",
-    "coreml": "coremltools cannot be judged here, where Core ML does not run. Use --fp16, or --to onnx or openvino",
+    "torch-export": "torch's own int8 (torchao) wants a GPU, and fp16 is a precision of the job. "
+    "Use "
+    "--to "
+    "onnx or openvino",
+    "coreml": "coremltools cannot be judged here, where Core ML does not run. Use --fp16, or --to "
+    "onnx "
+    "or openvino",
 }
 EXTRAS = {"onnxruntime": "onnx", "onnx": "onnx", "onnxscript": "onnx", "openvino": "openvino"}
 EXTRAS |= {"nncf": "quantise", "coremltools": "coreml"}
@@ -49,7 +56,9 @@ COPIES = 3  # of the weights that lie on the disk at a time, at most
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What is exported. labels: with the scores of all of them. vectors: raw ones, see exported.py. calibration: uint8 [N, H, W, 3]."""
+    """What is exported. labels: with the scores of all of them. vectors: raw ones, see exported.py.
+    calibration: uint8 [N, H, W, 3].
+    """
 
     found: Checkpoint
     spec: ModelSpec
@@ -73,7 +82,9 @@ class Source:
 
 
 def require(to: str, how: str) -> None:
-    """Raises JobError for a format or a quantisation that is not known, or whose library is not installed."""
+    """Raises JobError for a format or a quantisation that is not known, or whose library is not
+    installed.
+    """
     if to not in KNOWN:
         raise JobError(f"--to {to}: choose one of {', '.join(KNOWN)}.")
     if how and how not in KNOWN[to]:
@@ -84,7 +95,8 @@ def require(to: str, how: str) -> None:
     )
     if missing := next((module for module in needed if find_spec(module) is None), None):
         raise JobError(
-            f"--to {to}{how and f' --{how}'} needs {missing}: pip install 'vitray[{EXTRAS[missing]}]'."
+            f"--to {to}{how and f' --{how}'} needs {missing}: pip install "
+            f"'vitray[{EXTRAS[missing]}]'."
         )
 
 
@@ -130,7 +142,9 @@ def run_program(source: Source) -> Model:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Libraries tell of their progress on both streams, and warn of each other's versions; what they raise still comes through."""
+    """Libraries tell of their progress on both streams, and warn of each other's versions; what
+    they raise still comes through.
+    """
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -198,7 +212,9 @@ class _Reader:
 
 
 def _without_notes(graph: Any) -> Any:
-    """Without the exporter's notes at each node (a third of a tiny model's file), some of which name paths of this machine."""
+    """Without the exporter's notes at each node (a third of a tiny model's file), some of which
+    name paths of this machine.
+    """
     for node in graph.graph.node:
         del node.metadata_props[:]
         node.ClearField("doc_string")
@@ -242,14 +258,17 @@ def _by_nncf(graph: Any, how: str, calibration: np.ndarray) -> Any:
         subset_size=len(calibration),
         model_type=nncf.ModelType.TRANSFORMER,
         advanced_parameters=nncf.AdvancedQuantizationParameters(
-            # by default the mean of the images' ranges, which cuts off every second one: least cosine 0.87 on drawn shapes, not 0.998
+            # by default the mean of the images' ranges, which cuts off every second one: least
+            # cosine 0.87 on drawn shapes, not 0.998
             activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX
         ),
     )
 
 
 def _torch_export(source: Source, how: str, folder: Path) -> None:
-    """model.pt2 for others; a copy of the weights beside it is what vitray opens: see SECURITY.md."""
+    """model.pt2 for others; a copy of the weights beside it is what vitray opens: see
+    SECURITY.md.
+    """
     import torch
 
     program, archive = (
@@ -268,7 +287,9 @@ def _torch_export(source: Source, how: str, folder: Path) -> None:
 
 
 def _coreml(source: Source, how: str, folder: Path) -> None:
-    """One image at a time, pixels as int32, which is the smallest type that Core ML takes for a tensor of whole numbers."""
+    """One image at a time, pixels as int32, which is the smallest type that Core ML takes for a
+    tensor of whole numbers.
+    """
     import coremltools as ct
     import torch
 

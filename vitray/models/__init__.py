@@ -1,4 +1,5 @@
-"""The door to models: what a checkpoint is (`identify`), which vectors it can give, and `open_model`.
+"""The door to models: what a checkpoint is (`identify`), which vectors it can give, and
+`open_model`.
 
 Importing this costs nothing: torch and transformers come in with the first call.
 """
@@ -35,7 +36,8 @@ class Model(Protocol):
     """An opened checkpoint, whatever engine runs it."""
 
     def predict(self, pixels: Any) -> Predictions:
-        """Labels and embeddings. pixels: uint8 [N, H, W, 3], RGB, at the processor's size, any N >= 0; an array.
+        """Labels and embeddings. pixels: uint8 [N, H, W, 3], RGB, at the processor's size, any N >=
+        0; an array.
 
         After a decode on the device it is a tensor there.
         """
@@ -43,11 +45,14 @@ class Model(Protocol):
 
 
 def identify(job: Job, runs_here: bool = True) -> ModelSpec:
-    """What the job's checkpoint is: fetched once a node, checked and hashed; precision, engine and batch size for this machine.
+    """What the job's checkpoint is: fetched once a node, checked and hashed; precision, engine and
+    batch size for this machine.
 
-    With engine: auto and more than one engine installed each is opened, checked and timed, for 10 s at most.
+    With engine: auto and more than one engine installed each is opened, checked and timed, for 10 s
+    at most.
     runs_here: else nothing of this machine is asked for; for a job in which no field is `auto`.
-    Raises ModelError for a checkpoint that is not there, that vitray does not know, or that cannot do what is asked.
+    Raises ModelError for a checkpoint that is not there, that vitray does not know, or that cannot
+    do what is asked.
     """
     from vitray.models import checkpoint, engines, exported, labelling, machine, pixels
 
@@ -114,14 +119,18 @@ def _with_fastest_engine(job: Job, spec: ModelSpec, device: str) -> ModelSpec:
 
 
 def with_label_names(job: Job) -> Job:
-    """The job with its file of labels read, so that no other machine needs it. Raises JobError when that cannot be."""
+    """The job with its file of labels read, so that no other machine needs it. Raises JobError when
+    that cannot be.
+    """
     from vitray.models import labelling
 
     return labelling.with_label_names(job)
 
 
 def runs_on(job: Job) -> str:
-    """cuda, xpu, mps or cpu: what job.device means on this machine. Raises ModelError when it is not there."""
+    """cuda, xpu, mps or cpu: what job.device means on this machine. Raises ModelError when it is
+    not there.
+    """
     from vitray.models import machine
 
     return "cpu" if job.device == "cpu" else machine.resolve_device(job.device)
@@ -140,14 +149,18 @@ def torch_threads_kept() -> Iterator[None]:
 
 
 def compiles(job: Job, images: int, device: str) -> bool:
-    """Whether an actor that will see so many images lets torch compile its model. Needs no torch."""
+    """Whether an actor that will see so many images lets torch compile its model. Needs no
+    torch.
+    """
     from vitray.models import machine
 
     return job.compile == "on" or (job.compile == "auto" and machine.compiling_pays(device, images))
 
 
 def require_precision(job: Job) -> None:
-    """Raises ModelError for an engine that does not compute in the precision that is asked. Needs no torch."""
+    """Raises ModelError for an engine that does not compute in the precision that is asked. Needs
+    no torch.
+    """
     from vitray.models import engines
 
     if reason := engines.lacks(job.engine, job.precision):
@@ -170,7 +183,9 @@ def will_compile(job: Job, images: int) -> str:
 
 
 def vector_columns(job: Job, spec: ModelSpec) -> list[VectorColumn]:
-    """One column for each of job.embeddings. Raises ModelError for a layer or a token that the model does not have."""
+    """One column for each of job.embeddings. Raises ModelError for a layer or a token that the
+    model does not have.
+    """
     from vitray.models.labelling import require_vector
 
     columns = []
@@ -197,10 +212,12 @@ def open_model(
 ) -> Model:
     """The checkpoint, loaded and ready.
 
-    device: as in Job.device. threads: how many batches a CPU computes at once, unused on an accelerator. compiled: let torch compile
-    the forward pass first: a minute, and the same numbers within the precision's tolerance (`compiles` says when).
-    Raises ModelError when the weights are not those of `spec`, when one that is needed is missing, and when spec.engine
-    cannot run here.
+    device: as in Job.device. threads: how many batches a CPU computes at once, unused on an
+    accelerator. compiled: let torch compile
+    the forward pass first: a minute, and the same numbers within the precision's tolerance
+    (`compiles` says when).
+    Raises ModelError when the weights are not those of `spec`, when one that is needed is missing,
+    and when spec.engine cannot run here.
     """
     from vitray.models import checkpoint, engines, exported, linear, loading, machine
 
@@ -212,7 +229,8 @@ def open_model(
     graph = exported.read_graph(found)
     if (weights := exported.hash_model(found)) != spec.weights_sha256:
         raise ModelError(
-            f"{spec.model}: the weights changed (sha256 {spec.weights_sha256[:12]}… planned, {weights[:12]}… found). "
+            f"{spec.model}: the weights changed (sha256 {spec.weights_sha256[:12]}… planned, "
+            f"{weights[:12]}… found). "
             "Put the old weights back, or choose another `out`."
         )
     chosen = machine.resolve_device(device)

@@ -1,4 +1,6 @@
-"""Into which batches images are cut, so that a compiled model sees few sizes and hardly a row is computed for nothing."""
+"""Into which batches images are cut, so that a compiled model sees few sizes and hardly a row is
+computed for nothing.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ def ladder(batch: int) -> tuple[int, ...]:
 def cut(images: int, sizes: tuple[int, ...], padding: float) -> list[int]:
     """Batch sizes, each of `sizes` (largest first), that hold the images in order.
 
-    Only the last may have room to spare, at most the share `padding` of all images, or be smaller than every size.
+    Only the last may have room to spare, at most the share `padding` of all images, or be smaller
+    than every size.
     """
     batches, left = list[int](), images
     for size in sizes:

@@ -1,7 +1,8 @@
-"""A vision transformer's blocks, made fast over transformers' own modules and weights; what they say stays the same.
+"""A vision transformer's blocks, made fast over transformers' own modules and weights; what they
+say stays the same.
 
-Every family's block in transformers 5.23 is norm, attention, norm, MLP, with q_proj, k_proj, v_proj and fc1 so named.
-A block that looks different is left as it is: slower, never wrong.
+Every family's block in transformers 5.23 is norm, attention, norm, MLP, with q_proj, k_proj, v_proj
+and fc1 so named. A block that looks different is left as it is: slower, never wrong.
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ def fuse_attention(blocks: Any) -> None:
 
 
 def ask_first_tokens_only(block: Any, tokens: int) -> bool:
-    """Let the block's output be its first `tokens` alone: the same numbers, without the others' queries and MLP.
+    """Let the block's output be its first `tokens` alone: the same numbers, without the others'
+    queries and MLP.
 
-    Keys and values still come from all tokens. False when the block is not of the known make: then it is as it was.
+    Keys and values still come from all tokens. False when the block is not of the known make: then
+    it is as it was.
     """
     attention = next((m for m in block.children() if isinstance(m, Attention)), None)
     norm = next((getattr(block, name) for name in FIRST_NORMS if hasattr(block, name)), None)
@@ -52,9 +55,11 @@ def ask_first_tokens_only(block: Any, tokens: int) -> bool:
 
 
 def pack(blocks: Any, dtype: torch.dtype) -> bool:
-    """Lay out the weights of every linear layer for oneDNN, once and not in every batch. False where oneDNN cannot.
+    """Lay out the weights of every linear layer for oneDNN, once and not in every batch. False
+    where oneDNN cannot.
 
-    Linear layers of a Zen 5: float32 95 -> 210 GFLOP/s a core (torch takes MKL otherwise), bfloat16 390 -> 430.
+    Linear layers of a Zen 5: float32 95 -> 210 GFLOP/s a core (torch takes MKL otherwise), bfloat16
+    390 -> 430.
     """
     if not can_pack(dtype):
         return False
@@ -81,8 +86,9 @@ def can_pack(dtype: torch.dtype) -> bool:
     )
 
 
-# Compiled graphs name a packed layer by its number: with its weights inside torch could not keep them for the next start, as oneDNN's
-# layout cannot be written to disk. Numbers that are free again are given again, so that the next start has the same ones.
+# Compiled graphs name a packed layer by its number: with its weights inside torch could not keep
+# them for the next start, as oneDNN's layout cannot be written to disk. Numbers that are free again
+# are given again, so that the next start has the same ones.
 _packed: weakref.WeakValueDictionary[int, PackedLinear] = weakref.WeakValueDictionary()
 _numbering = threading.Lock()
 
@@ -121,13 +127,17 @@ class PackedLinear(torch.nn.Module):  # type: ignore[misc]  # torch is not typed
 
 
 class _Here(threading.local):
-    """context: what keys and values are made of, when that is more than what queries are made of. Each thread has its own."""
+    """context: what keys and values are made of, when that is more than what queries are made of.
+    Each thread has its own.
+    """
 
     context: Any = None
 
 
 class Attention(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
-    """One block's self-attention: two projections instead of three; queries of the first tokens only where there is a context."""
+    """One block's self-attention: two projections instead of three; queries of the first tokens
+    only where there is a context.
+    """
 
     def __init__(self, plain: Any, scale: float) -> None:
         super().__init__()
@@ -136,12 +146,14 @@ class Attention(torch.nn.Module):  # type: ignore[misc]  # torch is not typed he
         biases = [
             torch.zeros(len(p.weight)) if p.bias is None else p.bias.detach() for p in parts
         ]  # BEiT's keys have none
-        # the scale goes into the weights: exact for heads of 16, 64 or 256, where it is a power of two
+        # the scale goes into the weights: exact for heads of 16, 64 or 256, where it is a power of
+        # two
         self.query = _linear(weights[0] * scale, biases[0] * scale)
         self.key_value = _linear(torch.cat(weights[1:]), torch.cat(biases[1:]))
         self.out = getattr(plain, "o_proj", None) or plain.out_proj
         self.head_dim = int(plain.head_dim)
-        # torch's fused CPU kernel (2.13) multiplies bf16 fast with AMX alone: a Zen 5 took 15 ms where matmuls take 7
+        # torch's fused CPU kernel (2.13) multiplies bf16 fast with AMX alone: a Zen 5 took 15 ms
+        # where matmuls take 7
         self._matmuls = (
             torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
         )
@@ -160,7 +172,8 @@ class Attention(torch.nn.Module):  # type: ignore[misc]  # torch is not typed he
         )
         if torch.compiler.is_exporting():
             scores = q @ k.transpose(-2, -1)
-            # in an export transformers makes a boolean mask of padding, all true: images have none; BEiT's is a bias
+            # in an export transformers makes a boolean mask of padding, all true: images have none;
+            # BEiT's is a bias
             biased = attention_mask is not None and attention_mask.dtype is not torch.bool
             mixed = (scores + attention_mask if biased else scores).softmax(-1) @ v
         elif attention_mask is None and self._matmuls and q.is_cpu and q.dtype is torch.bfloat16:
@@ -179,7 +192,9 @@ def _linear(weight: Any, bias: Any) -> torch.nn.Linear:
 
 
 def _attend_by_matmul(q: Any, k: Any, v: Any) -> Any:
-    """softmax(q k^T) v, heads [N, H, T, d] as one batch of matrices, which oneDNN multiplies at full speed."""
+    """softmax(q k^T) v, heads [N, H, T, d] as one batch of matrices, which oneDNN multiplies at
+    full speed.
+    """
     images, heads, asked, width = q.shape
     q, k, v = (x.reshape(images * heads, -1, width) for x in (q, k, v))
     return torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v).view(

@@ -1,4 +1,6 @@
-"""Where a checkpoint is and what its files say. Needs no torch; nothing in a checkpoint is ever executed."""
+"""Where a checkpoint is and what its files say. Needs no torch; nothing in a checkpoint is ever
+executed.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ FAMILIES = {
 }
 HEADS = (("classifier.weight",), ("cls_classifier.weight", "distillation_classifier.weight"))
 HUB_FILES = ["*.json", "model.safetensors", "model-*.safetensors", "merges.txt", "spiece.model"]
-EXPORT = "vitray_export.json"  # what `vitray export` wrote holds it, and of the graph's files these: see exported.py
+# what `vitray export` wrote holds it, and of the graph's files these: see exported.py
+EXPORT = "vitray_export.json"
 GRAPH_FILES = ("model.onnx", "model.onnx.data", "openvino_model.xml", "openvino_model.bin")
 WRAPPERS = {
     "_orig_mod.": "a compiled module",
@@ -44,7 +47,9 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A directory on this machine. model: its name for people and for other nodes; revision: a commit of the hub, else None."""
+    """A directory on this machine. model: its name for people and for other nodes; revision: a
+    commit of the hub, else None.
+    """
 
     model: str
     revision: str | None
@@ -53,7 +58,9 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class VisionConfig:
-    """What config.json says of the vision tower. hf: the transformers config object of the whole checkpoint."""
+    """What config.json says of the vision tower. hf: the transformers config object of the whole
+    checkpoint.
+    """
 
     family: str
     dimension: int
@@ -66,7 +73,9 @@ class VisionConfig:
 
     @property
     def multi_label(self) -> bool:
-        """Whether each score of the checkpoint's own head stands alone, so that they do not add up to 1."""
+        """Whether each score of the checkpoint's own head stands alone, so that they do not add up
+        to 1.
+        """
         return self.score_function is not ScoreFunction.SOFTMAX
 
     def class_names(self) -> dict[int, str]:
@@ -78,13 +87,16 @@ class VisionConfig:
 
 
 def locate(model: str, revision: str | None) -> Checkpoint:
-    """The checkpoint of a local directory, an s3:// directory or a Hugging Face id, fetched if it is not here yet."""
+    """The checkpoint of a local directory, an s3:// directory or a Hugging Face id, fetched if it
+    is not here yet.
+    """
     path = os.path.expanduser(model.removeprefix("file://"))
     if not model.startswith("s3://") and not os.path.exists(path):
         return _from_hub(model, revision)
     if revision is not None:
         raise ModelError(
-            f"{model} is a directory, which has no revisions. Leave `revision` out, or give a Hugging Face id."
+            f"{model} is a directory, which has no revisions. Leave `revision` out, or give a "
+            f"Hugging Face id."
         )
     if model.startswith("s3://"):
         return Checkpoint(storage.absolute(model), None, _from_s3(model))
@@ -98,7 +110,8 @@ def locate(model: str, revision: str | None) -> Checkpoint:
 def _from_hub(model: str, revision: str | None) -> Checkpoint:
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model):
         raise ModelError(
-            f"{model} does not exist. Give a local directory, an s3:// directory, or a Hugging Face id (org/name)."
+            f"{model} does not exist. Give a local directory, an s3:// directory, or a Hugging "
+            f"Face id (org/name)."
         )
     from huggingface_hub import constants, errors, snapshot_download
 
@@ -123,26 +136,33 @@ def _from_hub(model: str, revision: str | None) -> Checkpoint:
         raise ModelError(
             f"{named}: no such revision. Give a branch, a tag or a commit of that model."
         ) from error
-    except Exception as error:  # any of httpx's, or of the disk's: the hub cannot be asked and the cache does not have it
+    except Exception as error:
+        # any of httpx's, or of the disk's: the hub cannot be asked and the cache does not have it
         if constants.HF_HUB_OFFLINE:
             raise ModelError(
-                f"{named} is neither a local directory nor in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set. "
+                f"{named} is neither a local directory nor in the cache {constants.HF_HUB_CACHE}, "
+                f"and HF_HUB_OFFLINE is set. "
                 "Unset it, check the spelling, or give a local directory."
             ) from error
         raise ModelError(
-            f"{named} is not a local directory, not in the cache, and the Hugging Face hub gave no answer "
-            f"({type(error).__name__}). Check the spelling and the network, or give a local directory."
+            f"{named} is not a local directory, not in the cache, and the Hugging Face hub gave "
+            f"no answer "
+            f"({type(error).__name__}). Check the spelling and the network, or give a local "
+            f"directory."
         ) from error
     commit = os.path.basename(os.path.normpath(directory))
     if not COMMIT.fullmatch(commit):
         raise ModelError(
-            f"{named}: the cache's snapshot {directory} is not named by a commit. Delete it and run again."
+            f"{named}: the cache's snapshot {directory} is not named by a commit. Delete it and "
+            f"run again."
         )
     return Checkpoint(model, commit, directory)
 
 
 def _from_s3(url: str) -> str:
-    """The directory's files in this node's cache; several processes that ask at once fetch it once."""
+    """The directory's files in this node's cache; several processes that ask at once fetch it
+    once.
+    """
     base = storage.absolute(url) + "/"
     try:
         listed = {info.url.removeprefix(base): info for info in storage.expand(base)}
@@ -186,7 +206,9 @@ def cache_directory(name: str) -> str:
 
 
 def read_config(found: Checkpoint) -> VisionConfig:
-    """config.json, read by transformers' own class of that model_type; `auto_map` is not looked at."""
+    """config.json, read by transformers' own class of that model_type; `auto_map` is not looked
+    at.
+    """
     if not os.path.isfile(os.path.join(found.directory, "config.json")) and (
         other := _other_library(found)
     ):
@@ -199,7 +221,8 @@ def read_config(found: Checkpoint) -> VisionConfig:
         known = f"Known: {', '.join(FAMILIES)}."
         if family is None:
             raise ModelError(
-                f"{found.model}: config.json names no model_type, so it is no checkpoint of transformers. {known}"
+                f"{found.model}: config.json names no model_type, so it is no checkpoint of "
+                f"transformers. {known}"
             )
         raise ModelError(
             f"{found.model} is of model type {family}, which vitray does not know. {known}"
@@ -237,7 +260,9 @@ def read_config(found: Checkpoint) -> VisionConfig:
 
 
 def _other_library(found: Checkpoint) -> str | None:
-    """Which other library wrote the directory, and what to do then, as the rest of a sentence; None when that is unknown."""
+    """Which other library wrote the directory, and what to do then, as the rest of a sentence; None
+    when that is unknown.
+    """
     try:
         names = os.listdir(found.directory)
     except OSError:  # what is to be read there says so
@@ -247,7 +272,9 @@ def _other_library(found: Checkpoint) -> str | None:
 
 
 def _score_function(config: Any) -> ScoreFunction:
-    """What transformers' pipeline makes scores with (5.23, ImageClassificationPipeline.postprocess)."""
+    """What transformers' pipeline makes scores with (5.23,
+    ImageClassificationPipeline.postprocess).
+    """
     if config.problem_type == "regression":
         return ScoreFunction.NONE
     if config.problem_type == "multi_label_classification" or config.num_labels == 1:
@@ -256,7 +283,9 @@ def _score_function(config: Any) -> ScoreFunction:
 
 
 def read_labels(found: Checkpoint, config: VisionConfig) -> tuple[str, ...]:
-    """Class names in the order of the head's outputs; empty when the weights hold no trained head."""
+    """Class names in the order of the head's outputs; empty when the weights hold no trained
+    head.
+    """
     shapes = head_shapes(found)
     head = next((names for names in HEADS if shapes.keys() >= set(names)), None)
     if head is None or config.family.endswith("_vision_model"):
@@ -265,7 +294,8 @@ def read_labels(found: Checkpoint, config: VisionConfig) -> tuple[str, ...]:
     outputs = shapes[head[0]][0]
     if sorted(names) != list(range(outputs)):
         raise ModelError(
-            f"{found.model}: config.json names {len(names)} classes, but the head has {outputs}. Repair id2label."
+            f"{found.model}: config.json names {len(names)} classes, but the head has {outputs}. "
+            f"Repair id2label."
         )
     return tuple(names[i] for i in range(outputs))
 
@@ -296,17 +326,22 @@ def tensor_shapes(found: Checkpoint, names: set[str]) -> dict[str, list[int]]:
 
 
 def _require_plain_names(found: Checkpoint, names: list[str]) -> None:
-    """Raises ModelError for weights that were saved out of a wrapper, whose names have its prefix."""
+    """Raises ModelError for weights that were saved out of a wrapper, whose names have its
+    prefix.
+    """
     for prefix, wrapper in WRAPPERS.items():
         if names and all(name.startswith(prefix) for name in names):
             raise ModelError(
-                f"{found.model}: every weight's name begins with `{prefix}`, because {wrapper} was saved. "
+                f"{found.model}: every weight's name begins with `{prefix}`, because {wrapper} "
+                f"was saved. "
                 "Save the model inside it: unwrap it, then save_pretrained."
             )
 
 
 def weight_files(found: Checkpoint) -> list[str]:
-    """The safetensors files that transformers will load, sorted by name. Raises ModelError when there are none."""
+    """The safetensors files that transformers will load, sorted by name. Raises ModelError when
+    there are none.
+    """
     single = os.path.join(found.directory, "model.safetensors")
     if os.path.isfile(single):
         return [single]
@@ -318,7 +353,8 @@ def weight_files(found: Checkpoint) -> list[str]:
             or not all(isinstance(v, str) for v in weight_map.values())
         ):
             raise ModelError(
-                f"{found.model}: model.safetensors.index.json names no files in its weight_map. Fetch the checkpoint again."
+                f"{found.model}: model.safetensors.index.json names no files in its weight_map. "
+                f"Fetch the checkpoint again."
             )
         names = sorted(set(weight_map.values()))
         paths = [os.path.join(found.directory, name) for name in names]
@@ -329,7 +365,8 @@ def weight_files(found: Checkpoint) -> list[str]:
         ]
         if missing:
             raise ModelError(
-                f"{found.model}: {missing[0]}, which its index names, is missing. Fetch the checkpoint again."
+                f"{found.model}: {missing[0]}, which its index names, is missing. Fetch the "
+                f"checkpoint again."
             )
         return paths
     if os.path.isfile(os.path.join(found.directory, foreign.ADAPTER)):
@@ -337,13 +374,17 @@ def weight_files(found: Checkpoint) -> list[str]:
             f"{found.model} {foreign.of_adapter(_read_any_json(found, foreign.ADAPTER))}"
         )
     raise ModelError(
-        f"{found.model} holds no model.safetensors. vitray loads safetensors only, because .bin and .pt files can run code: "
-        "convert to safetensors (load it with transformers where you trust it, then save_pretrained)."
+        f"{found.model} holds no model.safetensors. vitray loads safetensors only, because .bin "
+        f"and .pt files can run code: "
+        "convert to safetensors (load it with transformers where you trust it, then "
+        "save_pretrained)."
     )
 
 
 def hash_weights(found: Checkpoint) -> str:
-    """sha256 over the weights, several files one after another: what `cat model*.safetensors | sha256sum` prints."""
+    """sha256 over the weights, several files one after another: what `cat model*.safetensors |
+    sha256sum` prints.
+    """
     digest = hashlib.sha256()
     for path in weight_files(found):
         with open(path, "rb") as stream:
@@ -382,7 +423,8 @@ def _read_any_json(found: Checkpoint, name: str) -> Any:
             return json.load(stream)
     except FileNotFoundError as error:
         raise ModelError(
-            f"{found.model} holds no {name}. Give the directory of a whole checkpoint of transformers."
+            f"{found.model} holds no {name}. Give the directory of a whole checkpoint of "
+            f"transformers."
         ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(

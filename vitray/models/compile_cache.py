@@ -1,5 +1,5 @@
-"""Where what torch compiles waits for the next start. It is run when it is read, so nobody else may be able to put anything there; and
-what a killed process left unfinished is compiled anew.
+"""Where what torch compiles waits for the next start. It is run when it is read, so nobody else may
+be able to put anything there; and what a killed process left unfinished is compiled anew.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def graphs_kept() -> Iterator[str]:
-    """The directory of what torch compiles within the block, and of what it compiled there before; one that the user chose is left alone.
+    """The directory of what torch compiles within the block, and of what it compiled there before;
+    one that the user chose is left alone.
 
-    Where none can be kept it is a temporary one. A block that raises, or is killed, leaves a mark: the next one begins with nothing.
+    Where none can be kept it is a temporary one. A block that raises, or is killed, leaves a mark:
+    the next one begins with nothing.
     """
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
@@ -40,7 +42,8 @@ def graphs_kept() -> Iterator[str]:
             stack.enter_context(_marked(path))
         except OSError as error:
             log.warning(
-                "what torch compiles is not kept for the next start: %s. Set XDG_CACHE_HOME to another place.",
+                "what torch compiles is not kept for the next start: %s. Set XDG_CACHE_HOME to "
+                "another place.",
                 error,
             )
             path = stack.enter_context(

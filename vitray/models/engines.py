@@ -1,4 +1,6 @@
-"""Which engines can run a job here, and which of them `auto` is: the fastest whose answers are those of torch in float32."""
+"""Which engines can run a job here, and which of them `auto` is: the fastest whose answers are
+those of torch in float32.
+"""
 
 from __future__ import annotations
 
@@ -32,24 +34,38 @@ def refusal(engine: str, device: str, precision: str) -> str | None:
     if engine == "torch":
         return None
     if any(find_spec(module) is None for module in MODULES[engine]):
-        return f"engine {engine} is not installed here: pip install 'vitray[{engine}]', or set engine: torch."
+        return (
+            f"engine {engine} is not installed here: pip install 'vitray[{engine}]', or set "
+            f"engine: torch."
+        )
     if device != "cpu" and not (engine == "onnx" and device == "cuda" and _onnx_computes_on_cuda()):
-        return f"engine {engine} runs on the CPU, and this job on {device}. Set device: cpu, or engine: torch."
+        return (
+            f"engine {engine} runs on the CPU, and this job on {device}. Set device: cpu, or "
+            f"engine: torch."
+        )
     if reason := lacks(engine, precision):
         return reason
     try:
         import_module(f"vitray.models.{engine}_engine")
     except Exception as error:  # a library of the system that it lacks, say
-        return f"engine {engine} is installed, but cannot be loaded ({one_line(error)}). Install it again, or set engine: torch."
+        return (
+            f"engine {engine} is installed, but cannot be loaded ({one_line(error)}). Install it "
+            f"again, or set engine: torch."
+        )
     return None
 
 
 def lacks(engine: str, precision: str) -> str | None:
-    """Why an engine does not compute in a precision, with what to do; None where it does. Loads nothing."""
+    """Why an engine does not compute in a precision, with what to do; None where it does. Loads
+    nothing.
+    """
     if precision == "auto" or precision in PRECISIONS.get(engine, (precision,)):
         return None
     known = " or ".join(PRECISIONS[engine])
-    return f"engine {engine} computes in {known}, not in {precision}. Set precision: {known}, or engine: torch."
+    return (
+        f"engine {engine} computes in {known}, not in {precision}. Set precision: {known}, or "
+        f"engine: torch."
+    )
 
 
 def _onnx_computes_on_cuda() -> bool:
@@ -68,10 +84,13 @@ def require(engine: str, device: str, precision: str) -> None:
 
 
 def require_pixels(engine: str, decode: str) -> None:
-    """Raises ModelError when pixels would be on the GPU, in torch's hands, and the engine wants them here."""
+    """Raises ModelError when pixels would be on the GPU, in torch's hands, and the engine wants
+    them here.
+    """
     if engine != "torch" and decode in ("gpu", "hybrid"):
         raise ModelError(
-            f"decode: {decode} leaves pixels to engine torch. Set decode: exact or fast, or engine: torch."
+            f"decode: {decode} leaves pixels to engine torch. Set decode: exact or fast, or "
+            f"engine: torch."
         )
 
 
@@ -79,13 +98,16 @@ def require_filter(spec: ModelSpec, decode: str) -> None:
     """Raises ModelError when the GPU would resize, and cannot as the model's processor does."""
     if decode in ("gpu", "hybrid") and spec.pixels.resample not in GPU_FILTERS:
         raise ModelError(
-            f"decode: {decode} resizes bilinear or bicubic, and {spec.model} wants {FILTERS[spec.pixels.resample]}. "
+            f"decode: {decode} resizes bilinear or bicubic, and {spec.model} wants "
+            f"{FILTERS[spec.pixels.resample]}. "
             "Set decode: exact or fast."
         )
 
 
 def usable(device: str, precision: str) -> tuple[list[str], str]:
-    """The engines that can run this here, torch first; and why not the others, as `fastest` says it."""
+    """The engines that can run this here, torch first; and why not the others, as `fastest` says
+    it.
+    """
     why = {engine: refusal(engine, device, precision) for engine in ("torch", *MODULES)}
     said = {
         name: reason.removeprefix(f"engine {name} ").partition(": pip")[0]
@@ -101,8 +123,9 @@ def fastest(
 ) -> tuple[str, str]:
     """The name of the fastest engine, and a line that says what each did.
 
-    exact: opens torch in float32 with all labels. An engine that fails or strays from its answers is left out; torch,
-    what the others are held against, is not checked. seconds: of timing, an engine.
+    exact: opens torch in float32 with all labels. An engine that fails or strays from its answers
+    is left out; torch, what the others are held against, is not checked. seconds: of timing, an
+    engine.
     """
     rng = np.random.default_rng(0)
     pixels = rng.integers(
@@ -129,10 +152,12 @@ def fastest(
 
 
 def strays(found: Predictions, expected: Predictions, spec: ModelSpec) -> str | None:
-    """How an engine's answers differ too much from those of torch in float32; None when they do not.
+    """How an engine's answers differ too much from those of torch in float32; None when they do
+    not.
 
-    expected: ids and scores of all labels: another label is no fault where its score is as good as the best one.
-    Where no label competes with another, of one output or of regression, the scores themselves must agree.
+    expected: ids and scores of all labels: another label is no fault where its score is as good as
+    the best one. Where no label competes with another, of one output or of regression, the scores
+    themselves must agree.
     """
     least, below = CLOSE[spec.precision]
     for name, exact in expected.vectors.items():
@@ -163,7 +188,9 @@ def strays(found: Predictions, expected: Predictions, spec: ModelSpec) -> str | 
 
 
 def _speeds(models: Mapping[str, Model], pixels: np.ndarray, seconds: float) -> dict[str, float]:
-    """Images/s of each, at its best: in turn, so that what else the machine does meets all of them."""
+    """Images/s of each, at its best: in turn, so that what else the machine does meets all of
+    them.
+    """
     best = dict.fromkeys(models, float("inf"))
     for model in models.values():
         model.predict(pixels)

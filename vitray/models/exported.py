@@ -1,6 +1,8 @@
-"""An exported model: a directory that `vitray export` wrote, as a `model:`. Needs no torch; its graph is data, nothing in it is executed.
+"""An exported model: a directory that `vitray export` wrote, as a `model:`. Needs no torch; its
+graph is data, nothing in it is executed.
 
-vitray_export.json says what the directory is; config.json and the image processor's file are those of the checkpoint.
+vitray_export.json says what the directory is; config.json and the image processor's file are those
+of the checkpoint.
 """
 
 from __future__ import annotations
@@ -36,11 +38,14 @@ NEEDED = {"onnx": {"model.onnx"}, "openvino": {"openvino_model.xml", "openvino_m
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """to, how: what --to and the quantisation said. source: the model that it was made from; weights: sha256 of its safetensors.
+    """to, how: what --to and the quantisation said. source: the model that it was made from;
+    weights: sha256 of its safetensors.
 
-    labels: the class names, in the order of the scores that are the graph's first result; empty where it gives none.
-    multi_label: whether each of those scores stands alone, a sigmoid or a raw value. vectors: (layer, pool) of the results that
-    follow, each [n, D] in float32 and not normalised. graph: SHA-256 by file.
+    labels: the class names, in the order of the scores that are the graph's first result; empty
+    where it gives none.
+    multi_label: whether each of those scores stands alone, a sigmoid or a raw value. vectors:
+    (layer, pool) of the results that follow, each [n, D] in float32 and not normalised. graph:
+    SHA-256 by file.
     """
 
     to: str
@@ -57,7 +62,9 @@ class Exported:
 
 
 def read_export(found: Checkpoint) -> Exported | None:
-    """What vitray_export.json says; None for a checkpoint. Raises ModelError for one that no export wrote."""
+    """What vitray_export.json says; None for a checkpoint. Raises ModelError for one that no export
+    wrote.
+    """
     if not os.path.isfile(os.path.join(found.directory, EXPORT)):
         return None
     said = read_json(found, EXPORT)
@@ -80,25 +87,30 @@ def read_export(found: Checkpoint) -> Exported | None:
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
-            f"{found.model}: {EXPORT} is not one that vitray wrote ({error}). Export the model again."
+            f"{found.model}: {EXPORT} is not one that vitray wrote ({error}). Export the model "
+            f"again."
         ) from error
 
 
 def seal(said: dict[str, Any]) -> dict[str, Any]:
-    """With the sha256 of all else that is said: a label in another place would make every answer wrong, and nothing else would tell."""
+    """With the sha256 of all else that is said: a label in another place would make every answer
+    wrong, and nothing else would tell.
+    """
     rest = {name: value for name, value in said.items() if name != "sha256"}
     return rest | {"sha256": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
 
 
 def read_graph(found: Checkpoint) -> Exported | None:
-    """The export whose graph is what computes; None for a checkpoint, and for a torch-export, whose checkpoint computes.
+    """The export whose graph is what computes; None for a checkpoint, and for a torch-export, whose
+    checkpoint computes.
 
     Raises ModelError for what only other machines can run.
     """
     export = read_export(found)
     if export is not None and export.to == "coreml":
         raise ModelError(
-            f"{found.model} is a Core ML export, which runs in apps on Apple's devices. Use the checkpoint that it was made of here ({export.source})."
+            f"{found.model} is a Core ML export, which runs in apps on Apple's devices. Use the "
+            f"checkpoint that it was made of here ({export.source})."
         )
     return export if export is not None and export.to in ENGINES else None
 
@@ -107,13 +119,16 @@ def engine_of(export: Exported, model: str, asked: str) -> str:
     """The engine of an export. Raises ModelError when the job asks for another."""
     if asked not in ("auto", export.to):
         raise ModelError(
-            f"{model} was exported for engine {export.to}, so engine {asked} cannot run it. Set engine: auto."
+            f"{model} was exported for engine {export.to}, so engine {asked} cannot run it. Set "
+            f"engine: auto."
         )
     return export.to
 
 
 def places(export: Exported, model: str, vectors: Sequence[VectorColumn]) -> list[int]:
-    """Which of export.vectors each column is made of. Raises ModelError for one that the graph does not give."""
+    """Which of export.vectors each column is made of. Raises ModelError for one that the graph does
+    not give.
+    """
     found = []
     for vector in vectors:
         if (vector.layer, vector.pool) not in export.vectors:
@@ -122,8 +137,10 @@ def places(export: Exported, model: str, vectors: Sequence[VectorColumn]) -> lis
                 or "no embedding at all"
             )
             raise ModelError(
-                f"{model} gives {has}, and not {vector.pool} of layer {vector.layer or 'last'}: what it gives was fixed when it was "
-                f"exported. Set embeddings to those, or export {export.source} again with the ones you want."
+                f"{model} gives {has}, and not {vector.pool} of layer {vector.layer or 'last'}: "
+                f"what it gives was fixed when it was "
+                f"exported. Set embeddings to those, or export {export.source} again with the "
+                f"ones you want."
             )
         found.append(export.vectors.index((vector.layer, vector.pool)))
     return found
@@ -132,17 +149,21 @@ def places(export: Exported, model: str, vectors: Sequence[VectorColumn]) -> lis
 def labelled(job: Job, spec: ModelSpec, export: Exported, config: VisionConfig) -> ModelSpec:
     """The spec with the labels that the graph gives.
 
-    Raises ModelError when the job asks for other ones, and for a graph whose scores are not those of transformers.
+    Raises ModelError when the job asks for other ones, and for a graph whose scores are not those
+    of transformers.
     """
     if job.head is not None or isinstance(job.labels, list):
         field = "labels" if job.head is None else "head"
         raise ModelError(
-            f"{spec.model} gives scores that were fixed when it was exported, so `{field}` cannot change its labels. "
-            f"Use the checkpoint that it was made of ({export.source}), or relabel the dataset's embeddings (vitray relabel)."
+            f"{spec.model} gives scores that were fixed when it was exported, so `{field}` cannot "
+            f"change its labels. "
+            f"Use the checkpoint that it was made of ({export.source}), or relabel the dataset's "
+            f"embeddings (vitray relabel)."
         )
     if job.labelled and not export.labels:
         raise ModelError(
-            f"{spec.model} was exported without labels; set labels: false, or export {export.source} with them."
+            f"{spec.model} was exported without labels; set labels: false, or export "
+            f"{export.source} with them."
         )
     if not job.labelled:
         return spec
@@ -150,7 +171,8 @@ def labelled(job: Job, spec: ModelSpec, export: Exported, config: VisionConfig) 
     if has_own_head and config.multi_label and not export.multi_label:
         needed = "raw values" if config.score_function is ScoreFunction.NONE else "a sigmoid"
         raise ModelError(
-            f"{spec.model} was exported by an older vitray, whose graph applies a softmax where transformers gives {needed}. "
+            f"{spec.model} was exported by an older vitray, whose graph applies a softmax where "
+            f"transformers gives {needed}. "
             f"Export {export.source} again."
         )
     regression = has_own_head and export.multi_label and config.score_function is ScoreFunction.NONE
@@ -158,14 +180,17 @@ def labelled(job: Job, spec: ModelSpec, export: Exported, config: VisionConfig) 
 
 
 def hash_model(found: Checkpoint) -> str:
-    """sha256 of what computes, an export's graph or the safetensors. Raises ModelError where an export's are not those it was made with."""
+    """sha256 of what computes, an export's graph or the safetensors. Raises ModelError where an
+    export's are not those it was made with.
+    """
     export = read_export(found)
     if export is not None and export.to in ENGINES:
         return _hash_graph(found, export)
     weights = hash_weights(found)
     if export is not None and export.to == "torch-export" and weights != export.weights:
         raise ModelError(
-            f"{found.model}: its safetensors are not those that were exported. Copy the whole directory again."
+            f"{found.model}: its safetensors are not those that were exported. Copy the whole "
+            f"directory again."
         )
     return weights
 
@@ -182,11 +207,13 @@ def _hash_graph(found: Checkpoint, export: Exported) -> str:
                     alone.update(block)
         except OSError as error:
             raise ModelError(
-                f"{found.model}: {name} cannot be read ({error.strerror}). Copy the whole directory."
+                f"{found.model}: {name} cannot be read ({error.strerror}). Copy the whole "
+                f"directory."
             ) from error
         if alone.hexdigest() != export.graph[name]:
             raise ModelError(
-                f"{found.model}: {name} is not the file that was exported: its sha256 changed. Copy it again."
+                f"{found.model}: {name} is not the file that was exported: its sha256 changed. "
+                f"Copy it again."
             )
     return together.hexdigest()
 
@@ -200,7 +227,9 @@ def open_exported(
     device: str,
     threads: int,
 ) -> GraphModel:
-    """The graph, compiled and ready. top_k: 0 without labels. Raises ModelError for a vector that it lacks."""
+    """The graph, compiled and ready. top_k: 0 without labels. Raises ModelError for a vector that
+    it lacks.
+    """
     from vitray.models.graph import GraphModel
 
     first, chosen = int(bool(export.labels)), places(export, found.model, vectors)

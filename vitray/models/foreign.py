@@ -1,4 +1,6 @@
-"""Recognises model directories of other libraries, so that a refusal says what to do. Pure: reads no file."""
+"""Recognises model directories of other libraries, so that a refusal says what to do. Pure: reads
+no file.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ OTHER_WEIGHTS = (".bin", ".pth", ".pt", ".ckpt", ".pkl", ".h5", ".keras", ".msgp
 
 
 def of_directory(names: Collection[str], documents: Mapping[str, Any]) -> str | None:
-    """What a directory without config.json is, as the rest of a sentence about it; None when unknown.
+    """What a directory without config.json is, as the rest of a sentence about it; None when
+    unknown.
 
     names: its files. documents: the parsed content of those of SIGNS that are JSON.
     """
@@ -32,14 +35,17 @@ def of_directory(names: Collection[str], documents: Mapping[str, Any]) -> str | 
     if "open_clip_config.json" in names:
         return (
             "is an OpenCLIP checkpoint, and vitray reads checkpoints of transformers. "
-            "Use the transformers version of the same weights (model_type clip in its config.json), "
+            "Use the transformers version of the same weights (model_type clip in its "
+            "config.json), "
             "or convert it."
         )
     return of_weights(names)
 
 
 def of_config(config: Mapping[str, Any]) -> str | None:
-    """Whose config.json it is, if not of transformers, as the rest of a sentence; None when unknown."""
+    """Whose config.json it is, if not of transformers, as the rest of a sentence; None when
+    unknown.
+    """
     model_type = config.get("model_type")
     is_timm = "pretrained_cfg" in config or ("architecture" in config and model_type is None)
     if not is_timm and model_type != "timm_wrapper":
@@ -64,11 +70,14 @@ def of_adapter(document: Any) -> str:
 
 
 def of_weights(names: Collection[str]) -> str | None:
-    """What a directory is by the suffixes of its files, as the rest of a sentence; None when unknown."""
+    """What a directory is by the suffixes of its files, as the rest of a sentence; None when
+    unknown.
+    """
     if found := _first(names, GGUF):
         return (
             f"holds GGUF weights ({found}), which vitray does not read. Give the checkpoint of "
-            "transformers that they were made from: a directory with config.json and model.safetensors."
+            "transformers that they were made from: a directory with config.json and "
+            "model.safetensors."
         )
     if _first(names, (".safetensors",)):
         return None
@@ -79,9 +88,11 @@ def of_weights(names: Collection[str]) -> str | None:
         )
     if found := _first(names, OTHER_WEIGHTS):
         return (
-            f"holds {found} and no config.json, so nothing says which network the weights belong to, "
+            f"holds {found} and no config.json, so nothing says which network the weights belong "
+            f"to, "
             "and files such as .bin and .pth can run code. Load them in the code that wrote them, "
-            "save the model as a checkpoint of transformers (save_pretrained), and give that directory."
+            "save the model as a checkpoint of transformers (save_pretrained), and give that "
+            "directory."
         )
     return None
 

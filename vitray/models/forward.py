@@ -1,8 +1,10 @@
-"""The whole of one forward pass, pixels to labels and vectors, as one module: what a compiler gets to see.
+"""The whole of one forward pass, pixels to labels and vectors, as one module: what a compiler gets
+to see.
 
-Embeddings are caught by forward hooks on the vision tower and its blocks, so that the head's class computes what it always
-computes and nothing runs twice. What nothing asks for is not computed: blocks above the highest layer asked for, and in the
-last block all but the prefix tokens where only they are read.
+Embeddings are caught by forward hooks on the vision tower and its blocks, so that the head's class
+computes what it always computes and nothing runs twice. What nothing asks for is not computed:
+blocks above the highest layer asked for, and in the last block all but the prefix tokens where only
+they are read.
 """
 
 from __future__ import annotations
@@ -37,14 +39,17 @@ def _scores(logits: Any, function: ScoreFunction) -> Any:
 
 
 class Caught(threading.local):
-    """What the hooks saw, by layer: float [n, T, D]. Several threads run one Forward, each with images of its own."""
+    """What the hooks saw, by layer: float [n, T, D]. Several threads run one Forward, each with
+    images of its own.
+    """
 
     def __init__(self) -> None:
         self.tokens: dict[int | None, Any] = {}
 
 
 class Forward(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
-    """Called with pixels uint8 [n, H, W, 3]; gives scores and ids [n, k], then one [n, D] a vector column.
+    """Called with pixels uint8 [n, H, W, 3]; gives scores and ids [n, k], then one [n, D] a vector
+    column.
 
     With k = WHOLE scores are [n, C] and ids are empty.
     """

@@ -1,6 +1,8 @@
-"""Linear layers in float8 (e4m3), for GPUs that multiply it: weights scaled by output channel, activations by token as they come.
+"""Linear layers in float8 (e4m3), for GPUs that multiply it: weights scaled by output channel,
+activations by token as they come.
 
-Opt-in: three bits of mantissa move the numbers, so what they do to this model is measured whenever it is opened.
+Opt-in: three bits of mantissa move the numbers, so what they do to this model is measured whenever
+it is opened.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """Of float8 with bfloat16. labels: share of images with the same first label, None without labels; cosine: the least, None without vectors."""
+    """Of float8 with bfloat16. labels: share of images with the same first label, None without
+    labels; cosine: the least, None without vectors.
+    """
 
     labels: float | None
     cosine: float | None
@@ -39,12 +43,15 @@ def require(device: str) -> None:
             else f"a GPU of compute capability {capability[0]}.{capability[1]}"
         )
         raise ModelError(
-            f"precision fp8 needs a GPU of compute capability 8.9 or more, and this is {has}. Set precision: auto."
+            f"precision fp8 needs a GPU of compute capability 8.9 or more, and this is {has}. Set "
+            f"precision: auto."
         )
 
 
 def quantise(forward: Any, blocks: Any, pixels: Any) -> Agreement:
-    """The blocks' linear layers become float8, in place; how well `forward` (pixels -> scores, ids, vectors) then agrees with itself."""
+    """The blocks' linear layers become float8, in place; how well `forward` (pixels -> scores, ids,
+    vectors) then agrees with itself.
+    """
     with torch.inference_mode():
         before = [column.clone() for column in forward(pixels)]
         for parent in [m for block in blocks for m in block.modules()]:
@@ -61,7 +68,9 @@ def quantise(forward: Any, blocks: Any, pixels: Any) -> Agreement:
 
 
 def synthetic(images: int, shape: tuple[int, int], device: Any) -> Any:
-    """uint8 [n, H, W, 3]: smooth coloured blotches, the same every time; plain noise all looks alike to a model."""
+    """uint8 [n, H, W, 3]: smooth coloured blotches, the same every time; plain noise all looks
+    alike to a model.
+    """
     noise = torch.rand(images, 3, 7, 7, generator=torch.Generator().manual_seed(0))
     smooth = torch.nn.functional.interpolate(noise, shape, mode="bicubic").clamp(0, 1)
     return (smooth * 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().to(device)
@@ -103,6 +112,8 @@ class Float8Linear(torch.nn.Module):  # type: ignore[misc]  # torch is not typed
 
 
 def scaled(rows: Any) -> tuple[Any, Any]:
-    """float [n, d] -> e4m3 [n, d] and float32 [n, 1], whose product it is, rounded: each row's largest becomes e4m3's largest."""
+    """float [n, d] -> e4m3 [n, d] and float32 [n, 1], whose product it is, rounded: each row's
+    largest becomes e4m3's largest.
+    """
     scale = rows.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / LARGEST
     return (rows.float() / scale).clamp(-LARGEST, LARGEST).to(E4M3), scale

@@ -1,6 +1,8 @@
-"""JPEG bytes -> pixels on the GPU: its hardware decoder takes batches, CPU threads what it refuses, and a share of the rest if asked.
+"""JPEG bytes -> pixels on the GPU: its hardware decoder takes batches, CPU threads what it refuses,
+and a share of the rest if asked.
 
-Which images come here, and what the CPU makes of one, is for decode.py to say; pipeline/steps.py brings the two together.
+Which images come here, and what the CPU makes of one, is for decode.py to say; pipeline/steps.py
+brings the two together.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ TURNS: dict[int, Callable[[Any], Any]] = {  # EXIF orientation of [3, H, W]
 
 @dataclass(frozen=True, slots=True)
 class Coded:
-    """A whole baseline JPEG. turn: EXIF orientation 1..8; width, height: of the header, before it is turned."""
+    """A whole baseline JPEG. turn: EXIF orientation 1..8; width, height: of the header, before it
+    is turned.
+    """
 
     data: Any  # bytes-like
     turn: int
@@ -51,9 +55,12 @@ class Coded:
 class DeviceDecoder:
     """Decodes for any number of threads at once.
 
-    hardware: whole JPEGs -> uint8 [3, H, W] each, on the device; it raises RuntimeError where one of them is beyond it.
-    on_cpu: bytes -> pixels uint8 [n_good, H, W, 3] and an outcome each, whose `reason` is None where it is good.
-    fit: (width, height) upright -> the same after the resize. resize: uint8 [n, 3, H, W] and (height, width) -> the same, smaller.
+    hardware: whole JPEGs -> uint8 [3, H, W] each, on the device; it raises RuntimeError where one
+    of them is beyond it.
+    on_cpu: bytes -> pixels uint8 [n_good, H, W, 3] and an outcome each, whose `reason` is None
+    where it is good.
+    fit: (width, height) upright -> the same after the resize. resize: uint8 [n, 3, H, W] and
+    (height, width) -> the same, smaller.
     shares: CPU threads take from the hardware's queue, too.
     """
 
@@ -72,7 +79,8 @@ class DeviceDecoder:
         self._pool = ThreadPoolExecutor(max(1, self.threads), "vitray-decode")
 
     def decode(self, images: Sequence[Coded | np.ndarray]) -> tuple[Any, dict[int, Any]]:
-        """uint8 [n_good, H, W, 3] on the device, in order and ready, and by position the outcomes of those that are bad.
+        """uint8 [n_good, H, W, 3] on the device, in order and ready, and by position the outcomes
+        of those that are bad.
 
         An array is an image that is decoded already.
         """
@@ -137,7 +145,9 @@ class DeviceDecoder:
         return out, bad
 
     def _by_hardware(self, chosen: list[int], images: Sequence[Any], out: Any) -> list[int]:
-        """Their rows of `out` are filled; those that the hardware refuses come back: it names none, so they are found by halving."""
+        """Their rows of `out` are filled; those that the hardware refuses come back: it names none,
+        so they are found by halving.
+        """
         try:
             decoded = self.hardware([images[at].data for at in chosen])
         except RuntimeError:  # also torch.OutOfMemoryError
@@ -212,7 +222,8 @@ def require(device: str) -> None:
     lacks = lacks or ("" if find_spec("torchvision") else "torchvision")
     if lacks:
         raise ModelError(
-            f"decode gpu and hybrid need {lacks}: install vitray[gpu] on a machine with a GPU, or set decode: fast."
+            f"decode gpu and hybrid need {lacks}: install vitray[gpu] on a machine with a GPU, or "
+            f"set decode: fast."
         )
 
 
@@ -230,6 +241,8 @@ def jpeg_engine() -> Callable[[list[Any]], list[Any]]:
 
 
 def export_model(images: Any, size: tuple[int, int], mode: str) -> Any:
-    """As torch's antialiased resize of uint8 on a CPU, a level off here and there: on a GPU there is one for floats only."""
+    """As torch's antialiased resize of uint8 on a CPU, a level off here and there: on a GPU there
+    is one for floats only.
+    """
     fitted = torch.nn.functional.interpolate(images.float(), size, mode=mode, antialias=True)
     return fitted.round_().clamp_(0, 255).to(torch.uint8)

@@ -1,4 +1,6 @@
-"""The forward pass as a graph for other engines than torch: exported once, run batch by batch. Imported only when one is opened."""
+"""The forward pass as a graph for other engines than torch: exported once, run batch by batch.
+Imported only when one is opened.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +34,11 @@ def export_graph(
     labels: bool,
     fixed: torch.Tensor | None = None,
 ) -> Any:
-    """torch's ExportedProgram: pixels [images, H, W, 3] to the scores of all labels [images, C] if `labels`, then the vectors.
+    """torch's ExportedProgram: pixels [images, H, W, 3] to the scores of all labels [images, C] if
+    `labels`, then the vectors.
 
-    Weights and arithmetic are float32. fixed: pixels whose type and number of images are the only ones; else uint8, any number.
+    Weights and arithmetic are float32. fixed: pixels whose type and number of images are the only
+    ones; else uint8, any number.
     """
     whole = Forward(
         network,
@@ -72,8 +76,8 @@ class GraphModel:
     def predict(self, pixels: np.ndarray) -> Predictions:
         """Labels and embeddings, batch by batch, without padding.
 
-        pixels: uint8 [N, H, W, 3], RGB, at the processor's size. Raises ModelError for another shape and for results that
-        are not finite.
+        pixels: uint8 [N, H, W, 3], RGB, at the processor's size. Raises ModelError for another
+        shape and for results that are not finite.
         """
         check_pixels(self._spec, pixels)
         sizes = share(len(pixels), self._spec.batch_size, self._workers)

@@ -1,6 +1,8 @@
-"""A linear head apart from its backbone: what `finetune` writes for a probe, and what `head:` reads. Needs no torch.
+"""A linear head apart from its backbone: what `finetune` writes for a probe, and what `head:`
+reads. Needs no torch.
 
-Two files in a directory: head.json says what it reads and what it names, head.safetensors holds its numbers.
+Two files in a directory: head.json says what it reads and what it names, head.safetensors holds its
+numbers.
 """
 
 from __future__ import annotations
@@ -18,14 +20,19 @@ from vitray.storage import join, read
 
 FORMAT = 1
 POOLS = ("cls", "mean", "patches_mean")  # of Job.embeddings
-NEXT = "Give a directory with head.json and head.safetensors, as vitray finetune writes it with train: probe."
+NEXT = (
+    "Give a directory with head.json and head.safetensors, as vitray finetune writes it with "
+    "train: probe."
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """weight float32 [C, D], bias float32 [C], over an embedding [D] of the model whose weights have that sha256.
+    """weight float32 [C, D], bias float32 [C], over an embedding [D] of the model whose weights
+    have that sha256.
 
-    layer: None after the final LayerNorm, else 1..L. pool, normalize: as in Job.embeddings. Its scores are a softmax.
+    layer: None after the final LayerNorm, else 1..L. pool, normalize: as in Job.embeddings. Its
+    scores are a softmax.
     """
 
     labels: tuple[str, ...]
@@ -63,7 +70,9 @@ def write_head(directory: str, head: Head) -> None:
 
 
 def read_head(url: str) -> Head:
-    """The head in a directory, local or s3://. Raises ModelError for what is no head, or not a whole one."""
+    """The head in a directory, local or s3://. Raises ModelError for what is no head, or not a
+    whole one.
+    """
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
@@ -83,7 +92,8 @@ def read_head(url: str) -> Head:
             raise ValueError(f"weight and bias are {weight.dtype} and {bias.dtype}, not float32")
         if weight.shape[:1] != bias.shape or weight.ndim != 2 or len(labels) != len(weight):
             raise ValueError(
-                f"weight {list(weight.shape)}, bias {list(bias.shape)} and {len(labels)} labels do not fit"
+                f"weight {list(weight.shape)}, bias {list(bias.shape)} and {len(labels)} labels "
+                f"do not fit"
             )
         if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
             raise ValueError("its weights are not finite")

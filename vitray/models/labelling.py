@@ -1,4 +1,6 @@
-"""Which labels a run gives, and by what: the checkpoint's own head, words that its text tower reads, or a linear head. Needs no torch."""
+"""Which labels a run gives, and by what: the checkpoint's own head, words that its text tower
+reads, or a linear head. Needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ log = logging.getLogger(__name__)
 
 
 def with_label_names(job: Job) -> Job:
-    """The job with its file of labels read: one a line, UTF-8. Raises JobError for one that cannot be read or says a label twice."""
+    """The job with its file of labels read: one a line, UTF-8. Raises JobError for one that cannot
+    be read or says a label twice.
+    """
     if not isinstance(job.labels, str):
         return job
     url = absolute(job.labels)
@@ -27,7 +31,8 @@ def with_label_names(job: Job) -> Job:
         names = distinct_labels(read(url).decode("utf-8-sig").strip().splitlines())
     except (VitrayError, OSError) as error:
         raise JobError(
-            f"`labels`: {url} cannot be read ({one_line(error)}); for labels in the job write [cat, dog]."
+            f"`labels`: {url} cannot be read ({one_line(error)}); for labels in the job write "
+            f"[cat, dog]."
         ) from error
     except ValueError as error:
         raise JobError(
@@ -39,11 +44,14 @@ def with_label_names(job: Job) -> Job:
 def labelled(
     job: Job, spec: ModelSpec, found: checkpoint.Checkpoint, config: checkpoint.VisionConfig
 ) -> ModelSpec:
-    """The spec with the labels that the job asks for. Raises ModelError when the checkpoint cannot give them."""
+    """The spec with the labels that the job asks for. Raises ModelError when the checkpoint cannot
+    give them.
+    """
     spec = _labelled(job, spec, found, config)
     if len(spec.labels) == 1 and spec.score_function is ScoreFunction.SOFTMAX:
         log.warning(
-            "%s: %r is the only label, so its score is 1.0 for every image: a softmax compares labels. Add a label for all "
+            "%s: %r is the only label, so its score is 1.0 for every image: a softmax compares "
+            "labels. Add a label for all "
             "other images.",
             spec.head or spec.model,
             spec.labels[0],
@@ -82,7 +90,8 @@ def _labelled(
             else ""
         )
         raise ModelError(
-            f"{found.model} has no trained classification head, so it cannot label; set labels: false to keep embeddings only, "
+            f"{found.model} has no trained classification head, so it cannot label; set labels: "
+            f"false to keep embeddings only, "
             f"or choose a checkpoint with a head.{words}"
         )
     regression = config.score_function is ScoreFunction.NONE
@@ -90,18 +99,23 @@ def _labelled(
 
 
 def read_own_head(url: str, spec: ModelSpec) -> Head:
-    """The head in a directory, if it is for these weights and for a vector that they give; else ModelError."""
+    """The head in a directory, if it is for these weights and for a vector that they give; else
+    ModelError.
+    """
     from vitray.models.head import read_head
 
     head = read_head(url)
     if head.weights_sha256 != spec.weights_sha256:
         raise ModelError(
-            f"head {url} is for {head.model} (weights {head.weights_sha256[:12]}…), and the embeddings are of {spec.model} "
-            f"({spec.weights_sha256[:12]}…). Take the model it was made for, or make a head for this one (vitray finetune)."
+            f"head {url} is for {head.model} (weights {head.weights_sha256[:12]}…), and the "
+            f"embeddings are of {spec.model} "
+            f"({spec.weights_sha256[:12]}…). Take the model it was made for, or make a head for "
+            f"this one (vitray finetune)."
         )
     if head.weight.shape[1] != spec.dimension:
         raise ModelError(
-            f"head {url} takes {head.weight.shape[1]} values, and an embedding of {spec.model} has {spec.dimension}."
+            f"head {url} takes {head.weight.shape[1]} values, and an embedding of {spec.model} "
+            f"has {spec.dimension}."
         )
     require_vector(spec, head.layer, head.pool)
     return head

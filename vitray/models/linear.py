@@ -1,4 +1,6 @@
-"""A linear head over one vector of the forward pass: of labels that a text tower has read, or one that was trained apart."""
+"""A linear head over one vector of the forward pass: of labels that a text tower has read, or one
+that was trained apart.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,11 @@ from vitray.schema import ModelSpec, VectorColumn
 
 
 class LinearHead(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
-    """Logits float32 [n, C] of vectors float32 [n, D]. Its numbers stay float32 whatever the tower's are: CLIP multiplies a cosine by 100.
+    """Logits float32 [n, C] of vectors float32 [n, D]. Its numbers stay float32 whatever the
+    tower's are: CLIP multiplies a cosine by 100.
 
-    column: the vector that it reads; None for the tower's own pooled one. projection: [E, D], after which the vector gets unit length.
+    column: the vector that it reads; None for the tower's own pooled one. projection: [E, D], after
+    which the vector gets unit length.
     """
 
     def __init__(
@@ -42,7 +46,8 @@ class LinearHead(torch.nn.Module):  # type: ignore[misc]  # torch is not typed h
 
 
 def open_head(spec: ModelSpec, found: Checkpoint, device: str) -> LinearHead | None:
-    """The head that the spec name, on the CPU; None for the checkpoint's own. Raises ModelError when it changed since.
+    """The head that the spec name, on the CPU; None for the checkpoint's own. Raises ModelError
+    when it changed since.
 
     device: where labels are read.
     """
@@ -58,7 +63,8 @@ def open_head(spec: ModelSpec, found: Checkpoint, device: str) -> LinearHead | N
     head = read_own_head(spec.head, spec)
     if head.sha256() != spec.head_sha256:
         raise ModelError(
-            f"head {spec.head} changed since it was planned. Put the old one back, or choose another `out`."
+            f"head {spec.head} changed since it was planned. Put the old one back, or choose "
+            f"another `out`."
         )
     return LinearHead(
         head_column(head, spec), torch.from_numpy(head.weight), torch.from_numpy(head.bias)
@@ -76,12 +82,15 @@ def _read_labels(
     found: Checkpoint,
     device: str,
 ) -> tuple[Any, Any, Any]:
-    """weight [C, E], bias [C] and projection [E, D] or None, so that the logits are the model's own."""
+    """weight [C, E], bias [C] and projection [E, D] or None, so that the logits are the model's
+    own.
+    """
     config = read_config(found)
     texts = text.tokens(found, config, list(labels), list(prompts))
     if texts.sha256() != text_sha256:
         raise ModelError(
-            f"{found.model}: its tokenizer changed since it was planned. Put the old one back, or choose another `out`."
+            f"{found.model}: its tokenizer changed since it was planned. Put the old one back, or "
+            f"choose another `out`."
         )
     is_clip = config.family == "clip"
     whole = load_weights(

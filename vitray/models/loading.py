@@ -28,8 +28,10 @@ class Network:
 
     module: called as module(pixel_values=float [N, 3, H, W]); with a head its answer has .logits.
     tower: the submodule (or module itself) whose answer has .last_hidden_state [N, T, D].
-    blocks: the transformer's blocks in order, a ModuleList. final_norm: what `last` still needs after the tower, None for most families.
-    head: a linear.LinearHead that labels instead of the module; where it names no vector, the answer has .pooler_output.
+    blocks: the transformer's blocks in order, a ModuleList. final_norm: what `last` still needs
+    after the tower, None for most families.
+    head: a linear.LinearHead that labels instead of the module; where it names no vector, the
+    answer has .pooler_output.
     """
 
     module: Any
@@ -40,7 +42,9 @@ class Network:
 
 
 def load_network(found: Checkpoint, labels: bool, head: Any | None = None) -> Network:
-    """The checkpoint's module in float32 on the CPU, with its own head where there shall be labels and `head` does not give them."""
+    """The checkpoint's module in float32 on the CPU, with its own head where there shall be labels
+    and `head` does not give them.
+    """
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
@@ -63,8 +67,9 @@ def load_network(found: Checkpoint, labels: bool, head: Any | None = None) -> Ne
 def load_trainable(found: Checkpoint, classes: Sequence[str], seed: int, scratch: bool) -> Network:
     """The checkpoint's module in float32 on the CPU with a head for these classes, to be trained.
 
-    The head is the checkpoint's own where it has these classes in this order, else random; scratch: so is everything. Random
-    numbers follow from the seed. Raises ModelError where other weights are missing, or of another shape than config.json says.
+    The head is the checkpoint's own where it has these classes in this order, else random; scratch:
+    so is everything. Random numbers follow from the seed. Raises ModelError where other weights are
+    missing, or of another shape than config.json says.
     """
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
@@ -73,7 +78,8 @@ def load_trainable(found: Checkpoint, classes: Sequence[str], seed: int, scratch
     family = config.family
     if family.endswith("_vision_model"):
         raise ModelError(
-            f"{found.model} is a vision tower alone, which transformers has no head for; take the whole {family[:-13]}."
+            f"{found.model} is a vision tower alone, which transformers has no head for; take the "
+            f"whole {family[:-13]}."
         )
     has_head = (
         not scratch
@@ -106,7 +112,9 @@ def load_trainable(found: Checkpoint, classes: Sequence[str], seed: int, scratch
 
 
 def _uncached(module: Any) -> Any:
-    """BEiT keeps an index for all models of a process, which is no good for training once it was made in inference mode."""
+    """BEiT keeps an index for all models of a process, which is no good for training once it was
+    made in inference mode.
+    """
     for part in module.modules():
         if (index := getattr(part, "generate_relative_position_index", None)) is not None:
             part.generate_relative_position_index = index.__wrapped__
@@ -133,7 +141,9 @@ def _parts(module: Any, config: VisionConfig, head: Any | None = None) -> Networ
 def load_weights(
     found: Checkpoint, kind: Any, config: Any, made_up: Sequence[str] = (), **options: Any
 ) -> Any:
-    """The module with every weight out of the checkpoint: a random head, pooler or block raises ModelError, but for those `made_up`."""
+    """The module with every weight out of the checkpoint: a random head, pooler or block raises
+    ModelError, but for those `made_up`.
+    """
     try:
         with quiet():
             module, report = kind.from_pretrained(
@@ -160,13 +170,15 @@ def load_weights(
     } - set(made_up)
     if other:
         raise ModelError(
-            f"{found.model} has {len(other)} weights of another shape than its config.json says ({', '.join(sorted(other)[:3])}). "
+            f"{found.model} has {len(other)} weights of another shape than its config.json says "
+            f"({', '.join(sorted(other)[:3])}). "
             "Take config.json and weights of one checkpoint."
         )
     if missing:
         lacks = sorted(missing)
         raise ModelError(
-            f"{found.model} lacks {len(lacks)} weights that {kind.__name__} needs ({', '.join(lacks[:3])}); vitray does not make "
+            f"{found.model} lacks {len(lacks)} weights that {kind.__name__} needs "
+            f"({', '.join(lacks[:3])}); vitray does not make "
             "them up. Choose a whole checkpoint"
             + (", or labels: false." if "ForImage" in kind.__name__ else ".")
         )

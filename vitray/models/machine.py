@@ -1,4 +1,6 @@
-"""What this machine can do for a model: its device, and the precision and batch size that `auto` means on it."""
+"""What this machine can do for a model: its device, and the precision and batch size that `auto`
+means on it.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,8 @@ import os
 
 from vitray.errors import ModelError
 
-# Images. Two Zen 4 cores: 48 s at the first start, 6 s at the next ones, against 5 % of a ViT-Tiny's time. Accelerators: an estimate.
+# Images. Two Zen 4 cores: 48 s at the first start, 6 s at the next ones, against 5 % of a
+# ViT-Tiny's time. Accelerators: an estimate.
 COMPILE_PAYS = {"cpu": 100_000, "cuda": 200_000}
 
 
@@ -21,7 +24,8 @@ def resolve_device(asked: str) -> str:
         return str(present)
     if asked != "cpu":
         raise ModelError(
-            f"device {asked} is not available here (torch {torch.__version__} sees {present}). Set device: auto."
+            f"device {asked} is not available here (torch {torch.__version__} sees {present}). "
+            f"Set device: auto."
         )
     return "cpu"
 
@@ -56,7 +60,9 @@ def auto_batch_size(device: str, dimension: int) -> int:
 
 
 def compiling_pays(device: str, images: int) -> bool:
-    """Whether torch.compile wins back its minute over so many images of one actor. Needs no torch."""
+    """Whether torch.compile wins back its minute over so many images of one actor. Needs no
+    torch.
+    """
     return images >= COMPILE_PAYS.get(device, COMPILE_PAYS["cuda"])
 
 

@@ -1,4 +1,6 @@
-"""The ONNX Runtime engine: a graph on this CPU or GPU, in fp32 where it is not quantised. Imported only when it is opened."""
+"""The ONNX Runtime engine: a graph on this CPU or GPU, in fp32 where it is not quantised. Imported
+only when it is opened.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +22,18 @@ IN_MEMORY = 1_500_000_000  # bytes of weights; protobuf ends at 2 GiB
 
 
 def providers(device: str, available: Sequence[str]) -> list[str]:
-    """What ONNX Runtime may compute with on a device, best first; the CPU last, for operations that nothing else knows."""
+    """What ONNX Runtime may compute with on a device, best first; the CPU last, for operations that
+    nothing else knows.
+    """
     return [name for name in ON_GPU if name in available and device == "cuda"] + [
         "CPUExecutionProvider"
     ]
 
 
 def write_graph(exported: Any, file: str, names: Sequence[str] | None = None) -> None:
-    """An ExportedProgram as ONNX, its results so named; beside it FILE.data where protobuf is too small for the weights."""
+    """An ExportedProgram as ONNX, its results so named; beside it FILE.data where protobuf is too
+    small for the weights.
+    """
     with without_warnings():
         program = torch.onnx.export(exported, dynamo=True, verbose=False, output_names=names)
     weights = sum(tensor.nbytes for tensor in exported.state_dict.values())

@@ -1,4 +1,6 @@
-"""The OpenVINO engine: a graph compiled for this CPU, in bf16 or fp32 where it is not quantised. Imported only when it is opened."""
+"""The OpenVINO engine: a graph compiled for this CPU, in bf16 or fp32 where it is not quantised.
+Imported only when it is opened.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ import numpy as np
 from vitray.errors import ModelError
 from vitray.models.graph import Run, without_warnings
 
-# OpenVINO and NNCF report their use, and write an id into the home directory, without being asked; without this module they cannot
+# OpenVINO and NNCF report their use, and write an id into the home directory, without being asked;
+# without this module they cannot
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None bars an import: see importlib
 import openvino  # noqa: E402
 
@@ -25,7 +28,9 @@ def convert(exported: Any) -> Any:
 
 
 def save(graph: Any, file: str, half: bool) -> None:
-    """The graph as FILE.xml and FILE.bin. half: float32 weights stored as float16, computed as before."""
+    """The graph as FILE.xml and FILE.bin. half: float32 weights stored as float16, computed as
+    before.
+    """
     openvino.save_model(graph, file, compress_to_fp16=half)
 
 
@@ -44,7 +49,8 @@ def open_graph(graph: Any, precision: str, threads: int) -> Run:
     taken = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
     if taken != HINTS[precision]:
         raise ModelError(
-            f"OpenVINO computes in {taken} and not in {precision} on this CPU. Set precision: fp32, or engine: torch."
+            f"OpenVINO computes in {taken} and not in {precision} on this CPU. Set precision: "
+            f"fp32, or engine: torch."
         )
     here = threading.local()
 

@@ -1,7 +1,9 @@
-"""A ring of batches on their way through an accelerator, so that copies and Python hide behind compute.
+"""A ring of batches on their way through an accelerator, so that copies and Python hide behind
+compute.
 
-Three slots: while one batch computes, the next is uploaded and a third is filled. Only two things wait for the device: who needs
-a slot whose batch is not over, and who reads results. What a device must offer is `Lanes`; `CudaLanes` is the real one.
+Three slots: while one batch computes, the next is uploaded and a third is filled. Only two things
+wait for the device: who needs a slot whose batch is not over, and who reads results. What a device
+must offer is `Lanes`; `CudaLanes` is the real one.
 """
 
 from __future__ import annotations
@@ -26,16 +28,22 @@ class Event(Protocol):
 
 
 class Lanes(Protocol):
-    """A device with a lane for uploads and one for work; what is asked of a lane is done in order, later."""
+    """A device with a lane for uploads and one for work; what is asked of a lane is done in order,
+    later.
+    """
 
     def buffers(self, shape: tuple[int, ...]) -> tuple[Any, Any]:
-        """uint8 tensors of a shape: on the host, in memory that the device may read at any time, and on the device."""
+        """uint8 tensors of a shape: on the host, in memory that the device may read at any time,
+        and on the device.
+        """
         ...
 
     def upload(self, host: Any, there: Any) -> Event: ...
 
     def compute(self, work: Work, pixels: Any, after: Event | None) -> tuple[list[Any], Event]:
-        """work(pixels) after an event, and its columns on the host: not before the event that comes with them."""
+        """work(pixels) after an event, and its columns on the host: not before the event that comes
+        with them.
+        """
         ...
 
 
@@ -59,7 +67,9 @@ class _Slot:
 
 
 class Ring:
-    """Takes batches from any number of threads; each thread's answers belong to its own calls, in order."""
+    """Takes batches from any number of threads; each thread's answers belong to its own calls, in
+    order.
+    """
 
     def __init__(self, lanes: Lanes, shape: tuple[int, ...]) -> None:
         """shape: of the largest batch, [N, H, W, 3]."""
@@ -68,9 +78,11 @@ class Ring:
         self._launching = threading.Lock()  # the forward pass keeps its tokens in one place
 
     def start(self, batch: Any, work: Work) -> Started:
-        """Hand a batch over: uint8 [n, H, W, 3], an array here or a tensor on the device. Raises what `work` raises.
+        """Hand a batch over: uint8 [n, H, W, 3], an array here or a tensor on the device. Raises
+        what `work` raises.
 
-        An array may be changed or freed at once; a tensor must be ready, and stay until its results were waited for.
+        An array may be changed or freed at once; a tensor must be ready, and stay until its results
+        were waited for.
         """
         if not isinstance(batch, np.ndarray):
             with self._launching:
@@ -109,7 +121,8 @@ class CudaLanes:
         with torch.cuda.stream(self._work):
             if after is not None:
                 self._work.wait_event(after)
-            # to the host without blocking: torch takes pinned memory for that, and keeps it for the next time
+            # to the host without blocking: torch takes pinned memory for that, and keeps it for the
+            # next time
             columns = [column.to("cpu", non_blocking=True) for column in work(pixels)]
             return columns, self._mark(self._work)
 

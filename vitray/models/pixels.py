@@ -1,4 +1,6 @@
-"""The checkpoint's own image processor as a PixelSpec; refused where a PixelSpec cannot express it."""
+"""The checkpoint's own image processor as a PixelSpec; refused where a PixelSpec cannot express
+it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from vitray.schema import PixelSpec
 # the classes whose pipeline is resize, centre crop, rescale, normalise and no more
 PLAIN = ("ViT", "DeiT", "Beit", "Bit", "CLIP", "Siglip")
 FILES = ("preprocessor_config.json", "processor_config.json")
-# these interpolate their position embeddings: facebook/dinov2-base is trained at 518 and used at 224
+# these interpolate their position embeddings: facebook/dinov2-base is trained at 518 and used at
+# 224
 ANY_SIZE = ("dinov2", "dinov2_with_registers")
 FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by PIL's number
 GPU_FILTERS = {2: "bilinear", 3: "bicubic"}  # that a GPU resizes with: PIL's number, torch's name
@@ -38,7 +41,8 @@ def read_pixels(found: Checkpoint, config: VisionConfig) -> PixelSpec:
 
     def refuse(what: str) -> ModelError:
         return ModelError(
-            f"{found.model}: its image processor ({type(processor).__name__}) {what}; vitray cannot do that."
+            f"{found.model}: its image processor ({type(processor).__name__}) {what}; vitray "
+            f"cannot do that."
         )
 
     if type(processor).__name__ not in {f"{name}ImageProcessorPil" for name in PLAIN}:
@@ -88,7 +92,8 @@ def _declared(found: Checkpoint) -> tuple[str, dict[str, Any]]:
         nested = read_json(found, whole).get("image_processor")
         if nested is not None and not isinstance(nested, dict):
             raise ModelError(
-                f"{found.model}: `image_processor` in {whole} is not a JSON object. Fetch the checkpoint again."
+                f"{found.model}: `image_processor` in {whole} is not a JSON object. Fetch the "
+                f"checkpoint again."
             )
         if nested is not None:
             return whole, nested
@@ -105,7 +110,8 @@ def _check_declared(where: str, declared: dict[str, Any]) -> None:
     for name in ("image_processor_type", "feature_extractor_type"):
         if not isinstance(declared.get(name), (str, type(None))):
             raise ModelError(
-                f'{where} says {_said(name, declared[name])}. Write the name of a class, such as "ViTImageProcessor".'
+                f"{where} says {_said(name, declared[name])}. Write the name of a class, such as "
+                f'"ViTImageProcessor".'
             )
     for name in ("size", "crop_size"):
         value = declared.get(name)
@@ -114,7 +120,8 @@ def _check_declared(where: str, declared: dict[str, Any]) -> None:
             isinstance(value, bool) or not isinstance(value, (int, dict, type(None)))
         ):
             raise ModelError(
-                f'{where} says {_said(name, value)}. Write {{"height": 224, "width": 224}}, with the sides that are meant.'
+                f'{where} says {_said(name, value)}. Write {{"height": 224, "width": 224}}, with '
+                f"the sides that are meant."
             )
 
 
@@ -139,7 +146,8 @@ def _load_processor(
             )
     except Exception as error:  # whatever a broken or foreign file makes transformers raise
         raise ModelError(
-            f"{found.model}: {file} is not one that transformers can read ({shortened(one_line(error), 300)}). "
+            f"{found.model}: {file} is not one that transformers can read "
+            f"({shortened(one_line(error), 300)}). "
             "Correct it, or copy that file from the checkpoint it was fine-tuned from."
         ) from error
     kind = str(
@@ -150,9 +158,11 @@ def _load_processor(
     if type(processor).__name__ != re.sub(
         "(ImageProcessor(Fast|Pil)?|FeatureExtractor)$", "ImageProcessorPil", kind
     ):
-        # transformers falls back to the family's default for a name that it does not know: other pixels, silently
+        # transformers falls back to the family's default for a name that it does not know: other
+        # pixels, silently
         raise ModelError(
-            f"{found.model}: its image processor is a {kind}, which transformers does not know without custom code."
+            f"{found.model}: its image processor is a {kind}, which transformers does not know "
+            f"without custom code."
         )
     return processor
 
@@ -193,7 +203,8 @@ class _Fields:
         if name in FILTERS:
             raise self._refuse(
                 "resample",
-                f"Write {FILTERS.index(name)} for {name}: transformers reads numbers, and resizes bilinear for any name.",
+                f"Write {FILTERS.index(name)} for {name}: transformers reads numbers, and resizes "
+                f"bilinear for any name.",
             )
         known = ", ".join(f"{number} {name}" for number, name in enumerate(FILTERS))
         raise self._refuse("resample", f"Write the number of one of PIL's filters: {known}.")
@@ -251,19 +262,23 @@ def _number(value: Any) -> float | None:
 
 
 def _try(found: Checkpoint, file: str, processor: Any, spec: PixelSpec) -> None:
-    """Raises ModelError when transformers cannot use the processor, or makes another shape with it."""
+    """Raises ModelError when transformers cannot use the processor, or makes another shape with
+    it.
+    """
     image = np.zeros((*SAMPLE, 3), np.uint8)
     try:
         with quiet():
             made = np.asarray(processor(image, return_tensors="np")["pixel_values"])
     except Exception as error:  # a field that vitray does not read may stop it
         raise ModelError(
-            f"{found.model}: transformers cannot process an image as {file} says ({shortened(one_line(error), 300)}). "
+            f"{found.model}: transformers cannot process an image as {file} says "
+            f"({shortened(one_line(error), 300)}). "
             "Correct it, or copy that file from the checkpoint it was fine-tuned from."
         ) from error
     if made.shape != (1, 3, *spec.shape):
         raise ModelError(
-            f"{found.model}: {file} gives pixels of shape {list(made.shape[1:])} in transformers, and "
+            f"{found.model}: {file} gives pixels of shape {list(made.shape[1:])} in transformers, "
+            f"and "
             f"vitray would make {[3, *spec.shape]}. Copy that file from the checkpoint it was "
             "fine-tuned from."
         )
@@ -276,5 +291,6 @@ def _check_shape(found: Checkpoint, config: VisionConfig, spec: PixelSpec) -> No
         return
     made, wanted = ("x".join(map(str, shape)) for shape in (spec.shape, config.image_size))
     raise ModelError(
-        f"{found.model}: its image processor makes {made}, the model takes {wanted}. Correct either."
+        f"{found.model}: its image processor makes {made}, the model takes {wanted}. Correct "
+        f"either."
     )

@@ -1,4 +1,6 @@
-"""What every engine does around its forward pass: what goes in is checked, what comes out becomes Predictions."""
+"""What every engine does around its forward pass: what goes in is checked, what comes out becomes
+Predictions.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,15 @@ def check_pixels(spec: ModelSpec, pixels: Any) -> None:
     kind = str(pixels.dtype).removeprefix("torch.")
     if kind != "uint8" or tuple(pixels.shape[1:]) != (height, width, 3):
         raise ModelError(
-            f"{spec.model} takes pixels as uint8 [N, {height}, {width}, 3], not {kind} {list(pixels.shape)}."
+            f"{spec.model} takes pixels as uint8 [N, {height}, {width}, 3], not {kind} "
+            f"{list(pixels.shape)}."
         )
 
 
 def best(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k best of scores [N, C], best first, and their ids, both [N, k]; of equal ones the lower id."""
+    """The k best of scores [N, C], best first, and their ids, both [N, k]; of equal ones the lower
+    id.
+    """
     ids = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(scores, ids, 1), ids
 
@@ -30,7 +35,8 @@ def best(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
 def gather(
     spec: ModelSpec, vectors: list[VectorColumn], k: int, columns: list[np.ndarray]
 ) -> Predictions:
-    """Predictions of the columns scores and ids [N, k], then one [N, D] a vector; of no columns where there was no image.
+    """Predictions of the columns scores and ids [N, k], then one [N, D] a vector; of no columns
+    where there was no image.
 
     Raises ModelError for what is not finite.
     """

@@ -1,4 +1,6 @@
-"""What the hardware would allow: a model's multiplications over the fastest matrix product measured here. Loads torch."""
+"""What the hardware would allow: a model's multiplications over the fastest matrix product measured
+here. Loads torch.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +20,17 @@ LARGE = (8192, 8192, 8192)
 
 
 def roofline(spec: ModelSpec, device: str) -> tuple[float, float]:
-    """Images/s that this machine would reach if it only multiplied matrices, and the operations/s behind that. Takes 2 s."""
+    """Images/s that this machine would reach if it only multiplied matrices, and the operations/s
+    behind that. Takes 2 s.
+    """
     rate = matmul_flops(spec.precision, device)
     return rate / flop_per_image(spec), rate
 
 
 def flop_per_image(spec: ModelSpec) -> float:
-    """Floating-point operations of one image: patch embedding, projections, attention's two products, MLP. ViT-B/16: 35.13e9."""
+    """Floating-point operations of one image: patch embedding, projections, attention's two
+    products, MLP. ViT-B/16: 35.13e9.
+    """
     config = checkpoint.read_config(checkpoint.locate(spec.model, spec.revision))
     vision = getattr(config.hf, "vision_config", config.hf)
     width = spec.dimension
@@ -39,7 +45,9 @@ def flop_per_image(spec: ModelSpec) -> float:
 
 
 def matmul_flops(precision: str, device: str) -> float:
-    """Operations/s of the fastest of many products of one matrix shape, on all cores or the whole device."""
+    """Operations/s of the fastest of many products of one matrix shape, on all cores or the whole
+    device.
+    """
     dtype = DTYPES.get(precision, torch.bfloat16)
     rows, inputs, outputs = SHAPES.get(device, LARGE)
     layer = torch.nn.Linear(inputs, outputs, device=device, dtype=dtype)

@@ -1,4 +1,5 @@
-"""Drawn shapes and a tiny ViT that is really trained on them: the model of `vitray demo` and of the tests.
+"""Drawn shapes and a tiny ViT that is really trained on them: the model of `vitray demo` and of the
+tests.
 
 Everything follows from the seed; nothing is downloaded.
 """
@@ -19,7 +20,9 @@ BATCH = 64
 
 
 def draw(kind: int, rng: np.random.Generator, size: int = 64) -> Image.Image:
-    """One centred shape in a random colour on a random ground: size, place and turn jitter a little."""
+    """One centred shape in a random colour on a random ground: size, place and turn jitter a
+    little.
+    """
     big = size * 2  # drawn at twice the size, so that reducing smooths the edges
     ground, ink = _two_colours(rng)
     image = Image.new("RGB", (big, big), ground)
@@ -74,10 +77,12 @@ def pixels_of(images: list[Image.Image]) -> np.ndarray:
 
 
 def train(directory: str, seed: int = 0, steps: int = 600, examples: int = 6000) -> float:
-    """Train the tiny ViT, save checkpoint and image processor into the directory, and return its validation accuracy.
+    """Train the tiny ViT, save checkpoint and image processor into the directory, and return its
+    validation accuracy.
 
-    About 14 s of one core: with two it is little faster on a quiet machine, and twenty times slower beside other work, since the
-    threads wait for each other at every small product. The same seed gives the same weights.
+    About 14 s of one core: with two it is little faster on a quiet machine, and twenty times slower
+    beside other work, since the threads wait for each other at every small product. The same seed
+    gives the same weights.
     """
     import torch
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil

@@ -1,4 +1,6 @@
-"""The text side of CLIP and SigLIP: labels in prompts, as tokens and as vectors. torch comes in with `embed` alone."""
+"""The text side of CLIP and SigLIP: labels in prompts, as tokens and as vectors. torch comes in
+with `embed` alone.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ TEXTS = 256  # embedded at a time
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """What the text tower reads: arrays int64 [C * P, T] by the name of its argument; all P prompts of a label together."""
+    """What the text tower reads: arrays int64 [C * P, T] by the name of its argument; all P prompts
+    of a label together.
+    """
 
     arrays: dict[str, np.ndarray]
     prompts: int
@@ -45,10 +49,13 @@ class Tokens:
 def tokens(
     found: Checkpoint, config: VisionConfig, labels: list[str], prompts: list[str]
 ) -> Tokens:
-    """Every label in every prompt. Raises ModelError without a text tower or a tokenizer, and for a text that is too long."""
+    """Every label in every prompt. Raises ModelError without a text tower or a tokenizer, and for a
+    text that is too long.
+    """
     if config.family not in FAMILIES or not tensor_shapes(found, {"logit_scale"}):
         raise ModelError(
-            f"{found.model} is a {config.family} model without a text tower, so it cannot read `labels`. "
+            f"{found.model} is a {config.family} model without a text tower, so it cannot read "
+            f"`labels`. "
             "Choose a CLIP or SigLIP checkpoint, or labels: true or false."
         )
     texts = [prompt.replace("{}", label) for label in labels for prompt in prompts]
@@ -56,12 +63,14 @@ def tokens(
     ids, tower = arrays["input_ids"], config.hf.text_config
     if ids.shape[1] > tower.max_position_embeddings:
         raise ModelError(
-            f"{found.model} reads {tower.max_position_embeddings} tokens of a text, and there is one of {ids.shape[1]}: make labels and "
+            f"{found.model} reads {tower.max_position_embeddings} tokens of a text, and there is "
+            f"one of {ids.shape[1]}: make labels and "
             f"prompts shorter, such as {max(texts, key=len)[:80]!r}."
         )
     if ids.max() >= tower.vocab_size:
         raise ModelError(
-            f"{found.model}: its tokenizer is another model's, its tokens go beyond the text tower's {tower.vocab_size}."
+            f"{found.model}: its tokenizer is another model's, its tokens go beyond the text "
+            f"tower's {tower.vocab_size}."
         )
     return Tokens(arrays, len(prompts))
 
@@ -73,7 +82,8 @@ def _tokenised(found: Checkpoint, config: VisionConfig, texts: list[str]) -> dic
     ):
         # transformers would make an empty CLIP tokenizer up
         raise ModelError(
-            f"{found.model} holds no tokenizer ({', or '.join(' and '.join(names) for names in VOCABULARIES)}), so it cannot read "
+            f"{found.model} holds no tokenizer "
+            f"({', or '.join(' and '.join(names) for names in VOCABULARIES)}), so it cannot read "
             "`labels`. Copy it from the checkpoint it was made from."
         )
     from transformers import AutoTokenizer
@@ -90,14 +100,17 @@ def _tokenised(found: Checkpoint, config: VisionConfig, texts: list[str]) -> dic
         ) from error
     except Exception as error:  # whatever a broken or foreign file makes transformers raise
         raise ModelError(
-            f"{found.model}: its tokenizer does not work ({one_line(error)}). Fetch the checkpoint again."
+            f"{found.model}: its tokenizer does not work ({one_line(error)}). Fetch the "
+            f"checkpoint again."
         ) from error
 
 
 def embed(two_towers: Any, texts: Tokens, device: str) -> Any:
-    """A unit vector a label, float32 [C, E] on the CPU. two_towers: transformers' CLIPModel or SiglipModel in float32.
+    """A unit vector a label, float32 [C, E] on the CPU. two_towers: transformers' CLIPModel or
+    SiglipModel in float32.
 
-    Of several prompts: the mean of their unit vectors, of unit length again (Radford et al. 2021, section 3.1.4).
+    Of several prompts: the mean of their unit vectors, of unit length again (Radford et al. 2021,
+    section 3.1.4).
     """
     import torch
     from torch.nn.functional import normalize

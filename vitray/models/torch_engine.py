@@ -1,4 +1,5 @@
-"""The torch engine: cuts images into batches, runs the forward pass (compiled or not) and gathers what it says.
+"""The torch engine: cuts images into batches, runs the forward pass (compiled or not) and gathers
+what it says.
 
 Imported only when a model is opened.
 """
@@ -31,7 +32,9 @@ log = logging.getLogger(__name__)
 
 
 class TorchModel:
-    """Model over a Network in spec.precision. Halves its batch, for good, when the device's memory is too small."""
+    """Model over a Network in spec.precision. Halves its batch, for good, when the device's memory
+    is too small.
+    """
 
     def __init__(
         self,
@@ -65,8 +68,9 @@ class TorchModel:
         self._workers = workers
         self._map: Callable[..., Iterable[Callable[[], list[Any]] | None]] = map
         if device == "cpu":
-            # A thread a batch, and not threads within it: they would wait for each other after every layer, for long where
-            # decoders share the cores. Two Zen 5 cores, ViT-Tiny: 203 images/s so; 204 with threads that spin, 117 with sleeping ones.
+            # A thread a batch, and not threads within it: they would wait for each other after
+            # every layer, for long where decoders share the cores. Two Zen 5 cores, ViT-Tiny: 203
+            # images/s so; 204 with threads that spin, 117 with sleeping ones.
             torch.set_num_threads(1)
         if workers > 1:
             self._map = ThreadPoolExecutor(workers, "vitray-predict").map
@@ -76,20 +80,23 @@ class TorchModel:
             self._compile(packed)
 
     def _compile(self, packed: bool) -> None:
-        """Every size of the ladder, now: none is compiled later. Where that fails all sizes run uncompiled."""
+        """Every size of the ladder, now: none is compiled later. Where that fails all sizes run
+        uncompiled.
+        """
         from torch._dynamo.exc import TorchDynamoException
 
         self._sizes = ladder(self._spec.batch_size)
         self._compiled = dict.fromkeys(self._sizes, torch.compile(self._forward, dynamic=False))
-        # Freezing lays the weights out as this CPU likes them, where they are not packed; then no graph is kept for the next start.
-        # It must be on while dynamo traces, so `options=` would not do. The joint passes turn `Attention`'s matmuls back into the
-        # slower fused kernel.
+        # Freezing lays the weights out as this CPU likes them, where they are not packed; then no
+        # graph is kept for the next start. It must be on while dynamo traces, so `options=` would
+        # not do. The joint passes turn `Attention`'s matmuls back into the slower fused kernel.
         on_cpu = (
             {"freezing": not packed, "use_joint_graph_passes": False}
             if self._device.type == "cpu"
             else {}
         )
-        # Dynamo counts compilations by code, for all models of a process; a ladder is all that one model ever asks for
+        # Dynamo counts compilations by code, for all models of a process; a ladder is all that one
+        # model ever asks for
         of_a_ladder = {"recompile_limit": 256}
         try:
             with (
@@ -107,17 +114,22 @@ class TorchModel:
                         self._step_down(self._sizes)
         except TorchDynamoException as error:
             reason = " ".join(str(error).split())[:200]
-            needs = f"It needs g++, and room in {place}, whose contents the next start compiles anew; or set compile: off"
+            needs = (
+                f"It needs g++, and room in {place}, whose contents the next start compiles anew; "
+                f"or set compile: off"
+            )
             log.warning(
                 "%s runs uncompiled, torch.compile failed: %s. %s", self._spec.model, reason, needs
             )
             self._sizes, self._compiled = (self._spec.batch_size,), {}
 
     def predict(self, pixels: Any) -> Predictions:
-        """Labels and embeddings, batch by batch; on a GPU from several threads at once, to hide what each does besides.
+        """Labels and embeddings, batch by batch; on a GPU from several threads at once, to hide
+        what each does besides.
 
-        pixels: uint8 [N, H, W, 3], RGB, at the processor's size; an array, or a tensor on the device. Raises ModelError for another shape, for results that
-        are not finite in this precision, and when not even one image fits the device.
+        pixels: uint8 [N, H, W, 3], RGB, at the processor's size; an array, or a tensor on the
+        device. Raises ModelError for another shape, for results that are not finite in this
+        precision, and when not even one image fits the device.
         """
         check_pixels(self._spec, pixels)
         parts, done = list[Callable[[], list[Any]]](), 0
@@ -144,9 +156,11 @@ class TorchModel:
         return share(images, sizes[0], self._workers)
 
     def _run_if_it_fits(self, batch: Any, size: int) -> Callable[[], list[Any]] | None:
-        """What waits for scores, ids, then one tensor a vector column; None when the memory does not suffice.
+        """What waits for scores, ids, then one tensor a vector column; None when the memory does
+        not suffice.
 
-        size: how many images the pass is for; what the batch lacks is padded, and cut off the answer.
+        size: how many images the pass is for; what the batch lacks is padded, and cut off the
+        answer.
         """
         try:
             with torch.inference_mode():
@@ -174,7 +188,9 @@ class TorchModel:
             self._forward.caught.tokens.clear()
 
     def _step_down(self, sizes: tuple[int, ...]) -> None:
-        """sizes: those that were too large. Another thread may have stepped down from them meanwhile."""
+        """sizes: those that were too large. Another thread may have stepped down from them
+        meanwhile.
+        """
         with self._stepping:
             if self._sizes == sizes:
                 self._halve()
@@ -182,7 +198,8 @@ class TorchModel:
     def _halve(self) -> None:
         if self._sizes == (1,):
             raise ModelError(
-                f"{self._spec.model} does not fit {self._device}: one image is too much for it. Use a larger device."
+                f"{self._spec.model} does not fit {self._device}: one image is too much for it. "
+                f"Use a larger device."
             )
         if self._device.type != "cpu":
             torch.accelerator.empty_cache()

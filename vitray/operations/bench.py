@@ -1,6 +1,7 @@
 """Where the time goes: images/s of each step alone, of the whole line, and which step is the limit.
 
-All on the same images: the first ones of the job's source, encoded as they are. What is written is removed again.
+All on the same images: the first ones of the job's source, encoded as they are. What is written is
+removed again.
 """
 
 from __future__ import annotations
@@ -39,20 +40,26 @@ from vitray.storage import drop_scratch, is_local, join, scratch, store_for
 LINE_GROWS = 4  # each run of the whole line has so many times the images of the one before
 SHARD_IMAGES, SHARD_BYTES = 512, 128 << 20  # at most; a tar is made in memory
 SCRATCH_BYTES = 4 << 30  # of the longest: what one machine can upload within minutes
-CALLERS = 2  # of the model at a time, as in the line: one's batches are computed while the other's last one ends
+# of the model at a time, as in the line: one's batches are computed while the other's last one ends
+CALLERS = 2
 NEAR = 0.9  # of what the steps alone allow: a line slower than that loses time between them
 
 ADVICE = {
     "read": "larger shards, a store nearby, or more machines",
-    "decode": "more cores for each accelerator, decode: fast (or draft for photos of many megapixels)",
+    "decode": "more cores for each accelerator, decode: fast (or draft for photos of many "
+    "megapixels)",
     "model": "an accelerator, precision: bf16, another engine, or a smaller model",
-    "line": "seconds_by_step, which a run leaves in OUT/_vitray/runs, tells what waits; larger shards and fragment_rows help",
+    "line": "seconds_by_step, which a run leaves in OUT/_vitray/runs, tells what waits; larger "
+    "shards "
+    "and fragment_rows help",
 }
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Images/s, unless named otherwise. ceiling: of the matrix products alone; first_rows_s: from the call to the first staged rows."""
+    """Images/s, unless named otherwise. ceiling: of the matrix products alone; first_rows_s: from
+    the call to the first staged rows.
+    """
 
     images: int
     kilobytes: float
@@ -83,13 +90,20 @@ class Bench:
     def __str__(self) -> str:
         share = " (the CPU's share)" if self.decode_mode in ON_DEVICE else ""
         model = f"{self.engine}, {self.precision}, batch {self.batch_size}, {self.device}"
-        ceiling = f"{self.gflops:,.0f} GFLOP/s of matrix products: the model has {self.model / self.ceiling:.2f}"
-        line = f"{self.line / self.model:.2f} of the model alone; first rows after {self.first_rows_s:.1f} s"
+        ceiling = (
+            f"{self.gflops:,.0f} GFLOP/s of matrix products: the model has "
+            f"{self.model / self.ceiling:.2f}"
+        )
+        line = (
+            f"{self.line / self.model:.2f} of the model alone; first rows after "
+            f"{self.first_rows_s:.1f} s"
+        )
         rows = [
             (
                 "read",
                 self.read,
-                f"the first {self.images} images of the source, {self.read * self.kilobytes / 1000:.0f} MB/s",
+                f"the first {self.images} images of the source, "
+                f"{self.read * self.kilobytes / 1000:.0f} MB/s",
             ),
             ("decode, 1 core", self.decode_core, self.decode_mode),
             (f"decode, {self.cores} cores", self.decode, self.decode_mode + share),
@@ -102,9 +116,11 @@ class Bench:
 
 
 def bench(job: Job, images: int = 256, seconds: float = 6.0, near: str = "") -> Bench:
-    """Time every step alone, for so many seconds, and together, on the first `images` of the source. Wants the whole machine.
+    """Time every step alone, for so many seconds, and together, on the first `images` of the
+    source. Wants the whole machine.
 
-    near: where that is on S3 the whole line reads and writes within it, as a run would, and else in the temporary directory.
+    near: where that is on S3 the whole line reads and writes within it, as a run would, and else in
+    the temporary directory.
     Raises JobError when the source holds no image, and what `run` raises.
     """
     alone = _alone(with_frozen(job), images, seconds, len(os.sched_getaffinity(0)))
@@ -122,10 +138,12 @@ def bench(job: Job, images: int = 256, seconds: float = 6.0, near: str = "") -> 
 def bench_cluster(
     job: Job, address: str, images: int, seconds: float, allow_open_cluster: bool = False
 ) -> Bench:
-    """The same of a Ray cluster: every step alone on one whole machine of it, and the whole line on all of it.
+    """The same of a Ray cluster: every step alone on one whole machine of it, and the whole line on
+    all of it.
 
-    The line runs on tars of the sample in OUT/_vitray/probe-<random>, since where OUT is a run would write too. It is removed
-    afterwards, and what killed ones left before. identify_s: until Ray had let us in; first_rows_s has the rest.
+    The line runs on tars of the sample in OUT/_vitray/probe-<random>, since where OUT is a run
+    would write too. It is removed afterwards, and what killed ones left before. identify_s: until
+    Ray had let us in; first_rows_s has the rest.
     Raises what `bench` and `run` raise, so ClusterError where OUT is not seen by all machines.
     """
     job, started = with_frozen(with_label_names(prepared(job))), time.perf_counter()
@@ -143,14 +161,18 @@ def bench_cluster(
     return replace(
         _bench(replace(alone, identify_s=joined_s), each, max(1, machine.gpus)),
         machines=machine.alike,
-        measured=f"on Ray at {address}: each step alone on {machine.host} (CPUs: {machine.cpus}, GPUs: {machine.gpus}), "
+        measured=f"on Ray at {address}: each step alone on {machine.host} (CPUs: {machine.cpus}, "
+        f"GPUs: "
+        f"{machine.gpus}), "
         f"the whole line on all machines of that size: {machine.alike}{others}",
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Alone:
-    """What one machine does in each step by itself, images/s, one GPU at most; flops: FLOP/s of the matrix products."""
+    """What one machine does in each step by itself, images/s, one GPU at most; flops: FLOP/s of the
+    matrix products.
+    """
 
     dataset: Dataset
     sample: list[Encoded]
@@ -211,7 +233,8 @@ def _alone(job: Job, images: int, seconds: float, cores: int) -> _Alone:
     ):
         reason = decode(sample[:1], dataset.decode_spec)[1][0].reason
         raise JobError(
-            f"none of the first {len(sample)} images can be decoded ({reason}). Check `source` and the job."
+            f"none of the first {len(sample)} images can be decoded ({reason}). Check `source` "
+            f"and the job."
         )
     decode_core, decode_all = (
         _decode(dataset, sample, threads, seconds / 2) for threads in (1, cores)
@@ -337,10 +360,13 @@ def _model(dataset: Dataset, device: str, threads: int, seconds: float) -> float
 
 
 def _line(job: Job, alone: _Alone, machines: int, seconds: float, start: _Start) -> _Line:
-    """Of runs on tars of the sample in `start.folder`, each LINE_GROWS times the one before, until two differ by so many seconds.
+    """Of runs on tars of the sample in `start.folder`, each LINE_GROWS times the one before, until
+    two differ by so many seconds.
 
-    The rate is the slope between the last two: what is in the queues at the first rows and at the end cancels out. How fast the
-    line is, its steps alone do not say: a tiny ViT on a Ray of two busy cores made 54 images/s, the model alone 3,500.
+    The rate is the slope between the last two: what is in the queues at the first rows and at the
+    end cancels out. How fast the
+    line is, its steps alone do not say: a tiny ViT on a Ray of two busy cores made 54 images/s, the
+    model alone 3,500.
     """
     images = int(
         max(
@@ -363,7 +389,9 @@ def _line(job: Job, alone: _Alone, machines: int, seconds: float, start: _Start)
 
 
 def _row_bytes(made: Dataset) -> float:
-    """Of a row in Parquet, of the images that are different: what repeats itself costs nearly nothing there."""
+    """Of a row in Parquet, of the images that are different: what repeats itself costs nearly
+    nothing there.
+    """
     rows = read(made.out)
     rows = rows.slice(0, len(rows["content_hash"].unique()))
     return len(parquet_of(made, [rows], dict)[0]) / max(1, len(rows))

@@ -1,8 +1,10 @@
-"""Few large files instead of one a shard: the same rows in the same order, for readers that want few.
+"""Few large files instead of one a shard: the same rows in the same order, for readers that want
+few.
 
-A part is named by a hash of the data files that it gathers and is created once, so that the same call goes on after a kill and does
-only what is new when the dataset has grown. `_COMPACT.json` comes last: it is there exactly while all parts are, and none besides; until
-then `_COMPACTING.json` says whose they are.
+A part is named by a hash of the data files that it gathers and is created once, so that the same
+call goes on after a kill and does only what is new when the dataset has grown. `_COMPACT.json`
+comes last: it is there exactly while all parts are, and none besides; until then `_COMPACTING.json`
+says whose they are.
 """
 
 from __future__ import annotations
@@ -51,9 +53,11 @@ class Compaction:
 
 
 def compact(out: str, into: str, megabytes: int = 256) -> Compaction:
-    """Gather the data files of a complete dataset into files of at least so many megabytes each, but for the last.
+    """Gather the data files of a complete dataset into files of at least so many megabytes each,
+    but for the last.
 
-    Raises JobError when `out` is not complete or `into` holds something else, such as another dataset's parts.
+    Raises JobError when `out` is not complete or `into` holds something else, such as another
+    dataset's parts.
     """
     dataset, into = require_complete(out), absolute(into)
     require_outside(dataset, "--into", into)
@@ -93,7 +97,8 @@ def _parts_there(into: str) -> set[str]:
     ours = {name for name in names if is_marked and OURS.fullmatch(name)}
     if foreign := sorted(names - ours - {WHOLE, BEGUN}):
         raise JobError(
-            f"--into {into} holds {foreign[0]}, which is no part of ours: choose an empty directory."
+            f"--into {into} holds {foreign[0]}, which is no part of ours: choose an empty "
+            f"directory."
         )
     return ours
 

@@ -1,4 +1,6 @@
-"""What a job will take and cost, from rates measured on a sample of its input and a table of the user's prices. Pure numbers."""
+"""What a job will take and cost, from rates measured on a sample of its input and a table of the
+user's prices. Pure numbers.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,10 @@ WRITES_A_SHARD, READS_A_SHARD = (
 
 
 class Rates(Protocol):
-    """What `bench` measured, of one of `machines`. Images/s; identify_s, first_rows_s: seconds until the model is known, and from there to the first rows; kilobytes, of an image, in and out."""
+    """What `bench` measured, of one of `machines`. Images/s; identify_s, first_rows_s: seconds
+    until the model is known, and from there to the first rows; kilobytes, of an image, in and
+    out.
+    """
 
     @property
     def line(self) -> float: ...
@@ -63,7 +68,8 @@ class Rates(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Of what is to do. images_per_s, more_cpu, more_gpu: of one machine; as it is, and with one core or GPU more (None: no GPU).
+    """Of what is to do. images_per_s, more_cpu, more_gpu: of one machine; as it is, and with one
+    core or GPU more (None: no GPU).
 
     money: in the currency of the prices, by what it is for; None without prices.
     """
@@ -82,7 +88,8 @@ class Estimate:
     def __str__(self) -> str:
         gpu = "" if self.more_gpu is None else f", one more GPU {self.more_gpu:,.1f}"
         lines = [
-            f"time       {_span(self.seconds)} on {count(self.machines, 'such machine')} ({self.images_per_s:,.1f} images/s each)",
+            f"time       {_span(self.seconds)} on {count(self.machines, 'such machine')} "
+            f"({self.images_per_s:,.1f} images/s each)",
             f"measured   {self.measured}",
             f"limit      {self.limit}; one more core would give {self.more_cpu:,.1f} images/s{gpu}",
             f"bytes out  {decimal(self.out_bytes)}",
@@ -104,7 +111,9 @@ def estimate(
     machines: int | None = None,
     prices: dict[str, float] | None = None,
 ) -> Estimate:
-    """What `images` in `shards` will take on so many machines like the one that was measured; by default on all that were."""
+    """What `images` in `shards` will take on so many machines like the one that was measured; by
+    default on all that were.
+    """
     machines = machines or rates.machines
     seconds = (
         START_S + rates.identify_s + rates.first_rows_s + images / rates.line / machines

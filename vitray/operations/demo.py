@@ -1,4 +1,6 @@
-"""`vitray demo`: shapes drawn into shards, a tiny ViT trained on such shapes, and a job that labels them."""
+"""`vitray demo`: shapes drawn into shards, a tiny ViT trained on such shapes, and a job that labels
+them.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ IMAGES = 100  # a shard
 
 
 def build(directory: str, seed: int = 7) -> tuple[Job, float]:
-    """Write model/ and shards/ into a directory; returns the job and the model's accuracy on held-out shapes.
+    """Write model/ and shards/ into a directory; returns the job and the model's accuracy on
+    held-out shapes.
 
     What is there from an earlier call is kept. Raises StorageError where nothing can be made.
     """

@@ -33,10 +33,13 @@ from vitray.storage import exists, join
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a run would do. images: of the selected shards, exact or estimated. decided: frozen values, None before the first run.
+    """What a run would do. images: of the selected shards, exact or estimated. decided: frozen
+    values, None before the first run.
 
-    left_out: files that have no row, by left_out.LEFT_OUT; suffixes: theirs. What tars hold beside images is known when they are read.
-    shards_not_selected, images_not_selected: what since, sample and limit leave; images are estimated for tars.
+    left_out: files that have no row, by left_out.LEFT_OUT; suffixes: theirs. What tars hold beside
+    images is known when they are read.
+    shards_not_selected, images_not_selected: what since, sample and limit leave; images are
+    estimated for tars.
     """
 
     out: str
@@ -61,11 +64,13 @@ class Plan:
             ("model", "precision", "engine", "batch_size", "fragment_rows"), "decided at run"
         )
         lines = [
-            f"source     {count(self.shards, f'{self.kind} shard'.strip())}, {about}{count(self.images, 'image')}, {decimal(self.size_bytes)}",
+            f"source     {count(self.shards, f'{self.kind} shard'.strip())}, "
+            f"{about}{count(self.images, 'image')}, {decimal(self.size_bytes)}",
             f"committed  {count(self.committed, 'shard')}",
             *([f"left out   {describe(self.left_out, self.suffixes)}"] if self.left_out else []),
             *([f"not chosen {self._not_selected()}"] if self.shards_not_selected else []),
-            f"to do      {count(self.pending, 'shard')}, {about}{count(self.pending_images, 'image')}",
+            f"to do      {count(self.pending, 'shard')}, "
+            f"{about}{count(self.pending_images, 'image')}",
             *(f"{name:<10} {value}" for name, value in decided.items()),
             f"compile    {self.compile}",
             f"out        {self.out}",
@@ -74,15 +79,20 @@ class Plan:
 
     def _not_selected(self) -> str:
         about = "" if self.images_exact else "about "
-        return f"{count(self.shards_not_selected, 'shard')} with {about}{count(self.images_not_selected, 'image')}, by since, sample or limit"
+        return (
+            f"{count(self.shards_not_selected, 'shard')} with "
+            f"{about}{count(self.images_not_selected, 'image')}, by since, sample or limit"
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """How far a dataset is. complete: _SUCCESS.json is there, and every file that it counts. staged: {pending shard: images staged of it}.
+    """How far a dataset is. complete: _SUCCESS.json is there, and every file that it counts.
+    staged: {pending shard: images staged of it}.
 
-    left_out: what has no row, by left_out.LEFT_OUT: files in the source as the last run saw it, and what the committed shards hold
-    beside their images. suffixes: of those files. image_members: images by the tar member they came from.
+    left_out: what has no row, by left_out.LEFT_OUT: files in the source as the last run saw it, and
+    what the committed shards hold beside their images. suffixes: of those files. image_members:
+    images by the tar member they came from.
     """
 
     out: str
@@ -106,7 +116,8 @@ class Status:
             state = "not complete: mend or remove the shards set aside, then run the job again"
         lines = [
             f"{self.out}: {state}",
-            f"committed  {count(self.shards, 'shard')}, {count(self.rows, 'row')}, {count(self.errors, 'error')}, "
+            f"committed  {count(self.shards, 'shard')}, {count(self.rows, 'row')}, "
+            f"{count(self.errors, 'error')}, "
             f"{count(len(self.truncated), 'shard')} cut short",
             *(
                 f"cut short  {shard}: at byte {at:,}"
@@ -120,17 +131,20 @@ class Status:
                 else []
             ),
             *([f"members    {self._members()}"] if self.image_members else []),
-            f"staged     {count(sum(self.staged.values()), 'image')} of {count(len(self.staged), 'shard')}",
+            f"staged     {count(sum(self.staged.values()), 'image')} of "
+            f"{count(len(self.staged), 'shard')}",
             *(f"{name:<10} {value}" for name, value in self.decided.items()),
         ]
         if self.last_run is not None:
             lines.append(
-                f"last run   {self.last_run['finished']}: {self.last_run['images']:,} images, {self.last_run['images_per_s']}/s"
+                f"last run   {self.last_run['finished']}: {self.last_run['images']:,} images, "
+                f"{self.last_run['images_per_s']}/s"
             )
             lines += [f"ended      {self.last_run['ended']}"] if "ended" in self.last_run else []
             if "seconds_over_planned" in self.last_run:
                 lines.append(
-                    f"planned    took {self.last_run['seconds_over_planned']} of the time that was planned"
+                    f"planned    took {self.last_run['seconds_over_planned']} of the time that "
+                    f"was planned"
                 )
             if isinstance(aside, dict) and not self.complete:
                 lines += [f"set aside  {shard}: {why}" for shard, why in aside.items()]
@@ -141,7 +155,10 @@ class Status:
         shards, images = (
             int(last.get(name) or 0) for name in ("shards_not_selected", "images_not_selected")
         )
-        return f"{count(shards, 'shard')} with {count(images, 'image')}, by since, sample or limit of the last run"
+        return (
+            f"{count(shards, 'shard')} with {count(images, 'image')}, by since, sample or limit of "
+            f"the last run"
+        )
 
     def _members(self) -> str:
         most = sorted(self.image_members.items(), key=lambda item: (-item[1], item[0]))
@@ -149,7 +166,9 @@ class Status:
 
 
 def plan(job: Job) -> Plan:
-    """What `run` would do now. Raises SourceError for an empty or unreadable source, JobError for an `out` inside it, ModelError for an engine without the precision."""
+    """What `run` would do now. Raises SourceError for an empty or unreadable source, JobError for
+    an `out` inside it, ModelError for an engine without the precision.
+    """
     require_precision(job)
     job = prepared(job)
     out = job.out
@@ -235,7 +254,9 @@ def status(out: str) -> Status:
 
 
 def decided_values(dataset: Dataset) -> dict[str, str]:
-    """The frozen values a person asks for; by what it labels, where that is not the checkpoint's own head."""
+    """The frozen values a person asks for; by what it labels, where that is not the checkpoint's
+    own head.
+    """
     spec, more = dataset.spec, dict[str, str]()
     if spec.head:
         over = f", over the stored {spec.head_column}" if spec.head_column else ""

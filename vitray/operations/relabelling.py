@@ -1,6 +1,8 @@
-"""Other labels for a finished dataset, by a linear head over the embeddings that it holds: no image is read again.
+"""Other labels for a finished dataset, by a linear head over the embeddings that it holds: no image
+is read again.
 
-The new dataset has the shards, rows, errors and vectors of the old one. Like a run, the call does what is missing, and is safe to repeat.
+The new dataset has the shards, rows, errors and vectors of the old one. Like a run, the call does
+what is missing, and is safe to repeat.
 """
 
 from __future__ import annotations
@@ -53,7 +55,8 @@ class Relabelling:
 
     def __str__(self) -> str:
         return (
-            f"{self.into}: {count(self.shards, 'shard')} relabelled by {self.column}, {self.written} of them now, "
+            f"{self.into}: {count(self.shards, 'shard')} relabelled by {self.column}, "
+            f"{self.written} of them now, "
             f"{count(self.rows, 'row')}, {count(self.errors, 'error')}"
         )
 
@@ -61,8 +64,8 @@ class Relabelling:
 def relabel(out: str, head: str, into: str) -> Relabelling:
     """The dataset `out` with the labels of a head, as a dataset of its own in `into`.
 
-    Raises JobError when `out` is not complete or lacks the embedding that the head reads, ModelError for a head of another model,
-    FingerprintError when `into` belongs to another job.
+    Raises JobError when `out` is not complete or lacks the embedding that the head reads,
+    ModelError for a head of another model, FingerprintError when `into` belongs to another job.
     """
     old, into, url = require_complete(out), absolute(into), absolute(head)
     require_outside(old, "--into", into)
@@ -122,7 +125,8 @@ def _column_for(dataset: Dataset, head: Head, url: str) -> VectorColumn:
     if wanted not in there:
         known = "; ".join(f"{vector.column}: {said(*spec)}" for spec, vector in there.items())
         raise JobError(
-            f"head {url} reads {said(*wanted)}, and {dataset.out} has {known or 'no embeddings'}. Make a head for one of these, or run "
+            f"head {url} reads {said(*wanted)}, and {dataset.out} has {known or 'no embeddings'}. "
+            f"Make a head for one of these, or run "
             "the job with head: and another `out`."
         )
     return there[wanted]

@@ -1,6 +1,8 @@
-"""A job on a cluster that is reached by HTTP: handed over by Ray's job API, followed, stopped. The cluster needs vitray installed.
+"""A job on a cluster that is reached by HTTP: handed over by Ray's job API, followed, stopped. The
+cluster needs vitray installed.
 
-What travels is the job, and a working tree where one is asked for; never an environment, a credential or a token.
+What travels is the job, and a working tree where one is asked for; never an environment, a
+credential or a token.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ _ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """A job that a cluster was given. status: PENDING, RUNNING, or one of OVER. exit_code: vitray's, None until it is over."""
+    """A job that a cluster was given. status: PENDING, RUNNING, or one of OVER. exit_code:
+    vitray's, None until it is over.
+    """
 
     id: str
     address: str
@@ -74,9 +78,11 @@ class Submission:
 
 
 class Cluster:
-    """Ray's job API at `address`, like http://head:8265. Reads RAY_AUTH_MODE and RAY_AUTH_TOKEN, as Ray does.
+    """Ray's job API at `address`, like http://head:8265. Reads RAY_AUTH_MODE and RAY_AUTH_TOKEN, as
+    Ray does.
 
-    Raises ClusterError where nothing answers, or where it answers without a token and not `allow_open`.
+    Raises ClusterError where nothing answers, or where it answers without a token and not
+    `allow_open`.
     """
 
     def __init__(self, address: str, allow_open: bool = False) -> None:
@@ -96,7 +102,8 @@ class Cluster:
         with self._told():
             if not allow_open and _answers_strangers(self.address):
                 raise ClusterError(
-                    f"{self.address} answers without a token: whoever reaches it can run code there. Start it with "
+                    f"{self.address} answers without a token: whoever reaches it can run code "
+                    f"there. Start it with "
                     "RAY_AUTH_MODE=token, or say --allow-open-cluster."
                 )
             from ray.job_submission import JobSubmissionClient
@@ -115,7 +122,8 @@ class Cluster:
     ) -> Submission:
         """Hand a job over. Its paths must mean the same there: s3://, or absolute.
 
-        working_dir: a directory that travels too, without what its .gitignore names; it is the job's current directory there.
+        working_dir: a directory that travels too, without what its .gitignore names; it is the
+        job's current directory there.
         """
         job = with_label_names(job)
         _require_shared_paths(job, working_dir)
@@ -124,7 +132,8 @@ class Cluster:
             raise JobError(f"--submission-id {name!r}: letters, digits, - and _ only, 100 at most")
         if known := self._known(name):
             raise JobError(
-                f"{name} was submitted before: {known.status}. Choose another --submission-id, or leave it out."
+                f"{name} was submitted before: {known.status}. Choose another --submission-id, or "
+                f"leave it out."
             )
         entrypoint = [
             "vitray",
@@ -164,7 +173,8 @@ class Cluster:
         """Where a submission stands. Raises JobError for one that the cluster does not know."""
         if (found := self._known(submission_id)) is None:
             raise JobError(
-                f"{self.address} knows no submission {submission_id}. `submit` prints its id, and Ray forgets old ones."
+                f"{self.address} knows no submission {submission_id}. `submit` prints its id, and "
+                f"Ray forgets old ones."
             )
         return found
 
@@ -210,7 +220,8 @@ class Cluster:
             time.sleep(0.5)
         if found.exit_code is None:
             raise ClusterError(
-                f"{submission_id} is still {found.status} {ANSWER_S:.0f} s after it was asked to end. Ask again."
+                f"{submission_id} is still {found.status} {ANSWER_S:.0f} s after it was asked to "
+                f"end. Ask again."
             )
         return found
 
@@ -225,7 +236,8 @@ class Cluster:
                     if fresh:
                         write(fresh)
                     written, heard = max(written, seen), time.monotonic()
-            except Exception as error:  # a broken connection comes as one of many; a proxy may let no log through at all
+            except Exception as error:
+                # a broken connection comes as one of many; a proxy may let no log through at all
                 broken = error
             try:
                 found = await asyncio.to_thread(self.find, submission_id)
@@ -238,7 +250,8 @@ class Cluster:
             if broken is not None and silent > LOST_S:
                 where = f"vitray status {submission_id} --follow --address {self.address}"
                 raise ClusterError(
-                    f"{self.address} has not answered for {LOST_S:.0f} s ({one_line(broken)}); the job may go on: {where}"
+                    f"{self.address} has not answered for {LOST_S:.0f} s ({one_line(broken)}); "
+                    f"the job may go on: {where}"
                 ) from broken
             if broken is not None and silent > TOLD_S and not is_told:
                 log.warning(
@@ -291,7 +304,8 @@ class Cluster:
             raise
         except Exception as error:  # of five libraries
             raise ClusterError(
-                f"{self.address}: {_root_of(error)}. Check the address, RAY_AUTH_MODE and RAY_AUTH_TOKEN."
+                f"{self.address}: {_root_of(error)}. Check the address, RAY_AUTH_MODE and "
+                f"RAY_AUTH_TOKEN."
             ) from error
 
 
@@ -301,7 +315,9 @@ def new_id() -> str:
 
 
 def _root_of(error: BaseException) -> str:
-    """What the system said, where that is at the root of what others wrapped into each other; else the error's own text."""
+    """What the system said, where that is at the root of what others wrapped into each other; else
+    the error's own text.
+    """
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.strerror:
@@ -331,7 +347,8 @@ def _answers_strangers(address: str) -> bool:
     ).status_code
     if status not in (200, 401, 403):  # a redirect could lead to an open one
         raise ClusterError(
-            f"{address} does not say whether it asks for a token (HTTP {status}). Give the job API's own URL; else run again."
+            f"{address} does not say whether it asks for a token (HTTP {status}). Give the job "
+            f"API's own URL; else run again."
         )
     return bool(status == 200)
 
@@ -348,13 +365,16 @@ def _require_shared_paths(job: Job, working_dir: str | None) -> None:
         (place for place in places if not _REMOTE.match(place) and not os.path.isabs(place)), None
     ):
         raise JobError(
-            f"{local!r} is a path of this machine; on a cluster give s3://… or an absolute path that every machine sees"
+            f"{local!r} is a path of this machine; on a cluster give s3://… or an absolute path "
+            f"that every machine sees"
             + (" (what --working-dir takes along lies elsewhere on each)" if working_dir else "")
         )
 
 
 def _link(working_dir: str | None, folder: str) -> None:
-    """A directory of links to what stands in another: Ray packs what they lead to, and a file of ours can stand beside them."""
+    """A directory of links to what stands in another: Ray packs what they lead to, and a file of
+    ours can stand beside them.
+    """
     os.mkdir(folder)
     if working_dir is not None and not os.path.isdir(working_dir):
         raise JobError(f"--working-dir {working_dir} is not a directory")

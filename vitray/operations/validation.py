@@ -50,12 +50,16 @@ UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, Syste
 
 @dataclass(frozen=True, slots=True)
 class Validation:
-    """What was checked and what is wrong. problems: one line each, naming the file. pending: inputs not labelled yet.
+    """What was checked and what is wrong. problems: one line each, naming the file. pending: inputs
+    not labelled yet.
 
-    compared: the data files whose input is still where the last run looked, and was read again; None where nobody asked.
-    images: in the committed shards, counted in the source again: for them rows + errors = images. None where nobody asked.
+    compared: the data files whose input is still where the last run looked, and was read again;
+    None where nobody asked.
+    images: in the committed shards, counted in the source again: for them rows + errors = images.
+    None where nobody asked.
     uncounted: committed tars on a store that were not read for that; `content` reads them.
-    left_out: what the source holds beside those images, by left_out.LEFT_OUT; suffixes: of the files among it.
+    left_out: what the source holds beside those images, by left_out.LEFT_OUT; suffixes: of the
+    files among it.
     """
 
     out: str
@@ -84,7 +88,8 @@ class Validation:
         lines = [f"{self.out}: {verdict}; {held}"]
         if self.pending or self.gone:
             lines.append(
-                f"inputs: {count(self.pending, 'shard')} not committed yet, {self.gone} committed ones no longer listed"
+                f"inputs: {count(self.pending, 'shard')} not committed yet, {self.gone} committed "
+                f"ones no longer listed"
             )
         if self.images is not None:
             more = (
@@ -103,9 +108,11 @@ class Validation:
 
 
 def validate(out: str, inputs: bool = True, content: bool = False) -> Validation:
-    """Check a whole dataset. inputs: list the source again too; content: read every image's bytes again and compare hashes.
+    """Check a whole dataset. inputs: list the source again too; content: read every image's bytes
+    again and compare hashes.
 
-    Raises JobError when there is no dataset. Everything else that is wrong is a problem in the answer.
+    Raises JobError when there is no dataset. Everything else that is wrong is a problem in the
+    answer.
     """
     dataset = require_dataset(out)
     listed, problems = _manifest_rows(dataset)
@@ -172,7 +179,9 @@ def validate(out: str, inputs: bool = True, content: bool = False) -> Validation
 def _count_again(
     dataset: Dataset, shard: Shard, footer: Footer, content: bool
 ) -> tuple[int | None, list[str]]:
-    """How many images the source holds in a committed shard, and what is wrong with that; None where a tar on a store was not read."""
+    """How many images the source holds in a committed shard, and what is wrong with that; None
+    where a tar on a store was not read.
+    """
     if shard.kind == "tar" and not is_local(shard.url) and not content:
         return None, []
     try:
@@ -190,7 +199,8 @@ def _count_again(
         and left_out != _without_pages(footer.left_out)
     ):
         problems.append(
-            f"the source has {describe(left_out)} without a row, the dataset counted {describe(footer.left_out)}"
+            f"the source has {describe(left_out)} without a row, the dataset counted "
+            f"{describe(footer.left_out)}"
         )
     return images, problems
 
@@ -211,7 +221,10 @@ def _manifest_rows(dataset: Dataset) -> tuple[dict[str, dict[str, object]] | Non
             raise StorageError("the one that _SUCCESS.json names does not exist.")
         return None if manifest is None else {row["shard"]: row for row in manifest.to_pylist()}, []
     except (StorageError, *UNREADABLE) as error:
-        step = "Delete _SUCCESS.json and _vitray/manifest-*.parquet, then run the job again to make them anew."
+        step = (
+            "Delete _SUCCESS.json and _vitray/manifest-*.parquet, then run the job again to make "
+            "them anew."
+        )
         return None, [f"the manifest cannot be read: {one_line(error)}. {step}"]
 
 
@@ -263,11 +276,17 @@ def _check_errors(dataset: Dataset, shard: str, footer: Footer) -> Iterator[str]
     try:
         copy = read_table(pa.BufferReader(read(dataset.errors_url(shard))))
         if not copy.equals(footer.error_rows):
-            yield "its error rows differ from what the data file carries; run the job again to repair it"
+            yield (
+                "its error rows differ from what the data file carries; run the job again to "
+                "repair it"
+            )
     except ObjectMissing:
         yield "its file of error rows is missing; run the job again to repair it"
     except UNREADABLE as error:
-        yield f"its file of error rows cannot be read; delete it and run the job again to repair it ({one_line(error)})"
+        yield (
+            f"its file of error rows cannot be read; delete it and run the job again to repair it "
+            f"({one_line(error)})"
+        )
 
 
 def _check_rows(
@@ -360,4 +379,7 @@ def _check_content(dataset: Dataset, shard: Shard, footer: Footer) -> Iterator[s
         yield f"the source cannot be read again: {one_line(error)}"
         return
     if footer.source_rules > 1 and dict(+left_out) != _without_pages(footer.left_out):
-        yield f"the source has {describe(+left_out)} without a row, the dataset counted {describe(footer.left_out)}"
+        yield (
+            f"the source has {describe(+left_out)} without a row, the dataset counted "
+            f"{describe(footer.left_out)}"
+        )

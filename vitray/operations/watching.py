@@ -34,7 +34,8 @@ def summary(result: Result, job: Job) -> str:
     took = f"{count(result.images, 'image')} computed in {result.seconds:.1f} s{speed}"
     lines = [
         f"{count(result.committed, 'shard')} committed now ({took})",
-        f"{result.out}: {count(result.shards, 'shard')}, {count(result.rows, 'row')}, {count(result.errors, 'error')}",
+        f"{result.out}: {count(result.shards, 'shard')}, {count(result.rows, 'row')}, "
+        f"{count(result.errors, 'error')}",
     ]
     lines += [f"  {count} {reason} in this run" for reason, count in sorted(result.reasons.items())]
     lines += [f"set aside  {shard}: {why}" for shard, why in result.set_aside.items()]
@@ -45,12 +46,16 @@ def summary(result: Result, job: Job) -> str:
     lines += [f"note       {shard}: {text}" for shard, text in result.notes.items()]
     if result.gone:
         lines.append(
-            f"no longer in the source: {count(result.gone, 'committed shard')}; --prune removes the rows"
+            f"no longer in the source: {count(result.gone, 'committed shard')}; --prune removes "
+            f"the rows"
         )
     if result.left_out:
         lines.append(f"left out   {describe(result.left_out, result.suffixes)}")
     if result.shards_not_selected:
-        what = f"{count(result.shards_not_selected, 'shard')} with {count(result.images_not_selected, 'image')}"
+        what = (
+            f"{count(result.shards_not_selected, 'shard')} with "
+            f"{count(result.images_not_selected, 'image')}"
+        )
         lines.append(f"not chosen {what}, by since, sample or limit")
     if result.shards and not result.rows + result.errors:
         lines.append("the shards held no image: check `source`")
@@ -64,7 +69,8 @@ def summary(result: Result, job: Job) -> str:
         lines.append(f"arrived since: {count(arrived, 'shard')}; run again")
     if result.set_aside:
         lines.append(
-            f"next: mend or remove those shards, then run again (vitray status {shlex.quote(job.out)})"
+            f"next: mend or remove those shards, then run again (vitray status "
+            f"{shlex.quote(job.out)})"
         )
     return "\n".join(lines)
 
@@ -106,15 +112,18 @@ def view(progress: Progress) -> Table:
         ("", bar),
         (
             "shards",
-            f"{progress.shards_done:,} of {progress.shards:,} done, {progress.shards_staged:,} staged in part, {progress.set_aside} set aside",
+            f"{progress.shards_done:,} of {progress.shards:,} done, {progress.shards_staged:,} "
+            f"staged in part, {progress.set_aside} set aside",
         ),
         (
             "images",
-            f"{progress.images:,}{of}, {progress.errors:,} failed, {progress.resumed:,} found staged",
+            f"{progress.images:,}{of}, {progress.errors:,} failed, {progress.resumed:,} found "
+            f"staged",
         ),
         (
             "images/s",
-            f"{progress.rate_now():,.1f} now, {progress.rate():,.1f} in the mean, {decimal(progress.size_bytes)} read",
+            f"{progress.rate_now():,.1f} now, {progress.rate():,.1f} in the mean, "
+            f"{decimal(progress.size_bytes)} read",
         ),
         ("ETA", "not known yet" if left is None else str(timedelta(seconds=round(left)))),
         *(("failed", f"{count:,} {reason}") for reason, count in sorted(progress.reasons.items())),
@@ -136,7 +145,9 @@ _seen: list[tuple[float, list[float]]] = []
 
 
 def _gpus() -> list[float]:
-    """The share of time in which each NVIDIA GPU of this machine worked; asked for once in LOOK_S, and no more once it did not answer."""
+    """The share of time in which each NVIDIA GPU of this machine worked; asked for once in LOOK_S,
+    and no more once it did not answer.
+    """
     if _seen and time.monotonic() - _seen[-1][0] < LOOK_S:
         return _seen[-1][1]
     at, shares, command = math.inf, list[float](), shutil.which("nvidia-smi")

@@ -1,5 +1,5 @@
-"""The straight line: runner.py, the run from listing to manifest; steps.py, what happens to a fragment; line.py, how Ray Data
-moves it; cluster.py, Ray itself; progress.py, how far it is.
+"""The straight line: runner.py, the run from listing to manifest; steps.py, what happens to a
+fragment; line.py, how Ray Data moves it; cluster.py, Ray itself; progress.py, how far it is.
 """
 
 from vitray.pipeline.cluster import joined, on_machine

@@ -24,15 +24,19 @@ log = logging.getLogger(__name__)
 RETRIES = 3  # of a task or an actor; Ray's own defaults are endless
 SEEN_S = 20.0
 SAID_S = 30.0  # between two words about waiting
-PLACE_S = 3600.0  # for a machine that has room for the model: others may have taken them, or an autoscaler may bring one
+# for a machine that has room for the model: others may have taken them, or an autoscaler may bring
+# one
+PLACE_S = 3600.0
 START_S = 120  # Ray's own waits inside ray.init are shorter
 
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """What each step gets. Fractions are of one CPU; every step has its own number, or Ray would fuse decode into the actor.
+    """What each step gets. Fractions are of one CPU; every step has its own number, or Ray would
+    fuse decode into the actor.
 
-    A whole CPU always stays beside the actors: with all CPUs taken, readers starve and nothing moves.
+    A whole CPU always stays beside the actors: with all CPUs taken, readers starve and nothing
+    moves.
     """
 
     actors: int
@@ -49,7 +53,9 @@ class Shares:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """One machine of a cluster. alike: how many have its size, with it; others: machines of other sizes."""
+    """One machine of a cluster. alike: how many have its size, with it; others: machines of other
+    sizes.
+    """
 
     node: str
     host: str
@@ -60,7 +66,9 @@ class Machine:
 
 
 def share_out(nodes: list[dict[str, float]], device: str) -> Shares:
-    """Shares for the alive nodes, each {"CPU": n, "GPU": n}. Raises ClusterError with the sizes it needs."""
+    """Shares for the alive nodes, each {"CPU": n, "GPU": n}. Raises ClusterError with the sizes it
+    needs.
+    """
     cpus = sum(node.get("CPU", 0) for node in nodes)
     gpus = sum(node.get("GPU", 0) for node in nodes) if device in ("auto", "cuda") else 0
     if cpus < 2:
@@ -72,7 +80,8 @@ def share_out(nodes: list[dict[str, float]], device: str) -> Shares:
         free = cpus - actors
         if free < 1:
             raise ClusterError(
-                f"the cluster has {cpus:g} CPUs for {gpus:g} GPUs; it needs one a GPU and at least one more"
+                f"the cluster has {cpus:g} CPUs for {gpus:g} GPUs; it needs one a GPU and at "
+                f"least one more"
             )
     else:
         hosts = [node["CPU"] for node in nodes if node.get("CPU", 0) >= 2]
@@ -106,10 +115,11 @@ def own_cpus() -> int:
 
 @contextlib.contextmanager
 def ray_session(address: str | None, allow_open: bool = False) -> Iterator[None]:
-    """Ray for the length of a block: the one at `address` (or RAY_ADDRESS), else one of our own that ends with it.
+    """Ray for the length of a block: the one at `address` (or RAY_ADDRESS), else one of our own
+    that ends with it.
 
-    Our own has token auth with a token that is written nowhere, no dashboard and no usage reports. Raises ClusterError at one
-    that asks for no token, unless `allow_open`.
+    Our own has token auth with a token that is written nowhere, no dashboard and no usage reports.
+    Raises ClusterError at one that asks for no token, unless `allow_open`.
     """
     where = address or os.environ.get("RAY_ADDRESS") or "local"
     if where == "local":
@@ -163,19 +173,23 @@ def _require_token(where: str, gcs: str) -> None:
             ):
                 return  # unavailable without TLS, where Ray has it
             raise ClusterError(
-                f"Ray at {where} does not say whether it asks for a token ({error.code().name}). Run again, or say --allow-open-cluster."
+                f"Ray at {where} does not say whether it asks for a token ({error.code().name}). "
+                f"Run again, or say --allow-open-cluster."
             ) from error
     raise ClusterError(
-        f"Ray at {where} answers without a token: whoever reaches it can run code there. Start it with RAY_AUTH_MODE=token, "
+        f"Ray at {where} answers without a token: whoever reaches it can run code there. Start it "
+        f"with RAY_AUTH_MODE=token, "
         "or say --allow-open-cluster."
     )
 
 
 @contextlib.contextmanager
 def _started(where: str, options: dict[str, Any]) -> Iterator[None]:
-    """ray.init in a thread of its own, so that a signal cannot raise inside its C++ (which aborts) and Ray leaves SIGTERM alone.
+    """ray.init in a thread of its own, so that a signal cannot raise inside its C++ (which aborts)
+    and Ray leaves SIGTERM alone.
 
-    The thread lives as long as the session: Ray's processes ask to be killed when the thread that made them ends.
+    The thread lives as long as the session: Ray's processes ask to be killed when the thread that
+    made them ends.
     """
     import ray
 
@@ -203,7 +217,8 @@ def _started(where: str, options: dict[str, Any]) -> Iterator[None]:
                 " ".join(str(failed[0]).split())[:300] if failed else f"nothing came in {START_S} s"
             )
             raise ClusterError(
-                f"Ray at {where} does not answer: {why}. Check the address, that the cluster runs this version of Ray, and "
+                f"Ray at {where} does not answer: {why}. Check the address, that the cluster runs "
+                f"this version of Ray, and "
                 "RAY_AUTH_MODE and RAY_AUTH_TOKEN."
             ) from (failed[0] if failed else None)
         context = ray.get_runtime_context()
@@ -222,7 +237,8 @@ def _started(where: str, options: dict[str, Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_native_noise() -> Iterator[None]:
-    """What Ray's C++ writes to file descriptor 2 goes nowhere (it has log files); Python's sys.stderr stays.
+    """What Ray's C++ writes to file descriptor 2 goes nowhere (it has log files); Python's
+    sys.stderr stays.
 
     It warns in red of every actor with bounded restarts. With --debug nothing is hidden.
     """
@@ -252,7 +268,9 @@ def _without_native_noise() -> Iterator[None]:
 
 
 def _set_up_token() -> None:
-    """Token auth for a Ray that we start, unless RAY_AUTH_MODE says otherwise. Ray reads it once, when it is imported."""
+    """Token auth for a Ray that we start, unless RAY_AUTH_MODE says otherwise. Ray reads it once,
+    when it is imported.
+    """
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if os.environ["RAY_AUTH_MODE"] == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -270,7 +288,9 @@ def alive_nodes() -> list[dict[str, Any]]:
 
 
 def typical_machine(nodes: list[dict[str, Any]], device: str) -> Machine:
-    """Of the alive nodes: where the model would run, the commonest size. Raises ClusterError where nothing could run."""
+    """Of the alive nodes: where the model would run, the commonest size. Raises ClusterError where
+    nothing could run.
+    """
     share_out([node["Resources"] for node in nodes], device)
     sizes = [
         (int(r.get("GPU", 0)) if device != "cpu" else 0, int(r["CPU"]))
@@ -293,7 +313,9 @@ def joined(address: str, allow_open: bool, device: str) -> Iterator[Machine]:
 
 
 def on_machine(machine: Machine, work: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function returns there, while nothing else of Ray runs on that machine; it waits for that."""
+    """What a function returns there, while nothing else of Ray runs on that machine; it waits for
+    that.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -322,7 +344,9 @@ def on_worker(shares: Shares, work: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def require_shared(out: str, named: list[str], nodes: list[dict[str, Any]]) -> None:
-    """With more than one machine, local paths must be the same disk everywhere: a nonce in `out` says so."""
+    """With more than one machine, local paths must be the same disk everywhere: a nonce in `out`
+    says so.
+    """
     paths = [name for name in named if name and is_local(name) and sees(name)]
     if len(nodes) < 2 or not (paths or is_local(out)):
         return
@@ -342,13 +366,17 @@ def require_shared(out: str, named: list[str], nodes: list[dict[str, Any]]) -> N
 
 
 def require_seen(*paths: str) -> None:
-    """Raises ClusterError where this machine does not see all of these, SEEN_S after it was asked: disks come later than Ray does."""
+    """Raises ClusterError where this machine does not see all of these, SEEN_S after it was asked:
+    disks come later than Ray does.
+    """
     deadline = time.monotonic() + SEEN_S
     while unseen := [path for path in paths if is_local(path) and not sees(path)]:
         if time.monotonic() > deadline:
             raise ClusterError(
-                f"{unseen[0]} cannot be seen from {socket.gethostname()}: with several machines, source, model and out must be "
-                "s3:// or on a disk that all of them share. Mount it there or take that machine away, then run again."
+                f"{unseen[0]} cannot be seen from {socket.gethostname()}: with several machines, "
+                f"source, model and out must be "
+                "s3:// or on a disk that all of them share. Mount it there or take that machine "
+                "away, then run again."
             )
         time.sleep(1)
 
@@ -358,7 +386,9 @@ def sees(path: str) -> bool:
 
 
 def outcome(work: Callable[..., Any], *arguments: Any) -> Any:
-    """What a task does: its exceptions of ours come back as values, which Ray would wrap in text of its own."""
+    """What a task does: its exceptions of ours come back as values, which Ray would wrap in text of
+    its own.
+    """
     try:
         return work(*arguments)
     except VitrayError as error:
@@ -368,7 +398,8 @@ def outcome(work: Callable[..., Any], *arguments: Any) -> Any:
 def answer(ref: Any, timeout_s: float, what: str) -> Any:
     """The value of a task; says every SAID_S that it waits for `what`.
 
-    Raises what `outcome` returned, and ClusterError for a task that failed or did not answer in time.
+    Raises what `outcome` returned, and ClusterError for a task that failed or did not answer in
+    time.
     """
     import ray
 
@@ -393,6 +424,8 @@ def answer(ref: Any, timeout_s: float, what: str) -> Any:
 
 
 def _object_store_bytes() -> int:
-    """A quarter of the memory, within 256 MB and 8 GB: the line is bounded by fragments, not by this."""
+    """A quarter of the memory, within 256 MB and 8 GB: the line is bounded by fragments, not by
+    this.
+    """
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return max(256 << 20, min(8 << 30, total // 4))

@@ -1,7 +1,9 @@
-"""The line as threads of this process: for one machine without an accelerator, where Ray would cost more than it gives.
+"""The line as threads of this process: for one machine without an accelerator, where Ray would cost
+more than it gives.
 
-Starting Ray and its workers takes two cores 12 s, passing batches between processes a few percent. Images are still decoded in
-children (isolation.py), and the model computes outside Python's lock, so threads share the cores as well as processes would.
+Starting Ray and its workers takes two cores 12 s, passing batches between processes a few percent.
+Images are still decoded in children (isolation.py), and the model computes outside Python's lock,
+so threads share the cores as well as processes would.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ class _ClosedError(Exception):
 
 
 class LocalExecutor:
-    """Threads for every step, with short queues between them; the model is opened while the first images are read."""
+    """Threads for every step, with short queues between them; the model is opened while the first
+    images are read.
+    """
 
     def __init__(self, dataset: Dataset, shards: list[Shard], shares: Shares) -> None:
         self._dataset, self._shards, self._shares = dataset, shards, shares
@@ -125,7 +129,9 @@ class LocalExecutor:
         work: Callable[[Any], Iterable[Any]],
         outbox: queue.Queue[Any],
     ) -> None:
-        """So many threads that work on what is in the inbox, until a None comes; the last of them passes it on."""
+        """So many threads that work on what is in the inbox, until a None comes; the last of them
+        passes it on.
+        """
         others = threading.Semaphore(threads - 1)
 
         def live() -> None:

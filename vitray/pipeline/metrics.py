@@ -1,4 +1,6 @@
-"""What a run counts for Prometheus: by Ray's own exporter, on the port of the driver's node, as `ray_vitray_…`."""
+"""What a run counts for Prometheus: by Ray's own exporter, on the port of the driver's node, as
+`ray_vitray_…`.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ BOUNDARIES = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300]
 
 
 class Meter:
-    """What is told of each fragment that was computed, and of each commit. This one tells nobody: without Ray nobody asks."""
+    """What is told of each fragment that was computed, and of each commit. This one tells nobody:
+    without Ray nobody asks.
+    """
 
     def fragment(self, event: ShardEvent) -> None: ...
 

@@ -56,7 +56,9 @@ class Progress:
         return (images - there) / max(1e-9, seconds - at)
 
     def left_s(self) -> float | None:
-        """Seconds that what is left will take at the mean rate so far; None where nothing is known yet."""
+        """Seconds that what is left will take at the mean rate so far; None where nothing is known
+        yet.
+        """
         if 0 < self.shards <= self.shards_done:
             return 0.0
         computed = self.images - self.resumed  # what was found staged took no time
@@ -94,13 +96,18 @@ class Progress:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run did. errors_path: the folder of its error rows. committed: shards it made or adopted; set_aside: {shard: why}; truncated: {shard: byte}.
+    """What a run did. errors_path: the folder of its error rows. committed: shards it made or
+    adopted; set_aside: {shard: why}; truncated: {shard: byte}.
 
-    notes: what readers saw beside images, {shard: text}, of this run; reasons: of this run's bad images.
+    notes: what readers saw beside images, {shard: text}, of this run; reasons: of this run's bad
+    images.
 
-    deleted: files of groups that are listed no more; each is one of `errors`, and nothing is bad in it.
-    left_out: what the source holds and has no row, by left_out.LEFT_OUT: files, members, pages. suffixes: of those files.
-    shards_not_selected, images_not_selected: what since, sample or limit leave for later; images are estimated for tars.
+    deleted: files of groups that are listed no more; each is one of `errors`, and nothing is bad in
+    it.
+    left_out: what the source holds and has no row, by left_out.LEFT_OUT: files, members, pages.
+    suffixes: of those files.
+    shards_not_selected, images_not_selected: what since, sample or limit leave for later; images
+    are estimated for tars.
     too_many_errors: of all the dataset's images more than the job's max_error_rate are bad.
     """
 

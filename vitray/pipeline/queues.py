@@ -1,6 +1,8 @@
-"""Short queues between the steps, so that a crash costs few images and memory stays flat however slow the model is.
+"""Short queues between the steps, so that a crash costs few images and memory stays flat however
+slow the model is.
 
-Ray Data's own back-pressure lets a fast step fill half of the object store before it slows down: see docs/decisions/0006.
+Ray Data's own back-pressure lets a fast step fill half of the object store before it slows down:
+see docs/decisions/0006.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ DEPTH_KEY = "vitray.queue_blocks"
 
 
 class ShortQueues(BackpressurePolicy):  # type: ignore[misc]  # Ray's classes carry no types
-    """A step starts no task and hands on no block while `vitray.queue_blocks` of its blocks wait for the next step."""
+    """A step starts no task and hands on no block while `vitray.queue_blocks` of its blocks wait
+    for the next step.
+    """
 
     def __init__(self, data_context: Any, topology: Any, resource_manager: Any) -> None:
         self._topology = topology

@@ -1,4 +1,5 @@
-"""The line as Ray Data runs it: four operators, bounded retries, one fragment a row. Nothing here decides what is right.
+"""The line as Ray Data runs it: four operators, bounded retries, one fragment a row. Nothing here
+decides what is right.
 
 With queues.py the only file that imports ray.data.
 """
@@ -77,7 +78,9 @@ class RayExecutor:
     def stop(self) -> None:
         self._arrived.put(
             None
-        )  # Ray has no way to end its reading alone: what is in the line is lost, what is staged stays
+            # Ray has no way to end its reading alone: what is in the line is lost, what is staged
+            # stays
+        )
 
     def commit(self, shard_id: str) -> None:
         self._running[self._commit.remote(self._dataset, self._refs[shard_id])] = shard_id
@@ -119,7 +122,8 @@ class RayExecutor:
         if self._executor is not None:
             self._executor.shutdown(force=True)  # else it works on, until it is collected
         self._thread.join(30)
-        # whoever keeps an error keeps Ray's handles, which keep the CPUs: the next run would wait for ever
+        # whoever keeps an error keeps Ray's handles, which keep the CPUs: the next run would wait
+        # for ever
         for name in self._actors:
             with contextlib.suppress(ValueError):  # it is gone
                 ray.kill(ray.get_actor(name))
@@ -130,7 +134,9 @@ def _commit(dataset: Dataset, shard: Shard) -> Commit | VitrayError | None:
 
 
 def require_source(shards: list[Shard]) -> None:
-    """Raises ClusterError where this machine sees none of these: what it says of a shard is not the shard's fault."""
+    """Raises ClusterError where this machine sees none of these: what it says of a shard is not the
+    shard's fault.
+    """
     if all(is_local(shard.url) and not sees(shard.url) for shard in shards):
         require_seen(shards[0].url)
 
@@ -138,7 +144,8 @@ def require_source(shards: list[Shard]) -> None:
 def build_pipeline(
     shards: list[Any], dataset: Dataset, dataset_ref: Any, shares: Shares, actors: list[str]
 ) -> Any:
-    """The Ray dataset of events. shards, dataset_ref: object references, fetched where they are used.
+    """The Ray dataset of events. shards, dataset_ref: object references, fetched where they are
+    used.
 
     actors: grows by the names of the actors that Ray Data makes.
     """
@@ -199,7 +206,8 @@ def build_pipeline(
         read, compute=TaskPoolStrategy(shares.readers), num_cpus=shares.reader_cpus, **task
     )
     decoded = encoded.map_batches(decode, num_cpus=shares.decoder_cpus, **task)
-    # a GPU computes one fragment while Python unpacks the next and packs the last; a CPU has nothing to hide it behind
+    # a GPU computes one fragment while Python unpacks the next and packs the last; a CPU has
+    # nothing to hide it behind
     pool = {"max_tasks_in_flight_per_actor": 2}
     if shares.actor_gpus:
         pool = {

@@ -1,4 +1,6 @@
-"""One round: shards through the line, each committed as soon as its fragments cover it, and what the run remembers of it."""
+"""One round: shards through the line, each committed as soon as its fragments cover it, and what
+the run remembers of it.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,9 @@ class MachineLostError(Exception):
 
 
 class Executor(Protocol):
-    """What brings shards through the four steps: processes of a Ray cluster (line.py), or threads of this one (local.py)."""
+    """What brings shards through the four steps: processes of a Ray cluster (line.py), or threads
+    of this one (local.py).
+    """
 
     def start(self, arrived: queue.Queue[ShardEvent | Exception | None]) -> None:
         """Begin; put every event, then None, or what ended the line."""
@@ -84,7 +88,9 @@ class Executor(Protocol):
         """What commits that ended within wait_s say. Raises what is not a VitrayError."""
 
     def is_short(self) -> bool:
-        """Whether a machine that it began with is gone: what waits for that one may wait for ever."""
+        """Whether a machine that it began with is gone: what waits for that one may wait for
+        ever.
+        """
 
     def is_waiting(self) -> bool:
         """Whether the model has no room on any machine yet."""
@@ -97,7 +103,9 @@ class Executor(Protocol):
 
 
 def run_round(dataset: Dataset, shards: list[Shard], executor: Executor, work: Work) -> None:
-    """Bring shards through the line and commit each as soon as its fragments cover it. Ends early when work.stop is set."""
+    """Bring shards through the line and commit each as soon as its fragments cover it. Ends early
+    when work.stop is set.
+    """
     commits, coverage, blamed = (
         _Commits(executor, dataset.job.stall_timeout_s, work),
         _Coverage(),
@@ -146,8 +154,9 @@ def run_round(dataset: Dataset, shards: list[Shard], executor: Executor, work: W
 def _events(
     executor: Executor, patience_s: float, stop: threading.Event
 ) -> Iterator[ShardEvent | None]:
-    """Events as they come, None once a second without one. Raises ClusterError after patience_s without any, beside PLACE_S at most
-    without a place for the model; MachineLostError after LOST_S where a machine is gone.
+    """Events as they come, None once a second without one. Raises ClusterError after patience_s
+    without any, beside PLACE_S at most without a place for the model; MachineLostError after LOST_S
+    where a machine is gone.
 
     The patience begins anew with each event, and with each second in which the model has no place.
     """
@@ -170,17 +179,21 @@ def _events(
                 last = now
                 if now - received > PLACE_S:
                     raise ClusterError(
-                        f"no machine had room for the model in {PLACE_S:g} s. Look at `ray status`, then run again."
+                        f"no machine had room for the model in {PLACE_S:g} s. Look at `ray "
+                        f"status`, then run again."
                     ) from None
                 if now - said > SAID_S:
                     log.warning(
-                        "no machine has room for the model yet; waiting for one does not count as standing still"
+                        "no machine has room for the model yet; waiting for one does not count as "
+                        "standing still"
                     )
                     said = now
             if now - last > patience_s:
                 raise ClusterError(
-                    f"no image moved for {patience_s:g} s ({executor.state()}). Is the store slow, or the model stuck? On a cluster, `ray status` tells "
-                    "more. Raise stall_timeout_s if that is how long it takes; run the same command again to go on."
+                    f"no image moved for {patience_s:g} s ({executor.state()}). Is the store "
+                    f"slow, or the model stuck? On a cluster, `ray status` tells "
+                    "more. Raise stall_timeout_s if that is how long it takes; run the same "
+                    "command again to go on."
                 ) from None
             yield None
             continue
@@ -267,7 +280,8 @@ class _Commits:
                 deadline = time.monotonic() + self._patience_s
             if time.monotonic() > deadline:
                 raise ClusterError(
-                    f"no commit finished in {self._patience_s:g} s. Is the store slow? Run again to go on."
+                    f"no commit finished in {self._patience_s:g} s. Is the store slow? Run again "
+                    f"to go on."
                 )
             self._work.report(self._work.progress)
 
@@ -280,6 +294,8 @@ def _judge(job: Job, progress: Progress, vanished: int) -> None:
             for reason, n in sorted(progress.reasons.items(), key=lambda item: -item[1])
         )
         raise ErrorRateExceeded(
-            f"{bad} of {progress.images} images are bad ({worst}), more than max_error_rate={job.max_error_rate:g}. "
-            "Look at the source, or raise max_error_rate and run again; nothing further was committed."
+            f"{bad} of {progress.images} images are bad ({worst}), more than "
+            f"max_error_rate={job.max_error_rate:g}. "
+            "Look at the source, or raise max_error_rate and run again; nothing further was "
+            "committed."
         )

@@ -1,7 +1,8 @@
 """The straight line: list, plan, read, decode, predict, stage, commit, manifest.
 
-Correctness does not depend on Ray: every fragment has a fixed range and is created once, every commit is conditional.
-Ray (line.py) brings batches (steps.py) from step to step and tries again what a dead process held.
+Correctness does not depend on Ray: every fragment has a fixed range and is created once, every
+commit is conditional. Ray (line.py) brings batches (steps.py) from step to step and tries again
+what a dead process held.
 """
 
 from __future__ import annotations
@@ -105,7 +106,9 @@ ROUND_SHARDS, ROUND_FRAGMENTS = (
     4096,
     65_536,
 )  # Ray keeps 12 to 37 kB of each fragment in the driver until its round ends
-NARROWER = 8  # from the second fault on, the next round has so many times fewer shards; after a good one so many times more
+# from the second fault on, the next round has so many times fewer shards; after a good one so many
+# times more
+NARROWER = 8
 DEADLY = 5  # so many shards that die alone, one after the other: it is not the shards
 LEAST_IMAGE_BYTES = 4096  # no photo is smaller: fewer bytes than that times images need no estimate
 NEARLY = (
@@ -127,12 +130,15 @@ def run(
     """Label and embed what is missing in `job.out`; safe to repeat, at any time, from anywhere.
 
     allow_open_cluster: join a Ray that asks for no token, too.
-    planned: what was expected of it, at least {"images", "seconds"}; the run record holds it against what came.
-    stop: once it is set, no more images are taken, writes that have begun are ended, and Interrupted is raised.
+    planned: what was expected of it, at least {"images", "seconds"}; the run record holds it
+    against what came.
+    stop: once it is set, no more images are taken, writes that have begun are ended, and
+    Interrupted is raised.
 
-    Raises JobError (and its kinds) before any work when the job does not fit, ShardError where `keep` needs the types of columns and
-    no file can be read, StorageError, CommitError or ClusterError when something is broken, ErrorRateExceeded above
-    `max_error_rate`. After any of them the same call goes on.
+    Raises JobError (and its kinds) before any work when the job does not fit, ShardError where
+    `keep` needs the types of columns and no file can be read, StorageError, CommitError or
+    ClusterError when something is broken, ErrorRateExceeded above `max_error_rate`. After any of
+    them the same call goes on.
     """
     started = time.monotonic()
     job = with_label_names(prepared(job))
@@ -212,8 +218,8 @@ def _machines(
 ) -> Iterator[tuple[Callable[..., Executor], Shares, list[dict[str, Any]]]]:
     """What makes a line, its shares, and Ray's nodes: none where this process does it all.
 
-    That is where nobody asked for Ray, by an address (`local` for one of our own) or by having started it, and the model runs on
-    the CPU.
+    That is where nobody asked for Ray, by an address (`local` for one of our own) or by having
+    started it, and the model runs on the CPU.
     """
     asked = (
         address
@@ -244,7 +250,8 @@ def _machines(
 
 @contextlib.contextmanager
 def _told_if_it_fails(dataset: Dataset, work: Work) -> Iterator[None]:
-    """A first run that fails leaves a record, by which a job with other fields knows that it may begin anew.
+    """A first run that fails leaves a record, by which a job with other fields knows that it may
+    begin anew.
 
     Where not even that can be written, such as on a full disk, nothing is left.
     """
@@ -268,7 +275,9 @@ def _told_if_it_fails(dataset: Dataset, work: Work) -> Iterator[None]:
 
 
 def prepared(job: Job) -> Job:
-    """The job as a run takes it: absolute paths, and the source rules of the dataset in its `out`."""
+    """The job as a run takes it: absolute paths, and the source rules of the dataset in its
+    `out`.
+    """
     return with_source_rules(with_absolute_paths(job))
 
 
@@ -283,7 +292,8 @@ def list_source(job: Job, out: str | None = None) -> Listing:
 
 
 def _known_kind(job: Job, out: str, groups: list[Group]) -> str | None:
-    """The kind of a dataset's shards, by its last run; where that said nothing, by its groups or by a URL in its manifest.
+    """The kind of a dataset's shards, by its last run; where that said nothing, by its groups or by
+    a URL in its manifest.
 
     None where the job has another source than the last run.
     """
@@ -317,7 +327,9 @@ def _with_key_column(job: Job, listing: Listing) -> Job:
 
 
 def with_absolute_paths(job: Job) -> Job:
-    """Workers have a working directory of their own, and so has whoever validates the dataset later."""
+    """Workers have a working directory of their own, and so has whoever validates the dataset
+    later.
+    """
     out = absolute(job.out)
     paths = {
         "source": [absolute(s) for s in job.source],
@@ -327,7 +339,8 @@ def with_absolute_paths(job: Job) -> Job:
     for source in paths["source"]:
         if any(reads(part, out) for part in expand_braces(source)):
             raise JobError(
-                f"`out` {out} lies inside `source` {source}: it would read its own output. Choose another `out`."
+                f"`out` {out} lies inside `source` {source}: it would read its own output. Choose "
+                f"another `out`."
             )
     model = absolute(job.model) if os.path.isdir(job.model) else job.model
     head = None if job.head is None else absolute(job.head)
@@ -348,7 +361,9 @@ def groups_of(out: str) -> list[Group]:
 
 
 def _settle_groups(job: Job, listing: Listing, prune: bool) -> Listing:
-    """A listing whose groups are all in the log: ours, or those of a run that was faster. prune: what is gone leaves its group."""
+    """A listing whose groups are all in the log: ours, or those of a run that was faster. prune:
+    what is gone leaves its group.
+    """
     for _ in range(20):
         gone = [(NO_GROUP, url) for shard in listing.shards for url in _vanished(shard) if prune]
         members = gone or [
@@ -359,7 +374,8 @@ def _settle_groups(job: Job, listing: Listing, prune: bool) -> Listing:
             return listing
         listing = list_source(job)
     raise StorageError(
-        f"{job.out}: other runs keep appending groups. Wait for them, then run the same command again."
+        f"{job.out}: other runs keep appending groups. Wait for them, then run the same command "
+        f"again."
     )
 
 
@@ -379,7 +395,8 @@ def _resolve(job: Job, spec: ModelSpec, listing: Listing) -> Dataset:
 
 
 def _passthrough(job: Job, listing: Listing) -> pa.Schema:
-    """The types of the passthrough columns: those of the dataset, else those that hold the values of the first files.
+    """The types of the passthrough columns: those of the dataset, else those that hold the values
+    of the first files.
 
     Raises ShardError when no file can be read.
     """
@@ -419,7 +436,9 @@ def _compiling(job: Job, listing: Listing, shares: Shares) -> Shares:
 def _complete(
     dataset: Dataset, job: Job, listing: Listing, open_executor: MakeLine, work: Work
 ) -> None:
-    """Rounds until nothing is pending but what was set aside. A round that a system fault ended is planned again."""
+    """Rounds until nothing is pending but what was set aside. A round that a system fault ended is
+    planned again.
+    """
     pending = _pending(job, listing)
     if pending:
         unmark_success(dataset.out)
@@ -464,7 +483,8 @@ def _complete(
             blame(
                 work,
                 shard_id,
-                "a machine says it is committed, but it is not in `out`: do all machines see the same disk?",
+                "a machine says it is committed, but it is not in `out`: do all machines see the "
+                "same disk?",
             )
         pending = [
             s
@@ -478,13 +498,16 @@ def _complete(
     if len(dead) == DEADLY or (dead and is_still):  # all that were left died, and no image moved
         alone = ", ".join(sorted(dead)[:3])
         raise ClusterError(
-            f"the line fails again and again, also with {alone} alone: {_last_line(last)}. Look at that (and at Ray's logs, where it "
+            f"the line fails again and again, also with {alone} alone: {_last_line(last)}. Look "
+            f"at that (and at Ray's logs, where it "
             "runs on Ray) and at that input, then run again."
         ) from last
 
 
 def _within_memory(shards: list[Shard], job: Job, fragment_rows: int) -> list[Shard]:
-    """The first of them, one at least: as many as have ROUND_FRAGMENTS, as far as their sizes tell."""
+    """The first of them, one at least: as many as have ROUND_FRAGMENTS, as far as their sizes
+    tell.
+    """
     most = ROUND_FRAGMENTS * fragment_rows
     if sum(shard.rows or shard.size // LEAST_IMAGE_BYTES for shard in shards) <= most:
         return shards
@@ -546,7 +569,9 @@ def _finished(dataset: Dataset, job: Job, prune: bool, work: Work, started: floa
 
 
 def _vanished(shard: Shard) -> list[str]:
-    """Files of a group that are listed no more. Each is an error row, until it is pruned; nothing is bad in it."""
+    """Files of a group that are listed no more. Each is an error row, until it is pruned; nothing
+    is bad in it.
+    """
     return [member.url for member in shard.members if member.size < 0 and not member.version]
 
 

@@ -1,8 +1,11 @@
-"""The four steps of the line, as functions of one fragment: read, decode, predict, stage. No Ray in here.
+"""The four steps of the line, as functions of one fragment: read, decode, predict, stage. No Ray in
+here.
 
-With decode: gpu or hybrid the decode step leaves plain JPEGs as they are, and the predict step decodes them where the model is.
+With decode: gpu or hybrid the decode step leaves plain JPEGs as they are, and the predict step
+decodes them where the model is.
 
-A `FragmentBatch` is one fragment on its way. It is one row of a Ray block, so that no block boundary can cut it.
+A `FragmentBatch` is one fragment on its way. It is one row of a Ray block, so that no block
+boundary can cut it.
 """
 
 from __future__ import annotations
@@ -68,7 +71,9 @@ FRAGMENT_BATCH_SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class FragmentBatch:
-    """An event with what it is about: rows and errors are Arrow tables while they travel, None at the end of the line."""
+    """An event with what it is about: rows and errors are Arrow tables while they travel, None at
+    the end of the line.
+    """
 
     event: ShardEvent
     truncated_at: int | None = None
@@ -106,8 +111,9 @@ def unpack(block: pa.Table) -> Iterator[FragmentBatch]:
 def read_step(dataset: Dataset, shard: Shard) -> Iterator[FragmentBatch]:
     """A shard as batches of encoded bytes, one for each range of fragment_rows, then its end.
 
-    A range that is staged already becomes an event: it is not decoded or predicted again. A shard that cannot be
-    read ends with an event that says so ("broken": after READS tries) and never raises.
+    A range that is staged already becomes an event: it is not decoded or predicted again. A shard
+    that cannot be read ends with an event that says so ("broken": after READS tries) and never
+    raises.
     """
     started = time.perf_counter()
     try:
@@ -118,7 +124,8 @@ def read_step(dataset: Dataset, shard: Shard) -> Iterator[FragmentBatch]:
                 yield _was_staged(dataset, shard.id, span)
             yield _end_batch(shard.id, there.ends[0])
             return
-        # not a short one: it may be the tail of a reading that ended elsewhere, and would cut this one's fragments
+        # not a short one: it may be the tail of a reading that ended elsewhere, and would cut this
+        # one's fragments
         full = {
             start: stop
             for start, stop in there.fragments.items()
@@ -148,7 +155,9 @@ def read_step(dataset: Dataset, shard: Shard) -> Iterator[FragmentBatch]:
 def _fragments(
     dataset: Dataset, shard: Shard, there: dict[int, int], sent: set[int], started: float
 ) -> Iterator[FragmentBatch]:
-    """there: {start: stop} of what is staged; sent: the starts that an earlier try yielded, which grows."""
+    """there: {start: stop} of what is staged; sent: the starts that an earlier try yielded, which
+    grows.
+    """
     rows, held, at = dataset.fragment_rows, list[Encoded](), 0
 
     def batch(start: int, stop: int) -> Iterator[FragmentBatch]:
@@ -216,7 +225,9 @@ def _was_staged(dataset: Dataset, shard_id: str, span: tuple[int, int]) -> Fragm
 
 
 def _encoded_table(items: list[Encoded], passthrough: pa.Schema) -> pa.Table:
-    """The images as a table with the columns index, key, uri, reason, message, data and `keep:<name>`."""
+    """The images as a table with the columns index, key, uri, reason, message, data and
+    `keep:<name>`.
+    """
     kinds = {
         "index": pa.int32(),
         "data": pa.large_binary(),
@@ -235,7 +246,9 @@ def _encoded_table(items: list[Encoded], passthrough: pa.Schema) -> pa.Table:
 def _passthrough_columns(
     items: list[Encoded], passthrough: pa.Schema
 ) -> dict[str, pa.ChunkedArray]:
-    """The passthrough columns of the images with the dataset's types. Raises ShardError for a value that does not go into its type."""
+    """The passthrough columns of the images with the dataset's types. Raises ShardError for a value
+    that does not go into its type.
+    """
     rows = [item.passthrough for item in items if item.passthrough is not None]
     table = passthrough_table(rows, passthrough)
     columns = {}
@@ -244,15 +257,18 @@ def _passthrough_columns(
             columns[field.name] = with_type(table.column(at), field.type)
         except (pa.ArrowException, OverflowError) as error:
             raise ShardError(
-                f"a value of column `{field.name}` does not fit the dataset's {field.type}: {one_line(error)}"
+                f"a value of column `{field.name}` does not fit the dataset's {field.type}: "
+                f"{one_line(error)}"
             ) from error
     return columns
 
 
 def decode_step(dataset: Dataset, batch: FragmentBatch) -> FragmentBatch:
-    """Encoded bytes -> good rows with a `pixels` column (uint8 H*W*3 of each image), and error rows.
+    """Encoded bytes -> good rows with a `pixels` column (uint8 H*W*3 of each image), and error
+    rows.
 
-    Where plain JPEGs are left to the device, their bytes stand in `pixels`, and in `turn` their EXIF orientation (0: it is pixels).
+    Where plain JPEGs are left to the device, their bytes stand in `pixels`, and in `turn` their
+    EXIF orientation (0: it is pixels).
     """
     if batch.rows is None:
         return batch
@@ -308,7 +324,9 @@ def decode_step(dataset: Dataset, batch: FragmentBatch) -> FragmentBatch:
 
 
 def open_device_decoder(dataset: Dataset, threads: int) -> DeviceDecoder | None:
-    """What `predict_step` decodes plain JPEGs with; None where decode_step has left none. Raises ModelError without a GPU."""
+    """What `predict_step` decodes plain JPEGs with; None where decode_step has left none. Raises
+    ModelError without a GPU.
+    """
     spec = dataset.decode_spec
     if spec.mode not in ON_DEVICE:
         return None
@@ -356,7 +374,9 @@ def predict_step(
 def _decode_there(
     decoder: DeviceDecoder, shape: tuple[int, ...], table: pa.Table, errors: pa.Table
 ) -> tuple[Any, pa.Table, pa.Table]:
-    """Pixels on the device of the rows that are good, those rows, and the error rows with those that are not."""
+    """Pixels on the device of the rows that are good, those rows, and the error rows with those
+    that are not.
+    """
     from vitray.models.gpu_decode import Coded
 
     blobs = [blob.as_buffer() for blob in table["pixels"]]
@@ -416,7 +436,9 @@ def stage_step(dataset: Dataset, batch: FragmentBatch) -> FragmentBatch:
 
 
 def commit_step(dataset: Dataset, shard: Shard) -> Commit | VitrayError | None:
-    """What commit_shard says or raises: an error that was unpickled by another process would have lost its type."""
+    """What commit_shard says or raises: an error that was unpickled by another process would have
+    lost its type.
+    """
     started = time.perf_counter()
     try:
         commit = commit_shard(dataset, shard)
@@ -437,7 +459,9 @@ def _counts(errors: pa.Table) -> dict[str, int]:
 
 
 def trace(step: str, shard: str, start: int, stop: int) -> None:
-    """The crash point of a step; one JSON line for each fragment that leaves it, in the directory VITRAY_TRACE: what, where, when."""
+    """The crash point of a step; one JSON line for each fragment that leaves it, in the directory
+    VITRAY_TRACE: what, where, when.
+    """
     crash_point(step, shard)
     folder = os.environ.get("VITRAY_TRACE")
     if folder:

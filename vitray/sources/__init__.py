@@ -1,4 +1,6 @@
-"""From URL patterns to shards, and from a shard to its encoded images in order. One file a format."""
+"""From URL patterns to shards, and from a shard to its encoded images in order. One file a
+format.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,8 @@ LOOK_INTO = 100  # files whose types decide those of a new dataset
 def read_shard(shard: Shard, job: Job, wanted: Callable[[int], bool]) -> Iterator[Encoded | End]:
     """The wanted images in the order of their index, then exactly one End, whose total counts all.
 
-    Raises ShardError when the shard is broken, ObjectChanged when it is not what was planned, StorageError.
+    Raises ShardError when the shard is broken, ObjectChanged when it is not what was planned,
+    StorageError.
     """
     try:
         yield from READ[shard.kind](shard, job, wanted)
@@ -71,7 +74,9 @@ def read_shard(shard: Shard, job: Job, wanted: Callable[[int], bool]) -> Iterato
 
 
 def chosen(shards: Sequence[Shard], job: Job) -> list[Shard]:
-    """Those that `since`, `sample` and `limit` leave, one after the other: whole shards, and the same ones when the source has grown."""
+    """Those that `since`, `sample` and `limit` leave, one after the other: whole shards, and the
+    same ones when the source has grown.
+    """
     least = job.since_s()
     recent = [
         shard
@@ -85,7 +90,9 @@ def chosen(shards: Sequence[Shard], job: Job) -> list[Shard]:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """How many shards and images since, sample and limit choose, out of how many. images are estimated unless exact."""
+    """How many shards and images since, sample and limit choose, out of how many. images are
+    estimated unless exact.
+    """
 
     fields: str = ""
     kind: str = ""
@@ -108,7 +115,8 @@ class Selection:
 
 
 def select(listing: Listing, job: Job) -> Selection:
-    """What since, sample and limit choose. One tar is walked for an estimate, where they choose at all.
+    """What since, sample and limit choose. One tar is walked for an estimate, where they choose at
+    all.
 
     Raises JobError when `sample` leaves no shard.
     """
@@ -167,7 +175,8 @@ def file_passthrough_schema(shard: Shard, job: Job) -> pa.Schema:
 
 
 def passthrough_schema(shards: Sequence[Shard], job: Job) -> pa.Schema:
-    """The types of the passthrough columns in a new dataset: wide enough for all of the first files, text where none has a value.
+    """The types of the passthrough columns in a new dataset: wide enough for all of the first
+    files, text where none has a value.
 
     Raises ShardError when no file can be read, JobError for a column that is not there.
     """
@@ -201,7 +210,9 @@ def _file_schema_or_error(shard: Shard, job: Job) -> pa.Schema | JobError | Shar
 
 
 def wider(old: pa.Field, new: pa.Field, job: Job) -> pa.Field:
-    """A field that holds the values of both, `old` where there is none: it stays as it was in the first file."""
+    """A field that holds the values of both, `old` where there is none: it stays as it was in the
+    first file.
+    """
     if pa.types.is_null(old.type) or job.rules == 1:
         return new if pa.types.is_null(old.type) else old
     return _unified(old, new) or _unified(_decoded(old), _decoded(new)) or old
@@ -238,7 +249,8 @@ def _narrowed(field: pa.Field) -> pa.Field:
 
 
 def require_passthrough(shard: Shard, job: Job, passthrough: pa.Schema) -> None:
-    """Raises ShardError when a passthrough column's type does not go into the dataset's, JobError when there is none.
+    """Raises ShardError when a passthrough column's type does not go into the dataset's, JobError
+    when there is none.
 
     Integers go into integers of any width here; a value that does not fit is seen when it is read.
     """
@@ -256,7 +268,8 @@ def require_passthrough(shard: Shard, job: Job, passthrough: pa.Schema) -> None:
         ):
             continue
         raise ShardError(
-            f"{shard.url}: column `{mine.name}` is {mine.type}, in this dataset it is {field.type}. Write it with that type, or "
+            f"{shard.url}: column `{mine.name}` is {mine.type}, in this dataset it is "
+            f"{field.type}. Write it with that type, or "
             "give this input an `out` of its own."
         )
 
@@ -267,7 +280,9 @@ def _goes_into(mine: pa.Field, field: pa.Field) -> bool:
 
 
 def estimate_images(shards: Sequence[Shard], job: Job) -> tuple[int, bool]:
-    """(images, exact?). Tars do not tell: the headers of a few are walked, and the rest is taken to be like them."""
+    """(images, exact?). Tars do not tell: the headers of a few are walked, and the rest is taken to
+    be like them.
+    """
     known = sum(shard.rows or 0 for shard in shards)
     tars = [shard for shard in shards if shard.kind == "tar"]
     unreadable = any(shard.rows is None for shard in shards if shard.kind != "tar")
@@ -286,7 +301,8 @@ def estimate_images(shards: Sequence[Shard], job: Job) -> tuple[int, bool]:
 
 
 def count_again(shard: Shard, job: Job) -> tuple[int, dict[str, int] | None]:
-    """How many images a shard holds, and what of it has no row; None where only reading the images tells.
+    """How many images a shard holds, and what of it has no row; None where only reading the images
+    tells.
 
     A tar is walked from end to end. Raises ShardError, ObjectMissing, StorageError.
     """
@@ -298,7 +314,9 @@ def count_again(shard: Shard, job: Job) -> tuple[int, dict[str, int] | None]:
 
 
 def find_key_column(shards: Sequence[Shard], job: Job) -> str | None:
-    """The column that names the rows of a new dataset from Parquet files, where one is called so and its values are unique."""
+    """The column that names the rows of a new dataset from Parquet files, where one is called so
+    and its values are unique.
+    """
     if job.key_column or job.rules == 1:
         return job.key_column
     files = [

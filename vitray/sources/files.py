@@ -19,7 +19,9 @@ from vitray.storage import ObjectInfo
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The membership of a group of loose files. ever: with those that were pruned, fixed for ever; () where none was."""
+    """The membership of a group of loose files. ever: with those that were pruned, fixed for ever;
+    () where none was.
+    """
 
     number: int
     urls: tuple[str, ...]
@@ -29,7 +31,9 @@ class Group:
 def list_files(
     found: Sequence[ObjectInfo], job: Job, groups: Sequence[Group]
 ) -> tuple[list[Shard], list[Group]]:
-    """The shards of known and new groups, and the new groups: files that no group holds yet, in the order of URLs."""
+    """The shards of known and new groups, and the new groups: files that no group holds yet, in the
+    order of URLs.
+    """
     by_url = {info.url: info for info in found}
     known = {url for group in groups for url in group.urls}
     fresh = sorted(by_url.keys() - known)
@@ -53,11 +57,14 @@ def read_files(shard: Shard, job: Job, wanted: Callable[[int], bool]) -> Iterato
 
 
 def file_passthrough_schema(shard: Shard, job: Job) -> pa.Schema:
-    """Text columns that the folders of the files spell out. Raises JobError for any other column."""
+    """Text columns that the folders of the files spell out. Raises JobError for any other
+    column.
+    """
     for name in job.keep:
         if not any(is_folder_column(name, member.url) for member in shard.members):
             raise JobError(
-                f"keep: loose files have no columns, so {name} cannot be kept. `folder` keeps the name of each file's folder, "
+                f"keep: loose files have no columns, so {name} cannot be kept. `folder` keeps the "
+                f"name of each file's folder, "
                 "and folders called name=value are columns too. Correct or remove `keep`."
             )
     return pa.schema([(name, pa.string()) for name in job.keep])
@@ -68,7 +75,8 @@ def _shard(group: Group, by_url: dict[str, ObjectInfo]) -> Shard:
     members = tuple(Member(info.url, info.size, info.version) for info in infos)
     versions = "\n".join(member.version for member in members)
     return Shard(
-        # of all that ever were in it: with some pruned it is a new version, which supersedes the old one
+        # of all that ever were in it: with some pruned it is a new version, which supersedes the
+        # old one
         id=shard_id(f"files_{group.number:06d}", "\n".join(group.ever or group.urls), versions),
         kind="files",
         url=os.path.commonprefix(group.urls).rpartition("/")[0],  # noqa: RUF071 (cut at the last slash)

@@ -1,4 +1,6 @@
-"""From a job's source to its shards: what is there, what kind it is, how it is cut. Private to this package."""
+"""From a job's source to its shards: what is there, what kind it is, how it is cut. Private to this
+package.
+"""
 
 from __future__ import annotations
 
@@ -44,15 +46,17 @@ class Listing:
 def list_shards(job: Job, groups: Sequence[Group], known_kind: str | None = None) -> Listing:
     """The shards of job.source in its order. Raises SourceError.
 
-    groups: known membership of loose files. known_kind: the kind of the dataset that the job goes on
-    with; where the source holds such files, files of other kinds are left out instead of refused.
+    groups: known membership of loose files. known_kind: the kind of the dataset that the job goes
+    on with; where the source holds such files, files of other kinds are left out instead of
+    refused.
     """
     found = _search(job)
     kind = _kind(job, found.objects, known_kind)
     chosen, others = _choose(job, kind, found.objects)
     if not chosen:
         raise SourceError(
-            f"source {_names(job)} holds nothing of format {kind}: {_counts(found.objects, job)}. Correct `source` or `format`."
+            f"source {_names(job)} holds nothing of format {kind}: {_counts(found.objects, job)}. "
+            f"Correct `source` or `format`."
         )
     new: list[Group] = []
     if kind == "files":
@@ -86,7 +90,8 @@ def _search(job: Job) -> Found:
         linked |= set(found.linked_folders)
     if not objects:
         raise SourceError(
-            f"source {_names(job)} holds no object (names that begin with a dot or an underscore do not count). Correct `source`."
+            f"source {_names(job)} holds no object (names that begin with a dot or an underscore "
+            f"do not count). Correct `source`."
         )
     return Found(list(objects.values()), sorted(hidden - objects.keys()), sorted(linked))
 
@@ -102,8 +107,9 @@ def _choose(
 ) -> tuple[list[ObjectInfo], list[ObjectInfo]]:
     """Objects of this kind, and the others.
 
-    With an explicit format, names in the source are taken whatever their suffix. So are files without
-    a suffix, or with one that the source spells out, unless beside a manifest: they may be its images.
+    With an explicit format, names in the source are taken whatever their suffix. So are files
+    without a suffix, or with one that the source spells out, unless beside a manifest: they may be
+    its images.
     """
     kinds: set[str | None] = {kind, "parquet"} if kind == "manifest" else {kind}
     is_explicit = job.format != "auto"
@@ -137,18 +143,29 @@ def _why_left_out(info: ObjectInfo, kind: str, job: Job) -> LeftOut:
 
 
 def _detect(job: Job, found: list[ObjectInfo]) -> str:
-    """The one kind that the suffixes tell; for Parquet, the columns decide between images and a manifest."""
+    """The one kind that the suffixes tell; for Parquet, the columns decide between images and a
+    manifest.
+    """
     kinds = {kind for info in found if (kind := kind_of(info.url, job.rules)) is not None}
     if kinds == {"parquet"}:
         return _detect_in_parquet(job, found)
     if COMPRESSED_TAR in kinds:
-        what = f"holds compressed tars ({_counts(found, job)}), which cannot be streamed exactly. Unpack them, or leave them out."
+        what = (
+            f"holds compressed tars ({_counts(found, job)}), which cannot be streamed exactly. "
+            f"Unpack them, or leave them out."
+        )
     elif len(kinds) == 1:
         return kinds.pop()
     elif kinds:
-        what = f"is a mix: {_counts(found, job)}. Set `format:` to tar, parquet, files or manifest to choose one."
+        what = (
+            f"is a mix: {_counts(found, job)}. Set `format:` to tar, parquet, files or manifest to "
+            f"choose one."
+        )
     else:
-        what = f"holds no tar, Parquet, manifest (csv, jsonl) or image: {_counts(found, job)}. Correct `source`, or set `format:`."
+        what = (
+            f"holds no tar, Parquet, manifest (csv, jsonl) or image: {_counts(found, job)}. "
+            f"Correct `source`, or set `format:`."
+        )
     raise SourceError(f"source {_names(job)} {what}")
 
 
@@ -161,10 +178,11 @@ def _detect_in_parquet(job: Job, found: list[ObjectInfo]) -> str:
 
 
 def _split(shards: list[Shard], job: Job) -> list[Shard]:
-    """Parts with exact rows; what cannot be read stays whole with rows=None, and fails when it is read.
+    """Parts with exact rows; what cannot be read stays whole with rows=None, and fails when it is
+    read.
 
-    Raises JobError when the first that can be read has not the columns that the job names, SourceError
-    when all are text in another encoding.
+    Raises JobError when the first that can be read has not the columns that the job names,
+    SourceError when all are text in another encoding.
     """
     with ThreadPoolExecutor(READERS) as pool:
         split = list(pool.map(lambda whole: _parts_of(whole, job), shards))

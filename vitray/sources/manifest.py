@@ -46,16 +46,20 @@ def read_manifest(shard: Shard, job: Job, wanted: Callable[[int], bool]) -> Iter
 
 
 def allowed_prefixes(shard: Shard, job: Job) -> list[str]:
-    """The prefixes below which a path in this file is followed: job.allow, else the file's own folder."""
+    """The prefixes below which a path in this file is followed: job.allow, else the file's own
+    folder.
+    """
     return [storage.absolute(prefix) for prefix in job.allow] or [_folder_of(shard)]
 
 
 def follow_path(
     path: object, shard: Shard, allowed: Sequence[str], job: Job
 ) -> tuple[Located, tuple[str, ...]]:
-    """(URL, None, "") of the object that a path in this file means, or (what was named, reason, message); and other URLs.
+    """(URL, None, "") of the object that a path in this file means, or (what was named, reason,
+    message); and other URLs.
 
-    By source rules 2 `./` is dropped on S3 as on disk. Where no object has the name as it is written,
+    By source rules 2 `./` is dropped on S3 as on disk. Where no object has the name as it is
+    written,
     the spellings of other systems are tried: on a disk here, on a store when the object is read.
     """
     located = _locate(path, _folder_of(shard), allowed, job.rules)
@@ -71,7 +75,9 @@ def follow_path(
 
 
 def _spellings(path: str) -> list[str]:
-    """A path with slashes for backslashes, with %20 and the like decoded, and in Unicode's other normal form."""
+    """A path with slashes for backslashes, with %20 and the like decoded, and in Unicode's other
+    normal form.
+    """
     found = [path]
     if "\\" in path:
         found.append(path.replace("\\", "/"))
@@ -109,7 +115,8 @@ def _rows(shard: Shard, job: Job, total: int, notes: list[str]) -> Iterator[Enco
         )
     if index + 1 != total:
         raise ShardError(
-            f"{shard.url}: {index + 1} rows came, {total} were listed. Replace or remove it, then run again."
+            f"{shard.url}: {index + 1} rows came, {total} were listed. Replace or remove it, then "
+            f"run again."
         )
 
 
@@ -155,7 +162,9 @@ def _locate(path: object, folder: str, allowed: Sequence[str], rules: int) -> Lo
 
 
 def _is_below(prefix: str, url: str) -> bool:
-    """Whole path components count: /data/ab is not inside /data/a. Symbolic links may not lead out."""
+    """Whole path components count: /data/ab is not inside /data/a. Symbolic links may not lead
+    out.
+    """
     if not url.startswith(prefix.rstrip("/") + "/"):
         return False
     real = [

@@ -26,7 +26,8 @@ _KINDS_V2 = {
 KINDS = {1: _KINDS_V1, 2: _KINDS_V2}  # by source rules
 WITHOUT_SUFFIX = "without suffix"
 _SUFFIX_V1 = re.compile(r"\.tar\.(gz|bz2|xz|zst)$|\.[^./]*$")
-# what stands behind the last dot is a suffix where it is short and has a letter: not `._0`, not `. Smith`
+# what stands behind the last dot is a suffix where it is short and has a letter: not `._0`, not `.
+# Smith`
 _SUFFIX = re.compile(r"(?<=[^/])(\.tar\.(gz|bz2|xz|zst)|\.(?=[0-9]*[a-z])[a-z0-9]{1,12})$")
 _HIVE_PART = re.compile(r"([^=/]+)=([^/]*)")
 _HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
@@ -49,7 +50,8 @@ def is_folder_column(name: str, url: str) -> bool:
 
 
 def folder_value(name: str, url: str) -> str | None:
-    """`folder`: the name of the folder that holds the file; else the value of a folder called `name=value`.
+    """`folder`: the name of the folder that holds the file; else the value of a folder called
+    `name=value`.
 
     Escapes such as %20 in the latter are decoded, as Hive writes them.
     """

@@ -1,4 +1,6 @@
-"""One object of a source: its shard's id, its bytes at the planned version, and many of them in order. Private to this package."""
+"""One object of a source: its shard's id, its bytes at the planned version, and many of them in
+order. Private to this package.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def whole_shard(info: ObjectInfo, kind: str) -> Shard:
 
 
 def part_of(whole: Shard, mark: str, rows: int, size: int, span: tuple[int, int]) -> Shard:
-    """A part of a shard's object, from span's start to its stop. mark: what a span counts, as the id says it."""
+    """A part of a shard's object, from span's start to its stop. mark: what a span counts, as the
+    id says it.
+    """
     start, stop = span
     name = shard_id(f"{_stem_of(whole.url)}-{mark}{start}-{stop}", whole.url, whole.version)
     return replace(whole, id=name, size=size, start=start, stop=stop, rows=rows)
@@ -42,12 +46,16 @@ def shard_id(stem: str, base: str, version: str) -> str:
 
 
 def printable(text: str) -> str:
-    """The text as valid UTF-8: lone surrogates (undecodable bytes, broken JSON) become visible escapes."""
+    """The text as valid UTF-8: lone surrogates (undecodable bytes, broken JSON) become visible
+    escapes.
+    """
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def text_of(data: bytes) -> tuple[str, bool]:
-    """The text of a file or a line, and whether it is UTF-8; what is not is read as Windows-1252, as Excel writes it."""
+    """The text of a file or a line, and whether it is UTF-8; what is not is read as Windows-1252,
+    as Excel writes it.
+    """
     try:
         return data.decode("utf-8-sig"), True
     except UnicodeDecodeError:
@@ -55,12 +63,15 @@ def text_of(data: bytes) -> tuple[str, bool]:
 
 
 def open_shard(shard: Shard) -> BinaryIO:
-    """The shard's own object at the planned version. Raises ObjectChanged, or ShardError when it is gone."""
+    """The shard's own object at the planned version. Raises ObjectChanged, or ShardError when it is
+    gone.
+    """
     try:
         return storage.store_for(shard.url).open(shard.url, shard.version)
     except ObjectMissing as error:
         raise ShardError(
-            f"{shard.url} was listed and does not exist any more. Run again to list the source anew."
+            f"{shard.url} was listed and does not exist any more. Run again to list the source "
+            f"anew."
         ) from error
 
 
@@ -78,11 +89,13 @@ class _Refused(Encoded):
 def follow(
     rows: Iterable[Encoded], wanted: Callable[[int], bool], version_of: Callable[[int], str | None]
 ) -> Iterator[Encoded]:
-    """The wanted rows in order; one that has no reason yet gets the bytes of the object that its uri names.
+    """The wanted rows in order; one that has no reason yet gets the bytes of the object that its
+    uri names.
 
-    version_of: the version of a row's object by the row's index; None reads what is there now. At most READERS images
-    are held. A refused object is an error row where another one of the shard can be read after it; where none can, it is not the
-    object, and ObjectRefused is raised. Raises ObjectChanged.
+    version_of: the version of a row's object by the row's index; None reads what is there now. At
+    most READERS images are held. A refused object is an error row where another one of the shard
+    can be read after it; where none can, it is not the object, and ObjectRefused is raised. Raises
+    ObjectChanged.
     """
     others, held, refused = deque[Encoded](maxlen=READERS), list[Encoded](), ""
     for row in read_each(rows, wanted, version_of):
@@ -106,9 +119,11 @@ def read_each(
     wanted: Callable[[int], bool],
     version_of: Callable[[int], str | None] = lambda index: None,
 ) -> Iterator[Encoded]:
-    """All rows in order; a wanted one with neither bytes nor a reason gets the bytes of the object that its uri names.
+    """All rows in order; a wanted one with neither bytes nor a reason gets the bytes of the object
+    that its uri names.
 
-    At most READERS objects are read at once. A refused object is a `missing` row. Raises ObjectChanged.
+    At most READERS objects are read at once. A refused object is a `missing` row. Raises
+    ObjectChanged.
     """
     waiting: deque[Encoded | Future[Encoded]] = deque()
     with ThreadPoolExecutor(READERS) as pool:
@@ -150,7 +165,9 @@ def _read_row(row: Encoded, version: str | None) -> Encoded:
 
 
 def _stem_of(url: str) -> str:
-    """The readable part of an id; never empty, and never hidden from tools that skip names like `_x` and `.x`."""
+    """The readable part of an id; never empty, and never hidden from tools that skip names like
+    `_x` and `.x`.
+    """
     name = url.rstrip("/").rsplit("/", 1)[-1]
     stem = name.rsplit(".", 1)[0] or name
     return re.sub(r"[^A-Za-z0-9._]", "_", stem)[:60].lstrip("._") or "shard"

@@ -1,4 +1,6 @@
-"""Parquet files with the images inside: whole, or in ranges of whole row groups. Private to this package."""
+"""Parquet files with the images inside: whole, or in ranges of whole row groups. Private to this
+package.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ MAX_SHARD_BYTES = 1 << 30
 
 
 def split_parquet(whole: Shard) -> list[Shard]:
-    """Whole row groups together until the next one would go over the size of a shard. Raises ShardError."""
+    """Whole row groups together until the next one would go over the size of a shard. Raises
+    ShardError.
+    """
     with open_shard(whole) as stream, open_parquet(stream, whole.url) as file:
         groups = [file.metadata.row_group(n) for n in range(file.num_row_groups)]
         rows = [0, *accumulate(group.num_rows for group in groups)]
@@ -79,7 +83,9 @@ def read_parquet(shard: Shard, job: Job, wanted: Callable[[int], bool]) -> Itera
 
 
 def _in_other_columns(file: Any, shard: Shard, job: Job) -> dict[str, int]:
-    """How many images stand in columns that are not read, by the statistics of the file's row groups."""
+    """How many images stand in columns that are not read, by the statistics of the file's row
+    groups.
+    """
     count, metadata = 0, file.metadata
     places = (
         {metadata.row_group(0).column(n).path_in_schema: n for n in range(metadata.num_columns)}
@@ -103,7 +109,9 @@ def _in_other_columns(file: Any, shard: Shard, job: Job) -> dict[str, int]:
 def _rows(
     file: Any, shard: Shard, job: Job, rows: range, wanted: Callable[[int], bool]
 ) -> Iterator[Encoded]:
-    """The wanted rows of a range of the file's. One without bytes whose path may be read has no reason yet."""
+    """The wanted rows of a range of the file's. One without bytes whose path may be read has no
+    reason yet.
+    """
     names = columns_to_read(file.schema_arrow, shard, job)
     for row, batch, positions in read_batches(
         file, names, rows, lambda row: wanted(row - rows.start)
@@ -131,7 +139,8 @@ def _rows(
 def _first_images(column: pa.Array) -> tuple[pa.Array, list[int]]:
     """A column with one image a row, and how many further ones each row has.
 
-    Of a list the first image counts; a dictionary (a pandas category, a Polars categorical) becomes its values.
+    Of a list the first image counts; a dictionary (a pandas category, a Polars categorical) becomes
+    its values.
     """
     if pa.types.is_dictionary(column.type):
         return column.dictionary_decode(), [0] * len(column)

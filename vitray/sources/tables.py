@@ -84,7 +84,9 @@ MAX_KEY_ROWS = 1_000_000  # read to see whether a column's values are unique: 50
 
 @dataclass(frozen=True, slots=True)
 class TableRow:
-    """One row of a manifest: where its image is, its key and its passthrough values, or what is wrong with it."""
+    """One row of a manifest: where its image is, its key and its passthrough values, or what is
+    wrong with it.
+    """
 
     path: object = None
     key: object = None
@@ -114,7 +116,9 @@ def count_rows(shard: Shard, job: Job) -> int:
 
 
 def read_rows(shard: Shard, job: Job, rows: range, notes: list[str]) -> Iterator[TableRow]:
-    """A range of a manifest's rows, in order. notes: grows by what a person should know of the file."""
+    """A range of a manifest's rows, in order. notes: grows by what a person should know of the
+    file.
+    """
     with open_shard(shard) as stream:
         if _is_parquet(stream, shard):
             with open_parquet(stream, shard.url) as file:
@@ -165,10 +169,13 @@ def _text_row(fields: dict[str, str | None], names: list[str], job: Job) -> Tabl
 
 @contextmanager
 def open_parquet(stream: BinaryIO, url: str) -> Iterator[Any]:
-    """The pq.ParquetFile; what pyarrow says of broken bytes comes as ShardError, and storage's own errors pass."""
+    """The pq.ParquetFile; what pyarrow says of broken bytes comes as ShardError, and storage's own
+    errors pass.
+    """
     try:
-        # column chunks are read in pieces, because a row group of images can be gigabytes; and by this thread alone, because
-        # one of pyarrow's pool that still holds a Python buffer when the interpreter ends aborts the process
+        # column chunks are read in pieces, because a row group of images can be gigabytes; and by
+        # this thread alone, because one of pyarrow's pool that still holds a Python buffer when the
+        # interpreter ends aborts the process
         yield pq.ParquetFile(
             stream, buffer_size=CHUNK_BYTES, pre_buffer=False, page_checksum_verification=True
         )
@@ -204,7 +211,9 @@ def read_batches(
 
 
 def passthrough_batch(batch: pa.RecordBatch, job: Job) -> pa.RecordBatch:
-    """The passthrough columns that a batch has, in the order of job.keep, with the types of `file_passthrough_schema`."""
+    """The passthrough columns that a batch has, in the order of job.keep, with the types of
+    `file_passthrough_schema`.
+    """
     columns = {name: batch.column(name) for name in job.keep if name in batch.schema.names}
     return _batch_of(columns, batch.num_rows)
 
@@ -212,7 +221,9 @@ def passthrough_batch(batch: pa.RecordBatch, job: Job) -> pa.RecordBatch:
 def with_folder_columns(
     passthrough: PassthroughRow | None, url: str, job: Job
 ) -> PassthroughRow | None:
-    """All passthrough values of an image: those of its table, and those that the folders of its URL spell out."""
+    """All passthrough values of an image: those of its table, and those that the folders of its URL
+    spell out.
+    """
     if not job.keep:
         return None
     if passthrough is not None and passthrough.batch.num_columns == len(job.keep):
@@ -244,7 +255,9 @@ def python_value(scalar: pa.Scalar) -> object:
 
 
 def key_of(named: object, path: object, row: int) -> str:
-    """A sample's own name: what its key column says, else the path of its image, else its row in the file."""
+    """A sample's own name: what its key column says, else the path of its image, else its row in
+    the file.
+    """
     value = next(value for value in (named, path, row) if value is not None and value != "")
     return printable(
         value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)
@@ -252,7 +265,8 @@ def key_of(named: object, path: object, row: int) -> str:
 
 
 def columns_to_read(schema: pa.Schema, shard: Shard, job: Job) -> list[str]:
-    """The job's columns; the first holds the images of a Parquet file, or their paths in a manifest.
+    """The job's columns; the first holds the images of a Parquet file, or their paths in a
+    manifest.
 
     Raises JobError for a column that is not there, and for images that could be in several.
     """
@@ -261,7 +275,8 @@ def columns_to_read(schema: pa.Schema, shard: Shard, job: Job) -> list[str]:
     if len(likely) == 1:
         if job.key_column in schema.names and pa.types.is_nested(schema.field(job.key_column).type):
             raise JobError(
-                f"key_column: `{job.key_column}` is {schema.field(job.key_column).type}; choose a column of text or numbers."
+                f"key_column: `{job.key_column}` is {schema.field(job.key_column).type}; choose a "
+                f"column of text or numbers."
             )
         names = [
             *likely,
@@ -270,7 +285,8 @@ def columns_to_read(schema: pa.Schema, shard: Shard, job: Job) -> list[str]:
         return list(dict.fromkeys(names))
     if likely:
         raise JobError(
-            f"the input has several columns that could hold the images: {', '.join(likely)}. Set `image_column`."
+            f"the input has several columns that could hold the images: {', '.join(likely)}. Set "
+            f"`image_column`."
         )
     paths = f"string column of paths ({', '.join(PATH_NAMES)})"
     what = (
@@ -284,15 +300,18 @@ def columns_to_read(schema: pa.Schema, shard: Shard, job: Job) -> list[str]:
         kind_of(name, job.rules) == "files" for name in schema.names
     ):
         raise JobError(
-            f"{shard.url} has no header: its first line is {', '.join(schema.names)[:200]}. Add a line with the column names, like `path`."
+            f"{shard.url} has no header: its first line is {', '.join(schema.names)[:200]}. Add a "
+            f"line with the column names, like `path`."
         )
     raise JobError(f"the input has no {what}{named}; it has {has}. Set `image_column`.")
 
 
 def parquet_kind(schema: pa.Schema, job: Job) -> str | None:
-    """parquet where a file holds the images, manifest where it holds their paths; None where it holds neither.
+    """parquet where a file holds the images, manifest where it holds their paths; None where it
+    holds neither.
 
-    A column of paths with a usual name beats a thumbnail. Raises JobError where both could be meant.
+    A column of paths with a usual name beats a thumbnail. Raises JobError where both could be
+    meant.
     """
     images, paths = (likely_columns(schema, kind, job) for kind in ("parquet", "manifest"))
     if job.rules == 1 or not (images and paths) or job.image_column:
@@ -302,13 +321,15 @@ def parquet_kind(schema: pa.Schema, job: Job) -> str | None:
     if all(_is_secondary(name) for name in images):
         return "manifest"
     raise JobError(
-        f"the input has images in {', '.join(f'`{name}`' for name in images)} and paths in `{paths[0]}`. "
+        f"the input has images in {', '.join(f'`{name}`' for name in images)} and paths in "
+        f"`{paths[0]}`. "
         "Set `image_column` to the one that you mean."
     )
 
 
 def likely_columns(schema: pa.Schema, kind: str, job: Job) -> list[str]:
-    """Where the images, or their paths in a manifest, are: as the job says, or by type and usual names.
+    """Where the images, or their paths in a manifest, are: as the job says, or by type and usual
+    names.
 
     Several where it is not clear.
     """
@@ -372,7 +393,8 @@ def file_passthrough_schema(shard: Shard, job: Job) -> pa.Schema:
 
 
 def find_key_column(shard: Shard, job: Job) -> str | None:
-    """The column that names the rows of this Parquet file: called __key__, key or id, with unique text or integers.
+    """The column that names the rows of this Parquet file: called __key__, key or id, with unique
+    text or integers.
 
     None where images have paths of their own, which are their keys. Raises ShardError, JobError.
     """
@@ -415,7 +437,9 @@ def _is_unique_key(file: Any, kind: pa.DataType, name: str) -> bool:
 
 
 def _require(schema: pa.Schema, shard: Shard, job: Job, what: str) -> None:
-    """Raises JobError for a column that neither the file nor its folders have, or that it has twice."""
+    """Raises JobError for a column that neither the file nor its folders have, or that it has
+    twice.
+    """
     for name in [job.key_column, *job.keep]:
         if name is None or schema.get_field_index(name) >= 0:
             continue
@@ -433,7 +457,9 @@ def key_values(batch: pa.RecordBatch, job: Job) -> pa.Array | None:
 
 
 def _holds_images(field: pa.Field, job: Job) -> bool:
-    """Bytes, or a struct with `bytes`; by source rules 2 also lists of these, and a struct with a path alone."""
+    """Bytes, or a struct with `bytes`; by source rules 2 also lists of these, and a struct with a
+    path alone.
+    """
     kind = field.type
     if job.rules == 1:
         return _holds_bytes(kind)

@@ -1,8 +1,8 @@
 """Tars as WebDataset writes them: members with one key are one sample, and every sample is one row.
 
 A member's key ends at a dot of its name. WebDataset takes the first one, so that `0.depth.png` and
-`0.jpg` are two members of sample `0`. In `Mr. Bean.jpg` that dot is part of the name. `auto` looks at
-the start of the tar to tell the two apart: see `dotted_extensions`.
+`0.jpg` are two members of sample `0`. In `Mr. Bean.jpg` that dot is part of the name. `auto` looks
+at the start of the tar to tell the two apart: see `dotted_extensions`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ _MEMBER_EXTENSION = re.compile(r"[a-z][a-z0-9_-]*(\.[a-z][a-z0-9_-]*)+")
 
 
 def read_tar(shard: Shard, job: Job, wanted: Callable[[int], bool]) -> Iterator[Encoded | End]:
-    """The samples of a tar in order, then its End. Raises ShardError when it is no tar at all, or not clear."""
+    """The samples of a tar in order, then its End. Raises ShardError when it is no tar at all, or
+    not clear.
+    """
     reader = _Reader(shard, job, wanted)
     with open_shard(shard) as stream:
         source = TarSource(stream, shard.url, shard.size)
@@ -63,7 +65,9 @@ def read_tar(shard: Shard, job: Job, wanted: Callable[[int], bool]) -> Iterator[
 
 
 def _most_common(members: Counter[str]) -> dict[str, int]:
-    """The most frequent extensions and `other`: names come from the tar, and their number must not grow with it."""
+    """The most frequent extensions and `other`: names come from the tar, and their number must not
+    grow with it.
+    """
     most = Counter(
         {printable(name)[:40]: count for name, count in members.most_common(MEMBERS_TOLD)}
     )
@@ -93,7 +97,9 @@ def count_whole(shard: Shard, job: Job) -> tuple[int, dict[str, int]]:
 
 
 def count_samples(shard: Shard, job: Job) -> tuple[int, int, set[str]]:
-    """(samples, bytes walked, extensions) of the start of a tar; walked equals the shard's size when it was all."""
+    """(samples, bytes walked, extensions) of the start of a tar; walked equals the shard's size
+    when it was all.
+    """
     count, extensions = 0, set[str]()
     reader = _Reader(shard, job, lambda index: False)
     with open_shard(shard) as stream:
@@ -108,7 +114,8 @@ def count_samples(shard: Shard, job: Job) -> tuple[int, int, set[str]]:
 
 
 def absent_members(shard: Shard, job: Job) -> list[str]:
-    """The passthrough extensions that no sample at the start of a tar has; none for an empty tar and for other kinds.
+    """The passthrough extensions that no sample at the start of a tar has; none for an empty tar
+    and for other kinds.
 
     Raises ShardError when the tar cannot be read, ObjectChanged, StorageError.
     """
@@ -121,7 +128,9 @@ def absent_members(shard: Shard, job: Job) -> list[str]:
 
 
 def require_clear_samples(shard: Shard, job: Job) -> None:
-    """Raises SourceError where a sample at the start of a tar has several images, and nothing says which one is meant."""
+    """Raises SourceError where a sample at the start of a tar has several images, and nothing says
+    which one is meant.
+    """
     if job.rules == 1 or job.image_member:
         return
     with open_shard(shard) as stream:
@@ -137,9 +146,11 @@ def require_clear_samples(shard: Shard, job: Job) -> None:
 
 
 class DottedExtensions(NamedTuple):
-    """What follows the first dot of names with several dots. members: extensions, such as `depth.png`.
+    """What follows the first dot of names with several dots. members: extensions, such as
+    `depth.png`.
 
-    names: parts of names, because an image and its sidecar have them, such as `smith.jpg` and `smith.txt`.
+    names: parts of names, because an image and its sidecar have them, such as `smith.jpg` and
+    `smith.txt`.
     """
 
     members: frozenset[str] = frozenset()
@@ -149,9 +160,10 @@ class DottedExtensions(NamedTuple):
 def dotted_extensions(names: Sequence[str]) -> DottedExtensions:
     """Tell extensions with a dot, such as `depth.png` beside `jpg`, from parts of names.
 
-    names: member names at the start of a tar, in order. Such an extension is made of words and comes in
-    two samples, or in the only one. In all else what follows the first dot is part of a name:
-    ` bean_0.jpg` of `Mr. Bean_0.jpg`, `0001.png` of `shot.0001.png`, `smith.jpg` beside `smith.txt`.
+    names: member names at the start of a tar, in order. Such an extension is made of words and
+    comes in two samples, or in the only one. In all else what follows the first dot is part of a
+    name: ` bean_0.jpg` of `Mr. Bean_0.jpg`, `0001.png` of `shot.0001.png`, `smith.jpg` beside
+    `smith.txt`.
     """
     samples = list[tuple[str, set[str]]]()
     for name in names:
@@ -213,7 +225,9 @@ class _SeveralImagesError(ShardError):
 
 @dataclass(slots=True)
 class _Sample:
-    """Members with one key. passthrough: passthrough values by extension. image: the extension that the data came from."""
+    """Members with one key. passthrough: passthrough values by extension. image: the extension that
+    the data came from.
+    """
 
     index: int
     key: str
@@ -255,14 +269,17 @@ class _Reader:
         }
 
     def samples(self, source: TarSource) -> Iterator[_Sample]:
-        """Consecutive members with one key. A cut is noted in the source; the last sample survives when its image is whole."""
+        """Consecutive members with one key. A cut is noted in the source; the last sample survives
+        when its image is whole.
+        """
         sample: _Sample | None = None
         try:
             for member in members_of(source):
                 key, extension = self._place(member, sample)
                 if not extension:
                     continue
-                # the same extension again is another image of the same name, not a part of this sample
+                # the same extension again is another image of the same name, not a part of this
+                # sample
                 if sample is None or sample.key != key or extension in sample.extensions:
                     if sample is not None:
                         yield self._complete(sample)
@@ -293,14 +310,17 @@ class _Reader:
         if self._parted:
             count, first = len(self._parted), printable(self._parted[0])[:200]
             found.append(
-                f"the members of {count} samples are not adjacent (first: {first}): sort the tar by name"
+                f"the members of {count} samples are not adjacent (first: {first}): sort the tar "
+                f"by name"
             )
         if self._not_utf8:
             found.append(f"{self._not_utf8} kept texts are not UTF-8 and were read as Windows-1252")
         return found
 
     def _place(self, member: tarfile.TarInfo, sample: _Sample | None) -> tuple[str, str]:
-        """(key, extension) of a member; no extension for what is no part of a sample, which is counted."""
+        """(key, extension) of a member; no extension for what is no part of a sample, which is
+        counted.
+        """
         key, extension = _split_first(member.name)
         if extension and "." in extension:
             key, extension = self._place_dotted(member.name, sample)
@@ -368,19 +388,27 @@ class _Reader:
                 sample.passthrough[extension] = data
 
     def _is_better(self, extension: str, than: str | None) -> bool:
-        """Whether an image of this extension is the sample's: the first one, and a plain one rather than `depth.png`."""
+        """Whether an image of this extension is the sample's: the first one, and a plain one rather
+        than `depth.png`.
+        """
         return than is None or (self.job.rules > 1 and "." in than and "." not in extension)
 
     def _complete(self, sample: _Sample) -> _Sample:
-        """Count a sample and its images. Raises _SeveralImagesError when it is not clear which one is meant."""
+        """Count a sample and its images. Raises _SeveralImagesError when it is not clear which one
+        is meant.
+        """
         plain = [extension for extension in sample.images if "." not in extension]
         candidates = plain or sample.images
         if len(candidates) > 1 and self.job.rules > 1:
             names = ", ".join(sorted(set(candidates)))
-            setting = f"`image_member` to one of them (image_member: {candidates[0]}; a dataset with rows needs another `out` for that)"
+            setting = (
+                f"`image_member` to one of them (image_member: {candidates[0]}; a dataset with "
+                f"rows needs another `out` for that)"
+            )
             keys = "" if plain else ", or `tar_keys: last_dot` for a row for each"
             raise _SeveralImagesError(
-                f"{self.shard.url}: sample {printable(sample.key)[:200]} has several images: {names}. Set {setting}{keys}."
+                f"{self.shard.url}: sample {printable(sample.key)[:200]} has several images: "
+                f"{names}. Set {setting}{keys}."
             )
         self.total += 1
         # what `image_member` passes over is an image all the same
@@ -405,7 +433,10 @@ class _Reader:
 
     def _why_without_image(self, sample: _Sample) -> str:
         if self._parted and self._parted[-1] == sample.key:
-            return f"key {printable(sample.key)[:200]} came before: the members of a sample must be adjacent; sort the tar"
+            return (
+                f"key {printable(sample.key)[:200]} came before: the members of a sample must be "
+                f"adjacent; sort the tar"
+            )
         what = f".{self.image_member}" if self.image_member else "image"
         has = printable(", ".join(islice(sample.extensions, 8)))[:200]
         return f"the sample has no {what} member: it has {has}"
@@ -455,7 +486,9 @@ _NOTES: dict[str, str] = {
 
 
 def _split_first(path: str) -> tuple[str, str]:
-    """(key, lower-case extension) at the first dot; no extension for hidden files and names without a dot."""
+    """(key, lower-case extension) at the first dot; no extension for hidden files and names without
+    a dot.
+    """
     folder, slash, name = path.rpartition("/")
     stem, _, extension = name.partition(".")
     return folder + slash + stem, extension.lower() if stem else ""

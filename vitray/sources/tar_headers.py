@@ -32,7 +32,9 @@ class TarCutError(Exception):
 
 @dataclass(slots=True)
 class TarSource:
-    """The bytes of one tar in order, counted against its size, and what the walk over them found."""
+    """The bytes of one tar in order, counted against its size, and what the walk over them
+    found.
+    """
 
     stream: BinaryIO
     url: str
@@ -64,7 +66,9 @@ class TarSource:
 
 
 def members_of(source: TarSource) -> Iterator[tarfile.TarInfo]:
-    """Every member in order, the source at its data. Raises TarCutError where the bytes stop being a tar."""
+    """Every member in order, the source at its data. Raises TarCutError where the bytes stop being
+    a tar.
+    """
     while True:
         source.start = source.at
         records: dict[str, bytes] = {}
@@ -175,7 +179,8 @@ def not_a_tar(source: TarSource) -> ShardError:
     packed = next((name for magic, name in COMPRESSED.items() if head.startswith(magic)), None)
     if packed:
         return ShardError(
-            f"{source.url} is {packed}, not a tar. Compressed archives cannot be streamed exactly: unpack it."
+            f"{source.url} is {packed}, not a tar. Compressed archives cannot be streamed "
+            f"exactly: unpack it."
         )
     what = f"it begins with {head!r}" if head else "it is empty"
     return ShardError(f"{source.url} is not a tar: {what}. Replace or remove it, or set `format`.")

@@ -21,7 +21,8 @@ MAX_LINE_BYTES = 16 << 20
 NO_TEXT = re.compile(
     rb"[\0-\x08\x0e-\x19]"
 )  # control characters, which any tar, image or archive begins with
-# looked at a second time, where an open quote took them along; a hostile file could ask for each of them n times
+# looked at a second time, where an open quote took them along; a hostile file could ask for each of
+# them n times
 LINES_AGAIN = 1_000_000
 SAMPLE_LINES = 10_000  # JSON lines may leave fields out: so many tell the columns
 PYTHON_FIELD_CHARS = 131_072  # the csv module's own limit of a field
@@ -37,7 +38,9 @@ BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark begins with that of
 
 
 class UnreadableTextError(ShardError):
-    """The file is text, but neither CSV nor JSON lines in UTF-8. Where all of a source's files are, the job is refused."""
+    """The file is text, but neither CSV nor JSON lines in UTF-8. Where all of a source's files are,
+    the job is refused.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +61,16 @@ class Dialect:
 def text_format(stream: BinaryIO, shard: Shard) -> str:
     """csv or jsonl, by content and suffix. The stream stands at its start again.
 
-    Raises UnreadableTextError, ShardError for a manifest's name with other bytes, SourceError for any other name.
+    Raises UnreadableTextError, ShardError for a manifest's name with other bytes, SourceError for
+    any other name.
     """
     head = stream.read(512)
     stream.seek(0)
     name = shard.url.lower()
     if encoding := _wide_encoding(head):
         raise UnreadableTextError(
-            f"{shard.url} is {encoding} text, and vitray reads UTF-8. Convert it: iconv -f {encoding} -t UTF-8."
+            f"{shard.url} is {encoding} text, and vitray reads UTF-8. Convert it: iconv -f "
+            f"{encoding} -t UTF-8."
         )
     if NO_TEXT.search(head):
         error = ShardError if name.endswith(SUFFIXES) else SourceError  # a bad file, or a bad job
@@ -89,7 +94,8 @@ def _wide_encoding(head: bytes) -> str | None:
 def dialect_of(stream: BinaryIO, url: str, columns: Sequence[str]) -> Dialect:
     """How a CSV is written, by its header. The stream stands at its start again.
 
-    The delimiter is the first with one of `columns` among the names, else the first that gives two names, else a comma.
+    The delimiter is the first with one of `columns` among the names, else the first that gives two
+    names, else a comma.
     """
     lines = _lines(stream, url, carriage_returns=True)
     header, skipped = _header_text(next(lines, (0, b""))[1]), 0
@@ -178,11 +184,13 @@ def json_names(stream: BinaryIO, url: str) -> list[str]:
     names = dict.fromkeys(name for line in found for name in line)
     if found and not names and sample[0].lstrip()[:1] in (b"[", b"{"):
         raise UnreadableTextError(
-            f"{url} is one JSON document, not JSON lines. Write one object a line: jq -c '.[]' for an array."
+            f"{url} is one JSON document, not JSON lines. Write one object a line: jq -c '.[]' "
+            f"for an array."
         )
     if found and not names:
         raise ShardError(
-            f"{url}: none of its first {len(found):,} lines is a JSON object with fields. Correct or remove it."
+            f"{url}: none of its first {len(found):,} lines is a JSON object with fields. Correct "
+            f"or remove it."
         )
     return list(names)
 
@@ -209,7 +217,9 @@ def json_text(value: object) -> str | None:
 def _lines(
     stream: BinaryIO, url: str, carriage_returns: bool = False
 ) -> Iterator[tuple[int, bytes]]:
-    """(number, line). carriage_returns: lines that end in one alone, as Excel for the Mac writes them, are lines too."""
+    """(number, line). carriage_returns: lines that end in one alone, as Excel for the Mac writes
+    them, are lines too.
+    """
     first = stream.readline(MAX_LINE_BYTES + 1)
     if (
         carriage_returns

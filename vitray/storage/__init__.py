@@ -1,7 +1,7 @@
 """The only door to storage: list, read, stream, create-if-absent, on a local disk and on S3.
 
-Every call has a deadline and ten attempts with jittered backoff. Reads are conditional on the version that was
-planned. pyarrow's own file systems are not used: see docs/decisions/0008.
+Every call has a deadline and ten attempts with jittered backoff. Reads are conditional on the
+version that was planned. pyarrow's own file systems are not used: see docs/decisions/0008.
 """
 
 from __future__ import annotations
@@ -77,14 +77,17 @@ def probe(out: str) -> None:
         kept = read(url)
     if second or kept != b"vitray probe":
         raise UnsafeStore(
-            f"{out}: the store ignored a conditional create (If-None-Match), so two runs could overwrite each other. "
+            f"{out}: the store ignored a conditional create (If-None-Match), so two runs could "
+            f"overwrite each other. "
             "Use a store that honours it (AWS S3, Ceph, MinIO) or a local disk with hard links."
         )
 
 
 @contextlib.contextmanager
 def scratch(out: str) -> Iterator[str]:
-    """A name within `out`, since next to it another bucket might begin, for an object or a folder; nothing is left when the block ends."""
+    """A name within `out`, since next to it another bucket might begin, for an object or a folder;
+    nothing is left when the block ends.
+    """
     store, url = store_for(out), join(out, "_vitray", f"{SCRATCH}{uuid.uuid4().hex}")
     try:
         yield url
@@ -100,7 +103,9 @@ def scratch(out: str) -> Iterator[str]:
 
 
 def drop_scratch(out: str) -> list[str]:
-    """Delete the scratch of killed processes: that in which nothing has changed for an hour; returns its names."""
+    """Delete the scratch of killed processes: that in which nothing has changed for an hour;
+    returns its names.
+    """
     store, inside, latest = (
         store_for(out),
         join(absolute(out), "_vitray", SCRATCH),
@@ -121,7 +126,8 @@ def drop_scratch(out: str) -> list[str]:
 class Found:
     """What a pattern names, in order.
 
-    hidden: the URLs below it with a name that begins with a dot or an underscore which nobody asked for.
+    hidden: the URLs below it with a name that begins with a dot or an underscore which nobody asked
+    for.
     linked_folders: folders behind symbolic links, which are not entered.
     """
 
@@ -131,10 +137,11 @@ class Found:
 
 
 def search(pattern: str, rules: int = 1) -> Found:
-    """The objects that a URL, glob, {000..099} range or prefix names. Raises ObjectMissing for one that names none.
+    """The objects that a URL, glob, {000..099} range or prefix names. Raises ObjectMissing for one
+    that names none.
 
-    rules: of the source, see Job. By rules 2 folders such as `_year=2026` are partitions of a table, and not hidden; a NAS's
-    own folders are; and `**` inside a name is refused.
+    rules: of the source, see Job. By rules 2 folders such as `_year=2026` are partitions of a
+    table, and not hidden; a NAS's own folders are; and `**` inside a name is refused.
     """
     found = Found([], [], [])
     for url in expand_braces(pattern):
@@ -164,7 +171,8 @@ def _require_whole_globstars(pattern: str) -> None:
     for part in pattern.split("/"):
         if "**" in part and part != "**":
             raise JobError(
-                f"{pattern}: `**` stands for whole folders. Write **/{part.replace('**', '*')} instead of {part}."
+                f"{pattern}: `**` stands for whole folders. Write **/{part.replace('**', '*')} "
+                f"instead of {part}."
             )
 
 
@@ -174,7 +182,9 @@ def expand(pattern: str) -> list[ObjectInfo]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """`a-{000..002}.tar` -> three URLs, zeros kept; `{x,y}` works too; ranges of at most a million."""
+    """`a-{000..002}.tar` -> three URLs, zeros kept; `{x,y}` works too; ranges of at most a
+    million.
+    """
     match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
     if not match or (is_local(pattern) and os.path.lexists(absolute(pattern))):
         return [pattern]
@@ -190,7 +200,9 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def reads(pattern: str, out: str, name: str = "data/x.parquet") -> bool:
-    """Whether a URL, glob or prefix names what is written into `out` under such a name, be it by a link."""
+    """Whether a URL, glob or prefix names what is written into `out` under such a name, be it by a
+    link.
+    """
     if is_local(pattern) and is_local(out):
         pattern, out = os.path.realpath(pattern), os.path.realpath(out)
     written = f"{out}/{name}"
@@ -202,9 +214,11 @@ def reads(pattern: str, out: str, name: str = "data/x.parquet") -> bool:
 
 
 def _hidden_by(pattern: str, rules: int) -> Callable[[str], bool]:
-    """Whether a name below the base starts with a dot or an underscore (marks of other tools, not data), unasked for.
+    """Whether a name below the base starts with a dot or an underscore (marks of other tools, not
+    data), unasked for.
 
-    Not an image's: cameras call theirs _DSC0001.JPG. The base is the pattern up to its first wild folder; `_*.tar` asks for underscores.
+    Not an image's: cameras call theirs _DSC0001.JPG. The base is the pattern up to its first wild
+    folder; `_*.tar` asks for underscores.
     """
     wild = _wild(pattern)
     base = pattern[: pattern.rfind("/", 0, wild.start()) + 1] if wild else pattern
@@ -226,7 +240,9 @@ def _hidden_by(pattern: str, rules: int) -> Callable[[str], bool]:
 
 
 def _wild(pattern: str) -> re.Match[str] | None:
-    """Where a glob begins; None for a plain name, and for a local one with such characters that is there."""
+    """Where a glob begins; None for a plain name, and for a local one with such characters that is
+    there.
+    """
     wild = re.search(r"[*?\[]", pattern)
     return None if wild and is_local(pattern) and os.path.lexists(absolute(pattern)) else wild
 

@@ -1,4 +1,6 @@
-"""A new local folder, which appears whole or not at all: what exports write. Private to this package."""
+"""A new local folder, which appears whole or not at all: what exports write. Private to this
+package.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +19,18 @@ from vitray.storage.objects import absolute, is_local
 
 FULL = (
     1 << 20
-)  # bytes left: libraries that write files, or read what they wrote, tell of a full disk by errors of their own
+    # bytes left: libraries that write files, or read what they wrote, tell of a full disk by errors
+    # of their own
+)
 
 
 @contextlib.contextmanager
 def new_folder(into: str, option: str) -> Iterator[Path]:
-    """A folder beside `into`, which gets that name, by a rename, when the block ends; an exception leaves nothing, and what a kill
-    leaves is deleted by the next one of that name.
+    """A folder beside `into`, which gets that name, by a rename, when the block ends; an exception
+    leaves nothing, and what a kill leaves is deleted by the next one of that name.
 
-    option: what a person wrote to name it, for messages. Raises JobError when `into` is no local path or is there already,
-    StorageError when the disk is full or fails.
+    option: what a person wrote to name it, for messages. Raises JobError when `into` is no local
+    path or is there already, StorageError when the disk is full or fails.
     """
     if not is_local(into):
         raise JobError(
@@ -61,7 +65,9 @@ def new_folder(into: str, option: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
-    """Whether the folder is ours alone in the block, which ends with the process at the latest; False where the disk has no locks."""
+    """Whether the folder is ours alone in the block, which ends with the process at the latest;
+    False where the disk has no locks.
+    """
     with contextlib.ExitStack() as stack:
         try:
             number = os.open(folder, os.O_RDONLY)

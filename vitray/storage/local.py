@@ -1,4 +1,6 @@
-"""A directory tree. Creates by link(2), which is atomic and refuses an existing name. Private to this package."""
+"""A directory tree. Creates by link(2), which is atomic and refuses an existing name. Private to
+this package.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ from vitray.errors import ObjectChanged, ObjectMissing, ObjectRefused, StorageEr
 from vitray.storage.objects import ABANDONED_S, TMP_PREFIX, ObjectInfo, absolute
 
 ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
-# one file's own fault, and no better when it is asked for again; what a network file system says while it is away is not here
+# one file's own fault, and no better when it is asked for again; what a network file system says
+# while it is away is not here
 REFUSED = (
     errno.EACCES,
     errno.EPERM,
@@ -30,7 +33,8 @@ REFUSED = (
     errno.ELOOP,
     errno.ENAMETOOLONG,
 )
-ESCAPE = r"\\u(dc(?:[89a-f][0-9a-f]|5c))"  # of a byte that is no UTF-8, and of the backslash before what looks like one
+# of a byte that is no UTF-8, and of the backslash before what looks like one
+ESCAPE = r"\\u(dc(?:[89a-f][0-9a-f]|5c))"
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
 
 
@@ -104,7 +108,8 @@ class LocalStore:
                 if error.errno not in NO_LINKS:
                     raise
                 raise UnsafeStore(
-                    f"{path}: this file system has no hard links ({error.strerror}), which an atomic commit needs. "
+                    f"{path}: this file system has no hard links ({error.strerror}), which an "
+                    f"atomic commit needs. "
                     "Put `out` on a local disk (ext4, xfs, btrfs, zfs), on NFS, or on s3://."
                 ) from error
         return True
@@ -156,7 +161,9 @@ class _File(io.FileIO):
 
 
 def _is_in_cycle(folder: str, known: dict[str, bool]) -> bool:
-    """Whether a link on the way to a folder leads back to a folder on the way. known: grows by the answers."""
+    """Whether a link on the way to a folder leads back to a folder on the way. known: grows by the
+    answers.
+    """
     if folder not in known:
         parent = os.path.dirname(folder)
         is_link = os.path.islink(folder)
@@ -168,7 +175,9 @@ def _is_in_cycle(folder: str, known: dict[str, bool]) -> bool:
 
 
 def _with_literal_folders(pattern: str) -> str:
-    """A glob in which folders that are there stand for themselves, such as `[raw] 2024` in front of `/*.jpg`."""
+    """A glob in which folders that are there stand for themselves, such as `[raw] 2024` in front of
+    `/*.jpg`.
+    """
     *folders, name = pattern.split("/")
     for count in range(len(folders), 0, -1):
         start = "/".join(folders[:count])
@@ -183,7 +192,9 @@ def on_disk(url: str) -> str:
 
 
 def _url_of(path: str) -> str:
-    """The URL of an absolute path; on_disk() leads back, also from a name that looks like an escape itself."""
+    """The URL of an absolute path; on_disk() leads back, also from a name that looks like an escape
+    itself.
+    """
     return (
         re.sub(rf"\\(?={ESCAPE[2:]})", r"\\udc5c", path)
         .encode("utf-8", "backslashreplace")
@@ -193,7 +204,9 @@ def _url_of(path: str) -> str:
 
 @contextlib.contextmanager
 def _temporary(path: str, data: bytes) -> Iterator[str]:
-    """A file beside the path that holds the data, to be linked or moved there; it is gone at the end, the rest on the disk."""
+    """A file beside the path that holds the data, to be linked or moved there; it is gone at the
+    end, the rest on the disk.
+    """
     folder = os.path.dirname(path)
     temporary = os.path.join(folder, TMP_PREFIX + uuid.uuid4().hex)
     try:
@@ -215,7 +228,9 @@ def _new_file(path: str) -> BinaryIO:
     folder = os.path.dirname(path)
     for _ in range(
         2
-    ):  # another run may remove the folder, when it is empty, between the two calls or inside the first
+        # another run may remove the folder, when it is empty, between the two calls or inside the
+        # first
+    ):
         with contextlib.suppress(FileNotFoundError, FileExistsError):
             os.makedirs(folder, exist_ok=True)
             return open(path, "xb")
@@ -235,7 +250,9 @@ def _oddity(path: str) -> str:
 
 
 def _raise_in_walk(error: OSError, root: str) -> None:
-    """A folder that another run removed meanwhile holds nothing; only the root itself must be there."""
+    """A folder that another run removed meanwhile holds nothing; only the root itself must be
+    there.
+    """
     if error.errno != errno.ENOENT or error.filename == root:
         _raise_read(error, root)
 

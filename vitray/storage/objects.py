@@ -34,24 +34,32 @@ class Store(Protocol):
         """Every object under a prefix (a directory or one object), in the order of URLs."""
 
     def find_all(self, prefix: str) -> tuple[list[ObjectInfo], list[str]]:
-        """What `find` says, and half-written files too; and the linked folders that were not entered."""
+        """What `find` says, and half-written files too; and the linked folders that were not
+        entered.
+        """
 
     def glob(self, pattern: str) -> list[ObjectInfo]: ...
 
     def stat(self, url: str) -> ObjectInfo: ...
 
     def open(self, url: str, version: str | None = None) -> BinaryIO:
-        """A seekable stream of bounded memory. Raises ObjectChanged when it is not (or no longer) that version."""
+        """A seekable stream of bounded memory. Raises ObjectChanged when it is not (or no longer)
+        that version.
+        """
 
     def create(self, url: str, data: bytes, metadata: dict[str, str] | None = None) -> bool:
-        """Make an object exist, whole or not at all. False: refused, something is there (perhaps by a lost answer: look)."""
+        """Make an object exist, whole or not at all. False: refused, something is there (perhaps by
+        a lost answer: look).
+        """
 
     def replace(self, url: str, data: bytes) -> None: ...
 
     def delete(self, urls: Iterable[str]) -> None: ...
 
     def abandoned(self, prefix: str) -> list[str]:
-        """Half-written files that a killed process left, an hour old or more. None can exist on S3."""
+        """Half-written files that a killed process left, an hour old or more. None can exist on
+        S3.
+        """
 
     def delete_folder(self, url: str) -> None:
         """Remove a folder if it is empty, where folders exist."""
@@ -81,7 +89,8 @@ def retrying(what: str, call: Callable[[], T], transient: Callable[[Exception], 
                 raise
             if attempt == ATTEMPTS - 1:
                 raise StorageError(
-                    f"{what}: no answer in {ATTEMPTS} tries, last: {reason(error)}. Is the store up and reachable? "
+                    f"{what}: no answer in {ATTEMPTS} tries, last: {reason(error)}. Is the store "
+                    f"up and reachable? "
                     "Then run the same command again."
                 ) from error
             time.sleep(random.uniform(0, min(8.0, 0.1 * 2**attempt)))

@@ -1,4 +1,5 @@
-"""Objects through s3fs. One PUT a create, never multipart; no listing cache; no checksums older stores refuse.
+"""Objects through s3fs. One PUT a create, never multipart; no listing cache; no checksums older
+stores refuse.
 
 Private to this package. Attempts are counted in objects.retrying alone: layers of retries multiply.
 """
@@ -83,7 +84,9 @@ class S3Store:
         )
 
     def _nothing_in(self, url: str) -> list[ObjectInfo]:
-        """Nothing, of a bucket that is there: s3fs lists a missing one as empty, and the answer to a HEAD carries no code."""
+        """Nothing, of a bucket that is there: s3fs lists a missing one as empty, and the answer to
+        a HEAD carries no code.
+        """
         try:
             self._request("head_bucket", f"s3://{_key(url).split('/')[0]}")
         except ObjectMissing as error:
@@ -133,7 +136,8 @@ class S3Store:
     def _put(self, url: str, data: bytes, **conditions: object) -> None:
         if len(data) > MAX_OBJECT_BYTES:
             raise StorageError(
-                f"{url}: {len(data)} bytes do not fit one PUT (5 GB). Use smaller shards or fewer embeddings."
+                f"{url}: {len(data)} bytes do not fit one PUT (5 GB). Use smaller shards or fewer "
+                f"embeddings."
             )
         # 4 MB/s is slow enough for any link that can feed a GPU
         self._request("put_object", url, CALL_TIMEOUT_S + len(data) / 4e6, Body=data, **conditions)
@@ -185,7 +189,8 @@ class S3Store:
             return check
         if type(error).__name__ == "NoCredentialsError":
             return f"{check} To read a public bucket without credentials, set {UNSIGNED}=YES."
-        # S3 does not say that it was refused because the requester pays; a HEAD's answer has no code
+        # S3 does not say that it was refused because the requester pays; a HEAD's answer has no
+        # code
         if _answer(error) in ((403, "AccessDenied"), (403, "403")) and not self._pays_requests:
             return f"{check} If its requester pays, set {PAYER}=requester."
         return check
@@ -243,7 +248,8 @@ def _is_unsigned() -> bool:
     if value.lower() in ("", "no", "false", "off", "0"):
         return False
     raise JobError(
-        f"{UNSIGNED} is {value!r}: write YES to read public buckets without credentials, or unset it."
+        f"{UNSIGNED} is {value!r}: write YES to read public buckets without credentials, or "
+        f"unset it."
     )
 
 

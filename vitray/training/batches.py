@@ -1,7 +1,7 @@
 """Batches: which images, how they are cropped, mirrored and mixed, and what is wanted of them.
 
-All of it follows from (seed, epoch, step) and an image's place in the step, so that a resumed run goes on with the same batches, and
-workers that share a step see together what one alone would see.
+All of it follows from (seed, epoch, step) and an image's place in the step, so that a resumed run
+goes on with the same batches, and workers that share a step see together what one alone would see.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ ASPECT = 4 / 3  # widest and, upside down, narrowest crop. Source: Szegedy et al
 class Batch:
     """pixels: float32 [n, 3, H, W], normalised. target: float32 [n, C], rows of sum 1.
 
-    taught: float32 [n, C] or [n, D] of a Teaching; a OnlineTeacher is asked later. known: bool [n], whether the teacher knows the image.
+    taught: float32 [n, C] or [n, D] of a Teaching; a OnlineTeacher is asked later. known: bool [n],
+    whether the teacher knows the image.
     """
 
     pixels: Any
@@ -48,12 +49,15 @@ class Batches:
 
     @property
     def size(self) -> int:
-        """Images a step, of all workers; what an epoch leaves over waits for the next one, whose order is another."""
+        """Images a step, of all workers; what an epoch leaves over waits for the next one, whose
+        order is another.
+        """
         parts = self.config.workers * self.config.accumulate
         size = min(self.config.batch_size, len(self.examples.ids) // parts * parts)
         if not size:
             raise JobError(
-                f"{len(self.examples.ids)} images are too few for {parts} parts of a step. Set fewer workers or `accumulate`."
+                f"{len(self.examples.ids)} images are too few for {parts} parts of a step. Set "
+                f"fewer workers or `accumulate`."
             )
         return size
 

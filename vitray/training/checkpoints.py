@@ -1,7 +1,8 @@
 """Where a training stands, in storage: tensors as safetensors, numbers as JSON. No pickle.
 
-A state is a few objects of at most a gigabyte, whose names nobody else uses, and one small object that names them. That one is
-replaced as a whole, so a state is the old one or the new one, whenever the process dies.
+A state is a few objects of at most a gigabyte, whose names nobody else uses, and one small object
+that names them. That one is replaced as a whole, so a state is the old one or the new one, whenever
+the process dies.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ OWNER = "owner"
 
 
 def take(folder: str, owner: str) -> None:
-    """From now on these states are ours: a command of another machine that wrote them before ends at its next one."""
+    """From now on these states are ours: a command of another machine that wrote them before ends
+    at its next one.
+    """
     url = join(absolute(folder), OWNER)
     store_for(url).replace(url, owner.encode())
 
@@ -32,7 +35,8 @@ def require_own(folder: str, owner: str) -> None:
     """Raises TakenOver where another command took them since."""
     if owner and read(join(absolute(folder), OWNER)).decode() != owner:
         raise TakenOver(
-            f"another command, on another machine, trains into {folder} by now, from the last checkpoint on. This one ends."
+            f"another command, on another machine, trains into {folder} by now, from the last "
+            f"checkpoint on. This one ends."
         )
 
 
@@ -57,7 +61,9 @@ def save(folder: str, name: str, tensors: dict[str, Any], numbers: dict[str, Any
 
 
 def load(folder: str, name: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """(tensors, numbers) of the state of that name, None when there is none. Raises StorageError when it is damaged."""
+    """(tensors, numbers) of the state of that name, None when there is none. Raises StorageError
+    when it is damaged.
+    """
     from safetensors.torch import load as from_bytes
 
     found, tensors = _pointer(folder, name), dict[str, Any]()
@@ -114,7 +120,8 @@ def _pointer(folder: str, name: str) -> dict[str, Any] | None:
 
 def _damaged(folder: str, name: str, why: str) -> StorageError:
     return StorageError(
-        f"the checkpoint {join(folder, name)} is damaged ({why}). Delete {folder} to train from the start."
+        f"the checkpoint {join(folder, name)} is damaged ({why}). Delete {folder} to train from "
+        f"the start."
     )
 
 

@@ -1,4 +1,6 @@
-"""`TrainingConfig`: what a person writes for `vitray finetune`. Fields, defaults, validation. Knows nothing of torch or Ray."""
+"""`TrainingConfig`: what a person writes for `vitray finetune`. Fields, defaults, validation. Knows
+nothing of torch or Ray.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ class TrainingConfig(Written):
     )
     teacher_model: Location | None = Field(
         None,
-        description="instead of teacher: its checkpoint, which sees each image as the student does, cropped and mixed",
+        description="instead of teacher: its checkpoint, which sees each image as the student "
+        "does, "
+        "cropped and mixed",
     )
     model: Location | None = Field(
         None, description="Hugging Face id, local or s3:// directory; a probe takes its dataset's"
@@ -67,7 +71,9 @@ class TrainingConfig(Written):
     formats: Strings = Field(list(FORMATS), description="image formats that are decoded")
     label: Text | None = Field(
         None,
-        description="where an image's label is: folder (its directory's name, the default), a column, or a tar member's extension; "
+        description="where an image's label is: folder (its directory's name, the default), a "
+        "column, or "
+        "a tar member's extension; "
         "of a dataset a column (default: label, the model's own)",
     )
     label_field: str | None = Field(
@@ -81,7 +87,8 @@ class TrainingConfig(Written):
     )
     classes: Strings = Field(
         [],
-        description="names of the classes in the order of the outputs (default: those seen, sorted)",
+        description="names of the classes in the order of the outputs (default: those seen, "
+        "sorted)",
     )
     unlabelled: Literal["refuse", "skip"] = Field(
         "refuse", description="what to do when images have no label"
@@ -94,7 +101,10 @@ class TrainingConfig(Written):
     )
     train: Literal["probe", "head", "last", "lora", "full"] = Field(
         "head",
-        description="what learns: a linear head on stored embeddings, the head, the last blocks and it, low-rank adapters, or all",
+        description="what learns: a linear head on stored embeddings, the head, the last blocks "
+        "and "
+        "it, "
+        "low-rank adapters, or all",
     )
     init: Literal["weights", "scratch"] = Field(
         "weights", description="scratch: random weights; config and processor suffice"
@@ -105,7 +115,8 @@ class TrainingConfig(Written):
     )
     column: str | None = Field(
         None,
-        description="vector column of dataset (probe) or teacher (embedding), where there are several",
+        description="vector column of dataset (probe) or teacher (embedding), where there are "
+        "several",
     )
     distill: Literal["labels", "embedding"] = Field(
         "labels", description="what is learnt of the teacher: its scores or its vectors"
@@ -182,7 +193,8 @@ class TrainingConfig(Written):
             raise ValueError("teacher and teacher_model: give one of them")
         if self.train == "probe" and (not self.dataset or self.teacher or self.teacher_model):
             raise ValueError(
-                "train: probe learns from stored embeddings: give `dataset`, made by vitray run, and no source or teacher"
+                "train: probe learns from stored embeddings: give `dataset`, made by vitray run, "
+                "and no source or teacher"
             )
         if not (self.source or self.dataset or self.teacher):
             raise ValueError("`source` is missing: images, as in a job, or `dataset`")
@@ -201,7 +213,8 @@ class TrainingConfig(Written):
             )
         if self.batch_size % (self.workers * self.accumulate):
             raise ValueError(
-                f"batch_size {self.batch_size} cannot be cut into {self.workers} workers x {self.accumulate} parts"
+                f"batch_size {self.batch_size} cannot be cut into {self.workers} workers x "
+                f"{self.accumulate} parts"
             )
         if self.patience and not self.validation:
             raise ValueError("patience needs a validation share")

@@ -1,7 +1,8 @@
 """Labelled images of a config, decoded once: uint8 pixels and rows in a folder of this machine.
 
-Training images are kept larger than the model takes them where they are cropped at random, held-out ones as its processor
-makes them. What is held out follows from an image's key alone, so it stays held out while the data grows.
+Training images are kept larger than the model takes them where they are cropped at random, held-out
+ones as its processor makes them. What is held out follows from an image's key alone, so it stays
+held out while the data grows.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ TOLD = 3  # keys named in an error
 class Examples:
     """The images of one side of the split.
 
-    pixels: uint8 [N, H, W, 3], on the disk. ids: int64 [N], places in the classes. hashes: of the encoded bytes.
+    pixels: uint8 [N, H, W, 3], on the disk. ids: int64 [N], places in the classes. hashes: of the
+    encoded bytes.
     """
 
     pixels: np.ndarray
@@ -66,7 +68,9 @@ class Examples:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """All that a training learns from and is judged by. skipped: images that could not be decoded, or had no label, and why."""
+    """All that a training learns from and is judged by. skipped: images that could not be decoded,
+    or had no label, and why.
+    """
 
     classes: tuple[str, ...]
     train: Examples
@@ -80,8 +84,10 @@ def gather(
 ) -> TrainingData:
     """Read, split and decode the config's images into `folder`, unless they are there.
 
-    pixels: the model's processor. taught: the classes of a teacher whose scores are learnt, in its order.
-    Raises JobError for labels that are missing or unknown, or fewer than two classes; StorageError when the disk is full.
+    pixels: the model's processor. taught: the classes of a teacher whose scores are learnt, in its
+    order.
+    Raises JobError for labels that are missing or unknown, or fewer than two classes; StorageError
+    when the disk is full.
     """
     source = _Source(config)
     spec = DecodeSpec(pixels, tuple(source.job.formats), source.job.max_pixels, None)
@@ -107,7 +113,8 @@ def gather(
                     os.rename(whole, cache)
     except OSError as error:
         raise StorageError(
-            f"{cache}: {one_line(error)}. Decoded images need room there: free some, then run again."
+            f"{cache}: {one_line(error)}. Decoded images need room there: free some, then run "
+            f"again."
         ) from error
     return _open(config, cache, (larger.pixels.shape, spec.pixels.shape), taught)
 
@@ -115,7 +122,9 @@ def gather(
 def label_rows(
     config: TrainingConfig, column: str
 ) -> tuple[list[tuple[str, str | None]], pa.ChunkedArray, list[dict[str, str]]]:
-    """(key, label) of each row of the config's dataset, a vector column: what a probe learns from; and its bad images."""
+    """(key, label) of each row of the config's dataset, a vector column: what a probe learns from;
+    and its bad images.
+    """
     source = _Source(config)
     table = source.rows([column])
     places = zip(table["shard"].to_pylist(), table["index"].to_pylist())
@@ -143,13 +152,16 @@ def enlarged(pixels: PixelSpec) -> PixelSpec:
 
 
 def class_ids(pairs: Sequence[tuple[str, str]], classes: tuple[str, ...]) -> np.ndarray:
-    """int64 places in the classes of (key, label) pairs; a number is a place itself where no class is called a number. Raises JobError."""
+    """int64 places in the classes of (key, label) pairs; a number is a place itself where no class
+    is called a number. Raises JobError.
+    """
     places = {name: n for n, name in enumerate(classes)}
     if not any(name.isdecimal() for name in classes):
         places |= {str(n): n for n in range(len(classes))}
     if unknown := [f"{label} of {key}" for key, label in pairs if label not in places]:
         raise JobError(
-            f"{len(unknown):,} labels are not among the {len(classes)} classes, such as {', '.join(unknown[:TOLD])}. Correct `classes`."
+            f"{len(unknown):,} labels are not among the {len(classes)} classes, such as "
+            f"{', '.join(unknown[:TOLD])}. Correct `classes`."
         )
     return np.array([places[label] for _, label in pairs], np.int64)
 
@@ -157,10 +169,13 @@ def class_ids(pairs: Sequence[tuple[str, str]], classes: tuple[str, ...]) -> np.
 def choose_classes(
     config: TrainingConfig, seen: set[str], taught: tuple[str, ...] = ()
 ) -> tuple[str, ...]:
-    """As the config names them, as the teacher has them, or those that were seen, numbers by size. Raises JobError for one alone."""
+    """As the config names them, as the teacher has them, or those that were seen, numbers by size.
+    Raises JobError for one alone.
+    """
     if odd := next((name for name in sorted(seen) if len(name) > NAME_CHARS), None):
         raise JobError(
-            f"a label of {len(odd):,} characters is no class name: {odd[:40]}… Correct `label` ({config.label_place})."
+            f"a label of {len(odd):,} characters is no class name: {odd[:40]}… Correct `label` "
+            f"({config.label_place})."
         )
     found = tuple(config.classes) or taught
     if not found:
@@ -172,25 +187,31 @@ def choose_classes(
         )
     if len(seen) < 2 or len(found) < 2:
         raise JobError(
-            f"the images have {len(seen)} class ({', '.join(sorted(seen)) or 'no label'}); to tell classes apart takes two. "
+            f"the images have {len(seen)} class ({', '.join(sorted(seen)) or 'no label'}); to "
+            f"tell classes apart takes two. "
             "Correct `source` or `label`."
         )
     return found
 
 
 def require_labels(config: TrainingConfig, pairs: Sequence[tuple[str, str | None]]) -> None:
-    """Raises JobError where images have no label and the config does not skip them, and where a label_table names none of them."""
+    """Raises JobError where images have no label and the config does not skip them, and where a
+    label_table names none of them.
+    """
     lacking = [key for key, label in pairs if label is None]
     if config.label_table and len(lacking) == len(pairs) > 0:
         keys = list(labels_by_key(config) or ())
         raise JobError(
-            f"label_table {config.label_table} names none of {count(len(pairs), 'image')}: its {config.table_key} holds "
-            f"{', '.join(keys[:TOLD]) or 'nothing'}, the images are {', '.join(lacking[:TOLD])}. Correct `label_table` or `table_key`."
+            f"label_table {config.label_table} names none of {count(len(pairs), 'image')}: its "
+            f"{config.table_key} holds "
+            f"{', '.join(keys[:TOLD]) or 'nothing'}, the images are {', '.join(lacking[:TOLD])}. "
+            f"Correct `label_table` or `table_key`."
         )
     if lacking and config.unlabelled == "refuse":
         fields = "`label`, `label_table` or `table_key`" if config.label_table else "`label`"
         raise JobError(
-            f"{count(len(lacking), 'image')} without a label ({config.label_place}), such as {', '.join(lacking[:TOLD])}. "
+            f"{count(len(lacking), 'image')} without a label ({config.label_place}), such as "
+            f"{', '.join(lacking[:TOLD])}. "
             f"Correct {fields}, or set unlabelled: skip."
         )
 
@@ -199,11 +220,13 @@ def require_both(config: TrainingConfig, train: np.ndarray, held_out: np.ndarray
     """Raises JobError where the split leaves one side of these class ids without what it needs."""
     if len(set(train.tolist())) < 2:
         raise JobError(
-            "the images that are not held out have one class only. Give more images, or a smaller `validation`."
+            "the images that are not held out have one class only. Give more images, or a smaller "
+            "`validation`."
         )
     if config.validation and not len(held_out):
         raise JobError(
-            "no image fell into the held-out share. Set a larger `validation`, or 0 to train without."
+            "no image fell into the held-out share. Set a larger `validation`, or 0 to train "
+            "without."
         )
 
 
@@ -224,7 +247,8 @@ class _Source:
         if self.dataset is None:
             if self.job.keep and self.shards[0].kind == "files":
                 raise JobError(
-                    f"label: {config.label_at}: loose files have no columns. Set label: folder, or give a label_table."
+                    f"label: {config.label_at}: loose files have no columns. Set label: folder, "
+                    f"or give a label_table."
                 )
             file_passthrough_schema(
                 self.shards[0], self.job
@@ -233,7 +257,8 @@ class _Source:
         known = [*self.dataset.schema.names, "folder"]
         if self.table is None and config.label_at not in known:
             raise JobError(
-                f"{self.dataset.out} has no column `{config.label_at}`. `label` may be one of {', '.join(known)}."
+                f"{self.dataset.out} has no column `{config.label_at}`. `label` may be one of "
+                f"{', '.join(known)}."
             )
 
     def bad(self) -> list[dict[str, str]]:
@@ -303,14 +328,21 @@ class _Source:
         self.tell_unused()
 
     def tell_unused(self) -> None:
-        """Of the rows of a label_table that name no image; nothing where none does, which is an error later."""
+        """Of the rows of a label_table that name no image; nothing where none does, which is an
+        error later.
+        """
         unused = [key for key in self.table or () if key not in self.used] if self.used else []
         if unused:
-            where = f"{len(unused):,} of {len(self.table or ()):,} keys of label_table {self.config.label_table}"
+            where = (
+                f"{len(unused):,} of {len(self.table or ()):,} keys of label_table "
+                f"{self.config.label_table}"
+            )
             log.warning("%s name no image, such as %s", where, ", ".join(unused[:TOLD]))
 
     def _parts(self) -> Iterator[tuple[Shard, dict[int, object] | None]]:
-        """Shards, and of a dataset's the rows that are wanted, with what stands in the label's place of each."""
+        """Shards, and of a dataset's the rows that are wanted, with what stands in the label's
+        place of each.
+        """
         if self.dataset is None:
             yield from ((shard, None) for shard in self.shards)
             return
@@ -322,8 +354,10 @@ class _Source:
         if lost := by_shard.keys() - {shard.id for shard in self.shards}:
             rows = sum(len(by_shard[shard]) for shard in lost)
             raise JobError(
-                f"{rows:,} of {len(table):,} images of {self.dataset.out} are no longer where they were labelled: {len(lost)} of its shards "
-                "changed or went. Run its job again (vitray run --prune, where they are gone), then this one."
+                f"{rows:,} of {len(table):,} images of {self.dataset.out} are no longer where "
+                f"they were labelled: {len(lost)} of its shards "
+                "changed or went. Run its job again (vitray run --prune, where they are gone), "
+                "then this one."
             )
         yield from ((shard, by_shard.get(shard.id, {})) for shard in self.shards)
 
@@ -335,7 +369,9 @@ class _Source:
         )
 
     def label_of(self, key: str, text: object, place: tuple[str, int]) -> str | None:
-        """The label as text; None where there is none. place: the image's shard and index, since keys may repeat."""
+        """The label as text; None where there is none. place: the image's shard and index, since
+        keys may repeat.
+        """
         if self.table is not None:
             found: object = self._in_table(key, place)
         elif self.config.label_at == "folder":
@@ -347,16 +383,22 @@ class _Source:
         return text_of(found, self.config)
 
     def _in_table(self, key: str, place: tuple[str, int]) -> str | None:
-        """By the whole key, what is below the source, or the file's name. Raises JobError where a row would label two images."""
+        """By the whole key, what is below the source, or the file's name. Raises JobError where a
+        row would label two images.
+        """
         assert self.table is not None
         names = (key, self.short(key), key.rpartition("/")[2])
         name = next((name for name in names if name in self.table), None)
         if name is None:
             return None
         if self.used.setdefault(name, place) != place:
-            what = f"label_table {self.config.label_table} has one row for {name}, and several images are called so, such as {key}"
+            what = (
+                f"label_table {self.config.label_table} has one row for {name}, and several images "
+                f"are called so, such as {key}"
+            )
             raise JobError(
-                f"{what}. Write their keys whole; tell images of one key apart by another key_column."
+                f"{what}. Write their keys whole; tell images of one key apart by another "
+                f"key_column."
             )
         return self.table[name]
 
@@ -373,7 +415,9 @@ def _first_passthrough(item: Encoded) -> object:
 def _decode_into(
     folder: str, source: _Source, specs: tuple[DecodeSpec, DecodeSpec], share: float
 ) -> None:
-    """train.u8 and held-out.u8, pixels one after the other; rows.parquet, with a reason where a row has no pixels there."""
+    """train.u8 and held-out.u8, pixels one after the other; rows.parquet, with a reason where a row
+    has no pixels there.
+    """
     rows: list[tuple[object, ...]] = []
     workers, images, said = len(os.sched_getaffinity(0)), source.images(), time.monotonic()
     waiting: deque[tuple[int, list[tuple[str, str | None, Encoded]], Future[Any]]] = deque()

@@ -1,4 +1,5 @@
-"""`vitray finetune`: from a config to a checkpoint in OUT that `model:` takes. Safe to kill and to repeat.
+"""`vitray finetune`: from a config to a checkpoint in OUT that `model:` takes. Safe to kill and to
+repeat.
 
 OUT/vision_config.json, model.safetensors, preprocessor_config.json   the checkpoint; a probe also has head.json, head.safetensors
 OUT/README.md, metrics.jsonl, report.html, tensorboard/        what it is, how it went
@@ -38,7 +39,9 @@ Tell = Callable[[dict[str, float]], None]
 
 @dataclass(frozen=True)
 class Result:
-    """What was trained. figures: of the held-out images, by the weights that were chosen; skipped: images that were not used."""
+    """What was trained. figures: of the held-out images, by the weights that were chosen; skipped:
+    images that were not used.
+    """
 
     out: str
     train: str
@@ -55,7 +58,10 @@ class Result:
         judged = ", ".join(
             f"{name.replace('_', ' ')} {value:.4g}" for name, value in self.figures.items()
         )
-        what = f"{self.train} on {self.images:,} images of {self.classes} classes in {self.seconds:.1f} s"
+        what = (
+            f"{self.train} on {self.images:,} images of {self.classes} classes in "
+            f"{self.seconds:.1f} s"
+        )
         lines = [f"{self.out}: {what}; {judged or 'not judged'}"]
         lines += (
             [f"skipped    {self.skipped:,} images, listed in {join(self.out, 'skipped.json')}"]
@@ -75,10 +81,12 @@ def finetune(
     address: str | None = None,
     allow_open: bool = False,
 ) -> Result:
-    """Train what is missing and write OUT. tell: gets a record an epoch, and one every 30 s in between (fitting.Fitting.run).
+    """Train what is missing and write OUT. tell: gets a record an epoch, and one every 30 s in
+    between (fitting.Fitting.run).
 
-    address, allow_open: of Ray, where there are several workers. Raises JobError for a config that does not fit its data or model,
-    FingerprintError when OUT was begun with another config or other data or holds what no training wrote, StorageError.
+    address, allow_open: of Ray, where there are several workers. Raises JobError for a config that
+    does not fit its data or model, FingerprintError when OUT was begun with another config or other
+    data or holds what no training wrote, StorageError.
     """
     with _alone(config.out):
         try:
@@ -120,7 +128,8 @@ def _train(config: TrainingConfig, tell: Tell, address: str | None, allow_open: 
     from vitray.training.fitting import WorkerGroup, put
 
     training_run = TrainingRun.of(config)
-    # of several workers' training this process makes the end alone, on what it has: a cluster's head may be without a GPU
+    # of several workers' training this process makes the end alone, on what it has: a cluster's
+    # head may be without a GPU
     device = (
         "" if config.workers == 1 else "cpu" if config.device == "cpu" else resolve_device("auto")
     )
@@ -317,7 +326,8 @@ def _checkpoint(model: str, revision: str | None) -> checkpoint.Checkpoint:
     found = checkpoint.locate(model, revision)
     if export := read_graph(found):
         raise ModelError(
-            f"{model} is an export ({export.to}), which cannot be trained. Give {export.source}, of which it was made."
+            f"{model} is an export ({export.to}), which cannot be trained. Give {export.source}, "
+            f"of which it was made."
         )
     return found
 
@@ -325,7 +335,9 @@ def _checkpoint(model: str, revision: str | None) -> checkpoint.Checkpoint:
 def _taught(
     config: TrainingConfig, teacher: Dataset | None, online_teacher: checkpoint.Checkpoint | None
 ) -> tuple[str, ...]:
-    """The classes whose scores are learnt of a teacher. Raises JobError where it has none, or scores that are no distribution."""
+    """The classes whose scores are learnt of a teacher. Raises JobError where it has none, or
+    scores that are no distribution.
+    """
     if config.distill == "embedding":
         return ()
     if online_teacher is not None:
@@ -349,7 +361,8 @@ def _taught(
         )
     if independent:
         raise JobError(
-            f"teacher {name} has scores of independent classes, which are no distribution. Set distill: embedding."
+            f"teacher {name} has scores of independent classes, which are no distribution. Set "
+            f"distill: embedding."
         )
     return labels
 
@@ -357,7 +370,9 @@ def _taught(
 def _with_head(
     config: TrainingConfig, found: checkpoint.Checkpoint, head: Any, family: str
 ) -> Any | None:
-    """The whole module where its own head reads what the probe does, CLS after the final LayerNorm; else, and of an export, None."""
+    """The whole module where its own head reads what the probe does, CLS after the final LayerNorm;
+    else, and of an export, None.
+    """
     if (
         family not in ("vit", "deit")
         or (head.layer, head.pool, head.normalize) != (None, "cls", False)
@@ -376,7 +391,9 @@ def _with_head(
 
 
 def _require_own(config: TrainingConfig) -> None:
-    """Raises FingerprintError when OUT holds anything but what a killed training leaves before it has begun, such as a model."""
+    """Raises FingerprintError when OUT holds anything but what a killed training leaves before it
+    has begun, such as a model.
+    """
     out = absolute(config.out)
     if exists(_url(config, "training.json")):
         return
@@ -389,7 +406,8 @@ def _require_own(config: TrainingConfig) -> None:
         foreign := [name for name in there if not name.startswith(ours)]
     ):
         raise FingerprintError(
-            f"{out} holds what no training wrote, such as {foreign[0]}. Choose an empty directory as `out`."
+            f"{out} holds what no training wrote, such as {foreign[0]}. Choose an empty directory "
+            f"as `out`."
         )
 
 
@@ -402,7 +420,8 @@ def _require_same(config: TrainingConfig, more: dict[str, object]) -> None:
     theirs = json.loads(read(url))
     if names := [name for name in mine if theirs.get(name) != mine[name]]:
         raise FingerprintError(
-            f"{config.out} was begun with another {', '.join(names)}. Choose another `out`, or go back to what it was."
+            f"{config.out} was begun with another {', '.join(names)}. Choose another `out`, or go "
+            f"back to what it was."
         )
 
 
@@ -412,7 +431,9 @@ def _url(config: TrainingConfig, name: str) -> str:
 
 @contextmanager
 def _alone(out: str) -> Iterator[None]:
-    """Two trainings of this machine into one OUT would delete each other's checkpoints. Raises JobError."""
+    """Two trainings of this machine into one OUT would delete each other's checkpoints. Raises
+    JobError.
+    """
     path = os.path.join(
         checkpoint.cache_directory("finetune"), f"{short_hash(absolute(out), 24)}.lock"
     )

@@ -1,7 +1,9 @@
-"""The training loop: one process, or the workers of Ray Train that share each step. Goes on from the last checkpoint.
+"""The training loop: one process, or the workers of Ray Train that share each step. Goes on from
+the last checkpoint.
 
-After each step all that the next one depends on is (weights, AdamW's moments, step): batches follow from the seed, the learning rate
-from the step. So a run that was killed ends with the weights of one that was not.
+After each step all that the next one depends on is (weights, AdamW's moments, step): batches follow
+from the seed, the learning rate from the step. So a run that was killed ends with the weights of
+one that was not.
 """
 
 from __future__ import annotations
@@ -66,7 +68,9 @@ class WorkerGroup:
 
 @dataclass
 class Progress:
-    """Where a training stands; all of it is in a checkpoint. records: {"step", "loss", "lr"} and {"epoch", "validation_loss", ...}."""
+    """Where a training stands; all of it is in a checkpoint. records: {"step", "loss", "lr"} and
+    {"epoch", "validation_loss", ...}.
+    """
 
     step: int = 0
     records: list[dict[str, float]] = field(default_factory=list)
@@ -124,7 +128,8 @@ class Fitting:
     def run(self, tell: Callable[[dict[str, float]], None]) -> Progress:
         """Train to the end, from the last checkpoint if there is one.
 
-        tell: gets a record at the end of each epoch, and every SAID_S {"step", "steps", "loss"} of a worker that is alone.
+        tell: gets a record at the end of each epoch, and every SAID_S {"step", "steps", "loss"} of
+        a worker that is alone.
         """
         self._restore()
         said = time.monotonic()
@@ -151,7 +156,9 @@ class Fitting:
         return self.progress
 
     def _step(self, wrapped: Any, epoch: int, at: int) -> tuple[float, float]:
-        """One step of the optimizer; returns the learning rate and the mean loss of the step's images."""
+        """One step of the optimizer; returns the learning rate and the mean loss of the step's
+        images.
+        """
         batch, parts = self.batches.batch(epoch, at, self.group.rank), self.config.accumulate
         # dropout, where a checkpoint has any, follows from the step, too
         torch.manual_seed(
@@ -176,7 +183,8 @@ class Fitting:
         mean = float(self.group.total(total))
         if not np.isfinite(mean):
             raise Diverged(
-                f"the loss is {mean} in step {self.progress.step + 1}. Set a smaller `lr`, or precision: bf16 or fp32, and another `out`."
+                f"the loss is {mean} in step {self.progress.step + 1}. Set a smaller `lr`, or "
+                f"precision: bf16 or fp32, and another `out`."
             )
         return rate, mean
 
@@ -206,7 +214,9 @@ class Fitting:
         return nullcontext() if kind is None else torch.autocast(self.kind, kind)
 
     def _judge(self, epoch: int, loss: float) -> dict[str, float]:
-        """The epoch's record; keeps the weights where they are the best so far, and says when it is enough."""
+        """The epoch's record; keeps the weights where they are the best so far, and says when it is
+        enough.
+        """
         progress, config = self.progress, self.config
         record: dict[str, float] = {"epoch": epoch, "loss": loss, "step": progress.step}
         if len(self.held_out.ids):
@@ -304,7 +314,9 @@ class Fitting:
 
 
 def put(learning: dict[str, Any], tensors: dict[str, Any], state: str) -> None:
-    """Saved values into the parameters of those names. Raises StorageError where they are of another network."""
+    """Saved values into the parameters of those names. Raises StorageError where they are of
+    another network.
+    """
     odd = [
         name
         for name, p in learning.items()
@@ -312,7 +324,8 @@ def put(learning: dict[str, Any], tensors: dict[str, Any], state: str) -> None:
     ]
     if odd:
         raise StorageError(
-            f"{state} is of another training: {odd[0]} does not fit. Delete it to train from the start."
+            f"{state} is of another training: {odd[0]} does not fit. Delete it to train from the "
+            f"start."
         )
     with torch.no_grad():
         for name, parameter in learning.items():

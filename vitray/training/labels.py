@@ -19,10 +19,13 @@ from vitray.training.config import TrainingConfig
 
 
 def text_of(value: object, config: TrainingConfig) -> str | None:
-    """A label or a key as text; None for nothing, also as NaN or as spaces. Raises JobError for a list and the like."""
+    """A label or a key as text; None for nothing, also as NaN or as spaces. Raises JobError for a
+    list and the like.
+    """
     if isinstance(value, list | dict):
         raise JobError(
-            f"{str(value)[:60]} is no label ({config.label_place}). Correct `label`, or set `label_field` where it is JSON."
+            f"{str(value)[:60]} is no label ({config.label_place}). Correct `label`, or set "
+            f"`label_field` where it is JSON."
         )
     if value is None or value != value:
         return None
@@ -43,7 +46,9 @@ def field_of(value: object, name: str) -> object:
 
 
 def labels_by_key(config: TrainingConfig) -> dict[str, str] | None:
-    """Labels by key out of label_table. Raises JobError for a table or a column that is not there, or two labels of one key."""
+    """Labels by key out of label_table. Raises JobError for a table or a column that is not there,
+    or two labels of one key.
+    """
     if config.label_table is None:
         return None
     names = [config.table_key, config.label_at]
@@ -57,7 +62,8 @@ def labels_by_key(config: TrainingConfig) -> dict[str, str] | None:
             known = list(rows.fieldnames or ())
         if lacking := [name for name in names if name not in known]:
             raise JobError(
-                f"label_table {config.label_table} has no column `{lacking[0]}`; it has {', '.join(known[:20]) or 'none'}. "
+                f"label_table {config.label_table} has no column `{lacking[0]}`; it has "
+                f"{', '.join(known[:20]) or 'none'}. "
                 "Correct `label_table`, `table_key` or `label`."
             )
         labels = dict[str, str]()
@@ -65,7 +71,8 @@ def labels_by_key(config: TrainingConfig) -> dict[str, str] | None:
             key, label = (text_of(row[name], config) for name in names)
             if key and label and labels.setdefault(key, label) != label:
                 raise JobError(
-                    f"label_table {config.label_table} gives {key} two labels, {labels[key]} and {label}. Keep one of them."
+                    f"label_table {config.label_table} gives {key} two labels, {labels[key]} and "
+                    f"{label}. Keep one of them."
                 )
         return labels
     except ObjectMissing as error:
@@ -73,7 +80,10 @@ def labels_by_key(config: TrainingConfig) -> dict[str, str] | None:
             f"label_table {config.label_table} is not there. Correct `label_table`."
         ) from error
     except (ValueError, pa.ArrowException, csv.Error) as error:
-        what = f"label_table {config.label_table} cannot be read as CSV or Parquet with the columns {' and '.join(names)}"
+        what = (
+            f"label_table {config.label_table} cannot be read as CSV or Parquet with the columns "
+            f"{' and '.join(names)}"
+        )
         raise JobError(
             f"{what} ({one_line(error)}). Correct `label_table`, `table_key` or `label`."
         ) from error

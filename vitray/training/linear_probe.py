@@ -1,7 +1,10 @@
-"""A linear head on stored embeddings: multinomial logistic regression by L-BFGS. Seconds, and no image is read."""
+"""A linear head on stored embeddings: multinomial logistic regression by L-BFGS. Seconds, and no
+image is read.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,13 +17,17 @@ STRENGTHS = tuple(
     10.0**n for n in range(-5, 2)
 )  # of the L2 penalty on standardised features; the held-out share chooses
 STRENGTH = 1e-2  # where nothing is held out
-ONE_THREAD = 10_000_000  # values; with fewer, threads wait for each other more than they multiply: 24 s, not 6, on two busy cores
+# values; with fewer, threads wait for each other more than they multiply: 24 s, not 6, on two busy
+# cores
+ONE_THREAD = 10_000_000
 STEPS = 200  # of L-BFGS for each strength, from where the stronger one ended
 
 
 @dataclass(frozen=True)
 class Probe:
-    """weight float32 [C, D], bias float32 [C] over the vectors as they are stored. records: what each strength reached."""
+    """weight float32 [C, D], bias float32 [C] over the vectors as they are stored. records: what
+    each strength reached.
+    """
 
     weight: np.ndarray
     bias: np.ndarray
@@ -36,7 +43,8 @@ def fit_probe(
     smoothing: float,
     metric: str = "accuracy",
 ) -> Probe:
-    """vectors float [N, D], ids int64 [N]; held_out: the same of the rows that choose the strength. weights: float32 [C].
+    """vectors float [N, D], ids int64 [N]; held_out: the same of the rows that choose the strength.
+    weights: float32 [C].
 
     metric: what the strength is chosen by, accuracy (of equal ones the smaller loss) or loss.
     """
@@ -56,7 +64,7 @@ def fit_probe(
         torch.set_num_threads(1)
     for strength in sorted(STRENGTHS if judged else [STRENGTH], reverse=True):
         loss = _minimise(
-            lambda: _loss(rows, target, weight, bias, weights, strength), [weight, bias]
+            functools.partial(_loss, rows, target, weight, bias, weights, strength), [weight, bias]
         )
         plain = weight.detach().numpy() / scale
         found.append(

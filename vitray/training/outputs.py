@@ -1,4 +1,6 @@
-"""What a training leaves in OUT: the checkpoint, its card, metrics, TensorBoard events, the page."""
+"""What a training leaves in OUT: the checkpoint, its card, metrics, TensorBoard events, the
+page.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ PACKAGES = ("vitray", "torch", "transformers")
 
 @dataclass(frozen=True)
 class Told:
-    """How it went. records: of steps, epochs, or a probe's strengths; figures: of the weights that were chosen."""
+    """How it went. records: of steps, epochs, or a probe's strengths; figures: of the weights that
+    were chosen.
+    """
 
     config: TrainingConfig
     found: Checkpoint
@@ -46,7 +50,9 @@ class Told:
 
 @dataclass(frozen=True)
 class Seen:
-    """The held-out images and what the new model says of them. truth: int64 [N]; pixels: uint8 [N, H, W, 3], None for a probe."""
+    """The held-out images and what the new model says of them. truth: int64 [N]; pixels: uint8 [N,
+    H, W, 3], None for a probe.
+    """
 
     keys: list[str]
     truth: np.ndarray
@@ -55,7 +61,9 @@ class Seen:
 
 
 def write(told: Told, module: Any | None, head: Head | None, seen: Seen | None) -> None:
-    """Every file of OUT, vision_config.json last: with it the directory is a checkpoint. module: of transformers. Raises StorageError."""
+    """Every file of OUT, vision_config.json last: with it the directory is a checkpoint. module: of
+    transformers. Raises StorageError.
+    """
     from safetensors import SafetensorError
 
     try:
@@ -143,11 +151,13 @@ def _card(told: Told, is_model: bool) -> str:
     if is_taught:
         learnt = "scores" if config.distill == "labels" else "embeddings"
         lines += [
-            f"It learnt the {learnt} of a teacher, with a weight of {config.teacher_weight:g} beside the labels."
+            f"It learnt the {learnt} of a teacher, with a weight of {config.teacher_weight:g} "
+            f"beside the labels."
         ]
     if config.from_dataset and config.label_at == "label" and not config.label_table:
         lines += [
-            "Its labels are what another model said: the figures tell how well it agrees with that one."
+            "Its labels are what another model said: the figures tell how well it agrees with "
+            "that one."
         ]
     lines += (
         []
@@ -188,7 +198,9 @@ def _card(told: Told, is_model: bool) -> str:
 
 
 def _plain(name: str) -> str:
-    """A class's name, so that neither Markdown nor HTML obeys it, and without control characters."""
+    """A class's name, so that neither Markdown nor HTML obeys it, and without control
+    characters.
+    """
     said = (c if c.isprintable() else "?" for c in name[:100])
     return "".join(
         html.escape(c)

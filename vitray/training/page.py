@@ -1,4 +1,6 @@
-"""The page of a training: curves, what is taken for what, the worst images. One HTML file that needs nothing else."""
+"""The page of a training: curves, what is taken for what, the worst images. One HTML file that
+needs nothing else.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def page_of(
     skipped: list[dict[str, str]],
     seen: Seen | None,
 ) -> str:
-    """The page as text. Names come from data: everything is escaped, and what could turn or hide text is replaced."""
+    """The page as text. Names come from data: everything is escaped, and what could turn or hide
+    text is replaced.
+    """
     worst = _worst(classes, seen) if seen is not None else []
     return rendered(
         "training",
@@ -50,7 +54,9 @@ def page_of(
 
 
 def curves(records: list[dict[str, float]]) -> list[dict[str, Any]]:
-    """A drawing for each figure: its name, last value, range, axis, and an SVG path in the frame of macros.html."""
+    """A drawing for each figure: its name, last value, range, axis, and an SVG path in the frame of
+    macros.html.
+    """
     drawn = []
     for name in ("loss", "validation_loss", "validation_accuracy", "lr"):
         told = [

@@ -1,4 +1,6 @@
-"""What of a network learns, how fast each part of it does, and what a mistake costs. The loop is in fitting.py."""
+"""What of a network learns, how fast each part of it does, and what a mistake costs. The loop is in
+fitting.py.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ LORA_SCALE = 2  # alpha / r, as in Hu et al. 2021 and most configs since
 class Student(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
     """A network under training: images -> (logits, own vectors in the teacher's space or None).
 
-    What learns has requires_grad; `depth` of a parameter is 0 in the embeddings, 1..L in the blocks, L + 1 behind them.
+    What learns has requires_grad; `depth` of a parameter is 0 in the embeddings, 1..L in the
+    blocks, L + 1 behind them.
     """
 
     def __init__(
@@ -57,14 +60,18 @@ class Student(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def finished(self) -> Any:
-        """The transformers module with what was learnt in it; adapters are merged, so that nothing of peft is left."""
+        """The transformers module with what was learnt in it; adapters are merged, so that nothing
+        of peft is left.
+        """
         return self.module if self.adapters is None else self.adapters.merge_and_unload()
 
 
 def prepare(
     config: TrainingConfig, found: Checkpoint, classes: tuple[str, ...], dimension: int | None
 ) -> Student:
-    """The checkpoint as the config trains it. dimension: of a teacher's vectors, which it learns. Random weights follow from the seed."""
+    """The checkpoint as the config trains it. dimension: of a teacher's vectors, which it learns.
+    Random weights follow from the seed.
+    """
     network = load_trainable(found, classes, config.seed, config.init == "scratch")
     vision_config = read_config(found)
     with torch.random.fork_rng(devices=[]):
@@ -81,12 +88,15 @@ def prepare(
 
 
 def _freeze(student: Student, network: Network, config: TrainingConfig) -> None:
-    """All but the head, and what else `train` says; DDP waits for ever for a gradient that never comes."""
+    """All but the head, and what else `train` says; DDP waits for ever for a gradient that never
+    comes.
+    """
     awake = [network.module.classifier]
     if config.train == "last":
         if config.last > len(network.blocks):
             raise JobError(
-                f"last: {config.last}, and the model has {len(network.blocks)} blocks. Set a smaller one, or train: full."
+                f"last: {config.last}, and the model has {len(network.blocks)} blocks. Set a "
+                f"smaller one, or train: full."
             )
         norms = [
             part
@@ -102,7 +112,9 @@ def _freeze(student: Student, network: Network, config: TrainingConfig) -> None:
 
 
 def _freeze_idle(student: Student, size: tuple[int, int]) -> None:
-    """Parameters that no loss reaches: masks of pretraining, a norm behind the tokens that a family's head reads."""
+    """Parameters that no loss reaches: masks of pretraining, a norm behind the tokens that a
+    family's head reads.
+    """
     logits, own = student(torch.zeros(2, 3, *size))
     (logits.sum() + (own.sum() if own is not None else 0)).backward()
     for parameter in student.parameters():
@@ -111,7 +123,9 @@ def _freeze_idle(student: Student, size: tuple[int, int]) -> None:
 
 
 def _adapters(network: Network, config: TrainingConfig) -> Any:
-    """peft's wrapper; network.module itself has the adapters in every linear layer of its blocks."""
+    """peft's wrapper; network.module itself has the adapters in every linear layer of its
+    blocks.
+    """
     from peft import LoraConfig, get_peft_model
 
     inside = {id(layer) for layer in network.blocks.modules() if isinstance(layer, torch.nn.Linear)}
@@ -159,12 +173,16 @@ def rate_at(step: int, steps: int, config: TrainingConfig) -> float:
 
 
 def cost(logits: Any, target: Any, weights: Any) -> Any:
-    """float32 [N]: cross-entropy of each image. target: float [N, C], rows of sum 1; weights: float [C]."""
+    """float32 [N]: cross-entropy of each image. target: float [N, C], rows of sum 1; weights: float
+    [C].
+    """
     return -(target * weights * functional.log_softmax(logits.float(), -1)).sum(-1)
 
 
 def divergence(logits: Any, taught: Any, temperature: float) -> Any:
-    """float32 [N]: T^2 KL(teacher || student), both softened. taught: float [N, C]. Source: Hinton et al. 2015."""
+    """float32 [N]: T^2 KL(teacher || student), both softened. taught: float [N, C]. Source: Hinton
+    et al. 2015.
+    """
     soft = taught.clamp_min(1e-12) ** (1 / temperature)
     soft = soft / soft.sum(-1, keepdim=True)
     own = functional.log_softmax(logits.float() / temperature, -1)

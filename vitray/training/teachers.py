@@ -1,4 +1,6 @@
-"""What a teacher says of an image: its dataset, which was asked once, or the teacher itself, which sees what the student sees."""
+"""What a teacher says of an image: its dataset, which was asked once, or the teacher itself, which
+sees what the student sees.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,8 @@ class Teaching:
         self.rows = np.array([at.get(value, -1) for value in hashes], np.int64)
         if (self.rows < 0).all():
             raise JobError(
-                f"teacher {dataset.out} has seen none of these images (by their bytes). Run its job on them first."
+                f"teacher {dataset.out} has seen none of these images (by their bytes). Run its "
+                f"job on them first."
             )
         if unknown := int((self.rows < 0).sum()):
             log.warning(
@@ -62,7 +65,9 @@ class Teaching:
         self.values = table["top_scores"].combine_chunks().flatten().to_numpy().reshape(-1, k)
 
     def of(self, places: np.ndarray) -> np.ndarray:
-        """float32 [n, C]: the top scores, what they leave of 1 spread over the other classes; or float32 [n, D]."""
+        """float32 [n, C]: the top scores, what they leave of 1 spread over the other classes; or
+        float32 [n, D].
+        """
         rows = self.rows[places]
         values: np.ndarray = self.values[rows].astype(np.float32)
         if self.ids is None:
@@ -74,12 +79,16 @@ class Teaching:
 
 
 class OnlineTeacher:
-    """The teacher itself, asked about each crop and mixture: the student learns its function. Source: Beyer et al. 2022."""
+    """The teacher itself, asked about each crop and mixture: the student learns its function.
+    Source: Beyer et al. 2022.
+    """
 
     def __init__(
         self, config: TrainingConfig, found: Checkpoint, classes: tuple[str, ...], given: PixelSpec
     ) -> None:
-        """given: how the student's pixels are normalised. Raises JobError when it has other classes."""
+        """given: how the student's pixels are normalised. Raises JobError when it has other
+        classes.
+        """
         vision_config, scores = read_config(found), config.distill == "labels"
         self.given, self.own = given, read_pixels(found, vision_config)
         self.places = _places(read_labels(found, vision_config), classes) if scores else None
@@ -107,13 +116,16 @@ def _places(labels: Sequence[str], classes: tuple[str, ...]) -> np.ndarray:
     places = {name: n for n, name in enumerate(classes)}
     if lost := [name for name in labels if name not in places]:
         raise JobError(
-            f"the teacher's class {lost[0]} is not among `classes`. Name all of the teacher's, or leave `classes` out."
+            f"the teacher's class {lost[0]} is not among `classes`. Name all of the teacher's, or "
+            f"leave `classes` out."
         )
     return np.array([places[name] for name in labels])
 
 
 def pooled(tokens: Any, final_norm: Any | None, has_cls: bool) -> Any:
-    """float [n, D]: the CLS token after the final LayerNorm, or the mean where there is none. tokens: float [n, T, D]."""
+    """float [n, D]: the CLS token after the final LayerNorm, or the mean where there is none.
+    tokens: float [n, T, D].
+    """
     tokens = tokens if final_norm is None else final_norm(tokens)
     return tokens[:, 0] if has_cls else tokens.mean(1)
 

@@ -26,7 +26,8 @@ LOOK_S = 2.0
 def fit_with_ray(config: TrainingConfig, owner: str, address: str | None, allow_open: bool) -> None:
     """Train to the end on config.workers workers; how it ended is in the state of OUT.
 
-    A worker that dies takes the others with it: all begin again from the last checkpoint, three times at most. Raises ClusterError.
+    A worker that dies takes the others with it: all begin again from the last checkpoint, three
+    times at most. Raises ClusterError.
     """
     began = join(absolute(config.out), "_vitray", f"began-{uuid.uuid4().hex}")
     with ray_session(address, allow_open), tempfile.TemporaryDirectory(prefix="vitray-") as scratch:
@@ -80,12 +81,14 @@ def _require_room(workers: int, what: str) -> None:
     there = sum(node["Resources"].get(what, 0) for node in alive_nodes())
     if there < workers:
         raise ClusterError(
-            f"{workers} workers take a {what} each, and there are {there:g}. Set fewer `workers`, add machines, or set device: cpu."
+            f"{workers} workers take a {what} each, and there are {there:g}. Set fewer `workers`, "
+            f"add machines, or set device: cpu."
         )
 
 
 def _watched(fit: Callable[[], object], began: str) -> None:
-    """Call it in a thread, so that what never returns from Ray ends in ClusterError, too, and Ray leaves Ctrl-C to us.
+    """Call it in a thread, so that what never returns from Ray ends in ClusterError, too, and Ray
+    leaves Ctrl-C to us.
 
     Raises what a worker raised.
     """
@@ -108,7 +111,8 @@ def _watched(fit: Callable[[], object], began: str) -> None:
         is_begun = is_begun or exists(began)
         if not is_begun and time.monotonic() - started > START_S:
             raise ClusterError(
-                f"no worker has begun in {START_S:g} s. Look at `ray status`, and that every machine sees `out`; then run again."
+                f"no worker has begun in {START_S:g} s. Look at `ray status`, and that every "
+                f"machine sees `out`; then run again."
             )
     if failed:
         other = ClusterError(f"the training failed: {one_line(failed[0])}. Run again to go on.")

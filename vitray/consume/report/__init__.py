@@ -21,7 +21,9 @@ __all__ = ["Report", "report", "report_changes", "write_card"]
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was written. pictures: of images of the source; notes: why there are not more, and what else the page could not tell."""
+    """What was written. pictures: of images of the source; notes: why there are not more, and what
+    else the page could not tell.
+    """
 
     page: str
     size_bytes: int
@@ -39,8 +41,10 @@ def report(
 ) -> Report:
     """Write the page of a dataset, also of one that is not complete or whose source is gone.
 
-    to: where; by default <name of out>-report.html in the current directory. A file there that is no report is not overwritten.
-    truth: a passthrough column that holds the true label, for accuracy and calibration. pictures: read images of the source again.
+    to: where; by default <name of out>-report.html in the current directory. A file there that is
+    no report is not overwritten.
+    truth: a passthrough column that holds the true label, for accuracy and calibration. pictures:
+    read images of the source again.
     Raises JobError for what is no dataset, CommitError for a data file that cannot be read.
     """
     dataset = require_dataset(out)
@@ -51,7 +55,8 @@ def report(
 
 
 def report_changes(found: Changes, to: str) -> Report:
-    """Write the page of a comparison: figures, moves, and pictures of rows that moved where the source still has them.
+    """Write the page of a comparison: figures, moves, and pictures of rows that moved where the
+    source still has them.
 
     to: where. A file there that is no page of a comparison is not overwritten: JobError.
     """
@@ -72,7 +77,8 @@ def _require_truth(dataset: Dataset, truth: str | None) -> None:
     if truth is not None and (truth not in dataset.passthrough.names or not dataset.job.labelled):
         has = ", ".join(dataset.passthrough.names) or "none: set `keep` in a job with another `out`"
         raise JobError(
-            f"--truth {truth}: no passthrough column of a dataset with labels is called so. Passthrough columns: {has}."
+            f"--truth {truth}: no passthrough column of a dataset with labels is called so. "
+            f"Passthrough columns: {has}."
         )
 
 
@@ -84,5 +90,6 @@ def _require_ours(target: str, command: str) -> None:
         return
     if f'<meta name="generator" content="vitray {command} '.encode() not in head:
         raise JobError(
-            f"{target} exists and was not made by vitray {command}. Choose another file, or move it away."
+            f"{target} exists and was not made by vitray {command}. Choose another file, or move "
+            f"it away."
         )

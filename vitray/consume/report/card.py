@@ -24,7 +24,8 @@ SEAL = re.compile(rb"(.*\n)<!-- vitray report --card ([0-9a-f]{64}) -->\n", re.D
 def write_card(out: str, license: str = "unknown") -> str:
     """Write the dataset card into OUT, anew where it is as we left it; returns its URL.
 
-    license: an identifier of the Hub, such as cc-by-4.0. Raises JobError for a README.md that is not ours, or was edited.
+    license: an identifier of the Hub, such as cc-by-4.0. Raises JobError for a README.md that is
+    not ours, or was edited.
     """
     dataset = require_dataset(out)
     url, store = join(dataset.out, "README.md"), store_for(dataset.out)
@@ -36,7 +37,8 @@ def write_card(out: str, license: str = "unknown") -> str:
     if not store.create(url, body):
         if not _is_ours(url):
             raise JobError(
-                f"{url} was not made by vitray, or was edited since. Move it away to have another one written."
+                f"{url} was not made by vitray, or was edited since. Move it away to have another "
+                f"one written."
             )
         store.replace(url, body)
     return url
@@ -79,14 +81,17 @@ def card_of(dataset: Dataset, rows: int, errors: int, license: str) -> str:
             f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n",
             f"# `{_plain(name)}`\n",
             f"{rows:,} images, labelled or embedded by `{_plain(model)}`"
-            f"{f' at revision `{_plain(spec.revision)}`' if spec.revision else ''} with vitray. {errors:,} more could not be decoded:",
-            f"they are in `{dataset.errors_folder}/`, each with a reason. The images themselves are not part of this dataset.\n",
+            f"{f' at revision `{_plain(spec.revision)}`' if spec.revision else ''} with vitray. "
+            f"{errors:,} more could not be decoded:",
+            f"they are in `{dataset.errors_folder}/`, each with a reason. The images themselves "
+            f"are not part of this dataset.\n",
             "| column | type |\n| --- | --- |",
             *columns,
             "\n| made with | |\n| --- | --- |",
             f"| weights, SHA-256 | `{spec.weights_sha256}` |",
             *_labelled_by(spec),
-            f"| precision, engine, decode | {spec.precision}, {spec.engine}, {dataset.job.decode} |",
+            f"| precision, engine, decode | {spec.precision}, {spec.engine}, "
+            f"{dataset.job.decode} |",
             f"| fingerprint | `{dataset.fingerprint}` |\n",
         ]
     )

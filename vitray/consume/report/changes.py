@@ -1,4 +1,6 @@
-"""What the page of a comparison says: its figures, and pictures of rows whose label moved. Private to this package."""
+"""What the page of a comparison says: its figures, and pictures of rows whose label moved. Private
+to this package.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ class Moved(Protocol):
 
 
 class Changes(Protocol):
-    """What `compare` found between the datasets `old` and `new`. None: there was nothing to compare."""
+    """What `compare` found between the datasets `old` and `new`. None: there was nothing to
+    compare.
+    """
 
     @property
     def old(self) -> str: ...
@@ -56,7 +60,9 @@ class Changes(Protocol):
 
 
 def changes_page(found: Changes) -> Page:
-    """Equal shard ids are the same images, so that the source of the new dataset is that of both."""
+    """Equal shard ids are the same images, so that the source of the new dataset is that of
+    both.
+    """
     old, new = require_dataset(found.old), require_dataset(found.new)
     refs = [ref for move in found.moves for ref in move.refs]
     before, after = (

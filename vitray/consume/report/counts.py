@@ -1,4 +1,5 @@
-"""What one pass over the data files adds up: labels, scores, truth, duplicates, failures, and which rows to show. Private to this package.
+"""What one pass over the data files adds up: labels, scores, truth, duplicates, failures, and which
+rows to show. Private to this package.
 
 Memory holds one shard's scalars, a sample of vectors, and hashes of HASHES images.
 """
@@ -32,7 +33,9 @@ Ref = tuple[str, int]  # of a row: (shard, index)
 
 
 class SameBytes:
-    """Groups of rows with the same encoded bytes. Beyond `limit` images only those of a share of all hashes, so that groups stay whole."""
+    """Groups of rows with the same encoded bytes. Beyond `limit` images only those of a share of
+    all hashes, so that groups stay whole.
+    """
 
     def __init__(self, limit: int = HASHES) -> None:
         self.limit, self.halvings = limit, 0  # the share is 1 / 2**halvings
@@ -49,7 +52,9 @@ class SameBytes:
             self._held = [self._share(part) for part in self._held]
 
     def groups(self, most: int) -> tuple[int, list[tuple[int, list[tuple[int, int]]]]]:
-        """How many rows equal another one, and the largest groups: their sizes and their first rows, each (shard number, index)."""
+        """How many rows equal another one, and the largest groups: their sizes and their first
+        rows, each (shard number, index).
+        """
         rows = np.concatenate(self._held)
         rows = rows[np.lexsort((rows[:, 2], rows[:, 1], rows[:, 0]))]
         _, starts, sizes = np.unique(rows[:, 0], return_index=True, return_counts=True)
@@ -68,7 +73,9 @@ class SameBytes:
 
 @dataclass(slots=True)
 class Counts:
-    """Sums over a dataset. scores: rows by score. truth: [bin, (rows, right ones, sum of scores)]; untold: rows without a truth."""
+    """Sums over a dataset. scores: rows by score. truth: [bin, (rows, right ones, sum of scores)];
+    untold: rows without a truth.
+    """
 
     shards: list[str] = field(default_factory=list)
     rows: int = 0
@@ -95,7 +102,8 @@ class Counts:
 
 
 def count(dataset: Dataset, urls: Sequence[str], truth: str | None) -> Counts:
-    """Everything that the page says of the data files. Raises CommitError for a file that cannot be read.
+    """Everything that the page says of the data files. Raises CommitError for a file that cannot be
+    read.
 
     truth: a passthrough column with the true label, by name or by id.
     """
@@ -108,7 +116,8 @@ def count(dataset: Dataset, urls: Sequence[str], truth: str | None) -> Counts:
             _add(counts, dataset, url, truth, -(-SAMPLE_ROWS // len(some)) if url in some else 0)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise CommitError(
-                f"{url} cannot be read ({error}). `vitray validate {dataset.out}` looks at every file."
+                f"{url} cannot be read ({error}). `vitray validate {dataset.out}` looks at every "
+                f"file."
             ) from error
     return counts
 
@@ -189,7 +198,9 @@ def _add_truth(counts: Counts, table: pa.Table, dataset: Dataset, column: str) -
 
 
 def is_right(dataset: Dataset, told: str, label: str, label_id: int) -> bool:
-    """Whether the true label is this one. It is given by name, or by id where no name is a number."""
+    """Whether the true label is this one. It is given by name, or by id where no name is a
+    number.
+    """
     return told == label or (
         told == str(label_id) and not any(name.isdecimal() for name in dataset.spec.labels)
     )

@@ -1,4 +1,6 @@
-"""What the page says: counts as figures, tables and charts, and the template that takes them. Private to this package."""
+"""What the page says: counts as figures, tables and charts, and the template that takes them.
+Private to this package.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ RUNS = 40  # the latest
 STEPS, STEP_MARKS = (
     48,
     3,
-)  # of one run over time, at most; metadata of its timeline for each step, or bursts would look like speed
+    # of one run over time, at most; metadata of its timeline for each step, or bursts would look
+    # like speed
+)
 LABELS = 30  # of the histogram
 GALLERY = 12  # labels with pictures; with EACH_LABEL, LEAST_SURE and TWINS at most 120 pictures
 SERIES = 8  # colours of the map
@@ -116,7 +120,9 @@ def wilson(right: float, of: float) -> tuple[float, float]:
 
 
 def within(record: dict[str, Any]) -> dict[str, Any] | None:
-    """Images/s of one run in equal steps of its time, and in the mean; None where too little was recorded."""
+    """Images/s of one run in equal steps of its time, and in the mean; None where too little was
+    recorded.
+    """
     metadata = np.array([(0, 0), *record.get("timeline", ())], float)
     steps, (end, images) = min(STEPS, (len(metadata) - 1) // STEP_MARKS), metadata[-1]
     if steps < 2 or not end:
@@ -203,7 +209,9 @@ def _alike(counts: Counts) -> list[tuple[int, list[Ref]]]:
 
 
 def _runs(dataset: Dataset) -> dict[str, Any]:
-    """The latest runs that computed something: images/s of each, and the time of each step over all of them."""
+    """The latest runs that computed something: images/s of each, and the time of each step over all
+    of them.
+    """
     records: list[dict[str, Any]] = [dict(record) for record in read_run_records(dataset.out)]
     worked = [record for record in records if record.get("images")]
     steps: Counter[str] = Counter()
@@ -223,7 +231,9 @@ def _runs(dataset: Dataset) -> dict[str, Any]:
 
 
 def _calibration(counts: Counts) -> dict[str, Any] | None:
-    """Bins of (rows, mean score, share right, its interval); the mean gap between score and share; None without a truth."""
+    """Bins of (rows, mean score, share right, its interval); the mean gap between score and share;
+    None without a truth.
+    """
     bins = [
         (int(n), score / n, right / n, *wilson(right, n)) for n, right, score in counts.truth if n
     ]
@@ -237,7 +247,9 @@ def _calibration(counts: Counts) -> dict[str, Any] | None:
 
 
 def _map(counts: Counts) -> dict[str, Any]:
-    """Points of the sample by label, as SVG paths on a square of 460 units, the commonest labels first."""
+    """Points of the sample by label, as SVG paths on a square of 460 units, the commonest labels
+    first.
+    """
     points, how = on_a_plane(np.concatenate(counts.vectors))
     labels = np.array(counts.sampled_labels)
     named = [label for label, _ in Counter(counts.sampled_labels).most_common(SERIES)]

@@ -37,7 +37,8 @@ def rows_of(dataset: Dataset, refs: Iterable[Ref], names: list[str]) -> dict[Ref
 def pictures_of(
     dataset: Dataset, listed: Mapping[str, Shard], rows: Mapping[Ref, Mapping[str, Any]]
 ) -> tuple[dict[Ref, str], list[str]]:
-    """data: URLs of JPEGs of SIDE x SIDE pixels, and why rows have none. listed: the source as it is now.
+    """data: URLs of JPEGs of SIDE x SIDE pixels, and why rows have none. listed: the source as it
+    is now.
 
     rows: with content_hash: an image that is not the one that was labelled is not shown.
     """
@@ -58,7 +59,8 @@ def pictures_of(
             left -= shard.size
         if left < 0:
             why[
-                f"Pictures come from the first {SOURCE_BYTES >> 30} GB of the source that were read for them."
+                f"Pictures come from the first {SOURCE_BYTES >> 30} GB of the source that were "
+                f"read for them."
             ] = None
             break
         try:
@@ -87,7 +89,9 @@ def _images(dataset: Dataset, shard: Shard, indexes: set[int]) -> Iterable[Encod
 
 
 def _jpeg(image: Encoded, dataset: Dataset) -> str | None:
-    """The middle of an image as our own JPEG: not a byte of the input reaches the page. None: it cannot be decoded so."""
+    """The middle of an image as our own JPEG: not a byte of the input reaches the page. None: it
+    cannot be decoded so.
+    """
     job = dataset.decode_spec
     middle = PixelSpec((SIDE,), BICUBIC, (SIDE, SIDE), 1.0, (0, 0, 0), (1, 1, 1))
     pixels, _ = decode([image], DecodeSpec(middle, job.formats, job.max_pixels, job.background))

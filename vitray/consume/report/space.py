@@ -1,4 +1,6 @@
-"""Vectors of a sample: where they lie in the plane, and which lie close to each other. Private to this package."""
+"""Vectors of a sample: where they lie in the plane, and which lie close to each other. Private to
+this package.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ NEAR = 0.99  # cosine
 
 
 def on_a_plane(vectors: np.ndarray) -> tuple[np.ndarray, str]:
-    """[N, D] as [N, 2] within 0 and 1, y upwards, and how it was done: UMAP where it is installed, else PCA."""
+    """[N, D] as [N, 2] within 0 and 1, y upwards, and how it was done: UMAP where it is installed,
+    else PCA.
+    """
     if len(vectors) > 15 and find_spec("umap"):  # 15: UMAP's own number of neighbours
         points = (
             import_module("umap")
@@ -21,7 +25,10 @@ def on_a_plane(vectors: np.ndarray) -> tuple[np.ndarray, str]:
         how = "UMAP by cosine: neighbours are near, distances between groups mean little."
     else:
         points, share = principal(vectors)
-        how = f"The first two principal components, to the right and upwards, hold {share:.0%} of the variance."
+        how = (
+            f"The first two principal components, to the right and upwards, hold {share:.0%} of "
+            f"the variance."
+        )
     low, span = points.min(0), np.ptp(points, axis=0)
     return (points - low) / np.where(span > 0, span, 1), how
 
@@ -40,7 +47,9 @@ def principal(vectors: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def near_groups(vectors: np.ndarray) -> list[list[int]]:
-    """Rows of [N, D] that lie within a cosine of NEAR of the first of their group, the largest groups first; each is in one at most."""
+    """Rows of [N, D] that lie within a cosine of NEAR of the first of their group, the largest
+    groups first; each is in one at most.
+    """
     unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     near = unit @ unit.T >= NEAR
     free, groups = np.ones(len(vectors), bool), []
