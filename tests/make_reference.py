@@ -76,6 +76,29 @@ MANIFEST_COLUMNS = {
     "state": "`current`. `gone`: the input is not listed any more. "
     "`outdated`: the input changed, and its new version is not committed yet.",
 }
+RESULT_FIELDS = {
+    "out": "the dataset",
+    "errors_path": "folder of its error rows",
+    "shards": "committed shards of the dataset",
+    "rows": "its good rows",
+    "errors": "its error rows",
+    "committed": "shards that this run committed, or adopted from another run",
+    "images": "images that this run computed",
+    "seconds": "time that this run took",
+    "set_aside": "shards that could not be read, and why",
+    "notes": "what readers of this run saw beside images, by shard",
+    "truncated": "shards whose input was cut, and at which byte",
+    "reasons": "bad images of this run, by [reason](#reasons)",
+    "gone": "shards of the dataset whose input is not listed any more",
+    "deleted": "files of groups that are not listed any more. Each is one of `errors`, and does "
+    "not count as bad.",
+    "pending": "planned shards without a data file",
+    "left_out": "files, members and pages without a row, by [reason](#left-out)",
+    "suffixes": "suffixes of those files",
+    "shards_not_selected": "shards that `since`, `sample` or `limit` leave for later",
+    "images_not_selected": "their images; estimated for tars",
+    "too_many_errors": "whether more of the dataset's images are bad than `max_error_rate` allows",
+}
 SECTIONS = (
     "Job",
     "Embeddings",
@@ -111,7 +134,7 @@ EXIT_CODES = """
 - 3: `export --to webdataset` also ends with it, if it could not read every image again.
 - 4: the share counts the whole dataset. After 1,000 images a run stops as soon as it passes
   `max_error_rate`.
-- 5: `compare` and the export of a model end with it, if fewer labels agree than `--min-agreement`.
+- 5: `compare` and `export-model` end with it, if fewer labels agree than `--min-agreement`.
 - 129, 130: a terminal that closes, and Ctrl-C, end a run at once.
 - 143: SIGTERM lets a run finish the writes that have begun, for at most 15 s.
 
@@ -136,7 +159,7 @@ vitray relabel s3://out --head s3://heads/pets --into s3://pets   # other labels
 vitray compact s3://out --into s3://out-large    # the same rows in few files of 256 MB and more
 vitray search s3://out --image cat.jpg           # the nearest images
 vitray export s3://out --to lance --into photos.lance    # or faiss, npy, csv, webdataset
-vitray export google/vit-base-patch16-224 --to openvino --int8 --calibrate photos --into vit-int8
+vitray export-model google/vit-base-patch16-224 --to openvino --int8 --calibrate photos --into vit-int8
 vitray report s3://out --truth cls               # one HTML page
 vitray finetune pets.yaml                        # your own classes, or a smaller model
 vitray clean s3://out                            # remove staging that nothing needs
@@ -196,8 +219,8 @@ def page() -> str:
         "## Python",
         *[part for name in vitray.__all__ if name[0].islower() for part in _function(name)],
         "### `Result`",
-        inspect.cleandoc(Result.__doc__ or ""),
-        _table("field | type", _result_rows()),
+        "What `vitray.run` returns. `vitray run --json` prints all of it but `exit_code`.",
+        _table("field | type | meaning", _result_rows()),
         "## Metrics",
         "Ray's own exporter serves these while a run on Ray works. Without Ray there are none. "
         "The run record in `OUT/_vitray/runs/` has the same counts.",
@@ -221,8 +244,11 @@ def _exceptions() -> str:
 
 
 def _result_rows() -> list[list[str]]:
-    rows = [[f"`{field.name}`", f"`{field.type}`"] for field in dataclasses.fields(Result)]
-    return [*rows, ["`exit_code`", "`int`"]]
+    rows = [
+        [f"`{field.name}`", f"`{field.type}`", RESULT_FIELDS[field.name]]
+        for field in dataclasses.fields(Result)
+    ]
+    return [*rows, ["`exit_code`", "`int`", "[exit code](#exit-codes) of the command"]]
 
 
 def group() -> Any:

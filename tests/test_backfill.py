@@ -14,7 +14,7 @@ from shards import pictures, put_files
 from small_models import make_checkpoint
 
 import vitray
-from vitray.dataset import NO_GROUP, append_group_log, committed, go_on_with_groups, load_group_log
+from vitray.dataset import NO_GROUP, append_group_log, committed, copy_groups, load_group_log
 from vitray.errors import JobError
 from vitray.job import make_job
 from vitray.operations.backfilling import next_job
@@ -67,17 +67,17 @@ def test_groups_that_the_old_dataset_got_since_are_taken_over_as_they_are(tmp_pa
     for n, night in enumerate(nights):
         assert append_group_log(old, night)
         if n != 1:
-            go_on_with_groups(old, new)
+            copy_groups(old, new)
             assert load_group_log(new) == load_group_log(old)
     append_group_log(new, [(3, "e")])
     append_group_log(old, [(3, "f")])
-    go_on_with_groups(old, new)  # which has gone its own way
+    copy_groups(old, new)  # which has gone its own way
     assert load_group_log(new)[-1] == (3, "e")
 
 
 def test_beside_a_bucket_is_no_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vitray.operations.backfilling.open_dataset", lambda out: object())
-    monkeypatch.setattr("vitray.operations.backfilling.go_on_with_groups", lambda old, new: None)
+    monkeypatch.setattr("vitray.operations.backfilling.copy_groups", lambda old, new: None)
     monkeypatch.setattr("vitray.operations.backfilling.with_source_rules", lambda job: job)
     job = make_job({"source": "in", "model": "a/old", "out": "s3://photos-vit/"})
     with pytest.raises(

@@ -35,7 +35,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from s3_proxy import FORWARD, LOSE, Call, Proxy, proxied
 
-from vitray import storage
 from vitray.dataset import (
     NO_GROUP,
     Commit,
@@ -61,8 +60,8 @@ from vitray.dataset import (
     resolve_dataset,
     shards_to_redo,
     staged,
+    staged_intact,
     staged_shards,
-    staged_whole,
     unmark_success,
     with_frozen,
     write_end,
@@ -535,7 +534,7 @@ def test_every_damaged_fragment_is_deleted(quick_out: str) -> None:
     copy_file(dataset, join(dataset.staging_url("other"), "0000000004-0000000008.arrow"), url(4, 8))
     store_for(quick_out).replace(url(8, 12), whole)
     store_for(quick_out).replace(url(12, 16), whole[: len(whole) // 2])
-    there = staged_whole(dataset, shard.id)
+    there = staged_intact(dataset, shard.id)
     assert (
         list(there.ranges()) == [(0, 4), (16, 20)]
         and there.ends == (End(20),)
@@ -543,7 +542,7 @@ def test_every_damaged_fragment_is_deleted(quick_out: str) -> None:
     )
     assert staged(dataset, shard.id) == there
     stage_fragments(dataset, shard, 20, {})
-    assert staged_whole(dataset, shard.id).covers()
+    assert staged_intact(dataset, shard.id).covers()
 
 
 def test_a_fragment_with_any_bit_flipped_is_no_fragment(local_out: str) -> None:
@@ -582,7 +581,7 @@ def test_a_damaged_end_is_deleted_and_written_again(local_out: str) -> None:
     for damaged in (b"", whole[:9], whole[: len(whole) // 2]):
         Path(url).write_bytes(damaged)
         assert staged(dataset, "s").ends == ()
-        assert staged_whole(dataset, "s").ends == () and not exists(url)
+        assert staged_intact(dataset, "s").ends == () and not exists(url)
         write_end(dataset, "s", End(4, 77))
         assert staged(dataset, "s").ends == (End(4, 77),)
 
@@ -593,7 +592,7 @@ def test_a_fragment_beyond_the_end_does_not_block_the_shard(local_out: str) -> N
         dataset, shard, 8, {}
     )  # a reader that died, and had seen more rows than the one that came after
     write_end(dataset, shard.id, End(6))
-    assert list(staged_whole(dataset, shard.id).ranges()) == [(0, 4)]
+    assert list(staged_intact(dataset, shard.id).ranges()) == [(0, 4)]
     stage_fragments(dataset, shard, 6, {})
     done = commit_shard(dataset, shard)
     assert done is not None and done.rows == 6
@@ -610,7 +609,7 @@ def test_a_fragment_apart_behind_the_end_is_not_committed(local_out: str) -> Non
     )
     stage(dataset, shard, 8)  # the reader that died had decoded 12-16 before 8-12
     assert not staged(dataset, shard.id).covers() and commit_shard(dataset, shard) is None
-    assert staged_whole(dataset, shard.id).covers()
+    assert staged_intact(dataset, shard.id).covers()
     done = commit_shard(dataset, shard)
     assert (
         done is not None
@@ -803,7 +802,7 @@ def test_a_damaged_fragment_is_not_committed_and_is_made_anew(local_out: str) ->
     url.write_bytes(url.read_bytes()[:-500])
     assert commit_shard(dataset, shard) is None
     assert committed(local_out) == {}
-    assert list(staged_whole(dataset, shard.id).ranges()) == [(0, 4)]
+    assert list(staged_intact(dataset, shard.id).ranges()) == [(0, 4)]
     assert commit(dataset, shard, 8).rows == 8
 
 
@@ -1670,7 +1669,7 @@ def test_clean_removes_orphans_only(quick_out: str, monkeypatch: pytest.MonkeyPa
     assert set(stored(quick_out)) == working | {
         nonce.removeprefix(f"{quick_out}/")
     }  # a run may be at work with it
-    monkeypatch.setattr(storage, "ABANDONED_S", -60)
+    monkeypatch.setattr("vitray.dataset.scratch.ABANDONED_S", -60)
     assert clean(dataset, [done.id, underway.id]) == ["_vitray/probe-12ab"]
     assert set(stored(quick_out)) == working and len(working - before) == 2
     assert clean(dataset, [done.id, underway.id]) == []

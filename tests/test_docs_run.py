@@ -94,7 +94,7 @@ def test_the_readme_labels_a_folder_in_three_commands(demo_folder: Path) -> None
     rows = run_python(section, demo_folder, "README.md")["rows"]
     assert len(rows) == 588
     (counted,) = re.findall(r"value_counts\(\)\)  # (.*)$", section, re.MULTILINE)
-    named = {word for word in re.findall(r"[a-z]+", counted)}
+    named = set(re.findall(r"[a-z]+", counted))
     assert named <= set(rows["label"])
 
 

@@ -1050,7 +1050,7 @@ def test_pseudo_labels_are_the_models_own(
         ({"dataset": "d"}, JobError, "source and dataset: give one of them"),
         ({"train": "probe", "init": "weights"}, JobError, "stored embeddings: give `dataset`"),
         ({"train": "head"}, JobError, "init: scratch needs train: full"),
-        ({"batch_size": 10, "accumulate": 3}, JobError, "cannot be cut into"),
+        ({"batch_size": 10, "accumulate": 3}, JobError, "batch_size 10 is not a multiple of 1 workers x 3 parts"),
         ({"label": "txt"}, JobError, "200 images without a label .txt., such as"),
         (
             {"label": "json", "label_field": "digits"},
@@ -1063,8 +1063,8 @@ def test_pseudo_labels_are_the_models_own(
             JobError,
             r"label_table nowhere.csv is not there\. Correct `label_table`\.",
         ),
-        ({"rank": 16}, JobError, "rank is of train: lora, and train is full"),
-        ({"last": 2}, JobError, "last is of train: last, and train is full"),
+        ({"rank": 16}, JobError, "rank is for train: lora, and train is full"),
+        ({"last": 2}, JobError, "last is for train: last, and train is full"),
         (
             {"distill": "embedding", "temperature": 3},
             JobError,
@@ -1520,5 +1520,5 @@ def test_a_config_file_and_its_overrides(tmp_path: Path) -> None:
         tmp_path / "job.yaml", {"source": "in", "model": "m", "out": "o", "train": "lora"}
     )
     config = load_config(path, {"rank": 4})
-    assert (config.train, config.rank, config.rate, config.label_at) == ("lora", 4, 1e-3, "folder")
+    assert (config.train, config.rank, config.rate, config.label_column) == ("lora", 4, 1e-3, "folder")
     assert all((field.description or "").strip() for field in TrainingConfig.model_fields.values())

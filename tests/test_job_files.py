@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from vitray.cli import main
-from vitray.cli.console import is_file, job_of
+from vitray.cli.options import is_file, job_of
 from vitray.errors import JobError
 from vitray.job import is_job_file, load_job, read_fields
 from vitray.training.config import load_config
@@ -302,7 +302,7 @@ def test_a_pattern_of_calibration_images_is_explained(vitray: Call, photos: Path
     code, _, err = vitray(*argv)
     assert code == 2
     assert (
-        "the shell expanded the pattern; quote it: vitray export --calibrate 'photos/*.jpg' "
+        "the shell expanded the pattern; quote it: vitray export-model --calibrate 'photos/*.jpg' "
         "(vitray --help)" in err
     )
 

@@ -15,7 +15,7 @@ import pytest
 import typer
 
 from vitray.cli import app
-from vitray.cli.console import job_of
+from vitray.cli.options import job_of
 from vitray.errors import JobError
 from vitray.job import Job, load_job, make_job
 from vitray.schema import Encoded
@@ -194,9 +194,10 @@ def test_the_column_of_a_training_is_no_path(tmp_path: Path) -> None:
         (["compact", "out", "--into=~/x"], "into"),
         (["relabel", "out", "--head=~/x", "--into", "new"], "head"),
         (["relabel", "out", "--head", "h", "--into=~/x"], "into"),
-        (["export", "~/x", "--to", "csv", "--into", "new"], "what"),
+        (["export", "~/x", "--to", "csv", "--into", "new"], "out"),
         (["export", "out", "--to", "csv", "--into=~/x"], "into"),
-        (["export", "m", "--to", "onnx", "--into", "new", "--calibrate=~/x"], "calibrate"),
+        (["export-model", "~/x", "--to", "onnx", "--into", "new"], "model"),
+        (["export-model", "m", "--to", "onnx", "--into", "new", "--calibrate=~/x"], "calibrate"),
         (["report", "out", "--to=~/x"], "to"),
         (["compare", "~/x", "new"], "old"),
         (["compare", "old", "new", "--page=~/x"], "page"),

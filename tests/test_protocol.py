@@ -34,7 +34,6 @@ from explorer import (
 )
 from test_dataset import errors_of, make, rows_of, vector
 
-from vitray import storage
 from vitray.dataset import (
     NO_GROUP,
     Commit,
@@ -46,15 +45,15 @@ from vitray.dataset import (
     load_group_log,
     read_footer,
     read_manifest,
+    staged_intact,
     staged_shards,
-    staged_whole,
     write_end,
     write_fragment,
 )
 from vitray.dataset import commit as protocol
 from vitray.errors import FingerprintError, ObjectChanged, StorageError
 from vitray.schema import End, Shard, short_hash
-from vitray.storage import exists, join, store_for
+from vitray.storage import exists, join, store_for, stores
 
 OUT, SOURCE = "s3://b/out", "s3://b/in/cats.tar"
 SPANS, TOTAL = ((0, 2), (2, 3)), 3
@@ -69,7 +68,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """s3:// is the store of the execution at hand, and write-ids follow from who writes: a repeated
     execution is the same.
     """
-    monkeypatch.setattr(storage, "_s3", lambda *_: _now.store)
+    monkeypatch.setattr(stores, "s3_store", lambda *_: _now.store)
     monkeypatch.setattr(protocol.uuid, "uuid4", lambda: SimpleNamespace(hex=_write_id()))
     monkeypatch.setattr(
         identity, "version", cache(identity.version)
@@ -122,7 +121,7 @@ def a_run(
 
 
 def _make(shard: Shard, bad: dict[int, str], drift: float) -> Commit | None:
-    dataset, there = _now.dataset, staged_whole(_now.dataset, shard.id)
+    dataset, there = _now.dataset, staged_intact(_now.dataset, shard.id)
     if not there.covers():
         for start, stop in SPANS:
             if there.fragments.get(start) != stop:

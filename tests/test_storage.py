@@ -24,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from s3_proxy import FORWARD, LOSE, Call, Proxy, proxied
 
-from vitray import storage
+from vitray.dataset import check_store, drop_scratch, scratch
 from vitray.errors import (
     JobError,
     ObjectChanged,
@@ -34,15 +34,12 @@ from vitray.errors import (
     UnsafeStore,
 )
 from vitray.storage import (
-    drop_scratch,
     exists,
     expand,
     expand_braces,
     join,
-    probe,
     read,
     reads,
-    scratch,
     sha256_of,
     store_for,
 )
@@ -311,9 +308,9 @@ def test_a_find_during_deletes_still_has_what_stays(root: str) -> None:
         churning.result()
 
 
-def test_the_probe_passes_and_leaves_nothing(root: str) -> None:
+def test_the_store_check_passes_and_leaves_nothing(root: str) -> None:
     put(join(root, "mine"))
-    probe(root)
+    check_store(root)
     assert below(root) == ["mine"]
 
 
@@ -338,7 +335,7 @@ def test_scratch_is_gone_at_the_end_and_what_a_killed_process_left_goes_when_it_
         drop_scratch(f"{root}/") == [] and len(below(root)) == 6
     )  # somebody may be at work with it
     if "://" in root:
-        monkeypatch.setattr(storage, "ABANDONED_S", -60)
+        monkeypatch.setattr("vitray.dataset.scratch.ABANDONED_S", -60)
     else:
         for url in killed[1:]:  # of a folder what changed last counts
             os.utime(url, (time.time() - 4000,) * 2)
@@ -518,7 +515,7 @@ def test_the_back_off_grows_and_ends(
 def test_a_store_that_ignores_the_condition_is_refused(proxy: Proxy, proxy_root: str) -> None:
     proxy.drop_headers = frozenset({"if-none-match"})
     with pytest.raises(UnsafeStore) as caught:
-        probe(proxy_root)
+        check_store(proxy_root)
     require_one_line_with_next_step(
         caught.value, proxy_root, "If-None-Match", "Use a store that honours it"
     )
@@ -578,7 +575,7 @@ def test_a_missing_bucket_is_one_error(
         lambda: store_for(url).stat(join(url, "x")),
         lambda: store_for(url).open(join(url, "x")),
         lambda: exists(join(url, "x")),
-        lambda: probe(join(url, "out")),
+        lambda: check_store(join(url, "out")),
     ):
         with pytest.raises(StorageError) as caught:
             work()
@@ -704,7 +701,7 @@ def test_a_file_system_without_hard_links_is_refused(
 
     monkeypatch.setattr(os, "link", no_links)
     out = str(tmp_path / "out")
-    for work in (lambda: store_for(out).create(join(out, "x"), b"x"), lambda: probe(out)):
+    for work in (lambda: store_for(out).create(join(out, "x"), b"x"), lambda: check_store(out)):
         with pytest.raises(UnsafeStore) as caught:
             work()
         require_one_line_with_next_step(caught.value, out, "no hard links", "Put `out` on")

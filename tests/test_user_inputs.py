@@ -494,6 +494,16 @@ def test_limit_and_sample_say_how_many_images_they_choose(
             refuse(job_for(folder, tmp_path / "none", sample=0.001, group_size=4))
 
 
+def test_a_limit_that_chooses_every_shard_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_files(tmp_path / "in", {f"{n:02d}.jpg": jpg(n) for n in range(12)})
+    said = "limit chooses whole shards: 1 of 1 files shard, 12 of 12 images"
+    assert f"chosen     {said}" in str(plan(job_for(folder, tmp_path / "out", limit=3)))
+    vitray.run(job_for(folder, tmp_path / "out", limit=3))
+    assert caplog.messages[0] == said
+
+
 # ---- 9: columns of categories, lists of images, paths in structs
 
 
@@ -728,7 +738,27 @@ def test_members_that_are_not_adjacent_are_told(tmp_path: Path) -> None:
         and "sort the tar" in found.errors[0]["message"]
     )
     (note,) = found.result.notes.values()
-    assert "the members of 3 samples are not adjacent (first: 0): sort the tar by name" in note
+    assert "3 times the key of an earlier sample comes again (first: 0)" in note
+
+
+def test_keys_that_come_again_are_noted_though_each_has_an_image(tmp_path: Path) -> None:
+    names = ["0.jpg", "1.jpg", "2.jpg", "0.png", "1.png"]
+    source = write_tar(tmp_path / "in" / "a.tar", {name: jpg(n) for n, name in enumerate(names)})
+    found = label(source, tmp_path / "out")
+    assert found.keys == ["0", "1", "2", "0", "1"]
+    (note,) = found.result.notes.values()
+    assert "2 times the key of an earlier sample comes again (first: 0)" in note
+
+
+def test_validate_names_a_tar_that_was_cut(tmp_path: Path) -> None:
+    whole = write_tar(tmp_path / "whole.tar", {f"{n}.jpg": jpg(n) for n in range(4)}).read_bytes()
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.tar").write_bytes(whole + whole)
+    found = label(tmp_path / "in", tmp_path / "out")
+    assert len(found.rows) == 4 and found.result.exit_code == 3
+    checked = validate(str(tmp_path / "out"))
+    assert list(checked.truncated) == list(found.result.truncated) != []
+    assert "cut short  a" in str(checked) and checked.ok
 
 
 # ---- 14: a wider type in a later file (ray#40946)
@@ -970,3 +1000,25 @@ def test_a_lost_dataset_json_is_made_anew(tmp_path: Path) -> None:
     with pytest.raises(JobError, match="another job"):
         os.unlink(document)
         vitray.run(job_for(folder, tmp_path / "out", top_k=1))
+
+
+# ---- a first run that failed
+
+
+def test_a_failed_run_does_not_bind_the_kind_of_the_source(tmp_path: Path) -> None:
+    write_files(tmp_path / "in", {"a.tar": b"no tar"})
+    assert vitray.run(job_for(tmp_path / "in", tmp_path / "out")).exit_code == 3
+    (tmp_path / "in" / "a.tar").unlink()
+    write_files(tmp_path / "in", {f"{n}.jpg": jpg(n) for n in range(3)})
+    assert plan(job_for(tmp_path / "in", tmp_path / "out")).pending_images == 3
+    assert vitray.run(job_for(tmp_path / "in", tmp_path / "out")).rows == 3
+
+
+def test_status_shows_a_run_that_failed_before_it_read_an_image(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "in", {"0.jpg": jpg(0)})
+    label(folder, tmp_path / "out")
+    records = tmp_path / "out" / "_vitray" / "runs"
+    record = {"run": "x", "finished": "2030-01-01T00:00:00+00:00", "ended": "StorageError: full"}
+    (records / "2030-01-01-x.json").write_text(json.dumps(record))
+    text = str(status(str(tmp_path / "out")))
+    assert "last run   2030-01-01T00:00:00+00:00\n" in text and "StorageError: full" in text

@@ -1,6 +1,6 @@
-"""What mkdocs.yml cannot say: which Markdown files of the repository are pages, and how their links change.
+"""A hook of MkDocs: pages from outside `docs/`, and links that fit the site.
 
-A hook of MkDocs. The pages are those of `docs/`, the Markdown files of the repository's root, and
+The pages are those of `docs/`, the Markdown files of the repository's root, and
 `cluster/README.md`. On GitHub they link to each other by their place in the repository. On the site
 such a link leads to the page, or to the repository if the file is no page.
 """
@@ -90,7 +90,7 @@ def _listed(nav: Any) -> list[str]:
 
 
 def _expand(nav: Any, listed: set[str]) -> Any:
-    """A navigation with each pattern replaced by the pages that it matches and that nothing else lists."""
+    """A navigation with each pattern replaced by its pages, without those listed elsewhere."""
     if isinstance(nav, dict):
         return {title: _expand(value, listed) for title, value in nav.items()}
     if not isinstance(nav, list):

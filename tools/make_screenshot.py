@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def make_report(folder: Path) -> Path:
-    """Runs the demo in a folder and makes its report, in which the folder's own path is left out."""
+    """Runs the demo in a folder and makes its report, without the path of that folder."""
     page = folder / "report.html"
     vitray(folder, "demo", "demo")
     vitray(folder, "report", "demo/out", "--truth", "cls", "--to", str(page))

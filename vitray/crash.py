@@ -1,5 +1,6 @@
-"""Where a process can be told to die at once, so that tests see what is left behind and what the
-next run makes of it.
+"""Named points at which a process can kill itself.
+
+Tests use them to check what a crash leaves behind and how the next run recovers.
 """
 
 from __future__ import annotations
@@ -8,15 +9,27 @@ import os
 import signal
 
 POINTS = (
-    *("driver-listed", "driver-resolved", "driver-planned", "model-loaded"),
-    *("read", "decode", "predict", "stage", "stage-end", "object-written"),
-    *("commit-written", "commit-created", "commit-errors", "commit-cleaned"),
-    *("manifest-started", "manifest-written", "manifest-marked", "driver-recorded"),
+    "driver-listed",
+    "driver-resolved",
+    "driver-planned",
+    "model-loaded",
+    "read",
+    "decode",
+    "predict",
+    "stage",
+    "stage-end",
+    "object-written",
+    "commit-written",
+    "commit-created",
+    "commit-errors",
+    "commit-cleaned",
+    "manifest-started",
+    "manifest-written",
+    "manifest-marked",
+    "driver-recorded",
 )
-TRAINING_POINTS = (
-    "train-step",
-    "train-saved",
-)  # of finetune; what stands for the shard is the number of the step
+# Of fine-tuning: the step's number takes the place of the shard id.
+TRAINING_POINTS = ("train-step", "train-saved")
 
 
 def crash_point(name: str, shard: str = "") -> None:

@@ -1,36 +1,40 @@
 """Every exception that vitray raises on purpose.
 
-    VitrayError             exit code 1: a broken system
-    |- JobError             exit code 2: bad usage, a bad job, a model or an input that does not fit it
-    |  |- SourceError           nothing to read, or not what was said
-    |  |- ModelError            no such checkpoint, no trained head, a layer that does not exist
+    VitrayError             exit code 1: a system does not work
+    |- JobError             exit code 2: wrong usage, a bad job, or a model that does not fit
+    |  |- SourceError           nothing to read, or the source is not what the job says
+    |  |- ModelError            no such checkpoint, no trained head, or no such layer
     |  `- FingerprintError      OUT belongs to another job
-    |- StorageError         a store that does not answer, refuses, or is full
-    |  |- ObjectMissing         no object there
+    |- StorageError         a store does not answer, refuses a request, or is full
+    |  |- ObjectMissing         the object does not exist
     |  |- ObjectChanged         the object is not the version that was planned
-    |  |- ObjectRefused         this object cannot be had, however often one asks; a ShardError too
+    |  |- ObjectRefused         this object can never be read; it is a ShardError too
     |  `- UnsafeStore           the store ignores a conditional create
     |- CommitError          a data file exists that this run could not have written
-    |- ShardError           one shard cannot be read: set aside, the rest goes on
-    |- ClusterError         Ray is missing, too small, open, or stalled
-    |- Disagreement         exit code 5: an exported model says too often what the original does not
+    |- ShardError           one shard cannot be read: it is set aside, and the run continues
+    |- ClusterError         Ray is missing, too small, open to anyone, or stalled
+    |- Disagreement         exit code 5: an exported model agrees too little with the original
     |- ErrorRateExceeded    exit code 4: more bad images than `max_error_rate` allows
-    `- Interrupted          exit code 143: it was asked to end
+    `- Interrupted          exit code 143: the run was asked to stop
 
-A bad image is none of these: it is an error row (schema.REASONS).
+A bad image raises none of these. It becomes an error row (schema.REASONS).
 """
 
 from __future__ import annotations
 
+from vitray.exit_codes import ExitCode
+
+MESSAGE_CHARS = 400  # of another library's message within one of ours
+
 
 class VitrayError(Exception):
-    """A message for a person: what is wrong, with its name, then the next step."""
+    """A message for a person: what is wrong, where, and what to do next."""
 
-    exit_code = 1
+    exit_code = ExitCode.BROKEN_SYSTEM
 
 
 class JobError(VitrayError):
-    exit_code = 2
+    exit_code = ExitCode.BAD_USAGE
 
 
 class SourceError(JobError): ...
@@ -67,13 +71,13 @@ class ClusterError(VitrayError): ...
 
 
 class ErrorRateExceeded(VitrayError):
-    exit_code = 4
+    exit_code = ExitCode.TOO_MANY_BAD_IMAGES
 
 
 class Disagreement(VitrayError):
-    """judged: what disagrees, which says itself as text."""
+    """judged: the judgement of the exported model; its str() is a table of it."""
 
-    exit_code = 5
+    exit_code = ExitCode.TOO_LITTLE_AGREEMENT
 
     def __init__(self, message: str, judged: object) -> None:
         super().__init__(message)
@@ -81,21 +85,27 @@ class Disagreement(VitrayError):
 
 
 class Interrupted(VitrayError):
-    exit_code = 143
+    exit_code = ExitCode.TERMINATED
 
 
-def one_line(error: BaseException) -> str:
-    """What another library's error says, as part of a message of ours."""
-    return " ".join(str(error).split())[:400] or type(error).__name__
+def one_line(error: BaseException | str, limit: int = MESSAGE_CHARS) -> str:
+    """The text of an error on one line, at most `limit` characters.
 
-
-def shortened(text: str, most: int) -> str:
-    """Without its middle where it is longer: keys and labels stand at a message's begin, the next
-    step at its end.
+    An error without a text gives the name of its type; an empty text stays empty.
     """
-    return text if len(text) <= most else f"{text[: most - most // 3]}…{text[-(most // 3) :]}"
+    text = " ".join(str(error).split())[:limit]
+    return text or ("" if isinstance(error, str) else type(error).__name__)
+
+
+def shortened(text: str, limit: int) -> str:
+    """The text, without its middle if it is longer than `limit` characters.
+
+    The start of a message has keys and labels, and the end has the next step.
+    """
+    tail = limit // 3
+    return text if len(text) <= limit else f"{text[: limit - tail]}…{text[-tail:]}"
 
 
 def count(number: int, noun: str) -> str:
-    """The number and its noun, which takes an s."""
-    return f"{number:,} {noun}" + "s" * (number != 1)
+    """The number and its noun, with an s unless the number is one."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")

@@ -28,7 +28,7 @@ from pydantic import (
     model_validator,
 )
 
-from vitray.errors import JobError
+from vitray.errors import JobError, one_line
 from vitray.schema import RESERVED, SOURCE_RULES
 
 PROMPT = "This is a photo of {}."  # of transformers' zero-shot pipeline
@@ -124,15 +124,18 @@ class Embedding(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     layer: Layer = Field(
-        "last", description="1..L: output of that block; last: after the final LayerNorm"
+        "last",
+        description="`1` to L: output of that block. `last`: output after the final LayerNorm",
     )
     pool: Literal["cls", "mean", "patches_mean"] = Field(
-        "cls", description="CLS token, mean of all tokens, or of the patches"
+        "cls",
+        description="`cls`: the CLS token. `mean`: mean of all tokens. `patches_mean`: mean of the "
+        "patches",
     )
-    normalize: bool = Field(False, description="scale to unit L2 norm (in float32, before dtype)")
+    normalize: bool = Field(False, description="scale to unit L2 norm, in float32, before dtype")
     dtype: Literal["float32", "float16"] = Field("float32", description="type of the stored values")
     name: str = Field(
-        "", description="column suffix; default <pool>_<layer>", pattern=r"^[a-z0-9_]*$"
+        "", description="suffix of the column (default: <pool>_<layer>)", pattern=r"^[a-z0-9_]*$"
     )
 
     @property
@@ -163,98 +166,93 @@ class Job(Written):
     """One dataset to make: which images, which model, where to."""
 
     source: Urls = Field(
-        description="URL, list, glob, {000..099} range or prefix; local path or s3://", min_length=1
+        description="URL, path, glob, prefix, a range such as {000..099}, or a list of these; "
+        "local or s3://",
+        min_length=1,
     )
     model: Location = Field(description="Hugging Face id, local directory, or s3:// directory")
     out: Location = Field(description="output directory, local or s3://")
     revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face id")
     format: Literal["auto", "tar", "parquet", "files", "manifest"] = Field(
-        "auto", description="what the source holds"
+        "auto", description="kind of source. `auto`: detected"
     )
     labels: Labels = Field(
         True,
-        description="classify: true by the checkpoint's trained head; a list, or a file with one "
-        "label a "
-        "line, by the text tower of "
-        "CLIP or SigLIP; false: embed only",
+        description="`true`: classify with the checkpoint's trained head. A list, or a file with "
+        "one label in each line: classify with the text tower of CLIP or SigLIP. `false`: only "
+        "embed",
     )
     prompts: Prompts = Field(
         [PROMPT],
-        description="what the text tower reads of a label, for {}; the vectors of several are "
-        "averaged",
+        description="texts that the text tower reads for each label, which replaces {}. The "
+        "vectors of several prompts are averaged",
     )
     head: Location | None = Field(
         None,
-        description="directory of a linear head for this model's embeddings, which labels instead",
+        description="directory of a linear head over this model's embeddings, which labels instead "
+        "of the model's own head",
     )
     embeddings: list[Embedding] = Field(
-        [Embedding.model_validate({})], description="vectors to keep, all of one forward pass"
+        [Embedding.model_validate({})],
+        description="vectors to store; one forward pass computes all of them",
     )
-    top_k: int = Field(5, description="how many labels a row keeps", ge=1, le=1000)
+    top_k: int = Field(5, description="number of best labels to store", ge=1, le=1000)
     keep: Strings = Field(
         [],
-        description="input columns or tar member extensions to copy into the output: a list, "
-        "or a,b",
+        description="passthrough columns: input columns or tar member extensions to copy into the "
+        "output. A list, or a,b",
     )
     image_column: str | None = Field(
-        None, description="Parquet or manifest column with the image (default: found by itself)"
+        None, description="Parquet or manifest: column with the image (default: detected)"
     )
-    key_column: str | None = Field(None, description="Parquet or manifest column that names a row")
+    key_column: str | None = Field(None, description="Parquet or manifest: column that names a row")
     image_member: str | None = Field(
-        None, description="tar: extension of the member to use when a sample has several images"
+        None, description="tar: extension of the member to use if a sample has several images"
     )
     tar_keys: Literal["auto", "first_dot", "last_dot"] = Field(
         "auto",
-        description="tar: where a member's key ends; auto: at the first dot, as WebDataset has it, "
-        "or at "
-        "the last one "
-        "where what follows the first dot is part of the name",
+        description="tar: where a member's key ends. `auto`: at the first dot, as in WebDataset, "
+        "or at the last dot if what follows the first one is part of the name",
     )
     source_rules: Literal["auto", 1, 2] = Field(
         "auto",
-        description="how names in the source become rows; auto: as in the dataset's first run; "
-        "1: as "
-        "before December 2026",
+        description="how names in the source become rows. `auto`: as in the dataset's first run. "
+        "`1`: as before December 2026",
     )
     allow: Prefixes = Field(
         [],
-        description="manifest: prefixes its paths may point into (default: the manifest's "
+        description="manifest: prefixes that its paths may point into (default: the manifest's "
         "directory)",
     )
-    formats: Strings = Field(list(FORMATS), description="image formats that are decoded")
-    max_pixels: int = Field(50_000_000, description="pixel cap of one image", ge=1)
+    formats: Strings = Field(list(FORMATS), description="image formats to decode")
+    max_pixels: int = Field(50_000_000, description="most pixels that an image may have", ge=1)
     background: Color | None = Field(
         None,
-        description="'#rrggbb' (in quotes) to composite transparent images on (default: alpha is "
+        description="colour behind transparent images, as '#rrggbb' in quotes (default: alpha is "
         "dropped)",
     )
     decode: Literal["exact", "fast", "draft", "gpu", "hybrid"] = Field(
         "exact",
-        description="exact: Hugging Face's pixels; fast: a level off here and there; draft: large "
-        "JPEGs "
-        "at reduced size; "
-        "gpu: baseline JPEGs by the GPU's decoder, the rest as fast; hybrid: CPU threads take a "
-        "share of those, too",
+        description="`exact`: Hugging Face's pixels. `fast`: some pixels a level off. `draft`: "
+        "large JPEGs at reduced size. `gpu`: baseline JPEGs with the GPU's decoder, the others as "
+        "fast. `hybrid`: CPU threads take a share of those JPEGs, too",
     )
     precision: Literal["auto", "bf16", "fp16", "fp32", "fp8"] = Field(
         "auto",
-        description="auto: the fastest the hardware has, except fp8 (Ada, Hopper or newer), which "
-        "says "
-        "how well it agrees with bf16",
+        description="`auto`: the fastest that the hardware has, except fp8. `fp8`: needs an Ada or "
+        "Hopper GPU or newer, and logs how well it agrees with bf16",
     )
     engine: Literal["auto", "torch", "openvino", "onnx"] = Field(
         "auto",
-        description="what computes; auto: the fastest that is installed and says what torch "
-        "says in "
-        "fp32",
+        description="what runs the model. `auto`: the fastest installed engine whose output "
+        "matches torch (fp32)",
     )
     compile: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="torch.compile, of engine torch; auto: where the images repay its minute, as "
-        "plan "
-        "says",
+        description="torch.compile, for engine torch. `auto`: if the images repay its minute, "
+        "which plan shows",
     )
-    batch_size: Count = Field("auto", description="images a forward pass")
+    batch_size: Count = Field("auto", description="images in a forward pass")
     device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = Field(
         "auto", description="where the model runs"
     )
@@ -262,32 +260,28 @@ class Job(Written):
         4096, description="loose files, or rows of a manifest, in a shard", ge=1, le=100_000
     )
     fragment_rows: Count = Field(
-        "auto", description="images staged at a time; a crash costs a few of these"
+        "auto", description="images in a fragment; a crash costs a few fragments"
     )
     since: str | None = Field(
         None,
-        description="only shards modified since: 2026-11-01, 2026-11-01T06:00Z (UTC where no "
-        "zone is "
-        "given), or 36h, 7d ago",
+        description="only shards modified since a time: 2026-11-01, 2026-11-01T06:00Z (UTC if no "
+        "zone is given), or 36h, 7d ago",
     )
     sample: float | None = Field(
         None, description="only this share of the shards, chosen by their names", gt=0, le=1
     )
     limit: int | None = Field(
-        None,
-        description="only the first so many shards, of those that since and sample leave",
-        ge=1,
+        None, description="only the first N shards that since and sample select", ge=1
     )
     max_error_rate: float = Field(
         0.05,
-        description="share of bad images above which the exit code is 4; after 1,000 images a run "
-        "stops "
-        "at once",
+        description="share of bad images above which the exit code is 4. After 1,000 images a run "
+        "stops at once",
         ge=0,
         le=1,
     )
     stall_timeout_s: float = Field(
-        600, description="seconds without a finished fragment after which the run gives up", gt=0
+        600, description="seconds without a finished fragment after which the run aborts", gt=0
     )
 
     @field_validator("compile", mode="before")
@@ -468,7 +462,7 @@ def read_fields(path: str | Path) -> dict[str, Any]:
         step = "Give the path of a YAML or JSON file."
         raise JobError(f"cannot read the job file {path}: {error.strerror}. {step}") from error
     except BAD_YAML as error:
-        raise JobError(f"{path} is not valid {language}: {' '.join(str(error).split())}") from error
+        raise JobError(f"{path} is not valid {language}: {one_line(error)}") from error
     if not isinstance(loaded, dict):
         step = "write lines like `source: photos/*.tar`"
         if _is_json(path):

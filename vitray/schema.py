@@ -265,16 +265,25 @@ class Member:
     version: str
 
 
+class ShardKind(StrEnum):
+    """What a shard is made of."""
+
+    TAR = "tar"
+    PARQUET = "parquet"  # the images are in a column
+    FILES = "files"  # a group of loose image files
+    MANIFEST = "manifest"  # rows that name images elsewhere
+
+
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """The unit of commit. `start`, `stop`: row groups of a Parquet file or rows of a manifest; (0,
-    0) for all.
+    """The unit of commit.
 
-    rows: how many images, when listing already tells. members: only for kind "files".
+    start, stop: row groups of a Parquet file, or rows of a manifest; (0, 0) for all.
+    rows: number of images, where the listing gives it. members: of ShardKind.FILES only.
     """
 
     id: str
-    kind: str  # tar | parquet | files | manifest
+    kind: ShardKind
     url: str
     size: int
     version: str
@@ -458,16 +467,22 @@ class End:
     image_members: dict[str, int] = field(default_factory=dict, compare=False)
 
 
+class EventKind(StrEnum):
+    """What happened to a shard or to one of its fragments."""
+
+    FRAGMENT_WRITTEN = "fragment"
+    FRAGMENT_SKIPPED = "staged"  # an earlier run or an earlier round staged it
+    SHARD_END = "end"  # the total is known
+    SHARD_FAILED = "failed"  # it could not be read
+    SHARD_BROKEN = "broken"  # its bytes are not a shard of its kind
+    SHARD_CHANGED = "changed"  # it is not the planned version
+
+
 @dataclass(frozen=True, slots=True)
 class ShardEvent:
-    """What reaches the driver: never rows, only what became of them.
+    """What reaches the driver about a shard: counts and messages, never rows."""
 
-    kind: "fragment" (staged now), "staged" (was there before), "end" (total is known),
-    "failed" (could not be read), "broken" (its bytes are no such shard), "changed" (not the planned
-    version).
-    """
-
-    kind: str
+    kind: EventKind
     shard: str
     start: int = 0
     stop: int = 0

@@ -1,8 +1,10 @@
-"""The output directory: what it is, what is in it, and how a shard comes to be in it exactly once.
+"""The output directory: its layout, its identity, and how each shard is committed exactly once.
 
-identity.py   dataset.json: fingerprint and frozen values     resolve.py   the dataset that a job goes on with
-staging.py    fragments of shards that are not whole yet      files.py     the other files: groups, run records
-commit.py     fragments -> the one data file of a shard       ledger.py    what is committed: manifest, _SUCCESS, redo
+layout.py    the names of all files           identity.py   fingerprint and frozen values
+resolve.py   the dataset of a job             staging.py    fragments of incomplete shards
+commit.py    fragments -> one data file       reconcile.py  what to do with each data file
+ledger.py    manifest, _SUCCESS.json, redo    reading.py    rows, vectors and errors
+files.py     groups, run records              scratch.py    scratch objects, the store check
 """
 
 from vitray.dataset.commit import (
@@ -17,7 +19,7 @@ from vitray.dataset.commit import (
 from vitray.dataset.files import (
     NO_GROUP,
     append_group_log,
-    go_on_with_groups,
+    copy_groups,
     load_group_log,
     read_run_records,
     read_table,
@@ -26,25 +28,38 @@ from vitray.dataset.files import (
 from vitray.dataset.identity import (
     Dataset,
     LastSource,
-    dataset_url,
     last_source,
     open_dataset,
     package_versions,
     remember_source,
     restore_dataset,
 )
+from vitray.dataset.layout import (
+    COMPACTED,
+    DATA_GLOB,
+    INTERNAL_FOLDER,
+    SCRATCH_PREFIX,
+    base_of,
+    data_folder,
+    data_path,
+    dataset_url,
+    internal_url,
+    manifest_url,
+    shard_of,
+    success_url,
+)
 from vitray.dataset.ledger import (
     Ledger,
-    base_of,
     check_data,
     clean,
     committed,
     finish,
     forget,
+    is_marked_complete,
     manifest_row,
     read_manifest,
-    shard_of,
     shards_to_redo,
+    success_manifest,
     total_counts,
     unmark_success,
 )  # fmt: skip
@@ -62,29 +77,35 @@ from vitray.dataset.reading import (
     row_counts,
     rows_in,
 )  # fmt: skip
+from vitray.dataset.reconcile import FileState
 from vitray.dataset.resolve import (
-    COMPACTED,
     drop_unstarted,
+    has_ended_without_rows,
     passthrough_in_data,
     resolve_dataset,
     with_frozen,
     with_source_rules,
 )
+from vitray.dataset.scratch import check_store, drop_scratch, scratch
 from vitray.dataset.staging import (
     Fragment,
     read_fragment,
     staged,
+    staged_intact,
     staged_shards,
-    staged_whole,
     write_end,
     write_fragment,
 )
 
 __all__ = [
     "COMPACTED",
+    "DATA_GLOB",
+    "INTERNAL_FOLDER",
     "NO_GROUP",
+    "SCRATCH_PREFIX",
     "Commit",
     "Dataset",
+    "FileState",
     "Footer",
     "Fragment",
     "LastSource",
@@ -93,21 +114,29 @@ __all__ = [
     "append_group_log",
     "base_of",
     "check_data",
+    "check_store",
     "choose_vector",
     "clean",
     "commit_rows",
     "commit_shard",
     "committed",
+    "copy_groups",
     "data_files",
+    "data_folder",
+    "data_path",
     "dataset_url",
+    "drop_scratch",
     "drop_unstarted",
     "finish",
     "forget",
-    "go_on_with_groups",
+    "has_ended_without_rows",
+    "internal_url",
     "is_complete",
+    "is_marked_complete",
     "last_source",
     "load_group_log",
     "manifest_row",
+    "manifest_url",
     "matrix_of",
     "open_dataset",
     "package_versions",
@@ -129,11 +158,14 @@ __all__ = [
     "row_blocks",
     "row_counts",
     "rows_in",
+    "scratch",
     "shard_of",
     "shards_to_redo",
     "staged",
+    "staged_intact",
     "staged_shards",
-    "staged_whole",
+    "success_manifest",
+    "success_url",
     "total_counts",
     "unmark_success",
     "with_frozen",

@@ -1,6 +1,4 @@
-"""The files of OUT, found and read whole; the log of groups and the run records, which are nothing
-more than that.
-"""
+"""Listing and reading the files of an output directory; the log of groups and the run records."""
 
 from __future__ import annotations
 
@@ -12,27 +10,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vitray.dataset.identity import Dataset
+from vitray.dataset.layout import group_log_url, is_group_log, runs_url
 from vitray.errors import ObjectMissing, StorageError
 from vitray.storage import ObjectInfo, absolute, join, read, store_for
 
-NO_GROUP = -1
+NO_GROUP = -1  # the group number of an object that leaves its group
 
 
-def under(out: str, *parts: str) -> list[ObjectInfo]:
-    """Every object below a folder of OUT, in the order of URLs; none when there is no such
-    folder.
-    """
+def under(url: str, *parts: str) -> list[ObjectInfo]:
+    """Every object below a folder, in the order of URLs; none when there is no such folder."""
     try:
-        return store_for(out).find(join(out, *parts))
+        return store_for(url).find(join(url, *parts))
     except ObjectMissing:
         return []
 
 
 def read_table(source: Any, columns: Sequence[str] | None = None) -> pa.Table:
-    """A Parquet file as a table, read by this thread alone. source: a stream or a pa.BufferReader.
+    """A Parquet file as a table, read by this thread alone.
 
-    A thread of pyarrow's pool that still holds a Python buffer when the interpreter ends aborts the
-    process.
+    source: a stream or a pa.BufferReader. A thread of pyarrow's pool that still has a Python buffer
+    when the interpreter ends aborts the process.
     """
     return pq.ParquetFile(source, pre_buffer=False).read(
         columns=columns and list(columns), use_threads=False
@@ -44,11 +41,10 @@ def read_parquet(url: str) -> pa.Table:
     try:
         return read_table(pa.BufferReader(read(url)))
     except (pa.ArrowException, OSError) as error:
-        step = "Delete it and run the job again: it is made anew from data/."
-        if "/_vitray/shards/" in url:
+        step = "Delete it and run the job again, which makes a new one from data/."
+        if is_group_log(url):
             step = (
-                "It holds which files are in which shard: bring a copy back, or choose another "
-                "`out`."
+                "It holds which files are in which shard: restore a copy, or choose another `out`."
             )
         raise StorageError(f"{url} is damaged ({error}). {step}") from error
 
@@ -61,53 +57,54 @@ def parquet_bytes(table: pa.Table) -> bytes:
 
 
 def load_group_log(out: str) -> list[tuple[int, str]]:
-    """(group number, url) of every grouped object, in the order of the log; NO_GROUP where it left
-    its group.
+    """(group number, url) of every grouped object, in the order of the log.
+
+    The number is NO_GROUP where the object left its group.
     """
-    parts = [read_parquet(info.url) for info in under(out, "_vitray", "shards")]
-    return [
-        member
-        for part in parts
-        for member in zip(part["group"].to_pylist(), part["url"].to_pylist())
-    ]
+    members = list[tuple[int, str]]()
+    for info in under(group_log_url(out)):
+        part = read_parquet(info.url)
+        members += zip(part["group"].to_pylist(), part["url"].to_pylist())
+    return members
 
 
 def append_group_log(out: str, members: Sequence[tuple[int, str]]) -> bool:
-    """Append new groups, or objects that leave theirs. False: another run was faster (with a group
-    or a URL); read and plan again.
+    """Append new groups, or objects that leave theirs.
+
+    False: another run appended one of the groups or URLs first; read and plan again.
     """
-    # the number of parts is read before their content: what is appended after that takes the name
-    # that we want
-    name = f"{len(under(out, '_vitray', 'shards')):06d}.parquet"
+    # the parts are counted before they are read: one that is appended meanwhile has the same name
+    name = f"{len(under(group_log_url(out))):06d}.parquet"
     groups, urls = zip(*members)
-    known = load_group_log(out)
-    numbers, housed = {group for group, _ in known if group != NO_GROUP}, set[str]()
-    for _, url in known:
-        housed ^= {url}  # an object enters and leaves in turn
+    log = load_group_log(out)
+    numbers = {group for group, _ in log if group != NO_GROUP}
+    grouped_urls = set[str]()
+    for _, url in log:
+        grouped_urls ^= {url}  # an object enters and leaves in turn
     for group, url in members:
-        if group in numbers or (url in housed) != (group == NO_GROUP):
+        if group in numbers or (url in grouped_urls) != (group == NO_GROUP):
             return False
-        housed ^= {url}
+        grouped_urls ^= {url}
     table = pa.table({"group": pa.array(groups, pa.int32()), "url": pa.array(urls, pa.string())})
-    return store_for(out).create(join(out, "_vitray", "shards", name), parquet_bytes(table))
+    return store_for(out).create(group_log_url(out, name), parquet_bytes(table))
 
 
-def go_on_with_groups(old: str, new: str) -> None:
-    """Loose files get in `new` the groups that they have in `old`, so that both have the same
-    shards; what `new` began otherwise stays.
+def copy_groups(old: str, new: str) -> None:
+    """Give loose files in `new` the groups that they have in `old`: both have the same shards then.
+
+    Groups that `new` began otherwise stay.
     """
-    theirs, mine = load_group_log(absolute(old)), load_group_log(absolute(new))
-    if len(theirs) > len(mine) and theirs[: len(mine)] == mine:
-        append_group_log(absolute(new), theirs[len(mine) :])  # refused: another call did the same
+    old_log, new_log = load_group_log(absolute(old)), load_group_log(absolute(new))
+    count = len(new_log)
+    if len(old_log) > count and old_log[:count] == new_log:
+        append_group_log(absolute(new), old_log[count:])  # refused: another call did the same
 
 
 def write_run_record(dataset: Dataset, run_id: str, record: dict[str, object]) -> None:
-    store_for(dataset.out).create(
-        join(dataset.out, "_vitray", "runs", f"{run_id}.json"),
-        json.dumps(record, indent=1).encode(),
-    )
+    url = runs_url(dataset.out, f"{run_id}.json")
+    store_for(dataset.out).create(url, json.dumps(record, indent=1).encode())
 
 
 def read_run_records(out: str) -> list[dict[str, Any]]:
     """Every run record, oldest first."""
-    return [json.loads(read(info.url)) for info in under(out, "_vitray", "runs")]
+    return [json.loads(read(info.url)) for info in under(runs_url(out))]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from vitray.dataset.layout import data_url, dataset_url, errors_folder, source_url, staging_url
 from vitray.errors import JobError, ObjectMissing, StorageError, one_line
 from vitray.job import Job, make_job
 from vitray.schema import (
@@ -24,12 +25,13 @@ from vitray.schema import (
     ModelSpec,
     PixelSpec,
     ScoreFunction,
+    ShardKind,
     VectorColumn,
     row_schema,
 )
 from vitray.storage import absolute, exists, join, read, store_for
 
-# of the job, as they are; of the others some do not count, or count as what was resolved from them
+# fields of the job that count as they are; others do not count, or count as their resolved values
 DECIDING_FIELDS = (
     "decode",
     "formats",
@@ -40,14 +42,9 @@ DECIDING_FIELDS = (
     "key_column",
     "allow",
 )
-MOVING = (
-    "source",
-    "format",
-    "since",
-    "sample",
-    "limit",
-)  # of the job: where its images are, and which of them
-# whose versions decide numbers and behaviour
+# fields of the job that say where its images are, and which of them it takes
+MOVING = ("source", "format", "since", "sample", "limit")
+# packages whose versions decide numbers and behaviour
 PACKAGES = "vitray ray torch transformers openvino onnxruntime pyarrow pillow simplejpeg s3fs numpy"
 
 
@@ -69,19 +66,13 @@ class Dataset:
 
     @property
     def decode_spec(self) -> DecodeSpec:
-        hexes = self.job.background
-        colour = (
-            None
-            if hexes is None
-            else (int(hexes[1:3], 16), int(hexes[3:5], 16), int(hexes[5:7], 16))
-        )
         return DecodeSpec(
-            self.spec.pixels,
-            tuple(self.job.formats),
-            self.job.max_pixels,
-            colour,
-            self.job.decode,
-            self.job.rules,
+            pixels=self.spec.pixels,
+            formats=tuple(self.job.formats),
+            max_pixels=self.job.max_pixels,
+            background=_colour_of(self.job.background),
+            mode=self.job.decode,
+            rules=self.job.rules,
         )
 
     @property
@@ -90,7 +81,7 @@ class Dataset:
 
     def deciding(self) -> dict[str, Any]:
         """Everything that decides the numbers, by name: what the fingerprint hashes."""
-        return {
+        values: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "weights": self.spec.weights_sha256,
             "labels": [self.job.labelled, self.spec.labels_sha256(), self.spec.multi_label],
@@ -100,30 +91,26 @@ class Dataset:
             "keep": [[f.name, str(f.type)] for f in self.passthrough],
             "precision": self.spec.precision,
             "engine": self.spec.engine,
-            # absent where there are none: datasets that were begun before there were any go on
-            **(
-                {"prompts": [*self.spec.prompts, self.spec.text_sha256]}
-                if self.spec.prompts
-                else {}
-            ),
-            **(
-                {"score_function": "none"} if self.spec.score_function is ScoreFunction.NONE else {}
-            ),
-            **({"head": [self.spec.head_sha256, self.spec.head_column]} if self.spec.head else {}),
-            **self._source_rules(),
-            **{name: getattr(self.job, name) for name in DECIDING_FIELDS},
         }
-
-    def _source_rules(self) -> dict[str, Any]:
-        """Absent where they are those of a dataset that was begun before there were any."""
-        rules = {"source_rules": self.job.rules} if self.job.rules > 1 else {}
-        return rules | ({"tar_keys": self.job.tar_keys} if self.job.tar_keys != "auto" else {})
+        # names below are absent at their defaults: datasets older than these features go on
+        if self.spec.prompts:
+            values["prompts"] = [*self.spec.prompts, self.spec.text_sha256]
+        if self.spec.score_function is ScoreFunction.NONE:
+            values["score_function"] = "none"
+        if self.spec.head:
+            values["head"] = [self.spec.head_sha256, self.spec.head_column]
+        if self.job.rules > 1:
+            values["source_rules"] = self.job.rules
+        if self.job.tar_keys != "auto":
+            values["tar_keys"] = self.job.tar_keys
+        return values | {name: getattr(self.job, name) for name in DECIDING_FIELDS}
 
     def label_columns(self, ids: np.ndarray, scores: np.ndarray) -> dict[str, pa.Array]:
         """LABEL_FIELDS of ids int [N, k] and scores [N, k], best first."""
-        said, (n, k) = np.array(self.spec.labels, dtype=object)[ids], ids.shape
+        labels = np.array(self.spec.labels, dtype=object)[ids]
+        n, k = ids.shape
         offsets = pa.array(np.arange(0, n * k + 1, k), pa.int32())
-        columns = [(said, pa.string()), (ids, pa.int32()), (scores, pa.float32())]
+        columns = [(labels, pa.string()), (ids, pa.int32()), (scores, pa.float32())]
         best = [pa.array(values[:, 0], kind) for values, kind in columns]
         lists = [
             pa.ListArray.from_arrays(offsets, pa.array(values.ravel(), kind))
@@ -132,42 +119,44 @@ class Dataset:
         return dict(zip([f.name for f in LABEL_FIELDS], best + lists))
 
     def data_url(self, shard_id: str) -> str:
-        return join(self.out, "data", f"{shard_id}.parquet")
+        return data_url(self.out, shard_id)
 
     @property
     def errors_folder(self) -> str:
-        """The folder of the error rows. Readers of a directory skip names that begin with an
-        underscore.
-        """
-        return "errors" if self.job.rules == 1 else "_errors"
+        """The name of the folder of error rows."""
+        return errors_folder(self.job.rules)
 
     def errors_url(self, shard_id: str) -> str:
         return join(self.out, self.errors_folder, f"{shard_id}.parquet")
 
     def staging_url(self, shard_id: str) -> str:
-        return join(self.out, "_vitray", "staging", shard_id)
+        return staging_url(self.out, shard_id)
 
 
-def dataset_url(out: str) -> str:
-    """The URL of dataset.json."""
-    return join(absolute(out), "_vitray", "dataset.json")
+def _colour_of(hexes: str | None) -> tuple[int, int, int] | None:
+    """(red, green, blue) of `#rrggbb`."""
+    if hexes is None:
+        return None
+    return (int(hexes[1:3], 16), int(hexes[3:5], 16), int(hexes[5:7], 16))
 
 
 @dataclass(frozen=True, slots=True)
 class LastSource:
-    """What the last run found in its source. kind: of its shards, None where no run has told.
+    """The result of the last listing of the source.
 
-    left_out: files without a row, by left_out.LEFT_OUT. suffixes: those files by suffix.
+    kind: of its shards, None where no run recorded it. left_out: files without a row, by
+    left_out.LEFT_OUT. suffixes: those files by suffix.
     """
 
-    kind: str | None = None
+    kind: ShardKind | None = None
     left_out: dict[str, int] = field(default_factory=dict)
     suffixes: dict[str, int] = field(default_factory=dict)
 
 
 def open_dataset(out: str) -> Dataset | None:
-    """The dataset in a directory, with the source of its last run; None when there is none. Needs
-    neither torch nor Ray.
+    """The dataset in a directory, with the source of its last run; None when there is none.
+
+    Needs neither torch nor Ray. Raises StorageError for a dataset.json that is not readable.
     """
     try:
         text = read(dataset_url(out))
@@ -179,34 +168,40 @@ def open_dataset(out: str) -> Dataset | None:
     except (ValueError, KeyError, TypeError, RecursionError, JobError) as error:
         raise StorageError(
             f"{dataset_url(out)} is not readable ({one_line(error)[:160]}). If another version of "
-            f"vitray wrote it, use that one. "
-            "Else bring a copy of it back, or move it away and run the same job again: it is made "
-            "anew and checked against "
-            "the data files."
+            f"vitray wrote it, use that version. Otherwise restore a copy of it, or move it away "
+            f"and run the same job again: the run makes a new one and checks it against the data "
+            f"files."
         ) from error
 
 
 def _with_last_source(out: str, document: dict[str, Any]) -> dict[str, Any]:
     """The document with the source of the last run, where that is readable."""
-    moved = {name: value for name, value in _read_source(out).items() if name in MOVING}
+    source = {name: value for name, value in _read_source(out).items() if name in MOVING}
     with contextlib.suppress(JobError):
-        make_job({"source_rules": 1, **document["job"], **moved})
-        return {**document, "job": {**document["job"], **moved}}
+        make_job({"source_rules": 1, **document["job"], **source})
+        return {**document, "job": {**document["job"], **source}}
     return document
 
 
 def restore_dataset(dataset: Dataset) -> None:
-    """Make dataset.json exist, where another process took it away meanwhile."""
+    """Write dataset.json again, where another process deleted it meanwhile."""
     if not exists(dataset_url(dataset.out)):
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        store_for(dataset.out).create(dataset_url(dataset.out), to_json(dataset, now))
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        store_for(dataset.out).create(dataset_url(dataset.out), to_json(dataset, created))
 
 
 def last_source(out: str) -> LastSource:
-    """What the last run in this directory found in its source."""
+    """The result of the last listing in this directory; empty where no run recorded one."""
     document = _read_source(out)
-    kind, left_out, suffixes = (document.get(name) for name in ("kind", "left_out", "suffixes"))
-    return LastSource(kind if isinstance(kind, str) else None, _counts(left_out), _counts(suffixes))
+    return LastSource(
+        kind=_kind_of(document.get("kind")),
+        left_out=_counts(document.get("left_out")),
+        suffixes=_counts(document.get("suffixes")),
+    )
+
+
+def _kind_of(value: object) -> ShardKind | None:
+    return ShardKind(value) if isinstance(value, str) and value in set(ShardKind) else None
 
 
 def _counts(value: object) -> dict[str, int]:
@@ -215,41 +210,39 @@ def _counts(value: object) -> dict[str, int]:
     )
 
 
-def remember_source(dataset: Dataset, found: LastSource, begins: bool = False) -> None:
-    """Where the images are may be another place each time: what comes after a run goes by the last
-    one.
+def remember_source(dataset: Dataset, source: LastSource, begins: bool = False) -> None:
+    """Write source.json: where this run found its images, which may differ from run to run.
 
-    A limit stays while all runs had one. begins: write it in any case, so that its time tells when
-    a run began.
+    A limit stays while all runs had one. begins: write it in any case, so that its time is the
+    start of the run.
     """
     existing = open_dataset(dataset.out)
     if existing is None:
         return
-    old, new = (
-        {name: job.model_dump(mode="json")[name] for name in MOVING}
-        for job in (existing.job, dataset.job)
-    )
+    old, new = _moving_fields(existing.job), _moving_fields(dataset.job)
     new |= {name: None for name in ("since", "sample", "limit") if old[name] is None}
-    if begins or {**new, **asdict(found)} != {**old, **asdict(last_source(dataset.out))}:
-        document = json.dumps({**new, **asdict(found)}, indent=1).encode()
-        store_for(dataset.out).replace(source_url(dataset.out), document)
+    document = {**new, **asdict(source)}
+    if begins or document != {**old, **asdict(last_source(dataset.out))}:
+        body = json.dumps(document, indent=1).encode()
+        store_for(dataset.out).replace(source_url(dataset.out), body)
+
+
+def _moving_fields(job: Job) -> dict[str, Any]:
+    fields = job.model_dump(mode="json")
+    return {name: fields[name] for name in MOVING}
 
 
 def _read_source(out: str) -> dict[str, Any]:
-    """source.json; nothing where there is none that is ours."""
+    """source.json; empty where it is absent or damaged."""
     with contextlib.suppress(StorageError, ValueError, RecursionError):
-        found = json.loads(read(source_url(out)))
-        if isinstance(found, dict):
-            return found
+        document = json.loads(read(source_url(out)))
+        if isinstance(document, dict):
+            return document
     return {}
 
 
-def source_url(out: str) -> str:
-    """The URL of source.json."""
-    return join(absolute(out), "_vitray", "source.json")
-
-
-def to_json(dataset: Dataset, now: str) -> bytes:
+def to_json(dataset: Dataset, created: str) -> bytes:
+    """The content of dataset.json. created: the current time, in ISO format."""
     document = {
         "fingerprint": dataset.fingerprint,
         "deciding": dataset.deciding(),
@@ -259,17 +252,16 @@ def to_json(dataset: Dataset, now: str) -> bytes:
         "vectors": [asdict(v) for v in dataset.vectors],
         "kept": base64.b64encode(dataset.passthrough.serialize().to_pybytes()).decode(),
         "fragment_rows": dataset.fragment_rows,
-        "created": now,
+        "created": created,
         "versions": package_versions(),
     }
     return json.dumps(document, indent=1).encode()
 
 
 def differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """The names on which two deciding() do not agree, in the order of `new`."""
-    old, new = json.loads(
-        json.dumps([old, new])
-    )  # one of them may come from JSON, which has no tuples
+    """The names whose values in two results of deciding() differ, in the order of `new`."""
+    # one of them may come from JSON, which has no tuples
+    old, new = json.loads(json.dumps([old, new]))
     return [name for name in {**new, **old} if old.get(name) != new.get(name)]
 
 
@@ -286,12 +278,12 @@ def _from_json(out: str, document: dict[str, Any]) -> Dataset:
     )
     if document["fingerprint"] != dataset.fingerprint:
         names = differing(document["deciding"], dataset.deciding())
-        raise ValueError(f"its fingerprint is another one today: {', '.join(sorted(names))}")
+        raise ValueError(f"its fingerprint differs today: {', '.join(sorted(names))}")
     return dataset
 
 
 def _job_of(document: dict[str, Any]) -> Job:
-    """The job of dataset.json; datasets begun before December 2026 say nothing of source rules."""
+    """The job of dataset.json; datasets begun before December 2026 have no source rules in it."""
     job = make_job({"source_rules": 1, **document["job"]})
     return job.with_found_key(job.key_column) if document.get("key_is_found") else job
 
@@ -305,10 +297,10 @@ def _with_tuples(fields: dict[str, Any]) -> dict[str, Any]:
 
 def package_versions() -> dict[str, str]:
     """Versions of PACKAGES, and of Python."""
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in PACKAGES.split():
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "absent"
-    return found
+            versions[name] = "absent"
+    return versions

@@ -1,4 +1,4 @@
-"""What is committed and what is left: the manifest, _SUCCESS.json, redo and clean.
+"""What is committed and what is pending: the manifest, _SUCCESS.json, redo and clean.
 
 data/ is the truth; everything here is derived from it and can be made again.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
@@ -19,27 +19,27 @@ from vitray.crash import crash_point
 from vitray.dataset.commit import Footer, read_footer, repair_errors
 from vitray.dataset.files import parquet_bytes, read_parquet, under
 from vitray.dataset.identity import Dataset
+from vitray.dataset.layout import (
+    MANIFEST_PREFIX,
+    data_folder,
+    data_path,
+    internal_url,
+    manifest_url,
+    shard_of,
+    success_url,
+)
+from vitray.dataset.reconcile import Actions, FileState, reconcile
+from vitray.dataset.scratch import drop_scratch
 from vitray.dataset.staging import drop_staging, staged_shards
 from vitray.errors import CommitError, FingerprintError, JobError, ObjectMissing
 from vitray.schema import ERROR_SCHEMA
-from vitray.storage import (
-    ObjectInfo,
-    drop_scratch,
-    exists,
-    is_local,
-    join,
-    read,
-    sha256_of,
-    store_for,
-)
+from vitray.storage import ObjectInfo, exists, is_local, read, sha256_of, store_for
 
 THREADS = 16
-LOOKS = 4  # when another run changes what this one reads
+ATTEMPTS = 4  # when another run changes what this one reads
 T = TypeVar("T")
-COUNTS = (
-    "left_out",
-    "image_members",
-)  # of a Footer, as JSON; manifests written before December 2026 have neither
+# of a Footer, as JSON; manifests written before December 2026 have neither
+COUNTS = ("left_out", "image_members")
 MANIFEST_SCHEMA = pa.schema(
     [(name, pa.string()) for name in ("shard", "url", "source_version", "path", "etag")]
     + [(name, pa.int64()) for name in ("size_bytes", "rows", "errors", "truncated_at")]
@@ -52,7 +52,7 @@ class Ledger:
     """The outcome of a manifest step.
 
     truncated: {shard: byte at which it was cut}. pending: planned shards without a data file.
-    gone: inputs no longer listed. left_out: what the committed shards have no row for, by
+    gone: inputs no longer listed. left_out: images of committed shards without a row, by
     left_out.LEFT_OUT.
     """
 
@@ -69,12 +69,29 @@ class Ledger:
 def committed(out: str) -> dict[str, ObjectInfo]:
     """Every data file, by shard id."""
     return {
-        shard_of(info.url): info for info in under(out, "data") if info.url.endswith(".parquet")
+        shard_of(info.url): info
+        for info in under(data_folder(out))
+        if info.url.endswith(".parquet")
     }
 
 
+def is_marked_complete(out: str) -> bool:
+    """Whether _SUCCESS.json exists: nothing was pending after the last run."""
+    return exists(success_url(out))
+
+
+def success_manifest(out: str) -> str:
+    """The name of the manifest in _SUCCESS.json.
+
+    Raises ObjectMissing where the file is absent; ValueError, KeyError or TypeError where it is
+    damaged.
+    """
+    name: str = json.loads(read(success_url(out)))["manifest"]
+    return name
+
+
 def read_manifest(out: str) -> pa.Table | None:
-    """The manifest that _SUCCESS.json names, else the one there is; None when there is none."""
+    """The manifest that _SUCCESS.json names, else the latest one; None when there is none."""
 
     def look() -> pa.Table | None:
         info = _manifest_info(out)
@@ -89,25 +106,25 @@ def finish(
     prune: bool = False,
     fresh: Container[str] = (),
 ) -> Ledger:
-    """The manifest step. list_ids: lists the source now: every shard id, and those of them that
-    `limit` leaves.
+    """The manifest step.
 
-    fresh: ids of data files that the last manifest cannot have seen, whatever a clock says.
+    list_ids: lists the source now: every shard id, and those of them that `limit` leaves.
+    fresh: ids of data files that the last manifest cannot contain, whatever a clock says.
 
     Removes superseded files and, with prune, those whose input is gone; repairs error files; writes
-    the manifest and _SUCCESS.json. Writes nothing that is there already. Begins again when another
+    the manifest and _SUCCESS.json. Writes nothing that exists already. Starts over when another
     run commits or removes something meanwhile.
     """
     return _again(lambda: _finish(dataset, list_ids, prune, fresh))
 
 
 def _again(work: Callable[[], T]) -> T:
-    """What `work` says; it begins again when another run removes what it reads."""
-    for left in reversed(range(LOOKS)):
+    """The result of `work`, which starts over when another run removes what it reads."""
+    for attempt in range(1, ATTEMPTS + 1):
         try:
             return work()
         except ObjectMissing:
-            if not left:
+            if attempt == ATTEMPTS:
                 raise
     raise AssertionError
 
@@ -119,58 +136,74 @@ def _finish(
     fresh: Container[str],
 ) -> Ledger:
     crash_point("manifest-started")
-    seen = committed(dataset.out).keys()  # before the listing: no other may be removed
+    seen = committed(dataset.out)  # before the listing: no other file may be removed
     listed, planned = list_ids()
-    error_files = {
-        shard_of(info.url) for info in under(dataset.out, dataset.errors_folder)
-    }  # first: they are written after their data files
-    data = committed(dataset.out)
-    if newer := data.keys() - seen - set(listed):
+    # before the data files: error files are written after them
+    error_files = {shard_of(info.url) for info in under(dataset.out, dataset.errors_folder)}
+    existing = committed(dataset.out)
+    actions = reconcile(listed, planned, existing.keys(), seen.keys(), prune)
+    if actions.unlisted:
         raise ObjectMissing(
-            f"{dataset.out}: another run committed {min(newer)}, which was not listed. Run the "
-            f"same command again."
+            f"{dataset.out}: another run committed {min(actions.unlisted)}, which was not listed. "
+            f"Run the same command again."
         )
-    store, before = store_for(dataset.out), _directly_in_vitray(dataset.out, "manifest-")
-    wanted, pending = set(listed), set(planned) - data.keys()
-    bases = {base_of(s) for s in listed}
-    waiting = {base_of(s) for s in wanted - data.keys()}
-    outdated = {s for s in data if s not in wanted and base_of(s) in waiting}
-    gone = {s for s in data if s not in wanted and base_of(s) not in bases}
-    drop = seen & (data.keys() - wanted - outdated - (set() if prune else gone))
-    if drop:
-        unmark_success(dataset.out)
-        store.delete(dataset.data_url(s) for s in sorted(drop))
-        store.delete(dataset.errors_url(s) for s in sorted(drop))
-    states = (
-        dict.fromkeys(data.keys() & wanted, "current")
-        | dict.fromkeys(gone - drop, "gone")
-        | dict.fromkeys(outdated, "outdated")
-    )
-    known = _known(dataset, {s: data[s] for s in states if s not in fresh})
-    rows = _manifest_rows(dataset, {s: data[s] for s in states}, known, states)
+    old_manifests = _manifests(dataset.out)
+    _delete_data(dataset, actions.delete)
+    rows = _manifest_rows(dataset, existing, actions.admit, fresh)
     _repair_error_files(dataset, {row["shard"] for row in rows if row["errors"]}, error_files)
-    body = parquet_bytes(pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA))
-    name = f"manifest-{hashlib.sha256(body).hexdigest()[:16]}.parquet"
-    url = join(dataset.out, "_vitray", name)
-    _keep(url, body)
+    ledger = _ledger_of(rows, _write_manifest(dataset, rows), actions)
     crash_point("manifest-written")
-    good, bad = (sum(row[column] for row in rows) for column in ("rows", "errors"))
-    cuts = {row["shard"]: row["truncated_at"] for row in rows if row["truncated_at"] is not None}
-    left_out = total_counts(row["left_out"] for row in rows)
-    ledger = Ledger(len(rows), good, bad, cuts, len(pending), len(gone - drop), name, left_out)
-    if pending and pending - committed(dataset.out).keys():  # another run may have ended meanwhile
-        unmark_success(dataset.out)
-    elif not pending:
-        _mark_success(dataset, ledger)
+    _mark_or_unmark(dataset, ledger, actions.pending)
     crash_point("manifest-marked")
-    store.delete(info.url for info in before if info.url != url)
-    for shard in set(staged_shards(dataset)) & data.keys():  # of a run that was slower than another
+    current = manifest_url(dataset.out, ledger.manifest)
+    store_for(dataset.out).delete(info.url for info in old_manifests if info.url != current)
+    # of a run that was slower than another
+    for shard in set(staged_shards(dataset)) & existing.keys():
         drop_staging(dataset, shard)
     return ledger
 
 
+def _delete_data(dataset: Dataset, shards: Collection[str]) -> None:
+    if not shards:
+        return
+    unmark_success(dataset.out)
+    store = store_for(dataset.out)
+    store.delete(dataset.data_url(shard) for shard in sorted(shards))
+    store.delete(dataset.errors_url(shard) for shard in sorted(shards))
+
+
+def _write_manifest(dataset: Dataset, rows: list[dict[str, Any]]) -> str:
+    """The name of the manifest with these rows; the same rows have the same name."""
+    body = parquet_bytes(pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA))
+    name = f"{MANIFEST_PREFIX}{hashlib.sha256(body).hexdigest()[:16]}.parquet"
+    _keep(manifest_url(dataset.out, name), body)
+    return name
+
+
+def _ledger_of(rows: list[dict[str, Any]], manifest: str, actions: Actions) -> Ledger:
+    return Ledger(
+        shards=len(rows),
+        rows=sum(row["rows"] for row in rows),
+        errors=sum(row["errors"] for row in rows),
+        truncated={
+            row["shard"]: row["truncated_at"] for row in rows if row["truncated_at"] is not None
+        },
+        pending=len(actions.pending),
+        gone=actions.gone,
+        manifest=manifest,
+        left_out=total_counts(row["left_out"] for row in rows),
+    )
+
+
+def _mark_or_unmark(dataset: Dataset, ledger: Ledger, pending: frozenset[str]) -> None:
+    if not pending:
+        _mark_success(dataset, ledger)
+    elif pending - committed(dataset.out).keys():  # another run may have committed meanwhile
+        unmark_success(dataset.out)
+
+
 def total_counts(texts: Iterable[str | None]) -> dict[str, int]:
-    """The sum of counts by name, as they stand in the manifest: JSON, or nothing."""
+    """The sum of counts by name. texts: as the manifest stores them, JSON or null."""
     total = Counter[str]()
     for text in texts:
         total.update(json.loads(text or "{}"))
@@ -178,36 +211,38 @@ def total_counts(texts: Iterable[str | None]) -> dict[str, int]:
 
 
 def footers_of(dataset: Dataset, shards: Iterable[str]) -> dict[str, Footer]:
-    """The footers of data files, by shard id, without their error rows: those of a whole dataset
-    may not fit into memory.
+    """The footers of data files, by shard id, without their error rows.
+
+    The error rows of a large dataset may not fit into memory.
     """
-    return _of_each(
-        shards,
-        lambda shard: replace(
-            read_footer(dataset.data_url(shard)), error_rows=ERROR_SCHEMA.empty_table()
-        ),
-    )
+
+    def footer_of(shard: str) -> Footer:
+        footer = read_footer(dataset.data_url(shard))
+        return replace(footer, error_rows=ERROR_SCHEMA.empty_table())
+
+    return _of_each(shards, footer_of)
 
 
 def _of_each(shards: Iterable[str], work: Callable[[str], T]) -> dict[str, T]:
+    """The result of `work` for each shard, computed by several threads."""
     names = sorted(shards)
     with ThreadPoolExecutor(THREADS) as pool:
         return dict(zip(names, pool.map(work, names)))
 
 
 def require_own(dataset: Dataset, footers: Mapping[str, Footer]) -> None:
-    """Raises FingerprintError when one of these data files is not of this dataset, CommitError when
-    it is of another shard.
+    """Require that data files belong to this dataset and to the shards that name them.
+
+    Raises FingerprintError for a file of another dataset, CommitError for a renamed one.
     """
     foreign = [
         name for name, footer in footers.items() if footer.fingerprint != dataset.fingerprint
     ]
     if foreign:
         raise FingerprintError(
-            f"{dataset.out}/data holds {len(foreign)} files of another job (fingerprint "
-            f"{footers[foreign[0]].fingerprint[:8]}…, "
-            f"this job: {dataset.fingerprint[:8]}…), such as {foreign[0]}.parquet. Choose another "
-            f"`out`, or move them away."
+            f"{data_folder(dataset.out)} holds {len(foreign)} files of another job (fingerprint "
+            f"{footers[foreign[0]].fingerprint[:8]}…, this job: {dataset.fingerprint[:8]}…), such "
+            f"as {foreign[0]}.parquet. Choose another `out`, or move them away."
         )
     for name, footer in footers.items():
         if footer.shard != name:
@@ -218,93 +253,83 @@ def require_own(dataset: Dataset, footers: Mapping[str, Footer]) -> None:
 
 
 def check_data(dataset: Dataset) -> None:
-    """Refuse data files that the last manifest does not know and this dataset did not make, before
-    any work. Raises like require_own.
+    """Require, before any work, that all data files are this dataset's. Raises like require_own.
+
+    Footers are read only of files that the last manifest does not contain.
     """
     data = committed(dataset.out)
-    known = _known(dataset, data)
-    require_own(dataset, footers_of(dataset, [s for s in data if s not in known]))
+    manifest_rows = _unchanged_rows(dataset, data)
+    require_own(dataset, footers_of(dataset, [s for s in data if s not in manifest_rows]))
 
 
 def unmark_success(out: str) -> None:
-    """_SUCCESS.json is there exactly while nothing is pending."""
-    if exists(join(out, "_SUCCESS.json")):
-        store_for(out).delete([join(out, "_SUCCESS.json")])
-
-
-def base_of(shard_id: str) -> str:
-    """What stays the same in an id when the version of its input changes; a name that is no id
-    stays itself.
-    """
-    parts = shard_id.split("-")
-    return f"{parts[0]}-{parts[-2]}" if len(parts) > 2 else shard_id
-
-
-def version_of(shard_id: str) -> str:
-    return shard_id.rsplit("-", 1)[-1]
+    """Delete _SUCCESS.json, which exists exactly while nothing is pending."""
+    if is_marked_complete(out):
+        store_for(out).delete([success_url(out)])
 
 
 def shards_to_redo(dataset: Dataset, shards: Iterable[str], reasons: Iterable[str]) -> list[str]:
-    """The ids of the data files of these shards, or that hold an error with one of these reasons.
-    forget() deletes them.
+    """The ids of these shards, and of all others that have an error with one of these reasons.
+
+    Raises JobError for a shard without a data file. forget() deletes the files.
     """
-    data, asked, causes = committed(dataset.out), set(shards), set(reasons)
-    unknown = asked - data.keys()
-    if unknown:
+    existing, chosen, causes = committed(dataset.out).keys(), set(shards), set(reasons)
+    if unknown := chosen - existing:
         raise JobError(
             f"{dataset.out} holds no shard {', '.join(sorted(unknown))}. Ids are the names in "
             f"data/ without .parquet."
         )
-    others = footers_of(dataset, [s for s in data if causes and s not in asked])
-    return sorted(
-        asked | {shard for shard, footer in others.items() if causes & footer.reasons.keys()}
-    )
+    footers = footers_of(dataset, existing - chosen if causes else ())
+    with_cause = {shard for shard, footer in footers.items() if causes & footer.reasons.keys()}
+    return sorted(chosen | with_cause)
 
 
 def forget(dataset: Dataset, shards: Iterable[str]) -> None:
     """Delete data files, so that the next run makes them again."""
     unmark_success(dataset.out)
-    store_for(dataset.out).delete(
-        info.url for info in _directly_in_vitray(dataset.out, "manifest-")
-    )
+    store_for(dataset.out).delete(info.url for info in _manifests(dataset.out))
     for shard in shards:
         store_for(dataset.out).delete([dataset.data_url(shard), dataset.errors_url(shard)])
 
 
 def clean(dataset: Dataset, listed: Iterable[str]) -> list[str]:
-    """Delete the staging of shards that are committed or not listed any more, and what killed
-    processes left; returns names.
+    """Delete what no run needs any more; returns the names.
+
+    That is the staging of shards that are committed or no longer listed, and the files of killed
+    processes.
     """
-    data, wanted = committed(dataset.out), set(listed)
-    orphans = [s for s in staged_shards(dataset) if s in data or s not in wanted]
+    pending = set(listed) - committed(dataset.out).keys()
+    orphans = [shard for shard in staged_shards(dataset) if shard not in pending]
     for shard in orphans:
         drop_staging(dataset, shard)
-    left = store_for(dataset.out).abandoned(dataset.out)
-    store_for(dataset.out).delete(left)
-    return orphans + [
-        url.removeprefix(dataset.out + "/") for url in [*drop_scratch(dataset.out), *left]
-    ]
+    half_written = store_for(dataset.out).abandoned(dataset.out)
+    store_for(dataset.out).delete(half_written)
+    urls = [*drop_scratch(dataset.out), *half_written]
+    return orphans + [url.removeprefix(dataset.out + "/") for url in urls]
 
 
 def _manifest_rows(
     dataset: Dataset,
-    admitted: dict[str, ObjectInfo],
-    known: dict[str, dict[str, Any]],
-    states: Mapping[str, str],
+    data: Mapping[str, ObjectInfo],
+    states: Mapping[str, FileState],
+    fresh: Container[str],
 ) -> list[dict[str, Any]]:
-    """One row a data file, from the last manifest where the file is the same, else from its
-    footer.
+    """One row per admitted data file, in the order of shard ids.
+
+    A row comes from the last manifest where the file is unchanged, else from the file's footer.
     """
-    footers = footers_of(dataset, admitted.keys() - known.keys())
+    rows = _unchanged_rows(dataset, {s: data[s] for s in states if s not in fresh})
+    footers = footers_of(dataset, states.keys() - rows.keys())
     require_own(dataset, footers)
-    rows = known | _of_each(footers, lambda shard: _row(admitted[shard], footers[shard]))
+    rows |= _of_each(footers, lambda shard: _row(data[shard], footers[shard]))
     return [
-        {**dict.fromkeys(COUNTS), **rows[shard], "state": states[shard]} for shard in sorted(rows)
+        {**dict.fromkeys(COUNTS), **rows[shard], "state": states[shard].value}
+        for shard in sorted(rows)
     ]
 
 
-def _known(dataset: Dataset, data: dict[str, ObjectInfo]) -> dict[str, dict[str, Any]]:
-    """The last manifest's rows of the data files that are still what it saw."""
+def _unchanged_rows(dataset: Dataset, data: dict[str, ObjectInfo]) -> dict[str, dict[str, Any]]:
+    """The last manifest's rows of the data files that have not changed since, by shard id."""
     if (last := _manifest_info(dataset.out)) is None:
         return {}
     rows = {row["shard"]: row for row in read_parquet(last.url).to_pylist()}
@@ -312,9 +337,7 @@ def _known(dataset: Dataset, data: dict[str, ObjectInfo]) -> dict[str, dict[str,
 
 
 def _is_same(row: dict[str, object], info: ObjectInfo, manifest: ObjectInfo) -> bool:
-    """Whether a data file is the one that the manifest saw. On a local disk: it is older than the
-    manifest.
-    """
+    """Whether a data file is unchanged since the manifest; on a local disk: older than it."""
     same = (
         _modified_ns(info) < _modified_ns(manifest)
         if is_local(info.url)
@@ -330,7 +353,7 @@ def _modified_ns(info: ObjectInfo) -> int:
 def _row(info: ObjectInfo, footer: Footer) -> dict[str, object]:
     return {
         **manifest_row(footer),
-        "path": f"data/{footer.shard}.parquet",
+        "path": data_path(footer.shard),
         "etag": "" if is_local(info.url) else info.version,  # a local version is a time
         "size_bytes": info.size,
         "sha256": sha256_of(info.url),
@@ -338,21 +361,22 @@ def _row(info: ObjectInfo, footer: Footer) -> dict[str, object]:
 
 
 def manifest_row(footer: Footer) -> dict[str, Any]:
-    """What the manifest says of a data file by its footer alone."""
+    """The manifest's row of a data file, as far as the footer alone decides it."""
     names = ("shard", "url", "source_version", "rows", "errors", "truncated_at")
-    return {name: getattr(footer, name) for name in names} | {
-        name: json.dumps(getattr(footer, name)) for name in COUNTS
-    }
+    values = {name: getattr(footer, name) for name in names}
+    return values | {name: json.dumps(getattr(footer, name)) for name in COUNTS}
 
 
-def _repair_error_files(dataset: Dataset, should: set[str], there: set[str]) -> None:
-    """The folder of error rows holds exactly the copies of what the admitted data files carry.
-    there: those that it held before they were listed.
+def _repair_error_files(dataset: Dataset, needed: set[str], existing: set[str]) -> None:
+    """Write the missing files of error rows and delete the superfluous ones.
+
+    needed: admitted shards with errors. existing: those with a file, before they were listed.
     """
     _of_each(
-        should - there, lambda shard: repair_errors(dataset, read_footer(dataset.data_url(shard)))
+        needed - existing,
+        lambda shard: repair_errors(dataset, read_footer(dataset.data_url(shard))),
     )
-    store_for(dataset.out).delete(dataset.errors_url(s) for s in sorted(there - should))
+    store_for(dataset.out).delete(dataset.errors_url(s) for s in sorted(existing - needed))
 
 
 def _mark_success(dataset: Dataset, ledger: Ledger) -> None:
@@ -362,42 +386,35 @@ def _mark_success(dataset: Dataset, ledger: Ledger) -> None:
         "fingerprint": dataset.fingerprint,
     }
     del document["pending"]
-    _keep(join(dataset.out, "_SUCCESS.json"), json.dumps(document, indent=1).encode())
+    _keep(success_url(dataset.out), json.dumps(document, indent=1).encode())
 
 
 def _keep(url: str, body: bytes) -> None:
-    """Make an object hold these bytes; writes nothing when it does."""
+    """Make an object hold these bytes; writes nothing when it does already."""
     if not exists(url) or read(url) != body:
         store_for(url).replace(url, body)
 
 
-def _directly_in_vitray(out: str, start: str) -> list[ObjectInfo]:
-    """The objects OUT/_vitray/<start>..., not those in its folders, whose names come from
-    inputs.
+def _manifests(out: str) -> list[ObjectInfo]:
+    """Every manifest: one, or two where a manifest step was killed.
+
+    Folders are left out: the names in them come from inputs.
     """
-    inside = join(out, "_vitray", start)
+    prefix = internal_url(out, MANIFEST_PREFIX)
     return [
-        i
-        for i in under(out, "_vitray")
-        if i.url.startswith(inside) and "/" not in i.url.removeprefix(inside)
+        info
+        for info in under(internal_url(out))
+        if info.url.startswith(prefix) and "/" not in info.url.removeprefix(prefix)
     ]
 
 
 def _manifest_info(out: str) -> ObjectInfo | None:
-    found = _directly_in_vitray(out, "manifest-")
+    """The manifest that _SUCCESS.json names, else the last one."""
+    manifests = _manifests(out)
     try:
-        named = join(out, "_vitray", json.loads(read(join(out, "_SUCCESS.json")))["manifest"])
-    except (
-        ObjectMissing,
-        ValueError,
-        KeyError,
-        TypeError,
-    ):  # absent or damaged: the next run writes it
-        named = ""
+        named_url = manifest_url(out, success_manifest(out))
+    except (ObjectMissing, ValueError, KeyError, TypeError):
+        named_url = ""  # absent or damaged: the next run writes it
     # a manifest step that was killed can leave two, or a name without its manifest
-    return next((info for info in found if info.url == named), found[-1] if found else None)
-
-
-def shard_of(url: str) -> str:
-    """The id in the name of a data file."""
-    return url.rsplit("/", 1)[-1].removesuffix(".parquet")
+    latest = manifests[-1] if manifests else None
+    return next((info for info in manifests if info.url == named_url), latest)

@@ -11,16 +11,14 @@ import pyarrow.parquet as pq
 
 from vitray.dataset.files import read_parquet, read_table
 from vitray.dataset.identity import Dataset, open_dataset
-from vitray.dataset.ledger import base_of, committed, read_manifest, version_of
+from vitray.dataset.layout import base_of, data_url, version_of
+from vitray.dataset.ledger import committed, is_marked_complete, read_manifest
 from vitray.errors import JobError, SourceError
 from vitray.schema import ERROR_SCHEMA, VectorColumn
-from vitray.storage import absolute, exists, expand_braces, join, reads, store_for
+from vitray.storage import absolute, expand_braces, reads, store_for
 
-WRITTEN = (
-    "data/x.parquet",
-    "x.parquet",
-    "x.tar",
-)  # names of what commands write that make a folder
+# examples of what commands write that make a folder
+WRITTEN = ("data/x.parquet", "x.parquet", "x.tar")
 BLOCK_ROWS = 4096  # 12 MB of a 768-float vector
 
 
@@ -35,9 +33,7 @@ def require_dataset(out: str) -> Dataset:
 
 
 def require_complete(out: str) -> Dataset:
-    """The complete dataset in a directory. Raises JobError when there is none, or something is
-    pending.
-    """
+    """The complete dataset in a directory. Raises JobError when there is none, or it is partial."""
     dataset = require_dataset(out)
     if not is_complete(dataset):
         raise JobError(
@@ -47,43 +43,44 @@ def require_complete(out: str) -> Dataset:
 
 
 def is_complete(dataset: Dataset) -> bool:
-    return exists(join(dataset.out, "_SUCCESS.json"))
+    """Whether nothing was pending after the last run."""
+    return is_marked_complete(dataset.out)
 
 
 def require_outside(dataset: Dataset, option: str, url: str) -> None:
-    """Raises JobError for a place inside the dataset, or inside its source, where the next run
-    would take it for input.
+    """Raises JobError for an output inside the dataset, or inside its source.
+
+    The next run would read such an output as input.
     """
-    sources = (
-        (part, f"its source {source}")
-        for source in dataset.job.source
-        for part in expand_braces(absolute(source))
-    )
-    for place, what in ((dataset.out, "the dataset"), *sources):
-        if any(reads(place, url, name) for name in WRITTEN):
-            raise JobError(f"{option} {url} lies inside {what}: choose another place.")
+    patterns = {dataset.out: "the dataset"}
+    for source in dataset.job.source:
+        for part in expand_braces(absolute(source)):
+            patterns.setdefault(part, f"its source {source}")
+    for pattern, what in patterns.items():
+        if any(reads(pattern, url, name) for name in WRITTEN):
+            raise JobError(f"{option} {url} lies inside {what}: choose another path.")
 
 
 def data_files(out: str) -> list[str]:
-    """The URLs of the data files that count, in the order of shard ids: one version of each input,
-    the manifest's if it has one.
+    """The URLs of the data files that count, in the order of shard ids.
+
+    One version of each input counts: the manifest's if it has one.
     """
-    data, manifest = committed(absolute(out)), read_manifest(absolute(out))
-    named = (
-        []
-        if manifest is None
-        else [str(shard) for shard in manifest["shard"].to_pylist() if shard in data]
-    )
-    versions = {base_of(shard): version_of(shard) for shard in [*sorted(data), *named]}
-    admitted = [shard for shard in sorted(data) if versions[base_of(shard)] == version_of(shard)]
-    return [join(absolute(out), "data", f"{shard}.parquet") for shard in admitted]
+    shards, manifest = sorted(committed(absolute(out))), read_manifest(absolute(out))
+    versions = {base_of(shard): version_of(shard) for shard in shards}
+    if manifest is not None:
+        existing = set(shards)
+        in_manifest = [shard for shard in manifest["shard"].to_pylist() if shard in existing]
+        versions |= {base_of(shard): version_of(shard) for shard in in_manifest}
+    admitted = [shard for shard in shards if versions[base_of(shard)] == version_of(shard)]
+    return [data_url(out, shard) for shard in admitted]
 
 
 def read(out: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """Every good row of a dataset as one table, ordered by (shard, index). Raises SourceError when
-    there is none.
+    """Every good row of a dataset as one table, ordered by (shard, index).
 
-    columns: the ones to read, e.g. ["key", "label", "embedding"]; all when None.
+    columns: the ones to read, e.g. ["key", "label", "embedding"]; all when None. Raises SourceError
+    when no shard is committed.
     """
     urls = data_files(out)
     if not urls:
@@ -101,7 +98,7 @@ def read(out: str, columns: Sequence[str] | None = None) -> pa.Table:
 
 
 def read_errors(dataset: Dataset) -> pa.Table:
-    """The bad rows of a complete dataset, in the order of shard ids: schema.ERROR_SCHEMA."""
+    """The error rows of a complete dataset, in the order of shard ids: schema.ERROR_SCHEMA."""
     manifest = read_manifest(dataset.out)
     rows = [] if manifest is None else manifest.select(["shard", "errors"]).to_pylist()
     tables = [read_parquet(dataset.errors_url(row["shard"])) for row in rows if row["errors"]]
@@ -121,16 +118,11 @@ def row_blocks(dataset: Dataset, urls: Iterable[str], columns: Sequence[str]) ->
 def row_counts(dataset: Dataset) -> dict[str, int]:
     """The rows of each data file that counts, by URL, in the order of data_files."""
     manifest = read_manifest(dataset.out) if is_complete(dataset) else None
-    known = (
-        {}
-        if manifest is None
-        else dict(zip(manifest["path"].to_pylist(), manifest["rows"].to_pylist()))
-    )
-    start = len(dataset.out) + 1
-    return {
-        url: known[url[start:]] if url[start:] in known else rows_in(url)
-        for url in data_files(dataset.out)
-    }
+    counts = dict[str, int]()
+    if manifest is not None:
+        counts = dict(zip(manifest["path"].to_pylist(), manifest["rows"].to_pylist()))
+    paths = {url: url.removeprefix(f"{dataset.out}/") for url in data_files(dataset.out)}
+    return {url: counts[path] if path in counts else rows_in(url) for url, path in paths.items()}
 
 
 def rows_in(url: str) -> int:
@@ -140,9 +132,7 @@ def rows_in(url: str) -> int:
 
 
 def choose_vector(dataset: Dataset, name: str | None) -> VectorColumn:
-    """The vector column of that name, or the only one. Raises JobError when it is not clear
-    which.
-    """
+    """The vector column of that name, or the only one. Raises JobError for any other case."""
     columns = {vector.column: vector for vector in dataset.vectors}
     chosen = name or (next(iter(columns)) if len(columns) == 1 else "")
     if chosen not in columns:

@@ -1,6 +1,4 @@
-"""Which dataset a job goes on with: the one in OUT when its fingerprint is equal, else a new one,
-else a refusal.
-"""
+"""The dataset that a job continues: the one in OUT if fingerprints are equal, else a new one."""
 
 from __future__ import annotations
 
@@ -14,13 +12,16 @@ import pyarrow.parquet as pq
 
 from vitray.dataset.commit import read_footer
 from vitray.dataset.files import under
-from vitray.dataset.identity import (
-    Dataset,
+from vitray.dataset.identity import Dataset, differing, open_dataset, to_json
+from vitray.dataset.layout import (
+    COMPACTED,
+    data_url,
     dataset_url,
-    differing,
-    open_dataset,
+    group_log_url,
+    internal_url,
+    runs_url,
     source_url,
-    to_json,
+    staging_url,
 )
 from vitray.dataset.ledger import committed, footers_of, require_own
 from vitray.errors import FingerprintError, JobError, StorageError
@@ -28,159 +29,165 @@ from vitray.job import Job
 from vitray.schema import ModelSpec, VectorColumn
 from vitray.storage import absolute, exists, join, store_for
 
-COMPACTED = ("_COMPACT.json", "_COMPACTING.json")
+FROZEN_FIELDS = ("precision", "engine", "batch_size")  # `auto` in a job means: as in the first run
 
 
 def with_source_rules(job: Job) -> Job:
-    """The job with the source rules of the dataset in its `out`, the newest ones where there is
-    none.
+    """The job with the source rules of the dataset in its `out`; the newest rules for a new one.
 
-    So too the key column that the first run found, where the job names none. Where dataset.json was
-    lost, a data file tells the rules.
+    The job also gets the key column that the first run found, where it names none. Where
+    dataset.json was lost, the footer of a data file has both.
+    """
+    existing = open_dataset(absolute(job.out))
+    if existing is None:
+        return _with_rules_of_data(job)
+    rules = existing.job.rules if job.source_rules == "auto" else job.rules
+    job = job.model_copy(update={"source_rules": rules})
+    if existing.job.key_is_found and job.key_column is None:
+        return job.with_found_key(existing.job.key_column)
+    return job
+
+
+def _with_rules_of_data(job: Job) -> Job:
+    """The job with the rules and key column in the footer of a data file, where there is one."""
+    out = absolute(job.out)
+    shards = sorted(committed(out)) if job.source_rules == "auto" else []
+    if not shards:
+        return job.model_copy(update={"source_rules": job.rules})
+    footer = read_footer(data_url(out, shards[0]))
+    job = job.model_copy(update={"source_rules": footer.source_rules})
+    return job if job.key_column else job.with_found_key(footer.key_column)
+
+
+def resolve_dataset(
+    job: Job, spec: ModelSpec, vectors: list[VectorColumn], passthrough: pa.Schema, created: str
+) -> Dataset:
+    """The dataset of this job: a new one, or the existing one when its fingerprint is equal.
+
+    `auto` fields take the frozen values. created: the current time, in ISO format.
+
+    Raises FingerprintError with the differing fields, also for data files of another dataset
+    without a dataset.json.
     """
     out = absolute(job.out)
     existing = open_dataset(out)
     if existing is None:
-        if (
-            job.source_rules != "auto"
-            or (first := next(iter(sorted(committed(out))), None)) is None
-        ):
-            return job.model_copy(update={"source_rules": job.rules})
-        footer = read_footer(join(out, "data", f"{first}.parquet"))
-        job = job.model_copy(update={"source_rules": footer.source_rules})
-        return job if job.key_column else job.with_found_key(footer.key_column)
-    rules = existing.job.rules if job.source_rules == "auto" else job.rules
-    job = job.model_copy(update={"source_rules": rules})
-    return (
-        job.with_found_key(existing.job.key_column)
-        if existing.job.key_is_found and job.key_column is None
-        else job
-    )
-
-
-def resolve_dataset(
-    job: Job, spec: ModelSpec, vectors: list[VectorColumn], passthrough: pa.Schema, now: str
-) -> Dataset:
-    """The dataset of this job: made by a conditional create, or the one that is there when its
-    fingerprint is equal.
-
-    `auto` fields adopt what is frozen. Raises FingerprintError with the differing fields,
-    also when data files of another one lie there without a dataset.json.
-    """
-    out = absolute(job.out)
-    there = open_dataset(out)
-    if there is None:
         rows = job.fragment_rows if job.fragment_rows != "auto" else max(64, spec.batch_size)
-        mine = Dataset(out, job, spec, tuple(vectors), passthrough, rows)
-        if metadata := [name for name in COMPACTED if exists(join(out, name))]:
-            raise JobError(
-                f"{out} holds what vitray compact gathered ({metadata[0]}): readers would see "
-                f"rows twice. Choose another `out`."
-            )
-        require_own(mine, footers_of(mine, committed(out)))
-        if store_for(out).create(dataset_url(out), to_json(mine, now)):
-            return replace(mine, is_new=True)
-        there = open_dataset(out)
-        if there is None:
+        new = Dataset(out, job, spec, tuple(vectors), passthrough, rows)
+        _require_unused(new)
+        if store_for(out).create(dataset_url(out), to_json(new, created)):
+            return replace(new, is_new=True)
+        existing = open_dataset(out)
+        if existing is None:
             raise StorageError(
-                f"{dataset_url(out)} was refused but is not there. Run the same command again."
+                f"the store refused to create {dataset_url(out)}, which does not exist. Run the "
+                f"same command again."
             )
-    mine = Dataset(
-        out,
-        job,
-        replace(spec, **_frozen(job, there)),
-        tuple(vectors),
-        passthrough,
-        there.fragment_rows,
-    )
-    if mine.fingerprint == there.fingerprint:
-        return mine
-    if _has_ended_without_rows(out):
+    spec_of_run = replace(spec, **_frozen(job, existing))
+    requested = Dataset(out, job, spec_of_run, tuple(vectors), passthrough, existing.fragment_rows)
+    if requested.fingerprint == existing.fingerprint:
+        return requested
+    if has_ended_without_rows(out):
         drop_unstarted(out)
-        return resolve_dataset(job, spec, vectors, passthrough, now)
-    raise FingerprintError(_difference(there, mine))
+        return resolve_dataset(job, spec, vectors, passthrough, created)
+    raise FingerprintError(_difference(existing, requested))
+
+
+def _require_unused(dataset: Dataset) -> None:
+    """Raises JobError or FingerprintError where the directory holds files of something else."""
+    out = dataset.out
+    for name in COMPACTED:
+        if exists(join(out, name)):
+            raise JobError(
+                f"{out} holds the output of vitray compact ({name}): readers would see rows "
+                f"twice. Choose another `out`."
+            )
+    require_own(dataset, footers_of(dataset, committed(out)))
 
 
 def passthrough_in_data(out: str, names: Sequence[str]) -> pa.Schema | None:
-    """The types of passthrough columns in a data file of a directory; None where there is none, or
-    it lacks one of them.
+    """The types of passthrough columns in a data file of a directory.
+
+    None where there is no data file, or it lacks one of the columns.
     """
-    for shard in sorted(committed(absolute(out))):
-        with store_for(out).open(join(absolute(out), "data", f"{shard}.parquet")) as stream:
-            schema = pq.read_schema(stream).remove_metadata()
-        return (
-            pa.schema([schema.field(name) for name in names])
-            if set(names) <= set(schema.names)
-            else None
-        )
-    return None
+    shards = sorted(committed(absolute(out)))
+    if not shards:
+        return None
+    with store_for(out).open(data_url(out, shards[0])) as stream:
+        schema = pq.read_schema(stream).remove_metadata()
+    if not set(names) <= set(schema.names):
+        return None
+    return pa.schema([schema.field(name) for name in names])
 
 
 def drop_unstarted(out: str) -> bool:
-    """Forget a dataset that has no data file, with its groups and fragments, so that any job may
-    begin one here.
+    """Delete a dataset that has no data file, with its groups and fragments.
 
-    Returns whether it did.
+    Any job may begin a new one then. Returns whether it was deleted.
     """
     if committed(absolute(out)):
         return False
-    left = [info.url for folder in ("shards", "staging") for info in under(out, "_vitray", folder)]
-    store_for(out).delete([dataset_url(out), source_url(out), *left])
+    infos = [*under(group_log_url(out)), *under(staging_url(out))]
+    urls = [dataset_url(out), source_url(out), *(info.url for info in infos)]
+    store_for(out).delete(urls)
     return True
 
 
-def _has_ended_without_rows(out: str) -> bool:
-    """Whether no shard is committed and the last run has ended: its record is newer than the
-    beginning of any run.
+def has_ended_without_rows(out: str) -> bool:
+    """Whether no shard is committed and the last run has ended.
 
-    source.json is written by each run that begins.
+    It has ended when its record is newer than the start of any run: each run that begins writes
+    source.json.
     """
 
-    def times(*place: str) -> list[float]:
-        return [info.modified or 0.0 for info in under(out, "_vitray", *place)]
+    def latest(url: str) -> float | None:
+        return max((info.modified or 0.0 for info in under(url)), default=None)
 
-    records = times("runs")
-    others = [*times("staging"), *times("dataset.json"), *times("source.json")]
-    return not committed(out) and bool(records) and max(records) >= max(others, default=0.0)
+    ended = latest(runs_url(out))
+    if ended is None or committed(out):
+        return False
+    starts = (latest(staging_url(out)), latest(dataset_url(out)), latest(source_url(out)))
+    return ended >= max((start for start in starts if start is not None), default=0.0)
 
 
 def with_frozen(job: Job) -> Job:
-    """The job with what `auto` was in the first run, so that engines are timed once; as it is where
-    none was.
+    """The job with the first run's values in place of `auto`, so that engines are timed once.
+
+    A job without a dataset stays as it is.
     """
-    there = open_dataset(absolute(job.out))
-    return job if there is None else job.model_copy(update=_frozen(job, there))
+    existing = open_dataset(absolute(job.out))
+    return job if existing is None else job.model_copy(update=_frozen(job, existing))
 
 
-def _frozen(job: Job, there: Dataset) -> dict[str, Any]:
+def _frozen(job: Job, existing: Dataset) -> dict[str, Any]:
+    """The frozen values of the fields that are `auto` in the job."""
     return {
-        name: getattr(there.spec, name)
-        for name in ("precision", "engine", "batch_size")
-        if getattr(job, name) == "auto"
+        name: getattr(existing.spec, name) for name in FROZEN_FIELDS if getattr(job, name) == "auto"
     }
 
 
-def _difference(there: Dataset, mine: Dataset) -> str:
-    old, new = there.deciding(), mine.deciding()
+def _difference(existing: Dataset, requested: Dataset) -> str:
+    """The message of a FingerprintError: which fields differ, and what to do next."""
+    old, new = existing.deciding(), requested.deciding()
     names = differing(old, new)
-    for side, spec in ((old, there.spec), (new, mine.spec)):
-        side["weights"] = f"{spec.weights_sha256[:8]}… of {spec.model}"
+    for fields, spec in ((old, existing.spec), (new, requested.spec)):
+        fields["weights"] = f"{spec.weights_sha256[:8]}… of {spec.model}"
     values = "; ".join(
         f"{n} differs ({_short(old.get(n))}, this job: {_short(new.get(n))})" for n in names
     )
-    if not committed(there.out):
+    if committed(existing.out):
         step = (
-            f"Choose another `out`. If no run works on this one, delete {there.out}/_vitray to "
-            f"begin anew: it has no rows yet."
+            "Choose another `out` (vitray backfill fills one for another model), or give the job "
+            "the fields of the first run."
         )
     else:
         step = (
-            "Choose another `out` (vitray backfill makes that of another model), or give the job "
-            "the fields of the first run."
+            f"Choose another `out`. If no run works on this one, delete "
+            f"{internal_url(existing.out)} to start over: it has no rows yet."
         )
     return (
-        f"{there.out} belongs to fingerprint {there.fingerprint[:8]}… (this job: "
-        f"{mine.fingerprint[:8]}…): {values}. {step}"
+        f"{existing.out} belongs to fingerprint {existing.fingerprint[:8]}… (this job: "
+        f"{requested.fingerprint[:8]}…): {values}. {step}"
     )
 
 

@@ -1,7 +1,7 @@
-"""Fragments: the rows of one fixed range of a shard, kept until the shard is whole.
+"""Fragments: the rows of one fixed range of a shard, staged until the shard is complete.
 
-A fragment is created if absent and never changes: of two runs that disagree on a bad row the first
-one's word holds.
+A fragment is created if absent and never changes. Where two runs disagree on a bad row, the row of
+the first run stays.
 """
 
 from __future__ import annotations
@@ -17,32 +17,30 @@ import pyarrow as pa
 
 from vitray.dataset.files import under
 from vitray.dataset.identity import Dataset
+from vitray.dataset.layout import staging_url
 from vitray.errors import ObjectMissing
 from vitray.schema import End, ipc_bytes, ipc_table
 from vitray.storage import join, read, store_for
 
 _FRAGMENT = re.compile(r"(\d{10})-(\d{10})\.arrow")
-_SEAL = struct.Struct(
-    "<4sI"
-)  # behind the Arrow stream: a mark, and the CRC-32 of what stands before
+_SEAL = struct.Struct("<4sI")  # after the Arrow stream: "crc1", and the CRC-32 of the stream
 _END = re.compile(r"end-(\d+)\.arrow")
 _END_SCHEMA = pa.schema(
     [
         ("total", pa.int64()),
         ("truncated_at", pa.int64()),
         ("note", pa.string()),
-        (
-            "left_out",
-            pa.string(),
-        ),  # JSON, as image_members; ends written before December 2026 have neither
+        # JSON; ends written before December 2026 have neither
+        ("left_out", pa.string()),
         ("image_members", pa.string()),
     ]
 )
 
 
 class Fragment(NamedTuple):
-    """The good and the error rows of a fixed range, and what its images left out, by
-    left_out.LEFT_OUT.
+    """The good rows and error rows of a fixed range.
+
+    left_out: how many further images its rows had, by left_out.LEFT_OUT.
     """
 
     rows: pa.Table
@@ -52,62 +50,64 @@ class Fragment(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """What is staged of a shard: fragments as {start: stop}, and the tails (more than one only if
-    readers disagreed).
+    """The staged parts of a shard: fragments as {start: stop}, and its ends.
+
+    There is more than one end only if readers disagreed.
     """
 
     fragments: dict[int, int]
     ends: tuple[End, ...]
 
     def covers(self) -> bool:
-        """Whether one tail is known and the fragments make up [0, total): no gap, and nothing
-        behind the end.
-        """
+        """Whether there is one end and the fragments cover [0, total) exactly."""
         if len(self.ends) != 1:
             return False
         edges = [0, *(edge for span in self.ranges() for edge in span), self.ends[0].total]
         return edges[::2] == edges[1::2]
 
     def ranges(self) -> list[tuple[int, int]]:
+        """(start, stop) of each fragment, in ascending order."""
         return sorted(self.fragments.items())
 
 
 def staged(dataset: Dataset, shard_id: str) -> Staged:
-    """What is staged of a shard: fragments by names alone, tails read."""
+    """The staged parts of a shard: fragments by their names alone, ends read."""
     return _scan(dataset, shard_id)[0]
 
 
 def staged_shards(dataset: Dataset) -> list[str]:
     """The ids of all shards that have staging."""
-    inside = join(dataset.out, "_vitray", "staging")
-    return sorted({info.url.removeprefix(inside + "/").split("/")[0] for info in under(inside)})
+    folder = staging_url(dataset.out)
+    return sorted({info.url.removeprefix(folder + "/").split("/")[0] for info in under(folder)})
 
 
-def staged_whole(dataset: Dataset, shard_id: str) -> Staged:
-    """Like staged(), but every fragment was opened, and what is damaged deleted, to be made again.
+def staged_intact(dataset: Dataset, shard_id: str) -> Staged:
+    """Like staged(), but it opens every fragment and deletes those that must be made again.
 
-    So is a fragment beyond the one known end: a reader that had seen more rows died. And one of
-    another length: it is of a run with other `fragment_rows`, whose dataset.json is gone.
+    These are damaged fragments; a fragment beyond the only end, of a reader that saw more rows and
+    died; and a fragment of another length, of a run with other `fragment_rows` whose dataset.json
+    is lost.
     """
-    there, damaged = _scan(dataset, shard_id)
+    scan, unusable = _scan(dataset, shard_id)
     rows = dataset.fragment_rows
-    odd = [span for span in there.ranges() if span[0] % rows or span[1] - span[0] > rows]
-    damaged += [_fragment_url(dataset, shard_id, *span) for span in odd]
-    last = there.ends[0].total if len(there.ends) == 1 else None
-    good = {}
-    for start, stop in there.ranges():
-        if (start, stop) in odd:
-            continue
+    total = scan.ends[0].total if len(scan.ends) == 1 else None
+    intact = dict[int, int]()
+    for start, stop in scan.ranges():
+        has_length = start % rows == 0 and stop - start <= rows
         try:
-            whole = read_fragment(dataset, shard_id, start, stop) is not None
+            is_readable = has_length and _is_readable(dataset, shard_id, (start, stop))
         except ObjectMissing:  # another run finished this shard and cleans up
             continue
-        if whole and (last is None or stop <= last):
-            good[start] = stop
+        if is_readable and (total is None or stop <= total):
+            intact[start] = stop
         else:
-            damaged.append(_fragment_url(dataset, shard_id, start, stop))
-    store_for(dataset.out).delete(damaged)
-    return Staged(good, there.ends)
+            unusable.append(_fragment_url(dataset, shard_id, start, stop))
+    store_for(dataset.out).delete(unusable)
+    return Staged(intact, scan.ends)
+
+
+def _is_readable(dataset: Dataset, shard_id: str, span: tuple[int, int]) -> bool:
+    return read_fragment(dataset, shard_id, *span) is not None
 
 
 def write_fragment(
@@ -118,21 +118,19 @@ def write_fragment(
     errors: pa.Table,
     left_out: dict[str, int] | None = None,
 ) -> bool:
-    """Stage the good and error rows of [start, stop). False: it was staged already, and what is
-    there stays.
-    """
+    """Stage the good and error rows of [start, stop). False: it was staged already, and stays."""
     _require_span(rows, errors, span)
     metadata = {
         "errors": ipc_bytes(errors),
         "fingerprint": dataset.fingerprint,
         "left_out": json.dumps(left_out or {}),
     }
-    marked = rows.replace_schema_metadata(metadata)
-    return store_for(dataset.out).create(_fragment_url(dataset, shard_id, *span), _sealed(marked))
+    table = rows.replace_schema_metadata(metadata)
+    return store_for(dataset.out).create(_fragment_url(dataset, shard_id, *span), _sealed(table))
 
 
 def read_fragment(dataset: Dataset, shard_id: str, start: int, stop: int) -> Fragment | None:
-    """A fragment, None when it is not what its name says. Raises ObjectMissing when it is gone."""
+    """A fragment; None when it is damaged or another dataset's. Raises ObjectMissing."""
     data = read(_fragment_url(dataset, shard_id, start, stop))
     try:
         rows = _unsealed(data)
@@ -149,6 +147,7 @@ def read_fragment(dataset: Dataset, shard_id: str, start: int, stop: int) -> Fra
 
 
 def write_end(dataset: Dataset, shard_id: str, end: End) -> None:
+    """Stage the end of a shard; does nothing where an end with that total is staged."""
     row = {
         **asdict(end),
         "left_out": json.dumps(end.left_out),
@@ -161,8 +160,9 @@ def write_end(dataset: Dataset, shard_id: str, end: End) -> None:
 
 
 def drop_staging(dataset: Dataset, shard_id: str) -> None:
-    """Delete a shard's staging. Only after its data file was seen, or when its readers disagreed on
-    its end.
+    """Delete a shard's staging.
+
+    Call it only after its data file was seen, or when its readers disagreed on its end.
     """
     store, folder = store_for(dataset.out), dataset.staging_url(shard_id)
     store.delete(info.url for info in under(folder))
@@ -170,7 +170,7 @@ def drop_staging(dataset: Dataset, shard_id: str) -> None:
 
 
 def _scan(dataset: Dataset, shard_id: str) -> tuple[Staged, list[str]]:
-    """What is staged, and the URLs of damaged tails."""
+    """The staged parts, and the URLs of damaged ends."""
     fragments: dict[int, int] = {}
     ends, damaged = [], []
     for info in under(dataset.staging_url(shard_id)):
@@ -190,9 +190,14 @@ def _scan(dataset: Dataset, shard_id: str) -> tuple[Staged, list[str]]:
 def _read_end(url: str, total: int) -> End:
     (row,) = _unsealed(read(url)).to_pylist()
     if row["total"] != total:
-        raise ValueError(f"{url} says {row['total']}")
-    counts = [json.loads(row.get(name) or "{}") for name in ("left_out", "image_members")]
-    return End(total, row["truncated_at"], row["note"], *counts)
+        raise ValueError(f"{url} holds the total {row['total']}")
+    return End(
+        total=total,
+        truncated_at=row["truncated_at"],
+        note=row["note"],
+        left_out=json.loads(row.get("left_out") or "{}"),
+        image_members=json.loads(row.get("image_members") or "{}"),
+    )
 
 
 def _sealed(table: pa.Table) -> bytes:
@@ -201,7 +206,7 @@ def _sealed(table: pa.Table) -> bytes:
 
 
 def _unsealed(data: bytes) -> pa.Table:
-    """Raises ValueError when a bit is not what was written: Arrow itself would not see it."""
+    """The table of sealed bytes. Raises ValueError for a flipped bit, which Arrow would not see."""
     body = memoryview(data)[: -_SEAL.size]
     if data[-_SEAL.size :] != _SEAL.pack(b"crc1", zlib.crc32(body)):
         raise ValueError("damaged")

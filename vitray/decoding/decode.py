@@ -30,6 +30,7 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from vitray.decoding.isolation import Child, Death, Limits, Pages, shared
 from vitray.decoding.resize import TORCH_MODES, Pixels, compiled, resize, resize_fast
+from vitray.errors import one_line
 from vitray.job import FORMATS
 from vitray.schema import DecodeSpec, Encoded, PixelSpec
 
@@ -342,7 +343,7 @@ class _Refused(Exception):
 
 
 def _one_line(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))[:MESSAGE_CHARS]
+    return "".join(c if c.isprintable() else "?" for c in one_line(text, MESSAGE_CHARS))
 
 
 def _open(data: bytes, formats: Sequence[str]) -> Any:

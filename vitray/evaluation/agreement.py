@@ -1,58 +1,33 @@
-"""What a smaller model costs: its answers and its speed beside the original's, on images of the
-user's own.
-"""
+"""An exported model beside its original: labels, vectors and speed on the user's images."""
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 
-from vitray.dataset import Dataset
-from vitray.decoding.decode import decode
-from vitray.errors import SourceError
-from vitray.job import Job
+from vitray.evaluation.metrics import accuracy, cosines, largest_relative_error, mean_overlap
 from vitray.models import Model, Predictions
-from vitray.schema import Encoded, ModelSpec, content_hash
-from vitray.sources import chosen, estimate_images, list_shards, read_shard
 
-CALIBRATION, JUDGED = 300, 500  # images at most; NNCF's own default is 300
-ENOUGH = 64  # from so many images on none is used for both
-LEAST = 16
-DECODED = 32  # images at a time
-SHARDS = 16  # that images are taken from, at most, spread evenly: classes often lie side by side
-DEEP = 20  # times as many images as are taken of a tar, within which they are drawn
-TOP = 5
-ROUNDS, SECONDS = 9, 30.0  # of timing, at most
+TOP = 5  # best labels whose overlap is measured
+ROUNDS = 9  # of timing, at most
+SECONDS = 30.0  # after which no round begins
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
-    """uint8 [N, H, W, 3]. apart: whether no judged image was used for calibration."""
+class ModelComparison:
+    """An export beside engine torch in fp32, on `images`. None: nothing to compare, or cannot run.
 
-    calibration: np.ndarray
-    judged: np.ndarray
-    apart: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Judgement:
-    """Of `images`, against engine torch in fp32. None where there is nothing to compare, or where
-    the format cannot run here.
-
-    agreement: share with the same label. top5: mean share of the original's five best labels that
-    are among the export's.
-    cosine, least_cosine: mean and least of all embeddings. error: largest relative error of any
-    result of any image, computed in fp32.
-    precision: what the export computes in where it is not quantised; torch_precision: what engine
-    torch does in this job.
-    speed: how many times as fast as engine torch: median of alternating rounds; slowest, fastest:
-    of these rounds.
+    calibrated_on, apart: images that calibrated it, and whether they are others than `images`.
+    megabytes, ratio: size of its files, and as a share of the original's.
+    precision, torch_precision: what the export (where not quantised) and engine torch compute in.
+    agreement: share of images with the same label. top5: mean share of the five best labels that
+    both have. cosine, least_cosine: mean and least of all embeddings.
+    error: the largest relative error of any result of any image, computed in fp32.
+    speed: how many times as fast as engine torch, the median of alternating rounds; slowest and
+    fastest of these rounds.
     """
 
     images: int
@@ -74,175 +49,112 @@ class Judgement:
     torch_images_s: float | None = None
 
     def rows(self) -> list[tuple[str, str]]:
-        """(what, value), for people."""
-        used = (
-            ""
-            if self.apart
-            else ", the same that it was calibrated on: give more than 64 to tell them apart"
-        )
-        if self.calibrated_on and self.apart:
-            used = f", none of the {self.calibrated_on} that it was calibrated on"
-        compared = self.agreement is not None or self.cosine is not None
-        found = [("judged on", f"{self.images} images{used}")] if compared else []
-        if self.agreement is not None:
-            found.append(("same label", f"{self.agreement:.2%}"))
-        if self.top5 is not None:
-            found.append((f"shared {TOP} best labels", f"{self.top5:.2%} of them in the mean"))
-        if self.cosine is not None:
-            found.append(
-                (
-                    "cosine of embeddings",
-                    f"{self.cosine:.5f} in the mean, {self.least_cosine:.5f} at least",
-                )
-            )
-        if self.error is not None:
-            found.append(("relative error in fp32", f"{self.error:.1e} at most"))
-        if not compared:
-            found.append(("answers", "not compared: this format does not run here"))
-        found.append(("size", f"{self.megabytes:.2f} MB, {self.ratio:.3f} of the original"))
-        if self.speed is not None:
-            times = (
-                f"{self.speed:.2f} times torch in {self.torch_precision}, median of rounds "
-                f"({self.slowest:.2f} to {self.fastest:.2f})"
-            )
-            found.append(
-                (
-                    "speed",
-                    f"{times}; {self.images_s:,.1f} images/s, torch {self.torch_images_s:,.1f}",
-                )
-            )
-        return found
+        """(figure, value), as text to show."""
+        return [*self._agreement_rows(), *self._cost_rows()]
 
     def share(self) -> float | None:
-        """What --min-agreement is held against: of labels, or without them the mean cosine."""
+        """The figure that --min-agreement limits: of labels, or without labels the mean cosine."""
         return self.cosine if self.agreement is None else self.agreement
 
+    def _agreement_rows(self) -> list[tuple[str, str]]:
+        rows: list[tuple[str, str]] = []
+        if self.agreement is None and self.cosine is None:
+            rows.append(("agreement", "not measured: this format does not run here"))
+        else:
+            rows.append(("compared on", f"{self.images} images{self._calibration_note()}"))
+        if self.agreement is not None:
+            rows.append(("same label", f"{self.agreement:.2%}"))
+        if self.top5 is not None:
+            rows.append((f"shared {TOP} best labels", f"{self.top5:.2%} on average"))
+        if self.cosine is not None:
+            values = f"{self.cosine:.5f} on average, {self.least_cosine:.5f} at least"
+            rows.append(("cosine of embeddings", values))
+        if self.error is not None:
+            rows.append(("relative error in fp32", f"{self.error:.1e} at most"))
+        return rows
 
-def sample(job: Job, spec: ModelSpec, calibrates: bool) -> Sample:
-    """Images of the job's source. Raises SourceError when there are fewer than LEAST good ones."""
-    decode_spec = Dataset(job.out, job, spec, (), pa.schema([]), 1).decode_spec
-    most, found, seen = JUDGED + CALIBRATION * calibrates, list[np.ndarray](), set[bytes]()
-    encoded = _encoded(job, most)
-    while items := list(itertools.islice(encoded, DECODED)):
-        fresh = {content_hash(item.data): item for item in items if item.data}
-        pixels, _ = decode(
-            [item for digest, item in fresh.items() if digest not in seen], decode_spec
-        )
-        seen |= fresh.keys()
-        found += [np.array(image) for image in pixels]  # copies: the child writes there again
-    if len(found) < LEAST:
-        raise SourceError(
-            f"--calibrate {', '.join(job.source)} holds {len(found)} good images that differ; a "
-            f"judgement takes {LEAST} at least, "
-            f"and {most} are good. Give more of the images that the model is for."
-        )
-    images = np.stack(found)
-    if not calibrates:
-        return Sample(images[:0], images, True)
-    if len(images) < ENOUGH:
-        return Sample(images, images, False)
-    lot = _drawn(len(images), len(images) // max(2, round(len(images) / CALIBRATION)))
-    return Sample(images[lot], np.delete(images, lot, 0), True)
+    def _calibration_note(self) -> str:
+        if not self.apart:
+            return ", the same ones that calibrated it: give more than 64 to tell them apart"
+        if self.calibrated_on:
+            return f", none of the {self.calibrated_on} that calibrated it"
+        return ""
 
-
-def _encoded(job: Job, most: int) -> Iterator[Encoded]:
-    """About so many, as many of one shard as of another, from anywhere in it: classes lie side by
-    side, or take turns.
-
-    Of a tar, which is read from its begin, within DEEP times as many.
-    """
-    shards = chosen(list_shards(job, []).shards, job)
-    shards = shards[:: -(-len(shards) // SHARDS) or 1]
-    each = -(-most // max(1, len(shards)))
-    for shard in shards:
-        rows = estimate_images([shard], job)[0] or each
-        rows = min(rows, DEEP * each) if shard.kind == "tar" else rows
-        places = set(_drawn(rows, min(each, rows)).tolist())
-        items = read_shard(shard, job, places.__contains__)
-        yield from itertools.islice(
-            (item for item in items if isinstance(item, Encoded)), len(places)
-        )
+    def _cost_rows(self) -> list[tuple[str, str]]:
+        rows = [("size", f"{self.megabytes:.2f} MB, {self.ratio:.3f} of the original")]
+        if self.speed is not None:
+            rounds = f"median of rounds ({self.slowest:.2f} to {self.fastest:.2f})"
+            rates = f"{self.images_s:,.1f} images/s, torch {self.torch_images_s:,.1f}"
+            times = f"{self.speed:.2f} times torch in {self.torch_precision}"
+            rows.append(("speed", f"{times}, {rounds}; {rates}"))
+        return rows
 
 
-def _drawn(among: int, many: int) -> np.ndarray:
-    """Places drawn at random, in order, the same ones each time."""
-    return np.sort(np.random.default_rng(0).choice(among, many, replace=False))
-
-
-def answers(expected: Predictions, found: Predictions) -> dict[str, float | None]:
-    """agreement, top5, cosine and least_cosine of a Judgement. Both with all labels."""
-    said: dict[str, float | None] = {
+def measure_agreement(expected: Predictions, computed: Predictions) -> dict[str, float | None]:
+    """agreement, top5, cosine and least_cosine of a ModelComparison. Both with all labels."""
+    agreement: dict[str, float | None] = {
         "agreement": None,
         "top5": None,
         "cosine": None,
         "least_cosine": None,
     }
-    if expected.ids is not None and found.ids is not None:
-        said["agreement"] = float((expected.ids[:, 0] == found.ids[:, 0]).mean())
+    if expected.ids is not None and computed.ids is not None:
+        agreement["agreement"] = accuracy(computed.ids[:, 0], expected.ids[:, 0])
         if expected.ids.shape[1] > TOP:
-            pairs = zip(expected.ids[:, :TOP].tolist(), found.ids[:, :TOP].tolist())
-            said["top5"] = float(np.mean([len(set(a) & set(b)) / TOP for a, b in pairs]))
+            expected_ids, computed_ids = expected.ids[:, :TOP], computed.ids[:, :TOP]
+            agreement["top5"] = mean_overlap(expected_ids.tolist(), computed_ids.tolist(), TOP)
     if expected.vectors:
-        cosines = np.stack(
-            [_cosine(values, found.vectors[name]) for name, values in expected.vectors.items()]
-        )
-        said |= {"cosine": float(cosines.mean()), "least_cosine": float(cosines.min())}
-    return said
+        pairs = ((vectors, computed.vectors[name]) for name, vectors in expected.vectors.items())
+        values = np.stack([cosines(one, two) for one, two in pairs])
+        agreement |= {"cosine": float(values.mean()), "least_cosine": float(values.min())}
+    return agreement
 
 
-def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    return np.asarray(
-        (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-30)
-    )
-
-
-def error(expected: Predictions, found: Predictions) -> float:
-    """The largest |found - expected| / |expected| of a row, of scores by label and of each
-    embedding.
-    """
-    pairs = [(values, found.vectors[name]) for name, values in expected.vectors.items()]
-    if expected.ids is not None and found.ids is not None:
-        pairs.append((_by_label(expected), _by_label(found)))
-    rows = [
-        np.linalg.norm(b - a, axis=1) / np.maximum(np.linalg.norm(a, axis=1), 1e-30)
-        for a, b in pairs
+def measure_error(expected: Predictions, computed: Predictions) -> float:
+    """The largest relative error of an image: of its scores by label, and of each embedding."""
+    errors = [
+        largest_relative_error(vectors, computed.vectors[name])
+        for name, vectors in expected.vectors.items()
     ]
-    return float(np.max(rows))
+    if expected.ids is not None and computed.ids is not None:
+        errors.append(largest_relative_error(_by_label(expected), _by_label(computed)))
+    return max(errors)
 
 
-def _by_label(found: Predictions) -> np.ndarray:
-    assert found.ids is not None and found.scores is not None
-    scores = np.empty_like(found.scores)
-    np.put_along_axis(scores, found.ids.astype(np.int64), found.scores, axis=1)
-    return scores
+def measure_speed(exported: Model, original: Model, pixels: np.ndarray) -> dict[str, float]:
+    """The last five fields of a ModelComparison.
 
-
-def speeds(exported: Model, original: Model, pixels: np.ndarray) -> dict[str, float]:
-    """The last five fields of a Judgement: both in turn on the same images, so that what else the
-    machine does meets both.
+    The models alternate on the same images, so that other load on the machine slows both.
     """
-    took: dict[Model, list[float]] = {exported: [], original: []}
-    for model in took:
-        model.predict(pixels)
+    exported.predict(pixels)
+    original.predict(pixels)
+    exported_s: list[float] = []
+    original_s: list[float] = []
     started = time.perf_counter()
     for _ in range(ROUNDS):
-        for model, seconds in took.items():
-            before = time.perf_counter()
-            model.predict(pixels)
-            seconds.append(time.perf_counter() - before)
+        exported_s.append(_seconds(exported, pixels))
+        original_s.append(_seconds(original, pixels))
         if time.perf_counter() - started > SECONDS:
             break
-    ratios = [b / a for a, b in zip(took[exported], took[original])]
-    rates = dict(
-        zip(
-            ("images_s", "torch_images_s"),
-            (len(pixels) / statistics.median(seconds) for seconds in took.values()),
-        )
-    )
+    ratios = [slow / fast for fast, slow in zip(exported_s, original_s)]
     return {
         "speed": statistics.median(ratios),
         "slowest": min(ratios),
         "fastest": max(ratios),
-        **rates,
+        "images_s": len(pixels) / statistics.median(exported_s),
+        "torch_images_s": len(pixels) / statistics.median(original_s),
     }
+
+
+def _seconds(model: Model, pixels: np.ndarray) -> float:
+    started = time.perf_counter()
+    model.predict(pixels)
+    return time.perf_counter() - started
+
+
+def _by_label(predictions: Predictions) -> np.ndarray:
+    """float32 [N, C]: scores in the order of the labels."""
+    assert predictions.ids is not None and predictions.scores is not None
+    scores = np.empty_like(predictions.scores)
+    np.put_along_axis(scores, predictions.ids.astype(np.int64), predictions.scores, axis=1)
+    return scores

@@ -1,6 +1,5 @@
-"""`vitray export MODEL`: checkpoints in other formats and smaller, compared with the original
-before they are written.
+"""`vitray export MODEL`: checkpoints in other formats, quantised if asked.
 
-export.py   the order of an export, and the files it writes
+export.py   the steps of an export, its comparison with the original, and the files it writes
 graphs.py   the formats and their quantisers
 """

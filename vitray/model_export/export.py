@@ -1,5 +1,6 @@
-"""`vitray export MODEL`: a checkpoint as ONNX, OpenVINO, torch-export or Core ML, smaller if asked,
-judged before it is written.
+"""`vitray export MODEL`: a checkpoint as ONNX, OpenVINO, torch-export or Core ML.
+
+Each export is compared with the original first. One that agrees too little is not written.
 """
 
 from __future__ import annotations
@@ -17,12 +18,17 @@ from typing import Any
 import numpy as np
 
 from vitray.errors import Disagreement, JobError, ModelError
-from vitray.evaluation import agreement
-from vitray.evaluation.agreement import Judgement, Sample
+from vitray.evaluation.agreement import (
+    ModelComparison,
+    measure_agreement,
+    measure_error,
+    measure_speed,
+)
+from vitray.evaluation.samples import Sample, sample_images
 from vitray.job import Job
 from vitray.model_export import graphs
 from vitray.models import Model, identify, open_model, torch_threads_kept, vector_columns
-from vitray.models.checkpoint import EXPORT, locate, weight_files
+from vitray.models.checkpoint import EXPORT, Checkpoint, locate, weight_files
 from vitray.models.exported import FORMAT, read_export, seal
 from vitray.models.machine import cores
 from vitray.models.pixels import FILES
@@ -30,6 +36,7 @@ from vitray.schema import ModelSpec, VectorColumn
 from vitray.storage import absolute, new_folder
 from vitray.version import __version__
 
+# whose versions vitray_export.json names, by format
 PACKAGES = {
     "onnx": ("onnxruntime", "onnx"),
     "openvino": ("openvino",),
@@ -40,11 +47,10 @@ PACKAGES = {
 
 @dataclass(frozen=True, slots=True)
 class ExportedModel:
-    """What was written. model: the one that it was made from. how: its quantisation, "" for
-    float32.
+    """What was written. model: the original. how: the quantisation, "" for float32.
 
-    weights_sha256: what the fingerprint of a dataset made with it will hold; None for what vitray
-    cannot run.
+    weights_sha256: as in the fingerprint of a dataset of this model; None if vitray cannot run it.
+    judgement: the comparison with the original, by its name in the JSON output and on disk.
     """
 
     into: str
@@ -52,24 +58,50 @@ class ExportedModel:
     to: str
     how: str
     weights_sha256: str | None
-    judgement: Judgement
+    judgement: ModelComparison
 
     def __str__(self) -> str:
-        rows = [f"{what:24}{value}" for what, value in self.judgement.rows()]
-        return "\n".join([f"{self.into}: {self.model} as {self.to} {self.how or 'float32'}", *rows])
+        title = f"{self.into}: {self.model} as {self.to} {self.how or 'float32'}"
+        return "\n".join([title, *(f"{figure:24}{text}" for figure, text in self.judgement.rows())])
 
 
 def export_model(
-    job: Job, to: str, how: str, into: str, min_agreement: float | None = None
+    job: Job, to: str, quantisation: str, into: str, min_agreement: float | None = None
 ) -> ExportedModel:
-    """The job's model, exported to a new local folder that is a `model:` too; its source calibrates
-    and judges.
+    """The job's model in a new local folder, which is a `model:` too.
 
-    how: "", fp16, int8, int8-weights or int4-weights. Raises JobError for a combination that is not
-    known, SourceError for too few images, Disagreement below min_agreement; then nothing is
-    written.
+    The images of the job's source calibrate it and compare it with the original.
+    quantisation: "", fp16, int8, int8-weights or int4-weights.
+    Raises JobError for a combination that does not exist, SourceError for too few images, and
+    Disagreement below min_agreement. Then nothing is written.
     """
-    graphs.require(to, how)
+    _require_possible(job, to, quantisation, min_agreement)
+    original = _original(job)
+    job = job.model_copy(update={"engine": "torch", "device": "cpu"})
+    with new_folder(into, "--into") as folder, torch_threads_kept():
+        spec = identify(job)
+        source = graphs.Source(original, spec, job.labelled, _raw_vectors(job, spec), np.empty(0))
+        images = sample_images(job, spec, calibrates=quantisation == "int8")
+        source = replace(source, calibration=images.calibration)
+        graphs.write(source, to, quantisation, folder)
+        _write_description(source, to, quantisation, folder)
+        comparison, weights = _compare(job, source, images, to, folder)
+        export = ExportedModel(
+            into=absolute(into),
+            model=_public_name(original),
+            to=to,
+            how=quantisation,
+            weights_sha256=weights,
+            judgement=comparison,
+        )
+        _require_agreement(export, min_agreement)
+        _write_comparison(folder, source, export)
+        return export
+
+
+def _require_possible(job: Job, to: str, quantisation: str, min_agreement: float | None) -> None:
+    """Raises JobError for options that do not go together."""
+    graphs.require(to, quantisation)
     if to == "torch-export" and (job.head is not None or not isinstance(job.labels, bool)):
         raise JobError(
             "--to torch-export keeps the checkpoint's own labels: as a `model:` it is the "
@@ -77,177 +109,176 @@ def export_model(
         )
     if min_agreement is not None and to == "coreml":
         raise JobError(
-            "--min-agreement: Core ML does not run here, so nothing can agree. Leave it out, and "
-            "judge it on a device."
+            "--min-agreement: Core ML does not run here, so its agreement cannot be measured. "
+            "Leave the option out, and compare the export on a device."
         )
-    found = locate(job.model, job.revision)
-    if earlier := read_export(found):
+
+
+def _original(job: Job) -> Checkpoint:
+    """The checkpoint to export. Raises ModelError for a model that is an export itself."""
+    checkpoint = locate(job.model, job.revision)
+    if earlier := read_export(checkpoint):
         raise ModelError(
-            f"{found.model} is an export already ({earlier.to}). Give the checkpoint that it was "
-            f"made from."
+            f"{checkpoint.model} is an export already ({earlier.to}). Give the checkpoint that it "
+            f"was made from."
         )
-    job = job.model_copy(update={"engine": "torch", "device": "cpu"})
-    with new_folder(into, "--into") as folder, torch_threads_kept():
-        spec = identify(job)
-        source = graphs.Source(found, spec, job.labelled, _raw(job, spec), np.empty(0))
-        images = agreement.sample(job, spec, calibrates=how == "int8")
-        graphs.write(replace(source, calibration=images.calibration), to, how, folder)
-        _describe(source, to, how, folder)
-        judgement, weights = _judge(job, source, images, to, folder)
-        done, share = (
-            ExportedModel(absolute(into), _name(source), to, how, weights, judgement),
-            judgement.share(),
-        )
-        if min_agreement is not None and (share is None or share < min_agreement):
-            raise Disagreement(
-                f"{to} {how or 'float32'}: {share or 0:.2%} agree with the original, below "
-                f"--min-agreement {min_agreement:g}; nothing was "
-                "written. Calibrate on more images that are like those to come, or quantise less: "
-                "--int8-weights, --fp16 or not at all.",
-                done,
-            )
-        _sign(folder, source, done)
-    return done
+    return checkpoint
 
 
-def _raw(job: Job, spec: ModelSpec) -> list[VectorColumn]:
-    """The vectors that the graph gives: what a job does to them afterwards, normalising and
-    halving, stays the job's.
-    """
-    places = {(v.layer, v.pool) for v in vector_columns(job, spec)}
-    ordered = sorted(places, key=lambda place: (place[0] or spec.layers + 1, place[1]))
-    return [
-        VectorColumn(f"{pool}_{layer or 'last'}", spec.dimension, layer, pool, False, "float32")
-        for layer, pool in ordered
-    ]
-
-
-def _name(source: graphs.Source) -> str:
-    """Of the model, for whoever gets the directory: a path of this machine would say nothing to
-    them.
-    """
-    return (
-        source.found.model
-        if source.found.revision
-        else os.path.basename(source.found.model.rstrip("/"))
+def _require_agreement(export: ExportedModel, least: float | None) -> None:
+    """Raises Disagreement if the export agrees less than `least`, or cannot be compared."""
+    share = export.judgement.share()
+    if least is None or (share is not None and share >= least):
+        return
+    raise Disagreement(
+        f"{export.to} {export.how or 'float32'}: {share or 0:.2%} agree with the original, below "
+        f"--min-agreement {least:g}; nothing was written. Calibrate on more images that are like "
+        f"those to come, or quantise less: --int8-weights, --fp16 or not at all.",
+        export,
     )
 
 
+def _raw_vectors(job: Job, spec: ModelSpec) -> list[VectorColumn]:
+    """The vectors that the graph computes: one for each layer and pool, float32, not normalised.
+
+    A job normalises them and stores them in float16 as it likes.
+    """
+    layers = {(vector.layer, vector.pool) for vector in vector_columns(job, spec)}
+    in_order = sorted(layers, key=lambda pair: (pair[0] or spec.layers + 1, pair[1]))
+    return [
+        VectorColumn(f"{pool}_{layer or 'last'}", spec.dimension, layer, pool, False, "float32")
+        for layer, pool in in_order
+    ]
+
+
+def _public_name(original: Checkpoint) -> str:
+    """The model's id or the name of its folder: other people may get the export, not this path."""
+    return original.model if original.revision else os.path.basename(original.model.rstrip("/"))
+
+
 def _graph_files(folder: Path) -> list[Path]:
-    """All but what was copied from the checkpoint."""
+    """All files but those copied from the checkpoint."""
     copied = (".safetensors", ".index.json", "config.json", EXPORT)
     return sorted(
         path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(copied)
     )
 
 
-def _describe(source: graphs.Source, to: str, how: str, folder: Path) -> None:
-    """What makes a `model:` of the graph: config, processor, and what it is."""
-    digests = dict[str, str]()
-    for file in _graph_files(folder):
-        with open(file, "rb") as stream:
-            digests[str(file.relative_to(folder))] = hashlib.file_digest(
-                stream, "sha256"
-            ).hexdigest()
-    nncf = ("nncf",) if to == "openvino" and how.startswith("int") else ()
-    said = {
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _write_description(source: graphs.Source, to: str, quantisation: str, folder: Path) -> None:
+    """The files that make a `model:` of the graph: configuration, processor, vitray_export.json."""
+    nncf = ("nncf",) if to == "openvino" and quantisation.startswith("int") else ()
+    packages = ("torch", "transformers", *PACKAGES[to], *nncf)
+    description = {
         "format": FORMAT,
         "to": to,
-        "quantisation": how,
-        "source": _name(source),
+        "quantisation": quantisation,
+        "source": _public_name(source.original),
         "revision": source.spec.revision,
         "source_weights_sha256": source.spec.weights_sha256,
         "labels": source.spec.labels,
         "multi_label": source.spec.multi_label,
         "vectors": [{"layer": v.layer or "last", "pool": v.pool} for v in source.vectors],
         "results": source.names,
-        "graph": digests,
-        "versions": {"vitray": __version__}
-        | {name: version(name) for name in ("torch", "transformers", *PACKAGES[to], *nncf)},
+        "graph": {str(file.relative_to(folder)): _sha256(file) for file in _graph_files(folder)},
+        "versions": {"vitray": __version__, **{name: version(name) for name in packages}},
     }
-    (folder / EXPORT).write_text(json.dumps(seal(said), indent=1))
+    (folder / EXPORT).write_text(json.dumps(seal(description), indent=1))
     for name in ("config.json", *FILES):
-        path = os.path.join(source.found.directory, name)
+        path = os.path.join(source.original.directory, name)
         if os.path.isfile(path):
             shutil.copy(path, folder)
 
 
-def _judge(
+@dataclass(frozen=True, slots=True)
+class _OpenedExport:
+    """An export, ready to predict. exact: the same one in fp32. precision: what `model` uses."""
+
+    model: Model
+    exact: Model
+    precision: str
+    weights_sha256: str
+
+
+def _compare(
     job: Job, source: graphs.Source, images: Sample, to: str, folder: Path
-) -> tuple[Judgement, str | None]:
-    """And the weights_sha256 that a dataset made with it will have; None for what is no `model:`
-    here.
-    """
-    spec, threads = source.spec, cores()
-    files = [
-        *_graph_files(folder),
-        *folder.glob("*.safetensors"),
-    ]  # a torch-export holds the weights twice
-    sizes = [
-        sum(os.path.getsize(path) for path in paths)
-        for paths in (files, weight_files(source.found))
-    ]
+) -> tuple[ModelComparison, str | None]:
+    """The export beside the original, and its weights_sha256; None if it cannot run here."""
+    spec = source.spec
     figures: dict[str, Any] = {
-        "images": len(images.judged),
+        "images": len(images.compared),
         "calibrated_on": len(images.calibration),
         "apart": images.apart,
-    }
-    figures |= {
-        "megabytes": sizes[0] / 1e6,
-        "ratio": sizes[0] / sizes[1],
         "torch_precision": spec.precision,
+        **_sizes(source, folder),
     }
     if to == "coreml":
-        return Judgement(**figures), None
+        return ModelComparison(**figures), None
+    export = _open_export(job, source, to, folder)
+    expected = _open(job, source, spec, "fp32", len(spec.labels)).predict(images.compared)
+    computed = export.model.predict(images.compared)
+    is_exact = export.exact is export.model
+    exact = computed if is_exact else export.exact.predict(images.compared)
+    figures["precision"] = export.precision
+    figures["error"] = measure_error(expected, exact)
+    figures |= measure_agreement(expected, computed)
+    original = _open(job, source, spec, spec.precision, job.top_k)
+    shape = (2 * cores() * spec.batch_size, *images.compared.shape[1:])
+    figures |= measure_speed(export.model, original, np.resize(images.compared, shape))
+    return ModelComparison(**figures), export.weights_sha256
 
-    def opened(said: ModelSpec, precision: str, top_k: int) -> Model:
-        return open_model(
-            replace(said, precision=precision), source.vectors, top_k, job.labelled, "cpu", threads
-        )
 
+def _sizes(source: graphs.Source, folder: Path) -> dict[str, float]:
+    """megabytes and ratio of a ModelComparison. A torch-export holds the weights twice."""
+    files = [*_graph_files(folder), *folder.glob("*.safetensors")]
+    size = sum(os.path.getsize(path) for path in files)
+    original_size = sum(os.path.getsize(path) for path in weight_files(source.original))
+    return {"megabytes": size / 1e6, "ratio": size / original_size}
+
+
+def _open_export(job: Job, source: graphs.Source, to: str, folder: Path) -> _OpenedExport:
     if to == "torch-export":
-        mine, precision = spec, "fp32"
-        exported = exact = graphs.run_program(source)
-    else:
-        own = {"labels": job.labelled, "head": None}  # words and a head are in the graph by now
-        mine = identify(
-            job.model_copy(update={"model": str(folder), "revision": None, "engine": "auto", **own})
-        )
-        precision = mine.precision
-        exported = opened(mine, precision, len(spec.labels))
-        exact = exported if precision == "fp32" else opened(mine, "fp32", len(spec.labels))
-    expected = opened(spec, "fp32", len(spec.labels)).predict(images.judged)
-    found = exported.predict(images.judged)
-    figures |= agreement.answers(expected, found) | {"precision": precision}
-    figures["error"] = agreement.error(
-        expected, found if exact is exported else exact.predict(images.judged)
-    )
-    pixels = np.resize(images.judged, (2 * threads * spec.batch_size, *images.judged.shape[1:]))
-    figures |= agreement.speeds(exported, opened(spec, spec.precision, job.top_k), pixels)
-    return Judgement(**figures), mine.weights_sha256
+        program = graphs.run_program(source)
+        return _OpenedExport(program, program, "fp32", source.spec.weights_sha256)
+    # the labels of a job, or its head, are in the graph already
+    own = {"model": str(folder), "revision": None, "labels": job.labelled, "head": None}
+    spec = identify(job.model_copy(update={**own, "engine": "auto"}))
+    labels = len(source.spec.labels)
+    model = _open(job, source, spec, spec.precision, labels)
+    exact = model if spec.precision == "fp32" else _open(job, source, spec, "fp32", labels)
+    return _OpenedExport(model, exact, spec.precision, spec.weights_sha256)
 
 
-def _sign(folder: Path, source: graphs.Source, done: ExportedModel) -> None:
-    """The judgement into vitray_export.json, and the model card."""
-    said = json.loads((folder / EXPORT).read_text())
-    (folder / EXPORT).write_text(
-        json.dumps(seal(said | {"judgement": asdict(done.judgement)}), indent=1)
-    )
-    base = f"base_model: {done.model}\n" if source.spec.revision else ""
-    use = (
-        "It is for apps on Apple's devices."
-        if done.to == "coreml"
-        else "It is a `model:` of vitray, with `engine: auto`."
-    )
-    name, (height, width) = (
-        re.sub(r"[^\w./ -]", "_", done.model),
-        source.spec.pixels.shape,
-    )  # no markup
-    rows = "\n".join(f"| {what} | {value} |" for what, value in done.judgement.rows())
-    (folder / "README.md").write_text(f"""---
-{base}tags: [{", ".join(filter(None, ("vitray", done.to, done.how)))}]
+def _open(job: Job, source: graphs.Source, spec: ModelSpec, precision: str, top_k: int) -> Model:
+    spec = replace(spec, precision=precision)
+    return open_model(spec, source.vectors, top_k, job.labelled, "cpu", cores())
+
+
+def _write_comparison(folder: Path, source: graphs.Source, export: ExportedModel) -> None:
+    """Add the comparison to vitray_export.json, and write the model card."""
+    description = json.loads((folder / EXPORT).read_text())
+    description["judgement"] = asdict(export.judgement)
+    (folder / EXPORT).write_text(json.dumps(seal(description), indent=1))
+    (folder / "README.md").write_text(_card(source, export))
+
+
+def _card(source: graphs.Source, export: ExportedModel) -> str:
+    base = f"base_model: {export.model}\n" if source.spec.revision else ""
+    tags = ", ".join(tag for tag in ("vitray", export.to, export.how) if tag)
+    name = re.sub(r"[^\w./ -]", "_", export.model)  # no markup
+    height, width = source.spec.pixels.shape
+    use = "Use it as a `model:` of vitray, with `engine: auto`."
+    if export.to == "coreml":
+        use = "Use it in apps on Apple's devices."
+    rows = "\n".join(f"| {figure} | {text} |" for figure, text in export.judgement.rows())
+    return f"""---
+{base}tags: [{tags}]
 ---
-# {name} as {done.to}, {done.how or "float32"}
+# {name} as {export.to}, {export.how or "float32"}
 
 Made by vitray {__version__} from weights with SHA-256 {source.spec.weights_sha256}. {use}
 It takes pixels [images, {height}, {width}, 3], RGB, 0 to 255, and gives {", ".join(source.names)}.
@@ -255,4 +286,4 @@ It takes pixels [images, {height}, {width}, 3], RGB, 0 to 255, and gives {", ".j
 | beside the original | |
 | --- | --- |
 {rows}
-""")
+"""

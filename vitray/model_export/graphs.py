@@ -1,8 +1,7 @@
-"""A checkpoint's forward pass as files of other formats, quantised if asked. Each function below
-writes one format; none judges.
+"""A checkpoint's forward pass as files of other formats, quantised if asked.
 
-All but Core ML take the one ExportedProgram of models/graph.py. What libraries print on the way is
-not shown.
+Each writer below writes one format, and compares nothing. All formats but Core ML start from the
+ExportedProgram of models/graph.py. What the libraries print is not shown.
 """
 
 from __future__ import annotations
@@ -28,39 +27,45 @@ from vitray.schema import ModelSpec, VectorColumn
 
 QUANTISED = ("fp16", "int8", "int8-weights", "int4-weights")
 KNOWN = {"onnx": QUANTISED, "openvino": QUANTISED, "torch-export": (), "coreml": ("fp16",)}
-LACKS = {
-    "torch-export": "torch's own int8 (torchao) wants a GPU, and fp16 is a precision of the job. "
-    "Use "
-    "--to "
-    "onnx or openvino",
-    "coreml": "coremltools cannot be judged here, where Core ML does not run. Use --fp16, or --to "
-    "onnx "
-    "or openvino",
+WHY_NOT = {
+    "torch-export": (
+        "torch's own int8 (torchao) needs a GPU, and fp16 is a precision of the job. Use --to onnx "
+        "or openvino"
+    ),
+    "coreml": (
+        "Core ML does not run here, so its error cannot be measured. Use --fp16, or --to onnx or "
+        "openvino"
+    ),
 }
-EXTRAS = {"onnxruntime": "onnx", "onnx": "onnx", "onnxscript": "onnx", "openvino": "openvino"}
-EXTRAS |= {"nncf": "quantise", "coremltools": "coreml"}
+EXTRAS = {
+    "onnxruntime": "onnx",
+    "onnx": "onnx",
+    "onnxscript": "onnx",
+    "openvino": "openvino",
+    "nncf": "quantise",
+    "coremltools": "coreml",
+}
 MODULES = {
     "onnx": ("onnxruntime", "onnx", "onnxscript"),
     "openvino": ("openvino",),
     "coreml": ("coremltools",),
 }
-MATRICES = [
-    "MatMul",
-    "Gemm",
-    "Conv",
-]  # softmax, norms and GELU stay float32: they are little work, and lose most
+# the rest stays float32: softmax, norms and GELU are little work, and lose the most
+QUANTISED_OPERATORS = ["MatMul", "Gemm", "Conv"]
 GROUP = 32  # weights that share a scale in int4
 BATCH = 10  # calibration images at a time
-COPIES = 3  # of the weights that lie on the disk at a time, at most
+COPIES = 3  # of the weights on the disk at a time, at most
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What is exported. labels: with the scores of all of them. vectors: raw ones, see exported.py.
+    """What is exported.
+
+    labels: whether the graph gives scores, of all labels. vectors: raw ones, as in exported.py.
     calibration: uint8 [N, H, W, 3].
     """
 
-    found: Checkpoint
+    original: Checkpoint
     spec: ModelSpec
     labels: bool
     vectors: list[VectorColumn]
@@ -68,65 +73,69 @@ class Source:
 
     @property
     def names(self) -> list[str]:
-        """Of the graph's results, in their order."""
-        return ["scores"] * self.labels + [f"{v.pool}_{v.layer or 'last'}" for v in self.vectors]
+        """The names of the graph's results, in their order."""
+        vectors = [f"{vector.pool}_{vector.layer or 'last'}" for vector in self.vectors]
+        return ["scores", *vectors] if self.labels else vectors
 
     def program(self, fixed: Any = None) -> Any:
+        """The forward pass as an ExportedProgram. fixed: pixels of the only shape it takes."""
         from vitray.models.graph import export_graph
         from vitray.models.linear import open_head
         from vitray.models.loading import load_network
 
-        head = open_head(self.spec, self.found, "cpu") if self.labels else None
-        network = load_network(self.found, self.labels, head)
+        head = open_head(self.spec, self.original, "cpu") if self.labels else None
+        network = load_network(self.original, self.labels, head)
         return export_graph(network, self.spec, self.vectors, self.labels, fixed)
 
 
-def require(to: str, how: str) -> None:
-    """Raises JobError for a format or a quantisation that is not known, or whose library is not
-    installed.
-    """
+def require(to: str, quantisation: str) -> None:
+    """Raises JobError for an unknown format or quantisation, or if its library is not installed."""
     if to not in KNOWN:
         raise JobError(f"--to {to}: choose one of {', '.join(KNOWN)}.")
-    if how and how not in KNOWN[to]:
-        raise JobError(f"--to {to} has no --{how}: {LACKS[to]}.")
-    needed = (
-        *MODULES.get(to, ()),
-        *(("nncf",) if to == "openvino" and how.startswith("int") else ()),
-    )
+    if quantisation and quantisation not in KNOWN[to]:
+        raise JobError(f"--to {to} has no --{quantisation}: {WHY_NOT[to]}.")
+    nncf = ("nncf",) if to == "openvino" and quantisation.startswith("int") else ()
+    needed = (*MODULES.get(to, ()), *nncf)
     if missing := next((module for module in needed if find_spec(module) is None), None):
+        extra = EXTRAS[missing]
         raise JobError(
-            f"--to {to}{how and f' --{how}'} needs {missing}: pip install "
-            f"'vitray[{EXTRAS[missing]}]'."
+            f"{_options(to, quantisation)} needs {missing}: pip install 'vitray[{extra}]'."
         )
 
 
-def write(source: Source, to: str, how: str, folder: Path) -> None:
-    """The graph's files into the folder. Raises ModelError when the library refuses the model."""
-    needed, free = (
-        COPIES * sum(map(os.path.getsize, weight_files(source.found))),
-        shutil.disk_usage(folder).free,
-    )
-    if free < needed:
-        megabytes = f"{needed / 1e6:.1f} MB for a while, and {free / 1e6:.1f} MB are free"
-        raise StorageError(
-            f"{folder.parent}: an export may take {megabytes}. Make room, or choose another --into."
-        )
+def _options(to: str, quantisation: str) -> str:
+    return f"--to {to} --{quantisation}" if quantisation else f"--to {to}"
+
+
+def write(source: Source, to: str, quantisation: str, folder: Path) -> None:
+    """Write the graph's files. Raises ModelError if the library refuses the model."""
+    _require_space(source, folder)
     try:
         with _silence():
-            WRITERS[to](source, how, folder)
+            WRITERS[to](source, quantisation, folder)
     except (OSError, ModelError):
         raise
-    except Exception as error:  # each library has its own kinds for what it does not know
-        if "iostream error" in str(error):  # what C++ says of a disk that takes no more
+    except Exception as error:  # each library raises its own types for models it does not support
+        if "iostream error" in str(error):  # the C++ runtime's text for a full disk
             raise OSError(one_line(error)) from error
-        said = f"{type(error).__name__}, {one_line(error)}"
+        reason = f"{type(error).__name__}, {one_line(error)}"
         raise ModelError(
-            f"{source.spec.model} cannot be exported by --to {to}{how and f' --{how}'} ({said})."
+            f"{source.spec.model} cannot be exported by {_options(to, quantisation)} ({reason})."
         ) from error
 
 
+def _require_space(source: Source, folder: Path) -> None:
+    needed = COPIES * sum(os.path.getsize(path) for path in weight_files(source.original))
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise StorageError(
+            f"{folder.parent}: an export may take {needed / 1e6:.1f} MB for a while, and "
+            f"{free / 1e6:.1f} MB are free. Make room, or choose another --into."
+        )
+
+
 def run_program(source: Source) -> Model:
-    """What a torch-export says, without a file: reading one back may run code."""
+    """The model of a torch-export, without its file: reading one back may run code."""
     import torch
 
     from vitray.models.graph import GraphModel
@@ -142,10 +151,8 @@ def run_program(source: Source) -> Model:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Libraries tell of their progress on both streams, and warn of each other's versions; what
-    they raise still comes through.
-    """
-    before = logging.root.manager.disable
+    """Hide what libraries print, log and warn of; what they raise is not hidden."""
+    disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
         with (
@@ -156,166 +163,170 @@ def _silence() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(before)
+        logging.disable(disabled)
 
 
-def _onnx(source: Source, how: str, folder: Path) -> None:
+def _onnx(source: Source, quantisation: str, folder: Path) -> None:
     import onnx
-    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-    from onnxruntime.transformers.float16 import convert_float_to_float16
 
     from vitray.models.onnx_engine import write_graph
 
-    file, plain = str(folder / "model.onnx"), str(folder / "plain.onnx")
+    file = str(folder / "model.onnx")
     write_graph(source.program(), file, source.names)
-    if how and os.path.exists(f"{file}.data"):
+    if quantisation and os.path.exists(f"{file}.data"):
         raise ModelError("ONNX Runtime's quantiser takes models of up to 2 GB; use --to openvino")
-    if how == "int8":
-        quant_pre_process(file, plain, skip_symbolic_shape=True)
-        kinds = {
-            "quant_format": QuantFormat.QDQ,
-            "activation_type": QuantType.QUInt8,
-            "weight_type": QuantType.QInt8,
-        }
-        extremes = {"per_channel": True, "calibrate_method": CalibrationMethod.MinMax}
-        quantize_static(
-            plain,
-            file,
-            _Reader(source.calibration),
-            op_types_to_quantize=MATRICES,
-            **kinds,
-            **extremes,
-        )
-        os.unlink(plain)
-    elif how == "fp16":
-        onnx.save(convert_float_to_float16(onnx.load(file), keep_io_types=True), file)
-    elif how:
-        quantiser = MatMulNBitsQuantizer(
-            onnx.load(file), bits=int(how[3]), block_size=GROUP, is_symmetric=True
-        )
-        quantiser.process()
-        onnx.save(quantiser.model.model, file)
+    if quantisation:
+        _quantise_onnx(file, quantisation, source.calibration)
     if not os.path.exists(f"{file}.data"):
         onnx.save(_without_notes(onnx.load(file)), file)
 
 
-class _Reader:
-    """onnxruntime's CalibrationDataReader, by its shape."""
+def _quantise_onnx(file: str, quantisation: str, calibration: np.ndarray) -> None:
+    """Replace the graph in `file` by a quantised one."""
+    import onnx
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    if quantisation == "int8":
+        _quantise_onnx_statically(file, calibration)
+    elif quantisation == "fp16":
+        onnx.save(convert_float_to_float16(onnx.load(file), keep_io_types=True), file)
+    else:
+        bits = {"int8-weights": 8, "int4-weights": 4}[quantisation]
+        quantiser = MatMulNBitsQuantizer(
+            onnx.load(file), bits=bits, block_size=GROUP, is_symmetric=True
+        )
+        quantiser.process()
+        onnx.save(quantiser.model.model, file)
+
+
+def _quantise_onnx_statically(file: str, calibration: np.ndarray) -> None:
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    prepared = f"{file}.prepared"
+    quant_pre_process(file, prepared, skip_symbolic_shape=True)
+    quantize_static(
+        prepared,
+        file,
+        _CalibrationBatches(calibration),
+        op_types_to_quantize=QUANTISED_OPERATORS,
+        quant_format=QuantFormat.QDQ,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        per_channel=True,
+        calibrate_method=CalibrationMethod.MinMax,
+    )
+    os.unlink(prepared)
+
+
+class _CalibrationBatches:
+    """Has the method of onnxruntime's CalibrationDataReader."""
 
     def __init__(self, images: np.ndarray) -> None:
         self._batches = (images[start : start + BATCH] for start in range(0, len(images), BATCH))
 
     def get_next(self) -> dict[str, np.ndarray] | None:
-        return next(({"pixels": batch} for batch in self._batches), None)
+        batch = next(self._batches, None)
+        return None if batch is None else {"pixels": batch}
 
 
-def _without_notes(graph: Any) -> Any:
-    """Without the exporter's notes at each node (a third of a tiny model's file), some of which
-    name paths of this machine.
+def _without_notes(model: Any) -> Any:
+    """The ONNX model without the exporter's notes at each node.
+
+    They are a third of a tiny model's file, and some contain paths of this machine.
     """
-    for node in graph.graph.node:
+    graph = model.graph
+    for node in graph.node:
         del node.metadata_props[:]
         node.ClearField("doc_string")
-    for value in (
-        *graph.graph.value_info,
-        *graph.graph.input,
-        *graph.graph.output,
-        *graph.graph.initializer,
-    ):
+    for value in (*graph.value_info, *graph.input, *graph.output, *graph.initializer):
         del value.metadata_props[:]
-    del graph.graph.value_info[:], graph.graph.metadata_props[:], graph.metadata_props[:]
-    return graph
+    del graph.value_info[:], graph.metadata_props[:], model.metadata_props[:]
+    return model
 
 
-def _openvino(source: Source, how: str, folder: Path) -> None:
-    from vitray.models import openvino_engine  # first: it bars the telemetry that NNCF uses, too
+def _openvino(source: Source, quantisation: str, folder: Path) -> None:
+    from vitray.models import openvino_engine  # first: it disables telemetry, NNCF's too
 
     graph = openvino_engine.convert(source.program())
     for output, name in zip(graph.outputs, source.names):
         output.set_names({name})
-    if how.startswith("int"):
-        graph = _by_nncf(graph, how, source.calibration)
-    openvino_engine.save(graph, str(folder / "openvino_model.xml"), half=how == "fp16")
+    if quantisation.startswith("int"):
+        graph = quantise_with_nncf(graph, quantisation, source.calibration)
+    openvino_engine.save(graph, str(folder / "openvino_model.xml"), half=quantisation == "fp16")
 
 
-def _by_nncf(graph: Any, how: str, calibration: np.ndarray) -> Any:
+def quantise_with_nncf(graph: Any, quantisation: str, calibration: np.ndarray) -> Any:
+    """The OpenVINO graph with int8 or int4 weights; for int8, with int8 activations too."""
     import nncf
     from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 
-    if how != "int8":
-        mode = {
-            "int8-weights": nncf.CompressWeightsMode.INT8_SYM,
-            "int4-weights": nncf.CompressWeightsMode.INT4_SYM,
-        }[how]
-        return nncf.compress_weights(
-            graph, mode=mode, group_size=GROUP if how == "int4-weights" else None
-        )
+    if quantisation == "int8-weights":
+        return nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_SYM)
+    if quantisation == "int4-weights":
+        mode = nncf.CompressWeightsMode.INT4_SYM
+        return nncf.compress_weights(graph, mode=mode, group_size=GROUP)
     return nncf.quantize(
         graph,
         nncf.Dataset([image[None] for image in calibration]),
         subset_size=len(calibration),
         model_type=nncf.ModelType.TRANSFORMER,
         advanced_parameters=nncf.AdvancedQuantizationParameters(
-            # by default the mean of the images' ranges, which cuts off every second one: least
-            # cosine 0.87 on drawn shapes, not 0.998
+            # the default is the mean of the images' ranges, which cuts off every second image:
+            # least cosine 0.87 on drawn shapes instead of 0.998
             activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX
         ),
     )
 
 
-def _torch_export(source: Source, how: str, folder: Path) -> None:
-    """model.pt2 for others; a copy of the weights beside it is what vitray opens: see
-    SECURITY.md.
-    """
+def _torch_export(source: Source, _quantisation: str, folder: Path) -> None:
+    """model.pt2 for other programs, and a copy of the weights, which vitray opens (SECURITY.md)."""
     import torch
 
-    program, archive = (
-        source.program(),
-        io.BytesIO(),
-    )  # torch's own writer ends the process when the disk is full
+    program = source.program()
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths of this machine
+    archive = io.BytesIO()  # torch's own file writer ends the process when the disk is full
     torch.export.save(program, archive)
     (folder / "model.pt2").write_bytes(archive.getbuffer())
-    for path in weight_files(source.found):
+    for path in weight_files(source.original):
         shutil.copy(path, folder)
-    index = os.path.join(source.found.directory, "model.safetensors.index.json")
+    index = os.path.join(source.original.directory, "model.safetensors.index.json")
     if os.path.isfile(index):
         shutil.copy(index, folder)
 
 
-def _coreml(source: Source, how: str, folder: Path) -> None:
-    """One image at a time, pixels as int32, which is the smallest type that Core ML takes for a
-    tensor of whole numbers.
-    """
+def _coreml(source: Source, quantisation: str, folder: Path) -> None:
+    """One image at a time; pixels are int32, Core ML's smallest integer type for tensors."""
     import coremltools as ct
     import torch
 
-    one = torch.zeros(1, *source.spec.pixels.shape, 3, dtype=torch.int32)
+    image = torch.zeros(1, *source.spec.pixels.shape, 3, dtype=torch.int32)
     model = ct.convert(
-        source.program(one).run_decompositions({}),
+        source.program(image).run_decompositions({}),
         outputs=[ct.TensorType(name=name) for name in source.names],
         minimum_deployment_target=ct.target.iOS17,
-        compute_precision=ct.precision.FLOAT16 if how == "fp16" else ct.precision.FLOAT32,
+        compute_precision=ct.precision.FLOAT16 if quantisation == "fp16" else ct.precision.FLOAT32,
         skip_model_load=True,
     )
-    said = model.get_spec().description
-    shapes = [tuple(field.type.multiArrayType.shape) for field in (*said.input, *said.output)]
-    sizes = [len(source.spec.labels)] * source.labels + [
-        vector.dimension for vector in source.vectors
-    ]
-    if (
-        shapes != [tuple(one.shape), *((1, size) for size in sizes)]
-        or [field.name for field in said.output] != source.names
-    ):
-        raise ModelError(f"coremltools made a graph of {shapes}")
+    _require_shapes(model.get_spec().description, tuple(image.shape), source)
     model.save(str(folder / "model.mlpackage"))
 
 
-Write = Callable[[Source, str, Path], None]
-WRITERS: dict[str, Write] = {
+def _require_shapes(description: Any, pixels: tuple[int, ...], source: Source) -> None:
+    """Raises ModelError if coremltools changed the names of the results, or any shape."""
+    labels = [len(source.spec.labels)] if source.labels else []
+    sizes = [*labels, *(vector.dimension for vector in source.vectors)]
+    fields = (*description.input, *description.output)
+    shapes = [tuple(field.type.multiArrayType.shape) for field in fields]
+    names = [field.name for field in description.output]
+    if shapes != [pixels, *((1, size) for size in sizes)] or names != source.names:
+        raise ModelError(f"coremltools made a graph of {shapes}")
+
+
+Writer = Callable[[Source, str, Path], None]
+WRITERS: dict[str, Writer] = {
     "onnx": _onnx,
     "openvino": _openvino,
     "torch-export": _torch_export,

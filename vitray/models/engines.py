@@ -140,7 +140,7 @@ def fastest(
                 None if name == "torch" else strays(model.predict(pixels[:IMAGES]), expected, spec)
             )
         except Exception as error:  # an engine may not know this model: each has its own exceptions
-            stray = " ".join(str(error).split())[:120] or type(error).__name__
+            stray = one_line(error, 120)
         if stray is None:
             opened[name] = model
         else:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vitray.errors import ModelError
+from vitray.errors import ModelError, one_line
 from vitray.models.checkpoint import (
     Checkpoint,
     VisionConfig,
@@ -160,7 +160,7 @@ def load_weights(
     except (
         Exception
     ) as error:  # transformers raises many kinds for a checkpoint that does not fit its config
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise ModelError(f"{found.model} cannot be loaded as {kind.__name__}: {reason}") from error
     missing = {key for key in report["missing_keys"] if not key.endswith("mask_token")} - set(
         made_up

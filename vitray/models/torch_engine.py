@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vitray.errors import ModelError
+from vitray.errors import ModelError, one_line
 from vitray.models import Predictions, fp8
 from vitray.models.batching import PADDING, cut, ladder, share
 from vitray.models.blocks import pack
@@ -113,7 +113,7 @@ class TorchModel:
                     ):
                         self._step_down(self._sizes)
         except TorchDynamoException as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
             needs = (
                 f"It needs g++, and room in {place}, whose contents the next start compiles anew; "
                 f"or set compile: off"

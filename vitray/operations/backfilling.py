@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from vitray.dataset import go_on_with_groups, open_dataset, with_source_rules
+from vitray.dataset import copy_groups, open_dataset, with_source_rules
 from vitray.errors import JobError
 from vitray.job import Job
 from vitray.storage import absolute
@@ -29,7 +29,7 @@ def next_job(job: Job, model: str, out: str | None = None, revision: str | None 
     beside = out or f"{job.out.rstrip('/')}-{_name_of(model)}"
     if absolute(beside) == absolute(job.out):
         raise JobError(f"--out {beside} is the dataset that is there: choose another directory.")
-    go_on_with_groups(job.out, beside)
+    copy_groups(job.out, beside)
     return with_source_rules(job).model_copy(
         update={"model": model, "revision": revision, "out": beside}
     )

@@ -20,7 +20,15 @@ from io import BytesIO
 import numpy as np
 import pyarrow as pa
 
-from vitray.dataset import Dataset, parquet_of, read, require_dataset, with_frozen
+from vitray.dataset import (
+    Dataset,
+    drop_scratch,
+    parquet_of,
+    read,
+    require_dataset,
+    scratch,
+    with_frozen,
+)
 from vitray.decoding.decode import ON_DEVICE, decode
 from vitray.errors import JobError
 from vitray.job import Job
@@ -35,7 +43,7 @@ from vitray.models import (
 from vitray.pipeline import joined, on_machine, prepared, run
 from vitray.schema import Encoded
 from vitray.sources import list_shards, read_shard
-from vitray.storage import drop_scratch, is_local, join, scratch, store_for
+from vitray.storage import is_local, join, store_for
 
 LINE_GROWS = 4  # each run of the whole line has so many times the images of the one before
 SHARD_IMAGES, SHARD_BYTES = 512, 128 << 20  # at most; a tar is made in memory

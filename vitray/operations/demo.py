@@ -1,6 +1,4 @@
-"""`vitray demo`: shapes drawn into shards, a tiny ViT trained on such shapes, and a job that labels
-them.
-"""
+"""`vitray demo`: shards of drawn shapes, a tiny ViT trained on such shapes, and a job for them."""
 
 from __future__ import annotations
 
@@ -17,41 +15,45 @@ from vitray.job import Job, make_job
 from vitray.models.shapes import NAMES, draw, train
 
 SHARDS = 6
-IMAGES = 100  # a shard
+IMAGES = 100  # per shard
+CUT_IMAGE = 41  # of each shard: a file that ends in its middle
+NOT_AN_IMAGE = 77  # of each shard: an empty file, or a text
 
 
-def build(directory: str, seed: int = 7) -> tuple[Job, float]:
-    """Write model/ and shards/ into a directory; returns the job and the model's accuracy on
-    held-out shapes.
+def build(directory: str, seed: int = 7) -> tuple[Job, float | None]:
+    """The job of the demo, and the model's accuracy on held-out shapes.
 
-    What is there from an earlier call is kept. Raises StorageError where nothing can be made.
+    Writes model/ and shards/ into the directory, and keeps what an earlier call has written. The
+    accuracy is None if that call has trained the model. Raises StorageError if the directory cannot
+    be written.
     """
-    model, shards = os.path.join(directory, "model"), os.path.join(directory, "shards")
+    model = os.path.join(directory, "model")
+    shards = os.path.join(directory, "shards")
     try:
         os.makedirs(shards, exist_ok=True)
     except OSError as error:
         raise StorageError(
             f"{shards} cannot be made: {error.strerror}. Choose another directory."
         ) from error
-    accuracy = (
-        train(model)
-        if not os.path.exists(os.path.join(model, "model.safetensors"))
-        else float("nan")
-    )
-    rng = np.random.default_rng(seed)
-    for n in range(SHARDS):
-        path = os.path.join(shards, f"shapes-{n:03d}.tar")
-        members = list(_members(rng, n))
-        if not os.path.exists(path):
-            write_tar(path, members)
+    is_trained = os.path.exists(os.path.join(model, "model.safetensors"))
+    held_out = None if is_trained else train(model)
+    _write_shards(shards, np.random.default_rng(seed))
     fields: dict[str, object] = {
         "source": os.path.join(shards, "*.tar"),
         "model": model,
         "out": os.path.join(directory, "out"),
         "keep": ["cls"],
-        "engine": "torch",  # 600 images do not repay timing the others
+        "engine": "torch",  # 600 images do not repay timing the other engines
     }
-    return make_job(fields), accuracy
+    return make_job(fields), held_out
+
+
+def _write_shards(folder: str, rng: np.random.Generator) -> None:
+    for number in range(SHARDS):
+        path = os.path.join(folder, f"shapes-{number:03d}.tar")
+        members = list(_members(rng, number))  # always drawn: the next shard continues from here
+        if not os.path.exists(path):
+            write_tar(path, members)
 
 
 def accuracy(out: str) -> float:
@@ -72,14 +74,20 @@ def write_tar(path: str, members: list[tuple[str, bytes]]) -> None:
 
 
 def _members(rng: np.random.Generator, shard: int) -> Iterator[tuple[str, bytes]]:
-    for n in range(IMAGES):
+    for number in range(IMAGES):
         kind = int(rng.integers(len(NAMES)))
-        image, buffer, suffix = draw(kind, rng), io.BytesIO(), "jpg" if n % 2 else "png"
-        image.save(buffer, "JPEG" if n % 2 else "PNG", **({"quality": 92} if n % 2 else {}))
+        image = draw(kind, rng)
+        buffer = io.BytesIO()
+        if number % 2:
+            suffix = "jpg"
+            image.save(buffer, "JPEG", quality=92)
+        else:
+            suffix = "png"
+            image.save(buffer, "PNG")
         data = buffer.getvalue()
-        if n == 41:
-            data = data[: len(data) // 2]  # cut
-        elif n == 77:
+        if number == CUT_IMAGE:
+            data = data[: len(data) // 2]
+        elif number == NOT_AN_IMAGE:
             data = b"" if shard % 2 else b"this is no image"
-        yield f"{shard:03d}/{n:05d}.{suffix}", data
-        yield f"{shard:03d}/{n:05d}.cls", NAMES[kind].encode()
+        yield f"{shard:03d}/{number:05d}.{suffix}", data
+        yield f"{shard:03d}/{number:05d}.cls", NAMES[kind].encode()

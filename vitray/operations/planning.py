@@ -12,6 +12,7 @@ from rich.filesize import decimal
 from vitray.dataset import (
     Dataset,
     committed,
+    is_marked_complete,
     last_source,
     manifest_row,
     open_dataset,
@@ -27,8 +28,7 @@ from vitray.job import Job
 from vitray.left_out import describe
 from vitray.models import require_precision, will_compile
 from vitray.pipeline import list_source, prepared
-from vitray.sources import chosen, estimate_images, passthrough_schema, select
-from vitray.storage import exists, join
+from vitray.sources import count_selection, estimate_images, passthrough_schema, select_shards
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,7 @@ class Plan:
     suffixes: dict[str, int]
     shards_not_selected: int
     images_not_selected: int
+    selection: str  # what since, sample or limit choose, for people; "" where they are not set
     compile: str
     decided: dict[str, str] | None
 
@@ -68,6 +69,7 @@ class Plan:
             f"{about}{count(self.images, 'image')}, {decimal(self.size_bytes)}",
             f"committed  {count(self.committed, 'shard')}",
             *([f"left out   {describe(self.left_out, self.suffixes)}"] if self.left_out else []),
+            *([f"chosen     {self.selection}"] if self.selection else []),
             *([f"not chosen {self._not_selected()}"] if self.shards_not_selected else []),
             f"to do      {count(self.pending, 'shard')}, "
             f"{about}{count(self.pending_images, 'image')}",
@@ -136,10 +138,7 @@ class Status:
             *(f"{name:<10} {value}" for name, value in self.decided.items()),
         ]
         if self.last_run is not None:
-            lines.append(
-                f"last run   {self.last_run['finished']}: {self.last_run['images']:,} images, "
-                f"{self.last_run['images_per_s']}/s"
-            )
+            lines.append(f"last run   {self.last_run['finished']}{self._work_of_last_run()}")
             lines += [f"ended      {self.last_run['ended']}"] if "ended" in self.last_run else []
             if "seconds_over_planned" in self.last_run:
                 lines.append(
@@ -149,6 +148,13 @@ class Status:
             if isinstance(aside, dict) and not self.complete:
                 lines += [f"set aside  {shard}: {why}" for shard, why in aside.items()]
         return "\n".join(lines)
+
+    def _work_of_last_run(self) -> str:
+        """Nothing for a run that failed before it read an image: its record has no figures."""
+        last: dict[str, Any] = self.last_run or {}
+        if "images" not in last:
+            return ""
+        return f": {last['images']:,} images, {last['images_per_s']}/s"
 
     def _not_selected(self) -> str:
         last: dict[str, Any] = self.last_run or {}
@@ -173,8 +179,8 @@ def plan(job: Job) -> Plan:
     job = prepared(job)
     out = job.out
     listing = list_source(job)
-    shards = chosen(listing.shards, job)
-    selection = select(listing, job)
+    shards = select_shards(listing.shards, job)
+    selection = count_selection(listing, job)
     done = committed(out).keys()
     pending = [s for s in shards if s.id not in done]
     images, exact = estimate_images(shards, job)
@@ -202,6 +208,7 @@ def plan(job: Job) -> Plan:
         suffixes=listing.suffixes,
         shards_not_selected=len(listing.shards) - len(shards),
         images_not_selected=selection.images_left,
+        selection=str(selection) if selection.is_set else "",
         compile=will_compile(job, left),
         decided=None if dataset is None else decided_values(dataset),
     )
@@ -228,7 +235,7 @@ def status(out: str) -> Status:
         if shard not in data and (there := _staged_images(dataset, shard))
     }
     records = read_run_records(dataset.out)
-    complete = exists(join(dataset.out, "_SUCCESS.json")) and known.keys() <= data.keys()
+    complete = is_marked_complete(dataset.out) and known.keys() <= data.keys()
     last = records[-1] if records else None
     said = {
         shard: text

@@ -18,13 +18,14 @@ from vitray.dataset import (
     Dataset,
     Footer,
     check_data,
+    check_store,
     commit_rows,
     committed,
+    copy_groups,
     data_files,
     dataset_url,
     finish,
     forget,
-    go_on_with_groups,
     matrix_of,
     read_footer,
     read_manifest,
@@ -39,7 +40,7 @@ from vitray.job import PROMPT
 from vitray.models.head import Head
 from vitray.models.labelling import read_own_head
 from vitray.schema import LABEL_FIELDS, VectorColumn
-from vitray.storage import absolute, exists, probe
+from vitray.storage import absolute, exists
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ def relabel(out: str, head: str, into: str) -> Relabelling:
     spec = replace(spec, head=url, head_sha256=chosen.sha256(), head_column=column.column)
     job = old.job.model_copy(update={"out": into, "labels": True, "prompts": [PROMPT], "head": url})
     if not exists(dataset_url(into)):
-        probe(into)
+        check_store(into)
     new = resolve_dataset(
         job,
         spec,
@@ -84,7 +85,7 @@ def relabel(out: str, head: str, into: str) -> Relabelling:
         datetime.now(UTC).isoformat(timespec="seconds"),
     )
     check_data(new)
-    go_on_with_groups(old.out, into)
+    copy_groups(old.out, into)
     files = {shard_of(source): source for source in data_files(old.out)}
     done = committed(into)
     before, now = _counts(into), _counts(old.out)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,10 +18,13 @@ from vitray.dataset import (
     Footer,
     RowsDigest,
     committed,
+    is_marked_complete,
+    manifest_url,
     read_footer,
     read_manifest,
     read_table,
     require_dataset,
+    success_manifest,
 )
 from vitray.errors import (
     CommitError,
@@ -37,8 +39,8 @@ from vitray.errors import (
 from vitray.left_out import LeftOut, describe
 from vitray.pipeline import list_source
 from vitray.schema import Encoded, End, ScoreFunction, Shard, content_hash
-from vitray.sources import Listing, chosen, count_again, read_shard
-from vitray.storage import exists, is_local, join, read, store_for
+from vitray.sources import Listing, count_again, read_shard, select_shards
+from vitray.storage import exists, is_local, read, store_for
 
 NORM_TOLERANCE = {
     "float32": 1e-4,
@@ -60,6 +62,7 @@ class Validation:
     uncounted: committed tars on a store that were not read for that; `content` reads them.
     left_out: what the source holds beside those images, by left_out.LEFT_OUT; suffixes: of the
     files among it.
+    truncated: {shard: byte at which it was cut}; images behind that byte are in no count.
     """
 
     out: str
@@ -74,6 +77,7 @@ class Validation:
     uncounted: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
     suffixes: dict[str, int] = field(default_factory=dict)
+    truncated: dict[str, int] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -98,6 +102,10 @@ class Validation:
                 else ""
             )
             lines.append(f"source: {count(self.images, 'image')} in the committed shards{more}")
+        lines += [
+            f"cut short  {shard}: at byte {at:,}; what follows is not counted"
+            for shard, at in self.truncated.items()
+        ]
         if self.left_out:
             lines.append(f"left out   {describe(self.left_out, self.suffixes)}")
         if self.compared is not None:
@@ -121,7 +129,7 @@ def validate(out: str, inputs: bool = True, content: bool = False) -> Validation
         f"data/{shard}.parquet is in the manifest but missing"
         for shard in sorted((listed or {}).keys() - data.keys())
     ]
-    is_done = exists(join(dataset.out, "_SUCCESS.json"))
+    is_done = is_marked_complete(dataset.out)
     if listed is not None and is_done:
         unlisted = sorted(data.keys() - listed.keys())
         problems += [
@@ -132,7 +140,7 @@ def validate(out: str, inputs: bool = True, content: bool = False) -> Validation
     problems += unlistable
     by_id = {shard.id: shard for shard in listing.shards} if listing else {}
     rows = errors = compared = images = uncounted = 0
-    left_out = Counter(listing.left_out if listing else {})
+    left_out, truncated = Counter(listing.left_out if listing else {}), dict[str, int]()
     with ThreadPoolExecutor(
         2
     ) as pool:  # a manifest of before the work that is going on tells nothing of a file
@@ -148,6 +156,8 @@ def validate(out: str, inputs: bool = True, content: bool = False) -> Validation
                 continue
             rows, errors = rows + footer.rows, errors + footer.errors
             left_out.update(footer.left_out)
+            if footer.truncated_at is not None:
+                truncated[shard] = footer.truncated_at
             if shard not in by_id:
                 continue
             if content:
@@ -159,7 +169,9 @@ def validate(out: str, inputs: bool = True, content: bool = False) -> Validation
             held, more = _count_again(dataset, by_id[shard], footer, content)
             images, uncounted = images + (held or 0), uncounted + (held is None)
             problems += [f"data/{shard}.parquet: {p}" for p in more]
-    pending = len({shard.id for shard in chosen(list(by_id.values()), dataset.job)} - data.keys())
+    pending = len(
+        {shard.id for shard in select_shards(list(by_id.values()), dataset.job)} - data.keys()
+    )
     return Validation(
         dataset.out,
         len(data),
@@ -173,6 +185,7 @@ def validate(out: str, inputs: bool = True, content: bool = False) -> Validation
         uncounted,
         dict(+left_out),
         listing.suffixes if listing else {},
+        truncated,
     )
 
 
@@ -214,9 +227,8 @@ def _manifest_rows(dataset: Dataset) -> tuple[dict[str, dict[str, object]] | Non
     """The manifest's rows by shard, None when there is none, and what is wrong with it."""
     try:
         manifest = read_manifest(dataset.out)
-        success = join(dataset.out, "_SUCCESS.json")
-        if exists(success) and not exists(
-            join(dataset.out, "_vitray", json.loads(read(success))["manifest"])
+        if is_marked_complete(dataset.out) and not exists(
+            manifest_url(dataset.out, success_manifest(dataset.out))
         ):
             raise StorageError("the one that _SUCCESS.json names does not exist.")
         return None if manifest is None else {row["shard"]: row for row in manifest.to_pylist()}, []

@@ -31,9 +31,10 @@ def summary(result: Result, job: Job) -> str:
     speed = (
         f", {result.images / result.seconds:.1f} images/s with start-up" if result.images else ""
     )
+    by_others = f", {result.adopted} of them by another run" if result.adopted else ""
     took = f"{count(result.images, 'image')} computed in {result.seconds:.1f} s{speed}"
     lines = [
-        f"{count(result.committed, 'shard')} committed now ({took})",
+        f"{count(result.committed, 'shard')} committed now{by_others} ({took})",
         f"{result.out}: {count(result.shards, 'shard')}, {count(result.rows, 'row')}, "
         f"{count(result.errors, 'error')}",
     ]

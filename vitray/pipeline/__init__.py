@@ -4,7 +4,8 @@ fragment; line.py, how Ray Data moves it; cluster.py, Ray itself; progress.py, h
 
 from vitray.pipeline.cluster import joined, on_machine
 from vitray.pipeline.progress import Progress, Result
-from vitray.pipeline.runner import groups_of, list_source, prepared, run, with_absolute_paths
+from vitray.pipeline.runner import run
+from vitray.pipeline.source_listing import groups_of, list_source, prepared, with_absolute_paths
 
 __all__ = [
     "Progress",

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from vitray.dataset import scratch
 from vitray.errors import ClusterError, VitrayError, one_line
-from vitray.storage import exists, is_local, scratch, store_for
+from vitray.storage import exists, is_local, store_for
 
 log = logging.getLogger(__name__)
 
@@ -213,9 +214,7 @@ def _started(where: str, options: dict[str, Any]) -> Iterator[None]:
     threading.Thread(target=live, name="vitray-ray", daemon=True).start()
     try:
         if not is_up.wait(START_S) or failed:
-            why = (
-                " ".join(str(failed[0]).split())[:300] if failed else f"nothing came in {START_S} s"
-            )
+            why = one_line(failed[0], 300) if failed else f"nothing came in {START_S} s"
             raise ClusterError(
                 f"Ray at {where} does not answer: {why}. Check the address, that the cluster runs "
                 f"this version of Ray, and "

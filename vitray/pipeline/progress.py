@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from vitray.exit_codes import ExitCode
 from vitray.schema import ShardEvent
 
 MARKS = 400
@@ -96,8 +97,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run did. errors_path: the folder of its error rows. committed: shards it made or
-    adopted; set_aside: {shard: why}; truncated: {shard: byte}.
+    """What a run did.
+
+    errors_path: the folder of its error rows. committed: shards it made or adopted; adopted: those
+    of them that another run, or an earlier try, made. set_aside: {shard: why}; truncated: {shard:
+    byte}.
 
     notes: what readers saw beside images, {shard: text}, of this run; reasons: of this run's bad
     images.
@@ -117,6 +121,7 @@ class Result:
     rows: int
     errors: int
     committed: int
+    adopted: int
     images: int
     seconds: float
     set_aside: dict[str, str]
@@ -133,7 +138,8 @@ class Result:
     too_many_errors: bool
 
     @property
-    def exit_code(self) -> int:
+    def exit_code(self) -> ExitCode:
         if self.too_many_errors:
-            return 4
-        return 3 if self.set_aside or self.truncated else 0
+            return ExitCode.TOO_MANY_BAD_IMAGES
+        is_whole = not self.set_aside and not self.truncated
+        return ExitCode.DONE if is_whole else ExitCode.INCOMPLETE

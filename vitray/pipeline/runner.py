@@ -34,29 +34,26 @@ from vitray.dataset import (
     append_group_log,
     base_of,
     check_data,
+    check_store,
     committed,
     dataset_url,
+    drop_scratch,
     drop_unstarted,
     finish,
-    last_source,
-    load_group_log,
     open_dataset,
     package_versions,
     passthrough_in_data,
-    read_manifest,
     remember_source,
     resolve_dataset,
     restore_dataset,
     unmark_success,
     with_frozen,
-    with_source_rules,
     write_run_record,
 )
 from vitray.errors import (
     ClusterError,
     ErrorRateExceeded,
     Interrupted,
-    JobError,
     ShardError,
     StorageError,
     VitrayError,
@@ -85,20 +82,18 @@ from vitray.pipeline.metrics import Meter, RayMeter
 from vitray.pipeline.progress import Progress, Result
 from vitray.pipeline.ray_executor import RayExecutor
 from vitray.pipeline.rounds import ATTEMPTS, Executor, MachineLostError, Work, blame, run_round
+from vitray.pipeline.source_listing import list_source, prepared
 from vitray.schema import ModelSpec, Shard
 from vitray.sources import (
-    Group,
     Listing,
     absent_members,
-    chosen,
+    count_selection,
     estimate_images,
     find_key_column,
-    kind_of,
-    list_shards,
     passthrough_schema,
-    select,
+    select_shards,
 )
-from vitray.storage import absolute, drop_scratch, exists, expand_braces, join, probe, reads
+from vitray.storage import absolute, exists, join
 
 log = logging.getLogger(__name__)
 
@@ -143,12 +138,12 @@ def run(
     started = time.monotonic()
     job = with_label_names(prepared(job))
     listing = list_source(job)
-    selection = select(listing, job)
-    if selection.shards < selection.all_shards:
+    selection = count_selection(listing, job)
+    if selection.is_set:
         log.warning("%s", selection)
     drop_scratch(job.out)
     if not exists(dataset_url(job.out)):
-        probe(job.out)
+        check_store(job.out)
     settled = not listing.new_groups and not (prune and any(map(_vanished, listing.shards)))
     if settled and open_dataset(job.out) is not None and not _pending(job, listing):
         dataset = _resolve(job, identify(with_frozen(job), runs_here=False), listing)
@@ -180,7 +175,7 @@ def run(
                     [listing.shards[0].url, dataset.spec.model, dataset.spec.head],
                     nodes,
                 )
-                probe(dataset.out)
+                check_store(dataset.out)
                 remember_source(dataset, _seen(listing), begins=True)
                 for _ in range(ATTEMPTS):
                     listing = _settle_groups(job, listing, prune)
@@ -274,43 +269,6 @@ def _told_if_it_fails(dataset: Dataset, work: Work) -> Iterator[None]:
         raise
 
 
-def prepared(job: Job) -> Job:
-    """The job as a run takes it: absolute paths, and the source rules of the dataset in its
-    `out`.
-    """
-    return with_source_rules(with_absolute_paths(job))
-
-
-def list_source(job: Job, out: str | None = None) -> Listing:
-    """What the job's source holds now, with the groups and the kind of its dataset.
-
-    out: where the dataset is; the job's own `out` unless it was moved.
-    """
-    out = out or job.out
-    groups = groups_of(out)
-    return list_shards(job, groups, _known_kind(job, out, groups))
-
-
-def _known_kind(job: Job, out: str, groups: list[Group]) -> str | None:
-    """The kind of a dataset's shards, by its last run; where that said nothing, by its groups or by
-    a URL in its manifest.
-
-    None where the job has another source than the last run.
-    """
-    dataset = open_dataset(out)
-    if dataset is None or dataset.job.source != job.source:
-        return None
-    if kind := last_source(out).kind:
-        return kind
-    if groups:
-        return "files"
-    with contextlib.suppress(StorageError):  # a damaged one: whoever needs it says so
-        manifest = read_manifest(absolute(out))
-        if manifest is not None and len(manifest):
-            return kind_of(manifest["url"][0].as_py(), job.rules)
-    return None
-
-
 def _seen(listing: Listing) -> LastSource:
     return LastSource(listing.kind, listing.left_out, listing.suffixes)
 
@@ -324,40 +282,6 @@ def _with_key_column(job: Job, listing: Listing) -> Job:
         return job
     log.warning("keys come from column `%s` (`key_column` names another one)", name)
     return job.with_found_key(name)
-
-
-def with_absolute_paths(job: Job) -> Job:
-    """Workers have a working directory of their own, and so has whoever validates the dataset
-    later.
-    """
-    out = absolute(job.out)
-    paths = {
-        "source": [absolute(s) for s in job.source],
-        "allow": [absolute(a) for a in job.allow],
-        "out": out,
-    }
-    for source in paths["source"]:
-        if any(reads(part, out) for part in expand_braces(source)):
-            raise JobError(
-                f"`out` {out} lies inside `source` {source}: it would read its own output. Choose "
-                f"another `out`."
-            )
-    model = absolute(job.model) if os.path.isdir(job.model) else job.model
-    head = None if job.head is None else absolute(job.head)
-    return job.model_copy(update={**paths, "model": model, "head": head})
-
-
-def groups_of(out: str) -> list[Group]:
-    """The membership of grouped small objects, as the log in OUT has it."""
-    log = load_group_log(absolute(out))
-    homes, members = {url: number for number, url in log}, dict[int, list[str]]()
-    for number, url in log:
-        members.setdefault(number, []).append(url)
-    members.pop(NO_GROUP, None)
-    return [
-        Group(n, tuple(url for url in urls if homes[url] == n), tuple(urls))
-        for n, urls in sorted(members.items())
-    ]
 
 
 def _settle_groups(job: Job, listing: Listing, prune: bool) -> Listing:
@@ -381,7 +305,7 @@ def _settle_groups(job: Job, listing: Listing, prune: bool) -> Listing:
 
 def _pending(job: Job, listing: Listing) -> list[Shard]:
     done = committed(absolute(job.out))
-    return [shard for shard in chosen(listing.shards, job) if shard.id not in done]
+    return [shard for shard in select_shards(listing.shards, job) if shard.id not in done]
 
 
 def _resolve(job: Job, spec: ModelSpec, listing: Listing) -> Dataset:
@@ -524,7 +448,7 @@ def _finished(dataset: Dataset, job: Job, prune: bool, work: Work, started: floa
     def list_ids() -> tuple[list[str], list[str]]:
         nonlocal listing, selected
         listing = list_source(job)
-        selected = chosen(listing.shards, job)
+        selected = select_shards(listing.shards, job)
         return [shard.id for shard in listing.shards], [shard.id for shard in selected]
 
     restore_dataset(dataset)  # another first run that failed may have taken it away
@@ -555,6 +479,7 @@ def _finished(dataset: Dataset, job: Job, prune: bool, work: Work, started: floa
         shards_not_selected=len(listing.shards) - len(selected),
         images_not_selected=work.selection.images_left,
         committed=len(work.commits),
+        adopted=sum(commit.adopted for commit in work.commits.values()),
         images=images,
         seconds=time.monotonic() - started,
         set_aside=aside,

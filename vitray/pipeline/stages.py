@@ -27,7 +27,7 @@ from vitray.dataset import (
     Dataset,
     commit_shard,
     read_fragment,
-    staged_whole,
+    staged_intact,
     write_end,
     write_fragment,
 )
@@ -118,7 +118,7 @@ def read_step(dataset: Dataset, shard: Shard) -> Iterator[FragmentBatch]:
     started = time.perf_counter()
     try:
         require_passthrough(shard, dataset.job, dataset.passthrough)
-        there = staged_whole(dataset, shard.id)
+        there = staged_intact(dataset, shard.id)
         if there.covers():
             for span in there.ranges():
                 yield _was_staged(dataset, shard.id, span)

@@ -1,5 +1,6 @@
-"""From a job's source to its shards: what is there, what kind it is, how it is cut. Private to this
-package.
+"""From a job's source to its shards: which objects, of which kind, cut into which shards.
+
+Private to this package.
 """
 
 from __future__ import annotations
@@ -14,10 +15,17 @@ from vitray import storage
 from vitray.errors import JobError, ObjectChanged, ObjectMissing, ShardError, SourceError
 from vitray.job import Job
 from vitray.left_out import LeftOut
-from vitray.schema import Shard
+from vitray.schema import Shard, ShardKind
 from vitray.sources.files import Group, list_files
 from vitray.sources.manifest import split_manifest
-from vitray.sources.names import COMPRESSED_TAR, KINDS, WITHOUT_SUFFIX, kind_of, suffix_of
+from vitray.sources.names import (
+    COMPRESSED_TAR,
+    KINDS,
+    WITHOUT_SUFFIX,
+    NameKind,
+    kind_of,
+    suffix_of,
+)
 from vitray.sources.objects import READERS, whole_shard
 from vitray.sources.parquet import split_parquet
 from vitray.sources.tables import columns_to_read, parquet_kind, read_schema
@@ -26,206 +34,213 @@ from vitray.sources.text import UnreadableTextError
 from vitray.storage import Found, ObjectInfo
 
 UNREADABLE = (ShardError, ObjectChanged)
-LOOK_INTO = 5  # files tried until one can be opened
+FILES_TRIED = 5  # until one can be opened
 
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """What a source holds now. left_out: files that belong to no shard, by left_out.LEFT_OUT.
+    """What a source holds now.
 
-    suffixes: how many of them have which suffix, for people.
+    kind: of its shards; None for an empty listing.
+    left_out: number of files that belong to no shard, by left_out.LEFT_OUT. suffixes: number of
+    those files by suffix, for messages.
     """
 
     shards: list[Shard]
     new_groups: list[Group]
-    kind: str = ""
+    kind: ShardKind | None = None
     left_out: dict[str, int] = field(default_factory=dict)
     suffixes: dict[str, int] = field(default_factory=dict)
 
 
-def list_shards(job: Job, groups: Sequence[Group], known_kind: str | None = None) -> Listing:
+def list_shards(
+    job: Job, groups: Sequence[Group], dataset_kind: ShardKind | None = None
+) -> Listing:
     """The shards of job.source in its order. Raises SourceError.
 
-    groups: known membership of loose files. known_kind: the kind of the dataset that the job goes
-    on with; where the source holds such files, files of other kinds are left out instead of
-    refused.
+    groups: the known groups of loose files.
+    dataset_kind: the kind of the dataset that the job continues. Files of other kinds are then left
+    out instead of refused.
     """
     found = _search(job)
-    kind = _kind(job, found.objects, known_kind)
-    chosen, others = _choose(job, kind, found.objects)
-    if not chosen:
+    kind = _kind(job, found.objects, dataset_kind)
+    of_kind, unused = _partition(job, kind, found.objects)
+    if not of_kind:
         raise SourceError(
             f"source {_names(job)} holds nothing of format {kind}: {_counts(found.objects, job)}. "
-            f"Correct `source` or `format`."
+            "Correct `source` or `format`."
         )
     new: list[Group] = []
-    if kind == "files":
-        shards, new = list_files(chosen, job, groups)
+    if kind == ShardKind.FILES:
+        shards, new = list_files(of_kind, job, groups)
     else:
-        shards = [whole_shard(info, kind) for info in chosen]
-    if kind in ("parquet", "manifest"):
+        shards = [whole_shard(info, kind) for info in of_kind]
+    if kind in (ShardKind.PARQUET, ShardKind.MANIFEST):
         shards = _split(shards, job)
-    if kind == "tar" and known_kind is None:  # a later tar is set aside alone
-        _of_first_readable(shards[:1], lambda shard: require_clear_samples(shard, job))
-    left_out = Counter[str](_why_left_out(info, kind, job) for info in others)
-    left_out.update(
-        {LeftOut.HIDDEN: len(found.hidden), LeftOut.LINKED_FOLDER: len(found.linked_folders)}
-    )
-    suffixes = Counter(suffix_of(info.url, job.rules) for info in others)
+    if kind == ShardKind.TAR and dataset_kind is None:  # a later tar is only set aside itself
+        _check_first_readable(shards[:1], lambda shard: require_clear_samples(shard, job))
+    left_out = Counter[str](_why_left_out(info, kind, job) for info in unused)
+    left_out[LeftOut.HIDDEN] += len(found.hidden)
+    left_out[LeftOut.LINKED_FOLDER] += len(found.linked_folders)
+    suffixes = Counter(suffix_of(info.url, job.rules) for info in unused)
     return Listing(shards, new, kind, dict(+left_out), dict(suffixes))
 
 
 def _search(job: Job) -> Found:
     """Every object once, in order."""
-    objects, hidden, linked = dict[str, ObjectInfo](), set[str](), set[str]()
+    objects = dict[str, ObjectInfo]()
+    hidden = set[str]()
+    linked = set[str]()
     for pattern in job.source:
         try:
-            found = storage.search(pattern, job.rules)
+            matches = storage.search(pattern, job.rules)
         except ObjectMissing as error:
             raise SourceError(
                 f"source {error}. Correct `source`, or put the images there."
             ) from error
-        objects |= {info.url: info for info in found.objects}
-        hidden |= set(found.hidden)
-        linked |= set(found.linked_folders)
+        objects |= {info.url: info for info in matches.objects}
+        hidden |= set(matches.hidden)
+        linked |= set(matches.linked_folders)
     if not objects:
         raise SourceError(
             f"source {_names(job)} holds no object (names that begin with a dot or an underscore "
-            f"do not count). Correct `source`."
+            "do not count). Correct `source`."
         )
     return Found(list(objects.values()), sorted(hidden - objects.keys()), sorted(linked))
 
 
-def _kind(job: Job, found: list[ObjectInfo], known_kind: str | None) -> str:
+def _kind(job: Job, objects: list[ObjectInfo], dataset_kind: ShardKind | None) -> ShardKind:
     if job.format != "auto":
-        return job.format
-    return known_kind or _detect(job, found)
+        return ShardKind(job.format)
+    return dataset_kind or _detect(job, objects)
 
 
-def _choose(
-    job: Job, kind: str, found: list[ObjectInfo]
+def _partition(
+    job: Job, kind: ShardKind, objects: list[ObjectInfo]
 ) -> tuple[list[ObjectInfo], list[ObjectInfo]]:
-    """Objects of this kind, and the others.
+    """(objects of this kind, all other objects).
 
-    With an explicit format, names in the source are taken whatever their suffix. So are files
-    without a suffix, or with one that the source spells out, unless beside a manifest: they may be
-    its images.
+    With an explicit `format`, a file that the source names is taken whatever its suffix. Files
+    without a suffix, and files with a suffix that the source spells out, are taken too. The latter
+    two do not hold for manifests, because files beside a manifest may be its images.
     """
-    kinds: set[str | None] = {kind, "parquet"} if kind == "manifest" else {kind}
+    kinds: set[NameKind | None] = {kind}
+    if kind == ShardKind.MANIFEST:
+        kinds.add(ShardKind.PARQUET)
     is_explicit = job.format != "auto"
     named = {storage.absolute(pattern) for pattern in job.source} if is_explicit else set()
-    bare = set[str]()
-    if is_explicit and job.rules > 1 and kind != "manifest":
-        asked = {
-            suffix_of(pattern, job.rules) for pattern in job.source
-        }  # such as .dat in photos/*.dat
-        bare = {WITHOUT_SUFFIX, *(suffix for suffix in asked if suffix not in KINDS[job.rules])}
+    accepted_suffixes = set[str]()
+    if is_explicit and job.rules > 1 and kind != ShardKind.MANIFEST:
+        # such as .dat in photos/*.dat
+        spelled_out = {suffix_of(pattern, job.rules) for pattern in job.source}
+        accepted_suffixes = {WITHOUT_SUFFIX} | (spelled_out - KINDS[job.rules].keys())
 
     def is_taken(info: ObjectInfo) -> bool:
-        is_bare = suffix_of(info.url, job.rules) in bare
-        return kind_of(info.url, job.rules) in kinds or info.url in named or is_bare
+        is_accepted = suffix_of(info.url, job.rules) in accepted_suffixes
+        return kind_of(info.url, job.rules) in kinds or info.url in named or is_accepted
 
-    chosen = [info for info in found if is_taken(info)]
-    return chosen, [info for info in found if not is_taken(info)]
+    of_kind = [info for info in objects if is_taken(info)]
+    return of_kind, [info for info in objects if not is_taken(info)]
 
 
-def _why_left_out(info: ObjectInfo, kind: str, job: Job) -> LeftOut:
+def _why_left_out(info: ObjectInfo, kind: ShardKind, job: Job) -> LeftOut:
     own_kind = kind_of(info.url, job.rules)
-    if kind == "manifest" and own_kind == "files":
+    if kind == ShardKind.MANIFEST and own_kind == ShardKind.FILES:
         return LeftOut.BESIDE_MANIFEST
     if own_kind:
         return LeftOut.OTHER_KIND
-    return (
-        LeftOut.NO_SUFFIX
-        if suffix_of(info.url, job.rules) == WITHOUT_SUFFIX
-        else LeftOut.OTHER_SUFFIX
-    )
+    if suffix_of(info.url, job.rules) == WITHOUT_SUFFIX:
+        return LeftOut.NO_SUFFIX
+    return LeftOut.OTHER_SUFFIX
 
 
-def _detect(job: Job, found: list[ObjectInfo]) -> str:
-    """The one kind that the suffixes tell; for Parquet, the columns decide between images and a
-    manifest.
-    """
-    kinds = {kind for info in found if (kind := kind_of(info.url, job.rules)) is not None}
-    if kinds == {"parquet"}:
-        return _detect_in_parquet(job, found)
+def _detect(job: Job, objects: list[ObjectInfo]) -> ShardKind:
+    """The only kind among the suffixes. For Parquet, the columns tell images from a manifest."""
+    kinds = {kind for info in objects if (kind := kind_of(info.url, job.rules)) is not None}
+    if kinds == {ShardKind.PARQUET}:
+        return _detect_in_parquet(job, objects)
+    counts = _counts(objects, job)
     if COMPRESSED_TAR in kinds:
-        what = (
-            f"holds compressed tars ({_counts(found, job)}), which cannot be streamed exactly. "
-            f"Unpack them, or leave them out."
+        problem = (
+            f"holds compressed tars ({counts}), which cannot be streamed exactly. "
+            "Unpack them, or leave them out."
         )
     elif len(kinds) == 1:
-        return kinds.pop()
+        return ShardKind(kinds.pop())
     elif kinds:
-        what = (
-            f"is a mix: {_counts(found, job)}. Set `format:` to tar, parquet, files or manifest to "
-            f"choose one."
+        problem = (
+            f"is a mix: {counts}. Set `format:` to tar, parquet, files or manifest to choose one."
         )
     else:
-        what = (
-            f"holds no tar, Parquet, manifest (csv, jsonl) or image: {_counts(found, job)}. "
-            f"Correct `source`, or set `format:`."
+        problem = (
+            f"holds no tar, Parquet, manifest (csv, jsonl) or image: {counts}. "
+            "Correct `source`, or set `format:`."
         )
-    raise SourceError(f"source {_names(job)} {what}")
+    raise SourceError(f"source {_names(job)} {problem}")
 
 
-def _detect_in_parquet(job: Job, found: list[ObjectInfo]) -> str:
-    for info in [info for info in found if kind_of(info.url, job.rules) == "parquet"][:LOOK_INTO]:
+def _detect_in_parquet(job: Job, objects: list[ObjectInfo]) -> ShardKind:
+    parquet_files = [info for info in objects if kind_of(info.url, job.rules) == ShardKind.PARQUET]
+    for info in parquet_files[:FILES_TRIED]:
         with suppress(*UNREADABLE):
-            if kind := parquet_kind(read_schema(whole_shard(info, "parquet"), job), job):
+            schema = read_schema(whole_shard(info, ShardKind.PARQUET), job)
+            if kind := parquet_kind(schema, job):
                 return kind
-    return "parquet"
+    return ShardKind.PARQUET
 
 
 def _split(shards: list[Shard], job: Job) -> list[Shard]:
-    """Parts with exact rows; what cannot be read stays whole with rows=None, and fails when it is
-    read.
+    """Parts with exact rows. An unreadable shard stays whole with rows=None and fails when read.
 
-    Raises JobError when the first that can be read has not the columns that the job names,
-    SourceError when all are text in another encoding.
+    Raises JobError when the first readable shard lacks the columns that the job names, SourceError
+    when all shards are text in another encoding.
     """
     with ThreadPoolExecutor(READERS) as pool:
-        split = list(pool.map(lambda whole: _parts_of(whole, job), shards))
-    unreadable = [error for error in split if isinstance(error, UnreadableTextError)]
-    if len(unreadable) == len(split):
+        results = list(pool.map(lambda shard: _parts_of(shard, job), shards))
+    unreadable = [result for result in results if isinstance(result, UnreadableTextError)]
+    if len(unreadable) == len(results):
         raise SourceError(str(unreadable[0]))
     parts = list[Shard]()
-    for whole, its_parts in zip(shards, split):
-        parts += [whole] if isinstance(its_parts, UnreadableTextError) else its_parts
+    for shard, result in zip(shards, results):
+        parts += [shard] if isinstance(result, UnreadableTextError) else result
     with_rows = [part for part in parts if part.rows]
-    _of_first_readable(with_rows, lambda part: columns_to_read(read_schema(part, job), part, job))
+    _check_first_readable(
+        with_rows, lambda part: columns_to_read(read_schema(part, job), part, job)
+    )
     return parts
 
 
-def _of_first_readable(shards: Sequence[Shard], look: Callable[[Shard], object]) -> None:
-    """Look into shards until one can be read and fits the job. Raises JobError when none fits."""
+def _check_first_readable(shards: Sequence[Shard], check: Callable[[Shard], object]) -> None:
+    """Check shards until one can be read and fits the job. Raises JobError when none fits."""
     first_error: JobError | None = None
-    for shard in shards[:LOOK_INTO]:
+    for shard in shards[:FILES_TRIED]:
         try:
-            look(shard)
+            check(shard)
             return
         except UNREADABLE:
             continue
-        except JobError as error:  # another file may have the column: this one is set aside then
+        except JobError as error:  # another file may fit: then only this one is set aside
             first_error = first_error or error
     if first_error:
         raise first_error
 
 
-def _parts_of(whole: Shard, job: Job) -> list[Shard] | UnreadableTextError:
+def _parts_of(shard: Shard, job: Job) -> list[Shard] | UnreadableTextError:
     try:
-        return split_parquet(whole) if whole.kind == "parquet" else split_manifest(whole, job)
+        if shard.kind == ShardKind.PARQUET:
+            return split_parquet(shard)
+        return split_manifest(shard, job)
     except UnreadableTextError as error:
         return error
     except UNREADABLE:
-        return [whole]
+        return [shard]
 
 
 def _names(job: Job) -> str:
     return ", ".join(job.source[:3]) + (", ..." if len(job.source) > 3 else "")
 
 
-def _counts(found: list[ObjectInfo], job: Job) -> str:
+def _counts(objects: list[ObjectInfo], job: Job) -> str:
     """`12 .jpg, 3 .tar`"""
-    suffixes = Counter(suffix_of(info.url, job.rules) for info in found)
+    suffixes = Counter(suffix_of(info.url, job.rules) for info in objects)
     return ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(8))

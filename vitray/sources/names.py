@@ -1,33 +1,37 @@
-"""What a name in a source says: its kind by its suffix, and columns that folders spell out."""
+"""The kind of a file by its suffix, and column values in the names of its folders."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Final, Literal
 from urllib.parse import unquote
 
-from vitray.schema import ALL_IMAGE_SUFFIXES, IMAGE_SUFFIXES_V1
+from vitray.schema import ALL_IMAGE_SUFFIXES, IMAGE_SUFFIXES_V1, ShardKind
 
-COMPRESSED_TAR = "compressed tar"
+COMPRESSED_TAR: Final = "compressed tar"  # recognised, so that the error message can name it
+NameKind = ShardKind | Literal["compressed tar"]
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
-_KINDS_V1 = {
-    ".tar": "tar",
-    ".parquet": "parquet",
-    **dict.fromkeys((".csv", ".jsonl", ".ndjson"), "manifest"),
-    **{f".{suffix}": "files" for suffix in IMAGE_SUFFIXES_V1},
+_KINDS_V1: dict[str, NameKind] = {
+    ".tar": ShardKind.TAR,
+    ".parquet": ShardKind.PARQUET,
+    ".csv": ShardKind.MANIFEST,
+    ".jsonl": ShardKind.MANIFEST,
+    ".ndjson": ShardKind.MANIFEST,
+    **{f".{suffix}": ShardKind.FILES for suffix in IMAGE_SUFFIXES_V1},
     **dict.fromkeys(_COMPRESSED, COMPRESSED_TAR),
 }
-_KINDS_V2 = {
+_KINDS_V2: dict[str, NameKind] = {
     **_KINDS_V1,
-    **dict.fromkeys((".parq", ".pq"), "parquet"),
-    ".tsv": "manifest",
-    **{f".{suffix}": "files" for suffix in ALL_IMAGE_SUFFIXES},
+    ".parq": ShardKind.PARQUET,
+    ".pq": ShardKind.PARQUET,
+    ".tsv": ShardKind.MANIFEST,
+    **{f".{suffix}": ShardKind.FILES for suffix in ALL_IMAGE_SUFFIXES},
 }
 KINDS = {1: _KINDS_V1, 2: _KINDS_V2}  # by source rules
 WITHOUT_SUFFIX = "without suffix"
 _SUFFIX_V1 = re.compile(r"\.tar\.(gz|bz2|xz|zst)$|\.[^./]*$")
-# what stands behind the last dot is a suffix where it is short and has a letter: not `._0`, not `.
-# Smith`
+# A suffix is short and has a letter, unlike the ends of `a._0` and of `Mr. Smith`.
 _SUFFIX = re.compile(r"(?<=[^/])(\.tar\.(gz|bz2|xz|zst)|\.(?=[0-9]*[a-z])[a-z0-9]{1,12})$")
 _HIVE_PART = re.compile(r"([^=/]+)=([^/]*)")
 _HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
@@ -39,21 +43,21 @@ def suffix_of(url: str, rules: int) -> str:
     return match[0] if match else WITHOUT_SUFFIX
 
 
-def kind_of(url: str, rules: int) -> str | None:
-    """tar, parquet, manifest, files or COMPRESSED_TAR; None where the suffix does not tell."""
+def kind_of(url: str, rules: int) -> NameKind | None:
+    """The kind that the suffix means under these source rules; None for any other suffix."""
     return KINDS[rules].get(suffix_of(url, rules))
 
 
 def is_folder_column(name: str, url: str) -> bool:
-    """Whether the folders of a URL spell out a value for this column."""
+    """Whether the folders of a URL give a value for this column."""
     return name == "folder" or name in hive_columns(url)
 
 
 def folder_value(name: str, url: str) -> str | None:
-    """`folder`: the name of the folder that holds the file; else the value of a folder called
-    `name=value`.
+    """The value of a folder column: see `is_folder_column`.
 
-    Escapes such as %20 in the latter are decoded, as Hive writes them.
+    For the name `folder` it is the name of the file's own folder. For any other name it is the
+    value of a folder called `name=value`; escapes such as %20 are decoded, as Hive writes them.
     """
     if name != "folder":
         return hive_columns(url).get(name)
@@ -63,11 +67,11 @@ def folder_value(name: str, url: str) -> str | None:
 
 def hive_columns(url: str) -> dict[str, str | None]:
     """The columns of folders called `name=value`, as Hive partitions a table."""
-    found = dict[str, str | None]()
-    for part in _folders(url):
-        if match := _HIVE_PART.fullmatch(part):
-            found[unquote(match[1])] = None if match[2] == _HIVE_NULL else unquote(match[2])
-    return found
+    columns = dict[str, str | None]()
+    for folder in _folders(url):
+        if match := _HIVE_PART.fullmatch(folder):
+            columns[unquote(match[1])] = None if match[2] == _HIVE_NULL else unquote(match[2])
+    return columns
 
 
 def _folders(url: str) -> Sequence[str]:

@@ -1,5 +1,6 @@
-"""One object of a source: its shard's id, its bytes at the planned version, and many of them in
-order. Private to this package.
+"""Objects of a source: shard ids, bytes at the planned version, many objects read in order.
+
+Private to this package.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ from typing import BinaryIO
 
 from vitray import storage
 from vitray.errors import ObjectChanged, ObjectMissing, ObjectRefused, ShardError
-from vitray.schema import Encoded, Shard, short_hash
+from vitray.schema import Encoded, Shard, ShardKind, short_hash
 from vitray.storage import ObjectInfo
 
-MAX_IMAGE_BYTES = 256 << 20  # beyond what 50 MP (job.max_pixels) take as uncompressed 8-bit RGB
-READERS = 16  # objects in flight: hides a store's latency, and bounds memory to as many images
+MAX_IMAGE_BYTES = 256 << 20  # more than 50 MP (job.max_pixels) take as uncompressed 8-bit RGB
+READERS = 16  # objects in flight: hides a store's latency, and bounds the images in memory
 CHUNK_BYTES = 8 << 20  # one ranged GET of the storage package
 
 
-def whole_shard(info: ObjectInfo, kind: str) -> Shard:
+def whole_shard(info: ObjectInfo, kind: ShardKind) -> Shard:
+    """One object as one shard."""
     return Shard(
         shard_id(_stem_of(info.url), info.url, info.version),
         kind,
@@ -32,13 +34,11 @@ def whole_shard(info: ObjectInfo, kind: str) -> Shard:
     )
 
 
-def part_of(whole: Shard, mark: str, rows: int, size: int, span: tuple[int, int]) -> Shard:
-    """A part of a shard's object, from span's start to its stop. mark: what a span counts, as the
-    id says it.
-    """
+def part_of(shard: Shard, unit: str, rows: int, size: int, span: tuple[int, int]) -> Shard:
+    """A part of a shard's object. span: its start and stop, in units; the unit is part of the id."""
     start, stop = span
-    name = shard_id(f"{_stem_of(whole.url)}-{mark}{start}-{stop}", whole.url, whole.version)
-    return replace(whole, id=name, size=size, start=start, stop=stop, rows=rows)
+    name = shard_id(f"{_stem_of(shard.url)}-{unit}{start}-{stop}", shard.url, shard.version)
+    return replace(shard, id=name, size=size, start=start, stop=stop, rows=rows)
 
 
 def shard_id(stem: str, base: str, version: str) -> str:
@@ -46,16 +46,12 @@ def shard_id(stem: str, base: str, version: str) -> str:
 
 
 def printable(text: str) -> str:
-    """The text as valid UTF-8: lone surrogates (undecodable bytes, broken JSON) become visible
-    escapes.
-    """
+    """Valid UTF-8: lone surrogates (undecodable bytes, broken JSON) become visible escapes."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def text_of(data: bytes) -> tuple[str, bool]:
-    """The text of a file or a line, and whether it is UTF-8; what is not is read as Windows-1252,
-    as Excel writes it.
-    """
+    """(text, whether it is UTF-8). Other bytes are read as Windows-1252, as Excel writes it."""
     try:
         return data.decode("utf-8-sig"), True
     except UnicodeDecodeError:
@@ -63,15 +59,16 @@ def text_of(data: bytes) -> tuple[str, bool]:
 
 
 def open_shard(shard: Shard) -> BinaryIO:
-    """The shard's own object at the planned version. Raises ObjectChanged, or ShardError when it is
-    gone.
+    """The shard's object at the planned version.
+
+    Raises ObjectChanged, and ShardError when the object does not exist any more.
     """
     try:
         return storage.store_for(shard.url).open(shard.url, shard.version)
     except ObjectMissing as error:
         raise ShardError(
-            f"{shard.url} was listed and does not exist any more. Run again to list the source "
-            f"anew."
+            f"{shard.url} was listed and does not exist any more. Run again: the source is listed "
+            "again."
         ) from error
 
 
@@ -80,47 +77,53 @@ def too_large(size: int) -> tuple[str, str]:
     return "too_large", f"at least {size} encoded bytes; the cap of one image is {MAX_IMAGE_BYTES}"
 
 
-class _Refused(Encoded):
-    """A row whose object the store does not hand out."""
+class _RefusedRow(Encoded):
+    """A row whose object the store refuses to read."""
 
     __slots__ = ()
 
 
 def follow(
-    rows: Iterable[Encoded], wanted: Callable[[int], bool], version_of: Callable[[int], str | None]
+    rows: Iterable[Encoded],
+    is_wanted: Callable[[int], bool],
+    version_of: Callable[[int], str | None],
 ) -> Iterator[Encoded]:
-    """The wanted rows in order; one that has no reason yet gets the bytes of the object that its
-    uri names.
+    """The wanted rows in order. A row without a reason gets the bytes of the object at its uri.
 
-    version_of: the version of a row's object by the row's index; None reads what is there now. At
-    most READERS images are held. A refused object is an error row where another one of the shard
-    can be read after it; where none can, it is not the object, and ObjectRefused is raised. Raises
-    ObjectChanged.
+    version_of: the version of a row's object, by the row's index; None reads the current one.
+    At most READERS images are in memory.
+
+    Raises ObjectChanged. A refused object becomes an error row where another object of the shard
+    can be read after it. Where none can, the store refuses everything: raises ObjectRefused.
     """
-    others, held, refused = deque[Encoded](maxlen=READERS), list[Encoded](), ""
-    for row in read_each(rows, wanted, version_of):
-        if row.reason is None:  # read, or not wanted
-            others.append(replace(row, data=None))
-        if wanted(row.index):
-            held.append(row)
-        if isinstance(row, _Refused):
-            refused = row.message
-        while refused and others and _read_row(others[-1], version_of(others[-1].index)).reason:
-            others.pop()
-        if others or not refused:
-            yield from held
-            held, refused = [], ""
-    if refused:
-        raise ObjectRefused(refused)
+    readable = deque[Encoded](maxlen=READERS)  # rows to test a refusal with, without their bytes
+    pending = list[Encoded]()  # wanted rows since the first refusal that is not yet judged
+    refusal = ""
+    for row in read_each(rows, is_wanted, version_of):
+        if row.reason is None:  # it was read, or is not wanted
+            readable.append(replace(row, data=None))
+        if is_wanted(row.index):
+            pending.append(row)
+        if isinstance(row, _RefusedRow):
+            refusal = row.message
+        while (
+            refusal and readable and _read_row(readable[-1], version_of(readable[-1].index)).reason
+        ):
+            readable.pop()
+        if readable or not refusal:
+            yield from pending
+            pending = []
+            refusal = ""
+    if refusal:
+        raise ObjectRefused(refusal)
 
 
 def read_each(
     rows: Iterable[Encoded],
-    wanted: Callable[[int], bool],
+    is_wanted: Callable[[int], bool],
     version_of: Callable[[int], str | None] = lambda index: None,
 ) -> Iterator[Encoded]:
-    """All rows in order; a wanted one with neither bytes nor a reason gets the bytes of the object
-    that its uri names.
+    """All rows in order. A wanted row without bytes and reason gets the object at its uri.
 
     At most READERS objects are read at once. A refused object is a `missing` row. Raises
     ObjectChanged.
@@ -128,7 +131,7 @@ def read_each(
     waiting: deque[Encoded | Future[Encoded]] = deque()
     with ThreadPoolExecutor(READERS) as pool:
         for row in rows:
-            is_complete = row.data is not None or row.reason is not None or not wanted(row.index)
+            is_complete = row.data is not None or row.reason is not None or not is_wanted(row.index)
             waiting.append(
                 row if is_complete else pool.submit(_read_row, row, version_of(row.index))
             )
@@ -157,7 +160,9 @@ def _read_row(row: Encoded, version: str | None) -> Encoded:
                 return other
         return replace(row, reason="missing", message=str(error))
     except ObjectRefused as error:
-        return _Refused(row.index, row.key, row.uri, None, "missing", str(error), row.passthrough)
+        return _RefusedRow(
+            row.index, row.key, row.uri, None, "missing", str(error), row.passthrough
+        )
     if len(data) > MAX_IMAGE_BYTES:
         reason, message = too_large(len(data))
         return replace(row, reason=reason, message=message)
@@ -165,8 +170,9 @@ def _read_row(row: Encoded, version: str | None) -> Encoded:
 
 
 def _stem_of(url: str) -> str:
-    """The readable part of an id; never empty, and never hidden from tools that skip names like
-    `_x` and `.x`.
+    """The readable part of an id.
+
+    It is never empty and never begins like `_x` or `.x`, because many tools skip such names.
     """
     name = url.rstrip("/").rsplit("/", 1)[-1]
     stem = name.rsplit(".", 1)[0] or name

@@ -1,5 +1,6 @@
-"""Parquet files with the images inside: whole, or in ranges of whole row groups. Private to this
-package.
+"""Parquet files that contain the images; a shard is a file or a range of its row groups.
+
+Private to this package.
 """
 
 from __future__ import annotations
@@ -36,46 +37,46 @@ from vitray.sources.tables import (
     with_folder_columns,
 )
 
-MAX_SHARD_ROWS = (
-    20_000  # a few minutes of one accelerator, so that a set of large files still spreads
-)
+# A few minutes of one accelerator, so that a few large files still spread over a cluster.
+MAX_SHARD_ROWS = 20_000
 MAX_SHARD_BYTES = 1 << 30
 
 
-def split_parquet(whole: Shard) -> list[Shard]:
-    """Whole row groups together until the next one would go over the size of a shard. Raises
-    ShardError.
-    """
-    with open_shard(whole) as stream, open_parquet(stream, whole.url) as file:
+def split_parquet(shard: Shard) -> list[Shard]:
+    """Ranges of row groups, each as long as a shard may be. Raises ShardError."""
+    with open_shard(shard) as stream, open_parquet(stream, shard.url) as file:
         groups = [file.metadata.row_group(n) for n in range(file.num_row_groups)]
-        rows = [0, *accumulate(group.num_rows for group in groups)]
-        ends = [
-            0,
-            *accumulate(
-                sum(g.column(n).total_compressed_size for n in range(g.num_columns)) for g in groups
-            ),
-        ]
+        row_ends = [0, *accumulate(group.num_rows for group in groups)]
+        size_ends = [0, *accumulate(map(_compressed_size, groups))]
     starts = [0]
     for n in range(1, len(groups)):
-        if (
-            rows[n + 1] - rows[starts[-1]] > MAX_SHARD_ROWS
-            or ends[n + 1] - ends[starts[-1]] > MAX_SHARD_BYTES
-        ):
+        rows = row_ends[n + 1] - row_ends[starts[-1]]
+        size = size_ends[n + 1] - size_ends[starts[-1]]
+        if rows > MAX_SHARD_ROWS or size > MAX_SHARD_BYTES:
             starts.append(n)
     if len(starts) == 1:
-        return [replace(whole, rows=rows[-1])]
-    spans = zip(starts, [*starts[1:], len(groups)])
-    return [part_of(whole, "rg", rows[b] - rows[a], ends[b] - ends[a], (a, b)) for a, b in spans]
+        return [replace(shard, rows=row_ends[-1])]
+    return [
+        part_of(shard, "rg", row_ends[b] - row_ends[a], size_ends[b] - size_ends[a], (a, b))
+        for a, b in zip(starts, [*starts[1:], len(groups)])
+    ]
 
 
-def read_parquet(shard: Shard, job: Job, wanted: Callable[[int], bool]) -> Iterator[Encoded | End]:
+def _compressed_size(group: Any) -> int:
+    return sum(group.column(n).total_compressed_size for n in range(group.num_columns))
+
+
+def read_parquet(
+    shard: Shard, job: Job, is_wanted: Callable[[int], bool]
+) -> Iterator[Encoded | End]:
     """The rows of a file or of its range of row groups, batch by batch, then the End."""
     with open_shard(shard) as stream, open_parquet(stream, shard.url) as file:
         counts = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
-        first, total = sum(counts[: shard.start]), sum(counts[shard.start : shard.stop or None])
+        first = sum(counts[: shard.start])
+        total = sum(counts[shard.start : shard.stop or None])
         left_out = _in_other_columns(file, shard, job) if job.rules > 1 else {}
-        rows = _rows(file, shard, job, range(first, first + total), wanted)
-        yield from rows if job.rules == 1 else read_each(rows, wanted)
+        rows = _rows(file, shard, job, range(first, first + total), is_wanted)
+        yield from rows if job.rules == 1 else read_each(rows, is_wanted)
         note = ""
         if job.key_column and job.key_column not in file.schema_arrow.names:
             note = f"no column `{job.key_column}` here: rows are named by their number"
@@ -83,78 +84,77 @@ def read_parquet(shard: Shard, job: Job, wanted: Callable[[int], bool]) -> Itera
 
 
 def _in_other_columns(file: Any, shard: Shard, job: Job) -> dict[str, int]:
-    """How many images stand in columns that are not read, by the statistics of the file's row
-    groups.
-    """
-    count, metadata = 0, file.metadata
-    places = (
-        {metadata.row_group(0).column(n).path_in_schema: n for n in range(metadata.num_columns)}
-        if metadata.num_row_groups
-        else {}
-    )
+    """How many images are in columns that are not read, by the statistics of the row groups."""
+    metadata = file.metadata
+    if not metadata.num_row_groups:
+        return {}
+    first_group = metadata.row_group(0)
+    column_of = {first_group.column(n).path_in_schema: n for n in range(metadata.num_columns)}
+    stop = shard.stop or metadata.num_row_groups
+    groups = [metadata.row_group(n) for n in range(shard.start, stop)]
+    images = 0
     for name in other_image_columns(file.schema_arrow, shard, job):
-        place = places.get(name, places.get(f"{name}.bytes"))
-        for n in (
-            range(shard.start, shard.stop or metadata.num_row_groups) if place is not None else ()
-        ):
-            group = metadata.row_group(n)
-            statistics = group.column(place).statistics
-            nulls = (
-                statistics.null_count if statistics is not None and statistics.has_null_count else 0
-            )
-            count += group.num_rows - nulls
-    return {LeftOut.FURTHER_IMAGE: count} if count else {}
+        column = column_of.get(name, column_of.get(f"{name}.bytes"))
+        if column is not None:
+            images += sum(group.num_rows - _null_count(group.column(column)) for group in groups)
+    return {LeftOut.FURTHER_IMAGE: images} if images else {}
+
+
+def _null_count(column: Any) -> int:
+    """The nulls in a column chunk; 0 where its statistics do not count them."""
+    statistics = column.statistics
+    if statistics is None or not statistics.has_null_count:
+        return 0
+    return int(statistics.null_count)
 
 
 def _rows(
-    file: Any, shard: Shard, job: Job, rows: range, wanted: Callable[[int], bool]
+    file: Any, shard: Shard, job: Job, rows: range, is_wanted: Callable[[int], bool]
 ) -> Iterator[Encoded]:
-    """The wanted rows of a range of the file's. One without bytes whose path may be read has no
-    reason yet.
+    """The wanted rows of a range of the file's rows.
+
+    A row without bytes has no reason yet where its path may be read.
     """
     names = columns_to_read(file.schema_arrow, shard, job)
-    for row, batch, positions in read_batches(
-        file, names, rows, lambda row: wanted(row - rows.start)
-    ):
+    batches = read_batches(file, names, rows, lambda row: is_wanted(row - rows.start))
+    for first_row, batch, positions in batches:
         images, further = _first_images(batch.column(names[0]))
         passthrough = passthrough_batch(batch, job) if job.keep else None
         keys = key_values(batch, job)
         for n in positions:
             path, data = _path_and_bytes(images[n])
-            named = None if keys is None else python_value(keys[n])
-            values = with_folder_columns(
-                passthrough and PassthroughRow(passthrough, n), shard.url, job
-            )
+            row = first_row + n
+            key = None if keys is None else python_value(keys[n])
+            values = passthrough and PassthroughRow(passthrough, n)
             item = Encoded(
-                row + n - rows.start,
-                key_of(named, path, row + n),
+                row - rows.start,
+                key_of(key, path, row),
                 shard.url,
                 None,
-                passthrough=values,
+                passthrough=with_folder_columns(values, shard.url, job),
                 further_images=further[n],
             )
             yield _with_content(item, data, path, shard, job)
 
 
 def _first_images(column: pa.Array) -> tuple[pa.Array, list[int]]:
-    """A column with one image a row, and how many further ones each row has.
+    """(a column with one image per row, the number of further images of each row).
 
-    Of a list the first image counts; a dictionary (a pandas category, a Polars categorical) becomes
-    its values.
+    Of a list the first image is taken. A dictionary (a pandas category, a Polars categorical)
+    becomes its values.
     """
     if pa.types.is_dictionary(column.type):
         return column.dictionary_decode(), [0] * len(column)
     if is_list(column.type):
         rows = [_images_of(row) for row in column]
         firsts = [images[0].as_py() if images else None for images in rows]
-        return pa.array(firsts, column.type.value_type), [
-            max(0, len(images) - 1) for images in rows
-        ]
+        further = [max(0, len(images) - 1) for images in rows]
+        return pa.array(firsts, column.type.value_type), further
     return column, [0] * len(column)
 
 
 def _images_of(row: pa.Scalar) -> list[pa.Scalar]:
-    """The images of a list that are there."""
+    """The images of a list that are not null."""
     return [image for image in row.values if image.is_valid] if row.is_valid else []
 
 
@@ -167,23 +167,20 @@ def _path_and_bytes(cell: pa.Scalar) -> tuple[object, pa.Scalar]:
 
 
 def _with_content(item: Encoded, data: pa.Scalar, path: object, shard: Shard, job: Job) -> Encoded:
-    """With its bytes, with the URL that its path names, or with the reason why there is neither."""
+    """The row with its bytes, with the URL that its path names, or with a reason for neither."""
     if pa.types.is_dictionary(data.type):
         data = data.value
     if not data.is_valid and path and job.rules > 1:
-        (uri, reason, message), spellings = follow_path(
-            path, shard, allowed_prefixes(shard, job), job
-        )
-        return replace(
-            item, uri=uri or shard.url, reason=reason, message=message, spellings=spellings
-        )
+        located, spellings = follow_path(path, shard, allowed_prefixes(shard, job), job)
+        uri = located[0] or shard.url
+        _, reason, message = located
+        return replace(item, uri=uri, reason=reason, message=message, spellings=spellings)
     if not data.is_valid:
-        what = (
-            f", only the path {printable(str(path))[:200]}; only bytes inside the file are read"
-            if path
-            else ""
-        )
-        return replace(item, reason="missing", message=f"the row holds no image bytes{what}")
+        message = "the row holds no image bytes"
+        if path:
+            shown = printable(str(path))[:200]
+            message += f", only the path {shown}; only bytes inside the file are read"
+        return replace(item, reason="missing", message=message)
     if data.as_buffer().size > MAX_IMAGE_BYTES:
         reason, message = too_large(data.as_buffer().size)
         return replace(item, reason=reason, message=message)

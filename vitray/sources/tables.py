@@ -1,6 +1,6 @@
-"""Tables: named columns of a Parquet file, of CSV and of JSON lines. Private to this package.
+"""Tables: named columns of Parquet, CSV and JSON lines. Private to this package.
 
-Passthrough columns of a Parquet file stay Arrow data: they are cut out of its batches and never
+Passthrough columns of a Parquet file stay Arrow data: they are sliced from its batches and never
 become Python objects.
 """
 
@@ -15,9 +15,9 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vitray.errors import JobError, ShardError
+from vitray.errors import JobError, ShardError, one_line
 from vitray.job import Job
-from vitray.schema import PassthroughRow, Shard
+from vitray.schema import PassthroughRow, Shard, ShardKind
 from vitray.sources.names import folder_value, is_folder_column, kind_of
 from vitray.sources.objects import CHUNK_BYTES, open_shard, printable
 from vitray.sources.text import (
@@ -34,19 +34,21 @@ from vitray.sources.text import (
 IMAGE_NAMES_V1 = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "content", "picture")
 IMAGE_NAMES = (
     *IMAGE_NAMES_V1,
-    *(
-        "images",
-        "photo",
-        "data",
-        "binary",
-        "image_bytes",
-        "img_bytes",
-        "image_data",
-        "image_content",
-    ),
-    *("jpeg_bytes", "png_bytes", "image_binary", "image/encoded", "encoded_image"),
+    "images",
+    "photo",
+    "data",
+    "binary",
+    "image_bytes",
+    "img_bytes",
+    "image_data",
+    "image_content",
+    "jpeg_bytes",
+    "png_bytes",
+    "image_binary",
+    "image/encoded",
+    "encoded_image",
 )
-# Columns with these words hold a second, smaller or derived picture.
+# Columns with these words hold a second, smaller or derived image.
 SECONDARY_WORDS = ("thumb", "preview", "icon", "mask", "depth", "segment", "small")
 PATH_NAMES_V1 = (
     "path",
@@ -60,33 +62,35 @@ PATH_NAMES_V1 = (
     "key",
 )
 PATH_NAMES = (
-    *(
-        "path",
-        "file",
-        "filename",
-        "file_name",
-        "image",
-        "image_path",
-        "img_path",
-        "image_file",
-        "filepath",
-    ),
-    *("file_path", "img", "url", "uri", "image_url", "image_uri", "key"),
+    "path",
+    "file",
+    "filename",
+    "file_name",
+    "image",
+    "image_path",
+    "img_path",
+    "image_file",
+    "filepath",
+    "file_path",
+    "img",
+    "url",
+    "uri",
+    "image_url",
+    "image_uri",
+    "key",
 )
 KEY_NAMES = ("__key__", "key", "id")
 BINARIES = (pa.binary(), pa.large_binary(), pa.binary_view())
 STRINGS = (pa.string(), pa.large_string(), pa.string_view())
-# Source rules 1 keep these types in datasets, whatever the width of the file's offsets.
+# Source rules 1 store these types, whatever the width of the file's offsets.
 SAME_VALUES = dict.fromkeys(STRINGS, pa.string()) | dict.fromkeys(BINARIES, pa.binary())
-BATCH_ROWS = 32  # images are held by so many
-MAX_KEY_ROWS = 1_000_000  # read to see whether a column's values are unique: 50 MB of text
+BATCH_ROWS = 32  # bounds the images in memory
+MAX_KEY_ROWS = 1_000_000  # read to check that a column's values are unique: 50 MB of text
 
 
 @dataclass(frozen=True, slots=True)
 class TableRow:
-    """One row of a manifest: where its image is, its key and its passthrough values, or what is
-    wrong with it.
-    """
+    """One row of a manifest: the image's path, key and passthrough values, or a problem."""
 
     path: object = None
     key: object = None
@@ -95,7 +99,7 @@ class TableRow:
 
 
 def read_schema(shard: Shard, job: Job) -> pa.Schema:
-    """Column names and types; every column of CSV and JSON lines is text. Raises ShardError."""
+    """Column names and types. Columns of CSV and JSON lines are text. Raises ShardError."""
     with open_shard(shard) as stream:
         if _is_parquet(stream, shard):
             with open_parquet(stream, shard.url) as file:
@@ -106,6 +110,7 @@ def read_schema(shard: Shard, job: Job) -> pa.Schema:
 
 
 def count_rows(shard: Shard, job: Job) -> int:
+    """The number of rows in the whole file. Raises ShardError."""
     with open_shard(shard) as stream:
         if _is_parquet(stream, shard):
             with open_parquet(stream, shard.url) as file:
@@ -116,9 +121,7 @@ def count_rows(shard: Shard, job: Job) -> int:
 
 
 def read_rows(shard: Shard, job: Job, rows: range, notes: list[str]) -> Iterator[TableRow]:
-    """A range of a manifest's rows, in order. notes: grows by what a person should know of the
-    file.
-    """
+    """A range of a manifest's rows, in order. notes: messages about the file are appended to it."""
     with open_shard(shard) as stream:
         if _is_parquet(stream, shard):
             with open_parquet(stream, shard.url) as file:
@@ -169,50 +172,55 @@ def _text_row(fields: dict[str, str | None], names: list[str], job: Job) -> Tabl
 
 @contextmanager
 def open_parquet(stream: BinaryIO, url: str) -> Iterator[Any]:
-    """The pq.ParquetFile; what pyarrow says of broken bytes comes as ShardError, and storage's own
-    errors pass.
+    """The pq.ParquetFile of a stream.
+
+    Raises ShardError for pyarrow's errors about broken bytes. Errors of the storage package pass.
     """
     try:
-        # column chunks are read in pieces, because a row group of images can be gigabytes; and by
-        # this thread alone, because one of pyarrow's pool that still holds a Python buffer when the
-        # interpreter ends aborts the process
+        # Column chunks are read in pieces, because a row group of images can be gigabytes. Only
+        # this thread reads: a thread of pyarrow's pool that still has a Python buffer when the
+        # interpreter ends aborts the process.
         yield pq.ParquetFile(
             stream, buffer_size=CHUNK_BYTES, pre_buffer=False, page_checksum_verification=True
         )
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        what = " ".join(str(error).split())[:300]
+        what = one_line(error, 300)
         raise ShardError(
             f"{url} cannot be read: {what}. Replace or remove it, then run again."
         ) from error
 
 
 def read_batches(
-    file: Any, names: list[str], rows: range, wanted: Callable[[int], bool]
+    file: Any, names: list[str], rows: range, is_wanted: Callable[[int], bool]
 ) -> Iterator[tuple[int, pa.RecordBatch, list[int]]]:
-    """(row of the file with which it begins, batch, wanted positions in it) of a range of rows.
+    """(first row's number in the file, batch, wanted positions in it) of a range of rows.
 
     A row group without a wanted row is not read.
     """
     stop = 0
     for group in range(file.num_row_groups):
-        row, stop = stop, stop + file.metadata.row_group(group).num_rows
-        here = range(max(row, rows.start), min(stop, rows.stop))
-        if not any(map(wanted, here)):
+        row = stop
+        stop += file.metadata.row_group(group).num_rows
+        in_group = range(max(row, rows.start), min(stop, rows.stop))
+        if not any(map(is_wanted, in_group)):
             continue
         for batch in file.iter_batches(
             batch_size=BATCH_ROWS, row_groups=[group], columns=names, use_threads=False
         ):
-            positions = [n for n in range(batch.num_rows) if row + n in here and wanted(row + n)]
+            positions = [
+                n for n in range(batch.num_rows) if row + n in in_group and is_wanted(row + n)
+            ]
             if positions:
                 yield row, batch, positions
             row += batch.num_rows
         if row != stop:
-            raise pa.ArrowInvalid(f"row group {group} ends at row {row}, its footer says {stop}")
+            raise pa.ArrowInvalid(f"row group {group} ends at row {row}, not {stop} as in its footer")
 
 
 def passthrough_batch(batch: pa.RecordBatch, job: Job) -> pa.RecordBatch:
-    """The passthrough columns that a batch has, in the order of job.keep, with the types of
-    `file_passthrough_schema`.
+    """The passthrough columns that a batch has, in the order of job.keep.
+
+    Their types are those of `file_passthrough_schema`.
     """
     columns = {name: batch.column(name) for name in job.keep if name in batch.schema.names}
     return _batch_of(columns, batch.num_rows)
@@ -221,9 +229,7 @@ def passthrough_batch(batch: pa.RecordBatch, job: Job) -> pa.RecordBatch:
 def with_folder_columns(
     passthrough: PassthroughRow | None, url: str, job: Job
 ) -> PassthroughRow | None:
-    """All passthrough values of an image: those of its table, and those that the folders of its URL
-    spell out.
-    """
+    """All passthrough values of an image, from its table and from the folders of its URL."""
     if not job.keep:
         return None
     if passthrough is not None and passthrough.batch.num_columns == len(job.keep):
@@ -244,129 +250,134 @@ def _batch_of(columns: dict[str, pa.Array], rows: int) -> pa.RecordBatch:
 
 
 def python_value(scalar: pa.Scalar) -> object:
-    """A key or a path as Python has it; text that is not UTF-8 loses those bytes, not the row."""
+    """A key or a path as a Python value. Bytes that are not UTF-8 are replaced."""
     if pa.types.is_dictionary(scalar.type):
         scalar = scalar.value
-    if pa.types.is_struct(scalar.type):  # an image by its path alone
+    if pa.types.is_struct(scalar.type):  # an image given only by its path
         scalar = scalar["path"] if "path" in scalar else pa.scalar(None)
     if scalar.is_valid and scalar.type in STRINGS:
         return scalar.as_buffer().to_pybytes().decode("utf-8", "replace")
     return scalar.as_py()
 
 
-def key_of(named: object, path: object, row: int) -> str:
-    """A sample's own name: what its key column says, else the path of its image, else its row in
-    the file.
-    """
-    value = next(value for value in (named, path, row) if value is not None and value != "")
-    return printable(
-        value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)
-    )
+def key_of(key: object, path: object, row: int) -> str:
+    """The row's key: of its key column, else the path of its image, else its number in the file."""
+    value = next(value for value in (key, path, row) if value is not None and value != "")
+    if isinstance(value, bytes):
+        return printable(value.decode("utf-8", "surrogateescape"))
+    return printable(str(value))
 
 
 def columns_to_read(schema: pa.Schema, shard: Shard, job: Job) -> list[str]:
-    """The job's columns; the first holds the images of a Parquet file, or their paths in a
-    manifest.
+    """The columns to read: first that of the images (in a manifest: of their paths), then others.
 
-    Raises JobError for a column that is not there, and for images that could be in several.
+    Raises JobError for a column that does not exist, and where several could be the image column.
     """
     _require(schema, shard, job, "the input")
     likely = likely_columns(schema, shard.kind, job)
-    if len(likely) == 1:
-        if job.key_column in schema.names and pa.types.is_nested(schema.field(job.key_column).type):
-            raise JobError(
-                f"key_column: `{job.key_column}` is {schema.field(job.key_column).type}; choose a "
-                f"column of text or numbers."
-            )
-        names = [
-            *likely,
-            *(name for name in (job.key_column, *job.keep) if name and name in schema.names),
-        ]
-        return list(dict.fromkeys(names))
-    if likely:
+    if not likely:
+        raise _no_image_column(schema, shard, job)
+    if len(likely) > 1:
         raise JobError(
             f"the input has several columns that could hold the images: {', '.join(likely)}. Set "
-            f"`image_column`."
+            "`image_column`."
         )
-    paths = f"string column of paths ({', '.join(PATH_NAMES)})"
-    what = (
-        "column with image bytes (binary, or a struct with `bytes`)"
-        if shard.kind == "parquet"
-        else paths
-    )
-    has = ", ".join(f"{field.name}: {field.type}" for field in list(schema)[:20])
-    named = f" named `{job.image_column}`" if job.image_column else ""
-    if shard.kind == "manifest" and any(
-        kind_of(name, job.rules) == "files" for name in schema.names
-    ):
+    if job.key_column in schema.names and pa.types.is_nested(schema.field(job.key_column).type):
         raise JobError(
-            f"{shard.url} has no header: its first line is {', '.join(schema.names)[:200]}. Add a "
-            f"line with the column names, like `path`."
+            f"key_column: `{job.key_column}` is {schema.field(job.key_column).type}; choose a "
+            "column of text or numbers."
         )
-    raise JobError(f"the input has no {what}{named}; it has {has}. Set `image_column`.")
+    others = [name for name in (job.key_column, *job.keep) if name and name in schema.names]
+    return list(dict.fromkeys(likely + others))
 
 
-def parquet_kind(schema: pa.Schema, job: Job) -> str | None:
-    """parquet where a file holds the images, manifest where it holds their paths; None where it
-    holds neither.
+def _no_image_column(schema: pa.Schema, shard: Shard, job: Job) -> JobError:
+    names_a_file = any(kind_of(name, job.rules) == ShardKind.FILES for name in schema.names)
+    if shard.kind == ShardKind.MANIFEST and names_a_file:
+        return JobError(
+            f"{shard.url} has no header: its first line is {', '.join(schema.names)[:200]}. Add a "
+            "line with the column names, like `path`."
+        )
+    if shard.kind == ShardKind.PARQUET:
+        what = "column with image bytes (binary, or a struct with `bytes`)"
+    else:
+        what = f"string column of paths ({', '.join(PATH_NAMES)})"
+    if job.image_column:
+        what += f" named `{job.image_column}`"
+    columns = ", ".join(f"{field.name}: {field.type}" for field in list(schema)[:20])
+    return JobError(f"the input has no {what}; it has {columns}. Set `image_column`.")
 
-    A column of paths with a usual name beats a thumbnail. Raises JobError where both could be
-    meant.
+
+def parquet_kind(schema: pa.Schema, job: Job) -> ShardKind | None:
+    """PARQUET for a file with images, MANIFEST for one with their paths, None for neither.
+
+    A column of paths with a usual name is preferred to a thumbnail.
+
+    Raises JobError where either could be meant.
     """
-    images, paths = (likely_columns(schema, kind, job) for kind in ("parquet", "manifest"))
+    images = likely_columns(schema, ShardKind.PARQUET, job)
+    paths = likely_columns(schema, ShardKind.MANIFEST, job)
     if job.rules == 1 or not (images and paths) or job.image_column:
-        return "parquet" if images else "manifest" if paths else None
+        if images:
+            return ShardKind.PARQUET
+        return ShardKind.MANIFEST if paths else None
     if any(name.lower() in IMAGE_NAMES for name in images) or paths == ["key"]:
-        return "parquet"
+        return ShardKind.PARQUET
     if all(_is_secondary(name) for name in images):
-        return "manifest"
+        return ShardKind.MANIFEST
+    names = ", ".join(f"`{name}`" for name in images)
     raise JobError(
-        f"the input has images in {', '.join(f'`{name}`' for name in images)} and paths in "
-        f"`{paths[0]}`. "
+        f"the input has images in {names} and paths in `{paths[0]}`. "
         "Set `image_column` to the one that you mean."
     )
 
 
-def likely_columns(schema: pa.Schema, kind: str, job: Job) -> list[str]:
-    """Where the images, or their paths in a manifest, are: as the job says, or by type and usual
-    names.
+def likely_columns(schema: pa.Schema, kind: ShardKind, job: Job) -> list[str]:
+    """The columns that could hold the images (PARQUET) or their paths (MANIFEST).
 
-    Several where it is not clear.
+    It is the job's `image_column`, or one by type and usual names; several where it is not clear.
     """
     unique = [field for field in schema if schema.get_field_index(field.name) >= 0]
-    if kind == "parquet":
+    if kind == ShardKind.PARQUET:
         fitting = [field.name for field in unique if _holds_images(field, job)]
     else:
         fitting = [field.name for field in unique if _holds_paths(field.type, job)]
     if job.image_column:
         return [name for name in fitting if name == job.image_column]
-    if kind != "parquet":
-        if job.rules == 1:
-            return [name for name in PATH_NAMES_V1 if name in fitting][:1]
-        by_lower = {name.lower(): name for name in reversed(fitting)}
-        return [by_lower[name] for name in PATH_NAMES if name in by_lower][:1]
+    if kind == ShardKind.PARQUET:
+        return _by_image_names(fitting, job)
+    if job.rules == 1:
+        return [name for name in PATH_NAMES_V1 if name in fitting][:1]
+    by_lower = {name.lower(): name for name in reversed(fitting)}
+    return [by_lower[name] for name in PATH_NAMES if name in by_lower][:1]
+
+
+def _by_image_names(columns: list[str], job: Job) -> list[str]:
+    """Columns with a usual name; else those without a word such as `thumb`; else all."""
     usual = IMAGE_NAMES_V1 if job.rules == 1 else IMAGE_NAMES
-    by_name = [name for name in fitting if name.lower() in usual]
-    if (
-        job.rules > 1 and len(by_name) > 1
-    ):  # `image` beside `data`: the first eight names are the clear ones
+    by_name = [name for name in columns if name.lower() in usual]
+    if job.rules > 1 and len(by_name) > 1:
+        # Of `image` and `data`, take `image`: the names of source rules 1 are unambiguous.
         by_name = [name for name in by_name if name.lower() in IMAGE_NAMES_V1] or by_name
     if by_name or job.rules == 1:
-        return by_name or fitting
-    return [name for name in fitting if not _is_secondary(name)] or fitting
+        return by_name or columns
+    return [name for name in columns if not _is_secondary(name)] or columns
 
 
 def other_image_columns(schema: pa.Schema, shard: Shard, job: Job) -> list[str]:
-    """Columns that hold images too, by type and name, and are not read."""
-    read = columns_to_read(schema, shard, job)
+    """Columns that hold images too, by type and name, but are not read."""
+    columns_read = columns_to_read(schema, shard, job)
     fitting = [
         field
         for field in schema
         if schema.get_field_index(field.name) >= 0 and _holds_images(field, job)
     ]
-    is_asked = job.image_column is not None  # else several such columns would have been refused
+    # Without `image_column`, several columns named like images would have been refused.
+    is_explicit = job.image_column is not None
     return [
-        f.name for f in fitting if f.name not in read and (is_asked or _is_named_like_an_image(f))
+        field.name
+        for field in fitting
+        if field.name not in columns_read and (is_explicit or _is_named_like_an_image(field))
     ]
 
 
@@ -384,19 +395,15 @@ def file_passthrough_schema(shard: Shard, job: Job) -> pa.Schema:
     schema = read_schema(shard, job)
     _require(schema, shard, job, shard.url)
     types = [schema.field(name).type if name in schema.names else pa.string() for name in job.keep]
-    if (
-        job.rules == 1
-    ):  # without what differs from file to file: dictionaries' indices, the width of offsets
-        values = [kind.value_type if pa.types.is_dictionary(kind) else kind for kind in types]
-        types = [SAME_VALUES.get(kind, kind) for kind in values]
+    if job.rules == 1:  # remove what differs between files: dictionary indices, width of offsets
+        types = [SAME_VALUES.get(_values_of(kind), _values_of(kind)) for kind in types]
     return pa.schema(list(zip(job.keep, types)))
 
 
 def find_key_column(shard: Shard, job: Job) -> str | None:
-    """The column that names the rows of this Parquet file: called __key__, key or id, with unique
-    text or integers.
+    """The key column of this Parquet file: called __key__, key or id, unique text or integers.
 
-    None where images have paths of their own, which are their keys. Raises ShardError, JobError.
+    None where images have paths: these are the keys then. Raises ShardError, JobError.
     """
     with open_shard(shard) as stream, open_parquet(stream, shard.url) as file:
         image = columns_to_read(file.schema_arrow, shard, job)[0]
@@ -404,11 +411,9 @@ def find_key_column(shard: Shard, job: Job) -> str | None:
             return None
         for name in KEY_NAMES:
             index = file.schema_arrow.get_field_index(name)
-            if (
-                index >= 0
-                and name != image
-                and _is_unique_key(file, file.schema_arrow.field(index).type, name)
-            ):
+            if index < 0 or name == image:
+                continue
+            if _is_unique_key(file, file.schema_arrow.field(index).type, name):
                 return name
     return None
 
@@ -417,18 +422,16 @@ def _has_paths(file: Any, kind: pa.DataType, name: str) -> bool:
     """Whether an image of the first row group has a path."""
     if not pa.types.is_struct(kind) or kind.get_field_index("path") < 0 or not file.num_row_groups:
         return False
-    paths = file.read_row_group(0, columns=[f"{name}.path"], use_threads=False)[
-        name
-    ].combine_chunks()
-    return bool(len(paths) > paths.field("path").null_count)
+    table = file.read_row_group(0, columns=[f"{name}.path"], use_threads=False)
+    structs = table[name].combine_chunks()
+    return bool(len(structs) > structs.field("path").null_count)
 
 
 def _is_unique_key(file: Any, kind: pa.DataType, name: str) -> bool:
-    values = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if (
-        not (pa.types.is_integer(values) or values in STRINGS)
-        or file.metadata.num_rows > MAX_KEY_ROWS
-    ):
+    values = _values_of(kind)
+    if not (pa.types.is_integer(values) or values in STRINGS):
+        return False
+    if file.metadata.num_rows > MAX_KEY_ROWS:
         return False
     column = file.read(columns=[name], use_threads=False)[name].cast(values)
     if values == pa.string_view():
@@ -437,9 +440,7 @@ def _is_unique_key(file: Any, kind: pa.DataType, name: str) -> bool:
 
 
 def _require(schema: pa.Schema, shard: Shard, job: Job, what: str) -> None:
-    """Raises JobError for a column that neither the file nor its folders have, or that it has
-    twice.
-    """
+    """Raise JobError for a column that the file has twice, or that it and its folders lack."""
     for name in [job.key_column, *job.keep]:
         if name is None or schema.get_field_index(name) >= 0:
             continue
@@ -452,13 +453,14 @@ def _require(schema: pa.Schema, shard: Shard, job: Job, what: str) -> None:
 
 
 def key_values(batch: pa.RecordBatch, job: Job) -> pa.Array | None:
-    """The key column of a batch; None where rows are named otherwise."""
+    """The key column of a batch; None where keys come from elsewhere."""
     return batch.column(job.key_column) if job.key_column in batch.schema.names else None
 
 
 def _holds_images(field: pa.Field, job: Job) -> bool:
-    """Bytes, or a struct with `bytes`; by source rules 2 also lists of these, and a struct with a
-    path alone.
+    """Whether it is a column of bytes, or of structs with `bytes`.
+
+    By source rules 2 also of lists of these, and of structs with nothing but a path.
     """
     kind = field.type
     if job.rules == 1:
@@ -466,7 +468,7 @@ def _holds_images(field: pa.Field, job: Job) -> bool:
     if is_list(kind):
         kind = kind.value_type
     is_named = field.name == job.image_column or field.name.lower() in IMAGE_NAMES
-    return _holds_bytes(_values_of(kind)) or (is_named and _holds_path_alone(kind))
+    return _holds_bytes(_values_of(kind)) or (is_named and _holds_only_paths(kind))
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:
@@ -476,13 +478,12 @@ def _holds_bytes(kind: pa.DataType) -> bool:
     return kind in BINARIES
 
 
-def _holds_path_alone(kind: pa.DataType) -> bool:
-    if not pa.types.is_struct(kind):
+def _holds_only_paths(kind: pa.DataType) -> bool:
+    """Whether it is a struct with `path` and without `bytes`."""
+    if not pa.types.is_struct(kind) or kind.get_field_index("bytes") >= 0:
         return False
     n = kind.get_field_index("path")
-    return (
-        n >= 0 and kind.get_field_index("bytes") < 0 and _values_of(kind.field(n).type) in STRINGS
-    )
+    return n >= 0 and _values_of(kind.field(n).type) in STRINGS
 
 
 def _holds_paths(kind: pa.DataType, job: Job) -> bool:
@@ -491,33 +492,31 @@ def _holds_paths(kind: pa.DataType, job: Job) -> bool:
 
 def is_list(kind: pa.DataType) -> bool:
     """Whether a type is a list of any of Arrow's five kinds."""
-    return any(
-        is_kind(kind)
-        for is_kind in (
-            pa.types.is_list,
-            pa.types.is_large_list,
-            pa.types.is_fixed_size_list,
-            pa.types.is_list_view,
-            pa.types.is_large_list_view,
-        )
+    return (
+        pa.types.is_list(kind)
+        or pa.types.is_large_list(kind)
+        or pa.types.is_fixed_size_list(kind)
+        or pa.types.is_list_view(kind)
+        or pa.types.is_large_list_view(kind)
     )
 
 
 def _values_of(kind: pa.DataType) -> pa.DataType:
-    """What a dictionary stands for, as pandas' categories and Polars' categoricals are stored."""
+    """The value type of a dictionary, which pandas' and Polars' categories are stored as."""
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def _is_parquet(stream: BinaryIO, shard: Shard) -> bool:
-    """By content or suffix. The stream stands at its start again."""
+    """By kind, content or suffix. Afterwards the stream is at its start again."""
     head = stream.read(4)
     stream.seek(0)
-    return shard.kind == "parquet" or head == b"PAR1" or shard.url.lower().endswith(".parquet")
+    has_suffix = shard.url.lower().endswith(".parquet")
+    return shard.kind == ShardKind.PARQUET or head == b"PAR1" or has_suffix
 
 
 def _records(
     stream: BinaryIO, shard: Shard, job: Job, notes: list[str] | None = None
 ) -> Iterator[list[str] | str]:
-    wanted = [job.image_column] if job.image_column else list(PATH_NAMES)
-    dialect = Dialect() if job.rules == 1 else dialect_of(stream, shard.url, wanted)
+    path_names = [job.image_column] if job.image_column else list(PATH_NAMES)
+    dialect = Dialect() if job.rules == 1 else dialect_of(stream, shard.url, path_names)
     return csv_records(stream, shard.url, dialect, [] if notes is None else notes)

@@ -1,8 +1,8 @@
-"""Tars as WebDataset writes them: members with one key are one sample, and every sample is one row.
+"""WebDataset tars: members with the same key are one sample, and every sample is one row.
 
-A member's key ends at a dot of its name. WebDataset takes the first one, so that `0.depth.png` and
-`0.jpg` are two members of sample `0`. In `Mr. Bean.jpg` that dot is part of the name. `auto` looks
-at the start of the tar to tell the two apart: see `dotted_extensions`.
+A member's key ends at a dot of its name. WebDataset takes the first one, so `0.depth.png` and
+`0.jpg` are two members of sample `0`. In `Mr. Bean.jpg` that dot is part of the name.
+`tar_keys: auto` looks at the start of the tar to decide: see `dotted_extensions`.
 """
 
 from __future__ import annotations
@@ -27,27 +27,30 @@ from vitray.schema import (
     End,
     PassthroughRow,
     Shard,
+    ShardKind,
 )
 from vitray.sources.names import folder_value, hive_columns
 from vitray.sources.objects import MAX_IMAGE_BYTES, open_shard, printable, text_of, too_large
 from vitray.sources.tar_headers import TarCutError, TarSource, members_of, not_a_tar
 
 TEXT_EXTENSIONS = frozenset(("txt", "json", "cls", "caption", "url", "csv", "html", "md", "label"))
-MAX_KEPT_BYTES = 16 << 20
-START_BYTES = 64 << 20  # what is walked of a tar to tell what is in it: eight GETs of S3
-PEEK_BYTES = 8 << 20  # one GET of S3, which the reader keeps: a peek of so much costs no second one
+MAX_PASSTHROUGH_BYTES = 16 << 20
+START_BYTES = 64 << 20  # walked to estimate the content of a tar: eight GETs of S3
+PEEK_BYTES = 8 << 20  # one GET of S3, whose bytes the reader keeps: the peek costs no second GET
 PEEK_MEMBERS = 200
-MEMBERS_TOLD = 8
-MAX_TRACKED_KEYS = 1_000_000  # 100 MB; beyond, keys that come again are not reported
-# `depth.png`, `left.final.jpg`: words, unlike ` bean_0.jpg`, `0001.jpg` or `_0.jpg`
+EXTENSIONS_REPORTED = 8
+MAX_TRACKED_KEYS = 1_000_000  # 100 MB; beyond, repeated keys are not reported
+# `depth.png`, `left.final.jpg`: words, unlike ` bean_0.jpg`, `0001.jpg` or `_0.jpg`.
 _MEMBER_EXTENSION = re.compile(r"[a-z][a-z0-9_-]*(\.[a-z][a-z0-9_-]*)+")
 
 
-def read_tar(shard: Shard, job: Job, wanted: Callable[[int], bool]) -> Iterator[Encoded | End]:
-    """The samples of a tar in order, then its End. Raises ShardError when it is no tar at all, or
-    not clear.
+def read_tar(shard: Shard, job: Job, is_wanted: Callable[[int], bool]) -> Iterator[Encoded | End]:
+    """The samples of a tar in order, then its End.
+
+    Raises ShardError when it is not a tar, or when a sample has several images and the job does not
+    say which one to use.
     """
-    reader = _Reader(shard, job, wanted)
+    reader = _Reader(shard, job, is_wanted)
     with open_shard(shard) as stream:
         source = TarSource(stream, shard.url, shard.size)
         reader.dotted = _peek(source, job)
@@ -65,28 +68,30 @@ def read_tar(shard: Shard, job: Job, wanted: Callable[[int], bool]) -> Iterator[
 
 
 def _most_common(members: Counter[str]) -> dict[str, int]:
-    """The most frequent extensions and `other`: names come from the tar, and their number must not
-    grow with it.
+    """Counts of the most frequent extensions, and `other` for the rest.
+
+    Extensions come from the tar, so their number must be bounded.
     """
-    most = Counter(
-        {printable(name)[:40]: count for name, count in members.most_common(MEMBERS_TOLD)}
-    )
+    most = Counter[str]()
+    for name, count in members.most_common(EXTENSIONS_REPORTED):
+        most[printable(name)[:40]] = count
     return dict(+(most + Counter(other=members.total() - most.total())))
 
 
 def file_passthrough_schema(shard: Shard, job: Job) -> pa.Schema:
+    """Text for text extensions and folder columns, binary for all other extensions."""
     folders = _folder_columns(shard, job)
     is_text = {name: name in folders or _is_text(_extension(name)) for name in job.keep}
     return pa.schema([(name, pa.string() if is_text[name] else pa.binary()) for name in job.keep])
 
 
 def _folder_columns(shard: Shard, job: Job) -> set[str]:
-    """The names that mean a folder of the tar where no member has them."""
+    """The names that mean a folder of the tar where no member has this extension."""
     return {"folder", *hive_columns(shard.url)} if job.rules > 1 else set()
 
 
-def count_whole(shard: Shard, job: Job) -> tuple[int, dict[str, int]]:
-    """(samples, what has no row) of a whole tar."""
+def count_all_samples(shard: Shard, job: Job) -> tuple[int, dict[str, int]]:
+    """(number of samples, number of what has no row by reason), from a walk over the whole tar."""
     reader = _Reader(shard, job, lambda index: False)
     with open_shard(shard) as stream:
         source = TarSource(stream, shard.url, shard.size)
@@ -97,10 +102,12 @@ def count_whole(shard: Shard, job: Job) -> tuple[int, dict[str, int]]:
 
 
 def count_samples(shard: Shard, job: Job) -> tuple[int, int, set[str]]:
-    """(samples, bytes walked, extensions) of the start of a tar; walked equals the shard's size
-    when it was all.
+    """(samples, bytes walked, extensions) of the start of a tar.
+
+    The bytes walked equal the shard's size when the walk reached the end.
     """
-    count, extensions = 0, set[str]()
+    count = 0
+    extensions = set[str]()
     reader = _Reader(shard, job, lambda index: False)
     with open_shard(shard) as stream:
         source = TarSource(stream, shard.url, shard.size)
@@ -114,12 +121,13 @@ def count_samples(shard: Shard, job: Job) -> tuple[int, int, set[str]]:
 
 
 def absent_members(shard: Shard, job: Job) -> list[str]:
-    """The passthrough extensions that no sample at the start of a tar has; none for an empty tar
-    and for other kinds.
+    """The passthrough extensions that no sample at the start of a tar has.
+
+    The list is empty for an empty tar and for other kinds of shards.
 
     Raises ShardError when the tar cannot be read, ObjectChanged, StorageError.
     """
-    if shard.kind != "tar" or not job.keep:
+    if shard.kind != ShardKind.TAR or not job.keep:
         return []
     samples, _, extensions = count_samples(shard, job)
     folders = _folder_columns(shard, job)
@@ -128,8 +136,9 @@ def absent_members(shard: Shard, job: Job) -> list[str]:
 
 
 def require_clear_samples(shard: Shard, job: Job) -> None:
-    """Raises SourceError where a sample at the start of a tar has several images, and nothing says
-    which one is meant.
+    """Raise SourceError where the job does not say which image of a sample to use.
+
+    Only samples at the start of the tar are checked.
     """
     if job.rules == 1 or job.image_member:
         return
@@ -146,11 +155,11 @@ def require_clear_samples(shard: Shard, job: Job) -> None:
 
 
 class DottedExtensions(NamedTuple):
-    """What follows the first dot of names with several dots. members: extensions, such as
-    `depth.png`.
+    """What follows the first dot, in member names with several dots.
 
-    names: parts of names, because an image and its sidecar have them, such as `smith.jpg` and
-    `smith.txt`.
+    members: those that are extensions, such as `depth.png`.
+    names: those that are parts of names, such as `smith.jpg` and `smith.txt`: an image and its
+    sidecar share the stem.
     """
 
     members: frozenset[str] = frozenset()
@@ -160,48 +169,63 @@ class DottedExtensions(NamedTuple):
 def dotted_extensions(names: Sequence[str]) -> DottedExtensions:
     """Tell extensions with a dot, such as `depth.png` beside `jpg`, from parts of names.
 
-    names: member names at the start of a tar, in order. Such an extension is made of words and
-    comes in two samples, or in the only one. In all else what follows the first dot is part of a
-    name: ` bean_0.jpg` of `Mr. Bean_0.jpg`, `0001.png` of `shot.0001.png`, `smith.jpg` beside
-    `smith.txt`.
+    names: member names at the start of a tar, in order.
+
+    An extension with a dot consists of words and is in two samples, or in the only sample.
+    Everything else after a first dot is part of a name: ` bean_0.jpg` of `Mr. Bean_0.jpg`,
+    `0001.png` of `shot.0001.png`, `smith.jpg` beside `smith.txt`.
     """
-    samples = list[tuple[str, set[str]]]()
+    samples = _extensions_of_samples(names)
+    counts = Counter(extension for extensions in samples for extension in extensions)
+    parts_of_names = set[str]()
+    for extensions in samples:
+        parts_of_names |= _with_a_common_stem(extensions)
+    least = 1 if _has_one_clear_image(samples) else 2
+    members = {
+        extension
+        for extension, count in counts.items()
+        if count >= least
+        and extension not in parts_of_names
+        and _MEMBER_EXTENSION.fullmatch(extension)
+    }
+    return DottedExtensions(frozenset(members), frozenset(parts_of_names))
+
+
+def _extensions_of_samples(names: Sequence[str]) -> list[set[str]]:
+    """The extensions after the first dot, of each run of names with the same key."""
+    samples = list[set[str]]()
+    last_key: str | None = None
     for name in names:
         key, extension = _split_first(name)
         if not extension:
             continue
-        if not samples or samples[-1][0] != key:
-            samples.append((key, set()))
-        samples[-1][1].add(extension)
-    seen, names_of_images = Counter[str](), set[str]()
-    for _, extensions in samples:
-        stems = Counter(
-            extension.rpartition(".")[0] for extension in extensions if "." in extension
-        )
-        for extension in extensions:
-            seen[extension] += 1
-            if (
-                stems[extension.rpartition(".")[0]] > 1 and "." in extension
-            ):  # an image and its sidecar
-                names_of_images.add(extension)
-    images = [set(filter(_is_image_extension, extensions)) for _, extensions in samples]
-    with_images = [found for found in images if found]
-    is_single = len(with_images) == 1 and (
-        len(with_images[0]) == 1 or any("." not in found for found in with_images[0])
-    )
-    least = 1 if is_single else 2
-    frequent = {extension for extension, count in seen.items() if count >= least}
-    members = {
-        extension
-        for extension in frequent - names_of_images
-        if _MEMBER_EXTENSION.fullmatch(extension)
-    }
-    return DottedExtensions(frozenset(members), frozenset(names_of_images))
+        if key != last_key:
+            samples.append(set())
+            last_key = key
+        samples[-1].add(extension)
+    return samples
+
+
+def _with_a_common_stem(extensions: set[str]) -> set[str]:
+    """Those with a dot whose stem another one has too: an image and its sidecar."""
+    dotted = [extension for extension in extensions if "." in extension]
+    stems = Counter(extension.rpartition(".")[0] for extension in dotted)
+    return {extension for extension in dotted if stems[extension.rpartition(".")[0]] > 1}
+
+
+def _has_one_clear_image(samples: Sequence[set[str]]) -> bool:
+    """Whether exactly one sample has images: one image, or one whose extension has no dot."""
+    images = [set(filter(_is_image_extension, extensions)) for extensions in samples]
+    with_images = [extensions for extensions in images if extensions]
+    if len(with_images) != 1:
+        return False
+    only = with_images[0]
+    return len(only) == 1 or any("." not in extension for extension in only)
 
 
 def _peek(source: TarSource, job: Job) -> DottedExtensions:
-    """The dotted extensions of a tar, by its start. The source stands at its first byte again."""
-    asked = {_extension(name) for name in (*job.keep, job.image_member or "")}
+    """The dotted extensions of a tar, by its start. Afterwards the source is at byte 0 again."""
+    of_job = {_extension(name) for name in (*job.keep, job.image_member or "")}
     names = list[str]()
     if job.rules > 1 and job.tar_keys == "auto":
         try:
@@ -211,29 +235,30 @@ def _peek(source: TarSource, job: Job) -> DottedExtensions:
                 if source.at + member.size >= PEEK_BYTES or len(names) >= PEEK_MEMBERS:
                     break  # before the next header, which may cost another GET
         except TarCutError:
-            pass  # the reader comes to the same place, and says so
+            pass  # the reader reaches the same byte and reports it
         source.restart()
-    found = dotted_extensions(names)
-    return found._replace(
-        members=found.members | {extension for extension in asked if "." in extension}
-    )
+    dotted = dotted_extensions(names)
+    of_job = {extension for extension in of_job if "." in extension}
+    return dotted._replace(members=dotted.members | of_job)
 
 
 class _SeveralImagesError(ShardError):
-    """A sample has several images, and nothing says which one is meant."""
+    """A sample has several images, and the job does not say which one to use."""
 
 
 @dataclass(slots=True)
 class _Sample:
-    """Members with one key. passthrough: passthrough values by extension. image: the extension that
-    the data came from.
+    """Members with one key.
+
+    extensions: all, in order. passthrough: values by extension. image: the extension of the image
+    in `data`.
     """
 
     index: int
     key: str
     start: int
     wanted: bool
-    extensions: dict[str, None] = field(default_factory=dict)  # in order
+    extensions: dict[str, None] = field(default_factory=dict)
     passthrough: dict[str, bytes] = field(default_factory=dict)
     images: list[str] = field(default_factory=list)
     image: str | None = None
@@ -248,20 +273,18 @@ class _Reader:
 
     shard: Shard
     job: Job
-    wanted: Callable[[int], bool]
+    is_wanted: Callable[[int], bool]
     dotted: DottedExtensions = field(default_factory=DottedExtensions)
     total: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
     image_members: Counter[str] = field(default_factory=Counter)
-    _keys: dict[str, bool] = field(
-        default_factory=dict
-    )  # whether a sample of that key had an image
-    _parted: list[str] = field(default_factory=list)  # keys whose members are not adjacent
-    _not_utf8: int = 0  # kept texts
+    _keys: set[str] = field(default_factory=set)
+    _repeated_keys: list[str] = field(default_factory=list)  # the members are not adjacent
+    _not_utf8: int = 0  # passthrough texts
 
     def __post_init__(self) -> None:
         self.image_member = _extension(self.job.image_member) if self.job.image_member else None
-        self.kept_extensions = {_extension(name) for name in self.job.keep}
+        self.passthrough_extensions = {_extension(name) for name in self.job.keep}
         self.file_passthrough_schema = file_passthrough_schema(self.shard, self.job)
         self.folders = {
             name: folder_value(name, self.shard.url)
@@ -269,61 +292,71 @@ class _Reader:
         }
 
     def samples(self, source: TarSource) -> Iterator[_Sample]:
-        """Consecutive members with one key. A cut is noted in the source; the last sample survives
-        when its image is whole.
+        """Consecutive members with one key.
+
+        A truncation is recorded in the source. The last sample before it is yielded when its image
+        is complete.
         """
         sample: _Sample | None = None
         try:
             for member in members_of(source):
-                key, extension = self._place(member, sample)
+                key, extension = self._split(member, sample)
                 if not extension:
                     continue
-                # the same extension again is another image of the same name, not a part of this
-                # sample
+                # An extension that the sample already has belongs to another image of that name.
                 if sample is None or sample.key != key or extension in sample.extensions:
                     if sample is not None:
                         yield self._complete(sample)
-                    sample = _Sample(self.total, key, source.start, self.wanted(self.total))
+                    sample = _Sample(self.total, key, source.start, self.is_wanted(self.total))
                 self._add(sample, extension, member, source)
         except TarCutError as cut:
             if not source.is_tar:
                 raise not_a_tar(source) from None
-            source.truncated_at, source.why = source.start, str(cut)
+            source.truncated_at = source.start
+            source.why = str(cut)
             if sample is not None and not sample.images:
-                # its image may lie beyond the cut: the verdict accounts for it, not an error row
-                source.truncated_at, sample = sample.start, None
+                # Its image may be beyond the cut. So the truncation accounts for it, not a row.
+                source.truncated_at = sample.start
+                sample = None
         if sample is not None:
             yield self._complete(sample)
 
     def row_of(self, sample: _Sample) -> Encoded:
+        """The row of a sample; an error row where it has no image."""
         if not sample.images:
-            sample.reason, sample.message = "missing", self._why_without_image(sample)
-        passthrough = self._passthrough(sample) if self.job.keep else None
-        key, uri = printable(sample.key), self.shard.url
+            sample.reason = "missing"
+            sample.message = self._why_without_image(sample)
         return Encoded(
-            sample.index, key, uri, sample.data, sample.reason, sample.message, passthrough
+            sample.index,
+            printable(sample.key),
+            self.shard.url,
+            sample.data,
+            sample.reason,
+            sample.message,
+            self._passthrough(sample) if self.job.keep else None,
         )
 
     def notes(self) -> list[str]:
-        """What a person should know of this tar beside its rows."""
-        found = [f"{count} {_NOTES[what]}" for what, count in self.left_out.items() if count]
-        if self._parted:
-            count, first = len(self._parted), printable(self._parted[0])[:200]
-            found.append(
-                f"the members of {count} samples are not adjacent (first: {first}): sort the tar "
-                f"by name"
+        """Messages about this tar that are not about a single row."""
+        notes = [f"{count} {_NOTES[reason]}" for reason, count in self.left_out.items() if count]
+        if self._repeated_keys:
+            first = printable(self._repeated_keys[0])[:200]
+            notes.append(
+                f"{len(self._repeated_keys)} times the key of an earlier sample comes again "
+                f"(first: {first}): members of a sample must be adjacent; sort the tar by name"
             )
         if self._not_utf8:
-            found.append(f"{self._not_utf8} kept texts are not UTF-8 and were read as Windows-1252")
-        return found
+            notes.append(f"{self._not_utf8} kept texts are not UTF-8 and were read as Windows-1252")
+        return notes
 
-    def _place(self, member: tarfile.TarInfo, sample: _Sample | None) -> tuple[str, str]:
-        """(key, extension) of a member; no extension for what is no part of a sample, which is
-        counted.
+    def _split(self, member: tarfile.TarInfo, sample: _Sample | None) -> tuple[str, str]:
+        """(key, extension) of a member.
+
+        The extension is empty for a member that is not part of a sample; it is counted.
         """
         key, extension = _split_first(member.name)
         if extension and "." in extension:
-            key, extension = self._place_dotted(member.name, sample)
+            key, extension = self._split_dotted(member.name, sample)
         is_link = member.islnk() or member.issym()
         if extension and (member.isreg() or (is_link and self._is_image(extension))):
             return key, extension
@@ -331,128 +364,128 @@ class _Reader:
             self.left_out[self._why_left_out(member)] += 1
         return key, ""
 
-    def _place_dotted(self, name: str, sample: _Sample | None) -> tuple[str, str]:
-        """The same for a name with several dots. A sidecar follows the image in front of it."""
-        first, last = _split_first(name), _split_last(name)
+    def _split_dotted(self, name: str, sample: _Sample | None) -> tuple[str, str]:
+        """The same for a name with several dots. A sidecar belongs to the image before it."""
+        at_first_dot = _split_first(name)
+        at_last_dot = _split_last(name)
+        extension = at_first_dot[1]
         job = self.job
         if job.tar_keys == "first_dot" or (job.tar_keys == "auto" and job.rules == 1):
-            return first
+            return at_first_dot
         if job.tar_keys == "last_dot":
-            return last
-        if first[1] in self.dotted.members:
-            return first
-        if self.image_member and _MEMBER_EXTENSION.fullmatch(
-            first[1]
-        ):  # the job takes members for what they are called
-            return first
-        is_image = _is_image_extension(first[1]) and self.image_member in (None, last[1])
-        if (
-            not is_image
-            and sample is not None
-            and sample.images
-            and name.startswith(f"{sample.key}.")
-        ):
-            rest = name[len(sample.key) + 1 :].lower()
-            if rest not in self.dotted.names and (
-                "." not in rest or _MEMBER_EXTENSION.fullmatch(rest)
-            ):
-                return sample.key, rest
-        return last
+            return at_last_dot
+        if extension in self.dotted.members:
+            return at_first_dot
+        # With `image_member`, the job takes extensions literally.
+        if self.image_member and _MEMBER_EXTENSION.fullmatch(extension):
+            return at_first_dot
+        is_image = _is_image_extension(extension) and self.image_member in (None, at_last_dot[1])
+        if not is_image and sample is not None and self._is_sidecar(name, sample):
+            return sample.key, _after_key(name, sample.key)
+        return at_last_dot
+
+    def _is_sidecar(self, name: str, sample: _Sample) -> bool:
+        """Whether a member belongs to the sample before it, which has an image."""
+        if not sample.images or not name.startswith(f"{sample.key}."):
+            return False
+        extension = _after_key(name, sample.key)
+        is_extension = "." not in extension or bool(_MEMBER_EXTENSION.fullmatch(extension))
+        return is_extension and extension not in self.dotted.names
 
     def _add(
         self, sample: _Sample, extension: str, member: tarfile.TarInfo, source: TarSource
     ) -> None:
-        """Take what the row needs of a member: the image and kept values, nothing else is read."""
+        """Read what the row needs of a member: the image and passthrough values, nothing else."""
         sample.extensions[extension] = None
         is_picked = False
         if self._is_image(extension):
             is_picked = self._is_better(extension, sample.image)
             sample.images.append(extension)
-        is_kept = extension in self.kept_extensions and member.size <= MAX_KEPT_BYTES
+        is_passthrough = (
+            extension in self.passthrough_extensions and member.size <= MAX_PASSTHROUGH_BYTES
+        )
         if is_picked:
-            sample.image, sample.data = extension, None
-            sample.reason, sample.message = None, ""
+            sample.image = extension
+            sample.data = None
+            sample.reason = None
+            sample.message = ""
         if is_picked and member.size > MAX_IMAGE_BYTES:
             sample.reason, sample.message = too_large(member.size)
         elif not member.isreg():
             if is_picked:
                 link = printable(member.linkname)[:200]
-                sample.reason, sample.message = (
-                    "missing",
-                    f"a link to {link}, which is not followed",
-                )
-        elif sample.wanted and (is_picked or is_kept):
+                sample.reason = "missing"
+                sample.message = f"a link to {link}, which is not followed"
+        elif sample.wanted and (is_picked or is_passthrough):
             data = source.take(member.size)
-            sample.data = data if is_picked else sample.data
-            if is_kept:
+            if is_picked:
+                sample.data = data
+            if is_passthrough:
                 sample.passthrough[extension] = data
 
-    def _is_better(self, extension: str, than: str | None) -> bool:
-        """Whether an image of this extension is the sample's: the first one, and a plain one rather
-        than `depth.png`.
+    def _is_better(self, extension: str, current: str | None) -> bool:
+        """Whether this image replaces the sample's current one.
+
+        The first image is taken, but `png` rather than `depth.png`.
         """
-        return than is None or (self.job.rules > 1 and "." in than and "." not in extension)
+        if current is None:
+            return True
+        return self.job.rules > 1 and "." in current and "." not in extension
 
     def _complete(self, sample: _Sample) -> _Sample:
-        """Count a sample and its images. Raises _SeveralImagesError when it is not clear which one
-        is meant.
+        """Count a sample and its images.
+
+        Raises _SeveralImagesError when the job does not say which image to use.
         """
-        plain = [extension for extension in sample.images if "." not in extension]
-        candidates = plain or sample.images
+        without_dot = [extension for extension in sample.images if "." not in extension]
+        candidates = without_dot or sample.images
         if len(candidates) > 1 and self.job.rules > 1:
             names = ", ".join(sorted(set(candidates)))
             setting = (
                 f"`image_member` to one of them (image_member: {candidates[0]}; a dataset with "
-                f"rows needs another `out` for that)"
+                "rows needs another `out` for that)"
             )
-            keys = "" if plain else ", or `tar_keys: last_dot` for a row for each"
+            keys = "" if without_dot else ", or `tar_keys: last_dot` for a row for each"
             raise _SeveralImagesError(
                 f"{self.shard.url}: sample {printable(sample.key)[:200]} has several images: "
                 f"{names}. Set {setting}{keys}."
             )
         self.total += 1
-        # what `image_member` passes over is an image all the same
-        images = (
-            {*sample.images, *filter(_is_image_extension, sample.extensions)}
-            if self.job.rules > 1
-            else sample.images
-        )
-        self.left_out[LeftOut.FURTHER_IMAGE] += max(0, len(images) - 1)
+        images = len(sample.images)
+        if self.job.rules > 1:  # images that `image_member` does not choose count too
+            images = len({*sample.images, *filter(_is_image_extension, sample.extensions)})
+        self.left_out[LeftOut.FURTHER_IMAGE] += max(0, images - 1)
         if sample.image is not None:
             self.image_members[sample.image] += 1
         self._track(sample)
         return sample
 
     def _track(self, sample: _Sample) -> None:
-        before = self._keys.get(sample.key)
-        has_image = bool(sample.images)
-        if before is not None and not (before and has_image):
-            self._parted.append(sample.key)
-        if before is not None or len(self._keys) < MAX_TRACKED_KEYS:
-            self._keys[sample.key] = has_image or bool(before)
+        if sample.key in self._keys:
+            self._repeated_keys.append(sample.key)
+        elif len(self._keys) < MAX_TRACKED_KEYS:
+            self._keys.add(sample.key)
 
     def _why_without_image(self, sample: _Sample) -> str:
-        if self._parted and self._parted[-1] == sample.key:
+        if self._repeated_keys and self._repeated_keys[-1] == sample.key:
             return (
                 f"key {printable(sample.key)[:200]} came before: the members of a sample must be "
-                f"adjacent; sort the tar"
+                "adjacent; sort the tar"
             )
         what = f".{self.image_member}" if self.image_member else "image"
-        has = printable(", ".join(islice(sample.extensions, 8)))[:200]
-        return f"the sample has no {what} member: it has {has}"
+        extensions = printable(", ".join(islice(sample.extensions, 8)))[:200]
+        return f"the sample has no {what} member: it has {extensions}"
 
     def _passthrough(self, sample: _Sample) -> PassthroughRow:
         columns = list[pa.Array]()
-        for field_ in self.file_passthrough_schema:
-            value: object = sample.passthrough.get(
-                _extension(field_.name), self.folders.get(field_.name)
-            )
-            if isinstance(value, bytes) and field_.type == pa.string():
+        for column in self.file_passthrough_schema:
+            folder = self.folders.get(column.name)
+            value: object = sample.passthrough.get(_extension(column.name), folder)
+            if isinstance(value, bytes) and column.type == pa.string():
                 value = self._text(value)
-            columns.append(pa.array([value], field_.type))
-        return PassthroughRow(
-            pa.RecordBatch.from_arrays(columns, schema=self.file_passthrough_schema), 0
-        )
+            columns.append(pa.array([value], column.type))
+        batch = pa.RecordBatch.from_arrays(columns, schema=self.file_passthrough_schema)
+        return PassthroughRow(batch, 0)
 
     def _text(self, data: bytes) -> str:
         if self.job.rules == 1:
@@ -471,9 +504,8 @@ class _Reader:
     def _why_left_out(self, member: tarfile.TarInfo) -> LeftOut:
         if not member.isreg():
             return LeftOut.LINK if member.islnk() or member.issym() else LeftOut.SPECIAL_FILE
-        return (
-            LeftOut.HIDDEN if member.name.rpartition("/")[2].startswith(".") else LeftOut.NO_SUFFIX
-        )
+        is_hidden = member.name.rpartition("/")[2].startswith(".")
+        return LeftOut.HIDDEN if is_hidden else LeftOut.NO_SUFFIX
 
 
 _NOTES: dict[str, str] = {
@@ -486,8 +518,9 @@ _NOTES: dict[str, str] = {
 
 
 def _split_first(path: str) -> tuple[str, str]:
-    """(key, lower-case extension) at the first dot; no extension for hidden files and names without
-    a dot.
+    """(key, lower-case extension) at the first dot.
+
+    The extension is empty for hidden files and for names without a dot.
     """
     folder, slash, name = path.rpartition("/")
     stem, _, extension = name.partition(".")
@@ -499,6 +532,10 @@ def _split_last(path: str) -> tuple[str, str]:
     folder, slash, name = path.rpartition("/")
     stem, _, extension = name.rpartition(".")
     return folder + slash + stem, extension.lower() if not name.startswith(".") else ""
+
+
+def _after_key(name: str, key: str) -> str:
+    return name[len(key) + 1 :].lower()
 
 
 def _extension(name: str) -> str:

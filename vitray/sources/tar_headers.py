@@ -1,7 +1,8 @@
 """The walk over a tar's headers. Private to this package.
 
-`tarfile` accepts a cut archive silently, so every byte is accounted for here: headers with a valid
-checksum, data, the end marker and zeros after it, up to the object's size. Names are never paths.
+`tarfile` accepts a truncated archive silently, so this walk accounts for every byte: headers with a
+valid checksum, data, the end marker and zeros after it, up to the object's size. Member names are
+never used as paths.
 """
 
 from __future__ import annotations
@@ -27,31 +28,30 @@ COMPRESSED = {
 
 
 class TarCutError(Exception):
-    """From source.start on the tar cannot be read."""
+    """The tar cannot be read from source.start on."""
 
 
 @dataclass(slots=True)
 class TarSource:
-    """The bytes of one tar in order, counted against its size, and what the walk over them
-    found.
-    """
+    """The bytes of one tar in order, counted against its size, and the state of the walk."""
 
     stream: BinaryIO
     url: str
     size: int
     at: int = 0
-    start: int = 0  # of the member at hand, with its extended headers
+    start: int = 0  # of the current member, with its extended headers
     is_tar: bool = False
     truncated_at: int | None = None
     why: str = ""
 
     def take(self, count: int) -> bytes:
-        """So many bytes, fewer only where the object ends."""
+        """The next `count` bytes; fewer only at the end of the object. Raises StorageError."""
         data = self.stream.read(count)
         self.at += len(data)
         if len(data) < count and self.at < self.size:
             raise StorageError(
-                f"{self.url}: {self.at} of {self.size} bytes came. Run the same command again."
+                f"{self.url}: only {self.at} of {self.size} bytes were read. Run the same command "
+                "again."
             )
         return data
 
@@ -66,8 +66,9 @@ class TarSource:
 
 
 def members_of(source: TarSource) -> Iterator[tarfile.TarInfo]:
-    """Every member in order, the source at its data. Raises TarCutError where the bytes stop being
-    a tar.
+    """Every member in order, with the source at its data.
+
+    Raises TarCutError where the bytes are no longer a valid tar.
     """
     while True:
         source.start = source.at
@@ -80,9 +81,9 @@ def members_of(source: TarSource) -> Iterator[tarfile.TarInfo]:
         _complete(info, records)
         data_at = source.at
         if data_at + info.size > source.size:
-            there = source.size - data_at
+            remaining = source.size - data_at
             raise TarCutError(
-                f"the data of {printable(info.name)!r} are cut: {there} of {info.size} bytes"
+                f"the data of {printable(info.name)!r} are cut: {remaining} of {info.size} bytes"
             )
         yield info
         source.move(min(data_at + _padded(info.size), source.size))
@@ -110,7 +111,7 @@ def _header(source: TarSource) -> tarfile.TarInfo | None:
 
 
 def _records(source: TarSource, info: tarfile.TarInfo) -> dict[str, bytes]:
-    """What an extended header says of the member that follows."""
+    """The records of an extended header, which describe the next member."""
     if info.size > MAX_EXTENSION_BYTES:
         raise TarCutError(f"an extended header of {info.size} bytes")
     data = source.take(_padded(info.size))[: info.size]
@@ -123,7 +124,8 @@ def _records(source: TarSource, info: tarfile.TarInfo) -> dict[str, bytes]:
 
 def _pax_records(data: bytes) -> dict[str, bytes]:
     """Records `<length> <keyword>=<value>\\n` (POSIX.1-2001, pax)."""
-    records, at = {}, 0
+    records = {}
+    at = 0
     while at < len(data) and data[at]:
         digits = data[at : at + 10].partition(b" ")[0]
         record = data[at : at + int(digits)] if digits.isdigit() else b""
@@ -136,12 +138,11 @@ def _pax_records(data: bytes) -> dict[str, bytes]:
 
 
 def _complete(info: tarfile.TarInfo, records: dict[str, bytes]) -> None:
-    """Give a member the name and the size that its extended headers say."""
+    """Set the member's name and size from its extended headers. Raises TarCutError."""
     if "path" in records:
         info.name = records["path"].decode("utf-8", "surrogateescape")
-    if info.type == tarfile.GNUTYPE_SPARSE or any(
-        keyword.startswith("GNU.sparse") for keyword in records
-    ):
+    has_sparse_record = any(keyword.startswith("GNU.sparse") for keyword in records)
+    if info.type == tarfile.GNUTYPE_SPARSE or has_sparse_record:
         raise TarCutError(
             f"{printable(info.name)!r} is stored sparse; pack it again without --sparse"
         )
@@ -150,7 +151,7 @@ def _complete(info: tarfile.TarInfo, records: dict[str, bytes]) -> None:
             raise TarCutError("a damaged PAX header")
         info.size = int(records["size"])
     if info.type in tarfile.SUPPORTED_TYPES and not info.isreg():
-        info.size = 0  # links, directories and devices have no data, whatever their header says
+        info.size = 0  # links, directories and devices have no data, although a header may claim it
 
 
 def _padded(size: int) -> int:
@@ -158,10 +159,13 @@ def _padded(size: int) -> int:
 
 
 def _check_end(source: TarSource) -> None:
-    """After one zero block: a second one, then nothing but zeros up to the object's size."""
+    """Check what follows the first zero block: a second one, then zeros up to the end.
+
+    Raises TarCutError.
+    """
     marker = source.at - BLOCK
     if marker != source.start:
-        raise TarCutError("an extended header stands before no member")
+        raise TarCutError("an extended header has no member after it")
     while chunk := source.take(TAIL_BYTES):
         source.start = source.at - len(chunk.lstrip(b"\0"))
         if source.start < source.at:
@@ -174,13 +178,14 @@ def _check_end(source: TarSource) -> None:
 
 
 def not_a_tar(source: TarSource) -> ShardError:
+    """The error for an object that is not a tar, by its first bytes."""
     source.move(0)
     head = source.take(16)
     packed = next((name for magic, name in COMPRESSED.items() if head.startswith(magic)), None)
     if packed:
         return ShardError(
             f"{source.url} is {packed}, not a tar. Compressed archives cannot be streamed "
-            f"exactly: unpack it."
+            "exactly: unpack it."
         )
     what = f"it begins with {head!r}" if head else "it is empty"
     return ShardError(f"{source.url} is not a tar: {what}. Replace or remove it, or set `format`.")

@@ -1,6 +1,4 @@
-"""A new local folder, which appears whole or not at all: what exports write. Private to this
-package.
-"""
+"""A new local folder that appears whole or not at all. Private to this package."""
 
 from __future__ import annotations
 
@@ -17,20 +15,19 @@ from vitray.errors import JobError, StorageError, one_line
 from vitray.storage.local import fsync
 from vitray.storage.objects import absolute, is_local
 
-FULL = (
-    1 << 20
-    # bytes left: libraries that write files, or read what they wrote, tell of a full disk by errors
-    # of their own
-)
+# bytes: a disk with less free space counts as full, since libraries report it by various errors
+FULL = 1 << 20
 
 
 @contextlib.contextmanager
 def new_folder(into: str, option: str) -> Iterator[Path]:
-    """A folder beside `into`, which gets that name, by a rename, when the block ends; an exception
-    leaves nothing, and what a kill leaves is deleted by the next one of that name.
+    """A temporary folder beside `into`, which is renamed to `into` when the block ends.
 
-    option: what a person wrote to name it, for messages. Raises JobError when `into` is no local
-    path or is there already, StorageError when the disk is full or fails.
+    An exception leaves nothing. What a killed process leaves is deleted by the next call for the
+    same name.
+
+    option: the command-line option of `into`, for messages. Raises JobError when `into` is not a
+    local path or exists already, StorageError when the disk is full or fails.
     """
     if not is_local(into):
         raise JobError(
@@ -38,35 +35,41 @@ def new_folder(into: str, option: str) -> Iterator[Path]:
         )
     target = Path(absolute(into))
     if os.path.lexists(target):
-        raise JobError(f"{option} {target} is there already: choose a new folder.")
-    ours = f".tmp-{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]}-"
-    folder = target.with_name(f"{ours}{uuid.uuid4().hex}")
+        raise JobError(f"{option} {target} exists already: choose a new folder.")
+    prefix = f".tmp-{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]}-"
+    folder = target.with_name(f"{prefix}{uuid.uuid4().hex}")
     try:
         folder.mkdir(parents=True)
         with _locked(folder):
-            for left in target.parent.glob(f"{ours}*"):
-                with _locked(left) as is_free:
-                    if is_free:  # whoever wrote it was killed
-                        shutil.rmtree(left, ignore_errors=True)
+            _delete_abandoned(target.parent, prefix)
             yield folder
-            for path in [*folder.rglob("*"), folder]:  # on the disk, before it gets its name
+            for path in [*folder.rglob("*"), folder]:  # everything is on the disk before the rename
                 fsync(str(path))
             folder.rename(target)
     except Exception as error:
         if not isinstance(error, OSError) and shutil.disk_usage(folder).free >= FULL:
             raise
-        said = one_line(error).rstrip(".")
+        reason = one_line(error).rstrip(".")
         raise StorageError(
-            f"{target}: {said}. Check the path, and that the disk has room."
+            f"{target}: {reason}. Check the path, and that the disk has room."
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _delete_abandoned(parent: Path, prefix: str) -> None:
+    """Delete temporary folders whose process was killed: nobody has a lock on them."""
+    for folder in parent.glob(f"{prefix}*"):
+        with _locked(folder) as is_free:
+            if is_free:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
-    """Whether the folder is ours alone in the block, which ends with the process at the latest;
-    False where the disk has no locks.
+    """Whether this process has the only lock on the folder during the block.
+
+    A killed process loses its lock. False, too, on a disk without locks.
     """
     with contextlib.ExitStack() as stack:
         try:

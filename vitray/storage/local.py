@@ -1,5 +1,6 @@
-"""A directory tree. Creates by link(2), which is atomic and refuses an existing name. Private to
-this package.
+"""A directory tree as a store. Private to this package.
+
+Objects are created by link(2), which is atomic and refuses an existing name.
 """
 
 from __future__ import annotations
@@ -22,8 +23,7 @@ from vitray.errors import ObjectChanged, ObjectMissing, ObjectRefused, StorageEr
 from vitray.storage.objects import ABANDONED_S, TMP_PREFIX, ObjectInfo, absolute
 
 ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
-# one file's own fault, and no better when it is asked for again; what a network file system says
-# while it is away is not here
+# permanent faults of one file; a network file system that is away has other errors
 REFUSED = (
     errno.EACCES,
     errno.EPERM,
@@ -33,17 +33,17 @@ REFUSED = (
     errno.ELOOP,
     errno.ENAMETOOLONG,
 )
-# of a byte that is no UTF-8, and of the backslash before what looks like one
+# stands for a byte that is not UTF-8, and for the backslash of a name that looks like an escape
 ESCAPE = r"\\u(dc(?:[89a-f][0-9a-f]|5c))"
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
 
 
 class LocalStore:
-    """URLs are UTF-8, names on a disk need not be: a byte that is none is `\\udcXX` in a URL (see on_disk)."""
+    """Files as objects. A byte of a name that is not UTF-8 is `\\udcXX` in its URL: see on_disk."""
 
     def find(self, prefix: str) -> list[ObjectInfo]:
-        found, _ = self.find_all(prefix)
-        return [info for info in found if not os.path.basename(info.url).startswith(TMP_PREFIX)]
+        infos, _ = self.find_all(prefix)
+        return [info for info in infos if not os.path.basename(info.url).startswith(TMP_PREFIX)]
 
     def find_all(self, prefix: str) -> tuple[list[ObjectInfo], list[str]]:
         root = on_disk(prefix)
@@ -59,23 +59,22 @@ class LocalStore:
         return self._infos(paths), linked_folders
 
     def glob(self, pattern: str) -> list[ObjectInfo]:
-        found = globbing.iglob(
-            _with_literal_folders(on_disk(pattern)), recursive=True, include_hidden=True
-        )
+        path_pattern = _with_literal_folders(on_disk(pattern))
+        paths = globbing.iglob(path_pattern, recursive=True, include_hidden=True)
         cycles = dict[str, bool]()
         return self._infos(
-            path for path in found if not _is_in_cycle(os.path.dirname(path), cycles)
+            path for path in paths if not _is_in_cycle(os.path.dirname(path), cycles)
         )
 
     def _infos(self, paths: Iterable[str]) -> list[ObjectInfo]:
-        found = []
+        infos = list[ObjectInfo]()
         for path in paths:
-            if odd := _oddity(path):  # listed, so that it is reported
-                found.append(ObjectInfo(_url_of(path), -1, odd))
+            if problem := _unreadable(path):  # listed, so that it is reported
+                infos.append(ObjectInfo(_url_of(path), -1, problem))
                 continue
             with contextlib.suppress(ObjectMissing):  # a folder, or deleted since it was listed
-                found.append(self.stat(_url_of(path)))
-        return sorted(found, key=lambda info: info.url)
+                infos.append(self.stat(_url_of(path)))
+        return sorted(infos, key=lambda info: info.url)
 
     def stat(self, url: str) -> ObjectInfo:
         path = on_disk(url)
@@ -109,8 +108,8 @@ class LocalStore:
                     raise
                 raise UnsafeStore(
                     f"{path}: this file system has no hard links ({error.strerror}), which an "
-                    f"atomic commit needs. "
-                    "Put `out` on a local disk (ext4, xfs, btrfs, zfs), on NFS, or on s3://."
+                    f"atomic commit needs. Put `out` on a local disk (ext4, xfs, btrfs, zfs), on "
+                    f"NFS, or on s3://."
                 ) from error
         return True
 
@@ -120,21 +119,14 @@ class LocalStore:
             os.replace(temporary, path)
 
     def abandoned(self, prefix: str) -> list[str]:
-        walk = os.walk(on_disk(prefix))
-        found = [
-            os.path.join(folder, name)
-            for folder, _, names in walk
-            for name in names
-            if name.startswith(TMP_PREFIX)
-        ]
-        return [
-            path
-            for path in found
-            if os.path.exists(path) and time.time() - os.path.getmtime(path) > ABANDONED_S
-        ]
+        paths = list[str]()
+        for folder, _, names in os.walk(on_disk(prefix)):
+            paths += [os.path.join(folder, name) for name in names if name.startswith(TMP_PREFIX)]
+        oldest = time.time() - ABANDONED_S
+        return [path for path in paths if os.path.exists(path) and os.path.getmtime(path) < oldest]
 
     def delete_folder(self, url: str) -> None:
-        with contextlib.suppress(OSError):  # not empty: somebody writes there
+        with contextlib.suppress(OSError):  # not empty: another process writes there
             os.rmdir(on_disk(url))
 
     def delete_tree(self, url: str) -> None:
@@ -151,7 +143,7 @@ class LocalStore:
 
 
 class _File(io.FileIO):
-    """A file that is open, whose faults are ours."""
+    """An open file whose errors are StorageErrors."""
 
     def readinto(self, buffer: Any) -> int | None:
         try:
@@ -160,24 +152,20 @@ class _File(io.FileIO):
             _raise_read(error, str(self.name))
 
 
-def _is_in_cycle(folder: str, known: dict[str, bool]) -> bool:
-    """Whether a link on the way to a folder leads back to a folder on the way. known: grows by the
-    answers.
-    """
-    if folder not in known:
+def _is_in_cycle(folder: str, results: dict[str, bool]) -> bool:
+    """Whether a link in a folder's path leads back to one of its parents. results: a cache."""
+    if folder not in results:
         parent = os.path.dirname(folder)
         is_link = os.path.islink(folder)
         leads_back = is_link and f"{os.path.realpath(parent)}/".startswith(
             f"{os.path.realpath(folder)}/"
         )
-        known[folder] = leads_back or (parent != folder and _is_in_cycle(parent, known))
-    return known[folder]
+        results[folder] = leads_back or (parent != folder and _is_in_cycle(parent, results))
+    return results[folder]
 
 
 def _with_literal_folders(pattern: str) -> str:
-    """A glob in which folders that are there stand for themselves, such as `[raw] 2024` in front of
-    `/*.jpg`.
-    """
+    """A glob in which existing folders are literal, such as `[raw] 2024` in `[raw] 2024/*.jpg`."""
     *folders, name = pattern.split("/")
     for count in range(len(folders), 0, -1):
         start = "/".join(folders[:count])
@@ -187,14 +175,12 @@ def _with_literal_folders(pattern: str) -> str:
 
 
 def on_disk(url: str) -> str:
-    """The absolute path that a local URL names, as the system has it."""
+    """The absolute path that a local URL names, as the system spells it."""
     return re.sub(ESCAPE, lambda code: chr(int(code[1], 16)), absolute(url)).replace("\udc5c", "\\")
 
 
 def _url_of(path: str) -> str:
-    """The URL of an absolute path; on_disk() leads back, also from a name that looks like an escape
-    itself.
-    """
+    """The URL of an absolute path: the inverse of on_disk(), also for names that look escaped."""
     return (
         re.sub(rf"\\(?={ESCAPE[2:]})", r"\\udc5c", path)
         .encode("utf-8", "backslashreplace")
@@ -204,8 +190,9 @@ def _url_of(path: str) -> str:
 
 @contextlib.contextmanager
 def _temporary(path: str, data: bytes) -> Iterator[str]:
-    """A file beside the path that holds the data, to be linked or moved there; it is gone at the
-    end, the rest on the disk.
+    """A file with the data beside the path, to be linked or moved there within the block.
+
+    The file is deleted at the end, and the folder's list of names is on the disk.
     """
     folder = os.path.dirname(path)
     temporary = os.path.join(folder, TMP_PREFIX + uuid.uuid4().hex)
@@ -226,11 +213,8 @@ def _temporary(path: str, data: bytes) -> Iterator[str]:
 
 def _new_file(path: str) -> BinaryIO:
     folder = os.path.dirname(path)
-    for _ in range(
-        2
-        # another run may remove the folder, when it is empty, between the two calls or inside the
-        # first
-    ):
+    # another run may remove the empty folder between the two calls, or during the first one
+    for _ in range(2):
         with contextlib.suppress(FileNotFoundError, FileExistsError):
             os.makedirs(folder, exist_ok=True)
             return open(path, "xb")
@@ -238,8 +222,8 @@ def _new_file(path: str) -> BinaryIO:
     return open(path, "xb")
 
 
-def _oddity(path: str) -> str:
-    """Why a name in a folder is no file that could be read."""
+def _unreadable(path: str) -> str:
+    """Why a name in a folder is not a readable file; empty for a file or a folder."""
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
@@ -250,9 +234,7 @@ def _oddity(path: str) -> str:
 
 
 def _raise_in_walk(error: OSError, root: str) -> None:
-    """A folder that another run removed meanwhile holds nothing; only the root itself must be
-    there.
-    """
+    """Raises, unless another run removed a folder below the root meanwhile."""
     if error.errno != errno.ENOENT or error.filename == root:
         _raise_read(error, root)
 
@@ -275,7 +257,7 @@ def _raise_local(error: OSError, path: str, kind: type[StorageError] = StorageEr
 
 
 def fsync(path: str) -> None:
-    """What a file, or a folder's list of names, holds is on the disk afterwards."""
+    """Write a file, or a folder's list of names, from the cache to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

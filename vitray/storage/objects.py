@@ -1,4 +1,4 @@
-"""What every store answers and how a call is retried. Private to this package."""
+"""The interface of a store, and how a call is retried. Private to this package."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import BinaryIO, Protocol, TypeVar
 
-from vitray.errors import StorageError
+from vitray.errors import StorageError, one_line
 
 ATTEMPTS = 10
-ABANDONED_S = 3600
+ABANDONED_S = 3600  # a temporary file that has not changed for so long belongs to a killed process
 TMP_PREFIX = ".tmp-"
 T = TypeVar("T")
 
@@ -28,28 +28,28 @@ class ObjectInfo:
 
 
 class Store(Protocol):
-    """What vitray asks of storage. URLs are whole; a local path is a URL too."""
+    """The calls that vitray needs of a store. URLs are complete; a local path is a URL too."""
 
     def find(self, prefix: str) -> list[ObjectInfo]:
         """Every object under a prefix (a directory or one object), in the order of URLs."""
 
     def find_all(self, prefix: str) -> tuple[list[ObjectInfo], list[str]]:
-        """What `find` says, and half-written files too; and the linked folders that were not
-        entered.
-        """
+        """Like `find`, with half-written files; and the linked folders, which are not entered."""
 
     def glob(self, pattern: str) -> list[ObjectInfo]: ...
 
     def stat(self, url: str) -> ObjectInfo: ...
 
     def open(self, url: str, version: str | None = None) -> BinaryIO:
-        """A seekable stream of bounded memory. Raises ObjectChanged when it is not (or no longer)
-        that version.
+        """A seekable stream of bounded memory.
+
+        Raises ObjectChanged when the object is not that version, or does not stay that version.
         """
 
     def create(self, url: str, data: bytes, metadata: dict[str, str] | None = None) -> bool:
-        """Make an object exist, whole or not at all. False: refused, something is there (perhaps by
-        a lost answer: look).
+        """Create an object, whole or not at all, unless one exists.
+
+        False: an object exists. It may be this one, when the answer to an earlier attempt was lost.
         """
 
     def replace(self, url: str, data: bytes) -> None: ...
@@ -57,18 +57,17 @@ class Store(Protocol):
     def delete(self, urls: Iterable[str]) -> None: ...
 
     def abandoned(self, prefix: str) -> list[str]:
-        """Half-written files that a killed process left, an hour old or more. None can exist on
-        S3.
-        """
+        """Half-written files of killed processes, an hour old or more. S3 cannot have any."""
 
     def delete_folder(self, url: str) -> None:
         """Remove a folder if it is empty, where folders exist."""
 
     def delete_tree(self, url: str) -> None:
-        """Remove an object, or a folder and all that is in it; nothing where there is none."""
+        """Remove an object, or a folder and everything in it, if it exists."""
 
 
 def is_local(url: str) -> bool:
+    """Whether a URL is a path, or file://."""
     return "://" not in url or url.startswith("file://")
 
 
@@ -80,7 +79,10 @@ def absolute(url: str) -> str:
 
 
 def retrying(what: str, call: Callable[[], T], transient: Callable[[Exception], bool]) -> T:
-    """The call's answer within ATTEMPTS tries, full-jitter backoff up to 8 s."""
+    """The result of the call, after at most ATTEMPTS attempts with full-jitter backoff up to 8 s.
+
+    what: the URL, for messages. transient: whether another attempt after an error may succeed.
+    """
     for attempt in range(ATTEMPTS):
         try:
             return call()
@@ -89,13 +91,13 @@ def retrying(what: str, call: Callable[[], T], transient: Callable[[Exception], 
                 raise
             if attempt == ATTEMPTS - 1:
                 raise StorageError(
-                    f"{what}: no answer in {ATTEMPTS} tries, last: {reason(error)}. Is the store "
-                    f"up and reachable? "
-                    "Then run the same command again."
+                    f"{what}: no answer in {ATTEMPTS} attempts, last: {reason(error)}. Check that "
+                    f"the store is up and reachable, then run the same command again."
                 ) from error
             time.sleep(random.uniform(0, min(8.0, 0.1 * 2**attempt)))
     raise AssertionError
 
 
 def reason(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    """The message of an error, for one of ours."""
+    return one_line(error, 300)

@@ -1,7 +1,7 @@
-"""Objects through s3fs. One PUT a create, never multipart; no listing cache; no checksums older
-stores refuse.
+"""Objects on S3, through s3fs. Private to this package.
 
-Private to this package. Attempts are counted in objects.retrying alone: layers of retries multiply.
+A create is one PUT, never multipart. Listings are not cached, and checksums that older stores
+refuse are off. Attempts are counted in objects.retrying alone: layers of retries multiply.
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ from vitray.storage.objects import ObjectInfo, reason, retrying
 
 CALL_TIMEOUT_S = 120.0
 READ_BLOCK_BYTES = 8 << 20
-BAD_CONFIG = (
-    "ProfileNotFound",
-    "ConfigParseError",
-)  # botocore's names of what is wrong in ~/.aws/config
-BAD_KEYS = (
-    "InvalidAccessKeyId",
-    "SignatureDoesNotMatch",
-    "RequestTimeTooSkewed",
-)  # nobody's object is refused by these
+# botocore's names for errors in ~/.aws/config
+BAD_CONFIG = ("ProfileNotFound", "ConfigParseError")
+# botocore's names for other errors of the user's set-up, which no further attempt mends
+BAD_SETUP = ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError", *BAD_CONFIG)
+# refusals of the account or the clock, not of one object
+BAD_KEYS = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "RequestTimeTooSkewed")
+TRANSIENT_STATUS = (408, 409, 429)
+TRANSIENT_CODES = ("SlowDown", "RequestTimeout", "XAmzContentSHA256Mismatch")
 MAX_OBJECT_BYTES = 5 << 30  # one PUT; conditional multipart is not safe on every store
 UNSIGNED = "AWS_NO_SIGN_REQUEST"  # both names as GDAL has them
 PAYER = "AWS_REQUEST_PAYER"
@@ -60,15 +59,15 @@ class S3Store:
         self._fs.retries = 1
 
     def find(self, prefix: str) -> list[ObjectInfo]:
-        found = self._call(prefix, lambda: self._fs.find(_key(prefix), detail=True))
-        return _infos(found) or self._nothing_in(prefix)
+        entries = self._call(prefix, lambda: self._fs.find(_key(prefix), detail=True))
+        return _infos(entries) or self._nothing_in(prefix)
 
     def find_all(self, prefix: str) -> tuple[list[ObjectInfo], list[str]]:
         return self.find(prefix), []
 
     def glob(self, pattern: str) -> list[ObjectInfo]:
-        found = self._call(pattern, lambda: self._fs.glob(_key(pattern), detail=True))
-        return _infos(found) or self._nothing_in(pattern)
+        entries = self._call(pattern, lambda: self._fs.glob(_key(pattern), detail=True))
+        return _infos(entries) or self._nothing_in(pattern)
 
     def stat(self, url: str) -> ObjectInfo:
         try:
@@ -84,15 +83,16 @@ class S3Store:
         )
 
     def _nothing_in(self, url: str) -> list[ObjectInfo]:
-        """Nothing, of a bucket that is there: s3fs lists a missing one as empty, and the answer to
-        a HEAD carries no code.
+        """An empty listing of an existing bucket. Raises StorageError where it does not exist.
+
+        s3fs lists a missing bucket as empty, and the response to a HEAD has no code.
         """
         try:
             self._request("head_bucket", f"s3://{_key(url).split('/')[0]}")
         except ObjectMissing as error:
             raise _no_bucket(url) from error
         except StorageError as error:
-            if _answer(error)[0] != 403:  # a policy may allow a prefix and not its bucket
+            if _status_and_code(error)[0] != 403:  # a policy may allow a prefix and not its bucket
                 raise
         return []
 
@@ -103,19 +103,20 @@ class S3Store:
         return cast(BinaryIO, io.BufferedReader(_RangeReader(self, info), READ_BLOCK_BYTES))
 
     def read_range(self, info: ObjectInfo, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of that version. Raises ObjectChanged where it is another one."""
         if stop <= start:
             return b""
         bucket, _, key = _key(info.url).partition("/")
         span = f"bytes={start}-{stop - 1}"
 
         async def get() -> bytes:
-            answer = await self._fs._call_s3(
+            response = await self._fs._call_s3(
                 "get_object", Bucket=bucket, Key=key, Range=span, IfMatch=info.version
             )
-            async with answer["Body"] as body:
+            async with response["Body"] as body:
                 data: bytes = await body.read()
             if len(data) != stop - start:
-                raise ConnectionError(f"{len(data)} of {stop - start} bytes came")
+                raise ConnectionError(f"received {len(data)} of {stop - start} bytes")
             return data
 
         try:
@@ -136,10 +137,10 @@ class S3Store:
     def _put(self, url: str, data: bytes, **conditions: object) -> None:
         if len(data) > MAX_OBJECT_BYTES:
             raise StorageError(
-                f"{url}: {len(data)} bytes do not fit one PUT (5 GB). Use smaller shards or fewer "
+                f"{url}: {len(data)} bytes exceed one PUT (5 GB). Use smaller shards or fewer "
                 f"embeddings."
             )
-        # 4 MB/s is slow enough for any link that can feed a GPU
+        # 4 MB/s: any connection that can feed a GPU is faster
         self._request("put_object", url, CALL_TIMEOUT_S + len(data) / 4e6, Body=data, **conditions)
 
     def abandoned(self, prefix: str) -> list[str]:
@@ -158,7 +159,7 @@ class S3Store:
     def _request(
         self, method: str, url: str, timeout_s: float = CALL_TIMEOUT_S, **arguments: object
     ) -> Any:
-        """The store's answer about the object, or the bucket, that the URL names."""
+        """The response to a request about the object, or the bucket, that the URL names."""
         bucket, _, key = _key(url).partition("/")
         where = {"Bucket": bucket, "Key": key} if key else {"Bucket": bucket}
         return self._call(
@@ -181,7 +182,7 @@ class S3Store:
             _raise_s3(error, url, self._step_after_refusal(error, writes))
 
     def _step_after_refusal(self, error: Exception, writes: bool) -> str:
-        """What to do where access is refused."""
+        """The advice to a person whose access was refused."""
         if self._is_unsigned:
             return f"{UNSIGNED} is set, so requests carry no credentials: unset it to use yours."
         check = "Check AWS_PROFILE or AWS_ACCESS_KEY_ID and the bucket's policy."
@@ -189,9 +190,9 @@ class S3Store:
             return check
         if type(error).__name__ == "NoCredentialsError":
             return f"{check} To read a public bucket without credentials, set {UNSIGNED}=YES."
-        # S3 does not say that it was refused because the requester pays; a HEAD's answer has no
-        # code
-        if _answer(error) in ((403, "AccessDenied"), (403, "403")) and not self._pays_requests:
+        # S3 does not tell whether the requester has to pay; a HEAD's response has no code
+        is_denied = _status_and_code(error) in ((403, "AccessDenied"), (403, "403"))
+        if is_denied and not self._pays_requests:
             return f"{check} If its requester pays, set {PAYER}=requester."
         return check
 
@@ -209,16 +210,15 @@ class _RangeReader(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = (
-            offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._info.size}[whence]
-        )
+        origins = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._info.size}
+        self._at = offset + origins[whence]
         return self._at
 
     def tell(self) -> int:
         return self._at
 
     def readall(self) -> bytes:
-        # the one inherited asks for 8 kB at a time
+        # the inherited method reads 8 kB at a time
         return b"".join(iter(lambda: self._next(READ_BLOCK_BYTES), b""))
 
     def readinto(self, buffer: Any) -> int:
@@ -233,6 +233,7 @@ class _RangeReader(io.RawIOBase):
 
 
 def _endpoint() -> str | None:
+    """The endpoint of the environment, None for AWS. Raises JobError for a malformed one."""
     for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
         if value := os.environ.get(name):
             if not re.fullmatch(r"https?://[^\s/]+\S*", value, re.IGNORECASE):
@@ -242,6 +243,7 @@ def _endpoint() -> str | None:
 
 
 def _is_unsigned() -> bool:
+    """Whether requests have no credentials. Raises JobError for an unclear value."""
     value = os.environ.get(UNSIGNED, "")
     if value.lower() in ("yes", "true", "on", "1"):
         return True
@@ -254,6 +256,7 @@ def _is_unsigned() -> bool:
 
 
 def _pays_requests() -> bool:
+    """Whether the user pays for requests. Raises JobError for an unknown value."""
     value = os.environ.get(PAYER, "")
     if value.lower() not in ("", "requester"):
         raise JobError(
@@ -266,7 +269,7 @@ def _key(url: str) -> str:
     return url.removeprefix("s3://").rstrip("/")
 
 
-def _infos(found: dict[str, dict[str, Any]]) -> list[ObjectInfo]:
+def _infos(entries: dict[str, dict[str, Any]]) -> list[ObjectInfo]:
     return [
         ObjectInfo(
             f"s3://{name}",
@@ -274,73 +277,55 @@ def _infos(found: dict[str, dict[str, Any]]) -> list[ObjectInfo]:
             str(item.get("ETag", "")).strip('"'),
             item["LastModified"].timestamp(),
         )
-        for name, item in sorted(found.items())
+        for name, item in sorted(entries.items())
         if item["type"] == "file" and not name.endswith("/")
     ]
 
 
-def _answer(error: BaseException) -> tuple[int, str]:
-    """HTTP status and S3 code of what the store said, (0, '') when it said nothing."""
+def _status_and_code(error: BaseException) -> tuple[int, str]:
+    """The HTTP status and S3 code of the store's response; (0, '') without a response."""
     cause: BaseException | None = error
     while cause is not None:
         response = getattr(cause, "response", None)
         if isinstance(response, dict):
-            return response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0), response.get(
-                "Error", {}
-            ).get("Code", "")
+            status: int = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+            code: str = response.get("Error", {}).get("Code", "")
+            return status, code
         cause = cause.__cause__
     return 0, ""
 
 
 def _is_transient(error: Exception) -> bool:
-    status, code = _answer(error)
+    """Whether another attempt may succeed."""
+    status, code = _status_and_code(error)
     if status:
-        return (
-            status >= 500
-            or status in (408, 409, 429)
-            or code in ("SlowDown", "RequestTimeout", "XAmzContentSHA256Mismatch")
-        )
-    name = type(error).__module__.split(".")[0]
-    if type(error).__name__ in (
-        "NoCredentialsError",
-        "PartialCredentialsError",
-        "ParamValidationError",
-        *BAD_CONFIG,
-    ):
+        return status >= 500 or status in TRANSIENT_STATUS or code in TRANSIENT_CODES
+    if type(error).__name__ in BAD_SETUP:
         return False
-    return isinstance(error, (ConnectionError, TimeoutError, asyncio.TimeoutError)) or name in (
-        "aiohttp",
-        "botocore",
-        "fsspec",
-    )
+    library = type(error).__module__.split(".")[0]
+    is_timeout = isinstance(error, (ConnectionError, TimeoutError, asyncio.TimeoutError))
+    return is_timeout or library in ("aiohttp", "botocore", "fsspec")
 
 
 def _raise_s3(error: Exception, url: str, step_after_refusal: str) -> NoReturn:
-    status, code = _answer(error)
-    if status == 412:
-        raise FileExistsError(
-            url
-        ) from error  # a condition was refused: create() and read_range() say which
+    """Raises vitray's own exception in place of one of s3fs, with advice."""
+    status, code = _status_and_code(error)
+    if status == 412:  # a condition was refused: create() and read_range() know which one
+        raise FileExistsError(url) from error
     if code == "NoSuchBucket":
         raise _no_bucket(url) from error
     if isinstance(error, FileNotFoundError) or status == 404:
         raise ObjectMissing(f"{url} does not exist") from error
-    if (
-        isinstance(error, PermissionError)
-        or status in (401, 403)
-        or "Credentials" in type(error).__name__
-    ):
+    has_no_credentials = "Credentials" in type(error).__name__
+    if isinstance(error, PermissionError) or status in (401, 403) or has_no_credentials:
         kind = ObjectRefused if status == 403 and code not in BAD_KEYS else StorageError
         raise kind(
             f"{url}: access refused ({code or reason(error)}). {step_after_refusal}"
         ) from error
-    mine = type(error).__name__ in BAD_CONFIG
-    step = (
-        "~/.aws/config, or unset AWS_PROFILE"
-        if mine
-        else "the URL, AWS_DEFAULT_REGION and AWS_ENDPOINT_URL"
-    )
-    raise StorageError(f"{url}: {reason(error).rstrip('.')}. Check {step}.") from error
+    suspects = "the URL, AWS_DEFAULT_REGION and AWS_ENDPOINT_URL"
+    if type(error).__name__ in BAD_CONFIG:
+        suspects = "~/.aws/config, or unset AWS_PROFILE"
+    raise StorageError(f"{url}: {reason(error).rstrip('.')}. Check {suspects}.") from error
 
 
 def _no_bucket(url: str) -> StorageError:

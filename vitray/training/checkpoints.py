@@ -1,8 +1,8 @@
-"""Where a training stands, in storage: tensors as safetensors, numbers as JSON. No pickle.
+"""The states of a training in storage: tensors as safetensors, numbers as JSON. No pickle.
 
-A state is a few objects of at most a gigabyte, whose names nobody else uses, and one small object
-that names them. That one is replaced as a whole, so a state is the old one or the new one, whenever
-the process dies.
+A state is a few objects of at most a gigabyte with unique names, and a small object that lists
+them. The list is replaced as a whole. So a state is the old one or the new one, whenever the
+process dies.
 """
 
 from __future__ import annotations
@@ -19,24 +19,22 @@ PART_BYTES = 1 << 30
 OWNER = "owner"
 
 
-def take(folder: str, owner: str) -> None:
-    """From now on these states are ours: a command of another machine that wrote them before ends
-    at its next one.
-    """
+class TakenOver(StorageError):
+    """Another command owns these states now."""
+
+
+def take_over(folder: str, owner: str) -> None:
+    """Own these states. The command that owned them ends at its next checkpoint."""
     url = join(absolute(folder), OWNER)
     store_for(url).replace(url, owner.encode())
 
 
-class TakenOver(StorageError):
-    """Another command has these states now."""
-
-
-def require_own(folder: str, owner: str) -> None:
-    """Raises TakenOver where another command took them since."""
+def require_owner(folder: str, owner: str) -> None:
+    """Raises TakenOver if another command owns these states now. No owner: nothing is checked."""
     if owner and read(join(absolute(folder), OWNER)).decode() != owner:
         raise TakenOver(
-            f"another command, on another machine, trains into {folder} by now, from the last "
-            f"checkpoint on. This one ends."
+            f"another command, on another machine, trains into {folder} now, from the last "
+            f"checkpoint on. This command ends."
         )
 
 
@@ -44,88 +42,88 @@ def save(folder: str, name: str, tensors: dict[str, Any], numbers: dict[str, Any
     """Replace the state of that name. Raises StorageError."""
     from safetensors.torch import save as to_bytes
 
-    pointer, old = join(absolute(folder), f"{name}.json"), _pointer(folder, name)
+    folder = absolute(folder)
+    store = store_for(folder)
+    old_state = _read_state(folder, name)
     parts: list[dict[str, str]] = []
-    for chunk in _cut(tensors):
+    for chunk in _in_parts(tensors):
         data = to_bytes({key: value.detach().cpu().contiguous() for key, value in chunk.items()})
-        parts.append(
-            {
-                "object": f"{name}-{uuid.uuid4().hex}.safetensors",
-                "sha256": hashlib.sha256(data).hexdigest(),
-            }
-        )
-        store_for(pointer).replace(join(absolute(folder), parts[-1]["object"]), data)
-    store_for(pointer).replace(pointer, json.dumps({"parts": parts, "numbers": numbers}).encode())
-    if old is not None:
-        store_for(pointer).delete([join(absolute(folder), part["object"]) for part in old["parts"]])
+        part = f"{name}-{uuid.uuid4().hex}.safetensors"
+        parts.append({"object": part, "sha256": hashlib.sha256(data).hexdigest()})
+        store.replace(join(folder, part), data)
+    state = {"parts": parts, "numbers": numbers}
+    store.replace(join(folder, f"{name}.json"), json.dumps(state).encode())
+    if old_state is not None:
+        store.delete([join(folder, part["object"]) for part in old_state["parts"]])
 
 
 def load(folder: str, name: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """(tensors, numbers) of the state of that name, None when there is none. Raises StorageError
-    when it is damaged.
+    """(tensors, numbers) of the state of that name; None if there is none.
+
+    Raises StorageError if it is damaged.
     """
     from safetensors.torch import load as from_bytes
 
-    found, tensors = _pointer(folder, name), dict[str, Any]()
-    if found is None:
+    state = _read_state(folder, name)
+    if state is None:
         return None
-    for part in found["parts"]:
+    tensors: dict[str, Any] = {}
+    for part in state["parts"]:
         try:
             data = read(join(absolute(folder), part["object"]))
         except ObjectMissing as error:
-            if (
-                _pointer(folder, name) != found
-            ):  # replaced meanwhile, by a command that was taken over from
+            # a command that does not know yet that it was taken over may replace the state
+            if _read_state(folder, name) != state:
                 return load(folder, name)
             raise _damaged(folder, name, one_line(error)) from error
         if hashlib.sha256(data).hexdigest() != part["sha256"]:
             raise _damaged(folder, name, f"{part['object']} changed")
         tensors |= from_bytes(data)
-    return tensors, found["numbers"]
+    return tensors, state["numbers"]
 
 
 def sweep(folder: str) -> None:
-    """Delete objects that no state names: of a process that died between two writes."""
+    """Delete objects that no state lists: a process died between two writes."""
     store = store_for(folder)
     try:
-        there = {info.url for info in store.find(absolute(folder))}
+        urls = {info.url for info in store.find(absolute(folder))}
     except ObjectMissing:
         return
-    states = [
-        _pointer(folder, url.rpartition("/")[2].removesuffix(".json"))
-        for url in there
-        if url.endswith(".json")
-    ]
-    named = {
-        join(absolute(folder), part["object"])
-        for state in states
-        if state
-        for part in state["parts"]
-    }
-    store.delete(sorted(url for url in there if url.endswith(".safetensors") and url not in named))
+    listed: set[str] = set()
+    for url in urls:
+        name = url.rpartition("/")[2]
+        if name.endswith(".json"):
+            state = _read_state(folder, name.removesuffix(".json"))
+            parts = state["parts"] if state is not None else []
+            listed |= {join(absolute(folder), part["object"]) for part in parts}
+    unlisted = urls - listed
+    store.delete(sorted(url for url in unlisted if url.endswith(".safetensors")))
 
 
-def _pointer(folder: str, name: str) -> dict[str, Any] | None:
+def _read_state(folder: str, name: str) -> dict[str, Any] | None:
+    """The list of a state's objects, and its numbers. Raises StorageError if it is damaged."""
     try:
-        said = json.loads(read(join(absolute(folder), f"{name}.json")))
+        state = json.loads(read(join(absolute(folder), f"{name}.json")))
         parts = [
-            {"object": str(part["object"]), "sha256": str(part["sha256"])} for part in said["parts"]
+            {"object": str(part["object"]), "sha256": str(part["sha256"])}
+            for part in state["parts"]
         ]
-        return {"parts": parts, "numbers": dict(said["numbers"])}
+        return {"parts": parts, "numbers": dict(state["numbers"])}
     except ObjectMissing:
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(folder, name, f"{name}.json: {one_line(error)}") from error
 
 
-def _damaged(folder: str, name: str, why: str) -> StorageError:
+def _damaged(folder: str, name: str, reason: str) -> StorageError:
     return StorageError(
-        f"the checkpoint {join(folder, name)} is damaged ({why}). Delete {folder} to train from "
+        f"the checkpoint {join(folder, name)} is damaged ({reason}). Delete {folder} to train from "
         f"the start."
     )
 
 
-def _cut(tensors: dict[str, Any]) -> list[dict[str, Any]]:
+def _in_parts(tensors: dict[str, Any]) -> list[dict[str, Any]]:
+    """The tensors in parts of at most PART_BYTES; a larger tensor is a part of its own."""
     parts: list[dict[str, Any]] = [{}]
     size = 0
     for name, tensor in tensors.items():

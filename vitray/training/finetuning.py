@@ -23,13 +23,22 @@ from typing import Any
 
 import numpy as np
 
-from vitray.dataset import Dataset, choose_vector, matrix_of, require_complete
+from vitray.dataset import (
+    INTERNAL_FOLDER,
+    SCRATCH_PREFIX,
+    Dataset,
+    check_store,
+    choose_vector,
+    internal_url,
+    matrix_of,
+    require_complete,
+)
 from vitray.errors import FingerprintError, JobError, ModelError, ObjectMissing
 from vitray.models import checkpoint
 from vitray.models.exported import hash_model, read_graph
 from vitray.models.pixels import read_pixels
 from vitray.schema import short_hash
-from vitray.storage import SCRATCH, absolute, exists, join, probe, read, store_for
+from vitray.storage import absolute, exists, join, read, store_for
 from vitray.training import checkpoints, examples, outputs
 from vitray.training.config import TrainingConfig
 
@@ -93,7 +102,7 @@ def finetune(
             done = json.loads(read(_url(config, "result.json")))
         except ObjectMissing:
             _require_own(config)
-            probe(config.out)
+            check_store(config.out)
         else:
             _require_same(config, {})
             _sweep(config)
@@ -401,7 +410,7 @@ def _require_own(config: TrainingConfig) -> None:
         there = [info.url.removeprefix(f"{out}/") for info in store_for(out).find(out)]
     except ObjectMissing:
         return
-    ours = ("_vitray/images/", f"_vitray/{SCRATCH}")
+    ours = (f"{INTERNAL_FOLDER}/images/", f"{INTERNAL_FOLDER}/{SCRATCH_PREFIX}")
     if not exists(_url(config, "training.json")) and (
         foreign := [name for name in there if not name.startswith(ours)]
     ):
@@ -426,7 +435,7 @@ def _require_same(config: TrainingConfig, more: dict[str, object]) -> None:
 
 
 def _url(config: TrainingConfig, name: str) -> str:
-    return join(absolute(config.out), "_vitray", name)
+    return internal_url(config.out, name)
 
 
 @contextmanager

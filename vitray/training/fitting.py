@@ -1,9 +1,8 @@
-"""The training loop: one process, or the workers of Ray Train that share each step. Goes on from
-the last checkpoint.
+"""The training loop: in one process, or in the workers of Ray Train that share each step.
 
-After each step all that the next one depends on is (weights, AdamW's moments, step): batches follow
-from the seed, the learning rate from the step. So a run that was killed ends with the weights of
-one that was not.
+It continues from the last checkpoint. A step depends on the weights, AdamW's moments and the number
+of the step alone: the batches follow from the seed, the learning rate from the step. So a killed
+training ends with the same weights as an undisturbed one.
 """
 
 from __future__ import annotations
@@ -25,31 +24,43 @@ from vitray.schema import PixelSpec
 from vitray.training import checkpoints
 from vitray.training.batches import Batch, Batches
 from vitray.training.config import TrainingConfig
-from vitray.training.examples import SAID_S, Examples
-from vitray.training.student import Student, cost, distance, divergence, groups, rate_at
+from vitray.training.examples import PROGRESS_S, Examples
+from vitray.training.outcome import Evaluation, merit
+from vitray.training.student import (
+    Student,
+    label_loss,
+    parameter_groups,
+    rate_at,
+    score_loss,
+    vector_loss,
+)
 from vitray.training.teachers import OnlineTeacher, normalised
 
 log = logging.getLogger(__name__)
 
-JUDGED_AT_ONCE = 256  # images, in float32 a few hundred megabytes of a ViT-B
-TOLD_STEPS = 1000  # losses that the metrics keep; of longer trainings every 2nd, 3rd …
+EVALUATION_BATCH = 256  # images: in float32 a few hundred megabytes of a ViT-B
+RECORDED_STEPS = 1000  # losses in the metrics; a longer training records every 2nd, 3rd …
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 
 
 class Diverged(VitrayError):
-    """The loss is no number any more."""
+    """The loss is no longer a number."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerGroup:
-    """This worker among those that share a step. Alone: rank 0 of 1."""
+    """This worker, among those that share a step.
+
+    device: as Ray Train assigns it; empty for the config's. owner: see checkpoints.take_over.
+    """
 
     rank: int = 0
     world: int = 1
-    device: str = ""  # as Ray Train shares them out
-    owner: str = ""  # of the checkpoints: see checkpoints.take
+    device: str = ""
+    owner: str = ""
 
     def wrap(self, student: Student) -> Any:
-        """What is called instead of the student, so that gradients are the mean over the group."""
+        """The module to call instead of the student: its gradients are the mean of the group."""
         if self.world == 1:
             return student
         from ray.train.torch import prepare_model
@@ -63,13 +74,15 @@ class WorkerGroup:
         return values
 
     def unsynced(self, wrapped: Any) -> AbstractContextManager[Any]:
+        """Gradients stay on this worker while it is open."""
         return wrapped.no_sync() if self.world > 1 else nullcontext()
 
 
 @dataclass
 class Progress:
-    """Where a training stands; all of it is in a checkpoint. records: {"step", "loss", "lr"} and
-    {"epoch", "validation_loss", ...}.
+    """The state of a training besides its tensors, as checkpoints store it.
+
+    records: {"step", "loss", "lr"} and {"epoch", "validation_loss", ...}.
     """
 
     step: int = 0
@@ -77,21 +90,6 @@ class Progress:
     best: dict[str, float] | None = None
     done: bool = False
     seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Judged:
-    """What a network says of images. ids: int64 [N], scores, losses: float32 [N]."""
-
-    ids: np.ndarray
-    scores: np.ndarray
-    losses: np.ndarray
-
-    def figures(self, truth: np.ndarray) -> dict[str, float]:
-        return {
-            "validation_loss": float(self.losses.mean()),
-            "validation_accuracy": float((self.ids == truth).mean()),
-        }
 
 
 class Fitting:
@@ -107,80 +105,71 @@ class Fitting:
         state: str,
     ) -> None:
         """state: the folder of its checkpoints."""
-        self.config, self.batches, self.held_out, self.group, self.state = (
-            config,
-            batches,
-            held_out,
-            group,
-            state,
-        )
+        self.config = config
+        self.batches = batches
+        self.held_out = held_out
+        self.group = group
+        self.state = state
         self.device = group.device or machine.resolve_device(config.device)
         self.kind = torch.device(self.device).type
         self.precision = precision_of(config, self.kind)
         self.student = student.to(self.device)
         self.learning = student.learning()
-        self.optimizer = torch.optim.AdamW(groups(student, config), lr=config.rate)
+        self.optimizer = torch.optim.AdamW(parameter_groups(student, config), lr=config.rate)
         self.scaler = torch.amp.GradScaler(self.kind, enabled=self.precision == "fp16")
         self.weights = class_weights(config, batches.examples.ids, batches.classes).to(self.device)
         self.progress = Progress()
         self.steps = config.epochs * batches.steps
 
-    def run(self, tell: Callable[[dict[str, float]], None]) -> Progress:
+    def run(self, report: Callable[[dict[str, float]], None]) -> Progress:
         """Train to the end, from the last checkpoint if there is one.
 
-        tell: gets a record at the end of each epoch, and every SAID_S {"step", "steps", "loss"} of
-        a worker that is alone.
+        report: gets the record of each epoch. If the worker is alone, it also gets {"step",
+        "steps", "loss"} every PROGRESS_S. Raises Diverged.
         """
-        self._restore()
-        said = time.monotonic()
-        wrapped, every = self.group.wrap(self.student), max(1, self.steps // TOLD_STEPS)
-        while not self.progress.done:
+        self.restore()
+        reported = time.monotonic()
+        wrapped = self.group.wrap(self.student)
+        every = max(1, self.steps // RECORDED_STEPS)
+        progress = self.progress
+        while not progress.done:
             started = time.monotonic()
-            epoch, at = divmod(self.progress.step, self.batches.steps)
-            rate, loss = self._step(wrapped, epoch, at)
-            self.progress.step += 1
-            self.progress.seconds += time.monotonic() - started
-            if (self.progress.step - 1) % every == 0:
-                self.progress.records.append({"step": self.progress.step, "loss": loss, "lr": rate})
-            if at + 1 == self.batches.steps:
-                record = self._judge(epoch + 1, loss)
-                self._save()
-                tell(record)
-                said = time.monotonic()
-            elif self.config.save_steps and self.progress.step % self.config.save_steps == 0:
-                self._save()
-            if self.group.world == 1 and time.monotonic() - said > SAID_S:
-                said = time.monotonic()
-                tell({"step": self.progress.step, "steps": self.steps, "loss": loss})
-            crash_point("train-step", str(self.progress.step))
-        return self.progress
+            epoch, step_in_epoch = divmod(progress.step, self.batches.steps)
+            rate, loss = self._step(wrapped, epoch, step_in_epoch)
+            progress.step += 1
+            progress.seconds += time.monotonic() - started
+            if (progress.step - 1) % every == 0:
+                progress.records.append({"step": progress.step, "loss": loss, "lr": rate})
+            if step_in_epoch + 1 == self.batches.steps:
+                record = self._end_epoch(epoch + 1, loss)
+                self.save()
+                report(record)
+                reported = time.monotonic()
+            elif self.config.save_steps and progress.step % self.config.save_steps == 0:
+                self.save()
+            if self.group.world == 1 and time.monotonic() - reported > PROGRESS_S:
+                reported = time.monotonic()
+                report({"step": progress.step, "steps": self.steps, "loss": loss})
+            crash_point("train-step", str(progress.step))
+        return progress
 
-    def _step(self, wrapped: Any, epoch: int, at: int) -> tuple[float, float]:
-        """One step of the optimizer; returns the learning rate and the mean loss of the step's
-        images.
-        """
-        batch, parts = self.batches.batch(epoch, at, self.group.rank), self.config.accumulate
-        # dropout, where a checkpoint has any, follows from the step, too
-        torch.manual_seed(
-            (self.config.seed * 1_000_003 + self.progress.step) * 1009 + self.group.rank
-        )
+    def _step(self, wrapped: Any, epoch: int, step_in_epoch: int) -> tuple[float, float]:
+        """One step of the optimizer: its learning rate, and the mean loss of its images."""
+        batch = self.batches.batch(epoch, step_in_epoch, self.group.rank)
+        # so that dropout, if the checkpoint has any, follows from the step
+        seed = (self.config.seed * 1_000_003 + self.progress.step) * 1009 + self.group.rank
+        torch.manual_seed(seed)
         rate = rate_at(self.progress.step, self.steps, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         self.student.train()
-        total = torch.zeros((), device=self.device)
-        for part in range(parts):
-            with self.group.unsynced(wrapped) if part + 1 < parts else nullcontext():
-                loss = self._loss(wrapped, batch, slice(part, None, parts)) / self.batches.size
-                # the group's gradient is a mean over its workers, and must be the sum
-                self.scaler.scale(loss * self.group.world).backward()
-                total += loss.detach()
+        loss = self._accumulated(wrapped, batch)
         self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.learning.values(), self.config.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        mean = float(self.group.total(total))
+        mean = float(self.group.total(loss))
         if not np.isfinite(mean):
             raise Diverged(
                 f"the loss is {mean} in step {self.progress.step + 1}. Set a smaller `lr`, or "
@@ -188,158 +177,154 @@ class Fitting:
             )
         return rate, mean
 
-    def _loss(self, wrapped: Any, batch: Batch, part: slice) -> Any:
-        """The sum over these images."""
-        pixels, target, taught, known = (
-            values[part].to(self.device)
-            for values in (batch.pixels, batch.target, batch.taught, batch.known)
-        )
+    def _accumulated(self, wrapped: Any, batch: Batch) -> Any:
+        """This worker's share of the step's mean loss; adds up the gradients of all parts."""
+        parts = self.config.accumulate
+        total = torch.zeros((), device=self.device)
+        for part in range(parts):
+            is_last = part + 1 == parts
+            with nullcontext() if is_last else self.group.unsynced(wrapped):
+                images = slice(part, None, parts)
+                loss = self.loss(wrapped, batch, images) / self.batches.size
+                # DDP takes the mean of the workers' gradients, and the step needs their sum
+                self.scaler.scale(loss * self.group.world).backward()
+                total += loss.detach()
+        return total
+
+    def loss(self, wrapped: Any, batch: Batch, part: slice) -> Any:
+        """The sum of the losses of these images: of their labels, and of their teacher."""
+        pixels = batch.pixels[part].to(self.device)
+        target = batch.target[part].to(self.device)
+        teacher_target = batch.teacher_target[part].to(self.device)
+        has_teacher = batch.has_teacher[part].to(self.device)
         with self._autocast():
             logits, own = wrapped(pixels)
-            if isinstance(self.batches.teaching, OnlineTeacher):
-                taught = self.batches.teaching(pixels)
-        hard = cost(logits, target, self.weights)
-        if self.batches.teaching is None:
+            if isinstance(self.batches.teacher, OnlineTeacher):
+                teacher_target = self.batches.teacher(pixels)
+        hard = label_loss(logits, target, self.weights)
+        if self.batches.teacher is None:
             return hard.sum()
-        soft = (
-            divergence(logits, taught, self.config.temperature)
-            if own is None
-            else distance(own, taught)
-        )
-        share = self.config.teacher_weight * known
+        if own is None:
+            soft = score_loss(logits, teacher_target, self.config.temperature)
+        else:
+            soft = vector_loss(own, teacher_target)
+        share = self.config.teacher_weight * has_teacher
         return ((1 - share) * hard + share * soft).sum()
 
     def _autocast(self) -> Any:
         kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         return nullcontext() if kind is None else torch.autocast(self.kind, kind)
 
-    def _judge(self, epoch: int, loss: float) -> dict[str, float]:
-        """The epoch's record; keeps the weights where they are the best so far, and says when it is
-        enough.
-        """
-        progress, config = self.progress, self.config
+    def _end_epoch(self, epoch: int, loss: float) -> dict[str, float]:
+        """The epoch's record. Saves the best weights, and sets `done` after the last epoch."""
+        progress = self.progress
         record: dict[str, float] = {"epoch": epoch, "loss": loss, "step": progress.step}
-        if len(self.held_out.ids):
-            record |= self.judge(self.held_out, self.batches.spec).figures(self.held_out.ids)
-            if progress.best is None or merit(record, config.metric) > merit(
-                progress.best, config.metric
-            ):
+        if len(self.held_out.ids) > 0:
+            answers = self.evaluate(self.held_out, self.batches.pixels)
+            record |= answers.figures(self.held_out.ids)
+            metric = self.config.metric
+            if progress.best is None or merit(record, metric) > merit(progress.best, metric):
                 progress.best = record
-                if self.group.rank == 0:
-                    checkpoints.require_own(self.state, self.group.owner)
-                    checkpoints.save(self.state, "best", dict(self.learning), record)
+                self._save_best(record)
         progress.records.append(record)
-        stale = progress.best is not None and epoch - progress.best["epoch"] >= (
-            config.patience or config.epochs
-        )
-        progress.done = epoch == config.epochs or stale
+        patience = self.config.patience or self.config.epochs
+        is_stale = progress.best is not None and epoch - progress.best["epoch"] >= patience
+        progress.done = epoch == self.config.epochs or is_stale
         return record
 
-    def judge(self, examples: Examples, spec: PixelSpec) -> Judged:
-        """What the network says of images, each worker of its share."""
+    def evaluate(self, examples: Examples, spec: PixelSpec) -> Evaluation:
+        """The network's answers for images; each worker computes its share."""
         self.student.eval()
         count = len(examples.ids)
-        found = torch.zeros(count, 3, dtype=torch.float64)
-        mine = np.arange(self.group.rank, count, self.group.world)
-        plain = torch.ones(self.batches.classes, device=self.device)
-        for start in range(0, len(mine), JUDGED_AT_ONCE):
-            places = mine[start : start + JUDGED_AT_ONCE]
-            pixels = normalised(
-                torch.from_numpy(examples.pixels[places]).permute(0, 3, 1, 2).float(), spec
-            )
-            with torch.no_grad(), self._autocast():
-                logits, _ = self.student(pixels.to(self.device))
-            truth = torch.nn.functional.one_hot(
-                torch.from_numpy(examples.ids[places]), self.batches.classes
-            ).to(self.device)
-            scores, ids = logits.float().softmax(-1).max(-1)
-            found[places] = torch.stack(
-                [ids.double(), scores.double(), cost(logits, truth, plain).double()], 1
-            ).cpu()
-        found = (
-            self.group.total(found.to(self.device) if self.group.world > 1 else found).cpu().numpy()
-        )
-        return Judged(
-            found[:, 0].astype(np.int64),
-            found[:, 1].astype(np.float32),
-            found[:, 2].astype(np.float32),
+        columns = torch.zeros(count, 3, dtype=torch.float64)  # id, score and loss of each image
+        own = np.arange(self.group.rank, count, self.group.world)
+        for start in range(0, len(own), EVALUATION_BATCH):
+            images = own[start : start + EVALUATION_BATCH]
+            columns[images] = self._evaluated(examples, images, spec)
+        if self.group.world > 1:
+            columns = columns.to(self.device)
+        ids, scores, losses = self.group.total(columns).cpu().numpy().T
+        return Evaluation(
+            ids.astype(np.int64), scores.astype(np.float32), losses.astype(np.float32)
         )
 
-    def _save(self) -> None:
-        if self.group.rank:
+    def _evaluated(self, examples: Examples, images: np.ndarray, spec: PixelSpec) -> Any:
+        """float64 [n, 3] on the CPU: id, score and loss of these images."""
+        raw = torch.from_numpy(examples.pixels[images]).permute(0, 3, 1, 2).float()
+        pixels = normalised(raw, spec)
+        with torch.no_grad(), self._autocast():
+            logits, _ = self.student(pixels.to(self.device))
+        classes = self.batches.classes
+        truth = torch.nn.functional.one_hot(torch.from_numpy(examples.ids[images]), classes)
+        equal_weights = torch.ones(classes, device=self.device)
+        losses = label_loss(logits, truth.to(self.device), equal_weights)
+        scores, ids = logits.float().softmax(-1).max(-1)
+        return torch.stack([ids.double(), scores.double(), losses.double()], 1).cpu()
+
+    def _save_best(self, record: dict[str, float]) -> None:
+        if self.group.rank == 0:
+            checkpoints.require_owner(self.state, self.group.owner)
+            checkpoints.save(self.state, "best", dict(self.learning), record)
+
+    def save(self) -> None:
+        """Write the checkpoint that `restore` reads. Only the first worker writes."""
+        if self.group.rank > 0:
             return
-        checkpoints.require_own(self.state, self.group.owner)
-        moments = {
-            f"{kind}.{name}": self.optimizer.state[p][kind]
-            for kind in ("exp_avg", "exp_avg_sq")
-            for name, p in self.learning.items()
-            if self.optimizer.state[
-                p
-            ]  # none before the first update: fp16 skips those that overflow
-        }
+        checkpoints.require_owner(self.state, self.group.owner)
+        tensors = {f"weight.{name}": parameter for name, parameter in self.learning.items()}
+        for kind in MOMENTS:
+            for name, parameter in self.learning.items():
+                moments = self.optimizer.state[parameter]
+                if moments:  # none before the first update: fp16 skips steps that overflow
+                    tensors[f"{kind}.{name}"] = moments[kind]
+        # fewer than steps if fp16 overflowed
+        first = next(iter(self.learning.values()))
+        updates = int(self.optimizer.state[first].get("step", 0))
         numbers = {name: getattr(self.progress, name) for name in Progress.__dataclass_fields__}
-        # fewer than steps where fp16 overflowed
-        counts = [int(self.optimizer.state[p].get("step", 0)) for p in self.learning.values()]
-        numbers |= {"scaler": self.scaler.state_dict(), "updates": counts[0]}
-        checkpoints.save(
-            self.state,
-            "last",
-            {f"weight.{name}": p for name, p in self.learning.items()} | moments,
-            numbers,
-        )
+        numbers |= {"scaler": self.scaler.state_dict(), "updates": updates}
+        checkpoints.save(self.state, "last", tensors, numbers)
         crash_point("train-saved", str(self.progress.step))
 
-    def _restore(self) -> None:
-        found = checkpoints.load(self.state, "last")
-        if found is None:
+    def restore(self) -> None:
+        """Continue from the last checkpoint, if there is one. Raises StorageError."""
+        saved = checkpoints.load(self.state, "last")
+        if saved is None:
             return
-        tensors, numbers = found
-        put(
-            self.learning,
-            {name: tensors.get(f"weight.{name}") for name in self.learning},
-            self.state,
-        )
-        if scaler := numbers.pop("scaler"):  # empty where it was begun in another precision
+        tensors, numbers = saved
+        weights = {name: tensors.get(f"weight.{name}") for name in self.learning}
+        copy_into(self.learning, weights, self.state)
+        scaler = numbers.pop("scaler")
+        if scaler:  # empty if the checkpoint was made in another precision
             self.scaler.load_state_dict(scaler)
-        updates = torch.tensor(float(numbers.pop("updates")))
+        updates = float(numbers.pop("updates"))
         self.progress = Progress(**numbers)
         if not self.progress.done and self.group.rank == 0:
             log.warning("going on from step %d of %d", self.progress.step, self.steps)
-        for name, parameter in self.learning.items() if int(updates) else ():
-            moments = {
-                kind: tensors[f"{kind}.{name}"].to(self.device)
-                for kind in ("exp_avg", "exp_avg_sq")
-            }
-            self.optimizer.state[parameter] = {"step": updates.clone(), **moments}
+        if updates == 0:
+            return
+        for name, parameter in self.learning.items():
+            moments = {kind: tensors[f"{kind}.{name}"].to(self.device) for kind in MOMENTS}
+            self.optimizer.state[parameter] = {"step": torch.tensor(updates), **moments}
 
 
-def put(learning: dict[str, Any], tensors: dict[str, Any], state: str) -> None:
-    """Saved values into the parameters of those names. Raises StorageError where they are of
-    another network.
+def copy_into(learning: dict[str, Any], tensors: dict[str, Any], state: str) -> None:
+    """Copy saved values into the parameters of those names.
+
+    Raises StorageError if they are of another network. state: their folder, for its message.
     """
-    odd = [
-        name
-        for name, p in learning.items()
-        if tensors.get(name) is None or tensors[name].shape != p.shape
-    ]
-    if odd:
-        raise StorageError(
-            f"{state} is of another training: {odd[0]} does not fit. Delete it to train from the "
-            f"start."
-        )
+    for name, parameter in learning.items():
+        if tensors.get(name) is None or tensors[name].shape != parameter.shape:
+            raise StorageError(
+                f"{state} is of another training: {name} does not fit. Delete it to train from the "
+                f"start."
+            )
     with torch.no_grad():
         for name, parameter in learning.items():
             parameter.copy_(tensors[name])
 
 
-def merit(record: dict[str, float], metric: str) -> tuple[float, ...]:
-    """Larger is better; of equal accuracies the smaller loss."""
-    loss = -record["validation_loss"]
-    return (record["validation_accuracy"], loss) if metric == "accuracy" else (loss,)
-
-
 def precision_of(config: TrainingConfig, device: str) -> str:
-    """fp32 on a CPU, where autocast wins little in training and costs digits."""
+    """fp32 on a CPU, where autocast makes training little faster and less exact."""
     if config.precision != "auto":
         return config.precision
     return machine.auto_precision(device) if device == "cuda" else "fp32"
@@ -350,6 +335,5 @@ def class_weights(config: TrainingConfig, ids: np.ndarray, classes: int) -> Any:
     if config.class_weights == "none":
         return torch.ones(classes)
     counts = np.bincount(ids, minlength=classes)
-    return torch.tensor(
-        len(ids) / (np.count_nonzero(counts) * np.maximum(counts, 1)), dtype=torch.float32
-    )
+    weights = len(ids) / (np.count_nonzero(counts) * np.maximum(counts, 1))
+    return torch.tensor(weights, dtype=torch.float32)

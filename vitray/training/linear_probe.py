@@ -1,32 +1,35 @@
-"""A linear head on stored embeddings: multinomial logistic regression by L-BFGS. Seconds, and no
-image is read.
+"""A linear head on stored embeddings: multinomial logistic regression by L-BFGS.
+
+It takes seconds, and no image is read.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from vitray.training.fitting import Judged, merit
+from vitray.training.outcome import Evaluation, merit
 
-STRENGTHS = tuple(
-    10.0**n for n in range(-5, 2)
-)  # of the L2 penalty on standardised features; the held-out share chooses
-STRENGTH = 1e-2  # where nothing is held out
-# values; with fewer, threads wait for each other more than they multiply: 24 s, not 6, on two busy
-# cores
+# of the L2 penalty on standardised features; the held-out images choose
+STRENGTHS = tuple(10.0**exponent for exponent in range(-5, 2))
+STRENGTH = 1e-2  # if no image is held out
+# With fewer values, threads wait for each other longer than they multiply: 24 s instead of 6 s on
+# two busy cores
 ONE_THREAD = 10_000_000
-STEPS = 200  # of L-BFGS for each strength, from where the stronger one ended
+STEPS = 200  # of L-BFGS for each strength, from the solution of the stronger one
 
 
 @dataclass(frozen=True)
-class Probe:
-    """weight float32 [C, D], bias float32 [C] over the vectors as they are stored. records: what
-    each strength reached.
+class LinearProbe:
+    """A fitted head.
+
+    weight: float32 [C, D], bias: float32 [C], for vectors as they are stored. records: figures of
+    each strength. best: those of the chosen one.
     """
 
     weight: np.ndarray
@@ -35,72 +38,103 @@ class Probe:
     best: dict[str, float]
 
 
-def fit_probe(
-    vectors: np.ndarray,
-    ids: np.ndarray,
-    held_out: tuple[np.ndarray, np.ndarray],
+@dataclass(frozen=True)
+class LabelledRows:
+    """vectors: float [N, D]. ids: int64 [N]."""
+
+    vectors: np.ndarray
+    ids: np.ndarray
+
+
+def fit_linear_probe(
+    train: LabelledRows,
+    held_out: LabelledRows,
     weights: torch.Tensor,
     smoothing: float,
     metric: str = "accuracy",
-) -> Probe:
-    """vectors float [N, D], ids int64 [N]; held_out: the same of the rows that choose the strength.
-    weights: float32 [C].
+) -> LinearProbe:
+    """The head of the best strength. weights: float32 [C], of the classes.
 
-    metric: what the strength is chosen by, accuracy (of equal ones the smaller loss) or loss.
+    metric: of the held-out rows, chooses the strength: accuracy (of equal ones the smaller loss)
+    or loss.
     """
-    classes = len(weights)
-    mean, scale = vectors.mean(0, dtype=np.float64), vectors.std(0, dtype=np.float64) + 1e-6
-    rows = torch.from_numpy(((vectors - mean) / scale).astype(np.float32))
-    target = (
-        torch.nn.functional.one_hot(torch.from_numpy(ids), classes).float() * (1 - smoothing)
-        + smoothing / classes
-    )
-    weight = torch.zeros(classes, vectors.shape[1], requires_grad=True)
-    bias = torch.zeros(classes, requires_grad=True)
-    judged, records = len(held_out[1]) > 0, list[dict[str, float]]()
-    found: list[tuple[np.ndarray, np.ndarray]] = []
+    mean = train.vectors.mean(0, dtype=np.float64)
+    scale = train.vectors.std(0, dtype=np.float64) + 1e-6
+    rows = torch.from_numpy(((train.vectors - mean) / scale).astype(np.float32))
+    one_hot = torch.nn.functional.one_hot(torch.from_numpy(train.ids), len(weights)).float()
+    target = one_hot * (1 - smoothing) + smoothing / len(weights)
+    problem = _Problem(rows, target, weights)
+    weight = torch.zeros(len(weights), rows.shape[1], requires_grad=True)
+    bias = torch.zeros(len(weights), requires_grad=True)
+    has_held_out = len(held_out.ids) > 0
+    solutions: list[_Solution] = []
+    with _one_thread_if_small(rows.numel()):
+        for strength in sorted(STRENGTHS if has_held_out else [STRENGTH], reverse=True):
+            loss = _minimise(functools.partial(problem.loss, weight, bias, strength), [weight, bias])
+            raw_weight = weight.detach().numpy() / scale  # of vectors as they are stored
+            raw_bias = bias.detach().numpy() - raw_weight @ mean
+            solution = _Solution(
+                raw_weight.astype(np.float32),
+                raw_bias.astype(np.float32),
+                {"strength": strength, "loss": loss},
+            )
+            if has_held_out:
+                answers = evaluate_head(solution.weight, solution.bias, held_out)
+                solution.record.update(answers.figures(held_out.ids))
+            solutions.append(solution)
+    best = solutions[0]
+    if has_held_out:
+        best = max(solutions, key=lambda solution: merit(solution.record, metric))
+    records = [solution.record for solution in solutions]
+    return LinearProbe(best.weight, best.bias, records, best.record)
+
+
+@dataclass(frozen=True)
+class _Solution:
+    """The head of one strength. weight: float32 [C, D]. bias: float32 [C]."""
+
+    weight: np.ndarray
+    bias: np.ndarray
+    record: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """rows: float32 [N, D], standardised. target: float32 [N, C]. weights: float32 [C]."""
+
+    rows: torch.Tensor
+    target: torch.Tensor
+    weights: torch.Tensor
+
+    def loss(self, weight: torch.Tensor, bias: torch.Tensor, strength: float) -> torch.Tensor:
+        """Mean cross-entropy, and the L2 penalty."""
+        logs = torch.log_softmax(self.rows @ weight.T + bias, -1)
+        cross_entropy = -(self.target * self.weights * logs).sum(1).mean()
+        return cross_entropy + strength / 2 * weight.square().sum()
+
+
+@contextmanager
+def _one_thread_if_small(values: int) -> Iterator[None]:
     threads = torch.get_num_threads()
-    if rows.numel() < ONE_THREAD:
+    if values < ONE_THREAD:
         torch.set_num_threads(1)
-    for strength in sorted(STRENGTHS if judged else [STRENGTH], reverse=True):
-        loss = _minimise(
-            functools.partial(_loss, rows, target, weight, bias, weights, strength), [weight, bias]
-        )
-        plain = weight.detach().numpy() / scale
-        found.append(
-            (plain.astype(np.float32), (bias.detach().numpy() - plain @ mean).astype(np.float32))
-        )
-        record = {"strength": strength, "loss": loss}
-        records.append(
-            record | (judge_probe(*found[-1], *held_out).figures(held_out[1]) if judged else {})
-        )
-    torch.set_num_threads(threads)
-    best = max(range(len(records)), key=lambda n: merit(records[n], metric) if judged else (0.0,))
-    return Probe(*found[best], records, records[best])
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
-def judge_probe(
-    weight: np.ndarray, bias: np.ndarray, vectors: np.ndarray, ids: np.ndarray
-) -> Judged:
-    logits = torch.from_numpy(vectors @ weight.T + bias)
-    scores, said = logits.softmax(1).max(1)
-    losses = torch.nn.functional.cross_entropy(logits, torch.from_numpy(ids), reduction="none")
-    return Judged(said.numpy(), scores.numpy(), losses.numpy())
-
-
-def _loss(
-    rows: torch.Tensor,
-    target: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    weights: torch.Tensor,
-    strength: float,
-) -> torch.Tensor:
-    logs = torch.log_softmax(rows @ weight.T + bias, -1)
-    return -(target * weights * logs).sum(1).mean() + strength / 2 * weight.square().sum()
+def evaluate_head(weight: np.ndarray, bias: np.ndarray, rows: LabelledRows) -> Evaluation:
+    """The answers of a linear head for labelled rows."""
+    logits = torch.from_numpy(rows.vectors @ weight.T + bias)
+    scores, ids = logits.softmax(1).max(1)
+    truth = torch.from_numpy(rows.ids)
+    losses = torch.nn.functional.cross_entropy(logits, truth, reduction="none")
+    return Evaluation(ids.numpy(), scores.numpy(), losses.numpy())
 
 
 def _minimise(loss: Callable[[], torch.Tensor], parameters: list[torch.Tensor]) -> float:
+    """Change the parameters to a minimum of the loss; returns the loss there."""
     optimizer = torch.optim.LBFGS(
         parameters,
         max_iter=STEPS,

@@ -23,7 +23,7 @@ from vitray.models.checkpoint import Checkpoint, quiet
 from vitray.models.head import Head, write_head
 from vitray.models.pixels import FILES
 from vitray.storage import absolute, join, store_for
-from vitray.training.config import TAUGHT, TrainingConfig
+from vitray.training.config import TEACHER_FIELDS, TrainingConfig
 from vitray.training.page import page_of
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def _card(told: Told, is_model: bool) -> str:
             f"It learnt the {learnt} of a teacher, with a weight of {config.teacher_weight:g} "
             f"beside the labels."
         ]
-    if config.from_dataset and config.label_at == "label" and not config.label_table:
+    if config.from_dataset and config.label_column == "label" and not config.label_table:
         lines += [
             "Its labels are what another model said: the figures tell how well it agrees with "
             "that one."
@@ -185,7 +185,7 @@ def _card(told: Told, is_model: bool) -> str:
         "allow",
         "classes",
     }
-    private |= set() if is_taught else TAUGHT
+    private |= set() if is_taught else TEACHER_FIELDS
     lines += [
         f"- {name}: {json.dumps(value)}"
         for name, value in config.deciding().items()

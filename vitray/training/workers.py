@@ -11,9 +11,10 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+from vitray.dataset import internal_url
 from vitray.errors import ClusterError, VitrayError, one_line
 from vitray.pipeline.cluster import RETRIES, alive_nodes, ray_session
-from vitray.storage import absolute, exists, join, store_for
+from vitray.storage import exists, store_for
 from vitray.training.checkpoints import TakenOver
 from vitray.training.config import TrainingConfig
 from vitray.training.finetuning import TrainingRun
@@ -29,7 +30,7 @@ def fit_with_ray(config: TrainingConfig, owner: str, address: str | None, allow_
     A worker that dies takes the others with it: all begin again from the last checkpoint, three
     times at most. Raises ClusterError.
     """
-    began = join(absolute(config.out), "_vitray", f"began-{uuid.uuid4().hex}")
+    began = internal_url(config.out, f"began-{uuid.uuid4().hex}")
     with ray_session(address, allow_open), tempfile.TemporaryDirectory(prefix="vitray-") as scratch:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer

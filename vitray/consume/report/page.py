@@ -21,7 +21,7 @@ from vitray.errors import VitrayError, one_line
 from vitray.html import axis, rendered
 from vitray.pipeline import list_source
 from vitray.schema import REASONS, Shard
-from vitray.sources import chosen
+from vitray.sources import select_shards
 from vitray.storage import exists, join, read
 
 RUNS = 40  # the latest
@@ -162,7 +162,7 @@ def listed(dataset: Dataset) -> tuple[dict[str, Shard], list[str]]:
 
 
 def _state(dataset: Dataset, counts: Counts, listed: dict[str, Shard]) -> str:
-    planned = chosen(list(listed.values()), dataset.job)
+    planned = select_shards(list(listed.values()), dataset.job)
     pending = len({shard.id for shard in planned} - set(counts.shards))
     if not counts.shards:
         return "empty: nothing is committed yet"

@@ -1,0 +1,43 @@
+"""What a signal does to a command, by what the command is doing."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from vitray.cli.interrupts import Action, InterruptPolicy, Phase
+
+FILES, SAFE, WRITING = Phase.TEMPORARY_FILES, Phase.CRASH_SAFE, Phase.WRITING
+TERM, INT, HUP = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+
+
+@pytest.mark.parametrize(
+    ("phase", "number", "is_ray_loaded", "action"),
+    [
+        (FILES, TERM, False, Action.CLEAN_UP),
+        (FILES, INT, False, Action.CLEAN_UP),
+        (FILES, HUP, False, Action.CLEAN_UP),
+        (FILES, TERM, True, Action.EXIT),
+        (FILES, INT, True, Action.EXIT),
+        (SAFE, TERM, False, Action.EXIT),
+        (SAFE, INT, True, Action.EXIT),
+        (WRITING, TERM, False, Action.FINISH_WRITES),
+        (WRITING, TERM, True, Action.FINISH_WRITES),
+        (WRITING, INT, False, Action.EXIT),
+        (WRITING, HUP, True, Action.EXIT),
+    ],
+)
+def test_the_first_signal_does_what_costs_least(
+    phase: Phase, number: int, is_ray_loaded: bool, action: Action
+) -> None:
+    policy = InterruptPolicy(phase)
+    assert policy.action(number, is_first=True, is_ray_loaded=is_ray_loaded) is action
+
+
+@pytest.mark.parametrize("phase", list(Phase))
+@pytest.mark.parametrize("number", [TERM, INT, HUP])
+@pytest.mark.parametrize("is_ray_loaded", [False, True])
+def test_a_second_signal_ends_the_process(phase: Phase, number: int, is_ray_loaded: bool) -> None:
+    policy = InterruptPolicy(phase)
+    assert policy.action(number, is_first=False, is_ray_loaded=is_ray_loaded) is Action.EXIT

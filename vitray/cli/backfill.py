@@ -1,0 +1,41 @@
+"""`vitray backfill`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from vitray.cli.options import Address, Json, Open, Sets, job_of
+from vitray.cli.running import run_and_exit
+
+
+def backfill(
+    target: Annotated[
+        str, typer.Argument(metavar="JOB.yaml", help="the job of the existing dataset")
+    ],
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", help="the next model: Hugging Face id, local directory or s3:// directory"
+        ),
+    ],
+    out: Annotated[
+        str | None,
+        typer.Option(
+            "--out", help="the next dataset (default: the job's out and the model's name)"
+        ),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="branch, tag or commit of the next model")
+    ] = None,
+    sets: Sets = None,
+    address: Address = None,
+    allow_open_cluster: Open = False,
+    as_json: Json = False,
+) -> None:
+    """Run another model on the same shards, into a new dataset. Safe to repeat."""
+    from vitray.operations.backfilling import next_job
+
+    job = next_job(job_of(target, None, None, sets), model, out, revision)
+    run_and_exit(job, address, allow_open_cluster, as_json)

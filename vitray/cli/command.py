@@ -1,0 +1,136 @@
+"""How commands are parsed: `~` in paths, patterns without quotes, and the alias of export-model."""
+
+from __future__ import annotations
+
+import glob
+import os
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from typer.core import TyperCommand, TyperGroup
+
+from vitray.cli.export_model import is_of_model
+from vitray.cli.options import is_file
+from vitray.errors import JobError
+
+# parameters that are paths, in any command: shells do not expand the `~` of --out=~/x
+JOB_PATHS = ("calibrate", "directory", "head", "into", "model", "new", "old", "out")
+FILE_PATHS = (
+    "image",
+    "index",
+    "page",
+    "planned",
+    "prices",
+    "config",
+    "target",
+    "to",
+    "working_dir",
+)
+
+
+class CommandGroup(TyperGroup):
+    """All commands. `vitray export MODEL --to onnx` is an alias of `vitray export-model`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[:1] == ["export"] and is_of_model(args):
+            args = ["export-model", *args[1:]]
+        return super().resolve_command(ctx, args)
+
+
+class Command(TyperCommand):
+    """A command that expands `~` in its paths, and explains a pattern that the shell expanded."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        original = list(args)  # the parser empties the list
+        try:
+            remaining = super().parse_args(ctx, args)
+        except Exception as error:
+            if is_usage_error(error) and (why := self._explain_extra_files(ctx, original)):
+                ctx.fail(why)
+            raise
+        for name in JOB_PATHS + FILE_PATHS:
+            value = ctx.params.get(name)
+            if isinstance(value, str):
+                ctx.params[name] = _expanded(value)
+        return remaining
+
+    def _explain_extra_files(self, ctx: Any, args: list[str]) -> str:
+        """What to do if several files stand where one source is expected; else an empty text."""
+        source: Any = next((p for p in self.params if "SOURCE" in str(p.metavar)), None)
+        try:
+            values, extra, _ = self.make_parser(ctx).parse_args(args)
+        except Exception as error:
+            if not is_usage_error(error):
+                raise
+            return ""
+        first = None if source is None else values.get(source.name)
+        if not extra or not isinstance(first, str) or is_file(first):
+            return ""
+        files = [first, *extra]
+        if len(set(files)) == 1 or not all(map(os.path.lexists, files)):
+            return ""
+        option = f"{source.opts[0]} " if source.param_type_name == "option" else ""
+        pattern = _pattern_of(files)
+        quoted = f"vitray {self.name} {option}{shlex.quote(pattern)}"
+        beginning = f"{len(files)} files where one source is expected: "
+        if set(glob.glob(pattern)) == set(files):
+            return f"{beginning}the shell expanded the pattern; quote it: {quoted}"
+        return (
+            f"{beginning}if the shell expanded the pattern, quote it: {quoted}; or list them as "
+            f"`source` of a job file"
+        )
+
+
+def is_usage_error(error: Exception) -> bool:
+    """Whether it is a usage error of click; Typer has its own copy of click, with other classes."""
+    return hasattr(error, "exit_code") and hasattr(error, "format_message")
+
+
+def usage_text(error: Any) -> str:
+    """What is wrong with the arguments, and how to write them if we know that."""
+    from vitray.job import Job
+
+    option = getattr(error, "option_name", "")
+    command = error.ctx.command if error.ctx is not None else None
+    options = {parameter.name for parameter in command.params} if command is not None else set()
+    field = option.lstrip("-").replace("-", "_")
+    if "sets" in options and field in Job.model_fields.keys() - {"source", "model", "out"}:
+        return f"`{field}` is a field of the job: write --set {field}=…"
+    if command is not None and (sibling := _sibling_with(error.ctx, option)):
+        return f"vitray {command.name} takes no {option}: that is an option of vitray {sibling}"
+    return str(error.format_message())
+
+
+def _sibling_with(ctx: Any, option: str) -> str | None:
+    """Of export and export-model, the one that has the option while the other was called."""
+    siblings = {"export": "export-model", "export-model": "export"}
+    sibling = siblings.get(ctx.command.name)
+    if sibling is None or ctx.parent is None:
+        return None
+    parameters = ctx.parent.command.commands[sibling].params
+    return sibling if any(option in parameter.opts for parameter in parameters) else None
+
+
+def _expanded(path: str) -> str:
+    from vitray.job import expand_home
+
+    try:
+        return expand_home(path)
+    except ValueError as error:
+        raise JobError(f"{error}.") from error
+
+
+def _pattern_of(files: Sequence[str]) -> str:
+    """The shortest glob that matches the files, as far as a simple one can."""
+    split = [file.split("/") for file in files]
+    if len({len(parts) for parts in split}) > 1:
+        return "/".join([*os.path.commonprefix(split), "**"])  # noqa: RUF071
+    *folders, names = zip(*split)
+    base = [parts[0] if len(set(parts)) == 1 else "*" for parts in folders]
+    suffixes = {os.path.splitext(name)[1] for name in names}
+    suffix = suffixes.pop() if len(suffixes) == 1 else ""
+    short = "/".join([*base, f"*{suffix}"])
+    if set(glob.glob(short)) == set(files):
+        return short
+    return "/".join([*base, f"{os.path.commonprefix(names)}*{suffix}"])  # noqa: RUF071 (of characters)

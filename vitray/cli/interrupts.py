@@ -1,0 +1,126 @@
+"""What a signal does to a command: a policy that decides, and the handlers that obey it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import NoReturn
+
+from vitray.cli.console import screen
+
+STOP_S = 15.0  # for writes that have begun, and for removing temporary files
+RUN_RESUMES = "what is staged stays. Run the same command again to go on."
+
+
+class Phase(Enum):
+    """What an interruption would cost at this moment."""
+
+    TEMPORARY_FILES = auto()  # they must be removed first
+    CRASH_SAFE = auto()  # nothing: the same command continues
+    WRITING = auto()  # crash-safe, but a run saves work if it can finish its writes
+
+
+class Action(Enum):
+    """What to do about a signal."""
+
+    FINISH_WRITES = auto()
+    CLEAN_UP = auto()
+    EXIT = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class InterruptPolicy:
+    """Decides what a signal does in a phase of the command."""
+
+    phase: Phase
+
+    def action(self, number: int, *, is_first: bool, is_ray_loaded: bool) -> Action:
+        """What to do about signal `number`.
+
+        SIGTERM is what a spot machine receives some seconds before it goes away. A second signal
+        always ends the process. While Ray is loaded no exception is raised: in its C++ code one
+        can abort the process.
+        """
+        if not is_first:
+            return Action.EXIT
+        if self.phase is Phase.WRITING and number == signal.SIGTERM:
+            return Action.FINISH_WRITES
+        if self.phase is Phase.TEMPORARY_FILES and not is_ray_loaded:
+            return Action.CLEAN_UP
+        return Action.EXIT
+
+
+@dataclass(slots=True)
+class _Command:
+    """The running command, as the handlers see it. advice: the next step for the user."""
+
+    policy: InterruptPolicy = InterruptPolicy(Phase.TEMPORARY_FILES)
+    advice: str = "run the same command again."
+    # a list, because handlers can interrupt each other and an Event's lock cannot stand that
+    signals: list[int] = field(default_factory=list)
+    stop: threading.Event = field(default_factory=threading.Event)
+
+
+_command = _Command()
+
+
+def install_handlers() -> None:
+    """Handle SIGTERM and SIGINT, and SIGHUP unless it is ignored, as under nohup."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, on_signal)
+
+
+def end_at_once_when_interrupted(advice: str) -> None:
+    """Declare that the command survives a crash at any moment, and say what the user does next."""
+    _command.advice = advice
+    _command.policy = InterruptPolicy(Phase.CRASH_SAFE)
+
+
+def finish_writes_when_terminated(advice: str) -> threading.Event:
+    """Give a run STOP_S seconds to finish its writes after SIGTERM.
+
+    Returns the event that SIGTERM sets.
+    """
+    _command.advice = advice
+    _command.policy = InterruptPolicy(Phase.WRITING)
+    threading.Thread(target=_end_after_stop, daemon=True).start()
+    return _command.stop
+
+
+def _end_after_stop() -> None:
+    _command.stop.wait()
+    time.sleep(STOP_S)
+    _end(signal.SIGTERM, Action.EXIT)
+
+
+def on_signal(number: int, _frame: object) -> None:
+    """The handler of all signals."""
+    _command.signals.append(number)
+    action = _command.policy.action(
+        number, is_first=len(_command.signals) == 1, is_ray_loaded="ray" in sys.modules
+    )
+    if action is not Action.FINISH_WRITES:
+        _end(number, action)
+    # Ray's own handler, in C++, ran before this one and set an alarm that aborts after 3 s
+    signal.alarm(0)
+    _command.stop.set()
+
+
+def _end(number: int, action: Action) -> NoReturn:
+    with contextlib.suppress(OSError, ValueError):
+        if screen.live is not None:
+            os.write(sys.stderr.fileno(), b"\x1b[?25h")  # the view hides the cursor
+        os.write(sys.stderr.fileno(), f"\ninterrupted; {_command.advice}\n".encode())
+    code = 128 + number
+    if action is Action.EXIT:
+        os._exit(code)
+    threading.Timer(STOP_S, os._exit, [code]).start()
+    raise SystemExit(code)  # it runs the code that removes temporary files

@@ -1,0 +1,69 @@
+"""Options and arguments that several commands share, and the job that they describe."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from vitray.job import Job
+
+NO_DATASET = "not-written"  # `out` of a job whose command writes no dataset; a job must have one
+
+Target = Annotated[
+    str,
+    typer.Argument(
+        metavar="JOB.yaml|SOURCE",
+        help="a job file (.yaml, .yml, .json), or images: path, glob, prefix, s3://…",
+    ),
+]
+Model = Annotated[
+    str | None, typer.Option("--model", help="Hugging Face id, local directory or s3:// directory")
+]
+Out = Annotated[
+    str | None, typer.Option("--out", help="output directory, local (~ is your home) or s3://")
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="override a field of the job (repeatable)"),
+]
+OutArgument = Annotated[str, typer.Argument(metavar="OUT", help="a dataset directory")]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        "--address",
+        help="a Ray cluster, or `local` for a private one (default: RAY_ADDRESS, else none on a "
+        "CPU)",
+    ),
+]
+JobAddress = Annotated[
+    str,
+    typer.Option("--address", metavar="URL", help="the cluster's job API, like http://head:8265"),
+]
+Open = Annotated[
+    bool,
+    typer.Option("--allow-open-cluster", help="join a Ray cluster without token authentication"),
+]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
+
+
+def job_of(target: str, model: str | None, out: str | None, sets: list[str] | None) -> Job:
+    """The job of a job file, or of a source, with the options on top."""
+    from vitray.job import load_job, make_job, parse_set
+
+    overrides = parse_set(sets or [])
+    if model is not None:
+        overrides["model"] = model
+    if out is not None:
+        overrides["out"] = out
+    if is_file(target):
+        return load_job(target, overrides)
+    return make_job({"source": target, **overrides})
+
+
+def is_file(target: str) -> bool:
+    """Whether the argument names a job file and not a source."""
+    from vitray.job import is_job_file
+
+    return is_job_file(target)

@@ -1,0 +1,105 @@
+"""Run a job from the command line, with its progress on the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NoReturn
+
+import typer
+
+from vitray.cli.console import screen, show
+from vitray.cli.interrupts import RUN_RESUMES, finish_writes_when_terminated
+
+if TYPE_CHECKING:
+    from vitray.job import Job
+    from vitray.pipeline import Progress
+
+VIEW_EVERY_S = 0.5
+LOG_EVERY_S = 10.0
+
+
+def run_and_exit(
+    job: Job,
+    address: str | None,
+    allow_open_cluster: bool,
+    as_json: bool,
+    *,
+    prune: bool = False,
+    planned: str | None = None,
+) -> NoReturn:
+    """Run the job, print its result, and exit with its code.
+
+    planned: the file of a plan to compare the run with.
+    """
+    from vitray.operations.costing import read_plan
+    from vitray.operations.watching import summary
+    from vitray.pipeline import run as run_job
+
+    expected = None if planned is None else read_plan(planned)
+    stop = finish_writes_when_terminated(RUN_RESUMES)
+    with watched() as report:
+        result = run_job(
+            job,
+            address=address,
+            prune=prune,
+            progress=report,
+            stop=stop,
+            allow_open_cluster=allow_open_cluster,
+            planned=expected,
+        )
+    show(result, as_json, summary(result, job))
+    raise typer.Exit(result.exit_code)
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[Callable[[Progress], None]]:
+    """A function that shows a run's progress.
+
+    On a terminal it updates a view. Elsewhere it prints a JSON line every LOG_EVERY_S seconds, and
+    one at the end.
+    """
+    from rich.console import Console
+    from rich.live import Live
+
+    from vitray.operations.watching import json_line, view
+
+    if not sys.stderr.isatty():
+        yield _at_most_every(
+            LOG_EVERY_S, lambda progress: print(json_line(progress), file=sys.stderr, flush=True)
+        )
+        return
+    live_view = Live(
+        console=Console(stderr=True),
+        auto_refresh=False,
+        redirect_stdout=False,
+        redirect_stderr=False,
+    )
+    with live_view:
+        screen.live = live_view
+        try:
+            yield _at_most_every(
+                VIEW_EVERY_S, lambda progress: live_view.update(view(progress), refresh=True)
+            )
+        finally:
+            screen.live = None
+
+
+def _at_most_every(
+    seconds: float, report: Callable[[Progress], None]
+) -> Callable[[Progress], None]:
+    """Calls `report` once in so many seconds, and when the last shard is done."""
+    last, was_over = time.monotonic() - seconds, False
+
+    def throttled(progress: Progress) -> None:
+        nonlocal last, was_over
+        is_over = progress.shards_done + progress.set_aside >= progress.shards
+        is_due = (is_over and not was_over) or time.monotonic() - last >= seconds
+        if progress.shards and is_due:
+            last = time.monotonic()
+            report(progress)
+        was_over = is_over
+
+    return throttled

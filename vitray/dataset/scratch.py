@@ -1,0 +1,65 @@
+"""Scratch objects within an output directory, and the check that its store can commit."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import uuid
+from collections.abc import Iterator
+
+from vitray.dataset.layout import INTERNAL_FOLDER, SCRATCH_PREFIX, internal_url
+from vitray.errors import ObjectMissing, StorageError, UnsafeStore
+from vitray.storage import ABANDONED_S, join, read, store_for
+
+_FIRST = b"vitray probe"
+_SECOND = b"vitray probe again"
+
+
+def check_store(out: str) -> None:
+    """Raises UnsafeStore for a store that does not refuse a second conditional create."""
+    store = store_for(out)
+    with scratch(out) as url:
+        # a refusal means that its answer was lost, and that a second attempt met the first
+        store.create(url, _FIRST)
+        is_created_twice = store.create(url, _SECOND)
+        content = read(url)
+    if is_created_twice or content != _FIRST:
+        raise UnsafeStore(
+            f"{out}: the store ignored a conditional create (If-None-Match), so two runs could "
+            f"overwrite each other. Use a store that honours it (AWS S3, Ceph, MinIO) or a local "
+            f"disk with hard links."
+        )
+
+
+@contextlib.contextmanager
+def scratch(out: str) -> Iterator[str]:
+    """The URL of a new object or folder in `out`, deleted when the block ends.
+
+    It is within `out`, since another bucket might begin next to it.
+    """
+    store, folder = store_for(out), join(out, INTERNAL_FOLDER)
+    url = join(folder, f"{SCRATCH_PREFIX}{uuid.uuid4().hex}")
+    try:
+        yield url
+    except StorageError as error:  # the random name means nothing to a reader
+        raise type(error)(str(error).replace(url, out)) from error
+    finally:
+        store.delete_tree(url)
+        store.delete_folder(folder)  # a job that is refused later leaves nothing
+        store.delete_folder(out)
+
+
+def drop_scratch(out: str) -> list[str]:
+    """Delete the scratch of killed processes, unchanged for an hour or more; returns its URLs."""
+    store, prefix = store_for(out), internal_url(out, SCRATCH_PREFIX)
+    latest_change = dict[str, float]()
+    with contextlib.suppress(ObjectMissing):
+        for info in store.find(internal_url(out)):
+            if info.url.startswith(prefix):
+                url = prefix + info.url.removeprefix(prefix).split("/")[0]
+                latest_change[url] = max(latest_change.get(url, 0.0), info.modified or 0.0)
+    oldest = time.time() - ABANDONED_S
+    abandoned = [url for url, changed in latest_change.items() if changed < oldest]
+    for url in abandoned:
+        store.delete_tree(url)
+    return abandoned

@@ -1,0 +1,58 @@
+"""Pure functions that compare labels, vectors and scores: every figure has its one definition here.
+
+Used by reports, training and export. None reads a file or runs a model.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+TINY = 1e-30  # instead of a length of 0, so that a zero vector has cosine 0 and finite errors
+
+
+def accuracy(labels: Sequence[object] | np.ndarray, truth: Sequence[object] | np.ndarray) -> float:
+    """Share of labels that equal the truth; 0 for no labels."""
+    if len(labels) != len(truth):
+        raise ValueError(f"{len(labels)} labels and {len(truth)} true labels")
+    if len(labels) == 0:
+        return 0.0
+    if isinstance(labels, np.ndarray) and isinstance(truth, np.ndarray):
+        return float((labels == truth).mean())
+    return sum(label == true for label, true in zip(labels, truth)) / len(labels)
+
+
+def confusion(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
+    """int64 [C, C]: images by true class (row) and predicted class (column)."""
+    counts = np.zeros((classes, classes), np.int64)
+    np.add.at(counts, (truth, predicted), 1)
+    return counts
+
+
+def commonest_mistakes(
+    truth: np.ndarray, predicted: np.ndarray, most: int
+) -> list[tuple[int, int, int]]:
+    """(true class, predicted class, images) of wrong predictions, the commonest first."""
+    is_wrong = truth != predicted
+    pairs = Counter(zip(truth[is_wrong].tolist(), predicted[is_wrong].tolist()))
+    return [(true, label, images) for (true, label), images in pairs.most_common(most)]
+
+
+def cosines(one: np.ndarray, two: np.ndarray) -> np.ndarray:
+    """float64 [N]: the cosine of each row of [N, D] with the same row of the other array."""
+    one, two = one.astype(np.float64), two.astype(np.float64)
+    lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(two, axis=1)
+    return np.asarray((one * two).sum(1) / np.maximum(lengths, TINY))
+
+
+def mean_overlap(one: Iterable[Iterable[int]], two: Iterable[Iterable[int]], k: int) -> float:
+    """Mean share of k that two lists of ids have in common, over the rows of both."""
+    return float(np.mean([len(set(a) & set(b)) / k for a, b in zip(one, two)]))
+
+
+def largest_relative_error(expected: np.ndarray, computed: np.ndarray) -> float:
+    """The largest |computed - expected| / |expected| of a row; both float [N, D]."""
+    lengths = np.maximum(np.linalg.norm(expected, axis=1), TINY)
+    return float((np.linalg.norm(computed - expected, axis=1) / lengths).max())
