@@ -60,7 +60,7 @@ def ledger_share(folder: Path, model: str, ready: Path) -> dict[str, float]:
     """
     from vitray.dataset import open_dataset
     from vitray.models import open_model
-    from vitray.pipeline.stages import commit_step, decode_step, predict_step, read_step, stage_step
+    from vitray.pipeline.stages import commit_or_error, decode_stage, predict_stage, read_stage, write_stage
     from vitray.schema import content_hash
     from vitray.sources import list_shards
 
@@ -79,16 +79,16 @@ def ledger_share(folder: Path, model: str, ready: Path) -> dict[str, float]:
         finally:
             took[name] += cpu_s() - before
 
-    batches = timed("read", lambda: list(read_step(dataset, shard)))
+    batches = timed("read", lambda: list(read_stage(dataset, shard)))
     images = [image for batch in batches if batch.rows for image in batch.rows["data"].to_pylist()]
     timed("hash", lambda: [content_hash(image) for image in images])
-    decoded = [timed("decode", partial(decode_step, dataset, batch)) for batch in batches]
+    decoded = [timed("decode", partial(decode_stage, dataset, batch)) for batch in batches]
     predicted = [
-        timed("predict", partial(predict_step, dataset, network, batch)) for batch in decoded
+        timed("predict", partial(predict_stage, dataset, network, batch)) for batch in decoded
     ]
     for batch in predicted:
-        timed("stage", partial(stage_step, dataset, batch))
-    timed("commit", lambda: commit_step(dataset, shard))
+        timed("stage", partial(write_stage, dataset, batch))
+    timed("commit", lambda: commit_or_error(dataset, shard))
     return dict(took)
 
 

@@ -33,9 +33,9 @@ from vitray.training.config import TrainingConfig
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference.md"
 IMAGE_COLUMNS = {
-    "key": "the sample's own name: in a tar the path up to a dot of the base name (`tar_keys`), "
-    "else the key column, the image's path, or the row's number. Need not be unique. "
-    "(`shard`, `index`) is unique.",
+    "key": "the sample's own name. In a tar: the path up to a dot of the base name (`tar_keys`). "
+    "In other sources: the key column, the image's path, or the row's number. "
+    "A key need not be unique. (`shard`, `index`) is unique.",
     "shard": "id of the shard, which is the name of the data file",
     "index": "position of the image in its shard, from 0",
     "uri": "the object that the image came from",
@@ -82,7 +82,8 @@ RESULT_FIELDS = {
     "shards": "committed shards of the dataset",
     "rows": "its good rows",
     "errors": "its error rows",
-    "committed": "shards that this run committed, or adopted from another run",
+    "committed": "shards that this run committed, with those that it adopted",
+    "adopted": "of these, shards whose data file another run or an earlier attempt made",
     "images": "images that this run computed",
     "seconds": "time that this run took",
     "set_aside": "shards that could not be read, and why",
@@ -173,7 +174,7 @@ def page() -> str:
     parts = [
         "# Reference",
         "`make docs` makes this page from the code. Do not edit it.",
-        " · ".join(f"[{section}](#{_anchor(section)})" for section in SECTIONS),
+        "\n".join(f"- [{section}](#{_anchor(section)})" for section in SECTIONS),
         "## Job",
         JOB.strip(),
         _table("field | type | default | meaning", _fields_of(Job)),

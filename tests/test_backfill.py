@@ -82,7 +82,7 @@ def test_beside_a_bucket_is_no_place(tmp_path: Path, monkeypatch: pytest.MonkeyP
     job = make_job({"source": "in", "model": "a/old", "out": "s3://photos-vit/"})
     with pytest.raises(
         JobError,
-        match=r"s3://photos-vit/ is a whole bucket, and beside it is somebody else's: .* --out",
+        match=r"s3://photos-vit/ is a whole bucket, and another bucket may not be yours: .* --out",
     ):
         next_job(job, "a/new")
     assert next_job(job, "a/new", "s3://mine/new").out == "s3://mine/new"
@@ -96,9 +96,9 @@ def test_without_an_old_dataset_or_into_it_nothing_is_done(tmp_path: Path) -> No
     import hand_made
 
     dataset = hand_made.make_dataset(tmp_path)
-    with pytest.raises(JobError, match="is the dataset that is there"):
+    with pytest.raises(JobError, match="is the existing dataset"):
         next_job(dataset.job, "m", dataset.out + "/")
-    with pytest.raises(JobError, match="holds no vitray dataset to go on from"):
+    with pytest.raises(JobError, match="holds no vitray dataset to continue from"):
         next_job(make_job({"source": "x", "model": "m", "out": str(tmp_path / "none")}), "n")
     assert next_job(dataset.job, "google/vit-base:../x", None).out == f"{dataset.out}-x"
 

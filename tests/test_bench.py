@@ -56,7 +56,8 @@ def test_bench_times_every_step_and_names_the_limit(
     slowest = min(("read", "decode", "model"), key=lambda step: rates[step])
     shared = 1 / (1 / found.decode + 1 / found.model)  # by the cores of a CPU
     assert found.limit == (slowest if found.line >= 0.9 * min(rates[slowest], shared) else "line")
-    assert f"limit: {found.limit}" in str(found)
+    limit = "between the stages" if found.limit == "line" else found.limit
+    assert f"limit: {limit}" in str(found)
     assert not (tmp_path / "out").exists()
 
 

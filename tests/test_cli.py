@@ -669,6 +669,7 @@ def test_the_summary_counts_in_proper_words() -> None:
         "rows": 1,
         "errors": 3,
         "committed": 1,
+        "adopted": 0,
         "images": 1,
         "seconds": 1.0,
         "gone": 1,
@@ -852,10 +853,12 @@ def test_plan_counts_tars_and_what_is_committed(vitray: Call, tmp_path: Path) ->
         "--set",
         "since=2999-01-01",
     )[1]
-    assert none.startswith(
-        "source     0 shards, 0 images, 0 bytes\ncommitted  0 shards\nnot chosen 3 shards with 30 "
-        "images, by since"
-    )
+    assert none.splitlines()[:4] == [
+        "source     0 shards, 0 images, 0 bytes",
+        "committed  0 shards",
+        "chosen     since chooses whole shards: 0 of 3 tar shards, 0 of 30 images",
+        "not chosen 3 shards with 30 images, by since, sample or limit",
+    ]
     assert snapshot(tmp_path) == before
     assert len(committed(dataset.out)) == 2
 
@@ -965,7 +968,7 @@ def test_status_tells_how_far(vitray: Call, tmp_path: Path) -> None:
     ) == (False, 2, 18, 2, {})
     assert (status["staged"], status["last_run"]) == ({last.id: 4}, None)
     assert vitray("status", dataset.out)[1].splitlines()[:3] == [
-        f"{dataset.out}: not complete: run the job again to go on",
+        f"{dataset.out}: not complete: run the job again to continue",
         "committed  2 shards, 18 rows, 2 errors, 0 shards cut short",
         "staged     4 images of 1 shard",
     ]
@@ -1327,14 +1330,14 @@ DAMAGE: list[tuple[str, Callable[[pa.Table], pa.Table], set[str]]] = [
         lambda t: pa.concat_tables([t.slice(0, 1), t]),
         {
             "10 rows, but its footer says 9",
-            "rows are not in the order of their shard, or one is there twice",
+            "rows are not in the order of their shard, or one appears twice",
             "rows and errors do not make up 0..9",
         },
     ),
     (
         "out of order",
         lambda t: t.take([1, 0, *range(2, 9)]),
-        {"rows are not in the order of their shard, or one is there twice"},
+        {"rows are not in the order of their shard, or one appears twice"},
     ),
     (
         "no rows",
@@ -1490,7 +1493,7 @@ def test_validate_finds_a_missing_or_different_errors_file(vitray: Call, dataset
     problems = problems_of(vitray, dataset)
     assert problems[:2] == [
         f"data/{first.name}: its file of error rows is missing; run the job again to repair it",
-        f"data/{second.name}: its error rows differ from what the data file carries; run the job "
+        f"data/{second.name}: its error rows differ from those in the data file; run the job "
         f"again to repair it",
     ]
     assert problems[2].startswith(f"data/{third.name}: its file of error rows cannot be read")
@@ -1503,7 +1506,7 @@ def test_validate_finds_a_data_file_that_the_manifest_lacks(vitray: Call, datase
     table = pq.ParquetFile(manifest).read()
     pq.write_table(table.slice(1), manifest)
     assert problems_of(vitray, dataset) == [
-        f"data/{path.name}: is not in the manifest, though _SUCCESS.json is there"
+        f"data/{path.name}: is not in the manifest, though _SUCCESS.json exists"
     ]
 
 
@@ -1624,7 +1627,7 @@ def test_the_footer_of_a_data_file_is_checked_against_the_dataset(
         path, lambda t: t, errors="1", error_rows=base64.b64encode(ipc_bytes(bad, "zstd")).decode()
     )
     assert (
-        f"data/{path.name}: its error rows differ from what the data file carries; run the job "
+        f"data/{path.name}: its error rows differ from those in the data file; run the job "
         f"again to repair it" in problems_of(vitray, dataset)
     )
     assert read_footer(str(path)).errors == 1 and SCHEMA_VERSION == 1

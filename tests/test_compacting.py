@@ -103,7 +103,7 @@ def test_a_dataset_that_grew_costs_its_new_parts_only(tmp_path: Path) -> None:
 
 
 def test_a_call_that_died_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dataset, into, real = hand_made.make_dataset(tmp_path), tmp_path / "into", compacting._write
+    dataset, into, real = hand_made.make_dataset(tmp_path), tmp_path / "into", compacting.write_part
     left = iter([True, True])
 
     def dying(*args: object) -> None:
@@ -111,11 +111,11 @@ def test_a_call_that_died_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.Mo
             raise KeyboardInterrupt
         real(*args)
 
-    monkeypatch.setattr(compacting, "_write", dying)
+    monkeypatch.setattr(compacting, "write_part", dying)
     with pytest.raises(KeyboardInterrupt):
         compact(dataset.out, str(into), EACH_ALONE)
     assert len(list(into.glob("part-*"))) == 2 and not (into / "_COMPACT.json").exists()
-    monkeypatch.setattr(compacting, "_write", real)
+    monkeypatch.setattr(compacting, "write_part", real)
     assert compact(dataset.out, str(into), EACH_ALONE).written == 1
     assert rows_of(str(into)).equals(vitray.read(dataset.out))
 
@@ -133,7 +133,7 @@ def test_what_must_not_be_gathered_or_written_is_refused(tmp_path: Path) -> None
         JobError, match=f"lies inside its source {tmp_path}/w/in: choose another place"
     ):
         compact(whole.out, str(tmp_path / "w" / "in" / "few"))
-    with pytest.raises(JobError, match=r"holds s-000\.tar, which is no part of ours"):
+    with pytest.raises(JobError, match=r"holds s-000\.tar, which vitray compact did not write"):
         compact(dataset.out, str(tmp_path / "w" / "in"))
     assert len(list((tmp_path / "w" / "in").iterdir())) == 3
     for name in (
@@ -143,7 +143,8 @@ def test_what_must_not_be_gathered_or_written_is_refused(tmp_path: Path) -> None
         (tmp_path / name[:6]).mkdir(exist_ok=True)
         (tmp_path / name[:6] / name).write_bytes(b"somebody's")
         with pytest.raises(
-            JobError, match=f"holds {name}, which is no part of ours: choose an empty directory"
+            JobError,
+            match=f"holds {name}, which vitray compact did not write: choose an empty directory",
         ):
             compact(dataset.out, str(tmp_path / name[:6]))
         assert (tmp_path / name[:6] / name).read_bytes() == b"somebody's"
@@ -152,7 +153,7 @@ def test_what_must_not_be_gathered_or_written_is_refused(tmp_path: Path) -> None
     few = tmp_path / "few"
     compact(dataset.out, str(few / "c"))
     with pytest.raises(
-        JobError, match=r"holds c/_COMPACT\.json, which is no part of ours"
+        JobError, match=r"holds c/_COMPACT\.json, which vitray compact did not write"
     ):  # readers would see its rows, too
         compact(dataset.out, str(few))
     assert [path.name for path in few.iterdir()] == ["c"]

@@ -78,7 +78,7 @@ def test_the_command_prints_it_and_is_a_gate(two: tuple[str, str]) -> None:
     partly = call("--min-agreement", "0.37")
     assert (
         partly.returncode == 0
-        and partly.stderr.count("is not complete: what it lacks is not compared") == 1
+        and partly.stderr.count("is not complete: missing rows are not compared") == 1
     )
     assert partly.stderr.startswith(two[1])
     dataset = open_dataset(two[1])

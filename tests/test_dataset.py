@@ -1109,7 +1109,7 @@ def test_a_commit_that_never_arrives_is_an_error_and_keeps_its_staging(
 ) -> None:
     dataset, shard = behind()
     proxy.rule = lambda call: 503 if WINDOWS["before the create"](call) else FORWARD
-    with pytest.raises(StorageError, match=r"data/cats.*no answer in 10 tries"):
+    with pytest.raises(StorageError, match=r"data/cats.*no answer in 10 attempts"):
         commit_shard(dataset, shard)
     assert staged(dataset, shard.id).covers() and committed(dataset.out) == {}
     proxy.rule = lambda call: FORWARD
@@ -1669,7 +1669,7 @@ def test_clean_removes_orphans_only(quick_out: str, monkeypatch: pytest.MonkeyPa
     assert set(stored(quick_out)) == working | {
         nonce.removeprefix(f"{quick_out}/")
     }  # a run may be at work with it
-    monkeypatch.setattr("vitray.dataset.scratch.ABANDONED_S", -60)
+    monkeypatch.setattr("vitray.dataset.scratch_space.ABANDONED_S", -60)
     assert clean(dataset, [done.id, underway.id]) == ["_vitray/probe-12ab"]
     assert set(stored(quick_out)) == working and len(working - before) == 2
     assert clean(dataset, [done.id, underway.id]) == []

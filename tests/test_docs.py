@@ -165,7 +165,7 @@ def test_every_vitray_command_parses(page: Path) -> None:
             pytest.fail(f"{line}: {error or type(error).__name__}")
 
 
-@pytest.mark.parametrize("page", ALL, ids=place_of)
+@pytest.mark.parametrize("page", [p for p in ALL if p.name != "CHANGELOG.md"], ids=place_of)
 def test_every_command_within_the_text_exists_and_has_these_options(page: Path) -> None:
     known = make_reference.group().commands
     for span in command_spans(page.read_text(encoding="utf-8")):
@@ -267,6 +267,6 @@ def test_the_fields_that_may_not_change_are_those_of_the_fingerprint() -> None:
 def test_the_message_of_a_store_that_ignores_the_condition_is_shown_as_it_is() -> None:
     page = (ROOT / "docs/how-to/other-s3.md").read_text(encoding="utf-8")
     (shown,) = (fence.text.strip() for fence in fences(page) if fence.language == "text")
-    files = (ROOT / "vitray" / "storage").glob("*.py")
+    files = (ROOT / "vitray").rglob("*.py")
     code = "".join(re.sub(r'"\s+f?"', "", file.read_text(encoding="utf-8")) for file in files)
     assert shown in code

@@ -23,7 +23,7 @@ from shards import pictures
 
 import vitray
 from vitray import cli
-from vitray.consume.exporting import Wanted, export
+from vitray.consume.exporting import ExportOptions, export
 from vitray.operations import demo
 
 NUMBER = re.compile(r"\d[\d.,]*")
@@ -230,7 +230,7 @@ def test_the_recipes_for_vectors_run_and_agree(
 def test_the_csv_is_what_the_table_for_pgvector_takes(tmp_path: Path) -> None:
     part = embedded.noise(len(embedded.HOSTILE), 64, keys=embedded.HOSTILE)
     dataset = embedded.make(tmp_path, [part], keep=["cls"])
-    export(dataset.out, str(tmp_path / "csv"), Wanted("csv", vectors=True))
+    export(dataset.out, str(tmp_path / "csv"), ExportOptions("csv", vectors=True))
     with open(tmp_path / "csv/rows.csv", newline="") as file:
         header, *rows = csv.reader(file)
     (statement,) = blocks(RECIPES.read_text(encoding="utf-8"), "sql")

@@ -26,7 +26,7 @@ from shards import pictures, put_files
 import vitray
 from vitray import cli
 from vitray.consume import exporting
-from vitray.consume.exporting import WRITERS, Wanted, export
+from vitray.consume.exporting import WRITERS, ExportOptions, export
 from vitray.consume.report import report
 from vitray.dataset import Dataset
 from vitray.errors import JobError
@@ -59,7 +59,7 @@ def assert_keys(file: Path, dataset: Dataset) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_npy_is_the_column_bit_for_bit_in_the_order_of_its_keys(tmp_path: Path, dtype: str) -> None:
     dataset, into = made(tmp_path, dtype), tmp_path / "into"
-    found = export(dataset.out, str(into), Wanted("npy"))
+    found = export(dataset.out, str(into), ExportOptions("npy"))
     assert (found.rows, found.missing, found.complete) == (39, 0, True)
     matrix = np.load(into / "vectors.npy", mmap_mode="r")
     assert matrix.dtype == dtype and matrix.flags["C_CONTIGUOUS"]
@@ -75,8 +75,8 @@ def test_npy_is_the_column_bit_for_bit_in_the_order_of_its_keys(tmp_path: Path, 
 def test_of_several_columns_npy_and_faiss_want_one(tmp_path: Path) -> None:
     dataset = made(tmp_path, more=["other"])
     with pytest.raises(JobError, match="embedding_first, embedding_other: choose one by `column`"):
-        export(dataset.out, str(tmp_path / "into"), Wanted("npy"))
-    export(dataset.out, str(tmp_path / "into"), Wanted("npy", column="embedding_other"))
+        export(dataset.out, str(tmp_path / "into"), ExportOptions("npy"))
+    export(dataset.out, str(tmp_path / "into"), ExportOptions("npy", column="embedding_other"))
     assert np.array_equal(
         np.load(tmp_path / "into/vectors.npy"), vectors_of(dataset, "embedding_other")
     )
@@ -85,7 +85,7 @@ def test_of_several_columns_npy_and_faiss_want_one(tmp_path: Path) -> None:
 def test_faiss_finds_every_row_under_its_place_in_keys(tmp_path: Path) -> None:
     faiss = pytest.importorskip("faiss")
     dataset, into = made(tmp_path, "float16"), tmp_path / "into"
-    assert export(dataset.out, str(into), Wanted("faiss")).rows == 39
+    assert export(dataset.out, str(into), ExportOptions("faiss")).rows == 39
     vectors = vectors_of(dataset).astype(np.float32)
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     cosines, ids = faiss.read_index(str(into / "index.faiss")).search(unit, 3)
@@ -102,7 +102,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 def test_csv_gives_back_hostile_keys_as_they_are_and_vectors_to_the_bit(tmp_path: Path) -> None:
     dataset = made(tmp_path)
     whole = vitray.read(dataset.out).to_pylist()
-    export(dataset.out, str(tmp_path / "plain"), Wanted("csv"))
+    export(dataset.out, str(tmp_path / "plain"), ExportOptions("csv"))
     rows = read_csv(tmp_path / "plain/rows.csv")
     assert [row["key"] for row in rows] == [
         row["key"] for row in whole
@@ -120,7 +120,7 @@ def test_csv_gives_back_hostile_keys_as_they_are_and_vectors_to_the_bit(tmp_path
         )
         assert bytes.fromhex(said["content_hash"]) == row["content_hash"]
         assert json.loads(said["top_labels"]) == row["top_labels"]
-    export(dataset.out, str(tmp_path / "vectors"), Wanted("csv", vectors=True))
+    export(dataset.out, str(tmp_path / "vectors"), ExportOptions("csv", vectors=True))
     found = [json.loads(row["embedding"]) for row in read_csv(tmp_path / "vectors/rows.csv")]
     assert np.array_equal(np.array(found, np.float32), vectors_of(dataset))
 
@@ -128,7 +128,7 @@ def test_csv_gives_back_hostile_keys_as_they_are_and_vectors_to_the_bit(tmp_path
 def test_lance_holds_every_column(tmp_path: Path) -> None:
     lancedb = pytest.importorskip("lancedb")
     dataset, into = made(tmp_path, "float16", more=["other"]), tmp_path / "into"
-    assert export(dataset.out, str(into), Wanted("lance")).rows == 39
+    assert export(dataset.out, str(into), ExportOptions("lance")).rows == 39
     table = lancedb.connect(into).open_table("images").to_arrow()
     whole = vitray.read(dataset.out)
     assert table.column_names == whole.column_names
@@ -139,7 +139,7 @@ def test_webdataset_holds_the_bytes_that_were_labelled_under_names_of_our_own(
     tmp_path: Path,
 ) -> None:
     dataset, into = made(tmp_path), tmp_path / "into"
-    assert export(dataset.out, str(into), Wanted("webdataset")).rows == 39
+    assert export(dataset.out, str(into), ExportOptions("webdataset")).rows == 39
     whole = vitray.read(dataset.out)
     plain = [
         {**row, "content_hash": row["content_hash"].hex()}
@@ -180,7 +180,7 @@ def test_a_file_of_a_group_that_went_costs_its_own_image_alone(
     shown = report(job.out, str(tmp_path / "page.html")).pictures
     (tmp_path / "in" / f"{items[3].key}.{items[3].suffix}").unlink()
     (tmp_path / "in" / f"{items[5].key}.{items[5].suffix}").write_bytes(items[0].data)
-    found = export(job.out, str(tmp_path / "into"), Wanted("webdataset"))
+    found = export(job.out, str(tmp_path / "into"), ExportOptions("webdataset"))
     assert (found.rows, found.missing) == (10, 2)
     assert 0 < shown - 2 <= report(job.out, str(tmp_path / "page.html")).pictures < shown
 
@@ -229,8 +229,8 @@ def test_nothing_is_overwritten_and_a_death_on_the_way_leaves_nothing(
 ) -> None:
     dataset, into = made(tmp_path), tmp_path / "into"
     into.mkdir()
-    with pytest.raises(JobError, match="is there already"):
-        export(dataset.out, str(into), Wanted(to))
+    with pytest.raises(JobError, match="exists already"):
+        export(dataset.out, str(into), ExportOptions(to))
     into.rmdir()
     before = sorted(path.name for path in tmp_path.iterdir())
     real = exporting.row_blocks
@@ -241,7 +241,7 @@ def test_nothing_is_overwritten_and_a_death_on_the_way_leaves_nothing(
 
     monkeypatch.setattr(exporting, "row_blocks", dying)
     with pytest.raises(Exception, match="a death"):
-        export(dataset.out, str(into), Wanted(to))
+        export(dataset.out, str(into), ExportOptions(to))
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
@@ -249,7 +249,7 @@ def test_nothing_is_overwritten_and_a_death_on_the_way_leaves_nothing(
 def test_a_dataset_without_a_row_is_exported_too(tmp_path: Path, to: str) -> None:
     dataset = embedded.make(tmp_path, [noise(3)], commit=0)
     finish_with(dataset, [], [])
-    assert export(dataset.out, str(tmp_path / "into"), Wanted(to)).rows == 0
+    assert export(dataset.out, str(tmp_path / "into"), ExportOptions(to)).rows == 0
     if to == "npy":
         assert np.load(tmp_path / "into/vectors.npy").shape == (0, 8)
     if to == "csv":
@@ -259,8 +259,8 @@ def test_a_dataset_without_a_row_is_exported_too(tmp_path: Path, to: str) -> Non
 def test_a_dataset_that_is_not_complete_is_refused_or_told(tmp_path: Path) -> None:
     dataset = made(tmp_path, commit=1)
     with pytest.raises(JobError, match="is not complete"):
-        export(dataset.out, str(tmp_path / "into"), Wanted("npy"))
-    found = export(dataset.out, str(tmp_path / "into"), Wanted("npy", partial=True))
+        export(dataset.out, str(tmp_path / "into"), ExportOptions("npy"))
+    found = export(dataset.out, str(tmp_path / "into"), ExportOptions("npy", partial=True))
     assert (found.rows, found.complete) == (len(HOSTILE), False) and "NOT complete" in str(found)
     assert json.loads((tmp_path / "into/_EXPORT.json").read_text())["complete"] is False
 
@@ -275,13 +275,13 @@ def test_what_cannot_be_done_is_one_clear_error(
         (str(tmp_path / "x"), "xlsx", "choose one of lance, faiss, npy, webdataset, csv"),
     ):
         with pytest.raises(JobError, match=message):
-            export(dataset.out, into, Wanted(to))
+            export(dataset.out, into, ExportOptions(to))
     for module, to, extra in (("faiss", "faiss", "search"), ("lancedb", "lance", "lance")):
         monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(
             JobError, match=rf"--to {to} needs {module}: pip install 'vitray\[{extra}\]'"
         ):
-            export(dataset.out, str(tmp_path / "x"), Wanted(to))
+            export(dataset.out, str(tmp_path / "x"), ExportOptions(to))
     assert not (tmp_path / "x").exists() and not list(tmp_path.glob(".tmp-*"))
 
 
@@ -308,7 +308,7 @@ def test_what_a_killed_export_left_goes_with_the_next_one(tmp_path: Path) -> Non
 
 def test_bad_images_are_in_no_export(tmp_path: Path) -> None:
     dataset = hand_made.make_dataset(tmp_path)  # one bad image in each of three shards
-    export(dataset.out, str(tmp_path / "into"), Wanted("webdataset"))
+    export(dataset.out, str(tmp_path / "into"), ExportOptions("webdataset"))
     with tarfile.open(tmp_path / "into/000001.tar") as tar:
         rows = [
             json.load(io.BytesIO(tar.extractfile(m).read())) for m in tar if m.name.endswith("json")

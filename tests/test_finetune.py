@@ -40,12 +40,15 @@ from vitray.storage import read, store_for
 from vitray.training import checkpoints, examples, fitting, outputs, workers
 from vitray.training.batches import Batches
 from vitray.training.config import TrainingConfig, load_config
-from vitray.training.examples import _Source, class_ids, gather, is_held_out
-from vitray.training.finetuning import TrainingRun, finetune
-from vitray.training.labels import labels_by_key
-from vitray.training.linear_probe import fit_probe
-from vitray.training.student import groups, prepare, rate_at
-from vitray.training.teachers import OnlineTeacher, Teaching, normalised
+from vitray.training.examples import gather, is_held_out
+from vitray.training.finetuning import finetune
+from vitray.training.labelled_source import LabelledSource
+from vitray.training.labels import class_ids, labels_by_key
+from vitray.training.linear_probe import LabelledRows, fit_linear_probe
+from vitray.training.outcome import Outcome
+from vitray.training.student import parameter_groups, prepare, rate_at
+from vitray.training.teachers import OnlineTeacher, StoredTeacher, normalised
+from vitray.training.training_run import TrainingRun
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TRAINED = {"epochs": 25, "batch_size": 16, "lr": 3e-3}
@@ -158,8 +161,8 @@ def test_keys_and_so_the_split_are_the_same_for_every_way_to_name_a_source(
     ways = (root, f"{root}/*/*.png", f"{root}/?/*.png", f"{root}/[0-9]/*", f"{root}/{{0,1}}/*.png")
     keys = [
         [
-            key
-            for key, _, _ in _Source(
+            image.key
+            for image in LabelledSource(
                 TrainingConfig(**{**small, "source": way, "out": "o", "label": "folder"})
             ).images()
         ]
@@ -251,7 +254,7 @@ def test_repeating_the_command_does_nothing_and_another_config_is_refused(
     before = os.stat(f"{trained}/model.safetensors").st_mtime_ns
     again = finetune(
         TrainingConfig(**{**small, **TRAINED, "out": trained}),
-        tell=lambda record: pytest.fail("trained again"),
+        report=lambda record: pytest.fail("trained again"),
     )
     assert again.figures and os.stat(f"{trained}/model.safetensors").st_mtime_ns == before
     with pytest.raises(FingerprintError, match="begun with another epochs, seed"):
@@ -491,7 +494,7 @@ def test_lower_blocks_learn_more_slowly(trained: str, small: dict[str, object]) 
     names = {id(p): name for name, p in student.named_parameters()}
     scales = {
         names[id(p)]: (g["scale"], g["weight_decay"])
-        for g in groups(student, config)
+        for g in parameter_groups(student, config)
         for p in g["params"]
     }
     assert scales["module.classifier.weight"] == (1.0, 0.05) and scales[
@@ -629,7 +632,7 @@ def test_a_session_trains_on_several_workers_again_and_again(
         ]
     assert equal(weights("one"), weights("two"))
     with pytest.raises(
-        ClusterError, match=r"8 workers take a CPU each, and there are \d\. Set fewer"
+        ClusterError, match=r"8 workers need a CPU each, and the cluster has \d\. Set fewer"
     ):
         finetune(TrainingConfig(**{**small, "workers": 8, "out": "three"}))
 
@@ -637,15 +640,15 @@ def test_a_session_trains_on_several_workers_again_and_again(
 def test_workers_that_never_begin_are_one_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workers, "LOOK_S", 0.01)
+    monkeypatch.setattr(workers, "POLL_S", 0.01)
     monkeypatch.setattr(workers, "START_S", 0.2)
     never, mark = threading.Event(), tmp_path / "began"
     with pytest.raises(ClusterError, match=r"no worker has begun in 0\.2 s\. Look at `ray status`"):
-        workers._watched(never.wait, str(mark))
+        workers.run_watched(never.wait, str(mark))
     mark.touch()
-    workers._watched(lambda: time.sleep(0.5), str(mark))  # who has begun may take his time
+    workers.run_watched(lambda: time.sleep(0.5), str(mark))  # who has begun may take his time
     with pytest.raises(ClusterError, match=r"the training failed: 'no such thing'\. Run again"):
-        workers._watched(lambda: {}["no such thing"], str(mark))
+        workers.run_watched(lambda: {}["no such thing"], str(mark))
     never.set()
 
 
@@ -738,7 +741,7 @@ def test_a_damaged_or_foreign_checkpoint_of_a_killed_training_is_one_error(
     fields = {**small, "save_steps": 3, "out": str(tmp_path / "out")}
     state = tmp_path / "out" / "_vitray" / "state"
     with pytest.raises(InterruptedError):
-        finetune(TrainingConfig(**fields), tell=stop)
+        finetune(TrainingConfig(**fields), report=stop)
     pointer, (part,) = state / "last.json", state.glob("last-*")
     before = {path: path.read_bytes() for path in (pointer, part)}
     wide = {name: torch.zeros(99) for name in (checkpoints.load(str(state), "last") or ({},))[0]}
@@ -780,7 +783,7 @@ def test_training_stops_when_it_gets_no_better(small: dict[str, object], tmp_pat
     }
     result = finetune(
         TrainingConfig(**fields),
-        tell=lambda record: told.append(record) if "epoch" in record else None,
+        report=lambda record: told.append(record) if "epoch" in record else None,
     )
     assert result.epochs == len(told) < 30
     best = max(told, key=lambda record: (record["validation_accuracy"], -record["validation_loss"]))
@@ -795,7 +798,7 @@ def test_precision_bf16_and_class_weights_train(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     for module in (examples, fitting):
-        monkeypatch.setattr(module, "SAID_S", -1.0)
+        monkeypatch.setattr(module, "PROGRESS_S", -1.0)
     fields = {
         **small,
         "out": str(tmp_path / "out"),
@@ -804,7 +807,7 @@ def test_precision_bf16_and_class_weights_train(
         "epochs": 8,
     }
     told: list[dict[str, float]] = []
-    finetune(TrainingConfig(**fields), tell=told.append)
+    finetune(TrainingConfig(**fields), report=told.append)
     between = [record for record in told if "epoch" not in record]
     told = [record for record in told if "epoch" in record]
     assert [record["step"] for record in between] == list(range(1, int(told[-1]["step"]) + 1))
@@ -869,8 +872,9 @@ def test_a_probe_is_the_minimum_of_its_loss() -> None:
 
     images, labels = digits.load()
     rows = images[:900].reshape(900, -1).astype(np.float32)
-    none = (np.zeros((0, 64), np.float32), np.zeros(0, np.int64))
-    found = fit_probe(rows, labels[:900].astype(np.int64), none, torch.ones(10), 0.0)
+    train = LabelledRows(rows, labels[:900].astype(np.int64))
+    none = LabelledRows(np.zeros((0, 64), np.float32), np.zeros(0, np.int64))
+    found = fit_linear_probe(train, none, torch.ones(10), 0.0)
     scaled = (rows - rows.mean(0)) / (rows.std(0) + 1e-6)
     known = LogisticRegression(C=1 / (900 * 1e-2), max_iter=2000, tol=1e-8).fit(
         scaled, labels[:900]
@@ -897,7 +901,7 @@ def test_a_teacher_is_joined_by_bytes_and_its_rest_is_spread(
     assert training_run.teacher is not None and training_run.training_data.classes == tuple(
         "0123456789"
     )
-    teaching = Teaching(
+    teaching = StoredTeacher(
         training_run.config,
         training_run.teacher,
         training_run.training_data.train.hashes,
@@ -919,29 +923,26 @@ def test_a_teacher_is_joined_by_bytes_and_its_rest_is_spread(
         )
         card = Path(result.out, "README.md").read_text()
         assert f"It learnt the {what} of a teacher, with a weight of 0.5 beside the labels." in card
-        assert "Its labels are what another model said" not in card
+        assert "Its labels are another model's" not in card
     result = finetune(
         TrainingConfig(
             **{**{k: v for k, v in fields.items() if k != "label"}, "out": str(tmp_path / "own")}
         )
     )
     card = Path(result.out, "README.md").read_text()
-    assert (
-        "Its labels are what another model said: the figures tell how well it agrees with that one."
-        in card
-    )
-    Teaching(
+    assert "Its labels are another model's: the figures are its agreement with that model." in card
+    StoredTeacher(
         training_run.config,
         training_run.teacher,
         [*training_run.training_data.train.hashes[:3], b"unseen"],
         training_run.training_data.classes,
     )
     assert (
-        f"teacher {dataset} has not seen 1 of 4 images: their labels alone teach them"
+        f"teacher {dataset} does not have 1 of 4 images: only their labels are learnt"
         in caplog.text
     )
     other = digits.tar(tmp_path / "other.tar", digits.few(5, [0, 1], skip=60))
-    with pytest.raises(JobError, match="has seen none of these images"):
+    with pytest.raises(JobError, match="has none of these images"):
         finetune(TrainingConfig(**{**fields, "source": other, "out": str(tmp_path / "y")}))
 
 
@@ -970,8 +971,8 @@ def test_a_teacher_model_sees_what_the_student_sees(
         "epochs": 1,
     }
     fitting = TrainingRun.of(TrainingConfig(**fields, teacher_weight=1.0)).fitting()
-    batch, online_teacher = fitting.batches.batch(0, 0), fitting.batches.teaching
-    assert isinstance(online_teacher, OnlineTeacher) and bool(batch.known.all())
+    batch, online_teacher = fitting.batches.batch(0, 0), fitting.batches.teacher
+    assert isinstance(online_teacher, OnlineTeacher) and bool(batch.has_teacher.all())
     raw = (batch.pixels * 0.5 + 0.5) * 255
     own = normalised(raw, replace(PIXELS, mean=(0.2, 0.3, 0.4), std=(0.5, 0.7, 1.0)))
     model = AutoModelForImageClassification.from_pretrained(teacher).eval()
@@ -984,7 +985,7 @@ def test_a_teacher_model_sees_what_the_student_sees(
         soft = (logits / 2).softmax(-1)
         expected = 4 * (soft * (soft.log() - (own_logits / 2).log_softmax(-1))).sum()
         torch.testing.assert_close(
-            fitting._loss(fitting.student, batch, slice(None)), expected, rtol=1e-4, atol=1e-4
+            fitting.loss(fitting.student, batch, slice(None)), expected, rtol=1e-4, atol=1e-4
         )
     assert not any(
         p.requires_grad and p.grad is not None for p in online_teacher.network.module.parameters()
@@ -1050,7 +1051,11 @@ def test_pseudo_labels_are_the_models_own(
         ({"dataset": "d"}, JobError, "source and dataset: give one of them"),
         ({"train": "probe", "init": "weights"}, JobError, "stored embeddings: give `dataset`"),
         ({"train": "head"}, JobError, "init: scratch needs train: full"),
-        ({"batch_size": 10, "accumulate": 3}, JobError, "batch_size 10 is not a multiple of 1 workers x 3 parts"),
+        (
+            {"batch_size": 10, "accumulate": 3},
+            JobError,
+            "batch_size 10 is not a multiple of 1 workers x 3 parts",
+        ),
         ({"label": "txt"}, JobError, "200 images without a label .txt., such as"),
         (
             {"label": "json", "label_field": "digits"},
@@ -1061,7 +1066,7 @@ def test_pseudo_labels_are_the_models_own(
         (
             {"label_table": "nowhere.csv", "label": "x"},
             JobError,
-            r"label_table nowhere.csv is not there\. Correct `label_table`\.",
+            r"label_table nowhere.csv does not exist\. Correct `label_table`\.",
         ),
         ({"rank": 16}, JobError, "rank is for train: lora, and train is full"),
         ({"last": 2}, JobError, "last is for train: last, and train is full"),
@@ -1211,7 +1216,7 @@ def test_a_table_with_two_labels_of_one_image_or_one_of_two_images_is_refused(
     )
     with pytest.raises(
         JobError,
-        match=rf"one row for {names[0]}, and several images are called so, such as "
+        match=rf"one row for {names[0]}, and several images have that name, such as "
         rf".*/1/{names[0]}\. Write",
     ):
         finetune(TrainingConfig(**fields))
@@ -1225,7 +1230,7 @@ def test_a_table_with_two_labels_of_one_image_or_one_of_two_images_is_refused(
         keys = sorted({name.partition(".")[0] for name in tar.getnames()})
     table.write_text("\n".join(["key,digit", *(f"{key},{key[0]}" for key in keys)]))
     with pytest.raises(
-        JobError, match=r"one row for \d/\d{4}, and several images are called so"
+        JobError, match=r"one row for \d/\d{4}, and several images have that name"
     ):  # tars that share their keys
         finetune(TrainingConfig(**{**fields, "source": f"{tmp_path}/*.tar"}))
     assert not os.path.exists(out)
@@ -1298,7 +1303,7 @@ def test_a_training_that_another_machine_took_over_ends_and_spoils_nothing(
     def tell(record: dict[str, float]) -> None:
         epochs.append(record["epoch"])
         if record["epoch"] == 1:
-            checkpoints.take(f"{out}/_vitray/state", "another")
+            checkpoints.take_over(f"{out}/_vitray/state", "another")
             states.update(
                 {
                     name: Path(out, "_vitray", "state", name).read_bytes()
@@ -1307,7 +1312,7 @@ def test_a_training_that_another_machine_took_over_ends_and_spoils_nothing(
             )
 
     with pytest.raises(
-        StorageError, match=r"another command, on another machine, trains into .*/state by now"
+        StorageError, match=r"another command, on another machine, trains into .*/state now"
     ):
         finetune(TrainingConfig(**small, out=out), tell)  # the second epoch is the best so far
     assert epochs == [1] and not os.path.exists(f"{out}/config.json")
@@ -1325,10 +1330,10 @@ def test_a_checkpoint_before_the_first_update_is_one(
     """fp16 skips steps that overflow, and may begin with some."""
     training_run = TrainingRun.of(TrainingConfig(**small, out=str(tmp_path / "out")))
     fitting = training_run.fitting()
-    fitting._save()
+    fitting.save()
     again = training_run.fitting()
     again.scaler = torch.amp.GradScaler("cpu", enabled=True)  # begun in fp32, goes on in fp16
-    again._restore()
+    again.restore()
     assert again.progress.step == 0 and not again.optimizer.state
     again.run(lambda record: None)
     assert again.progress.done
@@ -1350,7 +1355,7 @@ def test_a_directory_of_something_else_is_never_written_into(
         before = {path: path.read_bytes() for path in Path(out).rglob("*") if path.is_file()}
         with pytest.raises(
             FingerprintError,
-            match=rf"{out} holds what no training wrote, such as {named}\. Choose an empty",
+            match=rf"{out} holds files that no training wrote, such as {named}\. Choose an empty",
         ):
             finetune(TrainingConfig(**{**small, "model": str(model), "out": out}))
         assert {
@@ -1416,7 +1421,7 @@ def test_one_class_and_a_checkpoint_of_another_shape_are_refused(
     trained: str, small: dict[str, object], tmp_path: Path
 ) -> None:
     alone = digits.tar(tmp_path / "alone.tar", digits.few(30, [4]))
-    with pytest.raises(JobError, match=r"have 1 class \(4\); to tell classes apart takes two"):
+    with pytest.raises(JobError, match=r"have 1 class \(4\); a classifier needs two"):
         finetune(TrainingConfig(**{**small, "source": alone, "out": str(tmp_path / "a")}))
     shutil.copytree(trained, tmp_path / "wide")
     edit(str(tmp_path / "wide" / "config.json"), intermediate_size=80)
@@ -1461,8 +1466,10 @@ def test_a_probe_chooses_its_strength_by_the_metric() -> None:
     vectors = (np.eye(3)[ids] @ rng.normal(size=(3, 40)) + 3 * rng.normal(size=(120, 40))).astype(
         np.float32
     )
-    sides = vectors[:80], ids[:80], (vectors[80:], ids[80:]), torch.ones(3), 0.0
-    by_loss, by_accuracy = (fit_probe(*sides, metric) for metric in ("loss", "accuracy"))
+    sides = LabelledRows(vectors[:80], ids[:80]), LabelledRows(vectors[80:], ids[80:])
+    by_loss, by_accuracy = (
+        fit_linear_probe(*sides, torch.ones(3), 0.0, metric) for metric in ("loss", "accuracy")
+    )
     assert by_loss.best["validation_loss"] == min(
         record["validation_loss"] for record in by_loss.records
     )
@@ -1499,17 +1506,16 @@ def test_a_disk_that_is_full_when_the_checkpoint_is_written_is_one_error(
     small: dict[str, object], tmp_path: Path
 ) -> None:
     found = checkpoint.locate(str(small["model"]), None)
-    told = outputs.Told(
-        TrainingConfig(**{**small, "out": str(tmp_path / "out")}), found, ("a", "b"), [], [], {}
-    )
-    module = prepare(told.config, found, told.classes, None).finished()
+    config = TrainingConfig(**{**small, "out": str(tmp_path / "out")})
+    outcome = Outcome(config, found, ("a", "b"), [], [], {}, None)
+    module = prepare(config, found, outcome.classes, None).finished()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
         with pytest.raises(
             StorageError, match=r"File too large.*\. Free some space there, then run again"
         ) as raised:
-            outputs.write(told, module, None, None)
+            outputs.write(outcome, module, None)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "\n" not in str(raised.value) and not (tmp_path / "out").exists()
@@ -1520,5 +1526,10 @@ def test_a_config_file_and_its_overrides(tmp_path: Path) -> None:
         tmp_path / "job.yaml", {"source": "in", "model": "m", "out": "o", "train": "lora"}
     )
     config = load_config(path, {"rank": 4})
-    assert (config.train, config.rank, config.rate, config.label_column) == ("lora", 4, 1e-3, "folder")
+    assert (config.train, config.rank, config.rate, config.label_column) == (
+        "lora",
+        4,
+        1e-3,
+        "folder",
+    )
     assert all((field.description or "").strip() for field in TrainingConfig.model_fields.values())

@@ -34,7 +34,7 @@ from vitray.models import checkpoint, fp8, identify, loading, open_model, vector
 from vitray.models.gpu_decode import TURNS, Coded, DeviceDecoder, _pieces, export_model
 from vitray.models.pinned_buffers import SLOTS, Ring
 from vitray.models.torch_engine import TorchModel
-from vitray.pipeline.stages import FragmentBatch, _encoded_table, decode_step, predict_step
+from vitray.pipeline.stages import FragmentBatch, encoded_table, decode_stage, predict_stage
 from vitray.schema import DecodeSpec, ShardEvent
 
 HOME = Path(__file__).parent.parent
@@ -286,7 +286,7 @@ def test_only_plain_jpegs_are_left_to_the_device() -> None:
 def batch_of(dataset, images: list) -> FragmentBatch:
     return FragmentBatch(
         ShardEvent("fragment", "s", 0, len(images)),
-        rows=_encoded_table(items(*images), dataset.passthrough),
+        rows=encoded_table(items(*images), dataset.passthrough),
     )
 
 
@@ -331,8 +331,8 @@ def test_rows_errors_and_pixels_are_those_of_fast(tmp_path: Path, mode: str, res
             dataset = dataset_for(tmp_path / f"{number}{name}", chosen)
             decoder = decoder_for(chosen, refuses) if name == mode else None
             model = Remembers(dataset.vectors)
-            batch = predict_step(
-                dataset, model, decode_step(dataset, batch_of(dataset, images)), decoder
+            batch = predict_stage(
+                dataset, model, decode_stage(dataset, batch_of(dataset, images)), decoder
             )
             said[name] = batch.rows.to_pylist(), batch.errors.to_pylist(), model.seen[0]
         rows, errors, seen = said[mode]
@@ -354,10 +354,10 @@ def test_what_is_bad_beyond_its_header_becomes_an_error_row_on_the_device(tmp_pa
         ]
 
     decoder = dataclasses.replace(decoder_for(spec_of("gpu"), (cut,)), on_cpu=on_cpu)
-    batch = predict_step(
+    batch = predict_stage(
         dataset,
         Remembers(dataset.vectors),
-        decode_step(dataset, batch_of(dataset, [cut, b""])),
+        decode_stage(dataset, batch_of(dataset, [cut, b""])),
         decoder,
     )
     assert batch.rows.num_rows == 0 and batch.rows.schema.equals(dataset.schema)

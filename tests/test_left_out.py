@@ -21,7 +21,7 @@ from vitray.decoding.decode import decode_bytes
 from vitray.errors import JobError, StorageError
 from vitray.left_out import LEFT_OUT, LeftOut, describe
 from vitray.operations.validation import validate
-from vitray.pipeline.stages import decode_step, predict_step, read_step, stage_step
+from vitray.pipeline.stages import decode_stage, predict_stage, read_stage, write_stage
 from vitray.schema import DecodeSpec, PixelSpec, VectorColumn
 from vitray.sources import list_shards, read_shard
 
@@ -60,12 +60,12 @@ def test_counts_survive_a_resume(tmp_path: Path, staged: int) -> None:
         job, hand_made.spec_of("m"), [vector], pa.schema([]), "2026-01-01T00:00:00+00:00"
     )
     for left in (staged, 99):
-        for batch in read_step(dataset, shard):
+        for batch in read_stage(dataset, shard):
             assert batch.event.kind in ("fragment", "staged", "end"), batch.event.message
             if batch.event.kind == "fragment" and left == 0:
                 break
             left -= batch.event.kind == "fragment"
-            stage_step(dataset, predict_step(dataset, ZeroModel(), decode_step(dataset, batch)))
+            write_stage(dataset, predict_stage(dataset, ZeroModel(), decode_stage(dataset, batch)))
     assert commit_shard(dataset, shard) is not None
     footer = read_footer(dataset.data_url(shard.id))
     further = sum(len(row) - 1 for row in images) + 5

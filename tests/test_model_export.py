@@ -604,7 +604,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
         (
             lambda: export_model(job, "onnx", "", str(tmp_path / "there")),
             JobError,
-            "--into .* is there already: choose a new folder",
+            "--into .* exists already: choose a new folder",
         ),
         (
             lambda: export_model(job, "onnx", "", "s3://bucket/x"),
@@ -746,7 +746,10 @@ def test_a_library_that_is_missing_is_named_with_its_extra(
     [
         ([], "--calibrate SOURCE is missing"),
         (["--calibrate", "p", "--int8", "--fp16"], "choose one of --int8, --fp16"),
-        (["--calibrate", "p", "--vectors"], "vitray export-model takes no --vectors: that is an option of vitray export"),
+        (
+            ["--calibrate", "p", "--vectors"],
+            "vitray export-model takes no --vectors: that is an option of vitray export",
+        ),
     ],
 )
 def test_the_command_says_which_options_belong_together(

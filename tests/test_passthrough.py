@@ -22,7 +22,7 @@ from PIL import Image
 from vitray.dataset import Dataset, commit_shard, resolve_dataset
 from vitray.models import Predictions
 from vitray.operations.validation import validate
-from vitray.pipeline.stages import decode_step, predict_step, read_step, stage_step, unpack
+from vitray.pipeline.stages import decode_stage, predict_stage, read_stage, write_stage, unpack
 from vitray.schema import VectorColumn, without_list_views
 from vitray.sources import list_shards, passthrough_schema
 
@@ -236,10 +236,10 @@ def through(folder: Path, tables: list[pa.Table], on_ray: bool = False) -> Datas
         (lambda batch: next(unpack(batch.pack()))) if on_ray else (lambda batch: batch)
     )
     for shard in shards:
-        for batch in map(travel, read_step(dataset, shard)):
+        for batch in map(travel, read_stage(dataset, shard)):
             assert batch.event.kind in ("fragment", "end"), batch.event.message
-            decoded = travel(decode_step(dataset, batch))
-            stage_step(dataset, travel(predict_step(dataset, ZeroModel(), decoded)))
+            decoded = travel(decode_stage(dataset, batch))
+            write_stage(dataset, travel(predict_stage(dataset, ZeroModel(), decoded)))
         assert commit_shard(dataset, shard) is not None
     checked = validate(dataset.out, inputs=False)
     assert checked.ok, checked

@@ -358,7 +358,7 @@ def check_one_dataset(store: MemoryStore, runs: list[Run]) -> None:
 
 
 @pytest.mark.parametrize(
-    "top_k", [pytest.param(2, metadata=pytest.mark.nightly), 3]
+    "top_k", [pytest.param(2, marks=pytest.mark.nightly), 3]
 )  # the same job, another
 def test_one_of_two_first_runs_decides_what_the_dataset_is(top_k: int) -> None:
     def begin() -> tuple[MemoryStore, list[Callable[[], Any]]]:
@@ -517,7 +517,7 @@ def staging_cleaned_before_the_commit(patch: pytest.MonkeyPatch) -> None:
 
 def errors_before_the_commit(patch: pytest.MonkeyPatch) -> None:
     def create(url: str, data: bytes, metadata: dict[str, str] | None = None) -> bool:
-        body = protocol._footer(
+        body = protocol.parse_footer(
             {
                 k.decode(): v.decode()
                 for k, v in pq.read_metadata(pa.BufferReader(data)).metadata.items()
@@ -533,15 +533,15 @@ def errors_before_the_commit(patch: pytest.MonkeyPatch) -> None:
 
 def errors_of_the_loser(patch: pytest.MonkeyPatch) -> None:
     """errors/ from what this run saw, not from what was committed."""
-    real = protocol._write
+    real = protocol.create_data_file
 
-    def write(dataset: Any, shard: Shard, there: Any) -> Any:
-        mine, adopted = real(dataset, shard, there)
-        return replace(
-            mine, errors=0, error_rows=mine.error_rows.slice(0, 0)
-        ) if adopted else mine, adopted
+    def create(dataset: Any, data: bytes, metadata: dict[str, str]) -> Any:
+        footer, adopted = real(dataset, data, metadata)
+        if adopted:
+            footer = replace(footer, errors=0, error_rows=footer.error_rows.slice(0, 0))
+        return footer, adopted
 
-    patch.setattr(protocol, "_write", write)
+    patch.setattr(protocol, "create_data_file", create)
 
 
 def record_before_data(patch: pytest.MonkeyPatch) -> None:
@@ -599,7 +599,7 @@ MUTANTS: dict[Callable[[pytest.MonkeyPatch], None], tuple[str, Bounds]] = {
 @pytest.mark.parametrize(
     "mutant",
     [
-        pytest.param(m, id=m.__name__, metadata=[] if bounds is SHORT else [NIGHTLY])
+        pytest.param(m, id=m.__name__, marks=[] if bounds is SHORT else [NIGHTLY])
         for m, (_, bounds) in MUTANTS.items()
     ],
 )

@@ -263,8 +263,8 @@ def test_throughput_is_drawn_within_the_last_run_that_computed_images(tmp_path: 
         '<line class="mean" x1="48" x2="472" y1="133.3" y2="133.3"/>' in html
         and "dashed: mean 12.5<" in html
     )
-    assert "the run that ended 2026-05-02 03:00: from 0.0 to 30.0, in the mean 12.5" in html
-    assert "minutes; upwards" in html and re.findall(
+    assert "the run that ended 2026-05-02 03:00: from 0.0 to 30.0, mean 12.5" in html
+    assert "Images/s, by minutes" in html and re.findall(
         r'y="238" text-anchor="[a-z]+">([0-9]+)<', html
     )[-5:] == list("01234")
     record_run(dataset, "4", 7, None)

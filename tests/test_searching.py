@@ -153,7 +153,7 @@ def test_what_is_committed_is_searched_and_that_it_is_not_all_is_told(tmp_path: 
     dataset = embedded.make(tmp_path, [noise(5, seed=1), noise(5, seed=2)], commit=1)
     found = search(dataset.out, Query(key="1/0000"))
     assert found.rows == 5 and found.notes == (
-        f"{dataset.out} is not complete: the rows that it has were searched",
+        f"{dataset.out} is not complete: its committed rows were searched",
     )
     with pytest.raises(JobError, match="is not complete"):
         search(dataset.out, Query(key="1/0000"), index=str(tmp_path / "index"))

@@ -1359,7 +1359,7 @@ def test_what_is_not_text_is_refused_as_a_manifest_in_plain_words(tmp_path: Path
         with pytest.raises(SourceError) as error:
             list_shards(job_for(tmp_path / name, format="manifest"), [])
         says = (
-            "is not a manifest (Parquet, CSV or JSONL): its bytes are no UTF-8 text. Correct "
+            "is not a manifest (Parquet, CSV or JSONL): its bytes are not UTF-8 text. Correct "
             "`source` or `format`, or replace it."
         )
         assert str(error.value) == f"{tmp_path / name} {says}"

@@ -335,7 +335,7 @@ def test_scratch_is_gone_at_the_end_and_what_a_killed_process_left_goes_when_it_
         drop_scratch(f"{root}/") == [] and len(below(root)) == 6
     )  # somebody may be at work with it
     if "://" in root:
-        monkeypatch.setattr("vitray.dataset.scratch.ABANDONED_S", -60)
+        monkeypatch.setattr("vitray.dataset.scratch_space.ABANDONED_S", -60)
     else:
         for url in killed[1:]:  # of a folder what changed last counts
             os.utime(url, (time.time() - 4000,) * 2)
@@ -418,7 +418,7 @@ def test_a_tenth_failure_is_one_error_with_the_url(proxy: Proxy, proxy_root: str
         proxy.calls.clear()
         with pytest.raises(StorageError) as caught:
             work()
-        require_one_line_with_next_step(caught.value, url, "10 tries", "run the same command again")
+        require_one_line_with_next_step(caught.value, url, "10 attempts", "run the same command again")
         assert type(caught.value) is StorageError and len(proxy.calls) == proxy.count(method) == 10
 
 
@@ -881,7 +881,7 @@ def test_a_local_name_that_is_there_is_no_pattern(tmp_path: Path, name: str) -> 
         expand(f"{folder}x")
     with pytest.raises(
         ObjectMissing,
-        match=r"names no object \(a star stays within its folder: give the folder itself, or "
+        match=r"names no object \(\* matches within one folder: give the folder, or "
         r"/\*\*\)$",
     ):
         expand(f"{tmp_path}/*")

@@ -411,7 +411,7 @@ def test_a_log_that_nobody_can_read_does_not_hide_how_the_job_ended(
 def test_a_head_that_went_is_told_before_it_is_given_up(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for name, seconds in (("TOLD_S", 0.1), ("LOST_S", 2.0)):
+    for name, seconds in (("WARN_S", 0.1), ("LOST_S", 2.0)):
         monkeypatch.setattr(f"vitray.operations.submitting.{name}", seconds)
     there = iter([True])
 
@@ -439,7 +439,7 @@ def test_the_address_that_was_said_is_asked_whatever_is_in_the_environment(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Ray's client takes RAY_ADDRESS instead."""
-    monkeypatch.setattr("vitray.operations.submitting._answers_strangers", lambda address: False)
+    monkeypatch.setattr("vitray.operations.submitting.answers_without_token", lambda address: False)
     asked: list[tuple[str, str | None]] = []
 
     def client(address: str) -> SimpleNamespace:

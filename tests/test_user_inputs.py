@@ -1002,6 +1002,19 @@ def test_a_lost_dataset_json_is_made_anew(tmp_path: Path) -> None:
         vitray.run(job_for(folder, tmp_path / "out", top_k=1))
 
 
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_two_columns_of_one_name_are_named(tmp_path: Path, form: str) -> None:
+    path = tmp_path / "in" / f"a.{form}"
+    path.parent.mkdir()
+    if form == "csv":
+        path.write_text("path,path\na.jpg,b.jpg\n")
+    else:
+        pq.write_table(pa.table([pa.array([jpg(0)]), pa.array([jpg(1)])], ["image", "image"]), path)
+    doubled = "path" if form == "csv" else "image"
+    with pytest.raises(JobError, match=f"several columns of one name: `{doubled}`. Rename them"):
+        vitray.run(job_for(path, tmp_path / "out"))
+
+
 # ---- a first run that failed
 
 

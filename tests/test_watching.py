@@ -20,7 +20,7 @@ from rich.console import Console
 from shards import pictures, put_tars
 
 from vitray.operations.watching import json_line, view
-from vitray.pipeline.progress import MARKS, Progress
+from vitray.pipeline.progress import TIMELINE_POINTS, Progress
 from vitray.schema import ShardEvent
 
 VITRAY = [sys.executable, "-m", "vitray"]
@@ -63,15 +63,15 @@ def test_the_json_line_has_the_numbers() -> None:
 
 def test_the_time_left_of_tars_comes_from_their_bytes() -> None:
     progress = Progress(shards=1, bytes_expected=1_000_000, started=time.monotonic() - 20)
-    assert progress.left_s() is None
+    assert progress.remaining_s() is None
     progress.add(ShardEvent("staged", "a", 0, 100))  # of which no byte was decoded
-    assert progress.left_s() is None
+    assert progress.remaining_s() is None
     progress.add(
         ShardEvent("fragment", "a", 100, 200, size_bytes=100_000)
     )  # 1,000 images, then: 800 are left, at 5 a second
-    assert progress.left_s() == pytest.approx(160, rel=0.01)
+    assert progress.remaining_s() == pytest.approx(160, rel=0.01)
     progress.shards_done = 1  # a tar holds more than images
-    assert progress.left_s() == 0
+    assert progress.remaining_s() == 0
 
 
 def test_the_view_has_them_too() -> None:
@@ -90,9 +90,9 @@ def test_the_rate_now_is_of_the_last_seconds_and_the_timeline_stays_short() -> N
     progress = Progress(shards=1, started=time.monotonic() - 1000)
     for n in range(5000):
         progress.add(ShardEvent("fragment", "a", n, n + 1))
-    assert len(progress.timeline) <= MARKS
-    progress.latest = deque([(0.0, 0), (980.0, 4000), (995.0, 4900)])
-    assert 45 < progress.rate_now() < 55  # 1,000 images since the mark at 980 s
+    assert len(progress.timeline) <= TIMELINE_POINTS
+    progress.recent = deque([(0.0, 0), (980.0, 4000), (995.0, 4900)])
+    assert 45 < progress.recent_rate() < 55  # 1,000 images since the mark at 980 s
     assert 4.9 < progress.rate() < 5.1
 
 

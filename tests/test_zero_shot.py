@@ -325,7 +325,7 @@ def test_labels_come_from_a_list_or_from_a_file(tmp_path: Path, root: str) -> No
         ({"labels": 7}, "`labels`: true, false, a list of labels, or a file with one label a line"),
         (
             {"labels": ["cat"], "prompts": ["a photo"]},
-            "`prompts`: 'a photo' has no {}, where the label stands",
+            "`prompts`: 'a photo' has no {} for the label",
         ),
         ({"prompts": ["a {}"]}, "prompts are for labels of your own, such as labels: [cat, dog]"),
         ({"labels": ["cat"], "head": "h"}, "head has labels of its own"),

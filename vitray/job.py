@@ -1,6 +1,4 @@
-"""`Job`: what a person writes. Fields, defaults, validation, YAML. Knows nothing of storage, models
-or Ray.
-"""
+"""`Job`: what a user writes, with its defaults, validation and file formats."""
 
 from __future__ import annotations
 
@@ -34,6 +32,7 @@ from vitray.schema import RESERVED, SOURCE_RULES
 PROMPT = "This is a photo of {}."  # of transformers' zero-shot pipeline
 FORMATS = ("bmp", "gif", "jpeg", "png", "tiff", "webp")
 JOB_SUFFIXES = (".yaml", ".yml", ".json")
+BEGINNING_CHARS = 60  # of a wrong value, in a message
 JSON_IS_A_JOB = "a .json file is read as a job; call a manifest of JSON lines .jsonl"
 
 
@@ -46,7 +45,7 @@ def _cut_at_commas(value: object) -> object:
 
 
 def _whole_or(word: str, most: int) -> BeforeValidator:
-    """One message for the whole union, where pydantic has one for each of its branches."""
+    """A validator with one message, where pydantic has one for each branch of the union."""
 
     def check(value: object) -> object:
         if value != word and not (str(value).isdecimal() and 1 <= int(str(value)) <= most):
@@ -57,7 +56,7 @@ def _whole_or(word: str, most: int) -> BeforeValidator:
 
 
 def _labels(value: object) -> object:
-    """One message for the whole union."""
+    """The value of `labels`, with one message for all branches of the union."""
     if isinstance(value, list):
         return distinct_labels(value)
     if not isinstance(value, bool) and (not isinstance(value, str) or not value):
@@ -66,29 +65,29 @@ def _labels(value: object) -> object:
 
 
 def distinct_labels(names: Sequence[object]) -> list[str]:
-    """Labels without the spaces around them. Raises ValueError when there is none, or one is no
-    text, empty or there twice.
+    """Labels without the spaces around them.
+
+    Raises ValueError if there is none, or if one is no text, empty, or there twice.
     """
     if not names:
         raise ValueError("no label; write at least one")
     for name in names:
         if not isinstance(name, str):
-            raise ValueError(
-                f"{name!r} is not text; put it in quotes"
-            )  # YAML reads no, on and 7 as something else
-    found = [str(name).strip() for name in names]
-    if "" in found:
-        raise ValueError(f"label {found.index('') + 1} is empty")
-    if len(set(found)) < len(found):
-        raise ValueError(f"label {max(found, key=found.count)} is there twice")
-    return found
+            # YAML reads no, on and 7 as other types
+            raise ValueError(f"{name!r} is not text; put it in quotes")
+    labels = [str(name).strip() for name in names]
+    if "" in labels:
+        raise ValueError(f"label {labels.index('') + 1} is empty")
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"label {max(labels, key=labels.count)} is there twice")
+    return labels
 
 
 def expand_home(url: str) -> str:
-    """The local path or file:// URL with a leading `~` or `~user` replaced as a shell does it.
+    """The local path or file:// URL with a leading `~` or `~user` replaced, as a shell does it.
 
-    `./~` names a folder called `~`, and the name of an unknown user stays as it is. Only for what a
-    person writes, never for paths that come from data. Raises ValueError when `~` leads nowhere.
+    `./~` names a folder called `~`, and the name of an unknown user stays as it is. Only for paths
+    that a user writes, never for those in data. Raises ValueError if the user has no home.
     """
     path = url.removeprefix("file://")
     expanded = os.path.expanduser(path)
@@ -100,7 +99,7 @@ def expand_home(url: str) -> str:
 
 
 Text = Annotated[str, Field(min_length=1)]  # as a path, "" would be the current directory
-Location = Annotated[Text, AfterValidator(expand_home)]  # a path or URL that a person writes
+Location = Annotated[Text, AfterValidator(expand_home)]  # a path or URL that a user writes
 Urls = Annotated[list[Location], BeforeValidator(_as_list)]
 Prefixes = Annotated[list[Location], BeforeValidator(_cut_at_commas)]
 Labels = Annotated[bool | Text | list[Text], BeforeValidator(_labels)]
@@ -109,12 +108,13 @@ Strings = Annotated[list[Text], BeforeValidator(_cut_at_commas)]
 Color = Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$")]
 Count = Annotated[int | Literal["auto"], _whole_or("auto", 8192)]
 Layer = Annotated[int | Literal["last"], _whole_or("last", 999)]
+# by pydantic's name of the problem
 TYPES = {
     "string_type": "is not text; put it in quotes",
     "list_type": "is no list; write [a, b]",
-}  # pydantic's names of problems
-# ValueError: a date like 2024-13-45, bytes that are not UTF-8; RecursionError: thousands of open
-# brackets
+}
+# ValueError: a date like 2024-13-45, or bytes that are not UTF-8
+# RecursionError: thousands of open brackets
 BAD_YAML = (yaml.YAMLError, ValueError, RecursionError)
 
 
@@ -144,26 +144,26 @@ class Embedding(BaseModel):
 
 
 class Written(BaseModel):
-    """What a person writes in a file of its own: a job, a recipe."""
+    """The fields of a file that a user writes: a job, or a training."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     def __init__(self, /, **fields: object) -> None:
-        """Raises JobError, which names every field that is wrong and the nearest known one."""
+        """Raises JobError, which names every wrong field and the nearest known one."""
         try:
             super().__init__(**fields)
         except ValidationError as error:
-            # of a list in which all are wrong the first is named
+            # of the wrong entries of a list, only the first is named
             problems = {(p["loc"][:1], p["type"]): p for p in reversed(error.errors())}
-            said = [
-                _said(type(self), p["type"], p["loc"], p["msg"], p["input"])
+            messages = [
+                _problem_text(type(self), p["type"], p["loc"], p["msg"], p["input"])
                 for p in reversed(problems.values())
             ]
-            raise JobError(f"the job is not valid: {'; '.join(said)}") from None
+            raise JobError(f"the job is not valid: {'; '.join(messages)}") from None
 
 
 class Job(Written):
-    """One dataset to make: which images, which model, where to."""
+    """A dataset to make: which images, which model, and where to write."""
 
     source: Urls = Field(
         description="URL, path, glob, prefix, a range such as {000..099}, or a list of these; "
@@ -287,14 +287,15 @@ class Job(Written):
     @field_validator("compile", mode="before")
     @classmethod
     def _on_and_off(cls, value: object) -> object:
-        """YAML takes both for truth values."""
+        """YAML reads both as booleans."""
         return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
     @field_validator("prompts")
     @classmethod
-    def _with_a_place(cls, value: list[str]) -> list[str]:
-        if without := next((prompt for prompt in value if "{}" not in prompt), None):
-            raise ValueError(f"{without!r} has no {{}}, where the label stands")
+    def _with_placeholder(cls, value: list[str]) -> list[str]:
+        for prompt in value:
+            if "{}" not in prompt:
+                raise ValueError(f"{prompt!r} has no {{}} for the label")
         return value
 
     @field_validator("formats")
@@ -341,21 +342,19 @@ class Job(Written):
     _key_is_found: bool = PrivateAttr(False)
 
     def with_found_key(self, name: str | None) -> Job:
-        """The job with a key column that nobody wrote: a file without it is no broken one, its rows
-        are named by number.
-        """
+        """The job with a detected key column. Rows of a file without it are named by number."""
         job = self.model_copy(update={"key_column": name})
         job._key_is_found = name is not None
         return job
 
     @property
     def key_is_found(self) -> bool:
-        """Whether the key column was found by the dataset's first run."""
+        """Whether the dataset's first run detected the key column."""
         return self._key_is_found
 
     @property
     def rules(self) -> int:
-        """The source rules as a number: the newest ones where a dataset has not set them."""
+        """The source rules as a number: the newest, if the dataset has not set them."""
         return SOURCE_RULES if self.source_rules == "auto" else self.source_rules
 
     @property
@@ -363,9 +362,7 @@ class Job(Written):
         return self.labels is not False
 
     def passthrough_name(self, name: str) -> str:
-        """The output column of a kept one: its own name, input_<name> where the output has such a
-        column already.
-        """
+        """The output column of an input column: its own name, or input_<name> if that is taken."""
         taken = {*RESERVED, *(self.column(e) for e in self.embeddings)}
         return f"input_{name}" if name in taken else name
 
@@ -396,36 +393,35 @@ def make_job(fields: dict[str, Any]) -> Job:
     return Job(**fields)
 
 
-def _said(
-    written: type[Written], kind: str, place: tuple[int | str, ...], message: str, value: object
+def _problem_text(
+    written: type[Written], kind: str, location: tuple[int | str, ...], message: str, value: object
 ) -> str:
-    """What a person reads of one problem that pydantic found."""
-    name = ".".join(map(str, place))
+    """The message of a problem that pydantic found."""
+    name = ".".join(map(str, location))
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(
-            str(place[-1]), (Embedding if len(place) > 1 else written).model_fields, n=1
-        )
-        return f"unknown field `{name}`" + (f"; did you mean `{near[0]}`?" if near else "")
+        fields = (Embedding if len(location) > 1 else written).model_fields
+        nearest = difflib.get_close_matches(str(location[-1]), fields, n=1)
+        hint = f"; did you mean `{nearest[0]}`?" if nearest else ""
+        return f"unknown field `{name}`{hint}"
     if kind == "missing":
         return f"`{name}` is missing: {written.model_fields[name].description}"
     if kind in TYPES:
         return f"`{name}`: {_beginning(value)} {TYPES[kind]}"
-    return (f"`{name}`: " if name else "") + message.removeprefix(
-        "Value error, "
-    )  # no name: what _consistent says
+    text = message.removeprefix("Value error, ")
+    return f"`{name}`: {text}" if name else text  # without a name it is about several fields
 
 
 def _beginning(value: object) -> str:
-    """As JSON; lazily, since by aliases a small file can say a value of terabytes, or one that
-    holds itself.
+    """The first characters of the value as JSON.
+
+    Lazily: with aliases, a small file can have a value of terabytes, or one that contains itself.
     """
-    return "".join(
-        islice(json.JSONEncoder(default=str, check_circular=False).iterencode(value), 60)
-    )[:60]
+    pieces = json.JSONEncoder(default=str, check_circular=False).iterencode(value)
+    return "".join(islice(pieces, BEGINNING_CHARS))[:BEGINNING_CHARS]
 
 
 class _Loader(yaml.SafeLoader):
-    """yaml.safe_load, but a field that stands twice is an error and not the last of the two."""
+    """As yaml.safe_load, but a repeated field is an error; PyYAML takes the last one."""
 
     def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -444,7 +440,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def is_job_file(path: str | Path) -> bool:
-    """Whether an argument names a job file and not a source: by its suffix, in any case."""
+    """Whether an argument names a job file and not a source, by its suffix in any case."""
     return str(path).lower().endswith(JOB_SUFFIXES)
 
 
@@ -453,7 +449,7 @@ def _is_json(path: str | Path) -> bool:
 
 
 def read_fields(path: str | Path) -> dict[str, Any]:
-    """The fields of a job file: JSON where its suffix says so, else YAML. Raises JobError."""
+    """The fields of a job file: JSON if its suffix is .json, else YAML. Raises JobError."""
     language = "JSON" if _is_json(path) else "YAML"
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -498,7 +494,7 @@ def _no_constant(name: str) -> NoReturn:
 
 
 def parse_set(pairs: list[str]) -> dict[str, object]:
-    """`--set field=value` pairs; values are read as YAML, so lists and numbers work."""
+    """The fields of `--set field=value`. Values are read as YAML, so lists and numbers work."""
     fields: dict[str, object] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")

@@ -1,7 +1,6 @@
-"""The words that travel: columns, Arrow schemas, the closed list of reasons, shards, blocks and
-events.
+"""The data types that packages exchange: columns, Arrow schemas, reasons, shards and events.
 
-Pure data, no input or output. What a model or a source does is in their rooms.
+Pure data, without input or output.
 """
 
 from __future__ import annotations
@@ -17,76 +16,22 @@ import pyarrow.compute as pc
 
 SCHEMA_VERSION = 1
 
-# Suffixes of images that vitray decodes. Source rules 1 know the first eight alone.
+# Suffixes of images that vitray decodes. Source rules 1 have only the first eight.
 IMAGE_SUFFIXES_V1 = frozenset(("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"))
 IMAGE_SUFFIXES = IMAGE_SUFFIXES_V1 | {"jpe", "jfif", "pjpeg", "pjp", "apng", "dib"}
-CAMERA_RAW_SUFFIXES = frozenset(
-    [
-        "3fr",
-        "arw",
-        "cr2",
-        "cr3",
-        "crw",
-        "dng",
-        "erf",
-        "kdc",
-        "mef",
-        "mos",
-        "mrw",
-        "nef",
-        "nrw",
-        "orf",
-        "pef",
-        "raf",
-        "raw",
-        "rw2",
-        "rwl",
-        "sr2",
-        "srf",
-        "srw",
-        "x3f",
-    ]
+_CAMERA_RAW = (
+    "3fr arw cr2 cr3 crw dng erf kdc mef mos mrw nef nrw orf pef raf raw rw2 rwl sr2 srf srw x3f"
 )
+_UNDECODED = (
+    "heic heif hif avif avifs jxl jp2 j2k j2c jpc jpf jpx jpm svg svgz ico icns cur psd psb xcf "
+    "eps tga dds exr hdr pcx pbm pgm ppm pnm wbmp qoi"
+)
+CAMERA_RAW_SUFFIXES = frozenset(_CAMERA_RAW.split())
 # Suffixes of images that vitray does not decode: such files become error rows with a message.
-UNDECODED_SUFFIXES = CAMERA_RAW_SUFFIXES | frozenset(
-    [
-        "heic",
-        "heif",
-        "hif",
-        "avif",
-        "avifs",
-        "jxl",
-        "jp2",
-        "j2k",
-        "j2c",
-        "jpc",
-        "jpf",
-        "jpx",
-        "jpm",
-        "svg",
-        "svgz",
-        "ico",
-        "icns",
-        "cur",
-        "psd",
-        "psb",
-        "xcf",
-        "eps",
-        "tga",
-        "dds",
-        "exr",
-        "hdr",
-        "pcx",
-        "pbm",
-        "pgm",
-        "ppm",
-        "pnm",
-        "wbmp",
-        "qoi",
-    ]
-)
+UNDECODED_SUFFIXES = CAMERA_RAW_SUFFIXES | frozenset(_UNDECODED.split())
 ALL_IMAGE_SUFFIXES = IMAGE_SUFFIXES | UNDECODED_SUFFIXES
-SOURCE_RULES = 2  # how names in a source become rows; a dataset keeps the rules of its first run
+# The rules by which names in a source become rows. A dataset keeps the rules of its first run.
+SOURCE_RULES = 2
 
 REASONS = {
     "empty": "no bytes",
@@ -102,12 +47,11 @@ REASONS = {
     "decoder_died": "the decoder crashed on these bytes",
     "decode_error": "the decoder refused the bytes",
     "missing": "the listed object does not exist (any more) or cannot be read, or the row names or "
-    "holds "
-    "no image",
+    "holds no image",
     "path_not_allowed": "a manifest path outside the allowed prefixes",
 }
 
-# which image a row is about, good or bad
+# the columns that identify an image, in good rows and error rows
 _IMAGE = list(
     pa.schema(
         [("key", pa.string()), ("shard", pa.string()), ("index", pa.int32()), ("uri", pa.string())]
@@ -139,7 +83,7 @@ RESERVED = tuple(f.name for f in IMAGE_FIELDS + LABEL_FIELDS)
 
 @dataclass(frozen=True, slots=True)
 class VectorColumn:
-    """One embedding column: its name, its length D, and how it is made (see job.Embedding)."""
+    """One embedding column: its name, its length D, and how it is computed (see job.Embedding)."""
 
     column: str
     dimension: int
@@ -150,7 +94,7 @@ class VectorColumn:
 
 
 def row_schema(labels: bool, vectors: list[VectorColumn], passthrough: pa.Schema) -> pa.Schema:
-    """The one Arrow schema of every data file of a dataset; scalars stand before vectors."""
+    """The Arrow schema of every data file of a dataset; scalars come before vectors."""
     fields = IMAGE_FIELDS + list(passthrough) + (LABEL_FIELDS if labels else [])
     for v in vectors:
         value = pa.float16() if v.dtype == "float16" else pa.float32()
@@ -162,12 +106,11 @@ def row_schema(labels: bool, vectors: list[VectorColumn], passthrough: pa.Schema
 
 @dataclass(frozen=True, slots=True)
 class PixelSpec:
-    """What an image processor does to pixels before the device: resize, then crop.
+    """The work of an image processor: resize and crop on the CPU, then normalise on the device.
 
-    size: (height, width), or (shortest_edge,) which keeps the aspect ratio. crop: (height, width)
-    or None.
-    resample: a PIL resampling number. rescale, mean, std are applied on the device: (x * rescale -
-    mean) / std.
+    size: (height, width), or (shortest_edge,), which keeps the aspect ratio.
+    crop: (height, width) or None. resample: a PIL resampling number.
+    rescale, mean, std: the device computes (x * rescale - mean) / std.
     """
 
     size: tuple[int, ...] | None
@@ -179,7 +122,7 @@ class PixelSpec:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(height, width) of every image that comes out."""
+        """(height, width) of every processed image."""
         if self.crop is not None:
             return self.crop
         assert self.size is not None and len(self.size) == 2
@@ -188,8 +131,9 @@ class PixelSpec:
 
 @dataclass(frozen=True, slots=True)
 class DecodeSpec:
-    """All that decides a row's pixels, or its reason. mode: exact | fast | draft, see decode.py.
-    rules: of the source, see Job.
+    """Everything that decides a row's pixels, or its reason.
+
+    mode: exact | fast | draft, see decoding. rules: of the source, see Job.
     """
 
     pixels: PixelSpec
@@ -201,9 +145,7 @@ class DecodeSpec:
 
 
 class ScoreFunction(StrEnum):
-    """What makes scores of a classification head's logits; named as transformers' pipelines name
-    it.
-    """
+    """The function from a head's logits to scores, named as in transformers' pipelines."""
 
     SOFTMAX = "softmax"
     SIGMOID = "sigmoid"
@@ -212,15 +154,16 @@ class ScoreFunction(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """What a checkpoint is, found once and frozen in dataset.json.
+    """The properties of a checkpoint, resolved once and frozen in dataset.json.
 
-    labels: class names by id, empty when there are none. prompts, text_sha256: of labels that a
-    text tower reads, and the hash of what its tokenizer makes of them. head, head_sha256: a linear
-    head of its own, where it is and its hash; head_column: the stored embedding that it read
-    instead of images. precision, engine, batch_size: resolved.
-    multi_label: each score stands alone, they do not add up to 1. regression: such scores are not
-    probabilities either.
-    engine_why: what each engine did, where `auto` chose between several.
+    labels: class names by id, empty for none.
+    prompts, text_sha256: the texts of labels for a text tower, and the hash of their tokens.
+    head, head_sha256: the URL and the hash of a separate linear head.
+    head_column: the stored embedding that the head read instead of images.
+    precision, engine, batch_size: resolved, never `auto`.
+    multi_label: scores are independent and do not add up to 1.
+    regression: such scores are not probabilities either.
+    engine_why: the result of each engine, where `auto` chose between several.
     """
 
     model: str
@@ -247,7 +190,7 @@ class ModelSpec:
 
     @property
     def score_function(self) -> ScoreFunction:
-        """How the scores in a dataset were made."""
+        """The function that made the scores of a dataset."""
         if not self.multi_label:
             return ScoreFunction.SOFTMAX
         return ScoreFunction.NONE if self.regression else ScoreFunction.SIGMOID
@@ -291,9 +234,8 @@ class Shard:
     stop: int = 0
     rows: int | None = None
     members: tuple[Member, ...] = ()
-    modified: float | None = field(
-        default=None, compare=False
-    )  # the object, or the newest member; seconds since 1970
+    # of the object, or of the newest member; seconds since 1970
+    modified: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,17 +247,20 @@ class PassthroughRow:
 
 
 def passthrough_table(rows: Sequence[PassthroughRow], schema: pa.Schema) -> pa.Table:
-    """The rows as one table, in order, with the types of their batches; `schema` where there are
-    none.
+    """The rows as one table, in order, with the types of their batches; `schema` for no rows.
 
     Neighbours in a batch are copied as one slice. Values are never converted to Python objects.
     """
     slices, first = list[pa.RecordBatch](), 0
-    for at in range(1, len(rows) + 1):
-        last = rows[at - 1]
-        if at == len(rows) or rows[at].batch is not last.batch or rows[at].row != last.row + 1:
-            slices.append(last.batch.slice(rows[first].row, at - first))
-            first = at
+    for stop in range(1, len(rows) + 1):
+        last = rows[stop - 1]
+        if (
+            stop == len(rows)
+            or rows[stop].batch is not last.batch
+            or rows[stop].row != last.row + 1
+        ):
+            slices.append(last.batch.slice(rows[first].row, stop - first))
+            first = stop
     return pa.Table.from_batches(slices, schema=None if slices else schema)
 
 
@@ -366,6 +311,7 @@ def without_list_views(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _lists_of(array: pa.Array) -> pa.Array:
+    """The same values with lists in place of list views, at any depth."""
     kind = array.type
     if not holds_list_views(kind):
         return array
@@ -378,14 +324,20 @@ def _lists_of(array: pa.Array) -> pa.Array:
             children, names=[field.name for field in kind], mask=is_null
         )
     if pa.types.is_fixed_size_list(kind):
-        size = kind.list_size  # `values` is of the whole array, whatever slice of it this is
+        size = kind.list_size  # `values` is of the whole array, which this may be a slice of
         values = _lists_of(array.values.slice(array.offset * size, len(array) * size))
         return pa.FixedSizeListArray.from_arrays(values, size, mask=is_null)
     if pa.types.is_map(kind):
-        offsets = pc.add(array.offsets, 0)  # a copy: a mask needs offsets that are no slice
+        offsets = pc.add(array.offsets, 0)  # a copy: a mask needs offsets that are not a slice
         return pa.MapArray.from_arrays(
             offsets, _lists_of(array.keys), _lists_of(array.items), mask=is_null
         )
+    return _list_of_spans(array)
+
+
+def _list_of_spans(array: pa.Array) -> pa.Array:
+    """A list or list view as a list, whose values are contiguous."""
+    kind, is_null = array.type, array.is_null()
     is_large = pa.types.is_large_list(kind) or pa.types.is_large_list_view(kind)
     sizes = pc.if_else(is_null, 0, pc.list_value_length(array).cast(pa.int64()))
     ends = pc.cumulative_sum(sizes) if len(sizes) else sizes
@@ -400,9 +352,8 @@ def _lists_of(array: pa.Array) -> pa.Array:
 
 
 def _spans(values: pa.Array, starts: np.ndarray, sizes: np.ndarray) -> pa.Array:
-    """The values of all spans, one after the other: one slice where they are so already, as in what
-    Parquet gives.
-    """
+    """The values of all spans, one after the other; a single slice where they are contiguous."""
+    # what Parquet returns is contiguous
     if len(starts) and (starts == starts[0] + np.cumsum(sizes) - sizes)[sizes > 0].all():
         return values.slice(int(starts[0]), int(sizes.sum()))
     spans = [values.slice(int(start), int(size)) for start, size in zip(starts, sizes) if size]
@@ -410,9 +361,7 @@ def _spans(values: pa.Array, starts: np.ndarray, sizes: np.ndarray) -> pa.Array:
 
 
 def with_type(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
-    """A column with another type and equal values. Raises pa.ArrowException where a value would
-    change.
-    """
+    """A column with another type and equal values. Raises pa.ArrowException if one would change."""
     if column.type == kind:
         return column
     if holds_list_views(column.type) and not holds_list_views(kind):
@@ -425,20 +374,21 @@ def with_type(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
 
 
 def take_rows(column: pa.ChunkedArray, rows: Sequence[int]) -> pa.ChunkedArray:
-    """These rows of a column, in ascending order, for every Arrow type: pyarrow's own `take` lacks
-    the view types (26.0).
+    """These rows of a column, in ascending order, for every Arrow type.
+
+    pyarrow's own `take` lacks the view types (26.0).
     """
     slices, first = list[pa.ChunkedArray](), 0
-    for at in range(1, len(rows) + 1):
-        if at == len(rows) or rows[at] != rows[at - 1] + 1:
-            slices.append(column.slice(rows[first], at - first))
-            first = at
+    for stop in range(1, len(rows) + 1):
+        if stop == len(rows) or rows[stop] != rows[stop - 1] + 1:
+            slices.append(column.slice(rows[first], stop - first))
+            first = stop
     return pa.chunked_array([chunk for part in slices for chunk in part.chunks], column.type)
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One image as it came: bytes, or the reason why there are none."""
+    """One image of a source: its encoded bytes, or the reason why there are none."""
 
     index: int
     key: str
@@ -447,17 +397,16 @@ class Encoded:
     reason: str | None = None
     message: str = ""
     passthrough: PassthroughRow | None = None
-    further_images: int = 0  # of the same row, which are not read
-    spellings: tuple[str, ...] = ()  # other URLs that its path may mean, where none is at `uri`
+    further_images: int = 0  # of the same row; they are not read
+    spellings: tuple[str, ...] = ()  # other URLs that its path may mean, if `uri` does not exist
 
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """The last thing a source yields: how many images the shard holds.
+    """The last item of a shard's reader: the number of images in the shard.
 
-    truncated_at: the byte at which the shard was cut. left_out: what has no row, by
-    left_out.LEFT_OUT.
-    image_members: how many images came from tar members of each extension.
+    truncated_at: the byte at which the shard was cut. left_out: images without a row, by
+    left_out.LEFT_OUT. image_members: images by the extension of their tar member.
     """
 
     total: int
@@ -505,6 +454,7 @@ def content_hash(data: bytes) -> bytes:
 
 
 def short_hash(text: str, digits: int = 10) -> str:
+    """The first hex digits of a text's SHA-256."""
     return hashlib.sha256(text.encode()).hexdigest()[:digits]
 
 
@@ -518,5 +468,6 @@ def ipc_bytes(table: pa.Table, compression: str | None = None) -> bytes:
 
 
 def ipc_table(data: bytes | pa.Buffer) -> pa.Table:
+    """The table of an Arrow IPC stream."""
     with pa.ipc.open_stream(data, options=pa.ipc.IpcReadOptions(use_threads=False)) as reader:
         return reader.read_all()

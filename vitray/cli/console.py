@@ -18,9 +18,9 @@ ERROR_CHARS = 4000
 
 
 class Screen:
-    """What the terminal shows now. live: the view of a run's progress, while there is one."""
+    """What the terminal shows now. view: of a run's progress, while there is one."""
 
-    live: Live | None = None
+    view: Live | None = None
 
 
 screen = Screen()
@@ -68,7 +68,7 @@ class Terminal(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         text = printable(self.format(record))
-        if screen.live is not None:  # a plain print would tear the view
-            screen.live.console.print(text, markup=False, highlight=False)
+        if screen.view is not None:  # a plain print would tear the view
+            screen.view.console.print(text, markup=False, highlight=False)
         else:
             print(text, file=sys.stderr, flush=True)

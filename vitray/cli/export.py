@@ -40,6 +40,6 @@ def export(
         raise JobError(
             f"--to {to}: choose one of {rows}; vitray export-model writes a model as {models}."
         )
-    result = exporting.export(out, into, exporting.Wanted(to, column, vectors, partial))
+    result = exporting.export(out, into, exporting.ExportOptions(to, column, vectors, partial))
     show(result, as_json, str(result))
     raise typer.Exit(ExitCode.INCOMPLETE if result.missing else ExitCode.DONE)

@@ -116,7 +116,7 @@ def on_signal(number: int, _frame: object) -> None:
 
 def _end(number: int, action: Action) -> NoReturn:
     with contextlib.suppress(OSError, ValueError):
-        if screen.live is not None:
+        if screen.view is not None:
             os.write(sys.stderr.fileno(), b"\x1b[?25h")  # the view hides the cursor
         os.write(sys.stderr.fileno(), f"\ninterrupted; {_command.advice}\n".encode())
     code = 128 + number

@@ -78,13 +78,13 @@ def watched() -> Iterator[Callable[[Progress], None]]:
         redirect_stderr=False,
     )
     with live_view:
-        screen.live = live_view
+        screen.view = live_view
         try:
             yield _at_most_every(
                 VIEW_EVERY_S, lambda progress: live_view.update(view(progress), refresh=True)
             )
         finally:
-            screen.live = None
+            screen.view = None
 
 
 def _at_most_every(

@@ -1,9 +1,8 @@
-"""A dataset as other tools read it: NumPy, FAISS, CSV, LanceDB, or the images with their labels as
-WebDataset tars.
+"""A dataset in formats of other tools: NumPy, FAISS, CSV, LanceDB, or WebDataset tars with images.
 
-Everything is written shard by shard into a folder beside the one that is asked for, which appears
-whole, by a rename, or not at all. Rows stand in the order of the dataset. Names of files and of tar
-members are numbers: nothing of the data becomes a path.
+Everything is written shard by shard into a temporary folder, whose rename makes the export appear
+whole or not at all. Rows are in the order of the dataset. Names of files and of tar members are
+numbers: nothing of the data becomes a path.
 """
 
 from __future__ import annotations
@@ -45,14 +44,16 @@ from vitray.storage import absolute, new_folder
 
 log = logging.getLogger(__name__)
 TABLE = "images"  # in a LanceDB database
-TOLD = 3  # images named of those that are missing
+EXAMPLES = 3  # missing images that are named
 EXTRAS = {"faiss": "search", "lance": "lance"}
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """What to write. column: of npy and faiss, where there are several. vectors: csv with them.
-    partial: also of an incomplete dataset.
+class ExportOptions:
+    """What to write.
+
+    to: a name in WRITERS. column: the vector column for npy and faiss, where there are several.
+    vectors: whether csv includes them. partial: accept an incomplete dataset.
     """
 
     to: str
@@ -63,9 +64,7 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """What was written. missing: rows without their image (webdataset), which could not be read
-    again.
-    """
+    """The result of an export. missing: rows whose image could not be read again (webdataset)."""
 
     into: str
     to: str
@@ -75,64 +74,65 @@ class Export:
     examples: tuple[str, ...]
 
     def __str__(self) -> str:
-        lines = [
-            f"{self.into}: {self.rows:,} rows as {self.to}"
-            + ("" if self.complete else ", of a dataset that is NOT complete")
-        ]
+        note = "" if self.complete else ", of a dataset that is NOT complete"
+        lines = [f"{self.into}: {self.rows:,} rows as {self.to}{note}"]
         if self.missing:
             lines.append(
-                f"missing: {self.missing:,} images of the dataset could not be read again as they "
-                f"were, such as {', '.join(self.examples)}"
+                f"missing: {self.missing:,} images of the dataset could not be read again "
+                f"unchanged, such as {', '.join(self.examples)}"
             )
         return "\n".join(lines)
 
 
 @dataclass(frozen=True, slots=True)
 class Written:
+    """The result of a writer, as in Export."""
+
     rows: int
     missing: int = 0
     examples: tuple[str, ...] = ()
 
 
-def export(out: str, into: str, wanted: Wanted) -> Export:
+def export(out: str, into: str, options: ExportOptions) -> Export:
     """Write the rows into a new local folder.
 
-    Raises JobError when the dataset is not complete (unless partial), when `into` is there, and for
-    a library that is not installed.
+    Raises JobError for an incomplete dataset (unless partial), for an existing `into`, and for a
+    library that is not installed.
     """
-    if wanted.to not in WRITERS:
+    if options.to not in WRITERS:
         raise JobError(
-            f"--to {wanted.to}: choose one of {', '.join(WRITERS)}, or a format of models (vitray "
+            f"--to {options.to}: choose one of {', '.join(WRITERS)}, or a format of models (vitray "
             f"export --help)."
         )
-    dataset = require_dataset(out) if wanted.partial else require_complete(out)
+    dataset = require_dataset(out) if options.partial else require_complete(out)
     target = absolute(into)
     require_outside(dataset, "--into", target)
     complete = is_complete(dataset)
     try:
         with new_folder(into, "--into") as folder:
-            done = WRITERS[wanted.to](dataset, folder, wanted)
-            metadata = {
+            written = WRITERS[options.to](dataset, folder, options)
+            document = {
                 "source": dataset.out,
                 "fingerprint": dataset.fingerprint,
-                "to": wanted.to,
+                "to": options.to,
                 "complete": complete,
+                "rows": written.rows,
+                "missing": written.missing,
             }
-            (folder / "_EXPORT.json").write_text(
-                json.dumps({**metadata, "rows": done.rows, "missing": done.missing}, indent=1)
-            )
+            (folder / "_EXPORT.json").write_text(json.dumps(document, indent=1))
     except ImportError as error:
         raise JobError(
-            f"--to {wanted.to} needs {error.name}: pip install 'vitray[{EXTRAS[wanted.to]}]'."
+            f"--to {options.to} needs {error.name}: pip install 'vitray[{EXTRAS[options.to]}]'."
         ) from error
-    return Export(target, wanted.to, done.rows, done.missing, complete, done.examples)
+    return Export(target, options.to, written.rows, written.missing, complete, written.examples)
 
 
-def _npy(dataset: Dataset, folder: Path, wanted: Wanted) -> Written:
-    """vectors.npy [N, D] in the column's own type, and keys.parquet with what else is known of each
-    row, in the same order.
+def _npy(dataset: Dataset, folder: Path, options: ExportOptions) -> Written:
+    """vectors.npy [N, D] in the column's own type, and keys.parquet with the rows' other columns.
+
+    Both have the same order.
     """
-    vector, rows = choose_vector(dataset, wanted.column), sum(row_counts(dataset).values())
+    vector, rows = choose_vector(dataset, options.column), sum(row_counts(dataset).values())
     header = {
         "descr": np.dtype(vector.dtype).str,
         "fortran_order": False,
@@ -152,15 +152,15 @@ def _npy(dataset: Dataset, folder: Path, wanted: Wanted) -> Written:
     return Written(rows)
 
 
-def _faiss(dataset: Dataset, folder: Path, wanted: Wanted) -> Written:
-    """index.faiss over unit vectors, whose inner product is the cosine, and keys.parquet: the row
-    of id n is its row n.
+def _faiss(dataset: Dataset, folder: Path, options: ExportOptions) -> Written:
+    """index.faiss over unit vectors, and keys.parquet: its row n belongs to id n.
 
-    FAISS holds the index in memory until it is written: N x D x 4 bytes.
+    The inner product of unit vectors is the cosine. FAISS holds the index in memory until it is
+    written: N x D x 4 bytes.
     """
     import faiss
 
-    vector = choose_vector(dataset, wanted.column)
+    vector = choose_vector(dataset, options.column)
     index = faiss.IndexFlatIP(vector.dimension)
     for values in _vectors_and_keys(dataset, folder, vector.column):
         unit = values.astype(np.float32)
@@ -171,43 +171,36 @@ def _faiss(dataset: Dataset, folder: Path, wanted: Wanted) -> Written:
 
 
 def _vectors_and_keys(dataset: Dataset, folder: Path, column: str) -> Iterator[np.ndarray]:
-    """Blocks of vectors [n, D], whose rows' other columns are written into keys.parquet on the
-    way.
-    """
+    """Blocks of vectors [n, D]; writes the rows' other columns into keys.parquet meanwhile."""
     names = _scalars(dataset)
-    with pq.ParquetWriter(
-        folder / "keys.parquet",
-        pa.schema([dataset.schema.field(n) for n in names]),
-        compression="zstd",
-    ) as writer:
+    schema = pa.schema([dataset.schema.field(name) for name in names])
+    with pq.ParquetWriter(folder / "keys.parquet", schema, compression="zstd") as writer:
         for block in row_blocks(dataset, data_files(dataset.out), [*names, column]):
             writer.write_table(block.select(names))
             yield matrix_of(block[column])
 
 
-def _csv(dataset: Dataset, folder: Path, wanted: Wanted) -> Written:
-    """rows.csv: every scalar as it is, bytes in hex, lists as JSON; an empty field is null, an
-    empty string is "".
+def _csv(dataset: Dataset, folder: Path, options: ExportOptions) -> Written:
+    """rows.csv: scalars as they are, bytes in hex, lists and vectors as JSON.
 
-    Vectors are JSON, too, which is what pgvector's COPY takes.
+    An empty field is null, an empty string is "". pgvector's COPY takes vectors as JSON.
     """
     from pyarrow import csv
 
-    names = dataset.schema.names if wanted.vectors else _scalars(dataset)
+    names = dataset.schema.names if options.vectors else _scalars(dataset)
     vectors, rows = {v.column for v in dataset.vectors}, 0
 
     def texts(block: pa.Table) -> pa.Table:
+        columns = {name: block[name].combine_chunks() for name in names}
         return pa.table(
             {
-                name: (_vector_text if name in vectors else _text)(block[name].combine_chunks())
-                for name in names
+                name: _vector_text(column) if name in vectors else _text(column)
+                for name, column in columns.items()
             }
         )
 
-    with (
-        open(folder / "rows.csv", "wb") as file,
-        csv.CSVWriter(file, texts(dataset.schema.empty_table()).schema) as writer,
-    ):
+    schema = texts(dataset.schema.empty_table()).schema
+    with open(folder / "rows.csv", "wb") as file, csv.CSVWriter(file, schema) as writer:
         for block in row_blocks(dataset, data_files(dataset.out), names):
             writer.write_table(texts(block))
             rows += len(block)
@@ -215,26 +208,32 @@ def _csv(dataset: Dataset, folder: Path, wanted: Wanted) -> Written:
 
 
 def _text(column: pa.Array) -> pa.Array:
+    """A column in a type that a CSV file can have."""
     kind = column.type
     if types.is_dictionary(kind):
         return column.cast(kind.value_type)
-    if any(
-        is_so(kind)
-        for is_so in (
-            types.is_nested,
-            types.is_binary,
-            types.is_large_binary,
-            types.is_fixed_size_binary,
-        )
-    ):
-        values = column.to_pylist()
-        said = [v if v is None else v.hex() if isinstance(v, bytes) else _json(v) for v in values]
-        return pa.array(said, pa.string())
+    if any(is_kind(kind) for is_kind in _AS_TEXT):
+        return pa.array([_value_text(value) for value in column.to_pylist()], pa.string())
     return column
 
 
+_AS_TEXT = (
+    types.is_nested,
+    types.is_binary,
+    types.is_large_binary,
+    types.is_fixed_size_binary,
+)
+
+
+def _value_text(value: object) -> str | None:
+    """Null as null, bytes in hex, anything else as JSON."""
+    if value is None:
+        return None
+    return value.hex() if isinstance(value, bytes) else _json(value)
+
+
 def _vector_text(column: pa.Array) -> pa.Array:
-    """[0.25,-1], each number with the fewest digits that give the same float32 again."""
+    """Vectors as `[0.25,-1]`, each number with the fewest digits that restore its float32."""
     numbers, size = column.flatten().cast(pa.float32()).cast(pa.string()), column.type.list_size
     rows = pa.ListArray.from_arrays(pa.array(range(0, len(numbers) + 1, size), pa.int32()), numbers)
     return pc.binary_join_element_wise("[", pc.binary_join(rows, ","), "]", "")
@@ -248,8 +247,8 @@ def _json(value: object) -> str:
     )
 
 
-def _lance(dataset: Dataset, folder: Path, wanted: Wanted) -> Written:
-    """A LanceDB database with one table that holds every column."""
+def _lance(dataset: Dataset, folder: Path, options: ExportOptions) -> Written:
+    """A LanceDB database with one table of all columns."""
     import lancedb
 
     fields = [
@@ -261,65 +260,63 @@ def _lance(dataset: Dataset, folder: Path, wanted: Wanted) -> Written:
     return Written(lancedb.connect(folder).create_table(TABLE, reader).count_rows())
 
 
-def _webdataset(dataset: Dataset, folder: Path, wanted: Wanted) -> Written:
-    """A tar for each data file: the bytes that were labelled, read again from the source, and a
-    .json of the row without its vectors.
+def _webdataset(dataset: Dataset, folder: Path, options: ExportOptions) -> Written:
+    """One tar per data file: the labelled bytes of each image, and a .json with its row.
+
+    The bytes are read again from the source. The row has no vectors.
     """
-    # of whatever version: where one file of a group changed, the others are as they were
-    now = {base_of(shard.id): shard for shard in list_source(dataset.job, dataset.out).shards}
-    written, lost, examples = 0, 0, list[str]()
+    # by any version: where one file of a group changed, the others are the same
+    listed = {base_of(shard.id): shard for shard in list_source(dataset.job, dataset.out).shards}
+    rows_written, missing, examples = 0, 0, list[str]()
     for number, url in enumerate(data_files(dataset.out)):
-        shard = now.get(base_of(shard_of(url)))
-        rows = {
-            row["index"]: row
-            for block in row_blocks(dataset, [url], _scalars(dataset))
-            for row in block.to_pylist()
-        }
+        shard = listed.get(base_of(shard_of(url)))
+        rows = dict[int, dict[str, Any]]()
+        for block in row_blocks(dataset, [url], _scalars(dataset)):
+            rows |= {row["index"]: row for row in block.to_pylist()}
         with tarfile.open(folder / f"{number:06d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
             for row, data in _images(dataset, shard, rows) if shard else ():
-                name = f"{number:06d}-{row['index']:08d}"
-                suffix = row["format"] if row["format"] in IMAGE_SUFFIXES else "bin"
-                for member, body in (
-                    (f"{name}.{suffix}", data),
-                    (f"{name}.json", _json(row).encode()),
-                ):
-                    info = tarfile.TarInfo(member)
-                    info.size = len(body)
-                    tar.addfile(info, io.BytesIO(body))
-                written += 1
-        lost += len(rows)
-        examples += [f"{row['shard']} {row['index']}" for row in rows.values()][
-            : TOLD - len(examples)
-        ]
-    return Written(written, lost, tuple(examples))
+                _add_sample(tar, f"{number:06d}-{row['index']:08d}", row, data)
+                rows_written += 1
+        missing += len(rows)
+        names = [f"{row['shard']} {row['index']}" for row in rows.values()]
+        examples += names[: EXAMPLES - len(examples)]
+    return Written(rows_written, missing, tuple(examples))
+
+
+def _add_sample(tar: tarfile.TarFile, name: str, row: dict[str, Any], data: bytes) -> None:
+    """Add an image and its row to a tar."""
+    suffix = row["format"] if row["format"] in IMAGE_SUFFIXES else "bin"
+    members = {f"{name}.{suffix}": data, f"{name}.json": _json(row).encode()}
+    for member, body in members.items():
+        info = tarfile.TarInfo(member)
+        info.size = len(body)
+        tar.addfile(info, io.BytesIO(body))
 
 
 def _images(
     dataset: Dataset, shard: Shard, rows: dict[int, dict[str, Any]]
 ) -> Iterator[tuple[dict[str, Any], bytes]]:
-    """Rows with the bytes that they were made from, taken out of `rows`; those that cannot be read
-    again, or changed, stay there.
+    """Each row with the bytes that it was made from. The row is removed from `rows`.
+
+    Rows whose image cannot be read again, or has changed, stay in `rows`.
     """
     try:
         for item in read_shard(shard, dataset.job, rows.__contains__):
-            if (
-                isinstance(item, Encoded)
-                and item.data
-                and content_hash(item.data) == rows[item.index]["content_hash"]
-            ):
+            if not isinstance(item, Encoded) or not item.data:
+                continue
+            if content_hash(item.data) == rows[item.index]["content_hash"]:
                 yield rows.pop(item.index), item.data
     except (ShardError, ObjectMissing, ObjectChanged) as error:
         log.warning("%s cannot be read again: %s", shard.id, one_line(error))
 
 
 def _scalars(dataset: Dataset) -> list[str]:
-    """Every column but the vectors."""
-    return [
-        name for name in dataset.schema.names if name not in {v.column for v in dataset.vectors}
-    ]
+    """The names of all columns except vectors."""
+    vectors = {vector.column for vector in dataset.vectors}
+    return [name for name in dataset.schema.names if name not in vectors]
 
 
-Writer = Callable[[Dataset, Path, Wanted], Written]
+Writer = Callable[[Dataset, Path, ExportOptions], Written]
 WRITERS: dict[str, Writer] = {
     "lance": _lance,
     "faiss": _faiss,

@@ -4,7 +4,7 @@ layout.py    the names of all files           identity.py   fingerprint and froz
 resolve.py   the dataset of a job             staging.py    fragments of incomplete shards
 commit.py    fragments -> one data file       reconcile.py  what to do with each data file
 ledger.py    manifest, _SUCCESS.json, redo    reading.py    rows, vectors and errors
-files.py     groups, run records              scratch.py    scratch objects, the store check
+files.py     groups, run records            scratch_space.py  scratch, the store check
 """
 
 from vitray.dataset.commit import (
@@ -86,7 +86,7 @@ from vitray.dataset.resolve import (
     with_frozen,
     with_source_rules,
 )
-from vitray.dataset.scratch import check_store, drop_scratch, scratch
+from vitray.dataset.scratch_space import check_store, drop_scratch, scratch
 from vitray.dataset.staging import (
     Fragment,
     read_fragment,

@@ -160,7 +160,7 @@ def commit_rows(dataset: Dataset, origin: Footer, rows: Iterable[pa.Table]) -> C
     data, metadata = parquet_of(
         dataset, counted(), lambda: _metadata(dataset, source, end, digest, origin.error_rows)
     )
-    footer, adopted = _create(dataset, data, metadata)
+    footer, adopted = create_data_file(dataset, data, metadata)
     repair_errors(dataset, footer)
     return _commit_of(footer, adopted)
 
@@ -171,7 +171,7 @@ def read_footer(url: str) -> Footer:
         try:
             with store_for(url).open(url) as stream:
                 metadata = pq.read_metadata(stream).metadata or {}
-            return _footer(
+            return parse_footer(
                 {k.decode(): v.decode() for k, v in metadata.items() if k.startswith(b"vitray.")}
             )
         except (ValueError, KeyError, OSError) as error:
@@ -278,7 +278,7 @@ def _make(dataset: Dataset, shard: Shard) -> tuple[Footer, bool] | None:
     _require_same_input(shard)
     try:
         data, metadata = _parquet_of(dataset, shard, parts)
-        return _create(dataset, data, metadata)
+        return create_data_file(dataset, data, metadata)
     except ObjectMissing:
         return None
 
@@ -301,9 +301,11 @@ def _require_same_input(shard: Shard) -> None:
             raise ObjectChanged(f"{url} changed while it was read")
 
 
-def _create(dataset: Dataset, data: bytes, metadata: dict[str, str]) -> tuple[Footer, bool]:
+def create_data_file(
+    dataset: Dataset, data: bytes, metadata: dict[str, str]
+) -> tuple[Footer, bool]:
     """Create the data file. Returns the footer that counts, and whether another run made it."""
-    own_footer = _footer(metadata)
+    own_footer = parse_footer(metadata)
     shard_id = own_footer.shard
     url = dataset.data_url(shard_id)
     crash_point("commit-written", shard_id)
@@ -344,7 +346,7 @@ def _require_equal_totals(url: str, committed: Footer, own: Footer) -> None:
         )
     if committed.errors != own.errors:
         log.warning(
-            "%s: another run committed %d errors, this one saw %d; the first commit stays",
+            "%s: another run committed %d errors, this one saw %d; the first stays",
             own.shard,
             committed.errors,
             own.errors,
@@ -462,7 +464,7 @@ def _decoded_rows(text: str) -> pa.Table:
     return ipc_table(base64.b64decode(text)) if text else ERROR_SCHEMA.empty_table()
 
 
-def _footer(metadata: dict[str, str]) -> Footer:
+def parse_footer(metadata: dict[str, str]) -> Footer:
     """The footer of stored metadata. Raises KeyError or ValueError for another program's."""
     values = {name.removeprefix("vitray."): value for name, value in metadata.items()}
     return Footer(

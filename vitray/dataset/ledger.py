@@ -29,7 +29,7 @@ from vitray.dataset.layout import (
     success_url,
 )
 from vitray.dataset.reconcile import Actions, FileState, reconcile
-from vitray.dataset.scratch import drop_scratch
+from vitray.dataset.scratch_space import drop_scratch
 from vitray.dataset.staging import drop_staging, staged_shards
 from vitray.errors import CommitError, FingerprintError, JobError, ObjectMissing
 from vitray.schema import ERROR_SCHEMA

@@ -20,7 +20,7 @@ def accuracy(labels: Sequence[object] | np.ndarray, truth: Sequence[object] | np
     if len(labels) == 0:
         return 0.0
     if isinstance(labels, np.ndarray) and isinstance(truth, np.ndarray):
-        return float((labels == truth).mean())
+        return float(np.mean(np.asarray(labels == truth)))
     return sum(label == true for label, true in zip(labels, truth)) / len(labels)
 
 

@@ -1,10 +1,9 @@
-"""Few large files instead of one a shard: the same rows in the same order, for readers that want
-few.
+"""Few large files instead of one per shard: the same rows in the same order.
 
-A part is named by a hash of the data files that it gathers and is created once, so that the same
-call goes on after a kill and does only what is new when the dataset has grown. `_COMPACT.json`
-comes last: it is there exactly while all parts are, and none besides; until then `_COMPACTING.json`
-says whose they are.
+A part is named by a hash of the data files that it gathers, and is created once. So the same call
+continues after a kill, and after the dataset has grown it adds only what is new. `_COMPACT.json` is
+written last: it exists exactly while all parts exist, and no others. Until then `_COMPACTING.json`
+names the dataset that the parts belong to.
 """
 
 from __future__ import annotations
@@ -31,13 +30,15 @@ from vitray.dataset import (
 from vitray.errors import JobError, ObjectMissing, count
 from vitray.storage import absolute, exists, join, read, store_for
 
-PART, (WHOLE, BEGUN) = "part-", COMPACTED
-OURS = re.compile(r"part-\d{5}-[0-9a-f]{12}\.parquet")
+PART = "part-"
+COMPLETE, STARTED = COMPACTED
+PART_NAME = re.compile(r"part-\d{5}-[0-9a-f]{12}\.parquet")
+Group = list[tuple[str, str]]  # URL and version of the data files of a part
 
 
 @dataclass(frozen=True, slots=True)
 class Compaction:
-    """What was gathered. written: parts made by this call; parts: all there are."""
+    """What was gathered. files: data files; parts: all that exist; written: by this call."""
 
     into: str
     files: int
@@ -53,77 +54,109 @@ class Compaction:
 
 
 def compact(out: str, into: str, megabytes: int = 256) -> Compaction:
-    """Gather the data files of a complete dataset into files of at least so many megabytes each,
-    but for the last.
+    """Gather the data files of a complete dataset into larger files.
 
-    Raises JobError when `out` is not complete or `into` holds something else, such as another
-    dataset's parts.
+    Each has at least so many megabytes, except the last. Raises JobError if `out` is not complete,
+    or if `into` holds something else, such as another dataset's parts.
     """
-    dataset, into = require_complete(out), absolute(into)
+    dataset = require_complete(out)
+    into = absolute(into)
     require_outside(dataset, "--into", into)
-    there = _parts_there(into)
+    existing = _existing_parts(into)
     groups = {
-        _name(n, group): group for n, group in enumerate(_grouped(dataset, megabytes * 1_000_000))
+        _part_name(number, group): group
+        for number, group in enumerate(_groups(dataset, megabytes * 1_000_000))
     }
-    mark, begun, told = (
-        join(into, WHOLE),
-        join(into, BEGUN),
-        {"source": dataset.out, "fingerprint": dataset.fingerprint},
-    )
-    metadata = [json.loads(read(url)) for url in (mark, begun) if exists(url)]
-    if others := [said["source"] for said in metadata if said["source"] != dataset.out]:
-        raise JobError(f"--into {into} holds the rows of {others[0]}: choose an empty directory.")
-    if not (exists(mark) and groups.keys() == there and metadata[0].items() >= told.items()):
-        store_for(begun).replace(begun, json.dumps(told).encode())
-        store_for(mark).delete([mark])
-        for name in groups.keys() - there:
-            _write(dataset, groups[name], join(into, name))
-        store_for(into).delete([join(into, name) for name in there - groups.keys()])
-        whole = {**told, "parts": sorted(groups), "files": sum(map(len, groups.values()))}
-        store_for(mark).replace(mark, json.dumps(whole, indent=1).encode())
-        store_for(begun).delete([begun])
-    rows = sum(rows_in(join(into, name)) for name in groups)
+    owner = {"source": dataset.out, "fingerprint": dataset.fingerprint}
+    markers = _markers(into)
+    for marker in markers.values():
+        if marker["source"] != dataset.out:
+            raise JobError(
+                f"--into {into} holds the rows of {marker['source']}: choose an empty directory."
+            )
+    is_owner = COMPLETE in markers and markers[COMPLETE].items() >= owner.items()
+    if not is_owner or groups.keys() != existing:
+        _make_parts(dataset, into, groups, existing, owner)
     return Compaction(
-        into, sum(map(len, groups.values())), len(groups), len(groups.keys() - there), rows
+        into=into,
+        files=_file_count(groups),
+        parts=len(groups),
+        written=len(groups.keys() - existing),
+        rows=sum(rows_in(join(into, name)) for name in groups),
     )
 
 
-def _parts_there(into: str) -> set[str]:
+def _markers(into: str) -> dict[str, dict[str, object]]:
+    """The contents of _COMPACT.json and _COMPACTING.json, of those that exist."""
+    urls = {name: join(into, name) for name in (COMPLETE, STARTED)}
+    return {name: json.loads(read(url)) for name, url in urls.items() if exists(url)}
+
+
+def _make_parts(
+    dataset: Dataset,
+    into: str,
+    groups: dict[str, Group],
+    existing: set[str],
+    owner: dict[str, str],
+) -> None:
+    """Write missing parts and delete those of another grouping, between the two markers."""
+    complete_url = join(into, COMPLETE)
+    started_url = join(into, STARTED)
+    store_for(started_url).replace(started_url, json.dumps(owner).encode())
+    store_for(complete_url).delete([complete_url])
+    for name in groups.keys() - existing:
+        write_part(dataset, groups[name], join(into, name))
+    store_for(into).delete([join(into, name) for name in existing - groups.keys()])
+    marker = {**owner, "parts": sorted(groups), "files": _file_count(groups)}
+    store_for(complete_url).replace(complete_url, json.dumps(marker, indent=1).encode())
+    store_for(started_url).delete([started_url])
+
+
+def _file_count(groups: dict[str, Group]) -> int:
+    return sum(len(group) for group in groups.values())
+
+
+def _existing_parts(into: str) -> set[str]:
+    """Names of the parts in a directory. Raises JobError if it holds anything else."""
     try:
         names = {info.url.removeprefix(f"{into}/") for info in store_for(into).find(into)}
     except ObjectMissing:
         return set()
-    is_marked = bool(names & {WHOLE, BEGUN})  # before the first part
-    ours = {name for name in names if is_marked and OURS.fullmatch(name)}
-    if foreign := sorted(names - ours - {WHOLE, BEGUN}):
+    parts = set()
+    if COMPLETE in names or STARTED in names:  # one of them is older than the first part
+        parts = {name for name in names if PART_NAME.fullmatch(name)}
+    if foreign := sorted(names - parts - {COMPLETE, STARTED}):
         raise JobError(
-            f"--into {into} holds {foreign[0]}, which is no part of ours: choose an empty "
-            f"directory."
+            f"--into {into} holds {foreign[0]}, which vitray compact did not write: choose an "
+            f"empty directory."
         )
-    return ours
+    return parts
 
 
-def _grouped(dataset: Dataset, size_bytes: int) -> Iterator[list[tuple[str, str]]]:
-    """URL and version of data files, in order, in groups of at least so many bytes."""
+def _groups(dataset: Dataset, size_bytes: int) -> Iterator[Group]:
+    """The data files, in order, in groups of at least so many bytes."""
     infos = {info.url: info for info in committed(dataset.out).values()}
-    group, held = list[tuple[str, str]](), 0
+    group: Group = []
+    group_bytes = 0
     for url in data_files(dataset.out):
         group.append((url, infos[url].version))
-        held += infos[url].size
-        if held >= size_bytes:
+        group_bytes += infos[url].size
+        if group_bytes >= size_bytes:
             yield group
-            group, held = [], 0
+            group = []
+            group_bytes = 0
     if group:
         yield group
 
 
-def _name(number: int, group: list[tuple[str, str]]) -> str:
-    return (
-        f"{PART}{number:05d}-{hashlib.sha256(json.dumps(group).encode()).hexdigest()[:12]}.parquet"
-    )
+def _part_name(number: int, group: Group) -> str:
+    digest = hashlib.sha256(json.dumps(group).encode()).hexdigest()
+    return f"{PART}{number:05d}-{digest[:12]}.parquet"
 
 
-def _write(dataset: Dataset, group: list[tuple[str, str]], url: str) -> None:
+def write_part(dataset: Dataset, group: Group, url: str) -> None:
+    """Write the rows of a group of data files as one Parquet file."""
+
     def tables() -> Iterator[pa.Table]:
         for source, version in group:
             with store_for(source).open(source, version) as stream:
@@ -131,4 +164,4 @@ def _write(dataset: Dataset, group: list[tuple[str, str]], url: str) -> None:
 
     metadata = {"vitray.fingerprint": dataset.fingerprint, "vitray.files": str(len(group))}
     data, _ = parquet_of(dataset, tables(), lambda: metadata)
-    store_for(url).create(url, data)  # refused: another call gathered the same files
+    store_for(url).create(url, data)  # refused if another call gathered the same files

@@ -1,6 +1,4 @@
-"""What a job will take and cost, from rates measured on a sample of its input and a table of the
-user's prices. Pure numbers.
-"""
+"""Time and cost of a job, from rates measured on a sample of its input and the user's prices."""
 
 from __future__ import annotations
 
@@ -17,23 +15,22 @@ from vitray.errors import JobError, count
 from vitray.job import BAD_YAML
 
 PRICES = {
-    "machine_hour": "one machine like the one measured, an hour",
+    "machine_hour": "one machine like the one measured, per hour",
     "put_1000": "a thousand PUT, LIST and COPY requests",
     "get_1000": "a thousand GET and HEAD requests",
     "gb_month": "a gigabyte stored for a month",
 }
-# of S3, measured: see BENCHMARKS.md
-START_S = 1.0  # Python, and what it imports before the first line of a command
-WRITES_A_SHARD, READS_A_SHARD = (
-    6,
-    13,
-)  # besides its fragments: each is written once, and takes a HEAD and a GET
+START_S = 1.0  # Python, and its imports before the first line of a command
+# requests per shard on S3, measured: see BENCHMARKS.md. Each fragment adds a PUT, a HEAD and a GET.
+WRITES_PER_SHARD = 6
+READS_PER_SHARD = 13
 
 
 class Rates(Protocol):
-    """What `bench` measured, of one of `machines`. Images/s; identify_s, first_rows_s: seconds
-    until the model is known, and from there to the first rows; kilobytes, of an image, in and
-    out.
+    """What `bench` measured of one of `machines`, in images/s.
+
+    identify_s: seconds until the model is identified; first_rows_s: from there to the first rows.
+    out_kilobytes: of an image.
     """
 
     @property
@@ -68,10 +65,10 @@ class Rates(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Of what is to do. images_per_s, more_cpu, more_gpu: of one machine; as it is, and with one
-    core or GPU more (None: no GPU).
+    """Time and cost of the pending images.
 
-    money: in the currency of the prices, by what it is for; None without prices.
+    images_per_s: of one machine; more_cpu, more_gpu: with one more core, or one more GPU (None
+    without GPUs). money: by purpose, in the currency of the prices; None without prices.
     """
 
     images: int
@@ -111,50 +108,58 @@ def estimate(
     machines: int | None = None,
     prices: dict[str, float] | None = None,
 ) -> Estimate:
-    """What `images` in `shards` will take on so many machines like the one that was measured; by
-    default on all that were.
+    """Time and cost of `images` in `shards`, on machines like the one that was measured.
+
+    machines: by default as many as were measured.
     """
     machines = machines or rates.machines
-    seconds = (
-        START_S + rates.identify_s + rates.first_rows_s + images / rates.line / machines
-        if images
-        else 0.0
-    )
-    on_cpu = rates.device == "cpu"
-    more_core = rates.line * (rates.cores + 1) / rates.cores
-    if not on_cpu:  # decoding is all that the cores do
-        more_core = min(rates.model, rates.line * (rates.decode + rates.decode_core) / rates.decode)
-    stored = round(1000 * rates.out_kilobytes * images)
+    start_up_s = START_S + rates.identify_s + rates.first_rows_s
+    seconds = start_up_s + images / rates.line / machines if images else 0.0
+    stored_bytes = round(1000 * rates.out_kilobytes * images)
     money = None
     if prices is not None:
-        hours = seconds / 3600 * machines
         fragments = math.ceil(images / rates.fragment_rows)
-        writes, reads = shards * WRITES_A_SHARD + fragments, shards * READS_A_SHARD + 2 * fragments
         money = {
-            "machines": hours * prices.get("machine_hour", 0),
-            "requests": writes / 1000 * prices.get("put_1000", 0)
-            + reads / 1000 * prices.get("get_1000", 0),
-            "gb_month": stored / 1e9 * prices.get("gb_month", 0),
+            "machines": seconds / 3600 * machines * prices.get("machine_hour", 0),
+            "requests": _request_cost(shards, fragments, prices),
+            "gb_month": stored_bytes / 1e9 * prices.get("gb_month", 0),
         }
-    more_gpu = None if on_cpu else min(rates.decode, (rates.gpus + 1) / rates.gpus * rates.model)
-    limit = {"line": "what lies between the steps"}.get(rates.limit, rates.limit)
     return Estimate(
-        images,
-        machines,
-        seconds,
-        rates.line,
-        limit,
-        stored,
-        more_core,
-        more_gpu,
-        money,
-        rates.measured,
+        images=images,
+        machines=machines,
+        seconds=seconds,
+        images_per_s=rates.line,
+        limit="what lies between the steps" if rates.limit == "line" else rates.limit,
+        out_bytes=stored_bytes,
+        more_cpu=_rate_with_one_more_core(rates),
+        more_gpu=_rate_with_one_more_gpu(rates),
+        money=money,
+        measured=rates.measured,
     )
+
+
+def _request_cost(shards: int, fragments: int, prices: dict[str, float]) -> float:
+    writes = shards * WRITES_PER_SHARD + fragments
+    reads = shards * READS_PER_SHARD + 2 * fragments
+    return writes / 1000 * prices.get("put_1000", 0) + reads / 1000 * prices.get("get_1000", 0)
+
+
+def _rate_with_one_more_core(rates: Rates) -> float:
+    if rates.device == "cpu":
+        return rates.line * (rates.cores + 1) / rates.cores
+    # beside a GPU, the cores only decode
+    return min(rates.model, rates.line * (rates.decode + rates.decode_core) / rates.decode)
+
+
+def _rate_with_one_more_gpu(rates: Rates) -> float | None:
+    if rates.device == "cpu":
+        return None
+    return min(rates.decode, (rates.gpus + 1) / rates.gpus * rates.model)
 
 
 def read_prices(path: str) -> dict[str, float]:
-    """A YAML file of PRICES. Raises JobError for what is not one."""
-    known = ", ".join(f"{name} ({what})" for name, what in PRICES.items())
+    """The prices of a YAML file, by the names in PRICES. Raises JobError if it is not valid."""
+    names = ", ".join(f"{name} ({meaning})" for name, meaning in PRICES.items())
     try:
         table = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, *BAD_YAML) as error:
@@ -162,38 +167,35 @@ def read_prices(path: str) -> dict[str, float]:
             f"--prices {path} cannot be read: {getattr(error, 'strerror', error)}"
         ) from error
     if not isinstance(table, dict) or not table or set(table) - PRICES.keys():
-        raise JobError(f"--prices {path}: give one or more of {known}")
-    if odd := [
-        name
-        for name, value in table.items()
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0
-    ]:
-        raise JobError(f"--prices {path}: {odd[0]} is no price")
-    return {name: float(value) for name, value in table.items()}
+        raise JobError(f"--prices {path}: give one or more of {names}")
+    for name, price in table.items():
+        if isinstance(price, bool) or not isinstance(price, (int, float)) or price < 0:
+            raise JobError(f"--prices {path}: {name} is not a price")
+    return {name: float(price) for name, price in table.items()}
 
 
 def read_plan(path: str) -> dict[str, Any]:
-    """What `plan --probe --json` printed. Raises JobError for what is not that."""
+    """The output of `plan --probe --json` in a file. Raises JobError if it is not that."""
     try:
         expected: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not all(
-            type(expected[name]) in (int, float) and 0 <= expected[name] < math.inf
-            for name in ("seconds", "images")
-        ):
-            raise ValueError("its seconds or images are no numbers")
+        if not all(_is_count(expected[name]) for name in ("seconds", "images")):
+            raise ValueError("its seconds or images are not numbers")
     except (OSError, ValueError, KeyError, TypeError) as error:
         why = getattr(error, "strerror", error)
         raise JobError(
-            f"--planned {path} is not what vitray plan --probe --json prints: {why}"
+            f"--planned {path} is not the output of vitray plan --probe --json: {why}"
         ) from error
     return expected
 
 
+def _is_count(value: Any) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and 0 <= value < math.inf
+
+
 def _span(seconds: float) -> str:
-    return (
-        f"{seconds:,.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:,.1f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:,.1f} h"
-    )
+    if seconds < 120:
+        return f"{seconds:,.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:,.1f} min"
+    return f"{seconds / 3600:,.1f} h"

@@ -1,9 +1,10 @@
-"""What would be done, and how far it is. Reads only; starts neither torch nor Ray."""
+"""What a run would do, and how far a dataset is. Reads only; loads neither torch nor Ray."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,19 +28,21 @@ from vitray.errors import count
 from vitray.job import Job
 from vitray.left_out import describe
 from vitray.models import require_precision, will_compile
-from vitray.pipeline import list_source, prepared
+from vitray.pipeline import list_source, prepare_job
 from vitray.sources import count_selection, estimate_images, passthrough_schema, select_shards
+
+FROZEN = ("model", "precision", "engine", "batch_size", "fragment_rows")  # by the first run
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a run would do. images: of the selected shards, exact or estimated. decided: frozen
-    values, None before the first run.
+    """What a run would do.
 
-    left_out: files that have no row, by left_out.LEFT_OUT; suffixes: theirs. What tars hold beside
-    images is known when they are read.
-    shards_not_selected, images_not_selected: what since, sample and limit leave; images are
-    estimated for tars.
+    images: of the selected shards, exact or estimated. decided: frozen values; None before the
+    first run. left_out: files without a row, by left_out.LEFT_OUT; suffixes: of these files. Other
+    members of tars are known when a run reads them. shards_not_selected, images_not_selected: what
+    since, sample and limit exclude; for tars images are estimated. selection: what these choose,
+    as text; "" if they are not set.
     """
 
     out: str
@@ -55,28 +58,29 @@ class Plan:
     suffixes: dict[str, int]
     shards_not_selected: int
     images_not_selected: int
-    selection: str  # what since, sample or limit choose, for people; "" where they are not set
+    selection: str
     compile: str
     decided: dict[str, str] | None
 
     def __str__(self) -> str:
         about = "" if self.images_exact else "about "
-        decided = self.decided or dict.fromkeys(
-            ("model", "precision", "engine", "batch_size", "fragment_rows"), "decided at run"
-        )
+        shards = count(self.shards, f"{self.kind} shard".strip())
+        images = f"{about}{count(self.images, 'image')}"
+        pending_images = f"{about}{count(self.pending_images, 'image')}"
         lines = [
-            f"source     {count(self.shards, f'{self.kind} shard'.strip())}, "
-            f"{about}{count(self.images, 'image')}, {decimal(self.size_bytes)}",
+            f"source     {shards}, {images}, {decimal(self.size_bytes)}",
             f"committed  {count(self.committed, 'shard')}",
-            *([f"left out   {describe(self.left_out, self.suffixes)}"] if self.left_out else []),
-            *([f"chosen     {self.selection}"] if self.selection else []),
-            *([f"not chosen {self._not_selected()}"] if self.shards_not_selected else []),
-            f"to do      {count(self.pending, 'shard')}, "
-            f"{about}{count(self.pending_images, 'image')}",
-            *(f"{name:<10} {value}" for name, value in decided.items()),
-            f"compile    {self.compile}",
-            f"out        {self.out}",
         ]
+        if self.left_out:
+            lines.append(f"left out   {describe(self.left_out, self.suffixes)}")
+        if self.selection:
+            lines.append(f"chosen     {self.selection}")
+        if self.shards_not_selected:
+            lines.append(f"not chosen {self._not_selected()}")
+        lines.append(f"to do      {count(self.pending, 'shard')}, {pending_images}")
+        decided = self.decided or dict.fromkeys(FROZEN, "decided at run")
+        lines += [f"{name:<10} {value}" for name, value in decided.items()]
+        lines += [f"compile    {self.compile}", f"out        {self.out}"]
         return "\n".join(lines)
 
     def _not_selected(self) -> str:
@@ -89,12 +93,15 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """How far a dataset is. complete: _SUCCESS.json is there, and every file that it counts.
-    staged: {pending shard: images staged of it}.
+    """How far a dataset is.
 
-    left_out: what has no row, by left_out.LEFT_OUT: files in the source as the last run saw it, and
-    what the committed shards hold beside their images. suffixes: of those files. image_members:
-    images by the tar member they came from.
+    complete: _SUCCESS.json exists, and so does every file that it counts. truncated: {shard: byte
+    at which it was cut}; notes: {such a shard: what its run noted}. staged: {pending shard: images
+    staged of it}.
+
+    left_out: what has no row, by left_out.LEFT_OUT: files in the source at the last run, and other
+    contents of the committed shards. suffixes: of these files. image_members: images by the tar
+    member that they came from.
     """
 
     out: str
@@ -102,69 +109,70 @@ class Status:
     shards: int
     rows: int
     errors: int
-    truncated: dict[str, int]  # {shard: byte at which it was cut}
+    truncated: dict[str, int]
     staged: dict[str, int]
     decided: dict[str, str]
-    last_run: dict[str, object] | None
-    notes: dict[str, str]  # {shard cut short: what its run said of it}
+    last_run: dict[str, Any] | None
+    notes: dict[str, str]
     left_out: dict[str, int]
     suffixes: dict[str, int]
     image_members: dict[str, int]
 
     def __str__(self) -> str:
-        aside = (self.last_run or {}).get("set_aside")
-        state = "complete" if self.complete else "not complete: run the job again to go on"
-        if aside and not self.complete:
-            state = "not complete: mend or remove the shards set aside, then run the job again"
+        staged_images = count(sum(self.staged.values()), "image")
         lines = [
-            f"{self.out}: {state}",
+            f"{self.out}: {self._state()}",
             f"committed  {count(self.shards, 'shard')}, {count(self.rows, 'row')}, "
-            f"{count(self.errors, 'error')}, "
-            f"{count(len(self.truncated), 'shard')} cut short",
-            *(
-                f"cut short  {shard}: at byte {at:,}"
-                + (f": {self.notes[shard]}" if shard in self.notes else "")
-                for shard, at in self.truncated.items()
-            ),
-            *([f"left out   {describe(self.left_out, self.suffixes)}"] if self.left_out else []),
-            *(
-                [f"not chosen {self._not_selected()}"]
-                if (self.last_run or {}).get("shards_not_selected")
-                else []
-            ),
-            *([f"members    {self._members()}"] if self.image_members else []),
-            f"staged     {count(sum(self.staged.values()), 'image')} of "
-            f"{count(len(self.staged), 'shard')}",
-            *(f"{name:<10} {value}" for name, value in self.decided.items()),
+            f"{count(self.errors, 'error')}, {count(len(self.truncated), 'shard')} cut short",
+            *(f"cut short  {self._cut(shard)}" for shard in self.truncated),
         ]
-        if self.last_run is not None:
-            lines.append(f"last run   {self.last_run['finished']}{self._work_of_last_run()}")
-            lines += [f"ended      {self.last_run['ended']}"] if "ended" in self.last_run else []
-            if "seconds_over_planned" in self.last_run:
-                lines.append(
-                    f"planned    took {self.last_run['seconds_over_planned']} of the time that "
-                    f"was planned"
-                )
-            if isinstance(aside, dict) and not self.complete:
-                lines += [f"set aside  {shard}: {why}" for shard, why in aside.items()]
-        return "\n".join(lines)
+        if self.left_out:
+            lines.append(f"left out   {describe(self.left_out, self.suffixes)}")
+        if self._last().get("shards_not_selected"):
+            lines.append(f"not chosen {self._not_selected()}")
+        if self.image_members:
+            lines.append(f"members    {self._members()}")
+        lines.append(f"staged     {staged_images} of {count(len(self.staged), 'shard')}")
+        lines += [f"{name:<10} {value}" for name, value in self.decided.items()]
+        return "\n".join(lines + self._last_run_lines())
 
-    def _work_of_last_run(self) -> str:
-        """Nothing for a run that failed before it read an image: its record has no figures."""
-        last: dict[str, Any] = self.last_run or {}
-        if "images" not in last:
-            return ""
-        return f": {last['images']:,} images, {last['images_per_s']}/s"
+    def _last(self) -> dict[str, Any]:
+        return self.last_run or {}
+
+    def _state(self) -> str:
+        if self.complete:
+            return "complete"
+        if self._last().get("set_aside"):
+            return "not complete: repair or remove the shards set aside, then run the job again"
+        return "not complete: run the job again to continue"
+
+    def _cut(self, shard: str) -> str:
+        note = f": {self.notes[shard]}" if shard in self.notes else ""
+        return f"{shard}: at byte {self.truncated[shard]:,}{note}"
+
+    def _last_run_lines(self) -> list[str]:
+        last = self._last()
+        if not last:
+            return []
+        figures = ""  # a run that failed before it read an image recorded none
+        if "images" in last:
+            figures = f": {last['images']:,} images, {last['images_per_s']}/s"
+        lines = [f"last run   {last['finished']}{figures}"]
+        if "ended" in last:
+            lines.append(f"ended      {last['ended']}")
+        if "seconds_over_planned" in last:
+            lines.append(
+                f"planned    took {last['seconds_over_planned']} of the time that was planned"
+            )
+        set_aside = last.get("set_aside")
+        if isinstance(set_aside, dict) and not self.complete:
+            lines += [f"set aside  {shard}: {why}" for shard, why in set_aside.items()]
+        return lines
 
     def _not_selected(self) -> str:
-        last: dict[str, Any] = self.last_run or {}
-        shards, images = (
-            int(last.get(name) or 0) for name in ("shards_not_selected", "images_not_selected")
-        )
-        return (
-            f"{count(shards, 'shard')} with {count(images, 'image')}, by since, sample or limit of "
-            f"the last run"
-        )
+        shards = count(int(self._last().get("shards_not_selected") or 0), "shard")
+        images = count(int(self._last().get("images_not_selected") or 0), "image")
+        return f"{shards} with {images}, by since, sample or limit of the last run"
 
     def _members(self) -> str:
         most = sorted(self.image_members.items(), key=lambda item: (-item[1], item[0]))
@@ -172,119 +180,119 @@ class Status:
 
 
 def plan(job: Job) -> Plan:
-    """What `run` would do now. Raises SourceError for an empty or unreadable source, JobError for
-    an `out` inside it, ModelError for an engine without the precision.
+    """What `run` would do now.
+
+    Raises SourceError for an empty or unreadable source, JobError for an `out` inside it,
+    ModelError for an engine without the precision.
     """
     require_precision(job)
-    job = prepared(job)
-    out = job.out
+    job = prepare_job(job)
     listing = list_source(job)
     shards = select_shards(listing.shards, job)
     selection = count_selection(listing, job)
-    done = committed(out).keys()
-    pending = [s for s in shards if s.id not in done]
+    committed_ids = committed(job.out).keys()
+    pending = [shard for shard in shards if shard.id not in committed_ids]
     images, exact = estimate_images(shards, job)
-    left = (
-        images
-        if len(pending) == len(shards)
-        else estimate_images(pending, job)[0]
-        if pending
-        else 0
-    )
-    dataset = open_dataset(out)
+    pending_images = images
+    if len(pending) < len(shards):
+        pending_images = estimate_images(pending, job)[0] if pending else 0
+    dataset = open_dataset(job.out)
     if dataset is None and job.keep:
         passthrough_schema(listing.shards, job)  # refuses what a run would refuse
     return Plan(
-        out=out,
-        kind="/".join(sorted({s.kind for s in shards})),
+        out=job.out,
+        kind="/".join(sorted({shard.kind for shard in shards})),
         shards=len(shards),
         images=images,
         images_exact=exact,
-        size_bytes=sum(s.size for s in shards),
+        size_bytes=sum(shard.size for shard in shards),
         committed=len(shards) - len(pending),
         pending=len(pending),
-        pending_images=left,
+        pending_images=pending_images,
         left_out=listing.left_out,
         suffixes=listing.suffixes,
         shards_not_selected=len(listing.shards) - len(shards),
         images_not_selected=selection.images_left,
         selection=str(selection) if selection.is_set else "",
-        compile=will_compile(job, left),
+        compile=will_compile(job, pending_images),
         decided=None if dataset is None else decided_values(dataset),
     )
 
 
 def status(out: str) -> Status:
-    """How far the dataset in `out` is. Raises JobError when there is none."""
+    """How far the dataset in `out` is. Raises JobError if there is none."""
     dataset = require_dataset(out)
-    data, manifest = committed(dataset.out), read_manifest(dataset.out)
-    known = {row["shard"]: row for row in manifest.to_pylist()} if manifest is not None else {}
-    rows, errors, truncated = 0, 0, dict[str, int]()
+    manifest = read_manifest(dataset.out)
+    manifest_rows = {}
+    if manifest is not None:
+        manifest_rows = {row["shard"]: row for row in manifest.to_pylist()}
+    committed_ids = committed(dataset.out).keys()
+    rows = [
+        manifest_rows.get(shard) or manifest_row(read_footer(dataset.data_url(shard)))
+        for shard in committed_ids
+    ]
     source = last_source(dataset.out)
-    left_out, image_members = Counter(source.left_out), Counter[str]()
-    for shard in data:
-        found = known.get(shard) or manifest_row(read_footer(dataset.data_url(shard)))
-        rows, errors = rows + found["rows"], errors + found["errors"]
-        left_out.update(json.loads(found.get("left_out") or "{}"))
-        image_members.update(json.loads(found.get("image_members") or "{}"))
-        if found["truncated_at"] is not None:
-            truncated[shard] = found["truncated_at"]
-    waiting = {
-        shard: there
-        for shard in staged_shards(dataset)
-        if shard not in data and (there := _staged_images(dataset, shard))
-    }
+    left_out = Counter(source.left_out)
+    image_members = Counter[str]()
+    for row in rows:
+        left_out.update(json.loads(row.get("left_out") or "{}"))
+        image_members.update(json.loads(row.get("image_members") or "{}"))
     records = read_run_records(dataset.out)
-    complete = is_marked_complete(dataset.out) and known.keys() <= data.keys()
-    last = records[-1] if records else None
-    said = {
-        shard: text
-        for record in records
-        for shard, text in record.get("notes", {}).items()
-        if shard in data
-    }
     return Status(
-        dataset.out,
-        complete,
-        len(data),
-        rows,
-        errors,
-        truncated,
-        waiting,
-        decided_values(dataset),
-        last,
-        said,
-        dict(left_out),
-        source.suffixes,
-        dict(image_members),
+        out=dataset.out,
+        complete=is_marked_complete(dataset.out) and manifest_rows.keys() <= committed_ids,
+        shards=len(rows),
+        rows=sum(row["rows"] for row in rows),
+        errors=sum(row["errors"] for row in rows),
+        truncated={
+            row["shard"]: row["truncated_at"] for row in rows if row["truncated_at"] is not None
+        },
+        staged=_staged_images(dataset, committed_ids),
+        decided=decided_values(dataset),
+        last_run=records[-1] if records else None,
+        notes=_notes(records, committed_ids),
+        left_out=dict(left_out),
+        suffixes=source.suffixes,
+        image_members=dict(image_members),
     )
 
 
+def _staged_images(dataset: Dataset, committed_ids: Collection[str]) -> dict[str, int]:
+    """{pending shard: images staged of it}, without shards that have none."""
+    staged_images = {}
+    for shard in staged_shards(dataset):
+        if shard not in committed_ids:
+            ranges = staged(dataset, shard).ranges()
+            images = sum(stop - start for start, stop in ranges)
+            if images:
+                staged_images[shard] = images
+    return staged_images
+
+
+def _notes(records: list[dict[str, Any]], committed_ids: Collection[str]) -> dict[str, str]:
+    """What the runs noted about committed shards; the latest note of each."""
+    notes: dict[str, str] = {}
+    for record in records:
+        for shard, text in record.get("notes", {}).items():
+            if shard in committed_ids:
+                notes[shard] = text
+    return notes
+
+
 def decided_values(dataset: Dataset) -> dict[str, str]:
-    """The frozen values a person asks for; by what it labels, where that is not the checkpoint's
-    own head.
-    """
-    spec, more = dataset.spec, dict[str, str]()
-    if spec.head:
-        over = f", over the stored {spec.head_column}" if spec.head_column else ""
-        more = {"head": f"{spec.head} (sha256 {spec.head_sha256[:12]}…){over}"}
+    """The frozen values, as text, with the head or the prompts if the dataset has such labels."""
+    spec = dataset.spec
+    values = {"model": spec.model + (f"@{spec.revision}" if spec.revision else "")}
     if spec.prompts:
-        first, others = (
-            spec.prompts[0],
-            f" and {len(spec.prompts) - 1} more" if len(spec.prompts) > 1 else "",
-        )
-        more = {"prompts": f"{first!r}{others} for {len(spec.labels)} labels"}
-    keys = {"key_column": dataset.job.key_column} if dataset.job.key_column else {}
-    return {
-        "model": spec.model + (f"@{spec.revision}" if spec.revision else ""),
-        **more,
-        "precision": spec.precision,
-        "engine": spec.engine + (f" ({spec.engine_why})" if spec.engine_why else ""),
-        "batch_size": str(spec.batch_size),
-        "fragment_rows": str(dataset.fragment_rows),
-        **keys,
-    }
-
-
-def _staged_images(dataset: Dataset, shard: str) -> int:
-    return sum(stop - start for start, stop in staged(dataset, shard).ranges())
+        more = f" and {len(spec.prompts) - 1} more" if len(spec.prompts) > 1 else ""
+        values["prompts"] = f"{spec.prompts[0]!r}{more} for {len(spec.labels)} labels"
+    elif spec.head:
+        column = f", over the stored {spec.head_column}" if spec.head_column else ""
+        values["head"] = f"{spec.head} (sha256 {spec.head_sha256[:12]}…){column}"
+    values["precision"] = spec.precision
+    values["engine"] = spec.engine + (f" ({spec.engine_why})" if spec.engine_why else "")
+    values["batch_size"] = str(spec.batch_size)
+    values["fragment_rows"] = str(dataset.fragment_rows)
+    if dataset.job.key_column:
+        values["key_column"] = dataset.job.key_column
+    return values

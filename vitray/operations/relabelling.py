@@ -1,5 +1,4 @@
-"""Other labels for a finished dataset, by a linear head over the embeddings that it holds: no image
-is read again.
+"""New labels for a complete dataset, by a linear head over its embeddings. Reads no image.
 
 The new dataset has the shards, rows, errors and vectors of the old one. Like a run, the call does
 what is missing, and is safe to repeat.
@@ -10,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -45,7 +45,7 @@ from vitray.storage import absolute, exists
 
 @dataclass(frozen=True, slots=True)
 class Relabelling:
-    """What was made. column: the embedding that was read; written: data files made by this call."""
+    """What was made. column: the embedding that was read; written: data files of this call."""
 
     into: str
     column: str
@@ -55,99 +55,135 @@ class Relabelling:
     errors: int
 
     def __str__(self) -> str:
-        return (
-            f"{self.into}: {count(self.shards, 'shard')} relabelled by {self.column}, "
-            f"{self.written} of them now, "
-            f"{count(self.rows, 'row')}, {count(self.errors, 'error')}"
-        )
+        shards = f"{count(self.shards, 'shard')} relabelled by {self.column}"
+        rows = f"{count(self.rows, 'row')}, {count(self.errors, 'error')}"
+        return f"{self.into}: {shards}, {self.written} of them now, {rows}"
 
 
 def relabel(out: str, head: str, into: str) -> Relabelling:
-    """The dataset `out` with the labels of a head, as a dataset of its own in `into`.
+    """The dataset `out` with the labels of a head, as a separate dataset in `into`.
 
-    Raises JobError when `out` is not complete or lacks the embedding that the head reads,
-    ModelError for a head of another model, FingerprintError when `into` belongs to another job.
+    Raises JobError if `out` is not complete or lacks the embedding that the head reads, ModelError
+    for a head of another model, FingerprintError if `into` belongs to another job.
     """
-    old, into, url = require_complete(out), absolute(into), absolute(head)
+    old = require_complete(out)
+    into = absolute(into)
     require_outside(old, "--into", into)
-    chosen = read_own_head(url, old.spec)
-    column = _column_for(old, chosen, url)
-    spec = replace(old.spec, labels=chosen.labels, multi_label=False, prompts=(), text_sha256="")
-    spec = replace(spec, head=url, head_sha256=chosen.sha256(), head_column=column.column)
-    job = old.job.model_copy(update={"out": into, "labels": True, "prompts": [PROMPT], "head": url})
-    if not exists(dataset_url(into)):
-        check_store(into)
-    new = resolve_dataset(
-        job,
-        spec,
-        list(old.vectors),
-        old.passthrough,
-        datetime.now(UTC).isoformat(timespec="seconds"),
-    )
+    head_url = absolute(head)
+    linear_head = read_own_head(head_url, old.spec)
+    column = _column_for(old, linear_head, head_url)
+    new = _new_dataset(old, into, linear_head, head_url, column)
     check_data(new)
     copy_groups(old.out, into)
-    files = {shard_of(source): source for source in data_files(old.out)}
-    done = committed(into)
-    before, now = _counts(into), _counts(old.out)
-    odd = sorted(
-        s
-        for s in files.keys() & done.keys()
-        if before.get(s) != now.get(s) or before.get(s, (0, 1))[1]
-    )
-    if redone := [s for s in odd if _differ(read_footer(files[s]), read_footer(done[s].url))]:
-        forget(new, redone)
-    pending = files.keys() - committed(into).keys()
+    sources = {shard_of(url): url for url in data_files(old.out)}
+    if outdated := _outdated(sources, old.out, into):
+        forget(new, outdated)
+    pending = sources.keys() - committed(into).keys()
     for shard in sorted(pending):
-        commit_rows(new, read_footer(files[shard]), _relabelled(old, new, files[shard], chosen))
-    ledger = finish(new, lambda: (list(files), list(files)), prune=True)
-    return Relabelling(into, column.column, ledger.shards, len(pending), ledger.rows, ledger.errors)
-
-
-def _counts(out: str) -> dict[str, tuple[int, int]]:
-    """Rows and errors by shard, as far as the manifest knows."""
-    manifest = read_manifest(out)
-    return (
-        {}
-        if manifest is None
-        else {row["shard"]: (row["rows"], row["errors"]) for row in manifest.to_pylist()}
+        source = sources[shard]
+        commit_rows(new, read_footer(source), _relabelled(old, new, source, linear_head))
+    ledger = finish(new, lambda: (list(sources), list(sources)), prune=True)
+    return Relabelling(
+        into=into,
+        column=column.column,
+        shards=ledger.shards,
+        written=len(pending),
+        rows=ledger.rows,
+        errors=ledger.errors,
     )
+
+
+def _new_dataset(
+    old: Dataset, into: str, head: Head, head_url: str, column: VectorColumn
+) -> Dataset:
+    spec = replace(
+        old.spec,
+        labels=head.labels,
+        multi_label=False,
+        prompts=(),
+        text_sha256="",
+        head=head_url,
+        head_sha256=head.sha256(),
+        head_column=column.column,
+    )
+    job = old.job.model_copy(
+        update={"out": into, "labels": True, "prompts": [PROMPT], "head": head_url}
+    )
+    if not exists(dataset_url(into)):
+        check_store(into)
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    return resolve_dataset(job, spec, list(old.vectors), old.passthrough, started)
+
+
+def _outdated(sources: dict[str, str], out: str, into: str) -> list[str]:
+    """Shards whose data file in `into` has other rows or errors than the one in `out`."""
+    existing = committed(into)
+    old_counts = _counts(out)
+    new_counts = _counts(into)
+    outdated = []
+    for shard in sorted(sources.keys() & existing.keys()):
+        counts = new_counts.get(shard)
+        # equal counts without errors are enough; else the footers have the error rows
+        if counts is not None and counts == old_counts.get(shard) and counts.errors == 0:
+            continue
+        if _differ(read_footer(sources[shard]), read_footer(existing[shard].url)):
+            outdated.append(shard)
+    return outdated
+
+
+class _Counts(NamedTuple):
+    """What the manifest has of a shard."""
+
+    rows: int
+    errors: int
+
+
+def _counts(out: str) -> dict[str, _Counts]:
+    """Rows and errors by shard, of those in the manifest."""
+    manifest = read_manifest(out)
+    if manifest is None:
+        return {}
+    return {row["shard"]: _Counts(row["rows"], row["errors"]) for row in manifest.to_pylist()}
 
 
 def _differ(old: Footer, new: Footer) -> bool:
     return (old.rows, old.errors, old.error_rows) != (new.rows, new.errors, new.error_rows)
 
 
-def _column_for(dataset: Dataset, head: Head, url: str) -> VectorColumn:
-    def said(layer: int | None, pool: str, normalize: bool) -> str:
-        return f"layer {layer or 'last'}, pool {pool}, normalize {str(normalize).lower()}"
+def _column_for(dataset: Dataset, head: Head, head_url: str) -> VectorColumn:
+    """The vector column that the head reads. Raises JobError if the dataset lacks it."""
+    head_input = (head.layer, head.pool, head.normalize)
+    for vector in reversed(dataset.vectors):  # datasets have always used the last of equal ones
+        if (vector.layer, vector.pool, vector.normalize) == head_input:
+            return vector
+    columns = "; ".join(f"{vector.column}: {_described(vector)}" for vector in dataset.vectors)
+    raise JobError(
+        f"head {head_url} reads {_described(head)}, and {dataset.out} has "
+        f"{columns or 'no embeddings'}. Make a head for one of these, or run the job with head: "
+        f"and another `out`."
+    )
 
-    wanted = (head.layer, head.pool, head.normalize)
-    there = {(v.layer, v.pool, v.normalize): v for v in dataset.vectors}
-    if wanted not in there:
-        known = "; ".join(f"{vector.column}: {said(*spec)}" for spec, vector in there.items())
-        raise JobError(
-            f"head {url} reads {said(*wanted)}, and {dataset.out} has {known or 'no embeddings'}. "
-            f"Make a head for one of these, or run "
-            "the job with head: and another `out`."
-        )
-    return there[wanted]
+
+def _described(vectors: VectorColumn | Head) -> str:
+    layer = vectors.layer or "last"
+    return f"layer {layer}, pool {vectors.pool}, normalize {str(vectors.normalize).lower()}"
 
 
 def _relabelled(old: Dataset, new: Dataset, source: str, head: Head) -> Iterator[pa.Table]:
-    labels = {field.name for field in LABEL_FIELDS}
-    for table in row_blocks(
-        old, [source], [name for name in new.schema.names if name not in labels]
-    ):
+    label_names = {field.name for field in LABEL_FIELDS}
+    columns = [name for name in new.schema.names if name not in label_names]
+    for table in row_blocks(old, [source], columns):
         scores = _scores(matrix_of(table[new.spec.head_column]), head)
         ids = np.argsort(-scores, axis=1, kind="stable")[:, : new.job.top_k].astype(np.int32)
-        for name, values in new.label_columns(ids, np.take_along_axis(scores, ids, 1)).items():
+        best_scores = np.take_along_axis(scores, ids, 1)
+        for name, values in new.label_columns(ids, best_scores).items():
             table = table.append_column(name, values)
         yield table
 
 
 def _scores(vectors: np.ndarray, head: Head) -> np.ndarray:
-    """Softmax in float32 of vectors [N, D]: [N, C]."""
+    """Softmax in float32 of the head's logits: vectors [N, D] -> [N, C]."""
     logits = vectors.astype(np.float32) @ head.weight.T + head.bias
-    chances = np.exp(logits - logits.max(1, keepdims=True))
-    found: np.ndarray = chances / chances.sum(1, keepdims=True)
-    return found
+    exponentials = np.exp(logits - logits.max(1, keepdims=True))
+    scores: np.ndarray = exponentials / exponentials.sum(1, keepdims=True)
+    return scores

@@ -1,8 +1,7 @@
-"""A job on a cluster that is reached by HTTP: handed over by Ray's job API, followed, stopped. The
-cluster needs vitray installed.
+"""Jobs on a cluster that is reached by HTTP: submit, follow and stop them by Ray's job API.
 
-What travels is the job, and a working tree where one is asked for; never an environment, a
-credential or a token.
+The cluster needs vitray installed. What is sent is the job, and a directory if one is named; never
+an environment, a credential or a token.
 """
 
 from __future__ import annotations
@@ -26,31 +25,34 @@ from typing import Any
 import yaml
 
 from vitray.errors import ClusterError, JobError, VitrayError, one_line
+from vitray.exit_codes import ExitCode
 from vitray.job import Job
 from vitray.models import with_label_names
 from vitray.version import __version__
 
 ANSWER_S = 60.0  # for one answer of the cluster
-TOLD_S = 20.0  # the same, after which a warning says so
-LOST_S = 300.0  # without any answer, after which following ends; the job goes on
-OVER = ("SUCCEEDED", "FAILED", "STOPPED")
+WARN_S = 20.0  # without an answer, after which a warning says so
+LOST_S = 300.0  # without an answer, after which following ends; the job continues
+ENDED = {"SUCCEEDED": ExitCode.DONE, "STOPPED": ExitCode.TERMINATED}  # FAILED: as the job says
 JOB_FILE = "vitray-job.yaml"
-NOT_FOUND = 127  # a shell's, of a command that is not there
+NOT_FOUND = 127  # the code of a shell that does not find a command
+NOT_SENT = (".git", ".venv", JOB_FILE)
+MESSAGE_CHARS = 300  # of the cause of an error
+# Ray's client prefers these to the address that it is given
+OVERRIDING = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+CHATTY_LOGGERS = ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")
 _SCHEME = re.compile(r"https?://[^/@\s]+/?$")
-_LEFT_HERE = (".git", ".venv", JOB_FILE)
 _REMOTE = re.compile(r"s3://")
-log = logging.getLogger(__name__)
-OVERRIDING = (
-    "RAY_API_SERVER_ADDRESS",
-    "RAY_ADDRESS",
-)  # where Ray's client would go instead of where it is told to
 _ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """A job that a cluster was given. status: PENDING, RUNNING, or one of OVER. exit_code:
-    vitray's, None until it is over.
+    """A job that was submitted to a cluster.
+
+    status: PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED. exit_code: vitray's; None until the job
+    has ended.
     """
 
     id: str
@@ -78,193 +80,199 @@ class Submission:
 
 
 class Cluster:
-    """Ray's job API at `address`, like http://head:8265. Reads RAY_AUTH_MODE and RAY_AUTH_TOKEN, as
-    Ray does.
+    """Ray's job API at `address`, like http://head:8265.
 
-    Raises ClusterError where nothing answers, or where it answers without a token and not
-    `allow_open`.
+    Reads RAY_AUTH_MODE and RAY_AUTH_TOKEN, as Ray does. Raises ClusterError if nothing answers, or
+    if the cluster answers without a token and not `allow_open`.
     """
 
     def __init__(self, address: str, allow_open: bool = False) -> None:
         if not _SCHEME.match(address):
-            shown = re.sub(r"//[^/]*@", "//***@", address)
+            hidden = re.sub(r"//[^/]*@", "//***@", address)
             raise JobError(
-                f"--address {shown}: give the URL of the cluster's job API, like http://head:8265"
+                f"--address {hidden}: give the URL of the cluster's job API, like http://head:8265"
             )
-        self.address, self.allow_open = address.rstrip("/"), allow_open
-        if (
-            not os.environ.get("RAY_AUTH_TOKEN", "").strip().isprintable()
-        ):  # requests would show it in its error
+        self.address = address.rstrip("/")
+        self.allow_open = allow_open
+        # an error of requests would show such a token
+        if not os.environ.get("RAY_AUTH_TOKEN", "").strip().isprintable():
             raise ClusterError(
                 "RAY_AUTH_TOKEN holds a line break or a control character. Set it again."
             )
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        with self._told():
-            if not allow_open and _answers_strangers(self.address):
+        with self._one_line_errors():
+            if not allow_open and answers_without_token(self.address):
                 raise ClusterError(
-                    f"{self.address} answers without a token: whoever reaches it can run code "
-                    f"there. Start it with "
-                    "RAY_AUTH_MODE=token, or say --allow-open-cluster."
+                    f"{self.address} answers without a token: anyone who reaches it can run code "
+                    f"there. Start it with RAY_AUTH_MODE=token, or use --allow-open-cluster."
                 )
-            from ray.job_submission import JobSubmissionClient
+            self._client = self._connected()
 
-            for chatty in (
-                "ray",
-                "ray.dashboard.modules.dashboard_sdk",
-                "ray.dashboard.modules.job.sdk",
-            ):
-                logging.getLogger(chatty).setLevel(logging.WARNING)  # at INFO since their import
-            with _without(*OVERRIDING):
-                self._client: Any = self._ask(partial(JobSubmissionClient, self.address))
+    def _connected(self) -> Any:
+        """A client of Ray's job API."""
+        from ray.job_submission import JobSubmissionClient
+
+        for name in CHATTY_LOGGERS:
+            logging.getLogger(name).setLevel(logging.WARNING)  # the import set them to INFO
+        with _without_variables(*OVERRIDING):
+            return self._ask(partial(JobSubmissionClient, self.address))
 
     def submit(
         self, job: Job, working_dir: str | None = None, submission_id: str | None = None
     ) -> Submission:
-        """Hand a job over. Its paths must mean the same there: s3://, or absolute.
+        """Submit a job. Its paths must mean the same on the cluster: s3://, or absolute.
 
-        working_dir: a directory that travels too, without what its .gitignore names; it is the
-        job's current directory there.
+        working_dir: a directory to send along, without what its .gitignore names; it becomes the
+        job's current directory.
         """
         job = with_label_names(job)
         _require_shared_paths(job, working_dir)
         name = submission_id or new_id()
         if not _ID.fullmatch(name):
             raise JobError(f"--submission-id {name!r}: letters, digits, - and _ only, 100 at most")
-        if known := self._known(name):
+        if earlier := self._lookup(name):
             raise JobError(
-                f"{name} was submitted before: {known.status}. Choose another --submission-id, or "
-                f"leave it out."
+                f"{name} was submitted before: {earlier.status}. Choose another --submission-id, "
+                f"or leave it out."
             )
-        entrypoint = [
-            "vitray",
-            "run",
-            JOB_FILE,
-            "--address",
-            "auto",
-            *(["--allow-open-cluster"] if self.allow_open else []),
-        ]
-        with tempfile.TemporaryDirectory(prefix="vitray-submit-") as scratch, self._told():
-            folder = os.path.join(scratch, "job")
+        with (
+            tempfile.TemporaryDirectory(prefix="vitray-submit-") as parent,
+            self._one_line_errors(),
+        ):
+            folder = os.path.join(parent, "job")
             _link(working_dir, folder)
             with open(os.path.join(folder, JOB_FILE), "w", encoding="utf-8") as file:
                 yaml.safe_dump(job.model_dump(exclude_unset=True), file)
-            deadline = time.monotonic() + ANSWER_S
-            while True:
-                try:
-                    self._ask(
-                        partial(
-                            self._client.submit_job,
-                            entrypoint=shlex.join(entrypoint),
-                            submission_id=name,
-                            runtime_env={"working_dir": folder},
-                            metadata={"vitray": __version__, "out": job.out},
-                        )
-                    )
-                    break
-                except (
-                    RuntimeError
-                ) as error:  # a cluster that has just come up has no agent for it yet
-                    if "No available agent" not in str(error) or time.monotonic() > deadline:
-                        raise
-                    time.sleep(1)
+            self._submit_folder(folder, name, job.out)
         return Submission(name, self.address, "PENDING", None, "", job.out)
 
+    def _submit_folder(self, folder: str, name: str, out: str) -> None:
+        command = ["vitray", "run", JOB_FILE, "--address", "auto"]
+        if self.allow_open:
+            command.append("--allow-open-cluster")
+        submit = partial(
+            self._client.submit_job,
+            entrypoint=shlex.join(command),
+            submission_id=name,
+            runtime_env={"working_dir": folder},
+            metadata={"vitray": __version__, "out": out},
+        )
+        deadline = time.monotonic() + ANSWER_S
+        while True:
+            try:
+                self._ask(submit)
+                return
+            except RuntimeError as error:  # a cluster that has just started has no agent yet
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(1)
+
     def find(self, submission_id: str) -> Submission:
-        """Where a submission stands. Raises JobError for one that the cluster does not know."""
-        if (found := self._known(submission_id)) is None:
+        """The submission as it is now. Raises JobError if the cluster does not know it."""
+        submission = self._lookup(submission_id)
+        if submission is None:
             raise JobError(
                 f"{self.address} knows no submission {submission_id}. `submit` prints its id, and "
                 f"Ray forgets old ones."
             )
-        return found
+        return submission
 
-    def _known(self, submission_id: str) -> Submission | None:
-        with self._told():
+    def _lookup(self, submission_id: str) -> Submission | None:
+        with self._one_line_errors():
             try:
                 info = self._ask(partial(self._client.get_job_info, submission_id))
             except RuntimeError as error:
                 if "status code 404" in str(error):
                     return None
                 raise
-        status, code = info.status.value, info.driver_exit_code
-        failed = code if code and 0 < code < 256 and code != NOT_FOUND else 1
-        ended = {"SUCCEEDED": 0, "STOPPED": 143, "FAILED": failed}.get(status)
-        out = (info.metadata or {}).get("out", "")
-        said, _, printed = (info.message or "").partition(
-            ", last available logs"
-        )  # Ray adds a page of them
-        last = printed.strip().rpartition("\n")[2]
-        if code == NOT_FOUND:
-            said, last = "the cluster's head has no `vitray` on its PATH: install it there", ""
+        status = info.status.value
         return Submission(
             submission_id,
             self.address,
             status,
-            ended,
-            " ".join(f"{said} {last}".split())[:400],
-            out,
+            _exit_code(status, info.driver_exit_code),
+            _message(info.message or "", info.driver_exit_code),
+            (info.metadata or {}).get("out", ""),
         )
 
     def follow(self, submission_id: str, write: Callable[[str], None]) -> Submission:
-        """Gives `write` what the job prints, from its beginning, and returns when it is over."""
+        """The submission, once it has ended. `write` gets all that the job prints."""
         self.find(submission_id)
         return asyncio.run(self._follow(submission_id, write))
 
     def stop(self, submission_id: str) -> Submission:
-        """Ask it to end, as SIGTERM does; what is staged stays. Waits until it is over."""
+        """Ask the job to stop, as SIGTERM does, and wait until it has. What is staged stays."""
         self.find(submission_id)
-        with self._told():
+        with self._one_line_errors():
             self._ask(partial(self._client.stop_job, submission_id))
         deadline = time.monotonic() + ANSWER_S
-        while (found := self.find(submission_id)).exit_code is None and time.monotonic() < deadline:
+        submission = self.find(submission_id)
+        while submission.exit_code is None and time.monotonic() < deadline:
             time.sleep(0.5)
-        if found.exit_code is None:
+            submission = self.find(submission_id)
+        if submission.exit_code is None:
             raise ClusterError(
-                f"{submission_id} is still {found.status} {ANSWER_S:.0f} s after it was asked to "
-                f"end. Ask again."
+                f"{submission_id} is still {submission.status} {ANSWER_S:.0f} s after it was asked "
+                f"to stop. Ask again."
             )
-        return found
+        return submission
 
     async def _follow(self, submission_id: str, write: Callable[[str], None]) -> Submission:
-        written, heard, is_told = 0, time.monotonic(), False
+        written_chars = 0
+        last_answer = time.monotonic()
+        is_warned = False
         while True:
-            broken: Exception | None = None
+            failure: Exception | None = None
             try:
-                seen = 0
-                async for text in self._lines(submission_id):
-                    fresh, seen = text[max(0, written - seen) :], seen + len(text)
-                    if fresh:
-                        write(fresh)
-                    written, heard = max(written, seen), time.monotonic()
+                read_chars = 0  # a new connection begins with the first line again
+                async for text in self._log_lines(submission_id):
+                    new_text = text[max(0, written_chars - read_chars) :]
+                    read_chars += len(text)
+                    if new_text:
+                        write(new_text)
+                    written_chars = max(written_chars, read_chars)
+                    last_answer = time.monotonic()
             except Exception as error:
-                # a broken connection comes as one of many; a proxy may let no log through at all
-                broken = error
+                # a broken connection has many types; a proxy may let no log through at all
+                failure = error
             try:
-                found = await asyncio.to_thread(self.find, submission_id)
-                heard, is_told = time.monotonic(), False
-                if found.exit_code is not None:
-                    return found
+                submission = await asyncio.to_thread(self.find, submission_id)
+                last_answer = time.monotonic()
+                is_warned = False
+                if submission.exit_code is not None:
+                    return submission
             except ClusterError as error:
-                broken = error
-            silent = time.monotonic() - heard
-            if broken is not None and silent > LOST_S:
-                where = f"vitray status {submission_id} --follow --address {self.address}"
-                raise ClusterError(
-                    f"{self.address} has not answered for {LOST_S:.0f} s ({one_line(broken)}); "
-                    f"the job may go on: {where}"
-                ) from broken
-            if broken is not None and silent > TOLD_S and not is_told:
-                log.warning(
-                    "%s does not answer (%s); asking again for %d s",
-                    self.address,
-                    one_line(broken),
-                    LOST_S - TOLD_S,
-                )
-                is_told = True
+                failure = error
+            if failure is not None:
+                silent_s = time.monotonic() - last_answer
+                is_warned = self._check_silence(submission_id, silent_s, failure, is_warned)
             await asyncio.sleep(1)
 
-    async def _lines(self, submission_id: str) -> AsyncIterator[str]:
-        """What the job has printed and prints, until it is over or silent for a while."""
+    def _check_silence(
+        self, submission_id: str, silent_s: float, failure: Exception, is_warned: bool
+    ) -> bool:
+        """Warn once after WARN_S without an answer; returns whether it has warned.
+
+        Raises ClusterError after LOST_S.
+        """
+        if silent_s > LOST_S:
+            command = f"vitray status {submission_id} --follow --address {self.address}"
+            raise ClusterError(
+                f"{self.address} has not answered for {LOST_S:.0f} s ({one_line(failure)}); "
+                f"the job may still run: {command}"
+            ) from failure
+        if silent_s > WARN_S and not is_warned:
+            log.warning(
+                "%s does not answer (%s); asking again for %d s",
+                self.address,
+                one_line(failure),
+                LOST_S - WARN_S,
+            )
+            return True
+        return is_warned
+
+    async def _log_lines(self, submission_id: str) -> AsyncIterator[str]:
+        """What the job prints, from its beginning, until it ends or is silent for ANSWER_S."""
         tail = self._client.tail_job_logs(submission_id)
         try:
             while True:
@@ -275,7 +283,7 @@ class Cluster:
             await tail.aclose()
 
     def _ask(self, question: Callable[[], Any]) -> Any:
-        """What Ray's client says, which itself would wait for ever."""
+        """The answer of Ray's client, which has no time limit of its own."""
         answers: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
 
         def ask() -> None:
@@ -296,90 +304,103 @@ class Cluster:
         return value
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
-        """Whatever Ray's client raises, as one line."""
+    def _one_line_errors(self) -> Iterator[None]:
+        """Turns all that Ray's client raises into a ClusterError of one line."""
         try:
             yield
         except VitrayError:
             raise
         except Exception as error:  # of five libraries
             raise ClusterError(
-                f"{self.address}: {_root_of(error)}. Check the address, RAY_AUTH_MODE and "
+                f"{self.address}: {_root_cause(error)}. Check the address, RAY_AUTH_MODE and "
                 f"RAY_AUTH_TOKEN."
             ) from error
 
 
+def _exit_code(status: str, driver_code: int | None) -> int | None:
+    """vitray's exit code of a job; None until it has ended."""
+    if status != "FAILED":
+        return ENDED.get(status)
+    if driver_code and 0 < driver_code < 256 and driver_code != NOT_FOUND:
+        return driver_code
+    return ExitCode.BROKEN_SYSTEM
+
+
+def _message(text: str, driver_code: int | None) -> str:
+    """What Ray reports of a job: its message and the last line of the log that Ray appends."""
+    if driver_code == NOT_FOUND:
+        return "the cluster's head has no `vitray` on its PATH: install it there"
+    reported, _, printed = text.partition(", last available logs")
+    last_line = printed.strip().rpartition("\n")[2]
+    return one_line(f"{reported} {last_line}")
+
+
 def new_id() -> str:
-    """A name for a submission that nobody else gives."""
+    """A unique name for a submission."""
     return f"vitray-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
 
 
-def _root_of(error: BaseException) -> str:
-    """What the system said, where that is at the root of what others wrapped into each other; else
-    the error's own text.
-    """
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.strerror:
-            return seen.strerror
-        seen = seen.__cause__ or seen.__context__
-    first = next(
-        (line for line in str(error).splitlines() if line.strip()), type(error).__name__
-    )  # Ray goes on with advice
-    return " ".join(first.split())[:300].rstrip(" .:")
+def _root_cause(error: BaseException) -> str:
+    """What the system reported, if that is the root of nested errors; else the error's own text."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__  # in later lines Ray gives advice
+    return one_line(text, MESSAGE_CHARS).rstrip(" .:")
 
 
 @contextlib.contextmanager
-def _without(*names: str) -> Iterator[None]:
-    """Without these in the environment."""
-    held = {name: os.environ.pop(name) for name in names if name in os.environ}
+def _without_variables(*names: str) -> Iterator[None]:
+    """Removes these variables from the environment for a while."""
+    values = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         yield
     finally:
-        os.environ.update(held)
+        os.environ.update(values)
 
 
-def _answers_strangers(address: str) -> bool:
+def answers_without_token(address: str) -> bool:
+    """Whether the job API accepts requests without a token. Raises ClusterError if unclear."""
     import requests
 
-    status = requests.get(
-        f"{address}/api/jobs/", timeout=ANSWER_S, allow_redirects=False
-    ).status_code
-    if status not in (200, 401, 403):  # a redirect could lead to an open one
+    response = requests.get(f"{address}/api/jobs/", timeout=ANSWER_S, allow_redirects=False)
+    if response.status_code not in (200, 401, 403):  # a redirect could lead to an open one
         raise ClusterError(
-            f"{address} does not say whether it asks for a token (HTTP {status}). Give the job "
-            f"API's own URL; else run again."
+            f"{address} does not say whether it asks for a token (HTTP {response.status_code}). "
+            f"Give the job API's own URL; else run again."
         )
-    return bool(status == 200)
+    return bool(response.status_code == 200)
 
 
 def _require_shared_paths(job: Job, working_dir: str | None) -> None:
-    places = [
-        *job.source,
-        *job.allow,
-        job.out,
-        *filter(None, [job.head]),
-        *([job.model] if os.path.exists(job.model) else []),
-    ]
-    if local := next(
-        (place for place in places if not _REMOTE.match(place) and not os.path.isabs(place)), None
-    ):
-        raise JobError(
-            f"{local!r} is a path of this machine; on a cluster give s3://… or an absolute path "
-            f"that every machine sees"
-            + (" (what --working-dir takes along lies elsewhere on each)" if working_dir else "")
-        )
+    paths = [*job.source, *job.allow, job.out]
+    if job.head:
+        paths.append(job.head)
+    if os.path.exists(job.model):  # else it is a Hugging Face id
+        paths.append(job.model)
+    for path in paths:
+        if not _REMOTE.match(path) and not os.path.isabs(path):
+            hint = " (each machine has --working-dir at another path)" if working_dir else ""
+            raise JobError(
+                f"{path!r} is a path of this machine; on a cluster give s3://… or an absolute path "
+                f"that every machine sees{hint}"
+            )
 
 
 def _link(working_dir: str | None, folder: str) -> None:
-    """A directory of links to what stands in another: Ray packs what they lead to, and a file of
-    ours can stand beside them.
+    """Make a folder of links to the entries of `working_dir`, so that the job file can be added.
+
+    Ray packs the files behind the links.
     """
     os.mkdir(folder)
-    if working_dir is not None and not os.path.isdir(working_dir):
+    if working_dir is None:
+        return
+    if not os.path.isdir(working_dir):
         raise JobError(f"--working-dir {working_dir} is not a directory")
-    for name in os.listdir(working_dir) if working_dir is not None else ():
-        if name not in _LEFT_HERE:
-            os.symlink(
-                os.path.abspath(os.path.join(working_dir or "", name)), os.path.join(folder, name)
-            )
+    for name in os.listdir(working_dir):
+        if name not in NOT_SENT:
+            target = os.path.abspath(os.path.join(working_dir, name))
+            os.symlink(target, os.path.join(folder, name))

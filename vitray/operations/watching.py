@@ -1,4 +1,4 @@
-"""What a person sees of a run: while it goes on, and when it has ended."""
+"""The progress of a run and its result, as text."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import shlex
 import shutil
 import subprocess
 import time
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 import psutil
-from rich.console import RenderableType
 from rich.filesize import decimal
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -23,43 +23,66 @@ from vitray.job import Job
 from vitray.left_out import describe
 from vitray.pipeline import Progress, Result
 
-LOOK_S = 5.0
+GPU_EVERY_S = 5.0
 
 
 def summary(result: Result, job: Job) -> str:
-    """What a person reads of a run that ended."""
-    speed = (
-        f", {result.images / result.seconds:.1f} images/s with start-up" if result.images else ""
+    """The result of a run that ended, and the next steps."""
+    return "\n".join(
+        [
+            *_totals(result),
+            *_shard_lines(result),
+            *_source_lines(result),
+            *_next_steps(result, job),
+        ]
     )
+
+
+def _totals(result: Result) -> list[str]:
+    speed = ""
+    if result.images:
+        speed = f", {result.images / result.seconds:.1f} images/s with start-up"
     by_others = f", {result.adopted} of them by another run" if result.adopted else ""
     took = f"{count(result.images, 'image')} computed in {result.seconds:.1f} s{speed}"
-    lines = [
+    return [
         f"{count(result.committed, 'shard')} committed now{by_others} ({took})",
         f"{result.out}: {count(result.shards, 'shard')}, {count(result.rows, 'row')}, "
         f"{count(result.errors, 'error')}",
+        *(f"  {images} {reason} in this run" for reason, images in sorted(result.reasons.items())),
     ]
-    lines += [f"  {count} {reason} in this run" for reason, count in sorted(result.reasons.items())]
-    lines += [f"set aside  {shard}: {why}" for shard, why in result.set_aside.items()]
-    lines += [
-        f"cut short  {s}: truncated at byte {n}; the rows before it are committed"
-        for s, n in result.truncated.items()
+
+
+def _shard_lines(result: Result) -> list[str]:
+    """Shards that were set aside or cut short, and what readers noted."""
+    return [
+        *(f"set aside  {shard}: {why}" for shard, why in result.set_aside.items()),
+        *(
+            f"cut short  {shard}: truncated at byte {byte}; the rows before it are committed"
+            for shard, byte in result.truncated.items()
+        ),
+        *(f"note       {shard}: {text}" for shard, text in result.notes.items()),
     ]
-    lines += [f"note       {shard}: {text}" for shard, text in result.notes.items()]
+
+
+def _source_lines(result: Result) -> list[str]:
+    """What the source has, or had, without a row in the dataset."""
+    lines = []
     if result.gone:
-        lines.append(
-            f"no longer in the source: {count(result.gone, 'committed shard')}; --prune removes "
-            f"the rows"
-        )
+        gone = count(result.gone, "committed shard")
+        lines.append(f"no longer in the source: {gone}; --prune removes the rows")
     if result.left_out:
         lines.append(f"left out   {describe(result.left_out, result.suffixes)}")
     if result.shards_not_selected:
-        what = (
-            f"{count(result.shards_not_selected, 'shard')} with "
-            f"{count(result.images_not_selected, 'image')}"
-        )
-        lines.append(f"not chosen {what}, by since, sample or limit")
+        shards = count(result.shards_not_selected, "shard")
+        images = count(result.images_not_selected, "image")
+        lines.append(f"not chosen {shards} with {images}, by since, sample or limit")
     if result.shards and not result.rows + result.errors:
         lines.append("the shards held no image: check `source`")
+    return lines
+
+
+def _next_steps(result: Result, job: Job) -> list[str]:
+    lines = []
     if result.too_many_errors:
         bad = result.errors - result.deleted
         share = f"{bad} of {result.rows + bad}, more than max_error_rate={job.max_error_rate:g}"
@@ -70,21 +93,22 @@ def summary(result: Result, job: Job) -> str:
         lines.append(f"arrived since: {count(arrived, 'shard')}; run again")
     if result.set_aside:
         lines.append(
-            f"next: mend or remove those shards, then run again (vitray status "
+            f"next: repair or remove those shards, then run again (vitray status "
             f"{shlex.quote(job.out)})"
         )
-    return "\n".join(lines)
+    return lines
 
 
 def json_line(progress: Progress) -> str:
-    """How far a run is, for a program that reads its log."""
+    """The progress of a run as one JSON object, for programs that read its log."""
+    left_s = progress.remaining_s()
     fields = {
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "images": progress.images,
         "images_expected": progress.images_expected,
         "images_per_s": round(progress.rate(), 2),
-        "images_per_s_now": round(progress.rate_now(), 2),
-        "eta_s": None if (left := progress.left_s()) is None else round(left),
+        "images_per_s_now": round(progress.recent_rate(), 2),
+        "eta_s": None if left_s is None else round(left_s),
         "shards": progress.shards,
         "shards_done": progress.shards_done,
         "shards_staged": progress.shards_staged,
@@ -95,22 +119,31 @@ def json_line(progress: Progress) -> str:
         "seconds_by_step": {step: round(seconds, 1) for step, seconds in progress.seconds.items()},
         "waiting": progress.waiting(),
         "cpu": round(psutil.cpu_percent() / 100, 3),
-        "gpu": _gpus(),
+        "gpu": _gpu_shares(),
     }
     return json.dumps(fields)
 
 
 def view(progress: Progress) -> Table:
-    """How far a run is, for a person at a terminal."""
-    left = progress.left_s()
-    known = progress.images_expected
-    of = f" of {known:,}" if known else ""
-    bar = ProgressBar(
-        total=known or progress.shards, completed=progress.images if known else progress.shards_done
-    )
+    """The progress of a run as a table, for a terminal."""
+    table = Table.grid(padding=(0, 2))
+    table.add_row("", _bar(progress))
+    for name, text in _view_rows(progress):
+        table.add_row(name, Text(text))
+    return table
+
+
+def _bar(progress: Progress) -> ProgressBar:
+    if progress.images_expected:
+        return ProgressBar(total=progress.images_expected, completed=progress.images)
+    return ProgressBar(total=progress.shards, completed=progress.shards_done)
+
+
+def _view_rows(progress: Progress) -> list[tuple[str, str]]:
+    expected = f" of {progress.images_expected:,}" if progress.images_expected else ""
+    left_s = progress.remaining_s()
     computed = max(1, progress.images - progress.resumed)
-    rows: list[tuple[str, RenderableType]] = [
-        ("", bar),
+    return [
         (
             "shards",
             f"{progress.shards_done:,} of {progress.shards:,} done, {progress.shards_staged:,} "
@@ -118,44 +151,53 @@ def view(progress: Progress) -> Table:
         ),
         (
             "images",
-            f"{progress.images:,}{of}, {progress.errors:,} failed, {progress.resumed:,} found "
-            f"staged",
+            f"{progress.images:,}{expected}, {progress.errors:,} failed, {progress.resumed:,} "
+            f"found staged",
         ),
         (
             "images/s",
-            f"{progress.rate_now():,.1f} now, {progress.rate():,.1f} in the mean, "
+            f"{progress.recent_rate():,.1f} now, {progress.rate():,.1f} in the mean, "
             f"{decimal(progress.size_bytes)} read",
         ),
-        ("ETA", "not known yet" if left is None else str(timedelta(seconds=round(left)))),
-        *(("failed", f"{count:,} {reason}") for reason, count in sorted(progress.reasons.items())),
+        ("ETA", "not known yet" if left_s is None else str(timedelta(seconds=round(left_s)))),
+        *(("failed", f"{rows:,} {reason}") for reason, rows in sorted(progress.reasons.items())),
         *(
-            (f"{step}", f"{1000 * s / computed:,.1f} ms an image, {s:,.0f} s in all")
-            for step, s in progress.seconds.items()
+            (step, f"{1000 * seconds / computed:,.1f} ms an image, {seconds:,.0f} s in all")
+            for step, seconds in progress.seconds.items()
         ),
         ("waiting", progress.waiting()),
         ("CPU here", f"{psutil.cpu_percent():.0f}%"),
-        *((f"GPU {n} here", f"{100 * share:.0f}%") for n, share in enumerate(_gpus())),
+        *(
+            (f"GPU {number} here", f"{100 * share:.0f}%")
+            for number, share in enumerate(_gpu_shares())
+        ),
     ]
-    table = Table.grid(padding=(0, 2))
-    for name, value in rows:
-        table.add_row(name, value if isinstance(value, ProgressBar) else Text(str(value)))
-    return table
 
 
-_seen: list[tuple[float, list[float]]] = []
+@dataclass(slots=True)
+class GpuReading:
+    """The last answer of nvidia-smi. taken: by time.monotonic(); inf: do not ask again."""
+
+    taken: float = -math.inf
+    shares: list[float] = field(default_factory=list)
 
 
-def _gpus() -> list[float]:
-    """The share of time in which each NVIDIA GPU of this machine worked; asked for once in LOOK_S,
-    and no more once it did not answer.
+_last_reading = GpuReading()
+
+
+def _gpu_shares() -> list[float]:
+    """The share of time in which each NVIDIA GPU of this machine worked.
+
+    Asks nvidia-smi once in GPU_EVERY_S, and never again after it has failed.
     """
-    if _seen and time.monotonic() - _seen[-1][0] < LOOK_S:
-        return _seen[-1][1]
-    at, shares, command = math.inf, list[float](), shutil.which("nvidia-smi")
-    if command:
+    if time.monotonic() - _last_reading.taken < GPU_EVERY_S:
+        return _last_reading.shares
+    _last_reading.taken = math.inf
+    _last_reading.shares = []
+    if command := shutil.which("nvidia-smi"):
         argv = [command, "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
         with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
             answer = subprocess.run(argv, capture_output=True, timeout=5, check=True).stdout
-            at, shares = time.monotonic(), [int(line) / 100 for line in answer.split()]
-    _seen[:] = [(at, shares)]
-    return shares
+            _last_reading.shares = [int(line) / 100 for line in answer.split()]
+            _last_reading.taken = time.monotonic()
+    return _last_reading.shares

@@ -1,4 +1,4 @@
-"""Ray: starting or joining it, and how its machines are shared out between the steps."""
+"""Ray: start or join it, divide its machines between the stages, call functions on them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 from vitray.dataset import scratch
@@ -23,21 +22,22 @@ from vitray.storage import exists, is_local, store_for
 log = logging.getLogger(__name__)
 
 RETRIES = 3  # of a task or an actor; Ray's own defaults are endless
-SEEN_S = 20.0
-SAID_S = 30.0  # between two words about waiting
-# for a machine that has room for the model: others may have taken them, or an autoscaler may bring
-# one
-PLACE_S = 3600.0
-START_S = 120  # Ray's own waits inside ray.init are shorter
+DISK_TIMEOUT_S = 20.0
+NOTICE_S = 30.0  # between two messages about waiting
+# For a machine with room for the model. Other jobs may use all machines, or an autoscaler may be
+# starting one.
+PLACEMENT_TIMEOUT_S = 3600.0
+MEASURE_TIMEOUT_S = 900.0
+NODE_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 120  # Ray's own timeouts inside ray.init are shorter
 
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """What each step gets. Fractions are of one CPU; every step has its own number, or Ray would
-    fuse decode into the actor.
+    """What each stage gets. Fractions are of one CPU.
 
-    A whole CPU always stays beside the actors: with all CPUs taken, readers starve and nothing
-    moves.
+    Every stage has another number of CPUs, because Ray would fuse equal stages and so run decode in
+    the actor. The actors always leave one CPU free: without it, readers starve and nothing moves.
     """
 
     actors: int
@@ -54,8 +54,9 @@ class Shares:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """One machine of a cluster. alike: how many have its size, with it; others: machines of other
-    sizes.
+    """One machine of a cluster.
+
+    alike: the number of machines of its size, including it. others: the number of other machines.
     """
 
     node: str
@@ -67,69 +68,84 @@ class Machine:
 
 
 def share_out(nodes: list[dict[str, float]], device: str) -> Shares:
-    """Shares for the alive nodes, each {"CPU": n, "GPU": n}. Raises ClusterError with the sizes it
-    needs.
+    """Shares for the alive nodes, each {"CPU": n, "GPU": n}.
+
+    Raises ClusterError, with the sizes that are needed.
     """
     cpus = sum(node.get("CPU", 0) for node in nodes)
     gpus = sum(node.get("GPU", 0) for node in nodes) if device in ("auto", "cuda") else 0
     if cpus < 2:
         raise ClusterError(
-            f"the cluster has {cpus:g} CPUs; the line needs 2: one for the model, one for the rest"
+            f"the cluster has {cpus:g} CPUs; vitray needs 2: one for the model, one for all else"
         )
-    if gpus >= 1:
-        actors, actor_cpus, actor_gpus, threads = int(gpus), 1.0, 1.0, 4
-        free = cpus - actors
-        if free < 1:
-            raise ClusterError(
-                f"the cluster has {cpus:g} CPUs for {gpus:g} GPUs; it needs one a GPU and at "
-                f"least one more"
-            )
-    else:
-        hosts = [node["CPU"] for node in nodes if node.get("CPU", 0) >= 2]
-        if not hosts:
-            raise ClusterError(
-                "no machine of the cluster has 2 CPUs, which the model needs on one machine"
-            )
-        smallest = min(hosts)
-        actors, actor_cpus, actor_gpus, threads = len(hosts), smallest - 1, 0.0, int(smallest)
-        free = cpus - actors * actor_cpus
-    readers = max(2, int(free // 4)) if free < 64 else int(free // 8)
-    decoder = 1.0 if free >= 3 else 0.5
+    pool = _gpu_actors(cpus, gpus) if gpus >= 1 else _cpu_actors(nodes)
+    free = cpus - pool.actors * pool.cpus
     return Shares(
-        actors=actors,
-        actor_cpus=actor_cpus,
-        actor_gpus=actor_gpus,
-        threads=threads,
-        readers=readers,
+        actors=pool.actors,
+        actor_cpus=pool.cpus,
+        actor_gpus=pool.gpus,
+        threads=pool.threads,
+        readers=max(2, int(free // 4)) if free < 64 else int(free // 8),
         reader_cpus=0.25,
-        decoder_cpus=decoder,
+        decoder_cpus=1.0 if free >= 3 else 0.5,
         stagers=max(2, min(32, int(cpus // 2))),
-        queue_blocks=2 * actors
-        + max(1, int(free // 2)),  # the actors' next blocks, and what decoders finish meanwhile
+        # The actors' next blocks, and what decoders finish in the meantime.
+        queue_blocks=2 * pool.actors + max(1, int(free // 2)),
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _ActorPool:
+    """The number of actors, and what each of them gets."""
+
+    actors: int
+    cpus: float
+    gpus: float
+    threads: int
+
+
+def _gpu_actors(cpus: float, gpus: float) -> _ActorPool:
+    """One actor per GPU. Raises ClusterError where no CPU is left for the other stages."""
+    if cpus - int(gpus) < 1:
+        raise ClusterError(
+            f"the cluster has {cpus:g} CPUs for {gpus:g} GPUs; it needs one per GPU and at least "
+            "one more"
+        )
+    return _ActorPool(int(gpus), cpus=1.0, gpus=1.0, threads=4)
+
+
+def _cpu_actors(nodes: list[dict[str, float]]) -> _ActorPool:
+    """One actor per machine with 2 CPUs or more. Raises ClusterError where there is none."""
+    sizes = [node["CPU"] for node in nodes if node.get("CPU", 0) >= 2]
+    if not sizes:
+        raise ClusterError(
+            "no machine of the cluster has 2 CPUs, which the model needs on one machine"
+        )
+    smallest = min(sizes)
+    return _ActorPool(len(sizes), cpus=smallest - 1, gpus=0.0, threads=int(smallest))
+
+
 def own_cpus() -> int:
-    """Cores that this process may use; two shares even of one."""
+    """The number of cores that this process may use, at least 2: the stages share a single core."""
     return max(2, len(os.sched_getaffinity(0)))
 
 
 @contextlib.contextmanager
 def ray_session(address: str | None, allow_open: bool = False) -> Iterator[None]:
-    """Ray for the length of a block: the one at `address` (or RAY_ADDRESS), else one of our own
-    that ends with it.
+    """Ray during a `with` block: the one at `address` (or RAY_ADDRESS), else a new local one.
 
-    Our own has token auth with a token that is written nowhere, no dashboard and no usage reports.
-    Raises ClusterError at one that asks for no token, unless `allow_open`.
+    A local Ray ends with the block. It has token authentication with a token that is written
+    nowhere, no dashboard and no usage reports.
+
+    Raises ClusterError for a Ray that requires no token, unless `allow_open`.
     """
     where = address or os.environ.get("RAY_ADDRESS") or "local"
     if where == "local":
         _set_up_token()
-        # idle workers beyond it are killed, and started again: 2 s each
+        # Ray kills idle workers beyond this limit. Starting one again takes 2 s.
         os.environ.setdefault("RAY_num_workers_soft_limit", "64")
-        os.environ.setdefault(
-            "RAY_task_oom_retries", str(RETRIES)
-        )  # of a task that was killed for lack of memory; else endless
+        # Of a task that was killed for lack of memory; Ray's default is endless.
+        os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
@@ -147,99 +163,93 @@ def ray_session(address: str | None, allow_open: bool = False) -> Iterator[None]
             "num_cpus": own_cpus(),
             "object_store_memory": _object_store_bytes(),
         }
-    with _without_native_noise(), _started(where, options):
+    with _native_stderr_hidden(), _started(where, options):
         if where != "local" and not allow_open:
             _require_token(where, ray.get_runtime_context().gcs_address)
         yield
 
 
 def _require_token(where: str, gcs: str) -> None:
-    """Ask Ray's head something without a token, as a stranger would."""
-    import grpc
-    from ray.core.generated import gcs_service_pb2 as messages
+    """Raise ClusterError unless Ray's head refuses a request without a token."""
+    from vitray.pipeline.ray_internals import answer_without_token
 
-    with grpc.insecure_channel(gcs, options=[("grpc.enable_http_proxy", 0)]) as channel:
-        ask = channel.unary_unary(
-            "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo",
-            request_serializer=messages.GetAllNodeInfoRequest.SerializeToString,
-            response_deserializer=messages.GetAllNodeInfoReply.FromString,
+    answer = answer_without_token(gcs)
+    # A Ray with TLS is UNAVAILABLE for a request without TLS.
+    if answer in ("UNAUTHENTICATED", "PERMISSION_DENIED", "UNAVAILABLE"):
+        return
+    if answer != "OK":
+        raise ClusterError(
+            f"cannot find out whether Ray at {where} requires a token ({answer}). Run again, or "
+            "add --allow-open-cluster."
         )
-        try:
-            ask(messages.GetAllNodeInfoRequest(), timeout=10)
-        except grpc.RpcError as error:
-            if error.code() in (
-                grpc.StatusCode.UNAUTHENTICATED,
-                grpc.StatusCode.PERMISSION_DENIED,
-                grpc.StatusCode.UNAVAILABLE,
-            ):
-                return  # unavailable without TLS, where Ray has it
-            raise ClusterError(
-                f"Ray at {where} does not say whether it asks for a token ({error.code().name}). "
-                f"Run again, or say --allow-open-cluster."
-            ) from error
     raise ClusterError(
-        f"Ray at {where} answers without a token: whoever reaches it can run code there. Start it "
-        f"with RAY_AUTH_MODE=token, "
-        "or say --allow-open-cluster."
+        f"Ray at {where} answers without a token: everybody who reaches it can run code there. "
+        "Start it with RAY_AUTH_MODE=token, or add --allow-open-cluster."
     )
 
 
 @contextlib.contextmanager
 def _started(where: str, options: dict[str, Any]) -> Iterator[None]:
-    """ray.init in a thread of its own, so that a signal cannot raise inside its C++ (which aborts)
-    and Ray leaves SIGTERM alone.
+    """Ray during a `with` block, started by a thread of its own. Raises ClusterError.
 
-    The thread lives as long as the session: Ray's processes ask to be killed when the thread that
-    made them ends.
+    In the main thread, a signal could raise inside Ray's C++, which aborts, and Ray would take over
+    SIGTERM. The thread lives as long as the session, because Ray's processes are killed when the
+    thread that started them ends.
     """
     import ray
 
-    failed: list[Exception] = []
-    is_up, is_over = threading.Event(), threading.Event()
+    errors: list[Exception] = []
+    is_up = threading.Event()
+    is_over = threading.Event()
 
-    def live() -> None:
+    def run() -> None:
         try:
-            logging.getLogger("ray").setLevel(
-                logging.ERROR
-            )  # it would warn that it leaves SIGTERM alone
-            host, _, port = where.rpartition(":")
-            if "://" not in where and port.isdecimal():  # Ray itself would try for two minutes
-                socket.create_connection((host, int(port)), timeout=10).close()
-            ray.init(address=where, **options)
+            _connect(where, options)
         except Exception as error:
-            failed.append(error)
+            errors.append(error)
         is_up.set()
         is_over.wait()
 
-    threading.Thread(target=live, name="vitray-ray", daemon=True).start()
+    threading.Thread(target=run, name="vitray-ray", daemon=True).start()
     try:
-        if not is_up.wait(START_S) or failed:
-            why = one_line(failed[0], 300) if failed else f"nothing came in {START_S} s"
+        if not is_up.wait(START_TIMEOUT_S) or errors:
+            why = one_line(errors[0], 300) if errors else f"no answer in {START_TIMEOUT_S} s"
             raise ClusterError(
                 f"Ray at {where} does not answer: {why}. Check the address, that the cluster runs "
-                f"this version of Ray, and "
-                "RAY_AUTH_MODE and RAY_AUTH_TOKEN."
-            ) from (failed[0] if failed else None)
+                "this version of Ray, and RAY_AUTH_MODE and RAY_AUTH_TOKEN."
+            ) from (errors[0] if errors else None)
         context = ray.get_runtime_context()
         logs = os.path.join(context.get_temp_dir(), context.get_session_name())
         yield
         if where == "local":
             ray.shutdown()
-            shutil.rmtree(logs, ignore_errors=True)  # 0.4 MB a run; those of a run that failed stay
+            # 0.4 MB per run. The logs of a failed run stay.
+            shutil.rmtree(logs, ignore_errors=True)
     finally:
-        is_up.wait(
-            START_S
-        )  # a signal may have ended the first wait: what is half up cannot be shut down
+        # A signal may have ended the first wait, and a Ray that is still starting cannot be shut
+        # down.
+        is_up.wait(START_TIMEOUT_S)
         ray.shutdown()
         is_over.set()
 
 
-@contextlib.contextmanager
-def _without_native_noise() -> Iterator[None]:
-    """What Ray's C++ writes to file descriptor 2 goes nowhere (it has log files); Python's
-    sys.stderr stays.
+def _connect(where: str, options: dict[str, Any]) -> None:
+    import ray
 
-    It warns in red of every actor with bounded restarts. With --debug nothing is hidden.
+    # Ray would warn that it does not handle SIGTERM in this thread.
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    host, _, port = where.rpartition(":")
+    if "://" not in where and port.isdecimal():  # Ray itself would try for two minutes
+        socket.create_connection((host, int(port)), timeout=10).close()
+    ray.init(address=where, **options)
+
+
+@contextlib.contextmanager
+def _native_stderr_hidden() -> Iterator[None]:
+    """Discard what Ray's C++ writes to file descriptor 2; Python's sys.stderr still works.
+
+    Ray's C++ has log files, and warns in red about every actor with bounded restarts. With --debug
+    nothing is hidden.
     """
     python = sys.__stderr__
     if (
@@ -267,16 +277,14 @@ def _without_native_noise() -> Iterator[None]:
 
 
 def _set_up_token() -> None:
-    """Token auth for a Ray that we start, unless RAY_AUTH_MODE says otherwise. Ray reads it once,
-    when it is imported.
-    """
+    """Token authentication for a local Ray, unless RAY_AUTH_MODE is set."""
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if os.environ["RAY_AUTH_MODE"] == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     if "ray" in sys.modules:
-        raylet: Any = import_module("ray._raylet")
-        raylet.Config.initialize("")
-        raylet.AuthenticationTokenLoader.instance().reset_cache()
+        from vitray.pipeline.ray_internals import reload_token
+
+        reload_token()
 
 
 def alive_nodes() -> list[dict[str, Any]]:
@@ -287,16 +295,14 @@ def alive_nodes() -> list[dict[str, Any]]:
 
 
 def typical_machine(nodes: list[dict[str, Any]], device: str) -> Machine:
-    """Of the alive nodes: where the model would run, the commonest size. Raises ClusterError where
-    nothing could run.
+    """A machine of the most frequent size, of those on which the model would run.
+
+    Raises ClusterError where nothing could run.
     """
     share_out([node["Resources"] for node in nodes], device)
-    sizes = [
-        (int(r.get("GPU", 0)) if device != "cpu" else 0, int(r["CPU"]))
-        for r in (node["Resources"] for node in nodes)
-    ]
-    computing = [size for size in sizes if size[0]] or [size for size in sizes if size[1] >= 2]
-    size = max(sorted(set(computing)), key=computing.count)  # the smaller of equally many
+    sizes = [_size_of(node["Resources"], device) for node in nodes]
+    suitable = [size for size in sizes if size[0]] or [size for size in sizes if size[1] >= 2]
+    size = max(sorted(set(suitable)), key=suitable.count)  # the smaller of equally frequent ones
     node = nodes[sizes.index(size)]
     alike = sizes.count(size)
     return Machine(
@@ -304,49 +310,55 @@ def typical_machine(nodes: list[dict[str, Any]], device: str) -> Machine:
     )
 
 
+def _size_of(resources: dict[str, float], device: str) -> tuple[int, int]:
+    """(GPUs that the model may use, CPUs)."""
+    gpus = int(resources.get("GPU", 0)) if device != "cpu" else 0
+    return gpus, int(resources["CPU"])
+
+
 @contextlib.contextmanager
-def joined(address: str, allow_open: bool, device: str) -> Iterator[Machine]:
-    """As `ray_session`, and the machine to measure on."""
+def joined_cluster(address: str, allow_open: bool, device: str) -> Iterator[Machine]:
+    """Like `ray_session`; gives the machine to measure on."""
     with ray_session(address, allow_open):
         yield typical_machine(alive_nodes(), device)
 
 
 def on_machine(machine: Machine, work: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function returns there, while nothing else of Ray runs on that machine; it waits for
-    that.
+    """What a function returns on this machine, while no other Ray task runs there.
+
+    Waits until the machine is free. Raises like `wait_for`.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    there = NodeAffinitySchedulingStrategy(machine.node, soft=False)
-    # max_calls: a process of its own, so that what comes after starts as cold as a run does
-    task = ray.remote(max_calls=1)(outcome).options(
-        num_cpus=machine.cpus, num_gpus=machine.gpus, scheduling_strategy=there, max_retries=RETRIES
+    # max_calls=1: in a process that ends, so that what follows starts as cold as a run does.
+    task = ray.remote(max_calls=1)(result_or_error).options(
+        num_cpus=machine.cpus,
+        num_gpus=machine.gpus,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(machine.node, soft=False),
+        max_retries=RETRIES,
     )
-    return answer(
-        task.remote(work, *arguments), 900, f"all of {machine.host} to be free, and measured"
-    )
+    what = f"all of {machine.host} to be free, and measured"
+    return wait_for(task.remote(work, *arguments), MEASURE_TIMEOUT_S, what)
 
 
 def on_worker(shares: Shares, work: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function returns on the class of machine that will run the model."""
+    """What a function returns on the kind of machine that will run the model."""
     import ray
 
-    task = ray.remote(outcome).options(
+    task = ray.remote(result_or_error).options(
         num_cpus=shares.actor_cpus, num_gpus=shares.actor_gpus, max_retries=RETRIES
     )
-    return answer(
-        task.remote(work, *arguments),
-        PLACE_S,
-        "a machine that has room for the model, and fetches and reads it",
-    )
+    what = "a machine that has room for the model, and fetches and reads it"
+    return wait_for(task.remote(work, *arguments), PLACEMENT_TIMEOUT_S, what)
 
 
-def require_shared(out: str, named: list[str], nodes: list[dict[str, Any]]) -> None:
-    """With more than one machine, local paths must be the same disk everywhere: a nonce in `out`
-    says so.
+def require_shared(out: str, inputs: list[str], nodes: list[dict[str, Any]]) -> None:
+    """Check that all machines see the same disks, with a file in `out` and the local inputs.
+
+    Does nothing for one machine, or without local paths. Raises ClusterError.
     """
-    paths = [name for name in named if name and is_local(name) and sees(name)]
+    paths = [path for path in inputs if path and is_local(path) and is_visible(path)]
     if len(nodes) < 2 or not (paths or is_local(out)):
         return
     import ray
@@ -354,39 +366,43 @@ def require_shared(out: str, named: list[str], nodes: list[dict[str, Any]]) -> N
 
     with scratch(out) as nonce:
         store_for(nonce).create(nonce, b"nonce")
-        there = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
-        tasks = [
-            ray.remote(outcome).options(num_cpus=0, scheduling_strategy=node, max_retries=RETRIES)
-            for node in there
-        ]
-        asked = [task.remote(require_seen, nonce, *paths) for task in tasks]
-        for ref, node in zip(asked, nodes):
-            answer(ref, 120, f"node {node['NodeManagerAddress']} to answer")
+        refs = []
+        for node in nodes:
+            task = ray.remote(result_or_error).options(
+                num_cpus=0,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
+                max_retries=RETRIES,
+            )
+            refs.append(task.remote(require_visible, nonce, *paths))
+        for ref, node in zip(refs, nodes):
+            wait_for(ref, NODE_TIMEOUT_S, f"node {node['NodeManagerAddress']} to answer")
 
 
-def require_seen(*paths: str) -> None:
-    """Raises ClusterError where this machine does not see all of these, SEEN_S after it was asked:
-    disks come later than Ray does.
+def require_visible(*paths: str) -> None:
+    """Raise ClusterError where this machine does not see all of these local paths.
+
+    Waits up to DISK_TIMEOUT_S, because a machine's disks may be mounted after its Ray starts.
     """
-    deadline = time.monotonic() + SEEN_S
-    while unseen := [path for path in paths if is_local(path) and not sees(path)]:
+    deadline = time.monotonic() + DISK_TIMEOUT_S
+    while unseen := [path for path in paths if is_local(path) and not is_visible(path)]:
         if time.monotonic() > deadline:
             raise ClusterError(
                 f"{unseen[0]} cannot be seen from {socket.gethostname()}: with several machines, "
-                f"source, model and out must be "
-                "s3:// or on a disk that all of them share. Mount it there or take that machine "
-                "away, then run again."
+                "source, model and out must be s3:// or on a disk that all of them share. Mount "
+                "it there or take that machine away, then run again."
             )
         time.sleep(1)
 
 
-def sees(path: str) -> bool:
+def is_visible(path: str) -> bool:
+    """Whether this machine has a file, an object or a directory of this name."""
     return exists(path) or os.path.isdir(path)
 
 
-def outcome(work: Callable[..., Any], *arguments: Any) -> Any:
-    """What a task does: its exceptions of ours come back as values, which Ray would wrap in text of
-    its own.
+def result_or_error(work: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns, or the VitrayError that it raised.
+
+    Ray would wrap a raised error in text of its own.
     """
     try:
         return work(*arguments)
@@ -394,37 +410,42 @@ def outcome(work: Callable[..., Any], *arguments: Any) -> Any:
         return error
 
 
-def answer(ref: Any, timeout_s: float, what: str) -> Any:
-    """The value of a task; says every SAID_S that it waits for `what`.
+def wait_for(ref: Any, timeout_s: float, what: str) -> Any:
+    """The value of a Ray task. what: for messages, what the task waits for and does.
 
-    Raises what `outcome` returned, and ClusterError for a task that failed or did not answer in
-    time.
+    Raises the error that `result_or_error` returned. Raises ClusterError for a task that failed or
+    did not end in time.
     """
     import ray
 
     deadline = time.monotonic() + timeout_s
-    while not ray.wait([ref], timeout=max(0.0, min(SAID_S, left := deadline - time.monotonic())))[
-        0
-    ]:
-        if left < SAID_S:
+    while True:
+        remaining_s = deadline - time.monotonic()
+        ready, _ = ray.wait([ref], timeout=max(0.0, min(NOTICE_S, remaining_s)))
+        if ready:
+            break
+        if remaining_s < NOTICE_S:
             raise ClusterError(
                 f"waited {timeout_s:g} s for {what}. Look at `ray status`, then run again."
             )
-        log.warning("waiting for %s", what)
+        report_waiting(what)
     try:
-        found = ray.get(ref, timeout=timeout_s)
+        result = ray.get(ref, timeout=timeout_s)
     except ray.exceptions.RayError as error:
         raise ClusterError(
             f"{what} failed: {one_line(error)}. Look at Ray's logs, then run again."
         ) from error
-    if isinstance(found, VitrayError):
-        raise found
-    return found
+    if isinstance(result, VitrayError):
+        raise result
+    return result
+
+
+def report_waiting(what: str) -> None:
+    """Log that the run waits for something of the cluster."""
+    log.warning("waiting for cluster resources: %s", what)
 
 
 def _object_store_bytes() -> int:
-    """A quarter of the memory, within 256 MB and 8 GB: the line is bounded by fragments, not by
-    this.
-    """
+    """A quarter of the memory, within 256 MB and 8 GB. Short queues bound what a run needs."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return max(256 << 20, min(8 << 30, total // 4))

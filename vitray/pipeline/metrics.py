@@ -1,5 +1,6 @@
-"""What a run counts for Prometheus: by Ray's own exporter, on the port of the driver's node, as
-`ray_vitray_…`.
+"""Metrics of a run for Prometheus.
+
+Ray's own exporter publishes them as `ray_vitray_…`, on the port of the driver's node.
 """
 
 from __future__ import annotations
@@ -7,7 +8,8 @@ from __future__ import annotations
 from vitray.dataset import Commit
 from vitray.schema import ShardEvent
 
-COUNTERS = {  # and their tags
+# Name, then description and tags.
+COUNTERS = {
     "vitray_images": ("images, good or bad", ("outcome",)),
     "vitray_bytes": ("bytes of encoded images that were read", ()),
     "vitray_failures": ("bad images by reason", ("reason",)),
@@ -15,16 +17,14 @@ COUNTERS = {  # and their tags
 }
 STEP_SECONDS = (
     "vitray_step_seconds",
-    "seconds that a step took for one fragment; of commit: for one shard",
+    "seconds of a stage for one fragment; of step commit: for one shard",
     ("step",),
 )
 BOUNDARIES = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300]
 
 
 class Meter:
-    """What is told of each fragment that was computed, and of each commit. This one tells nobody:
-    without Ray nobody asks.
-    """
+    """Gets each computed fragment and each commit. This one does nothing: there is no exporter."""
 
     def fragment(self, event: ShardEvent) -> None: ...
 
@@ -32,17 +32,19 @@ class Meter:
 
 
 class RayMeter(Meter):
-    """Of one run, on the machine of its driver. Ray must have been started."""
+    """Counts one run, on the machine of its driver. Ray must be running."""
 
     def __init__(self) -> None:
         from ray.util.metrics import Counter, Histogram
 
         self._counters = {
-            name: Counter(name, description=what, tag_keys=tags)
-            for name, (what, tags) in COUNTERS.items()
+            name: Counter(name, description=description, tag_keys=tags)
+            for name, (description, tags) in COUNTERS.items()
         }
-        name, what, tags = STEP_SECONDS
-        self._seconds = Histogram(name, description=what, boundaries=BOUNDARIES, tag_keys=tags)
+        name, description, tags = STEP_SECONDS
+        self._seconds = Histogram(
+            name, description=description, boundaries=BOUNDARIES, tag_keys=tags
+        )
 
     def fragment(self, event: ShardEvent) -> None:
         images = {"good": event.stop - event.start - event.errors, "bad": event.errors}
@@ -51,8 +53,8 @@ class RayMeter(Meter):
         self._add("vitray_bytes", event.size_bytes, {})
         for reason, count in event.reasons.items():
             self._add("vitray_failures", count, {"reason": reason})
-        for step, seconds in event.seconds.items():
-            self._seconds.observe(seconds, {"step": step})
+        for stage, seconds in event.seconds.items():
+            self._seconds.observe(seconds, {"step": stage})
 
     def commit(self, commit: Commit) -> None:
         self._add("vitray_shard_commits", 1, {})

@@ -1,4 +1,4 @@
-"""How far a run is, and what it came to."""
+"""How far a run is, and its result."""
 
 from __future__ import annotations
 
@@ -8,21 +8,29 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from vitray.exit_codes import ExitCode
-from vitray.schema import ShardEvent
+from vitray.schema import EventKind, ShardEvent
 
-MARKS = 400
-NOW_S = 10.0
+TIMELINE_POINTS = 400
+RECENT_S = 10.0
 
 
 @dataclass
 class Progress:
-    """How far a run is; one object that grows. Counts are images of this run's shards."""
+    """How far a run is; this one object is updated. Counts are images of this run's shards.
+
+    shards_staged: shards with staged fragments that are not committed yet.
+    images_expected: None where the sizes of shards are all that is known.
+    bytes_expected: the size of the shards. size_bytes: of the encoded images that were read.
+    timeline: (seconds since the start, images computed by then), a point for every `every`
+    fragments. recent: a point for each fragment of the last RECENT_S and the one before.
+    waiting: gives text about what waits for which stage.
+    """
 
     shards: int = 0
     shards_done: int = 0
-    shards_staged: int = 0  # of which something is staged, and which are not committed
+    shards_staged: int = 0
     images_expected: int | None = None
-    bytes_expected: int = 0  # of the shards, with all that is in them
+    bytes_expected: int = 0
     good: int = 0
     errors: int = 0
     resumed: int = 0
@@ -31,88 +39,87 @@ class Progress:
     reasons: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
-    timeline: list[tuple[float, int]] = field(
-        default_factory=list
-    )  # seconds since the start, images computed by then
-    every: int = 1  # so many fragments make a mark of the timeline
+    timeline: list[tuple[float, int]] = field(default_factory=list)
+    every: int = 1
     fragments: int = 0
-    # marks of every fragment; the first is NOW_S old, or of the start
-    latest: deque[tuple[float, int]] = field(default_factory=deque)
-    waiting: Callable[[], str] = lambda: ""  # what waits for which step; for people
+    recent: deque[tuple[float, int]] = field(default_factory=deque)
+    waiting: Callable[[], str] = lambda: ""
 
     @property
     def images(self) -> int:
         return self.good + self.errors
 
+    @property
+    def computed(self) -> int:
+        """Images that this run computed; those that were already staged took no time."""
+        return self.images - self.resumed
+
     def rate(self) -> float:
-        """Images a second that this run computed."""
-        return (self.images - self.resumed) / max(1e-9, time.monotonic() - self.started)
+        """Images per second that this run computed."""
+        return self.computed / max(1e-9, self._elapsed_s())
 
-    def rate_now(self) -> float:
-        """Images a second, of the last NOW_S or more."""
-        seconds, images = time.monotonic() - self.started, self.images - self.resumed
-        at, there = next(
-            (mark for mark in reversed(self.latest) if seconds - mark[0] >= NOW_S), (0.0, 0)
-        )
-        return (images - there) / max(1e-9, seconds - at)
+    def recent_rate(self) -> float:
+        """Images per second, over the last RECENT_S or longer."""
+        elapsed_s = self._elapsed_s()
+        old_points = (point for point in reversed(self.recent) if elapsed_s - point[0] >= RECENT_S)
+        seconds, images = next(old_points, (0.0, 0))
+        return (self.computed - images) / max(1e-9, elapsed_s - seconds)
 
-    def left_s(self) -> float | None:
-        """Seconds that what is left will take at the mean rate so far; None where nothing is known
-        yet.
-        """
+    def remaining_s(self) -> float | None:
+        """Seconds that the remaining images take at the mean rate so far; None without a rate."""
         if 0 < self.shards <= self.shards_done:
             return 0.0
-        computed = self.images - self.resumed  # what was found staged took no time
         expected: float | None = self.images_expected
-        if expected is None and self.size_bytes:  # a tar does not tell; its size does, nearly
-            expected = self.bytes_expected * computed / self.size_bytes
-        if not computed or expected is None:
+        if expected is None and self.size_bytes:  # of tars, estimated from the size of the images
+            expected = self.bytes_expected * self.computed / self.size_bytes
+        if not self.computed or expected is None:
             return None
-        return (time.monotonic() - self.started) * max(0, expected - self.images) / computed
+        return self._elapsed_s() * max(0, expected - self.images) / self.computed
 
     def add(self, event: ShardEvent) -> None:
+        """Count a fragment."""
         size = event.stop - event.start
         self.good += size - event.errors
         self.errors += event.errors
-        self.resumed += size if event.kind == "staged" else 0
+        self.resumed += size if event.kind == EventKind.FRAGMENT_SKIPPED else 0
         self.size_bytes += event.size_bytes
-        self._mark((round(time.monotonic() - self.started, 2), self.images - self.resumed))
+        self._add_point((round(self._elapsed_s(), 2), self.computed))
         for reason, count in event.reasons.items():
             self.reasons[reason] = self.reasons.get(reason, 0) + count
-        for step, seconds in event.seconds.items():
-            self.seconds[step] = self.seconds.get(step, 0.0) + seconds
+        for stage, seconds in event.seconds.items():
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
-    def _mark(self, mark: tuple[float, int]) -> None:
-        self.latest.append(mark)
-        while len(self.latest) > 1 and mark[0] - self.latest[1][0] >= NOW_S:
-            self.latest.popleft()
+    def _elapsed_s(self) -> float:
+        return time.monotonic() - self.started
+
+    def _add_point(self, point: tuple[float, int]) -> None:
+        self.recent.append(point)
+        while len(self.recent) > 1 and point[0] - self.recent[1][0] >= RECENT_S:
+            self.recent.popleft()
         self.fragments += 1
         if self.fragments % self.every == 0:
-            self.timeline.append(mark)
-        if (
-            len(self.timeline) > MARKS
-        ):  # every other one stays, of those to come too: as fine at the start as at the end
-            self.timeline, self.every = self.timeline[1::2], 2 * self.every
+            self.timeline.append(point)
+        if len(self.timeline) > TIMELINE_POINTS:
+            # Drop every other point, also of later ones: the whole timeline is equally fine.
+            self.timeline = self.timeline[1::2]
+            self.every *= 2
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run did.
+    """The result of a run, and the state of its dataset.
 
-    errors_path: the folder of its error rows. committed: shards it made or adopted; adopted: those
-    of them that another run, or an earlier try, made. set_aside: {shard: why}; truncated: {shard:
-    byte}.
-
-    notes: what readers saw beside images, {shard: text}, of this run; reasons: of this run's bad
-    images.
-
-    deleted: files of groups that are listed no more; each is one of `errors`, and nothing is bad in
-    it.
+    errors_path: the folder of the error rows.
+    committed: shards that this run made or adopted. adopted: those of them that another run, or an
+    earlier attempt, made.
+    set_aside: {shard: why}. truncated: {shard: byte at which it was cut}.
+    notes: {shard: messages of its reader}, of this run. reasons: of this run's bad images.
+    deleted: files of groups that no longer exist. Each is one of `errors`, but not a bad image.
     left_out: what the source holds and has no row, by left_out.LEFT_OUT: files, members, pages.
     suffixes: of those files.
-    shards_not_selected, images_not_selected: what since, sample or limit leave for later; images
+    shards_not_selected, images_not_selected: what since, sample or limit leave for later. Images
     are estimated for tars.
-    too_many_errors: of all the dataset's images more than the job's max_error_rate are bad.
+    too_many_errors: whether more of the dataset's images than the job's max_error_rate are bad.
     """
 
     out: str

@@ -1,6 +1,4 @@
-"""One round: shards through the line, each committed as soon as its fragments cover it, and what
-the run remembers of it.
-"""
+"""One round: shards go through an executor, and each is committed once its fragments cover it."""
 
 from __future__ import annotations
 
@@ -18,24 +16,33 @@ from typing import Protocol
 from vitray.dataset import Commit, Dataset
 from vitray.errors import ClusterError, ErrorRateExceeded, ObjectChanged, VitrayError
 from vitray.job import Job
-from vitray.pipeline.cluster import PLACE_S, SAID_S
+from vitray.pipeline.cluster import NOTICE_S, PLACEMENT_TIMEOUT_S, report_waiting
 from vitray.pipeline.metrics import Meter
 from vitray.pipeline.progress import Progress
-from vitray.schema import Shard, ShardEvent
+from vitray.schema import EventKind, Shard, ShardEvent
 from vitray.sources import Selection
 
 log = logging.getLogger(__name__)
 
-LOST_S = 30.0  # without an event, then whose machine is gone is planned again
+LOST_MACHINE_S = 30.0  # without an event; then the round is planned again if a machine is gone
 ATTEMPTS = 3
-JUDGED_IMAGES = 1000
+RATED_IMAGES = 1000  # the error rate is checked from this many images on
 COMMITS_AT_ONCE = 4
+FAILURES = (EventKind.SHARD_FAILED, EventKind.SHARD_BROKEN)
+EventQueue = queue.Queue[ShardEvent | Exception | None]
 
 
 @dataclass
-class Work:
-    """What a run remembers while it works."""
+class RunState:
+    """The options of a run, and what it remembers from round to round.
 
+    counted: by shard, the starts of the fragments that `progress` includes.
+    deleted_files: files of groups that no longer exist; `missing` rows, but not bad images.
+    stop: set when the run should end soon.
+    """
+
+    started: float = field(default_factory=time.monotonic)
+    prune: bool = False
     report: Callable[[Progress], None] = lambda _: None
     progress: Progress = field(default_factory=Progress)
     meter: Meter = field(default_factory=Meter)
@@ -44,178 +51,187 @@ class Work:
     notes: dict[str, str] = field(default_factory=dict)
     changed: set[str] = field(default_factory=set)
     commits: dict[str, Commit] = field(default_factory=dict)
-    counted: dict[str, set[int]] = field(
-        default_factory=dict
-    )  # where the fragments start that `progress` has, by shard
-    vanished: int = (
-        0  # files that were deleted since they got their place in a shard: `missing`, but not bad
-    )
-    stop: threading.Event = field(
-        default_factory=threading.Event
-    )  # somebody wants the run to end soon
+    counted: dict[str, set[int]] = field(default_factory=dict)
+    deleted_files: int = 0
+    stop: threading.Event = field(default_factory=threading.Event)
     selection: Selection = field(default_factory=Selection)
     run_id: str = field(
         default_factory=lambda: f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
     )
 
-
-def blame(work: Work, shard_id: str, why: str, attempts: int = 1) -> None:
-    """A shard failed; after ATTEMPTS it is set aside."""
-    work.attempts[shard_id] = work.attempts.get(shard_id, 0) + attempts
-    work.failures[shard_id] = why
-    work.progress.set_aside = sum(count >= ATTEMPTS for count in work.attempts.values())
+    def record_failure(self, shard_id: str, why: str, attempts: int = 1) -> None:
+        """Count failed attempts of a shard; after ATTEMPTS it is set aside."""
+        self.attempts[shard_id] = self.attempts.get(shard_id, 0) + attempts
+        self.failures[shard_id] = why
+        self.progress.set_aside = sum(count >= ATTEMPTS for count in self.attempts.values())
 
 
 class MachineLostError(Exception):
-    """What waits for that machine may wait for ever: plan the round again."""
+    """A machine is gone, and what waits for it may wait forever: plan the round again."""
 
 
 class Executor(Protocol):
-    """What brings shards through the four steps: processes of a Ray cluster (line.py), or threads
-    of this one (local.py).
+    """Moves shards through the four stages.
+
+    RayExecutor uses the processes of a Ray cluster, LocalExecutor the threads of this process.
     """
 
-    def start(self, arrived: queue.Queue[ShardEvent | Exception | None]) -> None:
-        """Begin; put every event, then None, or what ended the line."""
+    def start(self, events: EventQueue) -> None:
+        """Begin. Put every event into the queue, then None or the exception that ended it."""
 
     def stop(self) -> None:
         """Take no more images; end as if there were none."""
 
-    def commit(self, shard_id: str) -> None:
-        """Begin the commit of a shard whose fragments are there."""
+    def start_commit(self, shard_id: str) -> None:
+        """Begin the commit of a shard whose fragments are staged."""
 
-    def commits(self, wait_s: float) -> list[tuple[str, Commit | VitrayError | None]]:
-        """What commits that ended within wait_s say. Raises what is not a VitrayError."""
+    def finished_commits(self, wait_s: float) -> list[tuple[str, Commit | VitrayError | None]]:
+        """The results of commits that end within wait_s. Raises what is not a VitrayError."""
 
-    def is_short(self) -> bool:
-        """Whether a machine that it began with is gone: what waits for that one may wait for
-        ever.
-        """
+    def has_lost_machine(self) -> bool:
+        """Whether a machine that it began with is gone: what waits for it may wait forever."""
 
-    def is_waiting(self) -> bool:
-        """Whether the model has no room on any machine yet."""
+    def is_waiting_for_machine(self) -> bool:
+        """Whether no machine has room for the model yet."""
 
-    def state(self) -> str:
-        """For people: what each step does and what waits for it."""
+    def describe(self) -> str:
+        """Text: what each stage does, and how much waits for it."""
 
     def close(self) -> None:
-        """End whatever still works, within seconds."""
+        """End all work within seconds."""
 
 
-def run_round(dataset: Dataset, shards: list[Shard], executor: Executor, work: Work) -> None:
-    """Bring shards through the line and commit each as soon as its fragments cover it. Ends early
-    when work.stop is set.
+def run_round(dataset: Dataset, shards: list[Shard], executor: Executor, state: RunState) -> None:
+    """Move shards through the executor and commit each as soon as its fragments cover it.
+
+    Ends early when state.stop is set. Raises what `arriving_events` raises, ErrorRateExceeded, and
+    errors of commits.
     """
-    commits, coverage, blamed = (
-        _Commits(executor, dataset.job.stall_timeout_s, work),
-        _Coverage(),
-        set[str](),
-    )
-    work.progress.waiting = executor.state
+    timeout_s = dataset.job.stall_timeout_s
+    commits = _Commits(executor, timeout_s, state)
+    coverage = _Coverage()
+    failed = set[str]()
+    state.progress.waiting = executor.describe
     with contextlib.closing(executor):
-        for event in _events(executor, dataset.job.stall_timeout_s, work.stop):
-            if event is None:
-                pass
-            elif event.kind == "changed":
-                work.changed.add(event.shard)
-            elif event.kind in ("failed", "broken"):
-                blame(work, event.shard, event.message, ATTEMPTS if event.kind == "broken" else 1)
-                blamed.add(event.shard)
-            else:
-                if event.message:
-                    work.notes[event.shard] = event.message
-                counted = work.counted.setdefault(event.shard, set())
-                if (
-                    coverage.add(event) and event.start not in counted
-                ):  # not in an earlier round either
-                    counted.add(event.start)
-                    work.progress.add(event)
-                    if event.kind == "fragment":
-                        work.meter.fragment(event)
-                    _judge(dataset.job, work.progress, work.vanished)
-                if coverage.is_whole(event.shard):
+        for event in arriving_events(executor, timeout_s, state.stop):
+            if event is not None and event.kind in FAILURES:
+                attempts = ATTEMPTS if event.kind == EventKind.SHARD_BROKEN else 1
+                state.record_failure(event.shard, event.message, attempts)
+                failed.add(event.shard)
+            elif event is not None and event.kind == EventKind.SHARD_CHANGED:
+                state.changed.add(event.shard)
+            elif event is not None:
+                _count(event, coverage, dataset.job, state)
+                if coverage.is_complete(event.shard):
                     commits.backlog.append(event.shard)
             commits.settle()
-            work.progress.shards_staged = len(work.counted)
-            work.report(work.progress)
+            state.progress.shards_staged = len(state.counted)
+            state.report(state.progress)
         commits.wait()
-    if work.stop.is_set():
+    if state.stop.is_set():
         return
-    for shard_id in (
-        {shard.id for shard in shards}
-        - work.commits.keys()
-        - blamed
-        - commits.missed
-        - work.changed
-    ):
-        blame(work, shard_id, "its fragments did not arrive")
+    accounted = state.commits.keys() | failed | commits.without_fragment | state.changed
+    for shard_id in {shard.id for shard in shards} - accounted:
+        state.record_failure(shard_id, "its fragments did not arrive")
 
 
-def _events(
-    executor: Executor, patience_s: float, stop: threading.Event
+def _count(event: ShardEvent, coverage: _Coverage, job: Job, state: RunState) -> None:
+    """Add an event of a fragment, or of a shard's end. Raises ErrorRateExceeded."""
+    if event.message:
+        state.notes[event.shard] = event.message
+    counted = state.counted.setdefault(event.shard, set())
+    if not coverage.add(event) or event.start in counted:  # counted in this or an earlier round
+        return
+    counted.add(event.start)
+    state.progress.add(event)
+    if event.kind == EventKind.FRAGMENT_WRITTEN:
+        state.meter.fragment(event)
+    _check_error_rate(job, state.progress, state.deleted_files)
+
+
+def arriving_events(
+    executor: Executor, stall_timeout_s: float, stop: threading.Event
 ) -> Iterator[ShardEvent | None]:
-    """Events as they come, None once a second without one. Raises ClusterError after patience_s
-    without any, beside PLACE_S at most without a place for the model; MachineLostError after LOST_S
-    where a machine is gone.
+    """Events as they arrive; None once a second without one. Stops the executor when stop is set.
 
-    The patience begins anew with each event, and with each second in which the model has no place.
+    Raises MachineLostError after LOST_MACHINE_S without an event when a machine is gone.
+    Raises ClusterError after stall_timeout_s without an event. Seconds in which the model waits for
+    a machine do not count; of these there may be PLACEMENT_TIMEOUT_S without an event.
     """
-    arrived: queue.Queue[ShardEvent | Exception | None] = queue.Queue()
-    executor.start(arrived)
-    last = received = said = time.monotonic()
-    is_waiting = True  # until the first answer that it is not
+    events: EventQueue = queue.Queue()
+    executor.start(events)
+    watch = _StallWatch(executor, stall_timeout_s)
     while True:
         if stop.is_set():
             executor.stop()
         try:
-            item = arrived.get(timeout=1.0)
+            item = events.get(timeout=1.0)
         except queue.Empty:
-            now = time.monotonic()
-            if now - last > LOST_S and executor.is_short():
-                raise MachineLostError("a machine was lost") from None
-            if is_waiting or now - last > min(patience_s / 2, SAID_S):
-                is_waiting = executor.is_waiting()
-            if is_waiting:
-                last = now
-                if now - received > PLACE_S:
-                    raise ClusterError(
-                        f"no machine had room for the model in {PLACE_S:g} s. Look at `ray "
-                        f"status`, then run again."
-                    ) from None
-                if now - said > SAID_S:
-                    log.warning(
-                        "no machine has room for the model yet; waiting for one does not count as "
-                        "standing still"
-                    )
-                    said = now
-            if now - last > patience_s:
-                raise ClusterError(
-                    f"no image moved for {patience_s:g} s ({executor.state()}). Is the store "
-                    f"slow, or the model stuck? On a cluster, `ray status` tells "
-                    "more. Raise stall_timeout_s if that is how long it takes; run the same "
-                    "command again to go on."
-                ) from None
+            watch.check()
             yield None
             continue
         if item is None:
             return
         if isinstance(item, Exception):
             raise item
-        last = received = time.monotonic()
-        is_waiting = False
+        watch.event_arrived()
         yield item
 
 
+class _StallWatch:
+    """How long nothing has moved, and whether that is too long."""
+
+    def __init__(self, executor: Executor, stall_timeout_s: float) -> None:
+        self._executor = executor
+        self._timeout_s = stall_timeout_s
+        started = time.monotonic()
+        self._idle_since = started  # since the last event, or the last second of waiting for room
+        self._last_event = started
+        self._last_notice = started
+        self._is_waiting = True  # for a machine, until the executor denies it
+
+    def event_arrived(self) -> None:
+        self._last_event = self._idle_since = time.monotonic()
+        self._is_waiting = False
+
+    def check(self) -> None:
+        """Raises MachineLostError or ClusterError when it is too long."""
+        moment = time.monotonic()
+        if moment - self._idle_since > LOST_MACHINE_S and self._executor.has_lost_machine():
+            raise MachineLostError("a machine was lost") from None
+        if self._is_waiting or moment - self._idle_since > min(self._timeout_s / 2, NOTICE_S):
+            self._is_waiting = self._executor.is_waiting_for_machine()
+        if self._is_waiting:
+            self._idle_since = moment
+            self._check_placement(moment)
+        if moment - self._idle_since > self._timeout_s:
+            raise ClusterError(
+                f"no image moved for {self._timeout_s:g} s ({self._executor.describe()}). Is the "
+                "store slow, or the model stuck? On a cluster, `ray status` shows more. If your "
+                "images need longer, raise stall_timeout_s. Run the same command again to continue."
+            ) from None
+
+    def _check_placement(self, moment: float) -> None:
+        if moment - self._last_event > PLACEMENT_TIMEOUT_S:
+            raise ClusterError(
+                f"no machine had room for the model in {PLACEMENT_TIMEOUT_S:g} s. Look at `ray "
+                "status`, then run again."
+            ) from None
+        if moment - self._last_notice > NOTICE_S:
+            report_waiting("a machine with room for the model; this does not count as a stall")
+            self._last_notice = moment
+
+
 class _Coverage:
-    """Which shards are whole, by events. The commit looks at the fragments themselves again."""
+    """Which shards are complete, by their events. A commit checks the fragments again."""
 
     def __init__(self) -> None:
         self._covered: dict[str, dict[int, int]] = {}
         self._totals: dict[str, int] = {}
 
     def add(self, event: ShardEvent) -> bool:
-        """Take an event; True when it is the first of its fragment."""
-        if event.kind == "end":
+        """Add an event; True when it is the first of its fragment."""
+        if event.kind == EventKind.SHARD_END:
             self._totals[event.shard] = event.total
             return False
         fragments = self._covered.setdefault(event.shard, {})
@@ -223,79 +239,79 @@ class _Coverage:
         fragments[event.start] = event.stop
         return is_new
 
-    def is_whole(self, shard_id: str) -> bool:
-        """True once, with the event that makes the shard whole."""
-        at, fragments = 0, self._covered.get(shard_id, {})
-        while at in fragments:
-            at = fragments[at]
-        whole = self._totals.get(shard_id) == at
-        if whole:
-            del self._totals[shard_id]
-        return whole
+    def is_complete(self, shard_id: str) -> bool:
+        """True once, after the event that completes the shard."""
+        fragments = self._covered.get(shard_id, {})
+        covered = 0
+        while covered in fragments:
+            covered = fragments[covered]
+        if self._totals.get(shard_id) != covered:
+            return False
+        del self._totals[shard_id]
+        return True
 
 
 class _Commits:
-    """Commits: a few at a time, each taken as it ends."""
+    """Commits: a few at a time, each result taken when it arrives."""
 
-    def __init__(self, executor: Executor, patience_s: float, work: Work) -> None:
+    def __init__(self, executor: Executor, timeout_s: float, state: RunState) -> None:
         self.backlog: list[str] = []
-        self.missed: set[str] = set()  # a fragment was gone
-        self._executor, self._patience_s, self._work = executor, patience_s, work
+        self.without_fragment: set[str] = set()
+        self._executor = executor
+        self._timeout_s = timeout_s
+        self._state = state
         self._running = 0
 
     def settle(self, wait_s: float = 0) -> int:
-        """Start what can start, take what ended within wait_s; returns how many ended."""
+        """Start what can start, take the results of wait_s; returns their number."""
         while self.backlog and self._running < COMMITS_AT_ONCE:
-            self._executor.commit(self.backlog.pop(0))
+            self._executor.start_commit(self.backlog.pop(0))
             self._running += 1
-        ended = self._executor.commits(wait_s) if self._running else []
-        self._running -= len(ended)
-        for shard_id, answer in ended:
-            self._take(shard_id, answer)
-        return len(ended)
+        finished = self._executor.finished_commits(wait_s) if self._running else []
+        self._running -= len(finished)
+        for shard_id, result in finished:
+            self._take(shard_id, result)
+        return len(finished)
 
-    def _take(self, shard_id: str, answer: Commit | VitrayError | None) -> None:
-        work = self._work
-        if isinstance(answer, ObjectChanged):
-            work.changed.add(shard_id)
-        elif isinstance(answer, VitrayError):
-            raise answer
-        elif isinstance(answer, Commit):
-            work.commits[shard_id] = answer
-            work.failures.pop(shard_id, None)
-            work.counted.pop(shard_id, None)
-            work.progress.shards_done += 1
-            work.progress.shards_staged = len(work.counted)
-            work.meter.commit(answer)
-            log.info("committed %s: %d rows, %d errors", shard_id, answer.rows, answer.errors)
+    def _take(self, shard_id: str, result: Commit | VitrayError | None) -> None:
+        state = self._state
+        if isinstance(result, ObjectChanged):
+            state.changed.add(shard_id)
+        elif isinstance(result, VitrayError):
+            raise result
+        elif isinstance(result, Commit):
+            state.commits[shard_id] = result
+            state.failures.pop(shard_id, None)
+            state.counted.pop(shard_id, None)
+            state.progress.shards_done += 1
+            state.progress.shards_staged = len(state.counted)
+            state.meter.commit(result)
+            log.info("committed %s: %d rows, %d errors", shard_id, result.rows, result.errors)
         else:
-            blame(work, shard_id, "a fragment went missing")
-            self.missed.add(shard_id)
+            state.record_failure(shard_id, "a fragment went missing")
+            self.without_fragment.add(shard_id)
 
     def wait(self) -> None:
-        """Until all have ended. Raises ClusterError when none ends for patience_s."""
-        deadline = time.monotonic() + self._patience_s
+        """Wait for all commits. Raises ClusterError when none ends for the timeout."""
+        deadline = time.monotonic() + self._timeout_s
         while self.backlog or self._running:
             if self.settle(wait_s=1.0):
-                deadline = time.monotonic() + self._patience_s
+                deadline = time.monotonic() + self._timeout_s
             if time.monotonic() > deadline:
                 raise ClusterError(
-                    f"no commit finished in {self._patience_s:g} s. Is the store slow? Run again "
-                    f"to go on."
+                    f"no commit finished in {self._timeout_s:g} s. Is the store slow? Run again "
+                    "to continue."
                 )
-            self._work.report(self._work.progress)
+            self._state.report(self._state.progress)
 
 
-def _judge(job: Job, progress: Progress, vanished: int) -> None:
-    bad = progress.errors - min(vanished, progress.reasons.get("missing", 0))
-    if progress.images >= JUDGED_IMAGES and bad > job.max_error_rate * progress.images:
-        worst = ", ".join(
-            f"{n} {reason}"
-            for reason, n in sorted(progress.reasons.items(), key=lambda item: -item[1])
-        )
+def _check_error_rate(job: Job, progress: Progress, deleted_files: int) -> None:
+    bad = progress.errors - min(deleted_files, progress.reasons.get("missing", 0))
+    if progress.images >= RATED_IMAGES and bad > job.max_error_rate * progress.images:
+        most_frequent = sorted(progress.reasons.items(), key=lambda item: -item[1])
+        reasons = ", ".join(f"{count} {reason}" for reason, count in most_frequent)
         raise ErrorRateExceeded(
-            f"{bad} of {progress.images} images are bad ({worst}), more than "
-            f"max_error_rate={job.max_error_rate:g}. "
-            "Look at the source, or raise max_error_rate and run again; nothing further was "
-            "committed."
+            f"{bad} of {progress.images} images are bad ({reasons}), more than "
+            f"max_error_rate={job.max_error_rate:g}. Look at the source, or raise max_error_rate "
+            "and run again; nothing further was committed."
         )

@@ -1,8 +1,8 @@
-"""The straight line: list, plan, read, decode, predict, stage, commit, manifest.
+"""A run: list, plan, then rounds of read, decode, predict, write and commit, then the manifest.
 
-Correctness does not depend on Ray: every fragment has a fixed range and is created once, every
-commit is conditional. Ray (line.py) brings batches (steps.py) from step to step and tries again
-what a dead process held.
+Correctness does not depend on Ray: every fragment has a fixed range and is created once, and every
+commit is conditional. An executor (ray_executor.py, local_executor.py) moves batches through the
+stages (stages.py). What a dead process lost is computed again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib import import_module
@@ -28,10 +28,8 @@ import pyarrow as pa
 
 from vitray.crash import crash_point
 from vitray.dataset import (
-    NO_GROUP,
     Dataset,
     LastSource,
-    append_group_log,
     base_of,
     check_data,
     check_store,
@@ -55,7 +53,6 @@ from vitray.errors import (
     ErrorRateExceeded,
     Interrupted,
     ShardError,
-    StorageError,
     VitrayError,
     shortened,
 )
@@ -78,11 +75,17 @@ from vitray.pipeline.cluster import (
     share_out,
 )
 from vitray.pipeline.local_executor import LocalExecutor
-from vitray.pipeline.metrics import Meter, RayMeter
+from vitray.pipeline.metrics import RayMeter
 from vitray.pipeline.progress import Progress, Result
 from vitray.pipeline.ray_executor import RayExecutor
-from vitray.pipeline.rounds import ATTEMPTS, Executor, MachineLostError, Work, blame, run_round
-from vitray.pipeline.source_listing import list_source, prepared
+from vitray.pipeline.rounds import ATTEMPTS, Executor, MachineLostError, RunState, run_round
+from vitray.pipeline.source_listing import (
+    deleted_files,
+    list_source,
+    pending_shards,
+    prepare_job,
+    settle_groups,
+)
 from vitray.schema import ModelSpec, Shard
 from vitray.sources import (
     Listing,
@@ -93,23 +96,20 @@ from vitray.sources import (
     passthrough_schema,
     select_shards,
 )
-from vitray.storage import absolute, exists, join
+from vitray.storage import exists, join
 
 log = logging.getLogger(__name__)
 
-ROUND_SHARDS, ROUND_FRAGMENTS = (
-    4096,
-    65_536,
-)  # Ray keeps 12 to 37 kB of each fragment in the driver until its round ends
-# from the second fault on, the next round has so many times fewer shards; after a good one so many
-# times more
-NARROWER = 8
-DEADLY = 5  # so many shards that die alone, one after the other: it is not the shards
-LEAST_IMAGE_BYTES = 4096  # no photo is smaller: fewer bytes than that times images need no estimate
-NEARLY = (
-    0.1  # of the images: a run that did a part of them says nothing of the time that was planned
-)
-MakeLine = Callable[[Dataset, list[Shard]], Executor]
+# Ray keeps 12 to 37 kB of each fragment in the driver until its round ends.
+ROUND_SHARDS = 4096
+ROUND_FRAGMENTS = 65_536
+# From the second fault on, the next round has this many times fewer shards; after a round without
+# a fault, this many times more.
+SHRINK_FACTOR = 8
+FATAL_SHARDS = 5  # when this many shards in a row fail alone, the fault is not in the shards
+LEAST_IMAGE_BYTES = 4096  # photos are larger: a number of bytes bounds the number of images
+PLANNED_TOLERANCE = 0.1  # of the images: a run of another size is no test of the planned time
+OpenExecutor = Callable[[Dataset, list[Shard]], Executor]
 
 
 def run(
@@ -122,154 +122,179 @@ def run(
     allow_open_cluster: bool = False,
     planned: dict[str, Any] | None = None,
 ) -> Result:
-    """Label and embed what is missing in `job.out`; safe to repeat, at any time, from anywhere.
+    """Label and embed what is missing in `job.out`. It is safe to repeat, at any time and place.
 
-    allow_open_cluster: join a Ray that asks for no token, too.
-    planned: what was expected of it, at least {"images", "seconds"}; the run record holds it
-    against what came.
-    stop: once it is set, no more images are taken, writes that have begun are ended, and
-    Interrupted is raised.
+    address: of a Ray cluster; `local` starts one for this run. prune: remove rows of deleted files.
+    progress: called with the state of the run, again and again.
+    stop: once it is set, the run takes no more images, finishes the writes that have begun, and
+    raises Interrupted.
+    allow_open_cluster: join a Ray that requires no token, too.
+    planned: the estimate, with at least {"images", "seconds"}; the run record compares it with the
+    result.
 
     Raises JobError (and its kinds) before any work when the job does not fit, ShardError where
     `keep` needs the types of columns and no file can be read, StorageError, CommitError or
     ClusterError when something is broken, ErrorRateExceeded above `max_error_rate`. After any of
-    them the same call goes on.
+    them the same call continues.
     """
     started = time.monotonic()
-    job = with_label_names(prepared(job))
+    job = with_label_names(prepare_job(job))
     listing = list_source(job)
-    selection = count_selection(listing, job)
-    if selection.is_set:
-        log.warning("%s", selection)
+    state = RunState(
+        started=started,
+        prune=prune,
+        report=progress or (lambda _: None),
+        stop=stop or threading.Event(),
+        selection=count_selection(listing, job),
+    )
+    if state.selection.is_set:
+        log.warning("%s", state.selection)
     drop_scratch(job.out)
     if not exists(dataset_url(job.out)):
         check_store(job.out)
-    settled = not listing.new_groups and not (prune and any(map(_vanished, listing.shards)))
-    if settled and open_dataset(job.out) is not None and not _pending(job, listing):
+    if _is_complete(job, listing, prune):
         dataset = _resolve(job, identify(with_frozen(job), runs_here=False), listing)
-        return _finished(dataset, job, prune, Work(selection=selection), started)
+        return finish_run(dataset, job, state)
     crash_point("driver-listed")
-    with _machines(job, address, allow_open_cluster) as (open_executor, shares, nodes):
-        frozen = with_frozen(job)
-        spec: ModelSpec = on_worker(shares, identify, frozen) if nodes else identify(frozen)
+    with _machines(job, address, allow_open_cluster) as machines:
+        spec = _identify(job, machines)
         job = _with_key_column(job, listing)
-        has_begun = exists(dataset_url(job.out))
-        dataset = _resolve(job, spec, listing)
-        if has_begun and dataset.is_new:  # in place of one without rows, whose groups are gone
-            listing = list_source(job)
-        if spec.engine_why:
-            log.warning("engine: auto is %s (%s)", dataset.spec.engine, spec.engine_why)
-        crash_point("driver-resolved")
-        meter = RayMeter() if nodes else Meter()
-        work = Work(
-            report=progress or (lambda _: None),
-            stop=stop or threading.Event(),
-            meter=meter,
-            selection=selection,
-        )
+        dataset, listing = _open_or_create(job, spec, listing)
+        if machines.nodes:
+            state.meter = RayMeter()
         try:
-            with _told_if_it_fails(dataset, work) if dataset.is_new else contextlib.nullcontext():
-                check_data(dataset)
-                require_shared(
-                    dataset.out,
-                    [listing.shards[0].url, dataset.spec.model, dataset.spec.head],
-                    nodes,
-                )
-                check_store(dataset.out)
-                remember_source(dataset, _seen(listing), begins=True)
-                for _ in range(ATTEMPTS):
-                    listing = _settle_groups(job, listing, prune)
-                    work.changed.clear()
-                    crash_point("driver-planned")
-                    _complete(
-                        dataset,
-                        job,
-                        listing,
-                        partial(open_executor, shares=_compiling(job, listing, shares)),
-                        work,
-                    )
-                    if not work.changed:
-                        break
-                    listing = list_source(job)
+            with _failure_recorded(dataset, state):
+                _label_missing(dataset, job, listing, machines, state)
         except (ErrorRateExceeded, Interrupted, ClusterError) as error:
-            with contextlib.suppress(
-                VitrayError
-            ):  # what was committed may have superseded files that readers see twice now
-                result = _finished(dataset, job, prune, work, started)
-                record = _record(dataset, result, work, shares, planned) | {
-                    "ended": shortened(f"{type(error).__name__}: {error}", 400)
-                }
-                write_run_record(dataset, work.run_id, record)
+            # Committed files may have superseded others, which readers would see twice.
+            with contextlib.suppress(VitrayError):
+                result = finish_run(dataset, job, state)
+                record = _record(dataset, result, state, machines.shares, planned)
+                write_run_record(dataset, state.run_id, {**record, "ended": _ended(error)})
             raise
-        result = _finished(dataset, job, prune, work, started)
-        write_run_record(dataset, work.run_id, _record(dataset, result, work, shares, planned))
+        result = finish_run(dataset, job, state)
+        record = _record(dataset, result, state, machines.shares, planned)
+        write_run_record(dataset, state.run_id, record)
         crash_point("driver-recorded")
         return result
 
 
-@contextlib.contextmanager
-def _machines(
-    job: Job, address: str | None, allow_open: bool
-) -> Iterator[tuple[Callable[..., Executor], Shares, list[dict[str, Any]]]]:
-    """What makes a line, its shares, and Ray's nodes: none where this process does it all.
+def _is_complete(job: Job, listing: Listing, prune: bool) -> bool:
+    """Whether the dataset exists and nothing of the source is missing in it."""
+    if listing.new_groups or (prune and any(map(deleted_files, listing.shards))):
+        return False
+    return open_dataset(job.out) is not None and not pending_shards(job, listing)
 
-    That is where nobody asked for Ray, by an address (`local` for one of our own) or by having
-    started it, and the model runs on the CPU.
+
+@dataclass(frozen=True)
+class _Machines:
+    """What runs the rounds. nodes: of Ray; [] where this process does everything."""
+
+    open_executor: Callable[..., Executor]
+    shares: Shares
+    nodes: list[dict[str, Any]]
+
+
+@contextlib.contextmanager
+def _machines(job: Job, address: str | None, allow_open: bool) -> Iterator[_Machines]:
+    """The cluster at the address, or a local Ray, or this process alone.
+
+    It is this process when the model runs on the CPU, Ray was not started before, and there is no
+    address.
     """
-    asked = (
+    uses_ray = (
         address
         or os.environ.get("RAY_ADDRESS")
         or ("ray" in sys.modules and import_module("ray").is_initialized())
     )
-    if not asked and runs_on(job) == "cpu":
+    if not uses_ray and runs_on(job) == "cpu":
+        # Short queues: after a kill, the fragments in them are computed again.
+        shares = replace(share_out([{"CPU": own_cpus()}], "cpu"), stagers=2, queue_blocks=1)
         with torch_threads_kept():
-            # few wait: what does is computed again after a kill
-            yield (
-                LocalExecutor,
-                replace(share_out([{"CPU": own_cpus()}], "cpu"), stagers=2, queue_blocks=1),
-                [],
-            )
+            yield _Machines(LocalExecutor, shares, [])
         return
 
-    def now() -> Shares:
+    def current_shares() -> Shares:
         return share_out([node["Resources"] for node in alive_nodes()], job.device)
 
     def open_ray(dataset: Dataset, shards: list[Shard], shares: Shares) -> RayExecutor:
-        return RayExecutor(
-            dataset, shards, replace(now(), compiled=shares.compiled)
-        )  # machines come and go between rounds
+        # Machines come and go between rounds.
+        return RayExecutor(dataset, shards, replace(current_shares(), compiled=shares.compiled))
 
     with ray_session(address, allow_open):
-        yield open_ray, now(), alive_nodes()
+        yield _Machines(open_ray, current_shares(), alive_nodes())
+
+
+def _identify(job: Job, machines: _Machines) -> ModelSpec:
+    """The model, on the kind of machine that will run it."""
+    frozen = with_frozen(job)
+    if machines.nodes:
+        spec: ModelSpec = on_worker(machines.shares, identify, frozen)
+        return spec
+    return identify(frozen)
+
+
+def _open_or_create(job: Job, spec: ModelSpec, listing: Listing) -> tuple[Dataset, Listing]:
+    """The job's dataset, and the listing that fits it."""
+    existed = exists(dataset_url(job.out))
+    dataset = _resolve(job, spec, listing)
+    if existed and dataset.is_new:  # it replaces one without rows, whose groups are gone
+        listing = list_source(job)
+    if spec.engine_why:
+        log.warning("engine: auto is %s (%s)", dataset.spec.engine, spec.engine_why)
+    crash_point("driver-resolved")
+    return dataset, listing
+
+
+def _label_missing(
+    dataset: Dataset, job: Job, listing: Listing, machines: _Machines, state: RunState
+) -> None:
+    """Complete the shards. Inputs that change are planned again, ATTEMPTS times at most."""
+    check_data(dataset)
+    inputs = [listing.shards[0].url, dataset.spec.model, dataset.spec.head]
+    require_shared(dataset.out, inputs, machines.nodes)
+    check_store(dataset.out)
+    remember_source(dataset, _last_source(listing), begins=True)
+    for _ in range(ATTEMPTS):
+        listing = settle_groups(job, listing, state.prune)
+        state.changed.clear()
+        crash_point("driver-planned")
+        shares = _with_compiled(job, listing, machines.shares)
+        open_executor = partial(machines.open_executor, shares=shares)
+        complete_shards(dataset, job, listing, open_executor, state)
+        if not state.changed:
+            return
+        listing = list_source(job)
 
 
 @contextlib.contextmanager
-def _told_if_it_fails(dataset: Dataset, work: Work) -> Iterator[None]:
-    """A first run that fails leaves a record, by which a job with other fields knows that it may
-    begin anew.
+def _failure_recorded(dataset: Dataset, state: RunState) -> Iterator[None]:
+    """Write a record when the first run of a dataset fails.
 
-    Where not even that can be written, such as on a full disk, nothing is left.
+    By it, a later job with other fields knows that it may replace the dataset. Where not even the
+    record can be written, as on a full disk, the new dataset is removed.
     """
     try:
         yield
-    except (ErrorRateExceeded, Interrupted, ClusterError):  # these leave a whole record
+    except (ErrorRateExceeded, Interrupted, ClusterError):  # these get a complete record
         raise
     except Exception as error:
-        finished = datetime.now(UTC).isoformat(timespec="seconds")
+        if not dataset.is_new:
+            raise
         record: dict[str, object] = {
-            "run": work.run_id,
-            "finished": finished,
-            "ended": shortened(f"{type(error).__name__}: {error}", 400),
+            "run": state.run_id,
+            "finished": _timestamp(),
+            "ended": _ended(error),
         }
         try:
-            write_run_record(dataset, work.run_id, record)
+            write_run_record(dataset, state.run_id, record)
         except VitrayError:
             with contextlib.suppress(VitrayError):
                 drop_unstarted(dataset.out)
         raise
 
 
-def _seen(listing: Listing) -> LastSource:
+def _last_source(listing: Listing) -> LastSource:
     return LastSource(listing.kind, listing.left_out, listing.suffixes)
 
 
@@ -284,54 +309,23 @@ def _with_key_column(job: Job, listing: Listing) -> Job:
     return job.with_found_key(name)
 
 
-def _settle_groups(job: Job, listing: Listing, prune: bool) -> Listing:
-    """A listing whose groups are all in the log: ours, or those of a run that was faster. prune:
-    what is gone leaves its group.
-    """
-    for _ in range(20):
-        gone = [(NO_GROUP, url) for shard in listing.shards for url in _vanished(shard) if prune]
-        members = gone or [
-            (group.number, url) for group in listing.new_groups for url in group.urls
-        ]
-        # not listed again after that: files that arrive meanwhile would become groups of one or two
-        if not members or (append_group_log(absolute(job.out), members) and not gone):
-            return listing
-        listing = list_source(job)
-    raise StorageError(
-        f"{job.out}: other runs keep appending groups. Wait for them, then run the same command "
-        f"again."
-    )
-
-
-def _pending(job: Job, listing: Listing) -> list[Shard]:
-    done = committed(absolute(job.out))
-    return [shard for shard in select_shards(listing.shards, job) if shard.id not in done]
-
-
 def _resolve(job: Job, spec: ModelSpec, listing: Listing) -> Dataset:
-    return resolve_dataset(
-        job,
-        spec,
-        vector_columns(job, spec),
-        _passthrough(job, listing),
-        datetime.now(UTC).isoformat(timespec="seconds"),
-    )
+    passthrough = _passthrough(job, listing)
+    return resolve_dataset(job, spec, vector_columns(job, spec), passthrough, _timestamp())
 
 
 def _passthrough(job: Job, listing: Listing) -> pa.Schema:
-    """The types of the passthrough columns: those of the dataset, else those that hold the values
-    of the first files.
+    """The types of the passthrough columns: those of the dataset, else those of the first files.
 
     Raises ShardError when no file can be read.
     """
-    if (existing := open_dataset(job.out)) is not None and existing.job.keep == job.keep:
+    existing = open_dataset(job.out)
+    if existing is not None and existing.job.keep == job.keep:
         return existing.passthrough
-    if (
-        existing is None
-        and (schema := passthrough_in_data(job.out, list(map(job.passthrough_name, job.keep))))
-        is not None
-    ):
-        return schema  # dataset.json was lost
+    if existing is None:
+        schema = passthrough_in_data(job.out, [job.passthrough_name(name) for name in job.keep])
+        if schema is not None:  # dataset.json was lost
+            return schema
     schema = passthrough_schema(listing.shards, job)
     for shard in listing.shards:
         with contextlib.suppress(ShardError):
@@ -345,105 +339,139 @@ def _passthrough(job: Job, listing: Listing) -> pa.Schema:
     return schema
 
 
-def _compiling(job: Job, listing: Listing, shares: Shares) -> Shares:
-    """The shares, with `compiled` as the first round of what is pending has it."""
-    round_shards, device = (
-        _pending(job, listing)[:ROUND_SHARDS],
-        "cuda" if shares.actor_gpus else "cpu",
-    )
+def _with_compiled(job: Job, listing: Listing, shares: Shares) -> Shares:
+    """The shares, with `compiled` as it fits the first round."""
+    round_shards = pending_shards(job, listing)[:ROUND_SHARDS]
+    device = "cuda" if shares.actor_gpus else "cpu"
     images = sum(shard.size for shard in round_shards) // LEAST_IMAGE_BYTES
     if compiles(job, images // shares.actors, device):
         images = estimate_images(round_shards, job)[0]
     return replace(shares, compiled=compiles(job, images // shares.actors, device))
 
 
-def _complete(
-    dataset: Dataset, job: Job, listing: Listing, open_executor: MakeLine, work: Work
+def complete_shards(
+    dataset: Dataset, job: Job, listing: Listing, open_executor: OpenExecutor, state: RunState
 ) -> None:
-    """Rounds until nothing is pending but what was set aside. A round that a system fault ended is
-    planned again.
+    """Rounds until every shard is committed or set aside.
+
+    A round that a system fault ended is planned again. Raises Interrupted, ClusterError when
+    everything fails again and again, and errors of the rounds.
     """
-    pending = _pending(job, listing)
+    pending = pending_shards(job, listing)
     if pending:
         unmark_success(dataset.out)
-    work.vanished = sum(len(_vanished(shard)) for shard in pending)
-    known = [shard.rows for shard in pending]
-    progress = work.progress  # which goes on where inputs that changed are planned again
-    progress.shards = progress.shards_done + len(pending)
-    progress.images_expected = (
-        progress.images + sum(r for r in known if r is not None) if None not in known else None
-    )
-    progress.bytes_expected = progress.size_bytes + sum(shard.size for shard in pending)
-    faults, size, dead, last = 0, ROUND_SHARDS, set[str](), Exception()
-    while pending:
-        if work.stop.is_set():
+    _expect(pending, state)
+    faults = _Faults()
+    while pending and not faults.are_fatal:
+        if state.stop.is_set():
             raise Interrupted("what is staged stays. Run the same command again to go on.")
-        round_shards = _within_memory(pending[:size], job, dataset.fragment_rows)
+        round_shards = _within_memory(pending[: faults.round_size], job, dataset.fragment_rows)
         try:
-            run_round(dataset, round_shards, open_executor(dataset, round_shards), work)
-            size, dead = min(ROUND_SHARDS, NARROWER * size), set()
+            run_round(dataset, round_shards, open_executor(dataset, round_shards), state)
+            faults.round_succeeded()
         except Exception as error:
-            cause = _cause(error)
-            if isinstance(cause, VitrayError):
-                raise type(cause)(
-                    str(cause).partition("\n")[0]
-                ) from error  # Ray appends advice of its own
-            log.warning("a round ended early (%s); planning again", _last_line(error))
-            last = error
-            is_blamable = not isinstance(error, MachineLostError)
-            faults += is_blamable
-            if len(round_shards) == 1 and is_blamable:
-                blame(work, round_shards[0].id, f"its processes died: {_last_line(error)}")
-                dead.add(round_shards[0].id)
-            if (
-                faults > 1 and is_blamable
-            ):  # a death nobody can be blamed for: in ever smaller rounds, until one shard is alone
-                size = max(1, len(round_shards) // NARROWER)
-            if len(dead) == DEADLY:
-                break
-        done = committed(dataset.out).keys()
-        for shard_id in {shard.id for shard in round_shards} & work.commits.keys() - done:
-            del work.commits[shard_id]
-            blame(
-                work,
-                shard_id,
-                "a machine says it is committed, but it is not in `out`: do all machines see the "
-                "same disk?",
-            )
-        pending = [
-            s
-            for s in pending
-            if s.id not in done | work.changed and work.attempts.get(s.id, 0) < ATTEMPTS
-        ]
-        pending.sort(
-            key=lambda shard: work.attempts.get(shard.id, 0)
-        )  # what has died before comes last
-    is_still = work.progress.images == work.progress.resumed
-    if len(dead) == DEADLY or (dead and is_still):  # all that were left died, and no image moved
-        alone = ", ".join(sorted(dead)[:3])
+            _raise_own_error(error)
+            faults.round_failed(error, round_shards, state)
+        if not faults.are_fatal:
+            pending = _still_pending(dataset, pending, round_shards, state)
+    is_still = state.progress.images == state.progress.resumed
+    if faults.are_fatal or (faults.failed_alone and is_still):
+        faults.raise_fatal()
+
+
+def _expect(pending: list[Shard], state: RunState) -> None:
+    """Set what the progress of the run is measured against.
+
+    The progress continues where inputs that changed are planned again.
+    """
+    state.deleted_files = sum(len(deleted_files(shard)) for shard in pending)
+    progress = state.progress
+    progress.shards = progress.shards_done + len(pending)
+    progress.images_expected = None
+    rows = [shard.rows for shard in pending if shard.rows is not None]
+    if len(rows) == len(pending):
+        progress.images_expected = progress.images + sum(rows)
+    progress.bytes_expected = progress.size_bytes + sum(shard.size for shard in pending)
+
+
+@dataclass
+class _Faults:
+    """System faults of rounds, and the size of the next round.
+
+    A fault that cannot be assigned to a shard makes the rounds smaller, until a shard is alone.
+    failed_alone: shards whose rounds of one shard failed since the last good round.
+    """
+
+    round_size: int = ROUND_SHARDS
+    count: int = 0
+    failed_alone: set[str] = field(default_factory=set)
+    last: Exception = field(default_factory=Exception)
+
+    @property
+    def are_fatal(self) -> bool:
+        return len(self.failed_alone) == FATAL_SHARDS
+
+    def round_succeeded(self) -> None:
+        self.round_size = min(ROUND_SHARDS, SHRINK_FACTOR * self.round_size)
+        self.failed_alone = set()
+
+    def round_failed(self, error: Exception, shards: list[Shard], state: RunState) -> None:
+        why = _last_line(error)
+        log.warning("a round ended early (%s); planning again", why)
+        self.last = error
+        if isinstance(error, MachineLostError):  # no shard caused it
+            return
+        self.count += 1
+        if len(shards) == 1:
+            state.record_failure(shards[0].id, f"its processes died: {why}")
+            self.failed_alone.add(shards[0].id)
+        if self.count > 1:
+            self.round_size = max(1, len(shards) // SHRINK_FACTOR)
+
+    def raise_fatal(self) -> None:
+        shards = ", ".join(sorted(self.failed_alone)[:3])
         raise ClusterError(
-            f"the line fails again and again, also with {alone} alone: {_last_line(last)}. Look "
-            f"at that (and at Ray's logs, where it "
-            "runs on Ray) and at that input, then run again."
-        ) from last
+            f"the run fails again and again, also with {shards} alone: {_last_line(self.last)}. "
+            "Look at that (and at Ray's logs, where it runs on Ray) and at that input, then run "
+            "again."
+        ) from self.last
+
+
+def _still_pending(
+    dataset: Dataset, pending: list[Shard], round_shards: list[Shard], state: RunState
+) -> list[Shard]:
+    """The shards to plan again after a round; those that failed come last."""
+    done = committed(dataset.out).keys()
+    for shard_id in {shard.id for shard in round_shards} & state.commits.keys() - done:
+        del state.commits[shard_id]
+        state.record_failure(
+            shard_id,
+            "a machine says it is committed, but it is not in `out`: do all machines see the same "
+            "disk?",
+        )
+    ended = done | state.changed
+    again = [
+        shard
+        for shard in pending
+        if shard.id not in ended and state.attempts.get(shard.id, 0) < ATTEMPTS
+    ]
+    return sorted(again, key=lambda shard: state.attempts.get(shard.id, 0))
 
 
 def _within_memory(shards: list[Shard], job: Job, fragment_rows: int) -> list[Shard]:
-    """The first of them, one at least: as many as have ROUND_FRAGMENTS, as far as their sizes
-    tell.
-    """
-    most = ROUND_FRAGMENTS * fragment_rows
-    if sum(shard.rows or shard.size // LEAST_IMAGE_BYTES for shard in shards) <= most:
+    """The first shards, at least one, with about ROUND_FRAGMENTS (estimated from sizes)."""
+    most_rows = ROUND_FRAGMENTS * fragment_rows
+    if sum(shard.rows or shard.size // LEAST_IMAGE_BYTES for shard in shards) <= most_rows:
         return shards
-    stops = list(accumulate(shard.size for shard in shards))
-    return shards[
-        : max(1, bisect(stops, stops[-1] * most / max(1, estimate_images(shards, job)[0])))
-    ]
+    sizes = list(accumulate(shard.size for shard in shards))
+    images = max(1, estimate_images(shards, job)[0])
+    return shards[: max(1, bisect(sizes, sizes[-1] * most_rows / images))]
 
 
-def _finished(dataset: Dataset, job: Job, prune: bool, work: Work, started: float) -> Result:
-    """The manifest step, on what the source holds now, and what the run comes to."""
-    listing, selected = Listing([], []), list[Shard]()
+def finish_run(dataset: Dataset, job: Job, state: RunState) -> Result:
+    """The manifest step on what the source holds now, and the result of the run."""
+    listing = Listing([], [])
+    selected = list[Shard]()
 
     def list_ids() -> tuple[list[str], list[str]]:
         nonlocal listing, selected
@@ -451,22 +479,11 @@ def _finished(dataset: Dataset, job: Job, prune: bool, work: Work, started: floa
         selected = select_shards(listing.shards, job)
         return [shard.id for shard in listing.shards], [shard.id for shard in selected]
 
-    restore_dataset(dataset)  # another first run that failed may have taken it away
-    ledger = finish(dataset, list_ids, prune, work.commits)
-    remember_source(dataset, _seen(listing))
-    planned, vanished = (
-        [shard.id for shard in selected],
-        sum(len(_vanished(shard)) for shard in listing.shards),
-    )
-    left = (
-        set(planned) - committed(dataset.out).keys()
-    )  # what another run finished, or what is listed no more, is no failure
-    restless = {base_of(shard) for shard in work.changed}
-    aside = {
-        s: "its input changed each time it was read" for s in sorted(left) if base_of(s) in restless
-    }
-    aside |= {s: why for s, why in work.failures.items() if s in left}
-    images = work.progress.images - work.progress.resumed
+    restore_dataset(dataset)  # another first run that failed may have removed it
+    ledger = finish(dataset, list_ids, state.prune, state.commits)
+    remember_source(dataset, _last_source(listing))
+    deleted = sum(len(deleted_files(shard)) for shard in listing.shards)
+    rated = ledger.rows + ledger.errors - deleted
     return Result(
         out=dataset.out,
         errors_path=join(dataset.out, dataset.errors_folder),
@@ -477,71 +494,98 @@ def _finished(dataset: Dataset, job: Job, prune: bool, work: Work, started: floa
         left_out=dict(Counter(listing.left_out) + Counter(ledger.left_out)),
         suffixes=listing.suffixes,
         shards_not_selected=len(listing.shards) - len(selected),
-        images_not_selected=work.selection.images_left,
-        committed=len(work.commits),
-        adopted=sum(commit.adopted for commit in work.commits.values()),
-        images=images,
-        seconds=time.monotonic() - started,
-        set_aside=aside,
-        notes=work.notes,
+        images_not_selected=state.selection.images_left,
+        committed=len(state.commits),
+        adopted=sum(commit.adopted for commit in state.commits.values()),
+        images=state.progress.images - state.progress.resumed,
+        seconds=time.monotonic() - state.started,
+        set_aside=_set_aside(dataset, selected, state),
+        notes=state.notes,
         truncated=ledger.truncated,
-        reasons=dict(work.progress.reasons),
+        reasons=dict(state.progress.reasons),
         gone=ledger.gone,
-        deleted=vanished,
-        too_many_errors=ledger.errors - vanished
-        > job.max_error_rate * (ledger.rows + ledger.errors - vanished),
+        deleted=deleted,
+        too_many_errors=ledger.errors - deleted > job.max_error_rate * rated,
     )
 
 
-def _vanished(shard: Shard) -> list[str]:
-    """Files of a group that are listed no more. Each is an error row, until it is pruned; nothing
-    is bad in it.
+def _set_aside(dataset: Dataset, selected: list[Shard], state: RunState) -> dict[str, str]:
+    """{shard: why} of the shards that this run could not commit.
+
+    A shard that another run finished, or that is no longer listed, is not among them.
     """
-    return [member.url for member in shard.members if member.size < 0 and not member.version]
+    uncommitted = {shard.id for shard in selected} - committed(dataset.out).keys()
+    changed = {base_of(shard_id) for shard_id in state.changed}
+    reasons = {
+        shard_id: "its input changed each time it was read"
+        for shard_id in sorted(uncommitted)
+        if base_of(shard_id) in changed
+    }
+    for shard_id, why in state.failures.items():
+        if shard_id in uncommitted:
+            reasons[shard_id] = why
+    return reasons
 
 
 def _record(
-    dataset: Dataset, result: Result, work: Work, shares: Shares, planned: dict[str, Any] | None
+    dataset: Dataset,
+    result: Result,
+    state: RunState,
+    shares: Shares,
+    planned: dict[str, Any] | None,
 ) -> dict[str, object]:
-    against: dict[str, object] = {} if planned is None else {"planned": planned}
-    if (
-        planned is not None
-        and planned["seconds"]
-        and abs(result.images - planned["images"]) <= NEARLY * planned["images"]
-    ):
-        against["seconds_over_planned"] = round(result.seconds / planned["seconds"], 3)
+    """The run record. Its keys are stored names."""
+    record: dict[str, object] = {}
+    if planned is not None:
+        record["planned"] = planned
+        difference = abs(result.images - planned["images"])
+        if planned["seconds"] and difference <= PLANNED_TOLERANCE * planned["images"]:
+            record["seconds_over_planned"] = round(result.seconds / planned["seconds"], 3)
+    seconds = state.progress.seconds
     return {
-        **against,
-        "run": work.run_id,
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        **record,
+        "run": state.run_id,
+        "finished": _timestamp(),
         "host": socket.gethostname(),
         "fingerprint": dataset.fingerprint,
         "versions": package_versions(),
         "shares": asdict(shares),
-        "seconds_by_step": {
-            step: round(seconds, 3) for step, seconds in work.progress.seconds.items()
-        },
-        "bytes": work.progress.size_bytes,
-        "timeline": work.progress.timeline,
+        "seconds_by_step": {stage: round(spent, 3) for stage, spent in seconds.items()},
+        "bytes": state.progress.size_bytes,
+        "timeline": state.progress.timeline,
         "images_per_s": round(result.images / max(1e-9, result.seconds), 2),
         **asdict(result),
     }
 
 
+def _timestamp() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _ended(error: Exception) -> str:
+    """The `ended` field of a run record."""
+    return shortened(f"{type(error).__name__}: {error}", 400)
+
+
+def _raise_own_error(error: Exception) -> None:
+    """Raise the VitrayError that is the cause of an error, without the advice that Ray appends."""
+    cause = _cause(error)
+    if isinstance(cause, VitrayError):
+        raise type(cause)(str(cause).partition("\n")[0]) from error
+
+
 def _cause(error: BaseException) -> BaseException:
-    """The exception of ours at the root of what Ray raised, else the one given."""
-    seen: BaseException | None = error
-    while seen is not None:
-        inner = getattr(
-            seen, "cause", None
-        )  # first: Ray's own is a VitrayError too, but with a traceback as its text
-        if isinstance(seen, VitrayError) and not isinstance(inner, BaseException):
-            return seen
-        seen = inner if isinstance(inner, BaseException) else seen.__cause__
+    """The VitrayError at the root of what Ray raised, else the error itself."""
+    current: BaseException | None = error
+    while current is not None:
+        # Looked at first: what Ray raises is a VitrayError too, with a traceback as its text.
+        inner = getattr(current, "cause", None)
+        if isinstance(current, VitrayError) and not isinstance(inner, BaseException):
+            return current
+        current = inner if isinstance(inner, BaseException) else current.__cause__
     return error
 
 
 def _last_line(error: BaseException) -> str:
-    return ([line for line in str(error).splitlines() if line.strip()] or [type(error).__name__])[
-        -1
-    ][:200]
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[-1][:200]

@@ -7,6 +7,8 @@ import os
 
 from vitray.dataset import (
     NO_GROUP,
+    append_group_log,
+    committed,
     has_ended_without_rows,
     last_source,
     load_group_log,
@@ -16,12 +18,14 @@ from vitray.dataset import (
 )
 from vitray.errors import JobError, SourceError, StorageError
 from vitray.job import Job
-from vitray.schema import ShardKind
-from vitray.sources import Group, Listing, kind_of, list_shards
+from vitray.schema import Shard, ShardKind
+from vitray.sources import Group, Listing, kind_of, list_shards, select_shards
 from vitray.storage import absolute, expand_braces, reads
 
+SETTLE_ATTEMPTS = 20
 
-def prepared(job: Job) -> Job:
+
+def prepare_job(job: Job) -> Job:
     """The job as a run takes it: with absolute paths and the source rules of its dataset."""
     return with_source_rules(with_absolute_paths(job))
 
@@ -56,19 +60,21 @@ def list_source(job: Job, out: str | None = None) -> Listing:
     """
     out = out or job.out
     groups = groups_of(out)
-    kind = _known_kind(job, out, groups)
+    kind = _dataset_kind(job, out, groups)
     try:
         return list_shards(job, groups, kind)
     except SourceError:
         if kind is None or not has_ended_without_rows(out):
             raise
-        return list_shards(job, groups, None)  # a run that committed nothing binds no later one
+        # A run that committed nothing does not decide the kind of later ones.
+        return list_shards(job, groups, None)
 
 
 def groups_of(out: str) -> list[Group]:
     """The groups of loose files in the log of OUT."""
     log = load_group_log(absolute(out))
-    last_group, members = {url: number for number, url in log}, dict[int, list[str]]()
+    last_group = {url: number for number, url in log}
+    members = dict[int, list[str]]()
     for number, url in log:
         members.setdefault(number, []).append(url)
     members.pop(NO_GROUP, None)
@@ -78,7 +84,40 @@ def groups_of(out: str) -> list[Group]:
     ]
 
 
-def _known_kind(job: Job, out: str, groups: list[Group]) -> ShardKind | None:
+def settle_groups(job: Job, listing: Listing, prune: bool) -> Listing:
+    """The listing with all its groups in the log, written by this run or by a faster one.
+
+    prune: remove deleted files from their groups.
+    """
+    for _ in range(SETTLE_ATTEMPTS):
+        deleted = list[tuple[int, str]]()
+        if prune:
+            deleted = [(NO_GROUP, url) for shard in listing.shards for url in deleted_files(shard)]
+        new = [(group.number, url) for group in listing.new_groups for url in group.urls]
+        entries = deleted or new
+        # After new groups the source is not listed again: files that arrive in the meantime would
+        # become groups of one or two.
+        if not entries or (append_group_log(absolute(job.out), entries) and not deleted):
+            return listing
+        listing = list_source(job)
+    raise StorageError(
+        f"{job.out}: other runs keep appending groups. Wait for them, then run the same command "
+        "again."
+    )
+
+
+def deleted_files(shard: Shard) -> list[str]:
+    """Files of a group that no longer exist. Each is an error row until it is pruned."""
+    return [member.url for member in shard.members if member.size < 0 and not member.version]
+
+
+def pending_shards(job: Job, listing: Listing) -> list[Shard]:
+    """The selected shards that are not committed."""
+    done = committed(absolute(job.out))
+    return [shard for shard in select_shards(listing.shards, job) if shard.id not in done]
+
+
+def _dataset_kind(job: Job, out: str, groups: list[Group]) -> ShardKind | None:
     """The kind of a dataset's shards: by its last run, else its groups, else its manifest.
 
     None where the job has another source than the last run.
@@ -93,6 +132,6 @@ def _known_kind(job: Job, out: str, groups: list[Group]) -> ShardKind | None:
     with contextlib.suppress(StorageError):  # a damaged manifest: its readers report it
         manifest = read_manifest(absolute(out))
         if manifest is not None and len(manifest):
-            kind = kind_of(manifest["url"][0].as_py(), job.rules)
-            return kind if isinstance(kind, ShardKind) else None
+            by_suffix = kind_of(manifest["url"][0].as_py(), job.rules)
+            return by_suffix if isinstance(by_suffix, ShardKind) else None
     return None

@@ -31,7 +31,7 @@ from vitray.sources.parquet import split_parquet
 from vitray.sources.tables import columns_to_read, parquet_kind, read_schema
 from vitray.sources.tar import require_clear_samples
 from vitray.sources.text import UnreadableTextError
-from vitray.storage import Found, ObjectInfo
+from vitray.storage import ObjectInfo, PatternObjects
 
 UNREADABLE = (ShardError, ObjectChanged)
 FILES_TRIED = 5  # until one can be opened
@@ -62,13 +62,13 @@ def list_shards(
     dataset_kind: the kind of the dataset that the job continues. Files of other kinds are then left
     out instead of refused.
     """
-    found = _search(job)
-    kind = _kind(job, found.objects, dataset_kind)
-    of_kind, unused = _partition(job, kind, found.objects)
+    matches = _search(job)
+    kind = _kind(job, matches.objects, dataset_kind)
+    of_kind, unused = _partition(job, kind, matches.objects)
     if not of_kind:
         raise SourceError(
-            f"source {_names(job)} holds nothing of format {kind}: {_counts(found.objects, job)}. "
-            "Correct `source` or `format`."
+            f"source {_names(job)} holds nothing of format {kind}: "
+            f"{_counts(matches.objects, job)}. Correct `source` or `format`."
         )
     new: list[Group] = []
     if kind == ShardKind.FILES:
@@ -80,13 +80,13 @@ def list_shards(
     if kind == ShardKind.TAR and dataset_kind is None:  # a later tar is only set aside itself
         _check_first_readable(shards[:1], lambda shard: require_clear_samples(shard, job))
     left_out = Counter[str](_why_left_out(info, kind, job) for info in unused)
-    left_out[LeftOut.HIDDEN] += len(found.hidden)
-    left_out[LeftOut.LINKED_FOLDER] += len(found.linked_folders)
+    left_out[LeftOut.HIDDEN] += len(matches.hidden)
+    left_out[LeftOut.LINKED_FOLDER] += len(matches.linked_folders)
     suffixes = Counter(suffix_of(info.url, job.rules) for info in unused)
     return Listing(shards, new, kind, dict(+left_out), dict(suffixes))
 
 
-def _search(job: Job) -> Found:
+def _search(job: Job) -> PatternObjects:
     """Every object once, in order."""
     objects = dict[str, ObjectInfo]()
     hidden = set[str]()
@@ -106,7 +106,7 @@ def _search(job: Job) -> Found:
             f"source {_names(job)} holds no object (names that begin with a dot or an underscore "
             "do not count). Correct `source`."
         )
-    return Found(list(objects.values()), sorted(hidden - objects.keys()), sorted(linked))
+    return PatternObjects(list(objects.values()), sorted(hidden - objects.keys()), sorted(linked))
 
 
 def _kind(job: Job, objects: list[ObjectInfo], dataset_kind: ShardKind | None) -> ShardKind:

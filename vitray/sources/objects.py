@@ -35,7 +35,7 @@ def whole_shard(info: ObjectInfo, kind: ShardKind) -> Shard:
 
 
 def part_of(shard: Shard, unit: str, rows: int, size: int, span: tuple[int, int]) -> Shard:
-    """A part of a shard's object. span: its start and stop, in units; the unit is part of the id."""
+    """A part of a shard's object, from span[0] to span[1]. unit: of the span; part of the id."""
     start, stop = span
     name = shard_id(f"{_stem_of(shard.url)}-{unit}{start}-{stop}", shard.url, shard.version)
     return replace(shard, id=name, size=size, start=start, stop=stop, rows=rows)

@@ -214,7 +214,7 @@ def read_batches(
                 yield row, batch, positions
             row += batch.num_rows
         if row != stop:
-            raise pa.ArrowInvalid(f"row group {group} ends at row {row}, not {stop} as in its footer")
+            raise pa.ArrowInvalid(f"row group {group} ends at row {row}, its footer says {stop}")
 
 
 def passthrough_batch(batch: pa.RecordBatch, job: Job) -> pa.RecordBatch:
@@ -287,8 +287,8 @@ def columns_to_read(schema: pa.Schema, shard: Shard, job: Job) -> list[str]:
             f"key_column: `{job.key_column}` is {schema.field(job.key_column).type}; choose a "
             "column of text or numbers."
         )
-    others = [name for name in (job.key_column, *job.keep) if name and name in schema.names]
-    return list(dict.fromkeys(likely + others))
+    further = [name for name in (job.key_column, *job.keep) if name and name in schema.names]
+    return list(dict.fromkeys(likely + further))
 
 
 def _no_image_column(schema: pa.Schema, shard: Shard, job: Job) -> JobError:
@@ -304,6 +304,9 @@ def _no_image_column(schema: pa.Schema, shard: Shard, job: Job) -> JobError:
         what = f"string column of paths ({', '.join(PATH_NAMES)})"
     if job.image_column:
         what += f" named `{job.image_column}`"
+    if doubled := sorted({name for name in schema.names if schema.names.count(name) > 1}):
+        named = ", ".join(f"`{name}`" for name in doubled)
+        return JobError(f"{shard.url} has several columns of one name: {named}. Rename them.")
     columns = ", ".join(f"{field.name}: {field.type}" for field in list(schema)[:20])
     return JobError(f"the input has no {what}; it has {columns}. Set `image_column`.")
 
@@ -483,7 +486,7 @@ def _holds_only_paths(kind: pa.DataType) -> bool:
     if not pa.types.is_struct(kind) or kind.get_field_index("bytes") >= 0:
         return False
     n = kind.get_field_index("path")
-    return n >= 0 and _values_of(kind.field(n).type) in STRINGS
+    return bool(n >= 0 and _values_of(kind.field(n).type) in STRINGS)
 
 
 def _holds_paths(kind: pa.DataType, job: Job) -> bool:

@@ -55,7 +55,7 @@ def read_tar(shard: Shard, job: Job, is_wanted: Callable[[int], bool]) -> Iterat
         source = TarSource(stream, shard.url, shard.size)
         reader.dotted = _peek(source, job)
         for sample in reader.samples(source):
-            if sample.wanted:
+            if sample.is_wanted:
                 yield reader.row_of(sample)
     notes = [source.why, *reader.notes()]
     yield End(
@@ -257,7 +257,7 @@ class _Sample:
     index: int
     key: str
     start: int
-    wanted: bool
+    is_wanted: bool
     extensions: dict[str, None] = field(default_factory=dict)
     passthrough: dict[str, bytes] = field(default_factory=dict)
     images: list[str] = field(default_factory=list)
@@ -416,7 +416,7 @@ class _Reader:
                 link = printable(member.linkname)[:200]
                 sample.reason = "missing"
                 sample.message = f"a link to {link}, which is not followed"
-        elif sample.wanted and (is_picked or is_passthrough):
+        elif sample.is_wanted and (is_picked or is_passthrough):
             data = source.take(member.size)
             if is_picked:
                 sample.data = data

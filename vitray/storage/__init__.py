@@ -7,13 +7,13 @@ version that was planned. pyarrow's own file systems are not used: see docs/deci
 from vitray.storage.folder import new_folder
 from vitray.storage.local import on_disk
 from vitray.storage.objects import ABANDONED_S, ObjectInfo, Store, absolute, is_local
-from vitray.storage.patterns import Found, expand, expand_braces, reads, search
+from vitray.storage.patterns import PatternObjects, expand, expand_braces, reads, search
 from vitray.storage.stores import exists, join, read, sha256_of, store_for
 
 __all__ = [
     "ABANDONED_S",
-    "Found",
     "ObjectInfo",
+    "PatternObjects",
     "Store",
     "absolute",
     "exists",

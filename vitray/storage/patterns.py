@@ -19,7 +19,7 @@ LONGEST_RANGE = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class PatternObjects:
     """The objects that a pattern names, in order.
 
     hidden: URLs below it whose names begin with a dot or an underscore that the pattern lacks.
@@ -31,7 +31,7 @@ class Found:
     linked_folders: list[str]
 
 
-def search(pattern: str, rules: int = 1) -> Found:
+def search(pattern: str, rules: int = 1) -> PatternObjects:
     """The objects that a URL, glob, {000..099} range or prefix names.
 
     rules: of the source, see Job. With rules 2:
@@ -41,7 +41,7 @@ def search(pattern: str, rules: int = 1) -> Found:
 
     Raises ObjectMissing for a URL that names no object.
     """
-    result = Found([], [], [])
+    result = PatternObjects([], [], [])
     for url in expand_braces(pattern):
         infos, linked_folders = _infos_of(url, rules)
         is_hidden = _hidden_by(absolute(url), rules)

@@ -1,7 +1,14 @@
 """Models trained on the user's own classes.
 
-config.py        what a person writes for `vitray finetune`    examples.py      labelled images, decoded once
-finetuning.py    from a configuration to a checkpoint          fitting.py       the loop, on one worker or many
-student.py       what of a network learns, and its losses      linear_probe.py  a linear head on stored embeddings
-checkpoints.py   the state of training, in storage             outputs.py       checkpoint, card, metrics, page
+config.py           the fields of a `vitray finetune` file
+finetuning.py       from a TrainingConfig to a checkpoint
+training_run.py     data, checkpoint and teacher, made from the config
+labelled_source.py  images with their labels        labels.py          labels and classes
+examples.py         images, decoded once            batches.py         images of a step
+student.py          what learns, and its losses     teachers.py        scores and vectors to learn
+fitting.py          the training loop               workers.py         the loop on several workers
+probe_training.py   `train: probe`                  linear_probe.py    a head on stored embeddings
+checkpoints.py      the states of a training        out_folder.py      what OUT was begun with
+outcome.py          how the training went           outputs.py         the files of OUT
+page.py             report.html
 """

@@ -98,7 +98,7 @@ class TrainingConfig(Written):
         "blocks and the head, low-rank adapters, or everything",
     )
     init: Literal["weights", "scratch"] = Field(
-        "weights", description="scratch: random weights; the model needs no weight file"
+        "weights", description="scratch: random weights; `model` needs no weight file"
     )
     last: int = Field(1, description="train: last: how many blocks", ge=1)
     rank: int = Field(

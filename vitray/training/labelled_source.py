@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from vitray.dataset import Dataset, read, read_errors, require_complete, require_outside
 from vitray.errors import JobError
-from vitray.pipeline import list_source, prepared
+from vitray.pipeline import list_source, prepare_job
 from vitray.schema import Encoded, Shard, ShardKind, short_hash
 from vitray.sources import file_passthrough_schema, list_shards, python_value, read_shard
 from vitray.storage import absolute
@@ -25,7 +25,7 @@ ImageId = tuple[str, int]  # shard and index: keys may repeat
 
 @dataclass(frozen=True, slots=True)
 class LabelledImage:
-    """An encoded image. key: below the source, so that it survives a move. label: None: it has none."""
+    """key: the path below the source, which survives a move. label: None if it has none."""
 
     key: str
     label: str | None
@@ -54,7 +54,7 @@ class LabelledSource:
     def __init__(self, config: TrainingConfig) -> None:
         self.config = config
         self.dataset = require_complete(config.from_dataset) if config.from_dataset else None
-        self.job = prepared(self.dataset.job if self.dataset else config.source_job())
+        self.job = prepare_job(self.dataset.job if self.dataset else config.source_job())
         if self.dataset:
             require_outside(self.dataset, "`out`", absolute(config.out))
         self.bases = [
@@ -111,8 +111,8 @@ class LabelledSource:
     def images(self) -> Iterator[LabelledImage]:
         """All images that are used, with their labels. Warns of shards that are cut short."""
         for shard, values in self._shards_with_labels():
-            wanted = _every_index if values is None else values.__contains__
-            for item in read_shard(shard, self.job, wanted):
+            is_used = _every_index if values is None else values.__contains__
+            for item in read_shard(shard, self.job, is_used):
                 if isinstance(item, Encoded):
                     value = _passthrough_value(item) if values is None else values[item.index]
                     label = self.label_of(item.key, value, (shard.id, item.index))

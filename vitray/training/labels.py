@@ -76,7 +76,9 @@ def _table_rows(url: str, columns: list[str]) -> Iterable[dict[str, Any]]:
     """Rows of a CSV or Parquet file. Raises JobError for a column that it does not have."""
     if url.lower().endswith(".parquet"):
         with store_for(url).open(url) as stream:
-            _require_columns(url, columns, pq.ParquetFile(stream, pre_buffer=False).schema_arrow.names)
+            _require_columns(
+                url, columns, pq.ParquetFile(stream, pre_buffer=False).schema_arrow.names
+            )
             return list(read_table(stream, columns).to_pylist())
     reader = csv.DictReader(io.StringIO(read_object(url).decode("utf-8-sig")))
     _require_columns(url, columns, list(reader.fieldnames or ()))

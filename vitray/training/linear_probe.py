@@ -58,29 +58,19 @@ def fit_linear_probe(
     metric: of the held-out rows, chooses the strength: accuracy (of equal ones the smaller loss)
     or loss.
     """
-    mean = train.vectors.mean(0, dtype=np.float64)
-    scale = train.vectors.std(0, dtype=np.float64) + 1e-6
-    rows = torch.from_numpy(((train.vectors - mean) / scale).astype(np.float32))
-    one_hot = torch.nn.functional.one_hot(torch.from_numpy(train.ids), len(weights)).float()
-    target = one_hot * (1 - smoothing) + smoothing / len(weights)
-    problem = _Problem(rows, target, weights)
-    weight = torch.zeros(len(weights), rows.shape[1], requires_grad=True)
-    bias = torch.zeros(len(weights), requires_grad=True)
+    problem = _Problem.of(train, weights, smoothing)
+    weight = torch.zeros(problem.target.shape[1], problem.rows.shape[1], requires_grad=True)
+    bias = torch.zeros(problem.target.shape[1], requires_grad=True)
     has_held_out = len(held_out.ids) > 0
     solutions: list[_Solution] = []
-    with _one_thread_if_small(rows.numel()):
+    with _one_thread_if_small(problem.rows.numel()):
         for strength in sorted(STRENGTHS if has_held_out else [STRENGTH], reverse=True):
-            loss = _minimise(functools.partial(problem.loss, weight, bias, strength), [weight, bias])
-            raw_weight = weight.detach().numpy() / scale  # of vectors as they are stored
-            raw_bias = bias.detach().numpy() - raw_weight @ mean
-            solution = _Solution(
-                raw_weight.astype(np.float32),
-                raw_bias.astype(np.float32),
-                {"strength": strength, "loss": loss},
-            )
+            objective = functools.partial(problem.loss, weight, bias, strength)
+            record = {"strength": strength, "loss": _minimise(objective, [weight, bias])}
+            solution = problem.solution(weight, bias, record)
             if has_held_out:
                 answers = evaluate_head(solution.weight, solution.bias, held_out)
-                solution.record.update(answers.figures(held_out.ids))
+                record.update(answers.figures(held_out.ids))
             solutions.append(solution)
     best = solutions[0]
     if has_held_out:
@@ -91,7 +81,7 @@ def fit_linear_probe(
 
 @dataclass(frozen=True)
 class _Solution:
-    """The head of one strength. weight: float32 [C, D]. bias: float32 [C]."""
+    """The head of one strength, for vectors as they are stored, and its figures."""
 
     weight: np.ndarray
     bias: np.ndarray
@@ -100,17 +90,39 @@ class _Solution:
 
 @dataclass(frozen=True)
 class _Problem:
-    """rows: float32 [N, D], standardised. target: float32 [N, C]. weights: float32 [C]."""
+    """rows: float32 [N, D], standardised by mean and scale, float64 [D].
+
+    target: float32 [N, C]. weights: float32 [C].
+    """
 
     rows: torch.Tensor
     target: torch.Tensor
     weights: torch.Tensor
+    mean: np.ndarray
+    scale: np.ndarray
+
+    @classmethod
+    def of(cls, train: LabelledRows, weights: torch.Tensor, smoothing: float) -> _Problem:
+        mean = train.vectors.mean(0, dtype=np.float64)
+        scale = train.vectors.std(0, dtype=np.float64) + 1e-6
+        rows = torch.from_numpy(((train.vectors - mean) / scale).astype(np.float32))
+        one_hot = torch.nn.functional.one_hot(torch.from_numpy(train.ids), len(weights)).float()
+        target = one_hot * (1 - smoothing) + smoothing / len(weights)
+        return cls(rows, target, weights, mean, scale)
 
     def loss(self, weight: torch.Tensor, bias: torch.Tensor, strength: float) -> torch.Tensor:
         """Mean cross-entropy, and the L2 penalty."""
         logs = torch.log_softmax(self.rows @ weight.T + bias, -1)
         cross_entropy = -(self.target * self.weights * logs).sum(1).mean()
         return cross_entropy + strength / 2 * weight.square().sum()
+
+    def solution(
+        self, weight: torch.Tensor, bias: torch.Tensor, record: dict[str, float]
+    ) -> _Solution:
+        """The head for vectors that are not standardised."""
+        raw_weight = weight.detach().numpy() / self.scale
+        raw_bias = bias.detach().numpy() - raw_weight @ self.mean
+        return _Solution(raw_weight.astype(np.float32), raw_bias.astype(np.float32), record)
 
 
 @contextmanager

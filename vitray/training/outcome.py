@@ -1,4 +1,4 @@
-"""How a training went: what its card, its page and its metrics show."""
+"""How a training went: its result, and what its card, its page and its metrics show."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 
 from vitray.evaluation.metrics import accuracy
 from vitray.models.checkpoint import Checkpoint
+from vitray.storage import absolute, join
 from vitray.training.config import TrainingConfig
 
 
@@ -47,6 +48,44 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
+class Result:
+    """What was trained.
+
+    figures: of the chosen weights, on the held-out images. skipped: images that were not used.
+    model: whether OUT is a checkpoint for `model:`; else it is a head for `head:`.
+    """
+
+    out: str
+    train: str
+    classes: int
+    images: int
+    held_out: int
+    skipped: int
+    epochs: int
+    seconds: float
+    figures: dict[str, float]
+    model: bool
+
+    def __str__(self) -> str:
+        figures = ", ".join(
+            f"{name.replace('_', ' ')} {value:.4g}" for name, value in self.figures.items()
+        )
+        lines = [
+            f"{self.out}: {self.train} on {self.images:,} images of {self.classes} classes in "
+            f"{self.seconds:.1f} s; {figures or 'no figures: no image was held out'}"
+        ]
+        if self.skipped:
+            path = join(self.out, "skipped.json")
+            lines.append(f"skipped    {self.skipped:,} images, listed in {path}")
+        if self.model:
+            lines.append(f"use it     vitray run SOURCE --model {self.out} --out …")
+        else:
+            lines.append(f"use it     vitray relabel DATASET --head {self.out} --into …")
+        lines.append(f"look       {join(self.out, 'report.html')}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
 class Outcome:
     """A finished training.
 
@@ -61,3 +100,18 @@ class Outcome:
     skipped: list[dict[str, str]]
     figures: dict[str, float]
     held_out: HeldOut | None  # None: no image was held out
+
+    def result(self, images: int, epochs: int, seconds: float, is_model: bool) -> Result:
+        """The result of the command. images: those that were trained on."""
+        return Result(
+            out=absolute(self.config.out),
+            train=self.config.train,
+            classes=len(self.classes),
+            images=images,
+            held_out=len(self.held_out.truth) if self.held_out is not None else 0,
+            skipped=len(self.skipped),
+            epochs=epochs,
+            seconds=seconds,
+            figures=self.figures,
+            model=is_model,
+        )

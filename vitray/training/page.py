@@ -1,118 +1,130 @@
-"""The page of a training: curves, what is taken for what, the worst images. One HTML file that
-needs nothing else.
-"""
+"""The page of a training: its curves, its mistakes, its worst images. One HTML file."""
 
 from __future__ import annotations
 
 import json
 from base64 import b64encode
-from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from vitray.evaluation.metrics import accuracy, commonest_mistakes, confusion
 from vitray.html import axis, rendered
-from vitray.training.config import TrainingConfig
+from vitray.training.outcome import HeldOut, Outcome
 
-if TYPE_CHECKING:
-    from vitray.training.outputs import Seen
+MOST_CLASSES = 20  # of a table of all classes against all
+MOST_PAIRS = 20
+MOST_WORST = 24
+MOST_SKIPPED = 100
+LEFT, BOTTOM, WIDTH, HEIGHT = 48, 220, 424, 208  # of the frame in macros.html, in SVG units
 
-CELLS = 20  # classes that a table of all against all still shows
-PAIRS, WORST, SKIPPED = 20, 24, 100
-LEFT, BOTTOM, WIDTH, HEIGHT = 48, 220, 424, 208  # of the frame that macros.html draws
 
+def page_of(outcome: Outcome) -> str:
+    """The page as HTML. Names come from data, so everything is escaped.
 
-def page_of(
-    config: TrainingConfig,
-    classes: tuple[str, ...],
-    records: list[dict[str, float]],
-    skipped: list[dict[str, str]],
-    seen: Seen | None,
-) -> str:
-    """The page as text. Names come from data: everything is escaped, and what could turn or hide
-    text is replaced.
+    Characters that could turn or hide text are replaced.
     """
-    worst = _worst(classes, seen) if seen is not None else []
+    held_out = outcome.held_out
+    config = outcome.config.model_dump(mode="json")
+    values: dict[str, Any] = {
+        "confusion": None,
+        "pairs": [],
+        "worst": [],
+        "accuracy": None,
+        "images": 0,
+    }
+    if held_out is not None:
+        values = {
+            "confusion": _confusion(outcome.classes, held_out),
+            "pairs": _mistakes(outcome.classes, held_out),
+            "worst": _worst(outcome.classes, held_out),
+            "accuracy": accuracy(held_out.answers.ids, held_out.truth),
+            "images": len(held_out.truth),
+        }
     return rendered(
         "training",
         "page.html",
         maker="vitray finetune",
-        name=config.out.rstrip("/").rpartition("/")[2],
+        name=outcome.config.out.rstrip("/").rpartition("/")[2],
         notes=(),
         made_from="the training's own records",
-        holds_pictures=any(it["picture"] for it in worst),
-        config={name: json.dumps(value) for name, value in config.model_dump(mode="json").items()},
-        curves=curves(records),
-        confusion=_confusion(classes, seen) if seen is not None and len(classes) <= CELLS else None,
-        pairs=_pairs(classes, seen) if seen is not None else [],
-        worst=worst,
-        skipped=skipped[:SKIPPED],
-        lost=len(skipped),
-        accuracy=float((seen.judged.ids == seen.truth).mean()) if seen is not None else None,
-        images=len(seen.truth) if seen is not None else 0,
+        holds_pictures=any(image["picture"] for image in values["worst"]),
+        config={name: json.dumps(value) for name, value in config.items()},
+        curves=curves(outcome.records),
+        skipped=outcome.skipped[:MOST_SKIPPED],
+        skipped_total=len(outcome.skipped),
+        **values,
     )
 
 
 def curves(records: list[dict[str, float]]) -> list[dict[str, Any]]:
-    """A drawing for each figure: its name, last value, range, axis, and an SVG path in the frame of
-    macros.html.
-    """
-    drawn = []
-    for name in ("loss", "validation_loss", "validation_accuracy", "lr"):
-        told = [
-            (n, it)
-            for n, it in enumerate(records)
-            if name in it and ("epoch" not in it or name != "loss")
-        ]
-        points = [(it.get("step", n), it[name]) for n, it in told]
-        if len(points) < 2:
-            continue
-        xs, ys = np.array(points, float).T
-        ticks = axis(1.0 if name == "validation_accuracy" else ys.max())
-        right = LEFT + WIDTH * (xs - xs[0]) / max(1, xs[-1] - xs[0])
-        down = BOTTOM - HEIGHT * ys / ticks[-1]
-        path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in zip(right, down))
-        spec = {"last": ys[-1], "low": ys.min(), "high": ys.max(), "steps": int(xs[-1])}
-        drawn.append({"name": name.replace("_", " "), "axis": ticks, "path": path, **spec})
-    return drawn
+    """A curve for each figure with two points: its name, range, axis, and SVG path."""
+    names = ("loss", "validation_loss", "validation_accuracy", "lr")
+    drawn = [_curve(name, _points(name, records)) for name in names]
+    return [curve for curve in drawn if curve is not None]
 
 
-def _confusion(classes: tuple[str, ...], seen: Seen) -> list[tuple[str, list[int]]]:
-    counts = np.zeros((len(classes), len(classes)), int)
-    np.add.at(counts, (seen.truth, seen.judged.ids), 1)
-    return [(name, [int(n) for n in row]) for name, row in zip(classes, counts)]
+def _points(name: str, records: list[dict[str, float]]) -> list[tuple[float, float]]:
+    """(step, value) of a figure; the loss is that of steps, not of epochs."""
+    return [
+        (record.get("step", n), record[name])
+        for n, record in enumerate(records)
+        if name in record and (name != "loss" or "epoch" not in record)
+    ]
 
 
-def _pairs(classes: tuple[str, ...], seen: Seen) -> list[tuple[str, str, int]]:
-    wrong = seen.truth != seen.judged.ids
-    pairs = Counter(zip(seen.truth[wrong].tolist(), seen.judged.ids[wrong].tolist()))
-    return [(classes[true], classes[said], n) for (true, said), n in pairs.most_common(PAIRS)]
+def _curve(name: str, points: list[tuple[float, float]]) -> dict[str, Any] | None:
+    if len(points) < 2:
+        return None
+    steps, values = np.array(points, float).T
+    ticks = axis(1.0 if name == "validation_accuracy" else values.max())
+    xs = LEFT + WIDTH * (steps - steps[0]) / max(1, steps[-1] - steps[0])
+    ys = BOTTOM - HEIGHT * values / ticks[-1]
+    return {
+        "name": name.replace("_", " "),
+        "axis": ticks,
+        "path": "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in zip(xs, ys)),
+        "last": values[-1],
+        "low": values.min(),
+        "high": values.max(),
+        "steps": int(steps[-1]),
+    }
 
 
-def _worst(classes: tuple[str, ...], seen: Seen) -> list[dict[str, Any]]:
-    """The wrong images of the largest loss."""
-    order = [
-        n
-        for n in np.argsort(-seen.judged.losses, kind="stable")
-        if seen.judged.ids[n] != seen.truth[n]
-    ][:WORST]
+def _confusion(classes: tuple[str, ...], held_out: HeldOut) -> list[tuple[str, list[int]]] | None:
+    """(class, images by predicted class) of each class; None for too many classes."""
+    if len(classes) > MOST_CLASSES:
+        return None
+    counts = confusion(held_out.truth, held_out.answers.ids, len(classes))
+    return list(zip(classes, counts.tolist()))
+
+
+def _mistakes(classes: tuple[str, ...], held_out: HeldOut) -> list[tuple[str, str, int]]:
+    """(true class, predicted class, images), the commonest first."""
+    pairs = commonest_mistakes(held_out.truth, held_out.answers.ids, MOST_PAIRS)
+    return [(classes[true], classes[predicted], images) for true, predicted, images in pairs]
+
+
+def _worst(classes: tuple[str, ...], held_out: HeldOut) -> list[dict[str, Any]]:
+    """The wrongly labelled images with the largest losses."""
+    answers, truth = held_out.answers, held_out.truth
+    by_loss = np.argsort(-answers.losses, kind="stable")
+    wrong = by_loss[answers.ids[by_loss] != truth[by_loss]]
     return [
         {
-            "key": seen.keys[n],
-            "true": classes[seen.truth[n]],
-            "said": classes[seen.judged.ids[n]],
-            "score": float(seen.judged.scores[n]),
-            "picture": _picture(seen.pixels[n]) if seen.pixels is not None else None,
+            "key": held_out.keys[n],
+            "true": classes[truth[n]],
+            "predicted": classes[answers.ids[n]],
+            "score": float(answers.scores[n]),
+            "picture": _picture(held_out.pixels[n]) if held_out.pixels is not None else None,
         }
-        for n in order
+        for n in wrong[:MOST_WORST]
     ]
 
 
 def _picture(pixels: np.ndarray) -> str:
-    """What the model saw, as a JPEG of ours: not a byte of the input reaches the page."""
+    """The model's input as a JPEG in a data URL. No byte of the original file reaches the page."""
     import simplejpeg
 
-    return (
-        "data:image/jpeg;base64,"
-        + b64encode(simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), 90, "RGB", "444")).decode()
-    )
+    jpeg = simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), 90, "RGB", "444")
+    return "data:image/jpeg;base64," + b64encode(jpeg).decode()

@@ -111,7 +111,7 @@ def _freeze(student: Student, network: Network, config: TrainingConfig) -> None:
 
 
 def _freeze_unused(student: Student, size: tuple[int, int]) -> None:
-    """Freeze parameters without a gradient: pretraining masks, a norm that the head does not use."""
+    """Freeze parameters without a gradient, such as masks of pretraining and an unused norm."""
     logits, own = student(torch.zeros(2, 3, *size))
     (logits.sum() + (own.sum() if own is not None else 0)).backward()
     for parameter in student.parameters():

@@ -98,7 +98,10 @@ class OnlineTeacher:
         classes: tuple[str, ...],
         student_pixels: PixelSpec,
     ) -> None:
-        """student_pixels: how its input is normalised. Raises JobError for labels not in `classes`."""
+        """student_pixels: how its input is normalised.
+
+        Raises JobError for labels that are not among `classes`.
+        """
         vision_config = read_config(checkpoint)
         self.student_pixels = student_pixels
         self.pixels = read_pixels(checkpoint, vision_config)

@@ -1,4 +1,4 @@
-"""Several workers: Ray Train's TorchTrainer around the same loop, DDP between its workers."""
+"""Several workers: Ray Train's TorchTrainer around the training loop, with DDP between them."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from vitray.pipeline.cluster import RETRIES, alive_nodes, ray_session
 from vitray.storage import exists, store_for
 from vitray.training.checkpoints import TakenOver
 from vitray.training.config import TrainingConfig
-from vitray.training.finetuning import TrainingRun
 from vitray.training.fitting import WorkerGroup
+from vitray.training.training_run import TrainingRun
 
-START_S = 600.0  # for the workers to begin; Ray would wait for ever
-LOOK_S = 2.0
+START_S = 600.0  # until a worker begins; Ray would wait forever
+POLL_S = 2.0
 
 
 def fit_with_ray(config: TrainingConfig, owner: str, address: str | None, allow_open: bool) -> None:
-    """Train to the end on config.workers workers; how it ended is in the state of OUT.
+    """Train to the end on config.workers workers. The result is in the state of OUT.
 
-    A worker that dies takes the others with it: all begin again from the last checkpoint, three
-    times at most. Raises ClusterError.
+    If a worker dies, all begin again from the last checkpoint, at most three times. Raises
+    ClusterError, and what a worker raises.
     """
     began = internal_url(config.out, f"began-{uuid.uuid4().hex}")
     with ray_session(address, allow_open), tempfile.TemporaryDirectory(prefix="vitray-") as scratch:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
-        has_gpus = any(
-            node["Resources"].get("GPU", 0) for node in alive_nodes()
-        )  # where this command runs there may be none
+        # of the cluster: the machine of this command may have none
+        has_gpus = any(node["Resources"].get("GPU", 0) for node in alive_nodes())
         on_gpu = config.device == "cuda" or (config.device == "auto" and has_gpus)
-        _require_room(config.workers, "GPU" if on_gpu else "CPU")
+        _require_resources(config.workers, "GPU" if on_gpu else "CPU")
         limits = FailureConfig(max_failures=RETRIES, controller_failure_limit=RETRIES)
         trainer = TorchTrainer(
-            work,
-            train_loop_config={  # unset fields stay unset: which ones were given is checked, too
+            train_worker,
+            train_loop_config={
+                # unset fields stay unset: the validation depends on which fields are set
                 "config": config.model_dump(mode="json", exclude_unset=True),
-                "home": os.getcwd(),
+                "directory": os.getcwd(),
                 "began": began,
                 "owner": owner,
             },
@@ -54,74 +54,76 @@ def fit_with_ray(config: TrainingConfig, owner: str, address: str | None, allow_
             run_config=RunConfig(storage_path=scratch, failure_config=limits),
         )
         try:
-            _watched(trainer.fit, began)
+            run_watched(trainer.fit, began)
         finally:
             store_for(began).delete([began])
 
 
-def work(told: dict[str, Any]) -> None:
-    """One worker, in a process of Ray's: makes everything from the config, as the others do."""
+def train_worker(settings: dict[str, Any]) -> None:
+    """One worker, in a process of Ray: makes a TrainingRun from the config and trains it."""
     from ray.train import get_context, report
     from ray.train.torch import get_device
 
-    with contextlib.suppress(
-        OSError
-    ):  # Ray has put it into a folder of its own, where relative paths name nothing
-        os.chdir(told["home"])
-    store_for(told["began"]).create(told["began"], b"")
+    # Ray starts workers in a folder of its own, where relative paths mean something else
+    with contextlib.suppress(OSError):
+        os.chdir(settings["directory"])
+    store_for(settings["began"]).create(settings["began"], b"")
     context = get_context()
     group = WorkerGroup(
-        context.get_world_rank(), context.get_world_size(), str(get_device()), told["owner"]
+        rank=context.get_world_rank(),
+        world=context.get_world_size(),
+        device=str(get_device()),
+        owner=settings["owner"],
     )
-    with contextlib.suppress(TakenOver):  # Ray would begin again; the command itself says it
-        TrainingRun.of(TrainingConfig(**told["config"])).fitting(group).run(report)
+    # Ray would begin again; the command itself raises TakenOver
+    with contextlib.suppress(TakenOver):
+        TrainingRun.of(TrainingConfig(**settings["config"])).fitting(group).run(report)
 
 
-def _require_room(workers: int, what: str) -> None:
-    """Raises ClusterError for what Ray would wait for."""
-    there = sum(node["Resources"].get(what, 0) for node in alive_nodes())
-    if there < workers:
+def _require_resources(workers: int, resource: str) -> None:
+    """Raises ClusterError if the cluster has too few of them: Ray would wait for more."""
+    available = sum(node["Resources"].get(resource, 0) for node in alive_nodes())
+    if available < workers:
         raise ClusterError(
-            f"{workers} workers take a {what} each, and there are {there:g}. Set fewer `workers`, "
-            f"add machines, or set device: cpu."
+            f"{workers} workers need a {resource} each, and the cluster has {available:g}. Set "
+            f"fewer `workers`, add machines, or set device: cpu."
         )
 
 
-def _watched(fit: Callable[[], object], began: str) -> None:
-    """Call it in a thread, so that what never returns from Ray ends in ClusterError, too, and Ray
-    leaves Ctrl-C to us.
+def run_watched(fit: Callable[[], object], began: str) -> None:
+    """Call `fit` in a thread, so that Ctrl-C reaches this process and not Ray.
 
-    Raises what a worker raised.
+    began: the object that a worker creates first. Raises ClusterError if it does not exist after
+    START_S, and what a worker raises.
     """
-    failed: list[Exception] = []
+    failures: list[Exception] = []
 
     def run() -> None:
         try:
             fit()
         except Exception as error:
-            failed.append(error)
+            failures.append(error)
 
-    thread, started, is_begun = (
-        threading.Thread(target=run, name="vitray-training", daemon=True),
-        time.monotonic(),
-        False,
-    )
+    thread = threading.Thread(target=run, name="vitray-training", daemon=True)
     thread.start()
+    started = time.monotonic()
+    has_begun = False
     while thread.is_alive():
-        thread.join(LOOK_S)
-        is_begun = is_begun or exists(began)
-        if not is_begun and time.monotonic() - started > START_S:
+        thread.join(POLL_S)
+        has_begun = has_begun or exists(began)
+        if not has_begun and time.monotonic() - started > START_S:
             raise ClusterError(
-                f"no worker has begun in {START_S:g} s. Look at `ray status`, and that every "
-                f"machine sees `out`; then run again."
+                f"no worker has begun in {START_S:g} s. Look at `ray status`, and check that every "
+                f"machine can read `out`; then run again."
             )
-    if failed:
-        other = ClusterError(f"the training failed: {one_line(failed[0])}. Run again to go on.")
-        raise _ours(failed[0]) or other from failed[0]
+    if failures:
+        other = ClusterError(f"the training failed: {one_line(failures[0])}. Run again to go on.")
+        raise _vitray_error(failures[0]) or other from failures[0]
 
 
-def _ours(error: BaseException | None) -> VitrayError | None:
-    """What a worker raised, which Ray wraps."""
+def _vitray_error(error: BaseException | None) -> VitrayError | None:
+    """The VitrayError that a worker raised, inside the errors that Ray wraps around it."""
     while error is not None and not isinstance(error, VitrayError):
-        error = error.__cause__ or next(iter(getattr(error, "worker_failures", {}).values()), None)
+        worker_failures = getattr(error, "worker_failures", {}).values()
+        error = error.__cause__ or next(iter(worker_failures), None)
     return error

@@ -1,8 +1,8 @@
-"""Show me: one HTML file of a dataset that needs nothing else, and a dataset card.
+"""Reports: one self-contained HTML file of a dataset or of a comparison, and a dataset card.
 
-counts.py   one pass over the data files      space.py   where vectors lie, which are alike    pictures.py   from the source anew
-page.py     what the page says                page.html  how it looks                          card.py       README.md of the dataset
-changes.py  what the page of a comparison says, changes.html how it looks
+counts.py    sums from one pass over the data files     page.py      content of page.html
+pictures.py  small pictures, read from the source       changes.py   content of changes.html
+space.py     map of the vectors, groups of near ones    card.py      README.md of the dataset
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ __all__ = ["Report", "report", "report_changes", "write_card"]
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was written. pictures: of images of the source; notes: why there are not more, and what
-    else the page could not tell.
+    """The file that was written.
+
+    pictures: how many the page shows. notes: why it does not show more, and what else it lacks.
     """
 
     page: str
@@ -32,20 +33,24 @@ class Report:
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
-        what = f"{self.images:,} images, {self.pictures} pictures, {self.size_bytes / 1e6:.1f} MB"
-        return "\n".join([f"{self.page}: {what}", *(f"note       {note}" for note in self.notes)])
+        content = f"{self.images:,} images, {self.pictures} pictures"
+        size = f"{self.size_bytes / 1e6:.1f} MB"
+        return "\n".join(
+            [f"{self.page}: {content}, {size}", *(f"note       {note}" for note in self.notes)]
+        )
 
 
 def report(
     out: str, to: str | None = None, truth: str | None = None, pictures: bool = True
 ) -> Report:
-    """Write the page of a dataset, also of one that is not complete or whose source is gone.
+    """Write the page of a dataset. It may be incomplete, and its source may be gone.
 
-    to: where; by default <name of out>-report.html in the current directory. A file there that is
-    no report is not overwritten.
-    truth: a passthrough column that holds the true label, for accuracy and calibration. pictures:
-    read images of the source again.
-    Raises JobError for what is no dataset, CommitError for a data file that cannot be read.
+    to: the path of the page; by default <name of out>-report.html in the current directory. A file
+    that is not a report is not overwritten.
+    truth: a passthrough column with the true label, for accuracy and calibration.
+    pictures: whether to read images of the source again.
+
+    Raises JobError for a directory without a dataset, CommitError for an unreadable data file.
     """
     dataset = require_dataset(out)
     _require_truth(dataset, truth)
@@ -54,15 +59,14 @@ def report(
     return _written(page_of(dataset, data_files(dataset.out), truth, pictures), target, "report")
 
 
-def report_changes(found: Changes, to: str) -> Report:
-    """Write the page of a comparison: figures, moves, and pictures of rows that moved where the
-    source still has them.
+def report_changes(changes: Changes, to: str) -> Report:
+    """Write the page of a comparison: figures, changed labels, and pictures that the source has.
 
-    to: where. A file there that is no page of a comparison is not overwritten: JobError.
+    to: the path of the page. Raises JobError for a file that is not the page of a comparison.
     """
     target = absolute(to)
     _require_ours(target, "compare")
-    return _written(changes_page(found), target, "compare")
+    return _written(changes_page(changes), target, "compare")
 
 
 def _written(page: Page, target: str, command: str) -> Report:
@@ -75,14 +79,16 @@ def _written(page: Page, target: str, command: str) -> Report:
 
 def _require_truth(dataset: Dataset, truth: str | None) -> None:
     if truth is not None and (truth not in dataset.passthrough.names or not dataset.job.labelled):
-        has = ", ".join(dataset.passthrough.names) or "none: set `keep` in a job with another `out`"
+        names = ", ".join(dataset.passthrough.names)
+        has = names or "none: set `keep` in a job with another `out`"
         raise JobError(
-            f"--truth {truth}: no passthrough column of a dataset with labels is called so. "
+            f"--truth {truth}: a dataset with labels has no passthrough column of that name. "
             f"Passthrough columns: {has}."
         )
 
 
 def _require_ours(target: str, command: str) -> None:
+    """Raises JobError for an existing file that this command did not make."""
     try:
         with store_for(target).open(target) as stream:
             head = stream.read(1000)

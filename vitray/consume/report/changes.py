@@ -1,20 +1,18 @@
-"""What the page of a comparison says: its figures, and pictures of rows whose label moved. Private
-to this package.
-"""
+"""The content of the page of a comparison. Private to this package."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Protocol
 
-from vitray.consume.report.page import Page, listed
+from vitray.consume.report.page import Page, listed_shards
 from vitray.consume.report.pictures import pictures_of, rows_of
 from vitray.dataset import require_dataset
 from vitray.html import rendered
 
 
 class Moved(Protocol):
-    """Images whose label went from `old` to `new`. refs: (shard, index) of some."""
+    """Images whose label changed from `old` to `new`. refs: (shard, index) of some."""
 
     @property
     def old(self) -> str: ...
@@ -27,9 +25,7 @@ class Moved(Protocol):
 
 
 class Changes(Protocol):
-    """What `compare` found between the datasets `old` and `new`. None: there was nothing to
-    compare.
-    """
+    """The result of `compare`: see comparing.Comparison, whose fields have the same names."""
 
     @property
     def old(self) -> str: ...
@@ -59,24 +55,24 @@ class Changes(Protocol):
     def neighbours(self) -> float | None: ...
 
 
-def changes_page(found: Changes) -> Page:
-    """Equal shard ids are the same images, so that the source of the new dataset is that of
-    both.
-    """
-    old, new = require_dataset(found.old), require_dataset(found.new)
-    refs = [ref for move in found.moves for ref in move.refs]
-    before, after = (
-        rows_of(old, refs, ["label", "score"]),
-        rows_of(new, refs, ["key", "content_hash", "label", "score"]),
-    )
-    shards, notes = listed(new) if refs else ({}, [])
-    images, why = pictures_of(new, shards, after) if shards else ({}, [])
+def changes_page(changes: Changes) -> Page:
+    """The page of a comparison. Equal shard ids are the same images: the new source is of both."""
+    old, new = require_dataset(changes.old), require_dataset(changes.new)
+    refs = [ref for move in changes.moves for ref in move.refs]
+    old_rows = rows_of(old, refs, ["label", "score"])
+    new_rows = rows_of(new, refs, ["key", "content_hash", "label", "score"])
+    shards, notes = listed_shards(new) if refs else ({}, [])
+    if shards:
+        images, picture_notes = pictures_of(new, shards, new_rows)
+        notes += picture_notes
+    else:
+        images = {}
 
-    def shown(ref: tuple[str, int]) -> dict[str, object]:
+    def card(ref: tuple[str, int]) -> dict[str, object]:
         return {
-            "key": after[ref]["key"],
-            "old": before[ref],
-            "new": after[ref],
+            "key": new_rows[ref]["key"],
+            "old": old_rows[ref],
+            "new": new_rows[ref],
             "picture": images.get(ref),
         }
 
@@ -85,10 +81,10 @@ def changes_page(found: Changes) -> Page:
         "changes.html",
         maker="vitray compare",
         name=f"{old.out.rpartition('/')[2]} → {new.out.rpartition('/')[2]}",
-        notes=notes + why,
-        found=found,
-        moves=[(move, [shown(ref) for ref in move.refs]) for move in found.moves],
+        notes=notes,
+        changes=changes,
+        moves=[(move, [card(ref) for ref in move.refs]) for move in changes.moves],
         made_from="the two datasets' own files",
         holds_pictures=bool(images),
     )
-    return Page(html, found.rows, len(images), tuple(notes + why))
+    return Page(html, changes.rows, len(images), tuple(notes))

@@ -1,6 +1,4 @@
-"""Vectors of a sample: where they lie in the plane, and which lie close to each other. Private to
-this package.
-"""
+"""A map of sampled vectors, and groups of near ones. Private to this package."""
 
 from __future__ import annotations
 
@@ -13,15 +11,13 @@ NEAR = 0.99  # cosine
 
 
 def on_a_plane(vectors: np.ndarray) -> tuple[np.ndarray, str]:
-    """[N, D] as [N, 2] within 0 and 1, y upwards, and how it was done: UMAP where it is installed,
-    else PCA.
+    """[N, D] as [N, 2] within 0 and 1, y upwards, and a sentence about the method.
+
+    The method is UMAP where it is installed, else PCA.
     """
     if len(vectors) > 15 and find_spec("umap"):  # 15: UMAP's own number of neighbours
-        points = (
-            import_module("umap")
-            .UMAP(n_components=2, metric="cosine", random_state=0)
-            .fit_transform(vectors)
-        )
+        umap = import_module("umap").UMAP(n_components=2, metric="cosine", random_state=0)
+        points = umap.fit_transform(vectors)
         how = "UMAP by cosine: neighbours are near, distances between groups mean little."
     else:
         points, share = principal(vectors)
@@ -38,17 +34,17 @@ def principal(vectors: np.ndarray) -> tuple[np.ndarray, float]:
     centred = vectors.astype(np.float64) - vectors.mean(0, dtype=np.float64)
     values, axes = np.linalg.eigh(centred.T @ centred)
     plane = axes[:, ::-1][:, :2]
-    plane = plane * np.sign(
-        plane[np.abs(plane).argmax(0), range(plane.shape[1])]
-    )  # an axis has no sign of its own
+    # an axis has no sign of its own: its largest component is made positive
+    plane = plane * np.sign(plane[np.abs(plane).argmax(0), range(plane.shape[1])])
     points = np.zeros((len(vectors), 2))
     points[:, : plane.shape[1]] = centred @ plane
     return points, float(values[::-1][:2].sum() / max(values.sum(), 1e-30))
 
 
 def near_groups(vectors: np.ndarray) -> list[list[int]]:
-    """Rows of [N, D] that lie within a cosine of NEAR of the first of their group, the largest
-    groups first; each is in one at most.
+    """Groups of rows of [N, D], the largest first; a row is in one group at most.
+
+    The cosine of each row to the first row of its group is NEAR or more.
     """
     unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     near = unit @ unit.T >= NEAR

@@ -1,6 +1,4 @@
-"""The line as threads of one process: the same rows as on Ray, the same ledger, and an end whenever
-something breaks.
-"""
+"""The executor of one process: the same rows as on Ray, and an end when something breaks."""
 
 from __future__ import annotations
 
@@ -30,7 +28,7 @@ from vitray.pipeline.cluster import share_out
 from vitray.pipeline.local_executor import LocalExecutor
 from vitray.pipeline.progress import Progress
 from vitray.pipeline.ray_executor import RayExecutor
-from vitray.pipeline.rounds import Work, run_round
+from vitray.pipeline.rounds import EventQueue, RunState, run_round
 from vitray.schema import ShardEvent
 from vitray.sources import list_shards
 
@@ -126,12 +124,12 @@ def dataset(inputs: Path, shapes_model: str, tmp_path: Path) -> Dataset:
     return found
 
 
-def line_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name == "vitray-step"]
+def stage_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name == "vitray-stage"]
 
 
 @pytest.mark.ray
-def test_on_a_full_cluster_the_line_waits_for_room(
+def test_on_a_full_cluster_the_executor_waits_for_a_machine(
     ray: None, dataset: Dataset, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     import ray as rays
@@ -142,35 +140,34 @@ def test_on_a_full_cluster_the_line_waits_for_room(
 
     taker = rays.remote(Takes).options(num_cpus=rays.cluster_resources()["CPU"]).remote()
     assert rays.get(taker.answer.remote(), timeout=60)
-    monkeypatch.setattr(cluster, "SAID_S", 0.5)
-    monkeypatch.setattr(cluster, "PLACE_S", 1.8)
+    monkeypatch.setattr(cluster, "NOTICE_S", 0.5)
+    monkeypatch.setattr(cluster, "PLACEMENT_TIMEOUT_S", 1.8)
     with pytest.raises(
         ClusterError,
         match=r"^waited 1\.8 s for a machine that has room for the model, and fetches and reads it",
     ):
         cluster.on_worker(SHARES, str)
     words = [record.message for record in caplog.records if record.name == cluster.__name__]
-    assert len(words) in (2, 3)  # beside other work a wait may take longer than it was given
+    assert len(words) in (2, 3)  # beside other state a wait may take longer than it was given
     assert set(words) == {
-        "waiting for a machine that has room for the model, and fetches and reads it"
+        "waiting for cluster resources: a machine that has room for the model, and fetches and "
+        "reads it"
     }
-    line, arrived = (
-        RayExecutor(dataset, list_shards(dataset.job, []).shards[1:2], SHARES),
-        queue.Queue[object](),
-    )
-    line.start(arrived)
+    executor = RayExecutor(dataset, list_shards(dataset.job, []).shards[1:2], SHARES)
+    arrived: EventQueue = queue.Queue()
+    executor.start(arrived)
     try:
         deadline = time.monotonic() + 60
-        while not line.is_waiting():
+        while not executor.is_waiting_for_machine():
             assert time.monotonic() < deadline and arrived.empty()
             time.sleep(0.2)
         time.sleep(3)
-        assert line.is_waiting() and arrived.empty()
+        assert executor.is_waiting_for_machine() and arrived.empty()
         rays.kill(taker)
         while (item := arrived.get(timeout=60)) is not None:
-            assert isinstance(item, ShardEvent) and not line.is_waiting()
+            assert isinstance(item, ShardEvent) and not executor.is_waiting_for_machine()
     finally:
-        line.close()
+        executor.close()
 
 
 def test_a_quiet_night_needs_no_accelerator(dataset: Dataset) -> None:
@@ -317,13 +314,13 @@ def test_kept_types_are_those_of_the_first_values_and_take_what_loses_nothing(
     )
 
 
-def test_a_model_that_cannot_be_opened_ends_the_line_with_its_error(dataset: Dataset) -> None:
+def test_a_model_that_cannot_be_opened_ends_the_round_with_its_error(dataset: Dataset) -> None:
     other = replace(dataset, spec=replace(dataset.spec, weights_sha256="0" * 64))
     shards = list_shards(dataset.job, []).shards
     started = time.monotonic()
     with pytest.raises(ModelError, match="the weights changed"):
-        run_round(other, shards, LocalExecutor(other, shards, SHARES), Work())
-    assert time.monotonic() - started < 30 and line_threads() == []
+        run_round(other, shards, LocalExecutor(other, shards, SHARES), RunState())
+    assert time.monotonic() - started < 30 and stage_threads() == []
 
 
 def test_a_run_from_python_leaves_torch_its_threads(
@@ -343,9 +340,9 @@ print(result.rows, torch.get_num_threads())
     assert done.stdout.split() == [str(IMAGES - 3), "2"], done.stderr
 
 
-def test_closing_a_line_ends_its_threads_while_queues_are_full(dataset: Dataset) -> None:
+def test_closing_an_executor_ends_its_threads_while_queues_are_full(dataset: Dataset) -> None:
     shards = list_shards(dataset.job, []).shards
-    line = LocalExecutor(dataset, shards, SHARES)
+    executor = LocalExecutor(dataset, shards, SHARES)
 
     class Impatient(Exception):
         pass
@@ -354,11 +351,11 @@ def test_closing_a_line_ends_its_threads_while_queues_are_full(dataset: Dataset)
         raise Impatient
 
     with pytest.raises(Impatient):
-        run_round(dataset, shards, line, Work(report=stop))
-    assert line_threads() == []
+        run_round(dataset, shards, executor, RunState(report=stop))
+    assert stage_threads() == []
 
 
-def test_a_line_in_which_nothing_moves_ends_and_says_where_it_stood(
+def test_a_stalled_executor_ends_and_reports_the_stuck_stage(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards, over = list_shards(dataset.job, []).shards, threading.Event()
@@ -367,37 +364,38 @@ def test_a_line_in_which_nothing_moves_ends_and_says_where_it_stood(
         job=dataset.job.model_copy(update={"stall_timeout_s": 3}),
         out=f"{dataset.out}-stuck",
     )
-    monkeypatch.setattr("vitray.pipeline.local_executor.predict_step", lambda *_: over.wait(30))
-    line = LocalExecutor(stuck, shards, SHARES)
+    monkeypatch.setattr("vitray.pipeline.local_executor.predict_stage", lambda *_: over.wait(30))
+    executor = LocalExecutor(stuck, shards, SHARES)
     threading.Timer(6, over.set).start()
     with pytest.raises(
         ClusterError, match=r"no image moved for 3 s \(.*1 fragments wait for predict"
     ):
-        run_round(stuck, shards, line, Work())
+        run_round(stuck, shards, executor, RunState())
 
 
-def test_a_run_that_is_asked_to_end_stages_what_is_in_the_line(dataset: Dataset) -> None:
-    """All that was decoded is there afterwards, every whole shard is committed, and nothing more is
-    read.
-    """
-    shards, work = list_shards(dataset.job, []).shards, Work()
+def test_a_run_that_is_stopped_stages_the_fragments_in_flight(dataset: Dataset) -> None:
+    """All decoded images are staged, every complete shard is committed, nothing more is read."""
+    shards = list_shards(dataset.job, []).shards
+    state = RunState()
     other = replace(dataset, out=f"{dataset.out}-stopped")
 
     def stop(progress: Progress) -> None:
         if progress.images >= 16:
-            work.stop.set()
+            state.stop.set()
 
-    work.report = stop
-    run_round(other, shards, LocalExecutor(other, shards, SHARES), work)
-    assert 16 <= work.progress.images < IMAGES and work.failures == {}
-    there = [staged(other, shard.id).fragments for shard in shards if shard.id not in work.commits]
-    kept = sum(stop - start for spans in there for start, stop in spans.items())
+    state.report = stop
+    run_round(other, shards, LocalExecutor(other, shards, SHARES), state)
+    assert 16 <= state.progress.images < IMAGES and state.failures == {}
+    staged_spans = [
+        staged(other, shard.id).fragments for shard in shards if shard.id not in state.commits
+    ]
+    kept = sum(stop - start for spans in staged_spans for start, stop in spans.items())
     assert (
-        kept + sum(done.rows + done.errors for done in work.commits.values())
-        == work.progress.images
+        kept + sum(done.rows + done.errors for done in state.commits.values())
+        == state.progress.images
     )
     with pytest.raises(Interrupted):
-        vitray.run(other.job.model_copy(update={"out": f"{dataset.out}-none"}), stop=work.stop)
+        vitray.run(other.job.model_copy(update={"out": f"{dataset.out}-none"}), stop=state.stop)
 
 
 def test_more_threads_than_shards_and_a_compiled_model_change_nothing(
@@ -407,11 +405,11 @@ def test_more_threads_than_shards_and_a_compiled_model_change_nothing(
     shards = list_shards(dataset.job, []).shards
     shares = replace(share_out([{"CPU": 8}], "cpu"), readers=6, stagers=5, compiled=True)
     other = replace(dataset, out=str(tmp_path / "other"))
-    work = Work()
-    run_round(other, shards, LocalExecutor(other, shards, shares), work)
+    state = RunState()
+    run_round(other, shards, LocalExecutor(other, shards, shares), state)
     assert (
-        sorted(work.commits) == sorted(shard.id for shard in shards)
-        and work.progress.images == IMAGES
+        sorted(state.commits) == sorted(shard.id for shard in shards)
+        and state.progress.images == IMAGES
     )
     (path,) = (tmp_path / "out" / "data").iterdir()
     mine, theirs = pq.read_table(tmp_path / "other" / "data" / path.name), pq.read_table(path)
@@ -530,13 +528,13 @@ def test_a_run_that_gives_up_leaves_no_row_twice(
     )
     vitray.run(job)
     put_tars(str(tmp_path / "in"), pictures(60), 2, tmp_path)
-    real = runner._complete
+    real = runner.complete_shards
 
     def giving_up(*args: object) -> None:
         real(*args)
         raise ErrorRateExceeded("too many")
 
-    monkeypatch.setattr(runner, "_complete", giving_up)
+    monkeypatch.setattr(runner, "complete_shards", giving_up)
     with pytest.raises(ErrorRateExceeded):
         vitray.run(job)
     (record,) = (record for record in read_run_records(job.out) if "ended" in record)

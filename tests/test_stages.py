@@ -1,4 +1,4 @@
-"""The steps of the line without Ray: what a shard becomes, also one that cannot be read."""
+"""The read stage without Ray: the fragments of a shard, also of one that cannot be read."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from vitray.dataset import write_end, write_fragment
-from vitray.pipeline.stages import read_step
-from vitray.schema import ERROR_SCHEMA, Encoded, End
+from vitray.pipeline.stages import read_stage
+from vitray.schema import ERROR_SCHEMA, Encoded, End, EventKind
 from vitray.sources import list_shards, read_shard
 
 
 def test_a_broken_shard_is_read_again_at_once_and_yields_each_fragment_once(tmp_path: Path) -> None:
-    """Two row groups, the second one damaged: what was read before stays, and the event says what
-    is wrong.
-    """
+    """Of two row groups the second one is damaged: the images of the first one are used."""
     path = tmp_path / "in" / "one.parquet"
     path.parent.mkdir()
     images = [bytes([n]) * 2000 for n in range(20)]
@@ -38,24 +36,24 @@ def test_a_broken_shard_is_read_again_at_once_and_yields_each_fragment_once(tmp_
     dataset = hand_made.make_dataset(tmp_path / "other", commit=0)
     job = hand_made.job_of(tmp_path, source=str(path))
     (shard,) = list_shards(job, []).shards
-    received = [batch.event for batch in read_step(dataset, shard)]
-    assert [(r.kind, r.start, r.stop) for r in received[:-1]] == [
-        ("fragment", 0, 4),
-        ("fragment", 4, 8),
+    events = [batch.event for batch in read_stage(dataset, shard)]
+    assert [(event.kind, event.start, event.stop) for event in events[:-1]] == [
+        (EventKind.FRAGMENT_WRITTEN, 0, 4),
+        (EventKind.FRAGMENT_WRITTEN, 4, 8),
     ]
-    assert received[-1].kind == "broken" and "one.parquet" in received[-1].message
+    assert events[-1].kind == EventKind.SHARD_BROKEN and "one.parquet" in events[-1].message
 
 
 def test_what_is_no_tar_is_broken_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     dataset = hand_made.make_dataset(tmp_path, commit=0)
     (tmp_path / "in" / "zz.tar").write_bytes(b"no tar" * 500)
     shard = list_shards(dataset.job, []).shards[-1]
-    (event,) = [batch.event for batch in read_step(dataset, shard)]
-    assert event.kind == "broken" and "is not a tar" in event.message
+    (event,) = [batch.event for batch in read_stage(dataset, shard)]
+    assert event.kind == EventKind.SHARD_BROKEN and "is not a tar" in event.message
 
 
-def test_the_tail_of_a_reading_that_ended_elsewhere_cuts_no_fragment(tmp_path: Path) -> None:
-    """A reader that saw the tar cut after 6 images left 4-6 and its end; now there are 10."""
+def test_a_short_fragment_of_an_earlier_read_shifts_no_fragment(tmp_path: Path) -> None:
+    """A read of the tar cut after 6 images left fragment 4-6 and an end; now it has 10 images."""
     dataset = hand_made.make_dataset(tmp_path, commit=0)
     shard = list_shards(dataset.job, []).shards[0]
     hand_made.stage(dataset, shard)
@@ -70,13 +68,13 @@ def test_the_tail_of_a_reading_that_ended_elsewhere_cuts_no_fragment(tmp_path: P
     )
     write_fragment(dataset, shard.id, (4, 6), rows, ERROR_SCHEMA.empty_table())
     write_end(dataset, shard.id, End(6, 5000))
-    batches = list(read_step(dataset, shard))
-    assert [(p.event.kind, p.event.start, p.event.stop) for p in batches[:-1]] == [
-        ("fragment", 0, 4),
-        ("fragment", 4, 8),
-        ("fragment", 8, 10),
+    batches = list(read_stage(dataset, shard))
+    assert [(batch.event.kind, batch.event.start, batch.event.stop) for batch in batches[:-1]] == [
+        (EventKind.FRAGMENT_WRITTEN, 0, 4),
+        (EventKind.FRAGMENT_WRITTEN, 4, 8),
+        (EventKind.FRAGMENT_WRITTEN, 8, 10),
     ]
-    assert [p.rows["index"].to_pylist() for p in batches if p.rows is not None] == [
+    assert [batch.rows["index"].to_pylist() for batch in batches if batch.rows is not None] == [
         [0, 1, 2, 3],
         [4, 5, 6, 7],
         [8, 9],
