@@ -24,9 +24,10 @@ lint: $(STAMP)
 fast: $(STAMP)
 	$(BIN)/python -m pytest -q -m "not nightly and not ray and not s3"
 
-# docs/reference.md, from the code.
+# docs/reference.md from the code, then the site in site/.
 docs: $(STAMP)
 	$(BIN)/python tests/make_reference.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 nightly: $(STAMP)
 	$(BIN)/python -m pytest -q
@@ -72,4 +73,4 @@ $(STAMP): pyproject.toml cluster/constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv .venv-bench bench demo build *.egg-info
+	rm -rf .venv .venv-bench bench demo build site *.egg-info

@@ -26,6 +26,7 @@ from bench_decode import cpu_s
 from bench_memory import jpegs
 
 from vitray.operations.demo import write_tar
+from vitray.schema import ModelOutputs
 
 SHARD = 500
 
@@ -60,7 +61,13 @@ def ledger_share(folder: Path, model: str, ready: Path) -> dict[str, float]:
     """
     from vitray.dataset import open_dataset
     from vitray.models import open_model
-    from vitray.pipeline.stages import commit_or_error, decode_stage, predict_stage, read_stage, write_stage
+    from vitray.pipeline.stages import (
+        commit_or_error,
+        decode_stage,
+        predict_stage,
+        read_stage,
+        write_stage,
+    )
     from vitray.schema import content_hash
     from vitray.sources import list_shards
 
@@ -68,7 +75,7 @@ def ledger_share(folder: Path, model: str, ready: Path) -> dict[str, float]:
     dataset = open_dataset(str(folder / "out-1"))
     assert dataset is not None
     (shard,) = list_shards(dataset.job, []).shards
-    network = open_model(dataset.spec, list(dataset.vectors), 5, True, "cpu", 1)
+    network = open_model(dataset.spec, ModelOutputs(dataset.vectors, 5), "cpu", 1)
     dataset = dataclasses.replace(dataset, out=str(folder / "ledger"))
     took: Counter[str] = collections.Counter()
 

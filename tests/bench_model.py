@@ -23,6 +23,7 @@ import transformers
 
 from vitray.job import Embedding, Job
 from vitray.models import identify, open_model, vector_columns
+from vitray.schema import ModelOutputs
 
 SIZES = {
     "vit-b": (768, 12, 3072),
@@ -84,15 +85,15 @@ def variants(
     columns = vector_columns(job, spec)
     chosen = {
         "plain": plain_loop,
-        "vitray": open_model(spec, columns, 5, True, "cpu", args.threads).predict,
+        "vitray": open_model(spec, ModelOutputs(tuple(columns), 5), "cpu", args.threads).predict,
     }
     for engine in args.engines:
         chosen[engine] = open_model(
-            replace(spec, engine=engine), columns, 5, True, "cpu", args.threads
+            replace(spec, engine=engine), ModelOutputs(tuple(columns), 5), "cpu", args.threads
         ).predict
     if args.compiled:
         chosen["compiled"] = open_model(
-            spec, columns, 5, True, "cpu", args.threads, compiled=True
+            spec, ModelOutputs(tuple(columns), 5), "cpu", args.threads, compiled=True
         ).predict
     return chosen
 

@@ -19,8 +19,8 @@ import torch
 from vitray.job import Job
 from vitray.models import identify, open_model, torch_threads_kept, vector_columns
 from vitray.models.blocks import PackedLinear, can_pack
-from vitray.models.machine import cores
-from vitray.models.roofline import SHAPES, flop_per_image
+from vitray.models.machine import CPU_PRODUCT, cores, flop_per_image
+from vitray.schema import ModelOutputs
 
 CALLERS = 2
 CALLS = 4  # of four batches each
@@ -43,7 +43,7 @@ def main(directory: str, rounds: int, engine: str = "torch", compiled: str = "")
         source=["in"], out="out", model=directory, precision="bf16", engine=engine, device="cpu"
     )
     spec = identify(job)
-    rows, inputs, outputs = SHAPES["cpu"]
+    rows, inputs, outputs = CPU_PRODUCT
     linear = torch.nn.Linear(inputs, outputs, dtype=torch.bfloat16)
     layer = PackedLinear(linear, None) if can_pack(torch.bfloat16) else linear
     x = torch.randn(rows, inputs, dtype=torch.bfloat16)
@@ -56,7 +56,11 @@ def main(directory: str, rounds: int, engine: str = "torch", compiled: str = "")
     shares = []
     with torch_threads_kept(), ThreadPoolExecutor(CALLERS) as pool:
         model = open_model(
-            spec, vector_columns(job, spec), job.top_k, True, "cpu", cores(), bool(compiled)
+            spec,
+            ModelOutputs(tuple(vector_columns(job, spec)), job.top_k),
+            "cpu",
+            cores(),
+            bool(compiled),
         )
         model.predict(pixels)
         for turn in range(rounds + 1):

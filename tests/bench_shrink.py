@@ -39,15 +39,15 @@ HOWS += ["openvino --int8", "openvino --int8-weights", "openvino --int4-weights"
 
 
 def train(folder: Path) -> None:
-    """Like shapes.train, but wider: of the demo's model the graph weighs as much as its weights in
+    """Like demo_model.train, but wider: of the demo's model the graph weighs as much as its weights in
     int8.
     """
     import torch
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
-    from vitray.models import shapes
+    from vitray.operations import demo_model
 
-    pixels, kinds = shapes._examples(np.random.default_rng(0), EXAMPLES)
+    pixels, kinds = demo_model.draw_examples(np.random.default_rng(0), EXAMPLES)
     torch.manual_seed(0)
     side = {
         "image_size": 32,
@@ -57,7 +57,7 @@ def train(folder: Path) -> None:
         "num_attention_heads": 6,
     }
     model = ViTForImageClassification(
-        ViTConfig(**side, intermediate_size=4 * WIDTH, id2label=dict(enumerate(shapes.NAMES)))
+        ViTConfig(**side, intermediate_size=4 * WIDTH, id2label=dict(enumerate(demo_model.NAMES)))
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-4, total_steps=STEPS)
@@ -70,7 +70,7 @@ def train(folder: Path) -> None:
         loss.backward()
         optimizer.step()
         schedule.step()
-    unseen, truth = shapes._examples(np.random.default_rng(1), 600)
+    unseen, truth = demo_model.draw_examples(np.random.default_rng(1), 600)
     with torch.inference_mode():
         print(
             f"accuracy "
@@ -84,12 +84,12 @@ def train(folder: Path) -> None:
 
 
 def draw(folder: Path, count: int = 800) -> None:
-    from vitray.models import shapes
+    from vitray.operations import demo_model
 
     folder.mkdir()
     rng = np.random.default_rng(2)
     for n in range(count):
-        shapes.draw(n % len(shapes.NAMES), rng).save(folder / f"{n:04d}.png")
+        demo_model.draw(n % len(demo_model.NAMES), rng).save(folder / f"{n:04d}.png")
 
 
 def vitray(*argv: object) -> str:

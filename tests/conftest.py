@@ -56,7 +56,7 @@ def shapes_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     accuracy it was trained for.
     """
 
-    from vitray.models import shapes
+    from vitray.operations import demo_model
 
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
@@ -64,7 +64,7 @@ def shapes_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     with open(shared / "shapes-model.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not directory.exists():
-            assert shapes.train(str(shared / "shapes-model.new")) >= 0.97
+            assert demo_model.train(str(shared / "shapes-model.new")) >= 0.97
             (shared / "shapes-model.new").rename(directory)
     return str(directory)
 

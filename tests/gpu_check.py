@@ -32,11 +32,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from vitray.schema import ModelOutputs
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 NEEDED = ("numpy", "torch", "transformers", "pyarrow", "pydantic", "yaml", "PIL", "safetensors")
 FOR_JPEG = ("simplejpeg", "torchvision")
 GFLOP = 35.13  # of one image, ViT-B/16 at 224
-ACTOR_THREADS = 2  # as many call the actor of the line
+ACTOR_THREADS = 2  # as many call the actor of the pipeline
 
 
 def missing(names: tuple[str, ...]) -> list[str]:
@@ -87,7 +89,7 @@ class Check:
         """A TorchModel with labels and the CLS embedding."""
         from vitray.job import Embedding
         from vitray.models import identify, open_model, vector_columns
-        from vitray.models.pinned_buffers import Ring
+        from vitray.models.pinned_buffers import PinnedBuffers
 
         where = device or self.device
         job: Any = SimpleNamespace(
@@ -109,17 +111,17 @@ class Check:
         )
         spec = identify(job)
         model: Any = open_model(
-            spec, vector_columns(job, spec), 5, True, where, os.cpu_count() or 1
+            spec, ModelOutputs(tuple(vector_columns(job, spec)), 5), where, os.cpu_count() or 1
         )
         if where == "cpu":
-            model._ring = Ring(CpuLanes(), (spec.batch_size, self.side, self.side, 3))
+            model.buffers = PinnedBuffers(CpuStreams(), (spec.batch_size, self.side, self.side, 3))
         return model
 
     def compile(self, model: Any, size: int, **options: Any) -> Any:
         """Its forward pass for one batch size: open_model(compiled=True) would compile the ladder
         of four.
         """
-        forward = self.torch.compile(model._forward, dynamic=False, **options)
+        forward = self.torch.compile(model.forward, dynamic=False, **options)
         with self.torch.inference_mode():
             forward(self.noise(size))
         self.sync()
@@ -273,7 +275,7 @@ def equality(check: Check) -> dict[str, Any]:
     return said
 
 
-class CpuLanes:
+class CpuStreams:
     """The ring without a device: everything is over at once."""
 
     def buffers(self, shape: tuple[int, ...]) -> tuple[Any, Any]:
@@ -294,11 +296,11 @@ def ring(check: Check) -> dict[str, Any]:
     numbers, bit for bit.
     """
     np, model = check.np, check.open("bf16")
-    through = model._ring
+    through = model.buffers
     pixels = check.noise(check.batch * 5 + check.batch // 3).cpu().numpy()
-    model._ring = None
+    model.buffers = None
     expected = model.predict(pixels)
-    model._ring = through
+    model.buffers = through
     found = [model.predict(pixels), model.predict(check.torch.from_numpy(pixels).to(check.device))]
     with ThreadPoolExecutor(4) as pool:
         found += pool.map(model.predict, [pixels] * 8)
@@ -321,7 +323,7 @@ def pixels_to_rows(check: Check) -> dict[str, Any]:
     """
     model = check.open("bf16")
     if check.cuda:
-        model._compiled = {check.batch: check.compile(model, check.batch)}
+        model.compiled = {check.batch: check.compile(model, check.batch)}
         model.predict(check.noise(check.batch).cpu().numpy())
     check.compiled = model
     counters = check.torch._dynamo.utils.counters["frames"]
@@ -329,7 +331,7 @@ def pixels_to_rows(check: Check) -> dict[str, Any]:
     pixels = check.noise(check.batch * (2 if check.quick else 20)).cpu().numpy()
     chunks = [pixels[at : at + check.batch] for at in range(0, len(pixels), check.batch)]
     pool = ThreadPoolExecutor(ACTOR_THREADS)
-    forward = model._compiled.get(check.batch, model._forward)
+    forward = model.compiled.get(check.batch, model.forward)
     rates = check.rates(
         {
             "model": check.passes(forward, check.batch),
@@ -365,13 +367,13 @@ def model_only(check: Check) -> dict[str, Any]:
     variants, notes = {}, {}
     plain = check.compiled or check.open("bf16")
     for size in (8,) if check.quick else (64, 128, 256, 512):
-        variants[f"eager {size}"] = check.passes(plain._forward, size)
+        variants[f"eager {size}"] = check.passes(plain.forward, size)
     wanted: list[tuple[str, Callable[[], Any], int]] = []
     if check.cuda:
-        wanted = [(f"compiled {check.batch}", lambda: plain._compiled[check.batch], check.batch)]
+        wanted = [(f"compiled {check.batch}", lambda: plain.compiled[check.batch], check.batch)]
         mixed = check.open("fp8") if check.torch.cuda.get_device_capability() >= (8, 9) else None
         if mixed is not None:
-            variants[f"fp8 eager {check.batch}"] = check.passes(mixed._forward, check.batch)
+            variants[f"fp8 eager {check.batch}"] = check.passes(mixed.forward, check.batch)
             wanted.append(
                 (
                     f"fp8 compiled {check.batch}",
@@ -429,7 +431,7 @@ def device_decoder(check: Check, mode: str, threads: int) -> Any:
     fit, on_cpu = partial(fit_size, pixels=spec.pixels), partial(decode_bytes, spec=spec)
     if check.cuda:
         return gpu_decode.open_decoder(spec.pixels, on_cpu, fit, threads, mode == "hybrid")
-    resize = partial(gpu_decode.export_model, mode="bilinear")
+    resize = partial(gpu_decode.resize_on_device, mode="bilinear")
     return gpu_decode.DeviceDecoder(
         spec.pixels, "cpu", in_software, on_cpu, fit, resize, threads, mode == "hybrid"
     )
@@ -569,7 +571,7 @@ def bad_rows(check: Check, decoder: Any) -> bool:
 
 
 class by_processes:
-    """Decoding by a process a core into shared memory, and that with a model behind it: the line
+    """Decoding by a process a core into shared memory, and that with a model behind it: the pipeline
     without Ray.
     """
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from vitray.models import shapes
+from vitray.operations import demo_model
 from vitray.operations.demo import write_tar
 
 
@@ -32,11 +32,13 @@ def pictures(count: int, seed: int = 1) -> list[Picture]:
     rng = np.random.default_rng(seed)
     made = []
     for n in range(count):
-        kind, buffer = int(rng.integers(len(shapes.NAMES))), io.BytesIO()
-        image = shapes.draw(kind, rng)
+        kind, buffer = int(rng.integers(len(demo_model.NAMES))), io.BytesIO()
+        image = demo_model.draw(kind, rng)
         image.save(buffer, "PNG" if n % 2 else "JPEG")
         made.append(
-            Picture(f"{n:05d}", buffer.getvalue(), shapes.NAMES[kind], "png" if n % 2 else "jpg")
+            Picture(
+                f"{n:05d}", buffer.getvalue(), demo_model.NAMES[kind], "png" if n % 2 else "jpg"
+            )
         )
     return made
 

@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassif
 
 from vitray.job import Embedding, Job
 from vitray.models import Model, Predictions, identify, open_model, vector_columns
-from vitray.schema import ModelSpec
+from vitray.schema import ModelOutputs, ModelSpec
 
 POOLS = ("cls", "mean", "patches_mean")
 CLASSES = 7
@@ -125,7 +125,12 @@ def every_vector(has_cls: bool) -> list[Embedding]:
 
 def open_job(job: Job, spec: ModelSpec | None = None, threads: int = 2) -> Model:
     spec = spec or identify(job)
-    return open_model(spec, vector_columns(job, spec), job.top_k, job.labels, "cpu", threads)
+    return open_model(
+        spec,
+        ModelOutputs(tuple(vector_columns(job, spec)), job.top_k if job.labels else 0),
+        "cpu",
+        threads,
+    )
 
 
 def run(job: Job, pixels: np.ndarray, spec: ModelSpec | None = None) -> Predictions:

@@ -32,7 +32,7 @@ from test_kill import command
 
 import vitray
 from vitray.crash import POINTS
-from vitray.models import shapes
+from vitray.operations import demo_model
 from vitray.storage import join
 
 IMAGES, SHARDS, FAULTY = 480, 8, 5
@@ -115,7 +115,7 @@ def main(minutes: float, seed: int) -> None:
     total, befallen = Counter[str](), Counter[str]()
     with tempfile.TemporaryDirectory(prefix="vitray-soak-") as scratch, ExitStack() as stack:
         folder = Path(scratch)
-        shapes.train(str(folder / "model"))
+        demo_model.train(str(folder / "model"))
         put_tars(str(folder / "in"), pictures(IMAGES), SHARDS, folder)
         endpoint = s3_endpoint(stack)
         proxy = stack.enter_context(proxied(endpoint)) if endpoint else None

@@ -90,7 +90,9 @@ def test_what_the_dataset_has_settled_is_measured_and_not_decided_again(
     found = bench(Job(**fields), images=32, seconds=0.1)
     assert (found.engine, found.precision, found.batch_size) == ("onnx", "fp32", 5)
     assert (found.device, found.gpus) == ("cpu", 0)
-    assert found.out_kilobytes > 0.25  # 64 floats a row: what repeats in the line is not counted
+    assert (
+        found.out_kilobytes > 0.25
+    )  # 64 floats a row: what repeats in the pipeline is not counted
 
 
 def test_a_bench_of_images_that_are_none_is_refused(
@@ -143,7 +145,7 @@ def test_the_ceiling_counts_the_operations_of_the_paper(tmp_path: Path) -> None:
     """ViT-B/16 at 224: 35.13 billion operations, a multiply-add counted as two."""
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
-    from vitray.models.roofline import flop_per_image, roofline
+    from vitray.models.machine import flop_per_image, roofline
 
     config = ViTConfig(
         num_hidden_layers=12,

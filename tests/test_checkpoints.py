@@ -21,6 +21,7 @@ from vitray.errors import JobError, ModelError
 from vitray.job import Embedding, Job
 from vitray.models import identify, open_model, vector_columns
 from vitray.models.checkpoint import locate
+from vitray.schema import ModelOutputs
 
 
 @pytest.mark.parametrize("name", ["vit", "clip", "siglip"])
@@ -28,7 +29,7 @@ def test_labels_without_a_trained_head_are_refused(tmp_path: Path, name: str) ->
     directory = make_checkpoint(tmp_path, name, False)
     with pytest.raises(
         ModelError,
-        match="has no trained classification head, so it cannot label; set labels: false",
+        match="has no trained classification head, so it cannot label. Set labels: false",
     ) as raised:
         identify(job_for(directory))
     assert ("labels: [cat, dog]" in str(raised.value)) == (name != "vit")
@@ -83,7 +84,7 @@ def test_layers_and_tokens_that_do_not_exist_are_refused(tmp_path: Path) -> None
 def test_pickled_weights_are_refused(tmp_path: Path) -> None:
     directory = make_checkpoint(tmp_path, "vit", True)
     os.rename(f"{directory}/model.safetensors", f"{directory}/pytorch_model.bin")
-    with pytest.raises(ModelError, match="convert to safetensors"):
+    with pytest.raises(ModelError, match="Convert to safetensors"):
         identify(job_for(directory))
 
 
@@ -131,7 +132,7 @@ def test_weights_that_changed_since_they_were_identified_are_refused(tmp_path: P
     )
     drop_weights(directory, "pooler", "classifier.bias")
     with pytest.raises(ModelError, match="the weights changed"):
-        open_model(spec, [], 1, True, "cpu", 1)
+        open_model(spec, ModelOutputs((), 1), "cpu", 1)
 
 
 def test_sharded_weights_load_and_all_shards_are_hashed(tmp_path: Path) -> None:
@@ -314,7 +315,7 @@ def test_s3_checkpoints_are_fetched_once_and_again_when_they_change(
             Path(f"{directory}/model.safetensors").read_bytes(),
         )
         with pytest.raises(ModelError, match="the weights changed"):
-            open_model(spec, [], 1, True, "cpu", 1)
+            open_model(spec, ModelOutputs((), 1), "cpu", 1)
         with pytest.raises(ModelError, match="holds no checkpoint"):
             identify(job_for("s3://models/other"))
     finally:

@@ -856,7 +856,7 @@ def test_plan_counts_tars_and_what_is_committed(vitray: Call, tmp_path: Path) ->
     assert none.splitlines()[:4] == [
         "source     0 shards, 0 images, 0 bytes",
         "committed  0 shards",
-        "chosen     since chooses whole shards: 0 of 3 tar shards, 0 of 30 images",
+        "chosen     since chooses whole shards: 0 of 3 tar shards, about 0 of 30 images",
         "not chosen 3 shards with 30 images, by since, sample or limit",
     ]
     assert snapshot(tmp_path) == before

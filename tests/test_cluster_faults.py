@@ -110,7 +110,7 @@ def test_an_actor_that_dies_whenever_it_opens_the_model_is_one_error(
     dying = start(argv, tmp_path / "trace", VITRAY_CRASH_AT="model-loaded")
     _, stderr = dying.communicate(timeout=500)
     print(f"gave up after {time.monotonic() - started:.0f} s")
-    assert dying.returncode == 1 and "the line fails again and again" in stderr.splitlines()[-1], (
+    assert dying.returncode == 1 and "the run fails again and again" in stderr.splitlines()[-1], (
         stderr
     )
     assert subprocess.run(argv, capture_output=True, timeout=200).returncode == 0

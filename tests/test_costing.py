@@ -216,14 +216,14 @@ def test_the_machine_to_measure_on_is_of_the_commonest_size_that_computes() -> N
         node("6", 16, 4),
     ]
     on_gpus, on_cpus = typical_machine(nodes, "auto"), typical_machine(nodes[:4], "cpu")
-    assert (on_gpus.node, on_gpus.cpus, on_gpus.gpus, on_gpus.alike, on_gpus.others) == (
+    assert (on_gpus.node, on_gpus.cpus, on_gpus.gpus, on_gpus.same_size, on_gpus.other_sizes) == (
         "5",
         16,
         4,
         2,
         4,
     )
-    assert (on_cpus.node, on_cpus.cpus, on_cpus.gpus, on_cpus.alike, on_cpus.others) == (
+    assert (on_cpus.node, on_cpus.cpus, on_cpus.gpus, on_cpus.same_size, on_cpus.other_sizes) == (
         "2",
         4,
         0,

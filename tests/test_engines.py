@@ -39,9 +39,10 @@ from vitray.models import (
     identify,
     machine,
     open_model,
-    shapes,
     vector_columns,
 )
+from vitray.operations import demo_model
+from vitray.schema import ModelOutputs
 
 ENGINES = ("torch", "openvino", "onnx")
 OTHERS = ENGINES[1:]
@@ -166,7 +167,9 @@ def test_an_engine_computes_with_the_threads_it_was_given(tmp_path: Path, engine
 
 def drawn(count: int) -> np.ndarray:
     rng = np.random.default_rng(99)
-    return shapes.pixels_of([shapes.draw(n % len(shapes.NAMES), rng) for n in range(count)])
+    return demo_model.pixels_of(
+        [demo_model.draw(n % len(demo_model.NAMES), rng) for n in range(count)]
+    )
 
 
 def test_openvino_in_bf16_agrees_with_fp32_or_says_that_it_cannot(shapes_model: str) -> None:
@@ -272,7 +275,7 @@ def test_auto_takes_the_fastest_engine_and_none_that_strays(
     job = job_for(make_checkpoint(tmp_path, "vit", True), embeddings=[Embedding()], batch_size=4)
     spec = identify(job)
     torch_model = open_job(job, spec)
-    all_labels = open_model(spec, vector_columns(job, spec), CLASSES, True, "cpu", 2)
+    all_labels = open_model(spec, ModelOutputs(tuple(vector_columns(job, spec)), CLASSES), "cpu", 2)
     liar, turned = Fake(torch_model, shift=1), Fake(torch_model, turn=0.1)
     slow, slower = Fake(torch_model, 0.05), Fake(torch_model, 0.1)
 
@@ -304,7 +307,7 @@ def test_auto_takes_the_fastest_engine_and_none_that_strays(
         == "torch"
     )
     monkeypatch.setattr(
-        engines, "_speeds", lambda models, pixels, seconds: {"torch": 100.0, "a": 109.0}
+        engines, "measure_speeds", lambda models, pixels, seconds: {"torch": 100.0, "a": 109.0}
     )
     assert (
         engines.fastest(spec, {"torch": lambda: slow, "a": lambda: slow}, lambda: all_labels)[0]

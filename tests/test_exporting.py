@@ -206,7 +206,7 @@ def test_images_that_changed_or_went_are_told_and_counted(
     assert stop.value.code == 3
     ids = sorted(set(vitray.read(dataset.out)["shard"].to_pylist()))
     assert (
-        f"missing: 4 images of the dataset could not be read again as they were, such as {ids[1]} "
+        f"missing: 4 images of the dataset could not be read again unchanged, such as {ids[1]} "
         f"0, {ids[1]} 1" in capsys.readouterr().out
     )
     kept = []

@@ -18,18 +18,20 @@ from small_models import PREFIX, STEM, job_for, make_checkpoint, noise, plain_lo
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from vitray.job import Embedding
-from vitray.models import compile_cache, identify, open_model, shapes, vector_columns
+from vitray.models import compile_cache, identify, open_model, vector_columns
 from vitray.models.batching import PADDING, cut, ladder
 from vitray.models.blocks import (
     Attention,
     PackedLinear,
-    ask_first_tokens_only,
     fuse_attention,
+    limit_to_first_tokens,
     pack,
 )
-from vitray.models.machine import compiling_pays
+from vitray.models.machine import compiles
 from vitray.models.torch_engine import Network, TorchModel
-from vitray.schema import VectorColumn
+from vitray.models.types import Placement
+from vitray.operations import demo_model
+from vitray.schema import ModelOutputs, VectorColumn
 
 # CI installs it: there these tests fail without
 needs_compiler = pytest.mark.skipif(
@@ -64,7 +66,7 @@ EVERY_TOKEN |= {
 def tokens_seen(model: TorchModel) -> dict[int, int]:
     """How many tokens each block's MLP sees, filled by the next forward pass."""
     seen: dict[int, int] = {}
-    mlps = [module for name, module in model._forward.named_modules() if name.endswith(".mlp")]
+    mlps = [module for name, module in model.forward.named_modules() if name.endswith(".mlp")]
     for n, mlp in enumerate(mlps):
         mlp.register_forward_hook(
             lambda _module, inputs, _output, n=n: seen.update({n: inputs[0].shape[1]})
@@ -84,8 +86,10 @@ def test_the_last_block_computes_the_first_tokens_alone_where_only_they_are_read
         for e in (lean, [*lean, Embedding(pool="patches_mean")])
     )
     spec = identify(job)
-    model = open_model(spec, vector_columns(job, spec), 3, headed, "cpu", 2)
-    assert sum(isinstance(module, Attention) for module in model._forward.modules()) == 3
+    model = open_model(
+        spec, ModelOutputs(tuple(vector_columns(job, spec)), 3 if headed else 0), "cpu", 2
+    )
+    assert sum(isinstance(module, Attention) for module in model.forward.modules()) == 3
     seen = tokens_seen(model)
     found, expected = model.predict(pixels), run(whole, pixels)
     every = 16 + PREFIX[name]
@@ -108,7 +112,7 @@ def test_blocks_above_the_highest_layer_asked_for_are_not_computed(
     pool = "mean" if name == "siglip" else "cls"
     job = job_for(directory, False, [Embedding(layer=layer, pool=pool) for layer in (1, 2)])
     spec = identify(job)
-    model = open_model(spec, vector_columns(job, spec), 1, False, "cpu", 2)
+    model = open_model(spec, ModelOutputs(tuple(vector_columns(job, spec)), 0), "cpu", 2)
     seen = tokens_seen(model)
     found = model.predict(pixels)
     assert sorted(seen) == [0, 1]
@@ -126,15 +130,15 @@ def test_blocks_of_another_make_are_left_as_they_are() -> None:
     with torch.inference_mode():
         before = block(x)
         fuse_attention([block])
-        assert not ask_first_tokens_only(block, 1)
+        assert not limit_to_first_tokens(block, 1)
         torch.testing.assert_close(block(x), before, rtol=0, atol=0)
     assert not any(isinstance(module, Attention) for module in block.modules())
 
 
 def test_linear_layers_are_packed_with_their_gelu_on_this_kind_of_cpu(tmp_path: Path) -> None:
     job = job_for(make_checkpoint(tmp_path, "vit", True))
-    model = open_model(identify(job), [], 1, True, "cpu", 2)
-    kinds = [type(module) for module in model._forward.modules()]
+    model = open_model(identify(job), ModelOutputs((), 1), "cpu", 2)
+    kinds = [type(module) for module in model.forward.modules()]
     if not pack([], torch.float32):
         pytest.skip("no oneDNN here")
     assert (
@@ -175,8 +179,8 @@ def test_images_are_cut_into_the_largest_sizes_that_fit() -> None:
 
 
 def test_compiling_pays_for_large_jobs_only() -> None:
-    assert compiling_pays("cpu", 1_000_000) and compiling_pays("cuda", 1_000_000)
-    assert not compiling_pays("cpu", 10_000) and not compiling_pays("cuda", 10_000)
+    assert compiles("auto", 1_000_000, "cpu") and compiles("auto", 1_000_000, "cuda")
+    assert not compiles("auto", 10_000, "cpu") and not compiles("auto", 10_000, "cuda")
 
 
 # ---------------------------------------------------------------- compiled
@@ -184,7 +188,9 @@ def test_compiling_pays_for_large_jobs_only() -> None:
 
 def drawn(count: int) -> np.ndarray:
     rng = np.random.default_rng(99)
-    return shapes.pixels_of([shapes.draw(n % len(shapes.NAMES), rng) for n in range(count)])
+    return demo_model.pixels_of(
+        [demo_model.draw(n % len(demo_model.NAMES), rng) for n in range(count)]
+    )
 
 
 @needs_compiler
@@ -193,9 +199,10 @@ def test_compiled_says_the_same_and_never_compiles_again(shapes_model: str) -> N
     spec = identify(job)
     columns = vector_columns(job, spec)
     plain, compiled = (
-        open_model(spec, columns, 3, True, "cpu", 2, compiled=c) for c in (False, True)
+        open_model(spec, ModelOutputs(tuple(columns), 3), "cpu", 2, compiled=c)
+        for c in (False, True)
     )
-    assert sorted(compiled._compiled) == [8, 16]
+    assert sorted(compiled.compiled) == [8, 16]
     before = dict(torch._dynamo.utils.counters["frames"])
     assert before["ok"] == 2
     pixels = drawn(200)
@@ -216,9 +223,7 @@ def test_compiled_bf16_agrees_with_fp32(shapes_model: str) -> None:
     exact = run(job, pixels, spec)
     mixed = open_model(
         dataclasses.replace(spec, precision="bf16"),
-        vector_columns(job, spec),
-        3,
-        True,
+        ModelOutputs(tuple(vector_columns(job, spec)), 3),
         "cpu",
         2,
         compiled=True,
@@ -236,9 +241,9 @@ from small_models import *
 from torch._dynamo.utils import counters
 job = job_for({directory!r}, embeddings=[Embedding()], batch_size=16)
 spec = identify(job)
-other = open_model(spec, [], 1, True, "cpu", 1)  # holds numbers of packed layers, which are free again when it is gone
+other = open_model(spec, ModelOutputs((), 1), "cpu", 1)  # holds numbers of packed layers, which are free again when it is gone
 del other
-found = open_model(spec, vector_columns(job, spec), 5, True, "cpu", 2, compiled=True).predict(noise(24))
+found = open_model(spec, ModelOutputs(tuple(vector_columns(job, spec)), 5), "cpu", 2, compiled=True).predict(noise(24))
 print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"], found.vectors["embedding"].tobytes().hex())
 """
 
@@ -269,13 +274,13 @@ def test_nothing_compiled_is_read_from_where_others_may_write(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv(compile_cache.CACHE, "/chosen")
-    with compile_cache.graphs_kept() as place:
+    with compile_cache.graph_directory() as place:
         assert place == "/chosen"  # the user knows
     monkeypatch.setenv(compile_cache.CACHE, default_cache_dir())
     own = tmp_path / "vitray" / "compiled"
 
     def leaves(name: str) -> str:
-        with compile_cache.graphs_kept() as place:
+        with compile_cache.graph_directory() as place:
             Path(place, name).touch()
         assert (
             os.environ[compile_cache.CACHE] == place
@@ -319,23 +324,23 @@ def test_what_a_killed_compilation_left_is_gone_and_what_another_compiles_stays(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv(compile_cache.CACHE, default_cache_dir())
     code = (
-        "import os; from vitray.models.compile_cache import *\nwith graphs_kept() as place: "
+        "import os; from vitray.models.compile_cache import *\nwith graph_directory() as place: "
         "open(place + '/half', 'w'); os.kill(os.getpid(), 9)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == -9
     own = tmp_path / "vitray" / "compiled"
     assert (own / "half").exists()
-    with compile_cache.graphs_kept() as place:
+    with compile_cache.graph_directory() as place:
         assert place == str(own) and not (own / "half").exists()
         (own / "graph").touch()
-    with pytest.raises(ZeroDivisionError), compile_cache.graphs_kept():
+    with pytest.raises(ZeroDivisionError), compile_cache.graph_directory():
         assert (own / "graph").exists()
         raise ZeroDivisionError
     with open(own / "lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)  # another compiles
-        with compile_cache.graphs_kept():
+        with compile_cache.graph_directory():
             assert (own / "graph").exists()
-    with compile_cache.graphs_kept():
+    with compile_cache.graph_directory():
         assert not (own / "graph").exists()
     assert sorted(path.name for path in own.iterdir()) == ["lock"]
 
@@ -351,8 +356,8 @@ def test_compiled_code_that_was_cut_is_compiled_again_at_the_next_start(tmp_path
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from small_models import *
-model = open_model(identify(job := job_for({directory!r}, batch_size=8)), [], 5, True, "cpu", 2, compiled=True)
-print(len(model._compiled))
+model = open_model(identify(job := job_for({directory!r}, batch_size=8)), ModelOutputs((), 5), "cpu", 2, compiled=True)
+print(len(model.compiled))
 np.testing.assert_array_equal(model.predict(noise(11)).ids, run(job, noise(11)).ids)
 """
     compiled = []
@@ -376,7 +381,7 @@ logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from small_models import *
 job = job_for({directory!r}, batch_size=8)
-found = open_model(identify(job), [], 5, True, "cpu", 2, compiled=True).predict(noise(11))
+found = open_model(identify(job), ModelOutputs((), 5), "cpu", 2, compiled=True).predict(noise(11))
 np.testing.assert_array_equal(found.ids, run(job, noise(11)).ids)
 """
     env = {**os.environ, "CXX": "/nowhere/g++", "XDG_CACHE_HOME": str(tmp_path), "PATH": "/nowhere"}
@@ -428,7 +433,12 @@ def test_too_little_memory_steps_down_the_ladder_and_below_it(
     tower, pixels = SmallMemory(), noise(43)
     tower.room = room
     column = VectorColumn("embedding", 32, None, "mean", False, "float32")
-    model = TorchModel(Network(tower, tower, [], None), spec, [column], 0, "cpu", compiled=True)
+    model = TorchModel(
+        Network(tower, tower, [], None),
+        spec,
+        ModelOutputs((column,), 0),
+        Placement("cpu", compiled=True),
+    )
     vectors = model.predict(pixels).vectors["embedding"]
     np.testing.assert_allclose(vectors[:, 0], (pixels / 255 - 0.5).mean((1, 2, 3)) / 0.5, atol=1e-5)
-    assert model._sizes == sizes
+    assert model.sizes == sizes

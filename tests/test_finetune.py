@@ -34,7 +34,7 @@ from vitray.errors import ClusterError, FingerprintError, JobError, ModelError, 
 from vitray.model_export.export import export_model
 from vitray.models import checkpoint
 from vitray.models.exported import hash_model
-from vitray.models.head import read_head
+from vitray.models.linear_head import read_head
 from vitray.schema import PixelSpec
 from vitray.storage import read, store_for
 from vitray.training import checkpoints, examples, fitting, outputs, workers
@@ -1411,7 +1411,7 @@ def test_a_place_inside_what_is_read_is_refused(
     dataset = embedded(trained, small["source"], tmp_path / "dataset")
     for more in ({"train": "probe", "label": "cls"}, {"model": trained, "label": "cls"}):
         with pytest.raises(
-            JobError, match=r"`out` .*/dataset/out lies inside the dataset: choose another place"
+            JobError, match=r"`out` .*/dataset/out lies inside the dataset: choose another path"
         ):
             finetune(TrainingConfig(dataset=dataset, **more, out=f"{dataset}/out"))
     assert not Path(root, "out").exists() and not Path(dataset, "out").exists()

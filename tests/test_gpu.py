@@ -30,12 +30,27 @@ from vitray.decoding.decode import Outcome, decode, decode_bytes, fit_size, left
 from vitray.decoding.resize import resize_fast
 from vitray.errors import ModelError
 from vitray.job import Embedding, Job
-from vitray.models import checkpoint, fp8, identify, loading, open_model, vector_columns
-from vitray.models.gpu_decode import TURNS, Coded, DeviceDecoder, _pieces, export_model
-from vitray.models.pinned_buffers import SLOTS, Ring
+from vitray.models import (
+    blocks,
+    checkpoint,
+    identify,
+    loading,
+    model_outputs,
+    open_model,
+    vector_columns,
+)
+from vitray.models.gpu_decode import (
+    TURNS,
+    Coded,
+    DeviceDecoder,
+    resize_on_device,
+    split_for_hardware,
+)
+from vitray.models.pinned_buffers import SLOTS, PinnedBuffers
 from vitray.models.torch_engine import TorchModel
-from vitray.pipeline.stages import FragmentBatch, encoded_table, decode_stage, predict_stage
-from vitray.schema import DecodeSpec, ShardEvent
+from vitray.models.types import Placement
+from vitray.pipeline.stages import FragmentBatch, decode_stage, encoded_table, predict_stage
+from vitray.schema import DecodeSpec, ModelOutputs, ShardEvent
 
 HOME = Path(__file__).parent.parent
 
@@ -44,7 +59,7 @@ HOME = Path(__file__).parent.parent
 
 
 class LateDevice:
-    """Lanes in which nothing happens before somebody waits, or a later thing needs it. Memory for
+    """Streams in which nothing happens before somebody waits, or a later thing needs it. Memory for
     `room` images at once.
     """
 
@@ -91,7 +106,10 @@ def sums(pixels: torch.Tensor) -> list[torch.Tensor]:
 
 
 def test_answers_come_in_order_and_no_slot_is_overwritten_while_it_is_read() -> None:
-    ring, batches = Ring(LateDevice(), (4, 2, 2, 3)), [noise(n % 4 + 1, 2, n) for n in range(20)]
+    ring, batches = (
+        PinnedBuffers(LateDevice(), (4, 2, 2, 3)),
+        [noise(n % 4 + 1, 2, n) for n in range(20)],
+    )
     started = []
     for batch in batches:
         mine = batch.copy()
@@ -103,7 +121,7 @@ def test_answers_come_in_order_and_no_slot_is_overwritten_while_it_is_read() -> 
 
 
 def test_threads_share_a_ring_and_each_gets_its_own_answers() -> None:
-    ring, wrong = Ring(LateDevice(), (4, 2, 2, 3)), []
+    ring, wrong = PinnedBuffers(LateDevice(), (4, 2, 2, 3)), []
 
     def call(seed: int) -> None:
         batches = [noise(3, 2, 1000 * seed + n) for n in range(60)]
@@ -130,7 +148,7 @@ def test_after_an_exception_the_ring_goes_on() -> None:
             columns = work(pixels)
             return columns, self._ask(lambda: None)
 
-    ring, batch = Ring(Eager(), (4, 2, 2, 3)), noise(4, 2)
+    ring, batch = PinnedBuffers(Eager(), (4, 2, 2, 3)), noise(4, 2)
     for _ in range(2 * SLOTS):
         with pytest.raises(ValueError, match="no such kernel"):
             ring.start(batch, fail)
@@ -141,7 +159,7 @@ def test_after_an_exception_the_ring_goes_on() -> None:
 
 def test_a_tensor_that_is_there_already_takes_no_slot() -> None:
     device = LateDevice()
-    ring, batch = Ring(device, (4, 2, 2, 3)), torch.from_numpy(noise(9, 2))
+    ring, batch = PinnedBuffers(device, (4, 2, 2, 3)), torch.from_numpy(noise(9, 2))
     np.testing.assert_array_equal(ring.start(batch, sums).wait()[0], sums(batch)[0])
     assert len(device.todo) == 1
 
@@ -149,9 +167,9 @@ def test_a_tensor_that_is_there_already_takes_no_slot() -> None:
 def with_ring(directory: str, device: LateDevice, **fields: object) -> TorchModel:
     job = job_for(directory, embeddings=[Embedding()], **fields)
     spec = identify(job)
-    model = open_model(spec, vector_columns(job, spec), 3, True, "cpu", 1)
+    model = open_model(spec, ModelOutputs(tuple(vector_columns(job, spec)), 3), "cpu", 1)
     assert isinstance(model, TorchModel)
-    model._ring = Ring(device, (spec.batch_size, *spec.pixels.shape, 3))
+    model.buffers = PinnedBuffers(device, (spec.batch_size, *spec.pixels.shape, 3))
     return model
 
 
@@ -180,7 +198,7 @@ def test_a_model_on_the_ring_says_the_same_also_when_memory_makes_it_halve_its_b
             one.vectors["embedding"], expected.vectors["embedding"], rtol=1e-4, atol=1e-5
         )
     size = {100: 16, 8: 8, 5: 4, 1: 1}[room]  # two threads that fail at once halve it once
-    assert model._sizes == (size,) and max(device.launched) == size
+    assert model.sizes == (size,) and max(device.launched) == size
 
 
 def test_one_image_too_many_is_an_error_with_the_next_step(tmp_path: Path) -> None:
@@ -398,7 +416,7 @@ def test_a_batch_for_the_hardware_has_a_cap_in_pixels() -> None:
         Coded(b"", 1, 90000, 9000),
         Coded(b"", 1, 9, 9),
     ]
-    assert _pieces([0, 1, 2, 3, 4], images) == [[0], [1, 2], [3], [4]]
+    assert split_for_hardware([0, 1, 2, 3, 4], images) == [[0], [1, 2], [3], [4]]
 
 
 @pytest.mark.parametrize("turn", range(1, 9))
@@ -417,7 +435,7 @@ def test_orientations_are_those_of_pillow(turn: int) -> None:
 def test_the_resize_of_the_device_is_a_level_off_at_most(mode: str) -> None:
     image = torch.from_numpy(np.array(photo(301, 203))).permute(2, 0, 1)[None]
     expected = torch.nn.functional.interpolate(image, (48, 40), mode=mode, antialias=True)
-    assert (export_model(image, (48, 40), mode).int() - expected.int()).abs().max() <= 1
+    assert (resize_on_device(image, (48, 40), mode).int() - expected.int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize("fields", [{"decode": "gpu"}, {"decode": "hybrid"}, {"precision": "fp8"}])
@@ -440,14 +458,14 @@ def test_float8_is_the_product_of_what_it_rounds_to() -> None:
     plain, x = torch.nn.Linear(64, 48).bfloat16(), (10 * torch.randn(5, 7, 64)).bfloat16()
     x[0, 0] = 0  # an empty row has no scale
     (rows, row_scale), (weight, weight_scale) = (
-        fp8.scaled(x.reshape(-1, 64)),
-        fp8.scaled(plain.weight.detach()),
+        blocks.scaled(x.reshape(-1, 64)),
+        blocks.scaled(plain.weight.detach()),
     )
     assert (
         rows.float() * row_scale - x.reshape(-1, 64).float()
     ).abs().max() <= x.abs().max() / 16  # half of the last of 3 bits
     expected = (rows.float() * row_scale) @ (weight.float() * weight_scale).t() + plain.bias.float()
-    found = fp8.Float8Linear(plain)(x)
+    found = blocks.Float8Linear(plain)(x)
     assert found.dtype == torch.bfloat16 and found.shape == (5, 7, 48)
     torch.testing.assert_close(
         found.reshape(-1, 48).float(), expected.detach(), rtol=2**-7, atol=2**-7
@@ -462,7 +480,7 @@ def test_a_float8_model_says_how_well_it_agrees(
     mixed = dataclasses.replace(identify(job), precision="fp8")
     network = loading.load_network(checkpoint.locate(directory, None), labels=True)
     with caplog.at_level(logging.WARNING):
-        model = TorchModel(network, mixed, vector_columns(job, mixed), 3, "cpu")
+        model = TorchModel(network, mixed, model_outputs(job, mixed), Placement("cpu"))
     kinds = [type(m).__name__ for block in network.blocks for m in block.modules()]
     assert kinds.count("Float8Linear") == 5 * 3 and not {"Linear", "PackedLinear"} & set(kinds)
     assert model.agreement.cosine is not None and 0.98 < model.agreement.cosine < 1

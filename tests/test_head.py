@@ -30,9 +30,10 @@ from vitray.errors import FingerprintError, JobError, ModelError
 from vitray.job import Embedding, Job
 from vitray.models import identify, open_model, vector_columns
 from vitray.models.checkpoint import hash_weights, locate
-from vitray.models.head import Head, read_head, write_head
+from vitray.models.linear_head import Head, read_head, write_head
 from vitray.operations.planning import status
 from vitray.operations.relabelling import relabel
+from vitray.schema import ModelOutputs
 from vitray.storage import join, store_for
 
 NAMES = ("ant", "bee", "cow", "doe")
@@ -120,7 +121,9 @@ def test_other_engines_give_the_same_scores(vit: str, tmp_path: Path, engine: st
 def test_a_compiled_pass_gives_the_same_scores(vit: str, tmp_path: Path) -> None:
     job = job_for(vit, head=make_head(tmp_path / "head", vit, 2, "mean", True), batch_size=1)
     spec = identify(job)
-    model = open_model(spec, vector_columns(job, spec), 5, True, "cpu", 1, compiled=True)
+    model = open_model(
+        spec, ModelOutputs(tuple(vector_columns(job, spec)), 5), "cpu", 1, compiled=True
+    )
     np.testing.assert_allclose(
         by_label(model.predict(noise(3))), by_label(run(job, noise(3))), atol=1e-4
     )
@@ -166,7 +169,7 @@ def test_a_head_that_does_not_fit_is_refused_in_one_line(vit: str, tmp_path: Pat
     spec = identify(job)
     write_head(url, replace(read_head(url), bias=np.ones(4, np.float32)))
     with pytest.raises(ModelError, match="changed since it was planned"):
-        open_model(spec, [], 1, True, "cpu", 1)
+        open_model(spec, ModelOutputs((), 1), "cpu", 1)
 
 
 @pytest.mark.parametrize(

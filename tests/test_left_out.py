@@ -59,12 +59,12 @@ def test_counts_survive_a_resume(tmp_path: Path, staged: int) -> None:
     dataset = resolve_dataset(
         job, hand_made.spec_of("m"), [vector], pa.schema([]), "2026-01-01T00:00:00+00:00"
     )
-    for left in (staged, 99):
+    for fragments_left in (staged, 99):
         for batch in read_stage(dataset, shard):
             assert batch.event.kind in ("fragment", "staged", "end"), batch.event.message
-            if batch.event.kind == "fragment" and left == 0:
+            if batch.event.kind == "fragment" and fragments_left == 0:
                 break
-            left -= batch.event.kind == "fragment"
+            fragments_left -= batch.event.kind == "fragment"
             write_stage(dataset, predict_stage(dataset, ZeroModel(), decode_stage(dataset, batch)))
     assert commit_shard(dataset, shard) is not None
     footer = read_footer(dataset.data_url(shard.id))
@@ -143,12 +143,12 @@ def test_old_source_rules_decode_as_they_did(tmp_path: Path) -> None:
     Image.fromarray(values).save(negative, "TIFF", tiffinfo={262: 0})
     Image.new("RGB", (8, 8), "red").save(raw, "TIFF", tiffinfo={50706: b"\1\4\0\0"})
     pixels = PixelSpec((4, 4), 2, None, 1 / 255, (0.5,) * 3, (0.5,) * 3)
-    found = {}
+    reasons_by_rules = {}
     for rules in (1, 2):
         spec = DecodeSpec(pixels, ("tiff",), 1_000_000, None, rules=rules)
         decoded, outcomes = decode_bytes([negative.getvalue(), raw.getvalue()], spec)
-        found[rules] = (decoded[0, 0, 0, 0] > 128, outcomes[1].reason)
-    assert found == {1: (False, None), 2: (True, "format_not_allowed")}
+        reasons_by_rules[rules] = (decoded[0, 0, 0, 0] > 128, outcomes[1].reason)
+    assert reasons_by_rules == {1: (False, None), 2: (True, "format_not_allowed")}
 
 
 def test_old_source_rules_read_manifests_as_they_did(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_old_source_rules_read_manifests_as_they_did(tmp_path: Path) -> None:
         (shard,) = list_shards(job, []).shards
         *rows, _ = read_shard(shard, job, lambda index: True)
         assert [row.reason for row in rows] == reasons
-        assert rows[1].kept.batch["t"].to_pylist() == ["\ufffd" if rules == 1 else "é"]
+        assert rows[1].passthrough.batch["t"].to_pylist() == ["\ufffd" if rules == 1 else "é"]
     write_files(tmp_path / "globs", {"xa.jpg": b"x"})
     assert (
         len(

@@ -80,11 +80,15 @@ def test_threads_and_ray_write_the_same_rows(
 ) -> None:
     run(inputs, shapes_model, tmp_path / "threads")
     run(inputs, shapes_model, tmp_path / "ray", "--address", "local")
-    mine, rays = (vitray.read(str(tmp_path / name)).sort_by("key") for name in ("threads", "ray"))
-    assert mine.num_rows == IMAGES - 3
-    plain = [name for name in mine.column_names if name not in ("embedding", "score", "top_scores")]
-    assert mine.select(plain).equals(rays.select(plain))
-    vectors = [np.stack(table["embedding"].to_numpy()) for table in (mine, rays)]
+    by_threads, rays = (
+        vitray.read(str(tmp_path / name)).sort_by("key") for name in ("threads", "ray")
+    )
+    assert by_threads.num_rows == IMAGES - 3
+    exact_columns = [
+        name for name in by_threads.column_names if name not in ("embedding", "score", "top_scores")
+    ]
+    assert by_threads.select(exact_columns).equals(by_ray.select(exact_columns))
+    vectors = [np.stack(table["embedding"].to_numpy()) for table in (by_threads, by_ray)]
     np.testing.assert_allclose(*vectors, atol=1e-5)
     errors = [
         [pq.read_table(path) for path in sorted((tmp_path / name / "_errors").iterdir())]
@@ -99,8 +103,8 @@ def test_a_dataset_begun_on_ray_is_finished_by_threads(
     inputs: Path, shapes_model: str, tmp_path: Path
 ) -> None:
     run(inputs, shapes_model, tmp_path / "out", "--address", "local", "--set", "limit=1")
-    said = run(inputs, shapes_model, tmp_path / "out")
-    assert said.startswith("2 shards committed now"), said
+    output = run(inputs, shapes_model, tmp_path / "out")
+    assert output.startswith("2 shards committed now"), output
     checked = vitray.validate(str(tmp_path / "out"), content=True)
     assert checked.ok and (checked.rows, checked.errors) == (IMAGES - 3, 3)
     assert run(inputs, shapes_model, tmp_path / "out").startswith("0 shards committed now")
@@ -119,9 +123,9 @@ def dataset(inputs: Path, shapes_model: str, tmp_path: Path) -> Dataset:
     vitray.run(
         vitray.Job(source=[str(inputs)], model=shapes_model, out=str(tmp_path / "out"), **fields)
     )
-    found = open_dataset(str(tmp_path / "out"))
-    assert found is not None
-    return found
+    opened = open_dataset(str(tmp_path / "out"))
+    assert opened is not None
+    return opened
 
 
 def stage_threads() -> list[str]:
@@ -206,11 +210,11 @@ def test_what_comes_after_a_run_looks_where_it_looked(
         "{}",
         "[1]",
     ):  # a hint and no more, which the next run mends, though it has nothing to do
-        said = source.read_bytes()
+        source_json = source.read_bytes()
         source.write_text(text)
-        found = open_dataset(dataset.out)
-        assert found is not None and found.job == dataset.job
-        assert vitray.run(job).images == 0 and source.read_bytes() == said
+        reopened = open_dataset(dataset.out)
+        assert reopened is not None and reopened.job == dataset.job
+        assert vitray.run(job).images == 0 and source.read_bytes() == source_json
 
 
 def test_a_first_file_of_another_type_is_set_aside_once_the_types_are_frozen(
@@ -264,8 +268,8 @@ def test_a_first_night_of_broken_files_freezes_no_types(shapes_model: str, tmp_p
     pq.write_table(
         pa.table({"image": images, "price": list(range(12))}), tmp_path / "in" / "b.parquet"
     )
-    found = vitray.run(job)
-    assert (found.rows, len(found.set_aside)) == (12, 1) and vitray.read(job.out)[
+    result = vitray.run(job)
+    assert (result.rows, len(result.set_aside)) == (12, 1) and vitray.read(job.out)[
         "price"
     ].to_pylist() == list(range(12))
 
@@ -291,16 +295,18 @@ def test_kept_types_are_those_of_the_first_values_and_take_what_loses_nothing(
         engine="torch",
         keep="note,price",
     )
-    found = vitray.run(job)
-    assert found.exit_code == 0 and vitray.read(job.out)["note"].null_count == 12
+    result = vitray.run(job)
+    assert result.exit_code == 0 and vitray.read(job.out)["note"].null_count == 12
     add("b", text, pa.array(range(12)))
     add(
         "c", text.cast(pa.string()).dictionary_encode(), pa.array([2**60 + 1] * 12)
     )  # no double has it
     add("d", text.cast(pa.string()), nothing)
-    found = vitray.run(job)
-    (why,) = found.set_aside.values()
-    assert found.rows == 36 and "a value of column `price` does not fit the dataset's double" in why
+    result = vitray.run(job)
+    (why,) = result.set_aside.values()
+    assert (
+        result.rows == 36 and "a value of column `price` does not fit the dataset's double" in why
+    )
     rows = vitray.read(job.out, ["note", "price"])
     assert (
         rows["note"].to_pylist() == [None] * 12 + ["a"] * 24
@@ -364,9 +370,9 @@ def test_a_stalled_executor_ends_and_reports_the_stuck_stage(
         job=dataset.job.model_copy(update={"stall_timeout_s": 3}),
         out=f"{dataset.out}-stuck",
     )
-    monkeypatch.setattr("vitray.pipeline.local_executor.predict_stage", lambda *_: over.wait(30))
+    monkeypatch.setattr("vitray.pipeline.local_executor.predict_stage", lambda *_: is_over.wait(30))
     executor = LocalExecutor(stuck, shards, SHARES)
-    threading.Timer(6, over.set).start()
+    threading.Timer(6, is_over.set).start()
     with pytest.raises(
         ClusterError, match=r"no image moved for 3 s \(.*1 fragments wait for predict"
     ):
@@ -412,10 +418,10 @@ def test_more_threads_than_shards_and_a_compiled_model_change_nothing(
         and state.progress.images == IMAGES
     )
     (path,) = (tmp_path / "out" / "data").iterdir()
-    mine, theirs = pq.read_table(tmp_path / "other" / "data" / path.name), pq.read_table(path)
-    assert mine["key"].equals(theirs["key"]) and mine["label"].equals(theirs["label"])
+    own, theirs = pq.read_table(tmp_path / "other" / "data" / path.name), pq.read_table(path)
+    assert own["key"].equals(reference["key"]) and own["label"].equals(reference["label"])
     np.testing.assert_allclose(
-        *(np.stack(t["embedding"].to_numpy()) for t in (mine, theirs)), atol=1e-4
+        *(np.stack(t["embedding"].to_numpy()) for t in (own, reference)), atol=1e-4
     )
 
 
@@ -541,8 +547,8 @@ def test_a_run_that_gives_up_leaves_no_row_twice(
     assert (
         record["ended"] == "ErrorRateExceeded: too many" and record["host"] == socket.gethostname()
     )
-    found = status(job.out)
-    assert "ended      ErrorRateExceeded: too many\n" in f"{replace(found, last_run=record)}\n"
+    shown = status(job.out)
+    assert "ended      ErrorRateExceeded: too many\n" in f"{replace(shown, last_run=record)}\n"
     keys = [
         row["key"]
         for path in (tmp_path / "out" / "data").iterdir()

@@ -32,12 +32,13 @@ from vitray.evaluation import agreement, metrics, samples
 from vitray.job import Embedding, Job
 from vitray.model_export import graphs
 from vitray.model_export.export import ExportedModel, export_model
-from vitray.models import Predictions, engines, identify, onnx_engine, shapes
+from vitray.models import Predictions, engines, identify, onnx_engine
 from vitray.models.checkpoint import locate
 from vitray.models.exported import read_export, seal
-from vitray.models.head import Head, write_head
-from vitray.models.postprocess import best
+from vitray.models.linear_head import Head, write_head
+from vitray.operations import demo_model
 from vitray.schema import Encoded
+from vitray.vectors import top_k
 
 FLOATS = ("onnx", "openvino", "torch-export")
 SMALL = [(to, how) for to in ("onnx", "openvino") for how in graphs.QUANTISED]
@@ -47,17 +48,19 @@ SMALL = [(to, how) for to in ("onnx", "openvino") for how in graphs.QUANTISED]
 def photos(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder of 240 drawn shapes, class by class, as people's folders are."""
     folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(7)
-    for kind, name in enumerate(shapes.NAMES):
+    for kind, name in enumerate(demo_model.NAMES):
         (folder / name).mkdir()
         for n in range(40):
-            shapes.draw(kind, rng).save(folder / name / f"{n:03d}.png")
+            demo_model.draw(kind, rng).save(folder / name / f"{n:03d}.png")
     return str(folder)
 
 
 @pytest.fixture(scope="module")
 def unseen() -> np.ndarray:
     rng = np.random.default_rng(11)
-    return shapes.pixels_of([shapes.draw(n % len(shapes.NAMES), rng) for n in range(600)])
+    return demo_model.pixels_of(
+        [demo_model.draw(n % len(demo_model.NAMES), rng) for n in range(600)]
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +118,7 @@ def test_a_float_export_says_what_torch_says_within_a_thousandth(
         program = torch.export.load(str(tmp_path / "x/model.pt2")).module()
         with torch.no_grad():
             scores, vector = (result.numpy() for result in program(torch.from_numpy(UNSEEN[0])))
-        found = Predictions(*best(scores, 6)[::-1], {"embedding": vector})
+        found = Predictions(*top_k(scores, 6)[::-1], {"embedding": vector})
     else:
         found = predictions(str(tmp_path / "x"))
     np.testing.assert_array_equal(found.ids, expected.ids)
@@ -231,7 +234,7 @@ def test_the_directory_says_what_it_is_and_what_made_it(
     assert said["source_weights_sha256"] == original and said["source"] == os.path.basename(
         shapes_model
     )
-    assert tuple(said["labels"]) == shapes.NAMES and said["multi_label"] is False
+    assert tuple(said["labels"]) == demo_model.NAMES and said["multi_label"] is False
     assert (said["to"], said["quantisation"], said["results"]) == (
         "onnx",
         "int8",
@@ -809,7 +812,7 @@ def test_onnx_takes_the_best_of_what_is_there_on_a_gpu_and_the_cpu_alone_without
 
 
 def test_equal_scores_are_ranked_by_id() -> None:
-    scores, ids = best(np.array([[0.25, 0.5, 0.25]], np.float32), 2)
+    scores, ids = top_k(np.array([[0.25, 0.5, 0.25]], np.float32), 2)
     assert ids.tolist() == [[1, 0]] and scores.tolist() == [[0.5, 0.25]]
 
 

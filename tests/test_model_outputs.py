@@ -28,7 +28,7 @@ from vitray.model_export.export import export_model
 from vitray.models import Predictions, engines, identify
 from vitray.models.checkpoint import hash_weights, locate, read_config
 from vitray.models.exported import seal
-from vitray.models.head import Head, write_head
+from vitray.models.linear_head import Head, write_head
 from vitray.operations.validation import validate
 from vitray.schema import ModelSpec, ScoreFunction
 

@@ -27,9 +27,11 @@ from small_models import (
 
 from vitray.errors import ModelError
 from vitray.job import Embedding
-from vitray.models import identify, open_model, shapes
+from vitray.models import identify, open_model
 from vitray.models.torch_engine import Network, TorchModel
-from vitray.schema import VectorColumn
+from vitray.models.types import Placement
+from vitray.operations import demo_model
+from vitray.schema import ModelOutputs, VectorColumn
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
@@ -111,7 +113,7 @@ def test_auto_is_resolved_for_this_machine(tmp_path: Path) -> None:
 def test_read_only_pixels_predict_and_wrong_shapes_are_named(tmp_path: Path) -> None:
     job, pixels = job_for(make_checkpoint(tmp_path, "vit", True)), noise(2)
     pixels.flags.writeable = False
-    model = open_model(identify(job), [], 1, True, "cpu", 2)
+    model = open_model(identify(job), ModelOutputs((), 1), "cpu", 2)
     assert model.predict(pixels).ids.shape == (2, 1)
     with pytest.raises(ModelError, match=r"uint8 \[N, 32, 32, 3\], not uint8 \[2, 16, 16, 3\]"):
         model.predict(noise(2, 16))
@@ -149,7 +151,9 @@ def small_memory(room: int, error: Exception, directory: str) -> tuple[SmallMemo
     spec = dataclasses.replace(identify(job_for(directory)), batch_size=16)
     tower = SmallMemory(room, error)
     column = VectorColumn("embedding", 32, None, "mean", False, "float32")
-    return tower, TorchModel(Network(tower, tower, [], None), spec, [column], 0, "cpu")
+    return tower, TorchModel(
+        Network(tower, tower, [], None), spec, ModelOutputs((column,), 0), Placement("cpu")
+    )
 
 
 def test_too_little_memory_halves_the_batch_and_loses_no_image(
@@ -175,14 +179,14 @@ def test_too_little_memory_halves_the_batch_and_loses_no_image(
 
 def test_the_drawn_shapes_are_recognised_and_bf16_agrees_with_fp32(shapes_model: str) -> None:
     rng = np.random.default_rng(99)
-    kinds = np.arange(600) % len(shapes.NAMES)
-    pixels = shapes.pixels_of([shapes.draw(int(kind), rng) for kind in kinds])
+    kinds = np.arange(600) % len(demo_model.NAMES)
+    pixels = demo_model.pixels_of([demo_model.draw(int(kind), rng) for kind in kinds])
     found = {
         p: run(job_for(shapes_model, embeddings=[Embedding()], precision=p), pixels)
         for p in ("fp32", "bf16")
     }
     exact, mixed = found["fp32"], found["bf16"]
-    assert identify(job_for(shapes_model)).labels == shapes.NAMES
+    assert identify(job_for(shapes_model)).labels == demo_model.NAMES
     assert (exact.ids[:, 0] == kinds).mean() >= 0.97
     assert (mixed.ids[:, 0] == exact.ids[:, 0]).mean() >= 0.995
     a, b = exact.vectors["embedding"], mixed.vectors["embedding"]
@@ -194,6 +198,6 @@ def test_the_drawn_shapes_are_recognised_and_bf16_agrees_with_fp32(shapes_model:
 
 
 def test_drawing_is_repeatable() -> None:
-    one, other = (np.asarray(shapes.draw(5, np.random.default_rng(7))) for _ in range(2))
+    one, other = (np.asarray(demo_model.draw(5, np.random.default_rng(7))) for _ in range(2))
     assert one.shape == (64, 64, 3)
     np.testing.assert_array_equal(one, other)

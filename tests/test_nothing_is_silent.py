@@ -56,10 +56,10 @@ def is_picture(data: bytes) -> bool:
 
 def checked(result: Result) -> None:
     """The dataset is valid, and says the same as the run that made it."""
-    found = validate(result.out)
-    assert found.ok, found
-    assert found.left_out == result.left_out == status(result.out).left_out
-    assert found.images == found.rows + found.errors
+    validation = validate(result.out)
+    assert validation.ok, validation
+    assert validation.left_out == result.left_out == status(result.out).left_out
+    assert validation.images == validation.rows + validation.errors
 
 
 def random_name(rng: np.random.Generator) -> str:
@@ -115,8 +115,8 @@ def test_every_file_of_a_folder_is_a_row_an_error_or_counted(tmp_path: Path, see
         without = [os.path.relpath(path, folder) for path in files if path not in with_row]
         hidden = [path for path in without if any(part[0] in "._@" for part in path.split("/"))]
         assert result.left_out.get("hidden", 0) == len(hidden)
-        others = set(without) - set(hidden)
-        assert not any(path.lower().endswith(IMAGE_SUFFIXES) for path in others)
+        visible = set(without) - set(hidden)
+        assert not any(path.lower().endswith(IMAGE_SUFFIXES) for path in visible)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -216,9 +216,9 @@ def test_every_line_of_a_table_is_a_row_or_an_error(tmp_path: Path, seed: int) -
         assert result.rows + result.errors == lines_of(source)
         lists = pq.read_table(source)["images"].to_pylist() if kind == "lists" else []
         lists = [[image for image in value if image is not None] for value in lists]
-        held, empty = sum(map(len, lists)), sum(not value for value in lists)
+        values, empty = sum(map(len, lists)), sum(not value for value in lists)
         assert result.rows + result.errors + sum(result.left_out.values()) == (
-            held + empty if kind == "lists" else lines_of(source)
+            values + empty if kind == "lists" else lines_of(source)
         )
         checked(result)
 

@@ -22,7 +22,7 @@ from PIL import Image
 from vitray.dataset import Dataset, commit_shard, resolve_dataset
 from vitray.models import Predictions
 from vitray.operations.validation import validate
-from vitray.pipeline.stages import decode_stage, predict_stage, read_stage, write_stage, unpack
+from vitray.pipeline.stages import decode_stage, predict_stage, read_stage, unpack, write_stage
 from vitray.schema import VectorColumn, without_list_views
 from vitray.sources import list_shards, passthrough_schema
 
@@ -320,9 +320,9 @@ def check(folder: Path, kind: pa.DataType, seed: int, count: int, on_ray: bool) 
         assume(False)
     assume(is_stable)  # else pyarrow itself returns other values
     dataset = through(folder, [table], on_ray)
-    (found,) = kept_rows(dataset, ["value"])
-    assert found["value"].type == table["value"].type
-    assert plain(found).equals(good_rows(plain(table)).combine_chunks())
+    (row,) = kept_rows(dataset, ["value"])
+    assert row["value"].type == table["value"].type
+    assert plain(row).equals(good_rows(plain(table)).combine_chunks())
 
 
 def test_types_that_pyarrow_widens_pass_through_as_pyarrow_reads_them(tmp_path: Path) -> None:
@@ -331,28 +331,28 @@ def test_types_that_pyarrow_widens_pass_through_as_pyarrow_reads_them(tmp_path: 
         "d": pa.array([0, 86_400_000, None], pa.date64()),
     }
     table = pa.table({**columns, "s": pa.array([1 << 40, None, -1], pa.timestamp("s"))})
-    (found,) = kept_rows(through(tmp_path, [table]), ["t", "d", "s"])
-    assert found.equals(as_read(table))
+    (row,) = kept_rows(through(tmp_path, [table]), ["t", "d", "s"])
+    assert row.equals(as_read(table))
 
 
 def test_bits_of_nan_stay_as_they_are(tmp_path: Path) -> None:
     bits = np.array([0x7FF8000000000001, 0xFFF8000000000000, 0x7FF0000000000001], np.uint64)
-    (found,) = kept_rows(through(tmp_path, [pa.table({"n": pa.array(bits.view("f8"))})]), ["n"])
-    assert found["n"].to_numpy().view(np.uint64).tolist() == bits.tolist()
+    (row,) = kept_rows(through(tmp_path, [pa.table({"n": pa.array(bits.view("f8"))})]), ["n"])
+    assert row["n"].to_numpy().view(np.uint64).tolist() == bits.tolist()
 
 
 def test_years_beyond_9999_pass_through(tmp_path: Path) -> None:
     values = pa.array([2**31 - 1, -(2**31), 0], pa.int32()).view(pa.date32())
     far = pa.array([2**62, -(2**62), None], pa.timestamp("us"))
-    (found,) = kept_rows(through(tmp_path, [pa.table({"day": values, "at": far})]), ["day", "at"])
-    assert found["day"].cast(pa.int32()).to_pylist() == [2**31 - 1, -(2**31), 0]
-    assert found["at"].cast(pa.int64()).to_pylist() == [2**62, -(2**62), None]
+    (row,) = kept_rows(through(tmp_path, [pa.table({"day": values, "at": far})]), ["day", "at"])
+    assert row["day"].cast(pa.int32()).to_pylist() == [2**31 - 1, -(2**31), 0]
+    assert row["at"].cast(pa.int64()).to_pylist() == [2**62, -(2**62), None]
 
 
 def test_columns_with_odd_names_pass_through(tmp_path: Path) -> None:
     table = pa.table({"a.b": [1, 2], "a": [{"b": 3}, {"b": 4}], "ü ☃": [5, 6], "[x]": [7, 8]})
-    (found,) = kept_rows(through(tmp_path, [table]), table.column_names)
-    assert found.equals(table)
+    (row,) = kept_rows(through(tmp_path, [table]), table.column_names)
+    assert row.equals(table)
 
 
 @pytest.mark.parametrize(
@@ -374,19 +374,19 @@ def test_files_of_different_widths_meet_in_one_type(
     tmp_path: Path, first: pa.DataType, second: pa.DataType, both: pa.DataType
 ) -> None:
     rng = np.random.default_rng(1)
-    made = {
+    arrays = {
         pa.null(): pa.nulls(4),
         pa.list_(pa.null()): pa.array([[], None, [], []], pa.list_(pa.null())),
         pa.timestamp("ms"): pa.array([1, 2, None, 3], pa.timestamp("ms")),
         pa.timestamp("ns"): pa.array([1, 2, None, 3], pa.timestamp("ns")),
     }
     small, other = (
-        made[kind] if kind in made else array_of(kind, 4, rng) for kind in (first, second)
+        arrays[kind] if kind in arrays else array_of(kind, 4, rng) for kind in (first, second)
     )
     tables = [pa.table({"value": small}), pa.table({"value": other})]
-    found = kept_rows(through(tmp_path, tables), ["value"])
-    assert [table["value"].type for table in found] == [both, both]
-    for table, values in zip(found, (small, other)):
+    rows = kept_rows(through(tmp_path, tables), ["value"])
+    assert [table["value"].type for table in rows] == [both, both]
+    for table, values in zip(rows, (small, other)):
         assert (
             plain(table)["value"]
             .combine_chunks()

@@ -27,7 +27,8 @@ from vitray.models import engines, identify
 from vitray.models.checkpoint import locate
 from vitray.models.loading import Network
 from vitray.models.torch_engine import TorchModel
-from vitray.schema import DecodeSpec, Encoded, ModelSpec, VectorColumn
+from vitray.models.types import Placement
+from vitray.schema import DecodeSpec, Encoded, ModelOutputs, ModelSpec, VectorColumn
 
 SIDE = 32  # of the small checkpoints
 SIZES = ((32, 32), (97, 61), (40, 300), (7, 9))  # width, height
@@ -99,7 +100,9 @@ def fed(spec: ModelSpec, pixels: np.ndarray) -> np.ndarray:
     """float32 [N, 3, H, W]: what the network gets of these pixels."""
     recorder = Recorder()
     column = VectorColumn("embedding", 32, None, "mean", False, "float32")
-    TorchModel(Network(recorder, recorder, [], None), spec, [column], 0, "cpu").predict(pixels)
+    outputs = ModelOutputs((column,), 0)
+    network = Network(recorder, recorder, [], None)
+    TorchModel(network, spec, outputs, Placement("cpu")).predict(pixels)
     return np.concatenate(recorder.seen)
 
 
@@ -353,7 +356,7 @@ def test_filters_that_a_gpu_does_not_resize_with_are_refused_before_a_run(
     spec = identify(job_of(checkpoint))
     with pytest.raises(
         ModelError,
-        match=r"resizes bilinear or bicubic, and .* wants lanczos\. Set decode: exact or fast",
+        match=r"resizes bilinear or bicubic, and .* needs lanczos\. Set decode: exact or fast",
     ):
         engines.require_filter(spec, decode_on)
     engines.require_filter(spec, "exact")

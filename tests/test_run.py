@@ -38,10 +38,8 @@ from vitray.storage import store_for
 @pytest.fixture(
     params=["threads", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.nightly])]
 )
-def line(request: pytest.FixtureRequest) -> None:
-    """What moves the images. Both do the same; what only Ray can get wrong asks for `ray`
-    instead.
-    """
+def executor(request: pytest.FixtureRequest) -> None:
+    """Either executor; both give the same rows. Tests of Ray alone use the fixture `ray`."""
     if request.param == "ray":
         request.getfixturevalue("ray")
 
@@ -86,11 +84,13 @@ def test_a_thousand_images_on_s3_equal_a_plain_transformers_loop(
     table = vitray.read(job.out)
     assert table["key"].to_pylist() == [p.key for p in items]  # order of shards, order in each
     assert len(set(zip(table["shard"].to_pylist(), table["index"].to_pylist()))) == 1040
-    plain = plain_loop(shapes_model, items)
-    assert table["label_id"].to_pylist() == plain.ids.tolist()
+    expected = plain_loop(shapes_model, items)
+    assert table["label_id"].to_pylist() == expected.ids.tolist()
     vectors = np.stack(table["embedding"].to_numpy(zero_copy_only=False))
-    np.testing.assert_allclose(vectors, plain.cls, rtol=1e-4, atol=1e-4 * np.abs(plain.cls).mean())
-    odds = np.exp(plain.logits - plain.logits.max(1, keepdims=True))
+    np.testing.assert_allclose(
+        vectors, expected.cls, rtol=1e-4, atol=1e-4 * np.abs(expected.cls).mean()
+    )
+    odds = np.exp(expected.logits - expected.logits.max(1, keepdims=True))
     np.testing.assert_allclose(
         table["score"].to_numpy(), (odds / odds.sum(1, keepdims=True)).max(1), rtol=1e-4
     )
@@ -98,33 +98,33 @@ def test_a_thousand_images_on_s3_equal_a_plain_transformers_loop(
         np.mean([a == b for a, b in zip(table["label"].to_pylist(), table["cls"].to_pylist())])
         > 0.97
     )
-    before = listing(job.out)
+    first_listing = listing(job.out)
     again = vitray.run(job)
     assert (again.committed, again.images) == (0, 0)
-    assert listing(job.out) == before  # a finished job run again: 0 writes
+    assert listing(job.out) == first_listing  # a finished job run again: 0 writes
     checked = vitray.validate(job.out, content=True)
     assert checked.ok and checked.rows == 1040, str(checked)
 
 
 def test_bf16_keeps_labels_and_directions(
-    line: None, tmp_path: Path, shapes_model: str, items: list[Picture]
+    executor: None, tmp_path: Path, shapes_model: str, items: list[Picture]
 ) -> None:
     put_tars(str(tmp_path / "in"), items[:600], 2, tmp_path)
     job = shape_job(str(tmp_path / "in"), shapes_model, str(tmp_path / "out"), precision="bf16")
     vitray.run(job)
-    plain, table = plain_loop(shapes_model, items[:600]), vitray.read(job.out)
-    assert np.mean(table["label_id"].to_numpy() == plain.ids) >= 0.995
+    expected, table = plain_loop(shapes_model, items[:600]), vitray.read(job.out)
+    assert np.mean(table["label_id"].to_numpy() == expected.ids) >= 0.995
     vectors = np.stack(table["embedding"].to_numpy(zero_copy_only=False))
     cosine = (
-        (vectors * plain.cls).sum(1)
+        (vectors * expected.cls).sum(1)
         / np.linalg.norm(vectors, axis=1)
-        / np.linalg.norm(plain.cls, axis=1)
+        / np.linalg.norm(expected.cls, axis=1)
     )
     assert cosine.min() >= 0.999
 
 
 def test_tar_parquet_files_and_manifest_give_the_same_rows(
-    line: None, tmp_path: Path, shapes_model: str, items: list[Picture]
+    executor: None, tmp_path: Path, shapes_model: str, items: list[Picture]
 ) -> None:
     some = items[:150]
     put_tars(str(tmp_path / "tar"), some, 3, tmp_path)
@@ -141,7 +141,7 @@ def test_tar_parquet_files_and_manifest_give_the_same_rows(
         "score",
         "embedding",
     ]
-    found = {}
+    rows_by_kind = {}
     sources = {
         "tar": "tar",
         "parquet": "parquet/all.parquet",
@@ -158,12 +158,12 @@ def test_tar_parquet_files_and_manifest_give_the_same_rows(
         result = vitray.run(job)
         assert (result.rows, result.errors) == (150, 0), kind
         rows = vitray.read(job.out, columns=columns).to_pylist()
-        found[kind] = sorted(rows, key=lambda row: row["content_hash"])
+        rows_by_kind[kind] = sorted(rows, key=lambda row: row["content_hash"])
     for kind in ("parquet", "files", "manifest"):
-        for mine, row in zip(found["tar"], found[kind], strict=True):
+        for tar_row, row in zip(rows_by_kind["tar"], rows_by_kind[kind], strict=True):
             for name in columns[:6]:
-                assert mine[name] == row[name], (kind, name)
-            np.testing.assert_allclose(mine["embedding"], row["embedding"], rtol=1e-4, atol=1e-4)
+                assert tar_row[name] == row[name], (kind, name)
+            np.testing.assert_allclose(tar_row["embedding"], row["embedding"], rtol=1e-4, atol=1e-4)
 
 
 def odd_images() -> tuple[list[Picture], dict[str, str]]:
@@ -200,7 +200,7 @@ def odd_images() -> tuple[list[Picture], dict[str, str]]:
 
 
 def test_odd_images_become_rows_or_reasons_and_change_nothing_else(
-    line: None, tmp_path: Path, shapes_model: str, items: list[Picture]
+    executor: None, tmp_path: Path, shapes_model: str, items: list[Picture]
 ) -> None:
     odd, reasons = odd_images()
     clean, mixed = items[:200], [*items[:90], *odd, *items[90:200]]
@@ -217,23 +217,28 @@ def test_odd_images_become_rows_or_reasons_and_change_nothing_else(
     for path in (tmp_path / "out-mixed" / "_errors").iterdir():
         found |= {row["key"]: row["reason"] for row in pq.read_table(path).to_pylist()}
     assert found == bad
-    plain = {p.key: n for n, p in enumerate(clean)}
+    row_of_key = {p.key: n for n, p in enumerate(clean)}
     reference, table = vitray.read(jobs[0].out), vitray.read(jobs[1].out)
-    assert set(table["key"].to_pylist()) == set(plain) | {
+    assert set(table["key"].to_pylist()) == set(row_of_key) | {
         key for key, reason in reasons.items() if not reason
     }
     for row in table.to_pylist():
-        if row["key"] in plain:
-            mine = reference.slice(plain[row["key"]], 1).to_pylist()[0]
-            assert (row["label"], row["content_hash"]) == (mine["label"], mine["content_hash"])
-            np.testing.assert_allclose(row["embedding"], mine["embedding"], rtol=1e-4, atol=1e-4)
+        if row["key"] in row_of_key:
+            expected_row = reference.slice(row_of_key[row["key"]], 1).to_pylist()[0]
+            assert (row["label"], row["content_hash"]) == (
+                expected_row["label"],
+                expected_row["content_hash"],
+            )
+            np.testing.assert_allclose(
+                row["embedding"], expected_row["embedding"], rtol=1e-4, atol=1e-4
+            )
     sizes = {row["key"]: (row["width"], row["height"]) for row in table.to_pylist()}
     assert sizes["odd_turned"] == (64, 48)  # of the original, before its orientation
     assert vitray.validate(jobs[1].out, content=True).ok
 
 
 def test_too_many_bad_images_stop_the_run(
-    line: None, tmp_path: Path, shapes_model: str, items: list[Picture]
+    executor: None, tmp_path: Path, shapes_model: str, items: list[Picture]
 ) -> None:
     broken = [
         Picture(f"b{n:05d}", b"x", "", "jpg") if n % 5 == 0 else p for n, p in enumerate(items)
@@ -248,7 +253,7 @@ def test_too_many_bad_images_stop_the_run(
 
 
 def test_too_many_bad_images_of_few_are_told_at_the_end_each_time(
-    line: None, tmp_path: Path, shapes_model: str, items: list[Picture]
+    executor: None, tmp_path: Path, shapes_model: str, items: list[Picture]
 ) -> None:
     put_tars(
         str(tmp_path / "in"),
@@ -305,7 +310,7 @@ def test_a_store_that_fails_in_the_middle_is_one_sentence(
 
 
 def test_a_kept_column_with_the_name_of_an_output_column_is_called_input(
-    line: None, tmp_path: Path, shapes_model: str, items: list[Picture]
+    executor: None, tmp_path: Path, shapes_model: str, items: list[Picture]
 ) -> None:
     table = pa.table({"image": [p.data for p in items[:30]], "label": list(range(30))})
     pq.write_table(table, tmp_path / "in.parquet")
@@ -320,7 +325,7 @@ def test_a_kept_column_with_the_name_of_an_output_column_is_called_input(
 
 
 def test_links_in_a_tar_are_error_rows_and_what_was_left_out_is_told(
-    line: None,
+    executor: None,
     tmp_path: Path,
     shapes_model: str,
     items: list[Picture],
@@ -348,7 +353,7 @@ def test_links_in_a_tar_are_error_rows_and_what_was_left_out_is_told(
 
 
 def test_a_changed_gone_and_new_input_each_get_their_due(
-    line: None, tmp_path: Path, shapes_model: str, items: list[Picture]
+    executor: None, tmp_path: Path, shapes_model: str, items: list[Picture]
 ) -> None:
     put_tars(str(tmp_path / "in"), items[:120], 3, tmp_path)
     job = shape_job(str(tmp_path / "in/*.tar"), shapes_model, str(tmp_path / "out"))
@@ -380,17 +385,17 @@ def test_a_changed_gone_and_new_input_each_get_their_due(
 def vitray_manifest(out: str) -> list[dict[str, object]]:
     from vitray.dataset import read_manifest
 
-    found = read_manifest(out)
-    assert found is not None
-    return found.to_pylist()
+    manifest = read_manifest(out)
+    assert manifest is not None
+    return manifest.to_pylist()
 
 
 def test_cut_and_broken_shards_are_named_and_the_rest_completes(
-    line: None, tmp_path: Path, shapes_model: str, items: list[Picture]
+    executor: None, tmp_path: Path, shapes_model: str, items: list[Picture]
 ) -> None:
     put_tars(str(tmp_path / "in"), items[:90], 3, tmp_path)
-    whole = (tmp_path / "in" / "s-001.tar").read_bytes()
-    put(str(tmp_path / "in" / "s-001.tar"), whole[: len(whole) // 2])
+    tar_bytes = (tmp_path / "in" / "s-001.tar").read_bytes()
+    put(str(tmp_path / "in" / "s-001.tar"), tar_bytes[: len(tar_bytes) // 2])
     put(str(tmp_path / "in" / "s-002.tar"), b"\x1f\x8b not a tar" * 100)
     job = shape_job(str(tmp_path / "in"), shapes_model, str(tmp_path / "out"))
     result = vitray.run(job)
@@ -410,17 +415,17 @@ def test_cut_and_broken_shards_are_named_and_the_rest_completes(
 
 
 def test_another_fingerprint_is_refused_with_its_fields(
-    line: None, tmp_path: Path, shapes_model: str, items: list[Picture]
+    executor: None, tmp_path: Path, shapes_model: str, items: list[Picture]
 ) -> None:
     put_tars(str(tmp_path / "in"), items[:20], 1, tmp_path)
     job = shape_job(str(tmp_path / "in"), shapes_model, str(tmp_path / "out"))
     vitray.run(job)
-    before = listing(job.out)
+    first_listing = listing(job.out)
     with pytest.raises(FingerprintError, match=r"precision differs \(fp32, this job: bf16\)"):
         vitray.run(make_job({**job.model_dump(), "precision": "bf16"}))
     with pytest.raises(ModelError, match="layer"):
         vitray.run(make_job({**job.model_dump(), "embeddings": [{"layer": 99}]}))
-    assert listing(job.out) == before
+    assert listing(job.out) == first_listing
     shutil.rmtree(tmp_path / "out" / "_vitray")  # dataset.json is gone, the data files tell
     with pytest.raises(FingerprintError, match="holds 1 files of another job"):
         vitray.run(make_job({**job.model_dump(), "precision": "bf16"}))
@@ -429,7 +434,7 @@ def test_another_fingerprint_is_refused_with_its_fields(
 
 
 @pytest.mark.ray
-def test_the_line_has_four_operators_that_never_fuse(
+def test_the_pipeline_has_four_operators_that_never_fuse(
     ray: None, tmp_path: Path, shapes_model: str
 ) -> None:
     import ray as ray_module
@@ -446,20 +451,20 @@ def test_the_line_has_four_operators_that_never_fuse(
     from vitray.sources import list_shards
 
     shards = list_shards(job, []).shards
-    line = build_pipeline(
+    pipeline = build_pipeline(
         [ray_module.put(s) for s in shards], dataset, ray_module.put(dataset), shares, []
     ).materialize()
-    names = [line_.strip() for line_ in line.stats().splitlines() if line_.startswith("Operator")]
+    names = [line.strip() for line in pipeline.stats().splitlines() if line.startswith("Operator")]
     assert [n.split()[2].rstrip(":") for n in names[-4:]] == [
         "MapBatches(read)",
         "MapBatches(decode)",
         "MapBatches(Predict)",
-        "MapBatches(stage)",
+        "MapBatches(write)",
     ]
 
 
-def test_a_shard_without_a_kept_column_and_a_broken_first_one_are_set_aside(
-    line: None, tmp_path: Path, shapes_model: str, items: list[Picture]
+def test_a_shard_without_a_passthrough_column_and_a_broken_first_one_are_set_aside(
+    executor: None, tmp_path: Path, shapes_model: str, items: list[Picture]
 ) -> None:
     put_parquet(str(tmp_path / "in" / "b"), items[:30], rows_a_group=30)
     put(str(tmp_path / "in" / "a.parquet"), b"PAR1 no footer PAR1")

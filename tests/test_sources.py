@@ -48,9 +48,9 @@ def job_for(*source: Path | str, **fields: object) -> Job:
 
 
 def read_all(
-    shard: Shard, job: Job, wanted: Callable[[int], bool] = lambda index: True
+    shard: Shard, job: Job, is_wanted: Callable[[int], bool] = lambda index: True
 ) -> tuple[list[Encoded], End]:
-    *rows, end = read_shard(shard, job, wanted)
+    *rows, end = read_shard(shard, job, is_wanted)
     assert isinstance(end, End) and all(isinstance(row, Encoded) for row in rows)
     return rows, end
 
@@ -291,15 +291,15 @@ def test_other_files_whose_names_are_not_utf8_do_no_harm(tmp_path: Path) -> None
     (tmp_path / "a.png").write_bytes(b"x")
     for name in (b"README\xff", b"notes.t\xff", b"caf\xe9.txt"):
         put_raw(tmp_path, name, b"x")
-    found = list_shards(job_for(tmp_path), [])
-    assert urls_of(found.shards) == [["a.png"]] and found.left_out == {
+    listing = list_shards(job_for(tmp_path), [])
+    assert urls_of(listing.shards) == [["a.png"]] and listing.left_out == {
         "no_suffix": 2,
         "other_suffix": 1,
     }
-    asked = list_shards(job_for(tmp_path, format="files"), [])
-    assert urls_of(asked.shards) == [
+    as_files = list_shards(job_for(tmp_path, format="files"), [])
+    assert urls_of(as_files.shards) == [
         ["README\\udcff", "a.png", "notes.t\\udcff"]
-    ] and asked.left_out == {"other_suffix": 1}
+    ] and as_files.left_out == {"other_suffix": 1}
     with pytest.raises(SourceError) as error:
         list_shards(job_for(tmp_path, format="parquet", source_rules=1), [])
     assert "holds nothing of format parquet" in str(error.value) and "1 .t\\udcff" in str(
@@ -552,15 +552,15 @@ def test_an_object_that_s3_refuses_costs_its_own_row(
     assert [row.data for row in rows[2:]] == [b"%d" % n for n in range(2, 40)]
 
 
-@pytest.mark.parametrize("after", [0, 25, 61])
+@pytest.mark.parametrize("good_reads", [0, 25, 61])
 def test_rights_that_are_lost_in_the_middle_are_nobodys_bad_image(
-    behind: tuple[Proxy, Job], after: int
+    behind: tuple[Proxy, Job], good_reads: int
 ) -> None:
     """Keys that expire refuse every object from then on: no row may say that its image was bad."""
     proxy, job = behind
     shard = only_shard(job)
     proxy.calls.clear()
-    proxy.rule = lambda call: 403 if len(proxy.calls) > after else FORWARD
+    proxy.rule = lambda call: 403 if len(proxy.calls) > good_reads else FORWARD
     rows = []
     with pytest.raises(ObjectRefused):
         for row in read_shard(shard, job, lambda index: True):
@@ -731,13 +731,13 @@ def test_links_are_error_rows_directories_and_devices_no_members_and_names_are_n
 def test_a_member_beyond_the_cap_is_a_row_and_the_rest_goes_on(tmp_path: Path) -> None:
     big = tarfile.TarInfo("big.jpg")
     big.size = MAX_IMAGE_BYTES + 512
-    after = tarfile.TarInfo("after.jpg")
+    last_member = tarfile.TarInfo("after.jpg")
     with open(
         tmp_path / "a.tar", "wb"
     ) as stream:  # a hole on disk: nothing is written, and nothing may be read
         stream.write(big.tobuf())
         stream.seek(big.size, os.SEEK_CUR)
-        stream.write(after.tobuf() + bytes(1024))
+        stream.write(last_member.tobuf() + bytes(1024))
     rows, end = read_tar(tmp_path / "a.tar")
     assert [(r.key, r.reason, r.data) for r in rows] == [
         ("big", "too_large", None),

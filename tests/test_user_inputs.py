@@ -141,9 +141,13 @@ DOTTED = ["Mr. Bean_0.jpg", "Mr. Bean_1.jpg", "Mr. T_0.jpg", "Robert Downey Jr._
 
 def test_dots_in_member_names_cost_no_image(tmp_path: Path) -> None:
     source = write_tar(tmp_path / "in" / "a.tar", {name: jpg(n) for n, name in enumerate(DOTTED)})
-    found = label(source, tmp_path / "out")
-    assert found.keys == [name.removesuffix(".jpg") for name in DOTTED]
-    assert (found.result.exit_code, found.result.errors, found.result.left_out) == (0, 0, {})
+    labelled = label(source, tmp_path / "out")
+    assert labelled.keys == [name.removesuffix(".jpg") for name in DOTTED]
+    assert (labelled.result.exit_code, labelled.result.errors, labelled.result.left_out) == (
+        0,
+        0,
+        {},
+    )
 
 
 @pytest.mark.parametrize("first", ["json", "jpg"])
@@ -154,10 +158,10 @@ def test_sidecars_of_dotted_names_belong_to_their_image(tmp_path: Path, first: s
         pair = {f"{stem}.jpg": jpg(n), f"{stem}.json": json.dumps({"n": n}).encode()}
         members |= pair if first == "jpg" else dict(reversed(pair.items()))
     found = label(write_tar(tmp_path / "in" / "a.tar", members), tmp_path / "out", keep="json")
-    assert [(row["key"], row["json"]) for row in found.rows] == [
+    assert [(row["key"], row["json"]) for row in labelled.rows] == [
         (name.removesuffix(".jpg"), json.dumps({"n": n})) for n, name in enumerate(DOTTED)
     ]
-    assert found.result.errors == 0
+    assert labelled.result.errors == 0
 
 
 @pytest.mark.parametrize(
@@ -203,11 +207,11 @@ def test_every_image_of_a_tar_gets_its_own_sidecar(tmp_path: Path, members: list
         name: jpg(n) if name.endswith("jpg") else name.removesuffix(".txt").encode()
         for n, name in enumerate(members)
     }
-    found = label(write_tar(tmp_path / "in" / "a.tar", data), tmp_path / "out", keep="txt")
+    labelled = label(write_tar(tmp_path / "in" / "a.tar", data), tmp_path / "out", keep="txt")
     images = [name.removesuffix(".jpg") for name in members if name.endswith("jpg")]
-    assert [(row["key"], row["txt"]) for row in found.rows] == [(name, name) for name in images]
+    assert [(row["key"], row["txt"]) for row in labelled.rows] == [(name, name) for name in images]
     without_image = {name for name in members if name == "2024.02.txt"}
-    assert found.result.errors == len(without_image)
+    assert labelled.result.errors == len(without_image)
 
 
 def test_a_dotted_name_behind_ordinary_ones_gets_a_row(tmp_path: Path) -> None:
@@ -219,8 +223,8 @@ def test_a_dotted_name_behind_ordinary_ones_gets_a_row(tmp_path: Path) -> None:
         "shot.0002.jpg": jpg(902),
         "v1.final cut.jpg": jpg(903),
     }
-    found = label(write_tar(tmp_path / "in" / "a.tar", members), tmp_path / "out")
-    assert found.keys[230:] == ["shot.0001", "shot.0002", "v1.final cut"]
+    labelled = label(write_tar(tmp_path / "in" / "a.tar", members), tmp_path / "out")
+    assert labelled.keys[230:] == ["shot.0001", "shot.0002", "v1.final cut"]
 
 
 @pytest.mark.parametrize(
@@ -270,11 +274,11 @@ def test_a_plain_image_is_preferred_and_the_others_are_counted(tmp_path: Path) -
     source = write_tar(
         tmp_path / "in" / "a.tar", {"0.depth.png": depth, "0.jpg": photo, "0.json": b"{}"}
     )
-    found = label(source, tmp_path / "out")
-    assert [(row["key"], row["format"]) for row in found.rows] == [("0", "jpeg")]
-    assert found.result.left_out == {"further_image": 1}
-    told = status(found.result.out)
-    assert told.image_members == {"jpg": 1} and "1 further_image" in str(told)
+    labelled = label(source, tmp_path / "out")
+    assert [(row["key"], row["format"]) for row in labelled.rows] == [("0", "jpeg")]
+    assert labelled.result.left_out == {"further_image": 1}
+    report = status(labelled.result.out)
+    assert report.image_members == {"jpg": 1} and "1 further_image" in str(report)
 
 
 def test_several_plain_images_are_refused_by_run_and_plan(tmp_path: Path) -> None:
@@ -298,17 +302,21 @@ def test_a_new_first_tar_with_several_plain_images_is_set_aside_too(tmp_path: Pa
     write_tar(tmp_path / "in" / "b.tar", {"0.jpg": jpg(1)})
     label(tmp_path / "in", tmp_path / "out")
     write_tar(tmp_path / "in" / "a.tar", {"0.jpg": jpg(2), "0.webp": jpg(3, "WEBP")})
-    found = label(tmp_path / "in", tmp_path / "out")
-    assert (found.result.exit_code, found.result.rows, len(found.result.set_aside)) == (3, 1, 1)
+    labelled = label(tmp_path / "in", tmp_path / "out")
+    assert (labelled.result.exit_code, labelled.result.rows, len(labelled.result.set_aside)) == (
+        3,
+        1,
+        1,
+    )
 
 
 def test_a_later_tar_with_several_plain_images_is_set_aside_and_named(tmp_path: Path) -> None:
     write_tar(tmp_path / "in" / "a.tar", {"0.jpg": jpg(1)})
     write_tar(tmp_path / "in" / "b.tar", {"0.jpg": jpg(2), "0.webp": jpg(3, "WEBP")})
-    found = label(tmp_path / "in", tmp_path / "out")
-    (why,) = found.result.set_aside.values()
-    assert found.result.exit_code == 3 and "jpg, webp. Set `image_member`" in why
-    assert why in str(status(found.result.out))
+    labelled = label(tmp_path / "in", tmp_path / "out")
+    (why,) = labelled.result.set_aside.values()
+    assert labelled.result.exit_code == 3 and "jpg, webp. Set `image_member`" in why
+    assert why in str(status(labelled.result.out))
 
 
 # ---- 3: suffixes (thumbsup#368, fiftyone#1399)
@@ -331,12 +339,12 @@ def test_unusual_suffixes_are_images_and_what_is_left_out_is_counted(
     tmp_path: Path, cli: Callable[..., tuple[int, str, str]]
 ) -> None:
     folder = mixed_folder(tmp_path / "in")
-    found = label(folder, tmp_path / "out")
-    assert found.names == ["a.jpg", "b.jfif", "c.jpe", "e.PJPEG"] and found.reasons == {
+    labelled = label(folder, tmp_path / "out")
+    assert labelled.names == ["a.jpg", "b.jfif", "c.jpe", "e.PJPEG"] and labelled.reasons == {
         "IMG.HEIC": "format_not_allowed"
     }
-    assert found.errors[0]["message"] == "heic is not decoded: convert it to JPEG, PNG or WebP"
-    assert found.result.left_out == {"hidden": 1, "no_suffix": 1, "other_suffix": 1}
+    assert labelled.errors[0]["message"] == "heic is not decoded: convert it to JPEG, PNG or WebP"
+    assert labelled.result.left_out == {"hidden": 1, "no_suffix": 1, "other_suffix": 1}
     line = (
         "left out   3: 1 hidden, 1 no_suffix, 1 other_suffix; by suffix: 1 .txt, 1 without suffix"
     )
@@ -357,12 +365,12 @@ def test_unusual_suffixes_are_images_and_what_is_left_out_is_counted(
     records = [
         json.loads(path.read_text()) for path in (tmp_path / "out" / "_vitray" / "runs").iterdir()
     ]
-    assert records[-1]["left_out"] == found.result.left_out
+    assert records[-1]["left_out"] == labelled.result.left_out
 
 
 def test_an_explicit_format_reads_files_without_a_suffix(tmp_path: Path) -> None:
-    found = label(mixed_folder(tmp_path / "in"), tmp_path / "out", format="files")
-    assert "bare" in found.names and found.result.left_out == {"hidden": 1, "other_suffix": 1}
+    labelled = label(mixed_folder(tmp_path / "in"), tmp_path / "out", format="files")
+    assert "bare" in labelled.names and labelled.result.left_out == {"hidden": 1, "other_suffix": 1}
     write_files(tmp_path / "bare", {"000000_0": b"no image", "000000_1": jpg(1)})
     bare = label(tmp_path / "bare", tmp_path / "out2", format="files")
     assert (bare.names, bare.reasons) == (["000000_1"], {"000000_0": "not_an_image"})
@@ -383,8 +391,8 @@ def test_camera_raw_is_no_tiff_of_its_thumbnail(tmp_path: Path) -> None:
             "d.tif": jpg(4, "TIFF"),
         },
     )
-    found = label(tmp_path / "in", tmp_path / "out")
-    assert found.names == ["a.jpg", "d.tif"] and found.reasons == dict.fromkeys(
+    labelled = label(tmp_path / "in", tmp_path / "out")
+    assert labelled.names == ["a.jpg", "d.tif"] and labelled.reasons == dict.fromkeys(
         ("b.NEF", "c.dng"), "format_not_allowed"
     )
 
@@ -401,8 +409,8 @@ def test_paths_beat_thumbnails_and_other_pairs_are_refused(tmp_path: Path) -> No
     pq.write_table(
         pa.table({"image_path": ["a.jpg"], "thumbnail": [thumbnail]}), folder / "list.parquet"
     )
-    found = label(folder / "list.parquet", tmp_path / "out")
-    assert [(row["key"], row["format"]) for row in found.rows] == [("a.jpg", "jpeg")]
+    labelled = label(folder / "list.parquet", tmp_path / "out")
+    assert [(row["key"], row["format"]) for row in labelled.rows] == [("a.jpg", "jpeg")]
     pq.write_table(
         pa.table({"image_path": ["a.jpg"], "blob": [thumbnail]}), folder / "list.parquet"
     )
@@ -434,8 +442,8 @@ def test_nested_columns_name_no_rows(tmp_path: Path) -> None:
 def test_the_first_image_of_a_list_is_the_first_that_is_there(tmp_path: Path) -> None:
     images = pa.array([[None, jpg(1)], [jpg(2), None, jpg(3)], [], None], pa.list_(pa.binary()))
     pq.write_table(pa.table({"images": images}), tmp_path / "a.parquet")
-    found = label(tmp_path / "a.parquet", tmp_path / "out")
-    assert (found.result.rows, found.result.errors, found.result.left_out) == (
+    labelled = label(tmp_path / "a.parquet", tmp_path / "out")
+    assert (labelled.result.rows, labelled.result.errors, labelled.result.left_out) == (
         2,
         2,
         {"further_image": 1},
@@ -449,8 +457,8 @@ def test_images_in_further_columns_are_counted(tmp_path: Path) -> None:
         "hash": [b"x", b"y", b"z"],
     }
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
-    found = label(tmp_path / "a.parquet", tmp_path / "out")
-    assert found.result.rows == 3 and found.result.left_out == {"further_image": 2}
+    labelled = label(tmp_path / "a.parquet", tmp_path / "out")
+    assert labelled.result.rows == 3 and labelled.result.left_out == {"further_image": 2}
 
 
 # ---- 7: long fields of a CSV (datasette-lite#84)
@@ -460,8 +468,8 @@ def test_a_field_of_megabytes_costs_no_row(tmp_path: Path) -> None:
     folder = write_files(tmp_path / "in", {"a.jpg": jpg(1), "b.jpg": jpg(2)})
     long = "x" * 3_000_000
     (folder / "list.csv").write_text(f"path,text\na.jpg,{long}\nb.jpg,short\n")
-    found = label(folder / "list.csv", tmp_path / "out", keep="text")
-    assert [row["text"] for row in found.rows] == [long, "short"]
+    labelled = label(folder / "list.csv", tmp_path / "out", keep="text")
+    assert [row["text"] for row in labelled.rows] == [long, "short"]
 
 
 # ---- 8: limit and sample count shards
@@ -487,8 +495,12 @@ def test_limit_and_sample_say_how_many_images_they_choose(
     )
     assert "not chosen 1 shard with 4 images, by since, sample or limit" in out.splitlines()
     code, out, _ = cli(*argv, "--json")
-    found = json.loads(out)
-    assert (found["rows"], found["shards_not_selected"], found["images_not_selected"]) == (8, 1, 4)
+    document = json.loads(out)
+    assert (document["rows"], document["shards_not_selected"], document["images_not_selected"]) == (
+        8,
+        1,
+        4,
+    )
     for refuse in (vitray.run, plan):
         with pytest.raises(JobError, match=r"sample: 0\.001 of 3 shards is none"):
             refuse(job_for(folder, tmp_path / "none", sample=0.001, group_size=4))
@@ -498,10 +510,10 @@ def test_a_limit_that_chooses_every_shard_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = write_files(tmp_path / "in", {f"{n:02d}.jpg": jpg(n) for n in range(12)})
-    said = "limit chooses whole shards: 1 of 1 files shard, 12 of 12 images"
-    assert f"chosen     {said}" in str(plan(job_for(folder, tmp_path / "out", limit=3)))
+    message = "limit chooses whole shards: 1 of 1 files shard, 12 of 12 images"
+    assert f"chosen     {message}" in str(plan(job_for(folder, tmp_path / "out", limit=3)))
     vitray.run(job_for(folder, tmp_path / "out", limit=3))
-    assert caplog.messages[0] == said
+    assert caplog.messages[0] == message
 
 
 # ---- 9: columns of categories, lists of images, paths in structs
@@ -545,9 +557,9 @@ def test_categories_lists_and_paths_in_structs_are_read(tmp_path: Path) -> None:
     further = {"lists.parquet": 3, "blobs.parquet": 1}
     for name, table in tables.items():
         pq.write_table(table, folder / name)
-        found = label(folder / name, tmp_path / f"out-{name}")
-        assert (found.result.rows, found.result.errors) == (3, 0), name
-        assert found.result.left_out.get("further_image", 0) == further.get(name, 0)
+        labelled = label(folder / name, tmp_path / f"out-{name}")
+        assert (labelled.result.rows, labelled.result.errors) == (3, 0), name
+        assert labelled.result.left_out.get("further_image", 0) == further.get(name, 0)
 
 
 def test_paths_in_structs_do_not_lead_out(tmp_path: Path) -> None:
@@ -556,9 +568,9 @@ def test_paths_in_structs_do_not_lead_out(tmp_path: Path) -> None:
     paths = ["a.jpg", "../secret/b.jpg", f"{tmp_path}/secret/b.jpg", "gone.jpg"]
     rows = pa.array([{"bytes": None, "path": path} for path in paths], image)
     pq.write_table(pa.table({"image": rows}), tmp_path / "in" / "a.parquet")
-    found = label(tmp_path / "in" / "a.parquet", tmp_path / "out")
-    assert found.names == ["a.jpg"]
-    assert [row["reason"] for row in found.errors] == [
+    labelled = label(tmp_path / "in" / "a.parquet", tmp_path / "out")
+    assert labelled.names == ["a.jpg"]
+    assert [row["reason"] for row in labelled.errors] == [
         "path_not_allowed",
         "path_not_allowed",
         "missing",
@@ -576,8 +588,8 @@ def test_other_delimiters_are_recognised(tmp_path: Path, delimiter: str, name: s
     folder = write_files(tmp_path / "in", {"a.jpg": jpg(1), "b.jpg": jpg(2)})
     lines = [["label", "path"], ["a, or b", "a.jpg"], ["x", "b.jpg"]]
     (folder / name).write_text("\n".join(delimiter.join(line) for line in lines))
-    found = label(folder / name, tmp_path / "out", keep="label")
-    assert [(row["key"], row["input_label"]) for row in found.rows] == [
+    labelled = label(folder / name, tmp_path / "out", keep="label")
+    assert [(row["key"], row["input_label"]) for row in labelled.rows] == [
         ("a.jpg", "a, or b"),
         ("b.jpg", "x"),
     ]
@@ -603,10 +615,10 @@ def test_backslashes_mean_slashes_where_no_such_file_is(tmp_path: Path) -> None:
         "https://example.org/a.jpg",
     ]
     (folder / "list.csv").write_text("\n".join(lines))
-    found = label(folder / "list.csv", tmp_path / "out")
-    assert found.keys == lines[1:4]
-    assert [row["reason"] for row in found.errors] == ["missing", "path_not_allowed"]
-    assert "is not followed: vitray reads local paths and s3://" in found.errors[1]["message"]
+    labelled = label(folder / "list.csv", tmp_path / "out")
+    assert labelled.keys == lines[1:4]
+    assert [row["reason"] for row in labelled.errors] == ["missing", "path_not_allowed"]
+    assert "is not followed: vitray reads local paths and s3://" in labelled.errors[1]["message"]
 
 
 # ---- the same kinds, after further reports
@@ -627,10 +639,10 @@ def test_backslashes_mean_slashes_where_no_such_file_is(tmp_path: Path) -> None:
 def test_a_csv_is_read_however_it_was_saved(tmp_path: Path, body: str, encoding: str) -> None:
     folder = write_files(tmp_path / "in", {"hérisson.jpg": jpg(1)})
     (folder / "list.csv").write_bytes(body.encode(encoding))
-    found = label(folder / "list.csv", tmp_path / "out", keep="text")
-    assert [row["text"] for row in found.rows] == ["café"] and found.result.errors == 0
+    labelled = label(folder / "list.csv", tmp_path / "out", keep="text")
+    assert [row["text"] for row in labelled.rows] == ["café"] and labelled.result.errors == 0
     notes = ["lines that are not UTF-8 were read as Windows-1252"] if encoding == "cp1252" else []
-    assert list(found.result.notes.values()) == notes
+    assert list(labelled.result.notes.values()) == notes
 
 
 def test_kept_text_of_a_tar_has_no_marks_and_says_when_it_is_not_utf8(tmp_path: Path) -> None:
@@ -640,9 +652,9 @@ def test_kept_text_of_a_tar_has_no_marks_and_says_when_it_is_not_utf8(tmp_path: 
         "1.jpg": jpg(2),
         "1.txt": b"\xef\xbb\xbfplain",
     }
-    found = label(write_tar(tmp_path / "in" / "a.tar", members), tmp_path / "out", keep="txt")
-    assert [row["txt"] for row in found.rows] == ["café", "plain"]
-    assert list(found.result.notes.values()) == [
+    labelled = label(write_tar(tmp_path / "in" / "a.tar", members), tmp_path / "out", keep="txt")
+    assert [row["txt"] for row in labelled.rows] == ["café", "plain"]
+    assert list(labelled.result.notes.values()) == [
         "1 kept texts are not UTF-8 and were read as Windows-1252"
     ]
 
@@ -676,8 +688,12 @@ def test_a_file_without_a_kept_column_is_set_aside_wherever_it_comes(tmp_path: P
                 pa.table({name: [jpg(n)] if name == "image" else ["x"] for name in names}), path
             )
     for order in ("ab", "ba"):
-        found = label(tmp_path / order, tmp_path / f"out-{order}", keep="caption")
-        assert (found.result.exit_code, found.result.rows, len(found.result.set_aside)) == (3, 1, 1)
+        labelled = label(tmp_path / order, tmp_path / f"out-{order}", keep="caption")
+        assert (
+            labelled.result.exit_code,
+            labelled.result.rows,
+            len(labelled.result.set_aside),
+        ) == (3, 1, 1)
     with pytest.raises(JobError, match="no column `captoin`"):
         vitray.run(job_for(tmp_path / "ab", tmp_path / "out", keep="captoin"))
 
@@ -694,8 +710,8 @@ def test_folders_that_look_like_patterns_and_partitions_are_read(tmp_path: Path)
     )
     assert label(tmp_path / "in" / "[raw] 2024" / "*.jpg", tmp_path / "out1").names == ["a.jpg"]
     assert label(tmp_path / "in" / "set {a,b}", tmp_path / "out2").names == ["b.jpg"]
-    found = label(tmp_path / "in", tmp_path / "out3", keep="_year")
-    assert sorted(found.names) == ["a.jpg", "b.jpg", "c.jpg"] and found.result.left_out == {
+    labelled = label(tmp_path / "in", tmp_path / "out3", keep="_year")
+    assert sorted(labelled.names) == ["a.jpg", "b.jpg", "c.jpg"] and labelled.result.left_out == {
         "hidden": 1
     }
     (tmp_path / "in" / "loop").symlink_to(tmp_path / "in")
@@ -720,9 +736,9 @@ def test_pictures_with_much_metadata_are_good_and_negatives_are_positive(tmp_pat
         "b.tif": white.getvalue(),
         "c.png": jpg(1, "PNG", pnginfo=info),
     }
-    found = label(write_files(tmp_path / "in", pictures), tmp_path / "out")
-    assert found.names == ["a.tif", "b.tif", "c.png"]
-    assert found.rows[0]["embedding"] == found.rows[1]["embedding"]
+    labelled = label(write_files(tmp_path / "in", pictures), tmp_path / "out")
+    assert labelled.names == ["a.tif", "b.tif", "c.png"]
+    assert labelled.rows[0]["embedding"] == labelled.rows[1]["embedding"]
 
 
 # ---- 13: members that are not adjacent (webdataset#407)
@@ -731,33 +747,35 @@ def test_pictures_with_much_metadata_are_good_and_negatives_are_positive(tmp_pat
 def test_members_that_are_not_adjacent_are_told(tmp_path: Path) -> None:
     images = {f"{n}.jpg": jpg(n) for n in range(3)}
     source = write_tar(tmp_path / "in" / "a.tar", images | {f"{n}.json": b"{}" for n in range(3)})
-    found = label(source, tmp_path / "out")
-    assert found.keys == ["0", "1", "2"]
+    labelled = label(source, tmp_path / "out")
+    assert labelled.keys == ["0", "1", "2"]
     assert (
-        "key 0 came before" in found.errors[0]["message"]
-        and "sort the tar" in found.errors[0]["message"]
+        "key 0 came before" in labelled.errors[0]["message"]
+        and "sort the tar" in labelled.errors[0]["message"]
     )
-    (note,) = found.result.notes.values()
+    (note,) = labelled.result.notes.values()
     assert "3 times the key of an earlier sample comes again (first: 0)" in note
 
 
 def test_keys_that_come_again_are_noted_though_each_has_an_image(tmp_path: Path) -> None:
     names = ["0.jpg", "1.jpg", "2.jpg", "0.png", "1.png"]
     source = write_tar(tmp_path / "in" / "a.tar", {name: jpg(n) for n, name in enumerate(names)})
-    found = label(source, tmp_path / "out")
-    assert found.keys == ["0", "1", "2", "0", "1"]
-    (note,) = found.result.notes.values()
+    labelled = label(source, tmp_path / "out")
+    assert labelled.keys == ["0", "1", "2", "0", "1"]
+    (note,) = labelled.result.notes.values()
     assert "2 times the key of an earlier sample comes again (first: 0)" in note
 
 
 def test_validate_names_a_tar_that_was_cut(tmp_path: Path) -> None:
-    whole = write_tar(tmp_path / "whole.tar", {f"{n}.jpg": jpg(n) for n in range(4)}).read_bytes()
+    tar_bytes = write_tar(
+        tmp_path / "whole.tar", {f"{n}.jpg": jpg(n) for n in range(4)}
+    ).read_bytes()
     (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.tar").write_bytes(whole + whole)
-    found = label(tmp_path / "in", tmp_path / "out")
-    assert len(found.rows) == 4 and found.result.exit_code == 3
+    (tmp_path / "in" / "a.tar").write_bytes(tar_bytes + tar_bytes)
+    labelled = label(tmp_path / "in", tmp_path / "out")
+    assert len(labelled.rows) == 4 and labelled.result.exit_code == 3
     checked = validate(str(tmp_path / "out"))
-    assert list(checked.truncated) == list(found.result.truncated) != []
+    assert list(checked.truncated) == list(labelled.result.truncated) != []
     assert "cut short  a" in str(checked) and checked.ok
 
 
@@ -772,7 +790,7 @@ def test_types_are_wide_enough_for_every_file(tmp_path: Path) -> None:
             tmp_path / "in" / f"{n}.parquet",
         )
     found = label(tmp_path / "in", tmp_path / "out", keep="n")
-    assert [row["n"] for row in found.rows] == [100, 101, 102] and found.result.exit_code == 0
+    assert [row["n"] for row in labelled.rows] == [100, 101, 102] and labelled.result.exit_code == 0
     kinds = {pq.read_schema(path).field("n").type for path in (tmp_path / "out" / "data").iterdir()}
     assert kinds == {pa.int64()}
 
@@ -801,10 +819,10 @@ def test_a_later_night_with_wider_integers_goes_on_while_they_fit(tmp_path: Path
 
 def test_readers_of_a_directory_see_good_rows_alone(tmp_path: Path) -> None:
     write_files(tmp_path / "in", {"a.jpg": jpg(1), "b.jpg": b"no image", "c.jpg": jpg(2)})
-    found = label(tmp_path / "in", tmp_path / "out")
+    labelled = label(tmp_path / "in", tmp_path / "out")
     frame = pd.read_parquet(tmp_path / "out")
-    assert list(frame["key"]) == found.keys and not frame["label"].isna().any()
-    assert len(found.errors) == 1 and not (tmp_path / "out" / "errors").exists()
+    assert list(frame["key"]) == labelled.keys and not frame["label"].isna().any()
+    assert len(labelled.errors) == 1 and not (tmp_path / "out" / "errors").exists()
 
 
 # ---- 16: a file of another kind among a dataset's
@@ -817,9 +835,9 @@ def test_a_file_of_another_kind_does_not_stop_the_next_run(tmp_path: Path, name:
     folder = write_files(tmp_path / "in", {"a.jpg": jpg(1)})
     assert label(folder, tmp_path / "out").result.left_out == {}
     write_files(folder, {name: b"path\nx\n", "b.jpg": jpg(2)})
-    found = label(folder, tmp_path / "out")
-    assert sorted(found.names) == ["a.jpg", "b.jpg"]
-    assert found.result.exit_code == 0 and found.result.left_out == {"other_kind": 1}
+    labelled = label(folder, tmp_path / "out")
+    assert sorted(labelled.names) == ["a.jpg", "b.jpg"]
+    assert labelled.result.exit_code == 0 and labelled.result.left_out == {"other_kind": 1}
     with pytest.raises(SourceError, match=r"is a mix|compressed"):
         vitray.run(job_for(folder, tmp_path / "new"))
     os.unlink(folder / "a.jpg")
@@ -840,10 +858,10 @@ def test_a_file_of_another_kind_does_not_stop_the_next_run(tmp_path: Path, name:
 
 def test_folders_are_columns(tmp_path: Path) -> None:
     write_files(tmp_path / "in", {"label=cat/y=1/a.jpg": jpg(1), "label=big%20dog/b.jpg": jpg(2)})
-    found = label(tmp_path / "in", tmp_path / "out", keep="label,folder,y")
+    labelled = label(tmp_path / "in", tmp_path / "out", keep="label,folder,y")
     values = {
         row["key"].rpartition("/")[2]: (row["input_label"], row["folder"], row["y"])
-        for row in found.rows
+        for row in labelled.rows
     }
     assert values == {"a.jpg": ("cat", "y=1", "1"), "b.jpg": ("big dog", "label=big%20dog", None)}
     single = label(tmp_path / "in", tmp_path / "single", keep="y", group_size=1)
@@ -874,8 +892,8 @@ def test_folders_of_tables_and_tars_are_columns(tmp_path: Path) -> None:
 def test_a_manifest_keeps_the_folders_of_its_images(tmp_path: Path) -> None:
     folder = write_files(tmp_path / "in", {"cat/a.jpg": jpg(1), "dog/b.jpg": jpg(2)})
     (folder / "list.csv").write_text("path,n\ncat/a.jpg,1\ndog/b.jpg,2\nnot,a,row\n")
-    found = label(folder / "list.csv", tmp_path / "out", keep="n,folder")
-    assert [(row["n"], row["folder"]) for row in found.rows] == [("1", "cat"), ("2", "dog")]
+    labelled = label(folder / "list.csv", tmp_path / "out", keep="n,folder")
+    assert [(row["n"], row["folder"]) for row in labelled.rows] == [("1", "cat"), ("2", "dog")]
 
 
 # ---- 19: pages of a TIFF
@@ -886,8 +904,8 @@ def test_the_first_page_of_a_tiff_is_read_and_the_others_are_counted(tmp_path: P
     buffer = io.BytesIO()
     pages[0].save(buffer, "TIFF", save_all=True, append_images=pages[1:])
     write_files(tmp_path / "in", {"a.tif": buffer.getvalue(), "b.tif": jpg(1, "TIFF")})
-    found = label(tmp_path / "in", tmp_path / "out")
-    assert found.names == ["a.tif", "b.tif"] and found.result.left_out == {"further_page": 2}
+    labelled = label(tmp_path / "in", tmp_path / "out")
+    assert labelled.names == ["a.tif", "b.tif"] and labelled.result.left_out == {"further_page": 2}
 
 
 # ---- 20: keys of Parquet rows
@@ -937,8 +955,8 @@ def test_a_column_that_a_file_lacks_names_no_rows(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     pq.write_table(pa.table({"image": [jpg(1)], "id": [7]}), tmp_path / "in" / "a.parquet")
     pq.write_table(pa.table({"image": [jpg(2)]}), tmp_path / "in" / "b.parquet")
-    found = label(tmp_path / "in", tmp_path / "out")
-    assert found.keys == ["0", "0"] and found.result.exit_code == 0
+    labelled = label(tmp_path / "in", tmp_path / "out")
+    assert labelled.keys == ["0", "0"] and labelled.result.exit_code == 0
     (tmp_path / "in" / "b.parquet").rename(tmp_path / "b.parquet")
     label(tmp_path / "in", tmp_path / "later")
     (tmp_path / "b.parquet").rename(tmp_path / "in" / "b.parquet")

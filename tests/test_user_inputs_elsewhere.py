@@ -87,11 +87,11 @@ def check_everywhere(root: str, scratch: Path) -> None:
     put(f"{root}/tables/a.parquet", parquet_bytes(table))
     tables = run(root, "tables", "out-tables", keep=",".join(TYPES))
     assert keys(tables) == ["7", "8", "9"]
-    found = read_rows(tables.out, list(TYPES))
+    rows = read_rows(tables.out, list(TYPES))
     for name, values in TYPES.items():
         assert (
-            found[name].type == values.type
-            and found[name].combine_chunks().to_string() == values.to_string()
+            rows[name].type == values.type
+            and rows[name].combine_chunks().to_string() == values.to_string()
         ), name
     for name in ("img/a.jpg", "img/b c.jpg"):
         put(f"{root}/lists/{name}", jpg(len(name)))

@@ -32,6 +32,7 @@ from vitray.models import (
     with_label_names,
 )
 from vitray.operations.planning import status
+from vitray.schema import ModelOutputs
 
 LABELS = ["cat", "dog", "fire truck", "emu", "red square"]
 PROMPTS = ["a photo of a {}, indoors.", "a drawing of the {}", "{}"]
@@ -264,8 +265,10 @@ def test_an_export_has_the_words_in_its_graph(
 def test_a_compiled_pass_gives_the_same_scores(towers: dict[str, str], stem: str) -> None:
     job = job_for(towers[stem], LABELS, batch_size=1)
     spec = identify(job)
-    model = open_model(spec, vector_columns(job, spec), 5, True, "cpu", 1, compiled=True)
-    assert len(model._compiled) == 1
+    model = open_model(
+        spec, ModelOutputs(tuple(vector_columns(job, spec)), 5), "cpu", 1, compiled=True
+    )
+    assert len(model.compiled) == 1
     np.testing.assert_allclose(
         by_label(model.predict(noise(3))), by_label(run(job, noise(3))), atol=1e-4
     )
@@ -289,7 +292,7 @@ def test_bf16_labels_are_those_of_fp32_where_its_margin_is_clear(
     found = run(job_for(towers[stem], LABELS, precision="bf16"), pixels)
     assert (found.ids[clear, 0] == exact.ids[clear, 0]).mean() >= 0.995
     model = open_job(job_for(towers[stem], LABELS, precision="bf16"))
-    assert model._forward.head.weight.dtype == torch.float32
+    assert model.forward.head.weight.dtype == torch.float32
 
 
 # ---------------------------------------------------------------- where labels and tokenizers come
@@ -408,11 +411,11 @@ def test_a_tokenizers_code_never_runs_and_one_that_changed_is_refused(
     saved["model"]["merges"] = saved["model"]["merges"][:-5]
     Path(f"{clip}/tokenizer.json").write_text(json.dumps(saved))
     assert identify(job).text_sha256 != spec.text_sha256
-    from vitray.models.linear import _read_labels
+    from vitray.models.labels import text_weights
 
-    _read_labels.cache_clear()
+    text_weights.cache_clear()
     with pytest.raises(ModelError, match="its tokenizer changed since it was planned"):
-        open_model(spec, [], 1, True, "cpu", 1)
+        open_model(spec, ModelOutputs((), 1), "cpu", 1)
 
 
 def test_siglips_own_tokenizer_needs_sentencepiece(towers: dict[str, str], tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 import numpy as np
@@ -91,6 +91,21 @@ class VectorColumn:
     pool: str
     normalize: bool
     dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOutputs:
+    """What a model computes for each image.
+
+    vectors: the embedding columns. top_k: the number of labels, best first; 0 for no labels.
+    """
+
+    vectors: tuple[VectorColumn, ...]
+    top_k: int
+
+    def limited_to(self, labels: int) -> ModelOutputs:
+        """The same outputs, with at most so many labels as the model has."""
+        return replace(self, top_k=min(self.top_k, labels))
 
 
 def row_schema(labels: bool, vectors: list[VectorColumn], passthrough: pa.Schema) -> pa.Schema:

@@ -20,6 +20,7 @@ def demo(
     address: Annotated[str | None, typer.Option(help="a Ray cluster, or `local`")] = None,
 ) -> None:
     """Draw shapes, train a tiny ViT on them, label and embed them, and check the result."""
+    from vitray.dataset import DATA_GLOB
     from vitray.operations import demo as shapes
     from vitray.operations.validation import validate as validate_dataset
     from vitray.operations.watching import summary
@@ -35,7 +36,7 @@ def demo(
     say(summary(result, job))
     validation = validate_dataset(job.out, content=True)
     say(str(validation))
-    files = os.path.join(job.out, "data", "*.parquet")
+    files = os.path.join(job.out, DATA_GLOB)
     say(f"accuracy {shapes.accuracy(job.out):.3f} of the labels against what was drawn")
     quoted = files.replace("'", "''")
     say(f"Parquet  {files}")

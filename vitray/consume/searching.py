@@ -34,7 +34,7 @@ from vitray.dataset import (
 from vitray.decoding.decode import decode
 from vitray.errors import JobError, ObjectMissing, one_line
 from vitray.models import open_model, torch_threads_kept
-from vitray.schema import Encoded, VectorColumn
+from vitray.schema import Encoded, ModelOutputs, VectorColumn
 from vitray.storage import absolute, exists, is_local, read, store_for
 
 TRAIN_VECTORS = 64  # per list, to compute its centre
@@ -176,7 +176,7 @@ def _vector_of_image(rows: _Rows, url: str) -> np.ndarray:
         )
     job = dataset.job
     with torch_threads_kept():
-        model = open_model(dataset.spec, list(dataset.vectors), 0, False, job.device, threads=1)
+        model = open_model(dataset.spec, ModelOutputs(dataset.vectors, 0), job.device, threads=1)
         vectors = model.predict(pixels).vectors[rows.vector.column]
     values: np.ndarray = vectors[0].astype(np.float32)
     return values

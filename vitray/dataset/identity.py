@@ -22,6 +22,7 @@ from vitray.schema import (
     LABEL_FIELDS,
     SCHEMA_VERSION,
     DecodeSpec,
+    ModelOutputs,
     ModelSpec,
     PixelSpec,
     ScoreFunction,
@@ -63,6 +64,11 @@ class Dataset:
     @property
     def schema(self) -> pa.Schema:
         return row_schema(self.job.labelled, list(self.vectors), self.passthrough)
+
+    @property
+    def outputs(self) -> ModelOutputs:
+        """What its model computes for each image."""
+        return ModelOutputs(self.vectors, self.job.top_k if self.job.labelled else 0)
 
     @property
     def decode_spec(self) -> DecodeSpec:

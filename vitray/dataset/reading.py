@@ -58,7 +58,7 @@ def require_outside(dataset: Dataset, option: str, url: str) -> None:
             patterns.setdefault(part, f"its source {source}")
     for pattern, what in patterns.items():
         if any(reads(pattern, url, name) for name in WRITTEN):
-            raise JobError(f"{option} {url} lies inside {what}: choose another path.")
+            raise JobError(f"{option} {url} lies inside {what}: choose another place.")
 
 
 def data_files(out: str) -> list[str]:

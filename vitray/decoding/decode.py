@@ -42,7 +42,7 @@ MAX_SIDE = (
 MAX_SCANS = 100
 PNG_TEXT_BYTES = 64 << 20  # of one chunk, inflated; as much as Pillow allows for all of them
 MESSAGE_CHARS = 200
-PAGES = 4  # of pixels: what one thread's callers hold at a time in the line
+PAGES = 4  # of pixels: what one thread's callers hold at a time in the pipeline
 CHILD_RUNS = 64  # calls for which a child is used; a leak or a fragmented heap lives no longer
 CPU_S, CPU_S_PIXELS = (
     5.0,

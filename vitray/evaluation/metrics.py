@@ -21,7 +21,7 @@ def accuracy(labels: Sequence[object] | np.ndarray, truth: Sequence[object] | np
         return 0.0
     if isinstance(labels, np.ndarray) and isinstance(truth, np.ndarray):
         return float(np.mean(np.asarray(labels == truth)))
-    return sum(label == true for label, true in zip(labels, truth)) / len(labels)
+    return float(sum(label == true for label, true in zip(labels, truth)) / len(labels))
 
 
 def confusion(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:

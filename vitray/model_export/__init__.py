@@ -1,4 +1,4 @@
-"""`vitray export MODEL`: checkpoints in other formats, quantised if asked.
+"""`vitray export-model`: checkpoints in other formats, quantised if asked.
 
 export.py   the steps of an export, its comparison with the original, and the files it writes
 graphs.py   the formats and their quantisers

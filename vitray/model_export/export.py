@@ -1,4 +1,4 @@
-"""`vitray export MODEL`: a checkpoint as ONNX, OpenVINO, torch-export or Core ML.
+"""`vitray export-model`: a checkpoint as ONNX, OpenVINO, torch-export or Core ML.
 
 Each export is compared with the original first. One that agrees too little is not written.
 """
@@ -32,7 +32,7 @@ from vitray.models.checkpoint import EXPORT, Checkpoint, locate, weight_files
 from vitray.models.exported import FORMAT, read_export, seal
 from vitray.models.machine import cores
 from vitray.models.pixels import FILES
-from vitray.schema import ModelSpec, VectorColumn
+from vitray.schema import ModelOutputs, ModelSpec, VectorColumn
 from vitray.storage import absolute, new_folder
 from vitray.version import __version__
 
@@ -255,7 +255,8 @@ def _open_export(job: Job, source: graphs.Source, to: str, folder: Path) -> _Ope
 
 def _open(job: Job, source: graphs.Source, spec: ModelSpec, precision: str, top_k: int) -> Model:
     spec = replace(spec, precision=precision)
-    return open_model(spec, source.vectors, top_k, job.labelled, "cpu", cores())
+    outputs = ModelOutputs(tuple(source.vectors), top_k if job.labelled else 0)
+    return open_model(spec, outputs, "cpu", cores())
 
 
 def _write_comparison(folder: Path, source: graphs.Source, export: ExportedModel) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 from vitray.errors import JobError, ModelError, StorageError, one_line
 from vitray.models import Model
 from vitray.models.checkpoint import Checkpoint, weight_files
-from vitray.schema import ModelSpec, VectorColumn
+from vitray.schema import ModelOutputs, ModelSpec, VectorColumn
 
 QUANTISED = ("fp16", "int8", "int8-weights", "int4-weights")
 KNOWN = {"onnx": QUANTISED, "openvino": QUANTISED, "torch-export": (), "coreml": ("fp16",)}
@@ -72,6 +72,12 @@ class Source:
     calibration: np.ndarray
 
     @property
+    def outputs(self) -> ModelOutputs:
+        """All labels if there are scores, and the vectors."""
+        labels = len(self.spec.labels) if self.labels else 0
+        return ModelOutputs(tuple(self.vectors), labels)
+
+    @property
     def names(self) -> list[str]:
         """The names of the graph's results, in their order."""
         vectors = [f"{vector.pool}_{vector.layer or 'last'}" for vector in self.vectors]
@@ -79,13 +85,13 @@ class Source:
 
     def program(self, fixed: Any = None) -> Any:
         """The forward pass as an ExportedProgram. fixed: pixels of the only shape it takes."""
+        from vitray.models.forward import open_head
         from vitray.models.graph import export_graph
-        from vitray.models.linear import open_head
         from vitray.models.loading import load_network
 
         head = open_head(self.spec, self.original, "cpu") if self.labels else None
         network = load_network(self.original, self.labels, head)
-        return export_graph(network, self.spec, self.vectors, self.labels, fixed)
+        return export_graph(network, self.spec, self.outputs, fixed)
 
 
 def require(to: str, quantisation: str) -> None:
@@ -146,7 +152,7 @@ def run_program(source: Source) -> Model:
         with torch.no_grad():
             return [result.numpy() for result in module(torch.from_numpy(pixels))]
 
-    return GraphModel(run, source.spec, source.vectors, len(source.spec.labels), 1)
+    return GraphModel(run, source.spec, source.outputs, 1)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
-"""Where a checkpoint is and what its files say. Needs no torch; nothing in a checkpoint is ever
-executed.
+"""Where a checkpoint is and what its files say.
+
+Needs no torch, and executes nothing of a checkpoint. Directories of other libraries are recognised,
+so that an error says what to do.
 """
 
 from __future__ import annotations
@@ -12,16 +14,15 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from vitray import storage
-from vitray.errors import ModelError, ObjectMissing, one_line
-from vitray.models import foreign
+from vitray.errors import ModelError, ObjectMissing, one_line, shortened
 from vitray.schema import ScoreFunction, short_hash
 
-# tokens before the patches: CLS, DeiT's distillation token; registers are added by read_config
+# tokens before the patches: CLS, DeiT's distillation token; read_config adds registers
 FAMILIES = {
     "vit": 1,
     "deit": 2,
@@ -35,20 +36,21 @@ FAMILIES = {
 }
 HEADS = (("classifier.weight",), ("cls_classifier.weight", "distillation_classifier.weight"))
 HUB_FILES = ["*.json", "model.safetensors", "model-*.safetensors", "merges.txt", "spiece.model"]
-# what `vitray export` wrote holds it, and of the graph's files these: see exported.py
+# `vitray export` writes this file into its directory, and these graph files: see exported.py
 EXPORT = "vitray_export.json"
 GRAPH_FILES = ("model.onnx", "model.onnx.data", "openvino_model.xml", "openvino_model.bin")
-WRAPPERS = {
-    "_orig_mod.": "a compiled module",
-    "module.": "a DataParallel module",
-}  # by the prefix of their weights
+BUCKET_FILES = (".json", ".txt", ".safetensors", "spiece.model", *GRAPH_FILES)  # by suffix
+# by the prefix of their weights
+WRAPPERS = {"_orig_mod.": "a compiled module", "module.": "a DataParallel module"}
 COMMIT = re.compile(r"[0-9a-f]{40}")
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A directory on this machine. model: its name for people and for other nodes; revision: a
-    commit of the hub, else None.
+    """A directory on this machine.
+
+    model: its name for people and for other nodes. revision: a commit of the hub, else None.
     """
 
     model: str
@@ -58,8 +60,9 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class VisionConfig:
-    """What config.json says of the vision tower. hf: the transformers config object of the whole
-    checkpoint.
+    """What config.json says about the vision tower.
+
+    hf: the transformers config object of the whole checkpoint.
     """
 
     family: str
@@ -73,9 +76,7 @@ class VisionConfig:
 
     @property
     def multi_label(self) -> bool:
-        """Whether each score of the checkpoint's own head stands alone, so that they do not add up
-        to 1.
-        """
+        """Whether scores of the checkpoint's own head are independent, so their sum is not 1."""
         return self.score_function is not ScoreFunction.SOFTMAX
 
     def class_names(self) -> dict[int, str]:
@@ -87,9 +88,7 @@ class VisionConfig:
 
 
 def locate(model: str, revision: str | None) -> Checkpoint:
-    """The checkpoint of a local directory, an s3:// directory or a Hugging Face id, fetched if it
-    is not here yet.
-    """
+    """The checkpoint of a local or s3:// directory or a Hugging Face id, fetched if necessary."""
     path = os.path.expanduser(model.removeprefix("file://"))
     if not model.startswith("s3://") and not os.path.exists(path):
         return _from_hub(model, revision)
@@ -108,61 +107,63 @@ def locate(model: str, revision: str | None) -> Checkpoint:
 
 
 def _from_hub(model: str, revision: str | None) -> Checkpoint:
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model):
+    if not HUB_NAME.fullmatch(model):
         raise ModelError(
             f"{model} does not exist. Give a local directory, an s3:// directory, or a Hugging "
             f"Face id (org/name)."
         )
-    from huggingface_hub import constants, errors, snapshot_download
-
-    named = f"model {model}" + (f" at revision {revision}" if revision else "")
-    try:
-        directory = snapshot_download(
-            model, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]
-        )
-        if os.path.isfile(
-            os.path.join(directory, EXPORT)
-        ):  # others' repositories hold graphs that nobody asked for
-            snapshot_download(model, revision=revision, allow_patterns=list(GRAPH_FILES))
-    except errors.GatedRepoError as error:
-        raise ModelError(
-            f"{named} is gated: accept its terms on huggingface.co and set HF_TOKEN."
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise ModelError(
-            f"{named}: neither on the Hugging Face hub nor a local directory. Check the spelling."
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise ModelError(
-            f"{named}: no such revision. Give a branch, a tag or a commit of that model."
-        ) from error
-    except Exception as error:
-        # any of httpx's, or of the disk's: the hub cannot be asked and the cache does not have it
-        if constants.HF_HUB_OFFLINE:
-            raise ModelError(
-                f"{named} is neither a local directory nor in the cache {constants.HF_HUB_CACHE}, "
-                f"and HF_HUB_OFFLINE is set. "
-                "Unset it, check the spelling, or give a local directory."
-            ) from error
-        raise ModelError(
-            f"{named} is not a local directory, not in the cache, and the Hugging Face hub gave "
-            f"no answer "
-            f"({type(error).__name__}). Check the spelling and the network, or give a local "
-            f"directory."
-        ) from error
+    name = f"model {model}" + (f" at revision {revision}" if revision else "")
+    directory = _download(model, revision, name)
     commit = os.path.basename(os.path.normpath(directory))
     if not COMMIT.fullmatch(commit):
         raise ModelError(
-            f"{named}: the cache's snapshot {directory} is not named by a commit. Delete it and "
+            f"{name}: the cache's snapshot {directory} is not named by a commit. Delete it and "
             f"run again."
         )
     return Checkpoint(model, commit, directory)
 
 
+def _download(model: str, revision: str | None, name: str) -> str:
+    """The directory of a hub snapshot. name: the model and its revision, for messages."""
+    from huggingface_hub import constants, errors, snapshot_download
+
+    try:
+        directory = snapshot_download(
+            model, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]
+        )
+        # graphs only where vitray exported them: other repositories hold some that nobody needs
+        if os.path.isfile(os.path.join(directory, EXPORT)):
+            snapshot_download(model, revision=revision, allow_patterns=list(GRAPH_FILES))
+    except errors.GatedRepoError as error:
+        raise ModelError(
+            f"{name} is gated: accept its terms on huggingface.co and set HF_TOKEN."
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelError(
+            f"{name}: neither on the Hugging Face hub nor a local directory. Check the spelling."
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ModelError(
+            f"{name}: no such revision. Give a branch, a tag or a commit of that model."
+        ) from error
+    except Exception as error:
+        # any exception of httpx or of the disk: no answer from the hub, and not in the cache
+        if constants.HF_HUB_OFFLINE:
+            raise ModelError(
+                f"{name} is neither a local directory nor in the cache {constants.HF_HUB_CACHE}, "
+                f"and HF_HUB_OFFLINE is set. Unset it, check the spelling, or give a local "
+                f"directory."
+            ) from error
+        raise ModelError(
+            f"{name} is not a local directory, not in the cache, and the Hugging Face hub gave "
+            f"no answer ({type(error).__name__}). Check the spelling and the network, or give a "
+            f"local directory."
+        ) from error
+    return str(directory)
+
+
 def _from_s3(url: str) -> str:
-    """The directory's files in this node's cache; several processes that ask at once fetch it
-    once.
-    """
+    """The directory in this node's cache; processes that ask at the same time fetch it once."""
     base = storage.absolute(url) + "/"
     try:
         listed = {info.url.removeprefix(base): info for info in storage.expand(base)}
@@ -170,111 +171,123 @@ def _from_s3(url: str) -> str:
         raise ModelError(
             f"{url} holds no checkpoint: there is no object under it. Check the URL."
         ) from error
-    wanted = (".json", ".txt", ".safetensors", "spiece.model", *GRAPH_FILES)
     files = {
-        name: info for name, info in listed.items() if "/" not in name and name.endswith(wanted)
+        name: info
+        for name, info in listed.items()
+        if "/" not in name and name.endswith(BUCKET_FILES)
     }
-    if not any(name.endswith(".json") for name in files) and (other := foreign.of_weights(listed)):
-        raise ModelError(f"{url} {other}")
+    has_json = any(name.endswith(".json") for name in files)
+    if not has_json and (problem := describe_weights(listed)):
+        raise ModelError(f"{url} {problem}")
     root = cache_directory("models")
-    target = os.path.join(
-        root, short_hash("\0".join(f"{i.url} {i.version}" for i in files.values()), 32)
-    )
+    versions = "\0".join(f"{info.url} {info.version}" for info in files.values())
+    target = os.path.join(root, short_hash(versions, 32))
     with open(f"{target}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not os.path.isdir(target):
             with tempfile.TemporaryDirectory(prefix=".tmp-", dir=root) as scratch:
-                os.mkdir(whole := f"{scratch}/whole")
+                complete = f"{scratch}/whole"
+                os.mkdir(complete)
                 for name, info in files.items():
                     source = storage.store_for(info.url).open(info.url, info.version)
-                    with source, open(f"{whole}/{name}", "wb") as copy:
+                    with source, open(f"{complete}/{name}", "wb") as copy:
                         shutil.copyfileobj(source, copy, 8 << 20)
-                os.rename(whole, target)
+                os.rename(complete, target)
     return target
 
 
 def cache_directory(name: str) -> str:
-    """vitray's own directory of that name in the user's cache, made if it is not there."""
-    path = os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "vitray", name
-    )
+    """vitray's own directory of that name in the user's cache; it is created if necessary."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    path = os.path.join(root, "vitray", name)
     os.makedirs(path, 0o755, exist_ok=True)
     return path
 
 
-# ---------------------------------------------------------------- what it says
+# ---------------------------------------------------------------- its config
 
 
-def read_config(found: Checkpoint) -> VisionConfig:
-    """config.json, read by transformers' own class of that model_type; `auto_map` is not looked
-    at.
-    """
-    if not os.path.isfile(os.path.join(found.directory, "config.json")) and (
-        other := _other_library(found)
-    ):
-        raise ModelError(f"{found.model} {other}")
-    raw = read_json(found, "config.json")
-    family = raw.get("model_type")
-    if not isinstance(family, str) or family not in FAMILIES:
-        if other := foreign.of_config(raw) or (_other_library(found) if family is None else None):
-            raise ModelError(f"{found.model} {other}")
-        known = f"Known: {', '.join(FAMILIES)}."
-        if family is None:
-            raise ModelError(
-                f"{found.model}: config.json names no model_type, so it is no checkpoint of "
-                f"transformers. {known}"
-            )
-        raise ModelError(
-            f"{found.model} is of model type {family}, which vitray does not know. {known}"
-        )
-    if isinstance(raw.get("id2label"), list):  # names in the order of the head's outputs
-        raw["id2label"] = dict(enumerate(raw["id2label"]))
+def read_config(checkpoint: Checkpoint) -> VisionConfig:
+    """config.json, read by transformers' own class of that model_type; `auto_map` is ignored."""
+    fields = _config_fields(checkpoint)
+    family = fields["model_type"]
     from transformers import CONFIG_MAPPING
 
     try:
-        config = CONFIG_MAPPING[family].from_dict({k: v for k, v in raw.items() if k != "auto_map"})
+        config = CONFIG_MAPPING[family].from_dict(fields)
         vision = getattr(config, "vision_config", config)
-        size = vision.image_size
+        registers = int(getattr(vision, "num_register_tokens", 0))
         patch = vision.patch_size
         spec = VisionConfig(
             family=family,
             dimension=int(vision.hidden_size),
             layers=int(vision.num_hidden_layers),
-            prefix_tokens=FAMILIES[family] + int(getattr(vision, "num_register_tokens", 0)),
-            image_size=(int(size[0]), int(size[1]))
-            if isinstance(size, (list, tuple))
-            else (int(size), int(size)),
+            prefix_tokens=FAMILIES[family] + registers,
+            image_size=_sides(vision.image_size),
             patch_size=int(patch[0] if isinstance(patch, (list, tuple)) else patch),
             score_function=_score_function(config),
             hf=config,
         )
     except Exception as error:  # strict dataclasses raise their own kinds
         raise ModelError(
-            f"{found.model}: config.json is not a valid {family} config ({one_line(error)})."
+            f"{checkpoint.model}: config.json is not a valid {family} config ({one_line(error)})."
         ) from error
     if vision.num_channels != 3:
         raise ModelError(
-            f"{found.model} takes images of {vision.num_channels} channels; vitray feeds RGB."
+            f"{checkpoint.model} takes images of {vision.num_channels} channels; vitray feeds RGB."
         )
     return spec
 
 
-def _other_library(found: Checkpoint) -> str | None:
-    """Which other library wrote the directory, and what to do then, as the rest of a sentence; None
-    when that is unknown.
-    """
+def _config_fields(checkpoint: Checkpoint) -> dict[str, Any]:
+    """config.json of a family that vitray knows. Raises ModelError for any other."""
+    has_config = os.path.isfile(os.path.join(checkpoint.directory, "config.json"))
+    if not has_config and (problem := _other_library(checkpoint)):
+        raise ModelError(f"{checkpoint.model} {problem}")
+    fields = read_json(checkpoint, "config.json")
+    family = fields.get("model_type")
+    if not isinstance(family, str) or family not in FAMILIES:
+        problem = describe_config(fields)
+        if problem is None and family is None:
+            problem = _other_library(checkpoint)
+        if problem:
+            raise ModelError(f"{checkpoint.model} {problem}")
+        families = f"Known: {', '.join(FAMILIES)}."
+        if family is None:
+            raise ModelError(
+                f"{checkpoint.model}: config.json names no model_type, so it is not a checkpoint "
+                f"of transformers. {families}"
+            )
+        raise ModelError(
+            f"{checkpoint.model} is of model type {family}, which vitray does not know. {families}"
+        )
+    fields.pop("auto_map", None)
+    if isinstance(fields.get("id2label"), list):  # names in the order of the head's outputs
+        fields["id2label"] = dict(enumerate(fields["id2label"]))
+    return fields
+
+
+def _sides(size: Any) -> tuple[int, int]:
+    """(height, width) of a size that may be one number for both."""
+    if isinstance(size, (list, tuple)):
+        return int(size[0]), int(size[1])
+    return int(size), int(size)
+
+
+def _other_library(checkpoint: Checkpoint) -> str | None:
+    """Which other library wrote the directory; see the functions `describe_…`."""
     try:
-        names = os.listdir(found.directory)
-    except OSError:  # what is to be read there says so
+        names = os.listdir(checkpoint.directory)
+    except OSError:  # reading its files will report that
         return None
-    documents = {name: _read_any_json(found, name) for name in foreign.SIGNS if name in names}
-    return foreign.of_directory(names, documents)
+    documents = {
+        name: _read_any_json(checkpoint, name) for name in SIGNATURE_FILES if name in names
+    }
+    return describe_directory(names, documents)
 
 
 def _score_function(config: Any) -> ScoreFunction:
-    """What transformers' pipeline makes scores with (5.23,
-    ImageClassificationPipeline.postprocess).
-    """
+    """How transformers' pipeline makes scores: 5.23, ImageClassificationPipeline.postprocess."""
     if config.problem_type == "regression":
         return ScoreFunction.NONE
     if config.problem_type == "multi_label_classification" or config.num_labels == 1:
@@ -282,11 +295,9 @@ def _score_function(config: Any) -> ScoreFunction:
     return ScoreFunction.SOFTMAX
 
 
-def read_labels(found: Checkpoint, config: VisionConfig) -> tuple[str, ...]:
-    """Class names in the order of the head's outputs; empty when the weights hold no trained
-    head.
-    """
-    shapes = head_shapes(found)
+def read_labels(checkpoint: Checkpoint, config: VisionConfig) -> tuple[str, ...]:
+    """Class names in the order of the head's outputs; empty without a trained head."""
+    shapes = head_shapes(checkpoint)
     head = next((names for names in HEADS if shapes.keys() >= set(names)), None)
     if head is None or config.family.endswith("_vision_model"):
         return ()
@@ -294,139 +305,261 @@ def read_labels(found: Checkpoint, config: VisionConfig) -> tuple[str, ...]:
     outputs = shapes[head[0]][0]
     if sorted(names) != list(range(outputs)):
         raise ModelError(
-            f"{found.model}: config.json names {len(names)} classes, but the head has {outputs}. "
-            f"Repair id2label."
+            f"{checkpoint.model}: config.json names {len(names)} classes, but the head has "
+            f"{outputs}. Repair id2label."
         )
     return tuple(names[i] for i in range(outputs))
 
 
-def head_shapes(found: Checkpoint) -> dict[str, list[int]]:
+# ---------------------------------------------------------------- its weights
+
+
+def head_shapes(checkpoint: Checkpoint) -> dict[str, list[int]]:
     """The shapes of the classification heads in the weights, by name."""
-    return tensor_shapes(found, {name for names in HEADS for name in names})
+    return tensor_shapes(checkpoint, {name for names in HEADS for name in names})
 
 
-def tensor_shapes(found: Checkpoint, names: set[str]) -> dict[str, list[int]]:
-    """The shapes of those of the names that are in the weights; out of the headers alone."""
+def tensor_shapes(checkpoint: Checkpoint, names: set[str]) -> dict[str, list[int]]:
+    """The shapes of those of the names that the weights have; reads only the files' headers."""
     from safetensors import SafetensorError, safe_open
 
     shapes: dict[str, list[int]] = {}
-    for path in weight_files(found):
+    for path in weight_files(checkpoint):
         try:
             with safe_open(path, framework="np") as tensors:
-                _require_plain_names(found, list(tensors.keys()))
+                stored_names = list(tensors.keys())
+                _require_plain_names(checkpoint, stored_names)
                 shapes |= {
                     name: tensors.get_slice(name).get_shape()
-                    for name in names & set(tensors.keys())
+                    for name in names.intersection(stored_names)
                 }
         except (SafetensorError, OSError) as error:
             raise ModelError(
-                f"{found.model}: {os.path.basename(path)} is damaged ({one_line(error)}); fetch it."
+                f"{checkpoint.model}: {os.path.basename(path)} is damaged ({one_line(error)}). "
+                f"Fetch it again."
             ) from error
     return shapes
 
 
-def _require_plain_names(found: Checkpoint, names: list[str]) -> None:
-    """Raises ModelError for weights that were saved out of a wrapper, whose names have its
-    prefix.
-    """
+def _require_plain_names(checkpoint: Checkpoint, names: list[str]) -> None:
+    """Raise ModelError for weights that were saved from a wrapper, whose names have its prefix."""
     for prefix, wrapper in WRAPPERS.items():
         if names and all(name.startswith(prefix) for name in names):
             raise ModelError(
-                f"{found.model}: every weight's name begins with `{prefix}`, because {wrapper} "
-                f"was saved. "
-                "Save the model inside it: unwrap it, then save_pretrained."
+                f"{checkpoint.model}: every weight's name begins with `{prefix}`, because "
+                f"{wrapper} was saved. Save the model inside it: unwrap it, then save_pretrained."
             )
 
 
-def weight_files(found: Checkpoint) -> list[str]:
-    """The safetensors files that transformers will load, sorted by name. Raises ModelError when
-    there are none.
+def weight_files(checkpoint: Checkpoint) -> list[str]:
+    """The safetensors files that transformers will load, sorted by name.
+
+    Raises ModelError when there are none.
     """
-    single = os.path.join(found.directory, "model.safetensors")
+    single = os.path.join(checkpoint.directory, "model.safetensors")
     if os.path.isfile(single):
         return [single]
     if os.path.isfile(f"{single}.index.json"):
-        weight_map = read_json(found, "model.safetensors.index.json").get("weight_map")
-        if (
-            not isinstance(weight_map, dict)
-            or not weight_map
-            or not all(isinstance(v, str) for v in weight_map.values())
-        ):
-            raise ModelError(
-                f"{found.model}: model.safetensors.index.json names no files in its weight_map. "
-                f"Fetch the checkpoint again."
-            )
-        names = sorted(set(weight_map.values()))
-        paths = [os.path.join(found.directory, name) for name in names]
-        missing = [
-            name
-            for name, path in zip(names, paths)
-            if os.path.basename(name) != name or not os.path.isfile(path)
-        ]
-        if missing:
-            raise ModelError(
-                f"{found.model}: {missing[0]}, which its index names, is missing. Fetch the "
-                f"checkpoint again."
-            )
-        return paths
-    if os.path.isfile(os.path.join(found.directory, foreign.ADAPTER)):
+        return _indexed_files(checkpoint)
+    if os.path.isfile(os.path.join(checkpoint.directory, ADAPTER)):
         raise ModelError(
-            f"{found.model} {foreign.of_adapter(_read_any_json(found, foreign.ADAPTER))}"
+            f"{checkpoint.model} {describe_adapter(_read_any_json(checkpoint, ADAPTER))}"
         )
     raise ModelError(
-        f"{found.model} holds no model.safetensors. vitray loads safetensors only, because .bin "
-        f"and .pt files can run code: "
-        "convert to safetensors (load it with transformers where you trust it, then "
-        "save_pretrained)."
+        f"{checkpoint.model} holds no model.safetensors. vitray loads safetensors only, because "
+        f".bin and .pt files can run code. Convert to safetensors: load it with transformers where "
+        f"you trust it, then save_pretrained."
     )
 
 
-def hash_weights(found: Checkpoint) -> str:
-    """sha256 over the weights, several files one after another: what `cat model*.safetensors |
-    sha256sum` prints.
-    """
+def _indexed_files(checkpoint: Checkpoint) -> list[str]:
+    weight_map = read_json(checkpoint, "model.safetensors.index.json").get("weight_map")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(name, str) for name in weight_map.values())
+    ):
+        raise ModelError(
+            f"{checkpoint.model}: model.safetensors.index.json names no files in its weight_map. "
+            f"Fetch the checkpoint again."
+        )
+    paths = []
+    for name in sorted(set(weight_map.values())):
+        path = os.path.join(checkpoint.directory, name)
+        if os.path.basename(name) != name or not os.path.isfile(path):
+            raise ModelError(
+                f"{checkpoint.model}: {name}, which its index names, is missing. Fetch the "
+                f"checkpoint again."
+            )
+        paths.append(path)
+    return paths
+
+
+def hash_weights(checkpoint: Checkpoint) -> str:
+    """sha256 over the weights, file after file: as `cat model*.safetensors | sha256sum`."""
     digest = hashlib.sha256()
-    for path in weight_files(found):
+    for path in weight_files(checkpoint):
         with open(path, "rb") as stream:
             while block := stream.read(8 << 20):
                 digest.update(block)
     return digest.hexdigest()
 
 
+# ---------------------------------------------------------------- reading its files
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' progress bars and load report: what matters in them is raised."""
-    from transformers.utils import logging as loud
+    """A block without transformers' progress bars and load report; vitray raises its problems."""
+    from transformers.utils import logging as transformers_log
 
-    level, bars = loud.get_verbosity(), loud.is_progress_bar_enabled()
-    loud.set_verbosity_error()
-    loud.disable_progress_bar()
+    level = transformers_log.get_verbosity()
+    has_bars = transformers_log.is_progress_bar_enabled()
+    transformers_log.set_verbosity_error()
+    transformers_log.disable_progress_bar()
     try:
         yield
     finally:
-        loud.set_verbosity(level)
-        if bars:
-            loud.enable_progress_bar()
+        transformers_log.set_verbosity(level)
+        if has_bars:
+            transformers_log.enable_progress_bar()
 
 
-def read_json(found: Checkpoint, name: str) -> dict[str, Any]:
-    """One JSON object of the directory. Raises ModelError when it is not there, or none."""
-    loaded = _read_any_json(found, name)
-    if not isinstance(loaded, dict):
-        raise ModelError(f"{found.model}: {name} is not a JSON object. Fetch the checkpoint again.")
-    return loaded
+def read_json(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+    """One JSON object of the directory. Raises ModelError when it is missing or not an object."""
+    document = _read_any_json(checkpoint, name)
+    if not isinstance(document, dict):
+        raise ModelError(
+            f"{checkpoint.model}: {name} is not a JSON object. Fetch the checkpoint again."
+        )
+    return document
 
 
-def _read_any_json(found: Checkpoint, name: str) -> Any:
+def _read_any_json(checkpoint: Checkpoint, name: str) -> Any:
     try:
-        with open(os.path.join(found.directory, name), encoding="utf-8") as stream:
+        with open(os.path.join(checkpoint.directory, name), encoding="utf-8") as stream:
             return json.load(stream)
     except FileNotFoundError as error:
         raise ModelError(
-            f"{found.model} holds no {name}. Give the directory of a whole checkpoint of "
+            f"{checkpoint.model} holds no {name}. Give the directory of a whole checkpoint of "
             f"transformers."
         ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(
-            f"{found.model}: {name} cannot be read ({one_line(error)}). Fetch the checkpoint again."
+            f"{checkpoint.model}: {name} cannot be read ({one_line(error)}). Fetch the checkpoint "
+            f"again."
         ) from error
+
+
+# ---------------------------------------------------------------- checkpoints of other libraries
+# Pure functions: each returns the rest of a sentence about the model, or None when it is unknown.
+
+# Files that other libraries write beside their weights. Their text is data and only ever quoted.
+ADAPTER = "adapter_config.json"
+SIGNATURE_FILES = (ADAPTER, "model_index.json", "modules.json", "open_clip_config.json")
+ENCODERS = (".CLIPModel", ".Transformer")  # types in modules.json whose folder is a checkpoint
+GGUF = (".gguf",)
+GRAPHS = (".onnx", "openvino_model.xml", ".tflite", ".mlmodel", ".engine")
+OTHER_WEIGHTS = (".bin", ".pth", ".pt", ".ckpt", ".pkl", ".h5", ".keras", ".msgpack", ".npz", ".pb")
+
+
+def describe_directory(names: Collection[str], documents: Mapping[str, Any]) -> str | None:
+    """What a directory without config.json is.
+
+    names: its files. documents: the parsed content of those of SIGNATURE_FILES that it has.
+    """
+    if ADAPTER in names:
+        return describe_adapter(documents.get(ADAPTER))
+    if "model_index.json" in names:
+        return _describe_diffusers(documents.get("model_index.json"))
+    if "modules.json" in names:
+        return _describe_sentence_transformers(documents.get("modules.json"))
+    if "open_clip_config.json" in names:
+        return (
+            "is an OpenCLIP checkpoint, and vitray reads checkpoints of transformers. "
+            "Use the transformers version of the same weights (model_type clip in its "
+            "config.json), or convert it."
+        )
+    return describe_weights(names)
+
+
+def describe_config(config: Mapping[str, Any]) -> str | None:
+    """Which other library wrote a config.json."""
+    model_type = config.get("model_type")
+    is_timm = "pretrained_cfg" in config or ("architecture" in config and model_type is None)
+    if not is_timm and model_type != "timm_wrapper":
+        return None
+    architecture = config.get("architecture")
+    name = f" ({_quoted(architecture)})" if isinstance(architecture, str) else ""
+    return (
+        f"is a timm checkpoint{name}, and vitray reads checkpoints of transformers. "
+        "Use the transformers version of the same weights, such as google/vit-base-patch16-224 "
+        "for timm's vit_base_patch16_224, or convert it."
+    )
+
+
+def describe_adapter(document: Any) -> str:
+    """What a PEFT adapter is. document: its adapter_config.json."""
+    base = document.get("base_model_name_or_path") if isinstance(document, dict) else None
+    name = f" for {_quoted(base)}" if isinstance(base, str) and base else ""
+    return (
+        f"is a PEFT adapter{name}, not a whole model. Merge it into its base model "
+        "(peft: merge_and_unload, then save_pretrained), and give the directory of the result."
+    )
+
+
+def describe_weights(names: Collection[str]) -> str | None:
+    """What a directory is, by the suffixes of its files."""
+    if file := _first(names, GGUF):
+        return (
+            f"holds GGUF weights ({file}), which vitray does not read. Give the checkpoint of "
+            "transformers that they were made from: a directory with config.json and "
+            "model.safetensors."
+        )
+    if _first(names, (".safetensors",)):
+        return None
+    if file := _first(names, GRAPHS):
+        return (
+            f"holds {file}, a graph that vitray export did not write. Give the checkpoint of "
+            "transformers that it was made from, or export that (vitray export)."
+        )
+    if file := _first(names, OTHER_WEIGHTS):
+        return (
+            f"holds {file} and no config.json, so nothing says which network the weights belong "
+            f"to, and files such as .bin and .pth can run code. Load them in the code that wrote "
+            f"them, save the model as a checkpoint of transformers (save_pretrained), and give "
+            f"that directory."
+        )
+    return None
+
+
+def _describe_diffusers(document: Any) -> str:
+    kind = document.get("_class_name") if isinstance(document, dict) else None
+    name = f" ({_quoted(kind)})" if isinstance(kind, str) else ""
+    return (
+        f"is a diffusers pipeline{name}, which generates images; vitray labels and embeds them. "
+        "Choose a vision transformer, such as openai/clip-vit-base-patch32."
+    )
+
+
+def _describe_sentence_transformers(document: Any) -> str:
+    source = "the one it was made from"
+    for module in document if isinstance(document, list) else []:
+        path = module.get("path") if isinstance(module, dict) else None
+        if isinstance(path, str) and path and str(module.get("type")).endswith(ENCODERS):
+            source = f"its folder {_quoted(path)}, as a local directory"
+            break
+    return (
+        "is a sentence-transformers model, and vitray reads checkpoints of transformers. "
+        f"If it takes images, give the checkpoint that it wraps: {source}."
+    )
+
+
+def _first(names: Collection[str], suffixes: tuple[str, ...]) -> str | None:
+    matches = sorted(name for name in names if name.lower().endswith(suffixes))
+    return _quoted(matches[0]) if matches else None
+
+
+def _quoted(text: str) -> str:
+    """Text of a foreign file, short and on one line."""
+    return shortened("".join(c if c.isprintable() else "?" for c in text), 80)

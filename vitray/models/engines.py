@@ -1,32 +1,122 @@
-"""Which engines can run a job here, and which of them `auto` is: the fastest whose answers are
-those of torch in float32.
+"""Which engines can run a job here, and which of them `engine: auto` chooses.
+
+It chooses the fastest engine whose results match torch in float32.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 
 import numpy as np
 
+from vitray.crash import crash_point
 from vitray.errors import ModelError, one_line
-from vitray.models import Model, Predictions
+from vitray.models.checkpoint import Checkpoint, locate
+from vitray.models.exported import hash_model, open_export, read_graph
+from vitray.models.machine import require_hardware, resolve_device
 from vitray.models.pixels import FILTERS, GPU_FILTERS
-from vitray.schema import ModelSpec
+from vitray.models.types import Model, Placement, Predictions
+from vitray.schema import ModelOutputs, ModelSpec
+from vitray.vectors import cosines
 
 MODULES = {"openvino": ("openvino",), "onnx": ("onnxruntime", "onnx", "onnxscript")}
 PRECISIONS = {"openvino": ("bf16", "fp32"), "onnx": ("fp32",)}
-CLOSE = {
-    "fp32": (0.99999, 1e-3),
-    "bf16": (0.999, 0.05),
-}  # least cosine; how far the label's score may be below the best one's
-IMAGES = 16  # that every engine is checked on
-ROUNDS, SECONDS = 10, 10.0  # of timing; seconds an engine, at most
-AHEAD = 1.1  # of torch, which starts sooner: a graph is made anew at each start
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """How closely an engine must match torch in float32.
+
+    cosine: the least of any embedding. score: how far the label's score may be below the best one,
+    as a share of it.
+    """
+
+    cosine: float
+    score: float
+
+
+TOLERANCES = {"fp32": Tolerance(0.99999, 1e-3), "bf16": Tolerance(0.999, 0.05)}
+IMAGES = 16  # on which every engine is checked
+ROUNDS, SECONDS = 10, 10.0  # of timing; the seconds are the most for each engine
+TORCH_ADVANTAGE = 1.1  # a factor: torch starts sooner, since a graph is exported at each start
 
 Open = Callable[[], Model]
+
+
+# ---------------------------------------------------------------- opening a model
+
+
+def open_model(
+    spec: ModelSpec, outputs: ModelOutputs, device: str, threads: int, compiled: bool = False
+) -> Model:
+    """The model, loaded and ready.
+
+    device: as in Job.device. threads: how many batches a CPU computes at once; without effect on an
+    accelerator. compiled: torch compiles the forward pass first, which takes a minute; the numbers
+    stay the same within the precision's tolerance (see `compiles`).
+
+    Raises ModelError when the weights are not those of `spec`, when weights are missing, and when
+    spec.engine cannot run here.
+    """
+    if outputs.top_k and not spec.labels:
+        raise ModelError(
+            f"{spec.model} was identified without labels; identify it again with labels: true"
+        )
+    checkpoint = locate(spec.model, spec.revision)
+    export = read_graph(checkpoint)
+    _require_same_weights(spec, checkpoint)
+    chosen = resolve_device(device)
+    require(spec.engine, chosen, spec.precision)
+    require_hardware(chosen, spec.precision)
+    placement = Placement(chosen, threads if chosen == "cpu" else 1, compiled)
+    if export is not None:
+        return open_export(export, spec, outputs, placement)
+    return _open_checkpoint(checkpoint, spec, outputs, placement)
+
+
+def _require_same_weights(spec: ModelSpec, checkpoint: Checkpoint) -> None:
+    weights = hash_model(checkpoint)
+    if weights != spec.weights_sha256:
+        raise ModelError(
+            f"{spec.model}: the weights changed (sha256 {spec.weights_sha256[:12]}… planned, "
+            f"{weights[:12]}… found). Put the old weights back, or choose another `out`."
+        )
+
+
+def _open_checkpoint(
+    checkpoint: Checkpoint, spec: ModelSpec, outputs: ModelOutputs, placement: Placement
+) -> Model:
+    from vitray.models.forward import open_head
+    from vitray.models.loading import load_network
+
+    has_labels = outputs.top_k > 0
+    head = open_head(spec, checkpoint, placement.device) if has_labels else None
+    network = load_network(checkpoint, has_labels, head)
+    crash_point("model-loaded")
+    if spec.engine == "torch":
+        from vitray.models.torch_engine import TorchModel
+
+        return TorchModel(network, spec, outputs, placement)
+    from vitray.models.graph import GraphModel, export_graph
+
+    program = export_graph(network, spec, outputs)
+    if spec.engine == "onnx":
+        from vitray.models import onnx_engine
+
+        run = onnx_engine.compile_graph(program, placement.device)
+    else:
+        from vitray.models import openvino_engine
+
+        graph = openvino_engine.convert(program)
+        run = openvino_engine.open_graph(graph, spec.precision, placement.workers)
+    return GraphModel(run, spec, outputs, placement.workers)
+
+
+# ---------------------------------------------------------------- what an engine cannot do
 
 
 def refusal(engine: str, device: str, precision: str) -> str | None:
@@ -47,7 +137,7 @@ def refusal(engine: str, device: str, precision: str) -> str | None:
         return reason
     try:
         import_module(f"vitray.models.{engine}_engine")
-    except Exception as error:  # a library of the system that it lacks, say
+    except Exception as error:  # for example, a system library is missing
         return (
             f"engine {engine} is installed, but cannot be loaded ({one_line(error)}). Install it "
             f"again, or set engine: torch."
@@ -56,15 +146,16 @@ def refusal(engine: str, device: str, precision: str) -> str | None:
 
 
 def lacks(engine: str, precision: str) -> str | None:
-    """Why an engine does not compute in a precision, with what to do; None where it does. Loads
-    nothing.
+    """Why an engine does not compute in a precision, with what to do; None where it does.
+
+    Imports nothing.
     """
     if precision == "auto" or precision in PRECISIONS.get(engine, (precision,)):
         return None
-    known = " or ".join(PRECISIONS[engine])
+    supported = " or ".join(PRECISIONS[engine])
     return (
-        f"engine {engine} computes in {known}, not in {precision}. Set precision: {known}, or "
-        f"engine: torch."
+        f"engine {engine} computes in {supported}, not in {precision}. Set precision: {supported}, "
+        f"or engine: torch."
     )
 
 
@@ -78,15 +169,19 @@ def _onnx_computes_on_cuda() -> bool:
 
 
 def require(engine: str, device: str, precision: str) -> None:
-    """Raises ModelError when the engine cannot run this here."""
+    """Raise ModelError when the engine cannot run this here."""
     if reason := refusal(engine, device, precision):
         raise ModelError(reason)
 
 
+def require_precision(engine: str, precision: str) -> None:
+    """Raise ModelError for an engine that does not compute in a precision. Imports nothing."""
+    if reason := lacks(engine, precision):
+        raise ModelError(reason)
+
+
 def require_pixels(engine: str, decode: str) -> None:
-    """Raises ModelError when pixels would be on the GPU, in torch's hands, and the engine wants
-    them here.
-    """
+    """Raise ModelError when the engine cannot take pixels that torch decoded on the GPU."""
     if engine != "torch" and decode in ("gpu", "hybrid"):
         raise ModelError(
             f"decode: {decode} leaves pixels to engine torch. Set decode: exact or fast, or "
@@ -95,111 +190,130 @@ def require_pixels(engine: str, decode: str) -> None:
 
 
 def require_filter(spec: ModelSpec, decode: str) -> None:
-    """Raises ModelError when the GPU would resize, and cannot as the model's processor does."""
+    """Raise ModelError when the GPU cannot resize as the model's processor does."""
     if decode in ("gpu", "hybrid") and spec.pixels.resample not in GPU_FILTERS:
         raise ModelError(
-            f"decode: {decode} resizes bilinear or bicubic, and {spec.model} wants "
-            f"{FILTERS[spec.pixels.resample]}. "
-            "Set decode: exact or fast."
+            f"decode: {decode} resizes bilinear or bicubic, and {spec.model} needs "
+            f"{FILTERS[spec.pixels.resample]}. Set decode: exact or fast."
         )
 
 
+# ---------------------------------------------------------------- the fastest engine
+
+
 def usable(device: str, precision: str) -> tuple[list[str], str]:
-    """The engines that can run this here, torch first; and why not the others, as `fastest` says
-    it.
+    """The engines that can run this here, torch first, and why the others cannot.
+
+    The reasons are worded like those of `fastest`.
     """
-    why = {engine: refusal(engine, device, precision) for engine in ("torch", *MODULES)}
-    said = {
-        name: reason.removeprefix(f"engine {name} ").partition(": pip")[0]
-        for name, reason in why.items()
-        if reason
-    }
-    out = [f"{name} left out ({reason.partition('. ')[0]})" for name, reason in said.items()]
-    return [engine for engine, reason in why.items() if reason is None], ", ".join(out)
+    reasons = {engine: refusal(engine, device, precision) for engine in ("torch", *MODULES)}
+    excluded = []
+    for engine, reason in reasons.items():
+        if reason is not None:
+            short = reason.removeprefix(f"engine {engine} ").partition(": pip")[0]
+            excluded.append(f"{engine} left out ({short.partition('. ')[0]})")
+    return [engine for engine, reason in reasons.items() if reason is None], ", ".join(excluded)
+
+
+def with_fastest_engine(
+    spec: ModelSpec, outputs: ModelOutputs, device: str, threads: int
+) -> ModelSpec:
+    """The spec with the fastest engine of this machine, and why it was chosen.
+
+    device: as resolved. Every usable engine is opened and checked, then timed for `SECONDS`.
+    """
+    names, excluded = usable(device, spec.precision)
+    if len(names) == 1:
+        return replace(spec, engine_why=excluded)
+
+    def opening(engine: str, precision: str, top_k: int) -> Open:
+        candidate = replace(spec, engine=engine, precision=precision)
+        limited = replace(outputs, top_k=top_k)
+        return lambda: open_model(candidate, limited, device, threads)
+
+    choices = {name: opening(name, spec.precision, outputs.top_k) for name in names}
+    engine, speeds = fastest(spec, choices, opening("torch", "fp32", len(spec.labels)))
+    why = ", ".join(text for text in (speeds, excluded) if text)
+    return replace(spec, engine=engine, engine_why=why)
 
 
 def fastest(
     spec: ModelSpec, engines: Mapping[str, Open], exact: Open, seconds: float = SECONDS
 ) -> tuple[str, str]:
-    """The name of the fastest engine, and a line that says what each did.
+    """The name of the fastest engine, and a line with the result of each.
 
-    exact: opens torch in float32 with all labels. An engine that fails or strays from its answers
-    is left out; torch, what the others are held against, is not checked. seconds: of timing, an
-    engine.
+    exact: opens torch in float32 with all labels. An engine that fails or does not match it is left
+    out. torch itself is the reference and is not checked. seconds: of timing, for each engine.
     """
     rng = np.random.default_rng(0)
-    pixels = rng.integers(
-        0, 256, (max(IMAGES, spec.batch_size), *spec.pixels.shape, 3), dtype=np.uint8
-    )
+    shape = (max(IMAGES, spec.batch_size), *spec.pixels.shape, 3)
+    pixels = rng.integers(0, 256, shape, dtype=np.uint8)
     expected = exact().predict(pixels[:IMAGES])
-    opened, said = dict[str, Model](), dict[str, str]()
+    models: dict[str, Model] = {}
+    results: dict[str, str] = {}
     for name, open_engine in engines.items():
+        mismatch = None
         try:
             model = open_engine()
-            stray = (
-                None if name == "torch" else strays(model.predict(pixels[:IMAGES]), expected, spec)
-            )
+            if name != "torch":
+                mismatch = strays(model.predict(pixels[:IMAGES]), expected, spec)
         except Exception as error:  # an engine may not know this model: each has its own exceptions
-            stray = one_line(error, 120)
-        if stray is None:
-            opened[name] = model
+            mismatch = one_line(error, 120)
+        if mismatch is None:
+            models[name] = model
         else:
-            said[name] = f"left out ({stray})"
-    speeds = _speeds(opened, pixels[: spec.batch_size], seconds)
-    said |= {name: f"{speed:.1f} images/s" for name, speed in speeds.items()}
-    best = max(speeds, key=lambda name: speeds[name] * (AHEAD if name == "torch" else 1))
-    return best, ", ".join(f"{name} {said[name]}" for name in engines)
+            results[name] = f"left out ({mismatch})"
+    speeds = measure_speeds(models, pixels[: spec.batch_size], seconds)
+    results |= {name: f"{speed:.1f} images/s" for name, speed in speeds.items()}
+    best = max(speeds, key=lambda name: speeds[name] * (TORCH_ADVANTAGE if name == "torch" else 1))
+    return best, ", ".join(f"{name} {results[name]}" for name in engines)
 
 
-def strays(found: Predictions, expected: Predictions, spec: ModelSpec) -> str | None:
-    """How an engine's answers differ too much from those of torch in float32; None when they do
-    not.
+def strays(computed: Predictions, expected: Predictions, spec: ModelSpec) -> str | None:
+    """How an engine's results differ too much from torch in float32; None when they match.
 
-    expected: ids and scores of all labels: another label is no fault where its score is as good as
-    the best one. Where no label competes with another, of one output or of regression, the scores
-    themselves must agree.
+    expected: ids and scores of all labels. Another label is accepted where its score equals the
+    best one. Scores themselves must match where no label competes with another: for one output
+    and for regression.
     """
-    least, below = CLOSE[spec.precision]
+    tolerance = TOLERANCES[spec.precision]
     for name, exact in expected.vectors.items():
-        a, b = found.vectors[name].astype(np.float32), exact.astype(np.float32)
-        cosine = float(
-            ((a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))).min()
-        )
-        if not cosine >= least:
+        cosine = float(cosines(computed.vectors[name], exact).min())
+        if not cosine >= tolerance.cosine:
             return f"cosine {cosine:.5f} of {name} with torch in fp32"
-    if (
-        found.ids is not None
-        and found.scores is not None
-        and expected.ids is not None
-        and expected.scores is not None
-    ):
-        place = (expected.ids == found.ids[:, :1]).argmax(1)
-        score = np.take_along_axis(expected.scores, place[:, None], 1)[:, 0]
-        if spec.regression or len(spec.labels) == 1:
-            scale = float(np.abs(expected.scores).max()) if spec.regression else 1.0
-            off = float(
-                max(np.abs(found.scores[:, 0] - score).max(), (expected.scores[:, 0] - score).max())
-            )
-            return None if off <= below * scale else f"a score {off:.2g} off that of torch in fp32"
-        wrong = int((score < expected.scores[:, 0] * (1 - below)).sum())
-        if wrong:
-            return f"another label than torch in fp32 for {wrong} of {len(score)} images"
+    if computed.ids is None or computed.scores is None:
+        return None
+    if expected.ids is None or expected.scores is None:
+        return None
+    best = expected.scores[:, 0]
+    position = (expected.ids == computed.ids[:, :1]).argmax(1)
+    exact_score = np.take_along_axis(expected.scores, position[:, None], 1)[:, 0]
+    if spec.regression or len(spec.labels) == 1:
+        scale = float(np.abs(expected.scores).max()) if spec.regression else 1.0
+        own_error = np.abs(computed.scores[:, 0] - exact_score).max()
+        error = float(max(own_error, (best - exact_score).max()))
+        if error <= tolerance.score * scale:
+            return None
+        return f"a score {error:.2g} off that of torch in fp32"
+    wrong = int((exact_score < best * (1 - tolerance.score)).sum())
+    if wrong:
+        return f"another label than torch in fp32 for {wrong} of {len(best)} images"
     return None
 
 
-def _speeds(models: Mapping[str, Model], pixels: np.ndarray, seconds: float) -> dict[str, float]:
-    """Images/s of each, at its best: in turn, so that what else the machine does meets all of
-    them.
-    """
+def measure_speeds(
+    models: Mapping[str, Model], pixels: np.ndarray, seconds: float
+) -> dict[str, float]:
+    """The best images/s of each model; they take turns, so that other load affects all alike."""
     best = dict.fromkeys(models, float("inf"))
     for model in models.values():
         model.predict(pixels)
-    started = time.perf_counter()
+    deadline = time.perf_counter() + seconds * len(models)
     for _ in range(ROUNDS if len(models) > 1 else 1):
         for name, model in models.items():
-            before = time.perf_counter()
+            started = time.perf_counter()
             model.predict(pixels)
-            best[name] = min(best[name], time.perf_counter() - before)
-        if time.perf_counter() - started > seconds * len(models):
+            best[name] = min(best[name], time.perf_counter() - started)
+        if time.perf_counter() > deadline:
             break
-    return {name: len(pixels) / took for name, took in best.items()}
+    return {name: len(pixels) / elapsed for name, elapsed in best.items()}

@@ -1,10 +1,10 @@
-"""The whole of one forward pass, pixels to labels and vectors, as one module: what a compiler gets
-to see.
+"""The whole forward pass, from pixels to labels and vectors, as one module that compilers can see.
 
-Embeddings are caught by forward hooks on the vision tower and its blocks, so that the head's class
-computes what it always computes and nothing runs twice. What nothing asks for is not computed:
-blocks above the highest layer asked for, and in the last block all but the prefix tokens where only
-they are read.
+Forward hooks on the vision tower and its blocks catch the embeddings, so the head's class computes
+as always and nothing runs twice. What nothing reads is not computed:
+
+- blocks above the highest layer that is read;
+- in the last block, all but the prefix tokens, where only those are read.
 """
 
 from __future__ import annotations
@@ -13,34 +13,32 @@ import threading
 from typing import Any
 
 import torch
+from torch.nn.functional import linear, normalize
 
-from vitray.models.blocks import ask_first_tokens_only, fuse_attention
+from vitray.models.blocks import fuse_attention, limit_to_first_tokens
+from vitray.models.checkpoint import Checkpoint
+from vitray.models.labels import Words, text_weights
+from vitray.models.linear_head import read_planned_head
 from vitray.models.loading import Network
-from vitray.schema import ModelSpec, ScoreFunction, VectorColumn
+from vitray.schema import ModelOutputs, ModelSpec, ScoreFunction, VectorColumn
 
 DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "fp32": torch.float32,
-    "fp8": torch.bfloat16,
-}  # fp8: see fp8.py
-WHOLE = (
-    -1
-)  # as k: the scores of all labels in their own order, for an engine that ranks them itself
-LABELS_FROM_PREFIX = ("vit", "deit")  # the others' heads read all tokens, or may
-POOLED_FROM_PREFIX = ("clip",)  # SigLIP's pooler reads all
+    "fp8": torch.bfloat16,  # see blocks.py
+}
+LABELS_FROM_PREFIX = ("vit", "deit")  # heads of the other families read all tokens, or may
+POOLED_FROM_PREFIX = ("clip",)  # SigLIP's pooler reads all tokens
 
 
-def _scores(logits: Any, function: ScoreFunction) -> Any:
-    """float32 [n, C] of logits float32 [n, C]."""
-    if function is ScoreFunction.NONE:
-        return logits
-    return logits.sigmoid() if function is ScoreFunction.SIGMOID else logits.softmax(-1)
+# ---------------------------------------------------------------- the forward pass
 
 
 class Caught(threading.local):
-    """What the hooks saw, by layer: float [n, T, D]. Several threads run one Forward, each with
-    images of its own.
+    """What the hooks caught, by layer: float [n, T, D].
+
+    Several threads run one Forward, each with images of its own.
     """
 
     def __init__(self) -> None:
@@ -48,75 +46,78 @@ class Caught(threading.local):
 
 
 class Forward(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
-    """Called with pixels uint8 [n, H, W, 3]; gives scores and ids [n, k], then one [n, D] a vector
-    column.
+    """Called with pixels uint8 [n, H, W, 3]; gives scores and ids [n, k], then [n, D] per vector.
 
-    With k = WHOLE scores are [n, C] and ids are empty.
+    ranks: False gives the scores of all labels in their own order, [n, C], and no ids; then the
+    engine ranks them itself.
     """
 
     def __init__(
         self,
         network: Network,
         spec: ModelSpec,
-        vectors: list[VectorColumn],
-        k: int,
+        outputs: ModelOutputs,
         device: torch.device,
+        ranks: bool = True,
     ) -> None:
         super().__init__()
-        self.module, self.final_norm = network.module, network.final_norm
-        self._spec, self._vectors, self._k, self._dtype = spec, vectors, k, DTYPES[spec.precision]
-        pixels = spec.pixels
-        # no buffers: they stay float32 when the weights do not
-        self._mean, self._std = (
-            torch.tensor(v, dtype=torch.float32, device=device) for v in (pixels.mean, pixels.std)
-        )
+        self.module = network.module
+        self.final_norm = network.final_norm
+        self._spec = spec
+        self._outputs = outputs
+        self._ranks = ranks
+        self._dtype = DTYPES[spec.precision]
+        # not buffers: they stay float32 when the weights do not
+        self._mean = torch.tensor(spec.pixels.mean, dtype=torch.float32, device=device)
+        self._std = torch.tensor(spec.pixels.std, dtype=torch.float32, device=device)
         self.caught = Caught()
-        self._read = (
-            [*vectors, network.head.column]
-            if k and network.head and network.head.column
-            else vectors
-        )
-        self._leave_out_what_nobody_reads(network.blocks, network.head)
-        for layer in {v.layer for v in self._read}:
-            (network.tower if layer is None else network.blocks[layer - 1]).register_forward_hook(
-                self._catch(layer)
-            )
+        self._columns = list(outputs.vectors)
+        if outputs.top_k and network.head and network.head.column:
+            self._columns.append(network.head.column)
+        self._drop_unread(network.blocks, network.head)
+        for layer in {column.layer for column in self._columns}:
+            module = network.tower if layer is None else network.blocks[layer - 1]
+            module.register_forward_hook(self._catch(layer))
         self.eval().to(device, self._dtype)
-        self.head = (
-            None if network.head is None else network.head.to(device)
-        )  # after that: it stays float32
+        # after the conversion: the head stays float32
+        self.head = None if network.head is None else network.head.to(device)
 
-    def _leave_out_what_nobody_reads(self, blocks: Any, head: Any | None) -> None:
+    def _drop_unread(self, blocks: Any, head: LinearHead | None) -> None:
+        """Remove what no label and no vector needs."""
         fuse_attention(blocks)
-        layers = {v.layer for v in self._read}
-        asks_tower = self._k and (head is None or head.column is None)
-        depth = (
-            len(blocks) if asks_tower or None in layers else max(layer for layer in layers if layer)
-        )
+        layers = {column.layer for column in self._columns}
+        reads_tower = self._outputs.top_k and (head is None or head.column is None)
+        if reads_tower or None in layers:
+            depth = len(blocks)
+        else:
+            depth = max(layer for layer in layers if layer)
         del blocks[depth:]
-        cls_only = all(v.pool == "cls" for v in self._read if v.layer in (None, depth))
+        cls_only = all(c.pool == "cls" for c in self._columns if c.layer in (None, depth))
         family = self._spec.family
-        prefix_labels = LABELS_FROM_PREFIX if head is None else POOLED_FROM_PREFIX
-        readable = (
-            family in prefix_labels if asks_tower else family != "beit"
-        )  # whose blocks add a bias to pairs of tokens
-        if blocks and cls_only and readable:
-            ask_first_tokens_only(blocks[-1], self._spec.prefix_tokens)
+        if reads_tower:
+            is_prefix_enough = family in (
+                LABELS_FROM_PREFIX if head is None else POOLED_FROM_PREFIX
+            )
+        else:
+            is_prefix_enough = family != "beit"  # its blocks add a bias to pairs of tokens
+        if blocks and cls_only and is_prefix_enough:
+            limit_to_first_tokens(blocks[-1], self._spec.prefix_tokens)
 
     def _catch(self, layer: int | None) -> Any:
         def keep(_module: Any, _inputs: Any, output: Any) -> None:
-            found = output.last_hidden_state if layer is None else output
-            self.caught.tokens[layer] = found[0] if isinstance(found, tuple) else found
+            tokens = output.last_hidden_state if layer is None else output
+            self.caught.tokens[layer] = tokens[0] if isinstance(tokens, tuple) else tokens
 
         return keep
 
     def forward(self, pixels: Any) -> list[Any]:
         answer = self.module(pixel_values=self._normalise(pixels))
-        nothing = torch.empty(pixels.shape[0], 0)
-        scores, ids = self._rank(self._logits(answer)) if self._k else (nothing, nothing)
-        found = [scores, ids] + [self._vector(column) for column in self._vectors]
+        scores = ids = torch.empty(pixels.shape[0], 0)
+        if self._outputs.top_k:
+            scores, ids = self._rank(self._logits(answer))
+        vectors = [self._vector(column) for column in self._outputs.vectors]
         self.caught.tokens.clear()
-        return found
+        return [scores, ids, *vectors]
 
     def _normalise(self, pixels: Any) -> Any:
         """(x/255 - mean)/std in float32, in that order, then the precision: float [n, 3, H, W]."""
@@ -133,11 +134,11 @@ class Forward(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
         return self.head(answer.pooler_output.float() if column is None else self._vector(column))
 
     def _rank(self, logits: Any) -> tuple[Any, Any]:
-        every = _scores(logits, self._spec.score_function)
-        if self._k == WHOLE:
-            return every, every[:, :0]
-        scores, ids = every.topk(self._k, dim=-1)
-        return scores, ids
+        scores = _scores(logits, self._spec.score_function)
+        if not self._ranks:
+            return scores, scores[:, :0]
+        best, ids = scores.topk(self._outputs.top_k, dim=-1)
+        return best, ids
 
     def _vector(self, column: VectorColumn) -> Any:
         """One column's [n, D], pooled and normalised in float32."""
@@ -150,5 +151,57 @@ class Forward(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
             skipped = self._spec.prefix_tokens if column.pool == "patches_mean" else 0
             vector = tokens[:, skipped:].mean(1, dtype=torch.float32)
         if column.normalize:
-            vector = torch.nn.functional.normalize(vector, dim=-1)
+            vector = normalize(vector, dim=-1)
         return vector.to(torch.float16 if column.dtype == "float16" else torch.float32)
+
+
+def _scores(logits: Any, function: ScoreFunction) -> Any:
+    """float32 [n, C] of logits float32 [n, C]."""
+    if function is ScoreFunction.NONE:
+        return logits
+    return logits.sigmoid() if function is ScoreFunction.SIGMOID else logits.softmax(-1)
+
+
+# ---------------------------------------------------------------- a linear head over one vector
+
+
+class LinearHead(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
+    """Logits float32 [n, C] of vectors float32 [n, D].
+
+    Its numbers stay float32 whatever the tower's are: CLIP multiplies a cosine by 100.
+    column: the vector that it reads; None for the tower's own pooled one, which then gets unit
+    length. projection: [E, D] or None, applied to that pooled vector first.
+    """
+
+    def __init__(
+        self, column: VectorColumn | None, weight: Any, bias: Any, projection: Any = None
+    ) -> None:
+        super().__init__()
+        self.column = column
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        self.bias = torch.nn.Parameter(bias, requires_grad=False)
+        self.projection = None
+        if projection is not None:
+            self.projection = torch.nn.Parameter(projection, requires_grad=False)
+
+    def forward(self, vectors: Any) -> Any:
+        if self.column is None:
+            if self.projection is not None:
+                vectors = linear(vectors, self.projection)
+            vectors = normalize(vectors, dim=-1)
+        return linear(vectors, self.weight, self.bias)
+
+
+def open_head(spec: ModelSpec, checkpoint: Checkpoint, device: str) -> LinearHead | None:
+    """The head that the spec names, on the CPU; None for the checkpoint's own.
+
+    device: where a text tower reads the labels. Raises ModelError when the head changed since.
+    """
+    if spec.prompts:
+        words = Words(spec.labels, spec.prompts, spec.text_sha256, spec.weights_sha256)
+        weight, bias, projection = text_weights(checkpoint, words, device)
+        return LinearHead(None, weight, bias, projection)
+    if not spec.head:
+        return None
+    head = read_planned_head(spec)
+    return LinearHead(head.column(), torch.from_numpy(head.weight), torch.from_numpy(head.bias))

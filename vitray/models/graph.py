@@ -1,5 +1,6 @@
 """The forward pass as a graph for other engines than torch: exported once, run batch by batch.
-Imported only when one is opened.
+
+Imports torch.
 """
 
 from __future__ import annotations
@@ -15,63 +16,52 @@ from typing import Any
 import numpy as np
 import torch
 
-from vitray.models import Predictions
-from vitray.models.batching import share
-from vitray.models.forward import WHOLE, Forward
+from vitray.models.batching import check_pixels, gather, share
+from vitray.models.forward import Forward
 from vitray.models.loading import Network
-from vitray.models.postprocess import best, check_pixels, gather
-from vitray.schema import ModelSpec, VectorColumn
+from vitray.models.types import Predictions
+from vitray.schema import ModelOutputs, ModelSpec
+from vitray.vectors import top_k
 
-Run = Callable[
-    [np.ndarray], list[np.ndarray]
-]  # uint8 [n, H, W, 3], n >= 1, to the graph's results; by several threads at once
+# uint8 [n, H, W, 3], n >= 1, to the graph's results; by several threads at once
+Run = Callable[[np.ndarray], list[np.ndarray]]
 
 
 def export_graph(
-    network: Network,
-    spec: ModelSpec,
-    vectors: list[VectorColumn],
-    labels: bool,
-    fixed: torch.Tensor | None = None,
+    network: Network, spec: ModelSpec, outputs: ModelOutputs, fixed: torch.Tensor | None = None
 ) -> Any:
-    """torch's ExportedProgram: pixels [images, H, W, 3] to the scores of all labels [images, C] if
-    `labels`, then the vectors.
+    """torch's ExportedProgram: pixels [images, H, W, 3] to scores [images, C], then the vectors.
 
-    Weights and arithmetic are float32. fixed: pixels whose type and number of images are the only
-    ones; else uint8, any number.
+    Scores are those of all labels; there are none where outputs.top_k is 0. Weights and arithmetic
+    are float32. fixed: pixels whose type and number of images are the only ones that the program
+    takes; else it takes any number of uint8 images.
     """
-    whole = Forward(
-        network,
-        replace(spec, precision="fp32"),
-        vectors,
-        WHOLE if labels else 0,
-        torch.device("cpu"),
-    )
+    exact = replace(spec, precision="fp32")
+    forward = Forward(network, exact, outputs, torch.device("cpu"), ranks=False)
+    program = _WithoutEmptyResults(forward, has_scores=outputs.top_k > 0)
     pixels = torch.zeros(2, *spec.pixels.shape, 3, dtype=torch.uint8) if fixed is None else fixed
     shapes = ({0: torch.export.Dim("images")},) if fixed is None else None
     with torch.no_grad(), without_warnings():
-        return torch.export.export(
-            _Asked(whole, labels), (pixels,), dynamic_shapes=shapes, strict=False
-        )
+        return torch.export.export(program, (pixels,), dynamic_shapes=shapes, strict=False)
 
 
 @contextmanager
 def without_warnings() -> Iterator[None]:
-    """Without torch's FutureWarnings of torch, which a program's export and conversion give."""
+    """A block without the FutureWarnings that torch gives about itself during an export."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield
 
 
 class GraphModel:
-    """Model over what runs such a graph, of whatever engine."""
+    """A Model over whatever runs such a graph."""
 
-    def __init__(
-        self, run: Run, spec: ModelSpec, vectors: list[VectorColumn], top_k: int, workers: int
-    ) -> None:
-        self._run, self._spec, self._vectors, self._workers = run, spec, vectors, workers
+    def __init__(self, run: Run, spec: ModelSpec, outputs: ModelOutputs, workers: int) -> None:
+        self._run = run
+        self._spec = spec
+        self._outputs = outputs.limited_to(len(spec.labels))
+        self._workers = workers
         self._map = ThreadPoolExecutor(workers, "vitray-predict").map
-        self._k = min(top_k, len(spec.labels))
 
     def predict(self, pixels: np.ndarray) -> Predictions:
         """Labels and embeddings, batch by batch, without padding.
@@ -86,20 +76,24 @@ class GraphModel:
             np.require(pixels[start : start + n], requirements=["C"])
             for start, n in zip(starts, sizes)
         ]
-        columns = [np.concatenate(column) for column in zip(*self._map(self._run, batches))]
-        if columns:
-            nothing = np.empty((len(pixels), 0), np.float32)
-            columns[: self._k > 0] = best(columns[0], self._k) if self._k else (nothing, nothing)
-        return gather(self._spec, self._vectors, self._k, columns)
+        results = [np.concatenate(column) for column in zip(*self._map(self._run, batches))]
+        if not results:
+            return gather(self._spec, self._outputs, [])
+        if self._outputs.top_k:
+            scores, ids = top_k(results[0], self._outputs.top_k)
+            return gather(self._spec, self._outputs, [scores, ids, *results[1:]])
+        empty = np.empty((len(pixels), 0), np.float32)
+        return gather(self._spec, self._outputs, [empty, empty, *results])
 
 
-class _Asked(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
-    """Forward's results without the empty ones: all scores if `labels`, then the vectors."""
+class _WithoutEmptyResults(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
+    """Forward's results without the empty ones: all scores if there are any, then the vectors."""
 
-    def __init__(self, whole: Forward, labels: bool) -> None:
+    def __init__(self, forward: Forward, has_scores: bool) -> None:
         super().__init__()
-        self._whole, self._labels = whole, labels
+        self._whole = forward  # this name is in the exported file, and so in its sha256
+        self._has_scores = has_scores
 
     def forward(self, pixels: Any) -> tuple[Any, ...]:
         scores, _, *vectors = self._whole(pixels)
-        return (scores, *vectors) if self._labels else tuple(vectors)
+        return (scores, *vectors) if self._has_scores else tuple(vectors)

@@ -1,4 +1,7 @@
-"""Loading a checkpoint with transformers: every weight out of its safetensors, nothing made up."""
+"""Loading a checkpoint with transformers: every weight comes from its safetensors, none is made up.
+
+Imports torch.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ from vitray.models.checkpoint import (
 
 VISION_TEXT = ("clip", "siglip")
 WITH_POOLER = ("vit", "deit", "beit")
+HEAD_WEIGHTS = ("classifier.weight", "classifier.bias")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +31,10 @@ class Network:
     """A torch module and where its inner results appear.
 
     module: called as module(pixel_values=float [N, 3, H, W]); with a head its answer has .logits.
-    tower: the submodule (or module itself) whose answer has .last_hidden_state [N, T, D].
-    blocks: the transformer's blocks in order, a ModuleList. final_norm: what `last` still needs
-    after the tower, None for most families.
-    head: a linear.LinearHead that labels instead of the module; where it names no vector, the
+    tower: the submodule, or the module itself, whose answer has .last_hidden_state [N, T, D].
+    blocks: the transformer's blocks in order, a ModuleList.
+    final_norm: what the layer `last` still needs after the tower; None for most families.
+    head: a forward.LinearHead that labels in place of the module; when it names no vector, the
     answer has .pooler_output.
     """
 
@@ -41,79 +45,89 @@ class Network:
     head: Any | None = None
 
 
-def load_network(found: Checkpoint, labels: bool, head: Any | None = None) -> Network:
-    """The checkpoint's module in float32 on the CPU, with its own head where there shall be labels
-    and `head` does not give them.
+def load_network(checkpoint: Checkpoint, labels: bool, head: Any | None = None) -> Network:
+    """The checkpoint's module in float32 on the CPU.
+
+    It has its own head if `labels` are needed and `head` does not give them.
     """
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
-    config, headed = read_config(found), labels and head is None
+    config = read_config(checkpoint)
+    has_own_head = labels and head is None
     family = config.family.removesuffix("_vision_model")
-    hf = config.hf if headed else getattr(config.hf, "vision_config", config.hf)
-    kind = (
-        "ForImageClassification" if headed else "VisionModel" if family in VISION_TEXT else "Model"
-    )
-    name = MODEL_MAPPING_NAMES[family].removesuffix("Model") + kind
-    if headed and "distillation_classifier.weight" in head_shapes(found):
+    if has_own_head:
+        suffix = "ForImageClassification"
+    else:
+        suffix = "VisionModel" if family in VISION_TEXT else "Model"
+    name = MODEL_MAPPING_NAMES[family].removesuffix("Model") + suffix
+    if has_own_head and "distillation_classifier.weight" in head_shapes(checkpoint):
         name += "WithTeacher"
-    options: dict[str, Any] = (
-        {"add_pooling_layer": False} if not headed and family in WITH_POOLER else {}
-    )
-    _with_pooler(family, hf, head is not None and head.column is None)
-    return _parts(load_weights(found, getattr(transformers, name), hf, **options), config, head)
+    options: dict[str, Any] = {}
+    if not has_own_head and family in WITH_POOLER:
+        options["add_pooling_layer"] = False
+    hf = config.hf if has_own_head else getattr(config.hf, "vision_config", config.hf)
+    _set_pooler(family, hf, head is not None and head.column is None)
+    module = load_weights(checkpoint, getattr(transformers, name), hf, **options)
+    return _parts(module, config, head)
 
 
-def load_trainable(found: Checkpoint, classes: Sequence[str], seed: int, scratch: bool) -> Network:
-    """The checkpoint's module in float32 on the CPU with a head for these classes, to be trained.
+def load_trainable(
+    checkpoint: Checkpoint, classes: Sequence[str], seed: int, scratch: bool
+) -> Network:
+    """The checkpoint's module in float32 on the CPU, with a head for these classes, to be trained.
 
-    The head is the checkpoint's own where it has these classes in this order, else random; scratch:
-    so is everything. Random numbers follow from the seed. Raises ModelError where other weights are
-    missing, or of another shape than config.json says.
+    The head is the checkpoint's own if it has these classes in this order, else random.
+    scratch: everything is random. Random numbers follow from the seed. Raises ModelError where
+    other weights are missing, or have another shape than config.json says.
     """
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
-    config = read_config(found)
+    config = read_config(checkpoint)
     family = config.family
     if family.endswith("_vision_model"):
         raise ModelError(
-            f"{found.model} is a vision tower alone, which transformers has no head for; take the "
-            f"whole {family[:-13]}."
+            f"{checkpoint.model} is a vision tower alone, for which transformers has no head. Take "
+            f"the whole {family.removesuffix('_vision_model')}."
         )
-    has_head = (
-        not scratch
-        and tuple(classes) == read_labels(found, config)
-        and "classifier.weight" in head_shapes(found)
-    )
+    stem = MODEL_MAPPING_NAMES[family].removesuffix("Model")
+    kind = getattr(transformers, f"{stem}ForImageClassification")
+    keeps_head = not scratch and _has_head_for(checkpoint, config, classes)
     hf = config.hf
-    hf.id2label, hf.label2id = dict(enumerate(classes)), {name: n for n, name in enumerate(classes)}
+    hf.id2label = dict(enumerate(classes))
+    hf.label2id = {name: n for n, name in enumerate(classes)}
     hf.problem_type = "single_label_classification"
-    _with_pooler(family, hf, False)
-    kind = getattr(
-        transformers, MODEL_MAPPING_NAMES[family].removesuffix("Model") + "ForImageClassification"
-    )
+    _set_pooler(family, hf, False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if scratch:
-            return _parts(
-                _uncached(kind._from_config(hf, dtype=torch.float32, attn_implementation="sdpa")),
-                config,
-            )
-        made_up = () if has_head else ("classifier.weight", "classifier.bias")
-        module = load_weights(found, kind, hf, made_up, ignore_mismatched_sizes=True)
-        if not has_head:  # of other classes, where their number is the same
-            torch.nn.init.normal_(
-                module.classifier.weight,
-                std=hf.initializer_range if hasattr(hf, "initializer_range") else 0.02,
-            )
-            torch.nn.init.zeros_(module.classifier.bias)
-    return _parts(_uncached(module), config)
+            module = kind._from_config(hf, dtype=torch.float32, attn_implementation="sdpa")
+        elif keeps_head:
+            module = load_weights(checkpoint, kind, hf, ignore_mismatched_sizes=True)
+        else:
+            module = load_weights(checkpoint, kind, hf, HEAD_WEIGHTS, ignore_mismatched_sizes=True)
+            _randomise_head(module, hf)
+    return _parts(_without_cached_index(module), config)
 
 
-def _uncached(module: Any) -> Any:
-    """BEiT keeps an index for all models of a process, which is no good for training once it was
-    made in inference mode.
+def _has_head_for(checkpoint: Checkpoint, config: VisionConfig, classes: Sequence[str]) -> bool:
+    return tuple(classes) == read_labels(checkpoint, config) and HEAD_WEIGHTS[0] in head_shapes(
+        checkpoint
+    )
+
+
+def _randomise_head(module: Any, config: Any) -> None:
+    """Also where the checkpoint's head fits: it may be for as many other classes."""
+    deviation = config.initializer_range if hasattr(config, "initializer_range") else 0.02
+    torch.nn.init.normal_(module.classifier.weight, std=deviation)
+    torch.nn.init.zeros_(module.classifier.bias)
+
+
+def _without_cached_index(module: Any) -> Any:
+    """The module, without BEiT's index that all models of a process share.
+
+    If it was made in inference mode, training cannot use it.
     """
     for part in module.modules():
         if (index := getattr(part, "generate_relative_position_index", None)) is not None:
@@ -121,11 +135,10 @@ def _uncached(module: Any) -> Any:
     return module
 
 
-def _with_pooler(family: str, config: Any, wanted: bool) -> None:
-    if (
-        family == "siglip"
-    ):  # its attention pooler serves the text tower's labels alone, and not every checkpoint has it
-        getattr(config, "vision_config", config).vision_use_head = wanted
+def _set_pooler(family: str, config: Any, is_needed: bool) -> None:
+    """SigLIP's attention pooler serves the text tower's labels, and some checkpoints lack it."""
+    if family == "siglip":
+        getattr(config, "vision_config", config).vision_use_head = is_needed
 
 
 def _parts(module: Any, config: VisionConfig, head: Any | None = None) -> Network:
@@ -139,15 +152,16 @@ def _parts(module: Any, config: VisionConfig, head: Any | None = None) -> Networ
 
 
 def load_weights(
-    found: Checkpoint, kind: Any, config: Any, made_up: Sequence[str] = (), **options: Any
+    checkpoint: Checkpoint, kind: Any, config: Any, random: Sequence[str] = (), **options: Any
 ) -> Any:
-    """The module with every weight out of the checkpoint: a random head, pooler or block raises
-    ModelError, but for those `made_up`.
+    """The module, with every weight from the checkpoint but for those named in `random`.
+
+    Raises ModelError for a head, a pooler or a block that transformers would initialise randomly.
     """
     try:
         with quiet():
             module, report = kind.from_pretrained(
-                found.directory,
+                checkpoint.directory,
                 config=config,
                 dtype=torch.float32,
                 use_safetensors=True,
@@ -157,29 +171,35 @@ def load_weights(
                 output_loading_info=True,
                 **options,
             )
-    except (
-        Exception
-    ) as error:  # transformers raises many kinds for a checkpoint that does not fit its config
+    # transformers raises many kinds for a checkpoint that does not fit its config
+    except Exception as error:
         reason = one_line(error, 300)
-        raise ModelError(f"{found.model} cannot be loaded as {kind.__name__}: {reason}") from error
-    missing = {key for key in report["missing_keys"] if not key.endswith("mask_token")} - set(
-        made_up
-    )  # masks: of pretraining
-    other = {
-        str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"]
-    } - set(made_up)
-    if other:
         raise ModelError(
-            f"{found.model} has {len(other)} weights of another shape than its config.json says "
-            f"({', '.join(sorted(other)[:3])}). "
+            f"{checkpoint.model} cannot be loaded as {kind.__name__}: {reason}"
+        ) from error
+    _require_all_weights(checkpoint, kind.__name__, report, set(random))
+    return module
+
+
+def _require_all_weights(
+    checkpoint: Checkpoint, kind: str, report: dict[str, Any], random: set[str]
+) -> None:
+    """Raise ModelError for missing weights. report: transformers' loading info."""
+    mismatched = {
+        str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"]
+    } - random
+    if mismatched:
+        raise ModelError(
+            f"{checkpoint.model} has {len(mismatched)} weights of another shape than its "
+            f"config.json says ({', '.join(sorted(mismatched)[:3])}). "
             "Take config.json and weights of one checkpoint."
         )
+    # mask tokens are for pretraining only
+    missing = {key for key in report["missing_keys"] if not key.endswith("mask_token")} - random
     if missing:
-        lacks = sorted(missing)
+        hint = ", or labels: false" if "ForImage" in kind else ""
         raise ModelError(
-            f"{found.model} lacks {len(lacks)} weights that {kind.__name__} needs "
-            f"({', '.join(lacks[:3])}); vitray does not make "
-            "them up. Choose a whole checkpoint"
-            + (", or labels: false." if "ForImage" in kind.__name__ else ".")
+            f"{checkpoint.model} lacks {len(missing)} weights that {kind} needs "
+            f"({', '.join(sorted(missing)[:3])}); vitray does not make them up. "
+            f"Choose a whole checkpoint{hint}."
         )
-    return module

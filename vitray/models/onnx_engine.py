@@ -1,5 +1,6 @@
-"""The ONNX Runtime engine: a graph on this CPU or GPU, in fp32 where it is not quantised. Imported
-only when it is opened.
+"""The ONNX Runtime engine: a graph on this CPU or GPU, in fp32 where it is not quantised.
+
+Imported only when it is opened.
 """
 
 from __future__ import annotations
@@ -14,25 +15,24 @@ import torch
 
 from vitray.models.graph import Run, without_warnings
 
-ON_GPU = (
-    "TensorrtExecutionProvider",
-    "CUDAExecutionProvider",
-)  # the first that is there, the next for what it cannot do
+# the first available one computes, the next ones take what it cannot do
+ON_GPU = ("TensorrtExecutionProvider", "CUDAExecutionProvider")
 IN_MEMORY = 1_500_000_000  # bytes of weights; protobuf ends at 2 GiB
 
 
 def providers(device: str, available: Sequence[str]) -> list[str]:
-    """What ONNX Runtime may compute with on a device, best first; the CPU last, for operations that
-    nothing else knows.
+    """The ONNX Runtime providers for a device, best first.
+
+    The CPU is last, for operations that no other provider knows.
     """
-    return [name for name in ON_GPU if name in available and device == "cuda"] + [
-        "CPUExecutionProvider"
-    ]
+    on_gpu = [name for name in ON_GPU if name in available and device == "cuda"]
+    return [*on_gpu, "CPUExecutionProvider"]
 
 
 def write_graph(exported: Any, file: str, names: Sequence[str] | None = None) -> None:
-    """An ExportedProgram as ONNX, its results so named; beside it FILE.data where protobuf is too
-    small for the weights.
+    """Write an ExportedProgram as ONNX. names: of its results.
+
+    Weights that are too large for protobuf go into FILE.data.
     """
     with without_warnings():
         program = torch.onnx.export(exported, dynamo=True, verbose=False, output_names=names)
@@ -41,7 +41,7 @@ def write_graph(exported: Any, file: str, names: Sequence[str] | None = None) ->
 
 
 def open_graph(file: str, device: str) -> Run:
-    """What runs the graph in a file, each call on one thread of the CPU."""
+    """A function that runs the graph of a file; each call uses one thread of the CPU."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1  # a thread a batch: see torch_engine.py
     options.log_severity_level = 3  # errors
@@ -57,7 +57,7 @@ def open_graph(file: str, device: str) -> Run:
 
 
 def compile_graph(exported: Any, device: str) -> Run:
-    """What runs an ExportedProgram."""
+    """A function that runs an ExportedProgram."""
     with tempfile.TemporaryDirectory(prefix="vitray-") as directory:
         write_graph(exported, f"{directory}/model.onnx")
         return open_graph(f"{directory}/model.onnx", device)

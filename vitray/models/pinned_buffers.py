@@ -1,9 +1,8 @@
-"""A ring of batches on their way through an accelerator, so that copies and Python hide behind
-compute.
+"""Pinned buffers for batches on an accelerator, so that copies and Python work hide behind compute.
 
-Three slots: while one batch computes, the next is uploaded and a third is filled. Only two things
-wait for the device: who needs a slot whose batch is not over, and who reads results. What a device
-must offer is `Lanes`; `CudaLanes` is the real one.
+Three slots: one batch computes, the next is uploaded, a third is filled. Only two callers wait for
+the device: one that needs a slot whose batch is not finished, and one that reads results.
+`Streams` is what a device must offer, and `CudaStreams` is the real one.
 """
 
 from __future__ import annotations
@@ -23,26 +22,26 @@ Work = Callable[[Any], list[Any]]
 
 class Event(Protocol):
     def synchronize(self) -> None:
-        """Wait until all that was asked for before it is over. Raises what went wrong there."""
+        """Wait until all earlier work of the stream is finished. Raises what went wrong in it."""
         ...
 
 
-class Lanes(Protocol):
-    """A device with a lane for uploads and one for work; what is asked of a lane is done in order,
-    later.
-    """
+class Streams(Protocol):
+    """A device with a stream for uploads and one for work; each does its tasks in order, later."""
 
     def buffers(self, shape: tuple[int, ...]) -> tuple[Any, Any]:
-        """uint8 tensors of a shape: on the host, in memory that the device may read at any time,
-        and on the device.
+        """uint8 tensors of a shape: one on the host, one on the device.
+
+        The device may read the host's at any time.
         """
         ...
 
-    def upload(self, host: Any, there: Any) -> Event: ...
+    def upload(self, host: Any, on_device: Any) -> Event: ...
 
     def compute(self, work: Work, pixels: Any, after: Event | None) -> tuple[list[Any], Event]:
-        """work(pixels) after an event, and its columns on the host: not before the event that comes
-        with them.
+        """work(pixels), once `after` has happened: its columns on the host, and an event.
+
+        The columns are valid once that event has happened.
         """
         ...
 
@@ -52,55 +51,52 @@ class Started:
     """A batch that was handed over."""
 
     columns: list[Any]
-    over: Event
+    finished: Event
 
     def wait(self) -> list[Any]:
-        self.over.synchronize()
+        self.finished.synchronize()
         return self.columns
 
 
 class _Slot:
     def __init__(self, buffers: tuple[Any, Any]) -> None:
-        self.host, self.there = buffers
-        self.busy: Event | None = None  # until then its buffers are read
+        self.host, self.on_device = buffers
+        self.busy: Event | None = None  # its buffers are in use until then
         self.lock = threading.Lock()
 
 
-class Ring:
-    """Takes batches from any number of threads; each thread's answers belong to its own calls, in
-    order.
-    """
+class PinnedBuffers:
+    """Takes batches from any number of threads; each caller gets the results of its own batches."""
 
-    def __init__(self, lanes: Lanes, shape: tuple[int, ...]) -> None:
+    def __init__(self, streams: Streams, shape: tuple[int, ...]) -> None:
         """shape: of the largest batch, [N, H, W, 3]."""
-        self._lanes = lanes
-        self._turns = cycle([_Slot(lanes.buffers(shape)) for _ in range(SLOTS)])  # next() is atomic
+        self._streams = streams
+        self._slots = cycle([_Slot(streams.buffers(shape)) for _ in range(SLOTS)])  # next is atomic
         self._launching = threading.Lock()  # the forward pass keeps its tokens in one place
 
     def start(self, batch: Any, work: Work) -> Started:
-        """Hand a batch over: uint8 [n, H, W, 3], an array here or a tensor on the device. Raises
-        what `work` raises.
+        """Hand over a batch: uint8 [n, H, W, 3], an array here or a tensor on the device.
 
-        An array may be changed or freed at once; a tensor must be ready, and stay until its results
-        were waited for.
+        An array may be changed or freed at once. A tensor must be ready, and must stay until its
+        results were waited for. Raises what `work` raises.
         """
         if not isinstance(batch, np.ndarray):
             with self._launching:
-                return Started(*self._lanes.compute(work, batch, None))
-        slot = next(self._turns)
+                return Started(*self._streams.compute(work, batch, None))
+        slot = next(self._slots)
         with slot.lock:
             if slot.busy is not None:
                 slot.busy.synchronize()
-            host, there = slot.host[: len(batch)], slot.there[: len(batch)]
+            host, on_device = slot.host[: len(batch)], slot.on_device[: len(batch)]
             np.copyto(host.numpy(), batch)
-            slot.busy = self._lanes.upload(host, there)
+            slot.busy = self._streams.upload(host, on_device)
             with self._launching:
-                started = Started(*self._lanes.compute(work, there, slot.busy))
-            slot.busy = started.over
+                started = Started(*self._streams.compute(work, on_device, slot.busy))
+            slot.busy = started.finished
         return started
 
 
-class CudaLanes:
+class CudaStreams:
     """Two streams of a CUDA device, linked by events."""
 
     def __init__(self, device: torch.device) -> None:
@@ -112,10 +108,10 @@ class CudaLanes:
         host = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
         return host, torch.empty(shape, dtype=torch.uint8, device=self._device)
 
-    def upload(self, host: Any, there: Any) -> Event:
+    def upload(self, host: Any, on_device: Any) -> Event:
         with torch.cuda.stream(self._uploads):
-            there.copy_(host, non_blocking=True)
-            return self._mark(self._uploads)
+            on_device.copy_(host, non_blocking=True)
+            return self._record(self._uploads)
 
     def compute(self, work: Work, pixels: Any, after: Event | None) -> tuple[list[Any], Event]:
         with torch.cuda.stream(self._work):
@@ -124,11 +120,10 @@ class CudaLanes:
             # to the host without blocking: torch takes pinned memory for that, and keeps it for the
             # next time
             columns = [column.to("cpu", non_blocking=True) for column in work(pixels)]
-            return columns, self._mark(self._work)
+            return columns, self._record(self._work)
 
-    def _mark(self, stream: Any) -> Event:
-        event: Event = torch.cuda.Event(
-            blocking=True
-        )  # who waits sleeps: spinning takes the core from a decoder
+    def _record(self, stream: Any) -> Event:
+        # a caller that waits sleeps: spinning would take the core from a decoder
+        event: Event = torch.cuda.Event(blocking=True)
         stream.record_event(event)
         return event

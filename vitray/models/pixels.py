@@ -1,6 +1,4 @@
-"""The checkpoint's own image processor as a PixelSpec; refused where a PixelSpec cannot express
-it.
-"""
+"""The checkpoint's own image processor as a PixelSpec, or an error if it cannot be expressed."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ from vitray.errors import ModelError, one_line, shortened
 from vitray.models.checkpoint import Checkpoint, VisionConfig, quiet, read_json
 from vitray.schema import PixelSpec
 
-# the classes whose pipeline is resize, centre crop, rescale, normalise and no more
+# the classes whose pipeline is only resize, centre crop, rescale and normalise
 PLAIN = ("ViT", "DeiT", "Beit", "Bit", "CLIP", "Siglip")
 FILES = ("preprocessor_config.json", "processor_config.json")
 # these interpolate their position embeddings: facebook/dinov2-base is trained at 518 and used at
@@ -29,25 +27,32 @@ FLAGS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_pad")
 SAMPLE = (48, 64)  # height, width of an image on which the processor is tried
 
 
-def read_pixels(found: Checkpoint, config: VisionConfig) -> PixelSpec:
+def read_pixels(checkpoint: Checkpoint, config: VisionConfig) -> PixelSpec:
     """What the processor does before the model.
 
-    Raises ModelError when a file is not valid, when transformers cannot use it, when a PixelSpec
+    Raises ModelError when its file is not valid, when transformers cannot use it, when a PixelSpec
     cannot express it, and when its result does not fit the model.
     """
-    file, declared = _declared(found)
-    _check_declared(f"{found.model}: {file}", declared)
-    processor = _load_processor(found, config, file, declared)
+    file, declared = _declared(checkpoint)
+    _check_declared(f"{checkpoint.model}: {file}", declared)
+    processor = _load_processor(checkpoint, config, file, declared)
+    spec = _pixel_spec(checkpoint, file, processor)
+    _check_shape(checkpoint, config, spec)
+    _try(checkpoint, file, processor, spec)
+    return spec
+
+
+def _pixel_spec(checkpoint: Checkpoint, file: str, processor: Any) -> PixelSpec:
+    kind = type(processor).__name__
 
     def refuse(what: str) -> ModelError:
         return ModelError(
-            f"{found.model}: its image processor ({type(processor).__name__}) {what}; vitray "
-            f"cannot do that."
+            f"{checkpoint.model}: its image processor ({kind}) {what}; vitray cannot do that."
         )
 
-    if type(processor).__name__ not in {f"{name}ImageProcessorPil" for name in PLAIN}:
+    if kind not in {f"{name}ImageProcessorPil" for name in PLAIN}:
         raise refuse("does more than resize, crop and normalise")
-    fields = _Fields(f"{found.model}: {file}", processor)
+    fields = _Fields(f"{checkpoint.model}: {file}", processor)
     flags = {name: fields.flag(name) for name in FLAGS}
     if flags["do_pad"]:
         raise refuse("pads")
@@ -62,56 +67,52 @@ def read_pixels(found: Checkpoint, config: VisionConfig) -> PixelSpec:
     elif set(size) == {"shortest_edge"} and crop is not None:
         resized = (size["shortest_edge"],)
     else:
-        raise refuse(
-            f"resizes to {size}"
-            + (" without a crop, so its result has no fixed size" if crop is None else "")
-        )
+        hint = " without a crop, so its result has no fixed size" if crop is None else ""
+        raise refuse(f"resizes to {size}{hint}")
     if crop is not None and (crop["height"] > resized[0] or crop["width"] > resized[-1]):
         raise refuse(f"crops to {crop} out of {size}, which pads")
-    spec = PixelSpec(
+    normalizes = flags["do_normalize"]
+    return PixelSpec(
         size=resized,
         resample=fields.resample(),
         crop=(crop["height"], crop["width"]) if crop is not None else None,
         rescale=fields.rescale_factor() if flags["do_rescale"] else 1.0,
-        mean=fields.channels("image_mean") if flags["do_normalize"] else (0.0, 0.0, 0.0),
-        std=fields.channels("image_std") if flags["do_normalize"] else (1.0, 1.0, 1.0),
+        mean=fields.channels("image_mean") if normalizes else (0.0, 0.0, 0.0),
+        std=fields.channels("image_std") if normalizes else (1.0, 1.0, 1.0),
     )
-    _check_shape(found, config, spec)
-    _try(found, file, processor, spec)
-    return spec
 
 
-def _declared(found: Checkpoint) -> tuple[str, dict[str, Any]]:
-    """The file that describes the image processor, and what it says of it.
+def _declared(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]]:
+    """The file that describes the image processor, and the description.
 
     `image_processor` of processor_config.json comes first, as in transformers 5.23
     (get_image_processor_dict).
     """
-    separate, whole = FILES
-    if os.path.isfile(os.path.join(found.directory, whole)):
-        nested = read_json(found, whole).get("image_processor")
+    separate, combined = FILES
+    if os.path.isfile(os.path.join(checkpoint.directory, combined)):
+        nested = read_json(checkpoint, combined).get("image_processor")
         if nested is not None and not isinstance(nested, dict):
             raise ModelError(
-                f"{found.model}: `image_processor` in {whole} is not a JSON object. Fetch the "
-                f"checkpoint again."
+                f"{checkpoint.model}: `image_processor` in {combined} is not a JSON object. "
+                f"Fetch the checkpoint again."
             )
         if nested is not None:
-            return whole, nested
-    if os.path.isfile(os.path.join(found.directory, separate)):
-        return separate, read_json(found, separate)
+            return combined, nested
+    if os.path.isfile(os.path.join(checkpoint.directory, separate)):
+        return separate, read_json(checkpoint, separate)
     raise ModelError(
-        f"{found.model} holds no {separate}, so the pixels it was trained on are unknown. "
+        f"{checkpoint.model} holds no {separate}, so the pixels it was trained on are unknown. "
         "Copy that file from the checkpoint it was fine-tuned from."
     )
 
 
 def _check_declared(where: str, declared: dict[str, Any]) -> None:
-    """Raises ModelError for values on which transformers stumbles without saying why."""
+    """Raise ModelError for values that make transformers fail without a clear message."""
     for name in ("image_processor_type", "feature_extractor_type"):
         if not isinstance(declared.get(name), (str, type(None))):
             raise ModelError(
-                f"{where} says {_said(name, declared[name])}. Write the name of a class, such as "
-                f'"ViTImageProcessor".'
+                f"{where} says {_field_text(name, declared[name])}. Write the name of a class, "
+                f'such as "ViTImageProcessor".'
             )
     for name in ("size", "crop_size"):
         value = declared.get(name)
@@ -120,17 +121,17 @@ def _check_declared(where: str, declared: dict[str, Any]) -> None:
             isinstance(value, bool) or not isinstance(value, (int, dict, type(None)))
         ):
             raise ModelError(
-                f'{where} says {_said(name, value)}. Write {{"height": 224, "width": 224}}, with '
-                f"the sides that are meant."
+                f'{where} says {_field_text(name, value)}. Write {{"height": 224, "width": 224}}, '
+                f"with the right numbers."
             )
 
 
-def _said(name: str, value: Any) -> str:
+def _field_text(name: str, value: Any) -> str:
     return f'"{name}": {shortened(json.dumps(value), 80)}'
 
 
 def _load_processor(
-    found: Checkpoint, config: VisionConfig, file: str, declared: dict[str, Any]
+    checkpoint: Checkpoint, config: VisionConfig, file: str, declared: dict[str, Any]
 ) -> Any:
     from transformers import AutoImageProcessor
 
@@ -138,31 +139,30 @@ def _load_processor(
         with quiet():
             # "pil" explicitly: with torchvision installed the default silently changes pixels
             processor = AutoImageProcessor.from_pretrained(
-                found.directory,
+                checkpoint.directory,
                 backend="pil",
                 trust_remote_code=False,
                 local_files_only=True,
                 config=config.hf,
             )
-    except Exception as error:  # whatever a broken or foreign file makes transformers raise
+    except Exception as error:  # transformers raises many kinds for a broken or foreign file
         raise ModelError(
-            f"{found.model}: {file} is not one that transformers can read "
+            f"{checkpoint.model}: {file} is not one that transformers can read "
             f"({shortened(one_line(error), 300)}). "
             "Correct it, or copy that file from the checkpoint it was fine-tuned from."
         ) from error
+    loaded_kind = type(processor).__name__
     kind = str(
         declared.get("image_processor_type")
         or declared.get("feature_extractor_type")
-        or type(processor).__name__
+        or loaded_kind
     )
-    if type(processor).__name__ != re.sub(
-        "(ImageProcessor(Fast|Pil)?|FeatureExtractor)$", "ImageProcessorPil", kind
-    ):
-        # transformers falls back to the family's default for a name that it does not know: other
-        # pixels, silently
+    suffix = "(ImageProcessor(Fast|Pil)?|FeatureExtractor)$"
+    if loaded_kind != re.sub(suffix, "ImageProcessorPil", kind):
+        # transformers silently uses the family's default, with other pixels, for an unknown name
         raise ModelError(
-            f"{found.model}: its image processor is a {kind}, which transformers does not know "
-            f"without custom code."
+            f"{checkpoint.model}: its image processor is a {kind}, which transformers does not "
+            f"know without custom code."
         )
     return processor
 
@@ -171,8 +171,8 @@ def _load_processor(
 class _Fields:
     """The fields of a loaded image processor, each checked as it is read.
 
-    where: the model and the file, for messages. transformers takes null for itself, not for the
-    default of the class, and fails in a step that needs the field.
+    where: the model and the file, for messages. transformers does not replace null by the default
+    of the class, and fails in a step that needs the field.
     """
 
     where: str
@@ -185,7 +185,7 @@ class _Fields:
         return bool(value)
 
     def size(self, name: str, step: str) -> dict[str, int]:
-        """Sides by their names, those that are null left out."""
+        """The sides that are not null, by their names."""
         value = self._required(name, step)
         sides = {side: length for side, length in dict(value).items() if length is not None}
         if not all(type(length) is int and length > 0 for length in sides.values()):
@@ -220,9 +220,8 @@ class _Fields:
     def channels(self, name: str) -> tuple[float, float, float]:
         """One number for each of red, green and blue; a single number is for all of them."""
         value = self._required(name, "do_normalize")
-        numbers = [
-            _number(one) for one in (value if isinstance(value, (list, tuple)) else [value] * 3)
-        ]
+        values = value if isinstance(value, (list, tuple)) else [value] * 3
+        numbers = [_number(one) for one in values]
         if len(numbers) != 3 or None in numbers:
             raise self._refuse(name, "Write three numbers, for red, green and blue.")
         if name == "image_std" and not all(np.float32(number) for number in numbers):
@@ -233,26 +232,21 @@ class _Fields:
     def _required(self, name: str, step: str) -> Any:
         value = getattr(self.processor, name, None)
         if value is None:
-            without = (
-                ""
-                if step == "do_resize"
-                else f', or write "{step}": false if the model was trained without'
-            )
-            raise ModelError(
-                f"{self.where} gives no `{name}`, which `{step}` needs. Add it{without}."
-            )
+            hint = ""
+            if step != "do_resize":
+                hint = f', or write "{step}": false if the model was trained without'
+            raise ModelError(f"{self.where} gives no `{name}`, which `{step}` needs. Add it{hint}.")
         return value
 
     def _refuse(self, name: str, step: str) -> ModelError:
         value = getattr(self.processor, name)
-        plain = (
-            value if isinstance(value, (bool, int, float, str, list, tuple, dict)) else dict(value)
-        )
-        return ModelError(f"{self.where} says {_said(name, plain)}. {step}")
+        if not isinstance(value, (bool, int, float, str, list, tuple, dict)):
+            value = dict(value)
+        return ModelError(f"{self.where} says {_field_text(name, value)}. {step}")
 
 
 def _number(value: Any) -> float | None:
-    """The number as a float; None for what is no finite number."""
+    """The number as a float; None for anything else and for a number that is not finite."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:
@@ -261,36 +255,35 @@ def _number(value: Any) -> float | None:
         return None
 
 
-def _try(found: Checkpoint, file: str, processor: Any, spec: PixelSpec) -> None:
-    """Raises ModelError when transformers cannot use the processor, or makes another shape with
-    it.
-    """
+def _try(checkpoint: Checkpoint, file: str, processor: Any, spec: PixelSpec) -> None:
+    """Raise ModelError when transformers cannot use the processor, or gets another shape."""
     image = np.zeros((*SAMPLE, 3), np.uint8)
     try:
         with quiet():
-            made = np.asarray(processor(image, return_tensors="np")["pixel_values"])
+            pixels = np.asarray(processor(image, return_tensors="np")["pixel_values"])
     except Exception as error:  # a field that vitray does not read may stop it
         raise ModelError(
-            f"{found.model}: transformers cannot process an image as {file} says "
+            f"{checkpoint.model}: transformers cannot process an image as {file} says "
             f"({shortened(one_line(error), 300)}). "
             "Correct it, or copy that file from the checkpoint it was fine-tuned from."
         ) from error
-    if made.shape != (1, 3, *spec.shape):
+    if pixels.shape != (1, 3, *spec.shape):
         raise ModelError(
-            f"{found.model}: {file} gives pixels of shape {list(made.shape[1:])} in transformers, "
-            f"and "
-            f"vitray would make {[3, *spec.shape]}. Copy that file from the checkpoint it was "
-            "fine-tuned from."
+            f"{checkpoint.model}: {file} gives pixels of shape {list(pixels.shape[1:])} in "
+            f"transformers, and vitray would make {[3, *spec.shape]}. Copy that file from the "
+            f"checkpoint it was fine-tuned from."
         )
 
 
-def _check_shape(found: Checkpoint, config: VisionConfig, spec: PixelSpec) -> None:
+def _check_shape(checkpoint: Checkpoint, config: VisionConfig, spec: PixelSpec) -> None:
+    """Raise ModelError when the model takes another size than the processor makes."""
     if spec.shape == config.image_size:
         return
     if config.family in ANY_SIZE and not any(side % config.patch_size for side in spec.shape):
         return
-    made, wanted = ("x".join(map(str, shape)) for shape in (spec.shape, config.image_size))
+    processed = "x".join(map(str, spec.shape))
+    expected = "x".join(map(str, config.image_size))
     raise ModelError(
-        f"{found.model}: its image processor makes {made}, the model takes {wanted}. Correct "
-        f"either."
+        f"{checkpoint.model}: its image processor makes {processed}, the model takes {expected}. "
+        f"Correct either."
     )

@@ -140,15 +140,15 @@ def bench_cluster(
         run_there = partial(run, address=address, allow_open_cluster=allow_open_cluster)
         with scratch(job.out) as folder:
             launch = Launch(folder, run_there)
-            pipeline = measure_pipeline(job, stages, machine.alike * gpus, seconds, launch)
-    per_machine = replace(pipeline, rate=pipeline.rate / machine.alike)
-    more_machines = f" and others: {machine.others}" if machine.others else ""
+            pipeline = measure_pipeline(job, stages, machine.same_size * gpus, seconds, launch)
+    per_machine = replace(pipeline, rate=pipeline.rate / machine.same_size)
+    more_machines = f" and others: {machine.other_sizes}" if machine.other_sizes else ""
     return replace(
         _combined(replace(stages, identify_s=joined_s), per_machine, gpus),
-        machines=machine.alike,
+        machines=machine.same_size,
         measured=f"on Ray at {address}: each stage alone on {machine.host} "
         f"(CPUs: {machine.cpus}, GPUs: {machine.gpus}), "
-        f"the whole pipeline on all machines of that size: {machine.alike}{more_machines}",
+        f"the whole pipeline on all machines of that size: {machine.same_size}{more_machines}",
     )
 
 

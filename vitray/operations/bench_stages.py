@@ -16,6 +16,7 @@ from vitray.decoding.decode import ON_DEVICE, decode
 from vitray.errors import JobError
 from vitray.job import Job
 from vitray.models import identify, open_model, runs_on, torch_threads_kept, vector_columns
+from vitray.models.machine import roofline
 from vitray.schema import Encoded
 from vitray.sources import list_shards, read_shard
 
@@ -67,12 +68,10 @@ def measure_stages(job: Job, images: int, seconds: float, cores: int) -> StageRa
 
     Raises JobError if the source has no image that can be decoded.
     """
-    from vitray.models.roofline import roofline  # loads torch
-
     sample, read_rate = _read_sample(job, images)
     started = time.perf_counter()
     spec = identify(job)
-    device = runs_on(job)
+    device = runs_on(job.device)
     identify_s = time.perf_counter() - started
     vectors = tuple(vector_columns(job, spec))
     dataset = Dataset(job.out, job, spec, vectors, pa.schema([]), len(sample))
@@ -159,15 +158,7 @@ def _model_rate(dataset: Dataset, device: str, threads: int, seconds: float) -> 
     shape = (4 * spec.batch_size, *spec.pixels.shape, 3)
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     with torch_threads_kept(), ThreadPoolExecutor(CALLERS) as pool:
-        model = open_model(
-            spec,
-            list(dataset.vectors),
-            job.top_k,
-            job.labelled,
-            device,
-            threads,
-            job.compile == "on",
-        )
+        model = open_model(spec, dataset.outputs, device, threads, compiled=job.compile == "on")
 
         def seconds_of(calls: int) -> float:
             started = time.perf_counter()

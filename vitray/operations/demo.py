@@ -12,7 +12,7 @@ import numpy as np
 from vitray.dataset import read
 from vitray.errors import StorageError
 from vitray.job import Job, make_job
-from vitray.models.shapes import NAMES, draw, train
+from vitray.operations.demo_model import NAMES, draw, train
 
 SHARDS = 6
 IMAGES = 100  # per shard

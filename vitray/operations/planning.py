@@ -185,7 +185,7 @@ def plan(job: Job) -> Plan:
     Raises SourceError for an empty or unreadable source, JobError for an `out` inside it,
     ModelError for an engine without the precision.
     """
-    require_precision(job)
+    require_precision(job.engine, job.precision)
     job = prepare_job(job)
     listing = list_source(job)
     shards = select_shards(listing.shards, job)
@@ -214,7 +214,7 @@ def plan(job: Job) -> Plan:
         shards_not_selected=len(listing.shards) - len(shards),
         images_not_selected=selection.images_left,
         selection=str(selection) if selection.is_set else "",
-        compile=will_compile(job, pending_images),
+        compile=will_compile(job.engine, job.compile, pending_images),
         decided=None if dataset is None else decided_values(dataset),
     )
 

@@ -37,10 +37,10 @@ from vitray.dataset import (
 )
 from vitray.errors import JobError, count
 from vitray.job import PROMPT
-from vitray.models.head import Head
-from vitray.models.labelling import read_own_head
+from vitray.models.linear_head import Head, read_head_for
 from vitray.schema import LABEL_FIELDS, VectorColumn
 from vitray.storage import absolute, exists
+from vitray.vectors import top_k
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ def relabel(out: str, head: str, into: str) -> Relabelling:
     into = absolute(into)
     require_outside(old, "--into", into)
     head_url = absolute(head)
-    linear_head = read_own_head(head_url, old.spec)
+    linear_head = read_head_for(head_url, old.spec)
     column = _column_for(old, linear_head, head_url)
     new = _new_dataset(old, into, linear_head, head_url, column)
     check_data(new)
@@ -174,9 +174,8 @@ def _relabelled(old: Dataset, new: Dataset, source: str, head: Head) -> Iterator
     columns = [name for name in new.schema.names if name not in label_names]
     for table in row_blocks(old, [source], columns):
         scores = _scores(matrix_of(table[new.spec.head_column]), head)
-        ids = np.argsort(-scores, axis=1, kind="stable")[:, : new.job.top_k].astype(np.int32)
-        best_scores = np.take_along_axis(scores, ids, 1)
-        for name, values in new.label_columns(ids, best_scores).items():
+        best_scores, ids = top_k(scores, new.job.top_k)
+        for name, values in new.label_columns(ids.astype(np.int32), best_scores).items():
             table = table.append_column(name, values)
         yield table
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from vitray.dataset import scratch
 from vitray.errors import ClusterError, VitrayError, one_line
+from vitray.models.machine import cores
 from vitray.storage import exists, is_local, store_for
 
 log = logging.getLogger(__name__)
@@ -56,15 +57,16 @@ class Shares:
 class Machine:
     """One machine of a cluster.
 
-    alike: the number of machines of its size, including it. others: the number of other machines.
+    same_size: the number of machines of its size, including it. other_sizes: the number of other
+    machines.
     """
 
     node: str
     host: str
     cpus: int
     gpus: int
-    alike: int
-    others: int
+    same_size: int
+    other_sizes: int
 
 
 def share_out(nodes: list[dict[str, float]], device: str) -> Shares:
@@ -127,7 +129,7 @@ def _cpu_actors(nodes: list[dict[str, float]]) -> _ActorPool:
 
 def own_cpus() -> int:
     """The number of cores that this process may use, at least 2: the stages share a single core."""
-    return max(2, len(os.sched_getaffinity(0)))
+    return max(2, cores())
 
 
 @contextlib.contextmanager
@@ -304,9 +306,14 @@ def typical_machine(nodes: list[dict[str, Any]], device: str) -> Machine:
     suitable = [size for size in sizes if size[0]] or [size for size in sizes if size[1] >= 2]
     size = max(sorted(set(suitable)), key=suitable.count)  # the smaller of equally frequent ones
     node = nodes[sizes.index(size)]
-    alike = sizes.count(size)
+    same_size = sizes.count(size)
     return Machine(
-        node["NodeID"], node["NodeManagerAddress"], size[1], size[0], alike, len(sizes) - alike
+        node["NodeID"],
+        node["NodeManagerAddress"],
+        size[1],
+        size[0],
+        same_size,
+        len(sizes) - same_size,
     )
 
 

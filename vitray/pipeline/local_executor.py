@@ -126,9 +126,7 @@ class LocalExecutor:
         model = self._pool.submit(
             open_model,
             dataset.spec,
-            list(dataset.vectors),
-            dataset.job.top_k,
-            dataset.job.labelled,
+            dataset.outputs,
             dataset.job.device,
             self._shares.threads,
             self._shares.compiled,

@@ -256,16 +256,9 @@ class Predict:
 
     def __init__(self, dataset: Dataset, threads: int, compiled: bool) -> None:
         require_visible(dataset_url(dataset.out))
-        job = dataset.job
         self._dataset = dataset
         self._model = open_model(
-            dataset.spec,
-            list(dataset.vectors),
-            job.top_k,
-            job.labelled,
-            job.device,
-            threads,
-            compiled,
+            dataset.spec, dataset.outputs, dataset.job.device, threads, compiled
         )
         self._decoder = open_device_decoder(dataset, threads)
 

@@ -207,7 +207,7 @@ def _machines(job: Job, address: str | None, allow_open: bool) -> Iterator[_Mach
         or os.environ.get("RAY_ADDRESS")
         or ("ray" in sys.modules and import_module("ray").is_initialized())
     )
-    if not uses_ray and runs_on(job) == "cpu":
+    if not uses_ray and runs_on(job.device) == "cpu":
         # Short queues: after a kill, the fragments in them are computed again.
         shares = replace(share_out([{"CPU": own_cpus()}], "cpu"), stagers=2, queue_blocks=1)
         with torch_threads_kept():
@@ -344,9 +344,9 @@ def _with_compiled(job: Job, listing: Listing, shares: Shares) -> Shares:
     round_shards = pending_shards(job, listing)[:ROUND_SHARDS]
     device = "cuda" if shares.actor_gpus else "cpu"
     images = sum(shard.size for shard in round_shards) // LEAST_IMAGE_BYTES
-    if compiles(job, images // shares.actors, device):
+    if compiles(job.compile, images // shares.actors, device):
         images = estimate_images(round_shards, job)[0]
-    return replace(shares, compiled=compiles(job, images // shares.actors, device))
+    return replace(shares, compiled=compiles(job.compile, images // shares.actors, device))
 
 
 def complete_shards(

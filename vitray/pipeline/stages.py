@@ -342,17 +342,17 @@ def decode_stage(dataset: Dataset, batch: FragmentBatch) -> FragmentBatch:
 
 
 def _decode_images(dataset: Dataset, rows: pa.Table) -> tuple[list[_DecodedImage], Any]:
-    """(all images, the pixels of the good ones that were decoded here)."""
+    """(all images, the pixels of the good ones that the CPU decoded)."""
     spec = dataset.decode_spec
     values = zip(*(rows[name].to_pylist() for name in ENCODED_TYPES))
     items = [Encoded(*fields) for fields in values]
     device_jpegs = [left_to_device(item.data, spec) for item in items]
-    here = [item for item, jpeg in zip(items, device_jpegs) if jpeg is None]
-    pixels, decoded = decode(here, spec)
-    outcomes_here = iter(decoded)
+    on_cpu = [item for item, jpeg in zip(items, device_jpegs) if jpeg is None]
+    pixels, decoded = decode(on_cpu, spec)
+    outcomes = iter(decoded)
     images = list[_DecodedImage]()
     for item, jpeg in zip(items, device_jpegs):
-        outcome, turn = (next(outcomes_here), 0) if jpeg is None else jpeg
+        outcome, turn = (next(outcomes), 0) if jpeg is None else jpeg
         digest = None if item.data is None else content_hash(item.data)
         images.append(_DecodedImage(item, outcome, digest, turn))
     return images, pixels

@@ -495,7 +495,7 @@ def _holds_paths(kind: pa.DataType, job: Job) -> bool:
 
 def is_list(kind: pa.DataType) -> bool:
     """Whether a type is a list of any of Arrow's five kinds."""
-    return (
+    return bool(
         pa.types.is_list(kind)
         or pa.types.is_large_list(kind)
         or pa.types.is_fixed_size_list(kind)

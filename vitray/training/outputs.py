@@ -15,7 +15,7 @@ from typing import Any
 from vitray.dataset import package_versions
 from vitray.errors import StorageError, one_line
 from vitray.models.checkpoint import Checkpoint, quiet
-from vitray.models.head import Head, write_head
+from vitray.models.linear_head import Head, write_head
 from vitray.models.pixels import FILES
 from vitray.storage import absolute, join, store_for
 from vitray.training.config import TEACHER_FIELDS, TrainingConfig

@@ -14,7 +14,7 @@ from vitray.errors import ModelError
 from vitray.models import checkpoint
 from vitray.models.checkpoint import Checkpoint
 from vitray.models.exported import hash_model, read_graph
-from vitray.models.head import Head
+from vitray.models.linear_head import Head
 from vitray.models.loading import load_trainable
 from vitray.training import outputs
 from vitray.training.config import TrainingConfig

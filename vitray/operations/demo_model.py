@@ -1,7 +1,6 @@
-"""Drawn shapes and a tiny ViT that is really trained on them: the model of `vitray demo` and of the
-tests.
+"""The model of `vitray demo` and of the tests: a tiny ViT, trained on drawn shapes.
 
-Everything follows from the seed; nothing is downloaded.
+Everything follows from the seed, and nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -20,9 +19,7 @@ BATCH = 64
 
 
 def draw(kind: int, rng: np.random.Generator, size: int = 64) -> Image.Image:
-    """One centred shape in a random colour on a random ground: size, place and turn jitter a
-    little.
-    """
+    """One shape near the centre, in a random colour on a random ground; size and turn vary."""
     big = size * 2  # drawn at twice the size, so that reducing smooths the edges
     ground, ink = _two_colours(rng)
     image = Image.new("RGB", (big, big), ground)
@@ -70,26 +67,23 @@ def _two_colours(rng: np.random.Generator) -> tuple[tuple[int, ...], tuple[int, 
 
 def pixels_of(images: list[Image.Image]) -> np.ndarray:
     """uint8 [N, 32, 32, 3]: what the model's image processor makes of them."""
-    made = [
-        np.asarray(image.resize((SIDE_PX, SIDE_PX), Image.Resampling.BILINEAR)) for image in images
-    ]
-    return np.stack(made)
+    side = (SIDE_PX, SIDE_PX)
+    return np.stack([np.asarray(i.resize(side, Image.Resampling.BILINEAR)) for i in images])
 
 
 def train(directory: str, seed: int = 0, steps: int = 600, examples: int = 6000) -> float:
-    """Train the tiny ViT, save checkpoint and image processor into the directory, and return its
-    validation accuracy.
+    """Train the tiny ViT, save it with its image processor, and return its validation accuracy.
 
-    About 14 s of one core: with two it is little faster on a quiet machine, and twenty times slower
-    beside other work, since the threads wait for each other at every small product. The same seed
-    gives the same weights.
+    It takes about 14 s of one core. Two cores are little faster on a quiet machine, and twenty
+    times slower on a busy one: the threads wait for each other at every small product. The same
+    seed gives the same weights.
     """
     import torch
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
     rng = np.random.default_rng(seed)
-    pixels, kinds = _examples(rng, examples)
-    unseen, truth = _examples(rng, 600)
+    pixels, kinds = draw_examples(rng, examples)
+    unseen, truth = draw_examples(rng, 600)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = ViTConfig(
@@ -122,7 +116,7 @@ def train(directory: str, seed: int = 0, steps: int = 600, examples: int = 6000)
     return float((guesses == truth).float().mean())
 
 
-def _examples(rng: np.random.Generator, count: int) -> tuple[Any, Any]:
+def draw_examples(rng: np.random.Generator, count: int) -> tuple[Any, Any]:
     """Normalised pixels float32 [N, 3, 32, 32] and their kinds, every kind equally often."""
     import torch
 
