@@ -1,5 +1,6 @@
-"""Entrypoint for schedulers that start a Python file: `python jobs/run.py JOB.yaml [--set
-field=value ...]`.
+"""Entry point for schedulers that start a Python file: `python jobs/run.py JOB.yaml`.
+
+Takes the arguments of `vitray run`.
 """
 
 import sys

@@ -100,9 +100,9 @@ class Browser:
         os.close(self._from)
 
     def _evaluate(self, tab: str, expression: str) -> Any:
-        return self._call("Runtime.evaluate", tab, expression=expression, returnByValue=True)[
-            "result"
-        ].get("value")
+        """The value of an expression, or of the promise that it is."""
+        options = {"expression": expression, "returnByValue": True, "awaitPromise": True}
+        return self._call("Runtime.evaluate", tab, **options)["result"].get("value")
 
     def _call(self, method: str, tab: str | None = None, **arguments: object) -> dict[str, Any]:
         self._number += 1

@@ -1185,7 +1185,7 @@ def interrupted(running: subprocess.Popen[str], number: int) -> tuple[int, str]:
     [
         ("plan", signal.SIGTERM, "run the same command again."),
         ("plan", signal.SIGINT, "run the same command again."),
-        ("run", signal.SIGINT, "what is staged stays. Run the same command again to go on."),
+        ("run", signal.SIGINT, "what is staged stays. Run the same command again to continue."),
     ],
 )
 def test_a_signal_ends_a_command_with_its_code_and_a_next_step(

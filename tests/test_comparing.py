@@ -34,13 +34,13 @@ def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
 
 
 def test_labels_that_moved_and_rows_of_one_alone_are_counted(two: tuple[str, str]) -> None:
-    found = compare(*two)
-    assert (found.rows, found.only_old_rows, found.only_new_rows) == (16, 2, 2)
-    assert (found.only_old_shards, found.only_new_shards) == (1, 0)
+    result = compare(*two)
+    assert (result.rows, result.only_old_rows, result.only_new_rows) == (16, 2, 2)
+    assert (result.only_old_shards, result.only_new_shards) == (1, 0)
     # of 10 images a shard, 3 and 4 are bad in one: 0 6 9 are cats, 1 7 dogs, 2 5 8 emus
-    assert found.agreement == 6 / 16 and found.score_shift == 0.0
+    assert result.agreement == 6 / 16 and result.score_shift == 0.0
     first, second = sorted(Path(path).stem for path in Path(two[1], "data").iterdir())
-    assert found.moves == (
+    assert result.moves == (
         Move(
             "cat",
             "dog",
@@ -56,13 +56,13 @@ def test_labels_that_moved_and_rows_of_one_alone_are_counted(two: tuple[str, str
             tuple((s, i) for s in (first, second) for i in (1, 7)),
         ),
     )
-    assert (found.sample, found.cka, found.neighbours) == (16, pytest.approx(1), 1.0)
+    assert (result.sample, result.cka, result.neighbours) == (16, pytest.approx(1), 1.0)
 
 
 def test_a_long_label_leaves_its_line_readable(two: tuple[str, str]) -> None:
-    found = compare(*two)
-    move = replace(found.moves[0], old="a" * 500, examples=("k" * 500,))
-    line = str(replace(found, moves=(move,))).splitlines()[-1]
+    result = compare(*two)
+    move = replace(result.moves[0], old="a" * 500, examples=("k" * 500,))
+    line = str(replace(result, moves=(move,))).splitlines()[-1]
     assert line == f"         6  {'a' * 40}…{'a' * 20} -> dog  ({'k' * 40}…{'k' * 20})"
 
 
@@ -83,22 +83,22 @@ def test_the_command_prints_it_and_is_a_gate(two: tuple[str, str]) -> None:
     assert partly.stderr.startswith(two[1])
     dataset = open_dataset(two[1])
     assert dataset is not None
-    there = [path.stem for path in Path(two[1], "data").iterdir()]
-    hand_made.finish_with(dataset, there, there)
+    shards = [path.stem for path in Path(two[1], "data").iterdir()]
+    hand_made.finish_with(dataset, shards, shards)
     assert [call("--min-agreement", gate).returncode for gate in ("0.37", "0.38")] == [0, 5]
-    plain = call()
+    text = call()
     assert (
-        plain.returncode == 0
-        and "same label         37.5000%" in plain.stdout
-        and "6  cat -> dog  (0/00, 0/06, 0/09)" in plain.stdout
+        text.returncode == 0
+        and "same label         37.5000%" in text.stdout
+        and "6  cat -> dog  (0/00, 0/06, 0/09)" in text.stdout
     )
     page = two[1] + "-page.html"
-    told = call("--json", "--page", page, "--min-agreement", "0.38")
+    printed = call("--json", "--page", page, "--min-agreement", "0.38")
     assert (
-        json.loads(told.stdout)["agreement"] == 0.375
-        and json.loads(told.stdout)["moves"][1]["examples"][0] == "0/01"
+        json.loads(printed.stdout)["agreement"] == 0.375
+        and json.loads(printed.stdout)["moves"][1]["examples"][0] == "0/01"
     )
-    assert told.returncode == 5 and told.stderr.startswith(f"{page}: 16 images, 0 pictures")
+    assert printed.returncode == 5 and printed.stderr.startswith(f"{page}: 16 images, 0 pictures")
     assert "Images by move" in Path(page).read_text()
     Path(page).write_text("mine")
     refused = call("--page", page)

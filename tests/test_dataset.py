@@ -149,7 +149,7 @@ def vector(index: int) -> np.ndarray:
 
 def rows_of(dataset: Dataset, shard: str, indexes: Iterable[int]) -> pa.Table:
     """Good rows, each value drawn from its index."""
-    made: list[dict[str, object]] = []
+    row_dicts: list[dict[str, object]] = []
     for i in indexes:
         row: dict[str, object] = {
             "key": f"{shard}/{i}",
@@ -170,17 +170,17 @@ def rows_of(dataset: Dataset, shard: str, indexes: Iterable[int]) -> pa.Table:
             "stars": None if i % 5 == 2 else i,
         }
         row.update({v.column: vector(i).astype(v.dtype) for v in dataset.vectors})
-        made.append({name: row[name] for name in dataset.schema.names})
-    return pa.Table.from_pylist(made, schema=dataset.schema)
+        row_dicts.append({name: row[name] for name in dataset.schema.names})
+    return pa.Table.from_pylist(row_dicts, schema=dataset.schema)
 
 
 def errors_of(shard: str, bad: Bad) -> pa.Table:
-    made = [
+    row_dicts = [
         {"key": f"{shard}/{i}", "shard": shard, "index": i, "uri": f"s3://in/{shard}.tar", "reason": reason, "message": f"no. {i}",
          "content_hash": content_hash(b"%d" % i), "size_bytes": i}
         for i, reason in sorted(bad.items())
     ]  # fmt: skip
-    return pa.Table.from_pylist(made, schema=ERROR_SCHEMA)
+    return pa.Table.from_pylist(row_dicts, schema=ERROR_SCHEMA)
 
 
 def stage(
@@ -244,37 +244,39 @@ def test_a_dataset_opens_as_it_was_made(out: str) -> None:
         formats=["png", "jpg"],
         max_pixels=999,
     )
-    made = resolve_dataset(job, FACTS, vectors, KEPT, NOW)
-    there = open_dataset(out)
+    resolved = resolve_dataset(job, FACTS, vectors, KEPT, NOW)
+    existing = open_dataset(out)
     assert (
-        there is not None and there.fingerprint == made.fingerprint and len(made.fingerprint) == 64
+        existing is not None
+        and existing.fingerprint == resolved.fingerprint
+        and len(resolved.fingerprint) == 64
     )
-    assert (there.job, there.spec, there.vectors, there.fragment_rows) == (
-        made.job,
+    assert (existing.job, existing.spec, existing.vectors, existing.fragment_rows) == (
+        resolved.job,
         FACTS,
         tuple(vectors),
         4,
     )
     assert (
-        there.passthrough.equals(KEPT)
-        and there.schema.equals(made.schema)
-        and there.decode_spec == made.decode_spec
+        existing.passthrough.equals(KEPT)
+        and existing.schema.equals(resolved.schema)
+        and existing.decode_spec == resolved.decode_spec
     )
     document = json.loads(read_object(dataset_url(out)))
-    assert document["fingerprint"] == made.fingerprint and document["created"] == NOW
-    assert document["deciding"] == json.loads(json.dumps(made.deciding()))
+    assert document["fingerprint"] == resolved.fingerprint and document["created"] == NOW
+    assert document["deciding"] == json.loads(json.dumps(resolved.deciding()))
 
 
 def test_a_dataset_from_before_decode_was_a_field_keeps_its_fingerprint(out: str) -> None:
-    made = make(out)
+    new = make(out)
     document = json.loads(read_object(dataset_url(out)))
     assert document["job"].pop("decode") == document["deciding"]["decode"] == "exact"
     store_for(out).replace(dataset_url(out), json.dumps(document).encode())
-    there = open_dataset(out)
+    existing = open_dataset(out)
     assert (
-        there is not None
-        and there.fingerprint == made.fingerprint
-        and there.decode_spec.mode == "exact"
+        existing is not None
+        and existing.fingerprint == new.fingerprint
+        and existing.decode_spec.mode == "exact"
     )
 
 
@@ -334,17 +336,17 @@ CHANGES: dict[str, Callable[[str], tuple[Job, ModelSpec, list[VectorColumn], pa.
 
 @pytest.mark.parametrize("field", CHANGES)
 def test_another_job_is_refused_and_the_field_named(local_out: str, field: str) -> None:
-    mine = make(local_out)
-    before = stored(local_out)
+    own = make(local_out)
+    files = stored(local_out)
     with pytest.raises(FingerprintError) as caught:
         resolve_dataset(*CHANGES[field](local_out), NOW)
     text = str(caught.value)
     assert text.count(" differs (") == 1 and f"{field} differs (" in text
-    assert mine.fingerprint[:8] in text and "Choose another `out`" in text
+    assert own.fingerprint[:8] in text and "Choose another `out`" in text
     assert (
         field != "weights" or f"… of {FACTS.model}, this job: cdcdcdcd… of {FACTS.model})" in text
     )
-    assert stored(local_out) == before
+    assert stored(local_out) == files
 
 
 def test_every_differing_field_is_named(local_out: str) -> None:
@@ -388,16 +390,16 @@ def test_a_job_takes_over_what_was_frozen_before_its_model_is_looked_at(local_ou
         pa.schema([]),
         NOW,
     )
-    found = with_frozen(job_for(local_out, batch_size=7))
-    assert (found.precision, found.engine, found.batch_size) == ("fp32", "onnx", 7)
+    job = with_frozen(job_for(local_out, batch_size=7))
+    assert (job.precision, job.engine, job.batch_size) == ("fp32", "onnx", 7)
 
 
 def test_what_a_job_says_itself_is_not_adopted(local_out: str) -> None:
     make(local_out)
-    mine = resolve_dataset(
+    resolved = resolve_dataset(
         job_for(local_out, batch_size=7), replace(FACTS, batch_size=7), [VECTOR], pa.schema([]), NOW
     )
-    assert mine.spec.batch_size == 7, "a batch size decides no number"
+    assert resolved.spec.batch_size == 7, "a batch size decides no number"
     with pytest.raises(FingerprintError, match="precision differs"):
         resolve_dataset(
             job_for(local_out, precision="bf16"),
@@ -462,8 +464,8 @@ def test_a_fragment_is_read_as_written_and_written_once(out: str) -> None:
         )
         is False
     )
-    there = read_fragment(dataset, "s", 0, 4)
-    assert there is not None and there[0].equals(rows) and there[1].equals(bad)
+    fragment = read_fragment(dataset, "s", 0, 4)
+    assert fragment is not None and fragment[0].equals(rows) and fragment[1].equals(bad)
     assert list(stored(out)) == [
         "_vitray/dataset.json",
         "_vitray/staging/s/0000000000-0000000004.arrow",
@@ -502,11 +504,11 @@ def test_staged_tells_ranges_ends_and_whether_they_tile(local_out: str) -> None:
     stage_fragments(dataset, shard, 10, {})
     assert not staged(dataset, shard.id).covers(), "no end yet"
     write_end(dataset, shard.id, End(10, 512, "cut"))
-    there = staged(dataset, shard.id)
+    parts = staged(dataset, shard.id)
     assert (
-        list(there.ranges()) == [(0, 4), (4, 8), (8, 10)]
-        and there.ends == (End(10, 512, "cut"),)
-        and there.covers()
+        list(parts.ranges()) == [(0, 4), (4, 8), (8, 10)]
+        and parts.ends == (End(10, 512, "cut"),)
+        and parts.covers()
     )
     store_for(local_out).delete(
         [join(dataset.staging_url(shard.id), "0000000004-0000000008.arrow")]
@@ -530,17 +532,17 @@ def test_every_damaged_fragment_is_deleted(quick_out: str) -> None:
         other, "other", (4, 8), rows_of(dataset, shard.id, range(4, 8)), errors_of(shard.id, {})
     )
     url = join(dataset.staging_url(shard.id), "{:010d}-{:010d}.arrow").format
-    whole = read_object(url(0, 4))
+    content = read_object(url(0, 4))
     copy_file(dataset, join(dataset.staging_url("other"), "0000000004-0000000008.arrow"), url(4, 8))
-    store_for(quick_out).replace(url(8, 12), whole)
-    store_for(quick_out).replace(url(12, 16), whole[: len(whole) // 2])
-    there = staged_intact(dataset, shard.id)
+    store_for(quick_out).replace(url(8, 12), content)
+    store_for(quick_out).replace(url(12, 16), content[: len(content) // 2])
+    parts = staged_intact(dataset, shard.id)
     assert (
-        list(there.ranges()) == [(0, 4), (16, 20)]
-        and there.ends == (End(20),)
-        and not there.covers()
+        list(parts.ranges()) == [(0, 4), (16, 20)]
+        and parts.ends == (End(20),)
+        and not parts.covers()
     )
-    assert staged(dataset, shard.id) == there
+    assert staged(dataset, shard.id) == parts
     stage_fragments(dataset, shard, 20, {})
     assert staged_intact(dataset, shard.id).covers()
 
@@ -551,9 +553,9 @@ def test_a_fragment_with_any_bit_flipped_is_no_fragment(local_out: str) -> None:
         dataset, "s", (0, 4), rows_of(dataset, "s", [0, 1, 3]), errors_of("s", {2: "empty"})
     )
     url = Path(join(dataset.staging_url("s"), "0000000000-0000000004.arrow"))
-    whole = url.read_bytes()
-    for at in range(0, len(whole), 53):
-        spoilt = bytearray(whole)
+    content = url.read_bytes()
+    for at in range(0, len(content), 53):
+        spoilt = bytearray(content)
         spoilt[at] ^= 1 << at % 8
         url.write_bytes(spoilt)
         assert read_fragment(dataset, "s", 0, 4) is None
@@ -565,11 +567,11 @@ def test_a_fragment_cut_at_any_byte_is_no_fragment(local_out: str) -> None:
         dataset, "s", (0, 4), rows_of(dataset, "s", [0, 1, 3]), errors_of("s", {2: "empty"})
     )
     url = join(dataset.staging_url("s"), "0000000000-0000000004.arrow")
-    whole = Path(url).read_bytes()
-    for cut in {*range(0, len(whole), 97), 1, 7, 8, 9, len(whole) - 1}:
-        Path(url).write_bytes(whole[:cut])
+    content = Path(url).read_bytes()
+    for cut in {*range(0, len(content), 97), 1, 7, 8, 9, len(content) - 1}:
+        Path(url).write_bytes(content[:cut])
         assert read_fragment(dataset, "s", 0, 4) is None
-    Path(url).write_bytes(whole)
+    Path(url).write_bytes(content)
     assert read_fragment(dataset, "s", 0, 4) is not None
 
 
@@ -577,8 +579,8 @@ def test_a_damaged_end_is_deleted_and_written_again(local_out: str) -> None:
     dataset = make(local_out)
     write_end(dataset, "s", End(4, 77))
     url = join(dataset.staging_url("s"), "end-4.arrow")
-    whole = Path(url).read_bytes()
-    for damaged in (b"", whole[:9], whole[: len(whole) // 2]):
+    content = Path(url).read_bytes()
+    for damaged in (b"", content[:9], content[: len(content) // 2]):
         Path(url).write_bytes(damaged)
         assert staged(dataset, "s").ends == ()
         assert staged_intact(dataset, "s").ends == () and not exists(url)
@@ -750,10 +752,10 @@ def test_kept_columns_and_float16_vectors_arrive(local_out: str) -> None:
 def test_a_second_commit_adopts_the_first(out: str) -> None:
     dataset, shard = make(out), input_shard(out)
     first = commit(dataset, shard, 6, {1: "empty"})
-    before = stored(out)
+    files = stored(out)
     assert commit_shard(dataset, shard) == replace(first, adopted=True)
-    assert stored(out)[f"data/{shard.id}.parquet"] == before[f"data/{shard.id}.parquet"]
-    assert stored(out).keys() == before.keys()
+    assert stored(out)[f"data/{shard.id}.parquet"] == files[f"data/{shard.id}.parquet"]
+    assert stored(out).keys() == files.keys()
 
 
 def test_a_link_that_was_made_and_then_refused_is_a_commit(
@@ -770,8 +772,8 @@ def test_a_link_that_was_made_and_then_refused_is_a_commit(
 
     dataset, shard = make(local_out), input_shard(local_out)
     monkeypatch.setattr(os, "link", twice)
-    found = commit(dataset, shard, 6, {1: "empty"})
-    assert (found.rows, found.errors) == (5, 1)
+    first = commit(dataset, shard, 6, {1: "empty"})
+    assert (first.rows, first.errors) == (5, 1)
     assert data_table(dataset, shard)["index"].to_pylist() == [0, 2, 3, 4, 5]
     assert error_table(dataset, shard)["index"].to_pylist() == [1] and staging(dataset) == []
 
@@ -838,13 +840,13 @@ def test_a_file_of_another_fingerprint_is_an_error(local_out: str) -> None:
     dataset, shard = make(local_out), input_shard(local_out)
     other = replace(dataset, spec=replace(FACTS, precision="bf16"))
     commit(other, shard, 4)
-    before = read_object(dataset.data_url(shard.id))
+    content = read_object(dataset.data_url(shard.id))
     stage(dataset, shard, 4)
     with pytest.raises(
         CommitError, match=rf"fingerprint {other.fingerprint[:8]}.*{dataset.fingerprint[:8]}"
     ):
         commit_shard(dataset, shard)
-    assert read_object(dataset.data_url(shard.id)) == before
+    assert read_object(dataset.data_url(shard.id)) == content
 
 
 def test_files_of_another_job_without_their_dataset_json_are_refused(out: str) -> None:
@@ -860,12 +862,12 @@ def test_files_of_another_job_without_their_dataset_json_are_refused(out: str) -
 def test_a_file_of_another_job_put_into_data_is_refused_by_finish(
     local_out: str, tmp_path: Path
 ) -> None:
-    mine, other = make(local_out), make(str(tmp_path / "other"), top_k=2)
+    own, other = make(local_out), make(str(tmp_path / "other"), top_k=2)
     shard = input_shard(local_out)
     commit(other, shard, 6)
-    store_for(local_out).create(mine.data_url(shard.id), read_object(other.data_url(shard.id)))
+    store_for(local_out).create(own.data_url(shard.id), read_object(other.data_url(shard.id)))
     with pytest.raises(FingerprintError, match="of another job"):
-        finish_with(mine, [shard.id], [shard.id])
+        finish_with(own, [shard.id], [shard.id])
     assert not exists(join(local_out, "_SUCCESS.json"))
 
 
@@ -875,7 +877,7 @@ def test_a_data_file_under_the_name_of_another_shard_is_refused(local_out: str) 
     for shard in (cats, dogs):
         commit(dataset, shard, 6, {1: "empty"})
     finish_with(dataset, [cats.id, dogs.id], [cats.id, dogs.id])
-    before = stored(local_out)
+    files = stored(local_out)
     store_for(local_out).replace(dataset.data_url(cats.id), read_object(dataset.data_url(dogs.id)))
     changed = stored(local_out)
     for check in (
@@ -884,7 +886,7 @@ def test_a_data_file_under_the_name_of_another_shard_is_refused(local_out: str) 
     ):
         with pytest.raises(CommitError, match=f"{cats.id}.parquet holds shard dogs-"):
             check()
-    assert stored(local_out) == changed != before
+    assert stored(local_out) == changed != files
 
 
 def test_finish_removes_the_staging_that_a_slower_run_left(quick_out: str) -> None:
@@ -930,10 +932,10 @@ def test_eight_runs_commit_one_object(out: str) -> None:
 
     with ThreadPoolExecutor(8) as pool:
         done = list(pool.map(run, range(8)))
-    found = [c for c in done if c is not None]
-    assert len(found) == 8, "the file exists: nobody may plan the shard again"
-    assert sum(not c.adopted for c in found) == 1
-    assert {(c.rows, c.errors) for c in found} == {(8, 1)}
+    commits = [c for c in done if c is not None]
+    assert len(commits) == 8, "the file exists: nobody may plan the shard again"
+    assert sum(not c.adopted for c in commits) == 1
+    assert {(c.rows, c.errors) for c in commits} == {(8, 1)}
     assert sorted(stored(out)) == [
         f"_errors/{shard.id}.parquet",
         "_vitray/dataset.json",
@@ -994,21 +996,21 @@ def rival(
         import tempfile
 
         with tempfile.TemporaryDirectory() as folder:
-            there = replace(dataset, out=folder)
-            stage(there, shard, total, {3: "empty"} if bad is None else bad)
-            commit_shard(there, shard)
-            return read_object(there.data_url(shard.id))
+            copy = replace(dataset, out=folder)
+            stage(copy, shard, total, {3: "empty"} if bad is None else bad)
+            commit_shard(copy, shard)
+            return read_object(copy.data_url(shard.id))
 
-    made = body()
+    result = body()
 
     def act() -> None:
         client.put_object(
-            Bucket=bucket, Key=f"{prefix}/data/{shard.id}.parquet", Body=made, IfNoneMatch="*"
+            Bucket=bucket, Key=f"{prefix}/data/{shard.id}.parquet", Body=result, IfNoneMatch="*"
         )
-        found = client.list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/_vitray/staging/").get(
+        listed = client.list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/_vitray/staging/").get(
             "Contents", []
         )
-        for item in found:
+        for item in listed:
             client.delete_object(Bucket=bucket, Key=item["Key"])
 
     return act
@@ -1184,11 +1186,15 @@ def test_the_hash_of_rows_survives_parquet(row_group_size: int, dictionary: bool
 
 
 def test_the_hash_of_rows_does_not_depend_on_dictionaries_or_on_bytes_behind_a_null() -> None:
-    plain = WIDE.set_column(6, "format", WIDE["format"].cast(pa.string()))
+    no_dictionary = WIDE.set_column(6, "format", WIDE["format"].cast(pa.string()))
     turned = pa.DictionaryArray.from_arrays(
         pa.array([2 - i % 3 for i in range(2500)], pa.int8()), ["webp", "png", "jpeg"]
     )
-    assert digest_of([plain]) == digest_of([WIDE.set_column(6, "format", turned)]) == WIDE_DIGEST
+    assert (
+        digest_of([no_dictionary])
+        == digest_of([WIDE.set_column(6, "format", turned)])
+        == WIDE_DIGEST
+    )
     valid, values = (
         pa.py_buffer(bytes([0b101])),
         pa.py_buffer(np.array([1, 99, 3], np.int16).tobytes()),
@@ -1269,21 +1275,21 @@ def test_duckdb_pandas_and_pyarrow_read_the_data(local_out: str) -> None:
     cosines = [
         float(vector(i) @ query / np.linalg.norm(vector(i)) / np.linalg.norm(query)) for i in good
     ]
-    asked = [float(x) for x in query]
+    numbers = [float(x) for x in query]
     as_list = duckdb.execute(
         f"select index, list_cosine_similarity(embedding, $1) from '{files}' order by shard, index",
-        [asked],
+        [numbers],
     )
-    found = as_list.fetchall()
-    assert [row[0] for row in found] == good and np.allclose(
-        [row[1] for row in found], cosines, atol=1e-6
+    rows = as_list.fetchall()
+    assert [row[0] for row in rows] == good and np.allclose(
+        [row[1] for row in rows], cosines, atol=1e-6
     )
     as_array = (
         f"select array_cosine_similarity(embedding::float[{D}], $1::float[{D}]) from '{files}' "
         f"order by shard, index"
     )
     assert np.allclose(
-        [row[0] for row in duckdb.execute(as_array, [asked]).fetchall()], cosines, atol=1e-6
+        [row[0] for row in duckdb.execute(as_array, [numbers]).fetchall()], cosines, atol=1e-6
     )
     frame = pd.concat([pd.read_parquet(path) for path in data_files(local_out)])
     assert frame["index"].tolist() == good and np.array_equal(
@@ -1348,9 +1354,9 @@ def test_a_second_finish_writes_nothing(out: str) -> None:
     dataset, shard = make(out), input_shard(out)
     commit(dataset, shard, 6, {1: "empty"})
     first = finish_with(dataset, [shard.id], [shard.id])
-    before = stored(out)
+    files = stored(out)
     assert finish_with(dataset, [shard.id], [shard.id]) == first
-    assert stored(out) == before
+    assert stored(out) == files
 
 
 def test_a_second_finish_sends_no_write_that_could_change_anything(
@@ -1381,10 +1387,10 @@ def test_manifest_and_success_are_the_same_bytes_when_made_again(quick_out: str)
     ids = [one.id, two.id]
     first = finish_with(dataset, ids, ids)
     urls = [join(quick_out, "_SUCCESS.json"), join(quick_out, "_vitray", first.manifest)]
-    before = [read_object(url) for url in urls]
+    contents = [read_object(url) for url in urls]
     store_for(quick_out).delete(urls)
     assert finish_with(dataset, list(reversed(ids)), ids) == first
-    assert [read_object(url) for url in urls] == before
+    assert [read_object(url) for url in urls] == contents
 
 
 def test_pending_shards_mean_no_success(local_out: str) -> None:
@@ -1452,9 +1458,9 @@ def test_a_manifest_of_before_the_change_still_names_the_old_version(local_out: 
 
 
 def test_ranges_of_one_file_are_shards_of_one_version(local_out: str) -> None:
-    dataset, whole = make(local_out), input_shard(local_out, "rows")
+    dataset, shard = make(local_out), input_shard(local_out, "rows")
     ranges = [
-        replace(whole, id=whole.id.replace("rows-", f"rows-rg{n}-{n + 1}-"), start=n, stop=n + 1)
+        replace(shard, id=shard.id.replace("rows-", f"rows-rg{n}-{n + 1}-"), start=n, stop=n + 1)
         for n in range(3)
     ]
     commit(dataset, ranges[0], 4)
@@ -1568,25 +1574,25 @@ def test_a_name_with_manifest_in_it_is_no_manifest(quick_out: str) -> None:
     commit(dataset, done, 4)
     stage_fragments(dataset, underway, 8, {})
     append_group_log(out, [(0, "s3://b/a")])
-    before = set(stored(out))
+    files = set(stored(out))
     ledger = finish_with(dataset, [done.id, underway.id], [done.id, underway.id])
     assert finish_with(dataset, [done.id, underway.id], [done.id, underway.id]) == ledger
-    assert set(stored(out)) == before | {f"_vitray/{ledger.manifest}"}
+    assert set(stored(out)) == files | {f"_vitray/{ledger.manifest}"}
     forget(dataset, [])
-    assert set(stored(out)) == before
-    assert clean(dataset, [underway.id]) == [] and set(stored(out)) == before
+    assert set(stored(out)) == files
+    assert clean(dataset, [underway.id]) == [] and set(stored(out)) == files
 
 
 def test_a_path_is_in_one_group_for_ever(out: str) -> None:
     assert load_group_log(out) == []
-    mine, rivals = [(0, "s3://b/a"), (0, "s3://b/b")], [(0, "s3://b/b"), (0, "s3://b/c")]
-    assert append_group_log(out, mine) is True
+    members, rivals = [(0, "s3://b/a"), (0, "s3://b/b")], [(0, "s3://b/b"), (0, "s3://b/c")]
+    assert append_group_log(out, members) is True
     assert append_group_log(out, rivals) is False, "planned before the first append was read"
     assert append_group_log(out, [(0, "s3://b/z")]) is False, "groups never grow"
     assert append_group_log(out, [(1, "s3://b/a")]) is False
-    assert load_group_log(out) == mine
+    assert load_group_log(out) == members
     assert append_group_log(out, [(1, "s3://b/c")]) is True
-    assert load_group_log(out) == [*mine, (1, "s3://b/c")]
+    assert load_group_log(out) == [*members, (1, "s3://b/c")]
     assert names_of(out, "shards/") == [
         "_vitray/shards/000000.parquet",
         "_vitray/shards/000001.parquet",
@@ -1659,7 +1665,7 @@ def test_clean_removes_orphans_only(quick_out: str, monkeypatch: pytest.MonkeyPa
     )
     commit(dataset, done, 4, {0: "empty"})
     finish_with(dataset, [done.id, underway.id], [done.id, underway.id])
-    before = set(stored(quick_out))
+    committed_files = set(stored(quick_out))
     stage_fragments(dataset, underway, 8, {})
     working = set(stored(quick_out))
     stage(dataset, done, 4)
@@ -1671,7 +1677,7 @@ def test_clean_removes_orphans_only(quick_out: str, monkeypatch: pytest.MonkeyPa
     }  # a run may be at work with it
     monkeypatch.setattr("vitray.dataset.scratch_space.ABANDONED_S", -60)
     assert clean(dataset, [done.id, underway.id]) == ["_vitray/probe-12ab"]
-    assert set(stored(quick_out)) == working and len(working - before) == 2
+    assert set(stored(quick_out)) == working and len(working - committed_files) == 2
     assert clean(dataset, [done.id, underway.id]) == []
 
 
@@ -1721,11 +1727,11 @@ def test_read_gives_rows_in_the_order_of_shards_and_the_columns_asked_for(local_
     ]
     assert set(table.column_names) == {"index", "shard", "format"}
     finish_with(dataset, ids, ids)
-    whole = read(local_out)
-    assert whole.schema.equals(dataset.schema) and data_files(local_out) == [
+    all_rows = read(local_out)
+    assert all_rows.schema.equals(dataset.schema) and data_files(local_out) == [
         dataset.data_url(s) for s in ids
     ]
-    assert whole.drop_columns(["format"]).equals(
+    assert all_rows.drop_columns(["format"]).equals(
         pa.concat_tables(
             [rows_of(dataset, a.id, range(6)), rows_of(dataset, b.id, [0, 1, 3, 4])]
         ).drop_columns(["format"])
@@ -1739,8 +1745,8 @@ def test_a_file_made_anew_under_a_clock_that_went_back_is_hashed_anew(local_out:
         return [shard.id], [shard.id]
 
     commit(dataset, shard, 6)
-    before = finish(dataset, list_ids)
-    os.utime(f"{local_out}/_vitray/{before.manifest}", (time.time() + 7200,) * 2)
+    first = finish(dataset, list_ids)
+    os.utime(f"{local_out}/_vitray/{first.manifest}", (time.time() + 7200,) * 2)
     os.remove(dataset.data_url(shard.id))
     commit(dataset, shard, 6)
     finish(dataset, list_ids, fresh={shard.id})
@@ -1810,10 +1816,10 @@ def test_a_manifest_that_another_run_replaces_while_it_is_read_is_looked_for_aga
     dataset, one = make(quick_out), input_shard(quick_out)
     commit(dataset, one, 6)
     finish_with(dataset, [one.id], [one.id])
-    real, left = ledger.read_parquet, iter([True])
+    real, chances = ledger.read_parquet, iter([True])
 
     def overtaken(url: str) -> pa.Table:
-        if next(left, False):
+        if next(chances, False):
             commit(dataset, input_shard(quick_out, "dogs"), 4)
             two = sorted(committed(quick_out))
             finish_with(dataset, two, two)

@@ -18,6 +18,7 @@ import embedded
 import numpy as np
 import pgvector
 import pytest
+from browser import Browser
 from docpages import MODEL, PAGES, README, RECIPES, ROOT, TUTORIAL, blocks, commands, place_of
 from shards import pictures
 
@@ -293,8 +294,25 @@ def test_the_site_loads_nothing_from_other_hosts(site: Path) -> None:
         assert [url for url in loaded if "//" in url] == []
 
 
-def test_the_search_of_the_site_works_without_a_server(site: Path) -> None:
-    """The index is a script, which a page may load from a disk; JSON it may not."""
-    index = (site / "search" / "search_index.js").read_text(encoding="utf-8")
-    assert "stall_timeout_s" in index
-    assert "iframe-worker.js" in (site / "index.html").read_text(encoding="utf-8")
+def test_the_search_of_the_site_works_from_a_disk(site: Path, tmp_path: Path) -> None:
+    """Types a query into the search field of the built page, and waits for results."""
+    query = """new Promise(async (resolve) => {
+      const field = document.querySelector(".md-search__input");
+      field.focus();
+      field.value = "stall_timeout_s";
+      field.dispatchEvent(new Event("input", { bubbles: true }));
+      field.dispatchEvent(new KeyboardEvent("keyup", { bubbles: true }));
+      for (let tries = 0; tries < 100; tries++) {
+        await new Promise((next) => setTimeout(next, 100));
+        const links = [...document.querySelectorAll(".md-search-result__link")];
+        if (links.length) return resolve(links.map((link) => link.href.split("/").pop()));
+      }
+      resolve([]);
+    })"""
+    browser = Browser(tmp_path / "profile")
+    try:
+        visit = browser.visit(site / "index.html", 1200, (query,))
+    finally:
+        browser.close()
+    assert any(link.startswith("reference.html") for link in visit.values[0]), visit.said
+    assert [url for url in visit.requests if not url.startswith("file:")] == []

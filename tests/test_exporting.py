@@ -47,20 +47,20 @@ def vectors_of(dataset: Dataset, column: str = "embedding") -> np.ndarray:
 
 
 def assert_keys(file: Path, dataset: Dataset) -> None:
-    whole = vitray.read(dataset.out)
-    names = [name for name in whole.column_names if not name.startswith("embedding")]
+    table = vitray.read(dataset.out)
+    names = [name for name in table.column_names if not name.startswith("embedding")]
     assert (
         pq.read_table(file)
         .cast(pa.schema([dataset.schema.field(n) for n in names]))
-        .equals(whole.select(names))
+        .equals(table.select(names))
     )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_npy_is_the_column_bit_for_bit_in_the_order_of_its_keys(tmp_path: Path, dtype: str) -> None:
     dataset, into = made(tmp_path, dtype), tmp_path / "into"
-    found = export(dataset.out, str(into), ExportOptions("npy"))
-    assert (found.rows, found.missing, found.complete) == (39, 0, True)
+    result = export(dataset.out, str(into), ExportOptions("npy"))
+    assert (result.rows, result.missing, result.complete) == (39, 0, True)
     matrix = np.load(into / "vectors.npy", mmap_mode="r")
     assert matrix.dtype == dtype and matrix.flags["C_CONTIGUOUS"]
     assert np.array_equal(matrix, vectors_of(dataset))
@@ -101,28 +101,28 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 def test_csv_gives_back_hostile_keys_as_they_are_and_vectors_to_the_bit(tmp_path: Path) -> None:
     dataset = made(tmp_path)
-    whole = vitray.read(dataset.out).to_pylist()
+    table = vitray.read(dataset.out).to_pylist()
     export(dataset.out, str(tmp_path / "plain"), ExportOptions("csv"))
     rows = read_csv(tmp_path / "plain/rows.csv")
     assert [row["key"] for row in rows] == [
-        row["key"] for row in whole
+        row["key"] for row in table
     ] and "embedding" not in rows[0]
-    for said, row in zip(rows, whole):
-        assert (said["shard"], int(said["index"]), said["uri"]) == (
+    for exported, row in zip(rows, table):
+        assert (exported["shard"], int(exported["index"]), exported["uri"]) == (
             row["shard"],
             row["index"],
             row["uri"],
         )
-        assert (said["label"], float(said["score"]), said["format"]) == (
+        assert (exported["label"], float(exported["score"]), exported["format"]) == (
             row["label"],
             row["score"],
             "jpeg",
         )
-        assert bytes.fromhex(said["content_hash"]) == row["content_hash"]
-        assert json.loads(said["top_labels"]) == row["top_labels"]
+        assert bytes.fromhex(exported["content_hash"]) == row["content_hash"]
+        assert json.loads(exported["top_labels"]) == row["top_labels"]
     export(dataset.out, str(tmp_path / "vectors"), ExportOptions("csv", vectors=True))
-    found = [json.loads(row["embedding"]) for row in read_csv(tmp_path / "vectors/rows.csv")]
-    assert np.array_equal(np.array(found, np.float32), vectors_of(dataset))
+    vectors = [json.loads(row["embedding"]) for row in read_csv(tmp_path / "vectors/rows.csv")]
+    assert np.array_equal(np.array(vectors, np.float32), vectors_of(dataset))
 
 
 def test_lance_holds_every_column(tmp_path: Path) -> None:
@@ -130,9 +130,9 @@ def test_lance_holds_every_column(tmp_path: Path) -> None:
     dataset, into = made(tmp_path, "float16", more=["other"]), tmp_path / "into"
     assert export(dataset.out, str(into), ExportOptions("lance")).rows == 39
     table = lancedb.connect(into).open_table("images").to_arrow()
-    whole = vitray.read(dataset.out)
-    assert table.column_names == whole.column_names
-    assert table.to_pylist() == whole.to_pylist()
+    stored = vitray.read(dataset.out)
+    assert table.column_names == stored.column_names
+    assert table.to_pylist() == stored.to_pylist()
 
 
 def test_webdataset_holds_the_bytes_that_were_labelled_under_names_of_our_own(
@@ -140,10 +140,10 @@ def test_webdataset_holds_the_bytes_that_were_labelled_under_names_of_our_own(
 ) -> None:
     dataset, into = made(tmp_path), tmp_path / "into"
     assert export(dataset.out, str(into), ExportOptions("webdataset")).rows == 39
-    whole = vitray.read(dataset.out)
-    plain = [
+    table = vitray.read(dataset.out)
+    scalars = [
         {**row, "content_hash": row["content_hash"].hex()}
-        for row in whole.drop_columns(["embedding"]).to_pylist()
+        for row in table.drop_columns(["embedding"]).to_pylist()
     ]
     members: dict[str, bytes] = {}
     for path in sorted(into.glob("*.tar")):
@@ -153,7 +153,7 @@ def test_webdataset_holds_the_bytes_that_were_labelled_under_names_of_our_own(
                 members[member.name] = tar.extractfile(member).read()
     names = [f"{s:06d}-{n:08d}" for s, count in enumerate((len(HOSTILE), 30)) for n in range(count)]
     assert list(members) == [f"{name}.{suffix}" for name in names for suffix in ("jpeg", "json")]
-    for name, row in zip(names, plain):
+    for name, row in zip(names, scalars):
         assert json.loads(members[f"{name}.json"]) == row
         assert content_hash(members[f"{name}.jpeg"]).hex() == row["content_hash"]
     job = vitray.Job(
@@ -180,8 +180,8 @@ def test_a_file_of_a_group_that_went_costs_its_own_image_alone(
     shown = report(job.out, str(tmp_path / "page.html")).pictures
     (tmp_path / "in" / f"{items[3].key}.{items[3].suffix}").unlink()
     (tmp_path / "in" / f"{items[5].key}.{items[5].suffix}").write_bytes(items[0].data)
-    found = export(job.out, str(tmp_path / "into"), ExportOptions("webdataset"))
-    assert (found.rows, found.missing) == (10, 2)
+    result = export(job.out, str(tmp_path / "into"), ExportOptions("webdataset"))
+    assert (result.rows, result.missing) == (10, 2)
     assert 0 < shown - 2 <= report(job.out, str(tmp_path / "page.html")).pictures < shown
 
 
@@ -232,7 +232,7 @@ def test_nothing_is_overwritten_and_a_death_on_the_way_leaves_nothing(
     with pytest.raises(JobError, match="exists already"):
         export(dataset.out, str(into), ExportOptions(to))
     into.rmdir()
-    before = sorted(path.name for path in tmp_path.iterdir())
+    names = sorted(path.name for path in tmp_path.iterdir())
     real = exporting.row_blocks
 
     def dying(*args: object) -> object:
@@ -242,7 +242,7 @@ def test_nothing_is_overwritten_and_a_death_on_the_way_leaves_nothing(
     monkeypatch.setattr(exporting, "row_blocks", dying)
     with pytest.raises(Exception, match="a death"):
         export(dataset.out, str(into), ExportOptions(to))
-    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 @pytest.mark.parametrize("to", sorted(WRITERS))
@@ -260,8 +260,8 @@ def test_a_dataset_that_is_not_complete_is_refused_or_told(tmp_path: Path) -> No
     dataset = made(tmp_path, commit=1)
     with pytest.raises(JobError, match="is not complete"):
         export(dataset.out, str(tmp_path / "into"), ExportOptions("npy"))
-    found = export(dataset.out, str(tmp_path / "into"), ExportOptions("npy", partial=True))
-    assert (found.rows, found.complete) == (len(HOSTILE), False) and "NOT complete" in str(found)
+    result = export(dataset.out, str(tmp_path / "into"), ExportOptions("npy", partial=True))
+    assert (result.rows, result.complete) == (len(HOSTILE), False) and "NOT complete" in str(result)
     assert json.loads((tmp_path / "into/_EXPORT.json").read_text())["complete"] is False
 
 
@@ -293,15 +293,15 @@ def test_what_a_killed_export_left_goes_with_the_next_one(tmp_path: Path) -> Non
     )
     for _ in range(2):  # the second one deletes what the first left
         assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == -9
-        (left,) = tmp_path.iterdir()
-        assert (left / "half").exists()
+        (abandoned,) = tmp_path.iterdir()
+        assert (abandoned / "half").exists()
     with new_folder(str(tmp_path / "other"), "--into"):
         pass
-    assert left.exists()  # of another name
-    with new_folder(into, "--into") as live, pytest.raises(ZeroDivisionError):
-        assert not left.exists()
+    assert abandoned.exists()  # of another name
+    with new_folder(into, "--into") as folder, pytest.raises(ZeroDivisionError):
+        assert not abandoned.exists()
         with new_folder(into, "--into"):
-            assert live.exists()
+            assert folder.exists()
             raise ZeroDivisionError
     assert sorted(path.name for path in tmp_path.iterdir()) == ["into", "other"]
 

@@ -91,17 +91,17 @@ def test_a_run_labels_by_the_head_in_the_same_pass(
         pool = "mean"
     model = make_checkpoint(tmp_path / "m", name, name == "vit")
     url = make_head(tmp_path / "head", model, layer, pool, normalize)
-    wanted = [
+    expected = [
         Embedding(layer=layer or "last", pool=pool, normalize=normalize),
         Embedding(layer=3, pool="mean"),
     ]
-    vectors = run(job_for(model, False, wanted), noise(IMAGES)).vectors
+    vectors = run(job_for(model, False, expected), noise(IMAGES)).vectors
     scores = expected_scores(next(iter(vectors.values())), read_head(url))
     assert np.ptp(scores, axis=1).min() > 0.05
-    for embeddings in ([], wanted):
-        found = run(job_for(model, embeddings=embeddings, head=url), noise(IMAGES))
-        np.testing.assert_allclose(by_label(found), scores, atol=1e-4)
-        for column, values in found.vectors.items():
+    for embeddings in ([], expected):
+        output = run(job_for(model, embeddings=embeddings, head=url), noise(IMAGES))
+        np.testing.assert_allclose(by_label(output), scores, atol=1e-4)
+        for column, values in output.vectors.items():
             np.testing.assert_allclose(values, vectors[column], atol=1e-5)
     spec = identify(job_for(model, head=url))
     assert (spec.labels, spec.multi_label) == (NAMES, False)
@@ -134,8 +134,8 @@ def test_bf16_labels_are_those_of_fp32_where_its_margin_is_clear(vit: str, tmp_p
     exact = run(job_for(vit, head=url), noise(400))
     clear = exact.scores[:, 0] - exact.scores[:, 1] > 0.05
     assert clear.mean() > 0.3
-    found = run(job_for(vit, head=url, precision="bf16"), noise(400))
-    assert (found.ids[clear, 0] == exact.ids[clear, 0]).mean() >= 0.995
+    output = run(job_for(vit, head=url, precision="bf16"), noise(400))
+    assert (output.ids[clear, 0] == exact.ids[clear, 0]).mean() >= 0.995
 
 
 def test_a_head_that_does_not_fit_is_refused_in_one_line(vit: str, tmp_path: Path) -> None:
@@ -146,9 +146,9 @@ def test_a_head_that_does_not_fit_is_refused_in_one_line(vit: str, tmp_path: Pat
         return str(raised.value)
 
     foreign = make_head(tmp_path / "foreign", vit, weights_sha256="5" * 64)
-    mine = hash_weights(locate(vit, None))[:12]
+    weights = hash_weights(locate(vit, None))[:12]
     assert (
-        f"{foreign} is for {vit} (weights 555555555555…), and the embeddings are of {vit} ({mine}…)"
+        f"{foreign} is for {vit} (weights 555555555555…), and the embeddings are of {vit} ({weights}…)"
         in refused(foreign)
     )
     assert "has no layer 9: layers are 1..3 or last" in refused(
@@ -159,10 +159,10 @@ def test_a_head_that_does_not_fit_is_refused_in_one_line(vit: str, tmp_path: Pat
         make_head(tmp_path / "wide", vit, weight=wide)
     )
     for directory in (f"{tmp_path}/nothing", vit):  # a whole checkpoint is none
-        said = refused(directory)
+        message = refused(directory)
         assert (
             f"head {directory} cannot be read: {directory}/head.json does not exist. Give a "
-            f"directory with head.json" in said
+            f"directory with head.json" in message
         )
     url = make_head(tmp_path / "head", vit)
     job = job_for(vit, head=url)
@@ -255,8 +255,8 @@ def test_a_dataset_relabelled_equals_a_run_with_the_head(
     vitray.run(job)
     ran = job.model_copy(update={"head": head, "out": f"{tmp_path}/ran"})
     vitray.run(ran)
-    found = relabel(job.out, head, into)
-    assert (found.column, found.shards, found.written, found.rows, found.errors) == (
+    result = relabel(job.out, head, into)
+    assert (result.column, result.shards, result.written, result.rows, result.errors) == (
         f"embedding_{column}",
         2,
         2,
@@ -283,7 +283,7 @@ def test_a_dataset_relabelled_equals_a_run_with_the_head(
     assert status(into).complete
     assert (
         f"head       {head} (sha256 {read_head(head).sha256()[:12]}…), over the stored "
-        f"{found.column}\n" in str(status(into))
+        f"{result.column}\n" in str(status(into))
     )
     assert (
         compare(into, ran.out).rows == IMAGES
@@ -292,7 +292,7 @@ def test_a_dataset_relabelled_equals_a_run_with_the_head(
     report(into, f"{tmp_path}/page.html", None, False)
     assert new["label"][0].as_py() in Path(f"{tmp_path}/page.html").read_text()
     assert (
-        f"`{read_head(head).sha256()}`, over the stored `{found.column}`"
+        f"`{read_head(head).sha256()}`, over the stored `{result.column}`"
         in Path(write_card(into)).read_text()
     )
     assert relabel(job.out, head, into).written == 0
@@ -305,8 +305,8 @@ def test_a_dataset_relabelled_equals_a_run_with_the_head(
 def test_a_dataset_that_has_no_labels_gets_some_and_goes_on_after_a_kill(
     job: Job, vit: str, tmp_path: Path, mock_s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = job.model_copy(update={"labels": False})
-    vitray.run(plain)
+    unlabelled = job.model_copy(update={"labels": False})
+    vitray.run(unlabelled)
     bucket = new_bucket(mock_s3, monkeypatch)
     local, head, into = (
         make_head(tmp_path / "head", vit),
@@ -315,11 +315,11 @@ def test_a_dataset_that_has_no_labels_gets_some_and_goes_on_after_a_kill(
     )
     for name in ("head.json", "head.safetensors"):
         store_for(head).create(join(head, name), Path(local, name).read_bytes())
-    assert relabel(plain.out, head, into).written == 2
+    assert relabel(unlabelled.out, head, into).written == 2
     rows = vitray.read(into)
     shard = rows["shard"][0].as_py()
     store_for(into).delete([join(into, "_SUCCESS.json"), join(into, "data", f"{shard}.parquet")])
-    assert relabel(plain.out, head, into).written == 1
+    assert relabel(unlabelled.out, head, into).written == 1
     assert vitray.read(into).equals(rows) and vitray.validate(into).ok
     scores = expected_scores(np.stack(rows["embedding_raw"].to_pylist()), read_head(head))
     assert rows["label_id"].to_pylist() == scores.argmax(1).tolist()
@@ -363,9 +363,9 @@ def test_what_cannot_be_relabelled_is_refused_and_writes_nothing(
     with pytest.raises(ModelError, match=r"weights 555555555555…\), and the embeddings are of"):
         relabel(job.out, foreign, into)
     good = make_head(tmp_path / "good", vit)
-    for place, what in ((job.out, "the dataset"), (f"{tmp_path}/in", f"its source {tmp_path}/in")):
+    for path, what in ((job.out, "the dataset"), (f"{tmp_path}/in", f"its source {tmp_path}/in")):
         with pytest.raises(JobError, match=f"lies inside {what}: choose another place"):
-            relabel(job.out, good, f"{place}/into")
+            relabel(job.out, good, f"{path}/into")
     with pytest.raises(JobError, match="holds no vitray dataset"):
         relabel(f"{tmp_path}/nothing", head, into)
     assert not Path(into).exists()

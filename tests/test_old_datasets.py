@@ -75,10 +75,10 @@ def job_of(bucket: str, name: str, **more: object) -> Job:
 def objects(bucket: str, name: str) -> dict[str, bytes]:
     """Data files and error files, by their names below the dataset."""
     out = f"{bucket}/out/{name}/"
-    found = [info.url for info in store_for(out).find(out)]
+    urls = [info.url for info in store_for(out).find(out)]
     return {
         url.removeprefix(out): read(url)
-        for url in found
+        for url in urls
         if url.endswith(".parquet") and "/_vitray/" not in url
     }
 
@@ -97,8 +97,8 @@ def test_an_old_dataset_opens_and_is_valid(bucket: str, name: str) -> None:
     out = f"{bucket}/out/{name}"
     dataset = open_dataset(out)
     assert dataset is not None and (dataset.job.rules, dataset.errors_folder) == (1, "errors")
-    found = status(out)
-    assert (found.shards, found.rows, found.errors) == FIRST[name]
+    report = status(out)
+    assert (report.shards, report.rows, report.errors) == FIRST[name]
     checked = validate(out, content=True)
     assert checked.ok and checked.pending == 1, checked
     planned = plan(job_of(bucket, name))
@@ -107,12 +107,12 @@ def test_an_old_dataset_opens_and_is_valid(bucket: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", FIRST)
 def test_an_old_dataset_goes_on_by_its_own_rules(bucket: str, name: str) -> None:
-    before, labelled = objects(bucket, name), {row["key"]: row for row in rows(bucket, name)}
+    old_objects, labelled = objects(bucket, name), {row["key"]: row for row in rows(bucket, name)}
     result = vitray.run(job_of(bucket, name))
     assert (result.exit_code, result.committed, result.pending) == (0, 1, 0)
-    after = objects(bucket, name)
-    assert before.items() <= after.items() and not any(
-        path.startswith("_errors/") for path in after
+    new_objects = objects(bucket, name)
+    assert old_objects.items() <= new_objects.items() and not any(
+        path.startswith("_errors/") for path in new_objects
     )
     checked = validate(result.out, content=True)
     assert checked.ok and checked.pending == 0, checked
@@ -150,8 +150,8 @@ def test_a_file_of_another_kind_does_not_stop_an_old_dataset(bucket: str) -> Non
 
 def test_types_and_keys_of_an_old_dataset_stay_those_that_it_had(bucket: str) -> None:
     vitray.run(job_of(bucket, "parquet"))
-    found = rows(bucket, "parquet")
-    assert [row["key"] for row in found] == [
+    table = rows(bucket, "parquet")
+    assert [row["key"] for row in table] == [
         "p10.jpg",
         "p11.jpg",
         "p13.jpg",
@@ -169,11 +169,11 @@ def test_types_and_keys_of_an_old_dataset_stay_those_that_it_had(bucket: str) ->
 
 def test_a_lost_dataset_json_of_an_old_dataset_is_made_by_its_rules(bucket: str) -> None:
     url = f"{bucket}/out/files/_vitray/dataset.json"
-    before = open_dataset(f"{bucket}/out/files")
+    old = open_dataset(f"{bucket}/out/files")
     store_for(url).delete([url])
     assert vitray.run(job_of(bucket, "files")).exit_code == 0
-    after = open_dataset(f"{bucket}/out/files")
-    assert before is not None and after is not None and after.fingerprint == before.fingerprint
+    new = open_dataset(f"{bucket}/out/files")
+    assert old is not None and new is not None and new.fingerprint == old.fingerprint
 
 
 def test_a_backfill_of_an_old_dataset_has_the_same_shards(bucket: str) -> None:

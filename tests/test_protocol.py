@@ -121,10 +121,10 @@ def a_run(
 
 
 def _make(shard: Shard, bad: dict[int, str], drift: float) -> Commit | None:
-    dataset, there = _now.dataset, staged_intact(_now.dataset, shard.id)
-    if not there.covers():
+    dataset, parts = _now.dataset, staged_intact(_now.dataset, shard.id)
+    if not parts.covers():
         for start, stop in SPANS:
-            if there.fragments.get(start) != stop:
+            if parts.fragments.get(start) != stop:
                 rows = rows_of(dataset, shard.id, [i for i in range(start, stop) if i not in bad])
                 vectors = np.array(
                     [vector(i) + np.float32(drift) for i in rows["index"].to_pylist()], np.float32
@@ -161,34 +161,30 @@ def the_input_changes() -> None:
 # ---- what must hold
 
 
-def broken_by(url: str, before: bytes | None, after: bytes | None) -> str:
+def broken_by(url: str, old: bytes | None, new: bytes | None) -> str:
     """The promise that a change of one object breaks, at that instant."""
     objects = _now.store.objects
     folder, _, name = url.removeprefix(f"{OUT}/").partition("/")
     data = join(OUT, "data", name)
-    if folder == "data" and before is not None and after is not None:
+    if folder == "data" and old is not None and new is not None:
         return f"{url} was written a second time"
-    if (
-        folder == "data"
-        and after is None
-        and name == f"{_id_of(_now.store.objects[SOURCE])}.parquet"
-    ):
+    if folder == "data" and new is None and name == f"{_id_of(_now.store.objects[SOURCE])}.parquet":
         return f"{url} was deleted, and it is what the input holds now"
     if (
         folder == "data"
-        and after is None
+        and new is None
         and not any(o.startswith(f"{OUT}/data/") and o != url for o in objects)
     ):
         return f"{url} was deleted, and nothing superseded it"
     if (
         folder == "_errors"
-        and after is not None
+        and new is not None
         and data not in objects
         and name == f"{_id_of(objects[SOURCE])}.parquet"
     ):
         return f"{url} was written before its data file"
-    if name.startswith("staging/") and before is not None:
-        if after is not None:
+    if name.startswith("staging/") and old is not None:
+        if new is not None:
             return f"{url} was written a second time"
         shard = name.split("/")[1]
         if join(OUT, "data", f"{shard}.parquet") not in objects and shard == _id_of(
@@ -197,7 +193,7 @@ def broken_by(url: str, before: bytes | None, after: bytes | None) -> str:
             return f"{url} was deleted before its data file was there"
     if (
         folder == "_SUCCESS.json"
-        and after is not None
+        and new is not None
         and not any(o.startswith(f"{OUT}/data/") for o in objects)
     ):
         return "_SUCCESS.json was written before the data"
@@ -255,10 +251,10 @@ def check_whole(store: MemoryStore, runs: list[Run]) -> None:
         )
     if footer.errors and pq.read_table(pa.BufferReader(store.objects[errors])) != footer.error_rows:
         raise Violation("errors/ is not what the data file carries")
-    if others := [
+    if foreign := [
         url for url in store.objects if url.startswith(join(OUT, "_errors", "")) and url != errors
     ]:
-        raise Violation(f"errors/ holds {others}, the input is {shard.id}")
+        raise Violation(f"errors/ holds {foreign}, the input is {shard.id}")
     manifest = read_manifest(OUT)
     if (
         manifest is None
@@ -307,38 +303,38 @@ SCENARIOS: dict[str, Callable[[], list[Callable[[], Any]]]] = {
 }
 
 
-def tell(name: str, found: Found) -> None:
+def tell(name: str, result: Found) -> None:
     print(
-        f"{name}: {found.states:,} states, {found.executions:,} executions, {found.ends:,} ends, "
-        f"complete: {found.complete}"
+        f"{name}: {result.states:,} states, {result.executions:,} executions, {result.ends:,} ends, "
+        f"complete: {result.complete}"
     )
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_no_order_and_no_fault_breaks_a_promise(name: str) -> None:
-    found = explore(scenario(SCENARIOS[name]), Bounds(preemptions=2, faults=1, states=1500))
-    tell(name, found)
-    assert found.ends >= 30
+    result = explore(scenario(SCENARIOS[name]), Bounds(preemptions=2, faults=1, states=1500))
+    tell(name, result)
+    assert result.ends >= 30
 
 
 @NIGHTLY
 @pytest.mark.parametrize("faults", [0, 1, 2, 3])
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_many_states_hold(name: str, faults: int) -> None:
-    found = explore(scenario(SCENARIOS[name]), Bounds(preemptions=3, faults=faults, states=20_000))
-    tell(f"{name}, {faults} faults", found)
+    result = explore(scenario(SCENARIOS[name]), Bounds(preemptions=3, faults=faults, states=20_000))
+    tell(f"{name}, {faults} faults", result)
 
 
 @NIGHTLY
 @pytest.mark.timeout(900)
 def test_every_order_of_two_runs_and_a_changing_input_holds() -> None:
     """With at most two preemptions and no fault, all of them."""
-    found = explore(
+    result = explore(
         scenario(SCENARIOS["two runs, and the input changes"]),
         Bounds(preemptions=2, faults=0, states=200_000),
     )
-    tell("two runs, and the input changes", found)
-    assert found.complete and found.states > 50_000
+    tell("two runs, and the input changes", result)
+    assert result.complete and result.states > 50_000
 
 
 # ---- two runs that begin a dataset, or a group, at once
@@ -365,11 +361,11 @@ def test_one_of_two_first_runs_decides_what_the_dataset_is(top_k: int) -> None:
         _now.store = MemoryStore()
         return _now.store, [lambda: make(OUT, top_k=2), lambda: make(OUT, top_k=top_k)]
 
-    found = explore(
+    result = explore(
         Scenario(begin, check_one_dataset), Bounds(preemptions=4, faults=2, states=20_000)
     )
-    tell("dataset.json", found)
-    assert found.complete
+    tell("dataset.json", result)
+    assert result.complete
 
 
 def a_grouping(*urls: str) -> Callable[[], list[tuple[int, str]]]:
@@ -408,10 +404,10 @@ def test_a_path_is_in_one_group_whoever_appends(faults: int) -> None:
         _now.store = MemoryStore()
         return _now.store, [a_grouping("a", "b"), a_grouping("b", "c"), a_grouping("a", "c")]
 
-    found = explore(
+    result = explore(
         Scenario(begin, check_groups), Bounds(preemptions=2, faults=faults, states=3000)
     )
-    tell(f"groups, {faults} faults", found)
+    tell(f"groups, {faults} faults", result)
 
 
 def a_pruning(*urls: str) -> Callable[[], list[tuple[int, str]]]:
@@ -451,10 +447,10 @@ def test_two_runs_that_prune_and_one_that_appends_agree(faults: int) -> None:
         append_group_log(OUT, [(0, "a"), (0, "b")])
         return _now.store, [a_pruning("a"), a_pruning("a", "b"), a_grouping("a", "b", "c")]
 
-    found = explore(
+    result = explore(
         Scenario(begin, check_pruned), Bounds(preemptions=2, faults=faults, states=3000)
     )
-    tell(f"pruned groups, {faults} faults", found)
+    tell(f"pruned groups, {faults} faults", result)
 
 
 # ---- mutants
@@ -498,10 +494,10 @@ def exists_means_error(patch: pytest.MonkeyPatch) -> None:
 def no_answer_means_error(patch: pytest.MonkeyPatch) -> None:
     def create(*args: Any) -> bool:
         try:
-            made: bool = _now.store.create(*args)
+            is_created: bool = _now.store.create(*args)
         except StorageError as error:
             raise ValueError("no answer") from error
-        return made
+        return is_created
 
     patch.setattr(protocol, "store_for", lambda url: _Wrapped(create=create))
 
@@ -509,8 +505,8 @@ def no_answer_means_error(patch: pytest.MonkeyPatch) -> None:
 def staging_cleaned_before_the_commit(patch: pytest.MonkeyPatch) -> None:
     def create(url: str, *rest: Any) -> bool:
         protocol.drop_staging(_now.dataset, url.rsplit("/", 1)[-1].removesuffix(".parquet"))
-        made: bool = _now.store.create(url, *rest)
-        return made
+        is_created: bool = _now.store.create(url, *rest)
+        return is_created
 
     patch.setattr(protocol, "store_for", lambda url: _Wrapped(create=create))
 
@@ -525,8 +521,8 @@ def errors_before_the_commit(patch: pytest.MonkeyPatch) -> None:
             }
         )
         protocol.repair_errors(_now.dataset, body)
-        made: bool = _now.store.create(url, data, metadata)
-        return made
+        is_created: bool = _now.store.create(url, data, metadata)
+        return is_created
 
     patch.setattr(protocol, "store_for", lambda url: _Wrapped(create=create))
 

@@ -120,12 +120,12 @@ def hostile_dataset(folder: Path, monkeypatch: pytest.MonkeyPatch, **fields: obj
             )
         members[f"{n}-again.png"] = members[f"{n}-plain.png"]
         hand_made.write_tar(folder / "in" / f"s-{n}.tar", members)
-    plain = hand_made.error
+    real_error = hand_made.error
     monkeypatch.setattr(
         hand_made,
         "error",
         lambda shard, image: {
-            **plain(shard, image),
+            **real_error(shard, image),
             "message": f"{HOSTILE[1]} http://127.0.0.1:9/x\n\u202e",
         },
     )
@@ -157,14 +157,14 @@ def shapes_dataset(shapes_model: str, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def test_its_numbers_are_those_of_duckdb(shapes_dataset: str, tmp_path: Path) -> None:
-    found = report(shapes_dataset, str(tmp_path / "page.html"), truth="cls")
+    result = report(shapes_dataset, str(tmp_path / "page.html"), truth="cls")
     page = Tables((tmp_path / "page.html").read_text())
     data = f"'{shapes_dataset}/data/*.parquet'"
 
     def ask(query: str) -> list[tuple[object, ...]]:
         return duckdb.sql(query).fetchall()
 
-    assert found.images == 300 and found.notes == ()
+    assert result.images == 300 and result.notes == ()
     labels = ask(f"select label, count(*) n from {data} group by 1 order by n desc, 1")
     assert sorted((row[0], int(row[2])) for row in page.tables["Images by label"]) == sorted(labels)
     by_score = dict(
@@ -177,8 +177,8 @@ def test_its_numbers_are_those_of_duckdb(shapes_dataset: str, tmp_path: Path) ->
         f"select avg(score), avg((label = cls)::int), count(*) from {data} group by "
         f"least(floor(score::float * 10), 9) order by 1"
     )
-    told = [(f"{score:.3f}", f"{100 * right:.1f}%", f"{n}") for score, right, n in bins]
-    assert [tuple(row) for row in page.tables["Right labels by score"]] == told
+    expected_rows = [(f"{score:.3f}", f"{100 * right:.1f}%", f"{n}") for score, right, n in bins]
+    assert [tuple(row) for row in page.tables["Right labels by score"]] == expected_rows
     counts = count(_dataset(shapes_dataset), data_files(shapes_dataset), "cls")
     twins = ask(
         f"select list((shard, index) order by shard, index) from {data} group by content_hash "
@@ -196,10 +196,10 @@ def test_its_numbers_are_those_of_duckdb(shapes_dataset: str, tmp_path: Path) ->
 
 
 def test_pictures_are_made_anew_from_the_source(shapes_dataset: str, tmp_path: Path) -> None:
-    found = report(shapes_dataset, str(tmp_path / "page.html"))
+    result = report(shapes_dataset, str(tmp_path / "page.html"))
     html = (tmp_path / "page.html").read_text()
     urls = set(re.findall(r'<img src="([^"]*)"', html))
-    assert found.pictures >= len(urls) > 40 and all(
+    assert result.pictures >= len(urls) > 40 and all(
         url.startswith("data:image/jpeg;base64,") for url in urls
     )
     assert html.count("<img ") <= 120 and len(html) < 2_000_000
@@ -278,12 +278,12 @@ def test_steps_of_a_run_add_up_to_its_images_however_uneven_its_marks() -> None:
         seconds = np.cumsum(rng.exponential(30.0, marks)).round(2)
         seconds[marks // 2] = seconds[marks // 2 - 1]  # two events at once
         images = np.cumsum(rng.integers(0, 500, marks))
-        found = within({"finished": "", "timeline": list(zip(seconds.tolist(), images.tolist()))})
-        assert found is not None and len(found["rates"]) == min(STEPS, marks // 3)
-        assert sum(rate for _, rate in found["rates"]) * found["step_s"] == pytest.approx(
+        chart = within({"finished": "", "timeline": list(zip(seconds.tolist(), images.tolist()))})
+        assert chart is not None and len(chart["rates"]) == min(STEPS, marks // 3)
+        assert sum(rate for _, rate in chart["rates"]) * chart["step_s"] == pytest.approx(
             images[-1]
         )
-        assert found["mean"] == pytest.approx(images[-1] / seconds[-1])
+        assert chart["mean"] == pytest.approx(images[-1] / seconds[-1])
     for short in ([], [(1.0, 4)] * 5, [(0.0, 4)] * 9):
         assert within({"finished": "", "timeline": short}) is None
 
@@ -330,9 +330,9 @@ def test_a_browser_shows_it_asks_for_nothing_and_runs_nothing(
 ) -> None:
     dataset = hostile_dataset(tmp_path, monkeypatch)
     record_run(dataset, "1", 3000, [(20.0 * (n + 1), images) for n, images in enumerate(MARKS)])
-    made = report(dataset.out, str(tmp_path / "page.html"))
+    result = report(dataset.out, str(tmp_path / "page.html"))
     for scheme in ("light", "dark"):
-        asked = (
+        rows = (
             "[...document.images].filter(i => i.complete && i.naturalWidth == 128).length",
             "document.images.length",
             "document.scripts.length",
@@ -341,9 +341,9 @@ def test_a_browser_shows_it_asks_for_nothing_and_runs_nothing(
             "[...document.querySelectorAll('section')].filter(s => "
             "s.getBoundingClientRect().height < 40).length",
         )
-        seen = chromium.visit(tmp_path / "page.html", width, asked, scheme)
+        seen = chromium.visit(tmp_path / "page.html", width, rows, scheme)
         loaded, images, *nothing = seen.values
-        assert made.pictures > 15 and loaded == images >= made.pictures
+        assert result.pictures > 15 and loaded == images >= result.pictures
         assert (nothing, seen.requests, seen.said, seen.dialogs) == ([0, 0, 0], [], [], [])
         assert seen.width <= width
 
@@ -389,18 +389,18 @@ def test_pictures_of_a_comparison_are_those_of_the_rows_that_moved(tmp_path: Pat
             members[f"{10 * n + i}.png"] = buffer.getvalue()
         hand_made.write_tar(tmp_path / "in" / f"s-{n}.tar", members)
     old, new, page = *two_datasets(tmp_path, ("dog", "cat", "emu")), tmp_path / "page.html"
-    found = compare(old, new)
-    made = report_changes(found, str(page))
+    changes = compare(old, new)
+    result = report_changes(changes, str(page))
     html = page.read_text()
     shown = re.findall(
         r'<img src="data:image/jpeg;base64,([^"]+)".*?<b><bdi>(\w+)</bdi></b>.*?<b><bdi>(\w+)</bdi></b>.*?"key"><bdi>(\d+)',
         html,
         re.S,
     )
-    told = [(move.old, move.new, key) for move in found.moves for key in move.examples]
-    assert [(before, after, key) for _, before, after, key in shown] == told and len(
-        told
-    ) == made.pictures == 12
+    expected = [(move.old, move.new, key) for move in changes.moves for key in move.examples]
+    assert [
+        (old_label, new_label, key) for _, old_label, new_label, key in shown
+    ] == expected and len(expected) == result.pictures == 12
     for data, _, _, key in shown:
         mean = np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))).mean((0, 1))
         assert np.abs(mean - colours[int(key)]).max() < 4, key
@@ -409,7 +409,7 @@ def test_pictures_of_a_comparison_are_those_of_the_rows_that_moved(tmp_path: Pat
         ["dog", "cat", "6", "33.33%"],
     ]
     shutil.rmtree(tmp_path / "in")
-    gone = report_changes(found, str(page))  # our own page is written anew
+    gone = report_changes(changes, str(page))  # our own page is written anew
     html = page.read_text()
     assert (
         gone.pictures == 0
@@ -418,7 +418,7 @@ def test_pictures_of_a_comparison_are_those_of_the_rows_that_moved(tmp_path: Pat
     )
     report(new, str(tmp_path / "report.html"))
     with pytest.raises(JobError, match="was not made by vitray compare"):
-        report_changes(found, str(tmp_path / "report.html"))
+        report_changes(changes, str(tmp_path / "report.html"))
 
 
 @pytest.mark.parametrize("width", [400, 1400])
@@ -430,27 +430,27 @@ def test_a_browser_shows_a_comparison_with_hostile_names_and_asks_for_nothing(
         hand_made.spec_of(str(tmp_path / "model")), labels=HOSTILE[::-1], weights_sha256="8" * 64
     )
     new = hand_made.make_dataset(tmp_path, spec=spec, out=f"{tmp_path}/new")
-    made = report_changes(compare(old.out, new.out), str(page))
+    result = report_changes(compare(old.out, new.out), str(page))
     html = page.read_text()
-    found = Tables(html)
+    tables = Tables(html)
     assert [
         link
-        for link in found.links
+        for link in tables.links
         if not re.fullmatch(r"href=data:,|src=data:image/jpeg;base64,.+", link)
-    ] == [] and "script" not in found.tags
-    assert [row[:2] for row in found.tables["Images by move"]] == [
+    ] == [] and "script" not in tables.tags
+    assert [row[:2] for row in tables.tables["Images by move"]] == [
         [HOSTILE[0], HOSTILE[2]],
         [HOSTILE[2], HOSTILE[0]],
     ]
     for scheme in ("light", "dark"):
-        asked = (
+        rows = (
             "[...document.images].filter(i => i.complete && i.naturalWidth == 128).length",
             "document.scripts.length",
             "[...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right "
             "> innerWidth + 1).length",
         )
-        seen = chromium.visit(page, width, asked, scheme)
-        assert seen.values == [made.pictures, 0, 0] and made.pictures > 8
+        seen = chromium.visit(page, width, rows, scheme)
+        assert seen.values == [result.pictures, 0, 0] and result.pictures > 8
         assert (seen.requests, seen.said, seen.dialogs) == ([], [], []) and seen.width <= width
 
 
@@ -500,8 +500,8 @@ def test_an_image_that_is_not_the_one_that_was_labelled_is_not_shown(tmp_path: P
     dataset = hand_made.make_dataset(tmp_path)
     assert report(dataset.out, page).pictures == 1
     write("blue")
-    found = report(dataset.out, page)
-    assert (found.pictures, found.notes) == (
+    result = report(dataset.out, page)
+    assert (result.pictures, result.notes) == (
         0,
         ("Some images have changed since they were labelled.",),
     )
@@ -564,8 +564,8 @@ def test_a_dataset_on_s3_is_shown_from_here(
     out = new_bucket(mock_s3, monkeypatch) + "/photos-vit"
     hostile_dataset(tmp_path, monkeypatch, out=out)
     monkeypatch.chdir(tmp_path)
-    found = report(out)
-    assert (found.page, found.images, found.pictures > 15) == (
+    result = report(out)
+    assert (result.page, result.images, result.pictures > 15) == (
         str(tmp_path / "photos-vit-report.html"),
         22,
         True,

@@ -36,9 +36,9 @@ def brute_force(
     return sorted(rows, key=lambda row: (-row[2], row[0], row[1]))
 
 
-def assert_nearest(found: object, expected: list[tuple[str, int, float]]) -> None:
-    assert [(n.shard, n.index) for n in found.neighbours] == [row[:2] for row in expected]
-    assert [n.cosine for n in found.neighbours] == pytest.approx(
+def assert_nearest(result: object, expected: list[tuple[str, int, float]]) -> None:
+    assert [(n.shard, n.index) for n in result.neighbours] == [row[:2] for row in expected]
+    assert [n.cosine for n in result.neighbours] == pytest.approx(
         [row[2] for row in expected], abs=2e-6
     )
 
@@ -60,21 +60,21 @@ def test_the_nearest_are_those_of_a_brute_force_ties_in_the_order_of_the_dataset
     dataset = embedded.make(tmp_path, [one, two], dtype)
     shard = vitray.read(dataset.out)["shard"][0].as_py()
     for k in (1, 4, 10, 70, 200):
-        found = search(dataset.out, Query(shard=shard, row=9), k)
-        assert_nearest(found, brute_force(dataset, one.vectors[9].astype(dtype))[:k])
-        assert (found.rows, found.recall, found.notes) == (70, None, ())
-    assert [n.index for n in found.neighbours[:6]] == [0, 5, 9, 33, 3, 29]
-    assert found.neighbours[0].cosine == pytest.approx(1, abs=1e-6)
+        result = search(dataset.out, Query(shard=shard, row=9), k)
+        assert_nearest(result, brute_force(dataset, one.vectors[9].astype(dtype))[:k])
+        assert (result.rows, result.recall, result.notes) == (70, None, ())
+    assert [n.index for n in result.neighbours[:6]] == [0, 5, 9, 33, 3, 29]
+    assert result.neighbours[0].cosine == pytest.approx(1, abs=1e-6)
 
 
 def test_every_key_finds_its_row_and_prints_on_one_line(tmp_path: Path) -> None:
     dataset = embedded.make(tmp_path, [noise(len(HOSTILE), keys=HOSTILE)])
     for at, key in enumerate(HOSTILE):
-        found = search(dataset.out, Query(key=key), 3)
-        first = found.neighbours[0]
+        result = search(dataset.out, Query(key=key), 3)
+        first = result.neighbours[0]
         assert (first.key, first.index, first.label) == (key, at, ("cat", "dog", "emu")[at % 3])
-        assert first.cosine == pytest.approx(1, abs=1e-6) and found.notes == ()
-        assert len(str(found).split("\n")) == 4 and "\r" not in str(found)
+        assert first.cosine == pytest.approx(1, abs=1e-6) and result.notes == ()
+        assert len(str(result).split("\n")) == 4 and "\r" not in str(result)
 
 
 def test_equal_keys_are_told_and_chosen_between(tmp_path: Path) -> None:
@@ -88,13 +88,16 @@ def test_equal_keys_are_told_and_chosen_between(tmp_path: Path) -> None:
     assert first.notes == (
         "3 rows have this key, and the first is the query; --shard and --row choose",
     )
-    for query, place in (
+    for query, message in (
         (Query(key="a", row=2), (ids[0], 2)),
         (Query(key="a", shard=ids[1]), (ids[1], 1)),
         (Query(shard=ids[1], row=0), (ids[1], 0)),
     ):
-        found = search(dataset.out, query, 1)
-        assert (found.neighbours[0].shard, found.neighbours[0].index) == place and found.notes == ()
+        result = search(dataset.out, query, 1)
+        assert (
+            result.neighbours[0].shard,
+            result.neighbours[0].index,
+        ) == message and result.notes == ()
 
 
 def test_a_file_is_found_by_the_end_of_its_path_unless_a_key_is_that_end(tmp_path: Path) -> None:
@@ -108,8 +111,8 @@ def test_a_file_is_found_by_the_end_of_its_path_unless_a_key_is_that_end(tmp_pat
         ("bobcat.jpg", 2, 0),
         ("cat.jpg", 0, 1),
     ):
-        found = search(dataset.out, Query(key=key), 1)
-        assert (found.neighbours[0].index, len(found.notes)) == (index, notes)
+        result = search(dataset.out, Query(key=key), 1)
+        assert (result.neighbours[0].index, len(result.notes)) == (index, notes)
     (tmp_path / "more").mkdir()
     exact = embedded.make(tmp_path / "more", [noise(2, keys=["/in/cat.jpg", "cat.jpg"])])
     assert search(exact.out, Query(key="cat.jpg"), 1).neighbours[0].index == 1
@@ -144,15 +147,15 @@ def test_of_several_vector_columns_one_is_chosen(tmp_path: Path) -> None:
         search(dataset.out, Query(key="0/0003"))
     with pytest.raises(JobError, match="choose one by `column`"):
         search(dataset.out, Query(key="0/0003"), column="label")
-    found = search(dataset.out, Query(key="0/0003"), column="embedding_other")
-    assert found.column == "embedding_other"
-    assert_nearest(found, brute_force(dataset, shown.vectors[3], "embedding_other")[:10])
+    result = search(dataset.out, Query(key="0/0003"), column="embedding_other")
+    assert result.column == "embedding_other"
+    assert_nearest(result, brute_force(dataset, shown.vectors[3], "embedding_other")[:10])
 
 
 def test_what_is_committed_is_searched_and_that_it_is_not_all_is_told(tmp_path: Path) -> None:
     dataset = embedded.make(tmp_path, [noise(5, seed=1), noise(5, seed=2)], commit=1)
-    found = search(dataset.out, Query(key="1/0000"))
-    assert found.rows == 5 and found.notes == (
+    result = search(dataset.out, Query(key="1/0000"))
+    assert result.rows == 5 and result.notes == (
         f"{dataset.out} is not complete: its committed rows were searched",
     )
     with pytest.raises(JobError, match="is not complete"):
@@ -181,14 +184,14 @@ def test_a_picture_finds_its_own_row_with_cosine_one_unless_the_weights_changed(
     job, pictures = labelled(tmp_path, monkeypatch)
     for at in (0, 7, 20):  # a JPEG and a PNG, of both shards
         (tmp_path / "cat").write_bytes(pictures[at].data)
-        found = search(job.out, Query(image=str(tmp_path / "cat")), 24)
+        result = search(job.out, Query(image=str(tmp_path / "cat")), 24)
         by_key = search(job.out, Query(key=pictures[at].key), 24)
-        assert found.neighbours[0].key == pictures[at].key
-        assert found.neighbours[0].cosine == pytest.approx(1, abs=1e-6)
+        assert result.neighbours[0].key == pictures[at].key
+        assert result.neighbours[0].cosine == pytest.approx(1, abs=1e-6)
         cosines = {n.key: n.cosine for n in by_key.neighbours}
         assert len(cosines) == 24
-        assert [cosines[n.key] for n in found.neighbours] == pytest.approx(
-            [n.cosine for n in found.neighbours], abs=1e-5
+        assert [cosines[n.key] for n in result.neighbours] == pytest.approx(
+            [n.cosine for n in result.neighbours], abs=1e-5
         )
     (tmp_path / "cat").write_bytes(b"no image")
     with pytest.raises(JobError, match="is no good image: not_an_image"):
@@ -218,21 +221,25 @@ def test_an_index_agrees_with_the_exact_search_and_is_made_anew_when_the_dataset
         for note in built.notes
     )
     same = {(n.key, n.shard, n.index, n.label, n.score): n.cosine for n in exact.neighbours}
-    found = {(n.key, n.shard, n.index, n.label, n.score): n.cosine for n in built.neighbours}
-    assert len(same.keys() & found.keys()) >= 8 and next(iter(found)) == next(iter(same))
-    assert [found[row] for row in same if row in found] == pytest.approx(
-        [same[row] for row in same if row in found], abs=1e-6
+    result = {(n.key, n.shard, n.index, n.label, n.score): n.cosine for n in built.neighbours}
+    assert len(same.keys() & result.keys()) >= 8 and next(iter(result)) == next(iter(same))
+    assert [result[row] for row in same if row in result] == pytest.approx(
+        [same[row] for row in same if row in result], abs=1e-6
     )
-    before = index.stat().st_mtime_ns
+    written = index.stat().st_mtime_ns
     again = search(dataset.out, query, index=str(index))
     assert again.neighbours == built.neighbours and not any(
         note.startswith("built") for note in again.notes
     )
-    assert index.stat().st_mtime_ns == before
+    assert index.stat().st_mtime_ns == written
     grown = embedded.make(tmp_path, [one, noise(500, 16, seed=2), noise(100, 16, seed=3)])
-    found = search(grown.out, Query(key="3/0050"), 1, index=str(index))
-    assert (found.rows, found.neighbours[0].key, found.neighbours[0].index) == (2600, "3/0050", 50)
-    assert any(note.startswith("built") for note in found.notes)
+    result = search(grown.out, Query(key="3/0050"), 1, index=str(index))
+    assert (result.rows, result.neighbours[0].key, result.neighbours[0].index) == (
+        2600,
+        "3/0050",
+        50,
+    )
+    assert any(note.startswith("built") for note in result.notes)
     assert sorted(path.name for path in tmp_path.glob("near*")) == ["near.faiss", "near.faiss.json"]
 
 
@@ -246,9 +253,9 @@ def test_an_index_that_was_cut_short_is_built_again_and_foreign_files_stay(tmp_p
             search(dataset.out, query, column=column, index=str(index))
     assert index.read_bytes() == b"mine"
     index.unlink()
-    whole = search(dataset.out, query, column="embedding_first", index=str(index))
+    all_rows = search(dataset.out, query, column="embedding_first", index=str(index))
     assert (
-        whole.neighbours
+        all_rows.neighbours
         == search(dataset.out, query, column="embedding_first", index=str(index)).neighbours
     )
     with pytest.raises(JobError, match="choose another file"):  # of the other column
@@ -258,7 +265,7 @@ def test_an_index_that_was_cut_short_is_built_again_and_foreign_files_stay(tmp_p
         json.dumps({name: marks[name] for name in ("source", "column")})
     )  # a death before the end
     again = search(dataset.out, query, column="embedding_first", index=str(index))
-    assert again.neighbours == whole.neighbours and any(
+    assert again.neighbours == all_rows.neighbours and any(
         note.startswith("built") for note in again.notes
     )
     index.write_bytes(index.read_bytes()[:50])
@@ -287,10 +294,10 @@ def test_the_command_prints_rows_and_json(tmp_path: Path) -> None:
     assert lines[1].startswith("  1.0000  'two\\nlines'  (s_000-") and lines[1].endswith(
         ", 0)  cat 0.750"
     )
-    told = json.loads(
+    printed = json.loads(
         subprocess.run([*argv, "--json"], capture_output=True, text=True, timeout=60).stdout
     )
-    assert told["neighbours"][0]["key"] == HOSTILE[0] and told["neighbours"][0][
+    assert printed["neighbours"][0]["key"] == HOSTILE[0] and printed["neighbours"][0][
         "cosine"
     ] == pytest.approx(1, abs=1e-6)
-    assert told["recall"] is None and len(told["neighbours"]) == 2
+    assert printed["recall"] is None and len(printed["neighbours"]) == 2

@@ -95,13 +95,13 @@ def test_an_empty_create_is_conditional_too(root: str) -> None:
 def test_replace_makes_and_overwrites(root: str) -> None:
     store, url = store_for(root), join(root, "r.json")
     store.replace(url, b"one")
-    before = store.stat(url)
+    old_info = store.stat(url)
     store.replace(url, b"two, longer")
-    after = store.stat(url)
+    new_info = store.stat(url)
     assert (
         read(url) == b"two, longer"
-        and (before.size, after.size) == (3, 11)
-        and before.version != after.version
+        and (old_info.size, new_info.size) == (3, 11)
+        and old_info.version != new_info.version
     )
     assert below(root) == ["r.json"]
 
@@ -119,18 +119,18 @@ def test_find_stat_and_glob_agree(root: str) -> None:
     for n, name in enumerate(names):
         put(join(root, name), b"x" * n)
     store = store_for(root)
-    found = store.find(root)
-    assert [(i.url, i.size) for i in found] == [
+    infos = store.find(root)
+    assert [(i.url, i.size) for i in infos] == [
         (join(root, name), n) for n, name in enumerate(names)
     ]
-    assert [store.stat(i.url) for i in found] == found
+    assert [store.stat(i.url) for i in infos] == infos
     assert [i.url for i in store.find(join(root, "a"))] == [join(root, n) for n in names[:3]], (
         "a prefix ends at a slash"
     )
-    assert store.find(join(root, "b.txt")) == found[4:]
-    assert store.glob(join(root, "a*", "*.tar")) == [found[0], found[1], found[3]]
-    assert store.glob(join(root, "a", "[2-9].tar")) == [found[1]]
-    assert store.glob(join(root, "**", "3.tar")) == [found[2]]
+    assert store.find(join(root, "b.txt")) == infos[4:]
+    assert store.glob(join(root, "a*", "*.tar")) == [infos[0], infos[1], infos[3]]
+    assert store.glob(join(root, "a", "[2-9].tar")) == [infos[1]]
+    assert store.glob(join(root, "**", "3.tar")) == [infos[2]]
 
 
 def test_a_trailing_slash_names_the_same_folder(root: str) -> None:
@@ -328,8 +328,8 @@ def test_scratch_is_gone_at_the_end_and_what_a_killed_process_left_goes_when_it_
         join(root, "_vitray", "probe-1", "out", "b"),
         join(root, "_vitray", "probe-2"),
     ]
-    others = ["_vitray/probe", "_vitray/runs/probe-3", "data/probe-4"]
-    for url in [*killed, *(join(root, name) for name in others)]:
+    kept = ["_vitray/probe", "_vitray/runs/probe-3", "data/probe-4"]
+    for url in [*killed, *(join(root, name) for name in kept)]:
         put(url)
     assert (
         drop_scratch(f"{root}/") == [] and len(below(root)) == 6
@@ -342,7 +342,7 @@ def test_scratch_is_gone_at_the_end_and_what_a_killed_process_left_goes_when_it_
         assert drop_scratch(root) == [killed[2]]
         os.utime(killed[0], (time.time() - 4000,) * 2)
     assert drop_scratch(root)[0] == join(root, "_vitray", "probe-1")
-    assert below(root) == others
+    assert below(root) == kept
 
 
 # ---- S3 alone
@@ -365,11 +365,11 @@ def proxy_root(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def first(failures: int, verdict: int, methods: str = "GET PUT HEAD DELETE POST") -> object:
-    left = Counter({"n": failures})
+    remaining = Counter({"n": failures})
 
     def rule(call: Call) -> int:
-        if call.method in methods.split() and left["n"] > 0:
-            left["n"] -= 1
+        if call.method in methods.split() and remaining["n"] > 0:
+            remaining["n"] -= 1
             return verdict
         return FORWARD
 
@@ -418,7 +418,9 @@ def test_a_tenth_failure_is_one_error_with_the_url(proxy: Proxy, proxy_root: str
         proxy.calls.clear()
         with pytest.raises(StorageError) as caught:
             work()
-        require_one_line_with_next_step(caught.value, url, "10 attempts", "run the same command again")
+        require_one_line_with_next_step(
+            caught.value, url, "10 attempts", "run the same command again"
+        )
         assert type(caught.value) is StorageError and len(proxy.calls) == proxy.count(method) == 10
 
 
@@ -777,14 +779,14 @@ def test_every_name_on_a_disk_has_a_url_of_its_own_which_leads_back(names: set[b
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_bytes(name)
-        found = store_for(folder).find(folder) if names else []
-        assert {read(info.url, info.version) for info in found} == names and len(found) == len(
+        infos = store_for(folder).find(folder) if names else []
+        assert {read(info.url, info.version) for info in infos} == names and len(infos) == len(
             names
         )
-        assert all(info.url.encode() and info == store_for(folder).stat(info.url) for info in found)
-        plain = {name for name in names if name.isascii() and b"\\" not in name}
-        assert {f"{folder}/{name.decode()}" for name in plain} <= {info.url for info in found}
-        store_for(folder).delete(info.url for info in found)
+        assert all(info.url.encode() and info == store_for(folder).stat(info.url) for info in infos)
+        ascii_names = {name for name in names if name.isascii() and b"\\" not in name}
+        assert {f"{folder}/{name.decode()}" for name in ascii_names} <= {info.url for info in infos}
+        store_for(folder).delete(info.url for info in infos)
         assert os.listdir(folder) == []
 
 

@@ -28,7 +28,7 @@ def finetune(
     from vitray.training.config import load_config
     from vitray.training.finetuning import finetune as train
 
-    end_at_once_when_interrupted("checkpoints stay. Run the same command again to go on.")
+    end_at_once_when_interrupted("checkpoints stay. Run the same command again to continue.")
     training = load_config(config, parse_set(sets or []))
     result = train(training, _report, address, allow_open_cluster)
     show(result, as_json, str(result))

@@ -15,7 +15,7 @@ from typing import NoReturn
 from vitray.cli.console import screen
 
 STOP_S = 15.0  # for writes that have begun, and for removing temporary files
-RUN_RESUMES = "what is staged stays. Run the same command again to go on."
+RUN_RESUMES = "what is staged stays. Run the same command again to continue."
 
 
 class Phase(Enum):

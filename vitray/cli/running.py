@@ -90,7 +90,7 @@ def watched() -> Iterator[Callable[[Progress], None]]:
 def _at_most_every(
     seconds: float, report: Callable[[Progress], None]
 ) -> Callable[[Progress], None]:
-    """Calls `report` once in so many seconds, and when the last shard is done."""
+    """A function that calls `report` at most every `seconds`, and when the last shard is done."""
     last, was_over = time.monotonic() - seconds, False
 
     def throttled(progress: Progress) -> None:

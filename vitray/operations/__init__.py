@@ -1,3 +1,1 @@
-"""What people do with a dataset around a run: plan, estimate, validate, submit, relabel, compact
-and so on.
-"""
+"""What users do with a dataset around a run: plan, estimate, validate, submit, compact and so on."""

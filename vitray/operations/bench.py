@@ -40,7 +40,7 @@ class Bench:
     identify_s: imports, reading the checkpoint, and timing the engines if `auto` has several;
     first_rows_s: from the call to the first staged rows. out_kilobytes: of a row, in Parquet.
     limit: read, decode or model, the slowest alone; line: what lies between the stages.
-    gpus: 0 on a CPU. machines: `line` is the mean of so many.
+    gpus: 0 on a CPU. machines: `line` is the mean over these.
     """
 
     images: int
@@ -99,7 +99,7 @@ class Bench:
 
 
 def bench(job: Job, images: int = 256, seconds: float = 6.0, near: str = "") -> Bench:
-    """The speed of each stage alone, timed for so many seconds, and of all together.
+    """The speed of each stage alone, timed for `seconds`, and of all together.
 
     Uses the first `images` of the source. Needs the machine for itself.
 
@@ -153,7 +153,7 @@ def bench_cluster(
 
 
 def _combined(stages: StageRates, pipeline: PipelineRate, gpus: int = 1) -> Bench:
-    """The figures of one machine with so many GPUs, and its limit."""
+    """The figures of one machine with its GPUs, and its limit."""
     spec = stages.dataset.spec
     return Bench(
         images=len(stages.sample),

@@ -16,7 +16,7 @@ from vitray.pipeline import Progress
 from vitray.schema import Encoded
 from vitray.storage import join, store_for
 
-GROWTH = 4  # each run has so many times the images of the one before
+GROWTH = 4  # factor by which each run has more images than the one before
 SHARD_IMAGES = 512
 SHARD_BYTES = 128 << 20  # at most; a tar is made in memory
 SCRATCH_BYTES = 4 << 30  # of the longest run: what one machine can upload within minutes
@@ -45,10 +45,10 @@ def measure_pipeline(
 ) -> PipelineRate:
     """The rate of runs on tars of the sample, each with GROWTH times the images of the one before.
 
-    The runs end when two differ by so many seconds, and the rate is the slope between these two:
-    what is in the queues at the first rows and at the end cancels out. The rates of the stages
-    alone cannot give this number: a tiny ViT on a Ray of two busy cores made 54 images/s, and the
-    model alone 3,500.
+    They stop when two of them differ by `seconds`. The rate is the slope between these two: what is
+    in the queues at the first rows and at the end cancels out. The rates of the stages
+    alone cannot give this number. A tiny ViT on Ray with two busy cores made 54 images/s, the model
+    alone 3,500.
     """
     sample_images = len(stages.sample)
     images_for_time = min(stages.slowest * seconds, GROWTH * sample_images)
@@ -105,7 +105,7 @@ def _row_bytes(dataset: Dataset) -> float:
 
 
 def _write_tars(folder: str, sample: list[Encoded], images: int) -> None:
-    """Tars with so many images: those of the sample, again and again."""
+    """Write tars with `images` images: those of the sample, repeated."""
     repeated = itertools.islice(itertools.cycle(sample), images)
     mean_bytes = sum(len(image.data or b"") for image in sample) / len(sample)
     images_per_tar = max(1, min(SHARD_IMAGES, int(SHARD_BYTES / mean_bytes)))

@@ -64,7 +64,7 @@ class StageRates:
 
 
 def measure_stages(job: Job, images: int, seconds: float, cores: int) -> StageRates:
-    """The rates of this machine, each measured for so many seconds on the first images.
+    """The rates of this machine, each measured for `seconds` on the first images.
 
     Raises JobError if the source has no image that can be decoded.
     """
@@ -132,7 +132,7 @@ def _require_decodable(dataset: Dataset, sample: list[Encoded]) -> None:
 
 
 def _decode_rate(dataset: Dataset, sample: list[Encoded], threads: int, seconds: float) -> float:
-    """Images/s of so many threads. Each has a decoder process of its own, as in a run."""
+    """Images/s of `threads` threads. Each has its own decoder process, as in a run."""
     parts = _decode_parts(sample)
     parts *= -(-4 * threads // len(parts))
 

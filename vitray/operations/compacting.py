@@ -56,8 +56,8 @@ class Compaction:
 def compact(out: str, into: str, megabytes: int = 256) -> Compaction:
     """Gather the data files of a complete dataset into larger files.
 
-    Each has at least so many megabytes, except the last. Raises JobError if `out` is not complete,
-    or if `into` holds something else, such as another dataset's parts.
+    Each has at least `megabytes` MB, except the last. Raises JobError if `out` is not complete, or
+    if `into` holds something else, such as another dataset's parts.
     """
     dataset = require_complete(out)
     into = absolute(into)
@@ -134,7 +134,7 @@ def _existing_parts(into: str) -> set[str]:
 
 
 def _groups(dataset: Dataset, size_bytes: int) -> Iterator[Group]:
-    """The data files, in order, in groups of at least so many bytes."""
+    """The data files, in order, in groups of at least `size_bytes` bytes."""
     infos = {info.url: info for info in committed(dataset.out).values()}
     group: Group = []
     group_bytes = 0

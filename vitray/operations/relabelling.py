@@ -63,8 +63,8 @@ class Relabelling:
 def relabel(out: str, head: str, into: str) -> Relabelling:
     """The dataset `out` with the labels of a head, as a separate dataset in `into`.
 
-    Raises JobError if `out` is not complete or lacks the embedding that the head reads, ModelError
-    for a head of another model, FingerprintError if `into` belongs to another job.
+    Raises JobError if `out` is not complete or lacks the embedding that the head reads. Raises
+    ModelError for a head of another model, and FingerprintError if `into` belongs to another job.
     """
     old = require_complete(out)
     into = absolute(into)
