@@ -29,7 +29,7 @@ def test_labels_without_a_trained_head_are_refused(tmp_path: Path, name: str) ->
     directory = make_checkpoint(tmp_path, name, False)
     with pytest.raises(
         ModelError,
-        match="has no trained classification head, so it cannot label. Set labels: false",
+        match=r"has no trained classification head, so it cannot label\. Set labels: false",
     ) as raised:
         identify(job_for(directory))
     assert ("labels: [cat, dog]" in str(raised.value)) == (name != "vit")

@@ -38,10 +38,10 @@ from vitray.decoding.decode import (
     PAGES,
     Outcome,
     Pixels,
-    _load,
     decode,
     decode_one,
     limits_of,
+    load_pixels,
 )
 from vitray.decoding.isolation import CHUNK_BYTES, Limits
 from vitray.schema import REASONS, DecodeSpec, Encoded, PixelSpec
@@ -247,7 +247,7 @@ def as_decoded(data: bytes, mode: str = "exact") -> tuple[str | None, Pixels | N
 
 def is_by_turbo(data: bytes) -> bool:
     return not isinstance(
-        _load(Image.open(io.BytesIO(data)), data, spec()), JpegImagePlugin.JpegImageFile
+        load_pixels(Image.open(io.BytesIO(data)), data, spec()), JpegImagePlugin.JpegImageFile
     )
 
 
@@ -849,8 +849,8 @@ def poison(data: bytes, wanted: DecodeSpec, into: Pixels) -> Outcome:
         (b"SIGTERM", "decoder_died", "the decoder was killed by SIGTERM"),
         (b"memory", "decode_error", "MemoryError"),
         (b"loop", "time_limit", "the decoder took more than 0.3 s of CPU"),
-        (b"sleep", "time_limit", "the decoder stood still for 0.3 s"),
-        (b"SIGSTOP", "time_limit", "the decoder stood still for 0.3 s"),
+        (b"sleep", "time_limit", "the decoder made no progress for 0.3 s"),
+        (b"SIGSTOP", "time_limit", "the decoder made no progress for 0.3 s"),
     ],
 )
 def test_a_death_costs_its_row_alone(data: bytes, reason: str, message: str) -> None:

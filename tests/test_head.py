@@ -364,7 +364,7 @@ def test_what_cannot_be_relabelled_is_refused_and_writes_nothing(
         relabel(job.out, foreign, into)
     good = make_head(tmp_path / "good", vit)
     for path, what in ((job.out, "the dataset"), (f"{tmp_path}/in", f"its source {tmp_path}/in")):
-        with pytest.raises(JobError, match=f"lies inside {what}: choose another place"):
+        with pytest.raises(JobError, match=f"lies inside {what}: choose another path"):
             relabel(job.out, good, f"{path}/into")
     with pytest.raises(JobError, match="holds no vitray dataset"):
         relabel(f"{tmp_path}/nothing", head, into)

@@ -44,7 +44,7 @@ def tiff(pages: int) -> bytes:
 
 @pytest.mark.parametrize("staged", [0, 1, 2, 3])
 def test_counts_survive_a_resume(tmp_path: Path, staged: int) -> None:
-    """So many fragments were staged by a run that died."""
+    """staged: the number of fragments that a run staged before it died."""
     images = [[tiff(n % 3 + 1)] * (n % 4 + 1) for n in range(6)]
     source = tmp_path / "in"
     source.mkdir()

@@ -80,7 +80,7 @@ def test_threads_and_ray_write_the_same_rows(
 ) -> None:
     run(inputs, shapes_model, tmp_path / "threads")
     run(inputs, shapes_model, tmp_path / "ray", "--address", "local")
-    by_threads, rays = (
+    by_threads, by_ray = (
         vitray.read(str(tmp_path / name)).sort_by("key") for name in ("threads", "ray")
     )
     assert by_threads.num_rows == IMAGES - 3
@@ -174,14 +174,14 @@ def test_on_a_full_cluster_the_executor_waits_for_a_machine(
         executor.close()
 
 
-def test_a_quiet_night_needs_no_accelerator(dataset: Dataset) -> None:
+def test_a_run_with_nothing_to_do_needs_no_accelerator(dataset: Dataset) -> None:
     """The head of a cluster has none, and there is nothing to compute."""
     for device in ("cuda", "xpu"):
         result = vitray.run(dataset.job.model_copy(update={"device": device}))
         assert (result.images, result.pending, result.exit_code) == (0, 0, 0)
 
 
-def test_what_comes_after_a_run_looks_where_it_looked(
+def test_later_commands_use_the_source_of_the_last_run(
     inputs: Path, dataset: Dataset, tmp_path: Path
 ) -> None:
     """The images moved, and the limit went."""
@@ -199,17 +199,13 @@ def test_what_comes_after_a_run_looks_where_it_looked(
     checked = vitray.validate(dataset.out, inputs=True, content=True)
     assert checked.ok and (checked.gone, checked.pending, checked.rows) == (0, 0, IMAGES - 3)
     shutil.rmtree(tmp_path / "out" / "data")
-    vitray.run(
-        job.model_copy(update={"limit": 1, "device": "cpu"})
-    )  # once there was no limit, there is none
+    # A limit of a later run is not stored once a run had no limit.
+    vitray.run(job.model_copy(update={"limit": 1, "device": "cpu"}))
     assert vitray.validate(dataset.out, inputs=True).pending == 2
     source = tmp_path / "out" / "_vitray" / "source.json"
     vitray.run(job)
-    for text in (
-        "",
-        "{}",
-        "[1]",
-    ):  # a hint and no more, which the next run mends, though it has nothing to do
+    # source.json is only a hint. The next run restores it, although it has nothing to do.
+    for text in ("", "{}", "[1]"):
         source_json = source.read_bytes()
         source.write_text(text)
         reopened = open_dataset(dataset.out)
@@ -247,7 +243,7 @@ def test_a_first_file_of_another_type_is_set_aside_once_the_types_are_frozen(
     assert f"{tmp_path}/in/a1.parquet has no column `price`; it has image" in whys[1]
 
 
-def test_a_first_night_of_broken_files_freezes_no_types(shapes_model: str, tmp_path: Path) -> None:
+def test_a_first_run_of_broken_files_freezes_no_types(shapes_model: str, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for name in "ab":
         (tmp_path / "in" / f"{name}.parquet").write_bytes(b"no Parquet")
@@ -274,7 +270,7 @@ def test_a_first_night_of_broken_files_freezes_no_types(shapes_model: str, tmp_p
     ].to_pylist() == list(range(12))
 
 
-def test_kept_types_are_those_of_the_first_values_and_take_what_loses_nothing(
+def test_passthrough_types_are_those_of_the_first_values_and_take_what_loses_nothing(
     shapes_model: str, tmp_path: Path
 ) -> None:
     (tmp_path / "in").mkdir()
@@ -286,7 +282,8 @@ def test_kept_types_are_those_of_the_first_values_and_take_what_loses_nothing(
             tmp_path / "in" / f"{name}.parquet",
         )
 
-    nothing, text = pa.nulls(12), pa.array(["a"] * 12, pa.large_string())
+    nothing = pa.nulls(12)
+    text = pa.array(["a"] * 12, pa.large_string())
     add("a", nothing, pa.array([0.5] * 12))
     job = vitray.Job(
         source=[f"{tmp_path}/in"],
@@ -364,7 +361,8 @@ def test_closing_an_executor_ends_its_threads_while_queues_are_full(dataset: Dat
 def test_a_stalled_executor_ends_and_reports_the_stuck_stage(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shards, over = list_shards(dataset.job, []).shards, threading.Event()
+    shards = list_shards(dataset.job, []).shards
+    is_over = threading.Event()
     stuck = replace(
         dataset,
         job=dataset.job.model_copy(update={"stall_timeout_s": 3}),
@@ -418,7 +416,8 @@ def test_more_threads_than_shards_and_a_compiled_model_change_nothing(
         and state.progress.images == IMAGES
     )
     (path,) = (tmp_path / "out" / "data").iterdir()
-    own, theirs = pq.read_table(tmp_path / "other" / "data" / path.name), pq.read_table(path)
+    own = pq.read_table(tmp_path / "other" / "data" / path.name)
+    reference = pq.read_table(path)
     assert own["key"].equals(reference["key"]) and own["label"].equals(reference["label"])
     np.testing.assert_allclose(
         *(np.stack(t["embedding"].to_numpy()) for t in (own, reference)), atol=1e-4
@@ -492,9 +491,7 @@ def test_a_file_that_cannot_be_read_costs_its_row_and_a_name_that_is_not_utf8_co
 def test_pruned_files_leave_their_group_and_come_back_in_another(
     shapes_model: str, tmp_path: Path, seen_before: bool
 ) -> None:
-    """Whether a run without --prune has made `missing` rows of them or not. Every id is
-    compared.
-    """
+    """seen_before: a run without --prune has made `missing` rows of them. Every id is compared."""
     items = pictures(12)
     put_files(str(tmp_path / "in"), items)
     job = vitray.Job(
@@ -560,7 +557,8 @@ def test_a_run_that_gives_up_leaves_no_row_twice(
 def test_files_that_arrive_while_a_run_plans_wait_for_the_next_one_and_make_no_groups_of_their_own(
     shapes_model: str, tmp_path: Path
 ) -> None:
-    items, ended = pictures(60), threading.Event()
+    items = pictures(60)
+    ended = threading.Event()
     put_files(str(tmp_path / "in"), items[:10])
 
     def arrive() -> None:

@@ -194,7 +194,7 @@ def test_core_ml_is_converted_and_its_graph_is_checked(
     with pytest.raises(
         ModelError,
         match=r"Core ML export, which runs in apps on Apple's devices\. Use the checkpoint that it "
-        r"was made of here",
+        r"was made from here",
     ):
         identify(asked(str(tmp_path / "x"), photos))
     with pytest.raises(JobError, match="--min-agreement: Core ML does not run here"):

@@ -357,7 +357,7 @@ def test_validate_takes_any_finite_value_of_regression(
     assert validate(out, inputs=False).problems == ()
 
 
-@pytest.mark.parametrize("facts", [{}, {"multi_label": True}], ids=["softmax", "sigmoid"])
+@pytest.mark.parametrize("spec", [{}, {"multi_label": True}], ids=["softmax", "sigmoid"])
 @pytest.mark.parametrize("score", [-3.5, 42.0])
 def test_validate_names_scores_that_are_no_probability(
     tmp_path: Path, score: float, spec: dict[str, object], monkeypatch: pytest.MonkeyPatch
@@ -369,7 +369,7 @@ def test_validate_names_scores_that_are_no_probability(
 
 
 @pytest.mark.parametrize(
-    "facts", [{}, {"multi_label": True, "regression": True}], ids=["softmax", "regression"]
+    "spec", [{}, {"multi_label": True, "regression": True}], ids=["softmax", "regression"]
 )
 def test_validate_names_scores_that_are_not_finite(
     tmp_path: Path, spec: dict[str, object], monkeypatch: pytest.MonkeyPatch

@@ -153,9 +153,7 @@ def test_every_picture_of_a_tar_is_a_row_an_error_or_counted(tmp_path: Path, see
 
 
 def write_random_tar(path: Path, rng: np.random.Generator) -> None:
-    """Samples with sidecars, several images, dots in their names; hidden pictures and some without
-    a suffix.
-    """
+    """Samples with sidecars, several images and dotted names; images hidden or without a suffix."""
     style = str(rng.choice(["plain", "dotted", "depth", "mixed"]))
     names = list[tuple[str, bytes]]()
     for n in range(int(rng.integers(1, 20))):

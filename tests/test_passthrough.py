@@ -1,6 +1,4 @@
-"""Passthrough columns: every Arrow type that Parquet can store comes out as it went in, without
-Python values on the way.
-"""
+"""Passthrough columns: every Arrow type that Parquet can store is copied unchanged."""
 
 from __future__ import annotations
 
@@ -171,9 +169,7 @@ def array_of(
 
 
 def without_dictionaries(kind: pa.DataType) -> pa.DataType:
-    """Equal values may have their dictionaries in another order: compared as what they stand
-    for.
-    """
+    """The type without dictionaries, to compare values whose dictionaries have another order."""
     if pa.types.is_dictionary(kind):
         return kind.value_type
     if pa.types.is_struct(kind):
@@ -206,13 +202,11 @@ def picture() -> bytes:
 
 
 PICTURE = picture()
-BAD_EVERY = 5  # so many rows hold one image that is none
+BAD_EVERY = 5  # of this many rows, one image is bad
 
 
 def through(folder: Path, tables: list[pa.Table], on_ray: bool = False) -> Dataset:
-    """These Parquet files through read, decode, predict, stage and commit. on_ray: packed between
-    the stages, as Ray does it.
-    """
+    """These Parquet files after all stages and commits. on_ray: batches are packed between stages."""
     source = folder / "in"
     source.mkdir()
     for n, table in enumerate(tables):

@@ -1,6 +1,4 @@
-"""The promises, on whole runs in one shared Ray: numbers, formats, resume, odd images, two runs at
-once.
-"""
+"""Complete runs on either executor: numbers, formats, resume, odd images, two runs at once."""
 
 from __future__ import annotations
 
@@ -213,10 +211,10 @@ def test_odd_images_become_rows_or_reasons_and_change_nothing_else(
     results = [vitray.run(job) for job in jobs]
     bad = {key: reason for key, reason in reasons.items() if reason}
     assert [r.errors for r in results] == [0, len(bad)] and results[1].exit_code == 0
-    found = {}
+    reason_of_key = {}
     for path in (tmp_path / "out-mixed" / "_errors").iterdir():
-        found |= {row["key"]: row["reason"] for row in pq.read_table(path).to_pylist()}
-    assert found == bad
+        reason_of_key |= {row["key"]: row["reason"] for row in pq.read_table(path).to_pylist()}
+    assert reason_of_key == bad
     row_of_key = {p.key: n for n, p in enumerate(clean)}
     reference, table = vitray.read(jobs[0].out), vitray.read(jobs[1].out)
     assert set(table["key"].to_pylist()) == set(row_of_key) | {
@@ -252,7 +250,7 @@ def test_too_many_bad_images_stop_the_run(
     assert (result.rows, result.errors) == (832, 208)
 
 
-def test_too_many_bad_images_of_few_are_told_at_the_end_each_time(
+def test_too_many_bad_images_of_few_are_reported_at_the_end_of_each_run(
     executor: None, tmp_path: Path, shapes_model: str, items: list[Picture]
 ) -> None:
     put_tars(
@@ -309,7 +307,7 @@ def test_a_store_that_fails_in_the_middle_is_one_sentence(
     assert vitray.run(job).rows == 40
 
 
-def test_a_kept_column_with_the_name_of_an_output_column_is_called_input(
+def test_a_passthrough_column_with_the_name_of_an_output_column_is_called_input(
     executor: None, tmp_path: Path, shapes_model: str, items: list[Picture]
 ) -> None:
     table = pa.table({"image": [p.data for p in items[:30]], "label": list(range(30))})
@@ -318,13 +316,13 @@ def test_a_kept_column_with_the_name_of_an_output_column_is_called_input(
         str(tmp_path / "in.parquet"), shapes_model, str(tmp_path / "out"), keep=["label"]
     )
     vitray.run(job)
-    found = vitray.read(job.out, columns=["input_label", "label"])
+    labels = vitray.read(job.out, columns=["input_label", "label"])
     assert (
-        found["input_label"].to_pylist() == list(range(30)) and found["label"].type == pa.string()
+        labels["input_label"].to_pylist() == list(range(30)) and labels["label"].type == pa.string()
     )
 
 
-def test_links_in_a_tar_are_error_rows_and_what_was_left_out_is_told(
+def test_links_in_a_tar_are_error_rows_and_what_was_left_out_is_counted(
     executor: None,
     tmp_path: Path,
     shapes_model: str,
@@ -406,7 +404,7 @@ def test_cut_and_broken_shards_are_named_and_the_rest_completes(
     assert not (tmp_path / "out" / "_SUCCESS.json").exists()
     keys = vitray.read(job.out, columns=["key"])["key"].to_pylist()
     assert keys == [p.key for p in items[: len(keys)]] and 10 < len(keys) < 90
-    assert vitray.run(job).exit_code == 3  # and says so again
+    assert vitray.run(job).exit_code == 3  # and reports it again
     ((shard, at),) = result.truncated.items()
     assert (
         f"cut short  {shard}: at byte {at:,}: {result.notes[shard]}" in str(status(job.out))

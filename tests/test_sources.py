@@ -1,6 +1,4 @@
-"""What a source promises: the same bytes whatever the format, every byte accounted for, nothing
-read that is not ours.
-"""
+"""Sources: the same bytes from every format, every byte accounted for, only allowed paths read."""
 
 from __future__ import annotations
 
@@ -204,7 +202,7 @@ def test_a_changed_input_keeps_its_base_and_an_equal_name_elsewhere_has_another(
         read_all(first, job_for(tmp_path / "a"))
 
 
-def test_what_cannot_be_told_apart_is_refused_with_counts(tmp_path: Path) -> None:
+def test_an_ambiguous_source_is_refused_with_counts(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [("1.jpg", b"x")])
     (tmp_path / "b.png").write_bytes(b"x")
     with pytest.raises(SourceError, match=r"1 \.tar, 1 \.png|1 \.png, 1 \.tar") as error:
@@ -333,9 +331,7 @@ def test_tars_parquet_files_and_manifests_whose_names_are_not_utf8_are_read(tmp_
 
 
 def test_an_escape_in_a_manifest_leads_no_further_than_a_link(tmp_path: Path) -> None:
-    """What is looked at is what is opened: the name with the byte, not the one that is spelt like
-    it.
-    """
+    """The name with the byte is checked and opened, not the name that is spelt like its escape."""
     (tmp_path / "secret.jpg").write_bytes(b"secret")
     folder = tmp_path / "in"
     put_raw(folder, rb"a\udce9.jpg", b"spelt like it")
@@ -411,7 +407,7 @@ def test_a_file_beyond_the_cap_is_a_row_and_is_not_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["", "*.png"])
-def test_a_broken_link_and_a_pipe_are_rows_and_a_folder_behind_a_link_is_none(
+def test_a_broken_link_and_a_pipe_are_rows_and_a_linked_folder_is_not_entered(
     tmp_path: Path, pattern: str
 ) -> None:
     (tmp_path / "in" / "folder.png").mkdir(parents=True)
@@ -441,9 +437,7 @@ FORBIDDEN, DYING = "Permission denied", "Input/output error"
 
 
 def put_numbers(folder: Path, refused: set[int], why: str = FORBIDDEN) -> None:
-    """40 files, of which some are regular files of the kernel's: nobody, not even root, may read
-    it, or it fails as a bad disk does.
-    """
+    """40 files. Some link to kernel files that not even root may read, or that fail like a bad disk."""
     for n in range(40):
         if n in refused:
             (folder / f"{n:02d}.png").symlink_to(
@@ -553,7 +547,7 @@ def test_an_object_that_s3_refuses_costs_its_own_row(
 
 
 @pytest.mark.parametrize("good_reads", [0, 25, 61])
-def test_rights_that_are_lost_in_the_middle_are_nobodys_bad_image(
+def test_rights_that_are_lost_during_a_read_make_no_bad_image(
     behind: tuple[Proxy, Job], good_reads: int
 ) -> None:
     """Keys that expire refuse every object from then on: no row may say that its image was bad."""
@@ -591,7 +585,7 @@ def test_a_broken_link_to_a_tar_is_a_broken_shard(tmp_path: Path) -> None:
         read_all(only_shard(job), job)
 
 
-def test_kept_columns_of_loose_files_are_refused(tmp_path: Path) -> None:
+def test_passthrough_columns_of_loose_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"x")
     job = job_for(tmp_path, keep=["caption"])
     with pytest.raises(JobError, match="caption"):
@@ -619,11 +613,8 @@ def test_a_sample_is_consecutive_members_with_one_key(tmp_path: Path) -> None:
     rows, end = read_tar(write_tar(tmp_path / "a.tar", members), keep=["txt", "bin", "cls"])
     assert pairs(rows) == [
         (0, "d/one", b"1"),
-        (
-            1,
-            "two.seg",
-            b"mask",
-        ),  # nothing tells that seg.png is an extension: no other sample has one
+        # No other sample has seg.png, so it is part of a name.
+        (1, "two.seg", b"mask"),
         (2, "two", b"2"),
         (3, "three", None),
         (4, "one", b"another folder"),
@@ -746,7 +737,7 @@ def test_a_member_beyond_the_cap_is_a_row_and_the_rest_goes_on(tmp_path: Path) -
     assert end == End(2)
 
 
-def test_kept_extensions_that_no_sample_has_are_told(tmp_path: Path) -> None:
+def test_passthrough_extensions_that_no_sample_has_are_reported(tmp_path: Path) -> None:
     members: Members = [("a.jpg", b"1"), ("a.TXT", b"x"), ("b.jpg", b"2"), ("b.seg.png", b"3")]
     job = job_for(
         write_tar(tmp_path / "a.tar", members), keep=["txt", ".cls", "seg.png", "png", "JSON"]
@@ -976,7 +967,7 @@ def test_large_files_are_split_into_whole_row_groups(tmp_path: Path) -> None:
     assert estimate_images([*parts, one], job) == (90_000, True)
 
 
-def test_null_bytes_are_rows_and_kept_columns_keep_their_types(tmp_path: Path) -> None:
+def test_null_bytes_are_rows_and_passthrough_columns_keep_their_types(tmp_path: Path) -> None:
     table = pa.table(
         {
             "tags": pa.array([["a"], None, [], ["b", "c"]]),
@@ -1036,7 +1027,9 @@ def test_the_image_column_is_found_by_name_then_by_type_and_can_be_named(tmp_pat
         list_shards(job_for(tmp_path), [])
 
 
-def test_several_image_columns_are_told_apart_by_a_usual_name_or_refused(tmp_path: Path) -> None:
+def test_of_several_image_columns_one_with_a_usual_name_is_read_or_the_job_is_refused(
+    tmp_path: Path,
+) -> None:
     structs = [{"bytes": b"s", "path": "p"}]
     for columns, want in {
         ("hash", "content"): b"content",
@@ -1082,9 +1075,7 @@ for source in sys.argv[1:]:
 
 
 def test_parquet_is_read_by_the_calling_thread_alone(tmp_path: Path) -> None:
-    """A thread of pyarrow's that still holds a Python buffer when the interpreter ends aborts the
-    process.
-    """
+    """A pyarrow thread with a Python buffer at the end of the interpreter aborts the process."""
     values = [os.urandom(1000) for _ in range(100)]
     pq.write_table(
         pa.table({"image": values, "n": range(100)}), tmp_path / "a.parquet", row_group_size=40
@@ -1280,7 +1271,7 @@ def test_a_bad_line_costs_its_own_row_and_is_named(tmp_path: Path) -> None:
     "line",
     [b"[1]", b'{"path": "a.jpg"', b"[" * 100_000, b'{"path": "\xff.jpg"}', b"{} {}", b"nothing"],
 )
-def test_every_bad_line_is_told_in_the_same_words(tmp_path: Path, line: bytes) -> None:
+def test_every_bad_line_gets_the_same_message(tmp_path: Path, line: bytes) -> None:
     (tmp_path / "m.jsonl").write_bytes(b'{"path": "a.jpg"}\n' + line + b"\n")
     job = job_for(tmp_path / "m.jsonl")
     rows, _ = read_all(only_shard(job), job)

@@ -1,5 +1,4 @@
-"""Inputs that real users had: every image gets a row, or is counted, or the job is refused in plain
-words.
+"""Inputs that real users had: every image gets a row or is counted, or the job is refused.
 
 Each test names the public report that its input was built after.
 """
@@ -157,7 +156,7 @@ def test_sidecars_of_dotted_names_belong_to_their_image(tmp_path: Path, first: s
         stem = name.removesuffix(".jpg")
         pair = {f"{stem}.jpg": jpg(n), f"{stem}.json": json.dumps({"n": n}).encode()}
         members |= pair if first == "jpg" else dict(reversed(pair.items()))
-    found = label(write_tar(tmp_path / "in" / "a.tar", members), tmp_path / "out", keep="json")
+    labelled = label(write_tar(tmp_path / "in" / "a.tar", members), tmp_path / "out", keep="json")
     assert [(row["key"], row["json"]) for row in labelled.rows] == [
         (name.removesuffix(".jpg"), json.dumps({"n": n})) for n, name in enumerate(DOTTED)
     ]
@@ -248,13 +247,13 @@ def test_a_dotted_name_behind_ordinary_ones_gets_a_row(tmp_path: Path) -> None:
         ([], []),
     ],
 )
-def test_member_extensions_are_told_from_names_with_dots(
+def test_member_extensions_are_distinguished_from_names_with_dots(
     names: list[str], extensions: list[str]
 ) -> None:
     assert sorted(dotted_extensions(names).members) == extensions
 
 
-def test_where_a_key_ends_can_be_said(tmp_path: Path) -> None:
+def test_where_a_key_ends_can_be_set(tmp_path: Path) -> None:
     source = write_tar(
         tmp_path / "in" / "a.tar", {"a.x.jpg": jpg(1), "a.y.jpg": jpg(2), "b.jpg": jpg(3)}
     )
@@ -475,7 +474,7 @@ def test_a_field_of_megabytes_costs_no_row(tmp_path: Path) -> None:
 # ---- 8: limit and sample count shards
 
 
-def test_limit_and_sample_say_how_many_images_they_choose(
+def test_limit_and_sample_report_how_many_images_they_choose(
     tmp_path: Path, cli: Callable[..., tuple[int, str, str]], caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = write_files(tmp_path / "in", {f"{n:02d}.jpg": jpg(n) for n in range(12)})
@@ -506,7 +505,7 @@ def test_limit_and_sample_say_how_many_images_they_choose(
             refuse(job_for(folder, tmp_path / "none", sample=0.001, group_size=4))
 
 
-def test_a_limit_that_chooses_every_shard_says_so(
+def test_a_limit_that_chooses_every_shard_is_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = write_files(tmp_path / "in", {f"{n:02d}.jpg": jpg(n) for n in range(12)})
@@ -645,7 +644,9 @@ def test_a_csv_is_read_however_it_was_saved(tmp_path: Path, body: str, encoding:
     assert list(labelled.result.notes.values()) == notes
 
 
-def test_kept_text_of_a_tar_has_no_marks_and_says_when_it_is_not_utf8(tmp_path: Path) -> None:
+def test_passthrough_text_of_a_tar_has_no_byte_order_mark_and_a_note_when_it_is_not_utf8(
+    tmp_path: Path,
+) -> None:
     members = {
         "0.jpg": jpg(1),
         "0.txt": "café".encode("cp1252"),
@@ -679,7 +680,7 @@ def test_a_manifest_of_another_form_is_refused_by_name(
         vitray.run(job_for(tmp_path / name, tmp_path / "out"))
 
 
-def test_a_file_without_a_kept_column_is_set_aside_wherever_it_comes(tmp_path: Path) -> None:
+def test_a_file_without_a_passthrough_column_is_set_aside_wherever_it_comes(tmp_path: Path) -> None:
     for n, names in enumerate((["image"], ["image", "caption"])):
         for order in ("ab", "ba"):
             path = tmp_path / order / f"{order[n]}.parquet"
@@ -744,7 +745,7 @@ def test_pictures_with_much_metadata_are_good_and_negatives_are_positive(tmp_pat
 # ---- 13: members that are not adjacent (webdataset#407)
 
 
-def test_members_that_are_not_adjacent_are_told(tmp_path: Path) -> None:
+def test_members_that_are_not_adjacent_are_reported(tmp_path: Path) -> None:
     images = {f"{n}.jpg": jpg(n) for n in range(3)}
     source = write_tar(tmp_path / "in" / "a.tar", images | {f"{n}.json": b"{}" for n in range(3)})
     labelled = label(source, tmp_path / "out")
@@ -789,13 +790,13 @@ def test_types_are_wide_enough_for_every_file(tmp_path: Path) -> None:
             pa.table({"image": [jpg(n)], "n": pa.array([n + 100], kind)}),
             tmp_path / "in" / f"{n}.parquet",
         )
-    found = label(tmp_path / "in", tmp_path / "out", keep="n")
+    labelled = label(tmp_path / "in", tmp_path / "out", keep="n")
     assert [row["n"] for row in labelled.rows] == [100, 101, 102] and labelled.result.exit_code == 0
     kinds = {pq.read_schema(path).field("n").type for path in (tmp_path / "out" / "data").iterdir()}
     assert kinds == {pa.int64()}
 
 
-def test_a_later_night_with_wider_integers_goes_on_while_they_fit(tmp_path: Path) -> None:
+def test_a_later_run_with_wider_integers_goes_on_while_they_fit(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     pq.write_table(
         pa.table({"image": [jpg(1)], "n": pa.array([1], pa.int32())}), tmp_path / "in" / "a.parquet"
@@ -1006,7 +1007,7 @@ def test_a_first_run_that_committed_nothing_binds_no_later_one(tmp_path: Path) -
         vitray.run(job_for(tmp_path / "in", tmp_path / "out", top_k=1))
 
 
-def test_a_lost_dataset_json_is_made_anew(tmp_path: Path) -> None:
+def test_a_lost_dataset_json_is_created_again(tmp_path: Path) -> None:
     folder = write_files(tmp_path / "in", {"a.jpg": jpg(1)})
     label(folder, tmp_path / "out")
     document = tmp_path / "out" / "_vitray" / "dataset.json"

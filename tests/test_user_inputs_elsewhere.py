@@ -1,6 +1,4 @@
-"""Inputs that real users had, on S3 and on Ray: the same rows and counts as on a disk with
-threads.
-"""
+"""Inputs that real users had, on S3 and on Ray: the same rows and counts as on a local disk."""
 
 from __future__ import annotations
 

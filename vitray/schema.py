@@ -119,6 +119,10 @@ def row_schema(labels: bool, vectors: list[VectorColumn], passthrough: pa.Schema
     return pa.schema(fields)
 
 
+# Filters that torch resizes with as Pillow does: PIL's number, torch's name.
+TORCH_FILTERS = {2: "bilinear", 3: "bicubic"}
+
+
 @dataclass(frozen=True, slots=True)
 class PixelSpec:
     """The work of an image processor: resize and crop on the CPU, then normalise on the device.

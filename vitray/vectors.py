@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-TINY = 1e-30  # instead of a length of 0, so that a zero vector has cosine 0
+TINY = 1e-30  # instead of a length of 0: a zero vector has cosine 0, and errors stay finite
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:

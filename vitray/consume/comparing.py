@@ -17,6 +17,7 @@ from vitray.dataset import Dataset, data_files, matrix_of, read_table, require_d
 from vitray.errors import JobError, shortened
 from vitray.evaluation.metrics import mean_overlap
 from vitray.storage import absolute, store_for
+from vitray.vectors import unit
 
 SAMPLE = 2000  # vectors for CKA and neighbours
 NEIGHBOURS = 10
@@ -249,8 +250,8 @@ def neighbour_overlap(x: np.ndarray, y: np.ndarray, k: int) -> float:
 
 def _nearest(x: np.ndarray, k: int) -> np.ndarray:
     """The numbers of each row's k nearest other rows, by cosine, in no order: [n, k]."""
-    unit = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-    cosines = unit @ unit.T
+    directions = unit(x)
+    cosines = directions @ directions.T
     np.fill_diagonal(cosines, -np.inf)
     return np.argpartition(-cosines, k, axis=1)[:, :k]
 

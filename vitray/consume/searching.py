@@ -1,7 +1,7 @@
 """Search by similarity: the nearest rows of a dataset to a picture or to a row, by cosine.
 
 A search is exact by default: it reads every row, in blocks. With an index, FAISS visits only lists
-of near rows; the share of the nearest rows that it finds was measured when the index was built. The
+of near rows. It finds a share of the nearest rows, which is measured when the index is built. The
 cosine of a zero vector is 0.
 """
 
@@ -39,7 +39,7 @@ from vitray.storage import absolute, exists, is_local, read, store_for
 
 TRAIN_VECTORS = 64  # per list, to compute its centre
 LEAST_VECTORS = 39  # per list; FAISS warns below that
-RECALL = 0.95  # so many lists are visited that this is reached
+RECALL = 0.95  # the search visits the fewest lists that reach this
 RECALL_ROWS = 100  # queries that recall is measured with
 NEIGHBOURS = 10  # of each such query
 # rows of 768 floats, searched in 0.25 s on two cores: loading FAISS and an index takes as long

@@ -160,7 +160,7 @@ class LastSource:
 
 
 def open_dataset(out: str) -> Dataset | None:
-    """The dataset in a directory, with the source of its last run; None when there is none.
+    """The dataset in a directory, with the source of its last run; None without one.
 
     Needs neither torch nor Ray. Raises StorageError for a dataset.json that is not readable.
     """

@@ -91,7 +91,7 @@ def success_manifest(out: str) -> str:
 
 
 def read_manifest(out: str) -> pa.Table | None:
-    """The manifest that _SUCCESS.json names, else the latest one; None when there is none."""
+    """The manifest that _SUCCESS.json names, else the latest one; None without any."""
 
     def look() -> pa.Table | None:
         info = _manifest_info(out)
@@ -109,7 +109,7 @@ def finish(
     """The manifest step.
 
     list_ids: lists the source now: every shard id, and those of them that `limit` leaves.
-    fresh: ids of data files that the last manifest cannot contain, whatever a clock says.
+    fresh: ids of data files that the last manifest cannot contain, even if a clock says otherwise.
 
     Removes superseded files and, with prune, those whose input is gone; repairs error files; writes
     the manifest and _SUCCESS.json. Writes nothing that exists already. Starts over when another

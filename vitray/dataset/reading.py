@@ -23,7 +23,7 @@ BLOCK_ROWS = 4096  # 12 MB of a 768-float vector
 
 
 def require_dataset(out: str) -> Dataset:
-    """The dataset in a directory. Raises JobError when there is none."""
+    """The dataset in a directory. Raises JobError for a directory without one."""
     dataset = open_dataset(out)
     if dataset is None:
         raise JobError(
@@ -33,7 +33,7 @@ def require_dataset(out: str) -> Dataset:
 
 
 def require_complete(out: str) -> Dataset:
-    """The complete dataset in a directory. Raises JobError when there is none, or it is partial."""
+    """The complete dataset in a directory. Raises JobError for a missing or partial dataset."""
     dataset = require_dataset(out)
     if not is_complete(dataset):
         raise JobError(
@@ -58,7 +58,7 @@ def require_outside(dataset: Dataset, option: str, url: str) -> None:
             patterns.setdefault(part, f"its source {source}")
     for pattern, what in patterns.items():
         if any(reads(pattern, url, name) for name in WRITTEN):
-            raise JobError(f"{option} {url} lies inside {what}: choose another place.")
+            raise JobError(f"{option} {url} lies inside {what}: choose another path.")
 
 
 def data_files(out: str) -> list[str]:

@@ -22,7 +22,7 @@ class FileState(StrEnum):
 class Actions:
     """What to do with the data files of a dataset.
 
-    unlisted: committed by another run after the listing began: list again, do nothing else.
+    unlisted: committed by another run after the listing began. If there are any, list again.
     delete: superseded files and, with prune, files whose input is gone.
     admit: the files of the manifest, each with its state.
     pending: planned shards without a data file.

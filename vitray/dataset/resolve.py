@@ -94,7 +94,7 @@ def resolve_dataset(
 
 
 def _require_unused(dataset: Dataset) -> None:
-    """Raises JobError or FingerprintError where the directory holds files of something else."""
+    """Raises JobError or FingerprintError for a directory with files of another origin."""
     out = dataset.out
     for name in COMPACTED:
         if exists(join(out, name)):

@@ -82,11 +82,11 @@ def staged_shards(dataset: Dataset) -> list[str]:
 
 
 def staged_intact(dataset: Dataset, shard_id: str) -> Staged:
-    """Like staged(), but it opens every fragment and deletes those that must be made again.
+    """Like staged(), but it opens every fragment and deletes those that must be made again:
 
-    These are damaged fragments; a fragment beyond the only end, of a reader that saw more rows and
-    died; and a fragment of another length, of a run with other `fragment_rows` whose dataset.json
-    is lost.
+    - damaged fragments;
+    - fragments beyond the only end: a reader that saw more rows died;
+    - fragments of another length: of a run with other `fragment_rows`, whose dataset.json is lost.
     """
     scan, unusable = _scan(dataset, shard_id)
     rows = dataset.fragment_rows

@@ -1,11 +1,15 @@
 """Bytes -> pixels or a reason; hides every oddity of image formats.
 
-Good pixels equal Hugging Face's own path bit for bit: load_image (EXIF orientation, RGB), then the
-checkpoint's PIL processor. That is mode "exact". "fast" resizes with torch, a level off here and
-there; "draft" also decodes large JPEGs at a fraction of their size; "gpu" and "hybrid" are "fast"
-for all that is not `left_to_device`. Which rows are good, and why others are not, is the same in
-all. `decode_one` is the pure part. `decode` runs it in a child (isolation.py), so that a crash, a
-bomb or an endless decoder costs one row. Reading bytes and normalising pixels are elsewhere.
+Good pixels equal those of Hugging Face bit for bit in the mode `exact`: load_image (EXIF
+orientation, RGB), then the checkpoint's PIL processor. The other modes:
+
+- `fast` resizes with torch, with some pixels a level off;
+- `draft` also decodes large JPEGs at a fraction of their size;
+- `gpu` and `hybrid` are `fast` for everything that is not `left_to_device`.
+
+All modes give the same good rows, and the same reasons for the others. `decode_one` is the pure
+part. `decode` runs it in a child process (isolation.py), so that a crash, a bomb or an endless
+decoder costs one row. Other modules read the bytes and normalise the pixels.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -29,31 +33,29 @@ import simplejpeg
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from vitray.decoding.isolation import Child, Death, Limits, Pages, shared
-from vitray.decoding.resize import TORCH_MODES, Pixels, compiled, resize, resize_fast
+from vitray.decoding.resize import Pixels, compiled, resize, resize_fast
 from vitray.errors import one_line
 from vitray.job import FORMATS
-from vitray.schema import DecodeSpec, Encoded, PixelSpec
+from vitray.schema import TORCH_FILTERS, DecodeSpec, Encoded, PixelSpec
 
-MAX_SIDE = (
-    1 << 20
-)  # px: the weights of a resize grow with a side; a PNG of 50,000,000x1 in 146 kB took 1.8 GB
-# cameras and encoders write about 10; a file of 1,000 scans decodes 100 times slower than it is
-# long
+# px: the weights of a resize grow with a side; a PNG of 50,000,000x1 in 146 kB took 1.8 GB
+MAX_SIDE = 1 << 20
+# cameras and encoders write about 10; a file of 1,000 scans decodes 100 times slower than its
+# length suggests
 MAX_SCANS = 100
 PNG_TEXT_BYTES = 64 << 20  # of one chunk, inflated; as much as Pillow allows for all of them
 MESSAGE_CHARS = 200
 PAGES = 4  # of pixels: what one thread's callers hold at a time in the pipeline
-CHILD_RUNS = 64  # calls for which a child is used; a leak or a fragmented heap lives no longer
-CPU_S, CPU_S_PIXELS = (
-    5.0,
-    50_000_000,
-)  # the slowest honest image of so many pixels, a progressive JPEG of noise, takes 2.5 s
+CHILD_RUNS = 64  # calls for which a child is used, to end memory leaks and a fragmented heap
+# The slowest honest image of so many pixels, a progressive JPEG of noise, takes 2.5 s.
+CPU_S = 5.0
+CPU_S_PIXELS = 50_000_000
 # a draft is decoded at no less than three times the size that it is resized to: a level or less off
 # in the mean
 DRAFT_GAP = 3
-ON_DEVICE = ("gpu", "hybrid")  # modes in which plain JPEGs are decoded where the model is
+ON_DEVICE = ("gpu", "hybrid")  # modes in which baseline JPEGs are decoded where the model is
 
-# only tells what an unreadable or unwanted file is; Pillow alone decides what is decoded
+# Only to name what a file is that cannot be read or is not allowed. Pillow decides what is decoded.
 _SIGNATURES = [
     (name, re.compile(pattern, re.DOTALL))
     for name, pattern in (
@@ -74,15 +76,18 @@ _SIGNATURES = [
 ]
 _TURN = Image.Transpose
 _NEW_SUBFILE_TYPE, _SUB_IFDS, _DNG_VERSION, _PHOTOMETRIC = 254, 330, 50706, 262  # tags of a TIFF
-_ODD_MARKERS = frozenset(
-    b"\xc3\xc9\xca\xcb"
-)  # lossless or arithmetic coding, of which Pillow refuses what exceeds its buffer
-_NOT_BASELINE = frozenset(
-    b"\xc1\xc2\xc3\xc5\xc6\xc7\xc9\xca\xcb\xcd\xce\xcf"
-)  # frames; what only looks like one costs speed
+# lossless or arithmetic coding, of which Pillow refuses what exceeds its buffer
+_ODD_MARKERS = frozenset(b"\xc3\xc9\xca\xcb")
+# frames; a false match costs only speed
+_NOT_BASELINE = frozenset(b"\xc1\xc2\xc3\xc5\xc6\xc7\xc9\xca\xcb\xcd\xce\xcf")
 _ORIENTATIONS = {
-    **{2: _TURN.FLIP_LEFT_RIGHT, 3: _TURN.ROTATE_180, 4: _TURN.FLIP_TOP_BOTTOM, 5: _TURN.TRANSPOSE},
-    **{6: _TURN.ROTATE_270, 7: _TURN.TRANSVERSE, 8: _TURN.ROTATE_90},
+    2: _TURN.FLIP_LEFT_RIGHT,
+    3: _TURN.ROTATE_180,
+    4: _TURN.FLIP_TOP_BOTTOM,
+    5: _TURN.TRANSPOSE,
+    6: _TURN.ROTATE_270,
+    7: _TURN.TRANSVERSE,
+    8: _TURN.ROTATE_90,
 }
 _ENTRY = np.dtype(  # an Outcome in shared memory
     [
@@ -99,10 +104,10 @@ _ENTRY = np.dtype(  # an Outcome in shared memory
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one image. reason None: good. width, height: of the header, before EXIF
-    orientation (0: not known).
+    """The result of decoding one image.
 
-    further_pages: of a TIFF, behind the first one, which was decoded.
+    reason: None for a good image. width, height: of the header, before EXIF orientation; 0 where
+    they are unknown. further_pages: of a TIFF, after the first one, which was decoded.
     """
 
     width: int
@@ -114,41 +119,38 @@ class Outcome:
 
 
 def decode_one(data: bytes, spec: DecodeSpec, into: Pixels) -> Outcome:
-    """The outcome of one image; a good one's pixels are in `into`, uint8 [H, W, 3]. In this
-    process: nothing limits it.
+    """The outcome of one image; a good one's pixels are in `into`, uint8 [H, W, 3].
+
+    Runs in this process, without limits.
     """
     outcome = Outcome(0, 0, "", None, "")
     try:
         image = _open(data, spec.formats)
         # a TIFF's `size` is already turned by its orientation
         width, height = getattr(image, "_tile_size", image.size)
-        outcome = Outcome(
-            width, height, "jpeg" if image.format == "MPO" else image.format.lower(), None, ""
-        )
-        markers = _markers(data) if outcome.format == "jpeg" else b""
+        form = "jpeg" if image.format == "MPO" else image.format.lower()
+        outcome = Outcome(width, height, form, None, "")
+        markers = _markers(data) if form == "jpeg" else b""
         _check_header(image, data, markers, spec.max_pixels)
-        if outcome.format == "tiff" and spec.rules > 1 and _is_camera_raw(image, data):
+        if form == "tiff" and spec.rules > 1 and _is_camera_raw(image, data):
             raise _Refused(
                 "format_not_allowed",
                 "camera raw is not decoded: its first page is a thumbnail. Export it as JPEG or "
                 "TIFF",
             )
-        plain = markers and image.mode in ("RGB", "L") and _ODD_MARKERS.isdisjoint(markers)
-        into[...] = _fit(_rgb(image, data if plain else None, spec), spec)
-        return (
-            replace(outcome, further_pages=_further_pages(data))
-            if outcome.format == "tiff"
-            else outcome
-        )
+        is_simple = image.mode in ("RGB", "L") and _ODD_MARKERS.isdisjoint(markers)
+        jpeg = data if markers and is_simple else None
+        into[...] = _fit(_rgb(image, jpeg, spec), spec)
+        if form == "tiff":
+            return replace(outcome, further_pages=_further_pages(data))
+        return outcome
     except _Refused as refusal:
         return replace(outcome, reason=refusal.reason, message=_one_line(str(refusal)))
-    except (
-        Exception
-    ) as error:  # the one place where a bad image turns into data: Pillow raises nearly every type
+    # The one place where a bad image turns into data: Pillow raises nearly every type.
+    except Exception as error:
         reason = "truncated" if "truncated" in str(error).lower() else "decode_error"
-        return replace(
-            outcome, reason=reason, message=_one_line(f"{type(error).__name__}: {error}")
-        )
+        message = _one_line(f"{type(error).__name__}: {error}")
+        return replace(outcome, reason=reason, message=message)
 
 
 def decode(
@@ -157,34 +159,32 @@ def decode(
     one: Callable[..., Outcome] = decode_one,
     limits: Limits | None = None,
 ) -> tuple[Pixels, list[Outcome]]:
-    """Pixels uint8 [n_good, H, W, 3] of the good ones in order, and one outcome an item. limits:
-    None for those of spec.max_pixels.
+    """Pixels uint8 [n_good, H, W, 3] of the good images in order, and one outcome for each item.
 
-    The pixels lie where the child wrote them, until the array and all views on it are gone. Raises
-    what isolation.Child.run raises.
+    The pixels stay where the child wrote them, until the array and all views on it are gone.
+    limits: None for those that follow from spec.max_pixels. Raises what isolation.Child.run raises.
     """
     images = [item.data for item in items if item.data]
     load_decoders(spec.mode)
     worker = _worker_for(one, spec, limits or limits_of(spec), len(images))
-    ledger = worker.ledger
+    entries = worker.entries
 
     def charge(at: int, death: Death) -> None:
         reason = "time_limit" if death.timed_out else "decoder_died"
-        ledger[at] = _entry(Outcome(0, 0, "", reason, f"the decoder {death.message}"))
+        entries[at] = _entry(Outcome(0, 0, "", reason, f"the decoder {death.message}"))
 
     worker.child.run(images, charge)
-    decoded = map(_outcome, ledger[: len(images)].tolist())
+    decoded = map(_outcome, entries[: len(images)].tolist())
     outcomes = [next(decoded) if item.data else _without_bytes(item) for item in items]
     good = sum(outcome.reason is None for outcome in outcomes)
-    if (
-        good < len(images) or worker.child.runs == CHILD_RUNS
-    ):  # a bad image may have spoilt more than its own row
-        _here.worker = None
+    # a bad image may have damaged more than its own row
+    if good < len(images) or worker.child.runs == CHILD_RUNS:
+        _per_thread.worker = None
     return worker.pages.current[:good], outcomes
 
 
 def decode_bytes(blobs: list[Any], spec: DecodeSpec) -> tuple[Pixels, list[Outcome]]:
-    """`decode`, of images that are nothing but their bytes."""
+    """`decode` for images of which only the bytes are known."""
     return decode([Encoded(n, "", "", bytes(blob)) for n, blob in enumerate(blobs)], spec)
 
 
@@ -194,76 +194,78 @@ def limits_of(spec: DecodeSpec) -> Limits:
 
 
 def left_to_device(data: bytes | None, spec: DecodeSpec) -> tuple[Outcome, int] | None:
-    """Header and EXIF orientation (1..8) of a JPEG for a hardware decoder: baseline, whole, within
-    limits, to be exported.
+    """Header and EXIF orientation (1..8) of a JPEG that a hardware decoder takes, else None.
+
+    It takes baseline JPEGs that are complete, within the limits, and resized to a smaller size.
     """
-    resized = spec.pixels.size is not None and spec.pixels.resample in TORCH_MODES
-    if (
-        spec.mode not in ON_DEVICE
-        or not resized
-        or not data
-        or data[:3] + data[-2:] != b"\xff\xd8\xff\xff\xd9"
-    ):
+    resized = spec.pixels.size is not None and spec.pixels.resample in TORCH_FILTERS
+    if spec.mode not in ON_DEVICE or not resized or not data:
         return None
-    with suppress(Exception):  # `decode` says what is wrong with it
+    if data[:3] + data[-2:] != b"\xff\xd8\xff\xff\xd9":
+        return None
+    with suppress(Exception):  # `decode` reports what is wrong with it
         image, markers = _open(data, spec.formats), _markers(data)
         _check_header(image, data, markers, spec.max_pixels)
         turn = _orientation(image)
         width, height = image.size[::-1] if turn in (5, 6, 7, 8) else image.size
         to_width, to_height = fit_size((width, height), spec.pixels)
         rows, columns = spec.pixels.crop or (to_height, to_width)
-        baseline = (
-            0xC0 in markers
-            and _NOT_BASELINE.isdisjoint(markers)
-            and image.info.get("adobe_transform", 1) == 1
-        )
-        plain = (
-            baseline and image.format == "JPEG" and [part[0] for part in image.layer] == [1, 2, 3]
-        )
-        if plain and columns <= to_width <= width and rows <= to_height <= height:
-            return Outcome(
-                image.width, image.height, "jpeg", None, ""
-            ), turn if turn in _ORIENTATIONS else 1
+        is_smaller = columns <= to_width <= width and rows <= to_height <= height
+        if _is_baseline(image, markers) and is_smaller:
+            outcome = Outcome(image.width, image.height, "jpeg", None, "")
+            return outcome, turn if turn in _ORIENTATIONS else 1
     return None
 
 
+def _is_baseline(image: Any, markers: bytes) -> bool:
+    """Whether a JPEG is baseline, with the usual three components in YCbCr."""
+    return (
+        0xC0 in markers
+        and _NOT_BASELINE.isdisjoint(markers)
+        and image.info.get("adobe_transform", 1) == 1
+        and image.format == "JPEG"
+        and [part[0] for part in image.layer] == [1, 2, 3]
+    )
+
+
 class _DecoderWorker:
-    """A child that decodes, the pages of pixels that it fills, and the ledger of what became of
-    each image.
-    """
+    """A child process that decodes, the pages of pixels that it fills, and an entry per image."""
 
     def __init__(
         self, key: tuple[Callable[..., Outcome], DecodeSpec, Limits, int], rows: int
     ) -> None:
-        self.key, (one, spec, limits, _) = key, key
+        self.key = key
+        one, spec, limits, _ = key
         self.pages = pages = Pages(PAGES, (rows, *spec.pixels.shape, 3), np.uint8)
-        self.ledger = ledger = shared((rows,), _ENTRY)
+        self.entries = entries = shared((rows,), _ENTRY)
 
         def work(at: int, data: bytes) -> None:
             _prepare_child(spec.mode)
-            good = int(np.count_nonzero(ledger["good"][:at]))
-            ledger[at] = _entry(one(data, spec, pages.current[good]))
+            good = int(np.count_nonzero(entries["good"][:at]))
+            entries[at] = _entry(one(data, spec, pages.current[good]))
 
-        self.child = Child(work, rows, limits, [ledger, *pages.memory])
+        self.child = Child(work, rows, limits, [entries, *pages.memory])
 
 
 _loading = threading.Lock()
-_here = threading.local()  # a child dies with the thread that forked it
+_per_thread = threading.local()  # a child dies with the thread that forked it
 
 
 def _worker_for(
     one: Callable[..., Outcome], spec: DecodeSpec, limits: Limits, rows: int
 ) -> _DecoderWorker:
-    """That of this thread's last call, where it fits and has a free page."""
-    worker, key = getattr(_here, "worker", None), (one, spec, limits, os.getpid())
-    if worker is None or worker.key != key or len(worker.ledger) < rows or not worker.pages.turn():
-        worker = _here.worker = _DecoderWorker(key, rows)
+    """The worker of this thread's last call if it fits and has a free page, else a new one."""
+    key = (one, spec, limits, os.getpid())
+    worker: _DecoderWorker | None = getattr(_per_thread, "worker", None)
+    if worker is None or worker.key != key or len(worker.entries) < rows or not worker.pages.turn():
+        worker = _per_thread.worker = _DecoderWorker(key, rows)
     return worker
 
 
 def load_decoders(mode: str) -> None:
-    """Every decoder was imported and run once: a child that imports may wait for ever on a lock of
-    a thread it does not have.
+    """Import every decoder and run it once, before a child is forked.
+
+    A child that imports may wait for ever on a lock of a thread that it does not have.
     """
     with _loading:
         _load_decoders(mode)
@@ -275,13 +277,8 @@ def _load_decoders(mode: str) -> None:
         compiled()
     Image.init()
     forms = ("jpeg", "png", "webp", "bmp", "gif", "tiff")
-    spec = DecodeSpec(
-        PixelSpec((4, 4), Image.Resampling.BILINEAR, None, 1, (0, 0, 0), (1, 1, 1)),
-        forms,
-        64,
-        None,
-        mode,
-    )
+    pixels = PixelSpec((4, 4), Image.Resampling.BILINEAR, None, 1, (0, 0, 0), (1, 1, 1))
+    spec = DecodeSpec(pixels, forms, max_pixels=64, background=None, mode=mode)
     for form in forms:
         buffer = io.BytesIO()
         Image.new("RGB", (8, 8)).save(buffer, form)
@@ -290,23 +287,23 @@ def _load_decoders(mode: str) -> None:
 
 @cache
 def _prepare_child(mode: str) -> None:
-    Image.MAX_IMAGE_PIXELS = None  # our own cap is judged from the header
-    PngImagePlugin.MAX_TEXT_CHUNK = (
-        PNG_TEXT_BYTES  # else 1 MB of metadata makes a good picture a bad one
-    )
-    with suppress(
-        AttributeError
-    ):  # not glibc. M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: a page that was freed serves the next image
-        _ = [
-            ctypes.CDLL(None).mallopt(option, limit)
-            for option, limit in ((-3, 1 << 25), (-1, 1 << 28))
-        ]
+    Image.MAX_IMAGE_PIXELS = None  # vitray's own cap is checked on the header
+    # Pillow's default makes a good image with 1 MB of metadata a bad one
+    PngImagePlugin.MAX_TEXT_CHUNK = PNG_TEXT_BYTES
+    _keep_freed_memory()
     if mode != "exact":
         import torch
 
-        torch.set_num_threads(
-            1
-        )  # OpenMP would wait for ever for the threads that it had before the fork
+        # OpenMP would wait for ever for the threads that it had before the fork
+        torch.set_num_threads(1)
+
+
+def _keep_freed_memory() -> None:
+    """Let a freed page serve the next image: M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of glibc."""
+    with suppress(AttributeError):  # not glibc
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 25)
+        libc.mallopt(-1, 1 << 28)
 
 
 def _without_bytes(item: Encoded) -> Outcome:
@@ -316,7 +313,8 @@ def _without_bytes(item: Encoded) -> Outcome:
 
 
 def _entry(outcome: Outcome) -> tuple[object, ...]:
-    reason, message = (outcome.reason or "").encode(), outcome.message.encode()[:MESSAGE_CHARS]
+    reason = (outcome.reason or "").encode()
+    message = outcome.message.encode()[:MESSAGE_CHARS]
     return (
         outcome.width,
         outcome.height,
@@ -330,12 +328,18 @@ def _entry(outcome: Outcome) -> tuple[object, ...]:
 
 def _outcome(entry: tuple[Any, ...]) -> Outcome:
     width, height, form, reason, message, _, further_pages = entry
-    reason, message = reason.decode() or None, message.decode(errors="ignore")
-    return Outcome(width, height, form.decode(), reason, message, further_pages)
+    return Outcome(
+        width=width,
+        height=height,
+        format=form.decode(),
+        reason=reason.decode() or None,
+        message=message.decode(errors="ignore"),
+        further_pages=further_pages,
+    )
 
 
 class _Refused(Exception):
-    """This image breaks our policy."""
+    """This image breaks vitray's rules. reason: of schema.REASONS."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -347,60 +351,68 @@ def _one_line(text: str) -> str:
 
 
 def _open(data: bytes, formats: Sequence[str]) -> Any:
-    """The image with its header read and no pixel decoded."""
+    """The image, with its header read and no pixel decoded."""
     names = [name.lower() for name in formats]
     try:
         return Image.open(io.BytesIO(data), formats=[name.upper() for name in names])
     except Image.DecompressionBombError as error:
         raise _Refused("too_many_pixels", str(error)) from None
     except (UnidentifiedImageError, OSError) as error:
-        name = next((name for name, pattern in _SIGNATURES if pattern.match(data)), None)
-        if name is None:
-            raise _Refused("not_an_image", "no known image signature") from None
-        if name not in names:
-            if name in FORMATS:
-                raise _Refused(
-                    "format_not_allowed", f"{name} is not in formats ({', '.join(names)})"
-                ) from None
-            raise _Refused(
-                "format_not_allowed", f"{name} is not decoded: convert it to JPEG, PNG or WebP"
-            ) from None
-        if _bytes_needed(name, data) > len(data):
-            raise _Refused(
-                "truncated", f"the {name} header points beyond the {len(data)} bytes that are there"
-            ) from None
+        _refuse_unopened(data, names)
         if isinstance(error, UnidentifiedImageError):
             raise _Refused(
                 "not_an_image",
-                f"starts like a {name}, but its header is cut, broken, or of a kind that Pillow "
-                f"does not read",
+                f"starts like a {_signature(data)}, but its header is cut, broken, or of a kind "
+                f"that Pillow does not read",
             ) from None
         raise
 
 
+def _signature(data: bytes) -> str | None:
+    """The format that the first bytes name."""
+    return next((name for name, pattern in _SIGNATURES if pattern.match(data)), None)
+
+
+def _refuse_unopened(data: bytes, names: Sequence[str]) -> None:
+    """Raise _Refused if the first bytes say why Pillow could not open the file."""
+    name = _signature(data)
+    if name is None:
+        raise _Refused("not_an_image", "no known image signature") from None
+    if name not in names:
+        message = f"{name} is not decoded: convert it to JPEG, PNG or WebP"
+        if name in FORMATS:
+            message = f"{name} is not in formats ({', '.join(names)})"
+        raise _Refused("format_not_allowed", message) from None
+    if _bytes_needed(name, data) > len(data):
+        raise _Refused(
+            "truncated", f"the {name} header points beyond the {len(data)} bytes that are there"
+        ) from None
+
+
 def _further_pages(data: bytes) -> int:
-    """How many pages a TIFF has behind the first; 0 where their directories cannot be read."""
+    """The number of pages of a TIFF after the first; 0 where they cannot be read."""
     with suppress(Exception):
         return int(Image.open(io.BytesIO(data), formats=["TIFF"]).n_frames) - 1
     return 0
 
 
 def _bytes_needed(name: str, data: bytes) -> int:
-    """The least size that the first bytes promise, for the formats whose cut files Pillow does not
-    call truncated.
+    """The least size of a file, by its first bytes.
+
+    For the formats whose cut files Pillow does not call truncated; 0 for the others.
     """
     if name == "webp":
         return 8 + int.from_bytes(data[4:8], "little")
     if name == "tiff" and data[2:4] in (b"*\0", b"\0*"):
-        return 2 + int(
-            struct.unpack("<I" if data[:2] == b"II" else ">I", data[4:8].ljust(4, b"\0"))[0]
-        )
+        order = "<I" if data[:2] == b"II" else ">I"
+        return 2 + int(struct.unpack(order, data[4:8].ljust(4, b"\0"))[0])
     return 0
 
 
 def _markers(data: bytes) -> bytes:
-    """The byte behind each 0xFF of a JPEG; the codes of its markers are among them. Four times as
-    fast as bytes.count.
+    """The byte after each 0xFF of a JPEG, which include the codes of its markers.
+
+    This is four times as fast as bytes.count.
     """
     values = np.frombuffer(data, np.uint8)
     return bytes(values[1:][values[:-1] == 0xFF])
@@ -419,35 +431,35 @@ def _check_header(image: Any, data: bytes, markers: bytes, max_pixels: int) -> N
 
 
 def _is_camera_raw(image: Any, data: bytes) -> bool:
-    """Whether a TIFF is one of the cameras' own formats: DNG, CR2, or a thumbnail with the picture
-    behind SubIFDs (NEF, ARW).
-    """
+    """Whether a TIFF is camera raw: DNG, CR2, or a thumbnail with SubIFDs (NEF, ARW)."""
     tags = image.tag_v2
     is_thumbnail = bool(int(tags.get(_NEW_SUBFILE_TYPE, 0)) & 1)
     return _DNG_VERSION in tags or data[8:10] == b"CR" or (is_thumbnail and _SUB_IFDS in tags)
 
 
 def _scans(data: bytes) -> int:
-    """Scans of a JPEG up to its end marker, counted to MAX_SCANS + 1. Those of thumbnails and
-    trailing videos do not count.
+    """The scans of a JPEG up to its end marker, counted to MAX_SCANS + 1.
+
+    Scans of thumbnails and trailing videos do not count.
     """
     marker = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd8]")
     count = at = 0
-    while (
-        (found := marker.search(data, at)) and data[found.end() - 1] != 0xD9 and count <= MAX_SCANS
-    ):
-        count += data[found.end() - 1] == 0xDA
-        at = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+    while count <= MAX_SCANS and (match := marker.search(data, at)):
+        end = match.end()
+        code = data[end - 1]
+        if code == 0xD9:
+            break
+        count += code == 0xDA
+        at = end + int.from_bytes(data[end : end + 2], "big")
     return count
 
 
 def _rgb(image: Any, jpeg: bytes | None, spec: DecodeSpec) -> Any:
-    """The upright RGB image that Hugging Face's load_image gives, or our policy where that one
-    raises or spoils.
+    """The upright RGB image that Hugging Face's load_image gives, or an array [H, W, 3] of it.
 
-    An array [H, W, 3] instead of an image where that saves a copy.
+    The array saves a copy. Where load_image raises or damages pixels, vitray's own rules apply.
     """
-    loaded = _load(image, jpeg, spec)
+    loaded = load_pixels(image, jpeg, spec)
     if isinstance(loaded, np.ndarray):
         return loaded
     if (turn := _ORIENTATIONS.get(_orientation(image))) is not None:
@@ -460,16 +472,17 @@ def _rgb(image: Any, jpeg: bytes | None, spec: DecodeSpec) -> Any:
     return loaded if loaded.mode == "RGB" else loaded.convert("RGB")
 
 
-def _load(image: Any, jpeg: bytes | None, spec: DecodeSpec) -> Any:
-    """The image with its pixels. libjpeg-turbo by itself gives those of Pillow, which is built on
+def load_pixels(image: Any, jpeg: bytes | None, spec: DecodeSpec) -> Any:
+    """The image with its pixels, or an array [H, W, 3] of them.
+
+    jpeg: the bytes, for libjpeg-turbo itself. It gives the same pixels as Pillow, which is built on
     it, without Pillow's copies.
     """
     if jpeg is not None:
         packed = _orientation(image) not in _ORIENTATIONS
         width, height = _draft_size(image.size, spec) if spec.mode == "draft" else image.size
-        with suppress(
-            Exception
-        ):  # it raises at every flaw; what is good in spite of one, or why not, only Pillow says
+        # it raises at every flaw; only Pillow decides whether the image is good in spite of one
+        with suppress(Exception):
             pixels = simplejpeg.decode_jpeg(
                 jpeg, "RGB" if packed else "RGBX", min_height=height, min_width=width
             )
@@ -479,33 +492,28 @@ def _load(image: Any, jpeg: bytes | None, spec: DecodeSpec) -> Any:
 
 
 def _draft_size(size: tuple[int, int], spec: DecodeSpec) -> tuple[int, int]:
-    """An eighth, a quarter or a half, where that divides the sides: a rounded side would move every
-    pixel after the resize.
+    """An eighth, a quarter or a half of the size, if that divides both sides, else the size.
+
+    A rounded side would move every pixel after the resize.
     """
     least = DRAFT_GAP * max(spec.pixels.size or size)
-    part = next(
-        (
-            part
-            for part in (8, 4, 2)
-            if all(side % part == 0 and side // part >= least for side in size)
-        ),
-        1,
-    )
-    return size[0] // part, size[1] // part
+    for divisor in (8, 4, 2):
+        if all(side % divisor == 0 and side // divisor >= least for side in size):
+            return size[0] // divisor, size[1] // divisor
+    return size
 
 
 def _image(pixels: Pixels) -> Any:
-    """The RGB image whose memory `pixels` is, uint8 [H, W, 4], the last unused: as Pillow keeps
-    them, so nothing is copied.
+    """An RGB image over the memory of `pixels`, uint8 [H, W, 4], the last unused.
+
+    Pillow keeps pixels so, and therefore copies nothing.
     """
     flat = pa.Array.from_buffers(pa.uint8(), pixels.size, [None, pa.py_buffer(pixels)])
     return Image.fromarrow(flat, "RGB", (pixels.shape[1], pixels.shape[0]))
 
 
 def _orientation(image: Any) -> Any:
-    """The EXIF orientation. An EXIF block that cannot be read has none: load_image raises there,
-    though the pixels are good.
-    """
+    """The EXIF orientation; 1 for a broken EXIF block, at which load_image raises."""
     try:
         return image.getexif().get(0x0112, 1)
     except (SyntaxError, ValueError, TypeError, LookupError, OverflowError, struct.error):
@@ -521,9 +529,8 @@ def _to_8bit(image: Any, rules: int) -> Any:
         )
     tags = getattr(image, "tag_v2", {})
     bits = 12 if tags.get(258) == (12,) else 16  # TIFF BitsPerSample
-    if (
-        tags.get(_PHOTOMETRIC) == 0 and rules > 1
-    ):  # white is zero, which Pillow 13 heeds for 8 bits alone
+    # white is zero, which Pillow 13 respects for 8 bits alone
+    if tags.get(_PHOTOMETRIC) == 0 and rules > 1:
         values = (1 << bits) - 1 - values
     scaled = Image.fromarray((values >> (bits - 8)).astype(np.uint8))
     if "transparency" in image.info:
@@ -539,9 +546,10 @@ def _fit(image: Any, spec: DecodeSpec) -> Pixels:
             "too_many_pixels", f"{full[0]}x{full[1]} resized becomes {size[0]}x{size[1]}"
         )
     if spec.pixels.size is not None and spec.mode == "exact":
-        image = (partial(resize, image) if isinstance(image, np.ndarray) else image.resize)(
-            size, spec.pixels.resample
-        )
+        if isinstance(image, np.ndarray):
+            image = resize(image, size, spec.pixels.resample)
+        else:
+            image = image.resize(size, spec.pixels.resample)
     elif spec.pixels.size is not None:
         image = resize_fast(np.require(image, np.uint8, "W"), size, spec.pixels.resample)
     pixels = np.asarray(image)
@@ -549,8 +557,9 @@ def _fit(image: Any, spec: DecodeSpec) -> Pixels:
 
 
 def fit_size(size: tuple[int, int], pixels: PixelSpec) -> tuple[int, int]:
-    """(width, height) after the resize. Source:
-    transformers.image_transforms.get_resize_output_image_size.
+    """(width, height) after the resize.
+
+    Source: transformers.image_transforms.get_resize_output_image_size.
     """
     if pixels.size is None:
         return size
@@ -564,12 +573,15 @@ def fit_size(size: tuple[int, int], pixels: PixelSpec) -> tuple[int, int]:
 
 
 def _center_crop(pixels: Pixels, crop: tuple[int, int]) -> Pixels:
-    """The middle, on zeros where the image is smaller. Source:
-    transformers.image_transforms.center_crop.
+    """The middle of the pixels, on zeros where the image is smaller.
+
+    Source: transformers.image_transforms.center_crop.
     """
     out = np.zeros((*crop, 3), np.uint8)
-    top, left = ((have - want) // 2 for have, want in zip(pixels.shape, crop))
-    middle = pixels[max(0, top) : max(0, top) + crop[0], max(0, left) : max(0, left) + crop[1]]
-    below, right = max(0, -top), max(0, -left)
+    top, left_edge = ((side - part) // 2 for side, part in zip(pixels.shape, crop))
+    rows = slice(max(0, top), max(0, top) + crop[0])
+    columns = slice(max(0, left_edge), max(0, left_edge) + crop[1])
+    middle = pixels[rows, columns]
+    below, right = max(0, -top), max(0, -left_edge)
     out[below : below + middle.shape[0], right : right + middle.shape[1]] = middle
     return out

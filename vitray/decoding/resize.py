@@ -1,8 +1,8 @@
 """Pillow's resize of RGB pixels, bit for bit, in less than half of its time.
 
-Pillow weighs a pixel's neighbours in integers with 22 bits behind the point, in one direction,
-rounds to bytes, then does so in the other. Numba compiles the same sums for this machine's vector
-units. Source: Resample.c and Image.resize of Pillow 13.
+Pillow weights a pixel's neighbours in integers with 22 fractional bits, in one direction. It rounds
+to bytes, then does the same in the other direction. Numba compiles the same sums for this machine's
+vector units. Source: Resample.c and Image.resize of Pillow 13.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vitray.errors import one_line
+from vitray.schema import TORCH_FILTERS
 
 log = logging.getLogger(__name__)
 
 Pixels = NDArray[np.uint8]
 Passes = Callable[[Pixels, Any, Pixels], None]  # source, weights, result
 
-TORCH_MODES = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
-
 _BITS = 22
 _first_use = threading.Lock()
-_known: list[tuple[Passes, Passes] | None] = []
+_compiled_passes: list[tuple[Passes, Passes] | None] = []  # empty until the first use
 _down: Any = None  # compiled, for _passes
 _ROWS = 32  # what the pass across turns at a time: stays in the nearest cache
 
 
 def resize(pixels: Pixels, size: tuple[int, int], resample: int) -> Pixels:
-    """uint8 [H, W, 3] as uint8 [height, width, 3] for `size` (width, height). What Numba is not
-    here for, Pillow does.
+    """uint8 [H, W, 3] as uint8 [height, width, 3], for `size` (width, height).
+
+    Pillow does it where Numba is missing, and for filters that are not compiled here.
     """
     kernel, passes = _KERNELS.get(resample), _compiled()
     if kernel is None or passes is None:
@@ -52,7 +52,9 @@ def _by_pillow(pixels: Pixels, size: tuple[int, int], resample: int) -> Pixels:
 def _resized(
     pixels: Pixels, size: tuple[int, int], kernel: tuple[Any, float], passes: tuple[Passes, Passes]
 ) -> Pixels:
-    (rows, columns, _), (width, height), (down, across) = pixels.shape, size, passes
+    rows, columns, _ = pixels.shape
+    width, height = size
+    down, across = passes
     for axis in (0, 1) if _height_first(pixels.shape, size) else (1, 0):
         if axis and width != columns:
             wide = np.empty((len(pixels), width, 3), np.uint8)
@@ -66,26 +68,28 @@ def _resized(
 
 
 def resize_fast(pixels: Pixels, size: tuple[int, int], resample: int) -> Pixels:
-    """As Pillow's resize, a level off here and there, and several times faster. What torch does
-    otherwise is left to Pillow.
+    """Pillow's resize with some pixels a level off, and several times faster.
+
+    Pillow does what torch would do differently.
     """
-    (width, height), (rows, columns, _), mode = size, pixels.shape, TORCH_MODES.get(resample)
-    if (
-        mode is None or width > columns or height > rows
-    ):  # enlarging, their bicubics are two levels apart
+    width, height = size
+    rows, columns, _ = pixels.shape
+    mode = TORCH_FILTERS.get(resample)
+    # when enlarging, their bicubics are two levels apart
+    if mode is None or width > columns or height > rows:
         return _by_pillow(pixels, size, resample)
     import torch
 
-    export_model = partial(torch.nn.functional.interpolate, mode=mode, antialias=True)
+    shrink = partial(torch.nn.functional.interpolate, mode=mode, antialias=True)
     # one image, channels last: the layout for which torch's kernel is fast
     batch = torch.from_numpy(pixels).view(1, rows, columns, 3).permute(0, 3, 1, 2)
     if _height_first(pixels.shape, size):
-        batch = export_model(batch, (height, columns))
-    return np.asarray(export_model(batch, (height, width))[0].permute(1, 2, 0))
+        batch = shrink(batch, (height, columns))
+    return np.asarray(shrink(batch, (height, width))[0].permute(1, 2, 0))
 
 
 def _height_first(shape: tuple[int, ...], size: tuple[int, int]) -> bool:
-    """Pillow begins with the direction that leaves less to do for the other."""
+    """Whether Pillow resizes the height first: the direction that saves more work in the other."""
     return shape[0] - size[1] > max(0, 2 * (shape[1] - size[0]))
 
 
@@ -94,7 +98,8 @@ def _triangle(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _cubic(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    near, far = (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = (((x - 5) * x + 8) * x - 4) * -0.5
     return np.where(x < 1, near, np.where(x < 2, far, 0))
 
 
@@ -111,7 +116,7 @@ def _weights(
     kernel: Callable[[NDArray[np.float64]], NDArray[np.float64]],
     reach: float,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]:
-    """Of each pixel of the result: its first neighbour, how many it has, and what they weigh."""
+    """For each pixel of the result: its first neighbour, their number, and their weights."""
     scale = size / result
     stretch = max(scale, 1.0)
     centre = (np.arange(result) + 0.5) * scale
@@ -120,37 +125,36 @@ def _weights(
     step = np.arange(math.ceil(reach * stretch) * 2 + 1)
     weights = kernel(np.abs((step + first[:, None] - centre[:, None] + 0.5) * (1.0 / stretch)))
     weights[step >= count[:, None]] = 0
-    total = weights.cumsum(axis=1)[
-        :, -1:
-    ]  # one by one, as Pillow: a pairwise sum differs in the last bit
+    # one by one, as Pillow: a pairwise sum differs in the last bit
+    total = weights.cumsum(axis=1)[:, -1:]
     weights = np.divide(weights, total, out=weights, where=total != 0) * (1 << _BITS)
     return first, count, np.trunc(weights + np.copysign(0.5, weights)).astype(np.int32)
 
 
 def compiled() -> bool:
-    """Whether Numba does it here. Best asked before threads start: Numba's first use and an import
-    in another thread disturb each other.
+    """Whether Numba resizes here; the first call compiles.
+
+    Call it before threads start: Numba's first use and an import in another thread disturb each
+    other.
     """
     return _compiled() is not None
 
 
 def _compiled() -> tuple[Passes, Passes] | None:
     # no lock after that: one held by another thread at a fork would be held in the child for ever
-    if not _known:
+    if not _compiled_passes:
         with _first_use:
-            _known.extend([] if _known else [_compile()])
-    return _known[0]
+            if not _compiled_passes:
+                _compiled_passes.append(_compile())
+    return _compiled_passes[0]
 
 
 def _compile() -> tuple[Passes, Passes] | None:
-    """The pass down and the pass across, checked against Pillow; None without a Numba that
-    works.
-    """
+    """The pass down and the pass across, checked against Pillow; None if Numba does not work."""
     try:
         passes = _passes(import_module("numba"))
     except Exception as error:
-        # ImportError also beside a NumPy that is newer than it knows; else whatever its compiler
-        # raises
+        # ImportError, also with a NumPy that is too new for it, or any error of its compiler
         if not isinstance(error, ModuleNotFoundError):
             log.warning(
                 "Numba cannot be used here (%s): Pillow resizes, with the same bits, more slowly",
@@ -158,19 +162,21 @@ def _compile() -> tuple[Passes, Passes] | None:
             )
         return None
     sample = np.arange(60 * 40 * 3, dtype=np.uint32).astype(np.uint8).reshape(60, 40, 3)
-    right = all(
+    is_equal = all(
         np.array_equal(_resized(sample, size, kernel, passes), _by_pillow(sample, size, number))
         for number, kernel in _KERNELS.items()
         for size in ((9, 50), (50, 9))
     )
-    if not right:
+    if not is_equal:
         log.warning("this Numba and this Pillow resize differently: Pillow does it, more slowly")
-    return passes if right else None
+    return passes if is_equal else None
 
 
 def _passes(numba: Any) -> tuple[Passes, Passes]:
     weights = "Tuple((int64[::1], int64[::1], int32[:,::1]))"
-    half, low, high = np.int32(1 << (_BITS - 1)), np.int32(0), np.int32(255)
+    half = np.int32(1 << (_BITS - 1))
+    low = np.int32(0)
+    high = np.int32(255)
 
     def down(source: Pixels, weights: Any, result: Pixels) -> None:
         first, count, weight = weights
@@ -185,8 +191,8 @@ def _passes(numba: Any) -> tuple[Passes, Passes]:
             for x in range(len(sums)):
                 line[x] = np.uint8(min(max(sums[x] >> _BITS, low), high))
 
-    # by a name of the module: what a function closes over is in the name of its cache, and a
-    # compiled one is another in each process
+    # A global of the module: the name of a function's cache includes what it closes over, and a
+    # compiled function differs in each process.
     global _down
     _down = _jit(numba, f"void(uint8[:,::1], {weights}, uint8[:,::1])", down)
 
@@ -212,10 +218,8 @@ def _passes(numba: Any) -> tuple[Passes, Passes]:
 
 
 def _jit(numba: Any, signature: str, function: Any) -> Any:
-    """Compiled now, for one signature: nothing is compiled when an image is resized."""
+    """The function, compiled now for one signature, so that a resize compiles nothing."""
     try:
         return numba.njit(signature, cache=True, error_model="numpy", nogil=True)(function)
-    except (
-        Exception
-    ):  # of a cache that is damaged, full, or not to be written: compiled in each process
+    except Exception:  # the cache is damaged, full or read-only: compile in each process
         return numba.njit(signature, error_model="numpy", nogil=True)(function)

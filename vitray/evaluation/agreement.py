@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vitray.evaluation.metrics import accuracy, cosines, largest_relative_error, mean_overlap
+from vitray.evaluation.metrics import accuracy, largest_relative_error, mean_overlap
 from vitray.models import Model, Predictions
+from vitray.vectors import cosines
 
 TOP = 5  # best labels whose overlap is measured
 ROUNDS = 9  # of timing, at most

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-TINY = 1e-30  # instead of a length of 0, so that a zero vector has cosine 0 and finite errors
+from vitray.vectors import TINY
 
 
 def accuracy(labels: Sequence[object] | np.ndarray, truth: Sequence[object] | np.ndarray) -> float:
@@ -38,13 +38,6 @@ def commonest_mistakes(
     is_wrong = truth != predicted
     pairs = Counter(zip(truth[is_wrong].tolist(), predicted[is_wrong].tolist()))
     return [(true, label, images) for (true, label), images in pairs.most_common(most)]
-
-
-def cosines(one: np.ndarray, two: np.ndarray) -> np.ndarray:
-    """float64 [N]: the cosine of each row of [N, D] with the same row of the other array."""
-    one, two = one.astype(np.float64), two.astype(np.float64)
-    lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(two, axis=1)
-    return np.asarray((one * two).sum(1) / np.maximum(lengths, TINY))
 
 
 def mean_overlap(one: Iterable[Iterable[int]], two: Iterable[Iterable[int]], k: int) -> float:

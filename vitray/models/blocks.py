@@ -253,7 +253,7 @@ def _fits_float8(layer: torch.nn.Linear) -> bool:
 def synthetic_images(images: int, shape: tuple[int, int], device: Any) -> Any:
     """uint8 [n, H, W, 3]: smooth coloured blotches, the same every time.
 
-    Noise would not do: to a model it all looks alike.
+    Plain noise would not do, since all of it looks the same to a model.
     """
     noise = torch.rand(images, 3, 7, 7, generator=torch.Generator().manual_seed(0))
     smooth = interpolate(noise, shape, mode="bicubic").clamp(0, 1)

@@ -1,7 +1,7 @@
 """Where a checkpoint is and what its files say.
 
 Needs no torch, and executes nothing of a checkpoint. Directories of other libraries are recognised,
-so that an error says what to do.
+so that an error can name the next step.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def _download(model: str, revision: str | None, name: str) -> str:
         directory = snapshot_download(
             model, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]
         )
-        # graphs only where vitray exported them: other repositories hold some that nobody needs
+        # graphs only where vitray exported them: those of other repositories are not needed
         if os.path.isfile(os.path.join(directory, EXPORT)):
             snapshot_download(model, revision=revision, allow_patterns=list(GRAPH_FILES))
     except errors.GatedRepoError as error:

@@ -18,9 +18,9 @@ from vitray.errors import ModelError, one_line
 from vitray.models.checkpoint import Checkpoint, locate
 from vitray.models.exported import hash_model, open_export, read_graph
 from vitray.models.machine import require_hardware, resolve_device
-from vitray.models.pixels import FILTERS, GPU_FILTERS
+from vitray.models.pixels import FILTERS
 from vitray.models.types import Model, Placement, Predictions
-from vitray.schema import ModelOutputs, ModelSpec
+from vitray.schema import TORCH_FILTERS, ModelOutputs, ModelSpec
 from vitray.vectors import cosines
 
 MODULES = {"openvino": ("openvino",), "onnx": ("onnxruntime", "onnx", "onnxscript")}
@@ -191,7 +191,7 @@ def require_pixels(engine: str, decode: str) -> None:
 
 def require_filter(spec: ModelSpec, decode: str) -> None:
     """Raise ModelError when the GPU cannot resize as the model's processor does."""
-    if decode in ("gpu", "hybrid") and spec.pixels.resample not in GPU_FILTERS:
+    if decode in ("gpu", "hybrid") and spec.pixels.resample not in TORCH_FILTERS:
         raise ModelError(
             f"decode: {decode} resizes bilinear or bicubic, and {spec.model} needs "
             f"{FILTERS[spec.pixels.resample]}. Set decode: exact or fast."

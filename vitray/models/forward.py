@@ -168,7 +168,7 @@ def _scores(logits: Any, function: ScoreFunction) -> Any:
 class LinearHead(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
     """Logits float32 [n, C] of vectors float32 [n, D].
 
-    Its numbers stay float32 whatever the tower's are: CLIP multiplies a cosine by 100.
+    Its numbers stay float32 with any precision of the tower: CLIP multiplies a cosine by 100.
     column: the vector that it reads; None for the tower's own pooled one, which then gets unit
     length. projection: [E, D] or None, applied to that pooled vector first.
     """

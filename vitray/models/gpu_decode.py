@@ -20,8 +20,7 @@ import numpy as np
 import torch
 
 from vitray.errors import ModelError
-from vitray.models.pixels import GPU_FILTERS
-from vitray.schema import PixelSpec
+from vitray.schema import TORCH_FILTERS, PixelSpec
 
 HARDWARE_IMAGES, HARDWARE_PIXELS = 128, 1 << 26  # at once; as float32 that is 0.8 GB
 CPU_IMAGES = 4  # a thread takes at a time: few, so that no thread ends long after the others
@@ -203,7 +202,7 @@ def open_decoder(
 ) -> DeviceDecoder:
     """The decoder of this machine's GPU. Raises ModelError without one, or without torchvision."""
     require("cuda")
-    resize = partial(resize_on_device, mode=GPU_FILTERS[spec.resample])
+    resize = partial(resize_on_device, mode=TORCH_FILTERS[spec.resample])
     return DeviceDecoder(
         spec, torch.device("cuda"), jpeg_engine(), on_cpu, fit, resize, threads, shares
     )

@@ -54,7 +54,7 @@ def without_warnings() -> Iterator[None]:
 
 
 class GraphModel:
-    """A Model over whatever runs such a graph."""
+    """A Model over a function that runs such a graph."""
 
     def __init__(self, run: Run, spec: ModelSpec, outputs: ModelOutputs, workers: int) -> None:
         self._run = run

@@ -22,7 +22,6 @@ FILES = ("preprocessor_config.json", "processor_config.json")
 # 224
 ANY_SIZE = ("dinov2", "dinov2_with_registers")
 FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by PIL's number
-GPU_FILTERS = {2: "bilinear", 3: "bicubic"}  # that a GPU resizes with: PIL's number, torch's name
 FLAGS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_pad")
 SAMPLE = (48, 64)  # height, width of an image on which the processor is tried
 
@@ -206,8 +205,8 @@ class _Fields:
                 f"Write {FILTERS.index(name)} for {name}: transformers reads numbers, and resizes "
                 f"bilinear for any name.",
             )
-        known = ", ".join(f"{number} {name}" for number, name in enumerate(FILTERS))
-        raise self._refuse("resample", f"Write the number of one of PIL's filters: {known}.")
+        choices = ", ".join(f"{number} {name}" for number, name in enumerate(FILTERS))
+        raise self._refuse("resample", f"Write the number of one of PIL's filters: {choices}.")
 
     def rescale_factor(self) -> float:
         factor = _number(self._required("rescale_factor", "do_rescale"))

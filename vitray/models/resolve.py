@@ -172,5 +172,5 @@ def vector_columns(job: Job, spec: ModelSpec) -> list[VectorColumn]:
 
 
 def model_outputs(job: Job, spec: ModelSpec) -> ModelOutputs:
-    """What the job wants of its model. Raises what `vector_columns` raises."""
+    """The outputs that the job asks for. Raises what `vector_columns` raises."""
     return ModelOutputs(tuple(vector_columns(job, spec)), job.top_k if job.labelled else 0)

@@ -22,7 +22,7 @@ class Predictions:
 
 
 class Model(Protocol):
-    """An open model, whatever engine runs it."""
+    """An open model of any engine."""
 
     def predict(self, pixels: Any) -> Predictions:
         """The labels and embeddings of any number of images, 0 included.

@@ -1,1 +1,1 @@
-"""What users do with a dataset around a run: plan, estimate, validate, submit, compact and so on."""
+"""What users do around a run: plan, estimate, bench, validate, submit, relabel and compact."""

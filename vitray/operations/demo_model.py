@@ -122,9 +122,8 @@ def draw_examples(rng: np.random.Generator, count: int) -> tuple[Any, Any]:
 
     kinds = np.arange(count) % len(NAMES)
     pixels = torch.from_numpy(pixels_of([draw(int(kind), rng) for kind in kinds]))
-    return ((pixels.float() / 255 - 0.5) / 0.5).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(
-        kinds
-    )
+    normalised = ((pixels.float() / 255 - 0.5) / 0.5).permute(0, 3, 1, 2).contiguous()
+    return normalised, torch.from_numpy(kinds)
 
 
 def _fit(model: Any, pixels: Any, kinds: Any, steps: int) -> None:

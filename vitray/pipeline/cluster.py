@@ -117,7 +117,7 @@ def _gpu_actors(cpus: float, gpus: float) -> _ActorPool:
 
 
 def _cpu_actors(nodes: list[dict[str, float]]) -> _ActorPool:
-    """One actor per machine with 2 CPUs or more. Raises ClusterError where there is none."""
+    """One actor per machine with 2 CPUs or more. Raises ClusterError without one."""
     sizes = [node["CPU"] for node in nodes if node.get("CPU", 0) >= 2]
     if not sizes:
         raise ClusterError(

@@ -1,8 +1,8 @@
 """The executor for one machine without an accelerator: the stages are threads of this process.
 
-There, Ray costs more than it gives: starting Ray and its workers takes two cores 12 s, and passing
+There, Ray costs more than it gives. Starting Ray and its workers takes two cores 12 s, and passing
 batches between processes takes a few percent. Images are still decoded in child processes
-(decoding/isolation.py), and the model computes outside Python's lock, so threads share the cores as
+(decoding/isolation.py), and the model computes outside Python's lock. So threads share the cores as
 well as processes would.
 """
 

@@ -181,7 +181,7 @@ def _task_functions(
 ) -> tuple[BlockFunction, BlockFunction, BlockFunction]:
     """The read, decode and write stages as functions of blocks.
 
-    Where `out` is a local path, each task checks that its machine sees it: a machine that joins
+    Where `out` is a local path, each task checks that its machine sees it. A machine that joins
     later may lack the disk, and what it writes would be lost.
     """
     import ray

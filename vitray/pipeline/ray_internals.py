@@ -27,7 +27,7 @@ class ShortQueues(BackpressurePolicy):  # type: ignore[misc]  # Ray's classes ca
     """Bounds the queue after each stage.
 
     A stage starts no task and hands on no block while `vitray.queue_blocks` of its blocks wait for
-    the next stage. So a crash costs few images, and memory stays flat however slow the model is.
+    the next stage. So a crash costs few images, and memory stays flat with a slow model.
     Ray Data's own back-pressure lets a fast stage fill half of the object store before it slows
     down: see docs/decisions/0006.
     """

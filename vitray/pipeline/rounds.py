@@ -80,7 +80,7 @@ class Executor(Protocol):
         """Begin. Put every event into the queue, then None or the exception that ended it."""
 
     def stop(self) -> None:
-        """Take no more images; end as if there were none."""
+        """Stop reading; end as if the source had no further images."""
 
     def start_commit(self, shard_id: str) -> None:
         """Begin the commit of a shard whose fragments are staged."""

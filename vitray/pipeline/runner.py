@@ -126,16 +126,16 @@ def run(
 
     address: of a Ray cluster; `local` starts one for this run. prune: remove rows of deleted files.
     progress: called with the state of the run, again and again.
-    stop: once it is set, the run takes no more images, finishes the writes that have begun, and
-    raises Interrupted.
+    stop: once it is set, the run stops reading, finishes the writes that have begun, and raises
+    Interrupted.
     allow_open_cluster: join a Ray that requires no token, too.
     planned: the estimate, with at least {"images", "seconds"}; the run record compares it with the
     result.
 
-    Raises JobError (and its kinds) before any work when the job does not fit, ShardError where
-    `keep` needs the types of columns and no file can be read, StorageError, CommitError or
-    ClusterError when something is broken, ErrorRateExceeded above `max_error_rate`. After any of
-    them the same call continues.
+    Raises JobError (and its kinds) before any work when the job does not fit. Raises ShardError
+    where `keep` needs the types of columns and no file can be read. Raises StorageError,
+    CommitError or ClusterError when something is broken, ErrorRateExceeded above `max_error_rate`.
+    After any of them the same call continues.
     """
     started = time.monotonic()
     job = with_label_names(prepare_job(job))
@@ -364,7 +364,7 @@ def complete_shards(
     faults = _Faults()
     while pending and not faults.are_fatal:
         if state.stop.is_set():
-            raise Interrupted("what is staged stays. Run the same command again to go on.")
+            raise Interrupted("what is staged stays. Run the same command again to continue.")
         round_shards = _within_memory(pending[: faults.round_size], job, dataset.fragment_rows)
         try:
             run_round(dataset, round_shards, open_executor(dataset, round_shards), state)

@@ -1,4 +1,4 @@
-"""From a job's source to its shards: which objects, of which kind, cut into which shards.
+"""The shards of a job's source: its objects, their kind, and how they are divided.
 
 Private to this package.
 """
@@ -120,7 +120,7 @@ def _partition(
 ) -> tuple[list[ObjectInfo], list[ObjectInfo]]:
     """(objects of this kind, all other objects).
 
-    With an explicit `format`, a file that the source names is taken whatever its suffix. Files
+    With an explicit `format`, a file that the source names is taken with any suffix. Files
     without a suffix, and files with a suffix that the source spells out, are taken too. The latter
     two do not hold for manifests, because files beside a manifest may be its images.
     """

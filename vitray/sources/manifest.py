@@ -62,7 +62,8 @@ def follow_path(
     The first item is (URL, None, ""), or (the path as shown, reason, message) for an error row.
 
     Source rules 2 drop `./` on S3, as on disk. If no object has the written name, the spellings of
-    other systems are tried: for a local path here, on a store when the object is read.
+    other systems are tried. This happens here for a local path, and on a store when the object is
+    read.
     """
     folder = _folder_of(shard)
     located = _locate(path, folder, allowed, job.rules)

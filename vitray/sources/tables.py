@@ -82,7 +82,7 @@ PATH_NAMES = (
 KEY_NAMES = ("__key__", "key", "id")
 BINARIES = (pa.binary(), pa.large_binary(), pa.binary_view())
 STRINGS = (pa.string(), pa.large_string(), pa.string_view())
-# Source rules 1 store these types, whatever the width of the file's offsets.
+# Source rules 1 store these types for any width of the file's offsets.
 SAME_VALUES = dict.fromkeys(STRINGS, pa.string()) | dict.fromkeys(BINARIES, pa.binary())
 BATCH_ROWS = 32  # bounds the images in memory
 MAX_KEY_ROWS = 1_000_000  # read to check that a column's values are unique: 50 MB of text

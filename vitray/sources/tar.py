@@ -395,7 +395,7 @@ class _Reader:
     def _add(
         self, sample: _Sample, extension: str, member: tarfile.TarInfo, source: TarSource
     ) -> None:
-        """Read what the row needs of a member: the image and passthrough values, nothing else."""
+        """Read what the row needs of a member: only the image and passthrough values."""
         sample.extensions[extension] = None
         is_picked = False
         if self._is_image(extension):

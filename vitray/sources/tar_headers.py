@@ -1,8 +1,8 @@
 """The walk over a tar's headers. Private to this package.
 
-`tarfile` accepts a truncated archive silently, so this walk accounts for every byte: headers with a
-valid checksum, data, the end marker and zeros after it, up to the object's size. Member names are
-never used as paths.
+`tarfile` accepts a truncated archive silently, so this walk accounts for every byte up to the
+object's size. These are headers with a valid checksum, data, the end marker, and zeros after it.
+Member names are never used as paths.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ NO_TEXT = re.compile(rb"[\0-\x08\x0e-\x19]")  # tars, images and archives begin 
 # Lines parsed a second time, because an open quote before them included them. Without a limit, a
 # hostile file could make the reader parse each line n times.
 LINES_AGAIN = 1_000_000
-SAMPLE_LINES = 10_000  # JSON lines may leave fields out, so many lines are read for the columns
+SAMPLE_LINES = 10_000  # read for the names of columns, because JSON lines may leave fields out
 PYTHON_FIELD_CHARS = 131_072  # the csv module's own limit of a field
 NOT_UTF8 = "lines that are not UTF-8 were read as Windows-1252"
 DELIMITERS = (",", ";", "\t", "|")

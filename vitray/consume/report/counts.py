@@ -20,7 +20,7 @@ from vitray.dataset import Dataset, matrix_of, read_footer, read_table
 from vitray.errors import CommitError
 from vitray.storage import store_for
 
-SAMPLE_SHARDS = 16  # of which vectors and pictures are read
+SAMPLE_SHARDS = 16  # whose vectors and pictures are read
 SAMPLE_ROWS = 2000
 SCORE_BINS = 20
 TRUTH_BINS = 10

@@ -7,6 +7,8 @@ from importlib.util import find_spec
 
 import numpy as np
 
+from vitray.vectors import unit
+
 NEAR = 0.99  # cosine
 
 
@@ -46,8 +48,8 @@ def near_groups(vectors: np.ndarray) -> list[list[int]]:
 
     The cosine of each row to the first row of its group is NEAR or more.
     """
-    unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    near = unit @ unit.T >= NEAR
+    directions = unit(vectors)
+    near = directions @ directions.T >= NEAR
     free, groups = np.ones(len(vectors), bool), []
     for n in range(len(vectors)):
         members = np.flatnonzero(near[n] & free)

@@ -1,0 +1,45 @@
+"""`vitray export MODEL` is still `vitray export-model`; `vitray export OUT` writes rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import typer
+
+from vitray.cli import app
+from vitray.cli.export_model import is_of_model
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["m", "--to", "onnx"], True),
+        (["m", "--to=openvino", "--into", "x"], True),
+        (["--to", "torch-export", "m"], True),
+        (["m", "--to", "coreml", "--fp16"], True),
+        (["out", "--to", "csv"], False),
+        (["out", "--to=webdataset", "--into", "onnx"], False),
+        (["onnx", "--to", "npy"], False),
+        (["out", "--to"], False),
+        ([], False),
+    ],
+)
+def test_the_format_chooses_the_command(arguments: list[str], expected: bool) -> None:
+    assert is_of_model(arguments) is expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["export", "m", "--to", "onnx", "--int8", "--calibrate", "p"], "export-model"),
+        (["export-model", "m", "--to", "onnx"], "export-model"),
+        (["export", "out", "--to", "csv"], "export"),
+        (["validate", "--to", "onnx"], "validate"),
+    ],
+)
+def test_the_old_spelling_leads_to_export_model(arguments: list[str], name: str) -> None:
+    group: Any = typer.main.get_command(app)
+    resolved, command, remaining = group.resolve_command(typer.Context(group), arguments)
+    assert resolved == command.name == name
+    assert remaining == arguments[1:]
