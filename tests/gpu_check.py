@@ -98,6 +98,7 @@ class Check:
                 "revision": None,
                 "labels": True,
                 "labelled": True,
+                "top_k": 5,
                 "head": None,
             },
             **{"device": where, "precision": precision},

@@ -124,7 +124,7 @@ def test_the_output_is_a_checkpoint_that_model_takes(
     }
 
 
-def test_metrics_events_card_and_page_tell_the_same(trained: str) -> None:
+def test_metrics_events_card_and_page_agree(trained: str) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     records = [json.loads(line) for line in Path(trained, "metrics.jsonl").read_text().splitlines()]
@@ -134,9 +134,9 @@ def test_metrics_events_card_and_page_tell_the_same(trained: str) -> None:
     ] < records[0]["loss"]
     events = EventAccumulator(f"{trained}/tensorboard")
     events.Reload()
-    told = [(event.step, event.value) for event in events.Scalars("validation_accuracy")]
-    assert [step for step, _ in told] == [record["step"] for record in epochs]
-    assert [value for _, value in told] == pytest.approx(
+    reported = [(event.step, event.value) for event in events.Scalars("validation_accuracy")]
+    assert [step for step, _ in reported] == [record["step"] for record in epochs]
+    assert [value for _, value in reported] == pytest.approx(
         [record["validation_accuracy"] for record in epochs]
     )
     result = json.loads(Path(trained, "_vitray", "result.json").read_text())
@@ -318,7 +318,7 @@ def test_a_label_is_found_wherever_it_stands(small: dict[str, object], tmp_path:
     assert all(other == found[0] for other in found[1:])
 
 
-def test_what_is_held_out_stays_so_while_data_grows_and_moves(
+def test_held_out_images_stay_held_out_while_data_grows_and_moves(
     small: dict[str, object], tmp_path: Path
 ) -> None:
     keys = [f"{n:05d}" for n in range(20_000)]
@@ -772,7 +772,7 @@ def stop(_record: dict[str, float]) -> None:
 
 
 def test_training_stops_when_it_gets_no_better(small: dict[str, object], tmp_path: Path) -> None:
-    told: list[dict[str, float]] = []
+    reported: list[dict[str, float]] = []
     fields = {
         **small,
         "out": str(tmp_path / "out"),
@@ -783,10 +783,12 @@ def test_training_stops_when_it_gets_no_better(small: dict[str, object], tmp_pat
     }
     result = finetune(
         TrainingConfig(**fields),
-        report=lambda record: told.append(record) if "epoch" in record else None,
+        report=lambda record: reported.append(record) if "epoch" in record else None,
     )
-    assert result.epochs == len(told) < 30
-    best = max(told, key=lambda record: (record["validation_accuracy"], -record["validation_loss"]))
+    assert result.epochs == len(reported) < 30
+    best = max(
+        reported, key=lambda record: (record["validation_accuracy"], -record["validation_loss"])
+    )
     assert result.epochs == best["epoch"] + 2
     assert result.figures["validation_loss"] == pytest.approx(best["validation_loss"], rel=1e-6)
 
@@ -806,12 +808,12 @@ def test_precision_bf16_and_class_weights_train(
         "class_weights": "balanced",
         "epochs": 8,
     }
-    told: list[dict[str, float]] = []
-    finetune(TrainingConfig(**fields), report=told.append)
-    between = [record for record in told if "epoch" not in record]
-    told = [record for record in told if "epoch" in record]
-    assert [record["step"] for record in between] == list(range(1, int(told[-1]["step"]) + 1))
-    assert {record["steps"] for record in between} == {told[-1]["step"]}
+    reported: list[dict[str, float]] = []
+    finetune(TrainingConfig(**fields), report=reported.append)
+    between = [record for record in reported if "epoch" not in record]
+    reported = [record for record in reported if "epoch" in record]
+    assert [record["step"] for record in between] == list(range(1, int(reported[-1]["step"]) + 1))
+    assert {record["steps"] for record in between} == {reported[-1]["step"]}
     decoded = [
         int(record.message.split()[0])
         for record in caplog.records
@@ -819,7 +821,7 @@ def test_precision_bf16_and_class_weights_train(
     ]
     assert len(decoded) == 4 and decoded == sorted(decoded) and decoded[-1] <= 200
     assert (
-        told[-1]["loss"] < told[0]["loss"]
+        reported[-1]["loss"] < reported[0]["loss"]
         and weights(fields["out"])["classifier.weight"].dtype == torch.float32
     )
 
@@ -836,7 +838,7 @@ def embedded(
     return job.out
 
 
-def test_a_probe_reads_no_image_and_is_a_checkpoint_and_a_head(
+def test_a_linear_probe_reads_no_image_and_is_a_checkpoint_and_a_head(
     trained: str, small: dict[str, object], tmp_path: Path
 ) -> None:
     source = tmp_path / "d.tar"
@@ -867,7 +869,7 @@ def test_a_probe_reads_no_image_and_is_a_checkpoint_and_a_head(
         )
 
 
-def test_a_probe_is_the_minimum_of_its_loss() -> None:
+def test_a_linear_probe_is_the_minimum_of_its_loss() -> None:
     from sklearn.linear_model import LogisticRegression
 
     images, labels = digits.load()
@@ -885,7 +887,7 @@ def test_a_probe_is_the_minimum_of_its_loss() -> None:
     )
 
 
-def test_a_teacher_is_joined_by_bytes_and_its_rest_is_spread(
+def test_a_teacher_is_joined_by_bytes_and_the_remainder_is_spread(
     trained: str, small: dict[str, object], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     dataset = embedded(trained, small["source"], tmp_path / "dataset", top_k=3)
@@ -1112,7 +1114,7 @@ def test_bad_input_is_one_line(
     )  # what is refused leaves nothing, no decoded image either
 
 
-def test_a_label_that_a_table_lacks_is_told_with_the_place_it_was_looked_for(
+def test_a_missing_label_is_reported_with_the_place_of_its_lookup(
     small: dict[str, object], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     table = tmp_path / "labels.csv"
@@ -1162,7 +1164,7 @@ def test_a_label_that_a_table_lacks_is_told_with_the_place_it_was_looked_for(
     assert f"1 of 2 keys of label_table {table} name no image, such as 6/none" in caplog.text
 
 
-def test_a_number_is_no_place_among_classes_that_are_numbers() -> None:
+def test_a_number_is_no_class_id_if_classes_are_called_numbers() -> None:
     assert class_ids([("a", "7"), ("b", "9")], ("5", "7", "9")).tolist() == [1, 2]
     assert class_ids([("a", "1"), ("b", "dog")], ("cat", "dog")).tolist() == [1, 1]
     with pytest.raises(JobError, match="1 labels are not among the 3 classes, such as 1 of a"):
@@ -1236,7 +1238,7 @@ def test_a_table_with_two_labels_of_one_image_or_one_of_two_images_is_refused(
     assert not os.path.exists(out)
 
 
-def test_images_of_a_dataset_that_changed_since_are_missed(
+def test_images_of_a_dataset_that_changed_since_are_refused(
     trained: str, small: dict[str, object], tmp_path: Path
 ) -> None:
     root = digits.folders(tmp_path / "in", digits.few(5, [0, 1]))
@@ -1397,7 +1399,7 @@ def test_an_export_is_no_model_to_train_but_its_embeddings_are_enough_for_a_prob
     )
 
 
-def test_a_place_inside_what_is_read_is_refused(
+def test_an_output_inside_its_source_or_dataset_is_refused(
     trained: str, small: dict[str, object], tmp_path: Path
 ) -> None:
     """The next run would take its files for images; and a dataset's folders are vitray's."""
@@ -1460,7 +1462,7 @@ def test_more_blocks_than_there_are_and_columns_of_loose_files_are_refused(
         finetune(TrainingConfig(**{**fields, "source": str(tmp_path / "loose"), "label": "cls"}))
 
 
-def test_a_probe_chooses_its_strength_by_the_metric() -> None:
+def test_a_linear_probe_chooses_its_strength_by_the_metric() -> None:
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 3, 120)
     vectors = (np.eye(3)[ids] @ rng.normal(size=(3, 40)) + 3 * rng.normal(size=(120, 40))).astype(

@@ -203,7 +203,7 @@ def test_a_model_on_the_ring_says_the_same_also_when_memory_makes_it_halve_its_b
 
 def test_one_image_too_many_is_an_error_with_the_next_step(tmp_path: Path) -> None:
     model = with_ring(make_checkpoint(tmp_path / "m", "vit", True), LateDevice(0), batch_size=4)
-    with pytest.raises(ModelError, match="one image is too much"):
+    with pytest.raises(ModelError, match="one image needs more than its memory"):
         model.predict(noise(2))
 
 

@@ -181,13 +181,13 @@ def test_a_head_that_does_not_fit_is_refused_in_one_line(vit: str, tmp_path: Pat
             ({"layer": layer}, f"layer {layer!r}, pool 'cls', normalize False")
             for layer in (2.7, True, 0, "2", None)
         ),
-        ({"labels": "abcd"}, "its labels are no list"),
+        ({"labels": "abcd"}, "its labels are not a list"),
         ({"labels": ["a", "b", "c"]}, "weight [4, 32], bias [4] and 3 labels do not fit"),
         ({"labels": ["a", "b", "c", None]}, "None is not text"),
         ({"labels": ["a", "b", "c", "a"]}, "label a is there twice"),
         ({"labels": ["a", "b", "c", ""]}, "label 4 is empty"),
         ({"labels": []}, "no label"),
-        ({"labels": None}, "its labels are no list"),
+        ({"labels": None}, "its labels are not a list"),
     ],
 )
 def test_a_head_that_no_training_wrote_is_refused(

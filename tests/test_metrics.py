@@ -9,10 +9,10 @@ from vitray.evaluation.metrics import (
     accuracy,
     commonest_mistakes,
     confusion,
-    cosines,
     largest_relative_error,
     mean_overlap,
 )
+from vitray.vectors import cosines
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from vitray.cli import main
 from vitray.dataset import Dataset
 from vitray.decoding.decode import decode, load_decoders
 from vitray.errors import Disagreement, JobError, ModelError, SourceError, StorageError
-from vitray.evaluation import agreement, metrics, samples
+from vitray.evaluation import agreement, samples
 from vitray.job import Embedding, Job
 from vitray.model_export import graphs
 from vitray.model_export.export import ExportedModel, export_model
@@ -68,7 +68,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agreement, "SECONDS", 0.2)
 
 
-def asked(model: str, photos: str, **more: object) -> Job:
+def export_job(model: str, photos: str, **more: object) -> Job:
     return Job(source=photos, out="o", model=model, **more)
 
 
@@ -98,12 +98,12 @@ def cosines(a: Predictions, b: Predictions) -> np.ndarray:
 
 
 @pytest.mark.parametrize("to", FLOATS)
-def test_a_float_export_says_what_torch_says_within_a_thousandth(
+def test_a_float_export_equals_torch_within_a_thousandth(
     tmp_path: Path, shapes_model: str, photos: str, to: str
 ) -> None:
-    made = export_model(asked(shapes_model, photos), to, "", str(tmp_path / "x"), 0.999)
-    assert made.judgement.error is not None and made.judgement.error < 1e-3
-    assert (made.judgement.agreement, made.judgement.images, made.judgement.apart) == (
+    exported = export_model(export_job(shapes_model, photos), to, "", str(tmp_path / "x"), 0.999)
+    assert exported.judgement.error is not None and exported.judgement.error < 1e-3
+    assert (exported.judgement.agreement, exported.judgement.images, exported.judgement.apart) == (
         1.0,
         240,
         True,
@@ -112,7 +112,7 @@ def test_a_float_export_says_what_torch_says_within_a_thousandth(
     files = [
         path.stat().st_size for path in (tmp_path / "x").iterdir() if not path.name.endswith(small)
     ]
-    assert made.judgement.megabytes == sum(files) / 1e6
+    assert exported.judgement.megabytes == sum(files) / 1e6
     expected = run(job_for(shapes_model, top_k=6, embeddings=[Embedding()]), UNSEEN[0])
     if to == "torch-export":  # what others open
         program = torch.export.load(str(tmp_path / "x/model.pt2")).module()
@@ -132,7 +132,7 @@ def test_a_float_export_says_what_torch_says_within_a_thousandth(
 def test_a_quantised_export_agrees_and_is_smaller(
     tmp_path: Path, shapes_model: str, photos: str, to: str, how: str
 ) -> None:
-    made = export_model(asked(shapes_model, photos), to, how, str(tmp_path / "x"))
+    exported = export_model(export_job(shapes_model, photos), to, how, str(tmp_path / "x"))
     expected = run(job_for(shapes_model, top_k=6, embeddings=[Embedding()]), UNSEEN[0])
     found = predictions(str(tmp_path / "x"), precision="auto")
     assert (found.ids[:, 0] == expected.ids[:, 0]).mean() >= 0.99
@@ -148,10 +148,10 @@ def test_a_quantised_export_agrees_and_is_smaller(
         f"{shapes_model}/model.safetensors"
     )
     calibrated = how == "int8"
-    assert (made.judgement.calibrated_on, made.judgement.images) == (
+    assert (exported.judgement.calibrated_on, exported.judgement.images) == (
         (120, 120) if calibrated else (0, 240)
     )
-    assert made.judgement.agreement is not None and made.judgement.agreement >= 0.99
+    assert exported.judgement.agreement is not None and exported.judgement.agreement >= 0.99
 
 
 def test_every_vector_of_every_family_comes_out_of_its_graph(tmp_path: Path, photos: str) -> None:
@@ -159,7 +159,7 @@ def test_every_vector_of_every_family_comes_out_of_its_graph(tmp_path: Path, pho
         directory = make_checkpoint(tmp_path / name, name, False)
         wanted = every_vector(name != "siglip")
         export_model(
-            asked(directory, photos, labels=False, embeddings=wanted),
+            export_job(directory, photos, labels=False, embeddings=wanted),
             "onnx",
             "",
             str(tmp_path / f"{name}-x"),
@@ -181,7 +181,7 @@ def test_core_ml_is_converted_and_its_graph_is_checked(
 ) -> None:
     import coremltools
 
-    export_model(asked(shapes_model, photos), "coreml", "fp16", str(tmp_path / "x"))
+    export_model(export_job(shapes_model, photos), "coreml", "fp16", str(tmp_path / "x"))
     said = (
         coremltools.models.MLModel(str(tmp_path / "x/model.mlpackage"), skip_model_load=True)
         .get_spec()
@@ -196,9 +196,9 @@ def test_core_ml_is_converted_and_its_graph_is_checked(
         match=r"Core ML export, which runs in apps on Apple's devices\. Use the checkpoint that it "
         r"was made from here",
     ):
-        identify(asked(str(tmp_path / "x"), photos))
+        identify(export_job(str(tmp_path / "x"), photos))
     with pytest.raises(JobError, match="--min-agreement: Core ML does not run here"):
-        export_model(asked(shapes_model, photos), "coreml", "", str(tmp_path / "y"), 0.9)
+        export_model(export_job(shapes_model, photos), "coreml", "", str(tmp_path / "y"), 0.9)
 
 
 # ---------------------------------------------------------------- the directory
@@ -211,13 +211,15 @@ def small(
     """An int8 ONNX export with two embeddings."""
     into = str(tmp_path_factory.mktemp("small") / "x")
     wanted = [Embedding(), Embedding(layer=2, pool="mean")]
-    return into, export_model(asked(shapes_model, photos, embeddings=wanted), "onnx", "int8", into)
+    return into, export_model(
+        export_job(shapes_model, photos, embeddings=wanted), "onnx", "int8", into
+    )
 
 
-def test_the_directory_says_what_it_is_and_what_made_it(
+def test_the_directory_describes_the_export_and_its_original(
     small: tuple[str, ExportedModel], shapes_model: str
 ) -> None:
-    into, made = small
+    into, exported = small
     assert sorted(os.listdir(into)) == [
         *(
             "README.md",
@@ -229,7 +231,7 @@ def test_the_directory_says_what_it_is_and_what_made_it(
     ]
     said = json.loads(Path(into, "vitray_export.json").read_text())
     digest = hashlib.sha256(Path(into, "model.onnx").read_bytes()).hexdigest()
-    assert said["graph"] == {"model.onnx": digest} and made.weights_sha256 == digest
+    assert said["graph"] == {"model.onnx": digest} and exported.weights_sha256 == digest
     original = hashlib.sha256(Path(shapes_model, "model.safetensors").read_bytes()).hexdigest()
     assert said["source_weights_sha256"] == original and said["source"] == os.path.basename(
         shapes_model
@@ -240,10 +242,10 @@ def test_the_directory_says_what_it_is_and_what_made_it(
         "int8",
         ["scores", "mean_2", "cls_last"],
     )
-    assert said["judgement"]["agreement"] == made.judgement.agreement
+    assert said["judgement"]["agreement"] == exported.judgement.agreement
     card = Path(into, "README.md").read_text()
     assert (
-        f"| same label | {made.judgement.agreement:.2%} |" in card
+        f"| same label | {exported.judgement.agreement:.2%} |" in card
         and original in card
         and "| speed |" in card
     )
@@ -257,7 +259,7 @@ def test_the_directory_says_what_it_is_and_what_made_it(
 def test_an_export_is_a_model_of_a_run_and_its_graph_is_in_the_fingerprint(
     small: tuple[str, ExportedModel], shapes_model: str, photos: str, tmp_path: Path
 ) -> None:
-    into, made = small
+    into, exported = small
     tables = {}
     for name, model, engine in (("a", shapes_model, "torch"), ("b", into, "auto")):
         job = vitray.Job(
@@ -279,10 +281,11 @@ def test_an_export_is_a_model_of_a_run_and_its_graph_is_in_the_fingerprint(
     assert same >= 0.99 and {len(scores) for scores in tables["b"]["top_scores"].to_pylist()} == {2}
     frozen = json.loads((tmp_path / "b/_vitray/dataset.json").read_text())
     assert (
-        frozen["deciding"]["weights"] == made.weights_sha256 and frozen["facts"]["engine"] == "onnx"
+        frozen["deciding"]["weights"] == exported.weights_sha256
+        and frozen["facts"]["engine"] == "onnx"
     )
     file = next((tmp_path / "b/data").iterdir())
-    assert made.weights_sha256.encode() in b"".join(pq.read_metadata(file).metadata.values())
+    assert exported.weights_sha256.encode() in b"".join(pq.read_metadata(file).metadata.values())
 
 
 def test_what_an_export_cannot_do_is_refused_with_what_it_can(
@@ -301,15 +304,15 @@ def test_what_an_export_cannot_do_is_refused_with_what_it_can(
         ),
     ):
         with pytest.raises(ModelError, match=message):
-            identify(asked(into, photos, **more))
+            identify(export_job(into, photos, **more))
     with pytest.raises(ModelError, match=r"is an export already \(onnx\)\. Give the checkpoint"):
-        export_model(asked(into, photos), "openvino", "", str(tmp_path / "y"))
+        export_model(export_job(into, photos), "openvino", "", str(tmp_path / "y"))
     unlabelled = str(tmp_path / "z")
-    export_model(asked(shapes_model, photos, labels=False), "openvino", "", unlabelled)
+    export_model(export_job(shapes_model, photos, labels=False), "openvino", "", unlabelled)
     with pytest.raises(
         ModelError, match=r"was exported without labels; set labels: false, or export .* with them"
     ):
-        identify(asked(unlabelled, photos))
+        identify(export_job(unlabelled, photos))
     assert predictions(unlabelled, labels=False).ids is None
 
 
@@ -352,7 +355,7 @@ def test_labels_of_an_export_that_were_touched_are_refused(
             ModelError,
             match=r"is not one that vitray wrote \(it was changed\)\. Export the model again",
         ):
-            identify(asked(str(copy), photos))
+            identify(export_job(str(copy), photos))
 
 
 @pytest.mark.parametrize("to", ["onnx", "openvino"])
@@ -365,16 +368,16 @@ def test_a_head_goes_into_the_graph(
         str(tmp_path), Head(("a", "b", "c"), values, values[:, 0], None, "cls", False, "m", weights)
     )
     into = str(tmp_path / "x")
-    made = export_model(
-        asked(shapes_model, photos, embeddings=[], head=str(tmp_path), precision="fp32"),
+    exported = export_model(
+        export_job(shapes_model, photos, embeddings=[], head=str(tmp_path), precision="fp32"),
         to,
         "",
         into,
     )
     assert (
-        made.judgement.agreement == 1.0
-        and made.judgement.error is not None
-        and made.judgement.error < 1e-3
+        exported.judgement.agreement == 1.0
+        and exported.judgement.error is not None
+        and exported.judgement.error < 1e-3
     )
     expected = run(job_for(shapes_model, top_k=3, head=str(tmp_path)), UNSEEN[0])
     found = run(job_for(into, top_k=3, engine="auto"), UNSEEN[0])
@@ -417,10 +420,10 @@ def test_a_graph_reads_no_file_outside_its_directory(tmp_path: Path) -> None:
     graph = onnx.helper.make_graph(
         [onnx.helper.make_node("Add", ["pixels", "w"], ["out"])], "g", [pixels], [out], [secret]
     )
-    made = onnx.helper.make_model(
+    exported = onnx.helper.make_model(
         graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10
     )
-    (tmp_path / "model/model.onnx").write_bytes(made.SerializeToString())
+    (tmp_path / "model/model.onnx").write_bytes(exported.SerializeToString())
     with pytest.raises(Exception, match=r"(?i)external|escape|outside"):
         onnx_engine.open_graph(str(tmp_path / "model/model.onnx"), "cpu")
 
@@ -429,7 +432,7 @@ def test_a_torch_export_is_opened_by_its_safetensors_and_never_by_its_archive(
     tmp_path: Path, shapes_model: str, photos: str
 ) -> None:
     into = str(tmp_path / "x")
-    export_model(asked(shapes_model, photos), "torch-export", "", into)
+    export_model(export_job(shapes_model, photos), "torch-export", "", into)
     with zipfile.ZipFile(f"{into}/model.pt2") as archive:
         said = b"".join(archive.read(name) for name in archive.namelist())
     assert (
@@ -498,7 +501,7 @@ def test_below_min_agreement_nothing_is_written_and_the_exit_code_is_5(
     assert os.listdir(tmp_path) == []
 
 
-def test_answers_and_errors_are_counted_by_hand() -> None:
+def test_agreement_and_error_equal_those_computed_by_hand() -> None:
     ids = np.array([[0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0]], np.int32)
     scores = np.array([[0.5, 0.1, 0.1, 0.1, 0.1, 0.1]] * 2, np.float32)
     a = Predictions(ids, scores, {"e": np.array([[1, 0], [0, 2]], np.float32)})
@@ -515,10 +518,10 @@ def test_answers_and_errors_are_counted_by_hand() -> None:
     )
 
 
-def test_calibration_and_judgement_share_no_image_and_copies_count_once(
+def test_calibration_and_comparison_share_no_image_and_copies_count_once(
     tmp_path: Path, shapes_model: str, photos: str
 ) -> None:
-    job = asked(shapes_model, photos)
+    job = export_job(shapes_model, photos)
     spec = identify(job.model_copy(update={"engine": "torch"}))
     found = samples.sample_images(job, spec, calibrates=True)
     seen = [{image.tobytes() for image in images} for images in (found.calibration, found.compared)]
@@ -529,14 +532,14 @@ def test_calibration_and_judgement_share_no_image_and_copies_count_once(
         shutil.copy(path, folder / f"{n}.png")
         shutil.copy(path, folder / f"{n}-again.png")
     (folder / "bad.png").write_bytes(b"no image")
-    few = samples.sample_images(asked(shapes_model, str(folder)), spec, calibrates=True)
+    few = samples.sample_images(export_job(shapes_model, str(folder)), spec, calibrates=True)
     assert (len(few.calibration), len(few.compared), few.apart) == (30, 30, False)
     with tarfile.open(tmp_path / "t.tar", "w") as tar:
         tar.add(photos, ".")
     assert (
         len(
             samples.sample_images(
-                asked(shapes_model, f"{tmp_path}/t.tar"), spec, calibrates=False
+                export_job(shapes_model, f"{tmp_path}/t.tar"), spec, calibrates=False
             ).compared
         )
         == 240
@@ -559,7 +562,7 @@ def test_a_sample_of_a_shard_in_which_classes_lie_side_by_side_has_all_of_them(
         pq.write_table(pa.table({"image": [path.read_bytes() for path in paths]}), source)
     monkeypatch.setattr(samples, "COMPARED", 90)
     monkeypatch.setattr(samples, "CALIBRATION", 60)
-    job = asked(shapes_model, source)
+    job = export_job(shapes_model, source)
     spec = identify(job.model_copy(update={"engine": "torch"}))
     decode_spec = Dataset("o", job, spec, (), pa.schema([]), 1).decode_spec
     kinds = {
@@ -587,20 +590,20 @@ def test_bad_input_is_one_line_and_leaves_nothing(
         shutil.copy(path, tmp_path / "few" / path.name)
     (tmp_path / "there").mkdir()
     before = sorted(path.name for path in tmp_path.iterdir())
-    job, into = asked(shapes_model, photos), str(tmp_path / "x")
+    job, into = export_job(shapes_model, photos), str(tmp_path / "x")
     for act, kind, message in (
         (
-            lambda: export_model(asked(shapes_model, f"{tmp_path}/few"), "onnx", "", into),
+            lambda: export_model(export_job(shapes_model, f"{tmp_path}/few"), "onnx", "", into),
             SourceError,
             "holds 3 different good images\\. .* 16",
         ),
         (
-            lambda: export_model(asked(shapes_model, f"{tmp_path}/none"), "onnx", "", into),
+            lambda: export_model(export_job(shapes_model, f"{tmp_path}/none"), "onnx", "", into),
             SourceError,
             "none",
         ),
         (
-            lambda: export_model(asked(shapes_model, f"{tmp_path}/nowhere"), "onnx", "", into),
+            lambda: export_model(export_job(shapes_model, f"{tmp_path}/nowhere"), "onnx", "", into),
             JobError,
             "nowhere",
         ),
@@ -625,13 +628,15 @@ def test_bad_input_is_one_line_and_leaves_nothing(
             r"has no --int8: torch's own int8 \(torchao\) needs a GPU",
         ),
         (
-            lambda: export_model(asked(shapes_model, photos, head="h"), "torch-export", "", into),
+            lambda: export_model(
+                export_job(shapes_model, photos, head="h"), "torch-export", "", into
+            ),
             JobError,
             "keeps the checkpoint's own labels",
         ),
         (
             lambda: export_model(
-                asked(shapes_model, photos, labels=["a"]), "torch-export", "", into
+                export_job(shapes_model, photos, labels=["a"]), "torch-export", "", into
             ),
             JobError,
             "Use --to onnx or openvino",
@@ -647,7 +652,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
             "choose one of onnx, openvino, torch-export, coreml",
         ),
         (
-            lambda: export_model(asked(f"{tmp_path}/none", photos), "onnx", "", into),
+            lambda: export_model(export_job(f"{tmp_path}/none", photos), "onnx", "", into),
             ModelError,
             r"holds no config\.json",
         ),
@@ -658,7 +663,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-def test_no_space_is_said_before_anything_is_computed(
+def test_too_little_space_is_reported_before_anything_is_computed(
     tmp_path: Path, shapes_model: str, photos: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = os.path.getsize(f"{shapes_model}/model.safetensors")
@@ -669,11 +674,11 @@ def test_no_space_is_said_before_anything_is_computed(
         StorageError,
         match=r"an export may take 1\.4 MB for a while, and 0\.5 MB are free\. Make room",
     ):
-        export_model(asked(shapes_model, photos), "openvino", "", str(tmp_path / "x"))
+        export_model(export_job(shapes_model, photos), "openvino", "", str(tmp_path / "x"))
     assert os.listdir(tmp_path) == []
 
 
-def test_a_disk_that_fills_up_under_a_library_is_no_fault_of_the_model(
+def test_a_disk_that_fills_up_within_a_library_is_a_storage_error(
     tmp_path: Path, shapes_model: str, photos: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def cut_short(source: graphs.Source, how: str, folder: Path) -> None:
@@ -691,7 +696,7 @@ def test_a_disk_that_fills_up_under_a_library_is_no_fault_of_the_model(
     with pytest.raises(
         StorageError, match=rf"^{into}: .*\. Check the path, and that the disk has room\.$"
     ) as raised:
-        export_model(asked(shapes_model, photos), "onnx", "", into)
+        export_model(export_job(shapes_model, photos), "onnx", "", into)
     assert "\n" not in str(raised.value) and os.listdir(tmp_path) == []
 
 
@@ -732,7 +737,7 @@ def test_a_disk_that_is_really_full_is_one_line_and_the_process_lives(
 def test_a_library_that_is_missing_is_named_with_its_extra(
     tmp_path: Path, shapes_model: str, photos: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = asked(shapes_model, photos)
+    job = export_job(shapes_model, photos)
     for module, to, how, extra in (
         ("nncf", "openvino", "int8", "quantise"),
         ("coremltools", "coreml", "", "coreml"),
@@ -817,7 +822,7 @@ def test_equal_scores_are_ranked_by_id() -> None:
 
 
 @pytest.mark.nightly
-def test_nncf_reports_its_use_to_nobody(tmp_path: Path, shapes_model: str, photos: str) -> None:
+def test_nncf_sends_no_telemetry(tmp_path: Path, shapes_model: str, photos: str) -> None:
     home = tmp_path / "home"
     home.mkdir()
     code = (

@@ -379,7 +379,7 @@ def test_models_that_cannot_read_say_so_in_one_line(
         job_for(make_checkpoint(tmp_path / "bare", "vit", False))
     )
     long = ["cat", "a very long label " * 20]
-    assert "reads 77 tokens of a text, and there is one of" in refused(job_for(clip, long))
+    assert "reads 77 tokens of a text, and one has" in refused(job_for(clip, long))
     os.unlink(f"{clip}/tokenizer.json")
     assert (
         "holds no tokenizer (tokenizer.json, or vocab.json and merges.txt, or spiece.model)"

@@ -257,13 +257,7 @@ def _indexed(
     rows: _Rows, unit: np.ndarray, k: int, url: str
 ) -> tuple[list[dict[str, Any]], float, list[str]]:
     """The nearest rows by an index, the recall of that index, and notes about it."""
-    try:
-        import faiss
-    except ImportError as error:
-        raise JobError(
-            "--index needs FAISS: pip install 'vitray[search]', or leave it out for an exact "
-            "search."
-        ) from error
+    faiss = _faiss()
     path = absolute(url)
     require_outside(rows.dataset, "--index", path)
     if not is_local(path) or not rows.total:
@@ -300,6 +294,18 @@ def _indexed(
         for position, row in _rows_at(rows, sorted(by_position))
     ]
     return sorted(nearest, key=lambda row: -row["cosine"]), metadata["recall"], notes
+
+
+def _faiss() -> Any:
+    """The FAISS module. Raises JobError where it is not installed."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise JobError(
+            "--index needs FAISS: pip install 'vitray[search]', or leave it out for an exact "
+            "search."
+        ) from error
+    return faiss
 
 
 def _up_to_date(rows: _Rows, path: str) -> dict[str, Any] | None:

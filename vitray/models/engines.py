@@ -70,7 +70,7 @@ def open_model(
     export = read_graph(checkpoint)
     _require_same_weights(spec, checkpoint)
     chosen = resolve_device(device)
-    require(spec.engine, chosen, spec.precision)
+    require_engine(spec.engine, chosen, spec.precision)
     require_hardware(chosen, spec.precision)
     placement = Placement(chosen, threads if chosen == "cpu" else 1, compiled)
     if export is not None:
@@ -105,14 +105,13 @@ def _open_checkpoint(
 
     program = export_graph(network, spec, outputs)
     if spec.engine == "onnx":
-        from vitray.models import onnx_engine
+        from vitray.models.onnx_engine import compile_graph
 
-        run = onnx_engine.compile_graph(program, placement.device)
+        run = compile_graph(program, placement.device)
     else:
-        from vitray.models import openvino_engine
+        from vitray.models.openvino_engine import convert, open_graph
 
-        graph = openvino_engine.convert(program)
-        run = openvino_engine.open_graph(graph, spec.precision, placement.workers)
+        run = open_graph(convert(program), spec.precision, placement.workers)
     return GraphModel(run, spec, outputs, placement.workers)
 
 
@@ -163,12 +162,12 @@ def _onnx_computes_on_cuda() -> bool:
     """Whether the installed ONNX Runtime is one for NVIDIA's GPUs (onnxruntime-gpu)."""
     import onnxruntime
 
-    from vitray.models import onnx_engine
+    from vitray.models.onnx_engine import providers
 
-    return len(onnx_engine.providers("cuda", onnxruntime.get_available_providers())) > 1
+    return len(providers("cuda", onnxruntime.get_available_providers())) > 1
 
 
-def require(engine: str, device: str, precision: str) -> None:
+def require_engine(engine: str, device: str, precision: str) -> None:
     """Raise ModelError when the engine cannot run this here."""
     if reason := refusal(engine, device, precision):
         raise ModelError(reason)

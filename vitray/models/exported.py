@@ -242,13 +242,13 @@ def open_export(
 
     positions = vector_positions(export, outputs.vectors)
     if export.to == "onnx":
-        from vitray.models import onnx_engine
+        from vitray.models.onnx_engine import open_graph
 
-        run = onnx_engine.open_graph(export.files()[0], placement.device)
+        run = open_graph(export.files()[0], placement.device)
     else:
-        from vitray.models import openvino_engine
+        from vitray.models.openvino_engine import open_graph as open_openvino_graph
 
-        run = openvino_engine.open_graph(export.files()[1], spec.precision, placement.workers)
+        run = open_openvino_graph(export.files()[1], spec.precision, placement.workers)
     first_vector = 1 if export.labels else 0
 
     def run_wanted(pixels: np.ndarray) -> list[np.ndarray]:

@@ -61,9 +61,9 @@ def require_hardware(device: str, precision: str) -> None:
 def require_decoder(device: str, decode: str) -> None:
     """Raise ModelError when images cannot be decoded on the device."""
     if decode in ("gpu", "hybrid"):
-        from vitray.models import gpu_decode
+        from vitray.models.gpu_decode import require
 
-        gpu_decode.require(device)
+        require(device)
 
 
 def auto_precision(device: str) -> str:

@@ -9,8 +9,13 @@ import logging
 from dataclasses import replace
 
 from vitray.job import Job
-from vitray.models import engines, machine
 from vitray.models.checkpoint import Checkpoint, VisionConfig, locate, read_config
+from vitray.models.engines import (
+    require_engine,
+    require_filter,
+    require_pixels,
+    with_fastest_engine,
+)
 from vitray.models.exported import (
     Export,
     engine_of,
@@ -22,6 +27,14 @@ from vitray.models.exported import (
 )
 from vitray.models.labels import labelled_by_own_head, labelled_by_words, read_label_names
 from vitray.models.linear_head import labelled_by_head, require_vector
+from vitray.models.machine import (
+    auto_batch_size,
+    auto_precision,
+    cores,
+    require_decoder,
+    require_hardware,
+    resolve_device,
+)
 from vitray.models.pixels import read_pixels
 from vitray.schema import ModelOutputs, ModelSpec, ScoreFunction, VectorColumn
 
@@ -51,22 +64,22 @@ def identify(job: Job, runs_here: bool = True) -> ModelSpec:
     else:
         spec = _labelled_by_export(spec, job, export, config)
     if runs_here:
-        engines.require(spec.engine, device, spec.precision)
-    engines.require_pixels(spec.engine, job.decode)
-    engines.require_filter(spec, job.decode)
+        require_engine(spec.engine, device, spec.precision)
+    require_pixels(spec.engine, job.decode)
+    require_filter(spec, job.decode)
     outputs = model_outputs(job, spec)
     if export is not None:
         vector_positions(export, outputs.vectors)
     if engine != "auto":
         return spec
-    return engines.with_fastest_engine(spec, outputs, device, machine.cores())
+    return with_fastest_engine(spec, outputs, device, cores())
 
 
 def _resolve_device(job: Job) -> str:
     """The job's device on this machine, which has the hardware for its precision and decoder."""
-    device = machine.resolve_device(job.device)
-    machine.require_hardware(device, job.precision)
-    machine.require_decoder(device, job.decode)
+    device = resolve_device(job.device)
+    require_hardware(device, job.precision)
+    require_decoder(device, job.decode)
     return device
 
 
@@ -99,10 +112,10 @@ def _with_arithmetic(spec: ModelSpec, job: Job, engine: str, device: str) -> Mod
     """
     precision: str = job.precision
     if precision == "auto":
-        precision = "fp32" if engine == "onnx" else machine.auto_precision(device)
+        precision = "fp32" if engine == "onnx" else auto_precision(device)
     batch_size = job.batch_size
     if batch_size == "auto":
-        batch_size = machine.auto_batch_size(device, spec.dimension)
+        batch_size = auto_batch_size(device, spec.dimension)
     chosen = "torch" if engine == "auto" else engine
     return replace(spec, precision=precision, engine=chosen, batch_size=batch_size)
 
