@@ -129,9 +129,7 @@ def test_what_must_not_be_gathered_or_written_is_refused(tmp_path: Path) -> None
         with pytest.raises(JobError, match="lies inside the dataset"):
             compact(dataset.out, into)
     whole = hand_made.make_dataset(tmp_path / "w", source=f"{tmp_path}/w/in")
-    with pytest.raises(
-        JobError, match=f"lies inside its source {tmp_path}/w/in: choose another "
-    ):
+    with pytest.raises(JobError, match=f"lies inside its source {tmp_path}/w/in: choose another "):
         compact(whole.out, str(tmp_path / "w" / "in" / "few"))
     with pytest.raises(JobError, match=r"holds s-000\.tar, which vitray compact did not write"):
         compact(dataset.out, str(tmp_path / "w" / "in"))

@@ -164,7 +164,9 @@ def test_a_sample_keeps_its_shards_while_the_source_grows(tmp_path: Path) -> Non
         )
         from vitray.sources import list_shards, select_shards
 
-        return {os.path.basename(shard.url) for shard in select_shards(list_shards(job, []).shards, job)}
+        return {
+            os.path.basename(shard.url) for shard in select_shards(list_shards(job, []).shards, job)
+        }
 
     for n in range(200):
         put(tmp_path / "in", f"{n:03d}", b"\0" * 1024)
