@@ -3,17 +3,24 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test check lint fast docs nightly audit lock soak fuzz bench clean
+.PHONY: demo test test-slow check lint docs nightly audit lock soak fuzz bench clean unit
 
 demo: $(STAMP)
 	$(BIN)/vitray demo demo
 
-# Two processes: one with Ray and S3, one with the rest; then what judges speed, alone. Three took 15 min 34 s where two took 14 min 55 s.
+# Unit and integration tests, and those on Ray that show the promises, in two processes.
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -m "not nightly and not timing" -n 2 --dist loadgroup
-	$(BIN)/python -m pytest -q -m "timing and not nightly" $$(grep -l mark.timing tests/*.py)
+	$(BIN)/python -m pytest -q -m "not nightly and not timing" tests/unit tests/integration tests/cluster
 
-check: lint fast
+# What else CI runs; then what judges speed, alone.
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -q -m "not nightly and not timing" tests/slow
+	$(BIN)/python -m pytest -q -n 0 -m "timing and not nightly" tests
+
+check: lint unit
+
+unit: $(STAMP)
+	$(BIN)/python -m pytest -q
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -21,16 +28,13 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports pyproject.toml
 
-fast: $(STAMP)
-	$(BIN)/python -m pytest -q -m "not nightly and not ray and not s3"
-
 # docs/reference.md from the code, then the site in site/.
 docs: $(STAMP)
-	$(BIN)/python tests/make_reference.py
+	$(BIN)/python tools/make_reference.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 nightly: $(STAMP)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 0 tests
 	$(MAKE) audit
 
 # Known holes in what cluster/requirements.txt names; asks PyPI's advisory service.
@@ -47,17 +51,17 @@ lock: $(STAMP)
 # Jobs in a loop under random faults; each must end whole.
 MINUTES ?= 60
 soak: $(STAMP)
-	$(BIN)/python tests/soak.py $(MINUTES)
+	$(BIN)/python tools/soak.py $(MINUTES)
 
 # Hostile bytes for the readers; SECONDS each.
 SECONDS ?= 300
 fuzz: $(STAMP)
 	$(BIN)/python -m pip install -q -e ".[fuzz]" -c cluster/constraints.txt
-	for target in decode tar parquet; do $(BIN)/python tests/fuzz.py $$target $(SECONDS) || exit 1; done
+	for target in decode tar parquet; do $(BIN)/python tools/fuzz.py $$target $(SECONDS) || exit 1; done
 
 # An environment of its own: daft asks for an older pyarrow and tqdm. BENCH='--model vit-b --sizes 64,192' passes options on.
 bench: .venv-bench/.installed
-	.venv-bench/bin/python tests/bench_peers.py $(BENCH)
+	.venv-bench/bin/python benchmarks/bench_peers.py $(BENCH)
 
 .venv-bench/.installed: pyproject.toml cluster/constraints.txt
 	$(PYTHON) -m venv .venv-bench

@@ -8,15 +8,18 @@ import contextlib
 import fcntl
 import os
 import shutil
-import socket
 import subprocess
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-import browser
 import pytest
-from zygote import Zygote, zygote
+
+from support import browser
+from support import shapes_model as shapes_model_cache
+from support.paths import TESTS
+from support.s3 import KEYS, RGW, free_port, new_bucket
+from support.zygote import Zygote, zygote
 
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -26,46 +29,46 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # training took 31 s instead of 5
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-KEYS = {
-    "AWS_ACCESS_KEY_ID": "AKTEST",
-    "AWS_SECRET_ACCESS_KEY": "SKTEST",
-    "AWS_DEFAULT_REGION": "us-east-1",
-}
-RGW = Path(__file__).with_name("rgw.sh")
+
+GROUPS = ("unit", "integration", "slow", "cluster", "nightly")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several test processes one has the Ray that tests share; a file's tests that start a Ray
-    of their own stay together, and S3's.
+    """Give each test the markers of its folder, and its process where several run tests.
+
+    A test of a folder `cluster` needs Ray, one of `nightly` runs at night. One process has the Ray
+    that tests share. A file's tests that start a Ray of their own stay together, as those of S3.
     """
     for item in items:
+        folders = item.path.relative_to(TESTS).parts[:-1]
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if folders and folders[0] in GROUPS:
+            item.add_marker(getattr(pytest.mark, folders[0]))
+        if "cluster" in folders:
+            item.add_marker(pytest.mark.ray)
+        if fixtures & {"s3", "real_s3"}:
+            item.add_marker(pytest.mark.s3)
         marks = {mark.name for mark in item.iter_markers()}
         if "ray" in marks:
-            item.add_marker(
-                pytest.mark.xdist_group(
-                    "ray" if "ray" in getattr(item, "fixturenames", ()) else item.path.stem
-                )
-            )
+            group = "ray" if "ray" in fixtures else item.path.stem
+            item.add_marker(pytest.mark.xdist_group(group))
         elif "s3" in marks:
             item.add_marker(pytest.mark.xdist_group("s3"))
 
 
 @pytest.fixture(scope="session")
 def shapes_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Directory of the tiny ViT, trained once for all test processes on drawn shapes. Asserts the
-    accuracy it was trained for.
+    """Directory of the tiny ViT that knows drawn shapes. Trained once for all test runs; see
+    support/shapes_model.py.
     """
-
-    from vitray.operations import demo_model
-
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     directory = shared / "shapes-model"
     with open(shared / "shapes-model.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not directory.exists():
-            assert demo_model.train(str(shared / "shapes-model.new")) >= 0.97
-            (shared / "shapes-model.new").rename(directory)
+            shapes_model_cache.shapes_model(directory)
     return str(directory)
 
 
@@ -148,19 +151,6 @@ def mock_s3() -> Iterator[str]:
     server.stop()
 
 
-def new_bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Point the environment at an S3 server and make an empty bucket there; returns its s3://
-    URL.
-    """
-    import boto3
-
-    for name, value in {**KEYS, "AWS_ENDPOINT_URL": endpoint}.items():
-        monkeypatch.setenv(name, value)
-    bucket = f"t-{uuid.uuid4().hex[:12]}"
-    boto3.client("s3", endpoint_url=endpoint).create_bucket(Bucket=bucket)
-    return f"s3://{bucket}"
-
-
 @pytest.fixture
 def s3(real_s3: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """s3:// URL of an empty bucket on the real server."""
@@ -173,12 +163,6 @@ def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     if request.param == "local":
         return str(tmp_path / "root")
     return new_bucket(request.getfixturevalue(f"{request.param}_s3"), monkeypatch) + "/root"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="session")

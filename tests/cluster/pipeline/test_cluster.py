@@ -1,0 +1,37 @@
+"""A Ray cluster that is not ours: two nodes with token auth on loopback, joined by --address."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import vitray
+from factories.shards import pictures, put_tars
+from support.clusters import RUN, Cluster
+
+
+def test_a_run_joins_a_cluster_of_two_nodes(
+    cluster: Cluster, shapes_model: str, tmp_path: Path
+) -> None:
+    address, environment = cluster.address, cluster.environment
+    put_tars(str(tmp_path / "in"), pictures(96), 3, tmp_path)
+    argv = [*RUN, str(tmp_path / "in"), "--model", shapes_model, "--out", str(tmp_path / "out")]
+    first = subprocess.run(
+        [*argv, "--address", address], env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert first.returncode == 0, first.stderr
+    assert sorted(vitray.read(str(tmp_path / "out"))["key"].to_pylist()) == [
+        f"{n:05d}" for n in range(96)
+    ]
+    assert not list(
+        (tmp_path / "out" / "_vitray").glob("probe-*")
+    )  # the nonce that all nodes had to see is gone
+    wrong = {**environment, "RAY_AUTH_TOKEN": "wrong"}
+    again = subprocess.run(
+        [*argv[:-1], str(tmp_path / "out-2"), "--address", address],
+        env=wrong,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert again.returncode == 1 and again.stderr.startswith("ClusterError: Ray at"), again.stderr

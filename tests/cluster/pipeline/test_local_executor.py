@@ -1,0 +1,45 @@
+"""The executor on threads: the same rows as on Ray, and an end whenever something breaks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+import vitray
+from factories.shards import Picture, pictures, put_tars
+from support.local_runs import IMAGES, run
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("local")
+    items = pictures(IMAGES)
+    broken = {7: b"", 50: b"no image", 90: items[90].data[:200]}
+    items = [Picture(p.key, broken.get(n, p.data), p.truth, p.suffix) for n, p in enumerate(items)]
+    put_tars(str(folder / "in"), items, 3, folder)
+    return folder / "in"
+
+
+def test_threads_and_ray_write_the_same_rows(
+    inputs: Path, shapes_model: str, tmp_path: Path
+) -> None:
+    run(inputs, shapes_model, tmp_path / "threads")
+    run(inputs, shapes_model, tmp_path / "ray", "--address", "local")
+    by_threads, by_ray = (
+        vitray.read(str(tmp_path / name)).sort_by("key") for name in ("threads", "ray")
+    )
+    assert by_threads.num_rows == IMAGES - 3
+    exact_columns = [
+        name for name in by_threads.column_names if name not in ("embedding", "score", "top_scores")
+    ]
+    assert by_threads.select(exact_columns).equals(by_ray.select(exact_columns))
+    vectors = [np.stack(table["embedding"].to_numpy()) for table in (by_threads, by_ray)]
+    np.testing.assert_allclose(*vectors, atol=1e-5)
+    errors = [
+        [pq.read_table(path) for path in sorted((tmp_path / name / "_errors").iterdir())]
+        for name in ("threads", "ray")
+    ]
+    assert errors[0] == errors[1] and sum(table.num_rows for table in errors[0]) == 3

@@ -1,0 +1,189 @@
+"""Engines: each keeps the same contract behind the one seam, and `auto` takes the fastest of those
+that do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from factories.small_models import CLASSES, job_for, make_checkpoint, noise, open_job, plain_loop
+from vitray.errors import ModelError
+from vitray.job import Embedding
+from vitray.models import Model, Predictions, engines, identify, open_model, vector_columns
+from vitray.schema import ModelOutputs
+
+pytestmark = pytest.mark.usefixtures("two_threads")
+
+ENGINES = ("torch", "openvino", "onnx")
+OTHERS = ENGINES[1:]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_any_number_of_images_any_kind_of_vector(tmp_path: Path, engine: str) -> None:
+    directory = make_checkpoint(tmp_path, "vit", True, problem_type="multi_label_classification")
+    vectors = [Embedding(name="plain"), Embedding(normalize=True, dtype="float16", name="unit")]
+    job, pixels = (
+        job_for(directory, True, vectors, top_k=CLASSES, batch_size=4, engine=engine),
+        noise(17),
+    )
+    pixels.flags.writeable = False
+    logits, tokens = plain_loop(directory, "vit", True, pixels)
+    model = open_job(job)
+    for count in (17, 0, 1, 2, 4, 5, 15):
+        found = model.predict(pixels[:count])
+        np.testing.assert_allclose(
+            found.scores, logits[:count].sigmoid().topk(CLASSES)[0], rtol=1e-4, atol=1e-6
+        )
+        plain, unit = (found.vectors[f"embedding_{name}"] for name in ("plain", "unit"))
+        np.testing.assert_allclose(plain, tokens["last"][:count, 0], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(
+            unit, plain / np.linalg.norm(plain, axis=1, keepdims=True), atol=5e-4
+        )
+        assert (found.ids.dtype, found.scores.dtype, plain.dtype, unit.dtype) == (
+            np.int32,
+            np.float32,
+            np.float32,
+            np.float16,
+        )
+        assert found.ids.shape == (count, CLASSES) and unit.shape == (count, 32)
+    with pytest.raises(ModelError, match=r"uint8 \[N, 32, 32, 3\], not uint8 \[2, 16, 16, 3\]"):
+        model.predict(noise(2, 16))
+    with pytest.raises(ModelError, match=r"not float32 \[2, 32, 32, 3\]"):
+        model.predict(pixels[:2].astype(np.float32))
+
+
+@pytest.mark.parametrize("engine", OTHERS)
+def test_an_engine_that_is_not_installed_is_named_with_its_extra(
+    tmp_path: Path, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = job_for(make_checkpoint(tmp_path, "vit", True), engine=engine)
+    spec = identify(job)
+    monkeypatch.setitem(sys.modules, engines.MODULES[engine][0], None)
+    for act in (lambda: identify(job), lambda: open_job(job, spec)):
+        with pytest.raises(
+            ModelError,
+            match=rf"engine {engine} is not installed here: pip install 'vitray\[{engine}\]'",
+        ):
+            act()
+
+
+def test_precisions_and_devices_that_an_engine_has_not_are_refused(tmp_path: Path) -> None:
+    directory = make_checkpoint(tmp_path, "vit", True)
+    assert identify(job_for(directory, engine="onnx", precision="auto")).precision == "fp32"
+    with pytest.raises(
+        ModelError, match=r"engine onnx computes in fp32, not in bf16\. Set precision: fp32"
+    ):
+        identify(job_for(directory, engine="onnx", precision="bf16"))
+    with pytest.raises(ModelError, match="engine openvino computes in bf16 or fp32, not in fp16"):
+        identify(job_for(directory, engine="openvino", precision="fp16"))
+    assert "runs on the CPU, and this job on cuda" in (
+        engines.refusal("openvino", "cuda", "bf16") or ""
+    )
+    assert engines.usable("cuda", "bf16")[0] == engines.usable("cpu", "fp16")[0] == ["torch"]
+    assert engines.usable("cpu", "bf16") == (
+        ["torch", "openvino"],
+        "onnx left out (computes in fp32, not in bf16)",
+    )
+    assert engines.usable("cpu", "fp32") == (list(ENGINES), "")
+
+
+@pytest.mark.parametrize("engine", OTHERS)
+def test_an_engine_that_is_installed_and_broken_is_named(
+    tmp_path: Path, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its module is found, and to import it raises what a library that is missing raises."""
+    job = job_for(make_checkpoint(tmp_path, "vit", True), engine=engine)
+    name = engines.MODULES[engine][0]
+    (tmp_path / "broken" / name).mkdir(parents=True)
+    (tmp_path / "broken" / name / "__init__.py").write_text(
+        'raise ImportError("libx.so.1: cannot open shared object file")\n'
+    )
+    monkeypatch.syspath_prepend(str(tmp_path / "broken"))
+    for module in [
+        m for m in sys.modules if m.split(".")[0] == name or m == f"vitray.models.{engine}_engine"
+    ]:
+        monkeypatch.delitem(sys.modules, module)
+    with pytest.raises(
+        ModelError,
+        match=rf"engine {engine} is installed, but cannot be loaded \(libx.so.1: .*engine: torch",
+    ):
+        identify(job)
+
+
+@dataclasses.dataclass
+class Fake:
+    """An engine that says what another one says, but late, or with other labels, or turned
+    vectors.
+    """
+
+    model: Model
+    delay_s: float = 0.0
+    shift: int = 0
+    turn: float = 0.0
+    calls: int = 0
+
+    def predict(self, pixels: np.ndarray) -> Predictions:
+        self.calls += 1
+        time.sleep(self.delay_s)
+        found = self.model.predict(pixels)
+        turned = {name: v + self.turn * np.roll(v, 1, axis=1) for name, v in found.vectors.items()}
+        return Predictions((found.ids + self.shift) % CLASSES, found.scores, turned)
+
+
+def test_auto_takes_the_fastest_engine_and_none_that_strays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = job_for(make_checkpoint(tmp_path, "vit", True), embeddings=[Embedding()], batch_size=4)
+    spec = identify(job)
+    torch_model = open_job(job, spec)
+    all_labels = open_model(spec, ModelOutputs(tuple(vector_columns(job, spec)), CLASSES), "cpu", 2)
+    liar, turned = Fake(torch_model, shift=1), Fake(torch_model, turn=0.1)
+    slow, slower = Fake(torch_model, 0.05), Fake(torch_model, 0.1)
+
+    def broken() -> Model:
+        raise RuntimeError("no kernel\nfor this")
+
+    choices = {
+        "torch": lambda: slower,
+        "a": lambda: slow,
+        "b": lambda: liar,
+        "c": lambda: turned,
+        "d": broken,
+    }
+    engine, why = engines.fastest(spec, choices, lambda: all_labels)
+    assert engine == "a" and liar.calls == turned.calls == 1
+    parts = why.split(", ")
+    assert (
+        parts[0].startswith("torch ")
+        and parts[0].endswith(" images/s")
+        and parts[1].endswith(" images/s")
+    )
+    assert parts[2] == "b left out (another label than torch in fp32 for 16 of 16 images)"
+    assert (
+        parts[3].startswith("c left out (cosine 0.9")
+        and parts[4] == "d left out (no kernel for this)"
+    )
+    assert (
+        engines.fastest(spec, {"torch": lambda: slow, "a": lambda: slower}, lambda: all_labels)[0]
+        == "torch"
+    )
+    monkeypatch.setattr(
+        engines, "measure_speeds", lambda models, pixels, seconds: {"torch": 100.0, "a": 109.0}
+    )
+    assert (
+        engines.fastest(spec, {"torch": lambda: slow, "a": lambda: slow}, lambda: all_labels)[0]
+        == "torch"
+    )  # not by noise
+    monkeypatch.undo()
+    quick, late = Fake(torch_model), Fake(torch_model, delay_s=0.3)
+    started = time.monotonic()
+    engines.fastest(
+        spec, {"torch": lambda: quick, "a": lambda: late}, lambda: all_labels, seconds=0.5
+    )
+    assert time.monotonic() - started < 3, "ten rounds of the late one"

@@ -1,0 +1,80 @@
+"""What is seen of a run: the view, the JSON lines, the numbers in both, and what Prometheus is
+told.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from factories.shards import pictures, put_tars
+
+VITRAY = [sys.executable, "-m", "vitray"]
+
+
+def test_without_a_terminal_a_run_tells_json_lines_and_warnings_as_asked(
+    shapes_model: str, tmp_path: Path
+) -> None:
+    put_tars(f"{tmp_path}/in", pictures(60), 2, tmp_path)
+    argv = [
+        *VITRAY,
+        "--log-format",
+        "json",
+        "run",
+        f"{tmp_path}/in",
+        "--model",
+        shapes_model,
+        "--out",
+        f"{tmp_path}/out",
+    ]
+    done = subprocess.run(
+        [*argv, "--set", "engine=auto"], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    told = [line for line in lines if "images" in line]
+    assert told[-1]["shards_done"] == 2 and told[-1]["images"] == 60 and len(told) <= 3
+    assert all(
+        {"level", "logger", "message"} <= line.keys() for line in lines if "images" not in line
+    )
+
+
+def test_on_a_terminal_a_run_draws_a_view_and_gives_the_cursor_back(
+    shapes_model: str, tmp_path: Path
+) -> None:
+    put_tars(f"{tmp_path}/in", pictures(60), 2, tmp_path)
+    argv = [
+        *VITRAY,
+        "run",
+        f"{tmp_path}/in",
+        "--model",
+        shapes_model,
+        "--set",
+        "engine=torch",
+        "--out",
+        f"{tmp_path}/out",
+    ]
+    mine, theirs = pty.openpty()
+    with subprocess.Popen(
+        argv,
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "100"},
+    ) as process:
+        os.close(theirs)
+        seen = b""
+        while True:
+            try:
+                seen += os.read(mine, 65536)
+            except OSError:  # the other side was closed
+                break
+        assert process.wait(240) == 0
+    os.close(mine)
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen.decode())
+    assert "2 of 2 done, 0 staged in part, 0 set aside" in text and "60" in text
+    assert seen.rindex(b"\x1b[?25h") > seen.rindex(b"\x1b[?25l")

@@ -1,0 +1,138 @@
+"""What learns, how fast, and when a training stops."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from support.training_runs import weights
+from vitray.models import checkpoint
+from vitray.training import examples, fitting
+from vitray.training.config import TrainingConfig
+from vitray.training.finetuning import finetune
+from vitray.training.student import parameter_groups, prepare
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("train", ["head", "last", "lora"])
+def test_only_what_the_config_names_learns(
+    train: str, trained: str, small: dict[str, object], tmp_path: Path
+) -> None:
+    out = str(tmp_path / "out")
+    fields = {
+        **small,
+        "model": trained,
+        "train": train,
+        "init": "weights",
+        "out": out,
+        "epochs": 1,
+        "classes": [str(n) for n in range(9, -1, -1)],
+    }
+    finetune(TrainingConfig(**fields))
+    before, after = weights(trained), weights(out)
+    assert before.keys() == after.keys()
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    linear = {
+        name
+        for name in after
+        if "layer." in name and name.endswith("weight") and "norm" not in name
+    }
+    expected = {
+        "head": {"classifier.weight", "classifier.bias"},
+        "last": {
+            name
+            for name in after
+            if "layer.1." in name or "classifier" in name or name.startswith("vit.layernorm")
+        },
+        "lora": {"classifier.weight", "classifier.bias"} | linear,
+    }[train]
+    assert changed == expected
+    assert json.loads(Path(out, "config.json").read_text())["id2label"]["0"] == "9"
+
+
+def test_lower_blocks_learn_more_slowly(trained: str, small: dict[str, object]) -> None:
+    config = TrainingConfig(
+        **{**small, "model": trained, "init": "weights", "out": "x", "layer_decay": 0.5}
+    )
+    student = prepare(config, checkpoint.locate(trained, None), tuple("0123456789"), None)
+    names = {id(p): name for name, p in student.named_parameters()}
+    scales = {
+        names[id(p)]: (g["scale"], g["weight_decay"])
+        for g in parameter_groups(student, config)
+        for p in g["params"]
+    }
+    assert scales["module.classifier.weight"] == (1.0, 0.05) and scales[
+        "module.classifier.bias"
+    ] == (1.0, 0.0)
+    assert scales["module.vit.layers.1.attention.q_proj.weight"][0] == 0.5
+    assert scales["module.vit.layers.0.attention.q_proj.weight"][0] == 0.25
+    assert scales["module.vit.embeddings.cls_token"][0] == 0.125
+
+
+def test_parts_of_a_step_add_up_to_it(small: dict[str, object], tmp_path: Path) -> None:
+    found = []
+    for parts in (1, 4):
+        out = str(tmp_path / str(parts))
+        finetune(TrainingConfig(**{**small, "out": out, "accumulate": parts, "epochs": 2}))
+        found.append(weights(out))
+    for name in found[0]:
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-3, atol=1e-4)
+
+
+def test_training_stops_when_it_gets_no_better(small: dict[str, object], tmp_path: Path) -> None:
+    reported: list[dict[str, float]] = []
+    fields = {
+        **small,
+        "out": str(tmp_path / "out"),
+        "epochs": 30,
+        "patience": 2,
+        "lr": 1e-9,
+        "metric": "accuracy",
+    }
+    result = finetune(
+        TrainingConfig(**fields),
+        report=lambda record: reported.append(record) if "epoch" in record else None,
+    )
+    assert result.epochs == len(reported) < 30
+    best = max(
+        reported, key=lambda record: (record["validation_accuracy"], -record["validation_loss"])
+    )
+    assert result.epochs == best["epoch"] + 2
+    assert result.figures["validation_loss"] == pytest.approx(best["validation_loss"], rel=1e-6)
+
+
+def test_precision_bf16_and_class_weights_train(
+    small: dict[str, object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for module in (examples, fitting):
+        monkeypatch.setattr(module, "PROGRESS_S", -1.0)
+    fields = {
+        **small,
+        "out": str(tmp_path / "out"),
+        "precision": "bf16",
+        "class_weights": "balanced",
+        "epochs": 8,
+    }
+    reported: list[dict[str, float]] = []
+    finetune(TrainingConfig(**fields), report=reported.append)
+    between = [record for record in reported if "epoch" not in record]
+    reported = [record for record in reported if "epoch" in record]
+    assert [record["step"] for record in between] == list(range(1, int(reported[-1]["step"]) + 1))
+    assert {record["steps"] for record in between} == {reported[-1]["step"]}
+    decoded = [
+        int(record.message.split()[0])
+        for record in caplog.records
+        if record.message.endswith(" images read and decoded")
+    ]
+    assert len(decoded) == 4 and decoded == sorted(decoded) and decoded[-1] <= 200
+    assert (
+        reported[-1]["loss"] < reported[0]["loss"]
+        and weights(fields["out"])["classifier.weight"].dtype == torch.float32
+    )

@@ -1,0 +1,70 @@
+"""The executor on threads: the same rows as on Ray, and an end whenever something breaks."""
+
+from __future__ import annotations
+
+import queue
+import time
+from pathlib import Path
+
+import pytest
+
+from factories.shards import Picture, pictures, put_tars
+from support.local_runs import IMAGES, SHARES
+from vitray.dataset import Dataset
+from vitray.errors import ClusterError
+from vitray.pipeline import cluster
+from vitray.pipeline.ray_executor import RayExecutor
+from vitray.pipeline.rounds import EventQueue
+from vitray.schema import ShardEvent
+from vitray.sources import list_shards
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("local")
+    items = pictures(IMAGES)
+    broken = {7: b"", 50: b"no image", 90: items[90].data[:200]}
+    items = [Picture(p.key, broken.get(n, p.data), p.truth, p.suffix) for n, p in enumerate(items)]
+    put_tars(str(folder / "in"), items, 3, folder)
+    return folder / "in"
+
+
+def test_on_a_full_cluster_the_executor_waits_for_a_machine(
+    ray: None, dataset: Dataset, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import ray as rays
+
+    class Takes:
+        def answer(self) -> bool:
+            return True
+
+    taker = rays.remote(Takes).options(num_cpus=rays.cluster_resources()["CPU"]).remote()
+    assert rays.get(taker.answer.remote(), timeout=60)
+    monkeypatch.setattr(cluster, "NOTICE_S", 0.5)
+    monkeypatch.setattr(cluster, "PLACEMENT_TIMEOUT_S", 1.8)
+    with pytest.raises(
+        ClusterError,
+        match=r"^waited 1\.8 s for a machine that has room for the model, and fetches and reads it",
+    ):
+        cluster.on_worker(SHARES, str)
+    words = [record.message for record in caplog.records if record.name == cluster.__name__]
+    assert len(words) in (2, 3)  # beside other state a wait may take longer than it was given
+    assert set(words) == {
+        "waiting for cluster resources: a machine that has room for the model, and fetches and "
+        "reads it"
+    }
+    executor = RayExecutor(dataset, list_shards(dataset.job, []).shards[1:2], SHARES)
+    arrived: EventQueue = queue.Queue()
+    executor.start(arrived)
+    try:
+        deadline = time.monotonic() + 60
+        while not executor.is_waiting_for_machine():
+            assert time.monotonic() < deadline and arrived.empty()
+            time.sleep(0.2)
+        time.sleep(3)
+        assert executor.is_waiting_for_machine() and arrived.empty()
+        rays.kill(taker)
+        while (item := arrived.get(timeout=60)) is not None:
+            assert isinstance(item, ShardEvent) and not executor.is_waiting_for_machine()
+    finally:
+        executor.close()

@@ -1,0 +1,8 @@
+"""Fixtures that several files of this folder use."""
+
+from __future__ import annotations
+
+from support.dataset_parts import out
+from support.old_datasets import bucket
+
+__all__ = ["bucket", "out"]

@@ -1,0 +1,70 @@
+"""The executor on threads: the same rows as on Ray, and an end whenever something breaks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from factories.shards import Picture, pictures, put_tars
+from support.local_runs import IMAGES
+from vitray.dataset import Dataset
+from vitray.pipeline.cluster import share_out
+from vitray.pipeline.local_executor import LocalExecutor
+from vitray.pipeline.rounds import RunState, run_round
+from vitray.sources import list_shards
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("local")
+    items = pictures(IMAGES)
+    broken = {7: b"", 50: b"no image", 90: items[90].data[:200]}
+    items = [Picture(p.key, broken.get(n, p.data), p.truth, p.suffix) for n, p in enumerate(items)]
+    put_tars(str(folder / "in"), items, 3, folder)
+    return folder / "in"
+
+
+def test_a_run_from_python_leaves_torch_its_threads(
+    inputs: Path, shapes_model: str, tmp_path: Path
+) -> None:
+    code = f"""
+import torch, vitray
+torch.set_num_threads(2)
+job = vitray.Job(source={str(inputs)!r}, model={shapes_model!r}, out={str(tmp_path / "out")!r}, engine="torch", max_error_rate=1)
+result = vitray.run(job)
+print(result.rows, torch.get_num_threads())
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=200, env=environment
+    )
+    assert done.stdout.split() == [str(IMAGES - 3), "2"], done.stderr
+
+
+def test_more_threads_than_shards_and_a_compiled_model_change_nothing(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    """Written into a dataset of its own, with four times the threads, and torch.compile."""
+    shards = list_shards(dataset.job, []).shards
+    shares = replace(share_out([{"CPU": 8}], "cpu"), readers=6, stagers=5, compiled=True)
+    other = replace(dataset, out=str(tmp_path / "other"))
+    state = RunState()
+    run_round(other, shards, LocalExecutor(other, shards, shares), state)
+    assert (
+        sorted(state.commits) == sorted(shard.id for shard in shards)
+        and state.progress.images == IMAGES
+    )
+    (path,) = (tmp_path / "out" / "data").iterdir()
+    own = pq.read_table(tmp_path / "other" / "data" / path.name)
+    reference = pq.read_table(path)
+    assert own["key"].equals(reference["key"]) and own["label"].equals(reference["label"])
+    np.testing.assert_allclose(
+        *(np.stack(t["embedding"].to_numpy()) for t in (own, reference)), atol=1e-4
+    )

@@ -1,0 +1,39 @@
+"""What learns, how fast, and when a training stops."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from factories.small_models import PREFIX, make_checkpoint
+from vitray.models import checkpoint
+from vitray.training.config import TrainingConfig
+from vitray.training.student import prepare
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("name", PREFIX)
+def test_every_family_trains_every_way(name: str, small: dict[str, object], tmp_path: Path) -> None:
+    found = checkpoint.locate(make_checkpoint(tmp_path / "model", name, headed=False), None)
+    for train in ("head", "last", "lora", "full"):
+        config = TrainingConfig(
+            **{
+                **small,
+                "out": "x",
+                "train": train,
+                "init": "weights",
+                "gradient_checkpointing": True,
+            }
+        )
+        student = prepare(config, found, ("a", "b", "c"), 5)
+        logits, own = student(torch.randn(2, 3, 32, 32))
+        assert logits.shape == (2, 3) and own.shape == (2, 5)
+        (logits.square().sum() + own.sum()).backward()
+        assert student.learning() and all(p.grad is not None for p in student.learning().values())
+        plain = student.eval()(pixels := torch.randn(1, 3, 32, 32))[0]
+        torch.testing.assert_close(
+            student.finished()(pixel_values=pixels).logits, plain, rtol=1e-4, atol=1e-5
+        )

@@ -1,0 +1,1 @@
+"""Servers, browsers, processes and helpers that tests of several folders share."""

@@ -1,0 +1,64 @@
+"""A run on threads over drawn shapes, and its dataset."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import vitray
+from vitray.dataset import Dataset, open_dataset
+from vitray.pipeline.cluster import share_out
+
+IMAGES = 320
+SHARES = replace(share_out([{"CPU": 2}], "cpu"), queue_blocks=1)
+
+
+def run(inputs: Path, model: str, out: Path, *more: str) -> str:
+    fields = [
+        "precision=fp32",
+        "engine=torch",
+        "batch_size=8",
+        "fragment_rows=16",
+        "max_error_rate=1",
+    ]
+    sets = [part for field in fields for part in ("--set", field)]
+    argv = [
+        sys.executable,
+        "-m",
+        "vitray",
+        "run",
+        str(inputs),
+        "--model",
+        model,
+        "--out",
+        str(out),
+        *sets,
+        *more,
+    ]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=200, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def dataset(inputs: Path, shapes_model: str, tmp_path: Path) -> Dataset:
+    fields = {
+        "precision": "fp32",
+        "engine": "torch",
+        "batch_size": 8,
+        "fragment_rows": 16,
+        "max_error_rate": 1,
+        "limit": 1,
+    }
+    vitray.run(
+        vitray.Job(source=[str(inputs)], model=shapes_model, out=str(tmp_path / "out"), **fields)
+    )
+    opened = open_dataset(str(tmp_path / "out"))
+    assert opened is not None
+    return opened
