@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test test-slow check lint docs nightly audit lock soak fuzz bench clean unit
+.PHONY: demo test test-slow check lint wheel docs nightly audit lock soak fuzz bench clean unit
 
 demo: $(STAMP)
 	$(BIN)/vitray demo demo
@@ -27,6 +27,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports pyproject.toml
+
+# Builds the wheel, and runs a job with what it installs.
+wheel: $(STAMP)
+	$(BIN)/python tools/check_wheel.py
 
 # docs/reference.md from the code, then the site in site/.
 docs: $(STAMP)

@@ -18,9 +18,9 @@ SUMS = "sums.json"
 
 def key() -> str:
     """Hash of the code that draws and trains, and of the versions of its libraries."""
-    from vitray.models import shapes
+    from vitray.operations import demo_model
 
-    code = Path(shapes.__file__).read_bytes()
+    code = Path(demo_model.__file__).read_bytes()
     versions = [importlib.metadata.version(name) for name in LIBRARIES]
     return hashlib.sha256(code + repr(versions).encode()).hexdigest()[:16]
 
@@ -56,12 +56,12 @@ def shapes_model(directory: Path) -> None:
 
 def train_into(kept: Path) -> None:
     """Train, check the accuracy, and put the model in its place with the sums of its files."""
-    from vitray.models import shapes
+    from vitray.operations import demo_model
 
     CACHE.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(dir=CACHE, prefix="new-"))
     try:
-        assert shapes.train(str(new)) >= MIN_ACCURACY
+        assert demo_model.train(str(new)) >= MIN_ACCURACY
         (new / SUMS).write_text(json.dumps(sums_of(new)))
         new.chmod(0o755)
         shutil.rmtree(kept, ignore_errors=True)

@@ -16,7 +16,7 @@ def test_shares_leave_a_cpu_beside_the_actors_and_refuse_what_cannot_move() -> N
     assert share_out([{"CPU": 16, "GPU": 2}], "cpu").actor_gpus == 0
     for nodes, text in (
         ([{"CPU": 1}], "needs 2"),
-        ([{"CPU": 2, "GPU": 2}], "one a GPU"),
+        ([{"CPU": 2, "GPU": 2}], "one per GPU"),
         ([{"CPU": 1}, {"CPU": 1}], "no machine"),
     ):
         with pytest.raises(ClusterError, match=text):
