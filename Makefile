@@ -3,16 +3,19 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test test-slow check lint wheel docs nightly audit lock soak fuzz bench clean unit
+.PHONY: demo install test test-slow check unit lint wheel docs nightly audit lock soak fuzz bench clean
 
 demo: $(STAMP)
 	$(BIN)/vitray demo demo
 
-# Unit and integration tests, and those on Ray that show the promises, in two processes.
+# The environment .venv, with the development dependencies.
+install: $(STAMP)
+
+# Unit, integration and cluster tests, in two processes.
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -m "not nightly and not timing" tests/unit tests/integration tests/cluster
 
-# What else CI runs; then what judges speed, alone.
+# The remaining CI tests, then timing tests with nothing beside them.
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m "not nightly and not timing" tests/slow
 	$(BIN)/python -m pytest -q -n 0 -m "timing and not nightly" tests
@@ -28,7 +31,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports pyproject.toml
 
-# Builds the wheel, and runs a job with what it installs.
+# Build the wheel, and run a job from a fresh installation of it.
 wheel: $(STAMP)
 	$(BIN)/python tools/check_wheel.py
 
@@ -37,33 +40,35 @@ docs: $(STAMP)
 	$(BIN)/python tools/make_reference.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# All tests, one at a time, then the audit.
 nightly: $(STAMP)
 	$(BIN)/python -m pytest -q -n 0 tests
 	$(MAKE) audit
 
-# Known holes in what cluster/requirements.txt names; asks PyPI's advisory service.
+# Check pinned dependencies for known vulnerabilities (asks PyPI's advisory service).
 audit: $(STAMP)
 	$(BIN)/python -m pip install -q -e ".[audit]" -c cluster/constraints.txt
 	$(BIN)/pip-audit --strict --disable-pip --require-hashes -r cluster/requirements.txt
 
-# Anew from cluster/constraints.txt, which says the versions.
+# Regenerate cluster/requirements.txt from cluster/constraints.txt.
 lock: $(STAMP)
 	$(BIN)/python -m pip install -q -e ".[audit]" -c cluster/constraints.txt
 	$(BIN)/uv pip compile -q --generate-hashes --universal --python-version 3.11 --no-header --no-annotate --extra openvino --extra onnx --extra aws \
 		-c cluster/constraints.txt pyproject.toml -o cluster/requirements.txt
 
-# Jobs in a loop under random faults; each must end whole.
+# Random faults in a loop for MINUTES; every job must end complete.
 MINUTES ?= 60
 soak: $(STAMP)
 	$(BIN)/python tools/soak.py $(MINUTES)
 
-# Hostile bytes for the readers; SECONDS each.
+# Fuzz each reader for SECONDS.
 SECONDS ?= 300
 fuzz: $(STAMP)
 	$(BIN)/python -m pip install -q -e ".[fuzz]" -c cluster/constraints.txt
 	for target in decode tar parquet; do $(BIN)/python tools/fuzz.py $$target $(SECONDS) || exit 1; done
 
-# An environment of its own: daft asks for an older pyarrow and tqdm. BENCH='--model vit-b --sizes 64,192' passes options on.
+# In an environment of its own, because daft needs an older pyarrow and tqdm.
+# BENCH passes options on: make bench BENCH='--model vit-b --sizes 64,192'
 bench: .venv-bench/.installed
 	.venv-bench/bin/python benchmarks/bench_peers.py $(BENCH)
 

@@ -16,10 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
+from vitray.cpus import cores
 from vitray.job import Job
 from vitray.models import identify, open_model, torch_threads_kept, vector_columns
 from vitray.models.blocks import PackedLinear, can_pack
-from vitray.models.machine import CPU_PRODUCT, cores, flop_per_image
+from vitray.models.machine import CPU_PRODUCT, flop_per_image
 from vitray.schema import ModelOutputs
 
 CALLERS = 2

@@ -34,11 +34,13 @@ from vitray.training.config import TrainingConfig
 PAGE = Path(__file__).parent.parent / "docs" / "reference.md"
 IMAGE_COLUMNS = {
     "key": "the sample's own name. In a tar: the path up to a dot of the base name (`tar_keys`). "
-    "In other sources: the key column, the image's path, or the row's number. "
+    "Of a loose file: its whole path, equal to `uri`. In a manifest or Parquet: the key column, "
+    "the image's path, or the row's number. "
     "A key need not be unique. (`shard`, `index`) is unique.",
     "shard": "id of the shard, which is the name of the data file",
     "index": "position of the image in its shard, from 0",
-    "uri": "the object that the image came from",
+    "uri": "the object that the image came from: the tar, the Parquet file that has its bytes, or "
+    "the image's own file",
     "content_hash": "BLAKE2b of the encoded bytes, 16 bytes",
 }
 ROW_COLUMNS = {
@@ -128,16 +130,21 @@ FILES = """
     OUT/_errors/<shard>.parquet    rows of the bad images
     OUT/_SUCCESS.json              exists exactly while nothing is pending
     OUT/_vitray/                   the job, the manifest, run records, and what is staged
+    OUT/_vitray/README.md          the dataset card, if `report --card` wrote one
 
 Every reader of Parquet can open `data/*.parquet` at any moment, and never sees half a file.
 """
 EXIT_CODES = """
+- 1: `validate` also ends with it, if the dataset is not valid.
 - 3: `export --to webdataset` also ends with it, if it could not read every image again.
-- 4: the share counts the whole dataset. After 1,000 images a run stops as soon as it passes
-  `max_error_rate`.
+- 4: the share counts the whole dataset. Once a run has 1,000 images, it stops as soon as the share
+  of its own images is above `max_error_rate`.
 - 5: `compare` and `export-model` end with it, if fewer labels agree than `--min-agreement`.
 - 129, 130: a terminal that closes, and Ctrl-C, end a run at once.
-- 143: SIGTERM lets a run finish the writes that have begun, for at most 15 s.
+- 137: not from vitray. The process was killed with kill -9, or memory was short. The same command
+  continues.
+- 143: SIGTERM lets a run finish the writes that have begun. It has 15 s for the writes, and ends
+  within 20 s in all.
 
 [What to do after each code](how-to/spot.md#after-each-exit-code).
 """
@@ -385,8 +392,24 @@ def _function(name: str) -> list[str]:
     return [
         f"### `vitray.{name}`",
         f"```text\nvitray.{name}{_signature(thing)}\n```",
-        inspect.cleandoc(thing.__doc__ or ""),
+        *(_parameter_list(part, thing) for part in _paragraphs(thing.__doc__)),
     ]
+
+
+def _paragraphs(docstring: str | None) -> list[str]:
+    return inspect.cleandoc(docstring or "").split("\n\n")
+
+
+def _parameter_list(paragraph: str, function: Any) -> str:
+    """A paragraph of a docstring as Markdown: `name: text` of parameters becomes a list."""
+    names = "|".join(inspect.signature(function).parameters)
+    described, *errors = re.split(r"\s(?=Raises )", paragraph, maxsplit=1)
+    parts = re.split(rf"(?:^|\s)({names}): ", described)
+    if len(parts) == 1 or parts[0]:
+        return paragraph
+    items = zip(parts[1::2], parts[2::2])
+    listed = "\n".join(f"- `{name}`: {' '.join(text.split())}" for name, text in items)
+    return "\n\n".join([listed, *(" ".join(text.split()) for text in errors)])
 
 
 def _signature(thing: Any) -> str:

@@ -28,11 +28,12 @@ POINTS = (
     "manifest-marked",
     "driver-recorded",
 )
-# Of fine-tuning: the step's number takes the place of the shard id.
-TRAINING_POINTS = ("train-step", "train-saved")
 
 
 def crash_point(name: str, shard: str = "") -> None:
-    """kill -9 of this process where VITRAY_CRASH_AT is the point's name, or name:shard-id."""
+    """kill -9 of this process where VITRAY_CRASH_AT is the point's name, or name:shard-id.
+
+    In a training, the step's number takes the place of the shard id.
+    """
     if os.environ.get("VITRAY_CRASH_AT") in (name, f"{name}:{shard}"):
         os.kill(os.getpid(), signal.SIGKILL)

@@ -9,10 +9,12 @@
     |  |- ObjectMissing         the object does not exist
     |  |- ObjectChanged         the object is not the version that was planned
     |  |- ObjectRefused         this object can never be read; it is a ShardError too
-    |  `- UnsafeStore           the store ignores a conditional create
+    |  |- UnsafeStore           the store ignores a conditional create
+    |  `- TakenOver             another command trains into the same OUT
     |- CommitError          a data file exists that this run could not have written
     |- ShardError           one shard cannot be read: it is set aside, and the run continues
     |- ClusterError         Ray is missing, too small, open to anyone, or stalled
+    |- Diverged             the loss of a training is no longer a number
     |- Disagreement         exit code 5: an exported model agrees too little with the original
     |- ErrorRateExceeded    exit code 4: more bad images than `max_error_rate` allows
     `- Interrupted          exit code 143: the run was asked to stop
@@ -34,57 +36,85 @@ class VitrayError(Exception):
 
 
 class JobError(VitrayError):
+    """The usage or the job is wrong, or the model does not fit."""
+
     exit_code = ExitCode.BAD_USAGE
 
 
-class SourceError(JobError): ...
+class SourceError(JobError):
+    """There is nothing to read, or the source is not what the job says."""
 
 
-class ModelError(JobError): ...
+class ModelError(JobError):
+    """The checkpoint does not exist, or has no trained head or no such layer."""
 
 
-class FingerprintError(JobError): ...
+class FingerprintError(JobError):
+    """The output directory belongs to another job."""
 
 
-class StorageError(VitrayError): ...
+class StorageError(VitrayError):
+    """A store does not answer, refuses a request, or is full."""
 
 
-class ObjectMissing(StorageError): ...
+class ObjectMissing(StorageError):
+    """The object does not exist."""
 
 
-class ObjectChanged(StorageError): ...
+class ObjectChanged(StorageError):
+    """The object is not the version that was planned."""
 
 
-class UnsafeStore(StorageError): ...
+class UnsafeStore(StorageError):
+    """The store ignores a conditional create."""
 
 
-class ShardError(VitrayError): ...
+class TakenOver(StorageError):
+    """Another command owns the states of this training now."""
 
 
-class ObjectRefused(StorageError, ShardError): ...
+class ShardError(VitrayError):
+    """The shard cannot be read. It is set aside, and the run continues."""
 
 
-class CommitError(VitrayError): ...
+class ObjectRefused(StorageError, ShardError):
+    """The object can never be read."""
 
 
-class ClusterError(VitrayError): ...
+class CommitError(VitrayError):
+    """A data file exists that this run could not have written."""
+
+
+class ClusterError(VitrayError):
+    """Ray is missing, too small, open to anyone, or stalled."""
+
+
+class Diverged(VitrayError):
+    """The loss of a training is no longer a number."""
 
 
 class ErrorRateExceeded(VitrayError):
+    """More images are bad than `max_error_rate` allows."""
+
     exit_code = ExitCode.TOO_MANY_BAD_IMAGES
 
 
 class Disagreement(VitrayError):
-    """judged: the judgement of the exported model; its str() is a table of it."""
+    """An exported model agrees too little with the original.
+
+    export: the refused export; str(export) is the comparison table.
+    """
 
     exit_code = ExitCode.TOO_LITTLE_AGREEMENT
 
-    def __init__(self, message: str, judged: object) -> None:
+    def __init__(self, message: str, export: object) -> None:
         super().__init__(message)
-        self.judged = judged
+        self.export = export
 
 
 class Interrupted(VitrayError):
+    """The run was asked to stop."""
+
     exit_code = ExitCode.TERMINATED
 
 

@@ -27,7 +27,7 @@ from pydantic import (
 )
 
 from vitray.errors import JobError, one_line
-from vitray.schema import RESERVED, SOURCE_RULES
+from vitray.schema import RESERVED, SourceRules
 
 PROMPT = "This is a photo of {}."  # of transformers' zero-shot pipeline
 FORMATS = ("bmp", "gif", "jpeg", "png", "tiff", "webp")
@@ -60,14 +60,14 @@ def _labels(value: object) -> object:
     if isinstance(value, list):
         return distinct_labels(value)
     if not isinstance(value, bool) and (not isinstance(value, str) or not value):
-        raise ValueError("true, false, a list of labels, or a file with one label a line")
+        raise ValueError("true, false, a list of labels, or a file with one label per line")
     return expand_home(value) if isinstance(value, str) else value
 
 
 def distinct_labels(names: Sequence[object]) -> list[str]:
     """Labels without the spaces around them.
 
-    Raises ValueError if there is none, or if one is no text, empty, or there twice.
+    Raises ValueError if there is none, or if one is not text, is empty or appears twice.
     """
     if not names:
         raise ValueError("no label; write at least one")
@@ -79,7 +79,7 @@ def distinct_labels(names: Sequence[object]) -> list[str]:
     if "" in labels:
         raise ValueError(f"label {labels.index('') + 1} is empty")
     if len(set(labels)) < len(labels):
-        raise ValueError(f"label {max(labels, key=labels.count)} is there twice")
+        raise ValueError(f"label {max(labels, key=labels.count)} appears twice")
     return labels
 
 
@@ -111,7 +111,7 @@ Layer = Annotated[int | Literal["last"], _whole_or("last", 999)]
 # by pydantic's name of the problem
 TYPES = {
     "string_type": "is not text; put it in quotes",
-    "list_type": "is no list; write [a, b]",
+    "list_type": "is not a list; write [a, b]",
 }
 # ValueError: a date like 2024-13-45, or bytes that are not UTF-8
 # RecursionError: thousands of open brackets
@@ -143,7 +143,7 @@ class Embedding(BaseModel):
         return self.name or f"{self.pool}_{self.layer}"
 
 
-class Written(BaseModel):
+class UserConfig(BaseModel):
     """The fields of a file that a user writes: a job, or a training."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -162,7 +162,7 @@ class Written(BaseModel):
             raise JobError(f"the job is not valid: {'; '.join(messages)}") from None
 
 
-class Job(Written):
+class Job(UserConfig):
     """A dataset to make: which images, which model, and where to write."""
 
     source: Urls = Field(
@@ -275,8 +275,8 @@ class Job(Written):
     )
     max_error_rate: float = Field(
         0.05,
-        description="share of bad images above which the exit code is 4. After 1,000 images a run "
-        "stops at once",
+        description="share of bad images above which the exit code is 4. Once a run has 1,000 "
+        "images, it stops as soon as the share is above",
         ge=0,
         le=1,
     )
@@ -353,9 +353,9 @@ class Job(Written):
         return self._key_is_found
 
     @property
-    def rules(self) -> int:
-        """The source rules as a number: the newest, if the dataset has not set them."""
-        return SOURCE_RULES if self.source_rules == "auto" else self.source_rules
+    def rules(self) -> SourceRules:
+        """The source rules: the newest, if the dataset has not set them."""
+        return SourceRules.V2 if self.source_rules == "auto" else SourceRules(self.source_rules)
 
     @property
     def labelled(self) -> bool:
@@ -394,17 +394,21 @@ def make_job(fields: dict[str, Any]) -> Job:
 
 
 def _problem_text(
-    written: type[Written], kind: str, location: tuple[int | str, ...], message: str, value: object
+    config: type[UserConfig],
+    kind: str,
+    location: tuple[int | str, ...],
+    message: str,
+    value: object,
 ) -> str:
     """The message of a problem that pydantic found."""
     name = ".".join(map(str, location))
     if kind == "extra_forbidden":
-        fields = (Embedding if len(location) > 1 else written).model_fields
+        fields = (Embedding if len(location) > 1 else config).model_fields
         nearest = difflib.get_close_matches(str(location[-1]), fields, n=1)
         hint = f"; did you mean `{nearest[0]}`?" if nearest else ""
         return f"unknown field `{name}`{hint}"
     if kind == "missing":
-        return f"`{name}` is missing: {written.model_fields[name].description}"
+        return f"`{name}` is missing: {config.model_fields[name].description}"
     if kind in TYPES:
         return f"`{name}`: {_beginning(value)} {TYPES[kind]}"
     text = message.removeprefix("Value error, ")
@@ -429,12 +433,12 @@ class _Loader(yaml.SafeLoader):
         for key, value in node.value:
             if value.tag.endswith(":null") and not value.value:
                 raise ValueError(
-                    f"`{key.value}` has no value in line {key.start_mark.line + 1}; what begins "
-                    f"with # goes in quotes"
+                    f"`{key.value}` has no value in line {key.start_mark.line + 1}; "
+                    "what begins with # goes in quotes"
                 )
             if first.setdefault(str(key.value), key) is not key:
                 raise ValueError(
-                    f"`{key.value}` is there twice, again in line {key.start_mark.line + 1}"
+                    f"`{key.value}` appears twice, again in line {key.start_mark.line + 1}"
                 )
         return node
 
@@ -484,7 +488,7 @@ def _distinct_names(pairs: list[tuple[str, object]]) -> dict[str, object]:
     fields: dict[str, object] = {}
     for name, value in pairs:
         if name in fields:
-            raise ValueError(f"`{name}` is there twice")
+            raise ValueError(f"`{name}` appears twice")
         fields[name] = value
     return fields
 
@@ -514,5 +518,8 @@ def load_job(path: str | Path, overrides: dict[str, object] | None = None) -> Jo
     fields = read_fields(path)
     if _is_json(path) and fields and not fields.keys() & Job.model_fields.keys():
         names = ", ".join(islice(fields, 3)) + (", …" if len(fields) > 3 else "")
-        raise JobError(f"{path} is no job: it has {names} and no field of a job ({JSON_IS_A_JOB})")
+        raise JobError(
+            f"{path} is not a job file: none of its fields ({names}) is a job field "
+            f"({JSON_IS_A_JOB})"
+        )
     return make_job({**fields, **(overrides or {})})

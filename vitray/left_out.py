@@ -22,8 +22,8 @@ class LeftOut(StrEnum):
 
 
 LEFT_OUT = {
-    LeftOut.HIDDEN: "the file or one of its folders is hidden: its name begins with a dot or an "
-    "underscore, or a NAS made it (@eaDir, #recycle); in a tar, only a file name with a dot counts",
+    LeftOut.HIDDEN: "the name of the file or of a folder above it begins with a dot or an "
+    "underscore, or a NAS made it (@eaDir, #recycle). In a tar, only a file name with a dot counts",
     LeftOut.LINKED_FOLDER: "a folder behind a symbolic link, which is not entered",
     LeftOut.NO_SUFFIX: "no suffix; an explicit `format` reads such files",
     LeftOut.OTHER_SUFFIX: "not the suffix of an image",

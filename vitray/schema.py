@@ -6,17 +6,15 @@ Pure data, without input or output.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 SCHEMA_VERSION = 1
 
-# Suffixes of images that vitray decodes. Source rules 1 have only the first eight.
+# Suffixes of images that vitray decodes. SourceRules.V1 has only the first eight.
 IMAGE_SUFFIXES_V1 = frozenset(("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"))
 IMAGE_SUFFIXES = IMAGE_SUFFIXES_V1 | {"jpe", "jfif", "pjpeg", "pjp", "apng", "dib"}
 _CAMERA_RAW = (
@@ -30,26 +28,60 @@ CAMERA_RAW_SUFFIXES = frozenset(_CAMERA_RAW.split())
 # Suffixes of images that vitray does not decode: such files become error rows with a message.
 UNDECODED_SUFFIXES = CAMERA_RAW_SUFFIXES | frozenset(_UNDECODED.split())
 ALL_IMAGE_SUFFIXES = IMAGE_SUFFIXES | UNDECODED_SUFFIXES
-# The rules by which names in a source become rows. A dataset keeps the rules of its first run.
-SOURCE_RULES = 2
 
-REASONS = {
-    "empty": "no bytes",
-    "not_an_image": "the bytes begin like no image format known here",
-    "format_not_allowed": "an image, but of a format outside `formats`",
-    "truncated": "the image ends before its pixels do",
-    "too_many_pixels": "more pixels than `max_pixels`, or a side of more than 1,048,576",
-    "too_many_scans": "a progressive JPEG with more scans than any camera writes",
-    "float_pixels": "floating-point pixels have no defined range",
-    "unsupported_pixels": "integer pixels beyond 16 bit",
-    "too_large": "more encoded bytes than the cap of one image",
-    "time_limit": "decoding took more CPU seconds than one image may",
-    "decoder_died": "the decoder crashed on these bytes",
-    "decode_error": "the decoder refused the bytes",
-    "missing": "the listed object does not exist (any more) or cannot be read, or the row names or "
-    "holds no image",
-    "path_not_allowed": "a manifest path outside the allowed prefixes",
+
+class SourceRules(IntEnum):
+    """The rules by which names in a source become rows. A dataset keeps those of its first run.
+
+    V1: as before December 2026. V2: the newest.
+    """
+
+    V1 = 1
+    V2 = 2
+
+
+class Reason(StrEnum):
+    """Why an image has no row, as error rows store it."""
+
+    EMPTY = "empty"
+    NOT_AN_IMAGE = "not_an_image"
+    FORMAT_NOT_ALLOWED = "format_not_allowed"
+    TRUNCATED = "truncated"
+    TOO_MANY_PIXELS = "too_many_pixels"
+    TOO_MANY_SCANS = "too_many_scans"
+    FLOAT_PIXELS = "float_pixels"
+    UNSUPPORTED_PIXELS = "unsupported_pixels"
+    TOO_LARGE = "too_large"
+    TIME_LIMIT = "time_limit"
+    DECODER_DIED = "decoder_died"
+    DECODE_ERROR = "decode_error"
+    MISSING = "missing"
+    PATH_NOT_ALLOWED = "path_not_allowed"
+
+
+REASONS: dict[Reason, str] = {
+    Reason.EMPTY: "no bytes",
+    Reason.NOT_AN_IMAGE: "the bytes begin like no image format known here",
+    Reason.FORMAT_NOT_ALLOWED: "an image, but of a format outside `formats`",
+    Reason.TRUNCATED: "the image ends before its pixels do",
+    Reason.TOO_MANY_PIXELS: "more pixels than `max_pixels`, or a side of more than 1,048,576",
+    Reason.TOO_MANY_SCANS: "a progressive JPEG with more scans than any camera writes",
+    Reason.FLOAT_PIXELS: "floating-point pixels have no defined range",
+    Reason.UNSUPPORTED_PIXELS: "integer pixels beyond 16 bit",
+    Reason.TOO_LARGE: "more encoded bytes than the cap of one image",
+    Reason.TIME_LIMIT: "decoding took more CPU seconds than one image may",
+    Reason.DECODER_DIED: "the decoder crashed on these bytes",
+    Reason.DECODE_ERROR: "the decoder refused the bytes",
+    Reason.MISSING: "the listed object does not exist (any more) or cannot be read, "
+    "or the row names or holds no image",
+    Reason.PATH_NOT_ALLOWED: "a manifest path outside the allowed prefixes",
 }
+
+
+def describe_reason(reason: str) -> str:
+    """The meaning of a stored reason; empty for one that this version does not know."""
+    return REASONS[Reason(reason)] if reason in REASONS else ""
+
 
 # the columns that identify an image, in good rows and error rows
 _IMAGE = list(
@@ -160,7 +192,7 @@ class DecodeSpec:
     max_pixels: int
     background: tuple[int, int, int] | None
     mode: str = "exact"
-    rules: int = SOURCE_RULES
+    rules: SourceRules = SourceRules.V2
 
 
 class ScoreFunction(StrEnum):
@@ -270,7 +302,8 @@ def passthrough_table(rows: Sequence[PassthroughRow], schema: pa.Schema) -> pa.T
 
     Neighbours in a batch are copied as one slice. Values are never converted to Python objects.
     """
-    slices, first = list[pa.RecordBatch](), 0
+    slices = list[pa.RecordBatch]()
+    first = 0
     for stop in range(1, len(rows) + 1):
         last = rows[stop - 1]
         if (
@@ -283,128 +316,6 @@ def passthrough_table(rows: Sequence[PassthroughRow], schema: pa.Schema) -> pa.T
     return pa.Table.from_batches(slices, schema=None if slices else schema)
 
 
-def rebuilt_type(kind: pa.DataType, leaf: Callable[[pa.DataType], pa.DataType]) -> pa.DataType:
-    """A type with its leaves replaced, at any depth."""
-
-    def inside(field: pa.Field) -> pa.Field:
-        return field.with_type(rebuilt_type(field.type, leaf))
-
-    if pa.types.is_map(kind):
-        return pa.map_(rebuilt_type(kind.key_type, leaf), inside(kind.item_field), kind.keys_sorted)
-    if pa.types.is_struct(kind):
-        return pa.struct([inside(field) for field in kind])
-    if pa.types.is_fixed_size_list(kind):
-        return pa.list_(inside(kind.value_field), kind.list_size)
-    for is_kind, list_of in _LISTS:
-        if is_kind(kind):
-            return list_of(inside(kind.value_field))
-    return leaf(kind)
-
-
-_LISTS = (
-    (pa.types.is_list, pa.list_),
-    (pa.types.is_large_list, pa.large_list),
-    (pa.types.is_list_view, pa.list_view),
-    (pa.types.is_large_list_view, pa.large_list_view),
-)
-
-
-def holds_list_views(kind: pa.DataType) -> bool:
-    """Whether a type is a list view, or has one at any depth."""
-    if isinstance(kind, pa.BaseExtensionType):
-        return holds_list_views(kind.storage_type)
-    is_view = pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind)
-    return is_view or any(holds_list_views(kind.field(n).type) for n in range(kind.num_fields))
-
-
-def without_list_views(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The same values with lists in place of list views.
-
-    pyarrow 26.0 casts a list view to a list with one offset too few, which crashes later.
-    """
-    if not holds_list_views(column.type):
-        return column
-    return pa.chunked_array(
-        [_lists_of(chunk) for chunk in column.chunks or [pa.nulls(0, column.type)]]
-    )
-
-
-def _lists_of(array: pa.Array) -> pa.Array:
-    """The same values with lists in place of list views, at any depth."""
-    kind = array.type
-    if not holds_list_views(kind):
-        return array
-    if isinstance(kind, pa.BaseExtensionType):
-        return _lists_of(array.storage)
-    is_null = array.is_null()
-    if pa.types.is_struct(kind):
-        children = [_lists_of(child) for child in array.flatten()]
-        return pa.StructArray.from_arrays(
-            children, names=[field.name for field in kind], mask=is_null
-        )
-    if pa.types.is_fixed_size_list(kind):
-        size = kind.list_size  # `values` is of the whole array, which this may be a slice of
-        values = _lists_of(array.values.slice(array.offset * size, len(array) * size))
-        return pa.FixedSizeListArray.from_arrays(values, size, mask=is_null)
-    if pa.types.is_map(kind):
-        offsets = pc.add(array.offsets, 0)  # a copy: a mask needs offsets that are not a slice
-        return pa.MapArray.from_arrays(
-            offsets, _lists_of(array.keys), _lists_of(array.items), mask=is_null
-        )
-    return _list_of_spans(array)
-
-
-def _list_of_spans(array: pa.Array) -> pa.Array:
-    """A list or list view as a list, whose values are contiguous."""
-    kind, is_null = array.type, array.is_null()
-    is_large = pa.types.is_large_list(kind) or pa.types.is_large_list_view(kind)
-    sizes = pc.if_else(is_null, 0, pc.list_value_length(array).cast(pa.int64()))
-    ends = pc.cumulative_sum(sizes) if len(sizes) else sizes
-    offsets = pa.concat_arrays([pa.array([0], pa.int64()), ends]).cast(
-        pa.int64() if is_large else pa.int32()
-    )
-    starts = array.offsets.slice(0, len(array)).cast(pa.int64())
-    values = _lists_of(_spans(array.values, starts.to_numpy(), sizes.to_numpy()))
-    return (pa.LargeListArray if is_large else pa.ListArray).from_arrays(
-        offsets, values, mask=is_null
-    )
-
-
-def _spans(values: pa.Array, starts: np.ndarray, sizes: np.ndarray) -> pa.Array:
-    """The values of all spans, one after the other; a single slice where they are contiguous."""
-    # what Parquet returns is contiguous
-    if len(starts) and (starts == starts[0] + np.cumsum(sizes) - sizes)[sizes > 0].all():
-        return values.slice(int(starts[0]), int(sizes.sum()))
-    spans = [values.slice(int(start), int(size)) for start, size in zip(starts, sizes) if size]
-    return pa.concat_arrays(spans) if spans else values.slice(0, 0)
-
-
-def with_type(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
-    """A column with another type and equal values. Raises pa.ArrowException if one would change."""
-    if column.type == kind:
-        return column
-    if holds_list_views(column.type) and not holds_list_views(kind):
-        column = without_list_views(column)
-    if pa.types.is_dictionary(column.type) or pa.types.is_dictionary(kind):
-        values = kind.value_type if pa.types.is_dictionary(kind) else kind
-        column = column.cast(values)
-        return column.dictionary_encode().cast(kind) if pa.types.is_dictionary(kind) else column
-    return column.cast(kind)
-
-
-def take_rows(column: pa.ChunkedArray, rows: Sequence[int]) -> pa.ChunkedArray:
-    """These rows of a column, in ascending order, for every Arrow type.
-
-    pyarrow's own `take` lacks the view types (26.0).
-    """
-    slices, first = list[pa.ChunkedArray](), 0
-    for stop in range(1, len(rows) + 1):
-        if stop == len(rows) or rows[stop] != rows[stop - 1] + 1:
-            slices.append(column.slice(rows[first], stop - first))
-            first = stop
-    return pa.chunked_array([chunk for part in slices for chunk in part.chunks], column.type)
-
-
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """One image of a source: its encoded bytes, or the reason why there are none."""
@@ -413,7 +324,7 @@ class Encoded:
     key: str
     uri: str
     data: bytes | None
-    reason: str | None = None
+    reason: Reason | None = None
     message: str = ""
     passthrough: PassthroughRow | None = None
     further_images: int = 0  # of the same row; they are not read

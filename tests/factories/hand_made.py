@@ -14,12 +14,12 @@ import pyarrow as pa
 
 from vitray.dataset import (
     Dataset,
-    Ledger,
+    ManifestSummary,
     commit_shard,
-    finish,
     resolve_dataset,
     write_end,
     write_fragment,
+    write_manifest,
 )
 from vitray.job import Job, make_job
 from vitray.schema import (
@@ -123,9 +123,9 @@ def make_dataset(
 
 def finish_with(
     dataset: Dataset, listed: Sequence[str], planned: Sequence[str], prune: bool = False
-) -> Ledger:
+) -> ManifestSummary:
     """The manifest step over a source that is listed so."""
-    return finish(dataset, lambda: (listed, planned), prune)
+    return write_manifest(dataset, lambda: (listed, planned), prune)
 
 
 def stage(dataset: Dataset, shard: Shard) -> None:

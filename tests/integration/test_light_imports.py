@@ -97,7 +97,7 @@ def test_plan_status_validate_and_report_import_nothing_heavy(tmp_path: Path) ->
     file = tmp_path / "job.yaml"
     file.write_text(f"source: {tmp_path}/in/*.tar\nmodel: {tmp_path}/model\nout: {tmp_path}/out\n")
     assert "committed  3 shards" in run_light("plan", str(file))
-    assert "decided at run" in run_light("plan", str(file), "--out", str(tmp_path / "new"))
+    assert "chosen by the first run" in run_light("plan", str(file), "--out", str(tmp_path / "new"))
     assert ": complete" in run_light("status", dataset.out)
     assert ": valid; 3 files, 27 rows, 3 errors" in run_light("validate", dataset.out, "--content")
     # pictures need Numba; test_report.py holds that they need neither torch nor Ray
@@ -111,5 +111,5 @@ def test_no_command_but_run_and_demo_needs_torch_or_ray(tmp_path: Path) -> None:
     assert "3 data files would be deleted" in run_light(
         "redo", dataset.out, "--reason", "not_an_image"
     )
-    assert "removed 0 orphans" in run_light("clean", dataset.out)
+    assert "removed 0 items" in run_light("clean", dataset.out)
     assert not os.path.exists(tmp_path / "model")

@@ -55,7 +55,7 @@ def commands(text: str) -> list[str]:
     ]
     lines += [line[4:] for line in prose(text).splitlines() if line.startswith("    ")]
     before = re.compile(r"^(?:[\d*/,-]+ ){5}|^(?:until|if|while) |; do$|^\.venv/bin/")
-    typed = [before.sub("", before.sub("", line)) for line in lines]
+    typed = [before.sub("", before.sub("", line.strip())) for line in lines]
     return [line for line in typed if line.startswith("vitray ")]
 
 

@@ -11,7 +11,8 @@ from PIL import Image
 
 from factories.small_models import make_checkpoint, noise
 from vitray.job import Job
-from vitray.models.checkpoint import hash_weights, locate
+from vitray.models.checkpoint import hash_weights
+from vitray.models.checkpoint_store import locate
 from vitray.models.linear_head import Head, write_head
 
 NAMES = ("ant", "bee", "cow", "doe")

@@ -13,11 +13,12 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from factories import hand_made
+from vitray.arrow_types import without_list_views
 from vitray.dataset import Dataset, commit_shard, resolve_dataset
 from vitray.models import Predictions
 from vitray.operations.validation import validate
 from vitray.pipeline.stages import decode_stage, predict_stage, read_stage, unpack, write_stage
-from vitray.schema import VectorColumn, without_list_views
+from vitray.schema import VectorColumn
 from vitray.sources import list_shards, passthrough_schema
 
 TEXTS = (pa.string(), pa.large_string(), pa.string_view())

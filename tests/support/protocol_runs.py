@@ -28,15 +28,15 @@ from vitray.dataset import (
     Commit,
     append_group_log,
     commit_shard,
-    committed,
-    finish,
+    committed_files,
     load_group_log,
     read_footer,
     read_manifest,
-    staged_intact,
+    repair_staging,
     staged_shards,
     write_end,
     write_fragment,
+    write_manifest,
 )
 from vitray.errors import ObjectChanged, StorageError
 from vitray.schema import End, Shard, short_hash
@@ -84,10 +84,10 @@ def a_run(
         writer.name, done = name, None
         for _ in range(3):
             shard = planned()
-            if shard.id not in committed(OUT):
+            if shard.id not in committed_files(OUT):
                 done = make_dataset_of(shard, bad or {}, drift)
-            if shard.id in committed(OUT):
-                finish(current.dataset, listed)
+            if shard.id in committed_files(OUT):
+                write_manifest(current.dataset, listed)
                 return done
         raise StorageError("set aside after 3 attempts")
 
@@ -95,7 +95,7 @@ def a_run(
 
 
 def make_dataset_of(shard: Shard, bad: dict[int, str], drift: float) -> Commit | None:
-    dataset, parts = current.dataset, staged_intact(current.dataset, shard.id)
+    dataset, parts = current.dataset, repair_staging(current.dataset, shard.id)
     if not parts.covers():
         for start, stop in SPANS:
             if parts.fragments.get(start) != stop:
@@ -206,7 +206,7 @@ def check_whole(store: MemoryStore, runs: list[Run]) -> None:
                     f"{footer.errors} errors"
                 )
     a_run("last")()
-    shard, data = planned(), committed(OUT)
+    shard, data = planned(), committed_files(OUT)
     if list(data) != [shard.id]:
         raise Violation(f"data/ holds {list(data)}, the input is {shard.id}")
     footer = read_footer(data[shard.id].url)

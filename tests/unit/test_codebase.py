@@ -7,13 +7,15 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import vitray
 from vitray.job import Embedding, Job
-from vitray.schema import REASONS
+from vitray.schema import REASONS, Reason
 
 PACKAGE = Path(vitray.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -58,6 +60,10 @@ def test_the_public_names_are_these_and_each_is_documented() -> None:
     assert vitray.__all__ == [
         "Embedding",
         "Job",
+        "Plan",
+        "Progress",
+        "Result",
+        "Validation",
         "VitrayError",
         "__version__",
         "plan",
@@ -68,6 +74,23 @@ def test_the_public_names_are_these_and_each_is_documented() -> None:
     for name in set(vitray.__all__) - {"__version__"}:
         assert (inspect.getdoc(getattr(vitray, name)) or "").strip(), name
     assert re.fullmatch(r"\d+\.\d+\.\d+", vitray.__version__)
+
+
+def test_example_of_the_package_is_python_and_uses_existing_names() -> None:
+    example = inspect.cleandoc(vitray.__doc__ or "").split("\n\n", 1)[1]
+    tree = ast.parse(textwrap.dedent(example))
+    attributes = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "vitray"
+    }
+    assert attributes == {"Job", "run", "read"}
+    values = {
+        "vitray": SimpleNamespace(Job=Job, run=lambda job: job, read=lambda out, columns: out)
+    }
+    code = "\n".join(line for line in ast.unparse(tree).splitlines() if line != "import vitray")
+    exec(compile(code, "vitray.__doc__", "exec"), values)
+    assert values["table"] == "s3://photos-vit"
 
 
 def test_every_package_exports_what_exists() -> None:
@@ -92,15 +115,15 @@ def test_every_job_field_has_a_description() -> None:
 
 
 def test_every_reason_is_given_somewhere() -> None:
-    said: set[object] = set()
-    for path in FILES:
-        if name_of(path) != "schema.py":
-            said |= {
-                node.value
-                for node in ast.walk(ast.parse(path.read_text()))
-                if isinstance(node, ast.Constant)
-            }
-    assert sorted(REASONS.keys() - said) == []
+    used = {
+        f"{node.value.id}.{node.attr}"
+        for path in FILES
+        if name_of(path) != "schema.py"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+    }
+    assert [reason.name for reason in Reason if f"Reason.{reason.name}" not in used] == []
+    assert list(REASONS) == list(Reason)
 
 
 def test_every_locked_package_has_hashes_and_the_version_that_was_tested() -> None:

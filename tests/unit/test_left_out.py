@@ -95,7 +95,7 @@ def test_a_dataset_json_that_another_process_took_away_is_restored(
 ) -> None:
     folder = write_files(tmp_path / "in", {"a.jpg": jpg(1)})
     monkeypatch.setattr(
-        "vitray.pipeline.runner.check_data",
+        "vitray.pipeline.runner.require_own_data_files",
         lambda dataset: os.unlink(f"{dataset.out}/_vitray/dataset.json"),
     )
     result = vitray.run(job_for(folder, tmp_path / "out"))

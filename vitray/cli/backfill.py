@@ -6,24 +6,31 @@ from typing import Annotated
 
 import typer
 
-from vitray.cli.options import Address, Json, Open, Sets, job_of
+from vitray.cli.options import Address, Json, Open, Sets, expand_path, job_of
 from vitray.cli.running import run_and_exit
 
 
 def backfill(
     target: Annotated[
-        str, typer.Argument(metavar="JOB.yaml", help="the job of the existing dataset")
+        str,
+        typer.Argument(
+            metavar="JOB.yaml", help="the job of the existing dataset", callback=expand_path
+        ),
     ],
     model: Annotated[
         str,
         typer.Option(
-            "--model", help="the next model: Hugging Face id, local directory or s3:// directory"
+            "--model",
+            help="the next model: Hugging Face id, local directory or s3:// directory",
+            callback=expand_path,
         ),
     ],
     out: Annotated[
         str | None,
         typer.Option(
-            "--out", help="the next dataset (default: the job's out and the model's name)"
+            "--out",
+            help="the next dataset (default: the job's out and the model's name)",
+            callback=expand_path,
         ),
     ] = None,
     revision: Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from vitray.cli.console import show
-from vitray.cli.options import NO_DATASET, Json, Model, Sets, Target, is_file, job_of
+from vitray.cli.options import Json, Model, Sets, Target, is_file, job_of, scratch_out
 
 
 def bench(
@@ -25,6 +25,9 @@ def bench(
     """Time each stage alone and the whole pipeline. Writes nothing to `out`."""
     from vitray.operations.bench import bench as bench_job
 
-    out = None if is_file(target) else NO_DATASET
-    result = bench_job(job_of(target, model, out, sets), images, seconds)
+    if is_file(target):
+        result = bench_job(job_of(target, model, None, sets), images, seconds)
+    else:
+        with scratch_out() as out:
+            result = bench_job(job_of(target, model, out, sets), images, seconds)
     show(result, as_json, str(result))

@@ -16,4 +16,4 @@ def clean(out: OutArgument) -> None:
     dataset = require_dataset(out)
     shards = [shard.id for shard in list_source(dataset.job, dataset.out).shards]
     removed = clean_dataset(dataset, shards)
-    say("\n".join([*removed, f"removed {count(len(removed), 'orphan')}"]))
+    say("\n".join([*removed, f"removed {count(len(removed), 'item')}"]))

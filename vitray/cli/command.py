@@ -1,4 +1,4 @@
-"""How commands are parsed: `~` in paths, patterns without quotes, and the alias of export-model."""
+"""How commands are parsed: patterns without quotes, and the alias of export-model."""
 
 from __future__ import annotations
 
@@ -12,21 +12,6 @@ from typer.core import TyperCommand, TyperGroup
 
 from vitray.cli.export_model import is_of_model
 from vitray.cli.options import is_file
-from vitray.errors import JobError
-
-# parameters that are paths, in any command: shells do not expand the `~` of --out=~/x
-JOB_PATHS = ("calibrate", "directory", "head", "into", "model", "new", "old", "out")
-FILE_PATHS = (
-    "image",
-    "index",
-    "page",
-    "planned",
-    "prices",
-    "config",
-    "target",
-    "to",
-    "working_dir",
-)
 
 
 class CommandGroup(TyperGroup):
@@ -39,21 +24,16 @@ class CommandGroup(TyperGroup):
 
 
 class Command(TyperCommand):
-    """A command that expands `~` in its paths, and explains a pattern that the shell expanded."""
+    """A command that explains a pattern that the shell expanded."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         original = list(args)  # the parser empties the list
         try:
-            remaining = super().parse_args(ctx, args)
+            return super().parse_args(ctx, args)
         except Exception as error:
             if is_usage_error(error) and (why := self._explain_extra_files(ctx, original)):
                 ctx.fail(why)
             raise
-        for name in JOB_PATHS + FILE_PATHS:
-            value = ctx.params.get(name)
-            if isinstance(value, str):
-                ctx.params[name] = _expanded(value)
-        return remaining
 
     def _explain_extra_files(self, ctx: Any, args: list[str]) -> str:
         """What to do if several files stand where one source is expected; else an empty text."""
@@ -77,8 +57,8 @@ class Command(TyperCommand):
         if set(glob.glob(pattern)) == set(files):
             return f"{beginning}the shell expanded the pattern; quote it: {quoted}"
         return (
-            f"{beginning}if the shell expanded the pattern, quote it: {quoted}; or list them as "
-            f"`source` of a job file"
+            f"{beginning}if the shell expanded the pattern, quote it: {quoted}; "
+            "or list them as `source` of a job file"
         )
 
 
@@ -110,15 +90,6 @@ def _sibling_with(ctx: Any, option: str) -> str | None:
         return None
     parameters = ctx.parent.command.commands[sibling].params
     return sibling if any(option in parameter.opts for parameter in parameters) else None
-
-
-def _expanded(path: str) -> str:
-    from vitray.job import expand_home
-
-    try:
-        return expand_home(path)
-    except ValueError as error:
-        raise JobError(f"{error}.") from error
 
 
 def _pattern_of(files: Sequence[str]) -> str:

@@ -7,13 +7,16 @@ from typing import Annotated
 import typer
 
 from vitray.cli.console import show
-from vitray.cli.options import Json, OutArgument
+from vitray.cli.options import Json, OutArgument, expand_path
 
 
 def compact(
     out: OutArgument,
     into: Annotated[
-        str, typer.Option("--into", help="directory for the large files, local or s3://")
+        str,
+        typer.Option(
+            "--into", help="directory for the large files, local or s3://", callback=expand_path
+        ),
     ],
     megabytes: Annotated[int, typer.Option(help="minimum size of a file", min=1, max=2000)] = 256,
     as_json: Json = False,

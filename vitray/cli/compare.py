@@ -7,21 +7,31 @@ from typing import Annotated
 import typer
 
 from vitray.cli.console import say, show
-from vitray.cli.options import Json
+from vitray.cli.options import Json, expand_path
 from vitray.errors import JobError
 from vitray.exit_codes import ExitCode
 
 
 def compare(
-    old: Annotated[str, typer.Argument(metavar="OLD", help="a dataset directory")],
-    new: Annotated[str, typer.Argument(metavar="NEW", help="another, made from the same input")],
+    old: Annotated[
+        str, typer.Argument(metavar="OLD", help="a dataset directory", callback=expand_path)
+    ],
+    new: Annotated[
+        str,
+        typer.Argument(
+            metavar="NEW", help="another, made from the same input", callback=expand_path
+        ),
+    ],
     min_agreement: Annotated[
         float | None, typer.Option(help="exit code 5 if fewer labels agree", min=0, max=1)
     ] = None,
     page: Annotated[
         str | None,
         typer.Option(
-            "--page", metavar="FILE.html", help="also write a page with images that changed most"
+            "--page",
+            metavar="FILE.html",
+            help="also write a page with images that changed most",
+            callback=expand_path,
         ),
     ] = None,
     as_json: Json = False,

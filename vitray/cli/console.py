@@ -27,8 +27,11 @@ screen = Screen()
 
 
 def show(result: Any, as_json: bool, text: str) -> None:
-    """Print a result: a dataclass as one JSON object, or its text."""
-    say(json.dumps(dataclasses.asdict(result)) if as_json else text)
+    """Print a result as one JSON object, or its text. result: a dataclass, or a dict of fields."""
+    if not as_json:
+        say(text)
+        return
+    say(json.dumps(result if isinstance(result, dict) else dataclasses.asdict(result)))
 
 
 def say(text: str, err: bool = False) -> None:

@@ -9,21 +9,22 @@ import typer
 
 from vitray.cli.console import say
 from vitray.cli.interrupts import RUN_RESUMES, end_at_once_when_interrupted
+from vitray.cli.options import expand_path
 from vitray.cli.running import watched
 from vitray.exit_codes import ExitCode
 
 
 def demo(
     directory: Annotated[
-        str, typer.Argument(help="where to put model, shards and output")
+        str, typer.Argument(help="where to put model, shards and output", callback=expand_path)
     ] = "demo",
     address: Annotated[str | None, typer.Option(help="a Ray cluster, or `local`")] = None,
 ) -> None:
     """Draw shapes, train a tiny ViT on them, label and embed them, and check the result."""
+    from vitray.cli.summary import summary
     from vitray.dataset import DATA_GLOB
     from vitray.operations import demo as shapes
     from vitray.operations.validation import validate as validate_dataset
-    from vitray.operations.watching import summary
     from vitray.pipeline import run as run_job
 
     end_at_once_when_interrupted(RUN_RESUMES)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from vitray.cli.console import show
-from vitray.cli.options import Json, OutArgument
+from vitray.cli.options import Json, OutArgument, expand_path
 from vitray.errors import JobError
 from vitray.exit_codes import ExitCode
 
@@ -15,7 +15,7 @@ from vitray.exit_codes import ExitCode
 def export(
     out: OutArgument,
     to: Annotated[str, typer.Option("--to", help="lance, faiss, npy, webdataset or csv")],
-    into: Annotated[str, typer.Option("--into", help="a new local folder")],
+    into: Annotated[str, typer.Option("--into", help="a new local folder", callback=expand_path)],
     column: Annotated[
         str | None,
         typer.Option("--column", help="faiss, npy: the vector column, if there are several"),

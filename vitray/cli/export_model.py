@@ -9,16 +9,21 @@ from typing import Annotated
 import typer
 
 from vitray.cli.console import show
-from vitray.cli.options import NO_DATASET, Json
+from vitray.cli.options import Json, expand_path, scratch_out
 from vitray.errors import Disagreement, JobError
 
 
 def export_model(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="a model, as the job's field `model` takes it")
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="a model, as the job's field `model` takes it",
+            callback=expand_path,
+        ),
     ],
     to: Annotated[str, typer.Option("--to", help="onnx, openvino, torch-export or coreml")],
-    into: Annotated[str, typer.Option("--into", help="a new local folder")],
+    into: Annotated[str, typer.Option("--into", help="a new local folder", callback=expand_path)],
     calibrate: Annotated[
         str | None,
         typer.Option(
@@ -26,6 +31,7 @@ def export_model(
             metavar="SOURCE",
             help="images to calibrate and judge with: the export reads 500, and 800 with --int8 "
             "(required)",
+            callback=expand_path,
         ),
     ] = None,
     int8: Annotated[
@@ -54,6 +60,7 @@ def export_model(
 ) -> None:
     """Export a model to another format, smaller if you ask, and judge it on your images."""
     from vitray.job import make_job, parse_set
+    from vitray.model_export.export import ExportedModel
     from vitray.model_export.export import export_model as export_checkpoint
 
     chosen = {
@@ -67,18 +74,20 @@ def export_model(
         raise JobError(f"choose one of --{', --'.join(quantisations)}.")
     if calibrate is None:
         raise JobError(
-            "--calibrate SOURCE is missing: an export is judged on your own images before it is "
-            "written."
+            "--calibrate SOURCE is missing: "
+            "an export is compared with the original on your own images before it is written."
         )
-    fields = {"source": calibrate, "model": model, "out": NO_DATASET}
-    job = make_job({**parse_set(sets or []), **fields})
     quantisation = quantisations[0] if quantisations else ""
-    try:
-        exported = export_checkpoint(job, to, quantisation, into, min_agreement)
-    except Disagreement as error:
-        show(error.judged, as_json, str(error.judged))
-        raise
-    show(exported, as_json, str(exported))
+    with scratch_out() as out:
+        fields = {"source": calibrate, "model": model, "out": out}
+        job = make_job({**parse_set(sets or []), **fields})
+        try:
+            exported = export_checkpoint(job, to, quantisation, into, min_agreement)
+        except Disagreement as error:
+            assert isinstance(error.export, ExportedModel)
+            show(error.export.as_json(), as_json, str(error.export))
+            raise
+    show(exported.as_json(), as_json, str(exported))
 
 
 def is_of_model(arguments: Sequence[str]) -> bool:

@@ -8,12 +8,17 @@ import typer
 
 from vitray.cli.console import say, show
 from vitray.cli.interrupts import end_at_once_when_interrupted
-from vitray.cli.options import Address, Json, Open, Sets
+from vitray.cli.options import Address, Json, Open, Sets, expand_path
 
 
 def finetune(
     config: Annotated[
-        str, typer.Argument(metavar="JOB.yaml", help="what to train: images, labels, model, out")
+        str,
+        typer.Argument(
+            metavar="JOB.yaml",
+            help="what to train: images, labels, model, out",
+            callback=expand_path,
+        ),
     ],
     sets: Sets = None,
     address: Address = None,

@@ -2,33 +2,61 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vitray.errors import JobError
+
 if TYPE_CHECKING:
     from vitray.job import Job
 
-NO_DATASET = "not-written"  # `out` of a job whose command writes no dataset; a job must have one
+
+def expand_path(path: str | None) -> str | None:
+    """The callback of every option that is a path: `~` expanded, as shells do not in --out=~/x.
+
+    Raises JobError if the user has no home directory.
+    """
+    from vitray.job import expand_home
+
+    if path is None:
+        return None
+    try:
+        return expand_home(path)
+    except ValueError as error:
+        raise JobError(f"{error}.") from error
+
 
 Target = Annotated[
     str,
     typer.Argument(
         metavar="JOB.yaml|SOURCE",
         help="a job file (.yaml, .yml, .json), or images: path, glob, prefix, s3://…",
+        callback=expand_path,
     ),
 ]
 Model = Annotated[
-    str | None, typer.Option("--model", help="Hugging Face id, local directory or s3:// directory")
+    str | None,
+    typer.Option(
+        "--model", help="Hugging Face id, local directory or s3:// directory", callback=expand_path
+    ),
 ]
 Out = Annotated[
-    str | None, typer.Option("--out", help="output directory, local (~ is your home) or s3://")
+    str | None,
+    typer.Option(
+        "--out", help="output directory, local (~ is your home) or s3://", callback=expand_path
+    ),
 ]
 Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="override a field of the job (repeatable)"),
 ]
-OutArgument = Annotated[str, typer.Argument(metavar="OUT", help="a dataset directory")]
+OutArgument = Annotated[
+    str, typer.Argument(metavar="OUT", help="a dataset directory", callback=expand_path)
+]
 Address = Annotated[
     str | None,
     typer.Option(
@@ -46,6 +74,13 @@ Open = Annotated[
     typer.Option("--allow-open-cluster", help="join a Ray cluster without token authentication"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
+
+
+@contextlib.contextmanager
+def scratch_out() -> Iterator[str]:
+    """An empty directory as the `out` of a job whose command writes no dataset."""
+    with tempfile.TemporaryDirectory(prefix="vitray-out-") as out:
+        yield out
 
 
 def job_of(target: str, model: str | None, out: str | None, sets: list[str] | None) -> Job:

@@ -9,7 +9,7 @@ import typer
 
 from vitray.cli.console import show
 from vitray.cli.interrupts import end_at_once_when_interrupted
-from vitray.cli.options import Json, Model, Open, Out, Sets, Target, job_of
+from vitray.cli.options import Json, Model, Open, Out, Sets, Target, expand_path, job_of
 from vitray.errors import JobError
 from vitray.operations.costing import PRICES, estimate, read_prices
 
@@ -40,7 +40,10 @@ def plan(
         ),
     ] = None,
     prices: Annotated[
-        str | None, typer.Option(metavar="PRICES.yaml", help=f"with --probe: {', '.join(PRICES)}")
+        str | None,
+        typer.Option(
+            metavar="PRICES.yaml", help=f"with --probe: {', '.join(PRICES)}", callback=expand_path
+        ),
     ] = None,
     address: Annotated[
         str | None,
@@ -82,7 +85,7 @@ def _rates(job: Job, images: int, address: str | None, allow_open_cluster: bool)
     if not address:
         return bench(job, images, PROBE_S, job.out)
     end_at_once_when_interrupted(
-        "no plan was made. A later plan --probe, run or clean of this dataset removes "
-        "_vitray/probe-… from it."
+        "no plan was made. Temporary files may remain in `out`; "
+        "the next vitray plan --probe, run or clean removes them."
     )
     return bench_cluster(job, address, images, PROBE_S, allow_open_cluster)

@@ -20,7 +20,7 @@ def redo(
     yes: Annotated[bool, typer.Option("--yes", help="delete; without it only list")] = False,
 ) -> None:
     """Delete chosen data files, so that the next run makes them again."""
-    from vitray.dataset import forget, require_dataset, shards_to_redo
+    from vitray.dataset import delete_data_files, require_dataset, shards_to_redo
     from vitray.schema import REASONS
 
     shards, reasons = shard or [], reason or []
@@ -34,6 +34,6 @@ def redo(
     files = count(len(chosen), "data file")
     if yes:
         say("\n".join([*chosen, f"deleting {files}; run the job again to recreate them"]))
-        forget(dataset, chosen)
+        delete_data_files(dataset, chosen)
     else:
         say("\n".join([*chosen, f"{files} would be deleted; add --yes to do it"]))

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from vitray.cli.console import show
-from vitray.cli.options import Json, OutArgument
+from vitray.cli.options import Json, OutArgument, expand_path
 
 
 def relabel(
@@ -15,11 +15,16 @@ def relabel(
     head: Annotated[
         str,
         typer.Option(
-            "--head", help="directory of a linear head for this dataset's model, local or s3://"
+            "--head",
+            help="directory of a linear head for this dataset's model, local or s3://",
+            callback=expand_path,
         ),
     ],
     into: Annotated[
-        str, typer.Option("--into", help="directory for the new dataset, local or s3://")
+        str,
+        typer.Option(
+            "--into", help="directory for the new dataset, local or s3://", callback=expand_path
+        ),
     ],
     as_json: Json = False,
 ) -> None:

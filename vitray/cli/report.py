@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from vitray.cli.console import show
-from vitray.cli.options import Json, OutArgument
+from vitray.cli.options import Json, OutArgument, expand_path
 
 
 def report(
@@ -15,7 +15,10 @@ def report(
     to: Annotated[
         str | None,
         typer.Option(
-            "--to", metavar="FILE.html", help="where (default: ./<name of OUT>-report.html)"
+            "--to",
+            metavar="FILE.html",
+            help="where (default: ./<name of OUT>-report.html)",
+            callback=expand_path,
         ),
     ] = None,
     truth: Annotated[
@@ -28,7 +31,8 @@ def report(
         bool, typer.Option(help="read images of the source again to show some")
     ] = True,
     card: Annotated[
-        bool, typer.Option("--card", help="also write OUT/README.md, a Hugging Face dataset card")
+        bool,
+        typer.Option("--card", help="also write OUT/_vitray/README.md, a card for Hugging Face"),
     ] = False,
     license: Annotated[
         str, typer.Option(metavar="ID", help="the card's license, such as cc-by-4.0")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from vitray.cli.options import Address, Json, Model, Open, Out, Sets, Target, job_of
+from vitray.cli.options import Address, Json, Model, Open, Out, Sets, Target, expand_path, job_of
 from vitray.cli.running import run_and_exit
 
 
@@ -22,6 +22,7 @@ def run(
         typer.Option(
             metavar="PLAN.json",
             help="output of plan --probe --json, which the run record compares with the run",
+            callback=expand_path,
         ),
     ] = None,
     allow_open_cluster: Open = False,

@@ -34,8 +34,8 @@ def run_and_exit(
 
     planned: the file of a plan to compare the run with.
     """
+    from vitray.cli.summary import summary
     from vitray.operations.costing import read_plan
-    from vitray.operations.watching import summary
     from vitray.pipeline import run as run_job
 
     expected = None if planned is None else read_plan(planned)
@@ -64,7 +64,7 @@ def watched() -> Iterator[Callable[[Progress], None]]:
     from rich.console import Console
     from rich.live import Live
 
-    from vitray.operations.watching import json_line, view
+    from vitray.cli.progress_view import json_line, view
 
     if not sys.stderr.isatty():
         yield _at_most_every(

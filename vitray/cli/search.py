@@ -7,13 +7,14 @@ from typing import Annotated
 import typer
 
 from vitray.cli.console import show
-from vitray.cli.options import Json, OutArgument
+from vitray.cli.options import Json, OutArgument, expand_path
 
 
 def search(
     out: OutArgument,
     image: Annotated[
-        str | None, typer.Option("--image", help="an image: local path or s3://")
+        str | None,
+        typer.Option("--image", help="an image: local path or s3://", callback=expand_path),
     ] = None,
     key: Annotated[
         str | None,
@@ -35,7 +36,10 @@ def search(
     index: Annotated[
         str | None,
         typer.Option(
-            "--index", metavar="FILE", help="a FAISS index to use; made if missing or outdated"
+            "--index",
+            metavar="FILE",
+            help="a FAISS index to use; made if missing or outdated",
+            callback=expand_path,
         ),
     ] = None,
     as_json: Json = False,

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from vitray.cli.console import show
-from vitray.cli.options import Json, Open
+from vitray.cli.options import Json, Open, expand_path
 from vitray.cli.submit import show_submission
 from vitray.errors import JobError
 
@@ -18,6 +18,7 @@ def status(
         typer.Argument(
             metavar="OUT|SUBMISSION",
             help="a dataset directory, or with --address the name from submit",
+            callback=expand_path,
         ),
     ],
     address: Annotated[

@@ -8,7 +8,7 @@ import typer
 
 from vitray.cli.console import say, show
 from vitray.cli.interrupts import end_at_once_when_interrupted
-from vitray.cli.options import JobAddress, Json, Model, Open, Out, Sets, Target, job_of
+from vitray.cli.options import JobAddress, Json, Model, Open, Out, Sets, Target, expand_path, job_of
 from vitray.exit_codes import ExitCode
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ def submit(
         str | None,
         typer.Option(
             help="a directory to send along, without what its .gitignore names: the job's current "
-            "directory on the cluster"
+            "directory on the cluster",
+            callback=expand_path,
         ),
     ] = None,
     submission_id: Annotated[

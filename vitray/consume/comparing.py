@@ -99,9 +99,9 @@ def compare(old: str, new: str) -> Comparison:
     common = sorted(old_urls.keys() & new_urls.keys())
     if not common:
         raise JobError(
-            f"{absolute(old)} and {absolute(new)} have no shard in common: they were made from "
-            f"different inputs, or of loose files in other groups (vitray backfill keeps the "
-            f"groups)."
+            f"{absolute(old)} and {absolute(new)} have no shard in common: "
+            "they were made from different inputs, "
+            "or of loose files in other groups (vitray backfill keeps the groups)."
         )
     labelled = all(dataset.job.labelled for dataset in datasets)
     old_column, new_column = (_first_vector(dataset) for dataset in datasets)

@@ -101,8 +101,8 @@ def export(out: str, into: str, options: ExportOptions) -> Export:
     """
     if options.to not in WRITERS:
         raise JobError(
-            f"--to {options.to}: choose one of {', '.join(WRITERS)}, or a format of models (vitray "
-            f"export --help)."
+            f"--to {options.to}: choose one of {', '.join(WRITERS)}. "
+            "To export a model, use vitray export-model."
         )
     dataset = require_dataset(out) if options.partial else require_complete(out)
     target = absolute(into)
@@ -132,7 +132,8 @@ def _npy(dataset: Dataset, folder: Path, options: ExportOptions) -> Written:
 
     Both have the same order.
     """
-    vector, rows = choose_vector(dataset, options.column), sum(row_counts(dataset).values())
+    vector = choose_vector(dataset, options.column)
+    rows = sum(row_counts(dataset).values())
     header = {
         "descr": np.dtype(vector.dtype).str,
         "fortran_order": False,
@@ -146,8 +147,8 @@ def _npy(dataset: Dataset, folder: Path, options: ExportOptions) -> Written:
             seen += len(values)
     if seen != rows:
         raise StorageError(
-            f"{dataset.out} changed while it was read: {rows:,} rows became {seen:,}. Run the "
-            f"same command again."
+            f"{dataset.out} changed while it was read: {rows:,} rows became {seen:,}. "
+            "Run the same command again."
         )
     return Written(rows)
 
@@ -188,7 +189,8 @@ def _csv(dataset: Dataset, folder: Path, options: ExportOptions) -> Written:
     from pyarrow import csv
 
     names = dataset.schema.names if options.vectors else _scalars(dataset)
-    vectors, rows = {v.column for v in dataset.vectors}, 0
+    vectors = {v.column for v in dataset.vectors}
+    rows = 0
 
     def texts(block: pa.Table) -> pa.Table:
         columns = {name: block[name].combine_chunks() for name in names}
@@ -234,7 +236,8 @@ def _value_text(value: object) -> str | None:
 
 def _vector_text(column: pa.Array) -> pa.Array:
     """Vectors as `[0.25,-1]`, each number with the fewest digits that restore its float32."""
-    numbers, size = column.flatten().cast(pa.float32()).cast(pa.string()), column.type.list_size
+    numbers = column.flatten().cast(pa.float32()).cast(pa.string())
+    size = column.type.list_size
     rows = pa.ListArray.from_arrays(pa.array(range(0, len(numbers) + 1, size), pa.int32()), numbers)
     return pc.binary_join_element_wise("[", pc.binary_join(rows, ","), "]", "")
 
@@ -267,7 +270,9 @@ def _webdataset(dataset: Dataset, folder: Path, options: ExportOptions) -> Writt
     """
     # by any version: where one file of a group changed, the others are the same
     listed = {base_of(shard.id): shard for shard in list_source(dataset.job, dataset.out).shards}
-    rows_written, missing, examples = 0, 0, list[str]()
+    rows_written = 0
+    missing = 0
+    examples = list[str]()
     for number, url in enumerate(data_files(dataset.out)):
         shard = listed.get(base_of(shard_of(url)))
         rows = dict[int, dict[str, Any]]()

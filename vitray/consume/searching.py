@@ -111,10 +111,11 @@ def search(
     values, name, notes = _query_vector(rows, query)
     if not values.any():
         raise JobError(
-            f"the vector of {name} is zero, so no row is nearer to it than another. Choose another "
-            f"query."
+            f"the vector of {name} is zero, so no row is nearer to it than another. "
+            "Choose another query."
         )
-    unit, recall = values / np.linalg.norm(values), None
+    unit = values / np.linalg.norm(values)
+    recall = None
     if index is None:
         nearest = _exact(rows, unit, k)
         if not is_complete(dataset):
@@ -172,7 +173,7 @@ def _vector_of_image(rows: _Rows, url: str) -> np.ndarray:
         raise JobError(f"--image {error}. Check the path.") from error
     if outcome.reason is not None:
         raise JobError(
-            f"--image {url} is no good image: {outcome.reason} ({outcome.message}). Choose another."
+            f"--image {url} cannot be used: {outcome.reason} ({outcome.message}). Choose another."
         )
     job = dataset.job
     with torch_threads_kept():
@@ -193,9 +194,9 @@ def _vector_of_row(rows: _Rows, query: Query) -> tuple[np.ndarray, str, list[str
         first, matches = _first(dataset, urls, query, _ends_with_name)
     if first is None:
         raise JobError(
-            f"{dataset.out} has no good row like this. The key of a loose file is its path: give "
-            f"the path or its end. Bad images, in {dataset.out}/{dataset.errors_folder}, have no "
-            f"vector."
+            f"{dataset.out} has no good row like this. "
+            "The key of a loose file is its path: give the path or its end. "
+            f"Bad images, in {dataset.out}/{dataset.errors_folder}, have no vector."
         )
     name = f"{_printable(first['key'])} ({first['shard']}, {first['index']})"
     notes = list[str]()
@@ -228,7 +229,8 @@ def _first(
 
     is_match: (column of keys, key) -> column of booleans.
     """
-    first, matches = None, 0
+    first = None
+    matches = 0
     for block in row_blocks(dataset, urls, ["key", "shard", "index"]):
         block = block if query.key is None else block.filter(is_match(block["key"], query.key))
         block = block if query.row is None else block.filter(pc.equal(block["index"], query.row))
@@ -262,8 +264,8 @@ def _indexed(
     require_outside(rows.dataset, "--index", path)
     if not is_local(path) or not rows.total:
         raise JobError(
-            f"--index {path}: it must be a local file, and the dataset must have rows. Leave it "
-            f"out for an exact search."
+            f"--index {path}: it must be a local file, and the dataset must have rows. "
+            "Leave it out for an exact search."
         )
     notes = list[str]()
     if rows.total < SMALL:
@@ -317,7 +319,8 @@ def _up_to_date(rows: _Rows, path: str) -> dict[str, Any] | None:
         metadata = json.loads(read(f"{path}.json"))
         owner = (metadata["source"], metadata["column"])
     except (ObjectMissing, ValueError, KeyError, TypeError):
-        metadata, owner = {}, None
+        metadata = {}
+        owner = None
     identity = _identity(rows)
     has_index = exists(path)
     is_owner = owner == (identity["source"], identity["column"])
@@ -346,7 +349,8 @@ def _build(faiss: Any, rows: _Rows, path: str) -> dict[str, Any]:
     """
     identity = _identity(rows)
     lists = max(1, min(math.isqrt(rows.total), rows.total // LEAST_VECTORS))
-    share, rng = min(1.0, TRAIN_VECTORS * lists / rows.total), np.random.default_rng(0)
+    share = min(1.0, TRAIN_VECTORS * lists / rows.total)
+    rng = np.random.default_rng(0)
     sample = np.concatenate(
         [block[rng.random(len(block)) <= share] for block in _unit_vectors(faiss, rows)]
     )
@@ -393,7 +397,8 @@ def _tune(index: Any, lists: int, queries: np.ndarray) -> float:
     """
     index.nprobe = lists
     exact = [{*row[1:].tolist()} - {-1} for row in index.search(queries, NEIGHBOURS + 1)[1]]
-    total, recall = sum(map(len, exact)), 1.0
+    total = sum(map(len, exact))
+    recall = 1.0
     for visited in [*(1 << bit for bit in range(lists.bit_length()) if 1 << bit < lists), lists]:
         index.nprobe = visited
         hits = index.search(queries, NEIGHBOURS + 1)[1]

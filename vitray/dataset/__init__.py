@@ -2,20 +2,15 @@
 
 layout.py    the names of all files           identity.py   fingerprint and frozen values
 resolve.py   the dataset of a job             staging.py    fragments of incomplete shards
-commit.py    fragments -> one data file       reconcile.py  what to do with each data file
+commit.py    fragments -> one data file       footer.py     the metadata of a data file
+data_file.py rows -> Parquet                  row_digest.py SHA-256 of rows
+reconcile.py what to do with each data file
 ledger.py    manifest, _SUCCESS.json, redo    reading.py    rows, vectors and errors
 files.py     groups, run records            scratch_space.py  scratch, the store check
 """
 
-from vitray.dataset.commit import (
-    Commit,
-    Footer,
-    RowsDigest,
-    commit_rows,
-    commit_shard,
-    parquet_of,
-    read_footer,
-)
+from vitray.dataset.commit import Commit, commit_rows, commit_shard
+from vitray.dataset.data_file import parquet_of
 from vitray.dataset.files import (
     NO_GROUP,
     append_group_log,
@@ -25,43 +20,46 @@ from vitray.dataset.files import (
     read_table,
     write_run_record,
 )
+from vitray.dataset.footer import Footer, read_footer
 from vitray.dataset.identity import (
     Dataset,
     LastSource,
     last_source,
     open_dataset,
     package_versions,
-    remember_source,
+    record_source,
     restore_dataset,
 )
 from vitray.dataset.layout import (
     COMPACTED,
     DATA_GLOB,
-    INTERNAL_FOLDER,
-    SCRATCH_PREFIX,
+    MANIFEST_GLOB,
+    RUN_RECORDS,
     base_of,
+    card_url,
     data_folder,
     data_path,
     dataset_url,
-    internal_url,
+    is_scratch,
     manifest_url,
     shard_of,
     success_url,
+    training_url,
 )
 from vitray.dataset.ledger import (
-    Ledger,
-    check_data,
+    ManifestSummary,
     clean,
-    committed,
-    finish,
-    forget,
+    committed_files,
+    delete_data_files,
     is_marked_complete,
     manifest_row,
     read_manifest,
+    require_own_data_files,
     shards_to_redo,
     success_manifest,
     total_counts,
     unmark_success,
+    write_manifest,
 )  # fmt: skip
 from vitray.dataset.reading import (
     choose_vector,
@@ -79,6 +77,7 @@ from vitray.dataset.reading import (
 )  # fmt: skip
 from vitray.dataset.reconcile import FileState
 from vitray.dataset.resolve import (
+    FROZEN_FIELDS,
     drop_unstarted,
     has_ended_without_rows,
     passthrough_in_data,
@@ -86,12 +85,13 @@ from vitray.dataset.resolve import (
     with_frozen,
     with_source_rules,
 )
+from vitray.dataset.row_digest import RowsDigest
 from vitray.dataset.scratch_space import check_store, drop_scratch, scratch
 from vitray.dataset.staging import (
     Fragment,
+    list_staged,
     read_fragment,
-    staged,
-    staged_intact,
+    repair_staging,
     staged_shards,
     write_end,
     write_fragment,
@@ -100,40 +100,41 @@ from vitray.dataset.staging import (
 __all__ = [
     "COMPACTED",
     "DATA_GLOB",
-    "INTERNAL_FOLDER",
+    "FROZEN_FIELDS",
+    "MANIFEST_GLOB",
     "NO_GROUP",
-    "SCRATCH_PREFIX",
+    "RUN_RECORDS",
     "Commit",
     "Dataset",
     "FileState",
     "Footer",
     "Fragment",
     "LastSource",
-    "Ledger",
+    "ManifestSummary",
     "RowsDigest",
     "append_group_log",
     "base_of",
-    "check_data",
+    "card_url",
     "check_store",
     "choose_vector",
     "clean",
     "commit_rows",
     "commit_shard",
-    "committed",
+    "committed_files",
     "copy_groups",
     "data_files",
     "data_folder",
     "data_path",
     "dataset_url",
+    "delete_data_files",
     "drop_scratch",
     "drop_unstarted",
-    "finish",
-    "forget",
     "has_ended_without_rows",
-    "internal_url",
     "is_complete",
     "is_marked_complete",
+    "is_scratch",
     "last_source",
+    "list_staged",
     "load_group_log",
     "manifest_row",
     "manifest_url",
@@ -149,10 +150,12 @@ __all__ = [
     "read_manifest",
     "read_run_records",
     "read_table",
-    "remember_source",
+    "record_source",
+    "repair_staging",
     "require_complete",
     "require_dataset",
     "require_outside",
+    "require_own_data_files",
     "resolve_dataset",
     "restore_dataset",
     "row_blocks",
@@ -161,16 +164,16 @@ __all__ = [
     "scratch",
     "shard_of",
     "shards_to_redo",
-    "staged",
-    "staged_intact",
     "staged_shards",
     "success_manifest",
     "success_url",
     "total_counts",
+    "training_url",
     "unmark_success",
     "with_frozen",
     "with_source_rules",
     "write_end",
     "write_fragment",
+    "write_manifest",
     "write_run_record",
 ]  # fmt: skip

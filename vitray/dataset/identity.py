@@ -8,13 +8,13 @@ import hashlib
 import json
 import platform
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from vitray.clock import utc_now
 from vitray.dataset.layout import data_url, dataset_url, errors_folder, source_url, staging_url
 from vitray.errors import JobError, ObjectMissing, StorageError, one_line
 from vitray.job import Job, make_job
@@ -27,6 +27,7 @@ from vitray.schema import (
     PixelSpec,
     ScoreFunction,
     ShardKind,
+    SourceRules,
     VectorColumn,
     row_schema,
 )
@@ -44,7 +45,7 @@ DECIDING_FIELDS = (
     "allow",
 )
 # fields of the job that say where its images are, and which of them it takes
-MOVING = ("source", "format", "since", "sample", "limit")
+SOURCE_FIELDS = ("source", "format", "since", "sample", "limit")
 # packages whose versions decide numbers and behaviour
 PACKAGES = "vitray ray torch transformers openvino onnxruntime pyarrow pillow simplejpeg s3fs numpy"
 
@@ -83,9 +84,10 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256(json.dumps(self.deciding(), sort_keys=True).encode()).hexdigest()
+        text = json.dumps(self.fingerprint_fields(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
-    def deciding(self) -> dict[str, Any]:
+    def fingerprint_fields(self) -> dict[str, Any]:
         """Everything that decides the numbers, by name: what the fingerprint hashes."""
         values: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
@@ -105,7 +107,7 @@ class Dataset:
             values["score_function"] = "none"
         if self.spec.head:
             values["head"] = [self.spec.head_sha256, self.spec.head_column]
-        if self.job.rules > 1:
+        if self.job.rules >= SourceRules.V2:
             values["source_rules"] = self.job.rules
         if self.job.tar_keys != "auto":
             values["tar_keys"] = self.job.tar_keys
@@ -173,16 +175,16 @@ def open_dataset(out: str) -> Dataset | None:
         return _from_json(absolute(out), _with_last_source(out, document))
     except (ValueError, KeyError, TypeError, RecursionError, JobError) as error:
         raise StorageError(
-            f"{dataset_url(out)} is not readable ({one_line(error)[:160]}). If another version of "
-            f"vitray wrote it, use that version. Otherwise restore a copy of it, or move it away "
-            f"and run the same job again: the run makes a new one and checks it against the data "
-            f"files."
+            f"{dataset_url(out)} is not readable ({one_line(error)[:160]}). "
+            "If another version of vitray wrote it, use that version. "
+            "Otherwise restore a copy of it, or move it away and run the same job again: "
+            "the run makes a new one and checks it against the data files."
         ) from error
 
 
 def _with_last_source(out: str, document: dict[str, Any]) -> dict[str, Any]:
     """The document with the source of the last run, where that is readable."""
-    source = {name: value for name, value in _read_source(out).items() if name in MOVING}
+    source = {name: value for name, value in _read_source(out).items() if name in SOURCE_FIELDS}
     with contextlib.suppress(JobError):
         make_job({"source_rules": 1, **document["job"], **source})
         return {**document, "job": {**document["job"], **source}}
@@ -192,7 +194,7 @@ def _with_last_source(out: str, document: dict[str, Any]) -> dict[str, Any]:
 def restore_dataset(dataset: Dataset) -> None:
     """Write dataset.json again, where another process deleted it meanwhile."""
     if not exists(dataset_url(dataset.out)):
-        created = datetime.now(UTC).isoformat(timespec="seconds")
+        created = utc_now()
         store_for(dataset.out).create(dataset_url(dataset.out), to_json(dataset, created))
 
 
@@ -216,26 +218,26 @@ def _counts(value: object) -> dict[str, int]:
     )
 
 
-def remember_source(dataset: Dataset, source: LastSource, begins: bool = False) -> None:
+def record_source(dataset: Dataset, source: LastSource, always: bool = False) -> None:
     """Write source.json: where this run found its images, which may differ from run to run.
 
-    A limit stays while all runs had one. begins: write it in any case, so that its time is the
-    start of the run.
+    A limit stays while all runs had one. always: write it even if it is the same, so that its time
+    is the start of the run.
     """
     existing = open_dataset(dataset.out)
     if existing is None:
         return
-    old, new = _moving_fields(existing.job), _moving_fields(dataset.job)
+    old, new = _source_fields(existing.job), _source_fields(dataset.job)
     new |= {name: None for name in ("since", "sample", "limit") if old[name] is None}
     document = {**new, **asdict(source)}
-    if begins or document != {**old, **asdict(last_source(dataset.out))}:
+    if always or document != {**old, **asdict(last_source(dataset.out))}:
         body = json.dumps(document, indent=1).encode()
         store_for(dataset.out).replace(source_url(dataset.out), body)
 
 
-def _moving_fields(job: Job) -> dict[str, Any]:
+def _source_fields(job: Job) -> dict[str, Any]:
     fields = job.model_dump(mode="json")
-    return {name: fields[name] for name in MOVING}
+    return {name: fields[name] for name in SOURCE_FIELDS}
 
 
 def _read_source(out: str) -> dict[str, Any]:
@@ -251,7 +253,7 @@ def to_json(dataset: Dataset, created: str) -> bytes:
     """The content of dataset.json. created: the current time, in ISO format."""
     document = {
         "fingerprint": dataset.fingerprint,
-        "deciding": dataset.deciding(),
+        "deciding": dataset.fingerprint_fields(),
         "job": dataset.job.model_dump(mode="json"),
         "facts": asdict(dataset.spec),
         "key_is_found": dataset.job.key_is_found,
@@ -265,7 +267,7 @@ def to_json(dataset: Dataset, created: str) -> bytes:
 
 
 def differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """The names whose values in two results of deciding() differ, in the order of `new`."""
+    """The names of fingerprint fields whose values differ, in the order of `new`."""
     # one of them may come from JSON, which has no tuples
     old, new = json.loads(json.dumps([old, new]))
     return [name for name in {**new, **old} if old.get(name) != new.get(name)]
@@ -283,7 +285,7 @@ def _from_json(out: str, document: dict[str, Any]) -> Dataset:
         fragment_rows=int(document["fragment_rows"]),
     )
     if document["fingerprint"] != dataset.fingerprint:
-        names = differing(document["deciding"], dataset.deciding())
+        names = differing(document["deciding"], dataset.fingerprint_fields())
         raise ValueError(f"its fingerprint differs today: {', '.join(sorted(names))}")
     return dataset
 

@@ -5,18 +5,37 @@ Every function takes a path or URL of the directory, absolute or not, and return
 
 from __future__ import annotations
 
+from vitray.schema import SourceRules
 from vitray.storage import absolute, join
 
 INTERNAL_FOLDER = "_vitray"  # readers of a directory skip names that begin with an underscore
 DATA_GLOB = "data/*.parquet"
 SCRATCH_PREFIX = "probe-"
 MANIFEST_PREFIX = "manifest-"
+# relative to the directory, for messages
+RUN_RECORDS = f"{INTERNAL_FOLDER}/runs"
+MANIFEST_GLOB = f"{INTERNAL_FOLDER}/{MANIFEST_PREFIX}*.parquet"
 COMPACTED = ("_COMPACT.json", "_COMPACTING.json")  # what `vitray compact` leaves in its own output
 
 
 def internal_url(out: str, *parts: str) -> str:
     """The URL of a file or folder of vitray's own, which is not part of the data."""
     return join(absolute(out), INTERNAL_FOLDER, *parts)
+
+
+def training_url(out: str, *parts: str) -> str:
+    """The URL of a file or folder of a training into this directory."""
+    return internal_url(out, *parts)
+
+
+def scratch_url(out: str, suffix: str) -> str:
+    """The URL of a scratch object or folder, which no later run needs."""
+    return internal_url(out, f"{SCRATCH_PREFIX}{suffix}")
+
+
+def is_scratch(out: str, url: str) -> bool:
+    """Whether a URL is a scratch object of the directory, or is in a scratch folder."""
+    return url.startswith(scratch_url(out, ""))
 
 
 def dataset_url(out: str) -> str:
@@ -59,6 +78,11 @@ def success_url(out: str) -> str:
     return join(absolute(out), "_SUCCESS.json")
 
 
+def card_url(out: str) -> str:
+    """The URL of the dataset card. Outside this folder, it would break readers of Parquet."""
+    return internal_url(out, "README.md")
+
+
 def data_folder(out: str) -> str:
     """The URL of the folder of data files."""
     return join(absolute(out), "data")
@@ -74,9 +98,9 @@ def data_url(out: str, shard_id: str) -> str:
     return join(absolute(out), data_path(shard_id))
 
 
-def errors_folder(source_rules: int) -> str:
+def errors_folder(source_rules: SourceRules) -> str:
     """The name of the folder of error rows; datasets with source rules 1 keep `errors`."""
-    return "errors" if source_rules == 1 else "_errors"
+    return "errors" if source_rules == SourceRules.V1 else "_errors"
 
 
 def shard_of(url: str) -> str:

@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from vitray.crash import crash_point
-from vitray.dataset.commit import Footer, read_footer, repair_errors
+from vitray.dataset.commit import repair_errors
 from vitray.dataset.files import parquet_bytes, read_parquet, under
+from vitray.dataset.footer import Footer, read_footer
 from vitray.dataset.identity import Dataset
 from vitray.dataset.layout import (
     MANIFEST_PREFIX,
@@ -48,7 +49,7 @@ MANIFEST_SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True, slots=True)
-class Ledger:
+class ManifestSummary:
     """The outcome of a manifest step.
 
     truncated: {shard: byte at which it was cut}. pending: planned shards without a data file.
@@ -66,7 +67,7 @@ class Ledger:
     left_out: dict[str, int]
 
 
-def committed(out: str) -> dict[str, ObjectInfo]:
+def committed_files(out: str) -> dict[str, ObjectInfo]:
     """Every data file, by shard id."""
     return {
         shard_of(info.url): info
@@ -100,12 +101,12 @@ def read_manifest(out: str) -> pa.Table | None:
     return _again(look)
 
 
-def finish(
+def write_manifest(
     dataset: Dataset,
     list_ids: Callable[[], tuple[Sequence[str], Sequence[str]]],
     prune: bool = False,
     fresh: Container[str] = (),
-) -> Ledger:
+) -> ManifestSummary:
     """The manifest step.
 
     list_ids: lists the source now: every shard id, and those of them that `limit` leaves.
@@ -115,7 +116,7 @@ def finish(
     the manifest and _SUCCESS.json. Writes nothing that exists already. Starts over when another
     run commits or removes something meanwhile.
     """
-    return _again(lambda: _finish(dataset, list_ids, prune, fresh))
+    return _again(lambda: _write_manifest_once(dataset, list_ids, prune, fresh))
 
 
 def _again(work: Callable[[], T]) -> T:
@@ -129,38 +130,38 @@ def _again(work: Callable[[], T]) -> T:
     raise AssertionError
 
 
-def _finish(
+def _write_manifest_once(
     dataset: Dataset,
     list_ids: Callable[[], tuple[Sequence[str], Sequence[str]]],
     prune: bool,
     fresh: Container[str],
-) -> Ledger:
+) -> ManifestSummary:
     crash_point("manifest-started")
-    seen = committed(dataset.out)  # before the listing: no other file may be removed
+    seen = committed_files(dataset.out)  # before the listing: no other file may be removed
     listed, planned = list_ids()
     # before the data files: error files are written after them
     error_files = {shard_of(info.url) for info in under(dataset.out, dataset.errors_folder)}
-    existing = committed(dataset.out)
+    existing = committed_files(dataset.out)
     actions = reconcile(listed, planned, existing.keys(), seen.keys(), prune)
     if actions.unlisted:
         raise ObjectMissing(
             f"{dataset.out}: another run committed {min(actions.unlisted)}, which was not listed. "
-            f"Run the same command again."
+            "Run the same command again."
         )
     old_manifests = _manifests(dataset.out)
     _delete_data(dataset, actions.delete)
     rows = _manifest_rows(dataset, existing, actions.admit, fresh)
     _repair_error_files(dataset, {row["shard"] for row in rows if row["errors"]}, error_files)
-    ledger = _ledger_of(rows, _write_manifest(dataset, rows), actions)
+    summary = _summary_of(rows, _store_manifest(dataset, rows), actions)
     crash_point("manifest-written")
-    _mark_or_unmark(dataset, ledger, actions.pending)
+    _mark_or_unmark(dataset, summary, actions.pending)
     crash_point("manifest-marked")
-    current = manifest_url(dataset.out, ledger.manifest)
+    current = manifest_url(dataset.out, summary.manifest)
     store_for(dataset.out).delete(info.url for info in old_manifests if info.url != current)
     # of a run that was slower than another
     for shard in set(staged_shards(dataset)) & existing.keys():
         drop_staging(dataset, shard)
-    return ledger
+    return summary
 
 
 def _delete_data(dataset: Dataset, shards: Collection[str]) -> None:
@@ -172,16 +173,16 @@ def _delete_data(dataset: Dataset, shards: Collection[str]) -> None:
     store.delete(dataset.errors_url(shard) for shard in sorted(shards))
 
 
-def _write_manifest(dataset: Dataset, rows: list[dict[str, Any]]) -> str:
+def _store_manifest(dataset: Dataset, rows: list[dict[str, Any]]) -> str:
     """The name of the manifest with these rows; the same rows have the same name."""
     body = parquet_bytes(pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA))
     name = f"{MANIFEST_PREFIX}{hashlib.sha256(body).hexdigest()[:16]}.parquet"
-    _keep(manifest_url(dataset.out, name), body)
+    _replace_if_different(manifest_url(dataset.out, name), body)
     return name
 
 
-def _ledger_of(rows: list[dict[str, Any]], manifest: str, actions: Actions) -> Ledger:
-    return Ledger(
+def _summary_of(rows: list[dict[str, Any]], manifest: str, actions: Actions) -> ManifestSummary:
+    return ManifestSummary(
         shards=len(rows),
         rows=sum(row["rows"] for row in rows),
         errors=sum(row["errors"] for row in rows),
@@ -195,10 +196,10 @@ def _ledger_of(rows: list[dict[str, Any]], manifest: str, actions: Actions) -> L
     )
 
 
-def _mark_or_unmark(dataset: Dataset, ledger: Ledger, pending: frozenset[str]) -> None:
+def _mark_or_unmark(dataset: Dataset, summary: ManifestSummary, pending: frozenset[str]) -> None:
     if not pending:
-        _mark_success(dataset, ledger)
-    elif pending - committed(dataset.out).keys():  # another run may have committed meanwhile
+        _mark_success(dataset, summary)
+    elif pending - committed_files(dataset.out).keys():  # another run may have committed meanwhile
         unmark_success(dataset.out)
 
 
@@ -247,17 +248,17 @@ def require_own(dataset: Dataset, footers: Mapping[str, Footer]) -> None:
     for name, footer in footers.items():
         if footer.shard != name:
             raise CommitError(
-                f"{dataset.data_url(name)} holds shard {footer.shard}: it was renamed. Delete it "
-                f"and run again."
+                f"{dataset.data_url(name)} holds shard {footer.shard}: it was renamed. "
+                "Delete it and run again."
             )
 
 
-def check_data(dataset: Dataset) -> None:
+def require_own_data_files(dataset: Dataset) -> None:
     """Require, before any work, that all data files are this dataset's. Raises like require_own.
 
     Footers are read only of files that the last manifest does not contain.
     """
-    data = committed(dataset.out)
+    data = committed_files(dataset.out)
     manifest_rows = _unchanged_rows(dataset, data)
     require_own(dataset, footers_of(dataset, [s for s in data if s not in manifest_rows]))
 
@@ -271,20 +272,22 @@ def unmark_success(out: str) -> None:
 def shards_to_redo(dataset: Dataset, shards: Iterable[str], reasons: Iterable[str]) -> list[str]:
     """The ids of these shards, and of all others that have an error with one of these reasons.
 
-    Raises JobError for a shard without a data file. forget() deletes the files.
+    Raises JobError for a shard without a data file. delete_data_files() deletes the files.
     """
-    existing, chosen, causes = committed(dataset.out).keys(), set(shards), set(reasons)
+    existing = committed_files(dataset.out).keys()
+    chosen = set(shards)
+    causes = set(reasons)
     if unknown := chosen - existing:
         raise JobError(
-            f"{dataset.out} holds no shard {', '.join(sorted(unknown))}. Ids are the names in "
-            f"data/ without .parquet."
+            f"{dataset.out} holds no shard {', '.join(sorted(unknown))}. "
+            "Ids are the names in data/ without .parquet."
         )
     footers = footers_of(dataset, existing - chosen if causes else ())
     with_cause = {shard for shard, footer in footers.items() if causes & footer.reasons.keys()}
     return sorted(chosen | with_cause)
 
 
-def forget(dataset: Dataset, shards: Iterable[str]) -> None:
+def delete_data_files(dataset: Dataset, shards: Iterable[str]) -> None:
     """Delete data files, so that the next run makes them again."""
     unmark_success(dataset.out)
     store_for(dataset.out).delete(info.url for info in _manifests(dataset.out))
@@ -298,7 +301,7 @@ def clean(dataset: Dataset, listed: Iterable[str]) -> list[str]:
     That is the staging of shards that are committed or no longer listed, and the files of killed
     processes.
     """
-    pending = set(listed) - committed(dataset.out).keys()
+    pending = set(listed) - committed_files(dataset.out).keys()
     orphans = [shard for shard in staged_shards(dataset) if shard not in pending]
     for shard in orphans:
         drop_staging(dataset, shard)
@@ -379,17 +382,17 @@ def _repair_error_files(dataset: Dataset, needed: set[str], existing: set[str]) 
     store_for(dataset.out).delete(dataset.errors_url(s) for s in sorted(existing - needed))
 
 
-def _mark_success(dataset: Dataset, ledger: Ledger) -> None:
+def _mark_success(dataset: Dataset, summary: ManifestSummary) -> None:
     document = {
-        **asdict(ledger),
-        "truncated": len(ledger.truncated),
+        **asdict(summary),
+        "truncated": len(summary.truncated),
         "fingerprint": dataset.fingerprint,
     }
     del document["pending"]
-    _keep(success_url(dataset.out), json.dumps(document, indent=1).encode())
+    _replace_if_different(success_url(dataset.out), json.dumps(document, indent=1).encode())
 
 
-def _keep(url: str, body: bytes) -> None:
+def _replace_if_different(url: str, body: bytes) -> None:
     """Make an object hold these bytes; writes nothing when it does already."""
     if not exists(url) or read(url) != body:
         store_for(url).replace(url, body)

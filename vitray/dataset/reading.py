@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from vitray.dataset.files import read_parquet, read_table
 from vitray.dataset.identity import Dataset, open_dataset
 from vitray.dataset.layout import base_of, data_url, version_of
-from vitray.dataset.ledger import committed, is_marked_complete, read_manifest
+from vitray.dataset.ledger import committed_files, is_marked_complete, read_manifest
 from vitray.errors import JobError, SourceError
 from vitray.schema import ERROR_SCHEMA, VectorColumn
 from vitray.storage import absolute, expand_braces, reads, store_for
@@ -66,7 +66,8 @@ def data_files(out: str) -> list[str]:
 
     One version of each input counts: the manifest's if it has one.
     """
-    shards, manifest = sorted(committed(absolute(out))), read_manifest(absolute(out))
+    shards = sorted(committed_files(absolute(out)))
+    manifest = read_manifest(absolute(out))
     versions = {base_of(shard): version_of(shard) for shard in shards}
     if manifest is not None:
         existing = set(shards)
@@ -137,8 +138,8 @@ def choose_vector(dataset: Dataset, name: str | None) -> VectorColumn:
     chosen = name or (next(iter(columns)) if len(columns) == 1 else "")
     if chosen not in columns:
         raise JobError(
-            f"{dataset.out} has the vector columns {', '.join(columns) or '(none)'}: choose one "
-            f"by `column` (--column)."
+            f"{dataset.out} has the vector columns {', '.join(columns) or '(none)'}: "
+            "choose one by `column` (--column)."
         )
     return columns[chosen]
 

@@ -55,7 +55,8 @@ def reconcile(
     current = set(listed)
     listed_bases = {base_of(shard) for shard in current}
     uncommitted_bases = {base_of(shard) for shard in current - existing}
-    admit, delete = dict[str, FileState](), set[str]()
+    admit = dict[str, FileState]()
+    delete = set[str]()
     for shard in existing:
         base = base_of(shard)
         if shard in current:

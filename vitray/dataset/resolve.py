@@ -10,8 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vitray.dataset.commit import read_footer
 from vitray.dataset.files import under
+from vitray.dataset.footer import read_footer
 from vitray.dataset.identity import Dataset, differing, open_dataset, to_json
 from vitray.dataset.layout import (
     COMPACTED,
@@ -23,7 +23,7 @@ from vitray.dataset.layout import (
     source_url,
     staging_url,
 )
-from vitray.dataset.ledger import committed, footers_of, require_own
+from vitray.dataset.ledger import committed_files, footers_of, require_own
 from vitray.errors import FingerprintError, JobError, StorageError
 from vitray.job import Job
 from vitray.schema import ModelSpec, VectorColumn
@@ -42,7 +42,7 @@ def with_source_rules(job: Job) -> Job:
     if existing is None:
         return _with_rules_of_data(job)
     rules = existing.job.rules if job.source_rules == "auto" else job.rules
-    job = job.model_copy(update={"source_rules": rules})
+    job = job.model_copy(update={"source_rules": int(rules)})
     if existing.job.key_is_found and job.key_column is None:
         return job.with_found_key(existing.job.key_column)
     return job
@@ -51,9 +51,9 @@ def with_source_rules(job: Job) -> Job:
 def _with_rules_of_data(job: Job) -> Job:
     """The job with the rules and key column in the footer of a data file, where there is one."""
     out = absolute(job.out)
-    shards = sorted(committed(out)) if job.source_rules == "auto" else []
+    shards = sorted(committed_files(out)) if job.source_rules == "auto" else []
     if not shards:
-        return job.model_copy(update={"source_rules": job.rules})
+        return job.model_copy(update={"source_rules": int(job.rules)})
     footer = read_footer(data_url(out, shards[0]))
     job = job.model_copy(update={"source_rules": footer.source_rules})
     return job if job.key_column else job.with_found_key(footer.key_column)
@@ -80,8 +80,8 @@ def resolve_dataset(
         existing = open_dataset(out)
         if existing is None:
             raise StorageError(
-                f"the store refused to create {dataset_url(out)}, which does not exist. Run the "
-                f"same command again."
+                f"the store refused to create {dataset_url(out)}, which does not exist. "
+                "Run the same command again."
             )
     spec_of_run = replace(spec, **_frozen(job, existing))
     requested = Dataset(out, job, spec_of_run, tuple(vectors), passthrough, existing.fragment_rows)
@@ -99,10 +99,10 @@ def _require_unused(dataset: Dataset) -> None:
     for name in COMPACTED:
         if exists(join(out, name)):
             raise JobError(
-                f"{out} holds the output of vitray compact ({name}): readers would see rows "
-                f"twice. Choose another `out`."
+                f"{out} holds the output of vitray compact ({name}): readers would see rows twice. "
+                "Choose another `out`."
             )
-    require_own(dataset, footers_of(dataset, committed(out)))
+    require_own(dataset, footers_of(dataset, committed_files(out)))
 
 
 def passthrough_in_data(out: str, names: Sequence[str]) -> pa.Schema | None:
@@ -110,7 +110,7 @@ def passthrough_in_data(out: str, names: Sequence[str]) -> pa.Schema | None:
 
     None where there is no data file, or it lacks one of the columns.
     """
-    shards = sorted(committed(absolute(out)))
+    shards = sorted(committed_files(absolute(out)))
     if not shards:
         return None
     with store_for(out).open(data_url(out, shards[0])) as stream:
@@ -125,7 +125,7 @@ def drop_unstarted(out: str) -> bool:
 
     Any job may begin a new one then. Returns whether it was deleted.
     """
-    if committed(absolute(out)):
+    if committed_files(absolute(out)):
         return False
     infos = [*under(group_log_url(out)), *under(staging_url(out))]
     urls = [dataset_url(out), source_url(out), *(info.url for info in infos)]
@@ -144,7 +144,7 @@ def has_ended_without_rows(out: str) -> bool:
         return max((info.modified or 0.0 for info in under(url)), default=None)
 
     ended = latest(runs_url(out))
-    if ended is None or committed(out):
+    if ended is None or committed_files(out):
         return False
     starts = (latest(staging_url(out)), latest(dataset_url(out)), latest(source_url(out)))
     return ended >= max((start for start in starts if start is not None), default=0.0)
@@ -168,22 +168,22 @@ def _frozen(job: Job, existing: Dataset) -> dict[str, Any]:
 
 def _difference(existing: Dataset, requested: Dataset) -> str:
     """The message of a FingerprintError: which fields differ, and what to do next."""
-    old, new = existing.deciding(), requested.deciding()
+    old, new = existing.fingerprint_fields(), requested.fingerprint_fields()
     names = differing(old, new)
     for fields, spec in ((old, existing.spec), (new, requested.spec)):
         fields["weights"] = f"{spec.weights_sha256[:8]}… of {spec.model}"
     values = "; ".join(
         f"{n} differs ({_short(old.get(n))}, this job: {_short(new.get(n))})" for n in names
     )
-    if committed(existing.out):
+    if committed_files(existing.out):
         step = (
             "Choose another `out` (vitray backfill fills one for another model), or give the job "
             "the fields of the first run."
         )
     else:
         step = (
-            f"Choose another `out`. If no run works on this one, delete "
-            f"{internal_url(existing.out)} to start over: it has no rows yet."
+            "Choose another `out`. If no run works on this one, "
+            f"delete {internal_url(existing.out)} to start over: it has no rows yet."
         )
     return (
         f"{existing.out} belongs to fingerprint {existing.fingerprint[:8]}… (this job: "

@@ -7,9 +7,9 @@ import time
 import uuid
 from collections.abc import Iterator
 
-from vitray.dataset.layout import INTERNAL_FOLDER, SCRATCH_PREFIX, internal_url
+from vitray.dataset.layout import internal_url, is_scratch, scratch_url
 from vitray.errors import ObjectMissing, StorageError, UnsafeStore
-from vitray.storage import ABANDONED_S, join, read, store_for
+from vitray.storage import ABANDONED_S, read, store_for
 
 _FIRST = b"vitray probe"
 _SECOND = b"vitray probe again"
@@ -25,9 +25,9 @@ def check_store(out: str) -> None:
         content = read(url)
     if is_created_twice or content != _FIRST:
         raise UnsafeStore(
-            f"{out}: the store ignored a conditional create (If-None-Match), so two runs could "
-            f"overwrite each other. Use a store that honours it (AWS S3, Ceph, MinIO) or a local "
-            f"disk with hard links."
+            f"{out}: the store ignored a conditional create (If-None-Match), "
+            "so two runs could overwrite each other. "
+            "Use a store that honours it (AWS S3, Ceph, MinIO) or a local disk with hard links."
         )
 
 
@@ -37,25 +37,26 @@ def scratch(out: str) -> Iterator[str]:
 
     It is within `out`, since another bucket might begin next to it.
     """
-    store, folder = store_for(out), join(out, INTERNAL_FOLDER)
-    url = join(folder, f"{SCRATCH_PREFIX}{uuid.uuid4().hex}")
+    store = store_for(out)
+    url = scratch_url(out, uuid.uuid4().hex)
     try:
         yield url
     except StorageError as error:  # the random name means nothing to a reader
         raise type(error)(str(error).replace(url, out)) from error
     finally:
         store.delete_tree(url)
-        store.delete_folder(folder)  # a job that is refused later leaves nothing
+        store.delete_folder(internal_url(out))  # a job that is refused later leaves nothing
         store.delete_folder(out)
 
 
 def drop_scratch(out: str) -> list[str]:
     """Delete the scratch of killed processes, unchanged for an hour or more; returns its URLs."""
-    store, prefix = store_for(out), internal_url(out, SCRATCH_PREFIX)
+    store = store_for(out)
+    prefix = scratch_url(out, "")
     latest_change = dict[str, float]()
     with contextlib.suppress(ObjectMissing):
         for info in store.find(internal_url(out)):
-            if info.url.startswith(prefix):
+            if is_scratch(out, info.url):
                 url = prefix + info.url.removeprefix(prefix).split("/")[0]
                 latest_change[url] = max(latest_change.get(url, 0.0), info.modified or 0.0)
     oldest = time.time() - ABANDONED_S

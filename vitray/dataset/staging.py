@@ -70,7 +70,7 @@ class Staged:
         return sorted(self.fragments.items())
 
 
-def staged(dataset: Dataset, shard_id: str) -> Staged:
+def list_staged(dataset: Dataset, shard_id: str) -> Staged:
     """The staged parts of a shard: fragments by their names alone, ends read."""
     return _scan(dataset, shard_id)[0]
 
@@ -81,8 +81,8 @@ def staged_shards(dataset: Dataset) -> list[str]:
     return sorted({info.url.removeprefix(folder + "/").split("/")[0] for info in under(folder)})
 
 
-def staged_intact(dataset: Dataset, shard_id: str) -> Staged:
-    """Like staged(), but it opens every fragment and deletes those that must be made again:
+def repair_staging(dataset: Dataset, shard_id: str) -> Staged:
+    """Open every fragment, delete those that must be made again, and return what remains:
 
     - damaged fragments;
     - fragments beyond the only end: a reader that saw more rows died;
@@ -164,7 +164,8 @@ def drop_staging(dataset: Dataset, shard_id: str) -> None:
 
     Call it only after its data file was seen, or when its readers disagreed on its end.
     """
-    store, folder = store_for(dataset.out), dataset.staging_url(shard_id)
+    store = store_for(dataset.out)
+    folder = dataset.staging_url(shard_id)
     store.delete(info.url for info in under(folder))
     store.delete_folder(folder)
 
@@ -172,7 +173,8 @@ def drop_staging(dataset: Dataset, shard_id: str) -> None:
 def _scan(dataset: Dataset, shard_id: str) -> tuple[Staged, list[str]]:
     """The staged parts, and the URLs of damaged ends."""
     fragments: dict[int, int] = {}
-    ends, damaged = [], []
+    ends = []
+    damaged = []
     for info in under(dataset.staging_url(shard_id)):
         name = info.url.rsplit("/", 1)[-1]
         if match := _FRAGMENT.fullmatch(name):

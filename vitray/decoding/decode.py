@@ -36,7 +36,7 @@ from vitray.decoding.isolation import Child, Death, Limits, Pages, shared
 from vitray.decoding.resize import Pixels, compiled, resize, resize_fast
 from vitray.errors import one_line
 from vitray.job import FORMATS
-from vitray.schema import TORCH_FILTERS, DecodeSpec, Encoded, PixelSpec
+from vitray.schema import TORCH_FILTERS, DecodeSpec, Encoded, PixelSpec, Reason, SourceRules
 
 # px: the weights of a resize grow with a side; a PNG of 50,000,000x1 in 146 kB took 1.8 GB
 MAX_SIDE = 1 << 20
@@ -132,9 +132,9 @@ def decode_one(data: bytes, spec: DecodeSpec, into: Pixels) -> Outcome:
         outcome = Outcome(width, height, form, None, "")
         markers = _markers(data) if form == "jpeg" else b""
         _check_header(image, data, markers, spec.max_pixels)
-        if form == "tiff" and spec.rules > 1 and _is_camera_raw(image, data):
+        if form == "tiff" and spec.rules >= SourceRules.V2 and _is_camera_raw(image, data):
             raise _Refused(
-                "format_not_allowed",
+                Reason.FORMAT_NOT_ALLOWED,
                 "camera raw is not decoded: its first page is a thumbnail. Export it as JPEG or "
                 "TIFF",
             )
@@ -148,7 +148,7 @@ def decode_one(data: bytes, spec: DecodeSpec, into: Pixels) -> Outcome:
         return replace(outcome, reason=refusal.reason, message=_one_line(str(refusal)))
     # The one place where a bad image turns into data: Pillow raises nearly every type.
     except Exception as error:
-        reason = "truncated" if "truncated" in str(error).lower() else "decode_error"
+        reason = Reason.TRUNCATED if "truncated" in str(error).lower() else Reason.DECODE_ERROR
         message = _one_line(f"{type(error).__name__}: {error}")
         return replace(outcome, reason=reason, message=message)
 
@@ -170,7 +170,7 @@ def decode(
     entries = worker.entries
 
     def charge(at: int, death: Death) -> None:
-        reason = "time_limit" if death.timed_out else "decoder_died"
+        reason = Reason.TIME_LIMIT if death.timed_out else Reason.DECODER_DIED
         entries[at] = _entry(Outcome(0, 0, "", reason, f"the decoder {death.message}"))
 
     worker.child.run(images, charge)
@@ -308,8 +308,8 @@ def _keep_freed_memory() -> None:
 
 def _without_bytes(item: Encoded) -> Outcome:
     if item.data is not None:
-        return Outcome(0, 0, "", "empty", "no bytes")
-    return Outcome(0, 0, "", item.reason or "missing", item.message)
+        return Outcome(0, 0, "", Reason.EMPTY, "no bytes")
+    return Outcome(0, 0, "", item.reason or Reason.MISSING, item.message)
 
 
 def _entry(outcome: Outcome) -> tuple[object, ...]:
@@ -341,7 +341,7 @@ def _outcome(entry: tuple[Any, ...]) -> Outcome:
 class _Refused(Exception):
     """This image breaks vitray's rules. reason: of schema.REASONS."""
 
-    def __init__(self, reason: str, message: str) -> None:
+    def __init__(self, reason: Reason, message: str) -> None:
         super().__init__(message)
         self.reason = reason
 
@@ -356,14 +356,14 @@ def _open(data: bytes, formats: Sequence[str]) -> Any:
     try:
         return Image.open(io.BytesIO(data), formats=[name.upper() for name in names])
     except Image.DecompressionBombError as error:
-        raise _Refused("too_many_pixels", str(error)) from None
+        raise _Refused(Reason.TOO_MANY_PIXELS, str(error)) from None
     except (UnidentifiedImageError, OSError) as error:
         _refuse_unopened(data, names)
         if isinstance(error, UnidentifiedImageError):
             raise _Refused(
-                "not_an_image",
-                f"starts like a {_signature(data)}, but its header is cut, broken, or of a kind "
-                f"that Pillow does not read",
+                Reason.NOT_AN_IMAGE,
+                f"starts like a {_signature(data)}, but its header is cut, broken, "
+                "or of a kind that Pillow does not read",
             ) from None
         raise
 
@@ -377,15 +377,16 @@ def _refuse_unopened(data: bytes, names: Sequence[str]) -> None:
     """Raise _Refused if the first bytes say why Pillow could not open the file."""
     name = _signature(data)
     if name is None:
-        raise _Refused("not_an_image", "no known image signature") from None
+        raise _Refused(Reason.NOT_AN_IMAGE, "no known image signature") from None
     if name not in names:
         message = f"{name} is not decoded: convert it to JPEG, PNG or WebP"
         if name in FORMATS:
             message = f"{name} is not in formats ({', '.join(names)})"
-        raise _Refused("format_not_allowed", message) from None
+        raise _Refused(Reason.FORMAT_NOT_ALLOWED, message) from None
     if _bytes_needed(name, data) > len(data):
         raise _Refused(
-            "truncated", f"the {name} header points beyond the {len(data)} bytes that are there"
+            Reason.TRUNCATED,
+            f"the {name} header points beyond the {len(data)} bytes that are there",
         ) from None
 
 
@@ -421,13 +422,17 @@ def _markers(data: bytes) -> bytes:
 def _check_header(image: Any, data: bytes, markers: bytes, max_pixels: int) -> None:
     width, height = image.size
     if width * height > max_pixels:
-        raise _Refused("too_many_pixels", f"{width}x{height} is more than max_pixels {max_pixels}")
+        raise _Refused(
+            Reason.TOO_MANY_PIXELS, f"{width}x{height} is more than max_pixels {max_pixels}"
+        )
     if max(width, height) > MAX_SIDE:
-        raise _Refused("too_many_pixels", f"{width}x{height} has a side of more than {MAX_SIDE}")
+        raise _Refused(
+            Reason.TOO_MANY_PIXELS, f"{width}x{height} has a side of more than {MAX_SIDE}"
+        )
     if markers.count(0xDA) > MAX_SCANS and (scans := _scans(data)) > MAX_SCANS:
-        raise _Refused("too_many_scans", f"a JPEG of more than {scans - 1} scans")
+        raise _Refused(Reason.TOO_MANY_SCANS, f"a JPEG of more than {scans - 1} scans")
     if image.mode == "F":
-        raise _Refused("float_pixels", "32-bit floating-point pixels")
+        raise _Refused(Reason.FLOAT_PIXELS, "32-bit floating-point pixels")
 
 
 def _is_camera_raw(image: Any, data: bytes) -> bool:
@@ -520,17 +525,17 @@ def _orientation(image: Any) -> Any:
         return 1
 
 
-def _to_8bit(image: Any, rules: int) -> Any:
+def _to_8bit(image: Any, rules: SourceRules) -> Any:
     """The high byte of 16-bit pixels; Pillow's own conversion turns all above 255 into white."""
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 0xFFFF:
         raise _Refused(
-            "unsupported_pixels", f"integer pixels from {values.min()} to {values.max()}"
+            Reason.UNSUPPORTED_PIXELS, f"integer pixels from {values.min()} to {values.max()}"
         )
     tags = getattr(image, "tag_v2", {})
     bits = 12 if tags.get(258) == (12,) else 16  # TIFF BitsPerSample
     # white is zero, which Pillow 13 respects for 8 bits alone
-    if tags.get(_PHOTOMETRIC) == 0 and rules > 1:
+    if tags.get(_PHOTOMETRIC) == 0 and rules >= SourceRules.V2:
         values = (1 << bits) - 1 - values
     scaled = Image.fromarray((values >> (bits - 8)).astype(np.uint8))
     if "transparency" in image.info:
@@ -543,7 +548,7 @@ def _fit(image: Any, spec: DecodeSpec) -> Pixels:
     size = fit_size(full, spec.pixels)
     if math.prod(size) > max(spec.max_pixels, math.prod(full)):
         raise _Refused(
-            "too_many_pixels", f"{full[0]}x{full[1]} resized becomes {size[0]}x{size[1]}"
+            Reason.TOO_MANY_PIXELS, f"{full[0]}x{full[1]} resized becomes {size[0]}x{size[1]}"
         )
     if spec.pixels.size is not None and spec.mode == "exact":
         if isinstance(image, np.ndarray):

@@ -167,8 +167,8 @@ class Child:
                 states[at] = _DONE
             else:
                 raise VitrayError(
-                    f"a child process {death.message} before its work began. Look for a lack of "
-                    f"memory, then run again."
+                    f"a child process {death.message} before its work began. "
+                    "Look for a lack of memory, then run again."
                 )
 
     def _start(self) -> None:
@@ -225,12 +225,14 @@ class Child:
         """Copy the inputs that fit into shared memory; returns where they stop, and their size."""
         stop = start
         size = 0
-        room = max(CHUNK_BYTES, len(inputs[start]))
-        if len(self._chunk) != room:  # what one long input took is given back with the next chunk
-            os.truncate(self._inputs, room)
-            self._chunk = mmap.mmap(self._inputs, room)  # half the time of write(2)
+        chunk_bytes = max(CHUNK_BYTES, len(inputs[start]))
+        if (
+            len(self._chunk) != chunk_bytes
+        ):  # what one long input took is given back with the next chunk
+            os.truncate(self._inputs, chunk_bytes)
+            self._chunk = mmap.mmap(self._inputs, chunk_bytes)  # half the time of write(2)
             self._chunk.madvise(mmap.MADV_DONTFORK)
-        while stop < len(inputs) and (filled := size + len(inputs[stop])) <= room:
+        while stop < len(inputs) and (filled := size + len(inputs[stop])) <= chunk_bytes:
             self._chunk[size:filled] = inputs[stop]
             self._sizes[stop] = len(inputs[stop])
             size = filled

@@ -1,6 +1,5 @@
 """How good a model's labels and vectors are, and how they compare with another model's.
 
 metrics.py     accuracy, confusion, overlap and error: pure functions of arrays
-samples.py     images of a job's source, to calibrate and to compare on
 agreement.py   an exported model beside its original: labels, vectors, speed
 """

@@ -5,35 +5,36 @@ Each export is compared with the original first. One that agrees too little is n
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vitray.cpus import cores
 from vitray.errors import Disagreement, JobError, ModelError
 from vitray.evaluation.agreement import (
     ModelComparison,
+    Size,
     measure_agreement,
     measure_error,
     measure_speed,
 )
-from vitray.evaluation.samples import Sample, sample_images
 from vitray.job import Job
 from vitray.model_export import graphs
+from vitray.model_export.samples import Sample, sample_images
 from vitray.models import Model, identify, open_model, torch_threads_kept, vector_columns
-from vitray.models.checkpoint import EXPORT, Checkpoint, locate, weight_files
+from vitray.models.checkpoint import EXPORT, Checkpoint, weight_files
+from vitray.models.checkpoint_store import locate
 from vitray.models.exported import FORMAT, read_export, seal
-from vitray.models.machine import cores
 from vitray.models.pixels import FILES
 from vitray.schema import ModelOutputs, ModelSpec, VectorColumn
-from vitray.storage import absolute, new_folder
+from vitray.storage import absolute, new_folder, sha256_of
 from vitray.version import __version__
 
 # whose versions vitray_export.json names, by format
@@ -50,7 +51,6 @@ class ExportedModel:
     """What was written. model: the original. how: the quantisation, "" for float32.
 
     weights_sha256: as in the fingerprint of a dataset of this model; None if vitray cannot run it.
-    judgement: the comparison with the original, by its name in the JSON output and on disk.
     """
 
     into: str
@@ -58,11 +58,23 @@ class ExportedModel:
     to: str
     how: str
     weights_sha256: str | None
-    judgement: ModelComparison
+    comparison: ModelComparison
 
     def __str__(self) -> str:
         title = f"{self.into}: {self.model} as {self.to} {self.how or 'float32'}"
-        return "\n".join([title, *(f"{figure:24}{text}" for figure, text in self.judgement.rows())])
+        rows = self.comparison.rows()
+        return "\n".join([title, *(f"{figure:24}{text}" for figure, text in rows)])
+
+    def as_json(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        return {
+            "into": self.into,
+            "model": self.model,
+            "to": self.to,
+            "how": self.how,
+            "weights_sha256": self.weights_sha256,
+            "judgement": self.comparison.as_json(),
+        }
 
 
 def export_model(
@@ -92,7 +104,7 @@ def export_model(
             to=to,
             how=quantisation,
             weights_sha256=weights,
-            judgement=comparison,
+            comparison=comparison,
         )
         _require_agreement(export, min_agreement)
         _write_comparison(folder, source, export)
@@ -119,21 +131,21 @@ def _original(job: Job) -> Checkpoint:
     checkpoint = locate(job.model, job.revision)
     if earlier := read_export(checkpoint):
         raise ModelError(
-            f"{checkpoint.model} is an export already ({earlier.to}). Give the checkpoint that it "
-            f"was made from."
+            f"{checkpoint.model} is an export already ({earlier.to}). "
+            "Give the checkpoint that it was made from."
         )
     return checkpoint
 
 
 def _require_agreement(export: ExportedModel, least: float | None) -> None:
     """Raises Disagreement if the export agrees less than `least`, or cannot be compared."""
-    share = export.judgement.share()
+    share = export.comparison.share()
     if least is None or (share is not None and share >= least):
         return
     raise Disagreement(
-        f"{export.to} {export.how or 'float32'}: {share or 0:.2%} agree with the original, below "
-        f"--min-agreement {least:g}; nothing was written. Calibrate on more images that are like "
-        f"those to come, or quantise less: --int8-weights, --fp16 or not at all.",
+        f"{export.to} {export.how or 'float32'}: {share or 0:.2%} agree with the original, "
+        f"below --min-agreement {least:g}; nothing was written. Calibrate on more images "
+        "that are like those to come, or quantise less: --int8-weights, --fp16 or not at all.",
         export,
     )
 
@@ -164,11 +176,6 @@ def _graph_files(folder: Path) -> list[Path]:
     )
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _write_description(source: graphs.Source, to: str, quantisation: str, folder: Path) -> None:
     """The files that make a `model:` of the graph: configuration, processor, vitray_export.json."""
     nncf = ("nncf",) if to == "openvino" and quantisation.startswith("int") else ()
@@ -184,7 +191,9 @@ def _write_description(source: graphs.Source, to: str, quantisation: str, folder
         "multi_label": source.spec.multi_label,
         "vectors": [{"layer": v.layer or "last", "pool": v.pool} for v in source.vectors],
         "results": source.names,
-        "graph": {str(file.relative_to(folder)): _sha256(file) for file in _graph_files(folder)},
+        "graph": {
+            str(file.relative_to(folder)): sha256_of(str(file)) for file in _graph_files(folder)
+        },
         "versions": {"vitray": __version__, **{name: version(name) for name in packages}},
     }
     (folder / EXPORT).write_text(json.dumps(seal(description), indent=1))
@@ -209,35 +218,38 @@ def _compare(
 ) -> tuple[ModelComparison, str | None]:
     """The export beside the original, and its weights_sha256; None if it cannot run here."""
     spec = source.spec
-    figures: dict[str, Any] = {
-        "images": len(images.compared),
-        "calibrated_on": len(images.calibration),
-        "apart": images.apart,
-        "torch_precision": spec.precision,
-        **_sizes(source, folder),
-    }
+    unmeasured = ModelComparison(
+        images=len(images.compared),
+        calibrated_on=len(images.calibration),
+        is_disjoint=images.is_disjoint,
+        size=_size(source, folder),
+        torch_precision=spec.precision,
+    )
     if to == "coreml":
-        return ModelComparison(**figures), None
+        return unmeasured, None
     export = _open_export(job, source, to, folder)
     expected = _open(job, source, spec, "fp32", len(spec.labels)).predict(images.compared)
     computed = export.model.predict(images.compared)
     is_exact = export.exact is export.model
     exact = computed if is_exact else export.exact.predict(images.compared)
-    figures["precision"] = export.precision
-    figures["error"] = measure_error(expected, exact)
-    figures |= measure_agreement(expected, computed)
     original = _open(job, source, spec, spec.precision, job.top_k)
     shape = (2 * cores() * spec.batch_size, *images.compared.shape[1:])
-    figures |= measure_speed(export.model, original, np.resize(images.compared, shape))
-    return ModelComparison(**figures), export.weights_sha256
+    comparison = replace(
+        unmeasured,
+        precision=export.precision,
+        agreement=measure_agreement(expected, computed),
+        error=measure_error(expected, exact),
+        speed=measure_speed(export.model, original, np.resize(images.compared, shape)),
+    )
+    return comparison, export.weights_sha256
 
 
-def _sizes(source: graphs.Source, folder: Path) -> dict[str, float]:
-    """megabytes and ratio of a ModelComparison. A torch-export holds the weights twice."""
+def _size(source: graphs.Source, folder: Path) -> Size:
+    """The size of the export. A torch-export holds the weights twice."""
     files = [*_graph_files(folder), *folder.glob("*.safetensors")]
     size = sum(os.path.getsize(path) for path in files)
     original_size = sum(os.path.getsize(path) for path in weight_files(source.original))
-    return {"megabytes": size / 1e6, "ratio": size / original_size}
+    return Size(size / 1e6, size / original_size)
 
 
 def _open_export(job: Job, source: graphs.Source, to: str, folder: Path) -> _OpenedExport:
@@ -262,7 +274,7 @@ def _open(job: Job, source: graphs.Source, spec: ModelSpec, precision: str, top_
 def _write_comparison(folder: Path, source: graphs.Source, export: ExportedModel) -> None:
     """Add the comparison to vitray_export.json, and write the model card."""
     description = json.loads((folder / EXPORT).read_text())
-    description["judgement"] = asdict(export.judgement)
+    description["judgement"] = export.comparison.as_json()
     (folder / EXPORT).write_text(json.dumps(seal(description), indent=1))
     (folder / "README.md").write_text(_card(source, export))
 
@@ -275,7 +287,7 @@ def _card(source: graphs.Source, export: ExportedModel) -> str:
     use = "Use it as a `model:` of vitray, with `engine: auto`."
     if export.to == "coreml":
         use = "Use it in apps on Apple's devices."
-    rows = "\n".join(f"| {figure} | {text} |" for figure, text in export.judgement.rows())
+    rows = "\n".join(f"| {figure} | {text} |" for figure, text in export.comparison.rows())
     return f"""---
 {base}tags: [{tags}]
 ---

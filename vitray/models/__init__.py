@@ -5,7 +5,7 @@ This file only re-exports. The modules of the package import each other directly
 """
 
 from vitray.models.engines import open_model, require_precision
-from vitray.models.machine import compiles, cores, runs_on, torch_threads_kept, will_compile
+from vitray.models.machine import compiles, describe_compile, resolve_device, torch_threads_kept
 from vitray.models.resolve import identify, model_outputs, vector_columns, with_label_names
 from vitray.models.types import Model, Predictions
 
@@ -13,14 +13,13 @@ __all__ = [
     "Model",
     "Predictions",
     "compiles",
-    "cores",
+    "describe_compile",
     "identify",
     "model_outputs",
     "open_model",
     "require_precision",
-    "runs_on",
+    "resolve_device",
     "torch_threads_kept",
     "vector_columns",
-    "will_compile",
     "with_label_names",
 ]

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from vitray.models.checkpoint import cache_directory
+from vitray.storage import cache_directory
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 _UNFINISHED, _LOCK = "unfinished-", "lock"

@@ -15,7 +15,8 @@ import numpy as np
 
 from vitray.crash import crash_point
 from vitray.errors import ModelError, one_line
-from vitray.models.checkpoint import Checkpoint, locate
+from vitray.models.checkpoint import Checkpoint
+from vitray.models.checkpoint_store import locate
 from vitray.models.exported import hash_model, open_export, read_graph
 from vitray.models.machine import require_hardware, resolve_device
 from vitray.models.pixels import FILTERS
@@ -118,43 +119,59 @@ def _open_checkpoint(
 # ---------------------------------------------------------------- what an engine cannot do
 
 
-def refusal(engine: str, device: str, precision: str) -> str | None:
-    """Why an engine cannot run this here, with what to do; None when it can."""
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why an engine cannot run something here, and what to do.
+
+    reason: what is wrong, to follow the engine's name. advice: whole sentences.
+    """
+
+    engine: str
+    reason: str
+    advice: str
+
+    def __str__(self) -> str:
+        return f"engine {self.engine} {self.reason}. {self.advice}"
+
+
+def engine_refusal(engine: str, device: str, precision: str) -> Refusal | None:
+    """Why an engine cannot run this here; None when it can."""
     if engine == "torch":
         return None
     if any(find_spec(module) is None for module in MODULES[engine]):
-        return (
-            f"engine {engine} is not installed here: pip install 'vitray[{engine}]', or set "
-            f"engine: torch."
+        return Refusal(
+            engine,
+            "is not installed here",
+            f"Install it (pip install 'vitray[{engine}]'), or set engine: torch.",
         )
     if device != "cpu" and not (engine == "onnx" and device == "cuda" and _onnx_computes_on_cuda()):
-        return (
-            f"engine {engine} runs on the CPU, and this job on {device}. Set device: cpu, or "
-            f"engine: torch."
+        return Refusal(
+            engine,
+            f"runs on the CPU, and this job on {device}",
+            "Set device: cpu, or engine: torch.",
         )
-    if reason := lacks(engine, precision):
-        return reason
+    if refusal := precision_refusal(engine, precision):
+        return refusal
     try:
         import_module(f"vitray.models.{engine}_engine")
     except Exception as error:  # for example, a system library is missing
-        return (
-            f"engine {engine} is installed, but cannot be loaded ({one_line(error)}). Install it "
-            f"again, or set engine: torch."
+        return Refusal(
+            engine,
+            f"is installed, but cannot be loaded ({one_line(error)})",
+            "Install it again, or set engine: torch.",
         )
     return None
 
 
-def lacks(engine: str, precision: str) -> str | None:
-    """Why an engine does not compute in a precision, with what to do; None where it does.
-
-    Imports nothing.
-    """
+def precision_refusal(engine: str, precision: str) -> Refusal | None:
+    """Why an engine does not compute in a precision; None where it does. Imports nothing."""
     if precision == "auto" or precision in PRECISIONS.get(engine, (precision,)):
         return None
     supported = " or ".join(PRECISIONS[engine])
-    return (
-        f"engine {engine} computes in {supported}, not in {precision}. Set precision: {supported}, "
-        f"or engine: torch."
+    return Refusal(
+        engine,
+        f"computes in {supported}, not in {precision}",
+        f"Set precision: {supported}, or engine: torch.",
     )
 
 
@@ -169,22 +186,22 @@ def _onnx_computes_on_cuda() -> bool:
 
 def require_engine(engine: str, device: str, precision: str) -> None:
     """Raise ModelError when the engine cannot run this here."""
-    if reason := refusal(engine, device, precision):
-        raise ModelError(reason)
+    if refusal := engine_refusal(engine, device, precision):
+        raise ModelError(str(refusal))
 
 
 def require_precision(engine: str, precision: str) -> None:
     """Raise ModelError for an engine that does not compute in a precision. Imports nothing."""
-    if reason := lacks(engine, precision):
-        raise ModelError(reason)
+    if refusal := precision_refusal(engine, precision):
+        raise ModelError(str(refusal))
 
 
 def require_pixels(engine: str, decode: str) -> None:
     """Raise ModelError when the engine cannot take pixels that torch decoded on the GPU."""
     if engine != "torch" and decode in ("gpu", "hybrid"):
         raise ModelError(
-            f"decode: {decode} leaves pixels to engine torch. Set decode: exact or fast, or "
-            f"engine: torch."
+            f"decode: {decode} leaves pixels to engine torch. "
+            "Set decode: exact or fast, or engine: torch."
         )
 
 
@@ -200,18 +217,20 @@ def require_filter(spec: ModelSpec, decode: str) -> None:
 # ---------------------------------------------------------------- the fastest engine
 
 
-def usable(device: str, precision: str) -> tuple[list[str], str]:
+def usable_engines(device: str, precision: str) -> tuple[list[str], str]:
     """The engines that can run this here, torch first, and why the others cannot.
 
     The reasons are worded like those of `fastest`.
     """
-    reasons = {engine: refusal(engine, device, precision) for engine in ("torch", *MODULES)}
+    engines = ["torch"]
     excluded = []
-    for engine, reason in reasons.items():
-        if reason is not None:
-            short = reason.removeprefix(f"engine {engine} ").partition(": pip")[0]
-            excluded.append(f"{engine} left out ({short.partition('. ')[0]})")
-    return [engine for engine, reason in reasons.items() if reason is None], ", ".join(excluded)
+    for engine in MODULES:
+        refusal = engine_refusal(engine, device, precision)
+        if refusal is None:
+            engines.append(engine)
+        else:
+            excluded.append(f"{engine} left out ({refusal.reason})")
+    return engines, ", ".join(excluded)
 
 
 def with_fastest_engine(
@@ -221,7 +240,7 @@ def with_fastest_engine(
 
     device: as resolved. Every usable engine is opened and checked, then timed for `SECONDS`.
     """
-    names, excluded = usable(device, spec.precision)
+    names, excluded = usable_engines(device, spec.precision)
     if len(names) == 1:
         return replace(spec, engine_why=excluded)
 
@@ -255,7 +274,7 @@ def fastest(
         try:
             model = open_engine()
             if name != "torch":
-                mismatch = strays(model.predict(pixels[:IMAGES]), expected, spec)
+                mismatch = describe_mismatch(model.predict(pixels[:IMAGES]), expected, spec)
         except Exception as error:  # an engine may not know this model: each has its own exceptions
             mismatch = one_line(error, 120)
         if mismatch is None:
@@ -268,7 +287,7 @@ def fastest(
     return best, ", ".join(f"{name} {results[name]}" for name in engines)
 
 
-def strays(computed: Predictions, expected: Predictions, spec: ModelSpec) -> str | None:
+def describe_mismatch(computed: Predictions, expected: Predictions, spec: ModelSpec) -> str | None:
     """How an engine's results differ too much from torch in float32; None when they match.
 
     expected: ids and scores of all labels. Another label is accepted where its score equals the

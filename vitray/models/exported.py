@@ -1,4 +1,4 @@
-"""An exported model: a directory that `vitray export` wrote, as a `model:`.
+"""An exported model: a directory that `vitray export-model` wrote, as a `model:`.
 
 vitray_export.json says what the directory is. config.json and the image processor's file are those
 of the checkpoint. Needs no torch; the graph is data, and nothing in it is executed.
@@ -78,14 +78,14 @@ def read_export(checkpoint: Checkpoint) -> Export | None:
         return _parse_export(checkpoint, document)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
-            f"{checkpoint.model}: {EXPORT} is not one that vitray wrote ({error}). Export the "
-            f"model again."
+            f"{checkpoint.model}: {EXPORT} is not one that vitray wrote ({error}). "
+            "Export the model again."
         ) from error
 
 
 def _parse_export(checkpoint: Checkpoint, document: dict[str, Any]) -> Export:
     if document["format"] != FORMAT:
-        raise ValueError(f"format {document['format']}, this vitray knows {FORMAT}")
+        raise ValueError(f"format {document['format']}; this version reads format {FORMAT}")
     if document != seal(document):
         raise ValueError("it was changed")
     vectors = tuple(
@@ -138,8 +138,8 @@ def engine_of(export: Export, engine: str) -> str:
     """The engine of an export. Raises ModelError when a job's `engine` is another one."""
     if engine not in ("auto", export.to):
         raise ModelError(
-            f"{export.model} was exported for engine {export.to}, so engine {engine} cannot run "
-            f"it. Set engine: auto."
+            f"{export.model} was exported for engine {export.to}, "
+            f"so engine {engine} cannot run it. Set engine: auto."
         )
     return export.to
 
@@ -155,10 +155,10 @@ def vector_positions(export: Export, vectors: Sequence[VectorColumn]) -> list[in
                 f"{pool} of layer {layer or 'last'}" for layer, pool in export.vectors
             )
             raise ModelError(
-                f"{export.model} gives {available or 'no embedding at all'}, and not "
-                f"{vector.pool} of layer {vector.layer or 'last'}: its outputs were fixed when it "
-                f"was exported. Set embeddings to those, or export {export.source} again with the "
-                f"ones you want."
+                f"{export.model} gives {available or 'no embedding at all'}, "
+                f"and not {vector.pool} of layer {vector.layer or 'last'}: "
+                "its outputs were fixed when it was exported. "
+                f"Set embeddings to those, or export {export.source} again with the ones you want."
             )
     return [export.vectors.index((vector.layer, vector.pool)) for vector in vectors]
 
@@ -185,12 +185,12 @@ def labelled_by_export(spec: ModelSpec, export: Export, config: VisionConfig) ->
     return replace(spec, labels=export.labels, regression=regression)
 
 
-def refuse_other_labels(export: Export, field: str) -> ModelError:
+def other_labels_error(export: Export, field: str) -> ModelError:
     """The error for a job whose `field` asks for labels that an export cannot give."""
     return ModelError(
-        f"{export.model} gives scores that were fixed when it was exported, so `{field}` cannot "
-        f"change its labels. Use the checkpoint that it was made from ({export.source}), or "
-        f"relabel the dataset's embeddings (vitray relabel)."
+        f"{export.model} gives scores that were fixed when it was exported, "
+        f"so `{field}` cannot change its labels. Use the checkpoint that it was made from "
+        f"({export.source}), or relabel the dataset's embeddings (vitray relabel)."
     )
 
 
@@ -205,8 +205,8 @@ def hash_model(checkpoint: Checkpoint) -> str:
     weights = hash_weights(checkpoint)
     if export is not None and export.to == "torch-export" and weights != export.weights:
         raise ModelError(
-            f"{checkpoint.model}: its safetensors are not those that were exported. Copy the whole "
-            f"directory again."
+            f"{checkpoint.model}: its safetensors are not those that were exported. "
+            "Copy the whole directory again."
         )
     return weights
 
@@ -223,13 +223,13 @@ def _hash_graph(export: Export) -> str:
                     digest.update(block)
         except OSError as error:
             raise ModelError(
-                f"{export.model}: {name} cannot be read ({error.strerror}). Copy the whole "
-                f"directory."
+                f"{export.model}: {name} cannot be read ({error.strerror}). "
+                "Copy the whole directory."
             ) from error
         if digest.hexdigest() != export.graph[name]:
             raise ModelError(
                 f"{export.model}: {name} is not the file that was exported: its sha256 changed. "
-                f"Copy it again."
+                "Copy it again."
             )
     return total.hexdigest()
 

@@ -111,10 +111,10 @@ class Forward(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
         return keep
 
     def forward(self, pixels: Any) -> list[Any]:
-        answer = self.module(pixel_values=self._normalise(pixels))
+        result = self.module(pixel_values=self._normalise(pixels))
         scores = ids = torch.empty(pixels.shape[0], 0)
         if self._outputs.top_k:
-            scores, ids = self._rank(self._logits(answer))
+            scores, ids = self._rank(self._logits(result))
         vectors = [self._vector(column) for column in self._outputs.vectors]
         self.caught.tokens.clear()
         return [scores, ids, *vectors]
@@ -126,12 +126,12 @@ class Forward(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
         x = x.sub_(self._mean).div_(self._std)
         return x.permute(0, 3, 1, 2).to(self._dtype).contiguous()
 
-    def _logits(self, answer: Any) -> Any:
+    def _logits(self, result: Any) -> Any:
         """float32 [n, C]."""
         if self.head is None:
-            return answer.logits.float()
+            return result.logits.float()
         column = self.head.column
-        return self.head(answer.pooler_output.float() if column is None else self._vector(column))
+        return self.head(result.pooler_output.float() if column is None else self._vector(column))
 
     def _rank(self, logits: Any) -> tuple[Any, Any]:
         scores = _scores(logits, self._spec.score_function)

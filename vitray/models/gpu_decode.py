@@ -186,14 +186,14 @@ def _take(end: Callable[[], int], most: int) -> list[int]:
 def split_for_hardware(chosen: list[int], images: Sequence[Any]) -> list[list[int]]:
     """The positions in order, in groups of at most HARDWARE_PIXELS, except for a single image."""
     groups: list[list[int]] = []
-    room = 0
+    pixels_left = 0
     for at in chosen:
         pixels = images[at].width * images[at].height
-        if pixels > room:
+        if pixels > pixels_left:
             groups.append([])
-            room = HARDWARE_PIXELS
+            pixels_left = HARDWARE_PIXELS
         groups[-1].append(at)
-        room -= pixels
+        pixels_left -= pixels
     return groups
 
 
@@ -218,7 +218,7 @@ def require(device: str) -> None:
     if missing:
         raise ModelError(
             f"decode gpu and hybrid need {missing}: install vitray[gpu] on a machine with a GPU, "
-            f"or set decode: fast."
+            "or set decode: fast."
         )
 
 

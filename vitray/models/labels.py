@@ -46,12 +46,12 @@ def read_label_names(path: str) -> list[str]:
         return distinct_labels(read(url).decode("utf-8-sig").strip().splitlines())
     except (VitrayError, OSError) as error:
         raise JobError(
-            f"`labels`: {url} cannot be read ({one_line(error)}); for labels in the job write "
-            f"[cat, dog]."
+            f"`labels`: {url} cannot be read ({one_line(error)}); "
+            "for labels in the job write [cat, dog]."
         ) from error
     except ValueError as error:
         raise JobError(
-            f"`labels`: {url}: {one_line(error)}; write one label a line, in UTF-8."
+            f"`labels`: {url}: {one_line(error)}; write one label per line, in UTF-8."
         ) from error
 
 
@@ -124,8 +124,9 @@ def tokenise(
     """
     if config.family not in WITH_TEXT_TOWER or not tensor_shapes(checkpoint, {"logit_scale"}):
         raise ModelError(
-            f"{checkpoint.model} is a {config.family} model without a text tower, so it cannot "
-            f"read `labels`. Choose a CLIP or SigLIP checkpoint, or labels: true or false."
+            f"{checkpoint.model} is a {config.family} model without a text tower, "
+            "so it cannot read `labels`. "
+            "Choose a CLIP or SigLIP checkpoint, or labels: true or false."
         )
     texts = [prompt.replace("{}", label) for label in labels for prompt in prompts]
     arrays = _tokenise_texts(checkpoint, config, texts)
@@ -165,8 +166,8 @@ def _tokenise_texts(
         ) from error
     except Exception as error:  # transformers raises many kinds for a broken or foreign file
         raise ModelError(
-            f"{checkpoint.model}: its tokenizer does not work ({one_line(error)}). Fetch the "
-            f"checkpoint again."
+            f"{checkpoint.model}: its tokenizer does not work ({one_line(error)}). "
+            "Fetch the checkpoint again."
         ) from error
 
 
@@ -208,8 +209,8 @@ def text_weights(checkpoint: Checkpoint, words: Words, device: str) -> tuple[Any
     tokens = tokenise(checkpoint, config, list(words.labels), list(words.prompts))
     if tokens.sha256() != words.text_sha256:
         raise ModelError(
-            f"{checkpoint.model}: its tokenizer changed since it was planned. Put the old one "
-            f"back, or choose another `out`."
+            f"{checkpoint.model}: its tokenizer changed since it was planned. "
+            "Put the old one back, or choose another `out`."
         )
     is_clip = config.family == "clip"
     kind = transformers.CLIPModel if is_clip else transformers.SiglipModel

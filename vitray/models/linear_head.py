@@ -103,7 +103,7 @@ def read_head(url: str) -> Head:
 def _parse_head(document: dict[str, Any], tensors: dict[str, np.ndarray]) -> Head:
     """Raises ValueError, KeyError or TypeError for what is not a complete head."""
     if document["format"] != FORMAT:
-        raise ValueError(f"format {document['format']}, this vitray knows {FORMAT}")
+        raise ValueError(f"format {document['format']}; this version reads format {FORMAT}")
     if not isinstance(document["labels"], list):
         raise ValueError("its labels are not a list")
     labels = tuple(distinct_labels(document["labels"]))
@@ -152,9 +152,9 @@ def read_head_for(url: str, spec: ModelSpec) -> Head:
     head = read_head(url)
     if head.weights_sha256 != spec.weights_sha256:
         raise ModelError(
-            f"head {url} is for {head.model} (weights {head.weights_sha256[:12]}…), and the "
-            f"embeddings are of {spec.model} ({spec.weights_sha256[:12]}…). Take the model it was "
-            f"made for, or make a head for this one (vitray finetune)."
+            f"head {url} is for {head.model} (weights {head.weights_sha256[:12]}…), "
+            f"and the embeddings are of {spec.model} ({spec.weights_sha256[:12]}…). "
+            "Take the model it was made for, or make a head for this one (vitray finetune)."
         )
     if head.weight.shape[1] != spec.dimension:
         raise ModelError(
@@ -170,8 +170,8 @@ def read_planned_head(spec: ModelSpec) -> Head:
     head = read_head_for(spec.head, spec)
     if head.sha256() != spec.head_sha256:
         raise ModelError(
-            f"head {spec.head} changed since it was planned. Put the old one back, or choose "
-            f"another `out`."
+            f"head {spec.head} changed since it was planned. "
+            "Put the old one back, or choose another `out`."
         )
     return head
 

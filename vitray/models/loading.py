@@ -30,12 +30,12 @@ HEAD_WEIGHTS = ("classifier.weight", "classifier.bias")
 class Network:
     """A torch module and where its inner results appear.
 
-    module: called as module(pixel_values=float [N, 3, H, W]); with a head its answer has .logits.
-    tower: the submodule, or the module itself, whose answer has .last_hidden_state [N, T, D].
+    module: called as module(pixel_values=float [N, 3, H, W]); with a head its result has .logits.
+    tower: the submodule, or the module itself, whose result has .last_hidden_state [N, T, D].
     blocks: the transformer's blocks in order, a ModuleList.
     final_norm: what the layer `last` still needs after the tower; None for most families.
     head: a forward.LinearHead that labels in place of the module; when it names no vector, the
-    answer has .pooler_output.
+    result has .pooler_output.
     """
 
     module: Any

@@ -5,13 +5,14 @@ Importing this imports neither torch nor transformers.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from vitray.cpus import cores
 from vitray.errors import ModelError
-from vitray.models.checkpoint import locate, read_config
+from vitray.models.checkpoint import read_config
+from vitray.models.checkpoint_store import locate
 from vitray.schema import ModelSpec
 
 # Images above which compiling pays. CPU: two Zen 4 cores took 48 s at the first start and 6 s at
@@ -25,7 +26,12 @@ DEVICE_PRODUCT = (8192, 8192, 8192)  # large enough to fill an H200
 
 
 def resolve_device(device: str) -> str:
-    """cuda, xpu, mps or cpu, of a job's `device`. Raises ModelError when it is not available."""
+    """cuda, xpu, mps or cpu, of a job's `device`; imports torch only where it is needed.
+
+    Raises ModelError when the device is not available.
+    """
+    if device == "cpu":
+        return device
     import torch
 
     present = "cpu"
@@ -33,12 +39,10 @@ def resolve_device(device: str) -> str:
         present = str(torch.accelerator.current_accelerator().type)
     if device in ("auto", present):
         return present
-    if device != "cpu":
-        raise ModelError(
-            f"device {device} is not available here (torch {torch.__version__} sees {present}). "
-            f"Set device: auto."
-        )
-    return "cpu"
+    raise ModelError(
+        f"device {device} is not available here (torch {torch.__version__} sees {present}). "
+        "Set device: auto."
+    )
 
 
 def require_hardware(device: str, precision: str) -> None:
@@ -54,7 +58,7 @@ def require_hardware(device: str, precision: str) -> None:
             present = f"a GPU of compute capability {capability[0]}.{capability[1]}"
         raise ModelError(
             f"precision fp8 needs a GPU of compute capability 8.9 or more, and this is {present}. "
-            f"Set precision: auto."
+            "Set precision: auto."
         )
 
 
@@ -84,36 +88,28 @@ def auto_batch_size(device: str, dimension: int) -> int:
     return 256 if device == "cuda" else 64
 
 
-def runs_on(device: str) -> str:
-    """cuda, xpu, mps or cpu, of a job's `device`; imports torch only where it is needed.
-
-    Raises ModelError when the device is not available.
-    """
-    return "cpu" if device == "cpu" else resolve_device(device)
-
-
-def compiles(compile: str, images: int, device: str) -> bool:
-    """Whether a model that will see so many images is compiled. compile: as in the job."""
-    if compile == "auto":
+def compiles(choice: str, images: int, device: str) -> bool:
+    """Whether a model that will see so many images is compiled. choice: the job's `compile`."""
+    if choice == "auto":
         return images >= COMPILE_PAYS.get(device, COMPILE_PAYS["cuda"])
-    return compile == "on"
+    return choice == "on"
 
 
-def will_compile(engine: str, compile: str, images: int) -> str:
+def describe_compile(engine: str, choice: str, images: int) -> str:
     """A text for people: whether a run over so many images compiles the model.
 
-    engine, compile: as in the job.
+    engine: as in the job. choice: the job's `compile`.
     """
     if engine not in ("auto", "torch"):
         return f"off: engine {engine} compiles by itself"
-    if compile != "auto":
-        return compile
+    if choice != "auto":
+        return choice
     cpu, gpu = COMPILE_PAYS["cpu"], COMPILE_PAYS["cuda"]
     is_off = images < min(cpu, gpu)
-    answer = "off" if is_off else "on where a machine, or a GPU, gets enough of them"
+    decision = "off" if is_off else "on where a machine or a GPU gets enough of them"
     return (
-        f"auto: {answer} ({images:,} images; on from {cpu:,} a machine, or {gpu:,} a GPU, in one "
-        f"run)"
+        f"auto: {decision} "
+        f"({images:,} images; on from {cpu:,} images per machine or {gpu:,} per GPU in one run)"
     )
 
 
@@ -130,11 +126,6 @@ def torch_threads_kept() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def cores() -> int:
-    """The number of CPUs that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def _cpu_has_bf16() -> bool:

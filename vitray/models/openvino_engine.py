@@ -51,8 +51,8 @@ def open_graph(graph: Any, precision: str, threads: int) -> Run:
     used_hint = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
     if used_hint != HINTS[precision]:
         raise ModelError(
-            f"OpenVINO computes in {used_hint} and not in {precision} on this CPU. Set precision: "
-            f"fp32, or engine: torch."
+            f"OpenVINO computes in {used_hint} and not in {precision} on this CPU. "
+            "Set precision: fp32, or engine: torch."
         )
     per_thread = threading.local()
 

@@ -93,7 +93,7 @@ def _declared(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]]:
         if nested is not None and not isinstance(nested, dict):
             raise ModelError(
                 f"{checkpoint.model}: `image_processor` in {combined} is not a JSON object. "
-                f"Fetch the checkpoint again."
+                "Fetch the checkpoint again."
             )
         if nested is not None:
             return combined, nested
@@ -111,7 +111,7 @@ def _check_declared(where: str, declared: dict[str, Any]) -> None:
         if not isinstance(declared.get(name), (str, type(None))):
             raise ModelError(
                 f"{where} says {_field_text(name, declared[name])}. Write the name of a class, "
-                f'such as "ViTImageProcessor".'
+                'such as "ViTImageProcessor".'
             )
     for name in ("size", "crop_size"):
         value = declared.get(name)
@@ -121,7 +121,7 @@ def _check_declared(where: str, declared: dict[str, Any]) -> None:
         ):
             raise ModelError(
                 f'{where} says {_field_text(name, value)}. Write {{"height": 224, "width": 224}}, '
-                f"with the right numbers."
+                "with the right numbers."
             )
 
 
@@ -160,8 +160,8 @@ def _load_processor(
     if loaded_kind != re.sub(suffix, "ImageProcessorPil", kind):
         # transformers silently uses the family's default, with other pixels, for an unknown name
         raise ModelError(
-            f"{checkpoint.model}: its image processor is a {kind}, which transformers does not "
-            f"know without custom code."
+            f"{checkpoint.model}: its image processor is a {kind}, "
+            "which transformers does not know without custom code."
         )
     return processor
 
@@ -180,7 +180,7 @@ class _Fields:
     def flag(self, name: str) -> bool:
         value = getattr(self.processor, name, None)
         if value is not None and value not in (True, False):  # 0 and 1 are equal to those
-            raise self._refuse(name, "Write true or false.")
+            raise self._field_error(name, "Write true or false.")
         return bool(value)
 
     def size(self, name: str, step: str) -> dict[str, int]:
@@ -188,7 +188,7 @@ class _Fields:
         value = self._required(name, step)
         sides = {side: length for side, length in dict(value).items() if length is not None}
         if not all(type(length) is int and length > 0 for length in sides.values()):
-            raise self._refuse(name, "Write sides as whole numbers above 0.")
+            raise self._field_error(name, "Write sides as whole numbers above 0.")
         return sides
 
     def resample(self) -> int:
@@ -200,18 +200,18 @@ class _Fields:
         if name == "bilinear":
             return FILTERS.index(name)
         if name in FILTERS:
-            raise self._refuse(
+            raise self._field_error(
                 "resample",
-                f"Write {FILTERS.index(name)} for {name}: transformers reads numbers, and resizes "
-                f"bilinear for any name.",
+                f"Write {FILTERS.index(name)} for {name}: transformers reads numbers, "
+                "and resizes bilinear for any name.",
             )
         choices = ", ".join(f"{number} {name}" for number, name in enumerate(FILTERS))
-        raise self._refuse("resample", f"Write the number of one of PIL's filters: {choices}.")
+        raise self._field_error("resample", f"Write the number of one of PIL's filters: {choices}.")
 
     def rescale_factor(self) -> float:
         factor = _number(self._required("rescale_factor", "do_rescale"))
         if factor is None or factor == 0:
-            raise self._refuse(
+            raise self._field_error(
                 "rescale_factor", f"Write a number other than 0, such as {1 / 255} (1/255)."
             )
         return factor
@@ -222,9 +222,11 @@ class _Fields:
         values = value if isinstance(value, (list, tuple)) else [value] * 3
         numbers = [_number(one) for one in values]
         if len(numbers) != 3 or None in numbers:
-            raise self._refuse(name, "Write three numbers, for red, green and blue.")
+            raise self._field_error(name, "Write three numbers, for red, green and blue.")
         if name == "image_std" and not all(np.float32(number) for number in numbers):
-            raise self._refuse(name, "Pixels are divided by these: write numbers other than 0.")
+            raise self._field_error(
+                name, "Pixels are divided by these: write numbers other than 0."
+            )
         red, green, blue = (float(number) for number in numbers if number is not None)
         return (red, green, blue)
 
@@ -237,7 +239,7 @@ class _Fields:
             raise ModelError(f"{self.where} gives no `{name}`, which `{step}` needs. Add it{hint}.")
         return value
 
-    def _refuse(self, name: str, step: str) -> ModelError:
+    def _field_error(self, name: str, step: str) -> ModelError:
         value = getattr(self.processor, name)
         if not isinstance(value, (bool, int, float, str, list, tuple, dict)):
             value = dict(value)
@@ -269,8 +271,8 @@ def _try(checkpoint: Checkpoint, file: str, processor: Any, spec: PixelSpec) -> 
     if pixels.shape != (1, 3, *spec.shape):
         raise ModelError(
             f"{checkpoint.model}: {file} gives pixels of shape {list(pixels.shape[1:])} in "
-            f"transformers, and vitray would make {[3, *spec.shape]}. Copy that file from the "
-            f"checkpoint it was fine-tuned from."
+            f"transformers, and vitray would make {[3, *spec.shape]}. "
+            "Copy that file from the checkpoint it was fine-tuned from."
         )
 
 
@@ -284,5 +286,5 @@ def _check_shape(checkpoint: Checkpoint, config: VisionConfig, spec: PixelSpec) 
     expected = "x".join(map(str, config.image_size))
     raise ModelError(
         f"{checkpoint.model}: its image processor makes {processed}, the model takes {expected}. "
-        f"Correct either."
+        "Correct either."
     )

@@ -8,8 +8,10 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
+from vitray.cpus import cores
 from vitray.job import Job
-from vitray.models.checkpoint import Checkpoint, VisionConfig, locate, read_config
+from vitray.models.checkpoint import Checkpoint, VisionConfig, read_config
+from vitray.models.checkpoint_store import locate
 from vitray.models.engines import (
     require_engine,
     require_filter,
@@ -21,8 +23,8 @@ from vitray.models.exported import (
     engine_of,
     hash_model,
     labelled_by_export,
+    other_labels_error,
     read_graph,
-    refuse_other_labels,
     vector_positions,
 )
 from vitray.models.labels import labelled_by_own_head, labelled_by_words, read_label_names
@@ -30,7 +32,6 @@ from vitray.models.linear_head import labelled_by_head, require_vector
 from vitray.models.machine import (
     auto_batch_size,
     auto_precision,
-    cores,
     require_decoder,
     require_hardware,
     resolve_device,
@@ -146,9 +147,9 @@ def _labelled_by_export(
 ) -> ModelSpec:
     """The spec with the labels of the export's graph. Raises ModelError for any others."""
     if job.head is not None:
-        raise refuse_other_labels(export, "head")
+        raise other_labels_error(export, "head")
     if isinstance(job.labels, list):
-        raise refuse_other_labels(export, "labels")
+        raise other_labels_error(export, "labels")
     return labelled_by_export(spec, export, config) if job.labelled else spec
 
 

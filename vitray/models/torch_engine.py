@@ -182,8 +182,8 @@ class TorchModel:
     def _halve(self) -> None:
         if self.sizes == (1,):
             raise ModelError(
-                f"{self._spec.model} does not fit {self._device}: one image needs more than its "
-                f"memory. Use a larger device."
+                f"{self._spec.model} does not fit {self._device}: "
+                "one image needs more than its memory. Use a larger device."
             )
         if self._device.type != "cpu":
             torch.accelerator.empty_cache()

@@ -18,13 +18,13 @@ def next_job(job: Job, model: str, out: str | None = None, revision: str | None 
     """
     if open_dataset(job.out) is None:
         raise JobError(
-            f"{absolute(job.out)} holds no vitray dataset to continue from. Check `out`, or run "
-            f"the job first."
+            f"{absolute(job.out)} holds no vitray dataset to continue from. "
+            "Check `out`, or run the job first."
         )
     if out is None and re.fullmatch(r"s3://[^/]+/*", job.out):
         raise JobError(
-            f"{job.out} is a whole bucket, and another bucket may not be yours: name the directory "
-            f"of the new dataset with --out."
+            f"{job.out} is a whole bucket, and another bucket may not be yours: "
+            "name the directory of the new dataset with --out."
         )
     next_out = out or f"{job.out.rstrip('/')}-{_name_of(model)}"
     if absolute(next_out) == absolute(job.out):

@@ -11,11 +11,11 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 
-from vitray.dataset import drop_scratch, scratch, with_frozen
+from vitray.cpus import cores
+from vitray.dataset import RUN_RECORDS, drop_scratch, scratch, with_frozen
 from vitray.decoding.decode import ON_DEVICE
 from vitray.job import Job
 from vitray.models import with_label_names
-from vitray.models.machine import cores
 from vitray.operations.bench_pipeline import Launch, PipelineRate, measure_pipeline
 from vitray.operations.bench_stages import StageRates, measure_stages
 from vitray.pipeline import joined_cluster, on_machine, prepare_job, run
@@ -27,8 +27,8 @@ ADVICE = {
     "decode": "more cores for each accelerator, decode: fast (or draft for photos of many "
     "megapixels)",
     "model": "an accelerator, precision: bf16, another engine, or a smaller model",
-    "line": "time is lost between the stages. seconds_by_step in OUT/_vitray/runs shows what "
-    "waits; larger shards and fragment_rows help",
+    "line": "time is lost between the stages. seconds_by_step in "
+    f"OUT/{RUN_RECORDS} shows what waits; larger shards and fragment_rows help",
 }
 
 
@@ -79,7 +79,7 @@ class Bench:
             ("decode, 1 core", self.decode_core, self.decode_mode),
             (f"decode, {self.cores} cores", self.decode, self.decode_mode + share),
             ("model alone", self.model, self._model_note()),
-            ("ceiling", self.ceiling, self._ceiling_note()),
+            ("roofline", self.ceiling, self._ceiling_note()),
             ("whole pipeline", self.line, self._pipeline_note()),
         ]
         table = [f"{name:18}{rate:12,.1f} images/s   {note}" for name, rate, note in rows]
@@ -124,8 +124,8 @@ def bench_cluster(
 ) -> Bench:
     """The same for a Ray cluster: the stages on one machine, the whole pipeline on all of it.
 
-    The pipeline runs on tars of the sample in OUT/_vitray/probe-<random>, because a run writes to
-    that store. They are removed afterwards, and so are those of calls that were killed.
+    The pipeline runs on tars of the sample in a scratch folder of OUT, because a run writes to that
+    store. They are removed afterwards, and so are those of calls that were killed.
 
     identify_s is the time to join Ray, and first_rows_s has the rest. Raises what `bench` and `run`
     raise; so ClusterError if not all machines see OUT.

@@ -15,7 +15,7 @@ from vitray.dataset import Dataset
 from vitray.decoding.decode import ON_DEVICE, decode
 from vitray.errors import JobError
 from vitray.job import Job
-from vitray.models import identify, open_model, runs_on, torch_threads_kept, vector_columns
+from vitray.models import identify, open_model, resolve_device, torch_threads_kept, vector_columns
 from vitray.models.machine import roofline
 from vitray.schema import Encoded
 from vitray.sources import list_shards, read_shard
@@ -71,7 +71,7 @@ def measure_stages(job: Job, images: int, seconds: float, cores: int) -> StageRa
     sample, read_rate = _read_sample(job, images)
     started = time.perf_counter()
     spec = identify(job)
-    device = runs_on(job.device)
+    device = resolve_device(job.device)
     identify_s = time.perf_counter() - started
     vectors = tuple(vector_columns(job, spec))
     dataset = Dataset(job.out, job, spec, vectors, pa.schema([]), len(sample))
@@ -126,8 +126,8 @@ def _require_decodable(dataset: Dataset, sample: list[Encoded]) -> None:
             return
     reason = decode(sample[:1], dataset.decode_spec)[1][0].reason
     raise JobError(
-        f"none of the first {len(sample)} images can be decoded ({reason}). Check `source` "
-        f"and the job."
+        f"none of the first {len(sample)} images can be decoded ({reason}). "
+        "Check `source` and the job."
     )
 
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 from vitray.dataset import (
     COMPACTED,
     Dataset,
-    committed,
+    committed_files,
     data_files,
     parquet_of,
     read_table,
@@ -127,15 +127,15 @@ def _existing_parts(into: str) -> set[str]:
         parts = {name for name in names if PART_NAME.fullmatch(name)}
     if foreign := sorted(names - parts - {COMPLETE, STARTED}):
         raise JobError(
-            f"--into {into} holds {foreign[0]}, which vitray compact did not write: choose an "
-            f"empty directory."
+            f"--into {into} holds {foreign[0]}, which vitray compact did not write: "
+            "choose an empty directory."
         )
     return parts
 
 
 def _groups(dataset: Dataset, size_bytes: int) -> Iterator[Group]:
     """The data files, in order, in groups of at least `size_bytes` bytes."""
-    infos = {info.url: info for info in committed(dataset.out).values()}
+    infos = {info.url: info for info in committed_files(dataset.out).values()}
     group: Group = []
     group_bytes = 0
     for url in data_files(dataset.out):

@@ -6,13 +6,16 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from rich.filesize import decimal
 
 from vitray.errors import JobError, count
 from vitray.job import BAD_YAML
+
+if TYPE_CHECKING:
+    from vitray.operations.bench import Bench
 
 PRICES = {
     "machine_hour": "one machine like the one measured, per hour",
@@ -24,43 +27,6 @@ START_S = 1.0  # Python, and its imports before the first line of a command
 # requests per shard on S3, measured: see BENCHMARKS.md. Each fragment adds a PUT, a HEAD and a GET.
 WRITES_PER_SHARD = 6
 READS_PER_SHARD = 13
-
-
-class Rates(Protocol):
-    """What `bench` measured of one of `machines`, in images/s.
-
-    identify_s: seconds until the model is identified; first_rows_s: from there to the first rows.
-    out_kilobytes: of an image.
-    """
-
-    @property
-    def line(self) -> float: ...
-    @property
-    def decode_core(self) -> float: ...
-    @property
-    def decode(self) -> float: ...
-    @property
-    def model(self) -> float: ...
-    @property
-    def cores(self) -> int: ...
-    @property
-    def device(self) -> str: ...
-    @property
-    def limit(self) -> str: ...
-    @property
-    def first_rows_s(self) -> float: ...
-    @property
-    def identify_s(self) -> float: ...
-    @property
-    def out_kilobytes(self) -> float: ...
-    @property
-    def gpus(self) -> int: ...
-    @property
-    def machines(self) -> int: ...
-    @property
-    def fragment_rows(self) -> int: ...
-    @property
-    def measured(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +70,13 @@ class Estimate:
 def estimate(
     images: int,
     shards: int,
-    rates: Rates,
+    rates: Bench,
     machines: int | None = None,
     prices: dict[str, float] | None = None,
 ) -> Estimate:
     """Time and cost of `images` in `shards`, on machines like the one that was measured.
 
-    machines: by default as many as were measured.
+    rates: of one of `rates.machines` machines. machines: by default as many as were measured.
     """
     machines = machines or rates.machines
     start_up_s = START_S + rates.identify_s + rates.first_rows_s
@@ -129,7 +95,7 @@ def estimate(
         machines=machines,
         seconds=seconds,
         images_per_s=rates.line,
-        limit="what lies between the steps" if rates.limit == "line" else rates.limit,
+        limit="what lies between the stages" if rates.limit == "line" else rates.limit,
         out_bytes=stored_bytes,
         more_cpu=_rate_with_one_more_core(rates),
         more_gpu=_rate_with_one_more_gpu(rates),
@@ -144,14 +110,14 @@ def _request_cost(shards: int, fragments: int, prices: dict[str, float]) -> floa
     return writes / 1000 * prices.get("put_1000", 0) + reads / 1000 * prices.get("get_1000", 0)
 
 
-def _rate_with_one_more_core(rates: Rates) -> float:
+def _rate_with_one_more_core(rates: Bench) -> float:
     if rates.device == "cpu":
         return rates.line * (rates.cores + 1) / rates.cores
     # beside a GPU, the cores only decode
     return min(rates.model, rates.line * (rates.decode + rates.decode_core) / rates.decode)
 
 
-def _rate_with_one_more_gpu(rates: Rates) -> float | None:
+def _rate_with_one_more_gpu(rates: Bench) -> float | None:
     if rates.device == "cpu":
         return None
     return min(rates.decode, (rates.gpus + 1) / rates.gpus * rates.model)

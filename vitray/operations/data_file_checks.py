@@ -81,8 +81,8 @@ def _check_errors(dataset: Dataset, shard: str, footer: Footer) -> Iterator[str]
         yield "its file of error rows is missing; run the job again to repair it"
     except UNREADABLE as error:
         yield (
-            f"its file of error rows cannot be read; delete it and run the job again to repair it "
-            f"({one_line(error)})"
+            "its file of error rows cannot be read; "
+            f"delete it and run the job again to repair it ({one_line(error)})"
         )
 
 

@@ -11,27 +11,29 @@ from typing import Any
 from rich.filesize import decimal
 
 from vitray.dataset import (
+    FROZEN_FIELDS,
     Dataset,
-    committed,
+    committed_files,
     is_marked_complete,
     last_source,
+    list_staged,
     manifest_row,
     open_dataset,
     read_footer,
     read_manifest,
     read_run_records,
     require_dataset,
-    staged,
     staged_shards,
 )
 from vitray.errors import count
 from vitray.job import Job
 from vitray.left_out import describe
-from vitray.models import require_precision, will_compile
+from vitray.models import describe_compile, require_precision
 from vitray.pipeline import list_source, prepare_job
 from vitray.sources import count_selection, estimate_images, passthrough_schema, select_shards
 
-FROZEN = ("model", "precision", "engine", "batch_size", "fragment_rows")  # by the first run
+# what a plan shows of the values that the first run chooses
+SHOWN_FIELDS = ("model", *FROZEN_FIELDS, "fragment_rows")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,7 @@ class Plan:
 
     def __str__(self) -> str:
         about = "" if self.images_exact else "about "
-        shards = count(self.shards, f"{self.kind} shard".strip())
+        shards = count(self.shards, f"{self.kind} shard".replace("files", "file").strip())
         images = f"{about}{count(self.images, 'image')}"
         pending_images = f"{about}{count(self.pending_images, 'image')}"
         lines = [
@@ -74,20 +76,18 @@ class Plan:
         if self.left_out:
             lines.append(f"left out   {describe(self.left_out, self.suffixes)}")
         if self.selection:
-            lines.append(f"chosen     {self.selection}")
+            lines.append(f"selected   {self.selection}")
         if self.shards_not_selected:
-            lines.append(f"not chosen {self._not_selected()}")
+            lines.append(f"excluded   {self._excluded()}")
         lines.append(f"to do      {count(self.pending, 'shard')}, {pending_images}")
-        decided = self.decided or dict.fromkeys(FROZEN, "decided at run")
+        decided = self.decided or dict.fromkeys(SHOWN_FIELDS, "chosen by the first run")
         lines += [f"{name:<10} {value}" for name, value in decided.items()]
         lines += [f"compile    {self.compile}", f"out        {self.out}"]
         return "\n".join(lines)
 
-    def _not_selected(self) -> str:
-        about = "" if self.images_exact else "about "
-        return (
-            f"{count(self.shards_not_selected, 'shard')} with "
-            f"{about}{count(self.images_not_selected, 'image')}, by since, sample or limit"
+    def _excluded(self) -> str:
+        return describe_excluded(
+            self.shards_not_selected, self.images_not_selected, self.images_exact
         )
 
 
@@ -129,7 +129,7 @@ class Status:
         if self.left_out:
             lines.append(f"left out   {describe(self.left_out, self.suffixes)}")
         if self._last().get("shards_not_selected"):
-            lines.append(f"not chosen {self._not_selected()}")
+            lines.append(f"excluded   {self._excluded()}")
         if self.image_members:
             lines.append(f"members    {self._members()}")
         lines.append(f"staged     {staged_images} of {count(len(self.staged), 'shard')}")
@@ -169,14 +169,22 @@ class Status:
             lines += [f"set aside  {shard}: {why}" for shard, why in set_aside.items()]
         return lines
 
-    def _not_selected(self) -> str:
-        shards = count(int(self._last().get("shards_not_selected") or 0), "shard")
-        images = count(int(self._last().get("images_not_selected") or 0), "image")
-        return f"{shards} with {images}, by since, sample or limit of the last run"
+    def _excluded(self) -> str:
+        shards = int(self._last().get("shards_not_selected") or 0)
+        images = int(self._last().get("images_not_selected") or 0)
+        return f"{describe_excluded(shards, images)} of the last run"
 
     def _members(self) -> str:
         most = sorted(self.image_members.items(), key=lambda item: (-item[1], item[0]))
         return ", ".join(f"{count(images, 'image')} from .{name}" for name, images in most)
+
+
+def describe_excluded(shards: int, images: int, is_exact: bool = True) -> str:
+    """What `since`, `sample` and `limit` exclude from a run, as text."""
+    about = "" if is_exact else "about "
+    return (
+        f"{count(shards, 'shard')} with {about}{count(images, 'image')}, by since, sample or limit"
+    )
 
 
 def plan(job: Job) -> Plan:
@@ -190,7 +198,7 @@ def plan(job: Job) -> Plan:
     listing = list_source(job)
     shards = select_shards(listing.shards, job)
     selection = count_selection(listing, job)
-    committed_ids = committed(job.out).keys()
+    committed_ids = committed_files(job.out).keys()
     pending = [shard for shard in shards if shard.id not in committed_ids]
     images, exact = estimate_images(shards, job)
     pending_images = images
@@ -214,8 +222,8 @@ def plan(job: Job) -> Plan:
         shards_not_selected=len(listing.shards) - len(shards),
         images_not_selected=selection.images_left,
         selection=str(selection) if selection.is_set else "",
-        compile=will_compile(job.engine, job.compile, pending_images),
-        decided=None if dataset is None else decided_values(dataset),
+        compile=describe_compile(job.engine, job.compile, pending_images),
+        decided=None if dataset is None else frozen_values(dataset),
     )
 
 
@@ -226,7 +234,7 @@ def status(out: str) -> Status:
     manifest_rows = {}
     if manifest is not None:
         manifest_rows = {row["shard"]: row for row in manifest.to_pylist()}
-    committed_ids = committed(dataset.out).keys()
+    committed_ids = committed_files(dataset.out).keys()
     rows = [
         manifest_rows.get(shard) or manifest_row(read_footer(dataset.data_url(shard)))
         for shard in committed_ids
@@ -248,7 +256,7 @@ def status(out: str) -> Status:
             row["shard"]: row["truncated_at"] for row in rows if row["truncated_at"] is not None
         },
         staged=_staged_images(dataset, committed_ids),
-        decided=decided_values(dataset),
+        decided=frozen_values(dataset),
         last_run=records[-1] if records else None,
         notes=_notes(records, committed_ids),
         left_out=dict(left_out),
@@ -262,7 +270,7 @@ def _staged_images(dataset: Dataset, committed_ids: Collection[str]) -> dict[str
     staged_images = {}
     for shard in staged_shards(dataset):
         if shard not in committed_ids:
-            ranges = staged(dataset, shard).ranges()
+            ranges = list_staged(dataset, shard).ranges()
             images = sum(stop - start for start, stop in ranges)
             if images:
                 staged_images[shard] = images
@@ -279,7 +287,7 @@ def _notes(records: list[dict[str, Any]], committed_ids: Collection[str]) -> dic
     return notes
 
 
-def decided_values(dataset: Dataset) -> dict[str, str]:
+def frozen_values(dataset: Dataset) -> dict[str, str]:
     """The frozen values, as text, with the head or the prompts if the dataset has such labels."""
     spec = dataset.spec
     values = {"model": spec.model + (f"@{spec.revision}" if spec.revision else "")}

@@ -8,32 +8,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
+from vitray.clock import utc_now
 from vitray.dataset import (
     Dataset,
     Footer,
-    check_data,
     check_store,
     commit_rows,
-    committed,
+    committed_files,
     copy_groups,
     data_files,
     dataset_url,
-    finish,
-    forget,
+    delete_data_files,
     matrix_of,
     read_footer,
     read_manifest,
     require_complete,
     require_outside,
+    require_own_data_files,
     resolve_dataset,
     row_blocks,
     shard_of,
+    write_manifest,
 )
 from vitray.errors import JobError, count
 from vitray.job import PROMPT
@@ -73,16 +73,16 @@ def relabel(out: str, head: str, into: str) -> Relabelling:
     linear_head = read_head_for(head_url, old.spec)
     column = _column_for(old, linear_head, head_url)
     new = _new_dataset(old, into, linear_head, head_url, column)
-    check_data(new)
+    require_own_data_files(new)
     copy_groups(old.out, into)
     sources = {shard_of(url): url for url in data_files(old.out)}
     if outdated := _outdated(sources, old.out, into):
-        forget(new, outdated)
-    pending = sources.keys() - committed(into).keys()
+        delete_data_files(new, outdated)
+    pending = sources.keys() - committed_files(into).keys()
     for shard in sorted(pending):
         source = sources[shard]
         commit_rows(new, read_footer(source), _relabelled(old, new, source, linear_head))
-    ledger = finish(new, lambda: (list(sources), list(sources)), prune=True)
+    ledger = write_manifest(new, lambda: (list(sources), list(sources)), prune=True)
     return Relabelling(
         into=into,
         column=column.column,
@@ -111,13 +111,13 @@ def _new_dataset(
     )
     if not exists(dataset_url(into)):
         check_store(into)
-    started = datetime.now(UTC).isoformat(timespec="seconds")
+    started = utc_now()
     return resolve_dataset(job, spec, list(old.vectors), old.passthrough, started)
 
 
 def _outdated(sources: dict[str, str], out: str, into: str) -> list[str]:
     """Shards whose data file in `into` has other rows or errors than the one in `out`."""
-    existing = committed(into)
+    existing = committed_files(into)
     old_counts = _counts(out)
     new_counts = _counts(into)
     outdated = []
@@ -158,9 +158,9 @@ def _column_for(dataset: Dataset, head: Head, head_url: str) -> VectorColumn:
             return vector
     columns = "; ".join(f"{vector.column}: {_described(vector)}" for vector in dataset.vectors)
     raise JobError(
-        f"head {head_url} reads {_described(head)}, and {dataset.out} has "
-        f"{columns or 'no embeddings'}. Make a head for one of these, or run the job with head: "
-        f"and another `out`."
+        f"head {head_url} reads {_described(head)}, "
+        f"and {dataset.out} has {columns or 'no embeddings'}. "
+        "Make a head for one of these, or run the job with head: and another `out`."
     )
 
 

@@ -10,7 +10,7 @@ from vitray.dataset import Dataset, Footer, read_table
 from vitray.errors import ObjectChanged, ObjectMissing, ShardError, one_line
 from vitray.left_out import LeftOut, describe
 from vitray.operations.data_file_checks import UNREADABLE
-from vitray.schema import Encoded, End, Shard, ShardKind, content_hash
+from vitray.schema import Encoded, End, Shard, ShardKind, SourceRules, content_hash
 from vitray.sources import count_again, read_shard
 from vitray.storage import is_local, store_for
 
@@ -95,7 +95,7 @@ def _check_left_out(left_out: dict[str, int], footer: Footer) -> Iterator[str]:
         for reason, number in footer.left_out.items()
         if reason != LeftOut.FURTHER_PAGE
     }
-    if footer.source_rules > 1 and left_out != countable:
+    if footer.source_rules >= SourceRules.V2 and left_out != countable:
         yield (
             f"the source has {describe(left_out)} without a row, the dataset counted "
             f"{describe(footer.left_out)}"

@@ -82,11 +82,12 @@ class Submission:
 class Cluster:
     """Ray's job API at `address`, like http://head:8265.
 
-    Reads RAY_AUTH_MODE and RAY_AUTH_TOKEN, as Ray does. Raises ClusterError if nothing answers, or
-    if the cluster answers without a token and not `allow_open`.
+    client: Ray's JobSubmissionClient; by default a new one. Reads RAY_AUTH_MODE and RAY_AUTH_TOKEN,
+    as Ray does. Raises ClusterError if nothing answers, or if the cluster answers without a token
+    and not `allow_open`.
     """
 
-    def __init__(self, address: str, allow_open: bool = False) -> None:
+    def __init__(self, address: str, allow_open: bool = False, client: Any = None) -> None:
         if not _SCHEME.match(address):
             hidden = re.sub(r"//[^/]*@", "//***@", address)
             raise JobError(
@@ -100,22 +101,22 @@ class Cluster:
                 "RAY_AUTH_TOKEN holds a line break or a control character. Set it again."
             )
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        with self._one_line_errors():
-            if not allow_open and answers_without_token(self.address):
-                raise ClusterError(
-                    f"{self.address} answers without a token: anyone who reaches it can run code "
-                    f"there. Start it with RAY_AUTH_MODE=token, or use --allow-open-cluster."
-                )
-            self._client = self._connected()
+        self._client = self._connected() if client is None else client
 
     def _connected(self) -> Any:
-        """A client of Ray's job API."""
+        """A client of Ray's job API. Raises ClusterError."""
         from ray.job_submission import JobSubmissionClient
 
         for name in CHATTY_LOGGERS:
             logging.getLogger(name).setLevel(logging.WARNING)  # the import set them to INFO
-        with _without_variables(*OVERRIDING):
-            return self._ask(partial(JobSubmissionClient, self.address))
+        with self._one_line_errors():
+            if not self.allow_open and answers_without_token(self.address):
+                raise ClusterError(
+                    f"{self.address} answers without a token: anyone who reaches it can run "
+                    "code there. Start it with RAY_AUTH_MODE=token, or use --allow-open-cluster."
+                )
+            with _without_variables(*OVERRIDING):
+                return self._ask(partial(JobSubmissionClient, self.address))
 
     def submit(
         self, job: Job, working_dir: str | None = None, submission_id: str | None = None
@@ -132,8 +133,8 @@ class Cluster:
             raise JobError(f"--submission-id {name!r}: letters, digits, - and _ only, 100 at most")
         if earlier := self._lookup(name):
             raise JobError(
-                f"{name} was submitted before: {earlier.status}. Choose another --submission-id, "
-                f"or leave it out."
+                f"{name} was submitted before: {earlier.status}. "
+                "Choose another --submission-id, or leave it out."
             )
         with (
             tempfile.TemporaryDirectory(prefix="vitray-submit-") as parent,
@@ -172,8 +173,8 @@ class Cluster:
         submission = self._lookup(submission_id)
         if submission is None:
             raise JobError(
-                f"{self.address} knows no submission {submission_id}. `submit` prints its id, and "
-                f"Ray forgets old ones."
+                f"{self.address} knows no submission {submission_id}. "
+                "`submit` prints its id, and Ray forgets old ones."
             )
         return submission
 
@@ -212,8 +213,8 @@ class Cluster:
             submission = self.find(submission_id)
         if submission.exit_code is None:
             raise ClusterError(
-                f"{submission_id} is still {submission.status} {ANSWER_S:.0f} s after it was asked "
-                f"to stop. Ask again."
+                f"{submission_id} is still {submission.status}, "
+                f"{ANSWER_S:.0f} s after it was asked to stop. Ask again."
             )
         return submission
 
@@ -282,26 +283,8 @@ class Cluster:
         finally:
             await tail.aclose()
 
-    def _ask(self, question: Callable[[], Any]) -> Any:
-        """The answer of Ray's client, which has no time limit of its own."""
-        answers: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
-
-        def ask() -> None:
-            try:
-                answers.put((question(), None))
-            except Exception as error:
-                answers.put((None, error))
-
-        threading.Thread(target=ask, daemon=True).start()
-        try:
-            value, error = answers.get(timeout=ANSWER_S)
-        except queue.Empty:
-            raise ClusterError(
-                f"{self.address} has not answered for {ANSWER_S:.0f} s. Run the same command again."
-            ) from None
-        if error is not None:
-            raise error
-        return value
+    def _ask(self, request: Callable[[], Any]) -> Any:
+        return answer_in_time(self.address, request)
 
     @contextlib.contextmanager
     def _one_line_errors(self) -> Iterator[None]:
@@ -312,9 +295,34 @@ class Cluster:
             raise
         except Exception as error:  # of five libraries
             raise ClusterError(
-                f"{self.address}: {_root_cause(error)}. Check the address, RAY_AUTH_MODE and "
-                f"RAY_AUTH_TOKEN."
+                f"{self.address}: {_root_cause(error)}. "
+                "Check the address, RAY_AUTH_MODE and RAY_AUTH_TOKEN."
             ) from error
+
+
+def answer_in_time(address: str, request: Callable[[], Any]) -> Any:
+    """The answer to a request with Ray's client, which has no time limit of its own.
+
+    address: for messages. Raises ClusterError after ANSWER_S, and what the request raises.
+    """
+    answers: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
+
+    def ask() -> None:
+        try:
+            answers.put((request(), None))
+        except Exception as error:
+            answers.put((None, error))
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        value, error = answers.get(timeout=ANSWER_S)
+    except queue.Empty:
+        raise ClusterError(
+            f"{address} has not answered for {ANSWER_S:.0f} s. Run the same command again."
+        ) from None
+    if error is not None:
+        raise error
+    return value
 
 
 def _exit_code(status: str, driver_code: int | None) -> int | None:
@@ -370,7 +378,7 @@ def answers_without_token(address: str) -> bool:
     if response.status_code not in (200, 401, 403):  # a redirect could lead to an open one
         raise ClusterError(
             f"{address} does not say whether it asks for a token (HTTP {response.status_code}). "
-            f"Give the job API's own URL; else run again."
+            "Give the job API's own URL; else run again."
         )
     return bool(response.status_code == 200)
 

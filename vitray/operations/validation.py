@@ -8,9 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from vitray.dataset import (
+    MANIFEST_GLOB,
     Dataset,
     Footer,
-    committed,
+    committed_files,
     data_path,
     is_marked_complete,
     manifest_url,
@@ -73,8 +74,8 @@ class Validation:
         ]
         if self.pending or self.gone:
             lines.append(
-                f"inputs: {count(self.pending, 'shard')} not committed yet, {self.gone} committed "
-                f"ones no longer listed"
+                f"inputs: {count(self.pending, 'shard')} not committed yet, "
+                f"{self.gone} committed ones no longer listed"
             )
         if self.images is not None:
             images = count(self.images, "image")
@@ -109,7 +110,7 @@ def validate(out: str, inputs: bool = True, content: bool = False) -> Validation
     dataset = require_dataset(out)
     is_complete = is_marked_complete(dataset.out)
     manifest_rows, problems = _read_manifest_rows(dataset, is_complete)
-    shard_ids = sorted(committed(dataset.out))
+    shard_ids = sorted(committed_files(dataset.out))
     if manifest_rows is not None:
         problems += _compare_with_manifest(shard_ids, manifest_rows, is_complete)
     listing: Listing | None = None
@@ -214,10 +215,7 @@ def _read_manifest_rows(
             return None, []
         return {row["shard"]: row for row in manifest.to_pylist()}, []
     except (StorageError, *UNREADABLE) as error:
-        step = (
-            "Delete _SUCCESS.json and _vitray/manifest-*.parquet, then run the job again to "
-            "recreate them."
-        )
+        step = f"Delete _SUCCESS.json and {MANIFEST_GLOB}, then run the job again to recreate them."
         return None, [f"the manifest cannot be read: {one_line(error)}. {step}"]
 
 

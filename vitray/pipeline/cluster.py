@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from vitray.cpus import cores
 from vitray.dataset import scratch
 from vitray.errors import ClusterError, VitrayError, one_line
-from vitray.models.machine import cores
 from vitray.storage import exists, is_local, store_for
 
 log = logging.getLogger(__name__)
@@ -345,7 +345,7 @@ def on_machine(machine: Machine, work: Callable[..., Any], *arguments: Any) -> A
         scheduling_strategy=NodeAffinitySchedulingStrategy(machine.node, soft=False),
         max_retries=RETRIES,
     )
-    what = f"all of {machine.host} to be free, and measured"
+    what = f"the benchmark on {machine.host}"
     return wait_for(task.remote(work, *arguments), MEASURE_TIMEOUT_S, what)
 
 
@@ -356,7 +356,7 @@ def on_worker(shares: Shares, work: Callable[..., Any], *arguments: Any) -> Any:
     task = ray.remote(result_or_error).options(
         num_cpus=shares.actor_cpus, num_gpus=shares.actor_gpus, max_retries=RETRIES
     )
-    what = "a machine that has room for the model, and fetches and reads it"
+    what = "reading the model on a machine with room for it"
     return wait_for(task.remote(work, *arguments), PLACEMENT_TIMEOUT_S, what)
 
 
@@ -382,7 +382,8 @@ def require_shared(out: str, inputs: list[str], nodes: list[dict[str, Any]]) -> 
             )
             refs.append(task.remote(require_visible, nonce, *paths))
         for ref, node in zip(refs, nodes):
-            wait_for(ref, NODE_TIMEOUT_S, f"node {node['NodeManagerAddress']} to answer")
+            what = f"the check of shared paths on {node['NodeManagerAddress']}"
+            wait_for(ref, NODE_TIMEOUT_S, what)
 
 
 def require_visible(*paths: str) -> None:
@@ -418,7 +419,7 @@ def result_or_error(work: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def wait_for(ref: Any, timeout_s: float, what: str) -> Any:
-    """The value of a Ray task. what: for messages, what the task waits for and does.
+    """The value of a Ray task. what: a noun phrase for messages, such as "the benchmark on host1".
 
     Raises the error that `result_or_error` returned. Raises ClusterError for a task that failed or
     did not end in time.
@@ -433,7 +434,7 @@ def wait_for(ref: Any, timeout_s: float, what: str) -> Any:
             break
         if remaining_s < NOTICE_S:
             raise ClusterError(
-                f"waited {timeout_s:g} s for {what}. Look at `ray status`, then run again."
+                f"{what} did not finish in {timeout_s:g} s. Look at `ray status`, then run again."
             )
         report_waiting(what)
     try:
@@ -447,8 +448,24 @@ def wait_for(ref: Any, timeout_s: float, what: str) -> Any:
     return result
 
 
+def root_error(error: BaseException) -> VitrayError | None:
+    """The VitrayError at the root of what Ray or Ray Train raised; None if there is none."""
+    current: BaseException | None = error
+    while current is not None:
+        # Looked at first: what Ray raises is a VitrayError too, with a traceback as its text.
+        cause = getattr(current, "cause", None)
+        if isinstance(cause, BaseException):
+            current = cause
+            continue
+        if isinstance(current, VitrayError):
+            return current
+        worker_failures = getattr(current, "worker_failures", {}).values()
+        current = current.__cause__ or next(iter(worker_failures), None)
+    return None
+
+
 def report_waiting(what: str) -> None:
-    """Log that the run waits for something of the cluster."""
+    """Log that the run waits for cluster resources. what: a noun phrase, what needs them."""
     log.warning("waiting for cluster resources: %s", what)
 
 

@@ -19,7 +19,7 @@ from vitray.job import Job
 from vitray.pipeline.cluster import NOTICE_S, PLACEMENT_TIMEOUT_S, report_waiting
 from vitray.pipeline.metrics import Meter
 from vitray.pipeline.progress import Progress
-from vitray.schema import EventKind, Shard, ShardEvent
+from vitray.schema import EventKind, Reason, Shard, ShardEvent
 from vitray.sources import Selection
 
 log = logging.getLogger(__name__)
@@ -218,7 +218,7 @@ class _StallWatch:
                 "status`, then run again."
             ) from None
         if moment - self._last_notice > NOTICE_S:
-            report_waiting("a machine with room for the model; this does not count as a stall")
+            report_waiting("a machine with room for the model (this does not count as a stall)")
             self._last_notice = moment
 
 
@@ -306,7 +306,7 @@ class _Commits:
 
 
 def _check_error_rate(job: Job, progress: Progress, deleted_files: int) -> None:
-    bad = progress.errors - min(deleted_files, progress.reasons.get("missing", 0))
+    bad = progress.errors - min(deleted_files, progress.reasons.get(Reason.MISSING, 0))
     if progress.images >= RATED_IMAGES and bad > job.max_error_rate * progress.images:
         most_frequent = sorted(progress.reasons.items(), key=lambda item: -item[1])
         reasons = ", ".join(f"{count} {reason}" for reason, count in most_frequent)

@@ -18,7 +18,6 @@ from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from functools import partial
 from importlib import import_module
 from itertools import accumulate
@@ -26,26 +25,27 @@ from typing import Any
 
 import pyarrow as pa
 
+from vitray.clock import utc_now
 from vitray.crash import crash_point
 from vitray.dataset import (
     Dataset,
     LastSource,
     base_of,
-    check_data,
     check_store,
-    committed,
+    committed_files,
     dataset_url,
     drop_scratch,
     drop_unstarted,
-    finish,
     open_dataset,
     package_versions,
     passthrough_in_data,
-    remember_source,
+    record_source,
+    require_own_data_files,
     resolve_dataset,
     restore_dataset,
     unmark_success,
     with_frozen,
+    write_manifest,
     write_run_record,
 )
 from vitray.errors import (
@@ -60,7 +60,7 @@ from vitray.job import Job
 from vitray.models import (
     compiles,
     identify,
-    runs_on,
+    resolve_device,
     torch_threads_kept,
     vector_columns,
     with_label_names,
@@ -72,6 +72,7 @@ from vitray.pipeline.cluster import (
     own_cpus,
     ray_session,
     require_shared,
+    root_error,
     share_out,
 )
 from vitray.pipeline.local_executor import LocalExecutor
@@ -207,7 +208,7 @@ def _machines(job: Job, address: str | None, allow_open: bool) -> Iterator[_Mach
         or os.environ.get("RAY_ADDRESS")
         or ("ray" in sys.modules and import_module("ray").is_initialized())
     )
-    if not uses_ray and runs_on(job.device) == "cpu":
+    if not uses_ray and resolve_device(job.device) == "cpu":
         # Short queues: after a kill, the fragments in them are computed again.
         shares = replace(share_out([{"CPU": own_cpus()}], "cpu"), stagers=2, queue_blocks=1)
         with torch_threads_kept():
@@ -250,11 +251,11 @@ def _label_missing(
     dataset: Dataset, job: Job, listing: Listing, machines: _Machines, state: RunState
 ) -> None:
     """Complete the shards. Inputs that change are planned again, ATTEMPTS times at most."""
-    check_data(dataset)
+    require_own_data_files(dataset)
     inputs = [listing.shards[0].url, dataset.spec.model, dataset.spec.head]
     require_shared(dataset.out, inputs, machines.nodes)
     check_store(dataset.out)
-    remember_source(dataset, _last_source(listing), begins=True)
+    record_source(dataset, _last_source(listing), always=True)
     for _ in range(ATTEMPTS):
         listing = settle_groups(job, listing, state.prune)
         state.changed.clear()
@@ -283,7 +284,7 @@ def _failure_recorded(dataset: Dataset, state: RunState) -> Iterator[None]:
             raise
         record: dict[str, object] = {
             "run": state.run_id,
-            "finished": _timestamp(),
+            "finished": utc_now(),
             "ended": _ended(error),
         }
         try:
@@ -311,7 +312,7 @@ def _with_key_column(job: Job, listing: Listing) -> Job:
 
 def _resolve(job: Job, spec: ModelSpec, listing: Listing) -> Dataset:
     passthrough = _passthrough(job, listing)
-    return resolve_dataset(job, spec, vector_columns(job, spec), passthrough, _timestamp())
+    return resolve_dataset(job, spec, vector_columns(job, spec), passthrough, utc_now())
 
 
 def _passthrough(job: Job, listing: Listing) -> pa.Schema:
@@ -441,7 +442,7 @@ def _still_pending(
     dataset: Dataset, pending: list[Shard], round_shards: list[Shard], state: RunState
 ) -> list[Shard]:
     """The shards to plan again after a round; those that failed come last."""
-    done = committed(dataset.out).keys()
+    done = committed_files(dataset.out).keys()
     for shard_id in {shard.id for shard in round_shards} & state.commits.keys() - done:
         del state.commits[shard_id]
         state.record_failure(
@@ -480,8 +481,8 @@ def finish_run(dataset: Dataset, job: Job, state: RunState) -> Result:
         return [shard.id for shard in listing.shards], [shard.id for shard in selected]
 
     restore_dataset(dataset)  # another first run that failed may have removed it
-    ledger = finish(dataset, list_ids, state.prune, state.commits)
-    remember_source(dataset, _last_source(listing))
+    ledger = write_manifest(dataset, list_ids, state.prune, state.commits)
+    record_source(dataset, _last_source(listing))
     deleted = sum(len(deleted_files(shard)) for shard in listing.shards)
     rated = ledger.rows + ledger.errors - deleted
     return Result(
@@ -514,7 +515,7 @@ def _set_aside(dataset: Dataset, selected: list[Shard], state: RunState) -> dict
 
     A shard that another run finished, or that is no longer listed, is not among them.
     """
-    uncommitted = {shard.id for shard in selected} - committed(dataset.out).keys()
+    uncommitted = {shard.id for shard in selected} - committed_files(dataset.out).keys()
     changed = {base_of(shard_id) for shard_id in state.changed}
     reasons = {
         shard_id: "its input changed each time it was read"
@@ -545,7 +546,7 @@ def _record(
     return {
         **record,
         "run": state.run_id,
-        "finished": _timestamp(),
+        "finished": utc_now(),
         "host": socket.gethostname(),
         "fingerprint": dataset.fingerprint,
         "versions": package_versions(),
@@ -558,10 +559,6 @@ def _record(
     }
 
 
-def _timestamp() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
 def _ended(error: Exception) -> str:
     """The `ended` field of a run record."""
     return shortened(f"{type(error).__name__}: {error}", 400)
@@ -569,21 +566,9 @@ def _ended(error: Exception) -> str:
 
 def _raise_own_error(error: Exception) -> None:
     """Raise the VitrayError that is the cause of an error, without the advice that Ray appends."""
-    cause = _cause(error)
-    if isinstance(cause, VitrayError):
-        raise type(cause)(str(cause).partition("\n")[0]) from error
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The VitrayError at the root of what Ray raised, else the error itself."""
-    current: BaseException | None = error
-    while current is not None:
-        # Looked at first: what Ray raises is a VitrayError too, with a traceback as its text.
-        inner = getattr(current, "cause", None)
-        if isinstance(current, VitrayError) and not isinstance(inner, BaseException):
-            return current
-        current = inner if isinstance(inner, BaseException) else current.__cause__
-    return error
+    root = root_error(error)
+    if root is not None:
+        raise type(root)(str(root).partition("\n")[0]) from error
 
 
 def _last_line(error: BaseException) -> str:

@@ -8,7 +8,7 @@ import os
 from vitray.dataset import (
     NO_GROUP,
     append_group_log,
-    committed,
+    committed_files,
     has_ended_without_rows,
     last_source,
     load_group_log,
@@ -40,8 +40,8 @@ def with_absolute_paths(job: Job) -> Job:
     for source in sources:
         if any(reads(part, out) for part in expand_braces(source)):
             raise JobError(
-                f"`out` {out} lies inside `source` {source}: it would read its own output. Choose "
-                f"another `out`."
+                f"`out` {out} lies inside `source` {source}: it would read its own output. "
+                "Choose another `out`."
             )
     paths = {
         "source": sources,
@@ -113,7 +113,7 @@ def deleted_files(shard: Shard) -> list[str]:
 
 def pending_shards(job: Job, listing: Listing) -> list[Shard]:
     """The selected shards that are not committed."""
-    done = committed(absolute(job.out))
+    done = committed_files(absolute(job.out))
     return [shard for shard in select_shards(listing.shards, job) if shard.id not in done]
 
 

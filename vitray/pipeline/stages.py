@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from vitray.arrow_types import take_rows, with_type
 from vitray.crash import crash_point
 from vitray.dataset import (
     Commit,
     Dataset,
     commit_shard,
     read_fragment,
-    staged_intact,
+    repair_staging,
     write_end,
     write_fragment,
 )
@@ -54,8 +55,6 @@ from vitray.schema import (
     ipc_bytes,
     ipc_table,
     passthrough_table,
-    take_rows,
-    with_type,
 )
 from vitray.sources import read_shard, require_passthrough
 
@@ -140,7 +139,7 @@ def read_stage(dataset: Dataset, shard: Shard) -> Iterator[FragmentBatch]:
     started = time.perf_counter()
     try:
         require_passthrough(shard, dataset.job, dataset.passthrough)
-        staged = staged_intact(dataset, shard.id)
+        staged = repair_staging(dataset, shard.id)
         if staged.covers():
             for span in staged.ranges():
                 yield _skipped(dataset, shard.id, span)

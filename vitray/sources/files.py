@@ -1,4 +1,4 @@
-"""Loose image files, in groups whose membership never changes. Private to this package."""
+"""Loose image files, in groups whose membership never changes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,19 @@ import pyarrow as pa
 
 from vitray.errors import JobError
 from vitray.job import Job
-from vitray.schema import CAMERA_RAW_SUFFIXES, Encoded, End, Member, Shard, ShardKind, short_hash
+from vitray.schema import (
+    CAMERA_RAW_SUFFIXES,
+    Encoded,
+    End,
+    Member,
+    Reason,
+    Shard,
+    ShardKind,
+    SourceRules,
+    short_hash,
+)
 from vitray.sources.names import is_folder_column
-from vitray.sources.objects import MAX_IMAGE_BYTES, follow, shard_id, too_large
+from vitray.sources.objects import MAX_IMAGE_BYTES, read_in_order, shard_id, too_large
 from vitray.sources.tables import with_folder_columns
 from vitray.storage import ObjectInfo
 
@@ -53,7 +63,7 @@ def list_files(
 def read_files(shard: Shard, job: Job, is_wanted: Callable[[int], bool]) -> Iterator[Encoded | End]:
     """The files of a group in order, then the End."""
     rows = (_row(index, member, job) for index, member in enumerate(shard.members))
-    yield from follow(rows, is_wanted, lambda index: shard.members[index].version)
+    yield from read_in_order(rows, is_wanted, lambda index: shard.members[index].version)
     yield End(len(shard.members))
 
 
@@ -97,12 +107,12 @@ def _row(index: int, member: Member, job: Job) -> Encoded:
 def _problem(member: Member, job: Job) -> tuple[str | None, str]:
     """(reason, message) of a file that is not read; (None, "") of a file to read."""
     if member.size < 0:
-        return "missing", f"{member.url} {member.version or 'does not exist any more'}"
+        return Reason.MISSING, f"{member.url} {member.version or 'does not exist any more'}"
     if member.size > MAX_IMAGE_BYTES:
         return too_large(member.size)
     suffix = member.url.rpartition(".")[2].lower()
     # Camera raw begins like a TIFF whose first page is a thumbnail: content cannot tell.
-    if suffix in CAMERA_RAW_SUFFIXES and job.rules > 1:
+    if suffix in CAMERA_RAW_SUFFIXES and job.rules >= SourceRules.V2:
         message = f"camera raw (.{suffix}) is not decoded: export it as JPEG or TIFF"
-        return "format_not_allowed", message
+        return Reason.FORMAT_NOT_ALLOWED, message
     return None, ""

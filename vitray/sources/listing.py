@@ -1,7 +1,4 @@
-"""The shards of a job's source: its objects, their kind, and how they are divided.
-
-Private to this package.
-"""
+"""The shards of a job's source: its objects, their kind, and how they are divided."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from vitray import storage
 from vitray.errors import JobError, ObjectChanged, ObjectMissing, ShardError, SourceError
 from vitray.job import Job
 from vitray.left_out import LeftOut
-from vitray.schema import Shard, ShardKind
+from vitray.schema import Shard, ShardKind, SourceRules
 from vitray.sources.files import Group, list_files
 from vitray.sources.manifest import split_manifest
 from vitray.sources.names import (
@@ -130,7 +127,7 @@ def _partition(
     is_explicit = job.format != "auto"
     named = {storage.absolute(pattern) for pattern in job.source} if is_explicit else set()
     accepted_suffixes = set[str]()
-    if is_explicit and job.rules > 1 and kind != ShardKind.MANIFEST:
+    if is_explicit and job.rules >= SourceRules.V2 and kind != ShardKind.MANIFEST:
         # such as .dat in photos/*.dat
         spelled_out = {suffix_of(pattern, job.rules) for pattern in job.source}
         accepted_suffixes = {WITHOUT_SUFFIX} | (spelled_out - KINDS[job.rules].keys())

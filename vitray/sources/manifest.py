@@ -1,7 +1,6 @@
 """Manifests: Parquet, CSV or JSONL files whose rows name images elsewhere.
 
 A manifest is data, so its paths are not trusted: they are followed only below the allowed prefixes.
-Private to this package.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from urllib.parse import unquote
 from vitray import storage
 from vitray.errors import ShardError
 from vitray.job import Job
-from vitray.schema import Encoded, End, Shard
-from vitray.sources.objects import follow, part_of, printable
+from vitray.schema import Encoded, End, Reason, Shard, SourceRules
+from vitray.sources.objects import part_of, printable, read_in_order
 from vitray.sources.tables import count_rows, key_of, read_rows, read_schema, with_folder_columns
 
 MAX_URL_BYTES = 1024  # S3's limit of a key; it answers a longer one with 400, not with 404
@@ -45,7 +44,7 @@ def read_manifest(
     total = count_rows(shard, job) if shard.rows is None else shard.rows
     notes = list[str]()
     if total:
-        yield from follow(_rows(shard, job, total, notes), is_wanted, lambda index: None)
+        yield from read_in_order(_rows(shard, job, total, notes), is_wanted, lambda index: None)
     yield End(total, note="; ".join(notes))
 
 
@@ -54,7 +53,7 @@ def allowed_prefixes(shard: Shard, job: Job) -> list[str]:
     return [storage.absolute(prefix) for prefix in job.allow] or [_folder_of(shard)]
 
 
-def follow_path(
+def resolve_path(
     path: object, shard: Shard, allowed: Sequence[str], job: Job
 ) -> tuple[Located, tuple[str, ...]]:
     """Where the object of a path is, and other URLs to try when no object is there.
@@ -67,7 +66,7 @@ def follow_path(
     """
     folder = _folder_of(shard)
     located = _locate(path, folder, allowed, job.rules)
-    if job.rules == 1 or not isinstance(path, str):
+    if job.rules == SourceRules.V1 or not isinstance(path, str):
         return located, ()
     is_good = located[1] is None
     if is_good and storage.is_local(located[0]):
@@ -99,11 +98,11 @@ def _rows(shard: Shard, job: Job, total: int, notes: list[str]) -> Iterator[Enco
         if row.problem:
             key = str(shard.start + index)
             passthrough = with_folder_columns(None, shard.url, job)
-            yield Encoded(index, key, shard.url, None, "missing", row.problem, passthrough)
+            yield Encoded(index, key, shard.url, None, Reason.MISSING, row.problem, passthrough)
             continue
         is_path = not isinstance(row.path, str) or not _DATA.match(row.path)
         key = key_of(row.key, row.path if is_path else None, shard.start + index)
-        (uri, reason, message), spellings = follow_path(row.path, shard, allowed, job)
+        (uri, reason, message), spellings = resolve_path(row.path, shard, allowed, job)
         passthrough = with_folder_columns(row.passthrough, uri or shard.url, job)
         yield Encoded(
             index, key, uri or shard.url, None, reason, message, passthrough, spellings=spellings
@@ -119,30 +118,34 @@ def _folder_of(shard: Shard) -> str:
     return shard.url.rpartition("/")[0] or "/"
 
 
-def _locate(path: object, folder: str, allowed: Sequence[str], rules: int) -> Located:
+def _locate(path: object, folder: str, allowed: Sequence[str], rules: SourceRules) -> Located:
     if not isinstance(path, str) or not path:
-        return "", "missing", "the row names no object"
+        return "", Reason.MISSING, "the row names no object"
     if _DATA.match(path):
         why = "image data as text (base64, data:) is not read: store bytes in a binary column"
-        return path[:64], "path_not_allowed", why
+        return path[:64], Reason.PATH_NOT_ALLOWED, why
     scheme, _, location = path.partition("://")
     shown = printable(path)[:500]
     if location and scheme.lower() in ("http", "https"):
         why = f"{shown} is not followed: vitray reads local paths and s3://, not web URLs"
-        return shown, "path_not_allowed", why
-    if rules > 1 and not location:
+        return shown, Reason.PATH_NOT_ALLOWED, why
+    if rules >= SourceRules.V2 and not location:
         path = "/".join(part for part in path.split("/") if part != ".")
     url = storage.absolute(path if location or path.startswith("/") else storage.join(folder, path))
     if ".." in path.split("/"):
         why = f"{shown}: `..` in a path is not followed; write the path below `allow` without it"
-        return shown, "path_not_allowed", why
+        return shown, Reason.PATH_NOT_ALLOWED, why
     is_odd = (location and scheme not in ("file", "s3")) or "\0" in path or printable(path) != path
     if is_odd or not any(_is_below(prefix, url) for prefix in allowed):
-        return shown, "path_not_allowed", f"{shown} is not below the allowed prefixes (`allow`)"
+        return (
+            shown,
+            Reason.PATH_NOT_ALLOWED,
+            f"{shown} is not below the allowed prefixes (`allow`)",
+        )
     is_too_long = len(url.encode()) > MAX_URL_BYTES
     # isfile and not exists: reading a pipe or a device would block for ever.
     if is_too_long or (storage.is_local(url) and not os.path.isfile(storage.on_disk(url))):
-        return url[:500], "missing", f"{url[:500]} does not exist or is not a file"
+        return url[:500], Reason.MISSING, f"{url[:500]} does not exist or is not a file"
     return url, None, ""
 
 

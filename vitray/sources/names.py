@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Final, Literal
 from urllib.parse import unquote
 
-from vitray.schema import ALL_IMAGE_SUFFIXES, IMAGE_SUFFIXES_V1, ShardKind
+from vitray.schema import ALL_IMAGE_SUFFIXES, IMAGE_SUFFIXES_V1, ShardKind, SourceRules
 
 COMPRESSED_TAR: Final = "compressed tar"  # recognised, so that the error message can name it
 NameKind = ShardKind | Literal["compressed tar"]
@@ -28,7 +28,7 @@ _KINDS_V2: dict[str, NameKind] = {
     ".tsv": ShardKind.MANIFEST,
     **{f".{suffix}": ShardKind.FILES for suffix in ALL_IMAGE_SUFFIXES},
 }
-KINDS = {1: _KINDS_V1, 2: _KINDS_V2}  # by source rules
+KINDS = {SourceRules.V1: _KINDS_V1, SourceRules.V2: _KINDS_V2}
 WITHOUT_SUFFIX = "without suffix"
 _SUFFIX_V1 = re.compile(r"\.tar\.(gz|bz2|xz|zst)$|\.[^./]*$")
 # A suffix is short and has a letter, unlike the ends of `a._0` and of `Mr. Smith`.
@@ -37,13 +37,13 @@ _HIVE_PART = re.compile(r"([^=/]+)=([^/]*)")
 _HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 
 
-def suffix_of(url: str, rules: int) -> str:
+def suffix_of(url: str, rules: SourceRules) -> str:
     """The lower-case suffix with its dot, or WITHOUT_SUFFIX."""
-    match = (_SUFFIX_V1 if rules == 1 else _SUFFIX).search(url.lower())
+    match = (_SUFFIX_V1 if rules == SourceRules.V1 else _SUFFIX).search(url.lower())
     return match[0] if match else WITHOUT_SUFFIX
 
 
-def kind_of(url: str, rules: int) -> NameKind | None:
+def kind_of(url: str, rules: SourceRules) -> NameKind | None:
     """The kind that the suffix means under these source rules; None for any other suffix."""
     return KINDS[rules].get(suffix_of(url, rules))
 

@@ -1,7 +1,4 @@
-"""Objects of a source: shard ids, bytes at the planned version, many objects read in order.
-
-Private to this package.
-"""
+"""Objects of a source: shard ids, bytes at the planned version, many objects read in order."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from typing import BinaryIO
 
 from vitray import storage
 from vitray.errors import ObjectChanged, ObjectMissing, ObjectRefused, ShardError
-from vitray.schema import Encoded, Shard, ShardKind, short_hash
+from vitray.schema import Encoded, Reason, Shard, ShardKind, short_hash
 from vitray.storage import ObjectInfo
 
 MAX_IMAGE_BYTES = 256 << 20  # more than 50 MP (job.max_pixels) take as uncompressed 8-bit RGB
@@ -72,9 +69,12 @@ def open_shard(shard: Shard) -> BinaryIO:
         ) from error
 
 
-def too_large(size: int) -> tuple[str, str]:
+def too_large(size: int) -> tuple[Reason, str]:
     """Reason and message of an image beyond the cap."""
-    return "too_large", f"at least {size} encoded bytes; the cap of one image is {MAX_IMAGE_BYTES}"
+    return (
+        Reason.TOO_LARGE,
+        f"at least {size} encoded bytes; the cap of one image is {MAX_IMAGE_BYTES}",
+    )
 
 
 class _RefusedRow(Encoded):
@@ -83,7 +83,7 @@ class _RefusedRow(Encoded):
     __slots__ = ()
 
 
-def follow(
+def read_in_order(
     rows: Iterable[Encoded],
     is_wanted: Callable[[int], bool],
     version_of: Callable[[int], str | None],
@@ -97,7 +97,7 @@ def follow(
     can be read after it. Where none can, the store refuses everything: raises ObjectRefused.
     """
     readable = deque[Encoded](maxlen=READERS)  # rows to test a refusal with, without their bytes
-    pending = list[Encoded]()  # wanted rows since the first refusal that is not yet judged
+    pending = list[Encoded]()  # wanted rows since a refusal, held until another object was tried
     refusal = ""
     for row in read_each(rows, is_wanted, version_of):
         if row.reason is None:  # it was read, or is not wanted
@@ -158,10 +158,10 @@ def _read_row(row: Encoded, version: str | None) -> Encoded:
             other = _read_row(replace(row, uri=row.spellings[0], spellings=row.spellings[1:]), None)
             if other.data is not None:
                 return other
-        return replace(row, reason="missing", message=str(error))
+        return replace(row, reason=Reason.MISSING, message=str(error))
     except ObjectRefused as error:
         return _RefusedRow(
-            row.index, row.key, row.uri, None, "missing", str(error), row.passthrough
+            row.index, row.key, row.uri, None, Reason.MISSING, str(error), row.passthrough
         )
     if len(data) > MAX_IMAGE_BYTES:
         reason, message = too_large(len(data))

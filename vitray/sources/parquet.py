@@ -1,7 +1,4 @@
-"""Parquet files that contain the images; a shard is a file or a range of its row groups.
-
-Private to this package.
-"""
+"""Parquet files that contain the images; a shard is a file or a range of its row groups."""
 
 from __future__ import annotations
 
@@ -12,10 +9,11 @@ from typing import Any
 
 import pyarrow as pa
 
+from vitray.arrow_types import is_list
 from vitray.job import Job
 from vitray.left_out import LeftOut
-from vitray.schema import Encoded, End, PassthroughRow, Shard
-from vitray.sources.manifest import allowed_prefixes, follow_path
+from vitray.schema import Encoded, End, PassthroughRow, Reason, Shard, SourceRules
+from vitray.sources.manifest import allowed_prefixes, resolve_path
 from vitray.sources.objects import (
     MAX_IMAGE_BYTES,
     open_shard,
@@ -26,7 +24,6 @@ from vitray.sources.objects import (
 )
 from vitray.sources.tables import (
     columns_to_read,
-    is_list,
     key_of,
     key_values,
     open_parquet,
@@ -74,9 +71,9 @@ def read_parquet(
         counts = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
         first = sum(counts[: shard.start])
         total = sum(counts[shard.start : shard.stop or None])
-        left_out = _in_other_columns(file, shard, job) if job.rules > 1 else {}
+        left_out = _in_other_columns(file, shard, job) if job.rules >= SourceRules.V2 else {}
         rows = _rows(file, shard, job, range(first, first + total), is_wanted)
-        yield from rows if job.rules == 1 else read_each(rows, is_wanted)
+        yield from rows if job.rules == SourceRules.V1 else read_each(rows, is_wanted)
         note = ""
         if job.key_column and job.key_column not in file.schema_arrow.names:
             note = f"no column `{job.key_column}` here: rows are named by their number"
@@ -170,8 +167,8 @@ def _with_content(item: Encoded, data: pa.Scalar, path: object, shard: Shard, jo
     """The row with its bytes, with the URL that its path names, or with a reason for neither."""
     if pa.types.is_dictionary(data.type):
         data = data.value
-    if not data.is_valid and path and job.rules > 1:
-        located, spellings = follow_path(path, shard, allowed_prefixes(shard, job), job)
+    if not data.is_valid and path and job.rules >= SourceRules.V2:
+        located, spellings = resolve_path(path, shard, allowed_prefixes(shard, job), job)
         uri = located[0] or shard.url
         _, reason, message = located
         return replace(item, uri=uri, reason=reason, message=message, spellings=spellings)
@@ -180,7 +177,7 @@ def _with_content(item: Encoded, data: pa.Scalar, path: object, shard: Shard, jo
         if path:
             shown = printable(str(path))[:200]
             message += f", only the path {shown}; only bytes inside the file are read"
-        return replace(item, reason="missing", message=message)
+        return replace(item, reason=Reason.MISSING, message=message)
     if data.as_buffer().size > MAX_IMAGE_BYTES:
         reason, message = too_large(data.as_buffer().size)
         return replace(item, reason=reason, message=message)

@@ -1,4 +1,4 @@
-"""Tables: named columns of Parquet, CSV and JSON lines. Private to this package.
+"""Tables: named columns of Parquet, CSV and JSON lines.
 
 Passthrough columns of a Parquet file stay Arrow data: they are sliced from its batches and never
 become Python objects.
@@ -15,9 +15,10 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vitray.arrow_types import is_list
 from vitray.errors import JobError, ShardError, one_line
 from vitray.job import Job
-from vitray.schema import PassthroughRow, Shard, ShardKind
+from vitray.schema import PassthroughRow, Shard, ShardKind, SourceRules
 from vitray.sources.names import folder_value, is_folder_column, kind_of
 from vitray.sources.objects import CHUNK_BYTES, open_shard, printable
 from vitray.sources.text import (
@@ -164,7 +165,7 @@ def _text_row(fields: dict[str, str | None], names: list[str], job: Job) -> Tabl
     key = fields.get(job.key_column) if job.key_column else None
     path = fields[names[0]]
     return TableRow(
-        path.strip() if path and job.rules > 1 else path,
+        path.strip() if path and job.rules >= SourceRules.V2 else path,
         key,
         PassthroughRow(_batch_of(passthrough, 1), 0),
     )
@@ -320,7 +321,7 @@ def parquet_kind(schema: pa.Schema, job: Job) -> ShardKind | None:
     """
     images = likely_columns(schema, ShardKind.PARQUET, job)
     paths = likely_columns(schema, ShardKind.MANIFEST, job)
-    if job.rules == 1 or not (images and paths) or job.image_column:
+    if job.rules == SourceRules.V1 or not (images and paths) or job.image_column:
         if images:
             return ShardKind.PARQUET
         return ShardKind.MANIFEST if paths else None
@@ -349,7 +350,7 @@ def likely_columns(schema: pa.Schema, kind: ShardKind, job: Job) -> list[str]:
         return [name for name in fitting if name == job.image_column]
     if kind == ShardKind.PARQUET:
         return _by_image_names(fitting, job)
-    if job.rules == 1:
+    if job.rules == SourceRules.V1:
         return [name for name in PATH_NAMES_V1 if name in fitting][:1]
     by_lower = {name.lower(): name for name in reversed(fitting)}
     return [by_lower[name] for name in PATH_NAMES if name in by_lower][:1]
@@ -357,12 +358,12 @@ def likely_columns(schema: pa.Schema, kind: ShardKind, job: Job) -> list[str]:
 
 def _by_image_names(columns: list[str], job: Job) -> list[str]:
     """Columns with a usual name; else those without a word such as `thumb`; else all."""
-    usual = IMAGE_NAMES_V1 if job.rules == 1 else IMAGE_NAMES
+    usual = IMAGE_NAMES_V1 if job.rules == SourceRules.V1 else IMAGE_NAMES
     by_name = [name for name in columns if name.lower() in usual]
-    if job.rules > 1 and len(by_name) > 1:
+    if job.rules >= SourceRules.V2 and len(by_name) > 1:
         # Of `image` and `data`, take `image`: the names of source rules 1 are unambiguous.
         by_name = [name for name in by_name if name.lower() in IMAGE_NAMES_V1] or by_name
-    if by_name or job.rules == 1:
+    if by_name or job.rules == SourceRules.V1:
         return by_name or columns
     return [name for name in columns if not _is_secondary(name)] or columns
 
@@ -398,7 +399,9 @@ def file_passthrough_schema(shard: Shard, job: Job) -> pa.Schema:
     schema = read_schema(shard, job)
     _require(schema, shard, job, shard.url)
     types = [schema.field(name).type if name in schema.names else pa.string() for name in job.keep]
-    if job.rules == 1:  # remove what differs between files: dictionary indices, width of offsets
+    if (
+        job.rules == SourceRules.V1
+    ):  # remove what differs between files: dictionary indices, width of offsets
         types = [SAME_VALUES.get(_values_of(kind), _values_of(kind)) for kind in types]
     return pa.schema(list(zip(job.keep, types)))
 
@@ -466,7 +469,7 @@ def _holds_images(field: pa.Field, job: Job) -> bool:
     By source rules 2 also of lists of these, and of structs with nothing but a path.
     """
     kind = field.type
-    if job.rules == 1:
+    if job.rules == SourceRules.V1:
         return _holds_bytes(kind)
     if is_list(kind):
         kind = kind.value_type
@@ -490,18 +493,7 @@ def _holds_only_paths(kind: pa.DataType) -> bool:
 
 
 def _holds_paths(kind: pa.DataType, job: Job) -> bool:
-    return (kind if job.rules == 1 else _values_of(kind)) in STRINGS
-
-
-def is_list(kind: pa.DataType) -> bool:
-    """Whether a type is a list of any of Arrow's five kinds."""
-    return bool(
-        pa.types.is_list(kind)
-        or pa.types.is_large_list(kind)
-        or pa.types.is_fixed_size_list(kind)
-        or pa.types.is_list_view(kind)
-        or pa.types.is_large_list_view(kind)
-    )
+    return (kind if job.rules == SourceRules.V1 else _values_of(kind)) in STRINGS
 
 
 def _values_of(kind: pa.DataType) -> pa.DataType:
@@ -521,5 +513,7 @@ def _records(
     stream: BinaryIO, shard: Shard, job: Job, notes: list[str] | None = None
 ) -> Iterator[list[str] | str]:
     path_names = [job.image_column] if job.image_column else list(PATH_NAMES)
-    dialect = Dialect() if job.rules == 1 else dialect_of(stream, shard.url, path_names)
+    dialect = (
+        Dialect() if job.rules == SourceRules.V1 else dialect_of(stream, shard.url, path_names)
+    )
     return csv_records(stream, shard.url, dialect, [] if notes is None else notes)

@@ -26,8 +26,10 @@ from vitray.schema import (
     Encoded,
     End,
     PassthroughRow,
+    Reason,
     Shard,
     ShardKind,
+    SourceRules,
 )
 from vitray.sources.names import folder_value, hive_columns
 from vitray.sources.objects import MAX_IMAGE_BYTES, open_shard, printable, text_of, too_large
@@ -87,7 +89,7 @@ def file_passthrough_schema(shard: Shard, job: Job) -> pa.Schema:
 
 def _folder_columns(shard: Shard, job: Job) -> set[str]:
     """The names that mean a folder of the tar where no member has this extension."""
-    return {"folder", *hive_columns(shard.url)} if job.rules > 1 else set()
+    return {"folder", *hive_columns(shard.url)} if job.rules >= SourceRules.V2 else set()
 
 
 def count_all_samples(shard: Shard, job: Job) -> tuple[int, dict[str, int]]:
@@ -140,7 +142,7 @@ def require_clear_samples(shard: Shard, job: Job) -> None:
 
     Only samples at the start of the tar are checked.
     """
-    if job.rules == 1 or job.image_member:
+    if job.rules == SourceRules.V1 or job.image_member:
         return
     with open_shard(shard) as stream:
         source = TarSource(stream, shard.url, shard.size)
@@ -227,7 +229,7 @@ def _peek(source: TarSource, job: Job) -> DottedExtensions:
     """The dotted extensions of a tar, by its start. Afterwards the source is at byte 0 again."""
     of_job = {_extension(name) for name in (*job.keep, job.image_member or "")}
     names = list[str]()
-    if job.rules > 1 and job.tar_keys == "auto":
+    if job.rules >= SourceRules.V2 and job.tar_keys == "auto":
         try:
             for member in members_of(source):
                 if member.isreg():
@@ -263,7 +265,7 @@ class _Sample:
     images: list[str] = field(default_factory=list)
     image: str | None = None
     data: bytes | None = None
-    reason: str | None = None
+    reason: Reason | None = None
     message: str = ""
 
 
@@ -285,7 +287,7 @@ class _Reader:
     def __post_init__(self) -> None:
         self.image_member = _extension(self.job.image_member) if self.job.image_member else None
         self.passthrough_extensions = {_extension(name) for name in self.job.keep}
-        self.file_passthrough_schema = file_passthrough_schema(self.shard, self.job)
+        self.passthrough_schema = file_passthrough_schema(self.shard, self.job)
         self.folders = {
             name: folder_value(name, self.shard.url)
             for name in _folder_columns(self.shard, self.job)
@@ -324,7 +326,7 @@ class _Reader:
     def row_of(self, sample: _Sample) -> Encoded:
         """The row of a sample; an error row where it has no image."""
         if not sample.images:
-            sample.reason = "missing"
+            sample.reason = Reason.MISSING
             sample.message = self._why_without_image(sample)
         return Encoded(
             sample.index,
@@ -346,7 +348,9 @@ class _Reader:
                 f"(first: {first}): members of a sample must be adjacent; sort the tar by name"
             )
         if self._not_utf8:
-            notes.append(f"{self._not_utf8} kept texts are not UTF-8 and were read as Windows-1252")
+            notes.append(
+                f"{self._not_utf8} passthrough texts are not UTF-8 and were read as Windows-1252"
+            )
         return notes
 
     def _split(self, member: tarfile.TarInfo, sample: _Sample | None) -> tuple[str, str]:
@@ -370,7 +374,7 @@ class _Reader:
         at_last_dot = _split_last(name)
         extension = at_first_dot[1]
         job = self.job
-        if job.tar_keys == "first_dot" or (job.tar_keys == "auto" and job.rules == 1):
+        if job.tar_keys == "first_dot" or (job.tar_keys == "auto" and job.rules == SourceRules.V1):
             return at_first_dot
         if job.tar_keys == "last_dot":
             return at_last_dot
@@ -414,7 +418,7 @@ class _Reader:
         elif not member.isreg():
             if is_picked:
                 link = printable(member.linkname)[:200]
-                sample.reason = "missing"
+                sample.reason = Reason.MISSING
                 sample.message = f"a link to {link}, which is not followed"
         elif sample.is_wanted and (is_picked or is_passthrough):
             data = source.take(member.size)
@@ -430,7 +434,7 @@ class _Reader:
         """
         if current is None:
             return True
-        return self.job.rules > 1 and "." in current and "." not in extension
+        return self.job.rules >= SourceRules.V2 and "." in current and "." not in extension
 
     def _complete(self, sample: _Sample) -> _Sample:
         """Count a sample and its images.
@@ -439,7 +443,7 @@ class _Reader:
         """
         without_dot = [extension for extension in sample.images if "." not in extension]
         candidates = without_dot or sample.images
-        if len(candidates) > 1 and self.job.rules > 1:
+        if len(candidates) > 1 and self.job.rules >= SourceRules.V2:
             names = ", ".join(sorted(set(candidates)))
             setting = (
                 f"`image_member` to one of them (image_member: {candidates[0]}; a dataset with "
@@ -452,7 +456,7 @@ class _Reader:
             )
         self.total += 1
         images = len(sample.images)
-        if self.job.rules > 1:  # images that `image_member` does not choose count too
+        if self.job.rules >= SourceRules.V2:  # images that `image_member` does not choose count too
             images = len({*sample.images, *filter(_is_image_extension, sample.extensions)})
         self.left_out[LeftOut.FURTHER_IMAGE] += max(0, images - 1)
         if sample.image is not None:
@@ -478,17 +482,17 @@ class _Reader:
 
     def _passthrough(self, sample: _Sample) -> PassthroughRow:
         columns = list[pa.Array]()
-        for column in self.file_passthrough_schema:
+        for column in self.passthrough_schema:
             folder = self.folders.get(column.name)
             value: object = sample.passthrough.get(_extension(column.name), folder)
             if isinstance(value, bytes) and column.type == pa.string():
                 value = self._text(value)
             columns.append(pa.array([value], column.type))
-        batch = pa.RecordBatch.from_arrays(columns, schema=self.file_passthrough_schema)
+        batch = pa.RecordBatch.from_arrays(columns, schema=self.passthrough_schema)
         return PassthroughRow(batch, 0)
 
     def _text(self, data: bytes) -> str:
-        if self.job.rules == 1:
+        if self.job.rules == SourceRules.V1:
             return data.decode("utf-8", "replace")
         text, is_utf8 = text_of(data)
         self._not_utf8 += not is_utf8
@@ -497,7 +501,7 @@ class _Reader:
     def _is_image(self, extension: str) -> bool:
         if self.image_member:
             return extension == self.image_member
-        if self.job.rules == 1:
+        if self.job.rules == SourceRules.V1:
             return extension.rpartition(".")[2] in IMAGE_SUFFIXES_V1
         return _is_image_extension(extension)
 

@@ -1,4 +1,4 @@
-"""The walk over a tar's headers. Private to this package.
+"""The walk over a tar's headers.
 
 `tarfile` accepts a truncated archive silently, so this walk accounts for every byte up to the
 object's size. These are headers with a valid checksum, data, the end marker, and zeros after it.

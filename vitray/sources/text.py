@@ -1,4 +1,4 @@
-"""CSV and JSON lines as tables of text columns. Private to this package."""
+"""CSV and JSON lines as tables of text columns."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def json_names(stream: BinaryIO, url: str) -> list[str]:
         names |= dict.fromkeys(map(printable, json_object(line) or ()))
     if sample and not names and sample[0].lstrip()[:1] in (b"[", b"{"):
         raise UnreadableTextError(
-            f"{url} is one JSON document, not JSON lines. Write one object a line: jq -c '.[]' "
+            f"{url} is one JSON document, not JSON lines. Write one object per line: jq -c '.[]' "
             "for an array."
         )
     if sample and not names:

@@ -4,6 +4,7 @@ Every call has a deadline and ten attempts with jittered backoff. Reads are cond
 version that was planned. pyarrow's own file systems are not used: see docs/decisions/0008.
 """
 
+from vitray.storage.cache import cache_directory
 from vitray.storage.folder import new_folder
 from vitray.storage.local import on_disk
 from vitray.storage.objects import ABANDONED_S, ObjectInfo, Store, absolute, is_local
@@ -16,6 +17,7 @@ __all__ = [
     "PatternObjects",
     "Store",
     "absolute",
+    "cache_directory",
     "exists",
     "expand",
     "expand_braces",

@@ -1,4 +1,4 @@
-"""A new local folder that appears whole or not at all. Private to this package."""
+"""A new local folder that appears whole or not at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A directory tree as a store. Private to this package.
+"""A directory tree as a store.
 
 Objects are created by link(2), which is atomic and refuses an existing name.
 """
@@ -49,7 +49,8 @@ class LocalStore:
         root = on_disk(prefix)
         if os.path.isfile(root):
             return [self.stat(prefix)], []
-        paths, linked_folders = list[str](), list[str]()
+        paths = list[str]()
+        linked_folders = list[str]()
         for folder, folders, names in os.walk(
             root, onerror=lambda error: _raise_in_walk(error, root)
         ):
@@ -107,9 +108,9 @@ class LocalStore:
                 if error.errno not in NO_LINKS:
                     raise
                 raise UnsafeStore(
-                    f"{path}: this file system has no hard links ({error.strerror}), which an "
-                    f"atomic commit needs. Put `out` on a local disk (ext4, xfs, btrfs, zfs), on "
-                    f"NFS, or on s3://."
+                    f"{path}: this file system has no hard links ({error.strerror}), "
+                    "which an atomic commit needs. "
+                    "Put `out` on a local disk (ext4, xfs, btrfs, zfs), on NFS, or on s3://."
                 ) from error
         return True
 
@@ -230,7 +231,7 @@ def _unreadable(path: str) -> str:
         if os.path.islink(path):
             return "is a link to nothing"
         return f"cannot be looked at: {error.strerror}" if error.errno in REFUSED else ""
-    return "" if stat.S_ISREG(mode) or stat.S_ISDIR(mode) else "is no regular file"
+    return "" if stat.S_ISREG(mode) or stat.S_ISDIR(mode) else "is not a regular file"
 
 
 def _raise_in_walk(error: OSError, root: str) -> None:

@@ -1,4 +1,4 @@
-"""The interface of a store, and how a call is retried. Private to this package."""
+"""The interface of a store, and how a call is retried."""
 
 from __future__ import annotations
 
@@ -91,8 +91,8 @@ def retrying(what: str, call: Callable[[], T], transient: Callable[[Exception], 
                 raise
             if attempt == ATTEMPTS - 1:
                 raise StorageError(
-                    f"{what}: no answer in {ATTEMPTS} attempts, last: {reason(error)}. Check that "
-                    f"the store is up and reachable, then run the same command again."
+                    f"{what}: no answer in {ATTEMPTS} attempts, last: {reason(error)}. "
+                    "Check that the store is up and reachable, then run the same command again."
                 ) from error
             time.sleep(random.uniform(0, min(8.0, 0.1 * 2**attempt)))
     raise AssertionError

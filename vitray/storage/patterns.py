@@ -1,4 +1,4 @@
-"""URLs, globs and ranges, and the objects that they name. Private to this package."""
+"""URLs, globs and ranges, and the objects that they name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fsspec.utils import glob_translate
 
 from vitray.errors import JobError, ObjectMissing
-from vitray.schema import ALL_IMAGE_SUFFIXES
+from vitray.schema import ALL_IMAGE_SUFFIXES, SourceRules
 from vitray.storage.objects import ObjectInfo, absolute, is_local
 from vitray.storage.stores import store_for
 
@@ -31,7 +31,7 @@ class PatternObjects:
     linked_folders: list[str]
 
 
-def search(pattern: str, rules: int = 1) -> PatternObjects:
+def search(pattern: str, rules: SourceRules = SourceRules.V1) -> PatternObjects:
     """The objects that a URL, glob, {000..099} range or prefix names.
 
     rules: of the source, see Job. With rules 2:
@@ -54,10 +54,11 @@ def search(pattern: str, rules: int = 1) -> PatternObjects:
     return result
 
 
-def _infos_of(url: str, rules: int) -> tuple[list[ObjectInfo], list[str]]:
+def _infos_of(url: str, rules: SourceRules) -> tuple[list[ObjectInfo], list[str]]:
     """Every object of one URL or glob, and the linked folders below it."""
-    store, is_glob = store_for(url), _wild(url) is not None
-    if is_glob and rules > 1:
+    store = store_for(url)
+    is_glob = _wild(url) is not None
+    if is_glob and rules >= SourceRules.V2:
         _require_whole_globstars(url)
     infos, linked_folders = (store.glob(url), []) if is_glob else store.find_all(url)
     if not infos:
@@ -94,7 +95,8 @@ def expand_braces(pattern: str) -> list[str]:
 def reads(pattern: str, out: str, name: str = "data/x.parquet") -> bool:
     """Whether a URL, glob or prefix names the file `name` in `out`, also through a link."""
     if is_local(pattern) and is_local(out):
-        pattern, out = os.path.realpath(pattern), os.path.realpath(out)
+        pattern = os.path.realpath(pattern)
+        out = os.path.realpath(out)
     url = f"{out}/{name}"
     if not _wild(pattern):
         return url.startswith(f"{pattern}/")
@@ -113,7 +115,7 @@ def _require_whole_globstars(pattern: str) -> None:
             )
 
 
-def _hidden_by(pattern: str, rules: int) -> Callable[[str], bool]:
+def _hidden_by(pattern: str, rules: SourceRules) -> Callable[[str], bool]:
     """A function that says whether a URL below the base of the pattern is hidden.
 
     Names that begin with a dot or an underscore are metadata of other tools. The base is the
@@ -128,7 +130,7 @@ def _hidden_by(pattern: str, rules: int) -> Callable[[str], bool]:
 
     def is_hidden(url: str) -> bool:
         *folders, name = url.removeprefix(base).split("/")
-        if rules > 1:
+        if rules >= SourceRules.V2:
             if any(folder in NAS_FOLDERS for folder in folders):
                 return True
             folders = [part for part in folders if not (part.startswith("_") and "=" in part)]

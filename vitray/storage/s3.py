@@ -1,4 +1,4 @@
-"""Objects on S3, through s3fs. Private to this package.
+"""Objects on S3, through s3fs.
 
 A create is one PUT, never multipart. Listings are not cached, and checksums that older stores
 refuse are off. Attempts are counted in objects.retrying alone: layers of retries multiply.
@@ -137,8 +137,8 @@ class S3Store:
     def _put(self, url: str, data: bytes, **conditions: object) -> None:
         if len(data) > MAX_OBJECT_BYTES:
             raise StorageError(
-                f"{url}: {len(data)} bytes exceed one PUT (5 GB). Use smaller shards or fewer "
-                f"embeddings."
+                f"{url}: {len(data)} bytes exceed one PUT (5 GB). "
+                "Use smaller shards or fewer embeddings."
             )
         # 4 MB/s: any connection that can feed a GPU is faster
         self._request("put_object", url, CALL_TIMEOUT_S + len(data) / 4e6, Body=data, **conditions)
@@ -201,7 +201,9 @@ class _RangeReader(io.RawIOBase):
     """Sequential or seeking reads of one version of an object, each a ranged GET with If-Match."""
 
     def __init__(self, store: S3Store, info: ObjectInfo) -> None:
-        self._store, self._info, self._at = store, info, 0
+        self._store = store
+        self._info = info
+        self._at = 0
 
     def readable(self) -> bool:
         return True
@@ -250,8 +252,8 @@ def _is_unsigned() -> bool:
     if value.lower() in ("", "no", "false", "off", "0"):
         return False
     raise JobError(
-        f"{UNSIGNED} is {value!r}: write YES to read public buckets without credentials, or "
-        f"unset it."
+        f"{UNSIGNED} is {value!r}: write YES to read public buckets without credentials, "
+        "or unset it."
     )
 
 

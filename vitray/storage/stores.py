@@ -1,4 +1,4 @@
-"""The store that a URL names, and calls on one object. Private to this package."""
+"""The store that a URL names, and calls on one object."""
 
 from __future__ import annotations
 

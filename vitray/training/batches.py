@@ -72,8 +72,8 @@ class Batches:
         size = min(self.config.batch_size, images // parts * parts)
         if size == 0:
             raise JobError(
-                f"{images} images are too few for {parts} parts of a step. Set fewer workers or "
-                f"`accumulate`."
+                f"{images} images are too few for {parts} parts of a step. "
+                "Set fewer workers or `accumulate`."
             )
         return size
 

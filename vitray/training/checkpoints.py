@@ -12,15 +12,11 @@ import json
 import uuid
 from typing import Any
 
-from vitray.errors import ObjectMissing, StorageError, one_line
+from vitray.errors import ObjectMissing, StorageError, TakenOver, one_line
 from vitray.storage import absolute, join, read, store_for
 
 PART_BYTES = 1 << 30
 OWNER = "owner"
-
-
-class TakenOver(StorageError):
-    """Another command owns these states now."""
 
 
 def take_over(folder: str, owner: str) -> None:
@@ -33,8 +29,8 @@ def require_owner(folder: str, owner: str) -> None:
     """Raises TakenOver if another command owns these states now. No owner: nothing is checked."""
     if owner and read(join(absolute(folder), OWNER)).decode() != owner:
         raise TakenOver(
-            f"another command, on another machine, trains into {folder} now, from the last "
-            f"checkpoint on. This command ends."
+            f"another command, on another machine, now trains into {folder} "
+            "from the last checkpoint on. This command ends."
         )
 
 
@@ -117,8 +113,8 @@ def _read_state(folder: str, name: str) -> dict[str, Any] | None:
 
 def _damaged(folder: str, name: str, reason: str) -> StorageError:
     return StorageError(
-        f"the checkpoint {join(folder, name)} is damaged ({reason}). Delete {folder} to train from "
-        f"the start."
+        f"the checkpoint {join(folder, name)} is damaged ({reason}). "
+        f"Delete {folder} to train from the start."
     )
 
 

@@ -15,7 +15,7 @@ from vitray.job import (
     Strings,
     Text,
     Urls,
-    Written,
+    UserConfig,
     distinct_labels,
     make_job,
     read_fields,
@@ -26,9 +26,10 @@ FREE_FIELDS = ("out", "workers", "device", "save_steps", "accumulate", "gradient
 TEACHER_FIELDS = {"distill", "temperature", "teacher_weight"}
 # AdamW's peak learning rate where `lr` is not set, by what learns
 RATES = {"head": 3e-3, "last": 3e-4, "lora": 1e-3, "full": 1e-4, "scratch": 1e-3}
+_RATES_TEXT = ", ".join(f"`{name}` {rate:g}" for name, rate in RATES.items())
 
 
-class TrainingConfig(Written):
+class TrainingConfig(UserConfig):
     """One training: images and labels, the model, what learns and how, and the output."""
 
     source: Urls = Field(
@@ -36,7 +37,7 @@ class TrainingConfig(Written):
     )
     dataset: Location | None = Field(
         None,
-        description="instead of source: a finished dataset, for its images or (train: probe) its "
+        description="instead of source: a finished dataset, for its images or (`train: probe`) its "
         "embeddings",
     )
     teacher: Location | None = Field(
@@ -49,7 +50,7 @@ class TrainingConfig(Written):
     )
     model: Location | None = Field(
         None,
-        description="Hugging Face id, local or s3:// directory; train: probe uses its dataset's",
+        description="Hugging Face id, local or s3:// directory; `train: probe` uses its dataset's",
     )
     revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face id")
     out: Location = Field(
@@ -65,9 +66,9 @@ class TrainingConfig(Written):
     formats: Strings = Field(list(FORMATS), description="image formats to decode")
     label: Text | None = Field(
         None,
-        description="where an image's label is: folder (the name of its directory, the default), a "
-        "column, or the extension of a tar member; with a dataset a column (default: label, the "
-        "model's own)",
+        description="where an image's label is: a column, the extension of a tar member, or "
+        "`folder` (the default), the name of its directory. With a dataset: a column (default: "
+        "`label`, the model's own)",
     )
     label_field: str | None = Field(
         None, description="the field that holds the label, if the column or member is JSON"
@@ -87,45 +88,52 @@ class TrainingConfig(Written):
         "refuse", description="what to do if images have no label"
     )
     min_score: float = Field(
-        0.0, description="dataset: use only rows whose label has at least this score", ge=0, le=1
+        0.0,
+        description="with `dataset`: use only rows whose label has at least this score",
+        ge=0,
+        le=1,
     )
     validation: float = Field(
         0.1, description="share of images to hold out, by a hash of the key; 0: none", ge=0, lt=1
     )
     train: Literal["probe", "head", "last", "lora", "full"] = Field(
         "head",
-        description="what learns: a linear head on stored embeddings (probe), the head, the last "
-        "blocks and the head, low-rank adapters, or everything",
+        description="what learns. `probe`: a linear head on stored embeddings. `head`: the head. "
+        "`last`: the last blocks and the head. `lora`: low-rank adapters. `full`: everything",
     )
     init: Literal["weights", "scratch"] = Field(
-        "weights", description="scratch: random weights; `model` needs no weight file"
+        "weights", description="`scratch`: random weights; `model` needs no weight file"
     )
-    last: int = Field(1, description="train: last: how many blocks", ge=1)
+    last: int = Field(1, description="`train: last`: how many blocks", ge=1)
     rank: int = Field(
-        8, description="train: lora: rank of the adapters, which are merged at the end", ge=1
+        8, description="`train: lora`: rank of the adapters, which are merged at the end", ge=1
     )
     column: str | None = Field(
         None,
-        description="vector column of dataset (train: probe) or teacher (distill: embedding), if "
-        "it has several",
+        description="vector column of dataset (`train: probe`) or teacher (`distill: embedding`), "
+        "if it has several",
     )
     distill: Literal["labels", "embedding"] = Field(
-        "labels", description="what to learn from the teacher: its scores or its vectors"
+        "labels",
+        description="what to learn from the teacher. `labels`: its scores. "
+        "`embedding`: its vectors",
     )
     teacher_weight: float = Field(
         0.5, description="share of the teacher's loss; the rest is that of the labels", ge=0, le=1
     )
-    temperature: float = Field(2.0, description="distill: labels: softens both distributions", gt=0)
+    temperature: float = Field(
+        2.0, description="`distill: labels`: softens both distributions", gt=0
+    )
     epochs: int = Field(20, description="passes over all images", ge=1)
     batch_size: int = Field(64, description="images per step, over all workers", ge=1)
     accumulate: int = Field(
         1, description="parts in which a worker computes its share of a step, to save memory", ge=1
     )
     lr: float | None = Field(
-        None, description=f"peak learning rate (default by what learns: {RATES})", gt=0
+        None, description=f"peak learning rate (default by what learns: {_RATES_TEXT})", gt=0
     )
     schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="how the rate falls from its peak; constant: not at all"
+        "cosine", description="how the rate falls from its peak; `constant`: not at all"
     )
     warmup: float = Field(0.1, description="share of steps in which the rate rises", ge=0, lt=1)
     weight_decay: float = Field(0.05, description="AdamW's, except for biases and norms", ge=0)
@@ -138,7 +146,7 @@ class TrainingConfig(Written):
     clip: float = Field(1.0, description="largest norm of the gradient", gt=0, allow_inf_nan=True)
     gradient_checkpointing: bool = Field(False, description="less memory, a third more time")
     class_weights: Literal["none", "balanced"] = Field(
-        "none", description="balanced: rare classes count as much as common ones"
+        "none", description="`balanced`: rare classes count as much as common ones"
     )
     label_smoothing: float = Field(
         0.0, description="share of a label spread over all classes", ge=0, lt=1
@@ -152,7 +160,7 @@ class TrainingConfig(Written):
     )
     mixup: float = Field(0.0, description="alpha of mixup; 0: none", ge=0)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="auto: bf16 or fp16 on a GPU, fp32 on a CPU"
+        "auto", description="`auto`: bf16 or fp16 on a GPU, fp32 on a CPU"
     )
     device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = Field(
         "auto", description="where to train"

@@ -29,10 +29,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vitray.dataset import internal_url, read_table
+from vitray.cpus import cores
+from vitray.dataset import read_table, training_url
 from vitray.decoding.decode import Outcome, decode
 from vitray.errors import JobError, StorageError, count, one_line
-from vitray.models.machine import cores
 from vitray.schema import DecodeSpec, PixelSpec, content_hash, short_hash
 from vitray.storage import absolute, is_local, store_for
 from vitray.training.config import TrainingConfig
@@ -113,8 +113,8 @@ def gather(
                     os.rename(complete, cache)
     except OSError as error:
         raise StorageError(
-            f"{cache}: {one_line(error)}. The decoded images need more space: free some, then run "
-            f"again."
+            f"{cache}: {one_line(error)}. "
+            "The decoded images need more space: free some, then run again."
         ) from error
     return _read_cache(config, cache, specs, teacher_classes)
 
@@ -301,8 +301,8 @@ def _examples(
 def work_folder(out: str) -> str:
     """The folder of this machine for the decoded images of a training into `out`."""
     if is_local(out):
-        return internal_url(out, "images")
-    from vitray.models.checkpoint import cache_directory
+        return training_url(out, "images")
+    from vitray.storage import cache_directory
 
     return os.path.join(cache_directory("finetune"), short_hash(absolute(out), 24))
 
@@ -310,5 +310,5 @@ def work_folder(out: str) -> str:
 def delete_work_folder(out: str) -> None:
     """Delete the decoded images, and folders that are empty then."""
     shutil.rmtree(work_folder(out), ignore_errors=True)
-    for folder in (internal_url(out), absolute(out)):
+    for folder in (training_url(out), absolute(out)):
         store_for(out).delete_folder(folder)

@@ -24,7 +24,7 @@ from vitray.storage import absolute, read, store_for
 from vitray.training import checkpoints, out_folder, outputs
 from vitray.training.config import TrainingConfig
 from vitray.training.examples import delete_work_folder
-from vitray.training.outcome import HeldOut, Outcome, Result
+from vitray.training.outcome import HeldOut, TrainingOutcome, TrainingResult
 from vitray.training.training_run import TrainingRun, state_folder
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def finetune(
     report: Report = lambda record: None,
     address: str | None = None,
     allow_open: bool = False,
-) -> Result:
+) -> TrainingResult:
     """Train what is missing, and write OUT.
 
     report: gets a record per epoch, and one every 30 s (see fitting.Fitting.run).
@@ -66,7 +66,7 @@ def finetune(
         return result
 
 
-def _earlier_result(config: TrainingConfig) -> Result | None:
+def _earlier_result(config: TrainingConfig) -> TrainingResult | None:
     """The result of a training that has ended. Raises FingerprintError for other settings."""
     try:
         fields = json.loads(read(out_folder.result_url(config.out)))
@@ -74,7 +74,7 @@ def _earlier_result(config: TrainingConfig) -> Result | None:
         return None
     out_folder.require_same(config, {})
     _clean_up(config)
-    return Result(**{**fields, "out": absolute(config.out)})
+    return TrainingResult(**{**fields, "out": absolute(config.out)})
 
 
 def _clean_up(config: TrainingConfig) -> None:
@@ -84,7 +84,7 @@ def _clean_up(config: TrainingConfig) -> None:
 
 def _trained(
     config: TrainingConfig, report: Report, address: str | None, allow_open: bool
-) -> Result:
+) -> TrainingResult:
     if config.train == "probe":
         from vitray.training.probe_training import train_linear_probe
 
@@ -92,7 +92,9 @@ def _trained(
     return _train(config, report, address, allow_open)
 
 
-def _train(config: TrainingConfig, report: Report, address: str | None, allow_open: bool) -> Result:
+def _train(
+    config: TrainingConfig, report: Report, address: str | None, allow_open: bool
+) -> TrainingResult:
     from vitray.training.fitting import WorkerGroup, copy_into
 
     run = TrainingRun.of(config)
@@ -117,8 +119,8 @@ def _train(config: TrainingConfig, report: Report, address: str | None, allow_op
     examples = run.training_data.held_out
     held_out = None
     if len(examples.ids) > 0:
-        answers = fitting.evaluate(examples, run.pixels)
-        held_out = HeldOut(examples.keys, examples.ids, answers, examples.pixels)
+        evaluation = fitting.evaluate(examples, run.pixels)
+        held_out = HeldOut(examples.keys, examples.ids, evaluation, examples.pixels)
     outcome = _outcome(run, progress.records, held_out)
     checkpoints.require_owner(fitting.state, group.owner)
     outputs.write(outcome, fitting.student.finished().cpu(), head=None)
@@ -157,13 +159,13 @@ def _inputs(run: TrainingRun, images_a_step: int) -> dict[str, object]:
 
 def _outcome(
     run: TrainingRun, records: list[dict[str, float]], held_out: HeldOut | None
-) -> Outcome:
-    return Outcome(
+) -> TrainingOutcome:
+    return TrainingOutcome(
         config=run.config,
         base=run.base,
         classes=run.training_data.classes,
         records=records,
         skipped=run.training_data.skipped,
-        figures=held_out.answers.figures(held_out.truth) if held_out is not None else {},
+        figures=held_out.evaluation.figures(held_out.truth) if held_out is not None else {},
         held_out=held_out,
     )

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from vitray.crash import crash_point
-from vitray.errors import StorageError, VitrayError
+from vitray.errors import Diverged, StorageError
 from vitray.models import machine
 from vitray.schema import PixelSpec
 from vitray.training import checkpoints
@@ -41,10 +41,6 @@ log = logging.getLogger(__name__)
 EVALUATION_BATCH = 256  # images: in float32 a few hundred megabytes of a ViT-B
 RECORDED_STEPS = 1000  # losses in the metrics; a longer training records every 2nd, 3rd …
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
-
-
-class Diverged(VitrayError):
-    """The loss is no longer a number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +75,7 @@ class WorkerGroup:
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """The state of a training besides its tensors, as checkpoints store it.
 
     records: {"step", "loss", "lr"} and {"epoch", "validation_loss", ...}.
@@ -118,10 +114,10 @@ class Fitting:
         self.optimizer = torch.optim.AdamW(parameter_groups(student, config), lr=config.rate)
         self.scaler = torch.amp.GradScaler(self.kind, enabled=self.precision == "fp16")
         self.weights = class_weights(config, batches.examples.ids, batches.classes).to(self.device)
-        self.progress = Progress()
+        self.progress = TrainingProgress()
         self.steps = config.epochs * batches.steps
 
-    def run(self, report: Callable[[dict[str, float]], None]) -> Progress:
+    def run(self, report: Callable[[dict[str, float]], None]) -> TrainingProgress:
         """Train to the end, from the last checkpoint if there is one.
 
         report: gets the record of each epoch. If the worker is alone, it also gets {"step",
@@ -172,8 +168,8 @@ class Fitting:
         mean = float(self.group.total(loss))
         if not np.isfinite(mean):
             raise Diverged(
-                f"the loss is {mean} in step {self.progress.step + 1}. Set a smaller `lr`, or "
-                f"precision: bf16 or fp32, and another `out`."
+                f"the loss is {mean} in step {self.progress.step + 1}. "
+                "Set a smaller `lr`, or precision: bf16 or fp32, and another `out`."
             )
         return rate, mean
 
@@ -220,8 +216,8 @@ class Fitting:
         progress = self.progress
         record: dict[str, float] = {"epoch": epoch, "loss": loss, "step": progress.step}
         if len(self.held_out.ids) > 0:
-            answers = self.evaluate(self.held_out, self.batches.pixels)
-            record |= answers.figures(self.held_out.ids)
+            evaluation = self.evaluate(self.held_out, self.batches.pixels)
+            record |= evaluation.figures(self.held_out.ids)
             metric = self.config.metric
             if progress.best is None or merit(record, metric) > merit(progress.best, metric):
                 progress.best = record
@@ -233,7 +229,7 @@ class Fitting:
         return record
 
     def evaluate(self, examples: Examples, spec: PixelSpec) -> Evaluation:
-        """The network's answers for images; each worker computes its share."""
+        """The network's labels and losses for images; each worker computes its share."""
         self.student.eval()
         count = len(examples.ids)
         columns = torch.zeros(count, 3, dtype=torch.float64)  # id, score and loss of each image
@@ -280,7 +276,9 @@ class Fitting:
         # fewer than steps if fp16 overflowed
         first = next(iter(self.learning.values()))
         updates = int(self.optimizer.state[first].get("step", 0))
-        numbers = {name: getattr(self.progress, name) for name in Progress.__dataclass_fields__}
+        numbers = {
+            name: getattr(self.progress, name) for name in TrainingProgress.__dataclass_fields__
+        }
         numbers |= {"scaler": self.scaler.state_dict(), "updates": updates}
         checkpoints.save(self.state, "last", tensors, numbers)
         crash_point("train-saved", str(self.progress.step))
@@ -297,9 +295,9 @@ class Fitting:
         if scaler:  # empty if the checkpoint was made in another precision
             self.scaler.load_state_dict(scaler)
         updates = float(numbers.pop("updates"))
-        self.progress = Progress(**numbers)
+        self.progress = TrainingProgress(**numbers)
         if not self.progress.done and self.group.rank == 0:
-            log.warning("going on from step %d of %d", self.progress.step, self.steps)
+            log.warning("resuming from step %d of %d", self.progress.step, self.steps)
         if updates == 0:
             return
         for name, parameter in self.learning.items():
@@ -315,8 +313,8 @@ def copy_into(learning: dict[str, Any], tensors: dict[str, Any], state: str) -> 
     for name, parameter in learning.items():
         if tensors.get(name) is None or tensors[name].shape != parameter.shape:
             raise StorageError(
-                f"{state} is of another training: {name} does not fit. Delete it to train from the "
-                f"start."
+                f"{state} is of another training: {name} does not fit. "
+                "Delete it to train from the start."
             )
     with torch.no_grad():
         for name, parameter in learning.items():

@@ -72,8 +72,8 @@ class LabelledSource:
         shard = self.shards[0]
         if self.job.keep and shard.kind is ShardKind.FILES:
             raise JobError(
-                f"label: {self.config.label_column}: loose files have no columns. Set label: "
-                f"folder, or give a label_table."
+                f"label: {self.config.label_column}: loose files have no columns. "
+                "Set label: folder, or give a label_table."
             )
         file_passthrough_schema(shard, self.job)  # raises JobError for a missing column
 
@@ -151,7 +151,7 @@ class LabelledSource:
         return table
 
     def _label_values(self, table: pa.Table) -> list[object]:
-        """The value of the label column in each row; None for each if it is no column."""
+        """The value of the label column in each row; None for each if there is no such column."""
         name = self.config.label_column
         return table[name].to_pylist() if name in table.column_names else [None] * len(table)
 
@@ -172,9 +172,9 @@ class LabelledSource:
         if missing := values.keys() - {shard.id for shard in self.shards}:
             rows = sum(len(values[shard]) for shard in missing)
             raise JobError(
-                f"{rows:,} of {len(table):,} images of {self.dataset.out} are no longer where they "
-                f"were labelled: {len(missing)} of its shards changed or are gone. Run its job "
-                f"again (vitray run --prune, if they are gone), then this one."
+                f"{rows:,} of {len(table):,} images of {self.dataset.out} are no longer "
+                f"where they were labelled: {len(missing)} of its shards changed or are gone. "
+                "Run its job again (vitray run --prune, if they are gone), then this one."
             )
         yield from ((shard, values.get(shard.id, {})) for shard in self.shards)
 
@@ -206,9 +206,9 @@ class LabelledSource:
             return None
         if self.image_of_table_key.setdefault(name, image) != image:
             raise JobError(
-                f"label_table {self.config.label_table} has one row for {name}, and several images "
-                f"have that name, such as {key}. Write whole keys; if images share a key, set "
-                f"another key_column."
+                f"label_table {self.config.label_table} has one row for {name}, "
+                f"and several images have that name, such as {key}. "
+                "Write whole keys; if images share a key, set another key_column."
             )
         return table[name]
 

@@ -28,8 +28,8 @@ def text_of(value: object, config: TrainingConfig) -> str | None:
     """A label or a key as text; None for nothing, NaN and spaces. Raises JobError for a list."""
     if isinstance(value, list | dict):
         raise JobError(
-            f"{str(value)[:60]} is no label ({config.label_location}). Correct `label`, or set "
-            f"`label_field` if it is JSON."
+            f"{str(value)[:60]} is not a label ({config.label_location}). "
+            "Correct `label`, or set `label_field` if it is JSON."
         )
     is_nan = isinstance(value, float | np.floating) and math.isnan(value)
     if value is None or is_nan:
@@ -66,9 +66,9 @@ def labels_by_key(config: TrainingConfig) -> dict[str, str] | None:
         ) from error
     except (ValueError, pa.ArrowException, csv.Error) as error:
         raise JobError(
-            f"label_table {config.label_table} cannot be read as CSV or Parquet with the columns "
-            f"{' and '.join(columns)} ({one_line(error)}). Correct `label_table`, `table_key` or "
-            f"`label`."
+            f"label_table {config.label_table} cannot be read as CSV "
+            f"or Parquet with the columns {' and '.join(columns)} ({one_line(error)}). "
+            "Correct `label_table`, `table_key` or `label`."
         ) from error
 
 
@@ -89,9 +89,9 @@ def _require_columns(url: str, columns: list[str], existing: list[str]) -> None:
     missing = next((name for name in columns if name not in existing), None)
     if missing is not None:
         raise JobError(
-            f"label_table {url} has no column `{missing}`; it has "
-            f"{', '.join(existing[:COLUMNS_SHOWN]) or 'none'}. Correct `label_table`, `table_key` "
-            f"or `label`."
+            f"label_table {url} has no column `{missing}`; "
+            f"it has {', '.join(existing[:COLUMNS_SHOWN]) or 'none'}. "
+            "Correct `label_table`, `table_key` or `label`."
         )
 
 
@@ -119,14 +119,14 @@ def choose_classes(
     """
     if caption := next((name for name in sorted(labels) if len(name) > CLASS_CHARS), None):
         raise JobError(
-            f"a label of {len(caption):,} characters is no class name: {caption[:40]}… Correct "
-            f"`label` ({config.label_location})."
+            f"a label of {len(caption):,} characters cannot be a class name: {caption[:40]}… "
+            f"Correct `label` ({config.label_location})."
         )
     classes = tuple(config.classes) or teacher_classes or tuple(sorted(labels, key=_numbers_first))
     if len(labels) < 2 or len(classes) < 2:
         raise JobError(
-            f"the images have {len(labels)} class ({', '.join(sorted(labels)) or 'no label'}); a "
-            f"classifier needs two. Correct `source` or `label`."
+            f"the images have {len(labels)} class ({', '.join(sorted(labels)) or 'no label'}); "
+            "a classifier needs two. Correct `source` or `label`."
         )
     return classes
 

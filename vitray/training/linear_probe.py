@@ -69,8 +69,8 @@ def fit_linear_probe(
             record = {"strength": strength, "loss": _minimise(objective, [weight, bias])}
             solution = problem.solution(weight, bias, record)
             if has_held_out:
-                answers = evaluate_head(solution.weight, solution.bias, held_out)
-                record.update(answers.figures(held_out.ids))
+                evaluation = evaluate_head(solution.weight, solution.bias, held_out)
+                record.update(evaluation.figures(held_out.ids))
             solutions.append(solution)
     best = solutions[0]
     if has_held_out:
@@ -137,7 +137,7 @@ def _one_thread_if_small(values: int) -> Iterator[None]:
 
 
 def evaluate_head(weight: np.ndarray, bias: np.ndarray, rows: LabelledRows) -> Evaluation:
-    """The answers of a linear head for labelled rows."""
+    """A linear head's labels and losses for labelled rows."""
     logits = torch.from_numpy(rows.vectors @ weight.T + bias)
     scores, ids = logits.softmax(1).max(1)
     truth = torch.from_numpy(rows.ids)

@@ -8,17 +8,16 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from vitray.dataset import INTERNAL_FOLDER, SCRATCH_PREFIX, internal_url
+from vitray.dataset import is_scratch, training_url
 from vitray.errors import FingerprintError, JobError, ObjectMissing
-from vitray.models.checkpoint import cache_directory
 from vitray.schema import short_hash
-from vitray.storage import absolute, exists, read, store_for
+from vitray.storage import absolute, cache_directory, exists, read, store_for
 from vitray.training.config import TrainingConfig
 
 
 def result_url(out: str) -> str:
     """The URL of result.json, which exists once a training has ended."""
-    return internal_url(out, "result.json")
+    return training_url(out, "result.json")
 
 
 def is_begun(out: str) -> bool:
@@ -35,15 +34,16 @@ def require_unused(out: str) -> None:
         return
     root = absolute(out)
     try:
-        names = [info.url.removeprefix(f"{root}/") for info in store_for(root).find(root)]
+        urls = [info.url for info in store_for(root).find(root)]
     except ObjectMissing:
         return
-    own = (f"{INTERNAL_FOLDER}/images/", f"{INTERNAL_FOLDER}/{SCRATCH_PREFIX}")
-    foreign = next((name for name in names if not name.startswith(own)), None)
-    if foreign is not None:
+    images = training_url(root, "images") + "/"
+    foreign = [url for url in urls if not (url.startswith(images) or is_scratch(root, url))]
+    if foreign:
+        name = foreign[0].removeprefix(f"{root}/")
         raise FingerprintError(
-            f"{root} holds files that no training wrote, such as {foreign}. Choose an empty "
-            f"directory as `out`."
+            f"{root} holds files that no training wrote, such as {name}. "
+            "Choose an empty directory as `out`."
         )
 
 
@@ -60,13 +60,13 @@ def require_same(config: TrainingConfig, inputs: Mapping[str, object]) -> None:
     recorded = json.loads(read(url))
     if names := [name for name in settings if recorded.get(name) != settings[name]]:
         raise FingerprintError(
-            f"{config.out} was begun with another {', '.join(names)}. Choose another `out`, or "
-            f"restore the old settings and inputs."
+            f"{config.out} was begun with another {', '.join(names)}. "
+            "Choose another `out`, or restore the old settings and inputs."
         )
 
 
 def _settings_url(out: str) -> str:
-    return internal_url(out, "training.json")
+    return training_url(out, "training.json")
 
 
 @contextmanager

@@ -14,7 +14,10 @@ from vitray.training.config import TrainingConfig
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A network's answers for labelled images. ids: int64 [N]; scores, losses: float32 [N]."""
+    """A network's best label for each labelled image, with its score, and the loss.
+
+    ids: int64 [N]; scores, losses: float32 [N].
+    """
 
     ids: np.ndarray
     scores: np.ndarray
@@ -36,19 +39,19 @@ def merit(record: dict[str, float], metric: str) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The held-out images and the new model's answers.
+    """The held-out images, and the new model's labels for them.
 
     truth: int64 [N]. pixels: uint8 [N, H, W, 3], None for a linear probe.
     """
 
     keys: list[str]
     truth: np.ndarray
-    answers: Evaluation
+    evaluation: Evaluation
     pixels: np.ndarray | None
 
 
 @dataclass(frozen=True)
-class Result:
+class TrainingResult:
     """What was trained.
 
     figures: of the chosen weights, on the held-out images. skipped: images that were not used.
@@ -86,7 +89,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainingOutcome:
     """A finished training.
 
     base: the checkpoint that it started from. records: of its steps and epochs, or of the
@@ -101,9 +104,9 @@ class Outcome:
     figures: dict[str, float]
     held_out: HeldOut | None  # None: no image was held out
 
-    def result(self, images: int, epochs: int, seconds: float, is_model: bool) -> Result:
+    def result(self, images: int, epochs: int, seconds: float, is_model: bool) -> TrainingResult:
         """The result of the command. images: those that were trained on."""
-        return Result(
+        return TrainingResult(
             out=absolute(self.config.out),
             train=self.config.train,
             classes=len(self.classes),

@@ -19,7 +19,7 @@ from vitray.models.linear_head import Head, write_head
 from vitray.models.pixels import FILES
 from vitray.storage import absolute, join, store_for
 from vitray.training.config import TEACHER_FIELDS, TrainingConfig
-from vitray.training.outcome import Outcome
+from vitray.training.outcome import TrainingOutcome
 from vitray.training.page import page_of
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ PRIVATE_FIELDS = {
 MARKDOWN_SAFE = "_.,-'"  # punctuation that needs no escape
 
 
-def write(outcome: Outcome, module: Any | None, head: Head | None) -> None:
+def write(outcome: TrainingOutcome, module: Any | None, head: Head | None) -> None:
     """Write every file of OUT, config.json last: with it the directory is a checkpoint.
 
     module: of transformers. Raises StorageError.
@@ -111,7 +111,7 @@ def _upload(folder: str, out: str) -> None:
             store_for(url).replace(url, file.read())
 
 
-def _card(outcome: Outcome, is_model: bool) -> str:
+def _card(outcome: TrainingOutcome, is_model: bool) -> str:
     """README.md of the model. It names no source and no local path: other people may read it."""
     base = outcome.base.model if outcome.base.revision else None
     versions = package_versions()
@@ -159,8 +159,8 @@ def _card_notes(config: TrainingConfig) -> list[str]:
     if config.teacher or config.teacher_model:
         learnt = "scores" if config.distill == "labels" else "embeddings"
         notes.append(
-            f"It learnt the {learnt} of a teacher, with a weight of {config.teacher_weight:g} "
-            f"beside the labels."
+            f"It learnt the {learnt} of a teacher, "
+            f"with a weight of {config.teacher_weight:g} beside the labels."
         )
     if config.from_dataset and config.label_column == "label" and not config.label_table:
         notes.append(

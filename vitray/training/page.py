@@ -10,7 +10,7 @@ import numpy as np
 
 from vitray.evaluation.metrics import accuracy, commonest_mistakes, confusion
 from vitray.html import axis, rendered
-from vitray.training.outcome import HeldOut, Outcome
+from vitray.training.outcome import HeldOut, TrainingOutcome
 
 MOST_CLASSES = 20  # of a table of all classes against all
 MOST_PAIRS = 20
@@ -19,7 +19,7 @@ MOST_SKIPPED = 100
 LEFT, BOTTOM, WIDTH, HEIGHT = 48, 220, 424, 208  # of the frame in macros.html, in SVG units
 
 
-def page_of(outcome: Outcome) -> str:
+def page_of(outcome: TrainingOutcome) -> str:
     """The page as HTML. Names come from data, so everything is escaped.
 
     Characters that could turn or hide text are replaced.
@@ -38,7 +38,7 @@ def page_of(outcome: Outcome) -> str:
             "confusion": _confusion(outcome.classes, held_out),
             "pairs": _mistakes(outcome.classes, held_out),
             "worst": _worst(outcome.classes, held_out),
-            "accuracy": accuracy(held_out.answers.ids, held_out.truth),
+            "accuracy": accuracy(held_out.evaluation.ids, held_out.truth),
             "images": len(held_out.truth),
         }
     return rendered(
@@ -95,27 +95,27 @@ def _confusion(classes: tuple[str, ...], held_out: HeldOut) -> list[tuple[str, l
     """(class, images by predicted class) of each class; None for too many classes."""
     if len(classes) > MOST_CLASSES:
         return None
-    counts = confusion(held_out.truth, held_out.answers.ids, len(classes))
+    counts = confusion(held_out.truth, held_out.evaluation.ids, len(classes))
     return list(zip(classes, counts.tolist()))
 
 
 def _mistakes(classes: tuple[str, ...], held_out: HeldOut) -> list[tuple[str, str, int]]:
     """(true class, predicted class, images), the commonest first."""
-    pairs = commonest_mistakes(held_out.truth, held_out.answers.ids, MOST_PAIRS)
+    pairs = commonest_mistakes(held_out.truth, held_out.evaluation.ids, MOST_PAIRS)
     return [(classes[true], classes[predicted], images) for true, predicted, images in pairs]
 
 
 def _worst(classes: tuple[str, ...], held_out: HeldOut) -> list[dict[str, Any]]:
     """The wrongly labelled images with the largest losses."""
-    answers, truth = held_out.answers, held_out.truth
-    by_loss = np.argsort(-answers.losses, kind="stable")
-    wrong = by_loss[answers.ids[by_loss] != truth[by_loss]]
+    evaluation, truth = held_out.evaluation, held_out.truth
+    by_loss = np.argsort(-evaluation.losses, kind="stable")
+    wrong = by_loss[evaluation.ids[by_loss] != truth[by_loss]]
     return [
         {
             "key": held_out.keys[n],
             "true": classes[truth[n]],
-            "predicted": classes[answers.ids[n]],
-            "score": float(answers.scores[n]),
+            "predicted": classes[evaluation.ids[n]],
+            "score": float(evaluation.scores[n]),
             "picture": _picture(held_out.pixels[n]) if held_out.pixels is not None else None,
         }
         for n in wrong[:MOST_WORST]

@@ -11,7 +11,7 @@ import torch
 
 from vitray.dataset import Dataset, choose_vector, matrix_of, require_complete
 from vitray.errors import ModelError
-from vitray.models import checkpoint
+from vitray.models import checkpoint_store
 from vitray.models.checkpoint import Checkpoint
 from vitray.models.exported import hash_model, read_graph
 from vitray.models.linear_head import Head
@@ -24,7 +24,7 @@ from vitray.training.labelled_source import LabelledSource, LabelledVectors
 from vitray.training.labels import choose_classes, class_ids, require_both_sides, require_labels
 from vitray.training.linear_probe import LabelledRows, LinearProbe, evaluate_head, fit_linear_probe
 from vitray.training.out_folder import require_same
-from vitray.training.outcome import HeldOut, Outcome, Result
+from vitray.training.outcome import HeldOut, TrainingOutcome, TrainingResult
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class _Data:
     skipped: list[dict[str, str]]
 
 
-def train_linear_probe(config: TrainingConfig) -> Result:
+def train_linear_probe(config: TrainingConfig) -> TrainingResult:
     """Fit the probe and write OUT. Raises JobError, ModelError and StorageError."""
     started = time.monotonic()
     dataset = require_complete(str(config.dataset))
@@ -82,13 +82,13 @@ def _base(config: TrainingConfig, dataset: Dataset) -> Checkpoint:
     """The model of the dataset. Raises ModelError if `model` names another one."""
     spec = dataset.spec
     if config.model:
-        base = checkpoint.locate(config.model, config.revision)
+        base = checkpoint_store.locate(config.model, config.revision)
     else:
-        base = checkpoint.locate(spec.model, spec.revision)
+        base = checkpoint_store.locate(spec.model, spec.revision)
     if hash_model(base) != spec.weights_sha256:
         raise ModelError(
-            f"{base.model} is not the model of {dataset.out}: its weights differ. Leave `model` "
-            f"out, or make a new dataset."
+            f"{base.model} is not the model of {dataset.out}: its weights differ. "
+            "Leave `model` out, or make a new dataset."
         )
     return base
 
@@ -114,12 +114,14 @@ def _split(config: TrainingConfig, labelled: LabelledVectors) -> _Data:
     )
 
 
-def _outcome(config: TrainingConfig, base: Checkpoint, data: _Data, probe: LinearProbe) -> Outcome:
+def _outcome(
+    config: TrainingConfig, base: Checkpoint, data: _Data, probe: LinearProbe
+) -> TrainingOutcome:
     held_out = None
     if len(data.held_out.ids) > 0:
-        answers = evaluate_head(probe.weight, probe.bias, data.held_out)
-        held_out = HeldOut(data.held_out_keys, data.held_out.ids, answers, pixels=None)
-    return Outcome(
+        evaluation = evaluate_head(probe.weight, probe.bias, data.held_out)
+        held_out = HeldOut(data.held_out_keys, data.held_out.ids, evaluation, pixels=None)
+    return TrainingOutcome(
         config=config,
         base=base,
         classes=data.classes,

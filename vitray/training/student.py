@@ -94,8 +94,8 @@ def _freeze(student: Student, network: Network, config: TrainingConfig) -> None:
     if config.train == "last":
         if config.last > len(network.blocks):
             raise JobError(
-                f"last: {config.last}, and the model has {len(network.blocks)} blocks. Set a "
-                f"smaller one, or train: full."
+                f"last: {config.last}, and the model has {len(network.blocks)} blocks. "
+                "Set a smaller one, or train: full."
             )
         learning += network.blocks[-config.last :]
         learning += [

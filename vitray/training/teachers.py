@@ -58,8 +58,8 @@ class StoredTeacher:
         is_missing = self.rows < 0
         if is_missing.all():
             raise JobError(
-                f"teacher {dataset.out} has none of these images (by their bytes). Run its job on "
-                f"them first."
+                f"teacher {dataset.out} has none of these images (by their bytes). "
+                "Run its job on them first."
             )
         if is_missing.any():
             log.warning(
@@ -139,8 +139,8 @@ def _student_ids(labels: Sequence[str], classes: tuple[str, ...]) -> np.ndarray:
     missing = next((name for name in labels if name not in ids), None)
     if missing is not None:
         raise JobError(
-            f"the teacher's class {missing} is not among `classes`. Name all of the teacher's, or "
-            f"leave `classes` out."
+            f"the teacher's class {missing} is not among `classes`. "
+            "Name all of the teacher's, or leave `classes` out."
         )
     return np.array([ids[name] for name in labels])
 

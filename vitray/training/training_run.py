@@ -6,9 +6,9 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vitray.dataset import Dataset, internal_url, require_complete
+from vitray.dataset import Dataset, require_complete, training_url
 from vitray.errors import JobError, ModelError
-from vitray.models import checkpoint
+from vitray.models import checkpoint, checkpoint_store
 from vitray.models.checkpoint import Checkpoint
 from vitray.models.exported import read_graph
 from vitray.models.pixels import read_pixels
@@ -86,16 +86,16 @@ class TrainingRun:
 
 def state_folder(out: str) -> str:
     """The URL of the folder of a training's checkpoints."""
-    return internal_url(out, "state")
+    return training_url(out, "state")
 
 
 def _trainable(model: str, revision: str | None) -> Checkpoint:
     """Raises ModelError for an export whose weights are in a graph."""
-    base = checkpoint.locate(model, revision)
+    base = checkpoint_store.locate(model, revision)
     if export := read_graph(base):
         raise ModelError(
-            f"{model} is an export ({export.to}), which cannot be trained. Give {export.source}, "
-            f"the checkpoint that it was made of."
+            f"{model} is an export ({export.to}), which cannot be trained. "
+            f"Give {export.source}, the checkpoint that it was made of."
         )
     return base
 
@@ -105,7 +105,7 @@ def _teacher_classes(
 ) -> tuple[str, ...]:
     """The classes whose scores are learnt; none without a teacher, or if its vectors are learnt.
 
-    Raises JobError for a teacher without labels, and for scores that are no distribution.
+    Raises JobError for a teacher without labels, and for scores that do not add up to 1.
     """
     if config.distill == "embedding":
         return ()
@@ -123,12 +123,12 @@ def _distribution(name: str, labels: tuple[str, ...], is_multi_label: bool) -> t
     """The labels. Raises JobError unless the scores of all of them add up to 1."""
     if not labels:
         raise JobError(
-            f"teacher {name} holds no labels. Set distill: embedding, or give a teacher with "
-            f"labels."
+            f"teacher {name} holds no labels. "
+            "Set distill: embedding, or give a teacher with labels."
         )
     if is_multi_label:
         raise JobError(
-            f"teacher {name} has scores of independent classes, which are no distribution. Set "
-            f"distill: embedding."
+            f"teacher {name} has scores of independent classes, which do not add up to 1. "
+            "Set distill: embedding."
         )
     return labels

@@ -11,11 +11,10 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from vitray.dataset import internal_url
-from vitray.errors import ClusterError, VitrayError, one_line
-from vitray.pipeline.cluster import RETRIES, alive_nodes, ray_session
+from vitray.dataset import training_url
+from vitray.errors import ClusterError, TakenOver, one_line
+from vitray.pipeline.cluster import RETRIES, alive_nodes, ray_session, root_error
 from vitray.storage import exists, store_for
-from vitray.training.checkpoints import TakenOver
 from vitray.training.config import TrainingConfig
 from vitray.training.fitting import WorkerGroup
 from vitray.training.training_run import TrainingRun
@@ -30,7 +29,7 @@ def fit_with_ray(config: TrainingConfig, owner: str, address: str | None, allow_
     If a worker dies, all begin again from the last checkpoint, at most three times. Raises
     ClusterError, and what a worker raises.
     """
-    began = internal_url(config.out, f"began-{uuid.uuid4().hex}")
+    began = training_url(config.out, f"began-{uuid.uuid4().hex}")
     with ray_session(address, allow_open), tempfile.TemporaryDirectory(prefix="vitray-") as scratch:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
@@ -85,8 +84,8 @@ def _require_resources(workers: int, resource: str) -> None:
     available = sum(node["Resources"].get(resource, 0) for node in alive_nodes())
     if available < workers:
         raise ClusterError(
-            f"{workers} workers need a {resource} each, and the cluster has {available:g}. Set "
-            f"fewer `workers`, add machines, or set device: cpu."
+            f"{workers} workers need a {resource} each, and the cluster has {available:g}. "
+            "Set fewer `workers`, add machines, or set device: cpu."
         )
 
 
@@ -113,17 +112,9 @@ def run_watched(fit: Callable[[], object], began: str) -> None:
         has_begun = has_begun or exists(began)
         if not has_begun and time.monotonic() - started > START_S:
             raise ClusterError(
-                f"no worker has begun in {START_S:g} s. Look at `ray status`, and check that every "
-                f"machine can read `out`; then run again."
+                f"no worker has begun in {START_S:g} s. Look at `ray status`, "
+                "and check that every machine can read `out`; then run again."
             )
     if failures:
-        other = ClusterError(f"the training failed: {one_line(failures[0])}. Run again to go on.")
-        raise _vitray_error(failures[0]) or other from failures[0]
-
-
-def _vitray_error(error: BaseException | None) -> VitrayError | None:
-    """The VitrayError that a worker raised, inside the errors that Ray wraps around it."""
-    while error is not None and not isinstance(error, VitrayError):
-        worker_failures = getattr(error, "worker_failures", {}).values()
-        error = error.__cause__ or next(iter(worker_failures), None)
-    return error
+        other = ClusterError(f"the training failed: {one_line(failures[0])}. Run again to resume.")
+        raise root_error(failures[0]) or other from failures[0]

@@ -1,6 +1,4 @@
-"""`vitray submit` on a real head with its dashboard and a token, on loopback: what travels, how it
-is followed, and how it ends.
-"""
+"""`vitray submit` on a real head with its dashboard and a token, on loopback."""
 
 from __future__ import annotations
 

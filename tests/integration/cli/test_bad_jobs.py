@@ -14,5 +14,5 @@ def test_a_message_of_megabytes_is_shortened_in_its_middle(vitray: Call, tmp_pat
     code, _, err = vitray("run", tmp_path / "job.yaml")
     assert code == 2 and len(err) < 5000
     assert err.startswith("JobError: the job is not valid: `labels`: label xxx") and err.endswith(
-        "xxx is there twice\n"
+        "xxx appears twice\n"
     )

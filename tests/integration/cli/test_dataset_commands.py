@@ -7,7 +7,7 @@ from pathlib import Path
 
 from factories import hand_made
 from support.command_line import Call
-from vitray.dataset import committed
+from vitray.dataset import committed_files
 from vitray.sources import list_shards
 
 
@@ -19,6 +19,6 @@ def test_clean_removes_orphans_and_keeps_what_a_run_needs(vitray: Call, tmp_path
         folder.mkdir(parents=True)
         (folder / "0000000000-0000000004.arrow").write_bytes(b"x")
     code, out, _ = vitray("clean", dataset.out)
-    assert (code, out) == (0, f"gone-0000000000-00000000\n{done}\nremoved 2 orphans\n")
+    assert (code, out) == (0, f"gone-0000000000-00000000\n{done}\nremoved 2 items\n")
     assert os.listdir(tmp_path / "out" / "_vitray" / "staging") == [waiting]
-    assert len(committed(dataset.out)) == 2
+    assert len(committed_files(dataset.out)) == 2

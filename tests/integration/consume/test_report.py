@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import duckdb
+import pandas as pd
 import pytest
 import yaml
 from PIL import Image
@@ -20,7 +21,7 @@ from factories import hand_made, shards
 from support.reports import Tables
 from vitray.consume.report import report, write_card
 from vitray.consume.report.counts import count
-from vitray.dataset import Dataset, data_files, open_dataset
+from vitray.dataset import Dataset, card_url, data_files, open_dataset
 from vitray.errors import JobError
 
 
@@ -196,7 +197,8 @@ def test_the_command_writes_both_without_torch_or_ray(shapes_dataset: str, tmp_p
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "page.html: 300 images" in done.stdout and "README.md: the dataset card" in done.stdout
-    (Path(shapes_dataset) / "README.md").unlink()
+    assert len(pd.read_parquet(shapes_dataset)) == 297  # the card is not in the way
+    Path(card_url(shapes_dataset)).unlink()
 
 
 def _dataset(out: str) -> Dataset:

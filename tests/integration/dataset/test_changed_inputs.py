@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from factories.hand_made import finish_with
 from support.dataset_parts import commit, error_table, input_shard, make, names_of, success
-from vitray.dataset import committed, data_files, finish, read, read_manifest
+from vitray.dataset import committed_files, data_files, read, read_manifest, write_manifest
 from vitray.schema import Shard
 from vitray.storage import exists, join
 
@@ -19,9 +19,9 @@ def test_a_superseded_version_stays_until_its_replacement_is_committed(quick_out
     listed = [new.id, kept.id]
 
     finish_with(dataset, listed, listed)
-    assert set(committed(quick_out)) == {old.id, kept.id} and success(quick_out) is None
+    assert set(committed_files(quick_out)) == {old.id, kept.id} and success(quick_out) is None
     finish_with(dataset, listed, [kept.id])
-    assert set(committed(quick_out)) == {old.id, kept.id}, (
+    assert set(committed_files(quick_out)) == {old.id, kept.id}, (
         "`limit` leaves the new version quick_out: the old one is all there is"
     )
 
@@ -31,7 +31,9 @@ def test_a_superseded_version_stays_until_its_replacement_is_committed(quick_out
         "never two versions of an input, also before the manifest step"
     )
     finish_with(dataset, listed, listed)
-    assert set(committed(quick_out)) == {new.id, kept.id} and not exists(dataset.errors_url(old.id))
+    assert set(committed_files(quick_out)) == {new.id, kept.id} and not exists(
+        dataset.errors_url(old.id)
+    )
     assert data_files(quick_out) == [dataset.data_url(shard) for shard in sorted(listed)]
     assert read(quick_out).num_rows == 10 and success(quick_out) is not None
 
@@ -55,7 +57,7 @@ def test_a_gone_input_keeps_its_rows_until_prune(quick_out: str) -> None:
     assert read(quick_out).num_rows == 7
     ledger = finish_with(dataset, [one.id], [one.id], prune=True)
     assert (ledger.gone, ledger.shards, ledger.rows) == (0, 1, 4)
-    assert list(committed(quick_out)) == [one.id] and names_of(quick_out, "_errors/") == [] and names_of(quick_out, "manifest-") == [
+    assert list(committed_files(quick_out)) == [one.id] and names_of(quick_out, "_errors/") == [] and names_of(quick_out, "manifest-") == [
         f"_vitray/{ledger.manifest}"
     ]  # fmt: skip
 
@@ -73,8 +75,8 @@ def test_a_version_that_was_committed_after_the_listing_is_not_removed(quick_out
         commit(dataset, later[0], 4)
         return [old.id], [old.id]
 
-    ledger = finish(dataset, list_ids)
-    assert committed(quick_out).keys() == {later[0].id}
+    ledger = write_manifest(dataset, list_ids)
+    assert committed_files(quick_out).keys() == {later[0].id}
     assert (ledger.rows, ledger.pending) == (4, 0) and read_manifest(quick_out)[
         "shard"
     ].to_pylist() == [later[0].id]
@@ -93,9 +95,9 @@ def test_an_input_that_arrived_after_the_listing_is_not_pruned(quick_out: str) -
             ids.append(arrived.id)
         return listed, listed
 
-    assert finish(dataset, list_ids, prune=True).shards == 2 and committed(quick_out).keys() == set(
-        ids
-    )
+    assert write_manifest(dataset, list_ids, prune=True).shards == 2 and committed_files(
+        quick_out
+    ).keys() == set(ids)
 
 
 def test_an_outdated_version_keeps_its_errors_and_its_place_in_the_manifest(quick_out: str) -> None:
@@ -114,6 +116,6 @@ def test_an_outdated_version_keeps_its_errors_and_its_place_in_the_manifest(quic
             and exists(join(quick_out, "_SUCCESS.json")) == is_done
         )
     commit(dataset, new, 4)
-    assert finish_with(dataset, [new.id], [new.id]).rows == 4 and committed(quick_out).keys() == {
-        new.id
-    }
+    assert finish_with(dataset, [new.id], [new.id]).rows == 4 and committed_files(
+        quick_out
+    ).keys() == {new.id}

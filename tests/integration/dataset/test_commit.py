@@ -27,7 +27,14 @@ from support.dataset_parts import (
     stage,
     stored,
 )
-from vitray.dataset import Commit, RowsDigest, commit_shard, committed, read_footer, resolve_dataset
+from vitray.dataset import (
+    Commit,
+    RowsDigest,
+    commit_shard,
+    committed_files,
+    read_footer,
+    resolve_dataset,
+)
 from vitray.errors import ObjectChanged
 from vitray.storage import is_local, join, store_for
 from vitray.storage import read as read_object
@@ -133,4 +140,4 @@ def test_a_changed_or_deleted_input_is_not_committed(out: str) -> None:
     store_for(out).delete([shard.url])
     with pytest.raises(ObjectChanged, match=r"cats\.tar"):
         commit_shard(dataset, shard)
-    assert committed(out) == {}
+    assert committed_files(out) == {}

@@ -26,7 +26,14 @@ from support.dataset_parts import (
     stored,
 )
 from support.s3_proxy import FORWARD, LOSE, Call, Proxy
-from vitray.dataset import Commit, Dataset, commit_shard, committed, staged, write_fragment
+from vitray.dataset import (
+    Commit,
+    Dataset,
+    commit_shard,
+    committed_files,
+    list_staged,
+    write_fragment,
+)
 from vitray.errors import CommitError, StorageError
 from vitray.schema import Shard
 from vitray.storage import read as read_object
@@ -203,7 +210,7 @@ def test_a_commit_that_never_arrives_is_an_error_and_keeps_its_staging(
     proxy.rule = lambda call: 503 if WINDOWS["before the create"](call) else FORWARD
     with pytest.raises(StorageError, match=r"data/cats.*no answer in 10 attempts"):
         commit_shard(dataset, shard)
-    assert staged(dataset, shard.id).covers() and committed(dataset.out) == {}
+    assert list_staged(dataset, shard.id).covers() and committed_files(dataset.out) == {}
     proxy.rule = lambda call: FORWARD
     done = commit_shard(dataset, shard)
     assert done is not None and not done.adopted

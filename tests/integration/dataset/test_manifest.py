@@ -27,8 +27,8 @@ from vitray.dataset import (
     append_group_log,
     clean,
     commit_shard,
-    committed,
-    forget,
+    committed_files,
+    delete_data_files,
     read,
     read_manifest,
     staged_shards,
@@ -187,7 +187,7 @@ def test_a_name_with_manifest_in_it_is_no_manifest(quick_out: str) -> None:
     ledger = finish_with(dataset, [done.id, underway.id], [done.id, underway.id])
     assert finish_with(dataset, [done.id, underway.id], [done.id, underway.id]) == ledger
     assert set(stored(out)) == files | {f"_vitray/{ledger.manifest}"}
-    forget(dataset, [])
+    delete_data_files(dataset, [])
     assert set(stored(out)) == files
     assert clean(dataset, [underway.id]) == [] and set(stored(out)) == files
 
@@ -205,7 +205,7 @@ def test_a_manifest_that_another_run_replaces_while_it_is_read_is_looked_for_aga
     def overtaken(url: str) -> pa.Table:
         if next(chances, False):
             commit(dataset, input_shard(quick_out, "dogs"), 4)
-            two = sorted(committed(quick_out))
+            two = sorted(committed_files(quick_out))
             finish_with(dataset, two, two)
         return real(url)
 

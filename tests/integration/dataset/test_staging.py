@@ -15,7 +15,7 @@ from support.dataset_parts import (
     stage_fragments,
     stored,
 )
-from vitray.dataset import read_fragment, staged, staged_intact, write_fragment
+from vitray.dataset import list_staged, read_fragment, repair_staging, write_fragment
 from vitray.schema import End
 from vitray.storage import join, store_for
 from vitray.storage import read as read_object
@@ -51,12 +51,12 @@ def test_every_damaged_fragment_is_deleted(quick_out: str) -> None:
     copy_file(dataset, join(dataset.staging_url("other"), "0000000004-0000000008.arrow"), url(4, 8))
     store_for(quick_out).replace(url(8, 12), content)
     store_for(quick_out).replace(url(12, 16), content[: len(content) // 2])
-    parts = staged_intact(dataset, shard.id)
+    parts = repair_staging(dataset, shard.id)
     assert (
         list(parts.ranges()) == [(0, 4), (16, 20)]
         and parts.ends == (End(20),)
         and not parts.covers()
     )
-    assert staged(dataset, shard.id) == parts
+    assert list_staged(dataset, shard.id) == parts
     stage_fragments(dataset, shard, 20, {})
-    assert staged_intact(dataset, shard.id).covers()
+    assert repair_staging(dataset, shard.id).covers()

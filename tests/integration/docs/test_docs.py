@@ -18,7 +18,10 @@ from vitray.job import Job
 from vitray.operations.costing import PRICES
 from vitray.training.config import TrainingConfig
 
-FIRST_WORDS = {"vitray", "export", "python", "until", "case", "done", "pip", "make", "mkdir", "."}
+FIRST_WORDS = {
+    *("vitray", "export", "python", "pip", "make", "mkdir", ".", "hf"),
+    *("for", "until", "case", "done"),
+}
 LANGUAGES = {"sh", "crontab", "yaml", "python", "text", "sql"}
 
 

@@ -16,7 +16,8 @@ from support.model_exports import UNSEEN, export_job
 from vitray.dataset import Dataset
 from vitray.decoding.decode import decode
 from vitray.errors import Disagreement, JobError
-from vitray.evaluation import agreement, samples
+from vitray.evaluation import agreement
+from vitray.model_export import samples
 from vitray.models import identify
 from vitray.schema import Encoded
 from vitray.vectors import top_k
@@ -47,7 +48,7 @@ def test_calibration_and_comparison_share_no_image_and_copies_count_once(
         shutil.copy(path, folder / f"{n}-again.png")
     (folder / "bad.png").write_bytes(b"no image")
     few = samples.sample_images(export_job(shapes_model, str(folder)), spec, calibrates=True)
-    assert (len(few.calibration), len(few.compared), few.apart) == (30, 30, False)
+    assert (len(few.calibration), len(few.compared), few.is_disjoint) == (30, 30, False)
     with tarfile.open(tmp_path / "t.tar", "w") as tar:
         tar.add(photos, ".")
     assert (

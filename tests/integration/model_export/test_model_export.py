@@ -21,7 +21,7 @@ from vitray.evaluation import agreement
 from vitray.job import Embedding
 from vitray.model_export.export import ExportedModel, export_model
 from vitray.models import Predictions, engines, identify, onnx_engine
-from vitray.models.checkpoint import locate
+from vitray.models.checkpoint_store import locate
 from vitray.models.exported import read_export, seal
 from vitray.models.linear_head import Head, write_head
 from vitray.operations import demo_model
@@ -43,8 +43,12 @@ def test_a_float_export_equals_torch_within_a_thousandth(
     tmp_path: Path, shapes_model: str, photos: str, to: str
 ) -> None:
     exported = export_model(export_job(shapes_model, photos), to, "", str(tmp_path / "x"), 0.999)
-    assert exported.judgement.error is not None and exported.judgement.error < 1e-3
-    assert (exported.judgement.agreement, exported.judgement.images, exported.judgement.apart) == (
+    assert exported.comparison.error is not None and exported.comparison.error < 1e-3
+    assert (
+        exported.comparison.share(),
+        exported.comparison.images,
+        exported.comparison.is_disjoint,
+    ) == (
         1.0,
         240,
         True,
@@ -53,7 +57,7 @@ def test_a_float_export_equals_torch_within_a_thousandth(
     files = [
         path.stat().st_size for path in (tmp_path / "x").iterdir() if not path.name.endswith(small)
     ]
-    assert exported.judgement.megabytes == sum(files) / 1e6
+    assert exported.comparison.size.megabytes == sum(files) / 1e6
     expected = run(job_for(shapes_model, top_k=6, embeddings=[Embedding()]), UNSEEN[0])
     if to == "torch-export":  # what others open
         program = torch.export.load(str(tmp_path / "x/model.pt2")).module()
@@ -95,10 +99,15 @@ def test_the_directory_describes_the_export_and_its_original(
         "int8",
         ["scores", "mean_2", "cls_last"],
     )
-    assert said["judgement"]["agreement"] == exported.judgement.agreement
+    assert said["judgement"] == exported.comparison.as_json()
+    assert list(said["judgement"]) == [
+        "images", "calibrated_on", "apart", "megabytes", "ratio", "torch_precision", "precision",
+        "agreement", "top5", "cosine", "least_cosine", "error", "speed", "slowest", "fastest",
+        "images_s", "torch_images_s",
+    ]  # fmt: skip
     card = Path(into, "README.md").read_text()
     assert (
-        f"| same label | {exported.judgement.agreement:.2%} |" in card
+        f"| same label | {exported.comparison.share():.2%} |" in card
         and original in card
         and "| speed |" in card
     )
@@ -200,9 +209,9 @@ def test_a_head_goes_into_the_graph(
         into,
     )
     assert (
-        exported.judgement.agreement == 1.0
-        and exported.judgement.error is not None
-        and exported.judgement.error < 1e-3
+        exported.comparison.share() == 1.0
+        and exported.comparison.error is not None
+        and exported.comparison.error < 1e-3
     )
     expected = run(job_for(shapes_model, top_k=3, head=str(tmp_path)), UNSEEN[0])
     found = run(job_for(into, top_k=3, engine="auto"), UNSEEN[0])
@@ -259,12 +268,7 @@ def test_agreement_and_error_equal_those_computed_by_hand() -> None:
     a = Predictions(ids, scores, {"e": np.array([[1, 0], [0, 2]], np.float32)})
     other = np.array([[0, 1, 2, 3, 5, 4], [4, 5, 3, 2, 1, 0]], np.int32)
     b = Predictions(other, scores, {"e": np.array([[1, 0], [2, 0]], np.float32)})
-    assert agreement.measure_agreement(a, b) == {
-        "agreement": 0.5,
-        "top5": (0.8 + 1) / 2,
-        "cosine": 0.5,
-        "least_cosine": 0.0,
-    }
+    assert agreement.measure_agreement(a, b) == agreement.Agreement(0.5, 0.9, 0.5, 0.0)
     assert agreement.measure_error(a, a) == 0 and agreement.measure_error(a, b) == pytest.approx(
         np.sqrt(2)
     )
@@ -304,12 +308,12 @@ def test_onnx_takes_the_best_of_what_is_there_on_a_gpu_and_the_cpu_alone_without
         == onnx_engine.providers("cuda", [cpu])
         == [cpu]
     )
-    assert "runs on the CPU, and this job on cuda" in (
-        engines.refusal("onnx", "cuda", "fp32") or ""
+    assert "runs on the CPU, and this job on cuda" in str(
+        engines.engine_refusal("onnx", "cuda", "fp32")
     )
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: [cuda, cpu])
-    assert engines.refusal("onnx", "cuda", "fp32") is None
-    assert "runs on the CPU" in (engines.refusal("onnx", "xpu", "fp32") or "")
+    assert engines.engine_refusal("onnx", "cuda", "fp32") is None
+    assert "runs on the CPU" in str(engines.engine_refusal("onnx", "xpu", "fp32"))
     with pytest.raises(ModelError, match="decode: gpu leaves pixels to engine torch"):
         engines.require_pixels("onnx", "gpu")
     engines.require_pixels("torch", "gpu")

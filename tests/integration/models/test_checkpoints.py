@@ -13,7 +13,7 @@ import pytest
 from factories.small_models import drop_weights, job_for, make_checkpoint, noise, run
 from vitray.errors import ModelError
 from vitray.models import identify, open_model
-from vitray.models.checkpoint import locate
+from vitray.models.checkpoint_store import locate
 from vitray.schema import ModelOutputs
 
 

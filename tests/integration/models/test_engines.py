@@ -68,7 +68,7 @@ def test_an_engine_that_is_not_installed_is_named_with_its_extra(
     for act in (lambda: identify(job), lambda: open_job(job, spec)):
         with pytest.raises(
             ModelError,
-            match=rf"engine {engine} is not installed here: pip install 'vitray\[{engine}\]'",
+            match=rf"engine {engine} is not installed here\. Install it \(pip install 'vitray\[{engine}\]'\)",
         ):
             act()
 
@@ -82,15 +82,19 @@ def test_precisions_and_devices_that_an_engine_has_not_are_refused(tmp_path: Pat
         identify(job_for(directory, engine="onnx", precision="bf16"))
     with pytest.raises(ModelError, match="engine openvino computes in bf16 or fp32, not in fp16"):
         identify(job_for(directory, engine="openvino", precision="fp16"))
-    assert "runs on the CPU, and this job on cuda" in (
-        engines.refusal("openvino", "cuda", "bf16") or ""
+    assert "runs on the CPU, and this job on cuda" in str(
+        engines.engine_refusal("openvino", "cuda", "bf16")
     )
-    assert engines.usable("cuda", "bf16")[0] == engines.usable("cpu", "fp16")[0] == ["torch"]
-    assert engines.usable("cpu", "bf16") == (
+    assert (
+        engines.usable_engines("cuda", "bf16")[0]
+        == engines.usable_engines("cpu", "fp16")[0]
+        == ["torch"]
+    )
+    assert engines.usable_engines("cpu", "bf16") == (
         ["torch", "openvino"],
         "onnx left out (computes in fp32, not in bf16)",
     )
-    assert engines.usable("cpu", "fp32") == (list(ENGINES), "")
+    assert engines.usable_engines("cpu", "fp32") == (list(ENGINES), "")
 
 
 @pytest.mark.parametrize("engine", OTHERS)

@@ -16,7 +16,7 @@ from factories.small_models import edit, job_for, noise, run
 from support.text_towers import IMAGES, LABELS, WORDS, by_label, pipeline_scores
 from vitray.errors import ModelError
 from vitray.job import load_job
-from vitray.models import checkpoint, identify, with_label_names
+from vitray.models import checkpoint_store, identify, with_label_names
 
 
 # from
@@ -87,9 +87,9 @@ def test_the_tokenizers_files_come_with_a_checkpoint_from_s3(
     for name in ("spiece.model", "tokenization.py", "rust_model.ot"):
         store_for(there).replace(join(there, name), b"-")
     np.testing.assert_allclose(run(job_for(there, LABELS), noise(2)).scores, expected, atol=1e-6)
-    copied = set(os.listdir(checkpoint.locate(there, None).directory))
+    copied = set(os.listdir(checkpoint_store.locate(there, None).directory))
     assert {"merges.txt", "vocab.json", "spiece.model"} <= copied and not copied & {
         "tokenization.py",
         "rust_model.ot",
     }
-    assert {"merges.txt", "spiece.model"} <= set(checkpoint.HUB_FILES)
+    assert {"merges.txt", "spiece.model"} <= set(checkpoint_store.HUB_FILES)

@@ -12,7 +12,7 @@ from pathlib import Path
 import vitray
 from factories.shards import pictures, put_files
 from factories.small_models import make_checkpoint
-from vitray.dataset import committed, load_group_log
+from vitray.dataset import committed_files, load_group_log
 
 
 def cli(*argv: object) -> subprocess.CompletedProcess[str]:
@@ -44,7 +44,10 @@ def test_the_next_dataset_has_the_shards_of_the_old_one(shapes_model: str, tmp_p
     done = cli(*argv)
     assert done.returncode == 0, done.stderr
     old, new = f"{tmp_path}/out", f"{tmp_path}/out-vit-v2"
-    assert committed(new).keys() == committed(old).keys() and len(committed(new)) == 3
+    assert (
+        committed_files(new).keys() == committed_files(old).keys()
+        and len(committed_files(new)) == 3
+    )
     assert load_group_log(new) == load_group_log(old)
     assert cli(*argv).stdout.startswith("0 shards committed now")
     told = json.loads(cli("compare", old, new, "--json").stdout)

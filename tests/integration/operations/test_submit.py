@@ -1,6 +1,4 @@
-"""`vitray submit` on a real head with its dashboard and a token, on loopback: what travels, how it
-is followed, and how it ends.
-"""
+"""The job API's answer without a token, from a local HTTP server."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def test_a_first_run_that_fails_binds_no_later_one(
         raise ShardError("the first run fails here")
 
     with monkeypatch.context() as patched:
-        patched.setattr("vitray.pipeline.runner.check_data", refuse)
+        patched.setattr("vitray.pipeline.runner.require_own_data_files", refuse)
         with pytest.raises(ShardError):
             vitray.run(job_for(folder, tmp_path / "out", top_k=1))
     assert status(str(tmp_path / "out")).last_run["ended"] == "ShardError: the first run fails here"

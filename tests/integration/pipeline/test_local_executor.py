@@ -16,7 +16,7 @@ import pytest
 import vitray
 from factories.shards import Picture, pictures, put_tars
 from support.local_runs import IMAGES, SHARES
-from vitray.dataset import Dataset, open_dataset, read_run_records, staged
+from vitray.dataset import Dataset, list_staged, open_dataset, read_run_records
 from vitray.errors import ClusterError, Interrupted, ModelError, ShardError
 from vitray.operations.planning import status
 from vitray.pipeline.local_executor import LocalExecutor
@@ -162,7 +162,7 @@ def test_a_run_that_is_stopped_stages_the_fragments_in_flight(dataset: Dataset) 
     run_round(other, shards, LocalExecutor(other, shards, SHARES), state)
     assert 16 <= state.progress.images < IMAGES and state.failures == {}
     staged_spans = [
-        staged(other, shard.id).fragments for shard in shards if shard.id not in state.commits
+        list_staged(other, shard.id).fragments for shard in shards if shard.id not in state.commits
     ]
     kept = sum(stop - start for spans in staged_spans for start, stop in spans.items())
     assert (

@@ -26,7 +26,7 @@ from factories.shards import (
     tar_bytes,
 )
 from support.whole_runs import listing, shape_job
-from vitray.dataset import committed, data_files
+from vitray.dataset import committed_files, data_files
 from vitray.errors import ErrorRateExceeded, FingerprintError, JobError, ModelError
 from vitray.job import make_job
 from vitray.operations.planning import status
@@ -275,7 +275,7 @@ def test_a_changed_gone_and_new_input_each_get_their_due(
     put_tars(str(tmp_path / "in"), items[:120], 3, tmp_path)
     job = shape_job(str(tmp_path / "in/*.tar"), shapes_model, str(tmp_path / "out"))
     vitray.run(job)
-    first = committed(job.out)
+    first = committed_files(job.out)
     put(str(tmp_path / "in" / "s-000.tar"), tar_bytes(items[200:230], tmp_path))
     os.remove(tmp_path / "in" / "s-001.tar")
     put(str(tmp_path / "in" / "s-009.tar"), tar_bytes(items[300:310], tmp_path))
@@ -292,7 +292,7 @@ def test_a_changed_gone_and_new_input_each_get_their_due(
     assert {p.key for p in items[200:230]} <= set(keys) and {p.key for p in items[300:310]} <= set(
         keys
     )
-    assert not any(f.startswith("s_000") and f in first for f in committed(job.out))
+    assert not any(f.startswith("s_000") and f in first for f in committed_files(job.out))
     states = {r["shard"][:5]: r["state"] for r in vitray_manifest(job.out)}
     assert states == {"s_000": "current", "s_001": "gone", "s_002": "current", "s_009": "current"}
     pruned = vitray.run(job, prune=True)

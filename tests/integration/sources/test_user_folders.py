@@ -109,8 +109,8 @@ def test_a_limit_that_chooses_every_shard_is_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = write_files(tmp_path / "in", {f"{n:02d}.jpg": jpg(n) for n in range(12)})
-    message = "limit chooses whole shards: 1 of 1 files shard, 12 of 12 images"
-    assert f"chosen     {message}" in str(plan(job_for(folder, tmp_path / "out", limit=3)))
+    message = "limit chooses whole shards: 1 of 1 file shard, 12 of 12 images"
+    assert f"selected   {message}" in str(plan(job_for(folder, tmp_path / "out", limit=3)))
     vitray.run(job_for(folder, tmp_path / "out", limit=3))
     assert caplog.messages[0] == message
 

@@ -87,9 +87,9 @@ def test_limit_and_sample_report_how_many_images_they_choose(
     code, out, _ = cli(*argv)
     assert (
         code == 0
-        and caplog.messages[0] == "limit chooses whole shards: 2 of 3 files shards, 8 of 12 images"
+        and caplog.messages[0] == "limit chooses whole shards: 2 of 3 file shards, 8 of 12 images"
     )
-    assert "not chosen 1 shard with 4 images, by since, sample or limit" in out.splitlines()
+    assert "excluded   1 shard with 4 images, by since, sample or limit" in out.splitlines()
     code, out, _ = cli(*argv, "--json")
     document = json.loads(out)
     assert (document["rows"], document["shards_not_selected"], document["images_not_selected"]) == (

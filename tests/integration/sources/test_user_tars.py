@@ -187,7 +187,7 @@ def test_passthrough_text_of_a_tar_has_no_byte_order_mark_and_a_note_when_it_is_
     labelled = label(write_tar(tmp_path / "in" / "a.tar", members), tmp_path / "out", keep="txt")
     assert [row["txt"] for row in labelled.rows] == ["café", "plain"]
     assert list(labelled.result.notes.values()) == [
-        "1 kept texts are not UTF-8 and were read as Windows-1252"
+        "1 passthrough texts are not UTF-8 and were read as Windows-1252"
     ]
 
 

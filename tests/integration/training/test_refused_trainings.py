@@ -22,13 +22,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
     ("fields", "error", "says"),
     [
         ({"epohcs": 3}, JobError, "unknown field `epohcs`; did you mean `epochs`"),
-        ({"source": None}, JobError, r"not valid: `source`: null is no list; write \[a, b\]$"),
+        ({"source": None}, JobError, r"not valid: `source`: null is not a list; write \[a, b\]$"),
         (
             {"classes": [0, 1, 2]},
             JobError,
             "not valid: `classes.0`: 0 is not text; put it in quotes$",
         ),
-        ({"classes": ["a", " a"]}, JobError, "`classes`: label a is there twice"),
+        ({"classes": ["a", " a"]}, JobError, "`classes`: label a appears twice"),
         ({"dataset": "d"}, JobError, "source and dataset: give one of them"),
         ({"train": "probe", "init": "weights"}, JobError, "stored embeddings: give `dataset`"),
         ({"train": "head"}, JobError, "init: scratch needs train: full"),

@@ -16,12 +16,12 @@ import torch
 
 from support.training_runs import equal, start, weights, write_config
 from vitray.errors import ClusterError, StorageError
-from vitray.models import checkpoint
+from vitray.models import checkpoint_store
 from vitray.storage import store_for
 from vitray.training import checkpoints, outputs, workers
 from vitray.training.config import TrainingConfig
 from vitray.training.finetuning import finetune
-from vitray.training.outcome import Outcome
+from vitray.training.outcome import TrainingOutcome
 from vitray.training.student import prepare
 from vitray.training.training_run import TrainingRun
 
@@ -43,7 +43,7 @@ def test_killed_training_ends_with_equal_weights(small: dict[str, object], tmp_p
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("whole", "killed")
     ]
-    assert re.search(r": going on from step \d+ of 12\n", done.stderr)
+    assert re.search(r": resuming from step \d+ of 12\n", done.stderr)
     assert (
         both[0] == both[1]
         and "epoch 3: loss" in done.stderr
@@ -148,7 +148,7 @@ def test_a_training_that_another_machine_took_over_ends_and_spoils_nothing(
             )
 
     with pytest.raises(
-        StorageError, match=r"another command, on another machine, trains into .*/state now"
+        StorageError, match=r"another command, on another machine, now trains into .*/state"
     ):
         finetune(TrainingConfig(**small, out=out), tell)  # the second epoch is the best so far
     assert epochs == [1] and not os.path.exists(f"{out}/config.json")
@@ -178,9 +178,9 @@ def test_a_checkpoint_before_the_first_update_is_one(
 def test_a_disk_that_is_full_when_the_checkpoint_is_written_is_one_error(
     small: dict[str, object], tmp_path: Path
 ) -> None:
-    found = checkpoint.locate(str(small["model"]), None)
+    found = checkpoint_store.locate(str(small["model"]), None)
     config = TrainingConfig(**{**small, "out": str(tmp_path / "out")})
-    outcome = Outcome(config, found, ("a", "b"), [], [], {}, None)
+    outcome = TrainingOutcome(config, found, ("a", "b"), [], [], {}, None)
     module = prepare(config, found, outcome.classes, None).finished()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))

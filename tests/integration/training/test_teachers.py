@@ -147,7 +147,7 @@ def test_a_teacher_model_sees_what_the_student_sees(
     with pytest.raises(JobError, match=r"bare holds no labels\. Set distill: embedding"):
         finetune(TrainingConfig(**{**fields, "teacher_model": bare}))
     edit(str(teacher / "config.json"), problem_type="multi_label_classification")
-    with pytest.raises(JobError, match="scores of independent classes, which are no distribution"):
+    with pytest.raises(JobError, match="scores of independent classes, which do not add up to 1"):
         finetune(TrainingConfig(**fields))
 
 

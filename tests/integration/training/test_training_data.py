@@ -216,7 +216,7 @@ def test_a_table_of_bytes_and_numbers_and_nothing(tmp_path: Path, small: dict[st
 
     assert labels([b"a.png", b" b "], [b"cat", b" dog"]) == {"a.png": "cat", "b": "dog"}
     assert labels(["a", "b", None, "d"], [1.5, float("nan"), 2.0, None]) == {"a": "1.5"}
-    with pytest.raises(JobError, match=r"\['cat'\] is no label \(l of .*, by its column key\)"):
+    with pytest.raises(JobError, match=r"\['cat'\] is not a label \(l of .*, by its column key\)"):
         labels(["a"], [["cat"]])
     path = tmp_path / "t.csv"
     path.write_text("key,l\na,cat\na, cat\n")

@@ -208,7 +208,7 @@ def test_a_missing_label_is_reported_with_the_place_of_its_lookup(
     long = said(f"file,digit\n6/0000,{'x' * 501}\n6/0001,6\n")
     assert (
         long
-        == f"a label of 501 characters is no class name: {'x' * 40}… Correct `label` (digit of "
+        == f"a label of 501 characters cannot be a class name: {'x' * 40}… Correct `label` (digit of "
         f"{table}, by its column file)."
     )
     del fields["unlabelled"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from support.training_runs import weights
-from vitray.models import checkpoint
+from vitray.models import checkpoint_store
 from vitray.training import examples, fitting
 from vitray.training.config import TrainingConfig
 from vitray.training.finetuning import finetune
@@ -58,7 +58,7 @@ def test_lower_blocks_learn_more_slowly(trained: str, small: dict[str, object]) 
     config = TrainingConfig(
         **{**small, "model": trained, "init": "weights", "out": "x", "layer_decay": 0.5}
     )
-    student = prepare(config, checkpoint.locate(trained, None), tuple("0123456789"), None)
+    student = prepare(config, checkpoint_store.locate(trained, None), tuple("0123456789"), None)
     names = {id(p): name for name, p in student.named_parameters()}
     scales = {
         names[id(p)]: (g["scale"], g["weight_decay"])

@@ -80,8 +80,8 @@ def test_a_plan_of_a_cluster_that_is_killed_leaves_what_later_ones_remove(
             os.utime(path, (time.time() - 4000,) * 2)
         code, said = killed(signal.SIGINT)
         assert code == 130 and said.endswith(
-            "interrupted; no plan was made. A later plan --probe, run or clean of this dataset "
-            "removes _vitray/probe-… from it.\n"
+            "interrupted; no plan was made. Temporary files may remain in `out`; "
+            "the next vitray plan --probe, run or clean removes them.\n"
         )
         assert not folder.exists()
         (folder,) = left.glob("probe-*")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from functools import cache
 from types import SimpleNamespace
 
@@ -9,7 +10,6 @@ import pytest
 
 from support.explorer import Bounds, explore
 from support.protocol_runs import SCENARIOS, current, next_write_id, scenario, tell
-from vitray.dataset import commit as protocol
 from vitray.dataset import identity
 from vitray.storage import stores
 
@@ -20,7 +20,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> None:
     execution is the same.
     """
     monkeypatch.setattr(stores, "s3_store", lambda *_: current.store)
-    monkeypatch.setattr(protocol.uuid, "uuid4", lambda: SimpleNamespace(hex=next_write_id()))
+    monkeypatch.setattr(uuid, "uuid4", lambda: SimpleNamespace(hex=next_write_id()))
     monkeypatch.setattr(
         identity, "version", cache(identity.version)
     )  # read thousands of times, most of the time that this took

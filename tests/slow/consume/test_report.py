@@ -64,4 +64,4 @@ def test_a_dataset_on_s3_is_shown_from_here(
         22,
         True,
     )
-    assert write_card(out) == write_card(out) == f"{out}/README.md"
+    assert write_card(out) == write_card(out) == f"{out}/_vitray/README.md"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable
 from functools import cache
 from types import SimpleNamespace
@@ -12,7 +13,6 @@ import pytest
 from support.dataset_parts import make
 from support.explorer import Bounds, Died, MemoryStore, Run, Scenario, Violation, explore
 from support.protocol_runs import OUT, a_grouping, current, next_write_id, tell
-from vitray.dataset import commit as protocol
 from vitray.dataset import identity
 from vitray.errors import FingerprintError
 from vitray.storage import stores
@@ -24,7 +24,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> None:
     execution is the same.
     """
     monkeypatch.setattr(stores, "s3_store", lambda *_: current.store)
-    monkeypatch.setattr(protocol.uuid, "uuid4", lambda: SimpleNamespace(hex=next_write_id()))
+    monkeypatch.setattr(uuid, "uuid4", lambda: SimpleNamespace(hex=next_write_id()))
     monkeypatch.setattr(
         identity, "version", cache(identity.version)
     )  # read thousands of times, most of the time that this took

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -15,9 +16,10 @@ import pytest
 from support import protocol_runs
 from support.explorer import Bounds, Violation, explore
 from support.protocol_runs import NIGHTLY, SCENARIOS, current, next_write_id, scenario, tell
-from vitray.dataset import Commit, finish, identity
+from vitray.dataset import Commit, identity, write_manifest
 from vitray.dataset import commit as protocol
-from vitray.errors import StorageError
+from vitray.dataset.footer import parse_footer
+from vitray.errors import CommitError, StorageError
 from vitray.schema import Shard
 from vitray.storage import stores
 
@@ -28,7 +30,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> None:
     execution is the same.
     """
     monkeypatch.setattr(stores, "s3_store", lambda *_: current.store)
-    monkeypatch.setattr(protocol.uuid, "uuid4", lambda: SimpleNamespace(hex=next_write_id()))
+    monkeypatch.setattr(uuid, "uuid4", lambda: SimpleNamespace(hex=next_write_id()))
     monkeypatch.setattr(
         identity, "version", cache(identity.version)
     )  # read thousands of times, most of the time that this took
@@ -63,7 +65,7 @@ def exists_means_mine(patch: pytest.MonkeyPatch) -> None:
 def exists_means_error(patch: pytest.MonkeyPatch) -> None:
     def create(*args: Any) -> bool:
         if not current.store.create(*args):
-            raise protocol.CommitError("it exists")
+            raise CommitError("it exists")
         return True
 
     patch.setattr(protocol, "store_for", lambda url: WrappedStore(create=create))
@@ -91,7 +93,7 @@ def staging_cleaned_before_the_commit(patch: pytest.MonkeyPatch) -> None:
 
 def errors_before_the_commit(patch: pytest.MonkeyPatch) -> None:
     def create(url: str, data: bytes, metadata: dict[str, str] | None = None) -> bool:
-        body = protocol.parse_footer(
+        body = parse_footer(
             {
                 k.decode(): v.decode()
                 for k, v in pq.read_metadata(pa.BufferReader(data)).metadata.items()
@@ -122,7 +124,7 @@ def record_before_data(patch: pytest.MonkeyPatch) -> None:
     real = protocol.commit_shard
 
     def commit_late(dataset: Any, shard: Shard) -> Commit | None:
-        finish(dataset, lambda: ([shard.id], []))
+        write_manifest(dataset, lambda: ([shard.id], []))
         return real(dataset, shard)
 
     patch.setattr(protocol_runs, "commit_shard", commit_late)
@@ -130,13 +132,13 @@ def record_before_data(patch: pytest.MonkeyPatch) -> None:
 
 def listed_before_looking(patch: pytest.MonkeyPatch) -> None:
     """What is committed between a run's listing and its manifest step looks superseded."""
-    real = finish
+    real = write_manifest
 
     def finish_late(dataset: Any, list_ids: Callable[[], tuple[list[str], list[str]]]) -> Any:
         ids = list_ids()
         return real(dataset, lambda: ids)
 
-    patch.setattr(protocol_runs, "finish", finish_late)
+    patch.setattr(protocol_runs, "write_manifest", finish_late)
 
 
 def fragments_written_again(patch: pytest.MonkeyPatch) -> None:

@@ -58,10 +58,10 @@ def test_a_quantised_export_agrees_and_is_smaller(
         f"{shapes_model}/model.safetensors"
     )
     calibrated = how == "int8"
-    assert (exported.judgement.calibrated_on, exported.judgement.images) == (
+    assert (exported.comparison.calibrated_on, exported.comparison.images) == (
         (120, 120) if calibrated else (0, 240)
     )
-    assert exported.judgement.agreement is not None and exported.judgement.agreement >= 0.99
+    assert exported.comparison.share() is not None and exported.comparison.share() >= 0.99
 
 
 def test_every_vector_of_every_family_comes_out_of_its_graph(tmp_path: Path, photos: str) -> None:

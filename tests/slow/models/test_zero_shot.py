@@ -45,9 +45,9 @@ def test_an_export_has_the_words_in_its_graph(
     job = Job(source=str(tmp_path), out="o", model=towers[stem], **fields)
     made = export_model(job, "onnx", "", str(tmp_path / "x"))
     assert (
-        made.judgement.agreement == 1.0
-        and made.judgement.error is not None
-        and made.judgement.error < 1e-3
+        made.comparison.share() == 1.0
+        and made.comparison.error is not None
+        and made.comparison.error < 1e-3
     )
     pixels = noise(IMAGES, seed=1)
     found = run(job_for(str(tmp_path / "x"), top_k=9, engine="auto"), pixels)

@@ -10,7 +10,7 @@ import vitray
 from support.training_runs import embedded
 from vitray.errors import ModelError
 from vitray.model_export.export import export_model
-from vitray.models import checkpoint
+from vitray.models import checkpoint_store
 from vitray.models.exported import hash_model
 from vitray.models.linear_head import read_head
 from vitray.training.config import TrainingConfig
@@ -39,5 +39,5 @@ def test_an_export_is_no_model_to_train_but_its_embeddings_are_enough_for_a_prob
     )
     assert not result.model and result.figures["validation_accuracy"] > 0.3
     assert read_head(str(tmp_path / "probe")).weights_sha256 == hash_model(
-        checkpoint.locate(export, None)
+        checkpoint_store.locate(export, None)
     )

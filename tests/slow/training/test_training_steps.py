@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from factories.small_models import PREFIX, make_checkpoint
-from vitray.models import checkpoint
+from vitray.models import checkpoint_store
 from vitray.training.config import TrainingConfig
 from vitray.training.student import prepare
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.mark.parametrize("name", PREFIX)
 def test_every_family_trains_every_way(name: str, small: dict[str, object], tmp_path: Path) -> None:
-    found = checkpoint.locate(make_checkpoint(tmp_path / "model", name, headed=False), None)
+    found = checkpoint_store.locate(make_checkpoint(tmp_path / "model", name, headed=False), None)
     for train in ("head", "last", "lora", "full"):
         config = TrainingConfig(
             **{

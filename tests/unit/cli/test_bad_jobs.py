@@ -109,11 +109,11 @@ def test_a_bad_set_gets_one_line(vitray: Call, tmp_path: Path, pair: str, says: 
         (b"[" * 5000, "is not valid YAML"),
         (
             b"source: a\nkeep: [a]\nmodel: m\nkeep: [b]\n",
-            "is not valid YAML: `keep` is there twice, again in line 4",
+            "is not valid YAML: `keep` appears twice, again in line 4",
         ),
         (
             b"embeddings:\n- layer: 1\n  layer: 2\n",
-            "is not valid YAML: `layer` is there twice, again in line 3",
+            "is not valid YAML: `layer` appears twice, again in line 3",
         ),
         (b"", "holds no fields; write lines like `source: photos/*.tar`"),
         (b"- a\n- b", "holds no fields"),

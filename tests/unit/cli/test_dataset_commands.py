@@ -10,7 +10,7 @@ import pytest
 
 from factories import hand_made
 from support.command_line import Call, refused, snapshot
-from vitray.dataset import committed, write_fragment
+from vitray.dataset import committed_files, write_fragment
 from vitray.schema import ERROR_SCHEMA, REASONS
 from vitray.sources import list_shards
 
@@ -125,7 +125,7 @@ def test_redo_asks_which(vitray: Call, tmp_path: Path) -> None:
 
 def test_redo_deletes_only_what_was_chosen_and_only_with_yes(vitray: Call, tmp_path: Path) -> None:
     dataset = hand_made.make_dataset(tmp_path)
-    first, *others = sorted(committed(dataset.out))
+    first, *others = sorted(committed_files(dataset.out))
     before = snapshot(tmp_path)
     code, out, _ = vitray("redo", dataset.out, "--shard", first)
     assert (code, out) == (0, f"{first}\n1 data file would be deleted; add --yes to do it\n")
@@ -135,10 +135,10 @@ def test_redo_deletes_only_what_was_chosen_and_only_with_yes(vitray: Call, tmp_p
     )
     assert snapshot(tmp_path) == before
     assert vitray("redo", dataset.out, "--shard", first, "--yes")[0] == 0
-    assert sorted(committed(dataset.out)) == others
+    assert sorted(committed_files(dataset.out)) == others
     assert not (tmp_path / "out" / "_errors" / f"{first}.parquet").exists()
     assert not (tmp_path / "out" / "_SUCCESS.json").exists()
     assert vitray("validate", dataset.out)[0] == 0
     code, out, _ = vitray("redo", dataset.out, "--reason", "not_an_image", "--yes")
     assert (code, out.splitlines()[:2]) == (0, others)
-    assert committed(dataset.out) == {}
+    assert committed_files(dataset.out) == {}

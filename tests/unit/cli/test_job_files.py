@@ -99,9 +99,9 @@ def test_json_is_read_as_json_is_written(tmp_path: Path) -> None:
     [
         (
             '{"source": "a", "model": "m", "source": "b", "out": "o"}',
-            "is not valid JSON: `source` is there twice",
+            "is not valid JSON: `source` appears twice",
         ),
-        ('{"embeddings": [{"layer": 1, "layer": 2}]}', "is not valid JSON: `layer` is there twice"),
+        ('{"embeddings": [{"layer": 1, "layer": 2}]}', "is not valid JSON: `layer` appears twice"),
         (
             '{"source": "a", "max_error_rate": NaN}',
             "is not valid JSON: NaN is not a number in JSON",
@@ -121,10 +121,10 @@ def test_json_is_read_as_json_is_written(tmp_path: Path) -> None:
         ("7", "holds no fields"),
         (
             '{"info": {}, "images": [], "annotations": [], "categories": []}',
-            "is no job: it has info, images, annotations, … and no field of a job (a .json file "
-            "is read as a job",
+            "is not a job file: none of its fields (info, images, annotations, …) is a job field "
+            "(a .json file is read as a job",
         ),
-        ('{"path": "a.jpg"}', "is no job: it has path and no field of a job"),
+        ('{"path": "a.jpg"}', "is not a job file: none of its fields (path) is a job field"),
     ],
 )
 def test_a_json_file_that_is_no_job_is_refused_in_one_line(

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from factories import hand_made
 from support.command_line import Call, plan_of, refused, snapshot
-from vitray.dataset import append_group_log, committed
+from vitray.dataset import append_group_log, committed_files
 
 
 def test_plan_says_whether_it_compiles_and_refuses_an_engine_without_the_precision(
@@ -18,7 +18,7 @@ def test_plan_says_whether_it_compiles_and_refuses_an_engine_without_the_precisi
     hand_made.make_dataset(tmp_path, commit=0)
     argv = [f"{tmp_path}/in", "--model", "m", "--out", f"{tmp_path}/new"]
     assert plan_of(vitray, *argv)["compile"].startswith(
-        "auto: off (30 images; on from 100,000 a machine"
+        "auto: off (30 images; on from 100,000 images per machine or 200,000 per GPU"
     )
     assert plan_of(vitray, *argv, "--set", "compile=on")["compile"] == "on"
     assert plan_of(vitray, *argv, "--set", "compile=on", "--set", "engine=openvino")[
@@ -76,7 +76,7 @@ def test_plan_counts_tars_and_what_is_committed(vitray: Call, tmp_path: Path) ->
         "committed  0 shards",
         "to do      3 shards, 30 images",
     ]
-    assert "precision  decided at run" in out
+    assert "precision  chosen by the first run" in out
     none = vitray(
         "plan",
         f"{tmp_path}/in",
@@ -90,11 +90,11 @@ def test_plan_counts_tars_and_what_is_committed(vitray: Call, tmp_path: Path) ->
     assert none.splitlines()[:4] == [
         "source     0 shards, 0 images, 0 bytes",
         "committed  0 shards",
-        "chosen     since chooses whole shards: 0 of 3 tar shards, about 0 of 30 images",
-        "not chosen 3 shards with 30 images, by since, sample or limit",
+        "selected   since chooses whole shards: 0 of 3 tar shards, about 0 of 30 images",
+        "excluded   3 shards with 30 images, by since, sample or limit",
     ]
     assert snapshot(tmp_path) == before
-    assert len(committed(dataset.out)) == 2
+    assert len(committed_files(dataset.out)) == 2
 
 
 def test_plan_counts_parquet(vitray: Call, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import pytest
 
 from factories import hand_made
 from support.command_line import Call, plan_of, refused, snapshot, write_job
+from vitray.cli.summary import summary
 from vitray.job import Job
-from vitray.operations.watching import summary
 
 
 def only_files(folder: Path) -> dict[str, tuple[int, int]]:
@@ -122,7 +122,7 @@ def test_the_summary_counts_in_proper_words() -> None:
         "note       s: links",
         "no longer in the source: 1 committed shard; --prune removes the rows",
         "left out   3: 1 hidden, 2 other_suffix; by suffix: 2 .txt",
-        "not chosen 2 shards with 20 images, by since, sample or limit",
+        "excluded   2 shards with 20 images, by since, sample or limit",
         "too many bad images: 2 of 3, more than max_error_rate=0.5; see /o/_errors, or raise "
         "max_error_rate",
     ]

@@ -10,13 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
 from factories import hand_made
 from support.reports import HOSTILE, Tables, hostile_dataset
 from vitray.consume.comparing import compare
-from vitray.consume.report import report, report_changes
+from vitray.consume.report import report, report_changes, write_card
 from vitray.consume.report.page import STEPS, within
 from vitray.dataset import data_files
 from vitray.errors import CommitError, JobError
@@ -37,6 +38,12 @@ def test_steps_of_a_run_add_up_to_its_images_however_uneven_its_marks() -> None:
         assert chart["mean"] == pytest.approx(images[-1] / seconds[-1])
     for short in ([], [(1.0, 4)] * 5, [(0.0, 4)] * 9):
         assert within({"finished": "", "timeline": short}) is None
+
+
+def test_pandas_reads_a_dataset_that_has_a_card(tmp_path: Path) -> None:
+    hand_made.make_dataset(tmp_path)
+    write_card(str(tmp_path / "out"))
+    assert len(pd.read_parquet(tmp_path / "out")) == 3 * (hand_made.IMAGES - 1)
 
 
 def test_names_labels_and_messages_stay_text(

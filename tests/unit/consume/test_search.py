@@ -191,7 +191,7 @@ def test_a_picture_finds_its_own_row_with_cosine_one_unless_the_weights_changed(
             [n.cosine for n in result.neighbours], abs=1e-5
         )
     (tmp_path / "cat").write_bytes(b"no image")
-    with pytest.raises(JobError, match="is no good image: not_an_image"):
+    with pytest.raises(JobError, match="cannot be used: not_an_image"):
         search(job.out, Query(image=str(tmp_path / "cat")))
     (tmp_path / "cat").write_bytes(pictures[0].data)
     small_models.drop_weights(job.model, "position_embeddings")

@@ -12,12 +12,12 @@ from factories.hand_made import finish_with
 from support.dataset_parts import commit, input_shard, make
 from vitray.dataset import (
     base_of,
-    committed,
+    committed_files,
     data_files,
-    finish,
     read,
     read_manifest,
     unmark_success,
+    write_manifest,
 )
 from vitray.errors import StorageError
 from vitray.storage import join, sha256_of, store_for
@@ -53,10 +53,10 @@ def test_ranges_of_one_file_are_shards_of_one_version(local_out: str) -> None:
     assert read(local_out).num_rows == 12
     newer = input_shard(local_out, "rows", b"longer by far than it was")
     finish_with(dataset, [newer.id], [newer.id])
-    assert len(committed(local_out)) == 3
+    assert len(committed_files(local_out)) == 3
     commit(dataset, newer, 5)
     finish_with(dataset, [newer.id], [newer.id])
-    assert list(committed(local_out)) == [newer.id]
+    assert list(committed_files(local_out)) == [newer.id]
 
 
 def test_a_file_made_anew_under_a_clock_that_went_back_is_hashed_anew(local_out: str) -> None:
@@ -66,11 +66,11 @@ def test_a_file_made_anew_under_a_clock_that_went_back_is_hashed_anew(local_out:
         return [shard.id], [shard.id]
 
     commit(dataset, shard, 6)
-    first = finish(dataset, list_ids)
+    first = write_manifest(dataset, list_ids)
     os.utime(f"{local_out}/_vitray/{first.manifest}", (time.time() + 7200,) * 2)
     os.remove(dataset.data_url(shard.id))
     commit(dataset, shard, 6)
-    finish(dataset, list_ids, fresh={shard.id})
+    write_manifest(dataset, list_ids, fresh={shard.id})
     assert read_manifest(local_out)["sha256"].to_pylist() == [sha256_of(dataset.data_url(shard.id))]
 
 
@@ -80,12 +80,14 @@ def test_a_listing_that_never_knows_what_others_commit_removes_nothing_and_says_
     dataset, shard = make(local_out), input_shard(local_out)
 
     def list_ids() -> tuple[list[str], list[str]]:
-        commit(dataset, input_shard(local_out, f"new-{len(committed(local_out))}"), 2)
+        commit(dataset, input_shard(local_out, f"new-{len(committed_files(local_out))}"), 2)
         return [shard.id], [shard.id]
 
     with pytest.raises(StorageError, match="another run committed"):
-        finish(dataset, list_ids, prune=True)
-    assert len(committed(local_out)) == 4 and not os.path.exists(join(local_out, "_SUCCESS.json"))
+        write_manifest(dataset, list_ids, prune=True)
+    assert len(committed_files(local_out)) == 4 and not os.path.exists(
+        join(local_out, "_SUCCESS.json")
+    )
 
 
 def test_inputs_whose_hashes_are_equal_are_two_where_their_names_differ() -> None:

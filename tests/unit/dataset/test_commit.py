@@ -35,14 +35,14 @@ from support.dataset_parts import (
 )
 from vitray.dataset import (
     Commit,
-    check_data,
     commit_shard,
-    committed,
+    committed_files,
+    list_staged,
     read,
     read_footer,
+    repair_staging,
+    require_own_data_files,
     resolve_dataset,
-    staged,
-    staged_intact,
     write_end,
 )
 from vitray.errors import CommitError
@@ -122,7 +122,7 @@ def test_missing_fragments_are_no_commit(local_out: str) -> None:
     assert commit_shard(dataset, shard) is None, "the end is not known"
     write_end(dataset, shard.id, End(12))
     assert commit_shard(dataset, shard) is None
-    assert committed(local_out) == {} and len(staging(dataset)) == 3, "what is staged stays"
+    assert committed_files(local_out) == {} and len(staging(dataset)) == 3, "what is staged stays"
 
 
 def test_readers_that_disagree_on_the_end_start_anew(local_out: str) -> None:
@@ -130,7 +130,7 @@ def test_readers_that_disagree_on_the_end_start_anew(local_out: str) -> None:
     stage(dataset, shard, 8)
     write_end(dataset, shard.id, End(6, 100))
     assert commit_shard(dataset, shard) is None
-    assert staging(dataset) == [] and committed(local_out) == {}
+    assert staging(dataset) == [] and committed_files(local_out) == {}
     assert commit(dataset, shard, 8).rows == 8
 
 
@@ -140,8 +140,8 @@ def test_a_damaged_fragment_is_not_committed_and_is_made_anew(local_out: str) ->
     url = Path(dataset.staging_url(shard.id)) / "0000000004-0000000008.arrow"
     url.write_bytes(url.read_bytes()[:-500])
     assert commit_shard(dataset, shard) is None
-    assert committed(local_out) == {}
-    assert list(staged_intact(dataset, shard.id).ranges()) == [(0, 4)]
+    assert committed_files(local_out) == {}
+    assert list(repair_staging(dataset, shard.id).ranges()) == [(0, 4)]
     assert commit(dataset, shard, 8).rows == 8
 
 
@@ -164,7 +164,9 @@ def test_a_foreign_file_in_place_is_an_error_and_stays(local_out: str, body: byt
         CommitError, match=r"is not a data file of vitray.*Move it away and run again\.$"
     ):
         commit_shard(dataset, shard)
-    assert read_object(dataset.data_url(shard.id)) == body and staged(dataset, shard.id).covers()
+    assert (
+        read_object(dataset.data_url(shard.id)) == body and list_staged(dataset, shard.id).covers()
+    )
 
 
 def test_a_file_of_another_fingerprint_is_an_error(local_out: str) -> None:
@@ -190,7 +192,7 @@ def test_a_data_file_under_the_name_of_another_shard_is_refused(local_out: str) 
     store_for(local_out).replace(dataset.data_url(cats.id), read_object(dataset.data_url(dogs.id)))
     changed = stored(local_out)
     for check in (
-        lambda: check_data(dataset),
+        lambda: require_own_data_files(dataset),
         lambda: finish_with(dataset, [cats.id, dogs.id], [cats.id, dogs.id]),
     ):
         with pytest.raises(CommitError, match=f"{cats.id}.parquet holds shard dogs-"):

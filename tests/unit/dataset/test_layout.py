@@ -23,10 +23,11 @@ PACKAGE = Path(vitray.__file__).parent
         (layout.staging_url(OUT, "s"), "_vitray/staging/s"),
         (layout.runs_url(OUT, "r.json"), "_vitray/runs/r.json"),
         (layout.manifest_url(OUT, "manifest-0.parquet"), "_vitray/manifest-0.parquet"),
+        (layout.card_url(OUT), "_vitray/README.md"),
         (layout.success_url(OUT), "_SUCCESS.json"),
         (layout.data_url(OUT, "s"), "data/s.parquet"),
         (layout.data_folder(OUT), "data"),
-        (layout.internal_url(OUT, "images"), "_vitray/images"),
+        (layout.training_url(OUT, "images"), "_vitray/images"),
     ],
 )
 def test_a_file_has_the_name_of_every_stored_dataset(url: str, path: str) -> None:
@@ -61,6 +62,11 @@ def test_ids_of_two_versions_of_one_input_have_one_base() -> None:
 def test_the_log_of_groups_is_known_by_its_url() -> None:
     assert layout.is_group_log(layout.group_log_url(OUT, "000000.parquet"))
     assert not layout.is_group_log(layout.manifest_url(OUT, "manifest-0.parquet"))
+
+
+def test_scratch_is_known_by_its_url() -> None:
+    assert layout.is_scratch(OUT, layout.scratch_url(OUT, "0123") + "/in/0.tar")
+    assert not layout.is_scratch(OUT, layout.training_url(OUT, "images", "0.u8"))
 
 
 def test_no_other_module_builds_a_url_from_these_names() -> None:

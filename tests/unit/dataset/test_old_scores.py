@@ -16,7 +16,8 @@ from vitray.dataset import Dataset, open_dataset, resolve_dataset
 from vitray.errors import FingerprintError
 from vitray.job import Embedding, Job
 from vitray.models import identify
-from vitray.models.checkpoint import locate, read_config
+from vitray.models.checkpoint import read_config
+from vitray.models.checkpoint_store import locate
 from vitray.schema import ModelSpec, ScoreFunction
 
 DATASETS_V1 = TESTS / "data" / "dataset-v1" / "out"
@@ -56,7 +57,7 @@ def test_datasets_of_before_keep_their_fingerprint(tmp_path: Path, head: dict[st
     found = open_dataset(job.out)
     assert found is not None and found.fingerprint == before and found.spec == spec
     assert resolved(job, spec).fingerprint == before
-    assert "score_function" not in found.deciding()
+    assert "score_function" not in found.fingerprint_fields()
 
 
 @pytest.mark.parametrize(

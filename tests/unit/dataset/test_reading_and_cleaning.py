@@ -29,9 +29,9 @@ from support.dataset_parts import (
 )
 from vitray.dataset import (
     append_group_log,
-    committed,
+    committed_files,
     data_files,
-    forget,
+    delete_data_files,
     load_group_log,
     read,
     read_manifest,
@@ -126,8 +126,8 @@ def test_redo_by_shard_and_by_reason(local_out: str) -> None:
     assert shards_to_redo(dataset, [], ["missing"]) == shards_to_redo(dataset, [], []) == []
     with pytest.raises(JobError, match=r"holds no shard nope\. Ids are"):
         shards_to_redo(dataset, ["nope"], [])
-    forget(dataset, [one.id])
-    assert set(committed(local_out)) == {two.id, three.id} and success(local_out) is None
+    delete_data_files(dataset, [one.id])
+    assert set(committed_files(local_out)) == {two.id, three.id} and success(local_out) is None
     assert (
         names_of(local_out, "_errors/") == [f"_errors/{two.id}.parquet"]
         and names_of(local_out, "manifest-") == []
@@ -149,7 +149,7 @@ def test_what_a_killed_plan_left_is_taken_for_nothing(local_out: str) -> None:
     append_group_log(inside.out, [(0, "u")])
     write_run_record(inside, "r", {"run": "r"})
     assert (
-        set(committed(local_out)) == {shard.id}
+        set(committed_files(local_out)) == {shard.id}
         and staged_shards(dataset) == []
         and read_run_records(local_out) == []
     )

@@ -17,9 +17,9 @@ from support.dataset_parts import (
 )
 from vitray.dataset import (
     commit_shard,
+    list_staged,
     read_fragment,
-    staged,
-    staged_intact,
+    repair_staging,
     staged_shards,
     write_end,
     write_fragment,
@@ -51,16 +51,16 @@ def test_a_fragment_with_other_indexes_is_refused(
             rows_of(dataset, "s", good),
             errors_of("s", dict.fromkeys(bad, "empty")),
         )
-    assert staged(dataset, "s").fragments == {}
+    assert list_staged(dataset, "s").fragments == {}
 
 
 def test_staged_tells_ranges_ends_and_whether_they_tile(local_out: str) -> None:
     dataset, shard = make(local_out), input_shard(local_out)
-    assert not staged(dataset, shard.id).covers() and staged_shards(dataset) == []
+    assert not list_staged(dataset, shard.id).covers() and staged_shards(dataset) == []
     stage_fragments(dataset, shard, 10, {})
-    assert not staged(dataset, shard.id).covers(), "no end yet"
+    assert not list_staged(dataset, shard.id).covers(), "no end yet"
     write_end(dataset, shard.id, End(10, 512, "cut"))
-    parts = staged(dataset, shard.id)
+    parts = list_staged(dataset, shard.id)
     assert (
         list(parts.ranges()) == [(0, 4), (4, 8), (8, 10)]
         and parts.ends == (End(10, 512, "cut"),)
@@ -69,7 +69,7 @@ def test_staged_tells_ranges_ends_and_whether_they_tile(local_out: str) -> None:
     store_for(local_out).delete(
         [join(dataset.staging_url(shard.id), "0000000004-0000000008.arrow")]
     )
-    assert not staged(dataset, shard.id).covers()
+    assert not list_staged(dataset, shard.id).covers()
     assert staged_shards(dataset) == [shard.id]
 
 
@@ -77,7 +77,7 @@ def test_an_end_is_written_once(local_out: str) -> None:
     dataset = make(local_out)
     write_end(dataset, "s", End(4, None, "first"))
     write_end(dataset, "s", End(4, 9, "second"))
-    assert staged(dataset, "s").ends == (End(4, None, "first"),)
+    assert list_staged(dataset, "s").ends == (End(4, None, "first"),)
 
 
 def test_a_fragment_with_any_bit_flipped_is_no_fragment(local_out: str) -> None:
@@ -115,10 +115,10 @@ def test_a_damaged_end_is_deleted_and_written_again(local_out: str) -> None:
     content = Path(url).read_bytes()
     for damaged in (b"", content[:9], content[: len(content) // 2]):
         Path(url).write_bytes(damaged)
-        assert staged(dataset, "s").ends == ()
-        assert staged_intact(dataset, "s").ends == () and not exists(url)
+        assert list_staged(dataset, "s").ends == ()
+        assert repair_staging(dataset, "s").ends == () and not exists(url)
         write_end(dataset, "s", End(4, 77))
-        assert staged(dataset, "s").ends == (End(4, 77),)
+        assert list_staged(dataset, "s").ends == (End(4, 77),)
 
 
 def test_a_fragment_beyond_the_end_does_not_block_the_shard(local_out: str) -> None:
@@ -127,7 +127,7 @@ def test_a_fragment_beyond_the_end_does_not_block_the_shard(local_out: str) -> N
         dataset, shard, 8, {}
     )  # a reader that died, and had seen more rows than the one that came after
     write_end(dataset, shard.id, End(6))
-    assert list(staged_intact(dataset, shard.id).ranges()) == [(0, 4)]
+    assert list(repair_staging(dataset, shard.id).ranges()) == [(0, 4)]
     stage_fragments(dataset, shard, 6, {})
     done = commit_shard(dataset, shard)
     assert done is not None and done.rows == 6
@@ -143,8 +143,8 @@ def test_a_fragment_apart_behind_the_end_is_not_committed(local_out: str) -> Non
         errors_of(shard.id, {}),
     )
     stage(dataset, shard, 8)  # the reader that died had decoded 12-16 before 8-12
-    assert not staged(dataset, shard.id).covers() and commit_shard(dataset, shard) is None
-    assert staged_intact(dataset, shard.id).covers()
+    assert not list_staged(dataset, shard.id).covers() and commit_shard(dataset, shard) is None
+    assert repair_staging(dataset, shard.id).covers()
     done = commit_shard(dataset, shard)
     assert (
         done is not None

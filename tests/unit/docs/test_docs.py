@@ -191,7 +191,7 @@ def test_a_wrong_command_is_refused(line: str) -> None:
 
 def test_commands_are_found_in_code_blocks_indented_code_and_text() -> None:
     page = (
-        "```sh\nuntil vitray run a.yaml; do\nvitray search o \\\n  --k 3\n```\n"
+        "```sh\nuntil vitray run a.yaml; do\n  vitray search o \\\n  --k 3\n```\n"
         "```crontab\n0 3 * * * vitray plan a.yaml\n```\n"
         "    vitray status out\n\nand `vitray\nclean out`\n"
     )

@@ -53,7 +53,7 @@ def test_sentences_are_found_in_text_lists_and_tables_but_not_in_code() -> None:
 
 
 def test_the_extras_of_the_readme_are_those_of_the_project() -> None:
-    listed = section("Install").partition("Extras:")[2].partition(". On a fresh")[0]
+    listed = section("Install").partition("Extras:")[2].partition(". Where a page")[0]
     extras = set(re.findall(r"`(\w+)`", listed))
     assert extras == PROJECT["optional-dependencies"].keys() - DEVELOPERS
 

@@ -12,7 +12,7 @@ import torch
 
 from factories.small_models import job_for, make_checkpoint, noise, run
 from vitray.job import Embedding
-from vitray.models import blocks, checkpoint, identify, loading, model_outputs
+from vitray.models import blocks, checkpoint_store, identify, loading, model_outputs
 from vitray.models.torch_engine import TorchModel
 from vitray.models.types import Placement
 
@@ -42,7 +42,7 @@ def test_a_float8_model_says_how_well_it_agrees(
     directory = make_checkpoint(tmp_path / "m", "vit", True)
     job = job_for(directory, embeddings=[Embedding()], precision="bf16", batch_size=8)
     mixed = dataclasses.replace(identify(job), precision="fp8")
-    network = loading.load_network(checkpoint.locate(directory, None), labels=True)
+    network = loading.load_network(checkpoint_store.locate(directory, None), labels=True)
     with caplog.at_level(logging.WARNING):
         model = TorchModel(network, mixed, model_outputs(job, mixed), Placement("cpu"))
     kinds = [type(m).__name__ for block in network.blocks for m in block.modules()]

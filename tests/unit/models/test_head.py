@@ -17,7 +17,8 @@ from support.text_towers import by_label
 from vitray.errors import ModelError
 from vitray.job import Embedding
 from vitray.models import identify, open_model
-from vitray.models.checkpoint import hash_weights, locate
+from vitray.models.checkpoint import hash_weights
+from vitray.models.checkpoint_store import locate
 from vitray.models.linear_head import read_head, write_head
 from vitray.schema import ModelOutputs
 
@@ -102,7 +103,7 @@ def test_a_head_that_does_not_fit_is_refused_in_one_line(vit: str, tmp_path: Pat
         ({"labels": "abcd"}, "its labels are not a list"),
         ({"labels": ["a", "b", "c"]}, "weight [4, 32], bias [4] and 3 labels do not fit"),
         ({"labels": ["a", "b", "c", None]}, "None is not text"),
-        ({"labels": ["a", "b", "c", "a"]}, "label a is there twice"),
+        ({"labels": ["a", "b", "c", "a"]}, "label a appears twice"),
         ({"labels": ["a", "b", "c", ""]}, "label 4 is empty"),
         ({"labels": []}, "no label"),
         ({"labels": None}, "its labels are not a list"),

@@ -27,7 +27,8 @@ from support.paths import TESTS
 from vitray.errors import ModelError
 from vitray.job import Job
 from vitray.models import Predictions, engines, identify
-from vitray.models.checkpoint import hash_weights, locate, read_config
+from vitray.models.checkpoint import hash_weights, read_config
+from vitray.models.checkpoint_store import locate
 from vitray.models.linear_head import Head, write_head
 from vitray.schema import ScoreFunction
 
@@ -110,7 +111,7 @@ def test_scores_that_are_no_distribution_teach_no_student(tmp_path: Path) -> Non
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What an engine says against [[0.5, -1], [-2, -3]] of torch, and how it strays."""
+    """Results of an engine against [[0.5, -1], [-2, -3]] of torch, and how they differ."""
 
     scores: list[list[float]]
     reason: str | None
@@ -137,7 +138,7 @@ def test_engines_of_regression_agree_by_value(case: Case) -> None:
         np.array([[0, 1], [1, 0]]), np.array([[0.5, -1], [-2, -3]], np.float32), {}
     )
     found = Predictions(np.array(case.ids), np.array(case.scores, np.float32), {})
-    assert engines.strays(found, expected, spec) == case.reason
+    assert engines.describe_mismatch(found, expected, spec) == case.reason
 
 
 @pytest.mark.parametrize(
@@ -148,7 +149,7 @@ def test_engines_of_one_output_agree_by_value(score: float, reason: str | None) 
     spec = dataclasses.replace(hand_made.spec_of("m"), labels=("a",), multi_label=True)
     expected = Predictions(np.array([[0]]), np.array([[0.2]], np.float32), {})
     assert (
-        engines.strays(
+        engines.describe_mismatch(
             Predictions(np.array([[0]]), np.array([[score]], np.float32), {}), expected, spec
         )
         == reason

@@ -24,7 +24,7 @@ from vitray.decoding.decode import decode
 from vitray.errors import ModelError
 from vitray.job import Embedding, Job
 from vitray.models import engines, identify
-from vitray.models.checkpoint import locate
+from vitray.models.checkpoint_store import locate
 from vitray.models.loading import Network
 from vitray.models.torch_engine import TorchModel
 from vitray.models.types import Placement
@@ -422,7 +422,7 @@ FOREIGN: list[tuple[dict[str, Any], list[str]]] = [
         ["holds pytorch_model.bin and no config.json", "can run code", "save_pretrained"],
     ),
     ({"best.pth": b"PK", "notes.txt": b""}, ["holds best.pth and no config.json"]),
-    ({"model.onnx": b""}, ["holds model.onnx, a graph that vitray export did not write"]),
+    ({"model.onnx": b""}, ["holds model.onnx, a graph that vitray export-model did not write"]),
     (
         {"model.safetensors": b""},
         ["holds no config.json. Give the directory of a whole checkpoint of transformers"],

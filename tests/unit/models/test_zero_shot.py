@@ -118,11 +118,14 @@ def test_bf16_labels_are_those_of_fp32_where_its_margin_is_clear(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"labels": ["cat", "dog", " cat"]}, "`labels`: label cat is there twice"),
+        ({"labels": ["cat", "dog", " cat"]}, "`labels`: label cat appears twice"),
         ({"labels": ["cat", " "]}, "`labels`: label 2 is empty"),
         ({"labels": []}, "`labels`: no label; write at least one"),
         ({"labels": ["cat", False]}, "`labels`: False is not text; put it in quotes"),
-        ({"labels": 7}, "`labels`: true, false, a list of labels, or a file with one label a line"),
+        (
+            {"labels": 7},
+            "`labels`: true, false, a list of labels, or a file with one label per line",
+        ),
         (
             {"labels": ["cat"], "prompts": ["a photo"]},
             "`prompts`: 'a photo' has no {} for the label",
@@ -142,10 +145,10 @@ def test_labels_and_prompts_that_cannot_be_are_refused(
 def test_files_that_hold_no_labels_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "labels.txt"
     for content, message in (
-        (b"cat\ndog\ncat\n", "label cat is there twice"),
+        (b"cat\ndog\ncat\n", "label cat appears twice"),
         (b"cat\n\ndog", "label 2 is empty"),
         (b"\n", "no label"),
-        (b"\xff\xfe", "write one label a line, in UTF-8"),
+        (b"\xff\xfe", "write one label per line, in UTF-8"),
     ):
         file.write_bytes(content)
         with pytest.raises(JobError, match=message):

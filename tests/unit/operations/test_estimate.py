@@ -2,47 +2,57 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from support.paths import ROOT
 from vitray.errors import ClusterError, JobError
+from vitray.operations.bench import Bench
 from vitray.operations.costing import estimate, read_prices
 from vitray.pipeline.cluster import typical_machine
 
 
-@dataclass(frozen=True)
-class Measured:
-    line: float = 100.0
-    decode_core: float = 150.0
-    decode: float = 300.0
-    model: float = 120.0
-    cores: int = 2
-    device: str = "cpu"
-    limit: str = "model"
-    first_rows_s: float = 4.0
-    identify_s: float = 5.0
-    out_kilobytes: float = 3.0
-    gpus: int = 1
-    machines: int = 1
-    fragment_rows: int = 64
-    measured: str = "on this machine"
+def rates(**fields: object) -> Bench:
+    """The rates of one machine with two cores, with `fields` changed."""
+    values: dict[str, object] = {
+        "images": 256,
+        "kilobytes": 100.0,
+        "cores": 2,
+        "device": "cpu",
+        "engine": "torch",
+        "precision": "fp32",
+        "batch_size": 16,
+        "decode_mode": "exact",
+        "read": 1000.0,
+        "decode_core": 150.0,
+        "decode": 300.0,
+        "model": 120.0,
+        "ceiling": 150.0,
+        "gflops": 500.0,
+        "line": 100.0,
+        "first_rows_s": 4.0,
+        "identify_s": 5.0,
+        "out_kilobytes": 3.0,
+        "fragment_rows": 64,
+        "limit": "model",
+    }
+    return Bench(**(values | fields))
 
 
-def test_time_is_start_up_and_images_over_the_rate_of_the_line() -> None:
-    found = estimate(36_000, 36, Measured())
+def test_time_is_start_up_plus_images_over_the_pipeline_rate() -> None:
+    found = estimate(36_000, 36, rates())
     assert (found.seconds, found.out_bytes, found.money) == (1 + 5 + 4 + 360, 108_000_000, None)
-    assert estimate(36_000, 36, Measured(), machines=4).seconds == 1 + 5 + 4 + 90
-    assert estimate(0, 0, Measured()).seconds == 0
+    assert estimate(36_000, 36, rates(), machines=4).seconds == 1 + 5 + 4 + 90
+    assert estimate(0, 0, rates()).seconds == 0
     assert "6.2 min on 1 such machine (100.0 images/s each)" in str(found)
 
 
 def test_what_one_core_or_gpu_more_would_bring() -> None:
-    on_cpu = estimate(1000, 1, Measured())
+    on_cpu = estimate(1000, 1, rates())
     assert (on_cpu.more_cpu, on_cpu.more_gpu) == (150.0, None)  # the cores do everything
-    starved = Measured(device="cuda", line=290.0, model=2000.0, limit="decode")
+    starved = rates(device="cuda", line=290.0, model=2000.0, limit="decode")
     fed = replace(starved, line=1900.0, decode=30_000.0, limit="model")
     assert (
         estimate(1000, 1, starved).more_cpu == 435.0
@@ -60,7 +70,7 @@ def test_money_is_machines_requests_and_what_is_stored(tmp_path: Path) -> None:
     found = estimate(
         10_000_000,
         1000,
-        Measured(fragment_rows=1024),
+        rates(fragment_rows=1024),
         machines=10,
         prices=read_prices(str(tmp_path / "prices.yaml")),
     )
@@ -81,9 +91,9 @@ def test_the_page_shows_what_is_said(tmp_path: Path) -> None:
         page.partition(f"```{kind}\n")[2].partition("```")[0] for kind in ("yaml", "text")
     )
     (tmp_path / "prices.yaml").write_text(table)
-    rates = Measured(line=10.6, model=11.4, decode=1060, cores=8, first_rows_s=8, out_kilobytes=3.3)
+    measured = rates(line=10.6, model=11.4, decode=1060, cores=8, first_rows_s=8, out_kilobytes=3.3)
     assert (
-        f"{estimate(1_000_000, 1000, rates, 4, read_prices(str(tmp_path / 'prices.yaml')))}\n"
+        f"{estimate(1_000_000, 1000, measured, 4, read_prices(str(tmp_path / 'prices.yaml')))}\n"
         == shown
     )
 
@@ -145,7 +155,7 @@ def test_the_machine_to_measure_on_is_of_the_commonest_size_that_computes() -> N
 
 
 def test_a_cluster_is_the_machines_that_were_measured() -> None:
-    cluster = Measured(
+    cluster = rates(
         device="cuda",
         decode=9000.0,
         model=4000.0,

@@ -16,7 +16,7 @@ from factories.small_models import noise
 from support.linear_heads import IMAGES, NAMES, READS, make_head
 from vitray.consume.comparing import compare
 from vitray.consume.report import report, write_card
-from vitray.dataset import forget, open_dataset, shards_to_redo
+from vitray.dataset import delete_data_files, open_dataset, shards_to_redo
 from vitray.errors import FingerprintError, JobError, ModelError
 from vitray.job import Job
 from vitray.models.linear_head import read_head
@@ -92,7 +92,7 @@ def test_a_shard_that_was_redone_is_relabelled_again(job: Job, vit: str, tmp_pat
     assert relabel(job.out, head, into).errors == 1
     dataset = open_dataset(job.out)
     assert dataset is not None
-    forget(dataset, shards_to_redo(dataset, [], ["not_an_image"]))
+    delete_data_files(dataset, shards_to_redo(dataset, [], ["not_an_image"]))
     Image.fromarray(noise(1, seed=9)[0]).save(bad := tmp_path / "again.png")
     status = (tmp_path / "in" / "05x.png").stat()
     data = bad.read_bytes()

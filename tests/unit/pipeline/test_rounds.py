@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from factories import hand_made
-from vitray.dataset import Commit, Dataset, committed, staged
+from vitray.dataset import Commit, Dataset, committed_files, list_staged
 from vitray.errors import ClusterError, VitrayError
 from vitray.pipeline import cluster, rounds, runner
 from vitray.pipeline.cluster import require_visible
@@ -51,10 +51,10 @@ class DrawnExecutor:
             if shard.id in self.deadly:
                 arrived.put(RuntimeError("a process died"))
                 return
-            was_staged = staged(self._dataset, shard.id).covers()
+            was_staged = list_staged(self._dataset, shard.id).covers()
             kind = EventKind.FRAGMENT_SKIPPED if was_staged else EventKind.FRAGMENT_WRITTEN
             hand_made.stage(self._dataset, shard)
-            for start, stop in staged(self._dataset, shard.id).ranges():
+            for start, stop in list_staged(self._dataset, shard.id).ranges():
                 bad = {"not_an_image": 1} if start <= hand_made.BAD < stop else {}
                 arrived.put(ShardEvent(kind, shard.id, start, stop, reasons=bad))
             if not next(self.forgets, False):
@@ -108,7 +108,7 @@ def test_a_deadly_shard_is_found_and_the_rest_completes(dataset: Dataset, which:
     killer = ids(dataset)[which]
     DrawnExecutor.deadly = frozenset({killer})
     state = complete(dataset)
-    assert set(committed(dataset.out)) == set(ids(dataset)) - {killer}
+    assert set(committed_files(dataset.out)) == set(ids(dataset)) - {killer}
     assert state.failures == {killer: "its processes died: a process died"}
     assert len(DrawnExecutor.rounds) < SHARDS, DrawnExecutor.rounds
 
@@ -117,7 +117,10 @@ def test_a_deadly_shard_is_found_and_the_rest_completes(dataset: Dataset, which:
 def test_deadly_neighbours_are_so_many_failures(dataset: Dataset, first: int) -> None:
     DrawnExecutor.deadly = frozenset(ids(dataset)[first : first + 4])
     state = complete(dataset)
-    assert set(state.failures) == DrawnExecutor.deadly and len(committed(dataset.out)) == SHARDS - 4
+    assert (
+        set(state.failures) == DrawnExecutor.deadly
+        and len(committed_files(dataset.out)) == SHARDS - 4
+    )
 
 
 def test_a_round_has_no_more_fragments_than_the_driver_holds(
@@ -125,7 +128,7 @@ def test_a_round_has_no_more_fragments_than_the_driver_holds(
 ) -> None:
     monkeypatch.setattr(runner, "LEAST_IMAGE_BYTES", 1)
     monkeypatch.setattr(runner, "ROUND_FRAGMENTS", 6 * hand_made.IMAGES // dataset.fragment_rows)
-    assert not complete(dataset).failures and set(committed(dataset.out)) == set(ids(dataset))
+    assert not complete(dataset).failures and set(committed_files(dataset.out)) == set(ids(dataset))
     assert DrawnExecutor.rounds == [6, 6, 6, 2]
     DrawnExecutor.rounds.clear()
     monkeypatch.setattr(runner, "ROUND_FRAGMENTS", 0)  # a shard alone is more than all that it may
@@ -225,7 +228,7 @@ def test_a_round_whose_machine_is_lost_is_planned_again(
     monkeypatch.setattr(DrawnExecutor, "start", start)
     monkeypatch.setattr(DrawnExecutor, "has_lost_machine", lambda executor: True)
     state = complete(dataset)
-    assert len(committed(dataset.out)) == shards and DrawnExecutor.rounds == [shards] * 2
+    assert len(committed_files(dataset.out)) == shards and DrawnExecutor.rounds == [shards] * 2
     assert state.failures == state.attempts == {}
 
 
@@ -253,8 +256,8 @@ def test_waiting_for_a_machine_is_logged_and_is_no_stall(
     if (timeout_s, waits) == (60, True):
         assert len(list(events)) >= 4  # the stall timeout began when there was room
         assert (
-            "waiting for cluster resources: a machine with room for the model; this does not count "
-            "as a stall" in caplog.text
+            "waiting for cluster resources: a machine with room for the model "
+            "(this does not count as a stall)" in caplog.text
         )
         return
     why = (
@@ -305,7 +308,7 @@ def test_a_commit_that_is_not_in_out_is_a_failure_after_three(
         set(state.failures) == {lost}
         and "do all machines see the same disk?" in state.failures[lost]
     )
-    assert set(state.commits) == set(committed(dataset.out)) == set(ids(dataset)) - {lost}
+    assert set(state.commits) == set(committed_files(dataset.out)) == set(ids(dataset)) - {lost}
     assert DrawnExecutor.rounds == [SHARDS, 1, 1]
 
 

@@ -1,6 +1,4 @@
-"""A source that grows and changes under a job that is run again and again: what is new is done, and
-told; nothing else is touched.
-"""
+"""The selection of shards by `sample` and `since`."""
 
 from __future__ import annotations
 
@@ -41,7 +39,7 @@ def test_a_sample_keeps_its_shards_while_the_source_grows(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("since", ["yesterday", "2026-13-01", "7 weeks", "-1d", ""])
-def test_a_since_that_is_no_time_is_refused(since: str) -> None:
+def test_since_that_is_not_a_time_is_refused(since: str) -> None:
     with pytest.raises(JobError, match="a date like 2026-11-01"):
         vitray.Job(source="in", model="m", out="out", since=since)
 

@@ -68,7 +68,7 @@ def test_a_sample_is_consecutive_members_with_one_key(tmp_path: Path) -> None:
         5,
         None,
         "2 hidden members were skipped; "
-        "1 members without an extension were skipped; 1 kept texts are not UTF-8 and were read as "
+        "1 members without an extension were skipped; 1 passthrough texts are not UTF-8 and were read as "
         "Windows-1252",
     )
     assert end.left_out == {"hidden": 2, "no_suffix": 1} and end.image_members == {

@@ -150,7 +150,7 @@ def test_a_broken_link_and_a_pipe_are_rows_and_a_linked_folder_is_not_entered(
     ]
     assert [r.message.rpartition("png ")[2] for r in rows if r.reason] == [
         "is a link to nothing",
-        "is no regular file",
+        "is not a regular file",
     ]
     assert end == End(4)
 

@@ -2,19 +2,23 @@
 
 counts.py    sums from one pass over the data files     page.py      content of page.html
 pictures.py  small pictures, read from the source       changes.py   content of changes.html
-space.py     map of the vectors, groups of near ones    card.py      README.md of the dataset
+space.py     map of the vectors, groups of near ones    card.py      the dataset card
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from vitray.consume.report.card import write_card
-from vitray.consume.report.changes import Changes, changes_page
+from vitray.consume.report.changes import changes_page
 from vitray.consume.report.page import Page, page_of
 from vitray.dataset import Dataset, data_files, require_dataset
 from vitray.errors import JobError, ObjectMissing
 from vitray.storage import absolute, store_for
+
+if TYPE_CHECKING:
+    from vitray.consume.comparing import Comparison
 
 __all__ = ["Report", "report", "report_changes", "write_card"]
 
@@ -59,7 +63,7 @@ def report(
     return _written(page_of(dataset, data_files(dataset.out), truth, pictures), target, "report")
 
 
-def report_changes(changes: Changes, to: str) -> Report:
+def report_changes(changes: Comparison, to: str) -> Report:
     """Write the page of a comparison: figures, changed labels, and pictures that the source has.
 
     to: the path of the page. Raises JobError for a file that is not the page of a comparison.
@@ -96,6 +100,6 @@ def _require_ours(target: str, command: str) -> None:
         return
     if f'<meta name="generator" content="vitray {command} '.encode() not in head:
         raise JobError(
-            f"{target} exists and was not made by vitray {command}. Choose another file, or move "
-            f"it away."
+            f"{target} exists and was not made by vitray {command}. "
+            "Choose another file, or move it away."
         )

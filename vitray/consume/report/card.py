@@ -1,4 +1,4 @@
-"""README.md of a dataset, as the Hugging Face Hub reads it. Private to this package."""
+"""The dataset card, a README.md as the Hugging Face Hub reads it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from itertools import pairwise
 import pyarrow as pa
 import yaml
 
-from vitray.dataset import DATA_GLOB, Dataset, data_files, read_footer, require_dataset
+from vitray.dataset import DATA_GLOB, Dataset, card_url, data_files, read_footer, require_dataset
 from vitray.errors import JobError, ObjectMissing
 from vitray.schema import ModelSpec
-from vitray.storage import join, read, store_for
+from vitray.storage import read, store_for
 
 # 1K to 1T, as the Hub writes them
 EDGES = [f"{10**zeros}{unit}" for unit in "KMBT" for zeros in range(3)][:10]
@@ -21,13 +21,14 @@ SEAL = re.compile(rb"(.*\n)<!-- vitray report --card ([0-9a-f]{64}) -->\n", re.D
 
 
 def write_card(out: str, license: str = "unknown") -> str:
-    """Write the dataset card into OUT, over an unedited earlier one; returns its URL.
+    """Write the dataset card, over an unedited earlier one; returns its URL.
 
-    license: an identifier of the Hub, such as cc-by-4.0. Raises JobError for a README.md that
-    vitray did not write, or that was edited.
+    license: an identifier of the Hub, such as cc-by-4.0. Raises JobError for a card that vitray did
+    not write, or that was edited.
     """
     dataset = require_dataset(out)
-    url, store = join(dataset.out, "README.md"), store_for(dataset.out)
+    url = card_url(dataset.out)
+    store = store_for(url)
     footers = [read_footer(file) for file in data_files(dataset.out)]
     rows, errors = sum(f.rows for f in footers), sum(f.errors for f in footers)
     text = card_of(dataset, rows, errors, license).encode()
@@ -35,8 +36,8 @@ def write_card(out: str, license: str = "unknown") -> str:
     if not store.create(url, body):
         if not _is_ours(url):
             raise JobError(
-                f"{url} was not made by vitray, or was edited since. Move it away to have another "
-                f"one written."
+                f"{url} was not made by vitray, or was edited since. "
+                "Move it away to have another one written."
             )
         store.replace(url, body)
     return url
@@ -47,7 +48,8 @@ def card_of(dataset: Dataset, rows: int, errors: int, license: str) -> str:
     front_matter = yaml.safe_dump(
         _front_matter(dataset, rows, errors, license), sort_keys=False, allow_unicode=True
     )
-    spec, name = dataset.spec, dataset.out.rpartition("/")[2]
+    spec = dataset.spec
+    name = dataset.out.rpartition("/")[2]
     # a card is for other people, who do not have the same directories
     model = spec.model.rpartition("/")[2] if spec.model.startswith("/") else spec.model
     revision = f" at revision `{_code(spec.revision)}`" if spec.revision else ""
@@ -60,8 +62,8 @@ def card_of(dataset: Dataset, rows: int, errors: int, license: str) -> str:
         f"# `{_code(name)}`\n",
         f"{rows:,} images, labelled or embedded by `{_code(model)}`{revision} with vitray. "
         f"{errors:,} more could not be decoded:",
-        f"they are in `{dataset.errors_folder}/`, each with a reason. The images themselves are "
-        f"not part of this dataset.\n",
+        f"they are in `{dataset.errors_folder}/`, each with a reason. "
+        "The images themselves are not part of this dataset.\n",
         "| column | type |\n| --- | --- |",
     ]
     lines += [f"| `{_code(name)}` | `{_code(str(kind))}` |" for name, kind in types.items()]
@@ -80,7 +82,8 @@ def _front_matter(dataset: Dataset, rows: int, errors: int, license: str) -> dic
     configs = [_config("default", DATA_GLOB)]
     if errors:
         configs.append(_config("errors", f"{dataset.errors_folder}/*.parquet"))
-    tasks, tags = list[str](), ["vitray", dataset.spec.family]
+    tasks = list[str]()
+    tags = ["vitray", dataset.spec.family]
     if dataset.job.labelled:
         tasks.append("image-classification")
     if dataset.vectors:

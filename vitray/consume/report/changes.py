@@ -1,61 +1,19 @@
-"""The content of the page of a comparison. Private to this package."""
+"""The content of the page of a comparison."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from vitray.consume.report.page import Page, listed_shards
 from vitray.consume.report.pictures import pictures_of, rows_of
 from vitray.dataset import require_dataset
 from vitray.html import rendered
 
-
-class Moved(Protocol):
-    """Images whose label changed from `old` to `new`. refs: (shard, index) of some."""
-
-    @property
-    def old(self) -> str: ...
-    @property
-    def new(self) -> str: ...
-    @property
-    def images(self) -> int: ...
-    @property
-    def refs(self) -> Sequence[tuple[str, int]]: ...
+if TYPE_CHECKING:
+    from vitray.consume.comparing import Comparison
 
 
-class Changes(Protocol):
-    """The result of `compare`: see comparing.Comparison, whose fields have the same names."""
-
-    @property
-    def old(self) -> str: ...
-    @property
-    def new(self) -> str: ...
-    @property
-    def rows(self) -> int: ...
-    @property
-    def only_old_rows(self) -> int: ...
-    @property
-    def only_new_rows(self) -> int: ...
-    @property
-    def only_old_shards(self) -> int: ...
-    @property
-    def only_new_shards(self) -> int: ...
-    @property
-    def agreement(self) -> float | None: ...
-    @property
-    def moves(self) -> Sequence[Moved]: ...
-    @property
-    def score_shift(self) -> float | None: ...
-    @property
-    def sample(self) -> int: ...
-    @property
-    def cka(self) -> float | None: ...
-    @property
-    def neighbours(self) -> float | None: ...
-
-
-def changes_page(changes: Changes) -> Page:
+def changes_page(changes: Comparison) -> Page:
     """The page of a comparison. Equal shard ids are the same images: the new source is of both."""
     old, new = require_dataset(changes.old), require_dataset(changes.new)
     refs = [ref for move in changes.moves for ref in move.refs]

@@ -1,4 +1,4 @@
-"""Sums from one pass over the data files, and the rows to show. Private to this package.
+"""Sums from one pass over the data files, and the rows to show.
 
 The sums are of labels, scores, true labels, duplicates and failures. Memory holds one shard's
 scalars, a sample of vectors, and hashes of HASHES images.
@@ -121,15 +121,16 @@ def count(dataset: Dataset, urls: Sequence[str], truth: str | None) -> Counts:
             _add(counts, dataset, url, truth, sample)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise CommitError(
-                f"{url} cannot be read ({error}). `vitray validate {dataset.out}` checks every "
-                f"file."
+                f"{url} cannot be read ({error}). "
+                f"`vitray validate {dataset.out}` checks every file."
             ) from error
     return counts
 
 
 def _add(counts: Counts, dataset: Dataset, url: str, truth: str | None, sample: int) -> None:
     """Add one data file. sample: how many of its vectors to keep."""
-    footer, labelled = read_footer(url), dataset.job.labelled
+    footer = read_footer(url)
+    labelled = dataset.job.labelled
     _add_errors(counts, footer.error_rows)
     if footer.truncated_at is not None:
         counts.truncated[footer.shard] = footer.truncated_at

@@ -1,4 +1,4 @@
-"""The content of the page of a dataset: figures, tables and charts. Private to this package."""
+"""The content of the page of a dataset: figures, tables and charts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vitray.dataset import Dataset, dataset_url, is_complete, read_run_records
 from vitray.errors import VitrayError, one_line
 from vitray.html import axis, rendered
 from vitray.pipeline import list_source
-from vitray.schema import REASONS, Shard
+from vitray.schema import Shard, describe_reason
 from vitray.sources import select_shards
 from vitray.storage import read
 
@@ -54,7 +54,8 @@ def page_of(dataset: Dataset, urls: Sequence[str], truth: str | None, pictures: 
         "twins": [(n, [(counts.shards[s], i) for s, i in first]) for n, first in twins],
         "alike": _alike(counts),
     }
-    cards, picture_count = _Cards(dataset, truth), 0
+    cards = _Cards(dataset, truth)
+    picture_count = 0
     cards.read(_shown(counts, groups))
     if pictures:
         notes += cards.add_pictures(shards)
@@ -95,7 +96,8 @@ class _Cards:
     """What the page shows of single rows. truth: the passthrough column of true labels."""
 
     def __init__(self, dataset: Dataset, truth: str | None) -> None:
-        self._dataset, self._truth = dataset, truth
+        self._dataset = dataset
+        self._truth = truth
         self._rows: dict[Ref, dict[str, Any]] = {}
         self.pictures: dict[Ref, str] | None = None  # None: the page has none
 
@@ -145,7 +147,7 @@ def _gallery(counts: Counts, cards: _Cards) -> list[tuple[str, int, list[dict[st
 def _failures(counts: Counts) -> list[tuple[str, str, int, list[dict[str, str]]]]:
     """(reason, meaning, images, examples) of error rows, the most frequent reason first."""
     return [
-        (reason, REASONS.get(reason, ""), n, counts.examples[reason])
+        (reason, describe_reason(reason), n, counts.examples[reason])
         for reason, n in counts.reasons.most_common()
     ]
 
@@ -169,7 +171,8 @@ def within(record: dict[str, Any]) -> dict[str, Any] | None:
     edges = np.linspace(0, end, steps + 1)
     rates = np.diff(np.interp(edges, *timeline.T)) * steps / end
     unit, unit_s = _time_unit(end)
-    rate_axis, step_width = axis(rates.max()), CHART_WIDTH / steps
+    rate_axis = axis(rates.max())
+    step_width = CHART_WIDTH / steps
     path = "".join(
         f"V{CHART_BOTTOM - CHART_HEIGHT * rate / rate_axis[-1]:.1f}"
         f"H{CHART_LEFT + step_width * (n + 1):.1f}"
@@ -246,7 +249,8 @@ def _runs(dataset: Dataset) -> dict[str, Any]:
     seconds: Counter[str] = Counter()
     for record in records:
         seconds.update(record.get("seconds_by_step", {}))
-    images, total = sum(record["images"] for record in records), sum(seconds.values())
+    images = sum(record["images"] for record in records)
+    total = sum(seconds.values())
     steps = list[tuple[str, float, float, float]]()
     if total:
         steps = [(step, s, s / total, images / s if s else 0) for step, s in seconds.items()]

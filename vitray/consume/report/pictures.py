@@ -1,4 +1,4 @@
-"""Small pictures of chosen rows, decoded again from the source. Private to this package."""
+"""Small pictures of chosen rows, decoded again from the source."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A map of sampled vectors, and groups of near ones. Private to this package."""
+"""A map of sampled vectors, and groups of near ones."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ def on_a_plane(vectors: np.ndarray) -> tuple[np.ndarray, str]:
     else:
         points, share = principal(vectors)
         how = (
-            f"The first two principal components, to the right and upwards, hold {share:.0%} of "
-            f"the variance."
+            "The first two principal components, to the right and upwards, "
+            f"hold {share:.0%} of the variance."
         )
-    low, span = points.min(0), np.ptp(points, axis=0)
+    low = points.min(0)
+    span = np.ptp(points, axis=0)
     return (points - low) / np.where(span > 0, span, 1), how
 
 
@@ -50,7 +51,8 @@ def near_groups(vectors: np.ndarray) -> list[list[int]]:
     """
     directions = unit(vectors)
     near = directions @ directions.T >= NEAR
-    free, groups = np.ones(len(vectors), bool), []
+    free = np.ones(len(vectors), bool)
+    groups = []
     for n in range(len(vectors)):
         members = np.flatnonzero(near[n] & free)
         if free[n] and len(members) > 1:

@@ -1,6 +1,4 @@
-"""What is seen of a run: the view, the JSON lines, the numbers in both, and what Prometheus is
-told.
-"""
+"""The progress of a run in a process: JSON lines without a terminal, a view on one."""
 
 from __future__ import annotations
 
@@ -17,9 +15,7 @@ from factories.shards import pictures, put_tars
 VITRAY = [sys.executable, "-m", "vitray"]
 
 
-def test_without_a_terminal_a_run_tells_json_lines_and_warnings_as_asked(
-    shapes_model: str, tmp_path: Path
-) -> None:
+def test_without_a_terminal_a_run_prints_json_lines(shapes_model: str, tmp_path: Path) -> None:
     put_tars(f"{tmp_path}/in", pictures(60), 2, tmp_path)
     argv = [
         *VITRAY,
@@ -37,14 +33,14 @@ def test_without_a_terminal_a_run_tells_json_lines_and_warnings_as_asked(
     )
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stderr.splitlines()]
-    told = [line for line in lines if "images" in line]
-    assert told[-1]["shards_done"] == 2 and told[-1]["images"] == 60 and len(told) <= 3
+    reports = [line for line in lines if "images" in line]
+    assert reports[-1]["shards_done"] == 2 and reports[-1]["images"] == 60 and len(reports) <= 3
     assert all(
         {"level", "logger", "message"} <= line.keys() for line in lines if "images" not in line
     )
 
 
-def test_on_a_terminal_a_run_draws_a_view_and_gives_the_cursor_back(
+def test_on_a_terminal_a_run_draws_a_view_and_restores_the_cursor(
     shapes_model: str, tmp_path: Path
 ) -> None:
     put_tars(f"{tmp_path}/in", pictures(60), 2, tmp_path)
@@ -59,22 +55,22 @@ def test_on_a_terminal_a_run_draws_a_view_and_gives_the_cursor_back(
         "--out",
         f"{tmp_path}/out",
     ]
-    mine, theirs = pty.openpty()
+    master, terminal = pty.openpty()
     with subprocess.Popen(
         argv,
         stdout=subprocess.PIPE,
-        stderr=theirs,
+        stderr=terminal,
         env={**os.environ, "TERM": "xterm", "COLUMNS": "100"},
     ) as process:
-        os.close(theirs)
-        seen = b""
+        os.close(terminal)
+        output = b""
         while True:
             try:
-                seen += os.read(mine, 65536)
+                output += os.read(master, 65536)
             except OSError:  # the other side was closed
                 break
         assert process.wait(240) == 0
-    os.close(mine)
-    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen.decode())
+    os.close(master)
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", output.decode())
     assert "2 of 2 done, 0 staged in part, 0 set aside" in text and "60" in text
-    assert seen.rindex(b"\x1b[?25h") > seen.rindex(b"\x1b[?25l")
+    assert output.rindex(b"\x1b[?25h") > output.rindex(b"\x1b[?25l")

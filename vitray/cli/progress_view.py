@@ -1,16 +1,15 @@
-"""The progress of a run and its result, as text."""
+"""The progress of a run: a table for a terminal, or a JSON object per line."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import math
-import shlex
 import shutil
 import subprocess
 import time
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 
 import psutil
 from rich.filesize import decimal
@@ -18,92 +17,17 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from vitray.errors import count
-from vitray.job import Job
-from vitray.left_out import describe
-from vitray.pipeline import Progress, Result
+from vitray.clock import utc_now
+from vitray.pipeline import Progress
 
 GPU_EVERY_S = 5.0
-
-
-def summary(result: Result, job: Job) -> str:
-    """The result of a run that ended, and the next steps."""
-    return "\n".join(
-        [
-            *_totals(result),
-            *_shard_lines(result),
-            *_source_lines(result),
-            *_next_steps(result, job),
-        ]
-    )
-
-
-def _totals(result: Result) -> list[str]:
-    speed = ""
-    if result.images:
-        speed = f", {result.images / result.seconds:.1f} images/s with start-up"
-    by_others = f", {result.adopted} of them by another run" if result.adopted else ""
-    took = f"{count(result.images, 'image')} computed in {result.seconds:.1f} s{speed}"
-    return [
-        f"{count(result.committed, 'shard')} committed now{by_others} ({took})",
-        f"{result.out}: {count(result.shards, 'shard')}, {count(result.rows, 'row')}, "
-        f"{count(result.errors, 'error')}",
-        *(f"  {images} {reason} in this run" for reason, images in sorted(result.reasons.items())),
-    ]
-
-
-def _shard_lines(result: Result) -> list[str]:
-    """Shards that were set aside or cut short, and what readers noted."""
-    return [
-        *(f"set aside  {shard}: {why}" for shard, why in result.set_aside.items()),
-        *(
-            f"cut short  {shard}: truncated at byte {byte}; the rows before it are committed"
-            for shard, byte in result.truncated.items()
-        ),
-        *(f"note       {shard}: {text}" for shard, text in result.notes.items()),
-    ]
-
-
-def _source_lines(result: Result) -> list[str]:
-    """What the source has, or had, without a row in the dataset."""
-    lines = []
-    if result.gone:
-        gone = count(result.gone, "committed shard")
-        lines.append(f"no longer in the source: {gone}; --prune removes the rows")
-    if result.left_out:
-        lines.append(f"left out   {describe(result.left_out, result.suffixes)}")
-    if result.shards_not_selected:
-        shards = count(result.shards_not_selected, "shard")
-        images = count(result.images_not_selected, "image")
-        lines.append(f"not chosen {shards} with {images}, by since, sample or limit")
-    if result.shards and not result.rows + result.errors:
-        lines.append("the shards held no image: check `source`")
-    return lines
-
-
-def _next_steps(result: Result, job: Job) -> list[str]:
-    lines = []
-    if result.too_many_errors:
-        bad = result.errors - result.deleted
-        share = f"{bad} of {result.rows + bad}, more than max_error_rate={job.max_error_rate:g}"
-        lines.append(
-            f"too many bad images: {share}; see {result.errors_path}, or raise max_error_rate"
-        )
-    if arrived := result.pending - len(result.set_aside):
-        lines.append(f"arrived since: {count(arrived, 'shard')}; run again")
-    if result.set_aside:
-        lines.append(
-            f"next: repair or remove those shards, then run again (vitray status "
-            f"{shlex.quote(job.out)})"
-        )
-    return lines
 
 
 def json_line(progress: Progress) -> str:
     """The progress of a run as one JSON object, for programs that read its log."""
     left_s = progress.remaining_s()
     fields = {
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "at": utc_now(),
         "images": progress.images,
         "images_expected": progress.images_expected,
         "images_per_s": round(progress.rate(), 2),
@@ -151,18 +75,18 @@ def _view_rows(progress: Progress) -> list[tuple[str, str]]:
         ),
         (
             "images",
-            f"{progress.images:,}{expected}, {progress.errors:,} failed, {progress.resumed:,} "
-            f"found staged",
+            f"{progress.images:,}{expected}, {progress.errors:,} failed, "
+            f"{progress.resumed:,} already staged",
         ),
         (
             "images/s",
-            f"{progress.recent_rate():,.1f} now, {progress.rate():,.1f} in the mean, "
+            f"{progress.recent_rate():,.1f} now, {progress.rate():,.1f} on average, "
             f"{decimal(progress.size_bytes)} read",
         ),
         ("ETA", "not known yet" if left_s is None else str(timedelta(seconds=round(left_s)))),
         *(("failed", f"{rows:,} {reason}") for reason, rows in sorted(progress.reasons.items())),
         *(
-            (step, f"{1000 * seconds / computed:,.1f} ms an image, {seconds:,.0f} s in all")
+            (step, f"{1000 * seconds / computed:,.1f} ms per image, {seconds:,.0f} s in total")
             for step, seconds in progress.seconds.items()
         ),
         ("waiting", progress.waiting()),

@@ -1,6 +1,4 @@
-"""What is seen of a run: the view, the JSON lines, the numbers in both, and what Prometheus is
-told.
-"""
+"""The progress of a run, as a table and as JSON lines."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ from collections import deque
 import pytest
 from rich.console import Console
 
-from vitray.operations.watching import json_line, view
+from vitray.cli.progress_view import json_line, view
 from vitray.pipeline.progress import TIMELINE_POINTS, Progress
 from vitray.schema import ShardEvent
 
@@ -37,22 +35,22 @@ def some_progress() -> Progress:
     return progress
 
 
-def test_the_json_line_has_the_numbers() -> None:
-    told = json.loads(json_line(some_progress()))
-    assert {name: told[name] for name in ("images", "images_expected", "shards", "shards_done", "shards_set_aside", "resumed")} == {
+def test_json_line_has_the_figures_of_a_run() -> None:
+    fields = json.loads(json_line(some_progress()))
+    assert {name: fields[name] for name in ("images", "images_expected", "shards", "shards_done", "shards_set_aside", "resumed")} == {
         "images": 200, "images_expected": 400, "shards": 4, "shards_done": 1, "shards_set_aside": 1, "resumed": 100,
     }  # fmt: skip
     assert (
-        told["shards_staged"] == 2
-        and told["failed"] == {"truncated": 3, "empty": 2}
-        and told["bytes"] == 4_000_000
+        fields["shards_staged"] == 2
+        and fields["failed"] == {"truncated": 3, "empty": 2}
+        and fields["bytes"] == 4_000_000
     )
-    assert told["seconds_by_step"] == {"read": 0.1, "decode": 2.0, "predict": 4.0, "stage": 0.2}
-    assert told["waiting"] == "3 fragments wait for decode"
-    assert 4.5 < told["images_per_s"] <= 5.0 and 38 <= told["eta_s"] <= 42
+    assert fields["seconds_by_step"] == {"read": 0.1, "decode": 2.0, "predict": 4.0, "stage": 0.2}
+    assert fields["waiting"] == "3 fragments wait for decode"
+    assert 4.5 < fields["images_per_s"] <= 5.0 and 38 <= fields["eta_s"] <= 42
 
 
-def test_the_time_left_of_tars_comes_from_their_bytes() -> None:
+def test_remaining_time_of_tars_is_estimated_from_their_bytes() -> None:
     progress = Progress(shards=1, bytes_expected=1_000_000, started=time.monotonic() - 20)
     assert progress.remaining_s() is None
     progress.add(ShardEvent("staged", "a", 0, 100))  # of which no byte was decoded
@@ -65,19 +63,19 @@ def test_the_time_left_of_tars_comes_from_their_bytes() -> None:
     assert progress.remaining_s() == 0
 
 
-def test_the_view_has_them_too() -> None:
+def test_view_shows_the_figures_of_a_run() -> None:
     console = Console(file=io.StringIO(), width=100, force_terminal=False)
     console.print(view(some_progress()))
     text = console.file.getvalue()
     for part in (
-        "1 of 4 done, 2 staged in part, 1 set "
-        "aside", "200 of 400, 5 failed, 100 found staged", "3 truncated", "4.0 MB read",
-        "40.0 ms an image", "3 fragments wait for decode", "CPU here",
+        "1 of 4 done, 2 staged in part, 1 set aside",
+        "200 of 400, 5 failed, 100 already staged", "3 truncated", "4.0 MB read",
+        "40.0 ms per image", "3 fragments wait for decode", "CPU here",
     ):  # fmt: skip
         assert part in text, (part, text)
 
 
-def test_the_rate_now_is_of_the_last_seconds_and_the_timeline_stays_short() -> None:
+def test_recent_rate_is_of_the_last_seconds_and_the_timeline_stays_short() -> None:
     progress = Progress(shards=1, started=time.monotonic() - 1000)
     for n in range(5000):
         progress.add(ShardEvent("fragment", "a", n, n + 1))

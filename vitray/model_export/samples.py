@@ -27,11 +27,11 @@ DEEP = 20  # a tar is read up to this many times as many images as are drawn fro
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """uint8 [N, H, W, 3] each. apart: whether the two have no image in common."""
+    """uint8 [N, H, W, 3] each. is_disjoint: whether the two have no image in common."""
 
     calibration: np.ndarray
     compared: np.ndarray
-    apart: bool
+    is_disjoint: bool
 
 
 def sample_images(job: Job, spec: ModelSpec, calibrates: bool) -> Sample:
@@ -44,9 +44,9 @@ def sample_images(job: Job, spec: ModelSpec, calibrates: bool) -> Sample:
     images = _distinct(_encoded(job, most), decode_spec)
     if len(images) < LEAST:
         raise SourceError(
-            f"--calibrate {', '.join(job.source)} holds {len(images)} different good images. A "
-            f"comparison needs at least {LEAST}, and {most} are better. Give more of the images "
-            f"that the model is for."
+            f"--calibrate {', '.join(job.source)} holds {len(images)} different good images. "
+            f"A comparison needs at least {LEAST}, and {most} are better. "
+            "Give more of the images that the model is for."
         )
     pixels = np.stack(images)
     if not calibrates:

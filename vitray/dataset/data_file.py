@@ -1,0 +1,63 @@
+"""Rows as one Parquet file, written on the scratch disk."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vitray.dataset.identity import Dataset
+from vitray.errors import StorageError
+
+# 50 MB of a 768-float vector: small enough for a laptop, large enough for a scan
+ROW_GROUP_ROWS = 16_384
+
+
+def parquet_of(
+    dataset: Dataset, tables: Iterable[pa.Table], metadata: Callable[[], dict[str, str]]
+) -> tuple[bytes, dict[str, str]]:
+    """Tables of rows as one Parquet file, and the metadata of its footer.
+
+    metadata: called when all rows are written. The file is written on the scratch disk without a
+    name there, so that a killed process leaves nothing.
+    """
+    try:
+        descriptor, path = tempfile.mkstemp(prefix="vitray-")
+        with open(descriptor, "rb") as scratch:
+            values = _write_parquet(dataset, Path(path), tables, metadata)
+            return scratch.read(), values
+    except OSError as error:
+        raise StorageError(
+            f"scratch disk {tempfile.gettempdir()}: {error}. Free space there or set TMPDIR."
+        ) from error
+
+
+def _write_parquet(
+    dataset: Dataset, path: Path, tables: Iterable[pa.Table], metadata: Callable[[], dict[str, str]]
+) -> dict[str, str]:
+    schema = dataset.schema
+    vectors = {v.column for v in dataset.vectors}
+    buffered = list[pa.Table]()
+    with pq.ParquetWriter(
+        path,
+        schema,
+        compression="zstd",
+        use_dictionary=[
+            f.name for f in schema if f.name not in vectors and not pa.types.is_nested(f.type)
+        ],
+        use_byte_stream_split=[f"{name}.list.element" for name in vectors],
+    ) as writer:
+        path.unlink()
+        for table in tables:
+            buffered.append(table.select(schema.names).cast(schema))
+            if sum(t.num_rows for t in buffered) >= ROW_GROUP_ROWS:
+                writer.write_table(pa.concat_tables(buffered), row_group_size=ROW_GROUP_ROWS)
+                buffered.clear()
+        if buffered:
+            writer.write_table(pa.concat_tables(buffered), row_group_size=ROW_GROUP_ROWS)
+        values = metadata()
+        writer.add_key_value_metadata(values)
+    return values
