@@ -104,7 +104,7 @@ def _row(index: int, member: Member, job: Job) -> Encoded:
     return Encoded(index, member.url, member.url, None, reason, message, passthrough)
 
 
-def _problem(member: Member, job: Job) -> tuple[str | None, str]:
+def _problem(member: Member, job: Job) -> tuple[Reason | None, str]:
     """(reason, message) of a file that is not read; (None, "") of a file to read."""
     if member.size < 0:
         return Reason.MISSING, f"{member.url} {member.version or 'does not exist any more'}"

@@ -24,7 +24,7 @@ MAX_URL_BYTES = 1024  # S3's limit of a key; it answers a longer one with 400, n
 _DATA = re.compile(
     r"data:image/|(?=.{0,99}[A-Z])(?=.{0,99}[a-z])(?=.{0,99}[0-9])[A-Za-z0-9+/=]{256}"
 )
-Located = tuple[str, str | None, str]  # URL, reason, message
+Located = tuple[str, Reason | None, str]  # URL, reason, message
 
 
 def split_manifest(shard: Shard, job: Job) -> list[Shard]:

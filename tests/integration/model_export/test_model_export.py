@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 import vitray
 from factories.small_models import job_for, open_job, run
-from support.model_exports import FLOATS, UNSEEN, export_job, predictions
+from support.model_exports import UNSEEN, export_job
 from vitray.errors import ModelError, StorageError
 from vitray.evaluation import agreement
 from vitray.job import Embedding
@@ -25,7 +24,6 @@ from vitray.models.checkpoint_store import locate
 from vitray.models.exported import read_export, seal
 from vitray.models.linear_head import Head, write_head
 from vitray.operations import demo_model
-from vitray.vectors import top_k
 
 
 @pytest.fixture(autouse=True)
@@ -36,41 +34,6 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def _unseen(unseen: np.ndarray) -> None:
     UNSEEN[:] = [unseen]
-
-
-@pytest.mark.parametrize("to", FLOATS)
-def test_a_float_export_equals_torch_within_a_thousandth(
-    tmp_path: Path, shapes_model: str, photos: str, to: str
-) -> None:
-    exported = export_model(export_job(shapes_model, photos), to, "", str(tmp_path / "x"), 0.999)
-    assert exported.comparison.error is not None and exported.comparison.error < 1e-3
-    assert (
-        exported.comparison.share(),
-        exported.comparison.images,
-        exported.comparison.is_disjoint,
-    ) == (
-        1.0,
-        240,
-        True,
-    )
-    small = ("config.json", "vitray_export.json", "README.md")
-    files = [
-        path.stat().st_size for path in (tmp_path / "x").iterdir() if not path.name.endswith(small)
-    ]
-    assert exported.comparison.size.megabytes == sum(files) / 1e6
-    expected = run(job_for(shapes_model, top_k=6, embeddings=[Embedding()]), UNSEEN[0])
-    if to == "torch-export":  # what others open
-        program = torch.export.load(str(tmp_path / "x/model.pt2")).module()
-        with torch.no_grad():
-            scores, vector = (result.numpy() for result in program(torch.from_numpy(UNSEEN[0])))
-        found = Predictions(*top_k(scores, 6)[::-1], {"embedding": vector})
-    else:
-        found = predictions(str(tmp_path / "x"))
-    np.testing.assert_array_equal(found.ids, expected.ids)
-    np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-3, atol=1e-6)
-    np.testing.assert_allclose(
-        found.vectors["embedding"], expected.vectors["embedding"], rtol=1e-3, atol=1e-4
-    )
 
 
 def test_the_directory_describes_the_export_and_its_original(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import resource
 import shutil
 import threading
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from support.training_runs import equal, start, weights, write_config
+from support.training_runs import equal, weights
 from vitray.errors import ClusterError, StorageError
 from vitray.models import checkpoint_store
 from vitray.storage import store_for
@@ -26,35 +25,6 @@ from vitray.training.student import prepare
 from vitray.training.training_run import TrainingRun
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def test_killed_training_ends_with_equal_weights(small: dict[str, object], tmp_path: Path) -> None:
-    fields = {**small, "save_steps": 3, "mixup": 0.2, "flip": True}
-    whole = finetune(TrainingConfig(**fields, out=str(tmp_path / "whole")))
-    path = write_config(tmp_path / "killed.yaml", {**fields, "out": str(tmp_path / "killed")})
-    # within an epoch, behind its last checkpoint; and between two objects of a checkpoint
-    for point in ("train-step:8", "object-written"):
-        done = start(path, VITRAY_CRASH_AT=point)
-        assert done.returncode == -9, done.stderr[-2000:]
-    done = start(path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert equal(weights(str(tmp_path / "whole")), weights(str(tmp_path / "killed")))
-    both = [
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("whole", "killed")
-    ]
-    assert re.search(r": resuming from step \d+ of 12\n", done.stderr)
-    assert (
-        both[0] == both[1]
-        and "epoch 3: loss" in done.stderr
-        and f"{whole.figures['validation_accuracy']:.4g}" in done.stdout
-    )
-    left = [
-        p.name
-        for p in (tmp_path / "killed" / "_vitray" / "state").iterdir()
-        if p.suffix == ".safetensors"
-    ]
-    assert sorted(name.partition("-")[0] for name in left) == ["best", "last"]
 
 
 def test_workers_that_never_begin_are_one_error(

@@ -6,9 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from factories import digits
+from factories.small_models import edit
 from support.training_runs import embedded
-from vitray.errors import FingerprintError
+from vitray.errors import FingerprintError, JobError, ModelError
 from vitray.training.config import TrainingConfig
 from vitray.training.finetuning import finetune
 
@@ -47,3 +50,46 @@ def test_a_directory_of_something_else_is_never_written_into(
         finetune(TrainingConfig(**{**small, "epochs": 1, "out": str(tmp_path / "begun")})).epochs
         == 1
     )
+
+
+def test_more_blocks_than_there_are_and_columns_of_loose_files_are_refused(
+    trained: str, small: dict[str, object], tmp_path: Path
+) -> None:
+    fields = {
+        **small,
+        "model": trained,
+        "init": "weights",
+        "train": "last",
+        "out": str(tmp_path / "a"),
+    }
+    with pytest.raises(JobError, match=r"last: 99, and the model has \d+ blocks"):
+        finetune(TrainingConfig(**fields, last=99))
+    (tmp_path / "loose").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "loose" / "a.png")
+    with pytest.raises(
+        JobError,
+        match=r"label: cls: loose files have no columns\. Set label: folder, or give a label_table",
+    ):
+        finetune(TrainingConfig(**{**fields, "source": str(tmp_path / "loose"), "label": "cls"}))
+
+
+def test_one_class_and_a_checkpoint_of_another_shape_are_refused(
+    trained: str, small: dict[str, object], tmp_path: Path
+) -> None:
+    alone = digits.tar(tmp_path / "alone.tar", digits.few(30, [4]))
+    with pytest.raises(JobError, match=r"have 1 class \(4\); a classifier needs two"):
+        finetune(TrainingConfig(**{**small, "source": alone, "out": str(tmp_path / "a")}))
+    shutil.copytree(trained, tmp_path / "wide")
+    edit(str(tmp_path / "wide" / "config.json"), intermediate_size=80)
+    with pytest.raises(ModelError, match=r"weights of another shape than its config.json says"):
+        finetune(
+            TrainingConfig(
+                **{
+                    **small,
+                    "model": str(tmp_path / "wide"),
+                    "train": "head",
+                    "init": "weights",
+                    "out": str(tmp_path / "b"),
+                }
+            )
+        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import resource
 import subprocess
 import sys
@@ -104,3 +106,32 @@ def test_no_space_is_one_clear_error(small: dict[str, object], tmp_path: Path) -
         and "free some" in done.stderr
     ), done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and not list((tmp_path / "out").rglob("*.u8"))
+
+
+def test_killed_training_ends_with_equal_weights(small: dict[str, object], tmp_path: Path) -> None:
+    fields = {**small, "save_steps": 3, "mixup": 0.2, "flip": True}
+    whole = finetune(TrainingConfig(**fields, out=str(tmp_path / "whole")))
+    path = write_config(tmp_path / "killed.yaml", {**fields, "out": str(tmp_path / "killed")})
+    # within an epoch, behind its last checkpoint; and between two objects of a checkpoint
+    for point in ("train-step:8", "object-written"):
+        done = start(path, VITRAY_CRASH_AT=point)
+        assert done.returncode == -9, done.stderr[-2000:]
+    done = start(path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert equal(weights(str(tmp_path / "whole")), weights(str(tmp_path / "killed")))
+    both = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "killed")
+    ]
+    assert re.search(r": resuming from step \d+ of 12\n", done.stderr)
+    assert (
+        both[0] == both[1]
+        and "epoch 3: loss" in done.stderr
+        and f"{whole.figures['validation_accuracy']:.4g}" in done.stdout
+    )
+    left = [
+        p.name
+        for p in (tmp_path / "killed" / "_vitray" / "state").iterdir()
+        if p.suffix == ".safetensors"
+    ]
+    assert sorted(name.partition("-")[0] for name in left) == ["best", "last"]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from factories.small_models import PREFIX, make_checkpoint
+from support.training_runs import weights
 from vitray.models import checkpoint_store
 from vitray.training.config import TrainingConfig
+from vitray.training.finetuning import finetune
 from vitray.training.student import prepare
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,3 +40,39 @@ def test_every_family_trains_every_way(name: str, small: dict[str, object], tmp_
         torch.testing.assert_close(
             student.finished()(pixel_values=pixels).logits, plain, rtol=1e-4, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("train", ["head", "last", "lora"])
+def test_only_what_the_config_names_learns(
+    train: str, trained: str, small: dict[str, object], tmp_path: Path
+) -> None:
+    out = str(tmp_path / "out")
+    fields = {
+        **small,
+        "model": trained,
+        "train": train,
+        "init": "weights",
+        "out": out,
+        "epochs": 1,
+        "classes": [str(n) for n in range(9, -1, -1)],
+    }
+    finetune(TrainingConfig(**fields))
+    before, after = weights(trained), weights(out)
+    assert before.keys() == after.keys()
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    linear = {
+        name
+        for name in after
+        if "layer." in name and name.endswith("weight") and "norm" not in name
+    }
+    expected = {
+        "head": {"classifier.weight", "classifier.bias"},
+        "last": {
+            name
+            for name in after
+            if "layer.1." in name or "classifier" in name or name.startswith("vit.layernorm")
+        },
+        "lora": {"classifier.weight", "classifier.bias"} | linear,
+    }[train]
+    assert changed == expected
+    assert json.loads(Path(out, "config.json").read_text())["id2label"]["0"] == "9"

@@ -1,6 +1,5 @@
 """vitray backfill: the next model's dataset from the very shards of the old one, compared with
-it.
-"""
+it."""
 
 from __future__ import annotations
 

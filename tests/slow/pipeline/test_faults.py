@@ -1,6 +1,5 @@
 """A run against a store that fails all the time: it completes, with the rows of a run that nothing
-befell.
-"""
+befell."""
 
 from __future__ import annotations
 
