@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from factories.small_models import CLASSES, job_for, make_checkpoint, noise, open_job, plain_loop
+from factories.small_models import CLASSES, job_for, make_checkpoint, open_job
 from vitray.errors import ModelError
 from vitray.job import Embedding
 from vitray.models import Model, Predictions, engines, identify, open_model, vector_columns
@@ -22,40 +22,6 @@ pytestmark = pytest.mark.usefixtures("two_threads")
 
 ENGINES = ("torch", "openvino", "onnx")
 OTHERS = ENGINES[1:]
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_any_number_of_images_any_kind_of_vector(tmp_path: Path, engine: str) -> None:
-    directory = make_checkpoint(tmp_path, "vit", True, problem_type="multi_label_classification")
-    vectors = [Embedding(name="plain"), Embedding(normalize=True, dtype="float16", name="unit")]
-    job, pixels = (
-        job_for(directory, True, vectors, top_k=CLASSES, batch_size=4, engine=engine),
-        noise(17),
-    )
-    pixels.flags.writeable = False
-    logits, tokens = plain_loop(directory, "vit", True, pixels)
-    model = open_job(job)
-    for count in (17, 0, 1, 2, 4, 5, 15):
-        found = model.predict(pixels[:count])
-        np.testing.assert_allclose(
-            found.scores, logits[:count].sigmoid().topk(CLASSES)[0], rtol=1e-4, atol=1e-6
-        )
-        plain, unit = (found.vectors[f"embedding_{name}"] for name in ("plain", "unit"))
-        np.testing.assert_allclose(plain, tokens["last"][:count, 0], rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(
-            unit, plain / np.linalg.norm(plain, axis=1, keepdims=True), atol=5e-4
-        )
-        assert (found.ids.dtype, found.scores.dtype, plain.dtype, unit.dtype) == (
-            np.int32,
-            np.float32,
-            np.float32,
-            np.float16,
-        )
-        assert found.ids.shape == (count, CLASSES) and unit.shape == (count, 32)
-    with pytest.raises(ModelError, match=r"uint8 \[N, 32, 32, 3\], not uint8 \[2, 16, 16, 3\]"):
-        model.predict(noise(2, 16))
-    with pytest.raises(ModelError, match=r"not float32 \[2, 32, 32, 3\]"):
-        model.predict(pixels[:2].astype(np.float32))
 
 
 @pytest.mark.parametrize("engine", OTHERS)

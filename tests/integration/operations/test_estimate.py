@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,6 @@ import pytest
 
 from factories.shards import pictures, put_tars
 from support.s3 import free_port
-from vitray.operations.planning import status
 
 VITRAY = [sys.executable, "-m", "vitray"]
 
@@ -31,33 +29,6 @@ def test_a_plan_that_is_none_is_refused_before_any_work(tmp_path: Path) -> None:
     ]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "--planned" in done.stderr and not (tmp_path / "out").exists()
-
-
-def test_a_run_that_was_planned_to_do_nothing_says_what_it_did(
-    shapes_model: str, tmp_path: Path
-) -> None:
-    """Something came after the plan."""
-    put_tars(f"{tmp_path}/in", pictures(16), 1, tmp_path)
-    (tmp_path / "plan.json").write_text('{"images": 0, "seconds": 0.0}')
-    job = [
-        f"{tmp_path}/in",
-        "--model",
-        shapes_model,
-        "--out",
-        f"{tmp_path}/out",
-        "--set",
-        "engine=torch",
-    ]
-    done = subprocess.run(
-        [*VITRAY, "run", *job, "--planned", f"{tmp_path}/plan.json"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    (record,) = (tmp_path / "out" / "_vitray" / "runs").glob("*.json")
-    assert json.loads(record.read_text())["planned"] == {"images": 0, "seconds": 0.0}
-    assert "\nplanned " not in str(status(f"{tmp_path}/out"))
 
 
 @pytest.mark.parametrize(

@@ -2,56 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
-import vitray
 from factories import digits
-from factories.small_models import make_checkpoint
-from support.training_runs import embedded
-from vitray.errors import ModelError
-from vitray.models.linear_head import read_head
-from vitray.training.config import TrainingConfig
-from vitray.training.examples import is_held_out
-from vitray.training.finetuning import finetune
 from vitray.training.linear_probe import LabelledRows, fit_linear_probe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def test_a_linear_probe_reads_no_image_and_is_a_checkpoint_and_a_head(
-    trained: str, small: dict[str, object], tmp_path: Path
-) -> None:
-    source = tmp_path / "d.tar"
-    shutil.copyfile(str(small["source"]), source)
-    dataset = embedded(trained, str(source), tmp_path / "dataset")
-    source.unlink()
-    out = str(tmp_path / "out")
-    result = finetune(
-        TrainingConfig(dataset=dataset, train="probe", label="cls", validation=0.2, out=out)
-    )
-    assert result.model and result.images + result.held_out == 200
-    head, rows = read_head(out), vitray.read(dataset)
-    vectors = np.stack(rows["embedding"].to_numpy())
-    said = [head.labels[n] for n in (vectors @ head.weight.T + head.bias).argmax(1)]
-    held = [n for n, key in enumerate(rows["key"].to_pylist()) if is_held_out(key, 0.2)]
-    truth = rows["cls"].to_pylist()
-    assert np.mean([said[n] == truth[n] for n in held]) == pytest.approx(
-        result.figures["validation_accuracy"]
-    )
-    again = embedded(out, small["source"], tmp_path / "again")
-    assert vitray.read(again)["label"].to_pylist() == said
-    with pytest.raises(ModelError, match="is not the model of"):
-        other = make_checkpoint(tmp_path / "other", "vit", headed=True)
-        finetune(
-            TrainingConfig(
-                dataset=dataset, model=other, train="probe", label="cls", out=str(tmp_path / "x")
-            )
-        )
 
 
 def test_a_linear_probe_is_the_minimum_of_its_loss() -> None:

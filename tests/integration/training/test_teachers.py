@@ -6,13 +6,11 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-import vitray
 from factories.small_models import edit, make_checkpoint
-from support.training_runs import PIXELS, embedded, equal, weights
+from support.training_runs import PIXELS, equal, weights
 from vitray.errors import FingerprintError, JobError
 from vitray.training.config import TrainingConfig
 from vitray.training.finetuning import finetune
@@ -87,24 +85,3 @@ def test_a_teacher_model_sees_what_the_student_sees(
     edit(str(teacher / "config.json"), problem_type="multi_label_classification")
     with pytest.raises(JobError, match="scores of independent classes, which do not add up to 1"):
         finetune(TrainingConfig(**fields))
-
-
-def test_pseudo_labels_are_the_models_own(
-    trained: str, small: dict[str, object], tmp_path: Path
-) -> None:
-    dataset = embedded(trained, small["source"], tmp_path / "dataset")
-    scores = vitray.read(dataset)["score"].to_numpy()
-    least = float(np.median(scores))
-    config = TrainingConfig(
-        **{
-            **small,
-            "source": [],
-            "label": None,
-            "dataset": dataset,
-            "min_score": least,
-            "out": str(tmp_path / "out"),
-            "epochs": 1,
-        }
-    )
-    result = finetune(config)
-    assert result.images + result.held_out == int((scores >= np.float32(least)).sum())

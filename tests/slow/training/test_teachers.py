@@ -76,3 +76,24 @@ def test_a_teacher_is_joined_by_bytes_and_the_remainder_is_spread(
     other = digits.tar(tmp_path / "other.tar", digits.few(5, [0, 1], skip=60))
     with pytest.raises(JobError, match="has none of these images"):
         finetune(TrainingConfig(**{**fields, "source": other, "out": str(tmp_path / "y")}))
+
+
+def test_pseudo_labels_are_the_models_own(
+    trained: str, small: dict[str, object], tmp_path: Path
+) -> None:
+    dataset = embedded(trained, small["source"], tmp_path / "dataset")
+    scores = vitray.read(dataset)["score"].to_numpy()
+    least = float(np.median(scores))
+    config = TrainingConfig(
+        **{
+            **small,
+            "source": [],
+            "label": None,
+            "dataset": dataset,
+            "min_score": least,
+            "out": str(tmp_path / "out"),
+            "epochs": 1,
+        }
+    )
+    result = finetune(config)
+    assert result.images + result.held_out == int((scores >= np.float32(least)).sum())
