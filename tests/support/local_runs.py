@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import vitray
+from factories.shards import Picture, pictures, put_tars
 from vitray.dataset import Dataset, open_dataset
 from vitray.pipeline.cluster import share_out
 
@@ -62,3 +63,12 @@ def dataset(inputs: Path, shapes_model: str, tmp_path: Path) -> Dataset:
     opened = open_dataset(str(tmp_path / "out"))
     assert opened is not None
     return opened
+
+
+def write_inputs(folder: Path) -> Path:
+    """A folder of three tars with IMAGES images, of which three are broken."""
+    items = pictures(IMAGES)
+    broken = {7: b"", 50: b"no image", 90: items[90].data[:200]}
+    items = [Picture(p.key, broken.get(n, p.data), p.truth, p.suffix) for n, p in enumerate(items)]
+    put_tars(str(folder / "in"), items, 3, folder)
+    return folder / "in"

@@ -9,18 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 
 import vitray
-from factories.shards import Picture, pictures, put_tars
-from support.local_runs import IMAGES, run
+from support.local_runs import IMAGES, run, write_inputs
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("local")
-    items = pictures(IMAGES)
-    broken = {7: b"", 50: b"no image", 90: items[90].data[:200]}
-    items = [Picture(p.key, broken.get(n, p.data), p.truth, p.suffix) for n, p in enumerate(items)]
-    put_tars(str(folder / "in"), items, 3, folder)
-    return folder / "in"
+    return write_inputs(tmp_path_factory.mktemp("local"))
 
 
 def test_threads_and_ray_write_the_same_rows(

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import vitray
-from factories.shards import Picture, pictures, put_tars
-from support.local_runs import IMAGES, SHARES
+from factories.shards import pictures, put_tars
+from support.local_runs import IMAGES, SHARES, write_inputs
 from vitray.dataset import Dataset, list_staged, open_dataset, read_run_records
 from vitray.errors import ClusterError, Interrupted, ModelError, ShardError
 from vitray.operations.planning import status
@@ -27,12 +27,7 @@ from vitray.sources import list_shards
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("local")
-    items = pictures(IMAGES)
-    broken = {7: b"", 50: b"no image", 90: items[90].data[:200]}
-    items = [Picture(p.key, broken.get(n, p.data), p.truth, p.suffix) for n, p in enumerate(items)]
-    put_tars(str(folder / "in"), items, 3, folder)
-    return folder / "in"
+    return write_inputs(tmp_path_factory.mktemp("local"))
 
 
 def stage_threads() -> list[str]:

@@ -7,18 +7,12 @@ from pathlib import Path
 import pytest
 
 import vitray
-from factories.shards import Picture, pictures, put_tars
-from support.local_runs import IMAGES, run
+from support.local_runs import IMAGES, run, write_inputs
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("local")
-    items = pictures(IMAGES)
-    broken = {7: b"", 50: b"no image", 90: items[90].data[:200]}
-    items = [Picture(p.key, broken.get(n, p.data), p.truth, p.suffix) for n, p in enumerate(items)]
-    put_tars(str(folder / "in"), items, 3, folder)
-    return folder / "in"
+    return write_inputs(tmp_path_factory.mktemp("local"))
 
 
 def test_a_dataset_begun_on_ray_is_finished_by_threads(

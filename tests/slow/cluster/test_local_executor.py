@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from factories.shards import Picture, pictures, put_tars
-from support.local_runs import IMAGES, SHARES
+from support.local_runs import SHARES, write_inputs
 from vitray.dataset import Dataset
 from vitray.errors import ClusterError
 from vitray.pipeline import cluster
@@ -21,12 +20,7 @@ from vitray.sources import list_shards
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("local")
-    items = pictures(IMAGES)
-    broken = {7: b"", 50: b"no image", 90: items[90].data[:200]}
-    items = [Picture(p.key, broken.get(n, p.data), p.truth, p.suffix) for n, p in enumerate(items)]
-    put_tars(str(folder / "in"), items, 3, folder)
-    return folder / "in"
+    return write_inputs(tmp_path_factory.mktemp("local"))
 
 
 def test_on_a_full_cluster_the_executor_waits_for_a_machine(

@@ -12,8 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from factories.shards import Picture, pictures, put_tars
-from support.local_runs import IMAGES
+from support.local_runs import IMAGES, write_inputs
 from vitray.dataset import Dataset
 from vitray.pipeline.cluster import share_out
 from vitray.pipeline.local_executor import LocalExecutor
@@ -23,12 +22,7 @@ from vitray.sources import list_shards
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("local")
-    items = pictures(IMAGES)
-    broken = {7: b"", 50: b"no image", 90: items[90].data[:200]}
-    items = [Picture(p.key, broken.get(n, p.data), p.truth, p.suffix) for n, p in enumerate(items)]
-    put_tars(str(folder / "in"), items, 3, folder)
-    return folder / "in"
+    return write_inputs(tmp_path_factory.mktemp("local"))
 
 
 def test_a_run_from_python_leaves_torch_its_threads(
