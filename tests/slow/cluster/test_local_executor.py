@@ -6,9 +6,12 @@ import queue
 import time
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
-from support.local_runs import SHARES, write_inputs
+import vitray
+from support.local_runs import IMAGES, SHARES, run, write_inputs
 from vitray.dataset import Dataset
 from vitray.errors import ClusterError
 from vitray.pipeline import cluster
@@ -61,3 +64,25 @@ def test_on_a_full_cluster_the_executor_waits_for_a_machine(
             assert isinstance(item, ShardEvent) and not executor.is_waiting_for_machine()
     finally:
         executor.close()
+
+
+def test_threads_and_ray_write_the_same_rows(
+    inputs: Path, shapes_model: str, tmp_path: Path
+) -> None:
+    run(inputs, shapes_model, tmp_path / "threads")
+    run(inputs, shapes_model, tmp_path / "ray", "--address", "local")
+    by_threads, by_ray = (
+        vitray.read(str(tmp_path / name)).sort_by("key") for name in ("threads", "ray")
+    )
+    assert by_threads.num_rows == IMAGES - 3
+    exact_columns = [
+        name for name in by_threads.column_names if name not in ("embedding", "score", "top_scores")
+    ]
+    assert by_threads.select(exact_columns).equals(by_ray.select(exact_columns))
+    vectors = [np.stack(table["embedding"].to_numpy()) for table in (by_threads, by_ray)]
+    np.testing.assert_allclose(*vectors, atol=1e-5)
+    errors = [
+        [pq.read_table(path) for path in sorted((tmp_path / name / "_errors").iterdir())]
+        for name in ("threads", "ray")
+    ]
+    assert errors[0] == errors[1] and sum(table.num_rows for table in errors[0]) == 3
