@@ -68,9 +68,10 @@ fuzz: $(STAMP)
 	for target in decode tar parquet; do $(BIN)/python tools/fuzz.py $$target $(SECONDS) || exit 1; done
 
 # In an environment of its own, because daft needs an older pyarrow and tqdm.
-# BENCH passes options on: make bench BENCH='--model vit-b --sizes 64,192'
+# BENCH and BENCH_FREE pass options on: make bench BENCH='--model vit-b --sizes 64,192'
 bench: .venv-bench/.installed
 	.venv-bench/bin/python benchmarks/bench_peers.py $(BENCH)
+	.venv-bench/bin/python benchmarks/bench_free.py $(BENCH_FREE)
 
 .venv-bench/.installed: pyproject.toml cluster/constraints.txt
 	$(PYTHON) -m venv .venv-bench

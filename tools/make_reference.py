@@ -130,6 +130,7 @@ FILES = """
     OUT/_errors/<shard>.parquet    rows of the bad images
     OUT/_SUCCESS.json              exists exactly while nothing is pending
     OUT/_vitray/                   the job, the manifest, run records, and what is staged
+    OUT/_vitray/leases/            which shards each run works on, while it runs
     OUT/_vitray/README.md          the dataset card, if `report --card` wrote one
 
 Every reader of Parquet can open `data/*.parquet` at any moment, and never sees half a file.

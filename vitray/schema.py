@@ -346,38 +346,6 @@ class End:
     image_members: dict[str, int] = field(default_factory=dict, compare=False)
 
 
-class EventKind(StrEnum):
-    """What happened to a shard or to one of its fragments."""
-
-    FRAGMENT_WRITTEN = "fragment"
-    FRAGMENT_SKIPPED = "staged"  # an earlier run or an earlier round staged it
-    SHARD_END = "end"  # the total is known
-    SHARD_FAILED = "failed"  # it could not be read
-    SHARD_BROKEN = "broken"  # its bytes are not a shard of its kind
-    SHARD_CHANGED = "changed"  # it is not the planned version
-
-
-@dataclass(frozen=True, slots=True)
-class ShardEvent:
-    """What reaches the driver about a shard: counts and messages, never rows."""
-
-    kind: EventKind
-    shard: str
-    start: int = 0
-    stop: int = 0
-    reasons: dict[str, int] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    total: int = 0
-    message: str = ""
-    size_bytes: int = 0  # of the encoded images, where they were read now
-    left_out: dict[str, int] = field(default_factory=dict)  # of an end, or of a fragment's images
-    image_members: dict[str, int] = field(default_factory=dict)  # of an end
-
-    @property
-    def errors(self) -> int:
-        return sum(self.reasons.values())
-
-
 def content_hash(data: bytes) -> bytes:
     """16 bytes of BLAKE2b over the encoded image."""
     return hashlib.blake2b(data, digest_size=16).digest()

@@ -32,11 +32,12 @@ KUBERNETES = "1.37"
 KUBERAY = ("rayjob", "raycronjob", "cronjob", "access")
 TREES = (
     *(f"kuberay/{name}.yaml" for name in KUBERAY),
+    "kubernetes/indexed-job.yaml",
     "aws.yaml",
     "prometheus.yaml",
     "grafana.json",
 )
-FILES = (*TREES, "Dockerfile", "slurm.sbatch")
+FILES = (*TREES, "Dockerfile", "slurm.sbatch", "slurm-array.sbatch")
 README = (CLUSTER / "README.md").read_text()
 
 # Below these keys, names are the user's own, or another system's: no schema can know them.
@@ -63,12 +64,15 @@ VALUES = {
         "NetworkPolicy",
         "Role",
         "RoleBinding",
+        "Job",
         "CronJob",
         "RayJob",
         "RayCronJob",
     },
     "restartPolicy": {"Never", "OnFailure"},
-    "operator": {"Equal", "Exists"},
+    "operator": {"Equal", "Exists", "In"},
+    "completionMode": {"Indexed"},
+    "action": {"Ignore", "FailJob"},
     "effect": {"NoSchedule", "PreferNoSchedule", "NoExecute"},
     "medium": {"Memory"},
     "concurrencyPolicy": {"Forbid"},
@@ -214,7 +218,16 @@ def faults_of_object(doc: Any) -> list[str]:
         FileNotFoundError,
     ) as error:
         faults.append(getattr(error, "message", repr(error)))
-    return faults
+    return faults + (faults_of_job(doc) if doc.get("kind") == "Job" else [])
+
+
+def faults_of_job(doc: Any) -> list[str]:
+    """The arguments of a Job's containers are those of the image's entrypoint, vitray."""
+    pod = doc.get("spec", {}).get("template", {}).get("spec", {})
+    commands = [container.get("args", []) for container in pod.get("containers", [])]
+    return [
+        fault for words in commands for fault in faults_of_command(shlex.join(["vitray", *words]))
+    ]
 
 
 def faults_of_ray(doc: Any) -> list[str]:
@@ -515,7 +528,10 @@ def faults_of_changed(name: str, docs: list[Any], at: tuple[Any, ...], to: Any =
 
 
 def faults_of_batch(text: str) -> list[str]:
-    """What bash, sbatch, `ray symmetric-run` and vitray would not understand."""
+    """What bash, sbatch, `ray symmetric-run` and vitray would not understand.
+
+    A script runs vitray by symmetric-run, or alone.
+    """
     parsed = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True)
     faults = [parsed.stderr] if parsed.returncode else []
     head = text.split("\nset ")[0].splitlines()
@@ -524,6 +540,8 @@ def faults_of_batch(text: str) -> list[str]:
         option = re.fullmatch(r"#SBATCH --([a-z-]+)(=\S+)?", line)
         if not (re.match(r"# ", line) or (option and option[1] in SBATCH.split())):
             faults.append(f"unknown: {line}")
+    if alone := re.search(r"^exec (vitray .*)$", text, re.MULTILINE):
+        return faults + faults_of_command(alone[1].replace('"', ""))
     command = re.search(
         r"ray symmetric-run (.*?) -- (vitray .*)$", text.replace("\\\n", ""), re.MULTILINE
     )

@@ -28,6 +28,7 @@ from vitray.dataset import (
     Commit,
     append_group_log,
     commit_shard,
+    commit_whole,
     committed_files,
     load_group_log,
     read_footer,
@@ -116,6 +117,23 @@ def make_dataset_of(shard: Shard, bad: dict[int, str], drift: float) -> Commit |
         return commit_shard(dataset, shard)
     except ObjectChanged:
         return None
+
+
+def a_run_in_memory(name: str, bad: dict[int, str] | None = None) -> Callable[[], Commit | None]:
+    """A run that has all rows of the shard in memory and stages nothing."""
+
+    def work() -> Commit | None:
+        writer.name, wrong, shard = name, bad or {}, planned()
+        rows = rows_of(current.dataset, shard.id, [i for i in range(TOTAL) if i not in wrong])
+        errors = errors_of(shard.id, wrong)
+        try:
+            done = commit_whole(current.dataset, shard, rows, errors, End(TOTAL))
+        except ObjectChanged:
+            return None
+        write_manifest(current.dataset, listed)
+        return done
+
+    return work
 
 
 def a_commit_task(name: str) -> Callable[[], Commit | None]:
@@ -267,6 +285,15 @@ SCENARIOS: dict[str, Callable[[], list[Callable[[], Any]]]] = {
         a_run("a"),
         a_run("b", {1: "time_limit"}),
         a_commit_task("left"),
+    ],
+    "a run in memory beside one that stages": lambda: [
+        a_run("a"),
+        a_run_in_memory("b", {1: "time_limit"}),
+    ],
+    "two runs in memory, and the input changes": lambda: [
+        a_run_in_memory("a"),
+        a_run_in_memory("b", {2: "truncated"}),
+        the_input_changes,
     ],
     "three runs that disagree": lambda: [
         a_run("a"),

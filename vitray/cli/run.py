@@ -25,9 +25,25 @@ def run(
             callback=expand_path,
         ),
     ] = None,
+    partition: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="begin with part I (from 0) of N, then help with the others: for N processes "
+            "without a shared Ray cluster",
+        ),
+    ] = None,
     allow_open_cluster: Open = False,
     as_json: Json = False,
 ) -> None:
     """Label and embed what is missing. Safe to repeat."""
     job = job_of(target, model, out, sets)
-    run_and_exit(job, address, allow_open_cluster, as_json, prune=prune, planned=planned)
+    run_and_exit(
+        job,
+        address,
+        allow_open_cluster,
+        as_json,
+        prune=prune,
+        planned=planned,
+        partition=partition,
+    )

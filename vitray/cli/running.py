@@ -29,16 +29,19 @@ def run_and_exit(
     *,
     prune: bool = False,
     planned: str | None = None,
+    partition: str | None = None,
 ) -> NoReturn:
     """Run the job, print its result, and exit with its code.
 
-    planned: the file of a plan to compare the run with.
+    planned: the file of a plan to compare the run with. partition: such as 3/16.
     """
     from vitray.cli.summary import summary
     from vitray.operations.costing import read_plan
+    from vitray.pipeline import parse_partition
     from vitray.pipeline import run as run_job
 
     expected = None if planned is None else read_plan(planned)
+    part = None if partition is None else parse_partition(partition)
     stop = finish_writes_when_terminated(RUN_RESUMES)
     with watched() as report:
         result = run_job(
@@ -49,6 +52,7 @@ def run_and_exit(
             stop=stop,
             allow_open_cluster=allow_open_cluster,
             planned=expected,
+            partition=part,
         )
     show(result, as_json, summary(result, job))
     raise typer.Exit(result.exit_code)

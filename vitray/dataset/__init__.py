@@ -7,9 +7,17 @@ data_file.py rows -> Parquet                  row_digest.py SHA-256 of rows
 reconcile.py what to do with each data file
 ledger.py    manifest, _SUCCESS.json, redo    reading.py    rows, vectors and errors
 files.py     groups, run records            scratch_space.py  scratch, the store check
+leases.py    which shards each run works on
 """
 
-from vitray.dataset.commit import Commit, commit_rows, commit_shard
+from vitray.dataset.commit import (
+    Commit,
+    commit_rows,
+    commit_shard,
+    commit_whole,
+    find_commit,
+    uncommitted,
+)
 from vitray.dataset.data_file import parquet_of
 from vitray.dataset.files import (
     NO_GROUP,
@@ -46,6 +54,7 @@ from vitray.dataset.layout import (
     success_url,
     training_url,
 )
+from vitray.dataset.leases import Leases
 from vitray.dataset.ledger import (
     ManifestSummary,
     clean,
@@ -110,6 +119,7 @@ __all__ = [
     "Footer",
     "Fragment",
     "LastSource",
+    "Leases",
     "ManifestSummary",
     "RowsDigest",
     "append_group_log",
@@ -120,6 +130,7 @@ __all__ = [
     "clean",
     "commit_rows",
     "commit_shard",
+    "commit_whole",
     "committed_files",
     "copy_groups",
     "data_files",
@@ -129,6 +140,7 @@ __all__ = [
     "delete_data_files",
     "drop_scratch",
     "drop_unstarted",
+    "find_commit",
     "has_ended_without_rows",
     "is_complete",
     "is_marked_complete",
@@ -169,6 +181,7 @@ __all__ = [
     "success_url",
     "total_counts",
     "training_url",
+    "uncommitted",
     "unmark_success",
     "with_frozen",
     "with_source_rules",

@@ -1,12 +1,14 @@
 """The commit: the fragments of a shard become its one data file, by one conditional create.
 
 The protocol, in the order of the code:
-1. Look for a data file.
-2. Require fragments that cover the shard.
-3. Look at the input again.
-4. Write the file on the scratch disk.
-5. Create the object. If it is refused, or no answer comes, look which run created it.
-6. Write the file of error rows, then delete the staging.
+1. Require fragments that cover the shard.
+2. Look at the input again.
+3. Write the file on the scratch disk.
+4. Create the object. If it is refused, or no answer comes, look which run created it.
+5. Write the file of error rows, then delete the staging.
+
+Nothing looks for a data file before the create, which is refused where one exists. Where a step
+before it fails, a data file that exists counts.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import hashlib
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
@@ -26,13 +29,21 @@ from vitray.dataset.files import parquet_bytes
 from vitray.dataset.footer import Footer, ShardInput, footer_metadata, parse_footer, read_footer
 from vitray.dataset.identity import Dataset
 from vitray.dataset.row_digest import RowsDigest
-from vitray.dataset.staging import Staged, drop_staging, list_staged, read_fragment
+from vitray.dataset.staging import (
+    Fragment,
+    Staged,
+    drop_staging,
+    list_staged,
+    read_fragment,
+    require_span,
+)
 from vitray.errors import CommitError, ObjectChanged, ObjectMissing, StorageError
 from vitray.schema import ERROR_SCHEMA, End, Shard, ShardKind
-from vitray.storage import is_local, store_for
+from vitray.storage import exists, is_local, store_for
 
 log = logging.getLogger(__name__)
 
+LOOK_THREADS = 16
 # object metadata are HTTP headers: visible ASCII, 2 kB in all
 _IN_HEADER = re.compile(r"[!-~]{1,64}")
 
@@ -51,35 +62,66 @@ class Commit:
 
 
 def commit_shard(dataset: Dataset, shard: Shard) -> Commit | None:
-    """Make the shard's data file exist, or adopt the existing one.
+    """Make the shard's data file exist from its staged fragments, or adopt the existing one.
 
     None: fragments are missing; plan the shard again. Raises CommitError for an existing file that
     this job could not have written, ObjectChanged when the input is no longer the planned version.
     """
-    result = _find_or_commit(dataset, shard)
+    # without fragments, another run may have committed the shard and deleted them
+    result = _commit_staged(dataset, shard) or _find_adopted(dataset, shard.id)
     if result is None:
         return None
-    footer, adopted = result
-    crash_point("commit-created", shard.id)
+    return _finished(dataset, *result, staged=True)
+
+
+def commit_whole(
+    dataset: Dataset,
+    shard: Shard,
+    rows: pa.Table,
+    errors: pa.Table,
+    end: End,
+    *,
+    left_out: dict[str, int] | None = None,
+    staged: bool = False,
+) -> Commit:
+    """Make the data file of a shard whose rows are all in memory, or adopt the existing one.
+
+    rows, errors: of [0, end.total), each in the order of `index`; else ValueError.
+    left_out: further images of these rows, by left_out.LEFT_OUT. staged: the shard may have
+    staging, which is deleted afterwards. Raises like commit_shard.
+    """
+    require_span(rows, errors, (0, end.total))
+    # an empty shard has no fragment
+    fragments = [Fragment(rows, errors, {})] if end.total else []
+    counts = Counter(end.left_out)
+    counts.update(left_out or {})
+    whole_end = replace(end, left_out=dict(counts))
+    footer, adopted = _create_or_adopt(dataset, shard, whole_end, fragments)
+    return _finished(dataset, footer, adopted, staged=staged)
+
+
+def uncommitted(dataset: Dataset, shard_ids: Sequence[str]) -> list[str]:
+    """Those of a few shards that have no data file, by one look at each."""
+    with ThreadPoolExecutor(LOOK_THREADS) as pool:
+        committed = list(pool.map(exists, map(dataset.data_url, shard_ids)))
+    return [shard for shard, is_committed in zip(shard_ids, committed) if not is_committed]
+
+
+def _finished(dataset: Dataset, footer: Footer, adopted: bool, staged: bool) -> Commit:
+    """The commit of a data file that exists, after everything else that follows from it."""
+    crash_point("commit-created", footer.shard)
     repair_errors(dataset, footer)
-    crash_point("commit-errors", shard.id)
-    drop_staging(dataset, shard.id)
-    crash_point("commit-cleaned", shard.id)
+    crash_point("commit-errors", footer.shard)
+    if staged:
+        drop_staging(dataset, footer.shard)
+    crash_point("commit-cleaned", footer.shard)
     return _commit_of(footer, adopted)
 
 
-def _find_or_commit(dataset: Dataset, shard: Shard) -> tuple[Footer, bool] | None:
-    """The footer of the shard's data file, and whether another run or an earlier attempt made it.
-
-    None: fragments are missing.
-    """
-    if footer := _find_committed(dataset, shard.id):
-        return footer, True
-    if result := _commit_staged(dataset, shard):
-        return result
-    # without fragments, another run may have committed the shard and deleted them meanwhile
-    footer = _find_committed(dataset, shard.id)
-    return None if footer is None else (footer, True)
+def find_commit(dataset: Dataset, shard_id: str) -> Commit | None:
+    """The commit of a shard whose data file exists. Raises CommitError for another job's file."""
+    footer = _find_committed(dataset, shard_id)
+    return None if footer is None else _commit_of(footer, adopted=True)
 
 
 def _commit_of(footer: Footer, adopted: bool) -> Commit:
@@ -139,8 +181,14 @@ def _find_committed(dataset: Dataset, shard_id: str) -> Footer | None:
     return footer
 
 
+def _find_adopted(dataset: Dataset, shard_id: str) -> tuple[Footer, bool] | None:
+    """Like _commit_staged, from a data file that another run or an earlier attempt made."""
+    footer = _find_committed(dataset, shard_id)
+    return None if footer is None else (footer, True)
+
+
 def _commit_staged(dataset: Dataset, shard: Shard) -> tuple[Footer, bool] | None:
-    """The data file's footer, and whether another run made it.
+    """The data file's footer, and whether another run or an earlier attempt made it.
 
     None: fragments are missing or damaged, or disappeared while they were read.
     """
@@ -149,12 +197,37 @@ def _commit_staged(dataset: Dataset, shard: Shard) -> tuple[Footer, bool] | None
         drop_staging(dataset, shard.id)
     if not parts.covers():
         return None
-    _require_same_input(shard)
     try:
-        data, metadata = _parquet_of(dataset, shard, parts)
-        return create_data_file(dataset, data, metadata)
+        fragments = _read_fragments(dataset, shard.id, parts)
+        return _create_or_adopt(dataset, shard, parts.ends[0], fragments)
     except ObjectMissing:
         return None
+
+
+def _read_fragments(dataset: Dataset, shard_id: str, parts: Staged) -> Iterator[Fragment]:
+    """The staged fragments in order. Raises ObjectMissing for one that is damaged or absent."""
+    for start, stop in parts.ranges():
+        fragment = read_fragment(dataset, shard_id, start, stop)
+        if fragment is None:  # the next reader makes it again
+            raise ObjectMissing(f"{shard_id}: fragment {start}-{stop} is damaged")
+        yield fragment
+
+
+def _create_or_adopt(
+    dataset: Dataset, shard: Shard, end: End, fragments: Iterable[Fragment]
+) -> tuple[Footer, bool]:
+    """The footer of the shard's data file, and whether another run or an earlier attempt made it.
+
+    Raises ObjectChanged where the input is no longer the planned version and no file exists.
+    """
+    try:
+        _require_same_input(shard)
+    except ObjectChanged:
+        if result := _find_adopted(dataset, shard.id):
+            return result
+        raise
+    data, metadata = _parquet_of(dataset, shard, end, fragments)
+    return create_data_file(dataset, data, metadata)
 
 
 def _require_same_input(shard: Shard) -> None:
@@ -227,19 +300,17 @@ def _require_equal_totals(url: str, committed: Footer, own: Footer) -> None:
         )
 
 
-def _parquet_of(dataset: Dataset, shard: Shard, parts: Staged) -> tuple[bytes, dict[str, str]]:
+def _parquet_of(
+    dataset: Dataset, shard: Shard, end: End, fragments: Iterable[Fragment]
+) -> tuple[bytes, dict[str, str]]:
     """A shard's fragments as its data file, and the metadata of the footer."""
     source = ShardInput(shard.id, shard.url, shard.version)
     errors = list[pa.Table]()
     digest = RowsDigest()
-    end = parts.ends[0]
     left_out = Counter(end.left_out)
 
     def rows() -> Iterator[pa.Table]:
-        for start, stop in parts.ranges():
-            fragment = read_fragment(dataset, shard.id, start, stop)
-            if fragment is None:  # the next reader makes it again
-                raise ObjectMissing(f"{shard.id}: fragment {start}-{stop} is damaged")
+        for fragment in fragments:
             good = fragment.rows.select(dataset.schema.names).cast(dataset.schema)
             errors.append(fragment.errors)
             left_out.update(fragment.left_out)
@@ -247,7 +318,8 @@ def _parquet_of(dataset: Dataset, shard: Shard, parts: Staged) -> tuple[bytes, d
             yield good
 
     def metadata() -> dict[str, str]:
-        error_rows = pa.concat_tables(errors or [ERROR_SCHEMA.empty_table()])
+        # one chunk: the footer does not show how the rows were split into fragments
+        error_rows = pa.concat_tables(errors or [ERROR_SCHEMA.empty_table()]).combine_chunks()
         whole_end = replace(end, left_out=dict(left_out))
         return footer_metadata(dataset, source, whole_end, digest, error_rows)
 

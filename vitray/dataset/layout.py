@@ -63,6 +63,11 @@ def staging_url(out: str, *shard_id: str) -> str:
     return internal_url(out, "staging", *shard_id)
 
 
+def leases_url(out: str, *name: str) -> str:
+    """The URL of the folder of the leases of runs, or of one lease."""
+    return internal_url(out, "leases", *name)
+
+
 def runs_url(out: str, *name: str) -> str:
     """The URL of the folder of run records, or of one record."""
     return internal_url(out, "runs", *name)

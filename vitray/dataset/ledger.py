@@ -29,6 +29,7 @@ from vitray.dataset.layout import (
     shard_of,
     success_url,
 )
+from vitray.dataset.leases import drop_abandoned_leases
 from vitray.dataset.reconcile import Actions, FileState, reconcile
 from vitray.dataset.scratch_space import drop_scratch
 from vitray.dataset.staging import drop_staging, staged_shards
@@ -307,7 +308,7 @@ def clean(dataset: Dataset, listed: Iterable[str]) -> list[str]:
         drop_staging(dataset, shard)
     half_written = store_for(dataset.out).abandoned(dataset.out)
     store_for(dataset.out).delete(half_written)
-    urls = [*drop_scratch(dataset.out), *half_written]
+    urls = [*drop_scratch(dataset.out), *drop_abandoned_leases(dataset.out), *half_written]
     return orphans + [url.removeprefix(dataset.out + "/") for url in urls]
 
 

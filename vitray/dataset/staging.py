@@ -119,7 +119,7 @@ def write_fragment(
     left_out: dict[str, int] | None = None,
 ) -> bool:
     """Stage the good and error rows of [start, stop). False: it was staged already, and stays."""
-    _require_span(rows, errors, span)
+    require_span(rows, errors, span)
     metadata = {
         "errors": ipc_bytes(errors),
         "fingerprint": dataset.fingerprint,
@@ -140,7 +140,7 @@ def read_fragment(dataset: Dataset, shard_id: str, start: int, stop: int) -> Fra
         errors = ipc_table(metadata[b"errors"])
         left_out = json.loads(metadata.get(b"left_out", b"{}"))
         rows = rows.replace_schema_metadata(None)
-        _require_span(rows, errors, (start, stop))
+        require_span(rows, errors, (start, stop))
     except (ValueError, KeyError, OSError):  # pyarrow: a stream that ends too early is either
         return None
     return Fragment(rows, errors, left_out)
@@ -219,7 +219,8 @@ def _fragment_url(dataset: Dataset, shard_id: str, start: int, stop: int) -> str
     return join(dataset.staging_url(shard_id), f"{start:010d}-{stop:010d}.arrow")
 
 
-def _require_span(rows: pa.Table, errors: pa.Table, span: tuple[int, int]) -> None:
+def require_span(rows: pa.Table, errors: pa.Table, span: tuple[int, int]) -> None:
+    """Raises ValueError where rows and errors are not the rows of [start, stop), each in order."""
     good, bad = rows["index"].to_pylist(), errors["index"].to_pylist()
     if sorted(good + bad) != list(range(*span)) or good != sorted(good) or bad != sorted(bad):
         raise ValueError(f"rows and errors do not make up {span}")

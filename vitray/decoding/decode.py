@@ -232,11 +232,15 @@ class _DecoderWorker:
     """A child process that decodes, the pages of pixels that it fills, and an entry per image."""
 
     def __init__(
-        self, key: tuple[Callable[..., Outcome], DecodeSpec, Limits, int], rows: int
+        self,
+        key: tuple[Callable[..., Outcome], DecodeSpec, Limits, int],
+        rows: int,
+        given: Pages | None,
     ) -> None:
         self.key = key
         one, spec, limits, _ = key
-        self.pages = pages = Pages(PAGES, (rows, *spec.pixels.shape, 3), np.uint8)
+        shape = (rows, *spec.pixels.shape, 3)
+        self.pages = pages = given or Pages([shared(shape, np.uint8) for _ in range(PAGES)])
         self.entries = entries = shared((rows,), _ENTRY)
 
         def work(at: int, data: bytes) -> None:
@@ -247,8 +251,24 @@ class _DecoderWorker:
         self.child = Child(work, rows, limits, [entries, *pages.memory])
 
 
+class _PerThread(threading.local):
+    """The state of one thread: a child dies with the thread that forked it.
+
+    given: see `use_pages`.
+    """
+
+    worker: _DecoderWorker | None = None
+    given: Pages | None = None
+
+
 _loading = threading.Lock()
-_per_thread = threading.local()  # a child dies with the thread that forked it
+_per_thread = _PerThread()
+
+
+def use_pages(pages: Pages) -> None:
+    """Let `decode` leave this thread's pixels in these pages, which must be large enough."""
+    _per_thread.given = pages
+    _per_thread.worker = None
 
 
 def _worker_for(
@@ -256,9 +276,15 @@ def _worker_for(
 ) -> _DecoderWorker:
     """The worker of this thread's last call if it fits and has a free page, else a new one."""
     key = (one, spec, limits, os.getpid())
-    worker: _DecoderWorker | None = getattr(_per_thread, "worker", None)
-    if worker is None or worker.key != key or len(worker.entries) < rows or not worker.pages.turn():
-        worker = _per_thread.worker = _DecoderWorker(key, rows)
+    given = _per_thread.given
+    if given is not None:
+        given.turn()
+        rows = len(given.current)
+    worker = _per_thread.worker
+    if worker is not None and worker.key == key and len(worker.entries) >= rows:
+        if given is not None or worker.pages.turn():
+            return worker
+    worker = _per_thread.worker = _DecoderWorker(key, rows, given)
     return worker
 
 

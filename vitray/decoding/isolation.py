@@ -85,16 +85,28 @@ def shared(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
 class Pages:
     """Arrays that parent and children share. One is `current`.
 
-    An array is used again once nothing refers to it or to a view on it.
+    An array is used again once nothing refers to it or to a view on it, or when next_free says so.
     """
 
-    def __init__(self, count: int, shape: tuple[int, ...], dtype: DTypeLike) -> None:
-        self._pages = [shared(shape, dtype) for _ in range(count)]
+    def __init__(
+        self, arrays: list[NDArray[Any]], next_free: Callable[[], int] | None = None
+    ) -> None:
+        """arrays: each on a mapping of its own, which this object alone refers to.
+
+        next_free: waits for a free array, and returns its index. For arrays that others use, too.
+        """
+        self._pages = arrays
+        self._next_free = next_free
         self._turn = shared((1,), np.uint8)  # the index of the current one
 
     @property
     def memory(self) -> list[NDArray[Any]]:
         return [*self._pages, self._turn]
+
+    @property
+    def number(self) -> int:
+        """The index of the current array."""
+        return int(self._turn[0])
 
     @property
     def current(self) -> NDArray[Any]:
@@ -103,6 +115,9 @@ class Pages:
 
     def turn(self) -> bool:
         """Make a free array current. False, and no change, if all are in use."""
+        if self._next_free is not None:
+            self._turn[0] = self._next_free()
+            return True
         # two references are the list's and the call's; every view on an array refers to the array
         # itself
         free = [n for n in range(len(self._pages)) if sys.getrefcount(self._pages[n]) == 2]

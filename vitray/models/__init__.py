@@ -5,7 +5,13 @@ This file only re-exports. The modules of the package import each other directly
 """
 
 from vitray.models.engines import open_model, require_precision
-from vitray.models.machine import compiles, describe_compile, resolve_device, torch_threads_kept
+from vitray.models.machine import (
+    compiles,
+    describe_compile,
+    resolve_device,
+    torch_threads_kept,
+    usable_gpus,
+)
 from vitray.models.resolve import identify, model_outputs, vector_columns, with_label_names
 from vitray.models.types import Model, Predictions
 
@@ -20,6 +26,7 @@ __all__ = [
     "require_precision",
     "resolve_device",
     "torch_threads_kept",
+    "usable_gpus",
     "vector_columns",
     "with_label_names",
 ]

@@ -18,6 +18,7 @@ from vitray.errors import ModelError, one_line
 from vitray.models.checkpoint import Checkpoint
 from vitray.models.checkpoint_store import locate
 from vitray.models.exported import hash_model, open_export, read_graph
+from vitray.models.free import FREE_ENGINE, FreeModel
 from vitray.models.machine import require_hardware, resolve_device
 from vitray.models.pixels import FILTERS
 from vitray.models.types import Model, Placement, Predictions
@@ -67,6 +68,8 @@ def open_model(
         raise ModelError(
             f"{spec.model} was identified without labels; identify it again with labels: true"
         )
+    if spec.engine == FREE_ENGINE:
+        return FreeModel(spec, outputs)
     checkpoint = locate(spec.model, spec.revision)
     export = read_graph(checkpoint)
     _require_same_weights(spec, checkpoint)

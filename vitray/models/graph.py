@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vitray.copies import count_copy
 from vitray.models.batching import check_pixels, gather, share
 from vitray.models.forward import Forward
 from vitray.models.loading import Network
@@ -72,10 +73,10 @@ class GraphModel:
         check_pixels(self._spec, pixels)
         sizes = share(len(pixels), self._spec.batch_size, self._workers)
         starts = accumulate(sizes, initial=0)
-        batches = [
-            np.require(pixels[start : start + n], requirements=["C"])
-            for start, n in zip(starts, sizes)
-        ]
+        if not pixels.flags.c_contiguous:
+            pixels = np.ascontiguousarray(pixels)
+            count_copy(pixels.nbytes)
+        batches = [pixels[start : start + n] for start, n in zip(starts, sizes)]
         results = [np.concatenate(column) for column in zip(*self._map(self._run, batches))]
         if not results:
             return gather(self._spec, self._outputs, [])

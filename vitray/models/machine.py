@@ -45,6 +45,15 @@ def resolve_device(device: str) -> str:
     )
 
 
+def usable_gpus(device: str) -> int:
+    """The number of accelerators of a resolved device on this machine; 0 for cpu."""
+    if device == "cpu":
+        return 0
+    import torch
+
+    return int(torch.accelerator.device_count())
+
+
 def require_hardware(device: str, precision: str) -> None:
     """Raise ModelError when the device lacks the hardware for fp8."""
     if precision != "fp8":

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from vitray.copies import count_copy
 from vitray.errors import ModelError
 from vitray.models.graph import Run, without_warnings
 
@@ -59,7 +60,24 @@ def open_graph(graph: Any, precision: str, threads: int) -> Run:
     def run(pixels: np.ndarray) -> list[np.ndarray]:
         if not hasattr(per_thread, "request"):
             per_thread.request = compiled.create_infer_request()
-        # copies: the request overwrites its own arrays
-        return [np.array(values) for values in per_thread.request.infer([pixels]).values()]
+            per_thread.own_input = per_thread.request.get_input_tensor()
+        request = per_thread.request
+        # The pixels are read where they are. The request would keep them: decoders wait for that
+        # memory.
+        request.set_input_tensor(_tensor(pixels))
+        try:
+            request.infer()
+            # copies: the request overwrites its own arrays
+            return [np.array(tensor.data) for tensor in request.output_tensors]
+        finally:
+            request.set_input_tensor(per_thread.own_input)
 
     return run
+
+
+def _tensor(pixels: np.ndarray) -> Any:
+    """The pixels as a tensor, on the same memory where OpenVINO takes it."""
+    is_shared = pixels.flags.c_contiguous and pixels.flags.writeable
+    if not is_shared:
+        count_copy(pixels.nbytes)
+    return openvino.Tensor(pixels, shared_memory=is_shared)

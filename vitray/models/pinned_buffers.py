@@ -2,6 +2,7 @@
 
 Three slots: one batch computes, the next is uploaded, a third is filled. Only two callers wait for
 the device: one that needs a slot whose batch is not finished, and one that reads results.
+Arrays that the device can read by itself (host_memory.py) are uploaded from where they are.
 `Streams` is what a device must offer, and `CudaStreams` is the real one.
 """
 
@@ -15,6 +16,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+
+from vitray.copies import count_copy
+from vitray.models.host_memory import HostMemory, process_memory
 
 SLOTS = 3
 Work = Callable[[Any], list[Any]]
@@ -48,10 +52,11 @@ class Streams(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A batch that was handed over."""
+    """A batch that was handed over. source: what the device reads until it is finished."""
 
     columns: list[Any]
     finished: Event
+    source: Any = None
 
     def wait(self) -> list[Any]:
         self.finished.synchronize()
@@ -68,17 +73,22 @@ class _Slot:
 class PinnedBuffers:
     """Takes batches from any number of threads; each caller gets the results of its own batches."""
 
-    def __init__(self, streams: Streams, shape: tuple[int, ...]) -> None:
-        """shape: of the largest batch, [N, H, W, 3]."""
+    def __init__(
+        self, streams: Streams, shape: tuple[int, ...], memory: HostMemory = process_memory
+    ) -> None:
+        """shape: of the largest batch, [N, H, W, 3]. memory: what the device reads by itself."""
         self._streams = streams
+        self._memory = memory
         self._slots = cycle([_Slot(streams.buffers(shape)) for _ in range(SLOTS)])  # next is atomic
         self._launching = threading.Lock()  # the forward pass keeps its tokens in one place
 
-    def start(self, batch: Any, work: Work) -> Started:
+    def start(self, batch: Any, work: Work, size: int | None = None) -> Started:
         """Hand over a batch: uint8 [n, H, W, 3], an array here or a tensor on the device.
 
-        An array may be changed or freed at once. A tensor must be ready, and must stay until its
-        results were waited for. Raises what `work` raises.
+        An array in registered memory must stay unchanged until its results were waited for; another
+        one may be changed or freed at once. A tensor must be ready, and must stay until then, too.
+        size: of the batch that `work` gets of an array. It ends with pixels of earlier batches,
+        whose results mean nothing. Raises what `work` raises.
         """
         if not isinstance(batch, np.ndarray):
             with self._launching:
@@ -87,13 +97,22 @@ class PinnedBuffers:
         with slot.lock:
             if slot.busy is not None:
                 slot.busy.synchronize()
-            host, on_device = slot.host[: len(batch)], slot.on_device[: len(batch)]
-            np.copyto(host.numpy(), batch)
-            slot.busy = self._streams.upload(host, on_device)
+            host = self._readable(batch, slot)
+            slot.busy = self._streams.upload(host, slot.on_device[: len(batch)])
+            pixels = slot.on_device[: len(batch) if size is None else size]
             with self._launching:
-                started = Started(*self._streams.compute(work, on_device, slot.busy))
+                started = Started(*self._streams.compute(work, pixels, slot.busy), host)
             slot.busy = started.finished
         return started
+
+    def _readable(self, batch: np.ndarray, slot: _Slot) -> Any:
+        """The batch as a tensor that the device can read."""
+        if self._memory.is_registered(batch):
+            return torch.from_numpy(batch)
+        host = slot.host[: len(batch)]
+        np.copyto(host.numpy(), batch)
+        count_copy(batch.nbytes)
+        return host
 
 
 class CudaStreams:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vitray.copies import count_copy
 from vitray.errors import ModelError, one_line
 from vitray.models.batching import PADDING, check_pixels, cut, gather, ladder, share
 from vitray.models.blocks import FLOAT8_IMAGES, pack, quantise, synthetic_images
@@ -152,23 +153,33 @@ class TorchModel:
         """
         try:
             with torch.inference_mode():
+                work = partial(self._pass, size, len(batch))
                 if self.buffers is not None:
-                    return self.buffers.start(batch, partial(self._pass, size)).wait
-                if isinstance(batch, np.ndarray):
-                    batch = torch.from_numpy(np.require(batch, requirements=["C", "W"]))
-                columns = self._pass(size, batch.to(self._device))
+                    return self.buffers.start(batch, work, size).wait
+                columns = work(self._tensor(batch).to(self._device))
                 return lambda: columns
         except RuntimeError as error:
             if _is_out_of_memory(error):
                 return None
             raise
 
-    def _pass(self, size: int, pixels: Any) -> Columns:
+    def _tensor(self, batch: Any) -> Any:
+        """The batch as a tensor: on the memory of the array, where torch can use it."""
+        if not isinstance(batch, np.ndarray):
+            return batch
+        usable = np.require(batch, requirements=["C", "W"])
+        if usable is not batch:
+            count_copy(batch.nbytes)
+        return torch.from_numpy(usable)
+
+    def _pass(self, size: int, images: int, pixels: Any) -> Columns:
+        """The columns of the first `images` of the pixels, after a pass over `size` images."""
         forward = self.compiled.get(size, self.forward)
-        images = len(pixels)
         try:
-            if images < size:
-                pixels = torch.cat([pixels, pixels[:1].expand(size - images, -1, -1, -1)])
+            if len(pixels) < size:
+                if pixels.is_cpu:
+                    count_copy(pixels.nbytes)
+                pixels = torch.cat([pixels, pixels[:1].expand(size - len(pixels), -1, -1, -1)])
             return [column[:images] for column in forward(pixels)]
         finally:
             self.forward.caught.tokens.clear()

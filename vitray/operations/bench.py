@@ -21,6 +21,7 @@ from vitray.operations.bench_stages import StageRates, measure_stages
 from vitray.pipeline import joined_cluster, on_machine, prepare_job, run
 from vitray.storage import is_local
 
+HERE = "on this machine"
 NEAR = 0.9  # of what the stages allow: a slower pipeline loses time between them
 ADVICE = {
     "read": "larger shards, a store nearby, or more machines",
@@ -65,7 +66,7 @@ class Bench:
     limit: str
     gpus: int = 1
     machines: int = 1
-    measured: str = "on this machine"
+    measured: str = HERE
 
     def __str__(self) -> str:
         share = " (the CPU's share)" if self.decode_mode in ON_DEVICE else ""
@@ -83,6 +84,8 @@ class Bench:
             ("whole pipeline", self.line, self._pipeline_note()),
         ]
         table = [f"{name:18}{rate:12,.1f} images/s   {note}" for name, rate, note in rows]
+        if self.measured != HERE:
+            table.append(f"measured {self.measured}")
         limit = "between the stages" if self.limit == "line" else self.limit
         return "\n".join([*table, f"limit: {limit}. To change that: {ADVICE[self.limit]}"])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 
@@ -70,20 +70,8 @@ def measure_pipeline(
 def _timed_run(job: Job, sample: list[Encoded], images: int, launch: Launch) -> tuple[float, float]:
     """Seconds from the call to the first rows of one run, and from these to the last rows."""
     folder = f"{launch.folder}/{images}"
-    _write_tars(f"{folder}/in", sample, images)
-    sample_job = job.model_copy(
-        update={
-            "source": [f"{folder}/in"],
-            "out": f"{folder}/out",
-            "format": "tar",
-            "image_member": None,
-            "keep": [],
-            "limit": None,
-            "sample": None,
-            "since": None,
-            "max_error_rate": 1.0,
-        }
-    )
+    write_tars(f"{folder}/in", sample, images)
+    sample_job = job_for_tars(job, f"{folder}/in", f"{folder}/out")
     timeline: list[tuple[float, int]] = []
 
     def record(progress: Progress) -> None:
@@ -104,15 +92,36 @@ def _row_bytes(dataset: Dataset) -> float:
     return len(parquet_of(dataset, [rows], dict)[0]) / max(1, len(rows))
 
 
-def _write_tars(folder: str, sample: list[Encoded], images: int) -> None:
+def job_for_tars(job: Job, source: str, out: str) -> Job:
+    """The job for tars that `write_tars` wrote."""
+    changes = {
+        "source": [source],
+        "out": out,
+        "format": "tar",
+        "image_member": None,
+        "keep": [],
+        "limit": None,
+        "sample": None,
+        "since": None,
+        "max_error_rate": 1.0,
+    }
+    return job.model_copy(update=changes)
+
+
+def images_per_tar(sample: Sequence[Encoded]) -> int:
+    """How many images `write_tars` puts into a tar, at most."""
+    mean_bytes = sum(len(image.data or b"") for image in sample) / len(sample)
+    return max(1, min(SHARD_IMAGES, int(SHARD_BYTES / mean_bytes)))
+
+
+def write_tars(folder: str, sample: Sequence[Encoded], images: int) -> None:
     """Write tars with `images` images: those of the sample, repeated."""
     repeated = itertools.islice(itertools.cycle(sample), images)
-    mean_bytes = sum(len(image.data or b"") for image in sample) / len(sample)
-    images_per_tar = max(1, min(SHARD_IMAGES, int(SHARD_BYTES / mean_bytes)))
-    for number in range(-(-images // images_per_tar)):
+    tar_images = images_per_tar(sample)
+    for number in range(-(-images // tar_images)):
         body = BytesIO()
         with tarfile.open(fileobj=body, mode="w") as tar:
-            for index, image in enumerate(itertools.islice(repeated, images_per_tar)):
+            for index, image in enumerate(itertools.islice(repeated, tar_images)):
                 data = image.data or b""
                 member = tarfile.TarInfo(f"{index:06d}.jpg")  # of any format: content decides
                 member.size = len(data)

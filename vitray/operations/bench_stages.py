@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -48,7 +48,7 @@ class StageRates:
     @property
     def kilobytes(self) -> float:
         """Mean size of an encoded image."""
-        return sum(len(image.data or b"") for image in self.sample) / len(self.sample) / 1000
+        return mean_kilobytes(self.sample)
 
     @property
     def stages(self) -> dict[str, float]:
@@ -68,7 +68,7 @@ def measure_stages(job: Job, images: int, seconds: float, cores: int) -> StageRa
 
     Raises JobError if the source has no image that can be decoded.
     """
-    sample, read_rate = _read_sample(job, images)
+    sample, read_rate = read_sample(job, images)
     started = time.perf_counter()
     spec = identify(job)
     device = resolve_device(job.device)
@@ -97,7 +97,7 @@ def measure_stages(job: Job, images: int, seconds: float, cores: int) -> StageRa
     )
 
 
-def _read_sample(job: Job, images: int) -> tuple[list[Encoded], float]:
+def read_sample(job: Job, images: int) -> tuple[list[Encoded], float]:
     """The first images of the source, and images/s of reading them with one reader."""
     started = time.perf_counter()
     sample = list(itertools.islice(_encoded(job), images))
@@ -106,6 +106,11 @@ def _read_sample(job: Job, images: int) -> tuple[list[Encoded], float]:
             f"{', '.join(job.source)} holds no image to measure with. Check `source` and `format`."
         )
     return sample, len(sample) / (time.perf_counter() - started)
+
+
+def mean_kilobytes(sample: Sequence[Encoded]) -> float:
+    """Mean size of the encoded images, of which there is at least one."""
+    return sum(len(image.data or b"") for image in sample) / len(sample) / 1000
 
 
 def _encoded(job: Job) -> Iterator[Encoded]:

@@ -1,4 +1,4 @@
-"""Ray: start or join it, divide its machines between the stages, call functions on them."""
+"""Ray: start or join it, and call functions on its machines."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from typing import Any
 from vitray.cpus import cores
 from vitray.dataset import scratch
 from vitray.errors import ClusterError, VitrayError, one_line
+from vitray.pipeline.machines import share_out
 from vitray.storage import exists, is_local, store_for
 
 log = logging.getLogger(__name__)
@@ -34,26 +35,6 @@ START_TIMEOUT_S = 120  # Ray's own timeouts inside ray.init are shorter
 
 
 @dataclass(frozen=True, slots=True)
-class Shares:
-    """What each stage gets. Fractions are of one CPU.
-
-    Every stage has another number of CPUs, because Ray would fuse equal stages and so run decode in
-    the actor. The actors always leave one CPU free: without it, readers starve and nothing moves.
-    """
-
-    actors: int
-    actor_cpus: float
-    actor_gpus: float
-    threads: int
-    readers: int
-    reader_cpus: float
-    decoder_cpus: float
-    stagers: int
-    queue_blocks: int
-    compiled: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class Machine:
     """One machine of a cluster.
 
@@ -67,64 +48,6 @@ class Machine:
     gpus: int
     same_size: int
     other_sizes: int
-
-
-def share_out(nodes: list[dict[str, float]], device: str) -> Shares:
-    """Shares for the alive nodes, each {"CPU": n, "GPU": n}.
-
-    Raises ClusterError, with the sizes that are needed.
-    """
-    cpus = sum(node.get("CPU", 0) for node in nodes)
-    gpus = sum(node.get("GPU", 0) for node in nodes) if device in ("auto", "cuda") else 0
-    if cpus < 2:
-        raise ClusterError(
-            f"the cluster has {cpus:g} CPUs; vitray needs 2: one for the model, one for all else"
-        )
-    pool = _gpu_actors(cpus, gpus) if gpus >= 1 else _cpu_actors(nodes)
-    free = cpus - pool.actors * pool.cpus
-    return Shares(
-        actors=pool.actors,
-        actor_cpus=pool.cpus,
-        actor_gpus=pool.gpus,
-        threads=pool.threads,
-        readers=max(2, int(free // 4)) if free < 64 else int(free // 8),
-        reader_cpus=0.25,
-        decoder_cpus=1.0 if free >= 3 else 0.5,
-        stagers=max(2, min(32, int(cpus // 2))),
-        # The actors' next blocks, and what decoders finish in the meantime.
-        queue_blocks=2 * pool.actors + max(1, int(free // 2)),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _ActorPool:
-    """The number of actors, and what each of them gets."""
-
-    actors: int
-    cpus: float
-    gpus: float
-    threads: int
-
-
-def _gpu_actors(cpus: float, gpus: float) -> _ActorPool:
-    """One actor per GPU. Raises ClusterError where no CPU is left for the other stages."""
-    if cpus - int(gpus) < 1:
-        raise ClusterError(
-            f"the cluster has {cpus:g} CPUs for {gpus:g} GPUs; it needs one per GPU and at least "
-            "one more"
-        )
-    return _ActorPool(int(gpus), cpus=1.0, gpus=1.0, threads=4)
-
-
-def _cpu_actors(nodes: list[dict[str, float]]) -> _ActorPool:
-    """One actor per machine with 2 CPUs or more. Raises ClusterError without one."""
-    sizes = [node["CPU"] for node in nodes if node.get("CPU", 0) >= 2]
-    if not sizes:
-        raise ClusterError(
-            "no machine of the cluster has 2 CPUs, which the model needs on one machine"
-        )
-    smallest = min(sizes)
-    return _ActorPool(len(sizes), cpus=smallest - 1, gpus=0.0, threads=int(smallest))
 
 
 def own_cpus() -> int:
@@ -243,7 +166,10 @@ def _connect(where: str, options: dict[str, Any]) -> None:
     host, _, port = where.rpartition(":")
     if "://" not in where and port.isdecimal():  # Ray itself would try for two minutes
         socket.create_connection((host, int(port)), timeout=10).close()
-    ray.init(address=where, **options)
+    from vitray.pipeline.ray_internals import few_processes
+
+    with few_processes() if where == "local" else contextlib.nullcontext():
+        ray.init(address=where, **options)
 
 
 @contextlib.contextmanager
@@ -301,7 +227,7 @@ def typical_machine(nodes: list[dict[str, Any]], device: str) -> Machine:
 
     Raises ClusterError where nothing could run.
     """
-    share_out([node["Resources"] for node in nodes], device)
+    share_out(nodes, device)
     sizes = [_size_of(node["Resources"], device) for node in nodes]
     suitable = [size for size in sizes if size[0]] or [size for size in sizes if size[1] >= 2]
     size = max(sorted(set(suitable)), key=suitable.count)  # the smaller of equally frequent ones
@@ -347,17 +273,6 @@ def on_machine(machine: Machine, work: Callable[..., Any], *arguments: Any) -> A
     )
     what = f"the benchmark on {machine.host}"
     return wait_for(task.remote(work, *arguments), MEASURE_TIMEOUT_S, what)
-
-
-def on_worker(shares: Shares, work: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function returns on the kind of machine that will run the model."""
-    import ray
-
-    task = ray.remote(result_or_error).options(
-        num_cpus=shares.actor_cpus, num_gpus=shares.actor_gpus, max_retries=RETRIES
-    )
-    what = "reading the model on a machine with room for it"
-    return wait_for(task.remote(work, *arguments), PLACEMENT_TIMEOUT_S, what)
 
 
 def require_shared(out: str, inputs: list[str], nodes: list[dict[str, Any]]) -> None:
@@ -426,17 +341,7 @@ def wait_for(ref: Any, timeout_s: float, what: str) -> Any:
     """
     import ray
 
-    deadline = time.monotonic() + timeout_s
-    while True:
-        remaining_s = deadline - time.monotonic()
-        ready, _ = ray.wait([ref], timeout=max(0.0, min(NOTICE_S, remaining_s)))
-        if ready:
-            break
-        if remaining_s < NOTICE_S:
-            raise ClusterError(
-                f"{what} did not finish in {timeout_s:g} s. Look at `ray status`, then run again."
-            )
-        report_waiting(what)
+    wait_for_first([ref], timeout_s, what)
     try:
         result = ray.get(ref, timeout=timeout_s)
     except ray.exceptions.RayError as error:
@@ -446,6 +351,26 @@ def wait_for(ref: Any, timeout_s: float, what: str) -> Any:
     if isinstance(result, VitrayError):
         raise result
     return result
+
+
+def wait_for_first(refs: list[Any], timeout_s: float, what: str) -> Any:
+    """The first of these references that has a value or an error.
+
+    Raises ClusterError after timeout_s.
+    """
+    import ray
+
+    deadline = time.monotonic() + timeout_s
+    while True:
+        remaining_s = deadline - time.monotonic()
+        ready, _ = ray.wait(refs, timeout=max(0.0, min(NOTICE_S, remaining_s)))
+        if ready:
+            return ready[0]
+        if remaining_s < NOTICE_S:
+            raise ClusterError(
+                f"{what} did not finish in {timeout_s:g} s. Look at `ray status`, then run again."
+            )
+        report_waiting(what)
 
 
 def root_error(error: BaseException) -> VitrayError | None:

@@ -6,7 +6,7 @@ Ray's own exporter publishes them as `ray_vitray_…`, on the port of the driver
 from __future__ import annotations
 
 from vitray.dataset import Commit
-from vitray.schema import ShardEvent
+from vitray.pipeline.events import FragmentWritten, errors_of
 
 # Name, then description and tags.
 COUNTERS = {
@@ -26,7 +26,7 @@ BOUNDARIES = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300]
 class Meter:
     """Gets each computed fragment and each commit. This one does nothing: there is no exporter."""
 
-    def fragment(self, event: ShardEvent) -> None: ...
+    def fragment(self, event: FragmentWritten) -> None: ...
 
     def commit(self, commit: Commit) -> None: ...
 
@@ -46,8 +46,9 @@ class RayMeter(Meter):
             name, description=description, boundaries=BOUNDARIES, tag_keys=tags
         )
 
-    def fragment(self, event: ShardEvent) -> None:
-        images = {"good": event.stop - event.start - event.errors, "bad": event.errors}
+    def fragment(self, event: FragmentWritten) -> None:
+        bad = errors_of(event)
+        images = {"good": event.stop - event.start - bad, "bad": bad}
         for outcome, count in images.items():
             self._add("vitray_images", count, {"outcome": outcome})
         self._add("vitray_bytes", event.size_bytes, {})

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from vitray.exit_codes import ExitCode
-from vitray.schema import EventKind, ShardEvent
+from vitray.pipeline.events import FragmentEvent, FragmentSkipped, errors_of
 
 TIMELINE_POINTS = 400
 RECENT_S = 10.0
@@ -21,6 +21,7 @@ class Progress:
     shards_staged: shards with staged fragments that are not committed yet.
     images_expected: None where the sizes of shards are all that is known.
     bytes_expected: the size of the shards. size_bytes: of the encoded images that were read.
+    copied_bytes: of pixels that were copied between the decoder and the model.
     timeline: (seconds since the start, images computed by then), a point for every `every`
     fragments. recent: a point for each fragment of the last RECENT_S and the one before.
     waiting: gives text about what waits for which stage.
@@ -36,6 +37,7 @@ class Progress:
     resumed: int = 0
     set_aside: int = 0
     size_bytes: int = 0
+    copied_bytes: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
@@ -76,18 +78,21 @@ class Progress:
             return None
         return self._elapsed_s() * max(0, expected - self.images) / self.computed
 
-    def add(self, event: ShardEvent) -> None:
+    def add(self, event: FragmentEvent) -> None:
         """Count a fragment."""
         size = event.stop - event.start
-        self.good += size - event.errors
-        self.errors += event.errors
-        self.resumed += size if event.kind == EventKind.FRAGMENT_SKIPPED else 0
-        self.size_bytes += event.size_bytes
-        self._add_point((round(self._elapsed_s(), 2), self.computed))
+        self.good += size - errors_of(event)
+        self.errors += errors_of(event)
+        if isinstance(event, FragmentSkipped):
+            self.resumed += size
+        else:
+            self.size_bytes += event.size_bytes
+            self.copied_bytes += event.copied_bytes
+            for stage, seconds in event.seconds.items():
+                self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
         for reason, count in event.reasons.items():
             self.reasons[reason] = self.reasons.get(reason, 0) + count
-        for stage, seconds in event.seconds.items():
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+        self._add_point((round(self._elapsed_s(), 2), self.computed))
 
     def _elapsed_s(self) -> float:
         return time.monotonic() - self.started

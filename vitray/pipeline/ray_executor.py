@@ -1,270 +1,270 @@
-"""The executor on Ray Data: four operators, bounded retries, one fragment per row.
+"""The executor on a Ray cluster: an actor for each worker, and few messages.
 
-Nothing here decides whether a shard is correct or complete: see rounds.py.
+Shards go to an actor, events come back; rows and pixels stay on its machine. Ray's own retries are
+switched off: schedule.py decides what is tried again, because it knows which shards an actor had.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
+import time
 import uuid
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import pyarrow as pa
-
-from vitray.dataset import Commit, Dataset, dataset_url
-from vitray.errors import VitrayError
-from vitray.models import open_model
+from vitray.dataset import Dataset, dataset_url
+from vitray.errors import ClusterError, VitrayError, one_line
+from vitray.job import Job
+from vitray.models import identify
 from vitray.pipeline.cluster import (
-    RETRIES,
-    Shares,
+    PLACEMENT_TIMEOUT_S,
     alive_nodes,
     is_visible,
+    require_shared,
     require_visible,
     result_or_error,
+    wait_for,
+    wait_for_first,
 )
-from vitray.pipeline.rounds import EventQueue
-from vitray.pipeline.stages import (
-    commit_or_error,
-    decode_stage,
-    open_device_decoder,
-    predict_stage,
-    read_stage,
-    unpack,
-    write_stage,
-)
-from vitray.schema import EventKind, Shard
+from vitray.pipeline.events import Event, ShardBroken, ShardChanged, WorkerLost
+from vitray.pipeline.machines import Slot, WorkerShare, share_out
+from vitray.pipeline.worker import Worker
+from vitray.schema import ModelSpec, Shard
 from vitray.storage import is_local
 
-CLOSE_TIMEOUT_S = 30
-# How map_batches passes blocks: each as it is, an Arrow table on the object store's memory.
-BLOCKS: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
+ANSWER_S = 10.0  # an actor answers within this time, also when nothing happened
+CALLS_AT_ONCE = 4  # of an actor: events, give, and what is rare
+GATHER_S = 0.1  # an actor waits for further events, so that the driver gets few messages
+MACHINES_S = 10.0  # between two looks for machines that came or went
+
+
+class WorkerActor:
+    """A worker in a process of its own. Several threads call it at once."""
+
+    def __init__(self, name: str, share: WorkerShare) -> None:
+        self._name = name
+        self._share = share
+        self._begun = threading.Event()
+        self._worker: Worker | None = None
+
+    def is_up(self) -> bool:
+        return True
+
+    def identify(self, job: Job) -> ModelSpec | VitrayError:
+        spec: ModelSpec | VitrayError = result_or_error(identify, job)
+        return spec
+
+    def begin(self, dataset: Dataset, witnesses: Sequence[Shard], compiled: bool) -> None:
+        """witnesses: shards that are looked at, to tell a broken shard from an absent disk."""
+        self._witnesses = witnesses
+        self._error: Exception | None = None
+        if self._worker is not None:
+            return
+        try:
+            require_visible(dataset_url(dataset.out))
+            worker = Worker(self._name, dataset, replace(self._share, compiled=compiled))
+            worker.start()
+            self._worker = worker
+        except Exception as error:
+            self._error = error
+        self._begun.set()
+
+    def give(self, shards: Sequence[Shard]) -> None:
+        if self._worker is not None:
+            self._worker.give(shards)
+
+    def events(self, wait_s: float) -> list[Event]:
+        """What has happened since the last call; waits for something at most wait_s."""
+        if not self._begun.wait(wait_s):
+            return []
+        if self._worker is None:
+            assert self._error is not None
+            return [_portable(WorkerLost(self._name, self._error))]
+        events = self._worker.events(wait_s)
+        if events:
+            time.sleep(GATHER_S)
+            events += self._worker.events(0)
+        if any(isinstance(event, (ShardBroken, ShardChanged)) for event in events):
+            error = result_or_error(require_source, self._witnesses)
+            if error is not None:
+                return [WorkerLost(self._name, error)]
+        return [_portable(event) for event in events]
+
+    def stop(self) -> None:
+        if self._worker is not None:
+            self._worker.stop()
+
+    def describe(self) -> str:
+        return "the worker begins" if self._worker is None else self._worker.describe()
+
+
+def _portable(event: Event) -> Event:
+    """The event with an error that another process can read."""
+    if isinstance(event, WorkerLost) and not isinstance(event.error, VitrayError):
+        kind = type(event.error).__name__
+        return replace(event, error=RuntimeError(f"{kind}: {event.error}"))
+    return event
+
+
+def require_source(witnesses: Sequence[Shard]) -> None:
+    """Raise ClusterError where this machine sees none of these shards: then it is at fault."""
+    if all(is_local(shard.url) and not is_visible(shard.url) for shard in witnesses):
+        require_visible(witnesses[0].url)
+
+
+@dataclass(frozen=True)
+class _Actor:
+    """An actor in its place. answer: the reference of its next events."""
+
+    name: str
+    slot: Slot
+    handle: Any
+    answer: Any
 
 
 class RayExecutor:
-    """Shards go through Ray Data, commits are Ray tasks."""
+    """An actor for each GPU, or for each machine where there is none. Machines come and go.
 
-    def __init__(self, dataset: Dataset, shards: list[Shard], shares: Shares) -> None:
+    Actors start with this object, so that their processes are there when the model is known.
+    Raises ClusterError for a cluster that is too small.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._actors: dict[str, _Actor] = {}
+        self._is_stopping = False
+        self._begin_arguments: tuple[Any, ...] | None = None
+        slots = share_out(alive_nodes(), device)
+        self.share = slots[0].share
+        self.workers = len(slots)
+        self._start_actors()
+
+    def identify(self, job: Job) -> ModelSpec:
+        by_answer = {actor.handle.is_up.remote(): actor for actor in self._actors.values()}
+        what = "reading the model on a machine with room for it"
+        first = by_answer[wait_for_first(list(by_answer), PLACEMENT_TIMEOUT_S, what)]
+        spec: ModelSpec = wait_for(first.handle.identify.remote(job), PLACEMENT_TIMEOUT_S, what)
+        return spec
+
+    def require_shared(self, out: str, inputs: list[str]) -> None:
+        require_shared(out, inputs, alive_nodes())
+
+    def begin(self, dataset: Dataset, shards: Sequence[Shard], compiled: bool) -> None:
         import ray
 
-        from vitray.pipeline.ray_internals import capture_executor
+        witnesses = [shards[0], shards[-1]]
+        self._begin_arguments = (ray.put(dataset), witnesses, compiled)
+        for actor in self._actors.values():
+            actor.handle.begin.remote(*self._begin_arguments)
 
-        self._dataset = ray.put(dataset)
-        self._refs = {shard.id: ray.put(shard) for shard in shards}
-        self._actors: list[str] = []
-        self._pipeline = build_pipeline(
-            list(self._refs.values()), dataset, self._dataset, shares, self._actors
-        )
-        self._commit = ray.remote(_commit).options(num_cpus=0, max_retries=RETRIES)
-        self._running: dict[Any, str] = {}
-        self._nodes = {node["NodeID"] for node in alive_nodes()}
-        self._ray_executor: Any = None
-        capture_executor(self._pipeline, lambda executor: setattr(self, "_ray_executor", executor))
+    def give(self, worker: str, shards: Sequence[Shard]) -> None:
+        if worker in self._actors:
+            self._actors[worker].handle.give.remote(list(shards))
 
-    def start(self, events: EventQueue) -> None:
-        """Ray's iterator waits without a deadline, so it runs in a thread."""
-        self._events = events
+    def events(self, wait_s: float) -> list[Event]:
+        import ray
 
-        def consume() -> None:
-            try:
-                for block in self._pipeline.iter_batches(
-                    batch_size=None, batch_format="pyarrow", prefetch_batches=0
-                ):
-                    for batch in unpack(block):
-                        events.put(batch.event)
-                events.put(None)
-            except Exception as error:
-                events.put(error)
-
-        self._thread = threading.Thread(target=consume, name="vitray-events", daemon=True)
-        self._thread.start()
+        if time.monotonic() - self._looked_at > MACHINES_S:
+            self._start_actors()
+        by_answer = {actor.answer: actor for actor in self._actors.values()}
+        if not by_answer:
+            time.sleep(wait_s)
+            return []
+        ready, waiting = ray.wait(list(by_answer), num_returns=1, timeout=wait_s)
+        if ready and waiting:
+            ready += ray.wait(waiting, num_returns=len(waiting), timeout=0)[0]
+        events = list[Event]()
+        for answer in ready:
+            events += self._events_of(by_answer[answer])
+        return events
 
     def stop(self) -> None:
-        # Ray cannot end only the reading. Fragments in flight are lost, staged ones stay.
-        self._events.put(None)
-
-    def start_commit(self, shard_id: str) -> None:
-        self._running[self._commit.remote(self._dataset, self._refs[shard_id])] = shard_id
-
-    def finished_commits(self, wait_s: float) -> list[tuple[str, Commit | VitrayError | None]]:
-        import ray
-
-        ready = ray.wait(list(self._running), timeout=wait_s)[0]
-        return [(self._running.pop(ref), ray.get(ref)) for ref in ready]
-
-    def has_lost_machine(self) -> bool:
-        return not self._nodes <= {node["NodeID"] for node in alive_nodes()}
+        if not self._is_stopping:
+            self._is_stopping = True
+            for actor in self._actors.values():
+                actor.handle.stop.remote()
 
     def is_waiting_for_machine(self) -> bool:
         from vitray.pipeline.ray_internals import are_all_unplaced
 
-        return are_all_unplaced(list(self._actors))
+        return not self._actors or are_all_unplaced(self._actors)
 
     def describe(self) -> str:
-        from vitray.pipeline.ray_internals import describe_operators
+        import ray
 
-        return describe_operators(self._ray_executor) or "Ray has not begun"
+        if not self._actors:
+            return "no machine has room for a worker"
+        answers = [actor.handle.describe.remote() for actor in self._actors.values()]
+        ready, silent = ray.wait(answers, num_returns=len(answers), timeout=1.0)
+        texts = list[str]()
+        for answer in ready:
+            with contextlib.suppress(ray.exceptions.RayError):
+                texts.append(ray.get(answer))
+        if silent:
+            texts.append(f"{len(silent)} workers do not answer")
+        return "; ".join(sorted(texts))
 
     def close(self) -> None:
         import ray
 
-        if self._ray_executor is not None:
-            # Without it, Ray works on until the executor is garbage-collected.
-            self._ray_executor.shutdown(force=True)
-        self._thread.join(CLOSE_TIMEOUT_S)
-        # A stored exception keeps Ray's handles alive, and with them the actors' CPUs: the next run
-        # would wait for these forever.
-        for name in self._actors:
-            with contextlib.suppress(ValueError):  # it is gone
-                ray.kill(ray.get_actor(name))
+        for actor in self._actors.values():
+            ray.kill(actor.handle)
+        self._actors.clear()
 
+    def _start_actors(self) -> None:
+        """Start an actor in every slot that has none."""
+        self._looked_at = time.monotonic()
+        if self._is_stopping:
+            return
+        try:
+            slots = share_out(alive_nodes(), self._device)
+        except ClusterError:  # machines went, and others may come
+            return
+        taken = {(actor.slot.node, actor.slot.number) for actor in self._actors.values()}
+        for slot in slots:
+            if (slot.node, slot.number) not in taken:
+                self._start_actor(slot)
 
-def _commit(dataset: Dataset, shard: Shard) -> Commit | VitrayError | None:
-    error = result_or_error(require_visible, dataset_url(dataset.out))
-    return error or commit_or_error(dataset, shard)
+    def _start_actor(self, slot: Slot) -> None:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-
-def require_source(shards: list[Shard]) -> None:
-    """Raise ClusterError where this machine sees no shard: then the machine is at fault."""
-    if all(is_local(shard.url) and not is_visible(shard.url) for shard in shards):
-        require_visible(shards[0].url)
-
-
-def build_pipeline(
-    shards: list[Any], dataset: Dataset, dataset_ref: Any, shares: Shares, actors: list[str]
-) -> Any:
-    """The Ray dataset of events.
-
-    shards, dataset_ref: object references, fetched where they are used.
-    actors: the names of the actors are appended when Ray Data creates them.
-    """
-    import ray
-    from ray.data import TaskPoolStrategy
-
-    def named_actor() -> dict[str, Any]:
-        actors.append(f"vitray-{uuid.uuid4().hex}")
-        return {"max_restarts": RETRIES, "max_task_retries": RETRIES, "name": actors[-1]}
-
-    _hide_ray_messages()
-    _configure_ray_data(shares.queue_blocks)
-    task: dict[str, Any] = {**BLOCKS, "ray_remote_args_fn": lambda: {"max_retries": RETRIES}}
-    read, decode, write = _task_functions(shards, dataset, dataset_ref)
-    numbers = [{"n": n} for n in range(len(shards))]
-    items = ray.data.from_items(numbers, override_num_blocks=len(shards))
-    encoded = items.map_batches(
-        read, compute=TaskPoolStrategy(shares.readers), num_cpus=shares.reader_cpus, **task
-    )
-    decoded = encoded.map_batches(decode, num_cpus=shares.decoder_cpus, **task)
-    predicted = decoded.map_batches(
-        Predict,
-        # By value: a restarted actor must not need a reference.
-        fn_constructor_args=(dataset, shares.threads, shares.compiled),
-        compute=_actor_pool(shares),
-        num_cpus=shares.actor_cpus,
-        num_gpus=shares.actor_gpus,
-        ray_remote_args_fn=named_actor,
-        **BLOCKS,
-    )
-    return predicted.map_batches(
-        write, compute=TaskPoolStrategy(shares.stagers), num_cpus=0, **task
-    )
-
-
-BlockFunction = Callable[[pa.Table], Iterator[pa.Table]]
-
-
-def _task_functions(
-    shards: list[Any], dataset: Dataset, dataset_ref: Any
-) -> tuple[BlockFunction, BlockFunction, BlockFunction]:
-    """The read, decode and write stages as functions of blocks.
-
-    Where `out` is a local path, each task checks that its machine sees it. A machine that joins
-    later may lack the disk, and what it writes would be lost.
-    """
-    import ray
-
-    out_file = dataset_url(dataset.out)
-
-    def read(block: pa.Table) -> Iterator[pa.Table]:
-        for n in block["n"].to_pylist():
-            require_visible(out_file)
-            for batch in read_stage(ray.get(dataset_ref), ray.get(shards[n])):
-                if batch.event.kind in (EventKind.SHARD_BROKEN, EventKind.SHARD_CHANGED):
-                    require_source(ray.get([shards[0], shards[-1]]))
-                yield batch.pack()
-
-    def decode(block: pa.Table) -> Iterator[pa.Table]:
-        for batch in unpack(block):
-            yield decode_stage(ray.get(dataset_ref), batch).pack()
-
-    def write(block: pa.Table) -> Iterator[pa.Table]:
-        for batch in unpack(block):
-            require_visible(out_file)
-            yield write_stage(ray.get(dataset_ref), batch).pack()
-
-    return read, decode, write
-
-
-def _hide_ray_messages() -> None:
-    if not logging.getLogger().isEnabledFor(logging.DEBUG):
-        # It prints tracebacks of errors that vitray reports in one line.
-        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    # vitray uses this parameter, because it is the only way to bound retries: see
-    # docs/decisions/0006.
-    warnings.filterwarnings("ignore", message=".*ray_remote_args_fn.*")
-    # Ray warns where there are fewer shards than machines.
-    warnings.filterwarnings("ignore", message="The maximum number of concurrent tasks")
-
-
-def _configure_ray_data(queue_blocks: int) -> None:
-    from ray.data import DataContext
-
-    from vitray.pipeline.ray_internals import keep_queues_short
-
-    context = DataContext.get_current()
-    keep_queues_short(context, queue_blocks)
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.max_errored_blocks = 0
-    # One byte, so every batch is a block: a retried task yields the same blocks again.
-    context.target_max_block_size = 1
-
-
-def _actor_pool(shares: Shares) -> Any:
-    from ray.data import ActorPoolStrategy
-
-    if not shares.actor_gpus:
-        return ActorPoolStrategy(size=shares.actors, max_tasks_in_flight_per_actor=2)
-    # A GPU computes one fragment while Python unpacks the next one and packs the last one. On a
-    # CPU the same threads do both, so nothing is gained.
-    return ActorPoolStrategy(
-        size=shares.actors,
-        max_tasks_in_flight_per_actor=3,
-        max_concurrent_calls_per_actor=2,
-        enable_true_multi_threading=True,
-    )
-
-
-class Predict:
-    """The actor with the model. Two threads call it where it has a GPU.
-
-    Raises ModelError at its start when the weights are not the frozen ones.
-    """
-
-    def __init__(self, dataset: Dataset, threads: int, compiled: bool) -> None:
-        require_visible(dataset_url(dataset.out))
-        self._dataset = dataset
-        self._model = open_model(
-            dataset.spec, dataset.outputs, dataset.job.device, threads, compiled
+        name = f"vitray-{slot.node[:8]}-{slot.number}-{uuid.uuid4().hex[:8]}"
+        actor = ray.remote(WorkerActor).options(
+            name=name,
+            num_cpus=slot.share.cpus,
+            num_gpus=slot.share.gpus,
+            max_restarts=0,
+            max_task_retries=0,
+            max_concurrency=CALLS_AT_ONCE,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(slot.node, soft=False),
         )
-        self._decoder = open_device_decoder(dataset, threads)
+        handle = actor.remote(name, slot.share)
+        if self._begin_arguments is not None:
+            handle.begin.remote(*self._begin_arguments)
+        self._actors[name] = _Actor(name, slot, handle, handle.events.remote(ANSWER_S))
 
-    def __call__(self, block: pa.Table) -> pa.Table:
-        batches = (
-            predict_stage(self._dataset, self._model, batch, self._decoder)
-            for batch in unpack(block)
-        )
-        return pa.concat_tables([batch.pack() for batch in batches])
+    def _events_of(self, actor: _Actor) -> list[Event]:
+        """What an actor answered, and the next question; or its loss, and another actor."""
+        import ray
+
+        try:
+            events: list[Event] = ray.get(actor.answer)
+        except ray.exceptions.RayError as error:
+            events = [self._loss_of(actor, error)]
+        losses = [event for event in events if isinstance(event, WorkerLost)]
+        if not losses:
+            answer = actor.handle.events.remote(ANSWER_S)
+            self._actors[actor.name] = replace(actor, answer=answer)
+            return events
+        ray.kill(actor.handle)
+        del self._actors[actor.name]
+        self._looked_at = float("-inf")
+        return [event for event in events if not isinstance(event, WorkerLost)] + losses[:1]
+
+    def _loss_of(self, actor: _Actor, error: Exception) -> WorkerLost:
+        nodes = {node["NodeID"] for node in alive_nodes()}
+        why = RuntimeError(one_line(error, 300))
+        return WorkerLost(actor.name, why, is_machine=actor.slot.node not in nodes)

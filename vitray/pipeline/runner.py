@@ -1,8 +1,8 @@
-"""A run: list, plan, then rounds of read, decode, predict, write and commit, then the manifest.
+"""A run: list, plan, then read, decode, predict, write and commit every shard, then the manifest.
 
 Correctness does not depend on Ray: every fragment has a fixed range and is created once, and every
-commit is conditional. An executor (ray_executor.py, local_executor.py) moves batches through the
-stages (stages.py). What a dead process lost is computed again.
+commit is conditional. The workers of an executor (local_executor.py, ray_executor.py) move shards
+through the stages (stages.py). What a dead process lost is computed again.
 """
 
 from __future__ import annotations
@@ -14,13 +14,10 @@ import socket
 import sys
 import threading
 import time
-from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import asdict
 from importlib import import_module
-from itertools import accumulate
 from typing import Any
 
 import pyarrow as pa
@@ -30,6 +27,7 @@ from vitray.crash import crash_point
 from vitray.dataset import (
     Dataset,
     LastSource,
+    Leases,
     base_of,
     check_store,
     committed_files,
@@ -62,24 +60,18 @@ from vitray.models import (
     identify,
     resolve_device,
     torch_threads_kept,
+    usable_gpus,
     vector_columns,
     with_label_names,
 )
-from vitray.pipeline.cluster import (
-    Shares,
-    alive_nodes,
-    on_worker,
-    own_cpus,
-    ray_session,
-    require_shared,
-    root_error,
-    share_out,
-)
+from vitray.pipeline.cluster import own_cpus, ray_session
+from vitray.pipeline.driver import Executor, RunState, complete_shards
 from vitray.pipeline.local_executor import LocalExecutor
+from vitray.pipeline.machines import local_share
 from vitray.pipeline.metrics import RayMeter
+from vitray.pipeline.partition import Partition
 from vitray.pipeline.progress import Progress, Result
 from vitray.pipeline.ray_executor import RayExecutor
-from vitray.pipeline.rounds import ATTEMPTS, Executor, MachineLostError, RunState, run_round
 from vitray.pipeline.source_listing import (
     deleted_files,
     list_source,
@@ -101,16 +93,9 @@ from vitray.storage import exists, join
 
 log = logging.getLogger(__name__)
 
-# Ray keeps 12 to 37 kB of each fragment in the driver until its round ends.
-ROUND_SHARDS = 4096
-ROUND_FRAGMENTS = 65_536
-# From the second fault on, the next round has this many times fewer shards; after a round without
-# a fault, this many times more.
-SHRINK_FACTOR = 8
-FATAL_SHARDS = 5  # when this many shards in a row fail alone, the fault is not in the shards
+ATTEMPTS = 3  # at inputs that change while they are read
 LEAST_IMAGE_BYTES = 4096  # photos are larger: a number of bytes bounds the number of images
 PLANNED_TOLERANCE = 0.1  # of the images: a run of another size is no test of the planned time
-OpenExecutor = Callable[[Dataset, list[Shard]], Executor]
 
 
 def run(
@@ -122,6 +107,8 @@ def run(
     stop: threading.Event | None = None,
     allow_open_cluster: bool = False,
     planned: dict[str, Any] | None = None,
+    spec: ModelSpec | None = None,
+    partition: Partition | None = None,
 ) -> Result:
     """Label and embed what is missing in `job.out`. It is safe to repeat, at any time and place.
 
@@ -132,6 +119,8 @@ def run(
     allow_open_cluster: join a Ray that requires no token, too.
     planned: the estimate, with at least {"images", "seconds"}; the run record compares it with the
     result.
+    spec: the model, where it is known already; else it is identified.
+    partition: the part of the shards that this process begins with, before it helps with others.
 
     Raises JobError (and its kinds) before any work when the job does not fit. Raises ShardError
     where `keep` needs the types of columns and no file can be read. Raises StorageError,
@@ -146,6 +135,7 @@ def run(
         prune=prune,
         report=progress or (lambda _: None),
         stop=stop or threading.Event(),
+        partition=partition or Partition(0, 1),
         selection=count_selection(listing, job),
     )
     if state.selection.is_set:
@@ -157,24 +147,24 @@ def run(
         dataset = _resolve(job, identify(with_frozen(job), runs_here=False), listing)
         return finish_run(dataset, job, state)
     crash_point("driver-listed")
-    with _machines(job, address, allow_open_cluster) as machines:
-        spec = _identify(job, machines)
+    with _opened_executor(job, address, allow_open_cluster) as executor:
+        spec = spec or executor.identify(with_frozen(job))
         job = _with_key_column(job, listing)
         dataset, listing = _open_or_create(job, spec, listing)
-        if machines.nodes:
+        if isinstance(executor, RayExecutor):
             state.meter = RayMeter()
         try:
             with _failure_recorded(dataset, state):
-                _label_missing(dataset, job, listing, machines, state)
+                _label_missing(dataset, job, listing, executor, state)
         except (ErrorRateExceeded, Interrupted, ClusterError) as error:
             # Committed files may have superseded others, which readers would see twice.
             with contextlib.suppress(VitrayError):
                 result = finish_run(dataset, job, state)
-                record = _record(dataset, result, state, machines.shares, planned)
+                record = _record(dataset, result, state, executor, planned)
                 write_run_record(dataset, state.run_id, {**record, "ended": _ended(error)})
             raise
         result = finish_run(dataset, job, state)
-        record = _record(dataset, result, state, machines.shares, planned)
+        record = _record(dataset, result, state, executor, planned)
         write_run_record(dataset, state.run_id, record)
         crash_point("driver-recorded")
         return result
@@ -187,52 +177,25 @@ def _is_complete(job: Job, listing: Listing, prune: bool) -> bool:
     return open_dataset(job.out) is not None and not pending_shards(job, listing)
 
 
-@dataclass(frozen=True)
-class _Machines:
-    """What runs the rounds. nodes: of Ray; [] where this process does everything."""
-
-    open_executor: Callable[..., Executor]
-    shares: Shares
-    nodes: list[dict[str, Any]]
-
-
 @contextlib.contextmanager
-def _machines(job: Job, address: str | None, allow_open: bool) -> Iterator[_Machines]:
-    """The cluster at the address, or a local Ray, or this process alone.
+def _opened_executor(job: Job, address: str | None, allow_open: bool) -> Iterator[Executor]:
+    """Workers on the cluster at the address, or on a local Ray, or in this process alone.
 
-    It is this process when the model runs on the CPU, Ray was not started before, and there is no
-    address.
+    It is this process when this machine has at most one GPU to use, Ray was not started before, and
+    there is no address.
     """
     uses_ray = (
         address
         or os.environ.get("RAY_ADDRESS")
         or ("ray" in sys.modules and import_module("ray").is_initialized())
     )
-    if not uses_ray and resolve_device(job.device) == "cpu":
-        # Short queues: after a kill, the fragments in them are computed again.
-        shares = replace(share_out([{"CPU": own_cpus()}], "cpu"), stagers=2, queue_blocks=1)
-        with torch_threads_kept():
-            yield _Machines(LocalExecutor, shares, [])
+    if not uses_ray and usable_gpus(device := resolve_device(job.device)) <= 1:
+        share = local_share(own_cpus(), has_gpu=device == "cuda")
+        with torch_threads_kept(), contextlib.closing(LocalExecutor(share)) as here:
+            yield here
         return
-
-    def current_shares() -> Shares:
-        return share_out([node["Resources"] for node in alive_nodes()], job.device)
-
-    def open_ray(dataset: Dataset, shards: list[Shard], shares: Shares) -> RayExecutor:
-        # Machines come and go between rounds.
-        return RayExecutor(dataset, shards, replace(current_shares(), compiled=shares.compiled))
-
-    with ray_session(address, allow_open):
-        yield _Machines(open_ray, current_shares(), alive_nodes())
-
-
-def _identify(job: Job, machines: _Machines) -> ModelSpec:
-    """The model, on the kind of machine that will run it."""
-    frozen = with_frozen(job)
-    if machines.nodes:
-        spec: ModelSpec = on_worker(machines.shares, identify, frozen)
-        return spec
-    return identify(frozen)
+    with ray_session(address, allow_open), contextlib.closing(RayExecutor(job.device)) as cluster:
+        yield cluster
 
 
 def _open_or_create(job: Job, spec: ModelSpec, listing: Listing) -> tuple[Dataset, Listing]:
@@ -248,24 +211,29 @@ def _open_or_create(job: Job, spec: ModelSpec, listing: Listing) -> tuple[Datase
 
 
 def _label_missing(
-    dataset: Dataset, job: Job, listing: Listing, machines: _Machines, state: RunState
+    dataset: Dataset, job: Job, listing: Listing, executor: Executor, state: RunState
 ) -> None:
     """Complete the shards. Inputs that change are planned again, ATTEMPTS times at most."""
     require_own_data_files(dataset)
     inputs = [listing.shards[0].url, dataset.spec.model, dataset.spec.head]
-    require_shared(dataset.out, inputs, machines.nodes)
+    executor.require_shared(dataset.out, inputs)
     check_store(dataset.out)
     record_source(dataset, _last_source(listing), always=True)
-    for _ in range(ATTEMPTS):
-        listing = settle_groups(job, listing, state.prune)
-        state.changed.clear()
-        crash_point("driver-planned")
-        shares = _with_compiled(job, listing, machines.shares)
-        open_executor = partial(machines.open_executor, shares=shares)
-        complete_shards(dataset, job, listing, open_executor, state)
-        if not state.changed:
-            return
-        listing = list_source(job)
+    with Leases(dataset.out, state.run_id) as leases:
+        for _ in range(ATTEMPTS):
+            listing = settle_groups(job, listing, state.prune)
+            state.changed.clear()
+            crash_point("driver-planned")
+            if pending := pending_shards(job, listing):
+                unmark_success(dataset.out)
+                _expect(pending, state)
+                executor.begin(dataset, pending, _compiles(job, pending, executor))
+                complete_shards(dataset, pending, executor, leases, state)
+            if state.stop.is_set():
+                raise Interrupted("what is staged stays. Run the same command again to continue.")
+            if not state.changed:
+                return
+            listing = list_source(job)
 
 
 @contextlib.contextmanager
@@ -340,44 +308,13 @@ def _passthrough(job: Job, listing: Listing) -> pa.Schema:
     return schema
 
 
-def _with_compiled(job: Job, listing: Listing, shares: Shares) -> Shares:
-    """The shares, with `compiled` as it fits the first round."""
-    round_shards = pending_shards(job, listing)[:ROUND_SHARDS]
-    device = "cuda" if shares.actor_gpus else "cpu"
-    images = sum(shard.size for shard in round_shards) // LEAST_IMAGE_BYTES
-    if compiles(job.compile, images // shares.actors, device):
-        images = estimate_images(round_shards, job)[0]
-    return replace(shares, compiled=compiles(job.compile, images // shares.actors, device))
-
-
-def complete_shards(
-    dataset: Dataset, job: Job, listing: Listing, open_executor: OpenExecutor, state: RunState
-) -> None:
-    """Rounds until every shard is committed or set aside.
-
-    A round that a system fault ended is planned again. Raises Interrupted, ClusterError when
-    everything fails again and again, and errors of the rounds.
-    """
-    pending = pending_shards(job, listing)
-    if pending:
-        unmark_success(dataset.out)
-    _expect(pending, state)
-    faults = _Faults()
-    while pending and not faults.are_fatal:
-        if state.stop.is_set():
-            raise Interrupted("what is staged stays. Run the same command again to continue.")
-        round_shards = _within_memory(pending[: faults.round_size], job, dataset.fragment_rows)
-        try:
-            run_round(dataset, round_shards, open_executor(dataset, round_shards), state)
-            faults.round_succeeded()
-        except Exception as error:
-            _raise_own_error(error)
-            faults.round_failed(error, round_shards, state)
-        if not faults.are_fatal:
-            pending = _still_pending(dataset, pending, round_shards, state)
-    is_still = state.progress.images == state.progress.resumed
-    if faults.are_fatal or (faults.failed_alone and is_still):
-        faults.raise_fatal()
+def _compiles(job: Job, pending: list[Shard], executor: Executor) -> bool:
+    """Whether a worker has enough images for the time that torch.compile takes."""
+    device = "cuda" if executor.share.gpus else "cpu"
+    images = sum(shard.size for shard in pending) // LEAST_IMAGE_BYTES
+    if compiles(job.compile, images // executor.workers, device):
+        images = estimate_images(pending, job)[0]
+    return compiles(job.compile, images // executor.workers, device)
 
 
 def _expect(pending: list[Shard], state: RunState) -> None:
@@ -393,80 +330,6 @@ def _expect(pending: list[Shard], state: RunState) -> None:
     if len(rows) == len(pending):
         progress.images_expected = progress.images + sum(rows)
     progress.bytes_expected = progress.size_bytes + sum(shard.size for shard in pending)
-
-
-@dataclass
-class _Faults:
-    """System faults of rounds, and the size of the next round.
-
-    A fault that cannot be assigned to a shard makes the rounds smaller, until a shard is alone.
-    failed_alone: shards whose rounds of one shard failed since the last good round.
-    """
-
-    round_size: int = ROUND_SHARDS
-    count: int = 0
-    failed_alone: set[str] = field(default_factory=set)
-    last: Exception = field(default_factory=Exception)
-
-    @property
-    def are_fatal(self) -> bool:
-        return len(self.failed_alone) == FATAL_SHARDS
-
-    def round_succeeded(self) -> None:
-        self.round_size = min(ROUND_SHARDS, SHRINK_FACTOR * self.round_size)
-        self.failed_alone = set()
-
-    def round_failed(self, error: Exception, shards: list[Shard], state: RunState) -> None:
-        why = _last_line(error)
-        log.warning("a round ended early (%s); planning again", why)
-        self.last = error
-        if isinstance(error, MachineLostError):  # no shard caused it
-            return
-        self.count += 1
-        if len(shards) == 1:
-            state.record_failure(shards[0].id, f"its processes died: {why}")
-            self.failed_alone.add(shards[0].id)
-        if self.count > 1:
-            self.round_size = max(1, len(shards) // SHRINK_FACTOR)
-
-    def raise_fatal(self) -> None:
-        shards = ", ".join(sorted(self.failed_alone)[:3])
-        raise ClusterError(
-            f"the run fails again and again, also with {shards} alone: {_last_line(self.last)}. "
-            "Look at that (and at Ray's logs, where it runs on Ray) and at that input, then run "
-            "again."
-        ) from self.last
-
-
-def _still_pending(
-    dataset: Dataset, pending: list[Shard], round_shards: list[Shard], state: RunState
-) -> list[Shard]:
-    """The shards to plan again after a round; those that failed come last."""
-    done = committed_files(dataset.out).keys()
-    for shard_id in {shard.id for shard in round_shards} & state.commits.keys() - done:
-        del state.commits[shard_id]
-        state.record_failure(
-            shard_id,
-            "a machine says it is committed, but it is not in `out`: do all machines see the same "
-            "disk?",
-        )
-    ended = done | state.changed
-    again = [
-        shard
-        for shard in pending
-        if shard.id not in ended and state.attempts.get(shard.id, 0) < ATTEMPTS
-    ]
-    return sorted(again, key=lambda shard: state.attempts.get(shard.id, 0))
-
-
-def _within_memory(shards: list[Shard], job: Job, fragment_rows: int) -> list[Shard]:
-    """The first shards, at least one, with about ROUND_FRAGMENTS (estimated from sizes)."""
-    most_rows = ROUND_FRAGMENTS * fragment_rows
-    if sum(shard.rows or shard.size // LEAST_IMAGE_BYTES for shard in shards) <= most_rows:
-        return shards
-    sizes = list(accumulate(shard.size for shard in shards))
-    images = max(1, estimate_images(shards, job)[0])
-    return shards[: max(1, bisect(sizes, sizes[-1] * most_rows / images))]
 
 
 def finish_run(dataset: Dataset, job: Job, state: RunState) -> Result:
@@ -532,7 +395,7 @@ def _record(
     dataset: Dataset,
     result: Result,
     state: RunState,
-    shares: Shares,
+    executor: Executor,
     planned: dict[str, Any] | None,
 ) -> dict[str, object]:
     """The run record. Its keys are stored names."""
@@ -550,7 +413,7 @@ def _record(
         "host": socket.gethostname(),
         "fingerprint": dataset.fingerprint,
         "versions": package_versions(),
-        "shares": asdict(shares),
+        "shares": {"workers": executor.workers, **asdict(executor.share)},
         "seconds_by_step": {stage: round(spent, 3) for stage, spent in seconds.items()},
         "bytes": state.progress.size_bytes,
         "timeline": state.progress.timeline,
@@ -562,15 +425,3 @@ def _record(
 def _ended(error: Exception) -> str:
     """The `ended` field of a run record."""
     return shortened(f"{type(error).__name__}: {error}", 400)
-
-
-def _raise_own_error(error: Exception) -> None:
-    """Raise the VitrayError that is the cause of an error, without the advice that Ray appends."""
-    root = root_error(error)
-    if root is not None:
-        raise type(root)(str(root).partition("\n")[0]) from error
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return (lines or [type(error).__name__])[-1][:200]

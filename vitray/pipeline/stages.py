@@ -1,7 +1,7 @@
-"""The stages read, decode, predict and write, as functions of one fragment, without Ray.
+"""The stages read, decode, predict and write, as functions without threads, processes or Ray.
 
-A `FragmentBatch` is one fragment in flight. It is one row of a Ray block, so no block boundary can
-split a fragment.
+A shard is read as fragments: ranges of fixed length. Fragments are decoded and predicted in blocks,
+so that several small shards fill one batch of the model. Each fragment is written by itself.
 
 With `decode: gpu` or `decode: hybrid` the decode stage leaves baseline JPEGs encoded, and the
 predict stage decodes them on the device of the model.
@@ -13,12 +13,11 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 
 from vitray.arrow_types import take_rows, with_type
@@ -27,6 +26,7 @@ from vitray.dataset import (
     Commit,
     Dataset,
     commit_shard,
+    commit_whole,
     read_fragment,
     repair_staging,
     write_end,
@@ -40,20 +40,34 @@ from vitray.decoding.decode import (
     fit_size,
     left_to_device,
 )
-from vitray.errors import JobError, ObjectChanged, ShardError, StorageError, VitrayError, one_line
+from vitray.errors import (
+    JobError,
+    ObjectChanged,
+    ShardError,
+    StorageError,
+    VitrayError,
+    one_line,
+)
 from vitray.left_out import LeftOut
 from vitray.models import Model, Predictions
+from vitray.pipeline.events import (
+    FragmentEvent,
+    FragmentSkipped,
+    FragmentWritten,
+    ShardBroken,
+    ShardChanged,
+    ShardCommitted,
+    ShardEnded,
+    ShardFailed,
+    ShardOutcome,
+)
 from vitray.schema import (
     ERROR_SCHEMA,
     IMAGE_FIELDS,
     Encoded,
     End,
-    EventKind,
     Shard,
-    ShardEvent,
     content_hash,
-    ipc_bytes,
-    ipc_table,
     passthrough_table,
 )
 from vitray.sources import read_shard, require_passthrough
@@ -63,78 +77,83 @@ if TYPE_CHECKING:
 
 READS = 3  # of a shard with invalid bytes: a proxy may have damaged them
 READ_AGAIN_S = 0.5
-# The dictionaries of a ShardEvent. They travel as JSON.
-COUNTS = ("reasons", "seconds", "left_out", "image_members")
-FRAGMENT_BATCH_SCHEMA = pa.schema(
-    [(name, pa.string()) for name in ("kind", "shard", "message", *COUNTS)]
-    + [(name, pa.int64()) for name in ("start", "stop", "total", "truncated_at", "size_bytes")]
-    + [(name, pa.large_binary()) for name in ("rows", "errors")]
-)
-# The first fields of Encoded, in order: its columns in a FragmentBatch before the decode stage.
-ENCODED_TYPES = {
-    "index": pa.int32(),
-    "key": pa.string(),
-    "uri": pa.string(),
-    "data": pa.large_binary(),
-    "reason": pa.string(),
-    "message": pa.string(),
-}
-PIXEL_COLUMNS = ("pixels", "turn")  # between the decode stage and the predict stage
 
 
 @dataclass(frozen=True, slots=True)
-class FragmentBatch:
-    """An event and the rows that it is about. After the write stage, rows and errors are None."""
+class FragmentInfo:
+    """Which images a fragment has, and what the stages measured.
 
-    event: ShardEvent
-    truncated_at: int | None = None
-    rows: pa.Table | None = None
-    errors: pa.Table | None = None
+    end: of the shard, where this is the last fragment. is_staged: whether staging of the shard
+    existed when it was read. seconds: by stage. size_bytes: of the encoded images.
+    """
 
-    def pack(self) -> pa.Table:
-        """One row of a Ray block."""
-        event = self.event
-        counts = {name: json.dumps(getattr(event, name)) for name in COUNTS}
-        row = {
-            "kind": event.kind.value,
-            "shard": event.shard,
-            "message": event.message,
-            **counts,
-            "start": event.start,
-            "stop": event.stop,
-            "total": event.total,
-            "truncated_at": self.truncated_at,
-            "size_bytes": event.size_bytes,
-            "rows": None if self.rows is None else ipc_bytes(self.rows),
-            "errors": None if self.errors is None else ipc_bytes(self.errors),
-        }
-        columns = [pa.array([row[column.name]], column.type) for column in FRAGMENT_BATCH_SCHEMA]
-        return pa.Table.from_arrays(columns, schema=FRAGMENT_BATCH_SCHEMA)
+    shard: Shard
+    start: int
+    stop: int
+    end: End | None = None
+    is_staged: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
+    size_bytes: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def images(self) -> int:
+        return self.stop - self.start
 
-def unpack(block: pa.Table) -> Iterator[FragmentBatch]:
-    """The batches in a block; their tables are views on the block's memory."""
-    for n in range(block.num_rows):
-        row = {name: block[name][n] for name in FRAGMENT_BATCH_SCHEMA.names}
-        rows = row.pop("rows")
-        errors = row.pop("errors")
-        values = {name: scalar.as_py() for name, scalar in row.items()}
-        truncated_at = values.pop("truncated_at")
-        values |= {name: json.loads(values[name]) for name in COUNTS}
-        values["kind"] = EventKind(values["kind"])
-        yield FragmentBatch(ShardEvent(**values), truncated_at, _table_in(rows), _table_in(errors))
+    @property
+    def is_whole_shard(self) -> bool:
+        return self.end is not None and (self.start, self.stop) == (0, self.end.total)
+
+    def timed(self, stage: str, seconds: float) -> FragmentInfo:
+        return replace(self, seconds={**self.seconds, stage: seconds})
 
 
-def _table_in(scalar: pa.Scalar) -> pa.Table | None:
-    return ipc_table(scalar.as_buffer()) if scalar.is_valid else None
+@dataclass(frozen=True, slots=True)
+class EncodedFragment:
+    """A fragment before the decode stage. passthrough: its columns, a row for each image."""
+
+    info: FragmentInfo
+    images: list[Encoded]
+    passthrough: pa.Table
 
 
-def read_stage(dataset: Dataset, shard: Shard) -> Iterator[FragmentBatch]:
-    """The shard's encoded images, one batch for each range of fragment_rows, then its end.
+@dataclass(frozen=True, slots=True)
+class FragmentRows:
+    """A fragment after the decode stage: its good rows and its error rows."""
 
-    A range that is already staged becomes an event: it is not decoded or predicted again. Nothing
-    is raised for a shard that cannot be read: its last event is SHARD_FAILED, SHARD_CHANGED, or,
-    after READS attempts, SHARD_BROKEN.
+    info: FragmentInfo
+    rows: pa.Table
+    errors: pa.Table
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedBlock:
+    """Decoded fragments, and the pixels of all their good rows in order.
+
+    pixels: uint8 [N, H, W, 3]; with a decode mode in ON_DEVICE, a list of arrays and of `Coded`.
+    """
+
+    fragments: list[FragmentRows]
+    pixels: Any
+
+
+@dataclass(frozen=True, slots=True)
+class ShardEnd:
+    """The end of a shard whose last fragment had been staged before."""
+
+    shard: Shard
+    end: End
+
+
+ReadItem = EncodedFragment | FragmentSkipped | ShardEnd | ShardEnded | ShardOutcome
+
+
+def read_stage(dataset: Dataset, shard: Shard) -> Iterator[ReadItem]:
+    """The shard's images, a fragment for each range of fragment_rows.
+
+    The end comes with the last fragment. A range that is staged already becomes an event: it is not
+    decoded or predicted again. Nothing is raised for a shard that cannot be read: the last item is
+    ShardFailed, ShardChanged, or, after READS attempts, ShardBroken.
     """
     started = time.perf_counter()
     try:
@@ -143,7 +162,7 @@ def read_stage(dataset: Dataset, shard: Shard) -> Iterator[FragmentBatch]:
         if staged.covers():
             for span in staged.ranges():
                 yield _skipped(dataset, shard.id, span)
-            yield _end_batch(shard.id, staged.ends[0])
+            yield ShardEnded(shard.id, staged.ends[0])
             return
         # A short fragment is left out: it may be the tail of a read that ended elsewhere, and would
         # shift the fragments of this read.
@@ -152,142 +171,139 @@ def read_stage(dataset: Dataset, shard: Shard) -> Iterator[FragmentBatch]:
             for start, stop in staged.fragments.items()
             if stop - start == dataset.fragment_rows
         }
-        reader = _FragmentReader(dataset, shard, full, started)
+        is_staged = bool(staged.fragments or staged.ends)
+        reader = _FragmentReader(dataset, shard, full, is_staged, started)
         for attempt in range(1, READS + 1):
             try:
-                yield from reader.batches()
+                yield from reader.fragments()
                 return
             except ShardError:
                 if attempt == READS:
                     raise
                 time.sleep(READ_AGAIN_S)
     except (JobError, ShardError, StorageError) as error:
-        event = ShardEvent(_kind_of_failure(error), shard.id, message=str(error))
-        yield FragmentBatch(event)
+        yield _outcome_of(shard.id, error)
 
 
-def _kind_of_failure(error: VitrayError) -> EventKind:
+def _outcome_of(shard_id: str, error: VitrayError) -> ShardOutcome:
     if isinstance(error, ObjectChanged):
-        return EventKind.SHARD_CHANGED
+        return ShardChanged(shard_id)
     # A JobError means that this shard lacks a passthrough column.
-    is_broken = isinstance(error, (JobError, ShardError))
-    return EventKind.SHARD_BROKEN if is_broken else EventKind.SHARD_FAILED
+    if isinstance(error, (JobError, ShardError)):
+        return ShardBroken(shard_id, str(error))
+    return ShardFailed(shard_id, str(error))
 
 
 @dataclass
 class _FragmentReader:
     """Divides the images of one shard into fragments.
 
-    staged: {start: stop} of the staged fragments. sent: the starts of the batches that an earlier
-    attempt yielded. started: when the images of the next batch began to be read.
+    staged: {start: stop} of the staged fragments. started: when the images of the next fragment
+    began to be read. sent: the starts of what an earlier attempt yielded.
     """
 
     dataset: Dataset
     shard: Shard
     staged: dict[int, int]
+    is_staged: bool
     started: float
     sent: set[int] = field(default_factory=set)
 
-    def batches(self) -> Iterator[FragmentBatch]:
-        """The batches that were not sent yet, then the end. Raises what read_shard raises."""
+    def fragments(self) -> Iterator[EncodedFragment | FragmentSkipped | ShardEnd]:
+        """What was not sent yet; the last one has the end. Raises what read_shard raises."""
+        last: EncodedFragment | None = None  # held back until it is known whether the end follows
+        for item in self._ranges():
+            if isinstance(item, End):
+                if last is None:
+                    yield ShardEnd(self.shard, item)
+                else:
+                    yield self._sent(replace(last, info=replace(last.info, end=item)))
+                return
+            if last is not None:
+                yield self._sent(last)
+                last = None
+            if isinstance(item, EncodedFragment):
+                last = item
+            else:
+                self.sent.add(item.start)
+                yield item
+        raise ShardError(f"{self.shard.url}: the source ended without the number of its images")
+
+    def _sent(self, fragment: EncodedFragment) -> EncodedFragment:
+        self.sent.add(fragment.info.start)
+        return fragment
+
+    def _ranges(self) -> Iterator[EncodedFragment | FragmentSkipped | End]:
         rows = self.dataset.fragment_rows
-        items = list[Encoded]()
+        images = list[Encoded]()
         start = 0
         for item in read_shard(self.shard, self.dataset.job, self._is_wanted):
             position = item.total if isinstance(item, End) else item.index
             boundary = position // rows * rows
             while start + rows <= boundary:  # the range is complete, or was skipped completely
-                yield from self._batch((start, start + rows), items)
-                items = []
+                yield from self._range((start, start + rows), images)
+                images = []
                 start += rows
             if isinstance(item, End):
                 if start < item.total:
-                    yield from self._batch((start, item.total), items)
-                yield _end_batch(self.shard.id, item)
+                    yield from self._range((start, item.total), images)
+                yield item
                 return
-            items.append(item)
+            images.append(item)
             if item.index == start + rows - 1:
-                yield from self._batch((start, start + rows), items)
-                items = []
+                yield from self._range((start, start + rows), images)
+                images = []
                 start += rows
                 self.started = time.perf_counter()
-        raise ShardError(f"{self.shard.url}: the source ended without the number of its images")
 
     def _is_wanted(self, index: int) -> bool:
         rows = self.dataset.fragment_rows
         return self.staged.get(index // rows * rows, 0) <= index
 
-    def _batch(self, span: tuple[int, int], items: list[Encoded]) -> Iterator[FragmentBatch]:
+    def _range(
+        self, span: tuple[int, int], images: list[Encoded]
+    ) -> Iterator[EncodedFragment | FragmentSkipped]:
         start, stop = span
         if start in self.sent:
             return
         if self.staged.get(start) == stop:
-            self.sent.add(start)
             yield _skipped(self.dataset, self.shard.id, span)
             return
         seconds = time.perf_counter() - self.started
         self.started = time.perf_counter()
         trace("read", self.shard.id, start, stop)
-        further = sum(item.further_images for item in items)
-        event = ShardEvent(
-            EventKind.FRAGMENT_WRITTEN,  # which is what it becomes at the end of the stages
-            self.shard.id,
+        further = sum(image.further_images for image in images)
+        info = FragmentInfo(
+            self.shard,
             start,
             stop,
+            is_staged=self.is_staged,
             seconds={"read": seconds},
-            size_bytes=sum(len(item.data or b"") for item in items),
+            size_bytes=sum(len(image.data or b"") for image in images),
             left_out={LeftOut.FURTHER_IMAGE: further} if further else {},
         )
-        batch = FragmentBatch(event, rows=encoded_table(items, self.dataset.passthrough))
-        self.sent.add(start)
-        yield batch
+        yield encoded_fragment(info, images, self.dataset.passthrough)
 
 
-def _end_batch(shard_id: str, end: End) -> FragmentBatch:
-    event = ShardEvent(
-        EventKind.SHARD_END,
-        shard_id,
-        total=end.total,
-        message=end.note,
-        left_out=end.left_out,
-        image_members=end.image_members,
-    )
-    return FragmentBatch(event, end.truncated_at)
-
-
-def _skipped(dataset: Dataset, shard_id: str, span: tuple[int, int]) -> FragmentBatch:
+def _skipped(dataset: Dataset, shard_id: str, span: tuple[int, int]) -> FragmentSkipped:
     fragment = read_fragment(dataset, shard_id, *span)
     if fragment is None:
         raise StorageError(
             f"{shard_id}: fragment {span[0]}-{span[1]} is damaged. Run again: it is computed again."
         )
-    reasons = _reason_counts(fragment.errors)
-    return FragmentBatch(ShardEvent(EventKind.FRAGMENT_SKIPPED, shard_id, *span, reasons=reasons))
+    return FragmentSkipped(shard_id, *span, reasons=_reason_counts(fragment.errors))
 
 
-def encoded_table(items: list[Encoded], passthrough: pa.Schema) -> pa.Table:
-    """The rows before the decode stage: a column for each of ENCODED_TYPES.
-
-    Passthrough columns are called `keep:<name>`.
-    """
-    columns: dict[str, Any] = {
-        name: pa.array([getattr(item, name) for item in items], kind)
-        for name, kind in ENCODED_TYPES.items()
-    }
-    if len(passthrough):
-        for name, column in _passthrough_columns(items, passthrough).items():
-            columns[f"keep:{name}"] = column
-    return pa.table(columns)
-
-
-def _passthrough_columns(
-    items: list[Encoded], passthrough: pa.Schema
-) -> dict[str, pa.ChunkedArray]:
-    """The passthrough columns of the images, with the dataset's types.
+def encoded_fragment(
+    info: FragmentInfo, images: list[Encoded], passthrough: pa.Schema
+) -> EncodedFragment:
+    """The images, with passthrough columns of the dataset's types.
 
     Raises ShardError for a value that does not fit its type.
     """
-    rows = [item.passthrough for item in items if item.passthrough is not None]
+    if not len(passthrough):
+        return EncodedFragment(info, images, pa.table({}))
+    rows = [image.passthrough for image in images if image.passthrough is not None]
     table = passthrough_table(rows, passthrough)
     columns = {}
     for n, column in enumerate(passthrough):
@@ -298,63 +314,72 @@ def _passthrough_columns(
                 f"a value of column `{column.name}` does not fit the dataset's {column.type}: "
                 f"{one_line(error)}"
             ) from error
-    return columns
+    return EncodedFragment(info, images, pa.table(columns))
 
 
 @dataclass(frozen=True, slots=True)
 class _DecodedImage:
     """An image after the decode stage. turn: EXIF orientation of a JPEG left encoded, or 0."""
 
-    item: Encoded
+    image: Encoded
     outcome: Outcome
     content_hash: bytes | None
     turn: int
 
 
-def decode_stage(dataset: Dataset, batch: FragmentBatch) -> FragmentBatch:
-    """Encoded bytes -> good rows with a `pixels` column (uint8 H*W*3 of each image), error rows.
-
-    A JPEG that is left to the device has its bytes in `pixels`, and in `turn` its EXIF orientation;
-    `turn` is 0 for pixels.
-    """
-    if batch.rows is None:
-        return batch
+def decode_stage(dataset: Dataset, fragments: Sequence[EncodedFragment]) -> DecodedBlock:
+    """Encoded images -> good rows, error rows, and the pixels of the good rows."""
     started = time.perf_counter()
-    event = batch.event
-    images, pixels = _decode_images(dataset, batch.rows)
-    good = [n for n, image in enumerate(images) if image.outcome.reason is None]
-    good_images = [images[n] for n in good]
-    columns = _image_columns(event.shard, good_images)
-    for field_ in dataset.passthrough:
-        columns[field_.name] = take_rows(batch.rows[f"keep:{field_.name}"], good)
-    columns |= _pixel_columns(dataset, good_images, pixels)
-    bad_images = [image for image in images if image.outcome.reason is not None]
-    errors = pa.Table.from_pylist(
-        [_error_row(event.shard, image) for image in bad_images], schema=ERROR_SCHEMA
+    decoded, pixels = _decode_images(
+        dataset, [image for fragment in fragments for image in fragment.images]
     )
-    trace("decode", event.shard, event.start, event.stop)
-    event = _timed(event, "decode", started)
-    further_pages = sum(image.outcome.further_pages for image in good_images)
-    if further_pages:
-        event = replace(event, left_out={**event.left_out, LeftOut.FURTHER_PAGE: further_pages})
-    return replace(batch, rows=pa.table(columns), errors=errors, event=event)
+    seconds = (time.perf_counter() - started) / max(1, len(decoded))
+    results = list[FragmentRows]()
+    first = 0
+    for fragment in fragments:
+        stop = first + len(fragment.images)
+        results.append(_decoded_rows(dataset, fragment, decoded[first:stop], seconds))
+        first = stop
+    if dataset.job.decode in ON_DEVICE:
+        pixels = _images_for_device(decoded, pixels)
+    return DecodedBlock(results, pixels)
 
 
-def _decode_images(dataset: Dataset, rows: pa.Table) -> tuple[list[_DecodedImage], Any]:
+def _decode_images(dataset: Dataset, images: list[Encoded]) -> tuple[list[_DecodedImage], Any]:
     """(all images, the pixels of the good ones that the CPU decoded)."""
     spec = dataset.decode_spec
-    values = zip(*(rows[name].to_pylist() for name in ENCODED_TYPES))
-    items = [Encoded(*fields) for fields in values]
-    device_jpegs = [left_to_device(item.data, spec) for item in items]
-    on_cpu = [item for item, jpeg in zip(items, device_jpegs) if jpeg is None]
-    pixels, decoded = decode(on_cpu, spec)
-    outcomes = iter(decoded)
-    images = list[_DecodedImage]()
-    for item, jpeg in zip(items, device_jpegs):
-        outcome, turn = (next(outcomes), 0) if jpeg is None else jpeg
-        digest = None if item.data is None else content_hash(item.data)
-        images.append(_DecodedImage(item, outcome, digest, turn))
-    return images, pixels
+    device_jpegs = [left_to_device(image.data, spec) for image in images]
+    on_cpu = [image for image, jpeg in zip(images, device_jpegs) if jpeg is None]
+    pixels, outcomes = decode(on_cpu, spec)
+    next_outcome = iter(outcomes)
+    decoded = list[_DecodedImage]()
+    for image, jpeg in zip(images, device_jpegs):
+        outcome, turn = (next(next_outcome), 0) if jpeg is None else jpeg
+        digest = None if image.data is None else content_hash(image.data)
+        decoded.append(_DecodedImage(image, outcome, digest, turn))
+    return decoded, pixels
+
+
+def _decoded_rows(
+    dataset: Dataset, fragment: EncodedFragment, images: list[_DecodedImage], seconds: float
+) -> FragmentRows:
+    """One fragment of a block. seconds: that decoding one image took."""
+    info = fragment.info
+    shard_id = info.shard.id
+    good = [n for n, image in enumerate(images) if image.outcome.reason is None]
+    good_images = [images[n] for n in good]
+    columns = _image_columns(shard_id, good_images)
+    for column in dataset.passthrough:
+        columns[column.name] = take_rows(fragment.passthrough[column.name], good)
+    bad_images = [image for image in images if image.outcome.reason is not None]
+    errors = pa.Table.from_pylist(
+        [_error_row(shard_id, image) for image in bad_images], schema=ERROR_SCHEMA
+    )
+    trace("decode", shard_id, info.start, info.stop)
+    further_pages = sum(image.outcome.further_pages for image in good_images)
+    if further_pages:
+        info = replace(info, left_out={**info.left_out, LeftOut.FURTHER_PAGE: further_pages})
+    return FragmentRows(info.timed("decode", seconds * len(images)), pa.table(columns), errors)
 
 
 def _image_columns(shard_id: str, images: list[_DecodedImage]) -> dict[str, Any]:
@@ -364,35 +389,36 @@ def _image_columns(shard_id: str, images: list[_DecodedImage]) -> dict[str, Any]
         "content_hash": [image.content_hash for image in images],
     }
     for name in ("key", "index", "uri"):
-        values[name] = [getattr(image.item, name) for image in images]
+        values[name] = [getattr(image.image, name) for image in images]
     for name in ("width", "height", "format"):
         values[name] = [getattr(image.outcome, name) for image in images]
     return {column.name: pa.array(values[column.name], column.type) for column in IMAGE_FIELDS}
 
 
-def _pixel_columns(dataset: Dataset, images: list[_DecodedImage], pixels: Any) -> dict[str, Any]:
-    """The columns of PIXEL_COLUMNS that the predict stage needs."""
-    if dataset.job.decode in ON_DEVICE:
-        decoded = iter(pixels)
-        blobs = [image.item.data if image.turn else next(decoded).tobytes() for image in images]
-        turns = pa.array([image.turn for image in images], pa.int8())
-        return {"pixels": pa.array(blobs, pa.large_binary()), "turn": turns}
-    width = int(np.prod(pixels.shape[1:]))
-    buffers = [None, pa.py_buffer(pixels)]
-    column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(images), buffers)
-    return {"pixels": column}
+def _images_for_device(images: list[_DecodedImage], pixels: Any) -> list[Any]:
+    """The good images: pixels that the CPU decoded, and JPEGs for the device."""
+    from vitray.models.gpu_decode import Coded
+
+    decoded = iter(pixels)
+    return [
+        Coded(image.image.data, image.turn, image.outcome.width, image.outcome.height)
+        if image.turn
+        else next(decoded)
+        for image in images
+        if image.outcome.reason is None
+    ]
 
 
 def _error_row(shard_id: str, image: _DecodedImage) -> dict[str, object]:
     return {
-        "key": image.item.key,
+        "key": image.image.key,
         "shard": shard_id,
-        "index": image.item.index,
-        "uri": image.item.uri,
+        "index": image.image.index,
+        "uri": image.image.uri,
         "reason": image.outcome.reason,
         "message": image.outcome.message,
         "content_hash": image.content_hash,
-        "size_bytes": len(image.item.data or b""),
+        "size_bytes": len(image.image.data or b""),
     }
 
 
@@ -413,65 +439,71 @@ def open_device_decoder(dataset: Dataset, threads: int) -> DeviceDecoder | None:
 
 
 def predict_stage(
-    dataset: Dataset, model: Model, batch: FragmentBatch, decoder: DeviceDecoder | None = None
-) -> FragmentBatch:
-    """Pixels -> labels and vectors, in the dataset's schema."""
-    if batch.rows is None:
-        return batch
+    dataset: Dataset, model: Model, block: DecodedBlock, decoder: DeviceDecoder | None = None
+) -> list[FragmentRows]:
+    """Pixels -> labels and vectors: the fragments, with rows in the dataset's schema."""
     started = time.perf_counter()
-    table = batch.rows.combine_chunks()
-    errors = batch.errors
-    shape = (*dataset.spec.pixels.shape, 3)
-    pixels: Any = None
+    fragments = block.fragments
+    pixels = block.pixels
     if decoder is not None:
-        pixels, table, errors = _decode_on_device(decoder, shape, table, errors)
-    elif table.num_rows:
-        pixels = _pixel_view(table["pixels"].chunk(0), shape)
-    if table.num_rows:
-        columns = {
-            name: table[name] for name in table.column_names if name not in PIXEL_COLUMNS
-        } | _predicted_columns(dataset, model.predict(pixels))
-        rows = pa.table(columns).select(dataset.schema.names).cast(dataset.schema)
+        fragments, pixels = _decode_on_device(decoder, fragments, pixels)
+    rows = sum(fragment.rows.num_rows for fragment in fragments)
+    columns = _predicted_columns(dataset, model.predict(pixels)) if rows else {}
+    seconds = (time.perf_counter() - started) / max(1, rows)
+    results = list[FragmentRows]()
+    first = 0
+    for fragment in fragments:
+        count = fragment.rows.num_rows
+        own = {name: column.slice(first, count) for name, column in columns.items()}
+        results.append(_predicted_rows(dataset, fragment, own, seconds * count))
+        first += count
+    return results
+
+
+def _predicted_rows(
+    dataset: Dataset, fragment: FragmentRows, columns: dict[str, pa.Array], seconds: float
+) -> FragmentRows:
+    info = fragment.info
+    if fragment.rows.num_rows:
+        table = {name: fragment.rows[name] for name in fragment.rows.column_names} | columns
+        rows = pa.table(table).select(dataset.schema.names).cast(dataset.schema)
     else:
         # empty_table() lacks lists of extension types (pyarrow 26.0).
         rows = pa.Table.from_batches([], dataset.schema)
-    event = batch.event
-    trace("predict", event.shard, event.start, event.stop)
-    return replace(batch, rows=rows, errors=errors, event=_timed(event, "predict", started))
-
-
-def _pixel_view(column: pa.Array, shape: tuple[int, ...]) -> Any:
-    """uint8 [N, H, W, 3] on the column's memory."""
-    size = int(np.prod(shape))
-    flat = np.frombuffer(column.buffers()[1], np.uint8)[column.offset * size :]
-    return flat[: len(column) * size].reshape(len(column), *shape)
+    trace("predict", info.shard.id, info.start, info.stop)
+    return FragmentRows(info.timed("predict", seconds), rows, fragment.errors)
 
 
 def _decode_on_device(
-    decoder: DeviceDecoder, shape: tuple[int, ...], table: pa.Table, errors: pa.Table
-) -> tuple[Any, pa.Table, pa.Table]:
-    """(pixels of the good rows on the device, the good rows, all error rows)."""
+    decoder: DeviceDecoder, fragments: list[FragmentRows], images: list[Any]
+) -> tuple[list[FragmentRows], Any]:
+    """(the fragments without images that the device refuses, pixels of the others there)."""
     from vitray.models.gpu_decode import Coded
 
-    blobs = [blob.as_buffer() for blob in table["pixels"]]
-    sizes = zip(*(table[name].to_pylist() for name in ("turn", "width", "height")))
-    images: list[Any] = []
-    for blob, (turn, width, height) in zip(blobs, sizes):
-        if turn:
-            images.append(Coded(blob, turn, width, height))
-        else:
-            images.append(np.frombuffer(blob, np.uint8).reshape(shape))
+    if not images:
+        return fragments, None
     pixels, bad = decoder.decode(images)
     if not bad:
-        return pixels, table, errors
-    bad_rows = table.take(pa.array(sorted(bad), pa.int64()))
-    refused = bad_rows.select(["key", "shard", "index", "uri", "content_hash"]).to_pylist()
-    for row, n in zip(refused, sorted(bad)):
-        row |= {"reason": bad[n].reason, "message": bad[n].message, "size_bytes": blobs[n].size}
-    refused_table = pa.Table.from_pylist(refused, schema=ERROR_SCHEMA)
-    good = pa.array([n for n in range(len(blobs)) if n not in bad], pa.int64())
-    all_errors = pa.concat_tables([errors, refused_table]).sort_by("index")
-    return pixels, table.take(good).combine_chunks(), all_errors
+        return fragments, pixels
+    results = list[FragmentRows]()
+    first = 0
+    for fragment in fragments:
+        count = fragment.rows.num_rows
+        own = [n for n in range(count) if first + n in bad]
+        columns = ["key", "shard", "index", "uri", "content_hash"]
+        refused = fragment.rows.take(pa.array(own, pa.int64())).select(columns).to_pylist()
+        for row, n in zip(refused, own):
+            image = images[first + n]
+            size = len(image.data) if isinstance(image, Coded) else 0
+            refusal = bad[first + n]
+            row |= {"reason": refusal.reason, "message": refusal.message, "size_bytes": size}
+        refused_table = pa.Table.from_pylist(refused, schema=ERROR_SCHEMA)
+        good = pa.array([n for n in range(count) if first + n not in bad], pa.int64())
+        all_errors = pa.concat_tables([fragment.errors, refused_table]).sort_by("index")
+        rows = fragment.rows.take(good).combine_chunks()
+        results.append(FragmentRows(fragment.info, rows, all_errors))
+        first += count
+    return results, pixels
 
 
 def _predicted_columns(dataset: Dataset, predictions: Predictions) -> dict[str, Any]:
@@ -485,39 +517,82 @@ def _predicted_columns(dataset: Dataset, predictions: Predictions) -> dict[str, 
     return columns
 
 
-def write_stage(dataset: Dataset, batch: FragmentBatch) -> FragmentBatch:
-    """Rows -> a staged fragment, an end -> the end marker. The result has only the event."""
+def write_stage(
+    dataset: Dataset, fragment: FragmentRows
+) -> list[FragmentEvent | ShardEnded | ShardOutcome]:
+    """Store a fragment: as the data file of a shard that it completes alone, else staged.
+
+    Raises StorageError, and CommitError for a data file of another job.
+    """
     started = time.perf_counter()
-    event = batch.event
-    if event.kind == EventKind.SHARD_END:
-        counts = (event.left_out, event.image_members)
-        end = End(event.total, batch.truncated_at, event.message, *counts)
-        write_end(dataset, event.shard, end)
-        crash_point("stage-end", event.shard)
-    if batch.rows is None or batch.errors is None:
-        return FragmentBatch(event, batch.truncated_at)
-    span = (event.start, event.stop)
-    write_fragment(dataset, event.shard, span, batch.rows, batch.errors, event.left_out)
-    trace("stage", event.shard, event.start, event.stop)
-    reasons = _reason_counts(batch.errors)
-    return FragmentBatch(replace(_timed(event, "stage", started), reasons=reasons))
+    info = fragment.info
+    shard_id = info.shard.id
+    outcome = _commit_alone(dataset, fragment) if info.is_whole_shard else None
+    if outcome is None:
+        span = (info.start, info.stop)
+        write_fragment(dataset, shard_id, span, fragment.rows, fragment.errors, info.left_out)
+    trace("stage", shard_id, info.start, info.stop)
+    written = FragmentWritten(
+        shard_id,
+        info.start,
+        info.stop,
+        reasons=_reason_counts(fragment.errors),
+        seconds={**info.seconds, "stage": time.perf_counter() - started},
+        size_bytes=info.size_bytes,
+        left_out=info.left_out,
+    )
+    if info.end is None:
+        return [written]
+    if outcome is not None:
+        return [written, ShardEnded(shard_id, info.end), outcome]
+    return [written, write_shard_end(dataset, ShardEnd(info.shard, info.end))]
 
 
-def commit_or_error(dataset: Dataset, shard: Shard) -> Commit | VitrayError | None:
-    """What commit_shard returns, or the VitrayError that it raised.
+def write_shard_end(dataset: Dataset, end: ShardEnd) -> ShardEnded:
+    """Stage the end of a shard."""
+    write_end(dataset, end.shard.id, end.end)
+    crash_point("stage-end", end.shard.id)
+    return ShardEnded(end.shard.id, end.end)
 
-    As a return value the error keeps its type on the way to another process.
+
+def _commit_alone(dataset: Dataset, fragment: FragmentRows) -> ShardOutcome:
+    """Commit a shard that is in memory as a whole."""
+    info = fragment.info
+    started = time.perf_counter()
+    assert info.end is not None
+    try:
+        commit = commit_whole(
+            dataset,
+            info.shard,
+            fragment.rows,
+            fragment.errors,
+            info.end,
+            left_out=info.left_out,
+            staged=info.is_staged,
+        )
+    except ObjectChanged:
+        return ShardChanged(info.shard.id)
+    return _committed(commit, started)
+
+
+def commit_stage(dataset: Dataset, shard: Shard) -> ShardOutcome:
+    """Commit a shard whose fragments are staged.
+
+    Raises StorageError, and CommitError for a data file of another job.
     """
     started = time.perf_counter()
     try:
         commit = commit_shard(dataset, shard)
-        return commit and replace(commit, seconds=time.perf_counter() - started)
-    except VitrayError as error:
-        return error
+    except ObjectChanged:
+        return ShardChanged(shard.id)
+    if commit is None:
+        return ShardFailed(shard.id, "a fragment went missing")
+    return _committed(commit, started)
 
 
-def _timed(event: ShardEvent, stage: str, started: float) -> ShardEvent:
-    return replace(event, seconds={**event.seconds, stage: time.perf_counter() - started})
+def _committed(commit: Commit, started: float) -> ShardCommitted:
+    timed = replace(commit, seconds=time.perf_counter() - started)
+    return ShardCommitted(commit.shard, timed)
 
 
 def _reason_counts(errors: pa.Table) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from support.dataset_parts import behind, out, proxy, quick_out
+from support.dataset_parts import behind, local_out, out, proxy, quick_out
 from support.old_datasets import bucket
 
-__all__ = ["behind", "bucket", "out", "proxy", "quick_out"]
+__all__ = ["behind", "bucket", "local_out", "out", "proxy", "quick_out"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from pathlib import Path
 
+import pytest
 from dockerfile_parse import DockerfileParser
 
 from support.cluster_files import CLUSTER, HOME, faults_of_batch, faults_of_image, text_of
@@ -45,6 +47,34 @@ def test_a_misspelt_option_of_the_slurm_script_is_refused() -> None:
     assert faults_of_batch(text.replace("#SBATCH", "#SBATCHx", 1)) and faults_of_batch(
         text + "\nif true; then"
     )
+
+
+def test_the_array_script_is_understood_by_bash_sbatch_and_vitray() -> None:
+    text = text_of("slurm-array.sbatch")
+    assert faults_of_batch(text) == []
+    assert faults_of_batch(text.replace("--partition ", "--partitionx "))
+    assert faults_of_batch(text.replace("--array", "--arrayx"))
+    assert faults_of_batch(text.replace("exec vitray", "exec vitrayx"))
+
+
+@pytest.mark.parametrize(("task", "last", "part"), [("0", "15", "0/16"), ("15", "15", "15/16")])
+def test_a_task_of_the_array_runs_its_part(tmp_path: Path, task: str, last: str, part: str) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "activate").write_text(f"PATH={tmp_path}/bin:$PATH\n")
+    command = tmp_path / "bin" / "vitray"
+    command.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    command.chmod(0o755)
+    script = text_of("slurm-array.sbatch").replace("SET_VENV", str(tmp_path))
+    task_variables = {"SLURM_ARRAY_TASK_ID": task, "SLURM_ARRAY_TASK_MAX": last}
+    done = subprocess.run(
+        ["bash", "-s", "my job.yaml"],
+        input=script,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, **task_variables},
+    )
+    assert done.stdout.splitlines() == ["run", "my job.yaml", "--partition", part]
 
 
 def test_the_image_is_pinned_runs_without_root_and_holds_no_weights(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ PACKAGE = Path(vitray.__file__).parent
         (layout.group_log_url(OUT, "000000.parquet"), "_vitray/shards/000000.parquet"),
         (layout.staging_url(OUT, "s"), "_vitray/staging/s"),
         (layout.runs_url(OUT, "r.json"), "_vitray/runs/r.json"),
+        (layout.leases_url(OUT, "r.json"), "_vitray/leases/r.json"),
         (layout.manifest_url(OUT, "manifest-0.parquet"), "_vitray/manifest-0.parquet"),
         (layout.card_url(OUT), "_vitray/README.md"),
         (layout.success_url(OUT), "_SUCCESS.json"),

@@ -21,6 +21,7 @@ from support.cluster_files import (
     leaves,
     text_of,
 )
+from vitray.exit_codes import ExitCode
 
 PLACEHOLDER = re.compile(r"\bSET_[A-Z_]*[A-Z]\b")
 
@@ -125,6 +126,40 @@ def pods(spec: Any) -> dict[str, Any]:
     }
 
 
+def indexed_job() -> Any:
+    (job,) = documents("kubernetes/indexed-job.yaml")
+    return job
+
+
+def test_each_pod_of_an_indexed_job_has_a_part_of_its_own_and_all_parts_have_one() -> None:
+    spec = indexed_job()["spec"]
+    (container,) = spec["template"]["spec"]["containers"]
+    env = {entry["name"]: entry["value"] for entry in container["env"]}
+    assert spec["completionMode"] == "Indexed"
+    assert str(spec["completions"]) == env["PARTS"]
+    assert spec["parallelism"] <= spec["completions"]
+    assert container["args"][-2:] == ["--partition", "$(JOB_COMPLETION_INDEX)/$(PARTS)"]
+
+
+def test_a_lost_machine_is_no_failure_of_an_indexed_job_and_wrong_usage_ends_it() -> None:
+    spec = indexed_job()["spec"]
+    lost, wrong = spec["podFailurePolicy"]["rules"]
+    assert (lost["action"], lost["onPodConditions"][0]["type"]) == ("Ignore", "DisruptionTarget")
+    codes = [ExitCode.BAD_USAGE, ExitCode.TOO_MANY_BAD_IMAGES]
+    assert (wrong["action"], wrong["onExitCodes"]["values"]) == ("FailJob", codes)
+    (container,) = spec["template"]["spec"]["containers"]
+    assert wrong["onExitCodes"]["containerName"] == container["name"]
+    assert 0 < spec["backoffLimitPerIndex"] <= 3
+    assert spec["template"]["spec"]["restartPolicy"] == "Never", "a policy requires it"
+
+
+def test_a_misspelt_option_of_an_indexed_job_is_refused() -> None:
+    docs = documents("kubernetes/indexed-job.yaml")
+    options = [at for at, key, word in leaves(docs) if key == "args" and str(word)[:2] == "--"]
+    assert len(options) == 1
+    assert faults_of_changed("kubernetes/indexed-job.yaml", docs, options[0], "--partitionx")
+
+
 def test_both_schedules_start_the_same_job() -> None:
     (job,), (scheduled,) = documents("kuberay/rayjob.yaml"), documents("kuberay/raycronjob.yaml")
     assert scheduled["spec"]["jobTemplate"] == job["spec"]
@@ -153,6 +188,7 @@ def test_every_pod_runs_without_root_and_its_object_store_is_shared_memory() -> 
     everyone = {
         **pods(job["spec"]),
         "cron": cron["spec"]["jobTemplate"]["spec"]["template"]["spec"],
+        "part": indexed_job()["spec"]["template"]["spec"],
     }
     for name, pod in everyone.items():
         assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"][
@@ -166,13 +202,13 @@ def test_every_pod_runs_without_root_and_its_object_store_is_shared_memory() -> 
             }
             volumes = {volume["name"]: volume for volume in pod.get("volumes", [])}
             assert mounts.keys() <= volumes.keys(), name
-            if name in ("head", "cpu", "gpu"):
+            if name in ("head", "cpu", "gpu", "part"):
                 assert (
                     mounts["shm"] == "/dev/shm" and volumes["shm"]["emptyDir"]["medium"] == "Memory"
                 )
     assert all(
         everyone[name]["automountServiceAccountToken"] is False
-        for name in ("submitter", "cpu", "gpu")
+        for name in ("submitter", "cpu", "gpu", "part")
     )
 
 
@@ -229,11 +265,12 @@ def test_the_network_policy_covers_every_pod_of_a_run_and_hides_the_machines_cre
     templates = [
         group["template"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])
     ]
-    for template in (*templates, job["spec"]["submitterPodTemplate"]):
+    part = indexed_job()["spec"]["template"]
+    for template in (*templates, job["spec"]["submitterPodTemplate"], part):
         assert chosen.items() <= template["metadata"]["labels"].items()
     assert all(
         template["spec"]["serviceAccountName"] == account["metadata"]["name"]
-        for template in templates
+        for template in (*templates, part)
     )
     assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"] and all(
         "from" in rule for rule in policy["spec"]["ingress"]

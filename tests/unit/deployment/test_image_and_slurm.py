@@ -19,7 +19,9 @@ def test_the_snippets_of_the_readme_are_python_and_its_commands_exist() -> None:
 
 
 def test_every_file_that_the_readme_names_exists() -> None:
-    for name in re.findall(r"`((?:kuberay/)?[\w.]+\.(?:yaml|json|sbatch|txt))`", README):
+    for name in re.findall(
+        r"`((?:(?:kuberay|kubernetes)/)?[\w.-]+\.(?:yaml|json|sbatch|txt))`", README
+    ):
         assert (CLUSTER / name).exists() or name == "job.yaml", name
     assert all(f"`{name}`" in README for name in FILES)
 

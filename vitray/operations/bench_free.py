@@ -1,0 +1,264 @@
+"""The speed of the pipeline alone: whole runs with a model that costs nothing.
+
+The runs read tars of a sample of the source, and write to a scratch folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from vitray.cpus import cores
+from vitray.dataset import drop_scratch, read_run_records, scratch
+from vitray.decoding.decode import ON_DEVICE
+from vitray.errors import JobError
+from vitray.job import PROMPT, Job
+from vitray.models import resolve_device, usable_gpus
+from vitray.models.free import free_spec
+from vitray.operations.bench_free_figures import (
+    TARGET_S,
+    FreeBench,
+    Slope,
+    TimedRun,
+    Way,
+    gpu_rate,
+    run_sizes,
+    slope,
+    way_figures,
+    workers_by_stage,
+)
+from vitray.operations.bench_pipeline import (
+    GROWTH,
+    SCRATCH_BYTES,
+    images_per_tar,
+    job_for_tars,
+    write_tars,
+)
+from vitray.operations.bench_stages import mean_kilobytes, read_sample
+from vitray.pipeline import Progress, joined_cluster, run
+from vitray.schema import Encoded
+from vitray.storage import store_for
+
+WARM_UP_S = 1.0  # a shorter run is no measure of the rate
+ROUNDS = 2
+
+
+def bench_free(
+    job: Job,
+    microseconds: int = 0,
+    images: int = 256,
+    address: str | None = None,
+    allow_open_cluster: bool = False,
+    *,
+    seconds: float = TARGET_S,
+    rounds: int = ROUNDS,
+) -> FreeBench:
+    """The rate of the pipeline with a model that waits `microseconds` per image.
+
+    Two runs of different sizes give a slope, in which start-up cancels out. Without an address the
+    local executor and a Ray that each run starts are measured, in alternation.
+
+    CPU seconds are those of the whole machine but idle and waiting for disks (/proc/stat). Those of
+    a process tree would miss what Ray's processes spent before they died, because Ray does not wait
+    for them. So the measurement needs the machine for itself. At an address they are not measured.
+
+    images: of the source, repeated. seconds: by which the two runs differ, about.
+
+    Raises JobError for a `decode` that needs a GPU, and for a source without a good image. Raises
+    what `run` raises.
+    """
+    job = _with_free_model(job)
+    sample, _ = read_sample(job, images)
+    with _scratch_folder(job, address, allow_open_cluster) as folder:
+        runs = runs_by_way(microseconds, address, allow_open_cluster)
+        launcher = _Launcher(job, sample, folder, runs)
+        ways = list(runs)
+        sizes = _sizes(launcher, ways[0], seconds)
+        slopes = dict[Way, list[Slope]]({way: [] for way in ways})
+        first_rows_s = dict[Way, list[float]]({way: [] for way in ways})
+        for _ in range(rounds):
+            for way in ways:
+                shorter, longer = (launcher.timed_run(way, size) for size in sizes)
+                slopes[way].append(slope(shorter, longer))
+                first_rows_s[way] += [shorter.first_rows_s, longer.first_rows_s]
+    rate = gpu_rate(microseconds)
+    figures = {
+        way.value: way_figures(slopes[way], first_rows_s[way], launcher.workers[way], rate)
+        for way in ways
+    }
+    return FreeBench(
+        microseconds=microseconds,
+        images=len(sample),
+        kilobytes=mean_kilobytes(sample),
+        images_per_tar=images_per_tar(sample),
+        sizes=sizes,
+        rounds=rounds,
+        cores=cores(),
+        gpu_images_per_s=rate,
+        ways=figures,
+        ratios=_ratios(slopes),
+    )
+
+
+def _with_free_model(job: Job) -> Job:
+    """The job, with the labels of the free model in place of its own."""
+    if job.decode in ON_DEVICE:
+        raise JobError(
+            f"decode: {job.decode} decodes on the GPU, which the free model does not use. "
+            "Add --set decode=exact or --set decode=fast."
+        )
+    changes: dict[str, Any] = {
+        "labels": job.labelled,
+        "prompts": [PROMPT],
+        "head": None,
+        "revision": None,
+        "precision": "auto",
+        "engine": "auto",
+        "batch_size": "auto",
+        "compile": "off",
+    }
+    return job.model_copy(update=changes)
+
+
+def runs_by_way(
+    microseconds: int, address: str | None, allow_open_cluster: bool
+) -> dict[Way, Callable[..., object]]:
+    """What starts a run, for each way that is to be measured."""
+    run_free = partial(run, spec=free_spec(microseconds))
+    if address is None:
+        return {Way.LOCAL: run_free, Way.LOCAL_RAY: partial(run_free, address="local")}
+    if address == "local":
+        return {Way.LOCAL_RAY: partial(run_free, address=address)}
+    there = partial(run_free, address=address, allow_open_cluster=allow_open_cluster)
+    return {Way.CLUSTER: there}
+
+
+@contextlib.contextmanager
+def _scratch_folder(job: Job, address: str | None, allow_open: bool) -> Iterator[str]:
+    """A folder that all machines see: on a cluster it lies in `out`, and the cluster is joined."""
+    if address is None or address == "local":
+        with tempfile.TemporaryDirectory(prefix="vitray-bench-") as folder:
+            yield folder
+        return
+    drop_scratch(job.out)
+    with joined_cluster(address, allow_open, job.device), scratch(job.out) as folder:
+        yield folder
+
+
+def _sizes(launcher: _Launcher, way: Way, seconds: float) -> tuple[int, int]:
+    """The images of the two runs: about as many as differ by `seconds`.
+
+    The runs before that fill caches, too.
+    """
+    most_images = SCRATCH_BYTES / 1000 / mean_kilobytes(launcher.sample)
+    images = len(launcher.sample)
+    while True:
+        timed = launcher.timed_run(way, images)
+        if timed.seconds >= min(WARM_UP_S, seconds) or images * GROWTH > most_images:
+            break
+        images *= GROWTH
+    rate = timed.images / max(1e-9, timed.seconds)
+    return run_sizes(rate, len(launcher.sample), most_images, seconds)
+
+
+def _ratios(slopes: dict[Way, list[Slope]]) -> list[float]:
+    """Images/s on Ray / with the local executor, of each round in which both ran."""
+    pairs = zip(slopes.get(Way.LOCAL_RAY, []), slopes.get(Way.LOCAL, []))
+    return [ray.images_per_s / local.images_per_s for ray, local in pairs]
+
+
+@dataclass(frozen=True, slots=True)
+class _Moment:
+    """What the counters of a run say at one moment."""
+
+    seconds: float
+    cpu_s: float
+    images: int
+
+
+class _Recorder:
+    """Takes the state of a run whenever it changes.
+
+    progress: its last state.
+    """
+
+    def __init__(self) -> None:
+        self.progress = Progress()
+        self._moments: list[_Moment] = []
+
+    def __call__(self, progress: Progress) -> None:
+        self.progress = progress
+        self._moments.append(_Moment(time.perf_counter(), machine_cpu_s(), progress.images))
+
+    def first_rows(self) -> _Moment:
+        return next(moment for moment in self._moments if moment.images)
+
+    def last_rows(self) -> _Moment:
+        images = self.progress.images
+        return next(moment for moment in self._moments if moment.images == images)
+
+
+class _Launcher:
+    """Makes timed runs on tars of the sample, in a folder.
+
+    runs: what starts a run, by way. workers: threads of each stage, by way, in its last run.
+    """
+
+    def __init__(
+        self, job: Job, sample: list[Encoded], folder: str, runs: dict[Way, Callable[..., object]]
+    ) -> None:
+        self.sample = sample
+        self.workers: dict[Way, dict[str, float]] = {}
+        self._job = job
+        self._folder = folder
+        self._runs = runs
+        self._made: set[int] = set()
+
+    def timed_run(self, way: Way, images: int) -> TimedRun:
+        """One run on so many images. Its output is removed again."""
+        job = self._job_for(way, images)
+        recorder = _Recorder()
+        started = time.perf_counter()
+        self._runs[way](job, progress=recorder)
+        progress = recorder.progress
+        if not progress.good:
+            raise JobError(
+                f"none of the first {len(self.sample)} images can be decoded. "
+                "Check `source` and the job."
+            )
+        self.workers[way] = workers_by_stage(read_run_records(job.out)[0]["shares"])
+        store_for(job.out).delete_tree(job.out)
+        first, last = recorder.first_rows(), recorder.last_rows()
+        return TimedRun(
+            images=progress.images,
+            seconds=last.seconds - first.seconds,
+            first_rows_s=first.seconds - started,
+            cpu_s=None if way is Way.CLUSTER else last.cpu_s - first.cpu_s,
+            copied_bytes=progress.copied_bytes,
+            stage_s=dict(progress.seconds),
+        )
+
+    def _job_for(self, way: Way, images: int) -> Job:
+        """The job of a run on tars with so many images, which are made once."""
+        source = f"{self._folder}/{images}"
+        if images not in self._made:
+            write_tars(source, self.sample, images)
+            self._made.add(images)
+        job = job_for_tars(self._job, source, f"{self._folder}/out")
+        if way is Way.LOCAL and usable_gpus(resolve_device(job.device)) > 1:
+            return job.model_copy(update={"device": "cpu"})  # else it would run on Ray
+        return job
+
+
+def machine_cpu_s() -> float:
+    """CPU seconds that this machine has spent since it started, in all processes."""
+    import psutil
+
+    times = psutil.cpu_times()
+    idle = ("idle", "iowait", "steal", "guest", "guest_nice")  # guests are part of `user`
+    return float(sum(value for name, value in times._asdict().items() if name not in idle))

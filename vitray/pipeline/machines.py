@@ -1,0 +1,130 @@
+"""Divides machines between workers. Pure: numbers in, numbers out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from vitray.errors import ClusterError
+
+MODEL_THREADS = 4  # of a worker with a GPU
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerShare:
+    """What a worker gets of its machine, and how many threads each of its stages has.
+
+    cpus, gpus: what Ray reserves. threads: that the model computes with. queue_blocks: blocks that
+    wait for each stage. decoder_processes: whether decoders are processes (process_decoders.py).
+    """
+
+    cpus: float
+    gpus: float
+    threads: int
+    readers: int
+    decoders: int
+    writers: int
+    queue_blocks: int
+    compiled: bool = False
+    decoder_processes: bool = False
+
+    def capacity(self, fragment_rows: int) -> tuple[int, int]:
+        """(shards, images) that keep its stages busy."""
+        if self.decoder_processes:
+            # Each process reads one shard while it decodes another, and a third one waits for it.
+            blocks = 3 * self.decoders + 2 * self.queue_blocks
+            return 3 * self.decoders, blocks * fragment_rows
+        blocks = self.readers + self.decoders + 2 * self.queue_blocks
+        return self.readers + 1, blocks * fragment_rows
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """The place of one worker: its machine, and what it gets there.
+
+    number: among the slots of the machine.
+    """
+
+    node: str
+    number: int
+    share: WorkerShare
+
+    @property
+    def name(self) -> str:
+        return f"{self.node[:8]}/{self.number}"
+
+
+def local_share(cpus: int, has_gpu: bool) -> WorkerShare:
+    """The share of the only worker of this machine."""
+    if has_gpu:
+        return _gpu_share(cpus, 1)
+    # Short queues: after a kill, the fragments in them are computed again.
+    return replace(_cpu_share(cpus), queue_blocks=1)
+
+
+def share_out(nodes: Sequence[dict[str, Any]], device: str) -> list[Slot]:
+    """A slot for each GPU, or for each machine of 2 CPUs or more where no GPU can be used.
+
+    nodes: as Ray lists them, with NodeID and Resources. Raises ClusterError, with the sizes that
+    are needed.
+    """
+    cpus = sum(node["Resources"].get("CPU", 0) for node in nodes)
+    if cpus < 2:
+        raise ClusterError(
+            f"the cluster has {cpus:g} CPUs; vitray needs 2: one for the model, one for all else"
+        )
+    slots = _gpu_slots(nodes) if device in ("auto", "cuda") else []
+    slots = slots or _cpu_slots(nodes)
+    if not slots:
+        raise ClusterError(
+            "no machine of the cluster has 2 CPUs, which the model needs on one machine"
+        )
+    return slots
+
+
+def _gpu_slots(nodes: Sequence[dict[str, Any]]) -> list[Slot]:
+    """A slot for each GPU. Raises ClusterError for a machine with fewer CPUs than it needs."""
+    slots = list[Slot]()
+    for node in nodes:
+        cpus, gpus = int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0))
+        if gpus and cpus <= gpus:
+            raise ClusterError(
+                f"a machine has {cpus} CPUs for {gpus} GPUs; it needs one per GPU and at least "
+                "one more"
+            )
+        slots += [Slot(node["NodeID"], n, _gpu_share(cpus, gpus)) for n in range(gpus)]
+    return slots
+
+
+def _gpu_share(cpus: int, gpus: int) -> WorkerShare:
+    """Of one GPU of a machine with so many CPUs and GPUs."""
+    own = max(1, cpus // gpus)
+    return WorkerShare(
+        cpus=max(1, (cpus - 1) // gpus),
+        gpus=1.0,
+        threads=MODEL_THREADS,
+        readers=max(2, own // 4),
+        decoders=own,
+        writers=max(4, own // 4),
+        queue_blocks=max(2, own // 2),
+        decoder_processes=True,
+    )
+
+
+def _cpu_slots(nodes: Sequence[dict[str, Any]]) -> list[Slot]:
+    sizes = [(node["NodeID"], int(node["Resources"].get("CPU", 0))) for node in nodes]
+    return [Slot(node, 0, _cpu_share(cpus)) for node, cpus in sizes if cpus >= 2]
+
+
+def _cpu_share(cpus: int) -> WorkerShare:
+    """Of a machine without a GPU. One CPU stays free for what else runs on Ray."""
+    return WorkerShare(
+        cpus=cpus - 1,
+        gpus=0.0,
+        threads=cpus,
+        readers=2,
+        decoders=cpus,
+        writers=4,
+        queue_blocks=1,
+    )

@@ -1,0 +1,147 @@
+"""Which shard goes to which worker. Pure: without clocks, threads or storage."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from vitray.pipeline.retry import RetryPolicy, Verdict
+
+MOST_SHARDS = 512  # that one worker has at once, however small they are
+
+
+@dataclass
+class _WorkerState:
+    """The shards that a worker has. is_alone: it has one that may end it, and gets no other."""
+
+    shards_at_once: int
+    images_at_once: int
+    shards: set[str] = field(default_factory=set)
+    is_alone: bool = False
+
+
+class Schedule:
+    """Shards on their way: waiting, with a worker, or ended.
+
+    Workers are kept busy with few shards each: one that dies costs little, and none is idle at the
+    end while another one has several.
+    """
+
+    def __init__(self, policy: RetryPolicy | None = None) -> None:
+        self.policy = policy or RetryPolicy()
+        self._waiting: deque[str] = deque()
+        self._suspects: deque[str] = deque()
+        self._workers: dict[str, _WorkerState] = {}
+        self._images = 0  # of the shards that were read
+        self._read = 0
+
+    @property
+    def is_done(self) -> bool:
+        return not (self._waiting or self._suspects or self.in_flight)
+
+    @property
+    def in_flight(self) -> set[str]:
+        """The shards that workers have."""
+        return set().union(*(state.shards for state in self._workers.values()))
+
+    @property
+    def wanted(self) -> int:
+        """How many further shards the workers could be given now."""
+        rooms = [self._room(state) for state in self._workers.values() if not state.is_alone]
+        return max(0, sum(rooms) - len(self._waiting) - len(self._suspects))
+
+    @property
+    def workers(self) -> list[str]:
+        return list(self._workers)
+
+    def add(self, shards: Iterable[str]) -> None:
+        self._waiting.extend(shards)
+
+    def worker_ready(self, worker: str, shards_at_once: int, images_at_once: int) -> None:
+        self._workers[worker] = _WorkerState(shards_at_once, images_at_once)
+
+    def next_shards(self) -> dict[str, list[str]]:
+        """What to give to each worker now."""
+        given = dict[str, list[str]]()
+        for worker, state in self._workers.items():
+            if shards := self._shards_for(state):
+                state.shards.update(shards)
+                given[worker] = shards
+        return given
+
+    def _shards_for(self, state: _WorkerState) -> list[str]:
+        if self._suspects and not state.shards and not self._waiting:
+            state.is_alone = True
+            return [self._suspects.popleft()]
+        if state.is_alone:
+            return []
+        count = min(self._room(state), self._fair_share(), len(self._waiting))
+        return [self._waiting.popleft() for _ in range(count)]
+
+    def _room(self, state: _WorkerState) -> int:
+        """How many further shards a worker can have, by the mean size of those that ended."""
+        most = state.shards_at_once
+        if self._read:
+            mean_images = max(1.0, self._images / self._read)
+            most = max(most, min(MOST_SHARDS, round(state.images_at_once / mean_images)))
+        return max(0, most - len(state.shards))
+
+    def _fair_share(self) -> int:
+        """Of the waiting shards, so that no worker takes the last ones from the others."""
+        return -(-len(self._waiting) // max(1, len(self._workers)))
+
+    def worker_stopped(self, worker: str) -> None:
+        """It has finished what it read, and gets nothing more."""
+        self._workers.pop(worker, None)
+
+    def shards_of(self, worker: str) -> list[str]:
+        """The shards that a worker has."""
+        state = self._workers.get(worker)
+        return sorted(state.shards) if state else []
+
+    def shard_read(self, images: int) -> None:
+        """Learn how many images a shard has."""
+        self._read += 1
+        self._images += images
+
+    def shard_committed(self, shard: str) -> None:
+        self.policy.shard_committed(shard)
+        self._release(shard)
+
+    def shard_changed(self, shard: str) -> None:
+        """It ends here: its new version is another shard."""
+        self._release(shard)
+
+    def shard_broken(self, shard: str) -> None:
+        self.policy.shard_broken(shard)
+        self._release(shard)
+
+    def shard_failed(self, shard: str) -> Verdict:
+        """It waits behind the others, or is set aside."""
+        self._release(shard)
+        verdict = self.policy.shard_failed(shard)
+        if verdict is not Verdict.SET_ASIDE:
+            self._waiting.append(shard)
+        return verdict
+
+    def worker_lost(self, worker: str, is_machine: bool) -> Sequence[str]:
+        """Take back the shards of a worker. Returns those that are to blame."""
+        shards = self.shards_of(worker)
+        self._workers.pop(worker, None)
+        if is_machine:
+            self._waiting.extendleft(reversed(shards))
+            return []
+        verdicts = self.policy.worker_died(shards)
+        for shard, verdict in verdicts.items():
+            if verdict is Verdict.AGAIN:
+                self._waiting.append(shard)
+            elif verdict is Verdict.ALONE:
+                self._suspects.append(shard)
+        return shards if len(shards) == 1 else []
+
+    def _release(self, shard: str) -> None:
+        for state in self._workers.values():
+            if shard in state.shards:
+                state.shards.remove(shard)
+                state.is_alone = False

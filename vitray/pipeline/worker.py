@@ -1,0 +1,247 @@
+"""A worker: moves the shards that it is given through the four stages, and commits them.
+
+There is one for each accelerator, or one for a machine without: in the process of the run, or in an
+actor of Ray. Images are decoded in child processes (decoding/isolation.py), and the model computes
+outside Python's lock, so threads share the cores as well as processes would.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
+from typing import TypeVar
+
+from vitray.copies import copied_bytes
+from vitray.dataset import Dataset
+from vitray.decoding.decode import ON_DEVICE, load_decoders
+from vitray.models import open_model
+from vitray.pipeline.bounded_queue import BoundedQueue, QueueClosed
+from vitray.pipeline.decoders import Decoders, Outlets, ThreadDecoders, Unread
+from vitray.pipeline.events import (
+    Event,
+    FragmentSkipped,
+    FragmentWritten,
+    ShardEnded,
+    ShardEvent,
+    ShardOutcome,
+    WorkerLost,
+    WorkerReady,
+    WorkerStopped,
+)
+from vitray.pipeline.machines import WorkerShare
+from vitray.pipeline.process_decoders import ProcessDecoders
+from vitray.pipeline.stage_threads import StageThreads
+from vitray.pipeline.stages import (
+    DecodedBlock,
+    FragmentRows,
+    ShardEnd,
+    commit_stage,
+    open_device_decoder,
+    predict_stage,
+    write_shard_end,
+    write_stage,
+)
+from vitray.schema import Shard
+
+PREDICTORS = 2  # one prepares and packs while the other one's batches are computed
+CLOSE_TIMEOUT_S = 30
+POLL_S = 0.2  # how often a wait for the model checks whether the worker is closed
+Opened = TypeVar("Opened")
+Write = FragmentRows | Unread
+
+
+class Worker:
+    """Threads for every stage, with short queues between them.
+
+    The model is opened while the first images are read.
+    """
+
+    def __init__(self, name: str, dataset: Dataset, share: WorkerShare) -> None:
+        self._name = name
+        self._dataset = dataset
+        self._share = share
+        self._events = _EventList()
+        self._closed = threading.Event()
+        self._coverage = Coverage()
+        self._shards: BoundedQueue[Shard] = BoundedQueue(most_items=1 << 30)
+        self._decoded: BoundedQueue[DecodedBlock] = BoundedQueue(share.queue_blocks)
+        self._writes: BoundedQueue[Write] = BoundedQueue(share.queue_blocks)
+        outlets = Outlets(self._decoded.put, self._hand_on, self._lose)
+        self._decoders = _decoders(dataset, self._shards, outlets, share)
+        self._predictors = StageThreads(PREDICTORS, self._predict_all, self._lose)
+        self._writers = StageThreads(share.writers, self._write_all, self._lose)
+        self._opener = ThreadPoolExecutor(1, "vitray-model")
+        self._copied_bytes = copied_bytes()
+
+    def start(self) -> None:
+        """Begin to open the model, and say that shards may come."""
+        dataset = self._dataset
+        share = self._share
+        load_decoders(dataset.job.decode)  # before other threads import: see decoding/resize.py
+        model = (dataset.spec, dataset.outputs, dataset.job.device, share.threads, share.compiled)
+        self._model = self._opener.submit(open_model, *model)
+        self._decoder = self._opener.submit(open_device_decoder, dataset, share.threads)
+        self._decoders.start(self._decoded.finish)
+        self._predictors.start(self._writes.finish)
+        self._writers.start(lambda: self._events.put(WorkerStopped(self._name)))
+        self._events.put(WorkerReady(self._name, *share.capacity(dataset.fragment_rows)))
+
+    def give(self, shards: Sequence[Shard]) -> None:
+        for shard in shards:
+            self._coverage.begin(shard)
+            self._shards.put(shard)
+
+    def events(self, wait_s: float) -> list[Event]:
+        """All that has happened since the last call; waits for something at most wait_s."""
+        return self._events.take(wait_s)
+
+    def stop(self) -> None:
+        """Stop reading, and finish what was read. WorkerStopped is the last event."""
+        self._decoders.stop()
+        self._shards.finish()
+
+    def describe(self) -> str:
+        """Text: how much waits for each stage."""
+        return (
+            f"{len(self._shards)} shards to read, {self._decoders.describe()}, "
+            f"{len(self._decoded)} fragments wait for predict, {len(self._writes)} for write"
+        )
+
+    def close(self) -> None:
+        """End all threads within CLOSE_TIMEOUT_S; what they have not written is lost."""
+        self._closed.set()
+        self._decoders.close()
+        for queue in (self._shards, self._decoded, self._writes):
+            queue.close()
+        deadline = time.monotonic() + CLOSE_TIMEOUT_S
+        for part in (self._decoders, self._predictors, self._writers):
+            part.join(deadline)
+        # When open_model ends, it sets the number of torch's threads.
+        wait([self._model], max(0.0, deadline - time.monotonic()))
+        self._opener.shutdown(wait=False, cancel_futures=True)
+
+    def _hand_on(self, item: Unread | ShardOutcome) -> None:
+        if isinstance(item, ShardOutcome):
+            self._events.put(item)
+        else:
+            self._writes.put(item)
+
+    def _predict_all(self) -> None:
+        while (block := self._decoded.get()) is not None:
+            model, decoder = self._opened(self._model), self._opened(self._decoder)
+            fragments = predict_stage(self._dataset, model, block, decoder)
+            del block  # decoders wait for the memory of its pixels
+            for fragment in fragments:
+                self._writes.put(fragment)
+
+    def _write_all(self) -> None:
+        for item in self._writes:
+            events: Sequence[ShardEvent]
+            if isinstance(item, FragmentRows):
+                events = write_stage(self._dataset, item)
+            elif isinstance(item, ShardEnd):
+                events = [write_shard_end(self._dataset, item)]
+            else:
+                events = [item]
+            self._record(events)
+
+    def _record(self, events: Sequence[ShardEvent]) -> None:
+        """Report the events of a shard, and commit the shard if they complete it."""
+        for event in events:
+            if isinstance(event, FragmentWritten):
+                event = replace(event, copied_bytes=self._newly_copied_bytes())
+            self._events.put(event)
+        is_ended = isinstance(events[-1], ShardOutcome)
+        if not is_ended and (completed := self._coverage.completed_by(events)):
+            self._events.put(commit_stage(self._dataset, completed))
+
+    def _newly_copied_bytes(self) -> int:
+        before, self._copied_bytes = self._copied_bytes, copied_bytes()
+        return self._copied_bytes - before
+
+    def _lose(self, error: Exception) -> None:
+        self._events.put(WorkerLost(self._name, error))
+
+    def _opened(self, model: Future[Opened]) -> Opened:
+        while not self._closed.is_set():
+            with contextlib.suppress(TimeoutError):
+                return model.result(POLL_S)
+        raise QueueClosed
+
+
+def _decoders(
+    dataset: Dataset, shards: BoundedQueue[Shard], outlets: Outlets, share: WorkerShare
+) -> Decoders:
+    """What reads and decodes for a worker."""
+    if share.decoder_processes and dataset.job.decode not in ON_DEVICE:
+        return ProcessDecoders(dataset, shards, outlets, share)
+    return ThreadDecoders(dataset, shards, outlets, share)
+
+
+class Coverage:
+    """Which shards are complete, by their events. A commit checks the fragments again."""
+
+    def __init__(self) -> None:
+        self._shards: dict[str, Shard] = {}
+        self._fragments: dict[str, dict[int, int]] = {}
+        self._totals: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def begin(self, shard: Shard) -> None:
+        """Expect the events of a new attempt at a shard."""
+        with self._lock:
+            self._forget(shard.id)
+            self._shards[shard.id] = shard
+            self._fragments[shard.id] = {}
+
+    def completed_by(self, events: Sequence[ShardEvent]) -> Shard | None:
+        """Add events of one shard. Returns the shard once, when they complete it."""
+        with self._lock:
+            shard_id = ""
+            for event in events:
+                if isinstance(event, ShardEnded):
+                    shard_id = event.shard
+                    self._totals[shard_id] = event.end.total
+                elif isinstance(event, (FragmentWritten, FragmentSkipped)):
+                    shard_id = event.shard
+                    self._fragments[shard_id][event.start] = event.stop
+            shard = self._shards.get(shard_id)
+            if shard is None or not self._is_covered(shard_id):
+                return None
+            self._forget(shard_id)
+            return shard
+
+    def _is_covered(self, shard_id: str) -> bool:
+        covered = 0
+        fragments = self._fragments[shard_id]
+        while covered in fragments:
+            covered = fragments[covered]
+        return self._totals.get(shard_id) == covered
+
+    def _forget(self, shard_id: str) -> None:
+        self._shards.pop(shard_id, None)
+        self._fragments.pop(shard_id, None)
+        self._totals.pop(shard_id, None)
+
+
+class _EventList:
+    """Events in their order, from any thread."""
+
+    def __init__(self) -> None:
+        self._events: list[Event] = []
+        self._changed = threading.Condition()
+
+    def put(self, event: Event) -> None:
+        with self._changed:
+            self._events.append(event)
+            self._changed.notify_all()
+
+    def take(self, wait_s: float) -> list[Event]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._events, wait_s)
+            events, self._events = self._events, []
+            return events
