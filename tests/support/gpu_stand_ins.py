@@ -18,8 +18,8 @@ from vitray.decoding.decode import decode_bytes, fit_size
 from vitray.decoding.resize import resize_fast
 from vitray.job import Job
 from vitray.models.gpu_decode import DeviceDecoder
-from vitray.pipeline.stages import FragmentBatch, encoded_table
-from vitray.schema import DecodeSpec, ShardEvent
+from vitray.pipeline.stages import EncodedFragment, FragmentInfo, encoded_fragment
+from vitray.schema import DecodeSpec, Shard
 
 
 def jpeg(width: int = 90, height: int = 70, turn: int = 0, **options: object) -> bytes:
@@ -87,11 +87,10 @@ def decoder_for(
     )  # fmt: skip
 
 
-def batch_of(dataset, images: list) -> FragmentBatch:
-    return FragmentBatch(
-        ShardEvent("fragment", "s", 0, len(images)),
-        rows=encoded_table(items(*images), dataset.passthrough),
-    )
+def fragment_of(dataset, images: list) -> EncodedFragment:
+    shard = Shard("s", "tar", "s.tar", 1, "v")
+    info = FragmentInfo(shard, 0, len(images))
+    return encoded_fragment(info, items(*images), dataset.passthrough)
 
 
 class Remembers:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +12,10 @@ import pytest
 import vitray
 from factories.shards import Picture, pictures, put_tars
 from vitray.dataset import Dataset, open_dataset
-from vitray.pipeline.cluster import share_out
+from vitray.pipeline.machines import local_share
 
 IMAGES = 320
-SHARES = replace(share_out([{"CPU": 2}], "cpu"), queue_blocks=1)
+SHARE = local_share(2, has_gpu=False)
 
 
 def run(inputs: Path, model: str, out: Path, *more: str) -> str:

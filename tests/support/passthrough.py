@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import decimal
 import io
-from collections.abc import Callable
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,14 @@ from vitray.arrow_types import without_list_views
 from vitray.dataset import Dataset, commit_shard, resolve_dataset
 from vitray.models import Predictions
 from vitray.operations.validation import validate
-from vitray.pipeline.stages import decode_stage, predict_stage, read_stage, unpack, write_stage
+from vitray.pipeline.stages import (
+    DecodedBlock,
+    EncodedFragment,
+    decode_stage,
+    predict_stage,
+    read_stage,
+    write_stage,
+)
 from vitray.schema import VectorColumn
 from vitray.sources import list_shards, passthrough_schema
 
@@ -143,8 +150,12 @@ PICTURE = picture()
 BAD_EVERY = 5  # of this many rows, one image is bad
 
 
-def through(folder: Path, tables: list[pa.Table], on_ray: bool = False) -> Dataset:
-    """These Parquet files after all stages and commits. on_ray: batches are packed between stages."""
+def through(folder: Path, tables: list[pa.Table], in_processes: bool = False) -> Dataset:
+    """These Parquet files after all stages and commits.
+
+    Fragments are decoded and predicted two by two. in_processes: what was decoded is pickled, as on
+    its way from a decoder process.
+    """
     source = folder / "in"
     source.mkdir()
     for n, table in enumerate(tables):
@@ -164,14 +175,16 @@ def through(folder: Path, tables: list[pa.Table], on_ray: bool = False) -> Datas
     dataset = resolve_dataset(
         job, hand_made.spec_of("m"), [vector], kept, "2026-01-01T00:00:00+00:00"
     )
-    travel: Callable[..., object] = (
-        (lambda batch: next(unpack(batch.pack()))) if on_ray else (lambda batch: batch)
-    )
     for shard in shards:
-        for batch in map(travel, read_stage(dataset, shard)):
-            assert batch.event.kind in ("fragment", "end"), batch.event.message
-            decoded = travel(decode_stage(dataset, batch))
-            write_stage(dataset, travel(predict_stage(dataset, ZeroModel(), decoded)))
+        fragments = list(read_stage(dataset, shard))
+        for first in range(0, len(fragments), 2):
+            pair = fragments[first : first + 2]
+            assert all(isinstance(item, EncodedFragment) for item in pair), pair
+            block = decode_stage(dataset, pair)
+            if in_processes:
+                block = DecodedBlock(pickle.loads(pickle.dumps(block.fragments)), block.pixels)
+            for fragment in predict_stage(dataset, ZeroModel(), block):
+                write_stage(dataset, fragment)
         assert commit_shard(dataset, shard) is not None
     checked = validate(dataset.out, inputs=False)
     assert checked.ok, checked

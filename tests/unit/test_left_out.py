@@ -21,7 +21,14 @@ from vitray.decoding.decode import decode_bytes
 from vitray.errors import JobError, StorageError
 from vitray.left_out import LEFT_OUT, LeftOut, describe
 from vitray.operations.validation import validate
-from vitray.pipeline.stages import decode_stage, predict_stage, read_stage, write_stage
+from vitray.pipeline.events import FragmentSkipped, ShardEnded
+from vitray.pipeline.stages import (
+    EncodedFragment,
+    decode_stage,
+    predict_stage,
+    read_stage,
+    write_stage,
+)
 from vitray.schema import DecodeSpec, PixelSpec, VectorColumn
 from vitray.sources import list_shards, read_shard
 
@@ -60,12 +67,16 @@ def test_counts_survive_a_resume(tmp_path: Path, staged: int) -> None:
         job, hand_made.spec_of("m"), [vector], pa.schema([]), "2026-01-01T00:00:00+00:00"
     )
     for fragments_left in (staged, 99):
-        for batch in read_stage(dataset, shard):
-            assert batch.event.kind in ("fragment", "staged", "end"), batch.event.message
-            if batch.event.kind == "fragment" and fragments_left == 0:
-                break
-            fragments_left -= batch.event.kind == "fragment"
-            write_stage(dataset, predict_stage(dataset, ZeroModel(), decode_stage(dataset, batch)))
+        for item in read_stage(dataset, shard):
+            if isinstance(item, EncodedFragment):
+                if fragments_left == 0:
+                    break
+                fragments_left -= 1
+                block = decode_stage(dataset, [item])
+                for fragment in predict_stage(dataset, ZeroModel(), block):
+                    write_stage(dataset, fragment)
+            else:
+                assert isinstance(item, (FragmentSkipped, ShardEnded)), item
     assert commit_shard(dataset, shard) is not None
     footer = read_footer(dataset.data_url(shard.id))
     further = sum(len(row) - 1 for row in images) + 5

@@ -13,6 +13,9 @@ from typer.core import TyperCommand, TyperGroup
 from vitray.cli.export_model import is_of_model
 from vitray.cli.options import is_file
 
+# Options whose value may be left out, which typer has no means to declare.
+IMPLIED_VALUES = {"--free-model": "0"}
+
 
 class CommandGroup(TyperGroup):
     """All commands. `vitray export MODEL --to onnx` is an alias of `vitray export-model`."""
@@ -24,9 +27,10 @@ class CommandGroup(TyperGroup):
 
 
 class Command(TyperCommand):
-    """A command that explains a pattern that the shell expanded."""
+    """A command that explains a pattern that the shell expanded, and knows IMPLIED_VALUES."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        args = with_implied_values(args)
         original = list(args)  # the parser empties the list
         try:
             return super().parse_args(ctx, args)
@@ -60,6 +64,17 @@ class Command(TyperCommand):
             f"{beginning}if the shell expanded the pattern, quote it: {quoted}; "
             "or list them as `source` of a job file"
         )
+
+
+def with_implied_values(args: Sequence[str]) -> list[str]:
+    """The arguments, with a value for each of IMPLIED_VALUES that no number follows."""
+    options = list(args[: args.index("--")] if "--" in args else args)
+    complete = list[str]()
+    for arg, following in zip(options, [*options[1:], ""]):
+        complete.append(arg)
+        if arg in IMPLIED_VALUES and not following.isdecimal():
+            complete.append(IMPLIED_VALUES[arg])
+    return [*complete, *args[len(options) :]]
 
 
 def is_usage_error(error: Exception) -> bool:

@@ -122,7 +122,7 @@ def way_figures(
         stages=stages,
         stage_workers=stage_workers,
         busiest=busiest,
-        busy=busy.get(busiest, 0.0),
+        busy=min(1.0, busy.get(busiest, 0.0)),  # short runs are noisy
         feeds_gpus=rate / gpu_images_per_s,
         first_rows_s=statistics.median(first_rows_s),
     )

@@ -117,7 +117,7 @@ def main(connection: int, pages: int, free: int) -> None:
         _work(setup.dataset, parent, written)
         parent.send(Finished.FINISHED)
     except Exception as error:
-        parent.send(Failed(_portable(error)))
+        parent.send(Failed(portable_error(error)))
     _keep_ending()
 
 

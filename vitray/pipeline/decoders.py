@@ -127,12 +127,11 @@ def read_blocks(
     """
     block = _Block(dataset.fragment_rows)
     while True:
-        shard = shards.get_now()
-        if shard is None:
-            # Nothing that was read waits for a shard that may be long in coming.
-            if fragments := block.take():
-                yield fragments
-            shard = shards.get()
+        # Nothing that was read waits for a shard that may be long in coming.
+        shard = shards.get() if block.is_empty else shards.get_now()
+        if shard is None and (fragments := block.take()):
+            yield fragments
+            continue
         if shard is None or stopping.is_set():
             break
         for item in read_stage(dataset, shard):
@@ -153,6 +152,10 @@ class _Block:
         self._most_images = most_images
         self._fragments: list[EncodedFragment] = []
         self._images = 0
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._fragments
 
     def add(self, fragment: EncodedFragment) -> list[EncodedFragment]:
         """Add a fragment. Returns a block that is full, or [].

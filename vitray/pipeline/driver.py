@@ -137,10 +137,15 @@ def complete_shards(
 
     The executor has begun. Ends early when state.stop is set. Raises ErrorRateExceeded,
     ClusterError when nothing moves or everything fails again and again, and the errors of workers
-    that are VitrayErrors.
+    that are VitrayErrors; then the executor is closed, so that it stages and commits nothing after
+    the failure was recorded.
     """
     state.progress.waiting = executor.describe
-    _Driver(dataset, shards, executor, leases, state).run()
+    try:
+        _Driver(dataset, shards, executor, leases, state).run()
+    except BaseException:
+        executor.close()
+        raise
 
 
 class _Driver:

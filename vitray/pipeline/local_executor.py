@@ -28,6 +28,7 @@ class LocalExecutor:
         self.share = share
         self._worker: Worker | None = None
         self._started = 0
+        self._is_stopping = False
 
     def identify(self, job: Job) -> ModelSpec:
         return identify(job)

@@ -63,6 +63,20 @@ def local_share(cpus: int, has_gpu: bool) -> WorkerShare:
     return replace(_cpu_share(cpus), queue_blocks=1)
 
 
+def decoding_machines(nodes: Sequence[dict[str, Any]], device: str) -> list[tuple[str, int]]:
+    """(id, CPUs) of the machines that only decode: those without a GPU where others have one."""
+    if device not in ("auto", "cuda"):
+        return []
+    sizes = [(node["NodeID"], node["Resources"]) for node in nodes]
+    if not any(int(resources.get("GPU", 0)) for _, resources in sizes):
+        return []
+    return [
+        (node, int(resources.get("CPU", 0)))
+        for node, resources in sizes
+        if not int(resources.get("GPU", 0)) and resources.get("CPU", 0) >= 2
+    ]
+
+
 def share_out(nodes: Sequence[dict[str, Any]], device: str) -> list[Slot]:
     """A slot for each GPU, or for each machine of 2 CPUs or more where no GPU can be used.
 

@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from vitray.dataset import Dataset, dataset_url
@@ -29,7 +30,8 @@ from vitray.pipeline.cluster import (
     wait_for_first,
 )
 from vitray.pipeline.events import Event, ShardBroken, ShardChanged, WorkerLost
-from vitray.pipeline.machines import Slot, WorkerShare, share_out
+from vitray.pipeline.machines import Slot, WorkerShare, decoding_machines, share_out
+from vitray.pipeline.remote_decoders import DecoderActor, RemoteDecoders, pair_up
 from vitray.pipeline.worker import Worker
 from vitray.schema import ModelSpec, Shard
 from vitray.storage import is_local
@@ -70,6 +72,12 @@ class WorkerActor:
         except Exception as error:
             self._error = error
         self._begun.set()
+
+    def decode_also_by(self, actor: Any, streams: int) -> None:
+        """Have a DecoderActor decode for this worker, so many blocks at a time."""
+        self._begun.wait()
+        if self._worker is not None:
+            self._worker.decode_also_by(partial(RemoteDecoders, actor, streams))
 
     def give(self, shards: Sequence[Shard]) -> None:
         if self._worker is not None:
@@ -136,6 +144,7 @@ class RayExecutor:
         self._actors: dict[str, _Actor] = {}
         self._is_stopping = False
         self._begin_arguments: tuple[Any, ...] | None = None
+        self._decoders: list[Any] = []  # actors
         slots = share_out(alive_nodes(), device)
         self.share = slots[0].share
         self.workers = len(slots)
@@ -158,6 +167,7 @@ class RayExecutor:
         self._begin_arguments = (ray.put(dataset), witnesses, compiled)
         for actor in self._actors.values():
             actor.handle.begin.remote(*self._begin_arguments)
+        self._start_decoders(list(self._actors.values()))
 
     def give(self, worker: str, shards: Sequence[Shard]) -> None:
         if worker in self._actors:
@@ -209,8 +219,8 @@ class RayExecutor:
     def close(self) -> None:
         import ray
 
-        for actor in self._actors.values():
-            ray.kill(actor.handle)
+        for handle in (*self._decoders, *(actor.handle for actor in self._actors.values())):
+            ray.kill(handle)
         self._actors.clear()
 
     def _start_actors(self) -> None:
@@ -223,28 +233,41 @@ class RayExecutor:
         except ClusterError:  # machines went, and others may come
             return
         taken = {(actor.slot.node, actor.slot.number) for actor in self._actors.values()}
-        for slot in slots:
-            if (slot.node, slot.number) not in taken:
-                self._start_actor(slot)
+        new = [self._start_actor(slot) for slot in slots if (slot.node, slot.number) not in taken]
+        if new and self._begin_arguments is not None:
+            self._start_decoders(new)
 
-    def _start_actor(self, slot: Slot) -> None:
+    def _start_actor(self, slot: Slot) -> _Actor:
         import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         name = f"vitray-{slot.node[:8]}-{slot.number}-{uuid.uuid4().hex[:8]}"
-        actor = ray.remote(WorkerActor).options(
+        kind = ray.remote(WorkerActor).options(
             name=name,
             num_cpus=slot.share.cpus,
             num_gpus=slot.share.gpus,
-            max_restarts=0,
-            max_task_retries=0,
-            max_concurrency=CALLS_AT_ONCE,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(slot.node, soft=False),
+            **_on_node(slot.node, CALLS_AT_ONCE),
         )
-        handle = actor.remote(name, slot.share)
+        handle = kind.remote(name, slot.share)
         if self._begin_arguments is not None:
             handle.begin.remote(*self._begin_arguments)
-        self._actors[name] = _Actor(name, slot, handle, handle.events.remote(ANSWER_S))
+        actor = _Actor(name, slot, handle, handle.events.remote(ANSWER_S))
+        self._actors[name] = actor
+        return actor
+
+    def _start_decoders(self, workers: list[_Actor]) -> None:
+        """Have the machines without a GPU decode for these workers."""
+        import ray
+
+        assert self._begin_arguments is not None
+        machines = decoding_machines(alive_nodes(), self._device)
+        for feed in pair_up([cpus for _, cpus in machines], len(workers)):
+            node, cpus = machines[feed.decoder]
+            kind = ray.remote(DecoderActor).options(
+                num_cpus=(cpus - 1) * feed.streams / cpus, **_on_node(node, feed.streams + 1)
+            )
+            handle = kind.remote(self._begin_arguments[0])
+            self._decoders.append(handle)
+            workers[feed.worker].handle.decode_also_by.remote(handle, feed.streams)
 
     def _events_of(self, actor: _Actor) -> list[Event]:
         """What an actor answered, and the next question; or its loss, and another actor."""
@@ -268,3 +291,15 @@ class RayExecutor:
         nodes = {node["NodeID"] for node in alive_nodes()}
         why = RuntimeError(one_line(error, 300))
         return WorkerLost(actor.name, why, is_machine=actor.slot.node not in nodes)
+
+
+def _on_node(node: str, calls_at_once: int) -> dict[str, Any]:
+    """Ray's options of an actor on a certain machine, which Ray never starts again."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return {
+        "max_restarts": 0,
+        "max_task_retries": 0,
+        "max_concurrency": calls_at_once,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
+    }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import TypeVar
@@ -52,6 +52,7 @@ CLOSE_TIMEOUT_S = 30
 POLL_S = 0.2  # how often a wait for the model checks whether the worker is closed
 Opened = TypeVar("Opened")
 Write = FragmentRows | Unread
+MakeDecoders = Callable[[BoundedQueue[Shard], Outlets], Decoders]
 
 
 class Worker:
@@ -71,7 +72,9 @@ class Worker:
         self._decoded: BoundedQueue[DecodedBlock] = BoundedQueue(share.queue_blocks)
         self._writes: BoundedQueue[Write] = BoundedQueue(share.queue_blocks)
         outlets = Outlets(self._decoded.put, self._hand_on, self._lose)
-        self._decoders = _decoders(dataset, self._shards, outlets, share)
+        self._outlets = outlets
+        self._decoders = [_decoders(dataset, self._shards, outlets, share)]
+        self._more_decoders = threading.Semaphore(0)  # acquired by each but the last that ends
         self._predictors = StageThreads(PREDICTORS, self._predict_all, self._lose)
         self._writers = StageThreads(share.writers, self._write_all, self._lose)
         self._opener = ThreadPoolExecutor(1, "vitray-model")
@@ -85,10 +88,21 @@ class Worker:
         model = (dataset.spec, dataset.outputs, dataset.job.device, share.threads, share.compiled)
         self._model = self._opener.submit(open_model, *model)
         self._decoder = self._opener.submit(open_device_decoder, dataset, share.threads)
-        self._decoders.start(self._decoded.finish)
+        self._decoders[0].start(self._decoders_ended)
         self._predictors.start(self._writes.finish)
         self._writers.start(lambda: self._events.put(WorkerStopped(self._name)))
         self._events.put(WorkerReady(self._name, *share.capacity(dataset.fragment_rows)))
+
+    def decode_also_by(self, make: MakeDecoders) -> None:
+        """Have further decoders take shards, such as those of another machine."""
+        decoders = make(self._shards, self._outlets)
+        self._decoders.append(decoders)
+        self._more_decoders.release()
+        decoders.start(self._decoders_ended)
+
+    def _decoders_ended(self) -> None:
+        if not self._more_decoders.acquire(blocking=False):
+            self._decoded.finish()
 
     def give(self, shards: Sequence[Shard]) -> None:
         for shard in shards:
@@ -101,25 +115,30 @@ class Worker:
 
     def stop(self) -> None:
         """Stop reading, and finish what was read. WorkerStopped is the last event."""
-        self._decoders.stop()
+        for decoders in self._decoders:
+            decoders.stop()
         self._shards.finish()
 
     def describe(self) -> str:
         """Text: how much waits for each stage."""
+        decoding = ", ".join(decoders.describe() for decoders in self._decoders)
         return (
-            f"{len(self._shards)} shards to read, {self._decoders.describe()}, "
+            f"{len(self._shards)} shards to read, {decoding}, "
             f"{len(self._decoded)} fragments wait for predict, {len(self._writes)} for write"
         )
 
     def close(self) -> None:
         """End all threads within CLOSE_TIMEOUT_S; what they have not written is lost."""
         self._closed.set()
-        self._decoders.close()
+        for decoders in self._decoders:
+            decoders.close()
         for queue in (self._shards, self._decoded, self._writes):
             queue.close()
         deadline = time.monotonic() + CLOSE_TIMEOUT_S
-        for part in (self._decoders, self._predictors, self._writers):
-            part.join(deadline)
+        for decoders in self._decoders:
+            decoders.join(deadline)
+        for threads in (self._predictors, self._writers):
+            threads.join(deadline)
         # When open_model ends, it sets the number of torch's threads.
         wait([self._model], max(0.0, deadline - time.monotonic()))
         self._opener.shutdown(wait=False, cancel_futures=True)

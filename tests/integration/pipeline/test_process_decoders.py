@@ -34,8 +34,9 @@ from support.encoded_images import encode, photo
 from support.paths import TESTS
 from vitray.copies import copied_bytes
 from vitray.dataset import Dataset
-from vitray.errors import StorageError
+from vitray.errors import Disagreement, ObjectMissing, StorageError, VitrayError
 from vitray.models.free import FreeModel, free_spec
+from vitray.pipeline.decoder_process import portable_error
 from vitray.pipeline.decoders import Outlets, ThreadDecoders
 from vitray.pipeline.events import FragmentSkipped, ShardBroken, ShardEnded
 from vitray.pipeline.process_decoders import PAGES, DecoderProcessDied, ProcessDecoders
@@ -227,29 +228,26 @@ def test_a_killed_child_of_a_process_costs_nothing(tmp_path: Path) -> None:
         np.testing.assert_array_equal(found[key][3], pixels)
 
 
-def test_an_exception_keeps_its_type(tmp_path: Path) -> None:
-    dataset = dataset_of(tmp_path, [[encode(photo(), "png")] * 10] * 4)
-    shards = shards_of(dataset)
-    for shard in shards:
-        hand_made.stage(dataset, shard)
-        staging = tmp_path / "out" / "_vitray" / "staging" / shard.id
-        for file in staging.glob("*.parquet"):
-            file.write_bytes(b"damaged")
-    found = run_decoders(ProcessDecoders, dataset, shards)
-    expected = run_decoders(ThreadDecoders, dataset, shards)
-    assert [type(error) for error in found.errors[:1]] == [
-        type(error) for error in expected.errors[:1]
-    ]
-    assert read_items(found) == read_items(expected) or found.errors
+def test_an_error_that_travels_keeps_its_type_and_text() -> None:
+    broken = OSError("disk on fire")
+    broken.__cause__ = ObjectMissing("s3://bucket/key does not exist")
+    for error, kind, text in (
+        (StorageError("the store is full"), StorageError, "the store is full"),
+        (broken, ObjectMissing, "s3://bucket/key does not exist"),
+        (Disagreement("too little", object()), VitrayError, "too little"),
+        (OSError("disk on fire"), RuntimeError, "a decoder process: OSError: disk on fire"),
+    ):
+        found = portable_error(error)
+        assert type(found) is kind and str(found) == text
 
 
-def test_a_setup_that_fails_is_an_error_with_its_type(
+def test_a_process_that_fails_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = dataset_of(tmp_path, [[encode(photo(), "png")] * 10] * 4)
     monkeypatch.setattr("vitray.pipeline.process_decoders.page_bytes", lambda _: 4096)
     found = run_decoders(ProcessDecoders, dataset, shards_of(dataset))
-    assert found.errors and "a decoder process" in str(found.errors[0])
+    assert "a decoder process: ValueError: mmap length" in str(found.errors[0])
 
 
 def test_stop_finishes_what_was_read(tmp_path: Path) -> None:

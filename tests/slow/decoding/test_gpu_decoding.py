@@ -8,7 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from support.gpu_stand_ins import Remembers, batch_of, dataset_for, decoder_for, odd_images, spec_of
+from support.gpu_stand_ins import (
+    Remembers,
+    dataset_for,
+    decoder_for,
+    fragment_of,
+    odd_images,
+    spec_of,
+)
 from vitray.pipeline.stages import decode_stage, predict_stage
 
 
@@ -25,10 +32,9 @@ def test_rows_errors_and_pixels_are_those_of_fast(tmp_path: Path, mode: str, res
             dataset = dataset_for(tmp_path / f"{number}{name}", chosen)
             decoder = decoder_for(chosen, refuses) if name == mode else None
             model = Remembers(dataset.vectors)
-            batch = predict_stage(
-                dataset, model, decode_stage(dataset, batch_of(dataset, images)), decoder
-            )
-            said[name] = batch.rows.to_pylist(), batch.errors.to_pylist(), model.seen[0]
+            block = decode_stage(dataset, [fragment_of(dataset, images)])
+            (fragment,) = predict_stage(dataset, model, block, decoder)
+            said[name] = fragment.rows.to_pylist(), fragment.errors.to_pylist(), model.seen[0]
         rows, errors, seen = said[mode]
         assert [row["index"] for row in rows] == sorted(row["index"] for row in rows) and len(
             rows

@@ -86,36 +86,41 @@ TYPES = st.recursive(st.sampled_from(LEAVES), nested, max_leaves=4)
 
 @pytest.mark.parametrize("kind", LEAVES, ids=str)
 def test_every_plain_type_passes_through_equal(tmp_path: Path, kind: pa.DataType) -> None:
-    check(tmp_path, kind, seed=1, count=23, on_ray=False)
+    check(tmp_path, kind, seed=1, count=23, in_processes=False)
 
 
 @pytest.mark.timeout(300)
 @settings(
     max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
 )
-@given(kind=TYPES, seed=st.integers(0, 1 << 32), count=st.integers(1, 40), on_ray=st.booleans())
-@example(kind=pa.map_(pa.string(), pa.list_(pa.string_view())), seed=3, count=20, on_ray=True)
-@example(kind=pa.list_(pa.uuid()), seed=0, count=26, on_ray=False)
-@example(kind=pa.list_(pa.uuid()), seed=0, count=26, on_ray=True)
-@example(kind=pa.list_view(pa.string_view()), seed=4, count=20, on_ray=False)
-@example(kind=pa.list_(pa.list_view(pa.int16()), 2), seed=6, count=20, on_ray=True)
+@given(
+    kind=TYPES, seed=st.integers(0, 1 << 32), count=st.integers(1, 40), in_processes=st.booleans()
+)
+@example(kind=pa.map_(pa.string(), pa.list_(pa.string_view())), seed=3, count=20, in_processes=True)
+@example(kind=pa.list_(pa.uuid()), seed=0, count=26, in_processes=False)
+@example(kind=pa.list_(pa.uuid()), seed=0, count=26, in_processes=True)
+@example(kind=pa.list_view(pa.string_view()), seed=4, count=20, in_processes=False)
+@example(kind=pa.list_(pa.list_view(pa.int16()), 2), seed=6, count=20, in_processes=True)
 @example(
     kind=pa.map_(pa.string(), pa.large_list_view(pa.list_view(pa.uuid()))),
     seed=7,
     count=20,
-    on_ray=False,
+    in_processes=False,
 )
 @example(
-    kind=pa.struct([("f", pa.dictionary(pa.int32(), pa.string()))]), seed=5, count=20, on_ray=True
+    kind=pa.struct([("f", pa.dictionary(pa.int32(), pa.string()))]),
+    seed=5,
+    count=20,
+    in_processes=True,
 )
 def test_every_type_passes_through_equal_at_any_depth(
-    kind: pa.DataType, seed: int, count: int, on_ray: bool
+    kind: pa.DataType, seed: int, count: int, in_processes: bool
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        check(Path(folder), kind, seed, count, on_ray)
+        check(Path(folder), kind, seed, count, in_processes)
 
 
-def check(folder: Path, kind: pa.DataType, seed: int, count: int, on_ray: bool) -> None:
+def check(folder: Path, kind: pa.DataType, seed: int, count: int, in_processes: bool) -> None:
     rng = np.random.default_rng(seed)
     try:
         table = as_read(
@@ -127,7 +132,7 @@ def check(folder: Path, kind: pa.DataType, seed: int, count: int, on_ray: bool) 
     except pa.ArrowException:  # what Parquet cannot store
         assume(False)
     assume(is_stable)  # else pyarrow itself returns other values
-    dataset = through(folder, [table], on_ray)
+    dataset = through(folder, [table], in_processes)
     (row,) = kept_rows(dataset, ["value"])
     assert row["value"].type == table["value"].type
     assert plain(row).equals(good_rows(plain(table)).combine_chunks())

@@ -36,7 +36,9 @@ def called(monkeypatch: pytest.MonkeyPatch) -> Recorded:
         (["images", "--free-model", "80"], 80),
         (["--free-model", "80", "images"], 80),
         (["--free-model=80", "images"], 80),
-        (["images", "--free-model", "0"], 0),
+        (["images", "--free-model"], 0),
+        (["--free-model", "images"], 0),
+        (["--free-model", "--images", "256", "images"], 0),
     ],
 )
 def test_free_model_takes_microseconds(

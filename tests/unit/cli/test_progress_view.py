@@ -11,17 +11,16 @@ import pytest
 from rich.console import Console
 
 from vitray.cli.progress_view import json_line, view
+from vitray.pipeline.events import FragmentSkipped, FragmentWritten
 from vitray.pipeline.progress import TIMELINE_POINTS, Progress
-from vitray.schema import ShardEvent
 
 
 def some_progress() -> Progress:
     progress = Progress(shards=4, images_expected=400, started=time.monotonic() - 20)
-    progress.add(ShardEvent("staged", "a", 0, 100))
+    progress.add(FragmentSkipped("a", 0, 100))
     seconds = {"read": 0.1, "decode": 2.0, "predict": 4.0, "stage": 0.2}
     progress.add(
-        ShardEvent(
-            "fragment",
+        FragmentWritten(
             "b",
             0,
             100,
@@ -53,11 +52,10 @@ def test_json_line_has_the_figures_of_a_run() -> None:
 def test_remaining_time_of_tars_is_estimated_from_their_bytes() -> None:
     progress = Progress(shards=1, bytes_expected=1_000_000, started=time.monotonic() - 20)
     assert progress.remaining_s() is None
-    progress.add(ShardEvent("staged", "a", 0, 100))  # of which no byte was decoded
+    progress.add(FragmentSkipped("a", 0, 100))  # of which no byte was decoded
     assert progress.remaining_s() is None
-    progress.add(
-        ShardEvent("fragment", "a", 100, 200, size_bytes=100_000)
-    )  # 1,000 images, then: 800 are left, at 5 a second
+    # 1,000 images, then: 800 are left, at 5 a second
+    progress.add(FragmentWritten("a", 100, 200, size_bytes=100_000))
     assert progress.remaining_s() == pytest.approx(160, rel=0.01)
     progress.shards_done = 1  # a tar holds more than images
     assert progress.remaining_s() == 0
@@ -78,7 +76,7 @@ def test_view_shows_the_figures_of_a_run() -> None:
 def test_recent_rate_is_of_the_last_seconds_and_the_timeline_stays_short() -> None:
     progress = Progress(shards=1, started=time.monotonic() - 1000)
     for n in range(5000):
-        progress.add(ShardEvent("fragment", "a", n, n + 1))
+        progress.add(FragmentWritten("a", n, n + 1))
     assert len(progress.timeline) <= TIMELINE_POINTS
     progress.recent = deque([(0.0, 0), (980.0, 4000), (995.0, 4900)])
     assert 45 < progress.recent_rate() < 55  # 1,000 images since the mark at 980 s

@@ -15,9 +15,9 @@ from factories.small_models import job_for, make_checkpoint
 from support.encoded_images import items, photo, spec
 from support.gpu_stand_ins import (
     Remembers,
-    batch_of,
     dataset_for,
     decoder_for,
+    fragment_of,
     jpeg,
     odd_images,
     spec_of,
@@ -66,14 +66,14 @@ def test_what_is_bad_beyond_its_header_becomes_an_error_row_on_the_device(tmp_pa
         ]
 
     decoder = dataclasses.replace(decoder_for(spec_of("gpu"), (cut,)), on_cpu=on_cpu)
-    batch = predict_stage(
+    (fragment,) = predict_stage(
         dataset,
         Remembers(dataset.vectors),
-        decode_stage(dataset, batch_of(dataset, [cut, b""])),
+        decode_stage(dataset, [fragment_of(dataset, [cut, b""])]),
         decoder,
     )
-    assert batch.rows.num_rows == 0 and batch.rows.schema.equals(dataset.schema)
-    assert [(e["index"], e["reason"], e["size_bytes"]) for e in batch.errors.to_pylist()] == [
+    assert fragment.rows.num_rows == 0 and fragment.rows.schema.equals(dataset.schema)
+    assert [(e["index"], e["reason"], e["size_bytes"]) for e in fragment.errors.to_pylist()] == [
         (0, "time_limit", len(cut)),
         (1, "empty", 0),
     ]

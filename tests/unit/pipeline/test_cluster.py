@@ -1,26 +1,16 @@
-"""How a cluster's CPUs and GPUs are shared between the stages."""
+"""What a run finds out about a cluster: the cause of an error, and whether disks are there."""
 
 from __future__ import annotations
+
+import socket
+import threading
+from pathlib import Path
 
 import pytest
 
 from vitray.errors import ClusterError, ModelError
-from vitray.pipeline.cluster import root_error, share_out
-
-
-def test_shares_leave_a_cpu_beside_the_actors_and_refuse_too_small_clusters() -> None:
-    small = share_out([{"CPU": 2}], "auto")
-    assert (small.actors, small.actor_cpus, small.decoder_cpus, small.threads) == (1, 1, 0.5, 2)
-    gpus = share_out([{"CPU": 16, "GPU": 2}, {"CPU": 8}], "auto")
-    assert (gpus.actors, gpus.actor_cpus, gpus.actor_gpus, gpus.decoder_cpus) == (2, 1, 1, 1)
-    assert share_out([{"CPU": 16, "GPU": 2}], "cpu").actor_gpus == 0
-    for nodes, text in (
-        ([{"CPU": 1}], "needs 2"),
-        ([{"CPU": 2, "GPU": 2}], "one per GPU"),
-        ([{"CPU": 1}, {"CPU": 1}], "no machine"),
-    ):
-        with pytest.raises(ClusterError, match=text):
-            share_out(nodes, "auto")
+from vitray.pipeline import cluster
+from vitray.pipeline.cluster import require_visible, root_error
 
 
 def wrapped(**attributes: object) -> Exception:
@@ -43,3 +33,20 @@ def test_root_error_is_found_in_what_ray_wraps_around_it() -> None:
     ):
         assert root_error(error) is root
     assert root_error(wrapped()) is None
+
+
+@pytest.mark.parametrize("comes", [True, False])
+def test_a_disk_that_comes_late_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comes: bool
+) -> None:
+    monkeypatch.setattr(cluster, "DISK_TIMEOUT_S", 2.0)
+    require_visible(str(tmp_path), "s3://nowhere/x")
+    if comes:
+        threading.Timer(0.5, (tmp_path / "disk").mkdir).start()
+        require_visible(str(tmp_path), str(tmp_path / "disk"))
+    else:
+        with pytest.raises(
+            ClusterError,
+            match=f"{tmp_path}/disk cannot be seen from {socket.gethostname()}: .* then run again",
+        ):
+            require_visible(str(tmp_path), str(tmp_path / "disk"))
