@@ -61,7 +61,8 @@ def ledger_share(folder: Path, model: str, ready: Path) -> dict[str, float]:
     from vitray.dataset import open_dataset
     from vitray.models import open_model
     from vitray.pipeline.stages import (
-        commit_or_error,
+        EncodedFragment,
+        commit_stage,
         decode_stage,
         predict_stage,
         read_stage,
@@ -85,16 +86,19 @@ def ledger_share(folder: Path, model: str, ready: Path) -> dict[str, float]:
         finally:
             took[name] += cpu_s() - before
 
-    batches = timed("read", lambda: list(read_stage(dataset, shard)))
-    images = [image for batch in batches if batch.rows for image in batch.rows["data"].to_pylist()]
+    items = timed("read", lambda: list(read_stage(dataset, shard)))
+    fragments = [item for item in items if isinstance(item, EncodedFragment)]
+    images = [image.data for fragment in fragments for image in fragment.images if image.data]
     timed("hash", lambda: [content_hash(image) for image in images])
-    decoded = [timed("decode", partial(decode_stage, dataset, batch)) for batch in batches]
+    blocks = [timed("decode", partial(decode_stage, dataset, [each])) for each in fragments]
     predicted = [
-        timed("predict", partial(predict_stage, dataset, network, batch)) for batch in decoded
+        rows
+        for block in blocks
+        for rows in timed("predict", partial(predict_stage, dataset, network, block))
     ]
-    for batch in predicted:
-        timed("stage", partial(write_stage, dataset, batch))
-    timed("commit", lambda: commit_or_error(dataset, shard))
+    for rows in predicted:
+        timed("stage", partial(write_stage, dataset, rows))
+    timed("commit", lambda: commit_stage(dataset, shard))
     return dict(took)
 
 

@@ -24,6 +24,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from itertools import islice
 from multiprocessing import get_context, shared_memory
@@ -639,7 +640,157 @@ class by_processes:
                 yield part
 
 
-SECTIONS = {f.__name__: f for f in (matmul, equality, ring, pixels_to_rows, jpeg, model_only)}
+class GilProbe:
+    """How long other threads held Python's lock: a busy thread's time that is neither its CPU time
+    nor the wait for a core.
+    """
+
+    def __init__(self) -> None:
+        self._ended = threading.Event()
+        self.held_s = 0.0
+        self._thread = threading.Thread(target=self._count, daemon=True)
+
+    def __enter__(self) -> GilProbe:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _count(self) -> None:
+        started = self._accounted()
+        while not self._ended.is_set():
+            for _ in range(20_000):
+                pass
+            self.held_s = self._accounted() - started
+
+    def _accounted(self) -> float:
+        schedstat = Path(f"/proc/self/task/{threading.get_native_id()}/schedstat").read_text()
+        waited_s = int(schedstat.split()[1]) / 1e9
+        return time.perf_counter() - time.thread_time() - waited_s
+
+
+def dataset_of_tars(check: Check, folder: str, shards: int, images: int) -> tuple[Any, Any]:
+    """A dataset without rows, of tars of the photos in turn; and its shards."""
+    import tarfile
+
+    from vitray.dataset import resolve_dataset
+    from vitray.job import make_job
+    from vitray.models import identify, vector_columns
+    from vitray.sources import file_passthrough_schema, list_shards
+
+    for shard in range(shards):
+        with tarfile.open(f"{folder}/{shard:03d}.tar", "w") as tar:
+            for n in range(images):
+                data = check.jpegs[(shard + n) % len(check.jpegs)]
+                member = tarfile.TarInfo(f"{shard}/{n:04d}.jpg")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    job = make_job(
+        {
+            "source": f"{folder}/*.tar",
+            "model": check.model_dir,
+            "out": f"{folder}/out",
+            "device": check.device,
+            "precision": "bf16",
+            "engine": "torch",
+            "batch_size": check.batch,
+            "fragment_rows": images,
+            "embeddings": [{}],
+        }
+    )
+    found = list_shards(job, []).shards
+    spec = identify(job)
+    passthrough = file_passthrough_schema(found[0], job)
+    columns = vector_columns(job, spec)
+    return resolve_dataset(job, spec, columns, passthrough, "2026-01-01T00:00:00+00:00"), found
+
+
+def read_decoded_predicted(
+    kind: Any, dataset: Any, shards: Any, model: Any, share: Any
+) -> dict[str, float]:
+    """Per image, after the first block: what all shards cost on their way through the model."""
+    from vitray.copies import copied_bytes
+    from vitray.pipeline.bounded_queue import BoundedQueue
+    from vitray.pipeline.decoders import Outlets
+    from vitray.pipeline.stages import predict_stage
+
+    waiting: Any = BoundedQueue(len(shards))
+    blocks: Any = BoundedQueue(share.queue_blocks)
+    errors: list[Exception] = []
+    marks: list[tuple[int, float, float, int]] = []  # images, wall, CPU, copied bytes
+
+    def lost(error: Exception) -> None:
+        errors.append(error)
+        blocks.finish()
+
+    def predict() -> None:
+        while (block := blocks.get()) is not None:
+            fragments = predict_stage(dataset, model, block)
+            images = sum(fragment.rows.num_rows for fragment in fragments)
+            del block, fragments
+            marks.append((images, time.perf_counter(), time.process_time(), copied_bytes()))
+
+    for shard in shards:
+        waiting.put(shard)
+    waiting.finish()
+    decoders = kind(dataset, waiting, Outlets(blocks.put, lambda _: None, lost), share)
+    decoders.start(blocks.finish)
+    with ThreadPoolExecutor(ACTOR_THREADS) as actor:
+        list(actor.map(lambda _: predict(), range(ACTOR_THREADS)))
+    decoders.close()
+    decoders.join(time.monotonic() + 30)
+    if errors:
+        raise errors[0]
+    marks.sort(key=lambda mark: mark[1])
+    images = sum(mark[0] for mark in marks[1:])
+    wall, cpu, copied = (last - first for first, last in zip(marks[0][1:], marks[-1][1:]))
+    pixels = dataset.spec.pixels.shape[0] * dataset.spec.pixels.shape[1] * 3
+    return {
+        "images_s": images / wall,
+        "cpu_ms_per_image": cpu * 1000 / images,
+        "copies_per_image": copied / images / pixels,
+    }
+
+
+def decoder_processes(check: Check) -> dict[str, Any]:
+    """From tars to predictions, decoded by processes and by threads: images/s, this process's CPU
+    and lock time, and copies of pixels on the host; `decode: exact`.
+    """
+    from unittest.mock import patch
+
+    from vitray.models.host_memory import CudaDriver
+    from vitray.pipeline.decoders import ThreadDecoders
+    from vitray.pipeline.machines import local_share
+    from vitray.pipeline.process_decoders import ProcessDecoders
+
+    cores = os.cpu_count() or 1
+    share = local_share(cores, has_gpu=True)
+    if check.quick:  # of more processes, threads would decode the last shards
+        share = dataclasses.replace(share, decoders=1)
+    model = check.compiled or check.open("bf16")
+    kinds = {"processes": ProcessDecoders, "threads": ThreadDecoders}
+    said: dict[str, Any] = {"cores": cores}
+    with ExitStack() as stack:
+        if not check.cuda:  # a driver's stand-in: all memory can be read by the "device"
+            for call in ("pin", "unpin"):
+                stack.enter_context(patch.object(CudaDriver, call))
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        images = 16 if check.quick else 1024
+        dataset, shards = dataset_of_tars(check, folder, 2 * cores, images)
+        for name, kind in kinds.items():
+            said[name] = read_decoded_predicted(kind, dataset, shards, model, share)
+            with GilProbe() as probe:
+                read_decoded_predicted(kind, dataset, shards, model, share)
+            said[name]["lock_ms_per_image"] = probe.held_s * 1000 / (len(shards) * images)
+    return said
+
+
+SECTIONS = {
+    f.__name__: f
+    for f in (matmul, equality, ring, pixels_to_rows, decoder_processes, jpeg, model_only)
+}
 
 
 def machine(torch: Any) -> dict[str, Any]:

@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 import vitray
 from factories.shards import Picture, pictures, put_tars
-from vitray.dataset import Dataset, open_dataset
-from vitray.pipeline.machines import local_share
+from vitray.dataset import Dataset, Leases, open_dataset
+from vitray.pipeline.driver import RunState, complete_shards
+from vitray.pipeline.local_executor import LocalExecutor
+from vitray.pipeline.machines import WorkerShare, local_share
+from vitray.schema import Shard
 
 IMAGES = 320
 SHARE = local_share(2, has_gpu=False)
+
+
+def complete(
+    dataset: Dataset,
+    shards: Sequence[Shard],
+    state: RunState | None = None,
+    share: WorkerShare = SHARE,
+    executor: LocalExecutor | None = None,
+) -> RunState:
+    """Complete shards with a worker of this process."""
+    state = state or RunState()
+    executor = executor or LocalExecutor(share)
+    with contextlib.closing(executor), Leases(dataset.out, state.run_id) as leases:
+        executor.begin(dataset, shards, compiled=share.compiled)
+        complete_shards(dataset, shards, executor, leases, state)
+    return state
 
 
 def run(inputs: Path, model: str, out: Path, *more: str) -> str:

@@ -281,10 +281,9 @@ def _worker_for(
         given.turn()
         rows = len(given.current)
     worker = _per_thread.worker
-    if worker is not None and worker.key == key and len(worker.entries) >= rows:
-        if given is not None or worker.pages.turn():
-            return worker
-    worker = _per_thread.worker = _DecoderWorker(key, rows, given)
+    fits = worker is not None and worker.key == key and len(worker.entries) >= rows
+    if worker is None or not fits or not (given is not None or worker.pages.turn()):
+        worker = _per_thread.worker = _DecoderWorker(key, rows, given)
     return worker
 
 

@@ -27,12 +27,11 @@ from vitray.decoding.isolation import Pages
 from vitray.errors import VitrayError, one_line
 from vitray.pipeline.bounded_queue import BoundedQueue
 from vitray.pipeline.cluster import root_error
-from vitray.pipeline.decoders import ENCODED_BYTES, Unread, read_blocks
+from vitray.pipeline.decoders import Unread, read_blocks
 from vitray.pipeline.events import ShardOutcome
 from vitray.pipeline.stages import EncodedFragment, FragmentRows, decode_stage
 from vitray.schema import Shard
 
-BLOCKS_AHEAD = 1  # that are read while another one is decoded
 END_S = 2.0  # for the end of a process, before it is forced
 _PR_SET_PDEATHSIG = 1
 
@@ -154,14 +153,17 @@ def _next_free(free: int) -> int:
 
 
 def _work(dataset: Dataset, parent: _Parent, pages: Pages) -> None:
-    encoded: BoundedQueue[list[EncodedFragment]] = BoundedQueue(BLOCKS_AHEAD, ENCODED_BYTES)
+    """Decode each block while the next one is read: two are in memory, however large they are."""
+    encoded: BoundedQueue[list[EncodedFragment]] = BoundedQueue(1)
+    taken = threading.Semaphore(0)  # released for each block that is taken to be decoded
     failures = list[Exception]()
 
     def read_all() -> None:
         try:
             for item in read_blocks(dataset, parent, parent.stopping):
                 if isinstance(item, list):
-                    encoded.put(item, sum(fragment.info.size_bytes for fragment in item))
+                    encoded.put(item)
+                    taken.acquire()
                 else:
                     parent.send(item)
         except Exception as error:
@@ -171,6 +173,7 @@ def _work(dataset: Dataset, parent: _Parent, pages: Pages) -> None:
     threading.Thread(target=read_all, name="vitray-read", daemon=True).start()
     copied = copied_bytes()
     for block in encoded:
+        taken.release()
         decoded = decode_stage(dataset, block)
         fragments = [_without_members(fragment) for fragment in decoded.fragments]
         newly_copied = copied_bytes() - copied
@@ -244,7 +247,7 @@ def _end() -> NoReturn:
     os._exit(1)
 
 
-def _portable(error: Exception) -> Exception:
+def portable_error(error: Exception) -> Exception:
     """An exception with the same text that every process can read. VitrayErrors keep their type."""
     root = root_error(error)
     if root is None:

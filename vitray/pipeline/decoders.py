@@ -63,7 +63,7 @@ class Decoders(Protocol):
 
 
 class ThreadDecoders:
-    """Reads and decodes with threads of this process."""
+    """Reads and decodes with threads of this process; each block is one fragment."""
 
     def __init__(
         self, dataset: Dataset, shards: BoundedQueue[Shard], outlets: Outlets, share: WorkerShare
@@ -97,7 +97,7 @@ class ThreadDecoders:
         self._decoders.join(deadline)
 
     def _read_all(self) -> None:
-        for item in read_blocks(self._dataset, self._shards, self._stopping):
+        for item in read_blocks(self._dataset, self._shards, self._stopping, joined=False):
             if isinstance(item, list):
                 self._encoded.put(item, sum(fragment.info.size_bytes for fragment in item))
             else:
@@ -119,13 +119,15 @@ class ShardSource(Protocol):
 
 
 def read_blocks(
-    dataset: Dataset, shards: ShardSource, stopping: threading.Event
+    dataset: Dataset, shards: ShardSource, stopping: threading.Event, *, joined: bool = True
 ) -> Iterator[list[EncodedFragment] | Unread | ShardOutcome]:
     """Read shards until the queue is finished or `stopping` is set.
 
-    A block has at most fragment_rows images: a fragment of a large shard, or several small shards.
+    joined: a block has up to fragment_rows images of several small shards, so that they fill the
+    batches of a GPU. Otherwise each fragment is a block, and the batches of a model follow from the
+    source alone.
     """
-    block = _Block(dataset.fragment_rows)
+    block = _Block(dataset.fragment_rows if joined else 0)
     while True:
         # Nothing that was read waits for a shard that may be long in coming.
         shard = shards.get() if block.is_empty else shards.get_now()
@@ -166,7 +168,7 @@ class _Block:
         full = self.take() if self._images + images > self._most_images else []
         self._fragments.append(fragment)
         self._images += images
-        if not full and self._images == self._most_images:
+        if not full and self._images >= self._most_images:
             return self.take()
         return full
 

@@ -62,6 +62,7 @@ class LocalExecutor:
             return events
         if root_error(losses[0].error) is None:  # else the run ends
             self._worker.close()
+            events += self._worker.events(0)  # what other threads had finished by then
             if not self._is_stopping:
                 self._start()
         # Several threads may have failed, for the same reason.

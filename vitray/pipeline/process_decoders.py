@@ -161,7 +161,8 @@ class ProcessDecoders:
         if self._closing.is_set():
             return
         if self._registers:
-            process.pages.register()
+            # Torch and its context take seconds. Blocks that come before are copied once more.
+            threading.Thread(target=process.pages.register, daemon=True).start()
         for message in iter(process.receive, Finished.FINISHED):
             if message is Ask.NEXT:
                 process.is_reading = False
@@ -302,6 +303,7 @@ def _start(descriptors: Sequence[int]) -> subprocess.Popen[bytes]:
         pass_fds=descriptors,
         # `decode: fast` imports torch, which must not take memory of the GPU
         env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
+        process_group=0,  # Ctrl-C is for the parent
     )
 
 

@@ -6,7 +6,6 @@ switched off: schedule.py decides what is tried again, because it knows which sh
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 import uuid
@@ -36,10 +35,19 @@ from vitray.pipeline.worker import Worker
 from vitray.schema import ModelSpec, Shard
 from vitray.storage import is_local
 
+DESCRIBED = 3  # workers in a description
 ANSWER_S = 10.0  # an actor answers within this time, also when nothing happened
 CALLS_AT_ONCE = 4  # of an actor: events, give, and what is rare
 GATHER_S = 0.1  # an actor waits for further events, so that the driver gets few messages
 MACHINES_S = 10.0  # between two looks for machines that came or went
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What an actor tells the driver. waiting: text, how much waits for each stage."""
+
+    events: list[Event]
+    waiting: str
 
 
 class WorkerActor:
@@ -75,7 +83,7 @@ class WorkerActor:
 
     def decode_also_by(self, actor: Any, streams: int) -> None:
         """Have a DecoderActor decode for this worker, so many blocks at a time."""
-        self._begun.wait()
+        self._begun.wait(ANSWER_S)
         if self._worker is not None:
             self._worker.decode_also_by(partial(RemoteDecoders, actor, streams))
 
@@ -83,13 +91,18 @@ class WorkerActor:
         if self._worker is not None:
             self._worker.give(shards)
 
-    def events(self, wait_s: float) -> list[Event]:
-        """What has happened since the last call; waits for something at most wait_s."""
+    def answer(self, wait_s: float) -> Answer:
+        """What has happened since the last answer; waits for something at most wait_s."""
+        events = self._events(wait_s)
+        waiting = "the worker begins" if self._worker is None else self._worker.describe()
+        return Answer([_portable(event) for event in events], waiting)
+
+    def _events(self, wait_s: float) -> list[Event]:
         if not self._begun.wait(wait_s):
             return []
         if self._worker is None:
             assert self._error is not None
-            return [_portable(WorkerLost(self._name, self._error))]
+            return [WorkerLost(self._name, self._error)]
         events = self._worker.events(wait_s)
         if events:
             time.sleep(GATHER_S)
@@ -98,14 +111,11 @@ class WorkerActor:
             error = result_or_error(require_source, self._witnesses)
             if error is not None:
                 return [WorkerLost(self._name, error)]
-        return [_portable(event) for event in events]
+        return events
 
     def stop(self) -> None:
         if self._worker is not None:
             self._worker.stop()
-
-    def describe(self) -> str:
-        return "the worker begins" if self._worker is None else self._worker.describe()
 
 
 def _portable(event: Event) -> Event:
@@ -124,12 +134,13 @@ def require_source(witnesses: Sequence[Shard]) -> None:
 
 @dataclass(frozen=True)
 class _Actor:
-    """An actor in its place. answer: the reference of its next events."""
+    """An actor in its place. answer: the reference of its next one. waiting: of the last one."""
 
     name: str
     slot: Slot
     handle: Any
     answer: Any
+    waiting: str = "the worker begins"
 
 
 class RayExecutor:
@@ -202,19 +213,10 @@ class RayExecutor:
         return not self._actors or are_all_unplaced(self._actors)
 
     def describe(self) -> str:
-        import ray
-
-        if not self._actors:
-            return "no machine has room for a worker"
-        answers = [actor.handle.describe.remote() for actor in self._actors.values()]
-        ready, silent = ray.wait(answers, num_returns=len(answers), timeout=1.0)
-        texts = list[str]()
-        for answer in ready:
-            with contextlib.suppress(ray.exceptions.RayError):
-                texts.append(ray.get(answer))
-        if silent:
-            texts.append(f"{len(silent)} workers do not answer")
-        return "; ".join(sorted(texts))
+        texts = [actor.waiting for actor in self._actors.values()]
+        if len(texts) > DESCRIBED:
+            texts = [*texts[:DESCRIBED], f"and {len(texts) - DESCRIBED} more workers"]
+        return "; ".join(texts) or "no machine has room for a worker"
 
     def close(self) -> None:
         import ray
@@ -250,7 +252,7 @@ class RayExecutor:
         handle = kind.remote(name, slot.share)
         if self._begin_arguments is not None:
             handle.begin.remote(*self._begin_arguments)
-        actor = _Actor(name, slot, handle, handle.events.remote(ANSWER_S))
+        actor = _Actor(name, slot, handle, handle.answer.remote(ANSWER_S))
         self._actors[name] = actor
         return actor
 
@@ -274,13 +276,14 @@ class RayExecutor:
         import ray
 
         try:
-            events: list[Event] = ray.get(actor.answer)
+            answer: Answer = ray.get(actor.answer)
         except ray.exceptions.RayError as error:
-            events = [self._loss_of(actor, error)]
+            answer = Answer([self._loss_of(actor, error)], "")
+        events = answer.events
         losses = [event for event in events if isinstance(event, WorkerLost)]
         if not losses:
-            answer = actor.handle.events.remote(ANSWER_S)
-            self._actors[actor.name] = replace(actor, answer=answer)
+            next_answer = actor.handle.answer.remote(ANSWER_S)
+            self._actors[actor.name] = replace(actor, answer=next_answer, waiting=answer.waiting)
             return events
         ray.kill(actor.handle)
         del self._actors[actor.name]

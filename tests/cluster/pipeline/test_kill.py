@@ -1,5 +1,5 @@
-"""kill -9 of the driver, of a decode worker, of the model actor, in the middle of a run; then the
-same command again.
+"""kill -9 of the driver, or of a worker in any of its stages, in the middle of a run; then the same
+command again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from support.runs import (
     wait_until_staged,
 )
 from vitray.dataset import open_dataset
-from vitray.pipeline.cluster import own_cpus, share_out
+from vitray.pipeline.cluster import own_cpus
+from vitray.pipeline.machines import WorkerShare, local_share
+from vitray.pipeline.worker import PREDICTORS
 
 ROUNDS = [pytest.param(n, marks=[pytest.mark.nightly] if n >= 1 else []) for n in range(25)]
 
@@ -48,6 +50,16 @@ def kill_in_the_middle(
         os.kill(int(str(last["pid"])), signal.SIGKILL)
     staged = images_by_step(trace)["stage"] / IMAGES
     assert 0.1 <= staged <= 0.9, f"the kill came at {staged:.0%}"
+
+
+def most_redone(share: WorkerShare) -> dict[str, int]:
+    """How many images each stage computes again after a kill, at most: those in flight behind it.
+
+    Blocks of this test have one fragment each. What was written stays.
+    """
+    unwritten = PREDICTORS + share.queue_blocks + share.writers
+    undone = {"decode": share.decoders + share.queue_blocks + unwritten, "predict": unwritten}
+    return {step: FRAGMENT * fragments for step, fragments in undone.items()} | {"stage": 0}
 
 
 def staged_bytes(out: Path) -> dict[str, bytes]:
@@ -101,10 +113,9 @@ def test_killed_process_leaves_no_lost_or_doubled_row(
     assert sorted(table["key"].to_pylist()) == [f"{n:05d}" for n in range(IMAGES)]
     assert len(set(zip(table["shard"].to_pylist(), table["index"].to_pylist()))) == IMAGES
     assert vitray.validate(str(out), content=True).ok
-    counts, shares = images_by_step(trace), share_out([{"CPU": own_cpus()}], "cpu")
-    bound = (4 * shares.actors + 2 * shares.readers if on_ray else shares.threads + 6) * FRAGMENT
-    redone = {step: counts[step] - IMAGES for step in ("decode", "predict", "stage")}
-    assert all(extra <= bound for extra in redone.values()), (redone, bound)
+    counts, most = images_by_step(trace), most_redone(local_share(own_cpus(), has_gpu=False))
+    redone = {step: counts[step] - IMAGES for step in most}
+    assert all(redone[step] <= most[step] for step in most), (redone, most)
     dataset = open_dataset(str(out))
     assert dataset is not None and dataset.fragment_rows == FRAGMENT
-    print(f"{victim} killed at {share:.0%}: done again {redone}, bound {bound}")
+    print(f"{victim} killed at {share:.0%}: done again {redone}, at most {most}")

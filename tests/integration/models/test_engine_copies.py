@@ -52,6 +52,4 @@ def test_pixels_that_are_not_contiguous_are_copied_once(tmp_path: Path, engine: 
     found = model.predict(np.asfortranarray(pixels))
     assert copied_bytes() == before + pixels.nbytes
     expected = model.predict(pixels)
-    np.testing.assert_allclose(
-        found.vectors["embedding"], expected.vectors["embedding"], atol=1e-5
-    )
+    np.testing.assert_allclose(found.vectors["embedding"], expected.vectors["embedding"], atol=1e-5)

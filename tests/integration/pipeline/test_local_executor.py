@@ -15,13 +15,12 @@ import pytest
 
 import vitray
 from factories.shards import pictures, put_tars
-from support.local_runs import IMAGES, SHARES, write_inputs
+from support.local_runs import IMAGES, complete, write_inputs
 from vitray.dataset import Dataset, list_staged, open_dataset, read_run_records
 from vitray.errors import ClusterError, Interrupted, ModelError, ShardError
 from vitray.operations.planning import status
-from vitray.pipeline.local_executor import LocalExecutor
+from vitray.pipeline.driver import RunState
 from vitray.pipeline.progress import Progress
-from vitray.pipeline.rounds import RunState, run_round
 from vitray.sources import list_shards
 
 
@@ -100,27 +99,28 @@ def test_a_first_run_of_broken_files_freezes_no_types(shapes_model: str, tmp_pat
     ].to_pylist() == list(range(12))
 
 
-def test_a_model_that_cannot_be_opened_ends_the_round_with_its_error(dataset: Dataset) -> None:
+def test_a_model_that_cannot_be_opened_ends_the_run_with_its_error(dataset: Dataset) -> None:
     other = replace(dataset, spec=replace(dataset.spec, weights_sha256="0" * 64))
     shards = list_shards(dataset.job, []).shards
     started = time.monotonic()
     with pytest.raises(ModelError, match="the weights changed"):
-        run_round(other, shards, LocalExecutor(other, shards, SHARES), RunState())
+        complete(other, shards)
     assert time.monotonic() - started < 30 and stage_threads() == []
 
 
 def test_closing_an_executor_ends_its_threads_while_queues_are_full(dataset: Dataset) -> None:
     shards = list_shards(dataset.job, []).shards
-    executor = LocalExecutor(dataset, shards, SHARES)
 
     class Impatient(Exception):
         pass
 
-    def stop(progress: object) -> None:
-        raise Impatient
+    def stop(progress: Progress) -> None:
+        if progress.images:
+            raise Impatient
 
+    other = replace(dataset, out=f"{dataset.out}-closed")
     with pytest.raises(Impatient):
-        run_round(dataset, shards, executor, RunState(report=stop))
+        complete(other, shards, RunState(report=stop))
     assert stage_threads() == []
 
 
@@ -134,13 +134,12 @@ def test_a_stalled_executor_ends_and_reports_the_stuck_stage(
         job=dataset.job.model_copy(update={"stall_timeout_s": 3}),
         out=f"{dataset.out}-stuck",
     )
-    monkeypatch.setattr("vitray.pipeline.local_executor.predict_stage", lambda *_: is_over.wait(30))
-    executor = LocalExecutor(stuck, shards, SHARES)
+    monkeypatch.setattr("vitray.pipeline.worker.predict_stage", lambda *_: is_over.wait(30))
     threading.Timer(6, is_over.set).start()
     with pytest.raises(
         ClusterError, match=r"no image moved for 3 s \(.*1 fragments wait for predict"
     ):
-        run_round(stuck, shards, executor, RunState())
+        complete(stuck, shards)
 
 
 def test_a_run_that_is_stopped_stages_the_fragments_in_flight(dataset: Dataset) -> None:
@@ -154,7 +153,7 @@ def test_a_run_that_is_stopped_stages_the_fragments_in_flight(dataset: Dataset) 
             state.stop.set()
 
     state.report = stop
-    run_round(other, shards, LocalExecutor(other, shards, SHARES), state)
+    complete(other, shards, state)
     assert 16 <= state.progress.images < IMAGES and state.failures == {}
     staged_spans = [
         list_staged(other, shard.id).fragments for shard in shards if shard.id not in state.commits

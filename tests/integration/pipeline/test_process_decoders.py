@@ -14,8 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pyarrow as pa
 import pytest
 
+import vitray
 from factories import hand_made
 from support.decoding_runs import (
     SHARE,
@@ -35,10 +37,12 @@ from support.paths import TESTS
 from vitray.copies import copied_bytes
 from vitray.dataset import Dataset
 from vitray.errors import Disagreement, ObjectMissing, StorageError, VitrayError
+from vitray.job import Embedding
 from vitray.models.free import FreeModel, free_spec
 from vitray.pipeline.decoder_process import portable_error
 from vitray.pipeline.decoders import Outlets, ThreadDecoders
 from vitray.pipeline.events import FragmentSkipped, ShardBroken, ShardEnded
+from vitray.pipeline.machines import WorkerShare
 from vitray.pipeline.process_decoders import PAGES, DecoderProcessDied, ProcessDecoders
 from vitray.pipeline.stages import DecodedBlock, ShardEnd, predict_stage
 from vitray.schema import End
@@ -241,9 +245,7 @@ def test_an_error_that_travels_keeps_its_type_and_text() -> None:
         assert type(found) is kind and str(found) == text
 
 
-def test_a_process_that_fails_says_why(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = dataset_of(tmp_path, [[encode(photo(), "png")] * 10] * 4)
     monkeypatch.setattr("vitray.pipeline.process_decoders.page_bytes", lambda _: 4096)
     found = run_decoders(ProcessDecoders, dataset, shards_of(dataset))
@@ -361,3 +363,51 @@ def test_the_process_with_the_gpu_spends_microseconds_on_an_image(tmp_path: Path
     cpu_ms = (cpu[-1] - cpu[0]) * 1000 / sum(seen[1:])
     print(f"{cpu_ms:.4f} ms of CPU per image")
     assert cpu_ms <= GIL_MS
+
+
+def run_whole(
+    folder: Path, out: str, monkeypatch: pytest.MonkeyPatch, share: WorkerShare
+) -> pa.Table:
+    """A run with the free model. The rows by shard and index, without what that model draws."""
+    monkeypatch.setattr("vitray.pipeline.runner.local_share", lambda *_, **__: share)
+    job = vitray.Job(
+        source=[f"{folder}/in/*.tar"],
+        model="free:0",
+        out=f"{folder}/{out}",
+        fragment_rows=16,
+        embeddings=[Embedding()],
+        max_error_rate=1.0,
+    )
+    result = vitray.run(job, spec=free_spec(0))
+    assert result.exit_code == 0, result
+    rows = vitray.read(job.out).sort_by([("shard", "ascending"), ("index", "ascending")])
+    return rows.drop_columns(["embedding"])
+
+
+def test_a_run_gives_the_rows_of_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset_of(tmp_path, [*odd_tars(), odd_images() * 4])
+    found = run_whole(tmp_path, "processes", monkeypatch, SHARE)
+    threads = replace(SHARE, decoder_processes=False)
+    expected = run_whole(tmp_path, "threads", monkeypatch, threads)
+    assert found.equals(expected) and found.num_rows > 50
+    assert not processes()
+
+
+def test_a_run_goes_on_after_a_process_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset_of(tmp_path, [[encode(photo(), "png")] * 200] * 12)
+    killed = threading.Event()
+
+    def kill() -> None:
+        wait_for(lambda: any(process.children() for process in processes()))
+        victim = next(process for process in processes() if process.children())
+        victim.kill()
+        killed.set()
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    rows = run_whole(tmp_path, "out2", monkeypatch, SHARE)
+    thread.join()
+    assert killed.is_set() and rows.num_rows == 2400
+    assert rows.group_by(["shard", "index"]).aggregate([]).num_rows == 2400

@@ -1,5 +1,5 @@
-"""What goes wrong on a cluster: workers killed or stopped, models that never open, no memory, no
-room for objects. Every id is compared.
+"""What goes wrong on a cluster: workers killed or stopped, models that never open, no memory, a
+small object store. Every id is compared.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def last_pid(trace: Path, step: str) -> int | None:
 def test_workers_and_actors_killed_every_few_seconds(
     inputs: Path, shapes_model: str, tmp_path: Path
 ) -> None:
-    """A decoder, a stager, the model actor, in turn, every 3 s, eight times. Ray tries each batch
-    three times, the runner plans again.
+    """The process of each stage in turn, every 3 s, eight times: its shards are given to the worker
+    that follows it.
     """
     trace = tmp_path / "trace"
     run = start(command(inputs, shapes_model, tmp_path / "out", "--address", "local"), trace)
@@ -130,7 +130,7 @@ BLOCKS = ("--set", "fragment_rows=128")  # 19 MB each: a few fill a store of 80 
 def test_an_object_store_of_80_mb_is_never_full(
     inputs: Path, large_pixels: str, tmp_path: Path
 ) -> None:
-    """The queues are short enough: nothing is spilled, so that a full disk would not matter."""
+    """Pixels stay in the worker: nothing is spilled, so that a full disk would not matter."""
     spilled = tmp_path / "spilled"
     spilled.mkdir()
     with one_node(f"--object-spilling-directory={spilled}", store_bytes=80_000_000) as cluster:

@@ -30,3 +30,6 @@ def test_the_command_for_a_gpu_machine_runs_here(tmp_path: Path) -> None:
     assert report["sections"]["equality"]["bf16"]["cosine"] > 0.99
     assert report["sections"]["ring"]["equal"] is True
     assert report["sections"]["jpeg"]["bad_rows_agree"] is True
+    by_processes = report["sections"]["decoder_processes"]["processes"]
+    assert by_processes["copies_per_image"] == 0 and by_processes["images_s"] > 0
+    assert by_processes["lock_ms_per_image"] >= 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 import time
 from pathlib import Path
 
@@ -11,13 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 
 import vitray
-from support.local_runs import IMAGES, SHARES, run, write_inputs
+from support.local_runs import IMAGES, run, write_inputs
 from vitray.dataset import Dataset
 from vitray.errors import ClusterError
-from vitray.pipeline import cluster
+from vitray.pipeline import cluster, ray_executor
+from vitray.pipeline.events import Event, ShardCommitted, WorkerReady
 from vitray.pipeline.ray_executor import RayExecutor
-from vitray.pipeline.rounds import EventQueue
-from vitray.schema import ShardEvent
 from vitray.sources import list_shards
 
 
@@ -38,30 +36,37 @@ def test_on_a_full_cluster_the_executor_waits_for_a_machine(
     taker = rays.remote(Takes).options(num_cpus=rays.cluster_resources()["CPU"]).remote()
     assert rays.get(taker.answer.remote(), timeout=60)
     monkeypatch.setattr(cluster, "NOTICE_S", 0.5)
-    monkeypatch.setattr(cluster, "PLACEMENT_TIMEOUT_S", 1.8)
+    monkeypatch.setattr(ray_executor, "PLACEMENT_TIMEOUT_S", 1.8)
+    executor = RayExecutor("cpu")
     with pytest.raises(
         ClusterError,
         match=r"^reading the model on a machine with room for it did not finish in 1\.8 s\.",
     ):
-        cluster.on_worker(SHARES, str)
+        executor.identify(dataset.job)
     words = [record.message for record in caplog.records if record.name == cluster.__name__]
     assert len(words) in (2, 3)  # beside other state a wait may take longer than it was given
     assert set(words) == {
         "waiting for cluster resources: reading the model on a machine with room for it"
     }
-    executor = RayExecutor(dataset, list_shards(dataset.job, []).shards[1:2], SHARES)
-    arrived: EventQueue = queue.Queue()
-    executor.start(arrived)
+    shards = list_shards(dataset.job.model_copy(update={"limit": None}), []).shards[1:2]
     try:
+        executor.begin(dataset, shards, compiled=False)
         deadline = time.monotonic() + 60
         while not executor.is_waiting_for_machine():
-            assert time.monotonic() < deadline and arrived.empty()
-            time.sleep(0.2)
-        time.sleep(3)
-        assert executor.is_waiting_for_machine() and arrived.empty()
+            assert time.monotonic() < deadline and executor.events(0.2) == []
+        assert executor.events(3.0) == [] and executor.is_waiting_for_machine()
         rays.kill(taker)
-        while (item := arrived.get(timeout=60)) is not None:
-            assert isinstance(item, ShardEvent) and not executor.is_waiting_for_machine()
+        arrived = list[Event]()
+        deadline = time.monotonic() + 60
+        while not any(isinstance(event, ShardCommitted) for event in arrived):
+            assert time.monotonic() < deadline, arrived
+            new = executor.events(1.0)
+            assert not (new and executor.is_waiting_for_machine())
+            for event in new:
+                if isinstance(event, WorkerReady):
+                    executor.give(event.worker, shards)
+            arrived += new
+        assert isinstance(arrived[0], WorkerReady)
     finally:
         executor.close()
 

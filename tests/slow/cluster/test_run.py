@@ -9,8 +9,8 @@ import pytest
 
 import vitray
 from factories.shards import Picture, pictures, put, put_tars
+from support.runs import command, images_by_step, lines_of, start
 from support.whole_runs import shape_job
-from vitray.dataset import open_dataset
 
 
 def test_a_store_that_fails_in_the_middle_is_one_sentence(
@@ -30,30 +30,14 @@ def test_a_store_that_fails_in_the_middle_is_one_sentence(
     assert vitray.run(job).rows == 40
 
 
-def test_the_pipeline_has_four_operators_that_never_fuse(
-    ray: None, tmp_path: Path, shapes_model: str
-) -> None:
-    import ray as ray_module
-
-    from vitray.pipeline.cluster import alive_nodes, share_out
-    from vitray.pipeline.ray_executor import build_pipeline
-
-    put_tars(str(tmp_path / "in"), pictures(8), 1, tmp_path)
-    job = shape_job(str(tmp_path / "in"), shapes_model, str(tmp_path / "out"))
-    vitray.run(job)
-    dataset = open_dataset(job.out)
-    assert dataset is not None
-    shares = share_out([n["Resources"] for n in alive_nodes()], "auto")
-    from vitray.sources import list_shards
-
-    shards = list_shards(job, []).shards
-    pipeline = build_pipeline(
-        [ray_module.put(s) for s in shards], dataset, ray_module.put(dataset), shares, []
-    ).materialize()
-    names = [line.strip() for line in pipeline.stats().splitlines() if line.startswith("Operator")]
-    assert [n.split()[2].rstrip(":") for n in names[-4:]] == [
-        "MapBatches(read)",
-        "MapBatches(decode)",
-        "MapBatches(Predict)",
-        "MapBatches(write)",
-    ]
+def test_all_stages_run_in_one_process_of_a_machine(shapes_model: str, tmp_path: Path) -> None:
+    """Rows and pixels stay in it; only events reach the driver."""
+    put_tars(str(tmp_path / "in"), pictures(64), 2, tmp_path)
+    trace = tmp_path / "trace"
+    process = start(command(tmp_path, shapes_model, tmp_path / "out", "--address", "local"), trace)
+    _, stderr = process.communicate(timeout=200)
+    assert process.returncode == 0, stderr
+    pids = {(str(line["step"]), line["pid"]) for line in lines_of(trace)}
+    assert {step for step, _ in pids} == {"read", "decode", "predict", "stage"}
+    assert len({pid for _, pid in pids}) == 1 and process.pid not in {pid for _, pid in pids}
+    assert images_by_step(trace) == dict.fromkeys(("read", "decode", "predict", "stage"), 64)

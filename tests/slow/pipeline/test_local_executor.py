@@ -12,11 +12,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from support.local_runs import IMAGES, write_inputs
+from support.local_runs import IMAGES, complete, write_inputs
 from vitray.dataset import Dataset
-from vitray.pipeline.cluster import share_out
-from vitray.pipeline.local_executor import LocalExecutor
-from vitray.pipeline.rounds import RunState, run_round
+from vitray.pipeline.machines import local_share
 from vitray.sources import list_shards
 
 
@@ -47,10 +45,9 @@ def test_more_threads_than_shards_and_a_compiled_model_change_nothing(
 ) -> None:
     """Written into a dataset of its own, with four times the threads, and torch.compile."""
     shards = list_shards(dataset.job, []).shards
-    shares = replace(share_out([{"CPU": 8}], "cpu"), readers=6, stagers=5, compiled=True)
+    share = replace(local_share(8, has_gpu=False), readers=6, writers=5, compiled=True)
     other = replace(dataset, out=str(tmp_path / "other"))
-    state = RunState()
-    run_round(other, shards, LocalExecutor(other, shards, shares), state)
+    state = complete(other, shards, share=share)
     assert (
         sorted(state.commits) == sorted(shard.id for shard in shards)
         and state.progress.images == IMAGES
