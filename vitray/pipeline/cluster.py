@@ -26,8 +26,7 @@ log = logging.getLogger(__name__)
 RETRIES = 3  # of a task or an actor; Ray's own defaults are endless
 DISK_TIMEOUT_S = 20.0
 NOTICE_S = 30.0  # between two messages about waiting
-# For a machine with room for the model. Other jobs may use all machines, or an autoscaler may be
-# starting one.
+# For a machine with room for the model: other jobs may use all machines.
 PLACEMENT_TIMEOUT_S = 3600.0
 MEASURE_TIMEOUT_S = 900.0
 NODE_TIMEOUT_S = 120.0

@@ -326,16 +326,18 @@ class _Supply:
 
     def claim(self, wanted: int) -> list[str]:
         """At least `wanted` shards, if others do not have them and did not commit them."""
+        if not self._unclaimed:
+            return []
         moment = time.monotonic()
         has_others = self._leases.has_others
         self._had_others = self._had_others or has_others
-        if not self._unclaimed or (has_others and moment - self._claimed_at < 0.1):
+        if has_others and moment - self._claimed_at < 0.1:
             return []
         if self._had_others:
             self._drop_committed()
         elapsed_s = max(0.1, moment - self._claimed_at)
         count = max(wanted, int(self._ended * CLAIM_S / elapsed_s))
-        claimed = self._leases.claim(list(self._unclaimed), count)
+        claimed = self._leases.claim(self._unclaimed, count)
         self._claimed_at = moment
         self._ended = 0
         for shard in claimed:

@@ -6,6 +6,7 @@ switched off: schedule.py decides what is tried again, because it knows which sh
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 import uuid
@@ -143,6 +144,16 @@ class _Actor:
     waiting: str = "the worker begins"
 
 
+@dataclass(frozen=True)
+class _Feed:
+    """A DecoderActor on a node, which decodes for one worker. streams: calls at a time."""
+
+    node: str
+    worker: str
+    streams: int
+    handle: Any
+
+
 class RayExecutor:
     """An actor for each GPU, or for each machine where there is none. Machines come and go.
 
@@ -155,7 +166,8 @@ class RayExecutor:
         self._actors: dict[str, _Actor] = {}
         self._is_stopping = False
         self._begin_arguments: tuple[Any, ...] | None = None
-        self._decoders: list[Any] = []  # actors
+        self._feeds: list[_Feed] = []
+        self._decoding_nodes: set[str] = set()  # all that decode, or did
         slots = share_out(alive_nodes(), device)
         self.share = slots[0].share
         self.workers = len(slots)
@@ -178,7 +190,7 @@ class RayExecutor:
         self._begin_arguments = (ray.put(dataset), witnesses, compiled)
         for actor in self._actors.values():
             actor.handle.begin.remote(*self._begin_arguments)
-        self._start_decoders(list(self._actors.values()))
+        self._start_decoders()
 
     def give(self, worker: str, shards: Sequence[Shard]) -> None:
         if worker in self._actors:
@@ -221,8 +233,10 @@ class RayExecutor:
     def close(self) -> None:
         import ray
 
-        for handle in (*self._decoders, *(actor.handle for actor in self._actors.values())):
+        handles = [actor.handle for actor in self._actors.values()]
+        for handle in (*handles, *(feed.handle for feed in self._feeds)):
             ray.kill(handle)
+        self._feeds.clear()
         self._actors.clear()
 
     def _start_actors(self) -> None:
@@ -235,11 +249,13 @@ class RayExecutor:
         except ClusterError:  # machines went, and others may come
             return
         taken = {(actor.slot.node, actor.slot.number) for actor in self._actors.values()}
-        new = [self._start_actor(slot) for slot in slots if (slot.node, slot.number) not in taken]
-        if new and self._begin_arguments is not None:
-            self._start_decoders(new)
+        for slot in slots:
+            if (slot.node, slot.number) not in taken:
+                self._start_actor(slot)
+        if self._begin_arguments is not None:
+            self._start_decoders()
 
-    def _start_actor(self, slot: Slot) -> _Actor:
+    def _start_actor(self, slot: Slot) -> None:
         import ray
 
         name = f"vitray-{slot.node[:8]}-{slot.number}-{uuid.uuid4().hex[:8]}"
@@ -252,24 +268,39 @@ class RayExecutor:
         handle = kind.remote(name, slot.share)
         if self._begin_arguments is not None:
             handle.begin.remote(*self._begin_arguments)
-        actor = _Actor(name, slot, handle, handle.answer.remote(ANSWER_S))
-        self._actors[name] = actor
-        return actor
+        self._actors[name] = _Actor(name, slot, handle, handle.answer.remote(ANSWER_S))
 
-    def _start_decoders(self, workers: list[_Actor]) -> None:
-        """Have the machines without a GPU decode for these workers."""
+    def _start_decoders(self) -> None:
+        """Have machines without a GPU decode for the workers.
+
+        A machine that is new is divided between all of them. What decoded for a lost worker goes to
+        the one in its place.
+        """
+        machines = dict(decoding_machines(alive_nodes(), self._device))
+        fed = {feed.worker for feed in self._feeds}
+        unfed = [worker for worker in self._actors if worker not in fed]
+        orphans = [feed for feed in self._feeds if feed.worker not in self._actors]
+        for orphan, worker in zip(orphans, itertools.cycle(unfed)):
+            self._feeds.remove(orphan)
+            if orphan.node in machines:
+                self._start_decoder(orphan.node, machines[orphan.node], worker, orphan.streams)
+        new = [node for node in machines if node not in self._decoding_nodes]
+        self._decoding_nodes.update(new)
+        workers = list(self._actors)
+        for pair in pair_up([machines[node] for node in new], len(workers)):
+            node = new[pair.decoder]
+            self._start_decoder(node, machines[node], workers[pair.worker], pair.streams)
+
+    def _start_decoder(self, node: str, cpus: int, worker: str, streams: int) -> None:
         import ray
 
         assert self._begin_arguments is not None
-        machines = decoding_machines(alive_nodes(), self._device)
-        for feed in pair_up([cpus for _, cpus in machines], len(workers)):
-            node, cpus = machines[feed.decoder]
-            kind = ray.remote(DecoderActor).options(
-                num_cpus=(cpus - 1) * feed.streams / cpus, **_on_node(node, feed.streams + 1)
-            )
-            handle = kind.remote(self._begin_arguments[0])
-            self._decoders.append(handle)
-            workers[feed.worker].handle.decode_also_by.remote(handle, feed.streams)
+        kind = ray.remote(DecoderActor).options(
+            num_cpus=(cpus - 1) * min(1.0, streams / cpus), **_on_node(node, streams + 1)
+        )
+        handle = kind.remote(self._begin_arguments[0])
+        self._feeds.append(_Feed(node, worker, streams, handle))
+        self._actors[worker].handle.decode_also_by.remote(handle, streams)
 
     def _events_of(self, actor: _Actor) -> list[Event]:
         """What an actor answered, and the next question; or its loss, and another actor."""
@@ -287,6 +318,9 @@ class RayExecutor:
             return events
         ray.kill(actor.handle)
         del self._actors[actor.name]
+        for feed in self._feeds:
+            if feed.worker == actor.name:
+                ray.kill(feed.handle)
         self._looked_at = float("-inf")
         return [event for event in events if not isinstance(event, WorkerLost)] + losses[:1]
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from vitray.pipeline.retry import RetryPolicy, Verdict
 
 MOST_SHARDS = 512  # that one worker has at once, however small they are
+LESS = 0.9  # by so much the mean size of shards falls until full workers are looked at again
 
 
 @dataclass
@@ -26,6 +27,9 @@ class Schedule:
 
     Workers are kept busy with few shards each: one that dies costs little, and none is idle at the
     end while another one has several.
+
+    The driver asks after every event, and most events change nothing here. Only workers that may
+    have room are looked at, so that an event costs the same with one worker and with a thousand.
     """
 
     def __init__(self, policy: RetryPolicy | None = None) -> None:
@@ -33,23 +37,30 @@ class Schedule:
         self._waiting: deque[str] = deque()
         self._suspects: deque[str] = deque()
         self._workers: dict[str, _WorkerState] = {}
+        self._owners: dict[str, str] = {}  # the worker of each shard in flight
+        self._open: dict[str, None] = {}  # workers that may have room, in order
+        self._wanted: int | None = None  # None where it may have changed
         self._images = 0  # of the shards that were read
         self._read = 0
+        self._opened_mean = float("inf")  # their mean size when all workers were last opened
 
     @property
     def is_done(self) -> bool:
-        return not (self._waiting or self._suspects or self.in_flight)
+        return not (self._waiting or self._suspects or self._owners)
 
     @property
     def in_flight(self) -> set[str]:
         """The shards that workers have."""
-        return set().union(*(state.shards for state in self._workers.values()))
+        return set(self._owners)
 
     @property
     def wanted(self) -> int:
         """How many further shards the workers could be given now."""
-        rooms = [self._room(state) for state in self._workers.values() if not state.is_alone]
-        return max(0, sum(rooms) - len(self._waiting) - len(self._suspects))
+        if self._wanted is None:
+            states = [self._workers[worker] for worker in self._open]
+            room = sum(self._room(state) for state in states if not state.is_alone)
+            self._wanted = max(0, room - len(self._waiting) - len(self._suspects))
+        return self._wanted
 
     @property
     def workers(self) -> list[str]:
@@ -57,17 +68,26 @@ class Schedule:
 
     def add(self, shards: Iterable[str]) -> None:
         self._waiting.extend(shards)
+        self._wanted = None
 
     def worker_ready(self, worker: str, shards_at_once: int, images_at_once: int) -> None:
         self._workers[worker] = _WorkerState(shards_at_once, images_at_once)
+        self._open_again(worker)
 
     def next_shards(self) -> dict[str, list[str]]:
         """What to give to each worker now."""
         given = dict[str, list[str]]()
-        for worker, state in self._workers.items():
+        for worker in list(self._open):
+            if not (self._waiting or self._suspects):
+                break
+            state = self._workers[worker]
             if shards := self._shards_for(state):
                 state.shards.update(shards)
+                self._owners.update(dict.fromkeys(shards, worker))
+                self._wanted = None
                 given[worker] = shards
+            if state.is_alone or (state.shards and not self._room(state)):
+                del self._open[worker]
         return given
 
     def _shards_for(self, state: _WorkerState) -> list[str]:
@@ -83,9 +103,13 @@ class Schedule:
         """How many further shards a worker can have, by the mean size of those that ended."""
         most = state.shards_at_once
         if self._read:
-            mean_images = max(1.0, self._images / self._read)
-            most = max(most, min(MOST_SHARDS, round(state.images_at_once / mean_images)))
+            most = max(most, min(MOST_SHARDS, round(state.images_at_once / self._mean_images)))
         return max(0, most - len(state.shards))
+
+    @property
+    def _mean_images(self) -> float:
+        """Of the shards that ended."""
+        return max(1.0, self._images / self._read)
 
     def _fair_share(self) -> int:
         """Of the waiting shards, so that no worker takes the last ones from the others."""
@@ -93,7 +117,7 @@ class Schedule:
 
     def worker_stopped(self, worker: str) -> None:
         """It has finished what it read, and gets nothing more."""
-        self._workers.pop(worker, None)
+        self._drop(worker)
 
     def shards_of(self, worker: str) -> list[str]:
         """The shards that a worker has."""
@@ -104,6 +128,10 @@ class Schedule:
         """Learn how many images a shard has."""
         self._read += 1
         self._images += images
+        if self._mean_images < LESS * self._opened_mean:  # every worker has more room
+            self._opened_mean = self._mean_images
+            for worker in self._workers:
+                self._open_again(worker)
 
     def shard_committed(self, shard: str) -> None:
         self.policy.shard_committed(shard)
@@ -122,13 +150,12 @@ class Schedule:
         self._release(shard)
         verdict = self.policy.shard_failed(shard)
         if verdict is not Verdict.SET_ASIDE:
-            self._waiting.append(shard)
+            self.add([shard])
         return verdict
 
     def worker_lost(self, worker: str, is_machine: bool) -> Sequence[str]:
         """Take back the shards of a worker. Returns those that are to blame."""
-        shards = self.shards_of(worker)
-        self._workers.pop(worker, None)
+        shards = self._drop(worker)
         if is_machine:
             self._waiting.extendleft(reversed(shards))
             return []
@@ -141,7 +168,24 @@ class Schedule:
         return shards if len(shards) == 1 else []
 
     def _release(self, shard: str) -> None:
-        for state in self._workers.values():
-            if shard in state.shards:
-                state.shards.remove(shard)
-                state.is_alone = False
+        worker = self._owners.pop(shard, None)
+        if worker is not None:
+            state = self._workers[worker]
+            state.shards.remove(shard)
+            state.is_alone = False
+            self._open_again(worker)
+
+    def _open_again(self, worker: str) -> None:
+        """It may have room."""
+        self._open[worker] = None
+        self._wanted = None
+
+    def _drop(self, worker: str) -> list[str]:
+        """Forget a worker. Returns the shards that it had."""
+        shards = self.shards_of(worker)
+        for shard in shards:
+            del self._owners[shard]
+        self._workers.pop(worker, None)
+        self._open.pop(worker, None)
+        self._wanted = None
+        return shards
