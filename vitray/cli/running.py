@@ -95,15 +95,20 @@ def _at_most_every(
     seconds: float, report: Callable[[Progress], None]
 ) -> Callable[[Progress], None]:
     """A function that calls `report` at most every `seconds`, and when the last shard is done."""
-    last, was_over = time.monotonic() - seconds, False
+    return _Throttled(seconds, report).report
 
-    def throttled(progress: Progress) -> None:
-        nonlocal last, was_over
+
+class _Throttled:
+    def __init__(self, seconds: float, report: Callable[[Progress], None]) -> None:
+        self._seconds = seconds
+        self._report = report
+        self._last = time.monotonic() - seconds
+        self._was_over = False
+
+    def report(self, progress: Progress) -> None:
         is_over = progress.shards_done + progress.set_aside >= progress.shards
-        is_due = (is_over and not was_over) or time.monotonic() - last >= seconds
-        if progress.shards and is_due:
-            last = time.monotonic()
-            report(progress)
-        was_over = is_over
-
-    return throttled
+        is_due = time.monotonic() - self._last >= self._seconds
+        if progress.shards and (is_due or (is_over and not self._was_over)):
+            self._last = time.monotonic()
+            self._report(progress)
+        self._was_over = is_over

@@ -16,7 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from typing import Any
 
@@ -229,7 +229,7 @@ def _label_missing(
                 _expect(pending, state)
                 executor.begin(dataset, pending, _compiles(job, pending, executor))
                 complete_shards(dataset, pending, executor, leases, state)
-            if state.stop.is_set():
+            if state.stop.is_set() and pending_shards(job, listing):
                 raise Interrupted("what is staged stays. Run the same command again to continue.")
             if not state.changed:
                 return
@@ -332,19 +332,27 @@ def _expect(pending: list[Shard], state: RunState) -> None:
     progress.bytes_expected = progress.size_bytes + sum(shard.size for shard in pending)
 
 
+@dataclass
+class _SourceNow:
+    """What a job's source holds, as of the last time that it was listed."""
+
+    job: Job
+    listing: Listing = field(default_factory=lambda: Listing([], []))
+    selected: list[Shard] = field(default_factory=list)
+
+    def list_ids(self) -> tuple[list[str], list[str]]:
+        """The ids of all shards, and of those that the job selects."""
+        self.listing = list_source(self.job)
+        self.selected = select_shards(self.listing.shards, self.job)
+        return [shard.id for shard in self.listing.shards], [shard.id for shard in self.selected]
+
+
 def finish_run(dataset: Dataset, job: Job, state: RunState) -> Result:
     """The manifest step on what the source holds now, and the result of the run."""
-    listing = Listing([], [])
-    selected = list[Shard]()
-
-    def list_ids() -> tuple[list[str], list[str]]:
-        nonlocal listing, selected
-        listing = list_source(job)
-        selected = select_shards(listing.shards, job)
-        return [shard.id for shard in listing.shards], [shard.id for shard in selected]
-
+    source = _SourceNow(job)
     restore_dataset(dataset)  # another first run that failed may have removed it
-    ledger = write_manifest(dataset, list_ids, state.prune, state.commits)
+    ledger = write_manifest(dataset, source.list_ids, state.prune, state.commits)
+    listing, selected = source.listing, source.selected
     record_source(dataset, _last_source(listing))
     deleted = sum(len(deleted_files(shard)) for shard in listing.shards)
     rated = ledger.rows + ledger.errors - deleted
