@@ -185,6 +185,7 @@ class _Driver:
         done = committed_files(self._dataset.out).keys()
         for shard_id in self._shards.keys() & self._state.commits.keys() - done:
             del self._state.commits[shard_id]
+            self._state.progress.shards_done -= 1
             self._fail(
                 shard_id,
                 "a machine says it is committed, but it is not in `out`: do all machines see the "
@@ -193,8 +194,9 @@ class _Driver:
         return self._schedule.is_done
 
     def _give(self) -> None:
-        if wanted := self._schedule.wanted:
-            self._schedule.add(self._supply.claim(wanted))
+        if not self._supply.is_empty and (wanted := self._schedule.wanted):
+            if claimed := self._supply.claim(wanted):
+                self._schedule.add(claimed)
             if self._schedule.is_done and not self._supply.is_empty:
                 # The remaining shards are those of other runs, which may commit them or die.
                 self._watch.others_work()
@@ -326,8 +328,6 @@ class _Supply:
 
     def claim(self, wanted: int) -> list[str]:
         """At least `wanted` shards, if others do not have them and did not commit them."""
-        if not self._unclaimed:
-            return []
         moment = time.monotonic()
         has_others = self._leases.has_others
         self._had_others = self._had_others or has_others

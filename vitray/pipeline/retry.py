@@ -32,12 +32,13 @@ class RetryPolicy:
     attempts: dict[str, int] = field(default_factory=dict)
     _deaths: dict[str, int] = field(default_factory=dict)
     _died_alone: set[str] = field(default_factory=set)
+    _set_aside: set[str] = field(default_factory=set)
     _idle_deaths: int = 0
 
     @property
     def set_aside(self) -> int:
         """The number of shards that are given up."""
-        return sum(count >= ATTEMPTS for count in self.attempts.values())
+        return len(self._set_aside)
 
     @property
     def died_alone(self) -> list[str]:
@@ -56,6 +57,7 @@ class RetryPolicy:
     def shard_broken(self, shard: str) -> None:
         """No attempt at a shard helps."""
         self.attempts[shard] = ATTEMPTS
+        self._set_aside.add(shard)
 
     def shard_committed(self, shard: str) -> None:
         self._deaths.pop(shard, None)
@@ -79,4 +81,7 @@ class RetryPolicy:
 
     def _count(self, shard: str, otherwise: Verdict) -> Verdict:
         self.attempts[shard] = self.attempts.get(shard, 0) + 1
-        return Verdict.SET_ASIDE if self.attempts[shard] >= ATTEMPTS else otherwise
+        if self.attempts[shard] < ATTEMPTS:
+            return otherwise
+        self._set_aside.add(shard)
+        return Verdict.SET_ASIDE

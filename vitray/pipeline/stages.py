@@ -212,22 +212,29 @@ class _FragmentReader:
     def fragments(self) -> Iterator[EncodedFragment | FragmentSkipped | ShardEnd]:
         """What was not sent yet; the last one has the end. Raises what read_shard raises."""
         last: EncodedFragment | None = None  # held back until it is known whether the end follows
-        for item in self._ranges():
-            if isinstance(item, End):
-                if last is None:
-                    yield ShardEnd(self.shard, item)
+        try:
+            for item in self._ranges():
+                if isinstance(item, End):
+                    yield self._ended(last, item)
+                    return
+                if last is not None:
+                    yield self._sent(last)
+                    last = None
+                if isinstance(item, EncodedFragment):
+                    last = item
                 else:
-                    yield self._sent(replace(last, info=replace(last.info, end=item)))
-                return
+                    self.sent.add(item.start)
+                    yield item
+        except VitrayError:
             if last is not None:
                 yield self._sent(last)
-                last = None
-            if isinstance(item, EncodedFragment):
-                last = item
-            else:
-                self.sent.add(item.start)
-                yield item
+            raise
         raise ShardError(f"{self.shard.url}: the source ended without the number of its images")
+
+    def _ended(self, last: EncodedFragment | None, end: End) -> EncodedFragment | ShardEnd:
+        if last is None:
+            return ShardEnd(self.shard, end)
+        return self._sent(replace(last, info=replace(last.info, end=end)))
 
     def _sent(self, fragment: EncodedFragment) -> EncodedFragment:
         self.sent.add(fragment.info.start)

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from vitray.copies import copied_bytes
@@ -145,6 +145,7 @@ class Worker:
 
     def _hand_on(self, item: Unread | ShardOutcome) -> None:
         if isinstance(item, ShardOutcome):
+            self._coverage.forget(item.shard)
             self._events.put(item)
         else:
             self._writes.put(item)
@@ -174,8 +175,9 @@ class Worker:
             if isinstance(event, FragmentWritten):
                 event = replace(event, copied_bytes=self._newly_copied_bytes())
             self._events.put(event)
-        is_ended = isinstance(events[-1], ShardOutcome)
-        if not is_ended and (completed := self._coverage.completed_by(events)):
+        if isinstance(outcome := events[-1], ShardOutcome):
+            self._coverage.forget(outcome.shard)
+        elif completed := self._coverage.completed_by(events):
             self._events.put(commit_stage(self._dataset, completed))
 
     def _newly_copied_bytes(self) -> int:
@@ -201,50 +203,57 @@ def _decoders(
     return ThreadDecoders(dataset, shards, outlets, share)
 
 
+@dataclass
+class _Covered:
+    """What is known of one shard. fragments: {start: stop}. total: None before its end."""
+
+    shard: Shard
+    fragments: dict[int, int] = field(default_factory=dict)
+    total: int | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        covered = 0
+        while covered in self.fragments:
+            covered = self.fragments[covered]
+        return covered == self.total
+
+
 class Coverage:
     """Which shards are complete, by their events. A commit checks the fragments again."""
 
     def __init__(self) -> None:
-        self._shards: dict[str, Shard] = {}
-        self._fragments: dict[str, dict[int, int]] = {}
-        self._totals: dict[str, int] = {}
+        self._shards: dict[str, _Covered] = {}
         self._lock = threading.Lock()
 
     def begin(self, shard: Shard) -> None:
         """Expect the events of a new attempt at a shard."""
         with self._lock:
-            self._forget(shard.id)
-            self._shards[shard.id] = shard
-            self._fragments[shard.id] = {}
+            self._shards[shard.id] = _Covered(shard)
+
+    def forget(self, shard_id: str) -> None:
+        """Expect nothing more of a shard."""
+        with self._lock:
+            self._shards.pop(shard_id, None)
 
     def completed_by(self, events: Sequence[ShardEvent]) -> Shard | None:
-        """Add events of one shard. Returns the shard once, when they complete it."""
+        """Add events of one shard. Returns the shard once, when they complete it.
+
+        None also for late events of an attempt that has ended.
+        """
         with self._lock:
-            shard_id = ""
+            known = self._shards.get(events[0].shard)
+            if known is None:
+                return None
             for event in events:
                 if isinstance(event, ShardEnded):
-                    shard_id = event.shard
-                    self._totals[shard_id] = event.end.total
+                    known.total = event.end.total
                 elif isinstance(event, (FragmentWritten, FragmentSkipped)):
-                    shard_id = event.shard
-                    self._fragments[shard_id][event.start] = event.stop
-            shard = self._shards.get(shard_id)
-            if shard is None or not self._is_covered(shard_id):
+                    known.fragments[event.start] = event.stop
+            if not known.is_complete:
                 return None
-            self._forget(shard_id)
-            return shard
-
-    def _is_covered(self, shard_id: str) -> bool:
-        covered = 0
-        fragments = self._fragments[shard_id]
-        while covered in fragments:
-            covered = fragments[covered]
-        return self._totals.get(shard_id) == covered
-
-    def _forget(self, shard_id: str) -> None:
-        self._shards.pop(shard_id, None)
-        self._fragments.pop(shard_id, None)
-        self._totals.pop(shard_id, None)
+            del self._shards[known.shard.id]
+            return known.shard
 
 
 class _EventList:

@@ -324,7 +324,7 @@ time.sleep(100)
         family = psutil.Process(parent.pid).children(recursive=True)
         assert len(family) == 4  # two processes, and a child of each
         parent.send_signal(signal.SIGKILL)
-    gone, alive = psutil.wait_procs(family, 5)
+    _, alive = psutil.wait_procs(family, 5)
     assert not [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 

@@ -18,7 +18,8 @@ import vitray
 from factories.shards import Picture, pictures, put_tars
 from support.local_runs import complete
 from vitray.dataset import Dataset, committed_files, open_dataset
-from vitray.pipeline import stages, worker
+from vitray.pipeline import decoders, stages, worker
+from vitray.pipeline.decoders import ShardSource, read_blocks
 from vitray.pipeline.driver import RunState
 from vitray.pipeline.stages import DecodedBlock, FragmentRows
 from vitray.schema import Shard
@@ -137,7 +138,7 @@ def test_shards_of_one_fragment_leave_no_staging(
 def test_mixed_sizes_give_the_rows_of_one_shard_at_a_time(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Although small shards are decoded and predicted together."""
+    """Also where small shards are decoded and predicted together, as for a GPU."""
     shared = list[int]()
     real = worker.predict_stage
 
@@ -147,8 +148,15 @@ def test_mixed_sizes_give_the_rows_of_one_shard_at_a_time(
         assert images <= FRAGMENT
         return real(dataset, model, block, *more)  # type: ignore[arg-type]
 
+    def joined(
+        dataset: Dataset, shards: ShardSource, stopping: threading.Event, **_: bool
+    ) -> object:
+        return read_blocks(dataset, shards, stopping)
+
     monkeypatch.setattr(worker, "predict_stage", predict)
-    require_complete(dataset, complete(dataset, shards_of(dataset)))
+    with monkeypatch.context() as patched:
+        patched.setattr(decoders, "read_blocks", joined)
+        require_complete(dataset, complete(dataset, shards_of(dataset)))
     assert max(shared) > 1
     shared.clear()
     alone = replace(dataset, out=f"{dataset.out}-alone")
@@ -239,6 +247,19 @@ def test_a_run_after_a_failure_computes_only_what_is_missing(
     assert committed_files(dataset.out).keys() == sizes_of(dataset).keys()
     assert table_of(dataset).num_rows == sum(SIZES) - len(BAD)
     assert staging_of(dataset.out) == []
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_that_breaks_while_the_run_stops_is_not_replaced(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run ends at once, and not only after the time that stopping may take."""
+    state = RunState()
+    state.report = lambda _: state.stop.set() if state.schedule.in_flight else None
+    failed = failing(monkeypatch, "predict_stage", lambda ids: state.stop.wait(20))
+    complete(dataset, shards_of(dataset), state)
+    assert failed and state.commits == {} and state.failures == {}
+    assert [thread.name for thread in threading.enumerate() if thread.name == "vitray-stage"] == []
 
 
 @pytest.mark.timeout(120)
