@@ -34,7 +34,9 @@ import time
 import tracemalloc
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,7 @@ import pyarrow as pa
 
 from vitray.dataset import Commit, Dataset, Leases, committed_files, resolve_dataset
 from vitray.job import Job, make_job
-from vitray.models.free import free_spec
+from vitray.models.free import FreeModel, free_spec
 from vitray.operations.demo import write_tar
 from vitray.pipeline.driver import RunState, complete_shards
 from vitray.pipeline.events import (
@@ -53,6 +55,14 @@ from vitray.pipeline.events import (
     WorkerReady,
 )
 from vitray.pipeline.machines import WorkerShare, local_share
+from vitray.pipeline.stages import (
+    EncodedFragment,
+    FragmentRows,
+    decode_stage,
+    predict_stage,
+    read_stage,
+    write_stage,
+)
 from vitray.pipeline.worker import Worker
 from vitray.schema import End, ModelSpec, Shard, ShardKind, VectorColumn
 from vitray.sources import list_shards
@@ -126,20 +136,27 @@ def slow_requests(seconds: float) -> Iterator[Counter[str]]:
 def _delayed(
     name: str, original: Callable[..., Any], seconds: float, counts: Counter[str]
 ) -> Callable[..., Any]:
+    """A method of the store that waits first, unless another of its methods calls it."""
+
     def call(store: LocalStore, *arguments: Any, **options: Any) -> Any:
-        requests = 1
-        if name == "open":
-            has_version = len(arguments) > 1 and arguments[1] is not None  # then it calls `stat`
-            requests = 1 if has_version else 2
-        elif name == "delete":
-            urls = list(arguments[0])
-            arguments = (urls,)
-            requests = len(urls)
+        if getattr(_calls, "is_inside", False):
+            return original(store, *arguments, **options)
+        requests = 2 if name == "open" else 1
+        if name == "delete":
+            arguments = (list(arguments[0]),)
+            requests = len(arguments[0])
         counts[name] += requests
         time.sleep(requests * seconds)
-        return original(store, *arguments, **options)
+        _calls.is_inside = True
+        try:
+            return original(store, *arguments, **options)
+        finally:
+            _calls.is_inside = False
 
     return call
+
+
+_calls = threading.local()
 
 
 class SimulatedExecutor:
@@ -167,8 +184,10 @@ class SimulatedExecutor:
     def close(self) -> None: ...
 
 
-def complete(dataset: Dataset, shards: Sequence[Shard], executor: Any) -> RunState:
-    state = RunState()
+def complete(
+    dataset: Dataset, shards: Sequence[Shard], executor: Any, state: RunState | None = None
+) -> RunState:
+    state = state or RunState()
     executor.begin(dataset, shards, compiled=False)
     with contextlib.closing(executor), Leases(dataset.out, state.run_id) as leases:
         complete_shards(dataset, shards, executor, leases, state)
@@ -200,7 +219,7 @@ class ReplayExecutor(SimulatedExecutor):
     """Workers that finish a fragment whenever they are asked. cpu_s: what they spent themselves."""
 
     def __init__(self, replay: Replay) -> None:
-        share = dataclasses.replace(local_share(16, has_gpu=True))
+        share = local_share(16, has_gpu=True)
         super().__init__(share, replay.workers)
         self.cpu_s = 0.0
         self._replay = replay
@@ -353,6 +372,7 @@ def measure_driver() -> list[Figure]:
 # ---------------------------------------------------------------- commits
 
 SMALL_SHARD = 10
+SMALL_SHARDS = 1000
 SMALL_PIXELS = 32
 WORKERS = 16
 
@@ -434,8 +454,9 @@ class CommitRate:
 
 @dataclass
 class CommitTimes:
-    """The progress of a run, as times of commits."""
+    """The progress of a run of so many shards, as times of commits."""
 
+    total: int
     first: float = 0.0
     last: float = 0.0
     first_count: int = 0
@@ -449,13 +470,18 @@ class CommitTimes:
         self.last = time.monotonic()
         if not self.first:
             self.first, self.first_count = self.last, self.count
-            self.cpu_s = machine_cpu_s()
+            self.cpu_s = -cpu_s_of_all()
+        elif self.count == self.total:
+            self.cpu_s += cpu_s_of_all()
 
 
-def machine_cpu_s() -> float:
-    from bench_free import machine_cpu_s as measured
+def cpu_s_of_all() -> float:
+    """CPU seconds of this process and of its decoders."""
+    import psutil
 
-    return measured()
+    own = psutil.Process()
+    times = [each.cpu_times() for each in (own, *own.children(recursive=True))]
+    return sum(each.user + each.system for each in times)
 
 
 def small_commits(folder: Path, shards: int, workers: int, fragment_rows: int) -> CommitRate:
@@ -464,33 +490,58 @@ def small_commits(folder: Path, shards: int, workers: int, fragment_rows: int) -
     dataset = free_dataset(folder, SMALL_PIXELS, fragment_rows=fragment_rows)
     planned = list_shards(dataset.job, []).shards
     share = dataclasses.replace(local_share(4, has_gpu=False), decoders=1, queue_blocks=4)
-    times = CommitTimes()
+    times = CommitTimes(shards)
     state = RunState(report=times.report)
-    with (
-        slow_requests(REQUEST_S) as counts,
-        contextlib.closing(ManyWorkers(share, workers)) as many,
-    ):
-        many.begin(dataset, planned, compiled=False)
-        with Leases(dataset.out, state.run_id) as leases:
-            complete_shards(dataset, planned, many, leases, state)
-    cpu_s = machine_cpu_s() - times.cpu_s
+    with slow_requests(REQUEST_S) as counts:
+        complete(dataset, planned, ManyWorkers(share, workers), state)
     if len(committed_files(dataset.out)) != shards:
         raise RuntimeError("not all shards were committed")
     done = shards - times.first_count
-    return CommitRate(done, times.last - times.first, cpu_s, sum(counts.values()) / shards)
+    return CommitRate(done, times.last - times.first, times.cpu_s, sum(counts.values()) / shards)
+
+
+def ready_fragments(dataset: Dataset, shards: Sequence[Shard]) -> list[FragmentRows]:
+    """The last stage's input, for shards of one fragment each."""
+    model = FreeModel(dataset.spec, dataset.outputs)
+    rows = list[FragmentRows]()
+    for shard in shards:
+        read = [item for item in read_stage(dataset, shard) if isinstance(item, EncodedFragment)]
+        rows += predict_stage(dataset, model, decode_stage(dataset, read))
+    return rows
+
+
+def commits_alone(folder: Path, shards: int, threads: int) -> CommitRate:
+    """Threads that do nothing but the last stage."""
+    write_small_tars(folder / "in", shards)
+    dataset = free_dataset(folder, SMALL_PIXELS, fragment_rows=SMALL_SHARD)
+    fragments = ready_fragments(dataset, list_shards(dataset.job, []).shards)
+    started, cpu_s = time.monotonic(), time.process_time()
+    with slow_requests(REQUEST_S) as counts, ThreadPoolExecutor(threads) as pool:
+        outcomes = list(pool.map(partial(write_stage, dataset), fragments))
+    assert all(isinstance(events[-1], ShardCommitted) for events in outcomes)
+    seconds = time.monotonic() - started
+    return CommitRate(shards, seconds, time.process_time() - cpu_s, sum(counts.values()) / shards)
 
 
 def measure_commits() -> list[Figure]:
     figures = list[Figure]()
+    shards_of = f"shards of {SMALL_SHARD} images"
     cases = {"one fragment each": SMALL_SHARD, "2 fragments each": SMALL_SHARD // 2}
     for what, fragment_rows in cases.items():
         with scratch_folder() as folder:
-            rate = small_commits(folder, 1500, WORKERS, fragment_rows)
-        title = f"shards of {SMALL_SHARD} images, {what}, {WORKERS} workers in one process"
-        cpu = f"CPU {rate.cpu_s / rate.seconds:.1f} cores"
-        value = f"{rate.shards_per_s:.0f} shards/s ({rate.requests:.1f} requests per shard, {cpu})"
-        figures.append(Figure("commits", title, value, "60 shards/s"))
+            rate = small_commits(folder, SMALL_SHARDS, WORKERS, fragment_rows)
+        figures.append(commit_figure(f"{shards_of}, {what}, {WORKERS} workers", rate))
+    threads = WORKERS * local_share(2, has_gpu=False).writers
+    with scratch_folder() as folder:
+        rate = commits_alone(folder, SMALL_SHARDS, threads)
+    figures.append(commit_figure(f"{shards_of}, commits alone by the same {threads} writers", rate))
     return figures
+
+
+def commit_figure(what: str, rate: CommitRate) -> Figure:
+    cpu = f"{1000 * rate.cpu_s / rate.shards:.1f} ms of CPU"
+    value = f"{rate.shards_per_s:.0f} shards/s ({rate.requests:.1f} requests, {cpu} per shard)"
+    return Figure("commits", what, value, "60 shards/s")
 
 
 # ---------------------------------------------------------------- idle
@@ -708,9 +759,8 @@ def measure_partitions() -> list[Figure]:
         write_photo_tars(folder / "in", PART_IMAGES, PART_TARS)
         figures = [_partition_figure(folder, "left alone", None)]
         for seed in range(KILLED_RUNS):
-            figures.append(
-                _partition_figure(folder, f"one killed, run {seed}", random.Random(seed))
-            )
+            rng = random.Random(seed)
+            figures.append(_partition_figure(folder, f"one killed, run {seed}", rng))
     return figures
 
 
@@ -786,6 +836,7 @@ def main() -> None:
     figures = list[Figure]()
     for name in PARTS if part == "all" else [part]:
         figures += PARTS[name]()
+        print(f"{name} is done", file=sys.stderr, flush=True)
     print(markdown(figures))
 
 

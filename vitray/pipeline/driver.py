@@ -10,7 +10,8 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Protocol
@@ -49,6 +50,7 @@ EVENT_WAIT_S = 1.0
 CLAIM_S = 3.0  # shards are claimed for about this long
 OTHERS_LOOK_S = 1.0  # between two looks at what other runs have committed, or longer:
 OTHERS_LOOK_SHARE = 0.1  # of the time, at most, goes into looks
+LOOK_WAIT_S = 0.2  # for a look that is short; workers are not kept waiting for a long one
 STOP_TIMEOUT_S = 120.0  # for the fragments in flight
 
 
@@ -320,7 +322,8 @@ class _Supply:
         self._progress = progress
         self._had_others = False  # runs beside this one, which may have ended
         self._ended = 0
-        self._claimed_at = self._look_at = float("-inf")
+        self._claimed_at = float("-inf")
+        self._look = _CommittedLook(dataset.out)
 
     @property
     def is_empty(self) -> bool:
@@ -350,15 +353,10 @@ class _Supply:
 
     def _drop_committed(self) -> None:
         """Forget the shards that other runs have committed, by a look now and then."""
-        started = time.monotonic()
-        if started < self._look_at:
-            return
-        committed = self._unclaimed.keys() & committed_files(self._dataset.out).keys()
+        committed = self._unclaimed.keys() & self._look.latest()
         for shard in committed:
             del self._unclaimed[shard]
         self._progress.shards_done += len(committed)
-        took_s = time.monotonic() - started
-        self._look_at = started + max(OTHERS_LOOK_S, took_s / OTHERS_LOOK_SHARE)
 
     def _still_pending(self, claimed: Sequence[str]) -> list[str]:
         """Those that no other run committed, before it released them and they were claimed."""
@@ -366,6 +364,39 @@ class _Supply:
         self._leases.release(set(claimed) - set(pending))
         self._progress.shards_done += len(claimed) - len(pending)
         return pending
+
+
+class _CommittedLook:
+    """Which shards are committed, by listing the data files again and again.
+
+    Another thread lists them, since a listing of a million files takes a minute.
+    """
+
+    def __init__(self, out: str) -> None:
+        self._out = out
+        self._found: Future[Set[str]] | None = None
+        self._due_at = float("-inf")
+
+    def latest(self) -> Set[str]:
+        """What a look has found, once for each look; nothing between them."""
+        if self._found is None and time.monotonic() >= self._due_at:
+            self._found = Future()
+            threading.Thread(target=self._list, args=(self._found,), daemon=True).start()
+        if self._found is None or not wait([self._found], LOOK_WAIT_S).done:
+            return frozenset()
+        found, self._found = self._found.result(), None
+        return found
+
+    def _list(self, found: Future[Set[str]]) -> None:
+        started = time.monotonic()
+        try:
+            committed = committed_files(self._out).keys()
+        except Exception as error:
+            found.set_exception(error)
+            return
+        took_s = time.monotonic() - started
+        self._due_at = started + max(OTHERS_LOOK_S, took_s / OTHERS_LOOK_SHARE)
+        found.set_result(committed)
 
 
 class _StallWatch:

@@ -9,6 +9,7 @@ from typing import Any
 from vitray.errors import ClusterError
 
 MODEL_THREADS = 4  # of a worker with a GPU
+CPUS_PER_GPU = 24  # at 2 ms of decoding per image: 12,000 images/s, a ViT-B/16 on an H200
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,22 @@ def decoding_machines(nodes: Sequence[dict[str, Any]], device: str) -> list[tupl
         for node, resources in sizes
         if not int(resources.get("GPU", 0)) and resources.get("CPU", 0) >= 2
     ]
+
+
+def further_machine(nodes: Sequence[dict[str, Any]], device: str) -> float:
+    """All CPUs of a further machine that would help; 0 where there are enough.
+
+    Without GPUs, another worker always helps. With GPUs, machines that decode do, until there are
+    CPUS_PER_GPU. The size is that of the smallest such machine that is there.
+    """
+    decoding = decoding_machines(nodes, device)
+    gpus = sum(int(node["Resources"].get("GPU", 0)) for node in nodes)
+    if device not in ("auto", "cuda") or not gpus:
+        return min((slot.share.cpus + 1 for slot in _cpu_slots(nodes)), default=0)
+    cpus = sum(node["Resources"].get("CPU", 0) for node in nodes)
+    if not decoding or cpus >= CPUS_PER_GPU * gpus:
+        return 0
+    return min(cpus for _, cpus in decoding)
 
 
 def share_out(nodes: Sequence[dict[str, Any]], device: str) -> list[Slot]:

@@ -30,7 +30,13 @@ from vitray.pipeline.cluster import (
     wait_for_first,
 )
 from vitray.pipeline.events import Event, ShardBroken, ShardChanged, WorkerLost
-from vitray.pipeline.machines import Slot, WorkerShare, decoding_machines, share_out
+from vitray.pipeline.machines import (
+    Slot,
+    WorkerShare,
+    decoding_machines,
+    further_machine,
+    share_out,
+)
 from vitray.pipeline.remote_decoders import DecoderActor, RemoteDecoders, pair_up
 from vitray.pipeline.worker import Worker
 from vitray.schema import ModelSpec, Shard
@@ -40,7 +46,8 @@ DESCRIBED = 3  # workers in a description
 ANSWER_S = 10.0  # an actor answers within this time, also when nothing happened
 CALLS_AT_ONCE = 4  # of an actor: events, give, and what is rare
 GATHER_S = 0.1  # an actor waits for further events, so that the driver gets few messages
-MACHINES_S = 10.0  # between two looks for machines that came or went
+MACHINES_WANTED_S = 60.0  # after shards were given: then there are more, or the end is near
+MACHINES_S = 5.0  # between two looks for machines that came or went
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +161,17 @@ class _Feed:
     handle: Any
 
 
+class Scout:
+    """Asks for a further machine, by waiting for one.
+
+    Ray's autoscaler starts machines for actors that have no room. An actor that is bound to a
+    machine is no such request. This one ends with its driver, unlike a request to the autoscaler.
+    """
+
+    def is_up(self) -> bool:
+        return True
+
+
 class RayExecutor:
     """An actor for each GPU, or for each machine where there is none. Machines come and go.
 
@@ -168,6 +186,9 @@ class RayExecutor:
         self._begin_arguments: tuple[Any, ...] | None = None
         self._feeds: list[_Feed] = []
         self._decoding_nodes: set[str] = set()  # all that decode, or did
+        self._scout: Any = None
+        self._scout_is_up: Any = None
+        self._given_at = float("-inf")
         slots = share_out(alive_nodes(), device)
         self.share = slots[0].share
         self.workers = len(slots)
@@ -193,6 +214,9 @@ class RayExecutor:
         self._start_decoders()
 
     def give(self, worker: str, shards: Sequence[Shard]) -> None:
+        if self._given_at == float("-inf"):
+            self._looked_at = float("-inf")  # ask for machines now
+        self._given_at = time.monotonic()
         if worker in self._actors:
             self._actors[worker].handle.give.remote(list(shards))
 
@@ -234,8 +258,11 @@ class RayExecutor:
         import ray
 
         handles = [actor.handle for actor in self._actors.values()]
-        for handle in (*handles, *(feed.handle for feed in self._feeds)):
-            ray.kill(handle)
+        handles += [feed.handle for feed in self._feeds]
+        for handle in (*handles, self._scout):
+            if handle is not None:
+                ray.kill(handle)
+        self._scout = None
         self._feeds.clear()
         self._actors.clear()
 
@@ -254,6 +281,24 @@ class RayExecutor:
                 self._start_actor(slot)
         if self._begin_arguments is not None:
             self._start_decoders()
+            self._look_for_machine()
+
+    def _look_for_machine(self) -> None:
+        """Ask for a further machine while there are shards for it."""
+        import ray
+
+        if self._scout is not None:
+            has_arrived = bool(ray.wait([self._scout_is_up], timeout=0)[0])
+            is_wanted = time.monotonic() - self._given_at < MACHINES_WANTED_S
+            if is_wanted and not has_arrived:
+                return
+            ray.kill(self._scout)
+            self._scout = None
+        cpus = further_machine(alive_nodes(), self._device)
+        if cpus and time.monotonic() - self._given_at < MACHINES_WANTED_S:
+            kind = ray.remote(Scout).options(num_cpus=cpus, max_restarts=0, max_task_retries=0)
+            self._scout = kind.remote()
+            self._scout_is_up = self._scout.is_up.remote()
 
     def _start_actor(self, slot: Slot) -> None:
         import ray
