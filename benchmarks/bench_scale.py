@@ -1,9 +1,10 @@
 """What limits a run of many workers: its driver, its commits, its requests.
 
-`python benchmarks/bench_scale.py driver|commits|idle|partitions|requests|all` measures one part, or
-all of them, and prints a Markdown table. No GPU and no cluster is needed:
+`python benchmarks/bench_scale.py driver|ray|commits|idle|partitions|requests|all` measures one
+part, or all of them, and prints a Markdown table. No GPU and no cluster is needed:
 
-driver      CPU and memory of the driver, by replayed events of 100 workers
+driver      CPU and memory of the driver, by replayed events of 100 and 800 workers
+ray         CPU of the driver for receiving events from actors of Ray
 commits     shards of 10 images that 16 workers commit, with 25 ms for each storage request
 idle        how long a worker without a shard waits for the next one
 partitions  four processes with `--partition`, left alone and killed at random
@@ -337,6 +338,7 @@ def driver_memory(folder: Path, replay: Replay) -> DriverMemory:
     shards = replay_shards(replay.shards)
     listed, _ = tracemalloc.get_traced_memory()
     state = complete(dataset, shards, ReplayExecutor(replay))
+    state.progress.recent.clear()  # points of the last ten seconds, which the replay did not take
     gc.collect()
     ended, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -366,6 +368,70 @@ def measure_driver() -> list[Figure]:
         title = f"memory per million images in shards of 4,096: {what}"
         each = f"{size / replay.shards:.0f} bytes per shard"
         figures.append(Figure("driver", title, f"{size * per_million:.0f} kB ({each})"))
+    return figures
+
+
+# ---------------------------------------------------------------- ray
+
+RAY_ACTORS = 8
+RAY_ANSWERS = 4000
+
+
+class AnsweringActor:
+    """An actor of Ray that answers like a worker: with the events of one fragment, after a wait."""
+
+    def __init__(self) -> None:
+        shard = replay_shards(1)[0].id
+        seconds = {"read": 0.5, "decode": 2.5, "predict": 0.1, "stage": 0.05}
+        self._events = [FragmentWritten(shard, 0, FRAGMENT_ROWS, {}, seconds, 110_000_000)]
+
+    def events(self, wait_s: float) -> list[Event]:
+        time.sleep(wait_s)
+        return list(self._events)
+
+
+def ray_answer_ms(workers: int) -> float:
+    """CPU ms of the driver for each answer, while it waits for so many of them.
+
+    The calls are those of RayExecutor.events. A few actors stand for all workers.
+    """
+    import ray
+
+    streams = workers // RAY_ACTORS
+    kind = ray.remote(AnsweringActor).options(num_cpus=0, max_concurrency=streams)
+    actors = [kind.remote() for _ in range(RAY_ACTORS)]
+    ray.get([actor.events.remote(0) for actor in actors])
+    wait_s = workers / 1000  # a thousand answers per second
+    answers = {actor.events.remote(wait_s): actor for actor in actors for _ in range(streams)}
+    started = time.process_time()
+    taken_answers = 0
+    while taken_answers < RAY_ANSWERS:
+        ready, waiting = ray.wait(list(answers), num_returns=1, timeout=1.0)
+        if ready and waiting:
+            ready += ray.wait(waiting, num_returns=len(waiting), timeout=0)[0]
+        for answer in ready:
+            actor = answers.pop(answer)
+            assert len(ray.get(answer)) == 1
+            answers[actor.events.remote(wait_s)] = actor
+        taken_answers += len(ready)
+    return 1000 * (time.process_time() - started) / taken_answers
+
+
+def measure_ray() -> list[Figure]:
+    import ray
+
+    figures = list[Figure]()
+    for workers in (8, 100, 800):
+        ray.init(
+            num_cpus=1,
+            include_dashboard=False,
+            log_to_driver=False,
+            runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}},
+        )
+        value = f"{ray_answer_ms(workers):.2f} ms"
+        ray.shutdown()
+        what = f"CPU of Ray's client in the driver per answer of a worker, {workers} workers"
+        figures.append(Figure("ray", what, value))
     return figures
 
 
@@ -481,7 +547,7 @@ def cpu_s_of_all() -> float:
 
     own = psutil.Process()
     times = [each.cpu_times() for each in (own, *own.children(recursive=True))]
-    return sum(each.user + each.system for each in times)
+    return float(sum(each.user + each.system for each in times))
 
 
 def small_commits(folder: Path, shards: int, workers: int, fragment_rows: int) -> CommitRate:
@@ -820,6 +886,7 @@ def measure_requests() -> list[Figure]:
 
 PARTS: dict[str, Callable[[], list[Figure]]] = {
     "driver": measure_driver,
+    "ray": measure_ray,
     "commits": measure_commits,
     "idle": measure_idle,
     "partitions": measure_partitions,

@@ -171,7 +171,7 @@ class Schedule:
         worker = self._owners.pop(shard, None)
         if worker is not None:
             state = self._workers[worker]
-            state.shards.remove(shard)
+            state.shards.discard(shard)
             state.is_alone = False
             self._open_again(worker)
 

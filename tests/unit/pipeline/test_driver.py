@@ -647,6 +647,35 @@ def test_shards_that_another_run_has_just_committed_are_not_computed(
 
 
 @pytest.mark.timeout(60)
+def test_a_long_look_at_the_data_files_keeps_no_worker_waiting(
+    dataset: Dataset, other: OtherRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where there are a million of them."""
+    took_s = 3.0
+
+    def look_long(out: str) -> object:
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(took_s)
+        return committed_files(out)
+
+    monkeypatch.setattr(driver, "committed_files", look_long)
+    started = time.monotonic()
+    own_shards_done_s = list[float]()
+    state = RunState()
+
+    def report(progress: object) -> None:
+        if len(state.commits) == SHARDS - 6:
+            own_shards_done_s.append(time.monotonic() - started)
+
+    state.report = report
+    thread = later(lambda: other.commit(6), after_s=took_s)
+    complete(dataset, state=state)
+    thread.join()
+    assert own_shards_done_s[0] < took_s
+    assert set(committed_files(dataset.out)) == set(ids(dataset))
+
+
+@pytest.mark.timeout(60)
 def test_shards_of_a_run_that_ends_without_them_are_computed(
     dataset: Dataset, other: OtherRun
 ) -> None:

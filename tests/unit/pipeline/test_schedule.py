@@ -67,6 +67,20 @@ def test_room_grows_when_small_shards_end() -> None:
     assert second in schedule.in_flight and len(schedule.in_flight) == 10
 
 
+def test_a_full_worker_gets_more_when_shards_turn_out_smaller() -> None:
+    """None of its own has ended; those of another worker have."""
+    schedule = schedule_of(100, workers=2)
+    given = schedule.next_shards()
+    assert {worker: len(shards) for worker, shards in given.items()} == {"w0": 2, "w1": 2}
+    for shard, images in zip(given["w0"], (40, 10)):
+        schedule.shard_read(images)
+        schedule.shard_committed(shard)
+    assert {worker: len(shards) for worker, shards in schedule.next_shards().items()} == {
+        "w0": 4,
+        "w1": 2,
+    }
+
+
 def test_wanted_is_the_room_that_no_waiting_shard_fills() -> None:
     schedule = schedule_of(1, workers=3)
     assert schedule.wanted == 5
@@ -181,6 +195,7 @@ class Simulation:
         self.waiting = names(shards)
         self.workers: dict[str, set[str]] = {}
         self.most_workers = workers
+        self.added = 0
         self.ended = Counter[str]()
         self._started = 0
 
@@ -193,6 +208,7 @@ class Simulation:
     def claim(self) -> None:
         """As the driver does: no more than the workers want."""
         wanted = self.schedule.wanted
+        self.added += len(self.waiting[:wanted])
         self.schedule.add(self.waiting[:wanted])
         del self.waiting[:wanted]
 
@@ -205,6 +221,16 @@ class Simulation:
         for worker, shards in given.items():
             self.workers[worker].update(shards)
         self.check()
+
+    def give_all(self) -> None:
+        """As the driver does until it has nothing to give: then no worker idles beside a shard."""
+        while True:
+            before = self.schedule.in_flight
+            self.give()
+            if self.schedule.in_flight == before:
+                break
+        if not all(self.workers.values()):
+            assert self.added - len(self.ended) == len(self.schedule.in_flight)
 
     def check(self) -> None:
         for worker, shards in self.workers.items():
@@ -237,7 +263,18 @@ class Simulation:
         self.check()
 
 
-ACTIONS = ("start", "claim", "give", "commit", "change", "break", "fail", "die", "machine")
+ACTIONS = (
+    "start",
+    "claim",
+    "give",
+    "give all",
+    "commit",
+    "change",
+    "break",
+    "fail",
+    "die",
+    "machine",
+)
 
 
 @settings(max_examples=300, deadline=None)
@@ -254,6 +291,8 @@ def test_every_shard_ends_once_whatever_happens(data: st.DataObject) -> None:
             found.claim()
         elif action == "give":
             found.give()
+        elif action == "give all":
+            found.give_all()
         elif action in ("die", "machine") and found.workers:
             found.lose(data.draw(st.sampled_from(sorted(found.workers))), action == "machine")
         elif busy and action not in ("die", "machine"):
