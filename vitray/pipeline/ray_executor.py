@@ -45,7 +45,10 @@ from vitray.storage import is_local
 DESCRIBED = 3  # workers in a description
 ANSWER_S = 10.0  # an actor answers within this time, also when nothing happened
 CALLS_AT_ONCE = 4  # of an actor: events, give, and what is rare
-GATHER_S = 0.1  # an actor waits for further events, so that the driver gets few messages
+# An actor waits for further events, so that the driver gets few answers: each of them costs it
+# 0.7 ms of CPU in Ray's client.
+GATHER_S = 0.1
+ANSWERS_PER_S = 500  # of all actors together
 MACHINES_WANTED_S = 60.0  # after shards were given: then there are more, or the end is near
 MACHINES_S = 5.0  # between two looks for machines that came or went
 
@@ -99,13 +102,16 @@ class WorkerActor:
         if self._worker is not None:
             self._worker.give(shards)
 
-    def answer(self, wait_s: float) -> Answer:
-        """What has happened since the last answer; waits for something at most wait_s."""
-        events = self._events(wait_s)
+    def answer(self, wait_s: float, gather_s: float) -> Answer:
+        """What has happened since the last answer; waits for something at most wait_s.
+
+        Where something happened, waits gather_s for more.
+        """
+        events = self._events(wait_s, gather_s)
         waiting = "the worker begins" if self._worker is None else self._worker.describe()
         return Answer([_portable(event) for event in events], waiting)
 
-    def _events(self, wait_s: float) -> list[Event]:
+    def _events(self, wait_s: float, gather_s: float) -> list[Event]:
         if not self._begun.wait(wait_s):
             return []
         if self._worker is None:
@@ -113,7 +119,7 @@ class WorkerActor:
             return [WorkerLost(self._name, self._error)]
         events = self._worker.events(wait_s)
         if events:
-            time.sleep(GATHER_S)
+            time.sleep(gather_s)
             events += self._worker.events(0)
         if any(isinstance(event, (ShardBroken, ShardChanged)) for event in events):
             error = result_or_error(require_source, self._witnesses)
@@ -193,6 +199,10 @@ class RayExecutor:
         self.share = slots[0].share
         self.workers = len(slots)
         self._start_actors()
+
+    @property
+    def _gather_s(self) -> float:
+        return max(GATHER_S, len(self._actors) / ANSWERS_PER_S)
 
     def identify(self, job: Job) -> ModelSpec:
         by_answer = {actor.handle.is_up.remote(): actor for actor in self._actors.values()}
@@ -313,7 +323,9 @@ class RayExecutor:
         handle = kind.remote(name, slot.share)
         if self._begin_arguments is not None:
             handle.begin.remote(*self._begin_arguments)
-        self._actors[name] = _Actor(name, slot, handle, handle.answer.remote(ANSWER_S))
+        self._actors[name] = _Actor(
+            name, slot, handle, handle.answer.remote(ANSWER_S, self._gather_s)
+        )
 
     def _start_decoders(self) -> None:
         """Have machines without a GPU decode for the workers.
@@ -358,7 +370,7 @@ class RayExecutor:
         events = answer.events
         losses = [event for event in events if isinstance(event, WorkerLost)]
         if not losses:
-            next_answer = actor.handle.answer.remote(ANSWER_S)
+            next_answer = actor.handle.answer.remote(ANSWER_S, self._gather_s)
             self._actors[actor.name] = replace(actor, answer=next_answer, waiting=answer.waiting)
             return events
         ray.kill(actor.handle)
