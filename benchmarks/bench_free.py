@@ -106,7 +106,7 @@ class Slope:
 
 def slopes(runs: Sequence[Run], case: str) -> dict[int, Slope]:
     """By round, from its smallest to its largest input; none where the larger was not slower."""
-    found = dict[int, Slope]()
+    slopes_by_round = dict[int, Slope]()
     for number in sorted({run.round for run in runs}):
         own = [run for run in runs if run.round == number and run.case == case]
         own.sort(key=lambda run: run.images)
@@ -116,8 +116,8 @@ def slopes(runs: Sequence[Run], case: str) -> dict[int, Slope]:
         seconds = own[-1].seconds - own[0].seconds
         if seconds > 0:
             cpu_s = own[-1].cpu_s - own[0].cpu_s
-            found[number] = Slope(images / seconds, 1000 * cpu_s / images)
-    return found
+            slopes_by_round[number] = Slope(images / seconds, 1000 * cpu_s / images)
+    return slopes_by_round
 
 
 def ratios(runs: Sequence[Run], case: str, base: str) -> list[float]:
@@ -146,10 +146,10 @@ def markdown(runs: Sequence[Run]) -> str:
     lines = ["| program | input | images/s | CPU ms per image | rounds |", "| --- " * 5 + "|"]
     for case in cases:
         program, kind = case.split(":")
-        found = list(slopes(runs, case).values())
-        rates = spread([each.images_per_s for each in found], 0)
-        cpu = spread([each.cpu_ms for each in found], 2)
-        lines.append(f"| {TITLES[program]} | {kind} | {rates} | {cpu} | {len(found)} |")
+        measured = list(slopes(runs, case).values())
+        rates = spread([each.images_per_s for each in measured], 0)
+        cpu = spread([each.cpu_ms for each in measured], 2)
+        lines.append(f"| {TITLES[program]} | {kind} | {rates} | {cpu} | {len(measured)} |")
     lines += ["", "| of | / | images/s, ratio | CPU ms per image beyond |", "| --- " * 4 + "|"]
     for case, base in RATIOS:
         if case in cases and base in cases:

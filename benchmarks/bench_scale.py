@@ -479,12 +479,12 @@ class ManyWorkers(SimulatedExecutor):
 
 def taken(events: queue.SimpleQueue[Event], wait_s: float) -> list[Event]:
     """All events that wait; waits for the first one."""
-    found = list[Event]()
+    waiting = list[Event]()
     with contextlib.suppress(queue.Empty):
-        found.append(events.get(timeout=wait_s))
+        waiting.append(events.get(timeout=wait_s))
         while True:
-            found.append(events.get_nowait())
-    return found
+            waiting.append(events.get_nowait())
+    return waiting
 
 
 def write_small_tars(folder: Path, count: int) -> None:

@@ -126,6 +126,24 @@ def observe(
     return Observation(version, data, parse_lease(data), moment)
 
 
+def expires_unless_read(observation: Observation | None, version: str, moment: float) -> bool:
+    """Whether a lease has shown no change for so long that only a read can save it."""
+    if observation is None or observation.version != version:
+        return False
+    return not is_live(observation, moment)
+
+
+def choose_reads(due: Mapping[str, bool], most: int) -> list[str]:
+    """Up to `most` of the runs whose leases have to be read.
+
+    due: by run, whether its lease expires unless it is read. Those come first; the others by
+    chance, so that each gets its turn.
+    """
+    expiring = [run for run, expires in due.items() if expires][:most]
+    others = [run for run, expires in due.items() if not expires]
+    return expiring + random.sample(others, min(len(others), most - len(expiring)))
+
+
 def free(
     candidates: Iterable[str], own: Collection[str], taken: Collection[str], most: int
 ) -> list[str]:
@@ -315,13 +333,19 @@ class Leases:
         if self._closed.is_set():
             return
         self._closed.set()
-        if self._renewal.is_alive():
-            self._renewal.join(timeout=RENEW_S)  # one that waits for the store does not hold us up
+        # A renewal that began before would write the lease again. One that waits for the store for
+        # longer does not hold us up; its lease expires.
+        is_alone = self._writing.acquire(timeout=RENEW_S)
         try:
             store_for(self._out).delete([self._url(self._run)])
             store_for(self._out).delete_folder(leases_url(self._out))
         except StorageError as error:
             self._warn(error)
+        finally:
+            if is_alone:
+                self._writing.release()
+        if is_alone and self._renewal.is_alive():
+            self._renewal.join(timeout=RENEW_S)
 
     def _url(self, run: str) -> str:
         return leases_url(self._out, f"{run}{_SUFFIX}")
@@ -367,20 +391,30 @@ class Leases:
             self._warn(error)
             versions = {run: seen.version for run, seen in self._observed.items()}
         moment = self._clock()
-        due = [run for run, version in versions.items() if is_due(self._seen(run), version, moment)]
-        contents = self._read(due if len(due) <= MAX_READS else random.sample(due, MAX_READS))
+        due = {
+            run: expires_unless_read(self._seen(run), version, moment)
+            for run, version in versions.items()
+            if is_due(self._seen(run), version, moment)
+        }
+        chosen = choose_reads(due, MAX_READS)
+        postponed = due.keys() - set(chosen)
+        contents = self._read(chosen)
         observed = {
             run: seen
             for run, version in versions.items()
             if (seen := observe(self._seen(run), version, contents.get(run), moment)) is not None
         }
+        ended = {
+            run for run, seen in observed.items() if has_ended(seen.lease.holder, self._holder)
+        }
         self._observed = {
             run: seen
             for run, seen in observed.items()
-            if is_live(seen, moment, has_ended(seen.lease.holder, self._holder))
+            if run not in ended and (run in postponed or is_live(seen, moment))
         }
         self._looked_at = moment
-        self._delete(observed.keys() - self._observed.keys())
+        # One that could not be read counts no longer, but its run may live.
+        self._delete((observed.keys() - self._observed.keys()) & (contents.keys() | ended))
 
     def _seen(self, run: str) -> Observation | None:
         return self._observed.get(run)

@@ -29,6 +29,10 @@ from vitray.job import Job
 from vitray.schema import ModelSpec, VectorColumn
 from vitray.storage import absolute, exists, join, store_for
 
+# of the pixels of an `auto` fragment: 1,024 images of 224 pixels are 154 MB. Each decoder process
+# keeps two fragments in memory; 1,024 images of 518 pixels would be 824 MB each.
+FRAGMENT_BYTES = 160_000_000
+LEAST_FRAGMENT_ROWS = 64
 FROZEN_FIELDS = ("precision", "engine", "batch_size")  # `auto` in a job means: as in the first run
 
 
@@ -62,10 +66,14 @@ def _with_rules_of_data(job: Job) -> Job:
 def auto_fragment_rows(spec: ModelSpec) -> int:
     """Images in a fragment: 1,024 on a GPU (4 batches of 256), 64 on a CPU.
 
+    Fewer for large images, whose pixels would take more than FRAGMENT_BYTES.
+
     A fragment costs its worker about 1 ms of Python and a request to the store. It is also what a
     crash loses.
     """
-    return max(64, 4 * spec.batch_size)
+    height, width = spec.pixels.shape
+    images_in_memory = FRAGMENT_BYTES // (height * width * 3)
+    return max(LEAST_FRAGMENT_ROWS, min(4 * spec.batch_size, images_in_memory))
 
 
 def resolve_dataset(

@@ -33,8 +33,10 @@ class HostMemory:
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
-        self._stops: dict[int, int] = {}  # by address
-        self._lock = threading.Lock()
+        # By address. Without a lock: a finalizer may call `unregister` within any other code, also
+        # of this class. Each operation on the dict is atomic.
+        self._stops: dict[int, int] = {}
+        self._failing = threading.Lock()  # for _has_failed
         self._has_failed = False
 
     def register(self, memory: NDArray[Any]) -> bool:
@@ -46,7 +48,7 @@ class HostMemory:
         try:
             self._driver.pin(address, memory.nbytes)
         except Exception as error:  # without a driver, torch raises AssertionError
-            with self._lock:
+            with self._failing:
                 is_first = not self._has_failed
                 self._has_failed = True
             if is_first:
@@ -56,15 +58,15 @@ class HostMemory:
                     one_line(error, 200),
                 )
             return False
-        with self._lock:
-            self._stops[address] = address + memory.nbytes
+        self._stops[address] = address + memory.nbytes
         return True
 
     def unregister(self, address: int) -> None:
-        """Undo `register` for the memory at an address; nothing happens for other memory."""
-        with self._lock:
-            is_registered = self._stops.pop(address, None) is not None
-        if is_registered:
+        """Undo `register` for the memory at an address; nothing happens for other memory.
+
+        Takes no lock, so a finalizer may call it.
+        """
+        if self._stops.pop(address, None) is not None:
             self._driver.unpin(address)
 
     def is_registered(self, array: NDArray[Any]) -> bool:
@@ -73,8 +75,8 @@ class HostMemory:
             return False
         start = _address(array)
         stop = start + array.nbytes
-        with self._lock:
-            return any(first <= start and stop <= last for first, last in self._stops.items())
+        stops = self._stops.copy()
+        return any(first <= start and stop <= last for first, last in stops.items())
 
 
 def _address(array: NDArray[Any]) -> int:

@@ -6,6 +6,7 @@ The runs read tars of a sample of the source, and write to a scratch folder.
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,11 +23,13 @@ from vitray.models import resolve_device, usable_gpus
 from vitray.models.free import free_spec
 from vitray.operations.bench_free_figures import (
     TARGET_S,
+    TITLES,
     FreeBench,
     Slope,
     TimedRun,
     Way,
     gpu_rate,
+    ratios,
     run_sizes,
     slope,
     way_figures,
@@ -45,7 +48,8 @@ from vitray.schema import Encoded
 from vitray.storage import store_for
 
 WARM_UP_S = 1.0  # a shorter run is no measure of the rate
-ROUNDS = 2
+ROUNDS = 3  # the median of two would be their mean
+ATTEMPTS = 3  # at a pair of runs, until the longer one takes longer
 
 
 def bench_free(
@@ -69,8 +73,8 @@ def bench_free(
 
     images: of the source, repeated. seconds: by which the two runs differ, about.
 
-    Raises JobError for a `decode` that needs a GPU, and for a source without a good image. Raises
-    what `run` raises.
+    Raises JobError for a `decode` that needs a GPU, for a source without a good image, and where no
+    longer run took longer than its shorter one. Raises what `run` raises.
     """
     job = _with_free_model(job)
     sample, _ = read_sample(job, images)
@@ -79,16 +83,14 @@ def bench_free(
         launcher = _Launcher(job, sample, folder, runs)
         ways = list(runs)
         sizes = _sizes(launcher, ways[0], seconds)
-        slopes = dict[Way, list[Slope]]({way: [] for way in ways})
-        first_rows_s = dict[Way, list[float]]({way: [] for way in ways})
-        for _ in range(rounds):
+        slopes = dict[Way, dict[int, Slope]]({way: {} for way in ways})
+        for number in range(rounds):
             for way in ways:
-                shorter, longer = (launcher.timed_run(way, size) for size in sizes)
-                slopes[way].append(slope(shorter, longer))
-                first_rows_s[way] += [shorter.first_rows_s, longer.first_rows_s]
+                if (measured := launcher.measured_slope(way, sizes)) is not None:
+                    slopes[way][number] = measured
     rate = gpu_rate(microseconds)
     figures = {
-        way.value: way_figures(slopes[way], first_rows_s[way], launcher.workers[way], rate)
+        way.value: way_figures(_some(slopes[way], way), launcher.first_rows_s[way], rate)
         for way in ways
     }
     return FreeBench(
@@ -101,7 +103,7 @@ def bench_free(
         cores=cores(),
         gpu_images_per_s=rate,
         ways=figures,
-        ratios=_ratios(slopes),
+        ratios=ratios(slopes.get(Way.LOCAL_RAY, {}), slopes.get(Way.LOCAL, {})),
     )
 
 
@@ -162,67 +164,79 @@ def _sizes(launcher: _Launcher, way: Way, seconds: float) -> tuple[int, int]:
         if timed.seconds >= min(WARM_UP_S, seconds) or images * GROWTH > most_images:
             break
         images *= GROWTH
-    rate = timed.images / max(1e-9, timed.seconds)
+    rate = timed.images / timed.seconds if timed.seconds > 0 else math.inf
     return run_sizes(rate, len(launcher.sample), most_images, seconds)
 
 
-def _ratios(slopes: dict[Way, list[Slope]]) -> list[float]:
-    """Images/s on Ray / with the local executor, of each round in which both ran."""
-    pairs = zip(slopes.get(Way.LOCAL_RAY, []), slopes.get(Way.LOCAL, []))
-    return [ray.images_per_s / local.images_per_s for ray, local in pairs]
+def _some(slopes: dict[int, Slope], way: Way) -> list[Slope]:
+    """The slopes of all rounds. Raises JobError if there is none."""
+    if not slopes:
+        raise JobError(
+            f"{TITLES[way]}: the longer run never took longer than the shorter one. Stop other "
+            "work on this machine, or give a larger --seconds."
+        )
+    return list(slopes.values())
 
 
 @dataclass(frozen=True, slots=True)
-class _Moment:
-    """What the counters of a run say at one moment."""
+class Moment:
+    """Seconds of the clock, and CPU seconds of the machine."""
 
     seconds: float
     cpu_s: float
-    images: int
 
 
-class _Recorder:
-    """Takes the state of a run whenever it changes.
+class Recorder:
+    """Notes when the first and the last rows of a run come.
 
-    progress: its last state.
+    Called at every report of a run with `images` images. It reads the machine's counters only at
+    these two, because that costs what it measures. progress: the last state.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, images: int, now: Callable[[], Moment]) -> None:
         self.progress = Progress()
-        self._moments: list[_Moment] = []
+        self.first: Moment | None = None
+        self.last: Moment | None = None
+        self._images = images
+        self._now = now
 
     def __call__(self, progress: Progress) -> None:
         self.progress = progress
-        self._moments.append(_Moment(time.perf_counter(), machine_cpu_s(), progress.images))
-
-    def first_rows(self) -> _Moment:
-        return next(moment for moment in self._moments if moment.images)
-
-    def last_rows(self) -> _Moment:
-        images = self.progress.images
-        return next(moment for moment in self._moments if moment.images == images)
+        if progress.images and self.first is None:
+            self.first = self._now()
+        if progress.images >= self._images and self.last is None:
+            self.last = self._now()
 
 
 class _Launcher:
     """Makes timed runs on tars of the sample, in a folder.
 
-    runs: what starts a run, by way. workers: threads of each stage, by way, in its last run.
+    runs: what starts a run, by way. first_rows_s: of the runs of slopes, by way.
     """
 
     def __init__(
         self, job: Job, sample: list[Encoded], folder: str, runs: dict[Way, Callable[..., object]]
     ) -> None:
         self.sample = sample
-        self.workers: dict[Way, dict[str, float]] = {}
+        self.first_rows_s: dict[Way, list[float]] = {way: [] for way in runs}
         self._job = job
         self._folder = folder
         self._runs = runs
         self._made: set[int] = set()
 
+    def measured_slope(self, way: Way, sizes: tuple[int, int]) -> Slope | None:
+        """The slope between runs of these sizes; None after ATTEMPTS that were disturbed."""
+        for _ in range(ATTEMPTS):
+            shorter, longer = (self.timed_run(way, size) for size in sizes)
+            self.first_rows_s[way] += [shorter.first_rows_s, longer.first_rows_s]
+            if (measured := slope(shorter, longer)) is not None:
+                return measured
+        return None
+
     def timed_run(self, way: Way, images: int) -> TimedRun:
         """One run on so many images. Its output is removed again."""
         job = self._job_for(way, images)
-        recorder = _Recorder()
+        recorder = Recorder(images, machine_moment)
         started = time.perf_counter()
         self._runs[way](job, progress=recorder)
         progress = recorder.progress
@@ -231,9 +245,11 @@ class _Launcher:
                 f"none of the first {len(self.sample)} images can be decoded. "
                 "Check `source` and the job."
             )
-        self.workers[way] = workers_by_stage(read_run_records(job.out)[0]["shares"])
+        last = recorder.last or machine_moment()
+        first = recorder.first or last
+        shares = read_run_records(job.out)[0]["shares"]
         store_for(job.out).delete_tree(job.out)
-        first, last = recorder.first_rows(), recorder.last_rows()
+        shards = math.ceil(images / images_per_tar(self.sample))
         return TimedRun(
             images=progress.images,
             seconds=last.seconds - first.seconds,
@@ -241,6 +257,8 @@ class _Launcher:
             cpu_s=None if way is Way.CLUSTER else last.cpu_s - first.cpu_s,
             copied_bytes=progress.copied_bytes,
             stage_s=dict(progress.seconds),
+            shares=shares,
+            stage_workers=workers_by_stage(shares, way, shards),
         )
 
     def _job_for(self, way: Way, images: int) -> Job:
@@ -253,6 +271,10 @@ class _Launcher:
         if way is Way.LOCAL and usable_gpus(resolve_device(job.device)) > 1:
             return job.model_copy(update={"device": "cpu"})  # else it would run on Ray
         return job
+
+
+def machine_moment() -> Moment:
+    return Moment(time.perf_counter(), machine_cpu_s())
 
 
 def machine_cpu_s() -> float:

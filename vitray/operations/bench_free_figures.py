@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from vitray.pipeline.worker import PREDICTORS
+
 # ViT-B/16 in bf16 on an H200, by calculation and not measured: 35.1 GFLOP per image, at 43% of the
 # 989 TFLOP/s in its data sheet.
 H200_IMAGES_PER_S = 12_000.0
 TARGET_S = 6.0  # of the difference between the two runs of a slope
 LARGER = 4  # factor between the sizes of these two runs
-SHARE_FIELDS = {"read": "readers", "decode": "decoders", "stage": "writers"}  # of a WorkerShare
-PREDICTORS = 2  # threads of a worker that call its model, see pipeline/worker.py
 
 
 class Way(StrEnum):
@@ -37,7 +37,8 @@ class TimedRun:
     """One run, from its first rows to its last.
 
     cpu_s: of the whole machine; None where it cannot be measured. copied_bytes: of pixels.
-    stage_s: seconds by stage, summed over its workers.
+    stage_s: seconds by stage, summed over its workers. shares: of its workers, as in the run
+    record. stage_workers: see workers_by_stage.
     """
 
     images: int
@@ -46,44 +47,78 @@ class TimedRun:
     cpu_s: float | None
     copied_bytes: int
     stage_s: Mapping[str, float]
+    shares: Mapping[str, Any]
+    stage_workers: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Slope:
-    """What each further image costs: start-up and shut-down cancel out."""
+    """What each further image costs: start-up and shut-down cancel out.
+
+    shares, stage_workers: as in TimedRun; stage_workers has the stages on which both runs agree.
+    """
 
     images_per_s: float
     cpu_ms: float | None
     copied_bytes: float
     stage_ms: dict[str, float]
+    shares: Mapping[str, Any]
+    stage_workers: dict[str, float]
 
 
-def slope(shorter: TimedRun, longer: TimedRun) -> Slope:
-    """The costs of an image, from the difference of two runs."""
+def slope(shorter: TimedRun, longer: TimedRun) -> Slope | None:
+    """The costs of an image, from the difference of two runs.
+
+    None where the longer run took no longer: other work on the machine disturbed them.
+    """
     images = longer.images - shorter.images
+    seconds = longer.seconds - shorter.seconds
+    if seconds <= 0:
+        return None
     cpu_ms = None
     if longer.cpu_s is not None and shorter.cpu_s is not None:
         cpu_ms = 1000 * (longer.cpu_s - shorter.cpu_s) / images
     return Slope(
-        images_per_s=images / max(1e-9, longer.seconds - shorter.seconds),
+        images_per_s=images / seconds,
         cpu_ms=cpu_ms,
         copied_bytes=(longer.copied_bytes - shorter.copied_bytes) / images,
         stage_ms={
             stage: 1000 * (seconds - shorter.stage_s.get(stage, 0.0)) / images
             for stage, seconds in longer.stage_s.items()
         },
+        shares=longer.shares,
+        stage_workers=_in_all([shorter.stage_workers, longer.stage_workers]),
     )
+
+
+def _in_all(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The entries that all of them have."""
+    return dict(set.intersection(*(set(each.items()) for each in counts)))
+
+
+def ratios(ray: Mapping[int, Slope], local: Mapping[int, Slope]) -> list[float]:
+    """Images/s on Ray / with the local executor, of each round that has both.
+
+    Both by round. A round counts only where both gave their workers the same threads and processes.
+    """
+    return [
+        ray[n].images_per_s / local[n].images_per_s
+        for n in ray
+        if n in local and ray[n].shares == local[n].shares
+    ]
 
 
 @dataclass(frozen=True, slots=True)
 class WayFigures:
     """The medians of all rounds, for one way to run the pipeline.
 
-    stages: milliseconds of each stage per image. stage_workers: threads of each stage.
-    busiest, busy: the stage whose workers are busy for the largest share of the time, and that
-    share. feeds_gpus: how many GPUs could be fed at this rate.
+    rounds: that could be measured. stages: milliseconds of each stage per image. stage_workers:
+    threads or processes of each stage, as far as they are certain. busiest, busy: the stage whose
+    workers are busy for the largest share of the time, and that share; "" and 0 unless the workers
+    of all stages are certain. feeds_gpus: how many GPUs could be fed at this rate.
     """
 
+    rounds: int
     images_per_s: float
     slowest_images_per_s: float
     fastest_images_per_s: float
@@ -100,7 +135,6 @@ class WayFigures:
 def way_figures(
     slopes: Sequence[Slope],
     first_rows_s: Sequence[float],
-    stage_workers: dict[str, float],
     gpu_images_per_s: float,
 ) -> WayFigures:
     """The medians of the slopes of all rounds."""
@@ -111,9 +145,11 @@ def way_figures(
         stage: statistics.median([each.stage_ms.get(stage, 0.0) for each in slopes])
         for stage in slopes[-1].stage_ms
     }
+    stage_workers = _in_all([each.stage_workers for each in slopes])
     busy = busy_shares(stages, stage_workers, rate)
     busiest = max(busy, key=lambda stage: busy[stage], default="")
     return WayFigures(
+        rounds=len(slopes),
         images_per_s=rate,
         slowest_images_per_s=min(rates),
         fastest_images_per_s=max(rates),
@@ -133,10 +169,12 @@ def busy_shares(
 ) -> dict[str, float]:
     """The share of the time in which the workers of each stage are busy.
 
-    A stage of which the number of workers is not known counts as one worker.
+    Empty unless the number of workers is there for all stages: the busiest one could be another.
     """
+    if not stage_ms.keys() <= stage_workers.keys():
+        return {}
     return {
-        stage: milliseconds / 1000 * images_per_s / stage_workers.get(stage, 1.0)
+        stage: milliseconds / 1000 * images_per_s / stage_workers[stage]
         for stage, milliseconds in stage_ms.items()
     }
 
@@ -161,7 +199,7 @@ class FreeBench:
     """The result of `bench_free`.
 
     images: different ones of the source. sizes: the images of the shorter and of the longer run.
-    ratios: of each round, images/s on Ray / with the local executor; empty where only one ran.
+    rounds: that were tried. ratios: see the function; empty where only one way ran.
     """
 
     microseconds: int
@@ -215,8 +253,22 @@ def _row(title: str, figures: WayFigures) -> str:
     )
 
 
-def workers_by_stage(shares: Mapping[str, Any]) -> dict[str, float]:
-    """How many threads work on each stage, in all workers. shares: those in the run record."""
+def workers_by_stage(shares: Mapping[str, Any], way: Way, shards: int) -> dict[str, float]:
+    """How many threads or processes work on each stage, in all workers. Without uncertain ones.
+
+    shares: those in the run record. shards: of the run.
+
+    On a cluster all are uncertain: the record has the share of one machine, and other machines may
+    read and decode, too. Decoder processes read by themselves, but leave fewer shards than there
+    are processes to threads of their worker (process_decoders.py).
+    """
+    if way is Way.CLUSTER:
+        return {}
     workers = float(shares["workers"])
-    threads = {stage: workers * shares[field] for stage, field in SHARE_FIELDS.items()}
-    return {**threads, "predict": workers * PREDICTORS}
+    reads_in_processes = shares["decoder_processes"] and shards >= workers * shares["decoders"]
+    return {
+        "read": workers * shares["decoders" if reads_in_processes else "readers"],
+        "decode": workers * shares["decoders"],
+        "predict": workers * PREDICTORS,
+        "stage": workers * shares["writers"],
+    }

@@ -11,7 +11,7 @@ Item = TypeVar("Item")
 
 
 class QueueClosed(Exception):
-    """The queue was closed while a thread waited for it."""
+    """The queue was closed, or an item came after its end."""
 
 
 class BoundedQueue(Generic[Item]):
@@ -34,10 +34,13 @@ class BoundedQueue(Generic[Item]):
         return len(self._items)
 
     def put(self, item: Item, size_bytes: int = 0) -> None:
-        """Append an item; wait while the queue is full. Raises QueueClosed."""
+        """Append an item; wait while the queue is full.
+
+        Raises QueueClosed, also once the queue is finished: nobody would take the item.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self._is_closed or self._has_room(size_bytes))
-            if self._is_closed:
+            self._changed.wait_for(lambda: self._takes_nothing or self._has_room(size_bytes))
+            if self._takes_nothing:
                 raise QueueClosed
             self._items.append((item, size_bytes))
             self._bytes += size_bytes
@@ -69,7 +72,7 @@ class BoundedQueue(Generic[Item]):
             yield item
 
     def finish(self) -> None:
-        """Say that nothing more comes."""
+        """Say that nothing more comes. A `put` that still waits ends with QueueClosed."""
         with self._changed:
             self._is_finished = True
             self._changed.notify_all()
@@ -80,6 +83,10 @@ class BoundedQueue(Generic[Item]):
             self._is_closed = True
             self._items.clear()
             self._changed.notify_all()
+
+    @property
+    def _takes_nothing(self) -> bool:
+        return self._is_closed or self._is_finished
 
     def _has_room(self, size_bytes: int) -> bool:
         fits = self._bytes + size_bytes <= self._most_bytes

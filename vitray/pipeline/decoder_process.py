@@ -45,15 +45,15 @@ class Setup:
     pages: int
 
 
-class Answer(Enum):
+class NoShard(Enum):
     """What a process gets instead of a shard."""
 
-    NOTHING = "no shard waits"
-    FINISHED = "no more shards come"
-    STOP = "read nothing more"  # sent unasked
+    NONE_WAITS = "no shard waits"
+    NO_MORE = "no more shards come"
+    STOP = "read nothing more"  # comes without a request
 
 
-ToProcess = Setup | Shard | Answer
+ToProcess = Setup | Shard | NoShard
 
 
 class Ask(Enum):
@@ -195,7 +195,7 @@ class _Parent:
     def __init__(self, connection: Connection[FromProcess, ToProcess]) -> None:
         self._connection = connection
         self._sending = threading.Lock()
-        self._answers: queue.SimpleQueue[Shard | Answer] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[Shard | NoShard] = queue.SimpleQueue()
         self.stopping = threading.Event()
 
     def setup(self) -> Setup:
@@ -207,11 +207,11 @@ class _Parent:
 
     def get_now(self) -> Shard | None:
         """The next shard if one waits, else None."""
-        return self._asked(Ask.NOW)
+        return self._request(Ask.NOW)
 
     def get(self) -> Shard | None:
         """The next shard; None once no more come."""
-        return self._asked(Ask.NEXT)
+        return self._request(Ask.NEXT)
 
     def send(self, message: FromProcess) -> None:
         """Wait until the parent takes it; ends this process if there is none."""
@@ -221,16 +221,16 @@ class _Parent:
         except OSError:
             _end()
 
-    def _asked(self, ask: Ask) -> Shard | None:
+    def _request(self, ask: Ask) -> Shard | None:
         self.send(ask)
         answer = self._answers.get()
-        return None if isinstance(answer, Answer) else answer
+        return None if isinstance(answer, NoShard) else answer
 
     def _receive(self) -> None:
         try:
             while True:
                 message = self._connection.recv()
-                if message is Answer.STOP:
+                if message is NoShard.STOP:
                     self.stopping.set()
                 elif not isinstance(message, Setup):
                     self._answers.put(message)

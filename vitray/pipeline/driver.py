@@ -17,7 +17,14 @@ from datetime import UTC, datetime
 from typing import Protocol
 
 from vitray.dataset import Commit, Dataset, Leases, committed_files, find_commit, uncommitted
-from vitray.errors import ClusterError, ErrorRateExceeded
+from vitray.errors import (
+    ClusterError,
+    CommitError,
+    ErrorRateExceeded,
+    JobError,
+    StorageError,
+    VitrayError,
+)
 from vitray.job import Job
 from vitray.pipeline.cluster import NOTICE_S, PLACEMENT_TIMEOUT_S, report_waiting, root_error
 from vitray.pipeline.events import (
@@ -30,6 +37,7 @@ from vitray.pipeline.events import (
     ShardCommitted,
     ShardEnded,
     ShardFailed,
+    ShardReturned,
     WorkerLost,
     WorkerReady,
     WorkerStopped,
@@ -52,6 +60,7 @@ OTHERS_LOOK_S = 1.0  # between two looks at what other runs have committed, or l
 OTHERS_LOOK_SHARE = 0.1  # of the time, at most, goes into looks
 LOOK_WAIT_S = 0.2  # for a look that is short; workers are not kept waiting for a long one
 STOP_TIMEOUT_S = 120.0  # for the fragments in flight
+MOST_LOSSES = 4  # of workers, since the last commit, by errors of ours such as a store's
 
 
 @dataclass
@@ -169,6 +178,7 @@ class _Driver:
         )
         self._watch = _StallWatch(executor, dataset.job.stall_timeout_s)
         self._last_loss: Exception = RuntimeError("no worker was lost")
+        self._losses = 0  # since the last commit
 
     def run(self) -> None:
         while not self._is_done():
@@ -202,7 +212,7 @@ class _Driver:
             if self._schedule.is_done and not self._supply.is_empty:
                 # The remaining shards are those of other runs, which may commit them or die.
                 self._watch.others_work()
-        for worker, shard_ids in self._schedule.next_shards().items():
+        for worker, shard_ids in self._schedule.next_shards(self._supply.is_empty).items():
             self._executor.give(worker, [self._shards[shard_id] for shard_id in shard_ids])
 
     def _finish_in_flight(self) -> None:
@@ -237,6 +247,8 @@ class _Driver:
                 self._committed(shard, commit)
             case ShardFailed(shard, why):
                 self._fail(shard, why)
+            case ShardReturned(shard):
+                self._schedule.shard_returned(shard)
             case ShardBroken(shard, why):
                 self._schedule.shard_broken(shard)
                 state.failures[shard] = why
@@ -256,7 +268,7 @@ class _Driver:
         """Add a fragment, unless an earlier attempt did. Raises ErrorRateExceeded."""
         state = self._state
         counted = state.counted.setdefault(event.shard, set())
-        if event.start in counted:
+        if event.start in counted or event.shard in state.commits:
             return
         counted.add(event.start)
         state.progress.add(event)
@@ -266,6 +278,7 @@ class _Driver:
 
     def _committed(self, shard: str, commit: Commit) -> None:
         state = self._state
+        self._losses = 0
         self._schedule.shard_committed(shard)
         self._supply.ended(shard)
         state.commits[shard] = commit
@@ -282,20 +295,42 @@ class _Driver:
 
     def _lose(self, event: WorkerLost) -> None:
         """Give the shards of a lost worker to others. Raises the error that no retry mends."""
-        if (error := root_error(event.error)) is not None:
-            raise type(error)(str(error).partition("\n")[0]) from event.error
-        log.warning("a worker was lost (%s); its shards are planned again", last_line(event.error))
-        for shard in self._schedule.shards_of(event.worker):
-            if commit := find_commit(self._dataset, shard):  # of which its report was lost
-                self._committed(shard, commit)
-        blamed = self._schedule.worker_lost(event.worker, event.is_machine)
-        for shard in blamed:
-            self._state.failures[shard] = f"its processes died: {last_line(event.error)}"
+        error = event.error.with_traceback(None)  # it refers to the worker, and so to its model
+        self._losses += 1
+        own = root_error(error)
+        if own is not None and self._ends_run(own):
+            raise type(own)(str(own).partition("\n")[0]) from error
+        log.warning("a worker was lost (%s); its shards are planned again", last_line(error))
+        self._take_lost_commits(self._schedule.shards_of(event.worker))
+        is_faultless = event.is_machine or own is not None
+        verdicts = self._schedule.worker_lost(event.worker, is_faultless, event.suspects)
+        for shard, verdict in verdicts.items():
+            self._state.failures[shard] = f"its processes died: {last_line(error)}"
+            if verdict is Verdict.SET_ASIDE:
+                self._supply.ended(shard)
         if not event.is_machine:
-            self._last_loss = event.error
+            self._last_loss = error
         self._watch.event_arrived()
-        if self._schedule.policy.is_fatal:
+        if self._schedule.is_fatal:
             self._raise_fatal()
+
+    def _ends_run(self, error: VitrayError) -> bool:
+        """Whether an error of one worker is one of all: the job's, or that of the last workers."""
+        return (
+            isinstance(error, (JobError, CommitError))
+            or self._losses >= MOST_LOSSES
+            or len(self._schedule.workers) < 2
+        )
+
+    def _take_lost_commits(self, shards: Sequence[str]) -> None:
+        """Count the commits of a lost worker that it could not report."""
+        try:
+            pending = uncommitted(self._dataset, shards)
+            for shard in set(shards) - set(pending):
+                if commit := find_commit(self._dataset, shard):
+                    self._committed(shard, commit)
+        except StorageError as error:  # the shards are computed again, and their commits adopted
+            log.warning("what a lost worker committed cannot be seen: %s", error)
 
     def _raise_fatal(self) -> None:
         alone = ", ".join(self._schedule.policy.died_alone[:3])
@@ -360,7 +395,11 @@ class _Supply:
 
     def _still_pending(self, claimed: Sequence[str]) -> list[str]:
         """Those that no other run committed, before it released them and they were claimed."""
-        pending = uncommitted(self._dataset, claimed)
+        try:
+            pending = uncommitted(self._dataset, claimed)
+        except StorageError as error:  # a look only saves work
+            log.warning("what other runs committed cannot be seen: %s", error)
+            return list(claimed)
         self._leases.release(set(claimed) - set(pending))
         self._progress.shards_done += len(claimed) - len(pending)
         return pending
@@ -374,29 +413,33 @@ class _CommittedLook:
 
     def __init__(self, out: str) -> None:
         self._out = out
-        self._found: Future[Set[str]] | None = None
+        self._listing: Future[Set[str]] | None = None
         self._due_at = float("-inf")
 
     def latest(self) -> Set[str]:
-        """What a look has found, once for each look; nothing between them."""
-        if self._found is None and time.monotonic() >= self._due_at:
-            self._found = Future()
-            threading.Thread(target=self._list, args=(self._found,), daemon=True).start()
-        if self._found is None or not wait([self._found], LOOK_WAIT_S).done:
+        """The result of a look, once for each look; nothing between them."""
+        if self._listing is None and time.monotonic() >= self._due_at:
+            self._listing = Future()
+            threading.Thread(target=self._list, args=(self._listing,), daemon=True).start()
+        if self._listing is None or not wait([self._listing], LOOK_WAIT_S).done:
             return frozenset()
-        found, self._found = self._found.result(), None
-        return found
+        committed = self._listing.result()
+        self._listing = None
+        return committed
 
-    def _list(self, found: Future[Set[str]]) -> None:
+    def _list(self, listing: Future[Set[str]]) -> None:
         started = time.monotonic()
+        committed: Set[str] = frozenset()
         try:
             committed = committed_files(self._out).keys()
+        except StorageError as error:  # a look only saves work
+            log.warning("what other runs committed cannot be seen: %s", error)
         except Exception as error:
-            found.set_exception(error)
+            listing.set_exception(error)
             return
         took_s = time.monotonic() - started
         self._due_at = started + max(OTHERS_LOOK_S, took_s / OTHERS_LOOK_SHARE)
-        found.set_result(committed)
+        listing.set_result(committed)
 
 
 class _StallWatch:

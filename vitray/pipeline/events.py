@@ -62,7 +62,7 @@ class ShardCommitted:
 
 @dataclass(frozen=True, slots=True)
 class ShardFailed:
-    """A system fault kept a shard from being read or committed. Another attempt may help."""
+    """A system fault kept a shard from being read. Another attempt may help."""
 
     shard: str
     why: str
@@ -83,12 +83,19 @@ class ShardChanged:
     shard: str
 
 
-ShardOutcome = ShardCommitted | ShardFailed | ShardBroken | ShardChanged
+@dataclass(frozen=True, slots=True)
+class ShardReturned:
+    """A shard was not computed because a machine is gone, which is no fault of the shard."""
+
+    shard: str
+
+
+ShardOutcome = ShardCommitted | ShardFailed | ShardBroken | ShardChanged | ShardReturned
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerReady:
-    """A worker runs and can be given shards.
+    """A worker runs and can be given shards, or more of them than before.
 
     shards_at_once, images_at_once: what keeps its stages busy.
     """
@@ -109,12 +116,14 @@ class WorkerStopped:
 class WorkerLost:
     """A worker is gone, and with it the fragments that it had not stored.
 
-    is_machine: its machine is gone, so that no shard is to blame. error: what ended it.
+    error: what ended it. is_machine: its machine is gone, so that no shard is to blame.
+    suspects: the shards of the process that died, where only one of several did.
     """
 
     worker: str
     error: Exception
     is_machine: bool = False
+    suspects: tuple[str, ...] = ()
 
 
 ShardEvent = FragmentEvent | ShardEnded | ShardOutcome

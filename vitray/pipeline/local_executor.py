@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from vitray.dataset import Dataset
+from vitray.errors import ClusterError, one_line
 from vitray.job import Job
 from vitray.models import identify
 from vitray.pipeline.cluster import root_error
 from vitray.pipeline.events import Event, WorkerLost
 from vitray.pipeline.machines import WorkerShare
+from vitray.pipeline.process_decoders import DecoderProcessDied
 from vitray.pipeline.worker import Worker
 from vitray.schema import ModelSpec, Shard
 
@@ -60,13 +62,26 @@ class LocalExecutor:
         losses = [event for event in events if isinstance(event, WorkerLost)]
         if not losses:
             return events
-        if root_error(losses[0].error) is None:  # else the run ends
+        loss = self._final(losses[0])  # several threads may have failed, for the same reason
+        loss.error.with_traceback(None)  # it refers to the worker, and so to its model
+        if root_error(loss.error) is None:  # else the run ends
             self._worker.close()
             events += self._worker.events(0)  # what other threads had finished by then
             if not self._is_stopping:
                 self._start()
-        # Several threads may have failed, for the same reason.
-        return [event for event in events if not isinstance(event, WorkerLost)] + losses[:1]
+        return [event for event in events if not isinstance(event, WorkerLost)] + [loss]
+
+    def _final(self, loss: WorkerLost) -> WorkerLost:
+        """The loss with an error that ends the run, where a worker in its place would fail, too.
+
+        After an error of a GPU, this process cannot use it any more.
+        """
+        is_of_gpu = self.share.gpus and not isinstance(loss.error, DecoderProcessDied)
+        if not is_of_gpu or root_error(loss.error) is not None:
+            return loss
+        why = one_line(loss.error, 300)
+        text = f"the GPU cannot be used any more: {why}. Run the same command again to continue."
+        return replace(loss, error=ClusterError(text))
 
     def stop(self) -> None:
         self._is_stopping = True

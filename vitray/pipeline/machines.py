@@ -52,8 +52,8 @@ class Slot:
     share: WorkerShare
 
     @property
-    def name(self) -> str:
-        return f"{self.node[:8]}/{self.number}"
+    def place(self) -> tuple[str, int]:
+        return self.node, self.number
 
 
 def local_share(cpus: int, has_gpu: bool) -> WorkerShare:
@@ -115,16 +115,20 @@ def share_out(nodes: Sequence[dict[str, Any]], device: str) -> list[Slot]:
 
 
 def _gpu_slots(nodes: Sequence[dict[str, Any]]) -> list[Slot]:
-    """A slot for each GPU. Raises ClusterError for a machine with fewer CPUs than it needs."""
+    """A slot for each GPU, except on machines with too few CPUs.
+
+    Raises ClusterError where that leaves none.
+    """
     slots = list[Slot]()
+    too_small = ""
     for node in nodes:
         cpus, gpus = int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0))
         if gpus and cpus <= gpus:
-            raise ClusterError(
-                f"a machine has {cpus} CPUs for {gpus} GPUs; it needs one per GPU and at least "
-                "one more"
-            )
-        slots += [Slot(node["NodeID"], n, _gpu_share(cpus, gpus)) for n in range(gpus)]
+            too_small = f"a machine has {cpus} CPUs for {gpus} GPUs"
+        else:
+            slots += [Slot(node["NodeID"], n, _gpu_share(cpus, gpus)) for n in range(gpus)]
+    if too_small and not slots:
+        raise ClusterError(f"{too_small}; it needs one per GPU and at least one more")
     return slots
 
 

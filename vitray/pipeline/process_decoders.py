@@ -33,15 +33,15 @@ from numpy.typing import NDArray
 from vitray.copies import count_copy
 from vitray.dataset import Dataset
 from vitray.models.host_memory import process_memory
-from vitray.pipeline.bounded_queue import BoundedQueue
+from vitray.pipeline.bounded_queue import BoundedQueue, QueueClosed
 from vitray.pipeline.decoder_process import (
     END_S,
-    Answer,
     Ask,
     DecodedPage,
     Failed,
     Finished,
     FromProcess,
+    NoShard,
     Setup,
     ToProcess,
     page_bytes,
@@ -53,15 +53,22 @@ from vitray.pipeline.stage_threads import StageThreads
 from vitray.pipeline.stages import DecodedBlock, FragmentRows, ShardEnd
 from vitray.schema import Shard
 
-# of each process: one is written while the other one waits or is predicted. 1,024 images of 224
-# pixels are 154 MB.
+# of each process: one is written while the other one waits or is predicted. See FRAGMENT_BYTES in
+# dataset/resolve.py for the size of one.
 PAGES = 2
 UNBOUNDED = 1 << 30
 NAMED_SHARDS = 3  # in the message about a process that died
 
 
 class DecoderProcessDied(Exception):
-    """A process ended without being asked to. Its shards were not decoded completely."""
+    """A process ended without being asked to.
+
+    shards: the ids of those that it had and did not decode completely.
+    """
+
+    def __init__(self, message: str, shards: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.shards = shards
 
 
 class ProcessDecoders:
@@ -78,9 +85,9 @@ class ProcessDecoders:
         self._count = share.decoders
         self._processes: list[_DecoderProcess] = []
         self._asking: BoundedQueue[_DecoderProcess] = BoundedQueue(UNBOUNDED)
-        self._few: BoundedQueue[Shard] = BoundedQueue(UNBOUNDED)  # for threads
-        self._threads = ThreadDecoders(dataset, self._few, outlets, share)
-        self._giver = StageThreads(1, self._give_all, outlets.lost)
+        self._thread_shards: BoundedQueue[Shard] = BoundedQueue(UNBOUNDED)
+        self._threads = ThreadDecoders(dataset, self._thread_shards, outlets, share)
+        self._giver = StageThreads(1, self._hand_out_shards, outlets.lost)
         self._receivers = StageThreads(self._count, self._receive_all, outlets.lost)
         self._stopping = threading.Event()
         self._closing = threading.Event()
@@ -92,13 +99,20 @@ class ProcessDecoders:
             if not first_to_end.acquire(blocking=False):
                 finished()
 
-        self._receivers.start(one_ended)
+        def processes_ended() -> None:
+            # After `stop` they may end without asking for another shard.
+            self._asking.finish()
+            self._thread_shards.finish()
+            one_ended()
+
+        self._receivers.start(processes_ended)
         self._threads.start(one_ended)
         self._giver.start(lambda: None)
 
     def stop(self) -> None:
         self._stopping.set()
         self._threads.stop()
+        self._thread_shards.finish()
         for process in list(self._processes):
             process.stop()
 
@@ -109,7 +123,7 @@ class ProcessDecoders:
     def close(self) -> None:
         self._closing.set()
         self._stopping.set()
-        for queue in (self._asking, self._few):
+        for queue in (self._asking, self._thread_shards):
             queue.close()
         self._threads.close()
         for process in list(self._processes):
@@ -119,32 +133,30 @@ class ProcessDecoders:
         for part in (self._giver, self._receivers, self._threads):
             part.join(deadline)
 
-    def _give_all(self) -> None:
-        """Give out shards, and tell every process when there are no more."""
+    def _hand_out_shards(self) -> None:
+        """Answer the processes that ask, until all processes have ended."""
         # The first shards come together, before the first process asks.
-        process = self._next_asking()
-        for shard in self._shards:
-            if self._stopping.is_set():
-                break
-            if self._is_little():
-                self._few.put(shard)
+        for process in self._asking:
+            shard = self._next_process_shard()
+            if shard is None:
+                process.give_none(NoShard.NO_MORE)
                 continue
             process.give(shard)
             if self._stopping.is_set():
                 process.stop()
-            process = self._next_asking()
-        self._few.finish()
-        process.answer(Answer.FINISHED)
-        for _ in range(self._count - 1):
-            self._next_asking().answer(Answer.FINISHED)
 
-    def _next_asking(self) -> _DecoderProcess:
-        process = self._asking.get()
-        assert process is not None  # it is closed, and never finished
-        return process
+    def _next_process_shard(self) -> Shard | None:
+        """The next shard for a process; those before it go to the threads. None: no more come."""
+        while not self._stopping.is_set() and (shard := self._shards.get()) is not None:
+            if not self._has_fewer_shards_than_processes():
+                return shard
+            with suppress(QueueClosed):  # `stop` came; nothing more is read
+                self._thread_shards.put(shard)
+        self._thread_shards.finish()
+        return None
 
-    def _is_little(self) -> bool:
-        """Whether there are fewer shards to read than processes. One shard was just taken."""
+    def _has_fewer_shards_than_processes(self) -> bool:
+        """Whether so few shards wait and are read. One shard was just taken."""
         reading = sum(process.is_reading for process in list(self._processes))
         return 1 + len(self._shards) + reading < self._count
 
@@ -169,7 +181,7 @@ class ProcessDecoders:
                 self._asking.put(process)
             elif message is Ask.NOW:
                 shard = None if self._stopping.is_set() else self._shards.get_now()
-                process.give(shard) if shard else process.answer(Answer.NOTHING)
+                process.give(shard) if shard else process.give_none(NoShard.NONE_WAITS)
             else:
                 self._hand_on(process, message)
 
@@ -227,13 +239,13 @@ class _DecoderProcess:
         self._shards[shard.id] = shard
         self._send(shard)
 
-    def answer(self, answer: Answer) -> None:
-        self._send(answer)
+    def give_none(self, why: NoShard) -> None:
+        self._send(why)
 
     def stop(self) -> None:
         """Let it read nothing more."""
         if self.is_reading:
-            self._send(Answer.STOP)
+            self._send(NoShard.STOP)
 
     def hang_up(self) -> None:
         """Let the process end, and `receive` with it."""
@@ -248,7 +260,7 @@ class _DecoderProcess:
         except (EOFError, OSError):
             if self._is_closing:
                 return Finished.FINISHED
-            raise DecoderProcessDied(self._how_it_ended()) from None
+            raise DecoderProcessDied(self._how_it_ended(), tuple(self._shards)) from None
 
     def block(self, message: DecodedPage) -> DecodedBlock:
         """The block, with pixels where the process wrote them."""

@@ -1,6 +1,7 @@
 """All use of Ray's private interfaces, as read in Ray 2.60.0. Check them for another version.
 
 - `ray._private.node.Node`, its `start_api_server`, `start_monitor` and `start_log_monitor`
+- `_generator_backpressure_num_objects` of a method's options
 - `ray._private.state.actors` and `ActorHandle._actor_id`
 - `ray._raylet.Config` and `AuthenticationTokenLoader`
 - `ray.core.generated`, the protocol of Ray's head (GCS)
@@ -32,6 +33,15 @@ def few_processes() -> Iterator[None]:
     finally:
         for name, function in started.items():
             setattr(Node, name, function)
+
+
+def streaming_call(method: Any, ahead: int, *arguments: Any) -> Any:
+    """The generator of a call whose results come one by one, `ahead` of them before they are taken.
+
+    Ray's name of that option is private.
+    """
+    options = {"num_returns": "streaming", "_generator_backpressure_num_objects": ahead}
+    return method.options(**options).remote(*arguments)
 
 
 def are_all_unplaced(actor_names: Iterable[str]) -> bool:

@@ -12,22 +12,27 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from vitray.copies import count_copy
 from vitray.dataset import Dataset
 from vitray.decoding.decode import load_decoders
-from vitray.errors import one_line
 from vitray.pipeline.bounded_queue import BoundedQueue
+from vitray.pipeline.cluster import root_error
 from vitray.pipeline.decoders import Outlets, Unread, read_blocks
-from vitray.pipeline.events import FragmentSkipped, ShardEnded, ShardFailed, ShardOutcome
+from vitray.pipeline.events import (
+    FragmentSkipped,
+    ShardEnded,
+    ShardFailed,
+    ShardOutcome,
+    ShardReturned,
+)
+from vitray.pipeline.ray_internals import streaming_call
 from vitray.pipeline.stage_threads import StageThreads
 from vitray.pipeline.stages import DecodedBlock, ShardEnd, decode_stage
 from vitray.schema import Shard
 
-SHARDS_PER_CALL = 4  # small ones share a block
+CALL_BYTES = 16 << 20  # of shards in one call: small ones share a block
 POLL_S = 1.0  # how often a wait for the actor checks whether the worker stops
-BLOCKS_AHEAD = 2  # of one stream: what an actor decodes before the worker takes it
+BLOCKS_AHEAD = 1  # of one stream: what an actor decodes before the worker takes it
 
 
 class DecoderActor:
@@ -35,10 +40,15 @@ class DecoderActor:
 
     def __init__(self, dataset: Dataset) -> None:
         self._dataset = dataset
+        self._stopping = threading.Event()
         load_decoders(dataset.job.decode)
 
     def is_up(self) -> bool:
         return True
+
+    def stop(self) -> None:
+        """Read nothing more; what was read is decoded."""
+        self._stopping.set()
 
     def read(self, shards: Sequence[Shard]) -> Iterator[DecodedBlock | Unread | ShardOutcome]:
         """What a worker needs of these shards."""
@@ -46,7 +56,7 @@ class DecoderActor:
         for shard in shards:
             queue.put(shard)
         queue.finish()
-        for item in read_blocks(self._dataset, queue, threading.Event()):
+        for item in read_blocks(self._dataset, queue, self._stopping):
             yield decode_stage(self._dataset, item) if isinstance(item, list) else item
 
 
@@ -77,7 +87,7 @@ def pair_up(decoder_cpus: Sequence[int], workers: int) -> list[Feed]:
 class RemoteDecoders:
     """Takes shards from a worker's queue, and has them read and decoded by an actor.
 
-    When the actor is lost, its shards fail and are tried again elsewhere; the worker goes on.
+    When the actor is lost, its shards are computed elsewhere; the worker goes on.
     """
 
     def __init__(
@@ -87,6 +97,7 @@ class RemoteDecoders:
         self._shards = shards
         self._outlets = outlets
         self._stopping = threading.Event()
+        self._closed = threading.Event()
         self._threads = StageThreads(streams, self._read_all, outlets.lost)
         self._streams = streams
 
@@ -95,12 +106,14 @@ class RemoteDecoders:
 
     def stop(self) -> None:
         self._stopping.set()
+        self._actor.stop.remote()
 
     def describe(self) -> str:
         return f"{self._streams} streams from another machine"
 
     def close(self) -> None:
         self._stopping.set()
+        self._closed.set()
 
     def join(self, deadline: float) -> None:
         self._threads.join(deadline)
@@ -111,17 +124,23 @@ class RemoteDecoders:
         if not self._wait_until_up():
             return
         for first in self._shards:
+            if self._stopping.is_set():
+                return
             shards = [first]
-            while len(shards) < SHARDS_PER_CALL and (more := self._shards.get_now()) is not None:
+            while sum(shard.size for shard in shards) < CALL_BYTES:
+                if (more := self._shards.get_now()) is None:
+                    break
                 shards.append(more)
             unread = {shard.id for shard in shards}
             try:
                 self._read(shards, unread)
-            except ray.exceptions.RayError as error:
-                why = f"the machine that decoded it was lost: {one_line(error, 200)}"
+            except ray.exceptions.RayTaskError as error:  # of our own code in the actor
                 for shard_id in sorted(unread):
-                    self._outlets.hand_on(ShardFailed(shard_id, why))
-                return  # nothing more comes from there
+                    self._outlets.hand_on(ShardFailed(shard_id, str(root_error(error) or error)))
+            except ray.exceptions.RayError:  # the actor or its machine is gone
+                for shard_id in sorted(unread):
+                    self._outlets.hand_on(ShardReturned(shard_id))
+                return
 
     def _wait_until_up(self) -> bool:
         """Wait for the actor's machine: nothing is taken before. False: it never came."""
@@ -139,22 +158,27 @@ class RemoteDecoders:
         """Hand on what the actor makes of shards. unread: their ids; those that ended leave it."""
         import ray
 
-        method = self._actor.read.options(
-            num_returns="streaming", _generator_backpressure_num_objects=BLOCKS_AHEAD
-        )
-        for reference in method.remote(shards):
-            if self._stopping.is_set():
-                return
+        for reference in self._results(streaming_call(self._actor.read, BLOCKS_AHEAD, shards)):
             item = ray.get(reference)
             if isinstance(item, DecodedBlock):
-                if isinstance(item.pixels, np.ndarray):
-                    count_copy(item.pixels.nbytes)  # into the object
+                count_copy(item.size_bytes)  # into the object
                 ended = [part.info.shard.id for part in item.fragments if part.info.end]
                 self._outlets.decoded(item)
             else:
                 ended = [] if isinstance(item, FragmentSkipped) else [_shard_id(item)]
                 self._outlets.hand_on(item)
             unread.difference_update(ended)
+
+    def _results(self, generator: Any) -> Iterator[Any]:
+        """The references of a call's results as they come, until it ends or this is closed."""
+        import ray
+
+        while not self._closed.is_set():
+            if ray.wait([generator], timeout=POLL_S)[0]:
+                try:
+                    yield next(generator)
+                except StopIteration:
+                    return
 
 
 def _shard_id(item: ShardEnd | ShardEnded | ShardOutcome) -> str:

@@ -1,8 +1,8 @@
 """What a failure means for a shard: try again, try it alone, or set it aside. Pure.
 
 A shard that cannot be read names itself. A worker that dies does not: any shard that it had may be
-the cause. Those that were there twice run alone, and one that is alone with a worker that dies is
-to blame.
+the cause. Those that were there twice run alone, and one that was run alone by a worker that dies
+is to blame.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from enum import Enum, auto
 ATTEMPTS = 3
 SUSPICIOUS_DEATHS = 2  # of workers that had a shard, until the shard runs alone
 FATAL_SHARDS = 5  # when this many shards in a row fail alone, the fault is not in the shards
-IDLE_DEATHS = 4  # of workers without a shard, in a row: they cannot even start
+IDLE_DEATHS = 4  # of workers without a shard, in a row, when none is left: they cannot even start
 
 
 class Verdict(Enum):
@@ -45,10 +45,13 @@ class RetryPolicy:
         """The shards that failed alone since the last commit."""
         return sorted(self._died_alone)
 
-    @property
-    def is_fatal(self) -> bool:
-        """Whether the fault is in no shard: another attempt at anything is in vain."""
-        return len(self._died_alone) >= FATAL_SHARDS or self._idle_deaths >= IDLE_DEATHS
+    def is_fatal(self, has_workers: bool) -> bool:
+        """Whether the fault is in no shard: another attempt at anything is in vain.
+
+        has_workers: whether there are others than those that died.
+        """
+        never_start = self._idle_deaths >= IDLE_DEATHS and not has_workers
+        return len(self._died_alone) >= FATAL_SHARDS or never_start
 
     def shard_failed(self, shard: str) -> Verdict:
         """A shard could not be read or committed."""
@@ -64,19 +67,25 @@ class RetryPolicy:
         self._died_alone.clear()
         self._idle_deaths = 0
 
-    def worker_died(self, shards: Collection[str]) -> dict[str, Verdict]:
-        """A worker is gone that had these shards, while its machine is still there."""
+    def worker_died(
+        self, shards: Collection[str], suspects: Collection[str] = (), ran_alone: bool = False
+    ) -> dict[str, Verdict]:
+        """A worker is gone that had these shards, while its machine is still there.
+
+        suspects: those that the process had which died, where that is known. ran_alone: the only
+        shard had the verdict ALONE before.
+        """
         if not shards:
             self._idle_deaths += 1
-        if len(shards) == 1:
+        if ran_alone:
             (shard,) = shards
             self._died_alone.add(shard)
             return {shard: self._count(shard, Verdict.ALONE)}
-        verdicts = dict[str, Verdict]()
-        for shard in shards:
+        verdicts = dict.fromkeys(shards, Verdict.AGAIN)
+        for shard in suspects or shards:
             self._deaths[shard] = self._deaths.get(shard, 0) + 1
-            is_suspect = self._deaths[shard] >= SUSPICIOUS_DEATHS
-            verdicts[shard] = Verdict.ALONE if is_suspect else Verdict.AGAIN
+            if self._deaths[shard] >= SUSPICIOUS_DEATHS:
+                verdicts[shard] = Verdict.ALONE
         return verdicts
 
     def _count(self, shard: str, otherwise: Verdict) -> Verdict:

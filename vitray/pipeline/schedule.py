@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from vitray.pipeline.retry import RetryPolicy, Verdict
@@ -59,7 +59,7 @@ class Schedule:
         if self._wanted is None:
             states = [self._workers[worker] for worker in self._open]
             room = sum(self._room(state) for state in states if not state.is_alone)
-            self._wanted = max(0, room - len(self._waiting) - len(self._suspects))
+            self._wanted = max(0, room - len(self._waiting))
         return self._wanted
 
     @property
@@ -71,17 +71,22 @@ class Schedule:
         self._wanted = None
 
     def worker_ready(self, worker: str, shards_at_once: int, images_at_once: int) -> None:
-        self._workers[worker] = _WorkerState(shards_at_once, images_at_once)
+        """A worker can be given shards, or more of them than before."""
+        shards = set(self.shards_of(worker))
+        self._workers[worker] = _WorkerState(shards_at_once, images_at_once, shards)
         self._open_again(worker)
 
-    def next_shards(self) -> dict[str, list[str]]:
-        """What to give to each worker now."""
+    def next_shards(self, are_last: bool = True) -> dict[str, list[str]]:
+        """What to give to each worker now.
+
+        are_last: whether no more shards will be added. Suspects come after all others.
+        """
         given = dict[str, list[str]]()
         for worker in list(self._open):
             if not (self._waiting or self._suspects):
                 break
             state = self._workers[worker]
-            if shards := self._shards_for(state):
+            if shards := self._shards_for(state, are_last):
                 state.shards.update(shards)
                 self._owners.update(dict.fromkeys(shards, worker))
                 self._wanted = None
@@ -90,8 +95,8 @@ class Schedule:
                 del self._open[worker]
         return given
 
-    def _shards_for(self, state: _WorkerState) -> list[str]:
-        if self._suspects and not state.shards and not self._waiting:
+    def _shards_for(self, state: _WorkerState, are_last: bool) -> list[str]:
+        if self._suspects and not state.shards and not self._waiting and are_last:
             state.is_alone = True
             return [self._suspects.popleft()]
         if state.is_alone:
@@ -153,19 +158,34 @@ class Schedule:
             self.add([shard])
         return verdict
 
-    def worker_lost(self, worker: str, is_machine: bool) -> Sequence[str]:
-        """Take back the shards of a worker. Returns those that are to blame."""
+    def shard_returned(self, shard: str) -> None:
+        """It was not computed, for no fault of its own."""
+        self._release(shard)
+        self._waiting.appendleft(shard)
+        self._wanted = None
+
+    def worker_lost(
+        self, worker: str, is_machine: bool, suspects: Collection[str] = ()
+    ) -> dict[str, Verdict]:
+        """Take back the shards of a worker. Returns the verdict about the one that is to blame."""
+        ran_alone = worker in self._workers and self._workers[worker].is_alone
         shards = self._drop(worker)
         if is_machine:
             self._waiting.extendleft(reversed(shards))
-            return []
-        verdicts = self.policy.worker_died(shards)
+            return {}
+        own_suspects = [shard for shard in suspects if shard in shards]
+        verdicts = self.policy.worker_died(shards, own_suspects, ran_alone)
         for shard, verdict in verdicts.items():
             if verdict is Verdict.AGAIN:
                 self._waiting.append(shard)
             elif verdict is Verdict.ALONE:
                 self._suspects.append(shard)
-        return shards if len(shards) == 1 else []
+        return verdicts if ran_alone else {}
+
+    @property
+    def is_fatal(self) -> bool:
+        """Whether another attempt at anything is in vain."""
+        return self.policy.is_fatal(has_workers=bool(self._workers))
 
     def _release(self, shard: str) -> None:
         worker = self._owners.pop(shard, None)

@@ -110,10 +110,15 @@ class FragmentInfo:
 
 @dataclass(frozen=True, slots=True)
 class EncodedFragment:
-    """A fragment before the decode stage. passthrough: its columns, a row for each image."""
+    """A fragment before the decode stage.
+
+    hashes: the content hash of each image, None where it has no bytes. They are made here, while
+    other threads wait for a decoder. passthrough: its columns, a row for each image.
+    """
 
     info: FragmentInfo
     images: list[Encoded]
+    hashes: list[bytes | None]
     passthrough: pa.Table
 
 
@@ -135,6 +140,13 @@ class DecodedBlock:
 
     fragments: list[FragmentRows]
     pixels: Any
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the pixels, and of images that are still encoded."""
+        if isinstance(self.pixels, list):
+            return sum(getattr(image, "nbytes", 0) or len(image.data) for image in self.pixels)
+        return int(self.pixels.nbytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,8 +320,9 @@ def encoded_fragment(
 
     Raises ShardError for a value that does not fit its type.
     """
+    hashes = [None if image.data is None else content_hash(image.data) for image in images]
     if not len(passthrough):
-        return EncodedFragment(info, images, pa.table({}))
+        return EncodedFragment(info, images, hashes, pa.table({}))
     rows = [image.passthrough for image in images if image.passthrough is not None]
     table = passthrough_table(rows, passthrough)
     columns = {}
@@ -321,7 +334,7 @@ def encoded_fragment(
                 f"a value of column `{column.name}` does not fit the dataset's {column.type}: "
                 f"{one_line(error)}"
             ) from error
-    return EncodedFragment(info, images, pa.table(columns))
+    return EncodedFragment(info, images, hashes, pa.table(columns))
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,7 +351,9 @@ def decode_stage(dataset: Dataset, fragments: Sequence[EncodedFragment]) -> Deco
     """Encoded images -> good rows, error rows, and the pixels of the good rows."""
     started = time.perf_counter()
     decoded, pixels = _decode_images(
-        dataset, [image for fragment in fragments for image in fragment.images]
+        dataset,
+        [image for fragment in fragments for image in fragment.images],
+        [digest for fragment in fragments for digest in fragment.hashes],
     )
     seconds = (time.perf_counter() - started) / max(1, len(decoded))
     results = list[FragmentRows]()
@@ -352,7 +367,9 @@ def decode_stage(dataset: Dataset, fragments: Sequence[EncodedFragment]) -> Deco
     return DecodedBlock(results, pixels)
 
 
-def _decode_images(dataset: Dataset, images: list[Encoded]) -> tuple[list[_DecodedImage], Any]:
+def _decode_images(
+    dataset: Dataset, images: list[Encoded], hashes: list[bytes | None]
+) -> tuple[list[_DecodedImage], Any]:
     """(all images, the pixels of the good ones that the CPU decoded)."""
     spec = dataset.decode_spec
     device_jpegs = [left_to_device(image.data, spec) for image in images]
@@ -360,9 +377,8 @@ def _decode_images(dataset: Dataset, images: list[Encoded]) -> tuple[list[_Decod
     pixels, outcomes = decode(on_cpu, spec)
     next_outcome = iter(outcomes)
     decoded = list[_DecodedImage]()
-    for image, jpeg in zip(images, device_jpegs):
+    for image, digest, jpeg in zip(images, hashes, device_jpegs):
         outcome, turn = (next(next_outcome), 0) if jpeg is None else jpeg
-        digest = None if image.data is None else content_hash(image.data)
         decoded.append(_DecodedImage(image, outcome, digest, turn))
     return decoded, pixels
 

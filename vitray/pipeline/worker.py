@@ -1,24 +1,24 @@
 """A worker: moves the shards that it is given through the four stages, and commits them.
 
 There is one for each accelerator, or one for a machine without: in the process of the run, or in an
-actor of Ray. Images are decoded in child processes (decoding/isolation.py), and the model computes
-outside Python's lock, so threads share the cores as well as processes would.
+actor of Ray. Threads predict and write. On a CPU threads also read and decode, since the work is
+done in child processes and outside Python's lock. For a GPU other processes do that
+(process_decoders.py).
 """
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from vitray.copies import copied_bytes
 from vitray.dataset import Dataset
 from vitray.decoding.decode import ON_DEVICE, load_decoders
-from vitray.models import open_model
+from vitray.models import Model, open_model
 from vitray.pipeline.bounded_queue import BoundedQueue, QueueClosed
 from vitray.pipeline.decoders import Decoders, Outlets, ThreadDecoders, Unread
 from vitray.pipeline.events import (
@@ -33,7 +33,7 @@ from vitray.pipeline.events import (
     WorkerStopped,
 )
 from vitray.pipeline.machines import WorkerShare
-from vitray.pipeline.process_decoders import ProcessDecoders
+from vitray.pipeline.process_decoders import DecoderProcessDied, ProcessDecoders
 from vitray.pipeline.stage_threads import StageThreads
 from vitray.pipeline.stages import (
     DecodedBlock,
@@ -47,6 +47,10 @@ from vitray.pipeline.stages import (
 )
 from vitray.schema import Shard
 
+if TYPE_CHECKING:
+    from vitray.models.gpu_decode import DeviceDecoder
+
+DECODED_BYTES = 4 << 30  # of the pixels that wait for the model
 PREDICTORS = 2  # one prepares and packs while the other one's batches are computed
 CLOSE_TIMEOUT_S = 30
 POLL_S = 0.2  # how often a wait for the model checks whether the worker is closed
@@ -69,12 +73,17 @@ class Worker:
         self._closed = threading.Event()
         self._coverage = Coverage()
         self._shards: BoundedQueue[Shard] = BoundedQueue(most_items=1 << 30)
-        self._decoded: BoundedQueue[DecodedBlock] = BoundedQueue(share.queue_blocks)
+        self._decoded: BoundedQueue[DecodedBlock] = BoundedQueue(share.queue_blocks, DECODED_BYTES)
         self._writes: BoundedQueue[Write] = BoundedQueue(share.queue_blocks)
-        outlets = Outlets(self._decoded.put, self._hand_on, self._lose)
+        outlets = Outlets(self._put_decoded, self._hand_on, self._lose)
         self._outlets = outlets
         self._decoders = [_decoders(dataset, self._shards, outlets, share)]
-        self._more_decoders = threading.Semaphore(0)  # acquired by each but the last that ends
+        self._open_decoders = 1  # those that have not ended
+        self._capacity = share.capacity(dataset.fragment_rows)
+        self._changing = threading.Lock()  # for _decoders, _open_decoders, _capacity
+        self._is_stopping = False
+        self._model: Future[Model] | None = None
+        self._decoder: Future[DeviceDecoder | None] | None = None
         self._predictors = StageThreads(PREDICTORS, self._predict_all, self._lose)
         self._writers = StageThreads(share.writers, self._write_all, self._lose)
         self._opener = ThreadPoolExecutor(1, "vitray-model")
@@ -91,17 +100,30 @@ class Worker:
         self._decoders[0].start(self._decoders_ended)
         self._predictors.start(self._writes.finish)
         self._writers.start(lambda: self._events.put(WorkerStopped(self._name)))
-        self._events.put(WorkerReady(self._name, *share.capacity(dataset.fragment_rows)))
+        self._events.put(WorkerReady(self._name, *self._capacity))
 
-    def decode_also_by(self, make: MakeDecoders) -> None:
-        """Have further decoders take shards, such as those of another machine."""
-        decoders = make(self._shards, self._outlets)
-        self._decoders.append(decoders)
-        self._more_decoders.release()
+    def decode_also_by(self, make: MakeDecoders, shards: int) -> None:
+        """Have further decoders take shards, such as those of another machine.
+
+        shards: how many of them keep these decoders busy.
+        """
+        with self._changing:
+            if self._is_stopping:
+                return
+            decoders = make(self._shards, self._outlets)
+            self._decoders.append(decoders)
+            self._open_decoders += 1
+            own_shards, images = self._capacity
+            self._capacity = own_shards + shards, images + shards * self._dataset.fragment_rows
+            capacity = self._capacity
         decoders.start(self._decoders_ended)
+        self._events.put(WorkerReady(self._name, *capacity))
 
     def _decoders_ended(self) -> None:
-        if not self._more_decoders.acquire(blocking=False):
+        with self._changing:
+            self._open_decoders -= 1
+            is_last = not self._open_decoders
+        if is_last:
             self._decoded.finish()
 
     def give(self, shards: Sequence[Shard]) -> None:
@@ -115,7 +137,10 @@ class Worker:
 
     def stop(self) -> None:
         """Stop reading, and finish what was read. WorkerStopped is the last event."""
-        for decoders in self._decoders:
+        with self._changing:
+            self._is_stopping = True
+            all_decoders = list(self._decoders)
+        for decoders in all_decoders:
             decoders.stop()
         self._shards.finish()
 
@@ -139,9 +164,13 @@ class Worker:
             decoders.join(deadline)
         for threads in (self._predictors, self._writers):
             threads.join(deadline)
-        # When open_model ends, it sets the number of torch's threads.
-        wait([self._model], max(0.0, deadline - time.monotonic()))
+        if self._model is not None:  # when open_model ends, it sets the number of torch's threads
+            wait([self._model], max(0.0, deadline - time.monotonic()))
         self._opener.shutdown(wait=False, cancel_futures=True)
+        self._model = self._decoder = None  # a worker in its place needs the memory
+
+    def _put_decoded(self, block: DecodedBlock) -> None:
+        self._decoded.put(block, block.size_bytes)
 
     def _hand_on(self, item: Unread | ShardOutcome) -> None:
         if isinstance(item, ShardOutcome):
@@ -181,16 +210,18 @@ class Worker:
             self._events.put(commit_stage(self._dataset, completed))
 
     def _newly_copied_bytes(self) -> int:
-        before, self._copied_bytes = self._copied_bytes, copied_bytes()
-        return self._copied_bytes - before
+        with self._changing:
+            before, self._copied_bytes = self._copied_bytes, copied_bytes()
+            return self._copied_bytes - before
 
     def _lose(self, error: Exception) -> None:
-        self._events.put(WorkerLost(self._name, error))
+        suspects = error.shards if isinstance(error, DecoderProcessDied) else ()
+        self._events.put(WorkerLost(self._name, error, suspects=suspects))
 
-    def _opened(self, model: Future[Opened]) -> Opened:
-        while not self._closed.is_set():
-            with contextlib.suppress(TimeoutError):
-                return model.result(POLL_S)
+    def _opened(self, model: Future[Opened] | None) -> Opened:
+        while model is not None and not self._closed.is_set():
+            if wait([model], POLL_S).done:
+                return model.result()
         raise QueueClosed
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,13 +41,14 @@ from vitray.dataset import Dataset
 from vitray.errors import Disagreement, ObjectMissing, StorageError, VitrayError
 from vitray.job import Embedding
 from vitray.models.free import FreeModel, free_spec
+from vitray.pipeline.bounded_queue import BoundedQueue
 from vitray.pipeline.decoder_process import portable_error
 from vitray.pipeline.decoders import Outlets, ThreadDecoders
 from vitray.pipeline.events import FragmentSkipped, ShardBroken, ShardEnded
 from vitray.pipeline.machines import WorkerShare
 from vitray.pipeline.process_decoders import PAGES, DecoderProcessDied, ProcessDecoders
 from vitray.pipeline.stages import DecodedBlock, ShardEnd, predict_stage
-from vitray.schema import End
+from vitray.schema import End, Shard
 
 GIL_MS = 0.015  # of Python per image in the process that owns the GPU
 
@@ -199,7 +202,15 @@ def test_a_killed_process_is_an_error_that_names_its_shards(tmp_path: Path) -> N
         assert isinstance(error, DecoderProcessDied)
         text = str(error)
         assert f"decoder process {victim.pid} was killed by SIGKILL" in text
-        assert any(shard.id in text for shard in shards)
+        assert 1 <= len(error.shards) <= 3
+        assert set(error.shards) <= {shard.id for shard in shards}
+        assert all(shard_id in text for shard_id in error.shards)
+
+
+def test_the_shards_of_a_process_that_died_are_kept_by_pickle() -> None:
+    error = pickle.loads(pickle.dumps(DecoderProcessDied("it was killed", ("a", "b"))))
+    assert (type(error), str(error)) == (DecoderProcessDied, "it was killed")
+    assert error.shards == ("a", "b")
 
 
 def test_a_killed_child_of_a_process_costs_nothing(tmp_path: Path) -> None:
@@ -269,6 +280,43 @@ def test_stop_finishes_what_was_read(tmp_path: Path) -> None:
         waiting.finish()
         assert collected.finished.wait(WAIT_S) and not collected.errors
         assert len(set(taken)) == len(taken) < 600
+
+
+class ShardsWithCall(BoundedQueue[Shard]):
+    """Shards, and a call right before the first one is given to a process that has images."""
+
+    def __init__(self) -> None:
+        super().__init__(1 << 30)
+        self.call: Callable[[], None] | None = None
+
+    def get_now(self) -> Shard | None:
+        shard = super().get_now()
+        if shard is not None and self.call is not None:
+            call, self.call = self.call, None
+            call()
+        return shard
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_stop_that_arrives_with_a_shard_ends_everything(tmp_path: Path, count: int) -> None:
+    """The process does not ask for another shard then."""
+    dataset = dataset_of(tmp_path, [[encode(photo(), "png")] * 2] * 40, fragment_rows=8)
+    collected = Collected()
+    waiting = ShardsWithCall()
+    for shard in shards_of(dataset):
+        waiting.put(shard)
+    share = replace(SHARE, decoders=count)
+    decoders = ProcessDecoders(dataset, waiting, collected.outlets(), share)
+    waiting.call = decoders.stop
+    with ended(decoders):
+        decoders.start(collected.finished.set)
+        wait_for(lambda: waiting.call is None)
+        waiting.finish()
+        assert collected.finished.wait(WAIT_S), decoders.describe()
+        started = time.monotonic()
+        decoders.join(started + WAIT_S)
+        assert time.monotonic() - started < WAIT_S / 2
+    assert not collected.errors and 1 <= len(collected.by_fragment()) < 40
 
 
 def family() -> set[int]:

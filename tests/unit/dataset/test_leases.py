@@ -26,8 +26,10 @@ from vitray.dataset.leases import (
     Holder,
     Lease,
     Observation,
+    choose_reads,
     conflicts,
     drop_abandoned_leases,
+    expires_unless_read,
     free,
     has_ended,
     is_due,
@@ -38,7 +40,7 @@ from vitray.dataset.leases import (
     this_process,
 )
 from vitray.errors import StorageError
-from vitray.storage import join, store_for, stores
+from vitray.storage import ObjectInfo, join, store_for, stores
 
 OWN = this_process()
 NOBODY = Holder("another boot", 1, 1, 1)
@@ -109,6 +111,31 @@ def test_a_lease_is_read_only_when_it_may_have_changed(
     seen: Observation | None, version: str, now: float, expected: bool
 ) -> None:
     assert is_due(seen, version, now) is expected
+
+
+@pytest.mark.parametrize(
+    ("seen", "version", "now", "expected"),
+    [
+        (None, "v1", 100 + EXPIRE_S, False),
+        (SEEN, "v1", 99 + EXPIRE_S, False),
+        (SEEN, "v1", 100 + EXPIRE_S, True),
+        (SEEN, "v2", 100 + EXPIRE_S, False),
+    ],
+    ids=["new", "young", "old", "changed"],
+)
+def test_a_lease_expires_where_not_even_its_version_changed(
+    seen: Observation | None, version: str, now: float, expected: bool
+) -> None:
+    assert expires_unless_read(seen, version, now) is expected
+
+
+def test_leases_that_may_expire_are_read_first() -> None:
+    due = {"a": False, "b": True, "c": False, "d": True}
+    assert choose_reads(due, 1) == ["b"]
+    assert choose_reads(due, 2) == ["b", "d"]
+    assert set(choose_reads(due, 3)) in ({"a", "b", "d"}, {"b", "c", "d"})
+    assert set(choose_reads(due, 9)) == set("abcd")
+    assert {choose_reads({"a": False, "c": False}, 1)[0] for _ in range(100)} == {"a", "c"}
 
 
 @pytest.mark.parametrize(
@@ -364,6 +391,101 @@ def test_beside_a_thousand_runs_a_look_reads_some_of_the_leases(
         clock.pass_s(LOOK_S)
         seen.append(len(own.held_by_others()))
     assert seen == [MAX_READS, 2 * MAX_READS, count, count]
+
+
+def hide_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Listings show no change, as those of NFS may for a while."""
+    real = leases.under
+
+    def unchanged(url: str) -> list[ObjectInfo]:
+        return [replace(info, version="v1") for info in real(url)]
+
+    monkeypatch.setattr(leases, "under", unchanged)
+
+
+def test_a_lease_that_was_not_read_in_time_is_neither_free_nor_deleted(
+    run: Callable[[str], Leases], clock: Clock, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hide_versions(monkeypatch)
+    count = 2 * MAX_READS
+    for number in range(count):
+        put(folder, f"{number:04d}", Lease(frozenset([str(number)]), NOBODY))
+    own = run("z")
+    own.held_by_others()
+    clock.pass_s(LOOK_S)
+    assert len(own.held_by_others()) == count
+    for number in range(count):
+        put(folder, f"{number:04d}", Lease(frozenset([str(number)]), NOBODY), 2)
+    clock.pass_s(EXPIRE_S)
+    for _ in range(3):
+        assert len(own.held_by_others()) == count
+        clock.pass_s(LOOK_S)
+    assert len(list(folder.iterdir())) == count
+
+
+def test_a_lease_that_cannot_be_read_again_is_not_deleted(
+    run: Callable[[str], Leases], clock: Clock, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(folder, "other", Lease(frozenset("1"), NOBODY))
+    own = run("z")
+    assert own.claim("1", 1) == []
+    clock.pass_s(EXPIRE_S)
+    with monkeypatch.context() as patched:
+        patched.setattr(leases, "read", broken)
+        assert not own.has_others
+    assert (folder / "other.json").exists()
+    clock.pass_s(LOOK_S)
+    assert own.has_others
+
+
+class SlowStore:
+    """Replaces an object only when it may."""
+
+    def __init__(self, real: Any) -> None:
+        self._real = real
+        self.begun = threading.Event()
+        self.may_replace = threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def replace(self, url: str, data: bytes) -> None:
+        self.begun.set()
+        assert self.may_replace.wait(10)
+        self._real.replace(url, data)
+
+
+def test_a_renewal_that_waits_for_the_store_leaves_no_lease_after_the_end(
+    run: Callable[[str], Leases], local_out: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = SlowStore(store_for(local_out))
+    own = run("a")
+    own.renew()
+    monkeypatch.setattr(leases, "store_for", lambda url: slow)
+    renewal = threading.Thread(target=own.renew, daemon=True)
+    renewal.start()
+    assert slow.begun.wait(10)
+    threading.Timer(0.3, slow.may_replace.set).start()
+    own.close()
+    renewal.join(10)
+    assert not folder.exists()
+
+
+def test_the_end_does_not_wait_for_a_store_that_never_answers(
+    run: Callable[[str], Leases], local_out: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = SlowStore(store_for(local_out))
+    monkeypatch.setattr(leases, "store_for", lambda url: slow)
+    monkeypatch.setattr(leases, "RENEW_S", 0.1)
+    own = run("a")
+    renewal = threading.Thread(target=own.renew, daemon=True)
+    renewal.start()
+    assert slow.begun.wait(10)
+    started = time.monotonic()
+    own.close()
+    assert time.monotonic() - started < 5
+    slow.may_replace.set()
+    renewal.join(10)
 
 
 def broken(*_: object, **__: object) -> Any:

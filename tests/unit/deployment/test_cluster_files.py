@@ -202,7 +202,7 @@ def test_every_pod_runs_without_root_and_its_object_store_is_shared_memory() -> 
             }
             volumes = {volume["name"]: volume for volume in pod.get("volumes", [])}
             assert mounts.keys() <= volumes.keys(), name
-            if name in ("head", "cpu", "gpu", "part"):
+            if name in ("head", "cpu", "gpu"):
                 assert (
                     mounts["shm"] == "/dev/shm" and volumes["shm"]["emptyDir"]["medium"] == "Memory"
                 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import threading
 import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,6 +79,53 @@ def test_arrays_within_registered_memory_are_registered() -> None:
     memory.unregister(slab.ctypes.data)
     assert not memory.is_registered(page) and driver.pinned == {}
     memory.unregister(slab.ctypes.data)
+
+
+class Collecting(int):
+    """A number during whose comparison the garbage collector runs."""
+
+    def __radd__(self, other: int) -> Collecting:
+        return Collecting(int(self) + other)
+
+    def __le__(self, other: int) -> bool:
+        gc.collect()
+        return int(self) <= other
+
+
+class CollectingArray(np.ndarray[Any, Any]):
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
+        return Collecting(super().nbytes)
+
+
+class Owner:
+    """Memory is unregistered with this object, which only the garbage collector frees."""
+
+    def __init__(self, memory: HostMemory, slab: np.ndarray[Any, Any]) -> None:
+        self.itself = self
+        weakref.finalize(self, memory.unregister, slab.ctypes.data)
+
+
+def test_memory_may_be_unregistered_by_the_garbage_collector_at_any_time() -> None:
+    driver = FakeDriver()
+    memory = HostMemory(driver)
+    slabs = [np.zeros(4096, np.uint8) for _ in range(3)]
+    assert all(memory.register(slab) for slab in slabs)
+    gc.collect()
+    gc.disable()
+    try:
+        Owner(memory, slabs[1])
+        array = slabs[0].view(CollectingArray)
+        results: list[bool] = []
+        thread = threading.Thread(
+            target=lambda: results.append(memory.is_registered(array)), daemon=True
+        )
+        thread.start()
+        thread.join(10)
+    finally:
+        gc.enable()
+    assert results == [True] and slabs[1].ctypes.data not in driver.pinned
+    assert [memory.is_registered(slab) for slab in slabs] == [True, False, True]
 
 
 def test_memory_that_cannot_be_registered_is_reported_once(

@@ -131,6 +131,20 @@ def test_finish_wakes_every_waiter() -> None:
     assert [getter.ended() for getter in getters] == [None] * 5
 
 
+@pytest.mark.parametrize("waits", [True, False])
+def test_put_after_finish_is_refused(waits: bool) -> None:
+    queue = BoundedQueue[int](most_items=1)
+    queue.put(0)
+    if waits:
+        putter = Started(lambda: queue.put(1))
+        assert putter.waits()
+    queue.finish()
+    if not waits:
+        putter = Started(lambda: queue.put(1))
+    assert isinstance(putter.ended(), QueueClosed)
+    assert list(queue) == [0]
+
+
 @pytest.mark.parametrize("full", [True, False])
 def test_close_wakes_every_waiter_now_and_later(full: bool) -> None:
     queue = BoundedQueue[int](most_items=1)

@@ -33,7 +33,7 @@ def fragments_of(dataset: Dataset, shard: Shard) -> Iterator[ReadItem]:
     for start in range(0, shard.rows, dataset.fragment_rows):
         stop = min(start + dataset.fragment_rows, shard.rows)
         end = End(shard.rows) if stop == shard.rows else None
-        yield EncodedFragment(FragmentInfo(shard, start, stop, end), [], pa.table({}))
+        yield EncodedFragment(FragmentInfo(shard, start, stop, end), [], [], pa.table({}))
     if shard.rows == 0:
         yield ShardEnd(shard, End(0))
 

@@ -233,8 +233,8 @@ def test_an_executor_that_always_dies_is_an_error_of_no_shard(dataset: Dataset) 
     ):
         complete(dataset, executor)
     sizes = [len(shards) for shards in executor.given]
-    # Four shards together, twice; each alone until one is set aside, then a fifth one.
-    assert sizes == [4, 4] + [1] * 10 and executor.deaths == len(sizes)
+    # All shards in fours, twice; then each alone, until five of them have failed alone.
+    assert sizes == [4] * (2 * SHARDS // 4) + [1] * 5 and executor.deaths == len(sizes)
 
 
 def test_workers_that_die_before_they_have_a_shard_end_the_run(dataset: Dataset) -> None:

@@ -60,7 +60,7 @@ def test_slots(
     assert [
         (slot.node, slot.number, slot.share.cpus, slot.share.gpus) for slot in slots
     ] == expected
-    assert len({slot.name for slot in slots}) == len(slots)
+    assert len({slot.place for slot in slots}) == len(slots)
 
 
 @pytest.mark.parametrize(
