@@ -127,6 +127,9 @@ class Worker:
             self._decoded.finish()
 
     def give(self, shards: Sequence[Shard]) -> None:
+        """Add shards to those that are read; nothing happens once it stops."""
+        if self._is_stopping:
+            return
         for shard in shards:
             self._coverage.begin(shard)
             self._shards.put(shard)
