@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from support.command_line import Call
 from vitray.errors import JobError
 from vitray.job import Job
 from vitray.operations import bench_free
+from vitray.operations.bench_free_figures import Slope, TimedRun
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +56,34 @@ def test_the_table_has_a_row_for_the_local_executor(vitray: Call, inputs: str) -
     code, out, _ = vitray("bench", inputs, "--free-model", "0", "--seconds", "0.1")
     assert code == 0
     assert "local executor" in out and "GPUs fed: at 12,000 images/s" in out
+
+
+def test_a_disturbed_pair_of_runs_is_repeated_and_otherwise_left_out(
+    inputs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = bench_free.slope
+    attempts: list[bool] = []
+
+    def disturbed(shorter: TimedRun, longer: TimedRun) -> Slope | None:
+        """The first pair, and all of the second round."""
+        attempts.append(len(attempts) in (0, 2, 3, 4))
+        even_longer = replace(longer, seconds=shorter.seconds + 1)
+        return None if attempts[-1] else real(shorter, even_longer)
+
+    monkeypatch.setattr(bench_free, "slope", disturbed)
+    job = Job(source=inputs, model="free", out=str(tmp_path / "out"))
+    result = bench_free.bench_free(job, images=20, seconds=0.01)
+    assert len(attempts) == 2 + bench_free.ATTEMPTS + 1
+    assert (result.rounds, result.ways["local"].rounds) == (3, 2)
+
+
+def test_runs_that_are_always_disturbed_are_an_error(
+    inputs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_free, "slope", lambda *_: None)
+    job = Job(source=inputs, model="free", out=str(tmp_path / "out"))
+    with pytest.raises(JobError, match=r"local executor: .* larger --seconds"):
+        bench_free.bench_free(job, images=20, seconds=0.01, rounds=1)
 
 
 def test_images_that_cannot_be_decoded_are_refused(inputs: str, tmp_path: Path) -> None:
