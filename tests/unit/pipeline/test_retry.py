@@ -165,4 +165,6 @@ def test_deaths_with_several_shards_are_never_fatal() -> None:
     policy = RetryPolicy()
     for _ in range(10 * FATAL_SHARDS):
         policy.worker_died(["a", "b"])
-    assert not policy.is_fatal(has_workers=False) and policy.attempts == {} and policy.died_alone == []
+    assert (
+        not policy.is_fatal(has_workers=False) and policy.attempts == {} and policy.died_alone == []
+    )
