@@ -392,6 +392,7 @@ def free_dataset(folder: Path, images: int, tars: int) -> Dataset:
     return hand_made.make_dataset(folder, commit=0, spec=spec, fragment_rows=1024, top_k=5)
 
 
+@pytest.mark.timing
 def test_the_process_with_the_gpu_spends_microseconds_on_an_image(tmp_path: Path) -> None:
     """CPU seconds of the whole process: receiving, predicting, and all else that it does."""
     blocks = 20
