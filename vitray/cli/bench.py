@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
+import tempfile
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vitray.cli.console import show
-from vitray.cli.interrupts import end_at_once_when_interrupted
-from vitray.cli.options import Json, Model, Open, Sets, Target, is_file, job_of, scratch_out
+from vitray.cli.interrupts import end_at_once_when_interrupted, remove_when_interrupted
+from vitray.cli.options import Json, Model, Open, Sets, Target, is_file, job_of
 
 if TYPE_CHECKING:
     from vitray.job import Job
@@ -67,14 +67,22 @@ def bench(
         )
     if free_model is not None and model is None and not is_file(target):
         model = UNUSED_MODEL
-    with contextlib.nullcontext(None) if is_file(target) else scratch_out() as out:
-        job = job_of(target, model, out, sets)
+    with tempfile.TemporaryDirectory(prefix="vitray-bench-") as folder:
+        remove_when_interrupted(folder)
+        job = job_of(target, model, None if is_file(target) else f"{folder}/out", sets)
         result: Bench | FreeBench
         if free_model is None:
             result = _bench(job, images, seconds, address, allow_open_cluster)
         else:
             result = bench_free(
-                job, free_model, images, address, allow_open_cluster, seconds=seconds
+                job,
+                free_model,
+                images,
+                address,
+                allow_open_cluster,
+                seconds=seconds,
+                folder=folder,
+                report=lambda text: typer.echo(text, err=True),
             )
     show(result, as_json, str(result))
 

@@ -72,7 +72,7 @@ def with_implied_values(args: Sequence[str]) -> list[str]:
     complete = list[str]()
     for arg, following in zip(options, [*options[1:], ""]):
         complete.append(arg)
-        if arg in IMPLIED_VALUES and not following.isdecimal():
+        if arg in IMPLIED_VALUES and not following.lstrip("-").isdecimal():
             complete.append(IMPLIED_VALUES[arg])
     return [*complete, *args[len(options) :]]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -58,13 +59,17 @@ class InterruptPolicy:
 
 @dataclass(slots=True)
 class _Command:
-    """The running command, as the handlers see it. advice: the next step for the user."""
+    """The running command, as the handlers see it.
+
+    advice: the next step for the user. folders: temporary ones, removed before an exit at once.
+    """
 
     policy: InterruptPolicy = InterruptPolicy(Phase.TEMPORARY_FILES)
     advice: str = "run the same command again."
     # a list, because handlers can interrupt each other and an Event's lock cannot stand that
     signals: list[int] = field(default_factory=list)
     stop: threading.Event = field(default_factory=threading.Event)
+    folders: list[str] = field(default_factory=list)
 
 
 _command = _Command()
@@ -82,6 +87,11 @@ def end_at_once_when_interrupted(advice: str) -> None:
     """Declare that the command survives a crash at any moment, and say what the user does next."""
     _command.advice = advice
     _command.policy = InterruptPolicy(Phase.CRASH_SAFE)
+
+
+def remove_when_interrupted(folder: str) -> None:
+    """Remove this temporary folder also where a signal ends the process at once."""
+    _command.folders.append(folder)
 
 
 def finish_writes_when_terminated(advice: str) -> threading.Event:
@@ -121,6 +131,8 @@ def _end(number: int, action: Action) -> NoReturn:
         os.write(sys.stderr.fileno(), f"\ninterrupted; {_command.advice}\n".encode())
     code = 128 + number
     if action is Action.EXIT:
+        for folder in _command.folders:
+            shutil.rmtree(folder, ignore_errors=True)
         os._exit(code)
     threading.Timer(STOP_S, os._exit, [code]).start()
     raise SystemExit(code)  # it runs the code that removes temporary files

@@ -61,6 +61,8 @@ def bench_free(
     *,
     seconds: float = TARGET_S,
     rounds: int = ROUNDS,
+    folder: str | None = None,
+    report: Callable[[str], None] = lambda _: None,
 ) -> FreeBench:
     """The rate of the pipeline with a model that waits `microseconds` per image.
 
@@ -72,20 +74,27 @@ def bench_free(
     for them. So the measurement needs the machine for itself. At an address they are not measured.
 
     images: of the source, repeated. seconds: by which the two runs differ, about.
+    folder: for copies of the images, up to 4 GB; a temporary one if it is not given.
+    report: gets a line of text now and then.
 
     Raises JobError for a `decode` that needs a GPU, for a source without a good image, and where no
     longer run took longer than its shorter one. Raises what `run` raises.
     """
     job = _with_free_model(job)
     sample, _ = read_sample(job, images)
-    with _scratch_folder(job, address, allow_open_cluster) as folder:
+    with _scratch_folder(job, address, allow_open_cluster, folder) as scratch_folder:
         runs = runs_by_way(microseconds, address, allow_open_cluster)
-        launcher = _Launcher(job, sample, folder, runs)
+        launcher = _Launcher(job, sample, scratch_folder, runs)
         ways = list(runs)
+        report(f"looking for the number of images that takes {seconds:g} s")
         sizes = _sizes(launcher, ways[0], seconds)
         slopes = dict[Way, dict[int, Slope]]({way: {} for way in ways})
         for number in range(rounds):
             for way in ways:
+                report(
+                    f"round {number + 1} of {rounds}, {way.value}: {sizes[0]:,} and {sizes[1]:,} "
+                    "images"
+                )
                 if (measured := launcher.measured_slope(way, sizes)) is not None:
                     slopes[way][number] = measured
     rate = gpu_rate(microseconds)
@@ -141,15 +150,20 @@ def runs_by_way(
 
 
 @contextlib.contextmanager
-def _scratch_folder(job: Job, address: str | None, allow_open: bool) -> Iterator[str]:
+def _scratch_folder(
+    job: Job, address: str | None, allow_open: bool, folder: str | None
+) -> Iterator[str]:
     """A folder that all machines see: on a cluster it lies in `out`, and the cluster is joined."""
+    if folder is not None and (address is None or address == "local"):
+        yield folder
+        return
     if address is None or address == "local":
-        with tempfile.TemporaryDirectory(prefix="vitray-bench-") as folder:
-            yield folder
+        with tempfile.TemporaryDirectory(prefix="vitray-bench-") as temporary:
+            yield temporary
         return
     drop_scratch(job.out)
-    with joined_cluster(address, allow_open, job.device), scratch(job.out) as folder:
-        yield folder
+    with joined_cluster(address, allow_open, job.device), scratch(job.out) as shared:
+        yield shared
 
 
 def _sizes(launcher: _Launcher, way: Way, seconds: float) -> tuple[int, int]:

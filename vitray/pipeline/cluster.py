@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import sys
 import threading
@@ -17,7 +18,7 @@ from typing import Any
 
 from vitray.cpus import cores
 from vitray.dataset import scratch
-from vitray.errors import ClusterError, VitrayError, one_line
+from vitray.errors import ClusterError, Interrupted, VitrayError, one_line
 from vitray.pipeline.machines import share_out
 from vitray.storage import exists, is_local, store_for
 
@@ -87,7 +88,7 @@ def ray_session(address: str | None, allow_open: bool = False) -> Iterator[None]
             "num_cpus": own_cpus(),
             "object_store_memory": _object_store_bytes(),
         }
-    with _native_stderr_hidden(), _started(where, options):
+    with _signal_handlers_kept(), _native_stderr_hidden(), _started(where, options):
         if where != "local" and not allow_open:
             _require_token(where, ray.get_runtime_context().gcs_address)
         yield
@@ -144,11 +145,18 @@ def _started(where: str, options: dict[str, Any]) -> Iterator[None]:
             ) from (errors[0] if errors else None)
         context = ray.get_runtime_context()
         logs = os.path.join(context.get_temp_dir(), context.get_session_name())
-        yield
-        if where == "local":
-            ray.shutdown()
-            # 0.4 MB per run. The logs of a failed run stay.
-            shutil.rmtree(logs, ignore_errors=True)
+        has_failed = True
+        try:
+            yield
+            has_failed = False
+        except (Interrupted, KeyboardInterrupt, SystemExit):
+            has_failed = False
+            raise
+        finally:
+            if where == "local" and not has_failed:
+                ray.shutdown()
+                # 0.4 MB per run. The logs of a failed run stay.
+                shutil.rmtree(logs, ignore_errors=True)
     finally:
         # A signal may have ended the first wait, and a Ray that is still starting cannot be shut
         # down.
@@ -160,15 +168,29 @@ def _started(where: str, options: dict[str, Any]) -> Iterator[None]:
 def _connect(where: str, options: dict[str, Any]) -> None:
     import ray
 
+    from vitray.pipeline.ray_internals import few_processes, hide_raylet_messages
+
     # Ray would warn that it does not handle SIGTERM in this thread.
     logging.getLogger("ray").setLevel(logging.ERROR)
+    if not logging.getLogger().isEnabledFor(logging.DEBUG):
+        hide_raylet_messages()
     host, _, port = where.rpartition(":")
     if "://" not in where and port.isdecimal():  # Ray itself would try for two minutes
         socket.create_connection((host, int(port)), timeout=10).close()
-    from vitray.pipeline.ray_internals import few_processes
-
     with few_processes() if where == "local" else contextlib.nullcontext():
         ray.init(address=where, **options)
+
+
+@contextlib.contextmanager
+def _signal_handlers_kept() -> Iterator[None]:
+    """Install the handlers again afterwards: when Ray ends, its C++ sets those of the system."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 @contextlib.contextmanager

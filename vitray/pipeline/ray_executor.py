@@ -501,7 +501,9 @@ class RayExecutor:
         """Ask the machine of an actor that is gone whether it is still there."""
         import ray
 
-        loss = WorkerLost(actor.name, RuntimeError(one_line(error, 300)))
+        # The rest of Ray's text are ids, and advice about Ray.
+        first_line = str(error).partition("\n")[0]
+        loss = WorkerLost(actor.name, RuntimeError(one_line(first_line, 300)))
         is_preempted = bool(getattr(error, "preempted", False))
         pong = ray.remote(_pong).options(num_cpus=0, max_retries=0, **_at_node(actor.slot.node))
         deadline = time.monotonic() + (0.0 if is_preempted else SETTLE_S)

@@ -1,6 +1,7 @@
 """All use of Ray's private interfaces, as read in Ray 2.60.0. Check them for another version.
 
 - `ray._private.node.Node`, its `start_api_server`, `start_monitor` and `start_log_monitor`
+- `ray._private.worker.print_to_stdstream`
 - `_generator_backpressure_num_objects` of a method's options
 - `ray._private.state.actors` and `ActorHandle._actor_id`
 - `ray._raylet.Config` and `AuthenticationTokenLoader`
@@ -33,6 +34,15 @@ def few_processes() -> Iterator[None]:
     finally:
         for name, function in started.items():
             setattr(Node, name, function)
+
+
+def hide_raylet_messages() -> None:
+    """Do not let Ray print what happens to workers: it goes to stdout, where results are.
+
+    vitray says in one line that a worker was lost.
+    """
+    worker: Any = import_module("ray._private.worker")
+    worker.print_to_stdstream = lambda *_, **__: None
 
 
 def streaming_call(method: Any, ahead: int, *arguments: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -46,13 +47,14 @@ def test_free_model_takes_microseconds(
 ) -> None:
     code, out, err = vitray("bench", *arguments, "--json")
     assert (code, out, err) == (0, '{"name": "bench_free"}\n', "")
-    assert called == [
-        ("bench_free", (["images"], microseconds, 256, None, False), {"seconds": 6.0})
-    ]
+    ((name, positional, keywords),) = called
+    assert (name, positional) == ("bench_free", (["images"], microseconds, 256, None, False))
+    assert keywords["seconds"] == 6.0 and not os.path.exists(keywords["folder"])
 
 
-def test_a_negative_wait_is_refused(vitray: Call, called: Recorded) -> None:
-    code, _, err = vitray("bench", "images", "--free-model=-1")
+@pytest.mark.parametrize("arguments", [["--free-model=-1"], ["--free-model", "-1"]])
+def test_a_negative_wait_is_refused(vitray: Call, called: Recorded, arguments: list[str]) -> None:
+    code, _, err = vitray("bench", "images", *arguments)
     assert code == 2 and "--free-model" in err
     assert called == []
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -41,3 +44,25 @@ def test_the_first_signal_does_what_costs_least(
 def test_a_second_signal_ends_the_process(phase: Phase, number: int, is_ray_loaded: bool) -> None:
     policy = InterruptPolicy(phase)
     assert policy.action(number, is_first=False, is_ray_loaded=is_ray_loaded) is Action.EXIT
+
+
+def test_temporary_folders_go_also_where_the_process_ends_at_once(tmp_path: Path) -> None:
+    """As while Ray is loaded, where no exception may be raised."""
+    folder = tmp_path / "copies"
+    folder.mkdir()
+    (folder / "00000.tar").write_bytes(b"images")
+    script = f"""
+import os, signal, sys
+from vitray.cli.interrupts import install_handlers, remove_when_interrupted
+sys.modules["ray"] = sys
+install_handlers()
+remove_when_interrupted({str(folder)!r})
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 143 and done.stderr.strip() == (
+        "interrupted; run the same command again."
+    )
+    assert not folder.exists()
