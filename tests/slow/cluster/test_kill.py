@@ -14,7 +14,7 @@ import pytest
 
 import vitray
 from factories.shards import pictures, put_files
-from support.runs import IMAGES, command, images_by_step, start
+from support.runs import IMAGES, command, images_by_step, start, wait_until_staged
 
 
 def test_two_runs_at_once_make_each_object_once(shapes_model: str, tmp_path: Path) -> None:
@@ -81,9 +81,17 @@ def test_two_runs_that_disagree_on_bad_rows_leave_one_truth(
     )
 
 
-@pytest.mark.parametrize(
-    "after_s", [*(pytest.param(s, marks=pytest.mark.nightly) for s in (0.0, 3.0, 6.0)), 9.0]
-)
+def test_sigterm_ends_a_run_on_ray_that_stages_within_20_s_with_143(
+    inputs: Path, shapes_model: str, tmp_path: Path
+) -> None:
+    trace = tmp_path / "trace"
+    process = start(command(inputs, shapes_model, tmp_path / "out", "--address", "local"), trace)
+    wait_until_staged(process, trace, 0.1 * IMAGES)
+    ends_within_20_s(process, 0.0)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("after_s", [0.0, 2.0, 4.0])
 def test_sigterm_ends_a_run_on_ray_within_20_s_with_143(
     inputs: Path, shapes_model: str, tmp_path: Path, after_s: float
 ) -> None:
