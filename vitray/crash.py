@@ -28,6 +28,17 @@ POINTS = (
     "manifest-marked",
     "driver-recorded",
 )
+# of `vitray remove`, and of a run that meets a removal
+REMOVAL_POINTS = (
+    "commit-unchecked",
+    "removal-blocked",
+    "removal-written",
+    "removal-replaced",
+    "removal-rewritten",
+    "removal-finished",
+)
+# of `vitray clean --keep-versions`
+VERSION_POINTS = ("version-marked", "version-unmarked", "version-emptied")
 
 
 def crash_point(name: str, shard: str = "") -> None:

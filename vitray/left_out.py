@@ -19,6 +19,7 @@ class LeftOut(StrEnum):
     SPECIAL_FILE = "special_file"
     FURTHER_IMAGE = "further_image"
     FURTHER_PAGE = "further_page"
+    REMOVED = "removed"
 
 
 LEFT_OUT = {
@@ -35,6 +36,8 @@ LEFT_OUT = {
     LeftOut.FURTHER_IMAGE: "a further image of the same sample or row; `image_member` and "
     "`image_column` choose",
     LeftOut.FURTHER_PAGE: "a further page of a TIFF: the first one is read",
+    LeftOut.REMOVED: "its row was taken out by `vitray remove`, which also blocks its key for "
+    "later runs",
 }
 SUFFIXES_SHOWN = 4
 

@@ -137,6 +137,9 @@ class MemoryStore:
         found: list[ObjectInfo] = self._call(f"find {prefix}", FAULTS_OF_READS, work)
         return found
 
+    def find_few(self, prefix: str) -> list[ObjectInfo]:
+        return self.find(prefix)
+
     def stat(self, url: str) -> ObjectInfo:
         info: ObjectInfo = self._call(f"stat {url}", FAULTS_OF_READS, lambda: self._info(url))
         return info
@@ -155,6 +158,18 @@ class MemoryStore:
 
     def replace(self, url: str, data: bytes) -> None:
         self._call(f"replace {url}", FAULTS_OF_WRITES, lambda: self._set(url, data))
+
+    def replace_version(
+        self, url: str, version: str, data: bytes, metadata: dict[str, str] | None = None
+    ) -> bool:
+        def work() -> bool:
+            if url not in self.objects or self._info(url).version != version:
+                return False
+            self._set(url, data)
+            return True
+
+        made: bool = self._call(f"replace {url}", FAULTS_OF_CREATES, work)
+        return made
 
     def delete(self, urls: Iterable[str]) -> None:
         for url in urls:  # S3 deletes the keys of one request one after another

@@ -4,7 +4,9 @@ The protocol, in the order of the code:
 1. Require fragments that cover the shard.
 2. Look at the input again.
 3. Write the file on the scratch disk.
+   Rows with removed keys stay out of it.
 4. Create the object. If it is refused, or no answer comes, look which run created it.
+   Then take out keys that were removed meanwhile.
 5. Write the file of error rows, then delete the staging.
 
 Nothing looks for a data file before the create, which is refused where one exists. Where a step
@@ -13,39 +15,41 @@ before it fails, a data file that exists counts.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import pyarrow as pa
 
 from vitray.crash import crash_point
-from vitray.dataset.data_file import parquet_of
-from vitray.dataset.files import parquet_bytes
+from vitray.dataset.data_file import object_metadata, parquet_of, repair_errors
 from vitray.dataset.footer import Footer, ShardInput, footer_metadata, parse_footer, read_footer
 from vitray.dataset.identity import Dataset
+from vitray.dataset.removal import drop_rows
+from vitray.dataset.removed_keys import (
+    Fragment,
+    RemovedKeys,
+    recent_removed_keys,
+    removed_keys,
+)
 from vitray.dataset.row_digest import RowsDigest
 from vitray.dataset.staging import (
-    Fragment,
     Staged,
     drop_staging,
     list_staged,
     read_fragment,
     require_span,
 )
-from vitray.errors import CommitError, ObjectChanged, ObjectMissing, StorageError
+from vitray.errors import CommitError, ObjectChanged, ObjectMissing, StorageError, count
 from vitray.schema import ERROR_SCHEMA, End, Shard, ShardKind
 from vitray.storage import exists, is_local, store_for
 
 log = logging.getLogger(__name__)
 
 LOOK_THREADS = 16
-# object metadata are HTTP headers: visible ASCII, 2 kB in all
-_IN_HEADER = re.compile(r"[!-~]{1,64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,29 +145,14 @@ def commit_rows(dataset: Dataset, origin: Footer, rows: Iterable[pa.Table]) -> C
     origin: the footer of that file, which names the shard, its input, errors and end.
     """
     source = ShardInput(origin.shard, origin.url, origin.source_version)
-    digest = RowsDigest()
-
-    def counted() -> Iterator[pa.Table]:
-        for table in rows:
-            good = table.select(dataset.schema.names).cast(dataset.schema)
-            digest.add(good)
-            yield good
-
     end = End(origin.total, origin.truncated_at, "", origin.left_out, origin.image_members)
-    data, metadata = parquet_of(
-        dataset, counted(), lambda: footer_metadata(dataset, source, end, digest, origin.error_rows)
+    parts = chain(
+        (Fragment(table, ERROR_SCHEMA.empty_table(), {}) for table in rows),
+        [Fragment(pa.Table.from_batches([], dataset.schema), origin.error_rows, {})],
     )
-    footer, adopted = create_data_file(dataset, data, metadata)
+    footer, adopted = _create_data_file(dataset, source, end, parts)
     repair_errors(dataset, footer)
     return _commit_of(footer, adopted)
-
-
-def repair_errors(dataset: Dataset, footer: Footer) -> None:
-    """Write the shard's file of error rows from the footer, when it has errors."""
-    if footer.errors:
-        store_for(dataset.out).replace(
-            dataset.errors_url(footer.shard), parquet_bytes(footer.error_rows)
-        )
 
 
 def _find_committed(dataset: Dataset, shard_id: str) -> Footer | None:
@@ -226,8 +215,31 @@ def _create_or_adopt(
         if result := _find_adopted(dataset, shard.id):
             return result
         raise
-    data, metadata = _parquet_of(dataset, shard, end, fragments)
-    return create_data_file(dataset, data, metadata)
+    source = ShardInput(shard.id, shard.url, shard.version)
+    return _create_data_file(dataset, source, end, fragments)
+
+
+def _create_data_file(
+    dataset: Dataset, source: ShardInput, end: End, fragments: Iterable[Fragment]
+) -> tuple[Footer, bool]:
+    """The footer that counts, of a file without removed keys, and whether another run made it."""
+    removed = recent_removed_keys(dataset.out)
+    data, metadata = _parquet_of(dataset, source, end, fragments, removed)
+    footer, adopted = create_data_file(dataset, data, metadata)
+    crash_point("commit-unchecked", footer.shard)
+    return _checked_again(dataset, footer), adopted
+
+
+def _checked_again(dataset: Dataset, footer: Footer) -> Footer:
+    """The footer of a data file that exists, without keys that were removed meanwhile.
+
+    A removal stores its keys before it lists data files. So either it sees this file, or the file
+    is changed here.
+    """
+    removed = removed_keys(dataset.out)
+    if footer.removals >= removed.lists:
+        return footer
+    return drop_rows(dataset, footer.shard, removed).footer or footer
 
 
 def _require_same_input(shard: Shard) -> None:
@@ -258,7 +270,7 @@ def create_data_file(
     crash_point("commit-written", shard_id)
     failure: StorageError | None = None
     try:
-        if store_for(url).create(url, data, _headers(data, metadata)):
+        if store_for(url).create(url, data, object_metadata(data, metadata)):
             return own_footer, False
     except StorageError as error:
         failure = error  # the object may exist, and only the answer be lost: look
@@ -273,21 +285,11 @@ def create_data_file(
     return footer, True
 
 
-def _headers(data: bytes, metadata: dict[str, str]) -> dict[str, str]:
-    """The metadata of the object: those of the footer that fit into an HTTP header, and SHA-256."""
-    headers = {
-        name.replace("vitray.", "vitray-").replace("_", "-"): value
-        for name, value in metadata.items()
-        if _IN_HEADER.fullmatch(value)
-    }
-    return headers | {"vitray-sha256": hashlib.sha256(data).hexdigest()}
-
-
 def _require_equal_totals(url: str, committed: Footer, own: Footer) -> None:
     """Raises CommitError where another run saw another number of images, or another end."""
     if (committed.total, committed.truncated_at) != (own.total, own.truncated_at):
         raise CommitError(
-            f"{url}: another run committed {committed.total} images (cut at "
+            f"{url}: another run committed {count(committed.total, 'image')} (cut at "
             f"{committed.truncated_at}), this one saw {own.total} (cut at {own.truncated_at}). "
             f"Check the input, then `vitray redo --shard {own.shard}`."
         )
@@ -301,16 +303,19 @@ def _require_equal_totals(url: str, committed: Footer, own: Footer) -> None:
 
 
 def _parquet_of(
-    dataset: Dataset, shard: Shard, end: End, fragments: Iterable[Fragment]
+    dataset: Dataset,
+    source: ShardInput,
+    end: End,
+    fragments: Iterable[Fragment],
+    removed: RemovedKeys,
 ) -> tuple[bytes, dict[str, str]]:
     """A shard's fragments as its data file, and the metadata of the footer."""
-    source = ShardInput(shard.id, shard.url, shard.version)
     errors = list[pa.Table]()
     digest = RowsDigest()
     left_out = Counter(end.left_out)
 
     def rows() -> Iterator[pa.Table]:
-        for fragment in fragments:
+        for fragment in map(removed.filter, fragments):
             good = fragment.rows.select(dataset.schema.names).cast(dataset.schema)
             errors.append(fragment.errors)
             left_out.update(fragment.left_out)
@@ -321,6 +326,8 @@ def _parquet_of(
         # one chunk: the footer does not show how the rows were split into fragments
         error_rows = pa.concat_tables(errors or [ERROR_SCHEMA.empty_table()]).combine_chunks()
         whole_end = replace(end, left_out=dict(left_out))
-        return footer_metadata(dataset, source, whole_end, digest, error_rows)
+        return footer_metadata(
+            dataset, source, whole_end, digest, error_rows, removals=removed.lists
+        )
 
     return parquet_of(dataset, rows(), metadata)

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from vitray.dataset.identity import Dataset
 from vitray.dataset.row_digest import RowsDigest
 from vitray.errors import CommitError, one_line
+from vitray.left_out import LeftOut
 from vitray.schema import ERROR_SCHEMA, End, ipc_bytes, ipc_table
 from vitray.storage import store_for
 from vitray.version import __version__
@@ -32,7 +33,8 @@ class Footer:
 
     reasons: errors by reason. truncated_at: the byte at which its shard was cut.
     left_out: images of its shard without a row, by left_out.LEFT_OUT. image_members: images by the
-    tar member that they came from.
+    tar member that they came from. removals: how many lists of removed keys its rows were checked
+    against.
     """
 
     write_id: str
@@ -50,10 +52,17 @@ class Footer:
     image_members: dict[str, int] = field(default_factory=dict)
     source_rules: int = 1
     key_column: str | None = None
+    removals: int = 0
 
     @property
     def total(self) -> int:
-        return self.rows + self.errors
+        """The images of its shard: rows, errors, and images whose row was removed."""
+        return self.rows + self.errors + self.removed
+
+    @property
+    def removed(self) -> int:
+        """Images whose row was removed, or never written because their key is blocked."""
+        return self.left_out.get(LeftOut.REMOVED, 0)
 
 
 class ShardInput(NamedTuple):
@@ -86,7 +95,13 @@ def read_footer(url: str) -> Footer:
 
 
 def footer_metadata(
-    dataset: Dataset, source: ShardInput, end: End, digest: RowsDigest, errors: pa.Table
+    dataset: Dataset,
+    source: ShardInput,
+    end: End,
+    digest: RowsDigest,
+    errors: pa.Table,
+    *,
+    removals: int = 0,
 ) -> dict[str, str]:
     """The metadata of a data file's footer, as text, by their stored names."""
     reasons = pc.value_counts(errors["reason"]).to_pylist()
@@ -105,6 +120,7 @@ def footer_metadata(
         "image_members": json.dumps(end.image_members) if end.image_members else "",
         "source_rules": dataset.job.rules,
         "key_column": dataset.job.key_column,
+        "removals": removals or "",
         "error_rows": _encoded_rows(errors),
         **{name: getattr(dataset.spec, name) for name in _SPEC_FIELDS},
         "id2label_sha256": dataset.spec.labels_sha256(),
@@ -140,4 +156,5 @@ def parse_footer(metadata: dict[str, str]) -> Footer:
         image_members=json.loads(values.get("image_members") or "{}"),
         source_rules=int(values.get("source_rules") or 1),
         key_column=values.get("key_column") or None,
+        removals=int(values.get("removals") or 0),
     )

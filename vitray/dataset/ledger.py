@@ -5,6 +5,7 @@ data/ is the truth; everything here is derived from it and can be made again.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections import Counter
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from vitray.crash import crash_point
-from vitray.dataset.commit import repair_errors
+from vitray.dataset.data_file import repair_errors
 from vitray.dataset.files import parquet_bytes, read_parquet, under
 from vitray.dataset.footer import Footer, read_footer
 from vitray.dataset.identity import Dataset
@@ -31,9 +32,19 @@ from vitray.dataset.layout import (
 )
 from vitray.dataset.leases import drop_abandoned_leases
 from vitray.dataset.reconcile import Actions, FileState, reconcile
+from vitray.dataset.removal import drop_rows
+from vitray.dataset.removed_keys import removed_keys
 from vitray.dataset.scratch_space import drop_scratch
 from vitray.dataset.staging import drop_staging, staged_shards
-from vitray.errors import CommitError, FingerprintError, JobError, ObjectMissing
+from vitray.errors import (
+    CommitError,
+    FingerprintError,
+    JobError,
+    ObjectChanged,
+    ObjectMissing,
+    StorageError,
+    count,
+)
 from vitray.schema import ERROR_SCHEMA
 from vitray.storage import ObjectInfo, exists, is_local, read, sha256_of, store_for
 
@@ -54,8 +65,8 @@ class ManifestSummary:
     """The outcome of a manifest step.
 
     truncated: {shard: byte at which it was cut}. pending: planned shards without a data file.
-    gone: inputs no longer listed. left_out: images of committed shards without a row, by
-    left_out.LEFT_OUT.
+    gone: inputs no longer listed. pruned: {shard: images} of the files that prune removed.
+    left_out: images of committed shards without a row, by left_out.LEFT_OUT.
     """
 
     shards: int
@@ -64,6 +75,7 @@ class ManifestSummary:
     truncated: dict[str, int]
     pending: int
     gone: int
+    pruned: dict[str, int]
     manifest: str
     left_out: dict[str, int]
 
@@ -75,6 +87,12 @@ def committed_files(out: str) -> dict[str, ObjectInfo]:
         for info in under(data_folder(out))
         if info.url.endswith(".parquet")
     }
+
+
+def error_files(dataset: Dataset) -> list[str]:
+    """The URL of every file of error rows."""
+    infos = under(dataset.out, dataset.errors_folder)
+    return [info.url for info in infos if info.url.endswith(".parquet")]
 
 
 def is_marked_complete(out: str) -> bool:
@@ -138,6 +156,7 @@ def _write_manifest_once(
     fresh: Container[str],
 ) -> ManifestSummary:
     crash_point("manifest-started")
+    removals = _drop_removed_rows(dataset)
     seen = committed_files(dataset.out)  # before the listing: no other file may be removed
     listed, planned = list_ids()
     # before the data files: error files are written after them
@@ -150,12 +169,15 @@ def _write_manifest_once(
             "Run the same command again."
         )
     old_manifests = _manifests(dataset.out)
+    pruned = count_rows(dataset, actions.pruned)
     _delete_data(dataset, actions.delete)
     rows = _manifest_rows(dataset, existing, actions.admit, fresh)
     _repair_error_files(dataset, {row["shard"] for row in rows if row["errors"]}, error_files)
-    summary = _summary_of(rows, _store_manifest(dataset, rows), actions)
+    summary = _summary_of(rows, _store_manifest(dataset, rows), actions, pruned)
     crash_point("manifest-written")
     _mark_or_unmark(dataset, summary, actions.pending)
+    if removals:
+        _require_same_files(dataset, {shard: existing[shard] for shard in actions.admit})
     crash_point("manifest-marked")
     current = manifest_url(dataset.out, summary.manifest)
     store_for(dataset.out).delete(info.url for info in old_manifests if info.url != current)
@@ -163,6 +185,87 @@ def _write_manifest_once(
     for shard in set(staged_shards(dataset)) & existing.keys():
         drop_staging(dataset, shard)
     return summary
+
+
+def _drop_removed_rows(dataset: Dataset) -> int:
+    """Take removed keys out of data files that the last manifest does not contain.
+
+    A run that was killed right after a create may leave some. Returns the number of lists of
+    removed keys.
+    """
+    removed = removed_keys(dataset.out)
+    if removed.lists:
+        data = committed_files(dataset.out)
+        unchecked = data.keys() - _unchanged_rows(dataset, data).keys()
+        _of_each(unchecked, lambda shard: drop_rows(dataset, shard, removed))
+    return removed.lists
+
+
+def _require_same_files(dataset: Dataset, expected: Mapping[str, ObjectInfo]) -> None:
+    """Raises ObjectMissing where a removal rewrote a data file of the new manifest."""
+    now = committed_files(dataset.out)
+    if changed := [shard for shard in expected if now.get(shard) != expected[shard]]:
+        raise ObjectMissing(
+            f"{dataset.data_url(changed[0])} was rewritten meanwhile. Run the same command again."
+        )
+
+
+def refresh_manifest(dataset: Dataset) -> None:
+    """The manifest, the error files and _SUCCESS.json, after data files were rewritten.
+
+    Which files count, and whether the dataset is complete, stay as they are; without a manifest
+    nothing is written. Reads no source.
+    """
+    for _ in range(ATTEMPTS):
+        with contextlib.suppress(ObjectMissing):  # another command deleted what this one reads
+            if _refresh_manifest_once(dataset):
+                return
+    raise StorageError(
+        f"{dataset.out}: other commands keep writing its manifest. Run the same command again."
+    )
+
+
+def _refresh_manifest_once(dataset: Dataset) -> bool:
+    """False: a run wrote _SUCCESS.json meanwhile."""
+    success = _info(success_url(dataset.out))
+    old_manifests = _manifests(dataset.out)
+    manifest = read_manifest(dataset.out)
+    if manifest is None:
+        return True
+    error_files = {shard_of(info.url) for info in under(dataset.out, dataset.errors_folder)}
+    data = committed_files(dataset.out)
+    states = {
+        row["shard"]: FileState(row.get("state") or FileState.CURRENT)
+        for row in manifest.to_pylist()
+        if row["shard"] in data
+    }
+    rows = _manifest_rows(dataset, data, states, ())
+    with_errors = {row["shard"] for row in rows if row["errors"]}
+    _repair_error_files(dataset, with_errors, error_files & states.keys())
+    nothing = frozenset[str]()
+    actions = Actions(
+        unlisted=nothing, delete=nothing, pruned=nothing, admit=states, pending=nothing
+    )
+    summary = _summary_of(rows, _store_manifest(dataset, rows), actions, {})
+    if success is not None:
+        body = _success_document(dataset, summary)
+        try:
+            is_same = read(success.url, success.version) == body
+        except (ObjectChanged, ObjectMissing):
+            return False
+        store = store_for(success.url)
+        if not is_same and not store.replace_version(success.url, success.version, body):
+            return False
+    current = manifest_url(dataset.out, summary.manifest)
+    store_for(dataset.out).delete(info.url for info in old_manifests if info.url != current)
+    return True
+
+
+def _info(url: str) -> ObjectInfo | None:
+    try:
+        return store_for(url).stat(url)
+    except ObjectMissing:
+        return None
 
 
 def _delete_data(dataset: Dataset, shards: Collection[str]) -> None:
@@ -182,7 +285,15 @@ def _store_manifest(dataset: Dataset, rows: list[dict[str, Any]]) -> str:
     return name
 
 
-def _summary_of(rows: list[dict[str, Any]], manifest: str, actions: Actions) -> ManifestSummary:
+def count_rows(dataset: Dataset, shards: Iterable[str]) -> dict[str, int]:
+    """The number of images, good and bad, in these data files, by shard id."""
+    footers = footers_of(dataset, shards)
+    return {shard: footer.rows + footer.errors for shard, footer in footers.items()}
+
+
+def _summary_of(
+    rows: list[dict[str, Any]], manifest: str, actions: Actions, pruned: dict[str, int]
+) -> ManifestSummary:
     return ManifestSummary(
         shards=len(rows),
         rows=sum(row["rows"] for row in rows),
@@ -192,6 +303,7 @@ def _summary_of(rows: list[dict[str, Any]], manifest: str, actions: Actions) -> 
         },
         pending=len(actions.pending),
         gone=actions.gone,
+        pruned=pruned,
         manifest=manifest,
         left_out=total_counts(row["left_out"] for row in rows),
     )
@@ -242,9 +354,10 @@ def require_own(dataset: Dataset, footers: Mapping[str, Footer]) -> None:
     ]
     if foreign:
         raise FingerprintError(
-            f"{data_folder(dataset.out)} holds {len(foreign)} files of another job (fingerprint "
-            f"{footers[foreign[0]].fingerprint[:8]}…, this job: {dataset.fingerprint[:8]}…), such "
-            f"as {foreign[0]}.parquet. Choose another `out`, or move them away."
+            f"{data_folder(dataset.out)} holds {count(len(foreign), 'file')} of another job "
+            f"(fingerprint {footers[foreign[0]].fingerprint[:8]}…, "
+            f"this job: {dataset.fingerprint[:8]}…), such as {foreign[0]}.parquet. "
+            "Choose another `out`, or move them away."
         )
     for name, footer in footers.items():
         if footer.shard != name:
@@ -254,14 +367,15 @@ def require_own(dataset: Dataset, footers: Mapping[str, Footer]) -> None:
             )
 
 
-def require_own_data_files(dataset: Dataset) -> None:
+def require_own_data_files(dataset: Dataset, most_footers: int | None = None) -> None:
     """Require, before any work, that all data files are this dataset's. Raises like require_own.
 
-    Footers are read only of files that the last manifest does not contain.
+    Footers are read only of files that the last manifest does not contain, and at most as many.
     """
     data = committed_files(dataset.out)
     manifest_rows = _unchanged_rows(dataset, data)
-    require_own(dataset, footers_of(dataset, [s for s in data if s not in manifest_rows]))
+    unlisted = [shard for shard in data if shard not in manifest_rows]
+    require_own(dataset, footers_of(dataset, unlisted[:most_footers]))
 
 
 def unmark_success(out: str) -> None:
@@ -332,6 +446,12 @@ def _manifest_rows(
     ]
 
 
+def unchanged_counts(dataset: Dataset) -> dict[str, int]:
+    """Good rows by the path of the data file, of files that are as the last manifest says."""
+    rows = _unchanged_rows(dataset, committed_files(dataset.out))
+    return {row["path"]: row["rows"] for row in rows.values()}
+
+
 def _unchanged_rows(dataset: Dataset, data: dict[str, ObjectInfo]) -> dict[str, dict[str, Any]]:
     """The last manifest's rows of the data files that have not changed since, by shard id."""
     if (last := _manifest_info(dataset.out)) is None:
@@ -384,13 +504,18 @@ def _repair_error_files(dataset: Dataset, needed: set[str], existing: set[str]) 
 
 
 def _mark_success(dataset: Dataset, summary: ManifestSummary) -> None:
+    _replace_if_different(success_url(dataset.out), _success_document(dataset, summary))
+
+
+def _success_document(dataset: Dataset, summary: ManifestSummary) -> bytes:
     document = {
         **asdict(summary),
         "truncated": len(summary.truncated),
         "fingerprint": dataset.fingerprint,
     }
-    del document["pending"]
-    _replace_if_different(success_url(dataset.out), json.dumps(document, indent=1).encode())
+    for name in ("pending", "pruned"):  # of the run, not of the dataset
+        del document[name]
+    return json.dumps(document, indent=1).encode()
 
 
 def _replace_if_different(url: str, body: bytes) -> None:

@@ -23,13 +23,14 @@ class Actions:
     """What to do with the data files of a dataset.
 
     unlisted: committed by another run after the listing began. If there are any, list again.
-    delete: superseded files and, with prune, files whose input is gone.
+    delete: superseded files and, with prune, files whose input is gone. pruned: the latter.
     admit: the files of the manifest, each with its state.
     pending: planned shards without a data file.
     """
 
     unlisted: frozenset[str]
     delete: frozenset[str]
+    pruned: frozenset[str]
     admit: dict[str, FileState]
     pending: frozenset[str]
 
@@ -70,6 +71,7 @@ def reconcile(
     return Actions(
         unlisted=frozenset(existing - seen - current),
         delete=frozenset(delete),
+        pruned=frozenset(shard for shard in delete if base_of(shard) not in listed_bases),
         admit=admit,
         pending=frozenset(set(planned) - existing),
     )

@@ -11,14 +11,15 @@ import re
 import struct
 import zlib
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
 
 import pyarrow as pa
 
 from vitray.dataset.files import under
 from vitray.dataset.identity import Dataset
 from vitray.dataset.layout import staging_url
+from vitray.dataset.removed_keys import Fragment, RemovedKeys, recent_removed_keys
 from vitray.errors import ObjectMissing
+from vitray.left_out import LeftOut
 from vitray.schema import End, ipc_bytes, ipc_table
 from vitray.storage import join, read, store_for
 
@@ -35,17 +36,6 @@ _END_SCHEMA = pa.schema(
         ("image_members", pa.string()),
     ]
 )
-
-
-class Fragment(NamedTuple):
-    """The good rows and error rows of a fixed range.
-
-    left_out: how many further images its rows had, by left_out.LEFT_OUT.
-    """
-
-    rows: pa.Table
-    errors: pa.Table
-    left_out: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,14 +108,19 @@ def write_fragment(
     errors: pa.Table,
     left_out: dict[str, int] | None = None,
 ) -> bool:
-    """Stage the good and error rows of [start, stop). False: it was staged already, and stays."""
+    """Stage the good and error rows of [start, stop). False: it was staged already, and stays.
+
+    Rows with removed keys stay out, and are counted.
+    """
     require_span(rows, errors, span)
+    whole = Fragment(rows, errors, left_out or {})
+    fragment = recent_removed_keys(dataset.out).filter(whole)
     metadata = {
-        "errors": ipc_bytes(errors),
+        "errors": ipc_bytes(fragment.errors),
         "fingerprint": dataset.fingerprint,
-        "left_out": json.dumps(left_out or {}),
+        "left_out": json.dumps(fragment.left_out),
     }
-    table = rows.replace_schema_metadata(metadata)
+    table = fragment.rows.replace_schema_metadata(metadata)
     return store_for(dataset.out).create(_fragment_url(dataset, shard_id, *span), _sealed(table))
 
 
@@ -140,7 +135,7 @@ def read_fragment(dataset: Dataset, shard_id: str, start: int, stop: int) -> Fra
         errors = ipc_table(metadata[b"errors"])
         left_out = json.loads(metadata.get(b"left_out", b"{}"))
         rows = rows.replace_schema_metadata(None)
-        require_span(rows, errors, (start, stop))
+        require_span(rows, errors, (start, stop), left_out.get(LeftOut.REMOVED, 0))
     except (ValueError, KeyError, OSError):  # pyarrow: a stream that ends too early is either
         return None
     return Fragment(rows, errors, left_out)
@@ -157,6 +152,25 @@ def write_end(dataset: Dataset, shard_id: str, end: End) -> None:
     store_for(dataset.out).create(
         join(dataset.staging_url(shard_id), f"end-{end.total}.arrow"), _sealed(table)
     )
+
+
+def drop_removed_fragments(dataset: Dataset, removed: RemovedKeys, only_look: bool = False) -> int:
+    """Delete staged fragments that hold a removed key; the next run computes them again.
+
+    only_look: count them alone. Returns their number.
+    """
+    holding = list[str]()
+    for shard in staged_shards(dataset):
+        for start, stop in list_staged(dataset, shard).ranges():
+            try:
+                fragment = read_fragment(dataset, shard, start, stop)
+            except ObjectMissing:  # a run committed the shard meanwhile
+                continue
+            if fragment is not None and removed.filter(fragment) is not fragment:
+                holding.append(_fragment_url(dataset, shard, start, stop))
+    if not only_look:
+        store_for(dataset.out).delete(holding)
+    return len(holding)
 
 
 def drop_staging(dataset: Dataset, shard_id: str) -> None:
@@ -219,8 +233,13 @@ def _fragment_url(dataset: Dataset, shard_id: str, start: int, stop: int) -> str
     return join(dataset.staging_url(shard_id), f"{start:010d}-{stop:010d}.arrow")
 
 
-def require_span(rows: pa.Table, errors: pa.Table, span: tuple[int, int]) -> None:
-    """Raises ValueError where rows and errors are not the rows of [start, stop), each in order."""
+def require_span(rows: pa.Table, errors: pa.Table, span: tuple[int, int], removed: int = 0) -> None:
+    """Raises ValueError where rows and errors are not the rows of [start, stop), each in order.
+
+    removed: how many rows of the range were left out, because their keys are blocked.
+    """
     good, bad = rows["index"].to_pylist(), errors["index"].to_pylist()
-    if sorted(good + bad) != list(range(*span)) or good != sorted(good) or bad != sorted(bad):
+    in_span = set(good + bad) <= set(range(*span))
+    is_whole = in_span and len({*good, *bad}) == len(good + bad) == span[1] - span[0] - removed
+    if not is_whole or good != sorted(good) or bad != sorted(bad):
         raise ValueError(f"rows and errors do not make up {span}")

@@ -11,14 +11,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vitray.dataset import Dataset, Footer, RowsDigest, read_footer, read_table
-from vitray.errors import CommitError, ObjectMissing, one_line
+from vitray.dataset import (
+    Dataset,
+    Footer,
+    RemovedKeys,
+    RowsDigest,
+    drop_removed_fragments,
+    error_files,
+    read_footer,
+    read_table,
+)
+from vitray.errors import CommitError, ObjectMissing, count, one_line
 from vitray.schema import ScoreFunction, VectorColumn
 from vitray.storage import read
 
 # by type: deviation of a unit vector's length after rounding, for dimensions up to 4096
 NORM_TOLERANCE = {"float32": 1e-4, "float16": 5e-3}
 HIGHEST_SCORE = 1.0001  # of a probability, with rounding
+REMOVE_AGAIN = "; run vitray remove again with the same keys"
 # what damaged bytes raise, depending on where they are
 UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, SystemError)
 
@@ -31,8 +41,16 @@ class FileCheck:
     problems: list[str] = field(default_factory=list)
 
 
-def check_file(dataset: Dataset, shard: str, manifest_row: dict[str, object] | None) -> FileCheck:
-    """Check the data file of a shard, also against its row of the manifest if there is one."""
+def check_file(
+    dataset: Dataset,
+    shard: str,
+    manifest_row: dict[str, object] | None,
+    removed: RemovedKeys = RemovedKeys(),  # noqa: B008 (immutable)
+) -> FileCheck:
+    """Check the data file of a shard, also against its row of the manifest if there is one.
+
+    removed: keys that must have no row.
+    """
     url = dataset.data_url(shard)
     try:
         footer = read_footer(url)
@@ -45,6 +63,7 @@ def check_file(dataset: Dataset, shard: str, manifest_row: dict[str, object] | N
     try:
         file = pq.ParquetFile(pa.BufferReader(body), pre_buffer=False)
         problems += _check_rows(dataset, shard, footer, file)
+        problems += _check_removed(footer, file, removed)
     except UNREADABLE as error:
         problems.append(f"cannot be read: {one_line(error)}")
     if footer.errors:
@@ -86,6 +105,32 @@ def _check_errors(dataset: Dataset, shard: str, footer: Footer) -> Iterator[str]
         )
 
 
+def _check_removed(footer: Footer, file: pq.ParquetFile, removed: RemovedKeys) -> Iterator[str]:
+    if not removed.hashes or "key" not in file.schema_arrow.names:
+        return
+    rows = 0
+    for batch in file.iter_batches(batch_size=4096, columns=["key"], use_threads=False):
+        rows += len(removed.blocked(batch.column(0)))
+    if rows:
+        yield f"{count(rows, 'row')} with a removed key{REMOVE_AGAIN}"
+    if errors := len(removed.blocked(footer.error_rows["key"])):
+        yield f"{count(errors, 'error row')} with a removed key{REMOVE_AGAIN}"
+
+
+def check_leftovers(dataset: Dataset, removed: RemovedKeys) -> Iterator[str]:
+    """Removed keys outside data files: in files of error rows, and in staging."""
+    if not removed.hashes:
+        return
+    for url in error_files(dataset):
+        with contextlib.suppress(ObjectMissing, *UNREADABLE):  # _check_errors reports these
+            keys = read_table(pa.BufferReader(read(url)), ["key"])["key"]
+            if rows := len(removed.blocked(keys)):
+                name = url.removeprefix(f"{dataset.out}/")
+                yield f"{name}: {count(rows, 'error row')} with a removed key{REMOVE_AGAIN}"
+    if staged := drop_removed_fragments(dataset, removed, only_look=True):
+        yield f"staging: {count(staged, 'fragment')} with a removed key{REMOVE_AGAIN}"
+
+
 def _check_rows(
     dataset: Dataset, shard: str, footer: Footer, file: pq.ParquetFile
 ) -> Iterator[str]:
@@ -104,11 +149,14 @@ def _check_rows(
         problems |= set(_check_values(dataset, shard, table))
     yield from sorted(problems)
     if len(indexes) != footer.rows:
-        yield f"{len(indexes)} rows, but its footer says {footer.rows}"
+        yield f"{count(len(indexes), 'row')}, but its footer says {footer.rows:,}"
     if indexes != sorted(set(indexes)):
         yield "rows are not in the order of their shard, or one appears twice"
-    if sorted(indexes + footer.error_rows["index"].to_pylist()) != list(range(footer.total)):
-        yield f"rows and errors do not make up 0..{footer.total - 1}"
+    all_indexes = indexes + footer.error_rows["index"].to_pylist()
+    is_whole = len(all_indexes) == footer.total - footer.removed
+    if not is_whole or len({*all_indexes} & {*range(footer.total)}) != len(all_indexes):
+        removed = f", without {footer.removed} removed rows" if footer.removed else ""
+        yield f"rows and errors do not make up 0..{footer.total - 1}{removed}"
     if digest.hexdigest() != footer.rows_sha256:
         yield "the hash of its rows differs from its footer"
 

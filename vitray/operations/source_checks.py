@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from vitray.dataset import Dataset, Footer, read_table
-from vitray.errors import ObjectChanged, ObjectMissing, ShardError, one_line
+from vitray.dataset import Dataset, Footer, hash_of, read_table, removed_keys
+from vitray.errors import ObjectChanged, ObjectMissing, ShardError, count, one_line
 from vitray.left_out import LeftOut, describe
 from vitray.operations.data_file_checks import UNREADABLE
 from vitray.schema import Encoded, End, Shard, ShardKind, SourceRules, content_hash
@@ -52,6 +52,7 @@ def check_content(dataset: Dataset, shard: Shard, footer: Footer) -> Iterator[st
     except UNREADABLE:
         return  # check_file reports it
     left_out = Counter[str]()
+    removed = removed_keys(dataset.out).hashes
     try:
         for item in read_shard(shard, dataset.job, lambda _: True):
             if isinstance(item, End):
@@ -60,6 +61,8 @@ def check_content(dataset: Dataset, shard: Shard, footer: Footer) -> Iterator[st
                 left_out.update(item.left_out)
             elif isinstance(item, Encoded):
                 left_out[LeftOut.FURTHER_IMAGE] += item.further_images
+                if hash_of(item.key) in removed and item.index not in labelled:
+                    continue
                 image_hash = None if item.data is None else content_hash(item.data)
                 if labelled.get(item.index) != (item.key, image_hash):
                     yield f"image {item.index} ({item.key}) is not what was labelled"
@@ -85,7 +88,7 @@ def _labelled_images(
 
 
 def _other_total(images: int, footer: Footer) -> str:
-    return f"the source holds {images} images, the dataset {footer.total}"
+    return f"the source holds {count(images, 'image')}, the dataset {footer.total:,}"
 
 
 def _check_left_out(left_out: dict[str, int], footer: Footer) -> Iterator[str]:
@@ -93,7 +96,7 @@ def _check_left_out(left_out: dict[str, int], footer: Footer) -> Iterator[str]:
     countable = {  # without decoding
         reason: number
         for reason, number in footer.left_out.items()
-        if reason != LeftOut.FURTHER_PAGE
+        if reason not in (LeftOut.FURTHER_PAGE, LeftOut.REMOVED)
     }
     if footer.source_rules >= SourceRules.V2 and left_out != countable:
         yield (

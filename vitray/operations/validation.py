@@ -11,17 +11,20 @@ from vitray.dataset import (
     MANIFEST_GLOB,
     Dataset,
     Footer,
+    RemovedKeys,
+    accepted_ids,
     committed_files,
     data_path,
     is_marked_complete,
     manifest_url,
     read_manifest,
+    removed_keys,
     require_dataset,
     success_manifest,
 )
 from vitray.errors import JobError, StorageError, count, one_line
 from vitray.left_out import describe
-from vitray.operations.data_file_checks import UNREADABLE, check_file
+from vitray.operations.data_file_checks import UNREADABLE, check_file, check_leftovers
 from vitray.operations.source_checks import check_content, count_in_source
 from vitray.pipeline import list_source
 from vitray.schema import Shard
@@ -40,12 +43,13 @@ class Validation:
 
     compared: number of data files whose images were read again; None unless `content` was asked
     for. images: number in the committed shards, counted in the source again: there
-    rows + errors = images. None unless `inputs` was asked for. uncounted: committed tars on a store
-    that were not counted, because only `content` reads them.
+    rows + errors + left_out["removed"] = images. None unless `inputs` was asked for. uncounted:
+    committed tars on a store that were not counted, because only `content` reads them.
 
     left_out: what the source holds besides these images, by left_out.LEFT_OUT; suffixes: of the
     files among it. truncated: {shard: byte at which it was cut}; images behind that byte are in no
-    count.
+    count. accepted: shards without a data file that a person accepted; they are not pending.
+    blocked_keys: that `vitray remove` took out; a row of one of them is a problem.
     """
 
     out: str
@@ -61,6 +65,8 @@ class Validation:
     left_out: dict[str, int] = field(default_factory=dict)
     suffixes: dict[str, int] = field(default_factory=dict)
     truncated: dict[str, int] = field(default_factory=dict)
+    accepted: int = 0
+    blocked_keys: int = 0
 
     @property
     def ok(self) -> bool:
@@ -86,6 +92,10 @@ class Validation:
         ]
         if self.left_out:
             lines.append(f"left out   {describe(self.left_out, self.suffixes)}")
+        if self.accepted:
+            lines.append(f"accepted   {count(self.accepted, 'shard')} without rows")
+        if self.blocked_keys:
+            lines.append(f"removed    {self._removed()}")
         if self.compared is not None:
             lines.append(f"images read again: those of {self.compared} of {files}")
         return "\n".join(lines + [f"  {problem}" for problem in self.problems])
@@ -94,6 +104,11 @@ class Validation:
         if self.problems:
             return f"NOT valid: {count(len(self.problems), 'problem')}"
         return "valid so far" if self.pending else "valid"
+
+    def _removed(self) -> str:
+        keys = f"{count(self.blocked_keys, 'key')} blocked"
+        is_clean = not any("removed key" in problem for problem in self.problems)
+        return f"{keys}; no row, error row or staged fragment holds one" if is_clean else keys
 
     def _uncounted_note(self) -> str:
         if not self.uncounted:
@@ -119,23 +134,29 @@ def validate(out: str, inputs: bool = True, content: bool = False) -> Validation
         problems += unlistable
     # without _SUCCESS.json the manifest is older than some of the files
     expected = manifest_rows if manifest_rows is not None and is_complete else {}
-    totals = _check_files(dataset, shard_ids, expected, listing, content)
+    removed = removed_keys(dataset.out)
+    totals = _check_files(dataset, shard_ids, expected, listing, content, removed)
+    leftovers = check_leftovers(dataset, removed)
     inputs_by_id = _by_id(listing)
     selected = select_shards(list(inputs_by_id.values()), dataset.job)
+    uncommitted = {shard.id for shard in selected} - set(shard_ids)
+    accepted = accepted_ids(dataset.out)
     return Validation(
         out=dataset.out,
         files=len(shard_ids),
         rows=totals.rows,
         errors=totals.errors,
-        pending=len({shard.id for shard in selected} - set(shard_ids)),
+        pending=len(uncommitted - accepted),
         gone=len(set(shard_ids) - inputs_by_id.keys()) if inputs_by_id else 0,
-        problems=(*problems, *totals.problems),
+        problems=(*problems, *totals.problems, *leftovers),
         compared=totals.compared if content else None,
         images=totals.images if listing is not None else None,
         uncounted=totals.uncounted,
         left_out=dict(+totals.left_out),
         suffixes=listing.suffixes if listing is not None else {},
         truncated=totals.truncated,
+        accepted=len(uncommitted & accepted),
+        blocked_keys=len(removed.hashes),
     )
 
 
@@ -175,12 +196,14 @@ def _check_files(
     manifest_rows: ManifestRows,
     listing: Listing | None,
     content: bool,
+    removed: RemovedKeys,
 ) -> _Totals:
     totals = _Totals(left_out=Counter(listing.left_out if listing is not None else {}))
     inputs_by_id = _by_id(listing)
     with ThreadPoolExecutor(2) as pool:
         checks = pool.map(
-            lambda shard_id: check_file(dataset, shard_id, manifest_rows.get(shard_id)), shard_ids
+            lambda shard_id: check_file(dataset, shard_id, manifest_rows.get(shard_id), removed),
+            shard_ids,
         )
         for shard_id, check in zip(shard_ids, checks):
             totals.add_problems(shard_id, check.problems)

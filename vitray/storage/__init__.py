@@ -6,7 +6,7 @@ version that was planned. pyarrow's own file systems are not used: see docs/deci
 
 from vitray.storage.cache import cache_directory
 from vitray.storage.folder import new_folder
-from vitray.storage.local import on_disk
+from vitray.storage.local import missing_folders, on_disk
 from vitray.storage.objects import ABANDONED_S, ObjectInfo, Store, absolute, is_local
 from vitray.storage.patterns import PatternObjects, expand, expand_braces, reads, search
 from vitray.storage.stores import exists, join, read, sha256_of, store_for
@@ -23,6 +23,7 @@ __all__ = [
     "expand_braces",
     "is_local",
     "join",
+    "missing_folders",
     "new_folder",
     "on_disk",
     "read",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import glob as globbing
 import io
 import os
@@ -19,7 +20,14 @@ from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO, NoReturn
 
 from vitray.crash import crash_point
-from vitray.errors import ObjectChanged, ObjectMissing, ObjectRefused, StorageError, UnsafeStore
+from vitray.errors import (
+    AccessError,
+    ObjectChanged,
+    ObjectMissing,
+    ObjectRefused,
+    StorageError,
+    UnsafeStore,
+)
 from vitray.storage.objects import ABANDONED_S, TMP_PREFIX, ObjectInfo, absolute
 
 ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
@@ -35,6 +43,8 @@ REFUSED = (
 )
 # stands for a byte that is not UTF-8, and for the backslash of a name that looks like an escape
 ESCAPE = r"\\u(dc(?:[89a-f][0-9a-f]|5c))"
+# faults of a path that a user chose
+NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
 
 
@@ -44,6 +54,9 @@ class LocalStore:
     def find(self, prefix: str) -> list[ObjectInfo]:
         infos, _ = self.find_all(prefix)
         return [info for info in infos if not os.path.basename(info.url).startswith(TMP_PREFIX)]
+
+    def find_few(self, prefix: str) -> list[ObjectInfo]:
+        return self.find(prefix)
 
     def find_all(self, prefix: str) -> tuple[list[ObjectInfo], list[str]]:
         root = on_disk(prefix)
@@ -119,6 +132,19 @@ class LocalStore:
         with _temporary(path, data) as temporary:
             os.replace(temporary, path)
 
+    def replace_version(
+        self, url: str, version: str, data: bytes, metadata: dict[str, str] | None = None
+    ) -> bool:
+        path = on_disk(url)
+        with _temporary(path, data) as temporary, _locked(os.path.dirname(path)):
+            try:
+                if self.stat(url).version != version:
+                    return False
+            except ObjectMissing:
+                return False
+            os.replace(temporary, path)
+        return True
+
     def abandoned(self, prefix: str) -> list[str]:
         paths = list[str]()
         for folder, _, names in os.walk(on_disk(prefix)):
@@ -189,6 +215,16 @@ def _url_of(path: str) -> str:
     )
 
 
+def missing_folders(url: str) -> list[str]:
+    """A local folder and those above it that do not exist, the innermost first."""
+    folders = list[str]()
+    path = absolute(url)
+    while not os.path.lexists(path):
+        folders.append(path)
+        path = os.path.dirname(path)
+    return folders
+
+
 @contextlib.contextmanager
 def _temporary(path: str, data: bytes) -> Iterator[str]:
     """A file with the data beside the path, to be linked or moved there within the block.
@@ -210,6 +246,21 @@ def _temporary(path: str, data: bytes) -> Iterator[str]:
     finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+
+
+@contextlib.contextmanager
+def _locked(folder: str) -> Iterator[None]:
+    """A lock among the processes that compare a version and replace it; a killed one loses it.
+
+    A file system without locks on folders, such as NFS, goes without.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _new_file(path: str) -> BinaryIO:
@@ -243,14 +294,17 @@ def _raise_in_walk(error: OSError, root: str) -> None:
 def _raise_read(error: OSError, path: str) -> NoReturn:
     if error.errno in ABSENT:
         raise ObjectMissing(f"{_url_of(path)} does not exist") from error
-    _raise_local(error, path, ObjectRefused if error.errno in REFUSED else StorageError)
+    _raise_local(error, path, ObjectRefused if error.errno in REFUSED else None)
 
 
-def _raise_local(error: OSError, path: str, kind: type[StorageError] = StorageError) -> NoReturn:
+def _raise_local(error: OSError, path: str, kind: type[StorageError] | None = None) -> NoReturn:
+    if kind is None:
+        kind = AccessError if error.errno in NO_ACCESS else StorageError
     step = {
         errno.ENOSPC: "The disk is full: free some space and run the same command again.",
         errno.EDQUOT: "The quota is used up: free some space and run the same command again.",
         errno.EACCES: "Check the permissions, or choose another path.",
+        errno.EEXIST: "A file stands where a folder must be: choose another path.",
         errno.ENOTDIR: "A file stands where a folder must be: choose another path.",
         errno.EROFS: "The file system is read-only: choose another `out`.",
     }.get(error.errno or 0, "Check the path and the disk.")

@@ -33,6 +33,12 @@ class Store(Protocol):
     def find(self, prefix: str) -> list[ObjectInfo]:
         """Every object under a prefix (a directory or one object), in the order of URLs."""
 
+    def find_few(self, prefix: str) -> list[ObjectInfo]:
+        """Like `find`, by one request, of a prefix that is mostly empty.
+
+        A bucket that does not exist looks empty.
+        """
+
     def find_all(self, prefix: str) -> tuple[list[ObjectInfo], list[str]]:
         """Like `find`, with half-written files; and the linked folders, which are not entered."""
 
@@ -53,6 +59,15 @@ class Store(Protocol):
         """
 
     def replace(self, url: str, data: bytes) -> None: ...
+
+    def replace_version(
+        self, url: str, version: str, data: bytes, metadata: dict[str, str] | None = None
+    ) -> bool:
+        """Replace that version of an object, whole or not at all.
+
+        False: it is another version or absent. It may be this one, when the answer to an earlier
+        attempt was lost.
+        """
 
     def delete(self, urls: Iterable[str]) -> None: ...
 

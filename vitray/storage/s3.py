@@ -13,7 +13,14 @@ import re
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, BinaryIO, NoReturn, cast
 
-from vitray.errors import JobError, ObjectChanged, ObjectMissing, ObjectRefused, StorageError
+from vitray.errors import (
+    AccessError,
+    JobError,
+    ObjectChanged,
+    ObjectMissing,
+    ObjectRefused,
+    StorageError,
+)
 from vitray.storage.objects import ObjectInfo, reason, retrying
 
 CALL_TIMEOUT_S = 120.0
@@ -22,13 +29,24 @@ READ_BLOCK_BYTES = 8 << 20
 BAD_CONFIG = ("ProfileNotFound", "ConfigParseError")
 # botocore's names for other errors of the user's set-up, which no further attempt mends
 BAD_SETUP = ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError", *BAD_CONFIG)
-# refusals of the account or the clock, not of one object
-BAD_KEYS = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "RequestTimeTooSkewed")
+# refusals of the account, not of one object
+BAD_KEYS = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "AccountProblem")
+# refusals that end without a change by the user: a role gets new keys, a clock is set
+TEMPORARY_REFUSALS = ("ExpiredToken", "TokenRefreshRequired", "RequestTimeTooSkewed")
+# a request that went to another region or endpoint, or that names no possible bucket
+BAD_PLACE = (
+    "AuthorizationHeaderMalformed",
+    "InvalidBucketName",
+    "PermanentRedirect",
+    "IllegalLocationConstraintException",
+)
+REDIRECTS = (301, 307)
 TRANSIENT_STATUS = (408, 409, 429)
 TRANSIENT_CODES = ("SlowDown", "RequestTimeout", "XAmzContentSHA256Mismatch")
 MAX_OBJECT_BYTES = 5 << 30  # one PUT; conditional multipart is not safe on every store
 UNSIGNED = "AWS_NO_SIGN_REQUEST"  # both names as GDAL has them
 PAYER = "AWS_REQUEST_PAYER"
+READS = ("head_object", "get_object")  # of one object
 WRITES = ("put_object", "delete_object")
 
 
@@ -57,10 +75,32 @@ class S3Store:
             },
         )
         self._fs.retries = 1
+        self._has_succeeded = False  # so the keys are good
 
     def find(self, prefix: str) -> list[ObjectInfo]:
         entries = self._call(prefix, lambda: self._fs.find(_key(prefix), detail=True))
         return _infos(entries) or self._nothing_in(prefix)
+
+    def find_few(self, prefix: str) -> list[ObjectInfo]:
+        bucket, _, key = _key(prefix).partition("/")
+        # s3fs looks further where a listing is empty
+
+        def list_first() -> Any:
+            work = self._fs._call_s3("list_objects_v2", Bucket=bucket, Prefix=f"{key}/")
+            return self._sync(work)
+
+        page = self._call(prefix, list_first)
+        if page.get("IsTruncated"):
+            return self.find(prefix)
+        return [
+            ObjectInfo(
+                f"s3://{bucket}/{item['Key']}",
+                int(item["Size"]),
+                item["ETag"].strip('"'),
+                item["LastModified"].timestamp(),
+            )
+            for item in page.get("Contents", [])
+        ]
 
     def find_all(self, prefix: str) -> tuple[list[ObjectInfo], list[str]]:
         return self.find(prefix), []
@@ -75,6 +115,9 @@ class S3Store:
         except ObjectMissing:
             self._nothing_in(url)
             raise
+        except ObjectRefused:
+            self._require_good_keys(url)
+            raise
         return ObjectInfo(
             url,
             int(head["ContentLength"]),
@@ -83,7 +126,7 @@ class S3Store:
         )
 
     def _nothing_in(self, url: str) -> list[ObjectInfo]:
-        """An empty listing of an existing bucket. Raises StorageError where it does not exist.
+        """An empty listing of an existing bucket. Raises AccessError where it does not exist.
 
         s3fs lists a missing bucket as empty, and the response to a HEAD has no code.
         """
@@ -95,6 +138,23 @@ class S3Store:
             if _status_and_code(error)[0] != 403:  # a policy may allow a prefix and not its bucket
                 raise
         return []
+
+    def _require_good_keys(self, url: str) -> None:
+        """Raises AccessError where the store does not know the user at all.
+
+        The response to a HEAD has no code, so wrong keys look like a refused object there.
+        """
+        if self._has_succeeded:
+            return
+        bucket = _key(url).split("/")[0]
+        try:
+            self._call(
+                url,
+                lambda: self._sync(self._fs._call_s3("list_objects_v2", Bucket=bucket, MaxKeys=1)),
+            )
+        except AccessError as error:
+            if _status_and_code(error)[1] in BAD_KEYS:
+                raise
 
     def open(self, url: str, version: str | None = None) -> BinaryIO:
         info = self.stat(url)
@@ -120,7 +180,7 @@ class S3Store:
             return data
 
         try:
-            return cast(bytes, self._call(info.url, lambda: self._sync(get())))
+            return cast(bytes, self._call(info.url, lambda: self._sync(get()), "get_object"))
         except FileExistsError as error:
             raise ObjectChanged(f"{info.url} changed while it was read") from error
 
@@ -133,6 +193,15 @@ class S3Store:
 
     def replace(self, url: str, data: bytes) -> None:
         self._put(url, data)
+
+    def replace_version(
+        self, url: str, version: str, data: bytes, metadata: dict[str, str] | None = None
+    ) -> bool:
+        try:
+            self._put(url, data, IfMatch=version, Metadata=metadata or {})
+        except (FileExistsError, ObjectMissing):
+            return False
+        return True
 
     def _put(self, url: str, data: bytes, **conditions: object) -> None:
         if len(data) > MAX_OBJECT_BYTES:
@@ -165,7 +234,7 @@ class S3Store:
         return self._call(
             url,
             lambda: self._sync(self._fs._call_s3(method, **where, **arguments), timeout_s),
-            writes=method in WRITES,
+            method,
         )
 
     def _sync(self, work: Coroutine[Any, Any, Any], timeout_s: float = CALL_TIMEOUT_S) -> Any:
@@ -173,13 +242,17 @@ class S3Store:
 
         return sync(self._fs.loop, asyncio.wait_for, work, timeout_s)
 
-    def _call(self, url: str, call: Callable[[], Any], writes: bool = False) -> Any:
+    def _call(self, url: str, call: Callable[[], Any], method: str = "") -> Any:
+        """The result of a request. method: of S3, unless it is a listing."""
         try:
-            return retrying(url, call, _is_transient)
+            result = retrying(url, call, _is_transient)
+            self._has_succeeded = True
+            return result
         except StorageError:
             raise
         except Exception as error:
-            _raise_s3(error, url, self._step_after_refusal(error, writes))
+            step = self._step_after_refusal(error, writes=method in WRITES)
+            _raise_s3(error, url, step, is_of_object=method in READS)
 
     def _step_after_refusal(self, error: Exception, writes: bool) -> str:
         """The advice to a person whose access was refused."""
@@ -309,8 +382,11 @@ def _is_transient(error: Exception) -> bool:
     return is_timeout or library in ("aiohttp", "botocore", "fsspec")
 
 
-def _raise_s3(error: Exception, url: str, step_after_refusal: str) -> NoReturn:
-    """Raises vitray's own exception in place of one of s3fs, with advice."""
+def _raise_s3(error: Exception, url: str, step_after_refusal: str, is_of_object: bool) -> NoReturn:
+    """Raises vitray's own exception in place of one of s3fs, with advice.
+
+    is_of_object: the request read one object; the store may refuse it and not the others.
+    """
     status, code = _status_and_code(error)
     if status == 412:  # a condition was refused: create() and read_range() know which one
         raise FileExistsError(url) from error
@@ -320,15 +396,22 @@ def _raise_s3(error: Exception, url: str, step_after_refusal: str) -> NoReturn:
         raise ObjectMissing(f"{url} does not exist") from error
     has_no_credentials = "Credentials" in type(error).__name__
     if isinstance(error, PermissionError) or status in (401, 403) or has_no_credentials:
-        kind = ObjectRefused if status == 403 and code not in BAD_KEYS else StorageError
+        is_of_account = has_no_credentials or status == 401 or code in BAD_KEYS
+        kind: type[StorageError] = AccessError
+        if code in TEMPORARY_REFUSALS:
+            kind = StorageError
+        elif is_of_object and not is_of_account:
+            kind = ObjectRefused
         raise kind(
             f"{url}: access refused ({code or reason(error)}). {step_after_refusal}"
         ) from error
     suspects = "the URL, AWS_DEFAULT_REGION and AWS_ENDPOINT_URL"
     if type(error).__name__ in BAD_CONFIG:
         suspects = "~/.aws/config, or unset AWS_PROFILE"
-    raise StorageError(f"{url}: {reason(error).rstrip('.')}. Check {suspects}.") from error
+    is_place_wrong = code in BAD_PLACE or status in REDIRECTS
+    kind = AccessError if is_place_wrong or type(error).__name__ in BAD_SETUP else StorageError
+    raise kind(f"{url}: {reason(error).rstrip('.')}. Check {suspects}.") from error
 
 
-def _no_bucket(url: str) -> StorageError:
-    return StorageError(f"{url}: the bucket does not exist. Check its name and AWS_ENDPOINT_URL.")
+def _no_bucket(url: str) -> AccessError:
+    return AccessError(f"{url}: the bucket does not exist. Check its name and AWS_ENDPOINT_URL.")

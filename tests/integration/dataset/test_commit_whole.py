@@ -36,6 +36,7 @@ from vitray.dataset import (
     committed_files,
     find_commit,
     read_footer,
+    removed_keys,
     uncommitted,
     write_end,
     write_fragment,
@@ -89,7 +90,7 @@ def counted(
 
 
 def folder_of(path: str) -> str:
-    for name in ("staging", "data/", "_errors", "/in/"):
+    for name in ("staging", "data/", "_errors", "/in/", "removed"):
         if name in path:
             return f"list {name}" if "list-type" in path else name
     return "bucket"
@@ -157,16 +158,19 @@ def test_rows_that_do_not_make_up_the_shard_are_refused(
     assert committed_files(local_out) == {}
 
 
-def test_a_whole_commit_takes_two_requests_and_one_more_for_errors(
+def test_a_whole_commit_takes_three_requests_and_one_more_for_errors(
     counted: Callable[[], Any],
 ) -> None:
+    """The last one looks for keys that were removed meanwhile."""
     dataset, shard, requests = counted()
+    removed_keys(dataset.out)  # which a thread remembers
+    requests()
     whole(dataset, shard)
-    assert requests() == ["HEAD /in/", "PUT data/"]
+    assert requests() == ["HEAD /in/", "PUT data/", "GET list removed"]
     store_for(dataset.out).delete([dataset.data_url(shard.id)])
     requests()
     whole(dataset, shard, bad=EMPTY)
-    assert requests() == ["HEAD /in/", "PUT data/", "PUT _errors"]
+    assert requests() == ["HEAD /in/", "PUT data/", "GET list removed", "PUT _errors"]
 
 
 def test_a_staged_commit_looks_for_a_data_file_only_when_it_has_to(
@@ -176,8 +180,8 @@ def test_a_staged_commit_looks_for_a_data_file_only_when_it_has_to(
     stage(dataset, shard, 8)
     requests()
     commit_shard(dataset, shard)
-    names = requests()
-    assert [name for name in names if "staging" not in name] == ["HEAD /in/", "PUT data/"]
+    names = [name for name in requests() if "staging" not in name]
+    assert names == ["HEAD /in/", "PUT data/", "GET list removed"]
 
 
 def test_a_refused_create_adopts_the_first_file(out: str) -> None:

@@ -100,7 +100,7 @@ def test_files_of_another_job_without_their_dataset_json_are_refused(out: str) -
     other = make(out, top_k=2)
     commit(other, input_shard(out), 6)
     store_for(out).delete([dataset_url(out)])
-    with pytest.raises(FingerprintError, match=r"holds 1 files of another job .* such as cats-"):
+    with pytest.raises(FingerprintError, match=r"holds 1 file of another job .* such as cats-"):
         make(out, top_k=3)
     assert not exists(dataset_url(out))
     assert make(out, top_k=2).fingerprint == other.fingerprint

@@ -120,6 +120,7 @@ def test_every_file_gets_one_action(case: Case) -> None:
     assert actions == Actions(
         unlisted=frozenset(case.unlisted),
         delete=frozenset(case.delete),
+        pruned=frozenset(case.delete if case.prune else ()),
         admit=case.admit,
         pending=frozenset(case.pending),
     )
