@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from vitray.cli.console import say
-from vitray.cli.options import OutArgument
-from vitray.errors import JobError, count
+from vitray.cli.console import show
+from vitray.cli.options import Json, OutArgument
+from vitray.errors import JobError
 
 
 def redo(
@@ -18,9 +18,10 @@ def redo(
         list[str] | None, typer.Option(help="every shard with an error of this reason (repeatable)")
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="delete; without it only list")] = False,
+    as_json: Json = False,
 ) -> None:
     """Delete chosen data files, so that the next run makes them again."""
-    from vitray.dataset import delete_data_files, require_dataset, shards_to_redo
+    from vitray.operations import redoing
     from vitray.schema import REASONS
 
     shards, reasons = shard or [], reason or []
@@ -29,11 +30,5 @@ def redo(
             f"give --shard ID (a file in {out}/data, without .parquet) or --reason R, one of "
             f"{', '.join(REASONS)}"
         )
-    dataset = require_dataset(out)
-    chosen = shards_to_redo(dataset, shards, reasons)
-    files = count(len(chosen), "data file")
-    if yes:
-        say("\n".join([*chosen, f"deleting {files}; run the job again to recreate them"]))
-        delete_data_files(dataset, chosen)
-    else:
-        say("\n".join([*chosen, f"{files} would be deleted; add --yes to do it"]))
+    result = redoing.redo(out, shards, reasons, delete=yes)
+    show(result, as_json, str(result))

@@ -1,7 +1,9 @@
-"""Rows as one Parquet file, written on the scratch disk."""
+"""Rows as one Parquet file, written on the scratch disk; and its file of error rows."""
 
 from __future__ import annotations
 
+import hashlib
+import re
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -9,11 +11,16 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vitray.dataset.files import parquet_bytes
+from vitray.dataset.footer import Footer
 from vitray.dataset.identity import Dataset
 from vitray.errors import StorageError
+from vitray.storage import store_for
 
 # 50 MB of a 768-float vector: small enough for a laptop, large enough for a scan
 ROW_GROUP_ROWS = 16_384
+# object metadata are HTTP headers: visible ASCII, 2 kB in all
+_IN_HEADER = re.compile(r"[!-~]{1,64}")
 
 
 def parquet_of(
@@ -33,6 +40,24 @@ def parquet_of(
         raise StorageError(
             f"scratch disk {tempfile.gettempdir()}: {error}. Free space there or set TMPDIR."
         ) from error
+
+
+def object_metadata(data: bytes, metadata: dict[str, str]) -> dict[str, str]:
+    """The metadata of the object: those of the footer that fit into an HTTP header, and SHA-256."""
+    headers = {
+        name.replace("vitray.", "vitray-").replace("_", "-"): value
+        for name, value in metadata.items()
+        if _IN_HEADER.fullmatch(value)
+    }
+    return headers | {"vitray-sha256": hashlib.sha256(data).hexdigest()}
+
+
+def repair_errors(dataset: Dataset, footer: Footer) -> None:
+    """Write the shard's file of error rows from the footer, when it has errors."""
+    if footer.errors:
+        store_for(dataset.out).replace(
+            dataset.errors_url(footer.shard), parquet_bytes(footer.error_rows)
+        )
 
 
 def _write_parquet(

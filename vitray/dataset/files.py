@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -106,5 +106,19 @@ def write_run_record(dataset: Dataset, run_id: str, record: dict[str, object]) -
 
 
 def read_run_records(out: str) -> list[dict[str, Any]]:
-    """Every run record, oldest first."""
-    return [json.loads(read(info.url)) for info in under(runs_url(out))]
+    """Every readable run record, oldest first."""
+    return [record for _, record in newest_run_records(out) if record is not None][::-1]
+
+
+def newest_run_records(out: str) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    """(file name, record) of every run, newest first. The record is None where it is damaged.
+
+    Reads each only when it is asked for: a dataset of a nightly job has hundreds.
+    """
+    for info in reversed(under(runs_url(out))):
+        name = info.url.rsplit("/", 1)[-1]
+        try:
+            record = json.loads(read(info.url))
+        except ValueError:
+            record = None
+        yield name, record if isinstance(record, dict) else None

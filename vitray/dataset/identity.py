@@ -16,7 +16,8 @@ import pyarrow as pa
 
 from vitray.clock import utc_now
 from vitray.dataset.layout import data_url, dataset_url, errors_folder, source_url, staging_url
-from vitray.errors import JobError, ObjectMissing, StorageError, one_line
+from vitray.dataset.pointer import read_pointer, refusal_of
+from vitray.errors import JobError, ObjectMissing, ObjectRefused, StorageError, one_line
 from vitray.job import Job, make_job
 from vitray.schema import (
     LABEL_FIELDS,
@@ -164,8 +165,19 @@ class LastSource:
 def open_dataset(out: str) -> Dataset | None:
     """The dataset in a directory, with the source of its last run; None without one.
 
-    Needs neither torch nor Ray. Raises StorageError for a dataset.json that is not readable.
+    Needs neither torch nor Ray. Raises StorageError for a dataset.json that is not readable, and
+    JobError for a pointer: what writes a dataset follows none.
     """
+    dataset = find_dataset(out)
+    if dataset is None:
+        with contextlib.suppress(ObjectRefused):  # rights for what is below `out` are enough
+            if (stored := read_pointer(out)) is not None:
+                raise JobError(refusal_of(absolute(out), stored.pointer))
+    return dataset
+
+
+def find_dataset(out: str) -> Dataset | None:
+    """Like open_dataset, without a look for a pointer."""
     try:
         text = read(dataset_url(out))
     except ObjectMissing:

@@ -73,6 +73,16 @@ def runs_url(out: str, *name: str) -> str:
     return internal_url(out, "runs", *name)
 
 
+def accepted_url(out: str, *name: str) -> str:
+    """The URL of the folder of accepted shards, or of one of them."""
+    return internal_url(out, "accepted", *name)
+
+
+def removed_url(out: str, *name: str) -> str:
+    """The URL of the folder of lists of removed keys, or of one list."""
+    return internal_url(out, "removed", *name)
+
+
 def manifest_url(out: str, name: str) -> str:
     """The URL of the manifest with that name."""
     return internal_url(out, name)
@@ -106,6 +116,15 @@ def data_url(out: str, shard_id: str) -> str:
 def errors_folder(source_rules: SourceRules) -> str:
     """The name of the folder of error rows; datasets with source rules 1 keep `errors`."""
     return "errors" if source_rules == SourceRules.V1 else "_errors"
+
+
+def is_own_file(out: str, source_rules: SourceRules, url: str) -> bool:
+    """Whether a file in a dataset's directory has a name that vitray writes there."""
+    folder, _, name = url.rpartition("/")
+    if url == success_url(out) or url.startswith(f"{internal_url(out)}/"):
+        return True
+    row_folders = (data_folder(out), join(absolute(out), errors_folder(source_rules)))
+    return folder in row_folders and name.endswith(".parquet")
 
 
 def shard_of(url: str) -> str:

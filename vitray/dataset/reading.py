@@ -10,9 +10,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vitray.dataset.files import read_parquet, read_table
-from vitray.dataset.identity import Dataset, open_dataset
+from vitray.dataset.identity import Dataset, find_dataset, open_dataset
 from vitray.dataset.layout import base_of, data_url, version_of
-from vitray.dataset.ledger import committed_files, is_marked_complete, read_manifest
+from vitray.dataset.ledger import (
+    committed_files,
+    is_marked_complete,
+    read_manifest,
+    unchanged_counts,
+)
+from vitray.dataset.pointer import read_pointer
 from vitray.errors import JobError, SourceError
 from vitray.schema import ERROR_SCHEMA, VectorColumn
 from vitray.storage import absolute, expand_braces, reads, store_for
@@ -22,12 +28,39 @@ WRITTEN = ("data/x.parquet", "x.parquet", "x.tar")
 BLOCK_ROWS = 4096  # 12 MB of a 768-float vector
 
 
-def require_dataset(out: str) -> Dataset:
-    """The dataset in a directory. Raises JobError for a directory without one."""
-    dataset = open_dataset(out)
+def require_dataset(out: str, follow: bool = True) -> Dataset:
+    """The dataset in a directory, or the current one of a pointer.
+
+    follow: False refuses a pointer, for commands that change rows. Raises JobError for any other
+    directory, and for a pointer whose dataset is gone.
+    """
+    dataset = find_dataset(out) if follow else open_dataset(out)
+    if dataset is None:
+        dataset = _pointed_dataset(absolute(out))
     if dataset is None:
         raise JobError(
             f"{absolute(out)} holds no vitray dataset. Check the path, or run a job into it first."
+        )
+    return dataset
+
+
+def _pointed_dataset(url: str) -> Dataset | None:
+    """The dataset that a pointer names now; None where there is no pointer."""
+    stored = read_pointer(url)
+    if stored is None:
+        return None
+    version = stored.pointer.current_version
+    dataset = find_dataset(version.dataset)
+    if dataset is None:
+        raise JobError(
+            f"{url} points to {version.dataset} (version {version.number}), which is gone. "
+            f"Restore it, promote another dataset, or go back: vitray rollback {url}"
+        )
+    if dataset.fingerprint != version.fingerprint:
+        raise JobError(
+            f"{url} points to {version.dataset} (version {version.number}), which holds another "
+            f"dataset now (fingerprint {dataset.fingerprint[:8]}…, promoted: "
+            f"{version.fingerprint[:8]}…). Promote it, or go back: vitray rollback {url}"
         )
     return dataset
 
@@ -80,10 +113,12 @@ def data_files(out: str) -> list[str]:
 def read(out: str, columns: Sequence[str] | None = None) -> pa.Table:
     """Every good row of a dataset as one table, ordered by (shard, index).
 
-    columns: the ones to read, e.g. ["key", "label", "embedding"]; all when None. Raises SourceError
-    when no shard is committed.
+    out: its directory, or a pointer to it. columns: the ones to read, e.g. ["key", "label",
+    "embedding"]; all when None. Raises SourceError when no shard is committed.
     """
     urls = data_files(out)
+    if not urls and (pointed := _pointed_dataset(absolute(out))) is not None:
+        urls = data_files(pointed.out)
     if not urls:
         raise SourceError(
             f"{out} holds no committed shard. Run a job into it first, or check the path."
@@ -118,10 +153,8 @@ def row_blocks(dataset: Dataset, urls: Iterable[str], columns: Sequence[str]) ->
 
 def row_counts(dataset: Dataset) -> dict[str, int]:
     """The rows of each data file that counts, by URL, in the order of data_files."""
-    manifest = read_manifest(dataset.out) if is_complete(dataset) else None
-    counts = dict[str, int]()
-    if manifest is not None:
-        counts = dict(zip(manifest["path"].to_pylist(), manifest["rows"].to_pylist()))
+    # an interrupted removal leaves files that differ from the manifest
+    counts = unchanged_counts(dataset) if is_complete(dataset) else {}
     paths = {url: url.removeprefix(f"{dataset.out}/") for url in data_files(dataset.out)}
     return {url: counts[path] if path in counts else rows_in(url) for url, path in paths.items()}
 

@@ -23,7 +23,12 @@ from vitray.dataset.layout import (
     source_url,
     staging_url,
 )
-from vitray.dataset.ledger import committed_files, footers_of, require_own
+from vitray.dataset.ledger import (
+    committed_files,
+    footers_of,
+    require_own,
+    require_own_data_files,
+)
 from vitray.errors import FingerprintError, JobError, StorageError
 from vitray.job import Job
 from vitray.schema import ModelSpec, VectorColumn
@@ -100,8 +105,7 @@ def resolve_dataset(
                 f"the store refused to create {dataset_url(out)}, which does not exist. "
                 "Run the same command again."
             )
-    spec_of_run = replace(spec, **_frozen(job, existing))
-    requested = Dataset(out, job, spec_of_run, tuple(vectors), passthrough, existing.fragment_rows)
+    requested = _requested(job, existing, spec, vectors, passthrough)
     if requested.fingerprint == existing.fingerprint:
         return requested
     if has_ended_without_rows(out):
@@ -110,16 +114,63 @@ def resolve_dataset(
     raise FingerprintError(_difference(existing, requested))
 
 
+def require_continuable(
+    job: Job,
+    specs: Sequence[ModelSpec],
+    vectors: Sequence[VectorColumn],
+    passthrough: pa.Schema,
+    most_footers: int | None = None,
+) -> None:
+    """Raise what `resolve_dataset` and require_own_data_files() would raise. Writes nothing.
+
+    specs: what the model may be, if `auto` values of the job are not chosen yet.
+    most_footers: of data files, to read at most.
+    """
+    out = absolute(job.out)
+    existing = open_dataset(out)
+    if existing is None:
+        _require_not_compacted(out)
+        data = sorted(committed_files(out))[:most_footers]
+        datasets = [Dataset(out, job, spec, tuple(vectors), passthrough, 1) for spec in specs]
+        footers = footers_of(datasets[0], data)
+        found = {footer.fingerprint for footer in footers.values()}
+        likely = next((d for d in datasets if d.fingerprint in found), datasets[0])
+        require_own(likely, footers)
+        return
+    requested = _requested(job, existing, specs[0], vectors, passthrough)
+    if requested.fingerprint == existing.fingerprint:
+        require_own_data_files(existing, most_footers)
+    elif not has_ended_without_rows(out):
+        raise FingerprintError(_difference(existing, requested))
+
+
+def _requested(
+    job: Job,
+    existing: Dataset,
+    spec: ModelSpec,
+    vectors: Sequence[VectorColumn],
+    passthrough: pa.Schema,
+) -> Dataset:
+    """What the job asks for, with the frozen values of the existing dataset in place of `auto`."""
+    spec_of_run = replace(spec, **_frozen(job, existing))
+    return Dataset(
+        existing.out, job, spec_of_run, tuple(vectors), passthrough, existing.fragment_rows
+    )
+
+
 def _require_unused(dataset: Dataset) -> None:
     """Raises JobError or FingerprintError for a directory with files of another origin."""
-    out = dataset.out
+    _require_not_compacted(dataset.out)
+    require_own(dataset, footers_of(dataset, committed_files(dataset.out)))
+
+
+def _require_not_compacted(out: str) -> None:
     for name in COMPACTED:
         if exists(join(out, name)):
             raise JobError(
                 f"{out} holds the output of vitray compact ({name}): readers would see rows twice. "
                 "Choose another `out`."
             )
-    require_own(dataset, footers_of(dataset, committed_files(out)))
 
 
 def passthrough_in_data(out: str, names: Sequence[str]) -> pa.Schema | None:
