@@ -4,7 +4,13 @@ Importing this is quick: torch and transformers are imported by the first call t
 This file only re-exports. The modules of the package import each other directly.
 """
 
-from vitray.models.engines import open_model, require_precision
+from vitray.models.checkpoint_check import (
+    CheckedModel,
+    check_model,
+    possible_specs,
+    require_machine,
+)
+from vitray.models.engines import TIMING_PAYS, open_model, require_precision
 from vitray.models.machine import (
     compiles,
     describe_compile,
@@ -16,13 +22,18 @@ from vitray.models.resolve import identify, model_outputs, vector_columns, with_
 from vitray.models.types import Model, Predictions
 
 __all__ = [
+    "TIMING_PAYS",
+    "CheckedModel",
     "Model",
     "Predictions",
+    "check_model",
     "compiles",
     "describe_compile",
     "identify",
     "model_outputs",
     "open_model",
+    "possible_specs",
+    "require_machine",
     "require_precision",
     "resolve_device",
     "torch_threads_kept",

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from vitray.errors import ModelError, one_line
+from vitray.errors import ModelError, count, one_line
 from vitray.models.foreign_checkpoints import (
     ADAPTER,
     SIGNATURE_FILES,
@@ -36,6 +36,8 @@ FAMILIES = {
     "siglip_vision_model": 0,
 }
 HEADS = (("classifier.weight",), ("cls_classifier.weight", "distillation_classifier.weight"))
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"  # of weights in several files
 # `vitray export-model` writes this file and these graph files: see exported.py
 EXPORT = "vitray_export.json"
 GRAPH_FILES = ("model.onnx", "model.onnx.data", "openvino_model.xml", "openvino_model.bin")
@@ -86,7 +88,7 @@ class VisionConfig:
 
 def read_config(checkpoint: Checkpoint) -> VisionConfig:
     """config.json, read by transformers' own class of that model_type; `auto_map` is ignored."""
-    fields = _config_fields(checkpoint)
+    fields = config_fields(checkpoint)
     family = fields["model_type"]
     from transformers import CONFIG_MAPPING
 
@@ -102,7 +104,7 @@ def read_config(checkpoint: Checkpoint) -> VisionConfig:
             prefix_tokens=FAMILIES[family] + registers,
             image_size=_sides(vision.image_size),
             patch_size=int(patch[0] if isinstance(patch, (list, tuple)) else patch),
-            score_function=_score_function(config),
+            score_function=score_function_of(config),
             hf=config,
         )
     except Exception as error:  # strict dataclasses raise their own kinds
@@ -116,7 +118,7 @@ def read_config(checkpoint: Checkpoint) -> VisionConfig:
     return spec
 
 
-def _config_fields(checkpoint: Checkpoint) -> dict[str, Any]:
+def config_fields(checkpoint: Checkpoint) -> dict[str, Any]:
     """config.json of a family that vitray knows. Raises ModelError for any other."""
     has_config = os.path.isfile(os.path.join(checkpoint.directory, "config.json"))
     if not has_config and (problem := _other_library(checkpoint)):
@@ -163,7 +165,7 @@ def _other_library(checkpoint: Checkpoint) -> str | None:
     return describe_directory(names, documents)
 
 
-def _score_function(config: Any) -> ScoreFunction:
+def score_function_of(config: Any) -> ScoreFunction:
     """How transformers' pipeline makes scores: 5.23, ImageClassificationPipeline.postprocess."""
     if config.problem_type == "regression":
         return ScoreFunction.NONE
@@ -182,7 +184,7 @@ def read_labels(checkpoint: Checkpoint, config: VisionConfig) -> tuple[str, ...]
     outputs = shapes[head[0]][0]
     if sorted(names) != list(range(outputs)):
         raise ModelError(
-            f"{checkpoint.model}: config.json names {len(names)} classes, but the head has "
+            f"{checkpoint.model}: config.json names {count(len(names), 'class')}, but the head has "
             f"{outputs}. Repair id2label."
         )
     return tuple(names[i] for i in range(outputs))
@@ -271,6 +273,11 @@ def _indexed_files(checkpoint: Checkpoint) -> list[str]:
             )
         paths.append(path)
     return paths
+
+
+def weight_bytes(checkpoint: Checkpoint) -> int:
+    """The size of the weights. Raises ModelError when there are none."""
+    return sum(os.path.getsize(path) for path in weight_files(checkpoint))
 
 
 def hash_weights(checkpoint: Checkpoint) -> str:

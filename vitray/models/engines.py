@@ -14,7 +14,7 @@ from importlib.util import find_spec
 import numpy as np
 
 from vitray.crash import crash_point
-from vitray.errors import ModelError, one_line
+from vitray.errors import ModelError, count, one_line
 from vitray.models.checkpoint import Checkpoint
 from vitray.models.checkpoint_store import locate
 from vitray.models.exported import hash_model, open_export, read_graph
@@ -44,6 +44,10 @@ class Tolerance:
 TOLERANCES = {"fp32": Tolerance(0.99999, 1e-3), "bf16": Tolerance(0.999, 0.05)}
 IMAGES = 16  # on which every engine is checked
 ROUNDS, SECONDS = 10, 10.0  # of timing; the seconds are the most for each engine
+# Images of a ViT-B/16 from which on timing can pay: on two cores it takes a minute, and an image
+# 130 ms, of which another engine may save a quarter.
+TIMING_PAYS = 2000
+VIT_B_FLOP = 35.13e9
 TORCH_ADVANTAGE = 1.1  # a factor: torch starts sooner, since a graph is exported at each start
 
 Open = Callable[[], Model]
@@ -141,12 +145,8 @@ def engine_refusal(engine: str, device: str, precision: str) -> Refusal | None:
     """Why an engine cannot run this here; None when it can."""
     if engine == "torch":
         return None
-    if any(find_spec(module) is None for module in MODULES[engine]):
-        return Refusal(
-            engine,
-            "is not installed here",
-            f"Install it (pip install 'vitray[{engine}]'), or set engine: torch.",
-        )
+    if refusal := _missing_modules(engine):
+        return refusal
     if device != "cpu" and not (engine == "onnx" and device == "cuda" and _onnx_computes_on_cuda()):
         return Refusal(
             engine,
@@ -187,6 +187,22 @@ def _onnx_computes_on_cuda() -> bool:
     return len(providers("cuda", onnxruntime.get_available_providers())) > 1
 
 
+def require_installed(engine: str) -> None:
+    """Raise ModelError for an engine whose modules are absent. Imports nothing."""
+    if refusal := _missing_modules(engine):
+        raise ModelError(str(refusal))
+
+
+def _missing_modules(engine: str) -> Refusal | None:
+    if all(find_spec(module) is not None for module in MODULES[engine]):
+        return None
+    return Refusal(
+        engine,
+        "is not installed here",
+        f"Install it (pip install 'vitray[{engine}]'), or set engine: torch.",
+    )
+
+
 def require_engine(engine: str, device: str, precision: str) -> None:
     """Raise ModelError when the engine cannot run this here."""
     if refusal := engine_refusal(engine, device, precision):
@@ -218,6 +234,11 @@ def require_filter(spec: ModelSpec, decode: str) -> None:
 
 
 # ---------------------------------------------------------------- the fastest engine
+
+
+def timing_pays(images: int, flop: float) -> bool:
+    """Whether so many images can repay the timing of engines. flop: for one image."""
+    return images >= TIMING_PAYS * max(1.0, VIT_B_FLOP / flop)
 
 
 def usable_engines(device: str, precision: str) -> tuple[list[str], str]:
@@ -318,7 +339,7 @@ def describe_mismatch(computed: Predictions, expected: Predictions, spec: ModelS
         return f"a score {error:.2g} off that of torch in fp32"
     wrong = int((exact_score < best * (1 - tolerance.score)).sum())
     if wrong:
-        return f"another label than torch in fp32 for {wrong} of {len(best)} images"
+        return f"another label than torch in fp32 for {wrong} of {count(len(best), 'image')}"
     return None
 
 

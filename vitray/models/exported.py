@@ -23,6 +23,7 @@ from vitray.models.checkpoint import (
     VisionConfig,
     hash_weights,
     read_json,
+    weight_files,
 )
 from vitray.models.types import Placement
 from vitray.schema import ModelOutputs, ModelSpec, ScoreFunction, VectorColumn
@@ -209,6 +210,13 @@ def hash_model(checkpoint: Checkpoint) -> str:
             "Copy the whole directory again."
         )
     return weights
+
+
+def computed_bytes(checkpoint: Checkpoint) -> int:
+    """The size of what hash_model() reads. Raises ModelError where it is missing."""
+    export = read_graph(checkpoint)
+    files = weight_files(checkpoint) if export is None else export.files()
+    return sum(os.path.getsize(path) for path in files if os.path.isfile(path))
 
 
 def _hash_graph(export: Export) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 
 from vitray.models.types import Predictions
 from vitray.schema import ModelOutputs, ModelSpec, PixelSpec, VectorColumn
+from vitray.totals import predicted_images
 
 FREE_ENGINE = "free"
 LABELS = tuple(f"class {number:03d}" for number in range(1000))
@@ -65,6 +66,7 @@ class FreeModel:
     def predict(self, pixels: Any) -> Predictions:
         """The labels and vectors of any number of images; the pixels are not read."""
         images = len(pixels)
+        predicted_images.add(images)
         with self._lock:
             if self._wait_s:
                 time.sleep(images * self._wait_s)

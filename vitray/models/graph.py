@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from vitray.copies import count_copy
 from vitray.models.batching import check_pixels, gather, share
 from vitray.models.forward import Forward
 from vitray.models.loading import Network
 from vitray.models.types import Predictions
 from vitray.schema import ModelOutputs, ModelSpec
+from vitray.totals import copied_bytes, predicted_images
 from vitray.vectors import top_k
 
 # uint8 [n, H, W, 3], n >= 1, to the graph's results; by several threads at once
@@ -75,9 +75,13 @@ class GraphModel:
         starts = accumulate(sizes, initial=0)
         if not pixels.flags.c_contiguous:
             pixels = np.ascontiguousarray(pixels)
-            count_copy(pixels.nbytes)
+            copied_bytes.add(pixels.nbytes)
         batches = [pixels[start : start + n] for start, n in zip(starts, sizes)]
-        results = [np.concatenate(column) for column in zip(*self._map(self._run, batches))]
+        parts = []
+        for size, part in zip(sizes, self._map(self._run, batches)):
+            predicted_images.add(size)
+            parts.append(part)
+        results = [np.concatenate(column) for column in zip(*parts)]
         if not results:
             return gather(self._spec, self._outputs, [])
         if self._outputs.top_k:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from vitray.errors import JobError, ModelError, VitrayError, one_line
+from vitray.errors import JobError, ModelError, VitrayError, count, one_line
 from vitray.job import distinct_labels
 from vitray.models.checkpoint import (
     Checkpoint,
@@ -133,8 +133,8 @@ def tokenise(
     ids, tower = arrays["input_ids"], config.hf.text_config
     if ids.shape[1] > tower.max_position_embeddings:
         raise ModelError(
-            f"{checkpoint.model} reads {tower.max_position_embeddings} tokens of a text, and one "
-            f"has {ids.shape[1]}. Make labels and prompts shorter, such as "
+            f"{checkpoint.model} reads {count(tower.max_position_embeddings, 'token')} of a text, "
+            f"and one has {ids.shape[1]}. Make labels and prompts shorter, such as "
             f"{max(texts, key=len)[:80]!r}."
         )
     if ids.max() >= tower.vocab_size:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from vitray.errors import ModelError, VitrayError, one_line
+from vitray.errors import ModelError, VitrayError, count, one_line
 from vitray.job import distinct_labels
 from vitray.schema import ModelSpec, VectorColumn
 from vitray.storage import absolute, join, read
@@ -131,7 +131,8 @@ def _check_numbers(weight: np.ndarray, bias: np.ndarray, labels: int) -> None:
         raise ValueError(f"weight and bias are {weight.dtype} and {bias.dtype}, not float32")
     if weight.shape[:1] != bias.shape or weight.ndim != 2 or labels != len(weight):
         raise ValueError(
-            f"weight {list(weight.shape)}, bias {list(bias.shape)} and {labels} labels do not fit"
+            f"weight {list(weight.shape)}, bias {list(bias.shape)} and {count(labels, 'label')} "
+            "do not fit"
         )
     if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
         raise ValueError("its weights are not finite")
@@ -158,8 +159,8 @@ def read_head_for(url: str, spec: ModelSpec) -> Head:
         )
     if head.weight.shape[1] != spec.dimension:
         raise ModelError(
-            f"head {url} takes {head.weight.shape[1]} values, and an embedding of {spec.model} "
-            f"has {spec.dimension}. Make a head for this model (vitray finetune)."
+            f"head {url} takes {count(head.weight.shape[1], 'value')}, and an embedding of "
+            f"{spec.model} has {spec.dimension}. Make a head for this model (vitray finetune)."
         )
     require_vector(spec, head.layer, head.pool)
     return head

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from vitray.cpus import cores
-from vitray.errors import ModelError
+from vitray.errors import ModelError, count
 from vitray.models.checkpoint import read_config
 from vitray.models.checkpoint_store import locate
 from vitray.schema import ModelSpec
@@ -118,7 +118,8 @@ def describe_compile(engine: str, choice: str, images: int) -> str:
     decision = "off" if is_off else "on where a machine or a GPU gets enough of them"
     return (
         f"auto: {decision} "
-        f"({images:,} images; on from {cpu:,} images per machine or {gpu:,} per GPU in one run)"
+        f"({count(images, 'image')}; on from {cpu:,} images per machine or {gpu:,} per GPU in "
+        "one run)"
     )
 
 

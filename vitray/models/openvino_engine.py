@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from vitray.copies import count_copy
 from vitray.errors import ModelError
 from vitray.models.graph import Run, without_warnings
+from vitray.totals import copied_bytes
 
 # OpenVINO and NNCF report their use, and write an id into the home directory, without being asked.
 # Without this module they cannot. None bars an import: see importlib.
@@ -79,5 +79,5 @@ def _tensor(pixels: np.ndarray) -> Any:
     """The pixels as a tensor, on the same memory where OpenVINO takes it."""
     is_shared = pixels.flags.c_contiguous and pixels.flags.writeable
     if not is_shared:
-        count_copy(pixels.nbytes)
+        copied_bytes.add(pixels.nbytes)
     return openvino.Tensor(pixels, shared_memory=is_shared)

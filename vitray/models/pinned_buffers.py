@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from vitray.copies import count_copy
 from vitray.models.host_memory import HostMemory, process_memory
+from vitray.totals import copied_bytes
 
 SLOTS = 3
 Work = Callable[[Any], list[Any]]
@@ -111,7 +111,7 @@ class PinnedBuffers:
             return torch.from_numpy(batch)
         host = slot.host[: len(batch)]
         np.copyto(host.numpy(), batch)
-        count_copy(batch.nbytes)
+        copied_bytes.add(batch.nbytes)
         return host
 
 

@@ -32,7 +32,7 @@ def read_pixels(checkpoint: Checkpoint, config: VisionConfig) -> PixelSpec:
     Raises ModelError when its file is not valid, when transformers cannot use it, when a PixelSpec
     cannot express it, and when its result does not fit the model.
     """
-    file, declared = _declared(checkpoint)
+    file, declared = declared_processor(checkpoint)
     _check_declared(f"{checkpoint.model}: {file}", declared)
     processor = _load_processor(checkpoint, config, file, declared)
     spec = _pixel_spec(checkpoint, file, processor)
@@ -81,8 +81,8 @@ def _pixel_spec(checkpoint: Checkpoint, file: str, processor: Any) -> PixelSpec:
     )
 
 
-def _declared(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]]:
-    """The file that describes the image processor, and the description.
+def declared_processor(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]]:
+    """The file that describes the image processor, and the description. Raises ModelError.
 
     `image_processor` of processor_config.json comes first, as in transformers 5.23
     (get_image_processor_dict).

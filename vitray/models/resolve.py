@@ -6,6 +6,7 @@ It reads the fields and hands them on as values.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 
 from vitray.cpus import cores
@@ -16,6 +17,7 @@ from vitray.models.engines import (
     require_engine,
     require_filter,
     require_pixels,
+    timing_pays,
     with_fastest_engine,
 )
 from vitray.models.exported import (
@@ -32,6 +34,7 @@ from vitray.models.linear_head import labelled_by_head, require_vector
 from vitray.models.machine import (
     auto_batch_size,
     auto_precision,
+    flop_per_image,
     require_decoder,
     require_hardware,
     resolve_device,
@@ -42,23 +45,33 @@ from vitray.schema import ModelOutputs, ModelSpec, ScoreFunction, VectorColumn
 log = logging.getLogger(__name__)
 
 
-def identify(job: Job, runs_here: bool = True) -> ModelSpec:
+def identify(
+    job: Job,
+    runs_here: bool = True,
+    images: int | None = None,
+    checkpoint: Checkpoint | None = None,
+    weights_sha256: str | None = None,
+    before_timing: Callable[[], None] = lambda: None,
+) -> ModelSpec:
     """The spec of the job's model, with precision, engine and batch size for this machine.
 
     The checkpoint is fetched once for each node, checked and hashed. With engine: auto, several
     installed engines are opened, checked and timed, for 10 s at most each.
+    images: about how many the model will see; `auto` is torch for few of them (see timing_pays).
+    before_timing: called before engines are timed.
     runs_here: False skips what depends on this machine, for a job in which no field is `auto`.
+    checkpoint, weights_sha256: where they are known already.
 
     Raises ModelError for a checkpoint that is missing or that vitray does not know, and when it
     cannot do what the job asks for.
     """
     job = with_label_names(job)
-    checkpoint = locate(job.model, job.revision)
+    checkpoint = checkpoint or locate(job.model, job.revision)
     export = read_graph(checkpoint)
     config = read_config(checkpoint)
     engine = job.engine if export is None else engine_of(export, job.engine)
     device = _resolve_device(job) if runs_here else "cpu"
-    spec = _describe(checkpoint, config, export)
+    spec = _describe(checkpoint, config, export, weights_sha256 or hash_model(checkpoint))
     spec = _with_arithmetic(spec, job, engine, device)
     if export is None:
         spec = _labelled(spec, job, checkpoint, config)
@@ -73,6 +86,10 @@ def identify(job: Job, runs_here: bool = True) -> ModelSpec:
         vector_positions(export, outputs.vectors)
     if engine != "auto":
         return spec
+    if images is not None and not timing_pays(images, flop_per_image(spec)):
+        why = f"too few images to time other engines: about {images:,}"
+        return replace(spec, engine_why=why)
+    before_timing()
     return with_fastest_engine(spec, outputs, device, cores())
 
 
@@ -84,13 +101,15 @@ def _resolve_device(job: Job) -> str:
     return device
 
 
-def _describe(checkpoint: Checkpoint, config: VisionConfig, export: Export | None) -> ModelSpec:
+def _describe(
+    checkpoint: Checkpoint, config: VisionConfig, export: Export | None, weights_sha256: str
+) -> ModelSpec:
     """What the checkpoint's files say: no labels yet, and placeholders for the arithmetic."""
     multi_label = config.hf.problem_type == "multi_label_classification"
     return ModelSpec(
         model=checkpoint.model,
         revision=checkpoint.revision,
-        weights_sha256=hash_model(checkpoint),
+        weights_sha256=weights_sha256,
         family=config.family,
         labels=(),
         # not config.multi_label: datasets with only embeddings have this value in their fingerprint

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from vitray.copies import count_copy
 from vitray.errors import ModelError, one_line
 from vitray.models.batching import PADDING, check_pixels, cut, gather, ladder, share
 from vitray.models.blocks import FLOAT8_IMAGES, pack, quantise, synthetic_images
@@ -26,6 +25,7 @@ from vitray.models.loading import Network
 from vitray.models.pinned_buffers import CudaStreams, PinnedBuffers
 from vitray.models.types import Placement, Predictions
 from vitray.schema import ModelOutputs, ModelSpec
+from vitray.totals import copied_bytes, predicted_images
 
 log = logging.getLogger(__name__)
 
@@ -137,6 +137,7 @@ class TorchModel:
                     break
                 parts.append(part)
                 done += n
+                predicted_images.add(n)
         columns = [torch.cat(column).cpu().numpy() for column in zip(*(part() for part in parts))]
         return gather(self._spec, self._outputs, columns)
 
@@ -169,7 +170,7 @@ class TorchModel:
             return batch
         usable = np.require(batch, requirements=["C", "W"])
         if usable is not batch:
-            count_copy(batch.nbytes)
+            copied_bytes.add(batch.nbytes)
         return torch.from_numpy(usable)
 
     def _pass(self, size: int, images: int, pixels: Any) -> Columns:
@@ -178,7 +179,7 @@ class TorchModel:
         try:
             if len(pixels) < size:
                 if pixels.is_cpu:
-                    count_copy(pixels.nbytes)
+                    copied_bytes.add(pixels.nbytes)
                 pixels = torch.cat([pixels, pixels[:1].expand(size - len(pixels), -1, -1, -1)])
             return [column[:images] for column in forward(pixels)]
         finally:

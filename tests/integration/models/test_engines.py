@@ -157,3 +157,30 @@ def test_auto_takes_the_fastest_engine_and_none_that_strays(
         spec, {"torch": lambda: quick, "a": lambda: late}, lambda: all_labels, seconds=0.5
     )
     assert time.monotonic() - started < 3, "ten rounds of the late one"
+
+
+@pytest.mark.parametrize(
+    ("images", "flop", "pays"),
+    [
+        (1_999, engines.VIT_B_FLOP, False),
+        (2_000, engines.VIT_B_FLOP, True),
+        (2_000, 10 * engines.VIT_B_FLOP, True),
+        (1_000, 10 * engines.VIT_B_FLOP, False),
+        (
+            10_000,
+            engines.VIT_B_FLOP / 10,
+            False,
+        ),  # a tiny model labels them sooner than engines are timed
+        (20_000, engines.VIT_B_FLOP / 10, True),
+    ],
+)
+def test_engines_are_timed_for_much_work_only(images: int, flop: float, pays: bool) -> None:
+    assert engines.timing_pays(images, flop) is pays
+
+
+def test_auto_is_torch_for_few_images(tmp_path: Path) -> None:
+    job = job_for(make_checkpoint(tmp_path, "vit", True), engine="auto")
+    timed = list[str]()
+    spec = identify(job, images=100, before_timing=lambda: timed.append("timed"))
+    assert (spec.engine, timed) == ("torch", [])
+    assert spec.engine_why == "too few images to time other engines: about 100"

@@ -16,13 +16,13 @@ import pytest
 import torch
 
 from factories.small_models import job_for, make_checkpoint, noise, run
-from vitray.copies import copied_bytes
 from vitray.job import Embedding
 from vitray.models import identify, open_model, vector_columns
 from vitray.models.host_memory import CudaDriver, HostMemory
 from vitray.models.pinned_buffers import PinnedBuffers
 from vitray.models.torch_engine import TorchModel
 from vitray.schema import ModelOutputs
+from vitray.totals import copied_bytes
 
 
 @dataclass
@@ -151,17 +151,17 @@ def test_registered_pixels_are_uploaded_from_where_they_are() -> None:
     buffers = PinnedBuffers(device, (4, 2, 2, 3), memory)
     page = noise(8, 2)
     memory.register(page)
-    before = copied_bytes()
+    before = copied_bytes.value
     for n, start in enumerate((0, 4)):
         batch = page[start : start + 4]
         (column,) = buffers.start(batch, sums).wait()
         np.testing.assert_array_equal(column, batch.astype(float).sum((1, 2, 3)))
         assert np.shares_memory(device.hosts[n].numpy(), batch)
-    assert copied_bytes() == before
+    assert copied_bytes.value == before
     other = page[:4].copy()
     buffers.start(other, sums).wait()
     assert not np.shares_memory(device.hosts[2].numpy(), other)
-    assert copied_bytes() == before + other.nbytes
+    assert copied_bytes.value == before + other.nbytes
 
 
 def test_registered_pixels_stay_until_their_results_are_dropped() -> None:
@@ -184,9 +184,9 @@ def test_a_batch_is_padded_on_the_device_without_a_copy() -> None:
     buffers = PinnedBuffers(device, (4, 2, 2, 3), memory := HostMemory(FakeDriver()))
     page = noise(3, 2)
     memory.register(page)
-    before = copied_bytes()
+    before = copied_bytes.value
     (column,) = buffers.start(page, sums, 4).wait()
-    assert device.sizes == [4] and copied_bytes() == before
+    assert device.sizes == [4] and copied_bytes.value == before
     np.testing.assert_array_equal(column[:3], page.astype(float).sum((1, 2, 3)))
     assert float(column[3]) == 7 * 12  # what the device's buffer had
 
@@ -206,9 +206,9 @@ def test_a_model_on_registered_memory_copies_nothing(tmp_path: Path, images: int
     device = RecordingDevice()
     model.buffers = PinnedBuffers(device, (16, *spec.pixels.shape, 3), memory)
     memory.register(pixels)
-    before = copied_bytes()
+    before = copied_bytes.value
     found = model.predict(pixels)
-    assert copied_bytes() == before
+    assert copied_bytes.value == before
     assert all(np.shares_memory(host.numpy(), pixels) for host in device.hosts)
     assert device.sizes == {16: [16], 43: [16, 16, 8, 3], 63: [16, 16, 16, 16]}[images]
     np.testing.assert_allclose(

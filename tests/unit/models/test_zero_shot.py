@@ -155,9 +155,9 @@ def test_files_that_hold_no_labels_are_refused(tmp_path: Path) -> None:
             identify(job_for("m", str(file)))
     with pytest.raises(
         JobError,
-        match=r"labels`: .*cat,dog cannot be read .* for labels in the job write \[cat, dog\]",
+        match=r"labels`: .*cat-dog cannot be read .* for labels in the job write \[cat, dog\]",
     ):
-        identify(job_for("m", "cat,dog"))
+        identify(job_for("m", "cat-dog"))
 
 
 def test_models_that_cannot_read_say_so_in_one_line(

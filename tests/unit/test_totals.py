@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
-from vitray.copies import copied_bytes, count_copy
+from vitray.totals import copied_bytes
 
 
 def test_copies_of_all_threads_are_counted() -> None:
-    before = copied_bytes()
+    before = copied_bytes.value
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(count_copy, [3] * 4000))
-    assert copied_bytes() - before == 12_000
+        list(pool.map(copied_bytes.add, [3] * 4000))
+    assert copied_bytes.value - before == 12_000
