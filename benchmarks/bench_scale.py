@@ -166,6 +166,7 @@ class SimulatedExecutor:
     def __init__(self, share: WorkerShare, workers: int) -> None:
         self.share = share
         self.workers = workers
+        self.machines = workers
 
     def identify(self, job: Job) -> ModelSpec:
         return free_spec(0)

@@ -711,10 +711,10 @@ def read_decoded_predicted(
     kind: Any, dataset: Any, shards: Any, model: Any, share: Any
 ) -> dict[str, float]:
     """Per image, after the first block: what all shards cost on their way through the model."""
-    from vitray.copies import copied_bytes
     from vitray.pipeline.bounded_queue import BoundedQueue
     from vitray.pipeline.decoders import Outlets
     from vitray.pipeline.stages import predict_stage
+    from vitray.totals import copied_bytes
 
     waiting: Any = BoundedQueue(len(shards))
     blocks: Any = BoundedQueue(share.queue_blocks)
@@ -730,7 +730,7 @@ def read_decoded_predicted(
             fragments = predict_stage(dataset, model, block)
             images = sum(fragment.rows.num_rows for fragment in fragments)
             del block, fragments
-            marks.append((images, time.perf_counter(), time.process_time(), copied_bytes()))
+            marks.append((images, time.perf_counter(), time.process_time(), copied_bytes.value))
 
     for shard in shards:
         waiting.put(shard)

@@ -14,12 +14,21 @@ from vitray.pipeline.cluster import joined_cluster, on_machine
 from vitray.pipeline.partition import Partition, parse_partition
 from vitray.pipeline.progress import Progress, Result
 from vitray.pipeline.runner import run
-from vitray.pipeline.source_listing import groups_of, list_source, prepare_job, with_absolute_paths
+from vitray.pipeline.source_listing import (
+    Gone,
+    find_gone,
+    groups_of,
+    list_source,
+    prepare_job,
+    with_absolute_paths,
+)
 
 __all__ = [
+    "Gone",
     "Partition",
     "Progress",
     "Result",
+    "find_gone",
     "groups_of",
     "joined_cluster",
     "list_source",

@@ -20,7 +20,6 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from vitray.copies import copied_bytes
 from vitray.dataset import Dataset
 from vitray.decoding.decode import load_decoders, use_pages
 from vitray.decoding.isolation import Pages
@@ -31,6 +30,7 @@ from vitray.pipeline.decoders import Unread, read_blocks
 from vitray.pipeline.events import ShardOutcome
 from vitray.pipeline.stages import EncodedFragment, FragmentRows, decode_stage
 from vitray.schema import Shard
+from vitray.totals import copied_bytes
 
 END_S = 2.0  # for the end of a process, before it is forced
 _PR_SET_PDEATHSIG = 1
@@ -171,12 +171,12 @@ def _work(dataset: Dataset, parent: _Parent, pages: Pages) -> None:
         encoded.finish()
 
     threading.Thread(target=read_all, name="vitray-read", daemon=True).start()
-    copied = copied_bytes()
+    copied = copied_bytes.value
     for block in encoded:
         taken.release()
         decoded = decode_stage(dataset, block)
         fragments = [_without_members(fragment) for fragment in decoded.fragments]
-        newly_copied = copied_bytes() - copied
+        newly_copied = copied_bytes.value - copied
         copied += newly_copied
         parent.send(DecodedPage(pages.number, len(decoded.pixels), fragments, newly_copied))
     if failures:

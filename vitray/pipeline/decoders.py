@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from vitray.dataset import Dataset
+from vitray.errors import count
 from vitray.pipeline.bounded_queue import BoundedQueue
 from vitray.pipeline.events import FragmentSkipped, ShardEnded, ShardOutcome
 from vitray.pipeline.machines import WorkerShare
@@ -86,7 +87,7 @@ class ThreadDecoders:
         self._stopping.set()
 
     def describe(self) -> str:
-        return f"{len(self._encoded)} blocks wait for decode"
+        return f"{count(len(self._encoded), 'block')} to decode"
 
     def close(self) -> None:
         self._stopping.set()

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Protocol
 
+from vitray.budget import Budget, Limit, Usage
+from vitray.clock import utc_now
 from vitray.dataset import Commit, Dataset, Leases, committed_files, find_commit, uncommitted
 from vitray.errors import (
     ClusterError,
@@ -24,6 +26,7 @@ from vitray.errors import (
     JobError,
     StorageError,
     VitrayError,
+    count,
 )
 from vitray.job import Job
 from vitray.pipeline.cluster import NOTICE_S, PLACEMENT_TIMEOUT_S, report_waiting, root_error
@@ -32,6 +35,7 @@ from vitray.pipeline.events import (
     FragmentEvent,
     FragmentSkipped,
     FragmentWritten,
+    ImagesPredicted,
     ShardBroken,
     ShardChanged,
     ShardCommitted,
@@ -45,7 +49,7 @@ from vitray.pipeline.events import (
 from vitray.pipeline.machines import WorkerShare
 from vitray.pipeline.metrics import Meter
 from vitray.pipeline.partition import Partition, partition_first
-from vitray.pipeline.progress import Progress
+from vitray.pipeline.progress import Phase, Progress
 from vitray.pipeline.retry import Verdict
 from vitray.pipeline.schedule import Schedule
 from vitray.schema import ModelSpec, Reason, Shard
@@ -67,12 +71,17 @@ MOST_LOSSES = 4  # of workers, since the last commit, by errors of ours such as 
 class RunState:
     """The options of a run, and what it remembers.
 
+    started, started_at: when the run began, by time.monotonic() and as vitray stores it.
     counted: by shard, the starts of the fragments that `progress` includes.
     deleted_files: files of groups that no longer exist; `missing` rows, but not bad images.
+    pruned_files: those that this run removed from their groups.
     stop: set when the run should end soon.
+    usage: what the run has used so far. ended_by: the limit of the budget at which it ends.
+    is_recorded: whether its record was written, or tried to be.
     """
 
     started: float = field(default_factory=time.monotonic)
+    started_at: str = field(default_factory=utc_now)
     prune: bool = False
     report: Callable[[Progress], None] = lambda _: None
     progress: Progress = field(default_factory=Progress)
@@ -84,12 +93,35 @@ class RunState:
     commits: dict[str, Commit] = field(default_factory=dict)
     counted: dict[str, set[int]] = field(default_factory=dict)
     deleted_files: int = 0
+    pruned_files: int = 0
     stop: threading.Event = field(default_factory=threading.Event)
+    budget: Budget = field(default_factory=Budget)
+    usage: Usage = field(default_factory=Usage)
+    ended_by: Limit | None = None
+    is_recorded: bool = False
     partition: Partition = field(default_factory=lambda: Partition(0, 1))
     selection: Selection = field(default_factory=Selection)
     run_id: str = field(
         default_factory=lambda: f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
     )
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether nothing more should be read."""
+        return self.stop.is_set() or self.ended_by is not None
+
+    def enter(self, phase: Phase) -> None:
+        """Say what the run does from now on."""
+        self.progress.phase = phase
+        if phase is Phase.COMPUTING:
+            self.progress.computing_since = time.monotonic()
+        self.report(self.progress)
+
+    def update_usage(self) -> None:
+        """Count the time and the work up to now."""
+        self.usage.advance(time.monotonic() - self.started)
+        self.usage.shards = len(self.commits)
+        self.usage.fragments = self.progress.fragments
 
 
 class Executor(Protocol):
@@ -106,8 +138,16 @@ class Executor(Protocol):
     def workers(self) -> int:
         """The number of workers for which there are machines."""
 
-    def identify(self, job: Job) -> ModelSpec:
-        """The job's model, on the kind of machine that will run it. Raises ModelError."""
+    @property
+    def machines(self) -> int:
+        """The number of machines at this moment, with those that only decode."""
+
+    def identify(self, job: Job, images: int, before_timing: Callable[[], None]) -> ModelSpec:
+        """The job's model, on the kind of machine that will run it. Raises ModelError.
+
+        images: about how many it will see; for few of them engines are not timed. before_timing:
+        called before they are timed, where that is in this process.
+        """
 
     def require_shared(self, out: str, inputs: list[str]) -> None:
         """Raise ClusterError where machines do not see the same local disks."""
@@ -182,7 +222,10 @@ class _Driver:
 
     def run(self) -> None:
         while not self._is_done():
-            if self._state.stop.is_set():
+            self._state.usage.machines = self._executor.machines
+            self._state.update_usage()
+            self._state.ended_by = self._state.budget.reached(self._state.usage)
+            if self._state.is_ending:
                 return self._finish_in_flight()
             self._give()
             self._take_all(self._executor.events(EVENT_WAIT_S))
@@ -233,6 +276,7 @@ class _Driver:
         state.progress.shards_staged = len(state.counted)
         state.progress.set_aside = self._schedule.policy.set_aside
         state.report(state.progress)
+        state.meter.progress(state.progress)
 
     def _take(self, event: Event) -> None:
         state = self._state
@@ -257,6 +301,8 @@ class _Driver:
                 self._schedule.shard_changed(shard)
                 state.changed.add(shard)
                 self._supply.ended(shard)
+            case ImagesPredicted(worker, images):
+                state.progress.predicted[worker] = images
             case WorkerReady(worker, shards_at_once, images_at_once):
                 self._schedule.worker_ready(worker, shards_at_once, images_at_once)
             case WorkerStopped(worker):
@@ -498,7 +544,7 @@ def _check_error_rate(job: Job, progress: Progress, deleted_files: int) -> None:
         most_frequent = sorted(progress.reasons.items(), key=lambda item: -item[1])
         reasons = ", ".join(f"{count} {reason}" for reason, count in most_frequent)
         raise ErrorRateExceeded(
-            f"{bad} of {progress.images} images are bad ({reasons}), more than "
+            f"{bad:,} of {count(progress.images, 'image')} are bad ({reasons}), more than "
             f"max_error_rate={job.max_error_rate:g}. Look at the source, or raise max_error_rate "
             "and run again; nothing further was committed."
         )

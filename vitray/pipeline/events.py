@@ -126,5 +126,13 @@ class WorkerLost:
     suspects: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class ImagesPredicted:
+    """So many images went through a worker's model since its start, also of later fragments."""
+
+    worker: str
+    images: int
+
+
 ShardEvent = FragmentEvent | ShardEnded | ShardOutcome
-Event = ShardEvent | WorkerReady | WorkerStopped | WorkerLost
+Event = ShardEvent | ImagesPredicted | WorkerReady | WorkerStopped | WorkerLost

@@ -6,7 +6,7 @@ shards and events between processes takes a little of each image.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from vitray.dataset import Dataset
@@ -25,6 +25,7 @@ class LocalExecutor:
     """One worker. When a stage of it fails, it is closed, and another one begins."""
 
     workers = 1
+    machines = 1
 
     def __init__(self, share: WorkerShare) -> None:
         self.share = share
@@ -32,8 +33,8 @@ class LocalExecutor:
         self._started = 0
         self._is_stopping = False
 
-    def identify(self, job: Job) -> ModelSpec:
-        return identify(job)
+    def identify(self, job: Job, images: int, before_timing: Callable[[], None]) -> ModelSpec:
+        return identify(job, images=images, before_timing=before_timing)
 
     def require_shared(self, out: str, inputs: list[str]) -> None:
         pass  # there is only this machine

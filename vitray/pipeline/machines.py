@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vitray.errors import ClusterError
+from vitray.errors import ClusterError, count
 
 MODEL_THREADS = 4  # of a worker with a GPU
 CPUS_PER_GPU = 24  # at 2 ms of decoding per image: 12,000 images/s, a ViT-B/16 on an H200
@@ -103,7 +103,8 @@ def share_out(nodes: Sequence[dict[str, Any]], device: str) -> list[Slot]:
     cpus = sum(node["Resources"].get("CPU", 0) for node in nodes)
     if cpus < 2:
         raise ClusterError(
-            f"the cluster has {cpus:g} CPUs; vitray needs 2: one for the model, one for all else"
+            f"the cluster has {count(int(cpus), 'CPU')}; vitray needs 2: one for the model, "
+            "one for all else"
         )
     slots = _gpu_slots(nodes) if device in ("auto", "cuda") else []
     slots = slots or _cpu_slots(nodes)
@@ -124,7 +125,7 @@ def _gpu_slots(nodes: Sequence[dict[str, Any]]) -> list[Slot]:
     for node in nodes:
         cpus, gpus = int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0))
         if gpus and cpus <= gpus:
-            too_small = f"a machine has {cpus} CPUs for {gpus} GPUs"
+            too_small = f"a machine has {count(cpus, 'CPU')} for {count(gpus, 'GPU')}"
         else:
             slots += [Slot(node["NodeID"], n, _gpu_share(cpus, gpus)) for n in range(gpus)]
     if too_small and not slots:

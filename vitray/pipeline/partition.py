@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from vitray.errors import JobError
+from vitray.errors import JobError, count
 
 _PARTITION = re.compile(r"(\d{1,9})/(\d{1,9})", re.ASCII)
 
@@ -34,20 +34,20 @@ def parse_partition(text: str) -> Partition:
         raise JobError(
             f"--partition {text!r}: write INDEX/COUNT, such as 3/16. The index starts at 0."
         )
-    index, count = int(match[1]), int(match[2])
-    if index >= count:
-        indexes = f"0 to {count - 1}" if count else "none"
+    index, parts = int(match[1]), int(match[2])
+    if index >= parts:
+        indexes = f"0 to {parts - 1}" if parts else "none"
         raise JobError(
-            f"--partition {text!r}: of {count} parts, the indexes are {indexes}. "
+            f"--partition {text!r}: of {count(parts, 'part')}, the indexes are {indexes}. "
             "Write INDEX/COUNT, such as 3/16."
         )
-    return Partition(index, count)
+    return Partition(index, parts)
 
 
-def part_of(shard_id: str, count: int) -> int:
-    """The part, of `count` parts, that a shard belongs to."""
+def part_of(shard_id: str, parts: int) -> int:
+    """The part, of `parts` parts, that a shard belongs to."""
     digest = hashlib.blake2b(shard_id.encode(), digest_size=8).digest()
-    return int.from_bytes(digest) % count
+    return int.from_bytes(digest) % parts
 
 
 def partition_first(shard_ids: Iterable[str], partition: Partition) -> list[str]:

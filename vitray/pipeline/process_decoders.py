@@ -30,7 +30,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vitray.copies import count_copy
 from vitray.dataset import Dataset
 from vitray.models.host_memory import process_memory
 from vitray.pipeline.bounded_queue import BoundedQueue, QueueClosed
@@ -52,6 +51,7 @@ from vitray.pipeline.machines import WorkerShare
 from vitray.pipeline.stage_threads import StageThreads
 from vitray.pipeline.stages import DecodedBlock, FragmentRows, ShardEnd
 from vitray.schema import Shard
+from vitray.totals import copied_bytes
 
 # of each process: one is written while the other one waits or is predicted. See FRAGMENT_BYTES in
 # dataset/resolve.py for the size of one.
@@ -265,7 +265,7 @@ class _DecoderProcess:
     def block(self, message: DecodedPage) -> DecodedBlock:
         """The block, with pixels where the process wrote them."""
         if message.copied_bytes:
-            count_copy(message.copied_bytes)
+            copied_bytes.add(message.copied_bytes)
         pixels = self.pages.array(message.page, message.images)
         return DecodedBlock([self._with_shard(fragment) for fragment in message.fragments], pixels)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -86,8 +86,8 @@ class WorkerActor:
     def is_up(self) -> bool:
         return True
 
-    def identify(self, job: Job) -> ModelSpec | VitrayError:
-        spec: ModelSpec | VitrayError = result_or_error(identify, job)
+    def identify(self, job: Job, images: int) -> ModelSpec | VitrayError:
+        spec: ModelSpec | VitrayError = result_or_error(identify, job, True, images)
         return spec
 
     def begin(self, dataset: Dataset, witnesses: Sequence[Shard], compiled: bool) -> None:
@@ -255,7 +255,9 @@ class RayExecutor:
         self._scout: Any = None
         self._scout_is_up: Any = None
         self._given_at = float("-inf")
-        slots = share_out(alive_nodes(), device)
+        nodes = alive_nodes()
+        self.machines = len(nodes)
+        slots = share_out(nodes, device)
         self.share = slots[0].share
         self.workers = len(slots)
         # The kind stays: a model that was resolved for GPUs does not go on without them.
@@ -267,13 +269,13 @@ class RayExecutor:
     def _gather_s(self) -> float:
         return max(GATHER_S, len(self._actors) / ANSWERS_PER_S)
 
-    def identify(self, job: Job) -> ModelSpec:
+    def identify(self, job: Job, images: int, before_timing: Callable[[], None]) -> ModelSpec:
         by_answer = {actor.handle.is_up.remote(): actor for actor in self._actors.values()}
         what = "reading the model on a machine with room for it"
         while True:
             first = by_answer.pop(wait_for_first(list(by_answer), PLACEMENT_TIMEOUT_S, what))
             try:
-                answer = first.handle.identify.remote(job)
+                answer = first.handle.identify.remote(job, images)
                 spec: ModelSpec = wait_for(answer, PLACEMENT_TIMEOUT_S, what)
                 return spec
             except ClusterError:  # of that machine
@@ -353,8 +355,10 @@ class RayExecutor:
         self._next_look = moment + MACHINES_S
         if self._is_stopping:
             return
+        nodes = alive_nodes()
+        self.machines = len(nodes)
         try:
-            slots = share_out(alive_nodes(), self._device)
+            slots = share_out(nodes, self._device)
         except ClusterError:  # machines went, and others may come
             slots = []
         taken = {actor.slot.place for actor in self._actors.values()}

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vitray.copies import count_copy
 from vitray.dataset import Dataset
 from vitray.decoding.decode import load_decoders
 from vitray.pipeline.bounded_queue import BoundedQueue
@@ -29,6 +28,7 @@ from vitray.pipeline.ray_internals import streaming_call
 from vitray.pipeline.stage_threads import StageThreads
 from vitray.pipeline.stages import DecodedBlock, ShardEnd, decode_stage
 from vitray.schema import Shard
+from vitray.totals import copied_bytes
 
 CALL_BYTES = 16 << 20  # of shards in one call: small ones share a block
 POLL_S = 1.0  # how often a wait for the actor checks whether the worker stops
@@ -161,7 +161,7 @@ class RemoteDecoders:
         for reference in self._results(streaming_call(self._actor.read, BLOCKS_AHEAD, shards)):
             item = ray.get(reference)
             if isinstance(item, DecodedBlock):
-                count_copy(item.size_bytes)  # into the object
+                copied_bytes.add(item.size_bytes)  # into the object
                 ended = [part.info.shard.id for part in item.fragments if part.info.end]
                 self._outlets.decoded(item)
             else:

@@ -15,19 +15,22 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib import import_module
 from typing import Any
 
 import pyarrow as pa
 
+from vitray.budget import Budget
 from vitray.clock import utc_now
 from vitray.crash import crash_point
 from vitray.dataset import (
     Dataset,
     LastSource,
     Leases,
+    accepted_ids,
     base_of,
     check_store,
     committed_files,
@@ -37,6 +40,7 @@ from vitray.dataset import (
     open_dataset,
     package_versions,
     passthrough_in_data,
+    read_acceptances,
     record_source,
     require_own_data_files,
     resolve_dataset,
@@ -50,14 +54,17 @@ from vitray.errors import (
     ClusterError,
     ErrorRateExceeded,
     Interrupted,
+    JobError,
     ShardError,
     VitrayError,
     shortened,
 )
+from vitray.exit_codes import ExitCode
 from vitray.job import Job
 from vitray.models import (
+    TIMING_PAYS,
+    check_model,
     compiles,
-    identify,
     resolve_device,
     torch_threads_kept,
     usable_gpus,
@@ -68,9 +75,9 @@ from vitray.pipeline.cluster import own_cpus, ray_session
 from vitray.pipeline.driver import Executor, RunState, complete_shards
 from vitray.pipeline.local_executor import LocalExecutor
 from vitray.pipeline.machines import local_share
-from vitray.pipeline.metrics import RayMeter
+from vitray.pipeline.metrics import Meter, Meters, RayMeter
 from vitray.pipeline.partition import Partition
-from vitray.pipeline.progress import Progress, Result
+from vitray.pipeline.progress import Phase, Progress, Result
 from vitray.pipeline.ray_executor import RayExecutor
 from vitray.pipeline.source_listing import (
     deleted_files,
@@ -109,6 +116,8 @@ def run(
     planned: dict[str, Any] | None = None,
     spec: ModelSpec | None = None,
     partition: Partition | None = None,
+    budget: Budget | None = None,
+    meter: Meter | None = None,
 ) -> Result:
     """Label and embed what is missing in `job.out`. It is safe to repeat, at any time and place.
 
@@ -121,6 +130,9 @@ def run(
     result.
     spec: the model, where it is known already; else it is identified.
     partition: the part of the shards that this process begins with, before it helps with others.
+    budget: limits of time and cost at which the run ends early, and prices. It then reads nothing
+    more, finishes and commits what it has begun, and returns; `ended_by` names the limit.
+    meter: gets each fragment and commit, and the run record.
 
     Raises JobError (and its kinds) before any work when the job does not fit. Raises ShardError
     where `keep` needs the types of columns and no file can be read. Raises StorageError,
@@ -128,46 +140,99 @@ def run(
     After any of them the same call continues.
     """
     started = time.monotonic()
-    job = with_label_names(prepare_job(job))
-    listing = list_source(job)
     state = RunState(
         started=started,
         prune=prune,
         report=progress or (lambda _: None),
         stop=stop or threading.Event(),
         partition=partition or Partition(0, 1),
-        selection=count_selection(listing, job),
+        budget=budget or Budget(),
+        meter=meter or Meter(),
     )
+    try:
+        return _run(job, state, address, allow_open_cluster, planned, spec)
+    except Exception as error:
+        _record_early_failure(job, state, error)
+        raise
+
+
+def _run(
+    job: Job,
+    state: RunState,
+    address: str | None,
+    allow_open_cluster: bool,
+    planned: dict[str, Any] | None,
+    spec: ModelSpec | None,
+) -> Result:
+    state.enter(Phase.READING_SOURCE)
+    job = with_label_names(prepare_job(job))
+    listing = list_source(job)
+    state.selection = count_selection(listing, job)
     if state.selection.is_set:
         log.warning("%s", state.selection)
     drop_scratch(job.out)
     if not exists(dataset_url(job.out)):
         check_store(job.out)
-    if _is_complete(job, listing, prune):
-        dataset = _resolve(job, identify(with_frozen(job), runs_here=False), listing)
-        return finish_run(dataset, job, state)
+    _announce_other_source(job)
+    if _is_complete(job, listing, state.prune):
+        return _finish_complete(job, listing, state)
     crash_point("driver-listed")
+    frozen = with_frozen(job)
+    images = _images_of_source(job, listing) if frozen.engine == "auto" else 0
+    state.enter(Phase.OPENING_MODEL)
     with _opened_executor(job, address, allow_open_cluster) as executor:
-        spec = spec or executor.identify(with_frozen(job))
+        spec = spec or executor.identify(frozen, images, partial(state.enter, Phase.TIMING_ENGINES))
         job = _with_key_column(job, listing)
         dataset, listing = _open_or_create(job, spec, listing)
         if isinstance(executor, RayExecutor):
-            state.meter = RayMeter()
+            state.meter = Meters([state.meter, RayMeter()])
         try:
-            with _failure_recorded(dataset, state):
+            with _failure_recorded(dataset, state, executor):
                 _label_missing(dataset, job, listing, executor, state)
         except (ErrorRateExceeded, Interrupted, ClusterError) as error:
             # Committed files may have superseded others, which readers would see twice.
             with contextlib.suppress(VitrayError):
                 result = finish_run(dataset, job, state)
                 record = _record(dataset, result, state, executor, planned)
-                write_run_record(dataset, state.run_id, {**record, "ended": _ended(error)})
+                _write_record(dataset, {**record, **_failure(error)}, state)
             raise
         result = finish_run(dataset, job, state)
         record = _record(dataset, result, state, executor, planned)
-        write_run_record(dataset, state.run_id, record)
+        _write_record(dataset, record, state)
         crash_point("driver-recorded")
         return result
+
+
+def _announce_other_source(job: Job) -> None:
+    """Say that the dataset has images of another source, which stay."""
+    existing = open_dataset(job.out)
+    if existing is not None and existing.job.source != job.source:
+        log.warning(
+            "%s has images of %s; this run adds those of %s. Rows of the former stay, unless "
+            "--prune removes them.",
+            job.out,
+            ", ".join(existing.job.source),
+            ", ".join(job.source),
+        )
+
+
+def _finish_complete(job: Job, listing: Listing, state: RunState) -> Result:
+    """The result of a run with nothing to do. The model is compared, and not opened."""
+    existing = open_dataset(job.out)
+    known = None if existing is None else existing.spec
+    model = check_model(with_frozen(job), known, reads_weights=False)
+    dataset = _resolve(job, model.spec, listing)
+    record_source(dataset, _last_source(listing), always=True)
+    result = finish_run(dataset, job, state)
+    _write_record(dataset, _record(dataset, result, state, None, None), state)
+    return result
+
+
+def _images_of_source(job: Job, listing: Listing) -> int:
+    """About how many images the model of a new dataset will see, in this run and in later ones."""
+    images = sum(shard.size for shard in listing.shards) // LEAST_IMAGE_BYTES
+    # an upper bound, which is enough where it is low
+    return images if images < TIMING_PAYS else estimate_images(listing.shards, job)[0]
 
 
 def _is_complete(job: Job, listing: Listing, prune: bool) -> bool:
@@ -205,7 +270,7 @@ def _open_or_create(job: Job, spec: ModelSpec, listing: Listing) -> tuple[Datase
     if existed and dataset.is_new:  # it replaces one without rows, whose groups are gone
         listing = list_source(job)
     if spec.engine_why:
-        log.warning("engine: auto is %s (%s)", dataset.spec.engine, spec.engine_why)
+        log.info("engine: auto is %s (%s)", dataset.spec.engine, spec.engine_why)
     crash_point("driver-resolved")
     return dataset, listing
 
@@ -221,46 +286,62 @@ def _label_missing(
     record_source(dataset, _last_source(listing), always=True)
     with Leases(dataset.out, state.run_id) as leases:
         for _ in range(ATTEMPTS):
+            if state.prune:
+                state.pruned_files += sum(map(len, map(deleted_files, listing.shards)))
             listing = settle_groups(job, listing, state.prune)
             state.changed.clear()
             crash_point("driver-planned")
             if pending := pending_shards(job, listing):
                 unmark_success(dataset.out)
                 _expect(pending, state)
+                state.enter(Phase.COMPUTING)
                 executor.begin(dataset, pending, _compiles(job, pending, executor))
                 complete_shards(dataset, pending, executor, leases, state)
-            if state.stop.is_set() and pending_shards(job, listing):
+            is_ended = state.is_ending and bool(pending_shards(job, listing))
+            if is_ended and state.stop.is_set():
                 raise Interrupted("what is staged stays. Run the same command again to continue.")
+            if is_ended:
+                return
+            state.ended_by = None
             if not state.changed:
                 return
             listing = list_source(job)
 
 
 @contextlib.contextmanager
-def _failure_recorded(dataset: Dataset, state: RunState) -> Iterator[None]:
-    """Write a record when the first run of a dataset fails.
+def _failure_recorded(dataset: Dataset, state: RunState, executor: Executor) -> Iterator[None]:
+    """Write a record when a run fails.
 
-    By it, a later job with other fields knows that it may replace the dataset. Where not even the
-    record can be written, as on a full disk, the new dataset is removed.
+    By it, a later job with other fields knows that it may replace a dataset without rows. Where not
+    even the record can be written, as on a full disk, the new dataset is removed.
     """
     try:
         yield
     except (ErrorRateExceeded, Interrupted, ClusterError):  # these get a complete record
         raise
     except Exception as error:
-        if not dataset.is_new:
-            raise
-        record: dict[str, object] = {
-            "run": state.run_id,
-            "finished": utc_now(),
-            "ended": _ended(error),
-        }
+        record = {**_work(dataset, state, executor), **_failure(error)}
         try:
-            write_run_record(dataset, state.run_id, record)
+            _write_record(dataset, record, state)
         except VitrayError:
-            with contextlib.suppress(VitrayError):
-                drop_unstarted(dataset.out)
+            if dataset.is_new:
+                with contextlib.suppress(VitrayError):
+                    drop_unstarted(dataset.out)
         raise
+
+
+def _record_early_failure(job: Job, state: RunState, error: Exception) -> None:
+    """Write a record of a run that failed before its work, as where the source does not answer.
+
+    Only into a dataset with rows: in one without, a record says that it may be replaced. A refused
+    job leaves no record.
+    """
+    if state.is_recorded or isinstance(error, JobError):
+        return
+    with contextlib.suppress(VitrayError):
+        dataset = open_dataset(job.out)
+        if dataset is not None and committed_files(job.out):
+            _write_record(dataset, {**_work(dataset, state, None), **_failure(error)}, state)
 
 
 def _last_source(listing: Listing) -> LastSource:
@@ -334,21 +415,28 @@ def _expect(pending: list[Shard], state: RunState) -> None:
 
 @dataclass
 class _SourceNow:
-    """What a job's source holds, as of the last time that it was listed."""
+    """What a job's source holds, as of the last time that it was listed.
+
+    accepted: ids that a person accepted; a shard among them is not expected to be committed.
+    """
 
     job: Job
     listing: Listing = field(default_factory=lambda: Listing([], []))
     selected: list[Shard] = field(default_factory=list)
+    accepted: set[str] = field(default_factory=set)
 
     def list_ids(self) -> tuple[list[str], list[str]]:
-        """The ids of all shards, and of those that the job selects."""
+        """The ids of all shards, and of those that the job selects and that are not accepted."""
         self.listing = list_source(self.job)
         self.selected = select_shards(self.listing.shards, self.job)
-        return [shard.id for shard in self.listing.shards], [shard.id for shard in self.selected]
+        self.accepted = accepted_ids(self.job.out)
+        planned = [shard.id for shard in self.selected if shard.id not in self.accepted]
+        return [shard.id for shard in self.listing.shards], planned
 
 
 def finish_run(dataset: Dataset, job: Job, state: RunState) -> Result:
     """The manifest step on what the source holds now, and the result of the run."""
+    state.enter(Phase.FINISHING)
     source = _SourceNow(job)
     restore_dataset(dataset)  # another first run that failed may have removed it
     ledger = write_manifest(dataset, source.list_ids, state.prune, state.commits)
@@ -356,6 +444,7 @@ def finish_run(dataset: Dataset, job: Job, state: RunState) -> Result:
     record_source(dataset, _last_source(listing))
     deleted = sum(len(deleted_files(shard)) for shard in listing.shards)
     rated = ledger.rows + ledger.errors - deleted
+    state.update_usage()
     return Result(
         out=dataset.out,
         errors_path=join(dataset.out, dataset.errors_folder),
@@ -372,21 +461,26 @@ def finish_run(dataset: Dataset, job: Job, state: RunState) -> Result:
         images=state.progress.images - state.progress.resumed,
         seconds=time.monotonic() - state.started,
         set_aside=_set_aside(dataset, selected, state),
+        accepted=_accepted(dataset, source, ledger.truncated),
         notes=state.notes,
         truncated=ledger.truncated,
         reasons=dict(state.progress.reasons),
         gone=ledger.gone,
+        pruned=sum(ledger.pruned.values()) + state.pruned_files,
         deleted=deleted,
         too_many_errors=ledger.errors - deleted > job.max_error_rate * rated,
+        cost=state.budget.cost(state.usage),
+        ended_by=state.ended_by,
     )
 
 
 def _set_aside(dataset: Dataset, selected: list[Shard], state: RunState) -> dict[str, str]:
     """{shard: why} of the shards that this run could not commit.
 
-    A shard that another run finished, or that is no longer listed, is not among them.
+    A shard that another run finished, that is accepted or no longer listed, is not among them.
     """
     uncommitted = {shard.id for shard in selected} - committed_files(dataset.out).keys()
+    uncommitted -= accepted_ids(dataset.out)
     changed = {base_of(shard_id) for shard_id in state.changed}
     reasons = {
         shard_id: "its input changed each time it was read"
@@ -399,11 +493,20 @@ def _set_aside(dataset: Dataset, selected: list[Shard], state: RunState) -> dict
     return reasons
 
 
+def _accepted(dataset: Dataset, source: _SourceNow, truncated: Collection[str]) -> dict[str, str]:
+    """{shard: what was accepted, by whom} of shards that are cut short or not committed."""
+    if not source.accepted:
+        return {}
+    uncommitted = {shard.id for shard in source.selected} - committed_files(dataset.out).keys()
+    relevant = uncommitted | set(truncated)
+    return {shard: str(one) for shard, one in read_acceptances(dataset.out, relevant).items()}
+
+
 def _record(
     dataset: Dataset,
     result: Result,
     state: RunState,
-    executor: Executor,
+    executor: Executor | None,
     planned: dict[str, Any] | None,
 ) -> dict[str, object]:
     """The run record. Its keys are stored names."""
@@ -413,23 +516,56 @@ def _record(
         difference = abs(result.images - planned["images"])
         if planned["seconds"] and difference <= PLANNED_TOLERANCE * planned["images"]:
             record["seconds_over_planned"] = round(result.seconds / planned["seconds"], 3)
-    seconds = state.progress.seconds
+    if result.ended_by is not None:
+        record["ended"] = result.ended_by
     return {
         **record,
+        **_work(dataset, state, executor),
+        **asdict(result),
+        "exit_code": int(result.exit_code),
+    }
+
+
+def _work(dataset: Dataset, state: RunState, executor: Executor | None) -> dict[str, object]:
+    """What every record of a run has: which run it was, and what it computed.
+
+    executor: None if there was nothing to compute.
+    """
+    progress = state.progress
+    images = progress.images - progress.resumed
+    seconds = time.monotonic() - state.started
+    state.update_usage()
+    cost = state.budget.cost(state.usage)
+    return {
         "run": state.run_id,
+        "kind": "run",
+        "started": state.started_at,
         "finished": utc_now(),
         "host": socket.gethostname(),
         "fingerprint": dataset.fingerprint,
         "versions": package_versions(),
-        "shares": {"workers": executor.workers, **asdict(executor.share)},
-        "seconds_by_step": {stage: round(spent, 3) for stage, spent in seconds.items()},
-        "bytes": state.progress.size_bytes,
-        "timeline": state.progress.timeline,
-        "images_per_s": round(result.images / max(1e-9, result.seconds), 2),
-        **asdict(result),
+        "shares": {"workers": executor.workers, **asdict(executor.share)} if executor else {},
+        "seconds_by_step": {stage: round(spent, 3) for stage, spent in progress.seconds.items()},
+        "bytes": progress.size_bytes,
+        "timeline": progress.timeline,
+        "images": images,
+        "seconds": seconds,
+        "images_per_s": round(images / max(1e-9, seconds), 2),
+        "reasons": dict(progress.reasons),
+        "cost": None if cost is None else asdict(cost),
     }
 
 
-def _ended(error: Exception) -> str:
-    """The `ended` field of a run record."""
-    return shortened(f"{type(error).__name__}: {error}", 400)
+def _write_record(dataset: Dataset, record: dict[str, object], state: RunState) -> None:
+    state.is_recorded = True
+    state.meter.record(record)
+    write_run_record(dataset, state.run_id, record)
+
+
+def _failure(error: Exception) -> dict[str, object]:
+    """The fields of a run record that say how the run failed."""
+    code = error.exit_code if isinstance(error, VitrayError) else ExitCode.BROKEN_SYSTEM
+    return {
+        "exit_code": int(code),
+        "ended": shortened(f"{type(error).__name__}: {error}", 400),
+    }

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+from dataclasses import dataclass
 
 from vitray.dataset import (
     NO_GROUP,
+    accepted_ids,
     append_group_log,
     committed_files,
+    count_rows,
     has_ended_without_rows,
     last_source,
     load_group_log,
     open_dataset,
     read_manifest,
+    reconcile,
     with_source_rules,
 )
 from vitray.errors import JobError, SourceError, StorageError
@@ -112,8 +116,9 @@ def deleted_files(shard: Shard) -> list[str]:
 
 
 def pending_shards(job: Job, listing: Listing) -> list[Shard]:
-    """The selected shards that are not committed."""
-    done = committed_files(absolute(job.out))
+    """The selected shards that are neither committed nor accepted as they are."""
+    out = absolute(job.out)
+    done = committed_files(out).keys() | accepted_ids(out)
     return [shard for shard in select_shards(listing.shards, job) if shard.id not in done]
 
 
@@ -135,3 +140,33 @@ def _dataset_kind(job: Job, out: str, groups: list[Group]) -> ShardKind | None:
             by_suffix = kind_of(manifest["url"][0].as_py(), job.rules)
             return by_suffix if isinstance(by_suffix, ShardKind) else None
     return None
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """What `prune` removes from a dataset.
+
+    shards: {data file whose input is gone: its images}. files: of groups that continue without
+    them.
+    """
+
+    shards: dict[str, int]
+    files: list[str]
+
+    @property
+    def images(self) -> int:
+        return sum(self.shards.values()) + len(self.files)
+
+
+def find_gone(job: Job) -> Gone:
+    """What a run with `prune` would remove now; nothing where there is no dataset yet."""
+    job = prepare_job(job)
+    dataset = open_dataset(job.out)
+    if dataset is None:
+        return Gone({}, [])
+    listing = list_source(job)
+    committed = committed_files(job.out).keys()
+    listed = [shard.id for shard in listing.shards]
+    actions = reconcile(listed, listed, committed, committed, prune=True)
+    files = [url for shard in listing.shards for url in deleted_files(shard)]
+    return Gone(count_rows(dataset, actions.pruned), files)

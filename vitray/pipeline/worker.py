@@ -15,9 +15,9 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
-from vitray.copies import copied_bytes
 from vitray.dataset import Dataset
 from vitray.decoding.decode import ON_DEVICE, load_decoders
+from vitray.errors import count
 from vitray.models import Model, open_model
 from vitray.pipeline.bounded_queue import BoundedQueue, QueueClosed
 from vitray.pipeline.decoders import Decoders, Outlets, ThreadDecoders, Unread
@@ -25,6 +25,7 @@ from vitray.pipeline.events import (
     Event,
     FragmentSkipped,
     FragmentWritten,
+    ImagesPredicted,
     ShardEnded,
     ShardEvent,
     ShardOutcome,
@@ -46,6 +47,7 @@ from vitray.pipeline.stages import (
     write_stage,
 )
 from vitray.schema import Shard
+from vitray.totals import copied_bytes, predicted_images
 
 if TYPE_CHECKING:
     from vitray.models.gpu_decode import DeviceDecoder
@@ -87,7 +89,8 @@ class Worker:
         self._predictors = StageThreads(PREDICTORS, self._predict_all, self._lose)
         self._writers = StageThreads(share.writers, self._write_all, self._lose)
         self._opener = ThreadPoolExecutor(1, "vitray-model")
-        self._copied_bytes = copied_bytes()
+        self._copied_bytes = copied_bytes.value
+        self._predicted_before = self._predicted = predicted_images.value
 
     def start(self) -> None:
         """Begin to open the model, and say that shards may come."""
@@ -136,7 +139,12 @@ class Worker:
 
     def events(self, wait_s: float) -> list[Event]:
         """All that has happened since the last call; waits for something at most wait_s."""
-        return self._events.take(wait_s)
+        events = self._events.take(wait_s)
+        predicted = predicted_images.value
+        if predicted != self._predicted:
+            self._predicted = predicted
+            events.append(ImagesPredicted(self._name, predicted - self._predicted_before))
+        return events
 
     def stop(self) -> None:
         """Stop reading, and finish what was read. WorkerStopped is the last event."""
@@ -151,8 +159,8 @@ class Worker:
         """Text: how much waits for each stage."""
         decoding = ", ".join(decoders.describe() for decoders in self._decoders)
         return (
-            f"{len(self._shards)} shards to read, {decoding}, "
-            f"{len(self._decoded)} fragments wait for predict, {len(self._writes)} for write"
+            f"{count(len(self._shards), 'shard')} to read, {decoding}, "
+            f"{count(len(self._decoded), 'fragment')} to predict, {len(self._writes):,} to write"
         )
 
     def close(self) -> None:
@@ -214,7 +222,7 @@ class Worker:
 
     def _newly_copied_bytes(self) -> int:
         with self._changing:
-            before, self._copied_bytes = self._copied_bytes, copied_bytes()
+            before, self._copied_bytes = self._copied_bytes, copied_bytes.value
             return self._copied_bytes - before
 
     def _lose(self, error: Exception) -> None:

@@ -344,7 +344,7 @@ def test_another_fingerprint_is_refused_with_its_fields(
         vitray.run(make_job({**job.model_dump(), "embeddings": [{"layer": 99}]}))
     assert listing(job.out) == first_listing
     shutil.rmtree(tmp_path / "out" / "_vitray")  # dataset.json is gone, the data files tell
-    with pytest.raises(FingerprintError, match="holds 1 files of another job"):
+    with pytest.raises(FingerprintError, match="holds 1 file of another job"):
         vitray.run(make_job({**job.model_dump(), "precision": "bf16"}))
     assert not (tmp_path / "out" / "_vitray").exists()
     assert vitray.run(job).committed == 0  # the same job takes them over

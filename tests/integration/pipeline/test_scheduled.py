@@ -4,7 +4,6 @@ told; nothing else is touched.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 import vitray
 from factories.shards import Picture, pictures, tar_bytes
 from support.scheduled_runs import put
+from support.schemas import checked
 from support.zygote import Zygote
 
 VITRAY = [sys.executable, "-m", "vitray"]
@@ -38,7 +38,9 @@ def run(
         [*RUN, str(folder / "in"), "--model", model, "--out", str(out), *more, "--json"],
         folder / "said",
     )
-    return commands.run(argv[len(VITRAY) :], stdout=str(said)), json.loads(said.read_text() or "{}")
+    code = commands.run(argv[len(VITRAY) :], stdout=str(said))
+    text = said.read_text()
+    return code, checked(text) if text else {}
 
 
 def keys(out: Path) -> list[str]:

@@ -36,7 +36,6 @@ from support.decoding_runs import (
 )
 from support.encoded_images import encode, photo
 from support.paths import TESTS
-from vitray.copies import copied_bytes
 from vitray.dataset import Dataset
 from vitray.errors import Disagreement, ObjectMissing, StorageError, VitrayError
 from vitray.job import Embedding
@@ -49,6 +48,7 @@ from vitray.pipeline.machines import WorkerShare
 from vitray.pipeline.process_decoders import PAGES, DecoderProcessDied, ProcessDecoders
 from vitray.pipeline.stages import DecodedBlock, ShardEnd, predict_stage
 from vitray.schema import End, Shard
+from vitray.totals import copied_bytes
 
 GIL_MS = 0.015  # of Python per image in the process that owns the GPU
 
@@ -73,9 +73,9 @@ def test_rows_errors_and_pixels_are_those_of_threads(tmp_path: Path, mode: str) 
     (tmp_path / "in" / "zz.tar").write_bytes(b"no tar" * 500)
     shards = shards_of(dataset)
     expected = run_decoders(ThreadDecoders, dataset, shards)
-    before = copied_bytes()
+    before = copied_bytes.value
     found = run_decoders(ProcessDecoders, dataset, shards)
-    assert copied_bytes() == before
+    assert copied_bytes.value == before
     assert found.errors == expected.errors == []
     assert read_items(found) == read_items(expected)
     assert {type(item) for item in found.others} == {ShardEnd, ShardBroken}
@@ -408,13 +408,13 @@ def test_the_process_with_the_gpu_spends_microseconds_on_an_image(tmp_path: Path
 
     collected = Collected()
     outlets = Outlets(predict, collected.others.append, collected.outlets().lost)
-    before = copied_bytes()
+    before = copied_bytes.value
     decoders, waiting = opened(ProcessDecoders, dataset, shards_of(dataset), outlets)
     with ended(decoders):
         decoders.start(collected.finished.set)
         waiting.finish()
         assert collected.finished.wait(WAIT_S), decoders.describe()
-    assert not collected.errors and seen == [1024] * blocks and copied_bytes() == before
+    assert not collected.errors and seen == [1024] * blocks and copied_bytes.value == before
     cpu_ms = (cpu[-1] - cpu[0]) * 1000 / sum(seen[1:])
     print(f"{cpu_ms:.4f} ms of CPU per image")
     assert cpu_ms <= GIL_MS

@@ -3,7 +3,6 @@ told; nothing else is touched."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 import vitray
 from factories.shards import Picture, pictures, tar_bytes
 from support.scheduled_runs import put
+from support.schemas import checked
 from support.zygote import Zygote
 
 VITRAY = [sys.executable, "-m", "vitray"]
@@ -43,7 +43,9 @@ def run(
         [*RUN, str(folder / "in"), "--model", model, "--out", str(out), *more, "--json"],
         folder / "said",
     )
-    return commands.run(argv[len(VITRAY) :], stdout=str(said)), json.loads(said.read_text() or "{}")
+    code = commands.run(argv[len(VITRAY) :], stdout=str(said))
+    text = said.read_text()
+    return code, checked(text) if text else {}
 
 
 def keys(out: Path) -> list[str]:
@@ -98,7 +100,7 @@ def test_two_days_of_a_nightly_job(
         "--json",
     ]
     told = subprocess.run(argv, capture_output=True, text=True, timeout=60)
-    found = json.loads(told.stdout)
+    found = checked(told.stdout)
     assert (told.returncode, found["rows"], found["agreement"]) == (0, 3 * EACH, 1.0)  # a, c, d
     assert (found["only_old_shards"], found["only_new_shards"]) == (
         1,

@@ -65,6 +65,7 @@ class DrawnExecutor:
         self._events: list[Event] = []
 
     share = local_share(2, has_gpu=False)
+    machines = 1
 
     def identify(self, job: Job) -> ModelSpec:
         return self._dataset.spec

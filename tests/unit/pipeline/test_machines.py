@@ -67,7 +67,7 @@ def test_slots(
     ("sizes", "text"),
     [
         ([], "has 0 CPUs; vitray needs 2"),
-        ([(1, 0)], "has 1 CPUs; vitray needs 2"),
+        ([(1, 0)], "has 1 CPU; vitray needs 2"),
         ([(2, 2)], "2 CPUs for 2 GPUs; it needs one per GPU"),
         ([(1, 0), (1, 0)], "no machine"),
     ],
