@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vitray.dataset import Dataset, data_files, matrix_of, read_table, require_dataset, shard_of
-from vitray.errors import JobError, shortened
+from vitray.errors import JobError, count, shortened
 from vitray.evaluation.metrics import mean_overlap
 from vitray.storage import absolute, store_for
 from vitray.vectors import unit
@@ -70,8 +70,10 @@ class Comparison:
         lines = [
             f"{self.old} -> {self.new}",
             f"rows in both       {self.rows:,}",
-            f"only in old        {self.only_old_rows:,} rows and {self.only_old_shards} shards",
-            f"only in new        {self.only_new_rows:,} rows and {self.only_new_shards} shards",
+            f"only in old        {count(self.only_old_rows, 'row')} and "
+            f"{count(self.only_old_shards, 'shard')}",
+            f"only in new        {count(self.only_new_rows, 'row')} and "
+            f"{count(self.only_new_shards, 'shard')}",
         ]
         if self.agreement is not None:
             lines.append(f"same label         {self.agreement:.4%}")
@@ -80,7 +82,7 @@ class Comparison:
         if self.cka is not None:
             lines.append(
                 f"embeddings         CKA {self.cka:.4f}, {self.neighbours:.1%} of {NEIGHBOURS} "
-                f"neighbours shared, {self.sample:,} rows"
+                f"neighbours shared, {count(self.sample, 'row')}"
             )
         for move in self.moves:
             old, new = shortened(move.old, TEXT_CHARS), shortened(move.new, TEXT_CHARS)

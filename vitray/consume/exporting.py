@@ -36,7 +36,15 @@ from vitray.dataset import (
     row_counts,
     shard_of,
 )
-from vitray.errors import JobError, ObjectChanged, ObjectMissing, ShardError, StorageError, one_line
+from vitray.errors import (
+    JobError,
+    ObjectChanged,
+    ObjectMissing,
+    ShardError,
+    StorageError,
+    count,
+    one_line,
+)
 from vitray.pipeline import list_source
 from vitray.schema import IMAGE_SUFFIXES, Encoded, Shard, content_hash
 from vitray.sources import read_shard
@@ -75,10 +83,10 @@ class Export:
 
     def __str__(self) -> str:
         note = "" if self.complete else ", of a dataset that is NOT complete"
-        lines = [f"{self.into}: {self.rows:,} rows as {self.to}{note}"]
+        lines = [f"{self.into}: {count(self.rows, 'row')} as {self.to}{note}"]
         if self.missing:
             lines.append(
-                f"missing: {self.missing:,} images of the dataset could not be read again "
+                f"missing: {count(self.missing, 'image')} of the dataset could not be read again "
                 f"unchanged, such as {', '.join(self.examples)}"
             )
         return "\n".join(lines)
@@ -147,7 +155,7 @@ def _npy(dataset: Dataset, folder: Path, options: ExportOptions) -> Written:
             seen += len(values)
     if seen != rows:
         raise StorageError(
-            f"{dataset.out} changed while it was read: {rows:,} rows became {seen:,}. "
+            f"{dataset.out} changed while it was read: {count(rows, 'row')} became {seen:,}. "
             "Run the same command again."
         )
     return Written(rows)

@@ -32,7 +32,7 @@ from vitray.dataset import (
     success_manifest,
 )
 from vitray.decoding.decode import decode
-from vitray.errors import JobError, ObjectMissing, one_line
+from vitray.errors import JobError, ObjectMissing, count, one_line
 from vitray.models import open_model, torch_threads_kept
 from vitray.schema import Encoded, ModelOutputs, VectorColumn
 from vitray.storage import absolute, exists, is_local, read, store_for
@@ -87,7 +87,7 @@ class SearchResult:
         how = "exact"
         if self.recall is not None:
             how = f"by an index that finds {self.recall:.1%} of the nearest"
-        lines = [f"nearest to {self.query} by {self.column}, {self.rows:,} rows, {how}"]
+        lines = [f"nearest to {self.query} by {self.column}, {count(self.rows, 'row')}, {how}"]
         lines += [f"note: {note}" for note in self.notes]
         for n in self.neighbours:
             label = "" if n.label is None else f"  {_printable(n.label)} {n.score:.3f}"
@@ -278,7 +278,7 @@ def _indexed(
             metadata = _build(faiss, rows, path)
             notes.append(
                 f"built {path}: {metadata['visited']} of {metadata['lists']} lists are visited; "
-                f"recall measured on {metadata['measured']} rows"
+                f"recall measured on {count(metadata['measured'], 'row')}"
             )
         index = faiss.read_index(path, faiss.IO_FLAG_MMAP)
         cosines, positions = index.search(unit[None], min(k, rows.total))
@@ -412,15 +412,15 @@ def _tune(index: Any, lists: int, queries: np.ndarray) -> float:
 def _rows_at(rows: _Rows, positions: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
     """(position, row) of these positions in the whole dataset, in order."""
     file_start = 0
-    for url, count in rows.counts.items():
-        in_file = [p for p in positions if file_start <= p < file_start + count]
+    for url, length in rows.counts.items():
+        in_file = [p for p in positions if file_start <= p < file_start + length]
         start = file_start
         for block in row_blocks(rows.dataset, [url] if in_file else [], rows.reported_columns):
             in_block = [p for p in in_file if start <= p < start + len(block)]
             offsets = pa.array([p - start for p in in_block], pa.int64())
             yield from zip(in_block, block.take(offsets).to_pylist())
             start += len(block)
-        file_start += count
+        file_start += length
 
 
 def _printable(text: str) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from vitray.errors import count
 from vitray.evaluation.metrics import accuracy, largest_relative_error, mean_overlap
 from vitray.models import Model, Predictions
 from vitray.vectors import cosines
@@ -82,6 +82,36 @@ class Speed:
 
 
 @dataclass(frozen=True, slots=True)
+class Judgement:
+    """A ModelComparison as vitray_export.json stores it: each figure by its name there.
+
+    apart: whether the images that calibrated it are others than those of the comparison. megabytes:
+    its size; ratio: to the size of the original. agreement, top5, cosine, least_cosine: as in
+    Agreement, whose `labels` is `agreement` here. error: the largest relative error in fp32. speed:
+    how many times as fast as engine torch; slowest, fastest: of the rounds. images_s,
+    torch_images_s: images per second of both.
+    """
+
+    images: int
+    calibrated_on: int
+    apart: bool
+    megabytes: float
+    ratio: float
+    torch_precision: str
+    precision: str | None
+    agreement: float | None
+    top5: float | None
+    cosine: float | None
+    least_cosine: float | None
+    error: float | None
+    speed: float | None
+    slowest: float | None
+    fastest: float | None
+    images_s: float | None
+    torch_images_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class ModelComparison:
     """An export beside engine torch in fp32, on `images` images. None: it cannot run here.
 
@@ -110,7 +140,7 @@ class ModelComparison:
         if self.share() is None:
             rows.append(("agreement", "not measured: this format does not run here"))
         else:
-            rows.append(("compared on", f"{self.images} images{self._calibration_note()}"))
+            rows.append(("compared on", f"{count(self.images, 'image')}{self._calibration_note()}"))
         if self.agreement is not None:
             rows += self.agreement.rows()
         if self.error is not None:
@@ -120,29 +150,29 @@ class ModelComparison:
             rows.append(self.speed.row(self.torch_precision))
         return rows
 
-    def as_json(self) -> dict[str, Any]:
-        """The figures by their names in vitray_export.json; None for each that was not measured."""
+    def figures(self) -> Judgement:
+        """The figures as they are stored and printed; None for each that was not measured."""
         agreement = self.agreement or Agreement()
         speed = self.speed
-        return {
-            "images": self.images,
-            "calibrated_on": self.calibrated_on,
-            "apart": self.is_disjoint,
-            "megabytes": self.size.megabytes,
-            "ratio": self.size.ratio,
-            "torch_precision": self.torch_precision,
-            "precision": self.precision,
-            "agreement": agreement.labels,
-            "top5": agreement.top5,
-            "cosine": agreement.cosine,
-            "least_cosine": agreement.least_cosine,
-            "error": self.error,
-            "speed": None if speed is None else speed.ratio,
-            "slowest": None if speed is None else speed.slowest,
-            "fastest": None if speed is None else speed.fastest,
-            "images_s": None if speed is None else speed.images_s,
-            "torch_images_s": None if speed is None else speed.torch_images_s,
-        }
+        return Judgement(
+            images=self.images,
+            calibrated_on=self.calibrated_on,
+            apart=self.is_disjoint,
+            megabytes=self.size.megabytes,
+            ratio=self.size.ratio,
+            torch_precision=self.torch_precision,
+            precision=self.precision,
+            agreement=agreement.labels,
+            top5=agreement.top5,
+            cosine=agreement.cosine,
+            least_cosine=agreement.least_cosine,
+            error=self.error,
+            speed=None if speed is None else speed.ratio,
+            slowest=None if speed is None else speed.slowest,
+            fastest=None if speed is None else speed.fastest,
+            images_s=None if speed is None else speed.images_s,
+            torch_images_s=None if speed is None else speed.torch_images_s,
+        )
 
     def _calibration_note(self) -> str:
         if not self.is_disjoint:

@@ -10,13 +10,14 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from vitray.errors import count
 from vitray.vectors import TINY
 
 
 def accuracy(labels: Sequence[object] | np.ndarray, truth: Sequence[object] | np.ndarray) -> float:
     """Share of labels that equal the truth; 0 for no labels."""
     if len(labels) != len(truth):
-        raise ValueError(f"{len(labels)} labels and {len(truth)} true labels")
+        raise ValueError(f"{count(len(labels), 'label')} and {count(len(truth), 'true label')}")
     if len(labels) == 0:
         return 0.0
     if isinstance(labels, np.ndarray) and isinstance(truth, np.ndarray):

@@ -10,5 +10,6 @@ fitting.py          the training loop               workers.py         the loop 
 probe_training.py   `train: probe`                  linear_probe.py    a head on stored embeddings
 checkpoints.py      the states of a training        out_folder.py      what OUT was begun with
 outcome.py          how the training went           outputs.py         the files of OUT
-page.py             report.html
+page.py             report.html                     activity.py        what a training does now
+work_meter.py       progress within a step
 """

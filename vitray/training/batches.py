@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from vitray.errors import JobError
+from vitray.errors import JobError, count
 from vitray.schema import PixelSpec
 from vitray.training.config import TrainingConfig
 from vitray.training.examples import Examples
@@ -72,8 +72,8 @@ class Batches:
         size = min(self.config.batch_size, images // parts * parts)
         if size == 0:
             raise JobError(
-                f"{images} images are too few for {parts} parts of a step. "
-                "Set fewer workers or `accumulate`."
+                f"{count(images, 'image')} cannot be divided into {count(parts, 'part')} of a "
+                "step. Set fewer workers or `accumulate`."
             )
         return size
 

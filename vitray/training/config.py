@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from vitray.errors import count
 from vitray.job import (
     FORMATS,
     Job,
@@ -67,8 +68,8 @@ class TrainingConfig(UserConfig):
     label: Text | None = Field(
         None,
         description="where an image's label is: a column, the extension of a tar member, or "
-        "`folder` (the default), the name of its directory. With a dataset: a column (default: "
-        "`label`, the model's own)",
+        "`folder` (the default), the name of its directory. Required with `dataset`: a "
+        "passthrough column, `folder`, or `label` for what the dataset's own model chose",
     )
     label_field: str | None = Field(
         None, description="the field that holds the label, if the column or member is JSON"
@@ -190,8 +191,8 @@ class TrainingConfig(UserConfig):
         self._require_fitting_fields()
         if self.batch_size % (self.workers * self.accumulate):
             raise ValueError(
-                f"batch_size {self.batch_size} is not a multiple of {self.workers} workers x "
-                f"{self.accumulate} parts"
+                f"batch_size {self.batch_size} is not a multiple of "
+                f"{count(self.workers, 'worker')} x {count(self.accumulate, 'part')}"
             )
         if self.patience and not self.validation:
             raise ValueError("patience needs a validation share")
@@ -272,4 +273,9 @@ class TrainingConfig(UserConfig):
 
 def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> TrainingConfig:
     """The TrainingConfig of a YAML or JSON file. `overrides` replace its fields."""
-    return TrainingConfig(**{**read_fields(path), **(overrides or {})})
+    return make_config({**read_fields(path), **(overrides or {})})
+
+
+def make_config(fields: dict[str, Any]) -> TrainingConfig:
+    """The TrainingConfig of these fields. Raises JobError."""
+    return TrainingConfig(**fields)

@@ -10,13 +10,11 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import logging
 import os
 import shutil
 import tempfile
-import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -33,13 +31,13 @@ from vitray.cpus import cores
 from vitray.dataset import read_table, training_url
 from vitray.decoding.decode import Outcome, decode
 from vitray.errors import JobError, StorageError, count, one_line
-from vitray.schema import DecodeSpec, PixelSpec, content_hash, short_hash
+from vitray.schema import DecodeSpec, PixelSpec, Shard, content_hash, short_hash
 from vitray.storage import absolute, is_local, store_for
+from vitray.training.activity import Activity, Phase, Watch, unwatched
 from vitray.training.config import TrainingConfig
 from vitray.training.labelled_source import LabelledImage, LabelledSource
 from vitray.training.labels import choose_classes, class_ids, require_both_sides, require_labels
 
-log = logging.getLogger(__name__)
 MARGIN = 1.15  # side of a stored image for random crops, as a multiple of the model's input
 CHUNK = 64  # images decoded by one call
 NO_LABEL = "no_label"
@@ -53,7 +51,6 @@ ROWS = pa.schema(
         "hash": pa.binary(16),
     }
 )
-PROGRESS_S = 30.0  # between two progress messages
 
 
 class Side(StrEnum):
@@ -89,14 +86,19 @@ class TrainingData:
 
 
 def gather(
-    config: TrainingConfig, pixels: PixelSpec, teacher_classes: tuple[str, ...], folder: str
+    config: TrainingConfig,
+    pixels: PixelSpec,
+    teacher_classes: tuple[str, ...],
+    folder: str,
+    watch: Watch = unwatched,
 ) -> TrainingData:
     """The config's images, decoded into `folder` unless an earlier call did that.
 
     pixels: of the model's processor. teacher_classes: those whose scores are learnt, in the
-    teacher's order. Raises JobError for missing or unknown labels and for fewer than two classes,
-    StorageError if the disk is full.
+    teacher's order. watch: of the reading and decoding. Raises JobError for missing or unknown
+    labels and for fewer than two classes, StorageError if the disk is full.
     """
+    watch(Activity(Phase.READING_SOURCE))
     source = LabelledSource(config)
     spec = DecodeSpec(pixels, tuple(source.job.formats), source.job.max_pixels, None)
     larger = replace(spec, pixels=enlarged(spec.pixels)) if config.crop < 1 else spec
@@ -109,7 +111,7 @@ def gather(
                 with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as scratch:
                     complete = os.path.join(scratch, "complete")
                     os.mkdir(complete)
-                    _decode_into(complete, source, specs)
+                    _decode_into(complete, source, specs, watch)
                     os.rename(complete, cache)
     except OSError as error:
         raise StorageError(
@@ -171,6 +173,28 @@ def enlarged(pixels: PixelSpec) -> PixelSpec:
     return replace(pixels, size=size, crop=crop)
 
 
+@dataclass
+class _Amount:
+    """How much of the source was read: images, or bytes where a shard's images are not known."""
+
+    total: int
+    is_bytes: bool
+    done: int = 0
+
+    @classmethod
+    def of(cls, shards: Sequence[Shard]) -> _Amount:
+        rows = [shard.rows for shard in shards]
+        if None in rows:
+            return cls(sum(shard.size for shard in shards), is_bytes=True)
+        return cls(sum(row for row in rows if row), is_bytes=False)
+
+    def add(self, images: list[LabelledImage]) -> None:
+        if self.is_bytes:
+            self.done += sum(len(each.image.data or b"") for each in images)
+        else:
+            self.done += len(images)
+
+
 @dataclass(frozen=True)
 class _Submitted:
     """Images of one side that a thread decodes."""
@@ -208,15 +232,18 @@ class _Writer:
         self.rows.append({"key": key, "reason": reason, "message": message, "held_out": False})
 
 
-def _decode_into(folder: str, source: LabelledSource, specs: Mapping[Side, DecodeSpec]) -> None:
+def _decode_into(
+    folder: str, source: LabelledSource, specs: Mapping[Side, DecodeSpec], watch: Watch
+) -> None:
     """Write train.u8 and held-out.u8, the pixels of each image after those of the one before it.
 
     rows.parquet has a row for each image; a row with a reason has no pixels.
     """
     images = source.images()
+    amount = _Amount.of(source.shards)
     threads = cores()
     submitted: deque[_Submitted] = deque()
-    reported = time.monotonic()
+    watch(Activity(Phase.DECODING, 0, amount.total))
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(threads))
         writer = _Writer(
@@ -231,9 +258,8 @@ def _decode_into(folder: str, source: LabelledSource, specs: Mapping[Side, Decod
                 submitted.append(_Submitted(side, part, pool.submit(decode, encoded, specs[side])))
             while len(submitted) > 2 * threads:
                 writer.write(submitted.popleft())
-            if time.monotonic() - reported > PROGRESS_S:
-                reported = time.monotonic()
-                log.warning("%s read and decoded", count(len(writer.rows), "image"))
+            amount.add(chunk)
+            watch(Activity(Phase.DECODING, amount.done, amount.total, len(writer.rows)))
         while submitted:
             writer.write(submitted.popleft())
     for row in source.undecodable():
@@ -269,8 +295,8 @@ def _read_cache(
     if not rows:
         first = f", {skipped[0]['key']}: {skipped[0]['reason']}" if skipped else ""
         raise JobError(
-            f"there is nothing to learn from: {len(skipped):,} of {len(all_rows):,} images cannot "
-            f"be used{first}. Correct `source` or `label`."
+            f"there is nothing to learn from: {len(skipped):,} of {count(len(all_rows), 'image')} "
+            f"cannot be used{first}. Correct `source` or `label`."
         )
     classes = choose_classes(config, {row["label"] for row in rows}, teacher_classes)
     ids = class_ids([(row["key"], row["label"]) for row in rows], classes)

@@ -18,13 +18,20 @@ import uuid
 from collections.abc import Callable
 
 from vitray.dataset import check_store
-from vitray.errors import JobError, ObjectMissing
+from vitray.errors import JobError, ObjectMissing, count
 from vitray.models import checkpoint
 from vitray.storage import absolute, read, store_for
 from vitray.training import checkpoints, out_folder, outputs
+from vitray.training.activity import Activity, Phase, Watch, unwatched
 from vitray.training.config import TrainingConfig
 from vitray.training.examples import delete_work_folder
-from vitray.training.outcome import HeldOut, TrainingOutcome, TrainingResult
+from vitray.training.outcome import (
+    HeldOut,
+    TrainingOutcome,
+    TrainingResult,
+    pictures_of_pixels,
+    shown_images,
+)
 from vitray.training.training_run import TrainingRun, state_folder
 
 log = logging.getLogger(__name__)
@@ -36,10 +43,11 @@ def finetune(
     report: Report = lambda record: None,
     address: str | None = None,
     allow_open: bool = False,
+    watch: Watch = unwatched,
 ) -> TrainingResult:
     """Train what is missing, and write OUT.
 
-    report: gets a record per epoch, and one every 30 s (see fitting.Fitting.run).
+    report: gets the record of each epoch. watch: gets every Activity, many a second.
     address, allow_open: of Ray, for several workers.
     Raises JobError for a config that does not fit its data or model, StorageError, and
     FingerprintError if OUT was begun with other settings or data, or holds foreign files.
@@ -54,7 +62,7 @@ def finetune(
         out_folder.require_unused(config.out)
         check_store(config.out)
         try:
-            result = _trained(config, report, address, allow_open)
+            result = _trained(config, report, address, allow_open, watch)
         except JobError:
             if not out_folder.is_begun(config.out):
                 delete_work_folder(config.out)  # a refused config leaves nothing
@@ -83,21 +91,22 @@ def _clean_up(config: TrainingConfig) -> None:
 
 
 def _trained(
-    config: TrainingConfig, report: Report, address: str | None, allow_open: bool
+    config: TrainingConfig, report: Report, address: str | None, allow_open: bool, watch: Watch
 ) -> TrainingResult:
     if config.train == "probe":
         from vitray.training.probe_training import train_linear_probe
 
-        return train_linear_probe(config)
-    return _train(config, report, address, allow_open)
+        return train_linear_probe(config, watch)
+    return _train(config, report, address, allow_open, watch)
 
 
 def _train(
-    config: TrainingConfig, report: Report, address: str | None, allow_open: bool
+    config: TrainingConfig, report: Report, address: str | None, allow_open: bool, watch: Watch
 ) -> TrainingResult:
     from vitray.training.fitting import WorkerGroup, copy_into
 
-    run = TrainingRun.of(config)
+    run = TrainingRun.of(config, watch)
+    watch(Activity(Phase.OPENING_MODEL))
     group = WorkerGroup(device=_own_device(config), owner=uuid.uuid4().hex)
     fitting = run.fitting(group)
     out_folder.require_same(config, _inputs(run, fitting.batches.size))
@@ -105,9 +114,10 @@ def _train(
     if config.workers > 1:
         from vitray.training.workers import fit_with_ray
 
+        watch(Activity(Phase.TRAINING, detail=f"{count(config.workers, 'worker')}"))
         fit_with_ray(config, group.owner, address, allow_open)
         checkpoints.require_owner(fitting.state, group.owner)
-    progress = fitting.run(report)  # of several workers: reads their last checkpoint
+    progress = fitting.run(report, watch)  # of several workers: reads their last checkpoint
     if config.workers > 1:
         for record in progress.records:
             if "epoch" in record:
@@ -119,10 +129,14 @@ def _train(
     examples = run.training_data.held_out
     held_out = None
     if len(examples.ids) > 0:
+        fitting.meter.start(Phase.MEASURING, 0, len(examples.ids))
         evaluation = fitting.evaluate(examples, run.pixels)
-        held_out = HeldOut(examples.keys, examples.ids, evaluation, examples.pixels)
+        shown = shown_images(examples.ids, evaluation).all
+        pictures = pictures_of_pixels(examples.pixels, shown)
+        held_out = HeldOut(examples.keys, examples.ids, evaluation, pictures)
     outcome = _outcome(run, progress.records, held_out)
     checkpoints.require_owner(fitting.state, group.owner)
+    watch(Activity(Phase.WRITING))
     outputs.write(outcome, fitting.student.finished().cpu(), head=None)
     return outcome.result(
         images=len(run.training_data.train.ids),

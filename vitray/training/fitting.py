@@ -22,9 +22,10 @@ from vitray.errors import Diverged, StorageError
 from vitray.models import machine
 from vitray.schema import PixelSpec
 from vitray.training import checkpoints
+from vitray.training.activity import Phase, Watch, unwatched
 from vitray.training.batches import Batch, Batches
 from vitray.training.config import TrainingConfig
-from vitray.training.examples import PROGRESS_S, Examples
+from vitray.training.examples import Examples
 from vitray.training.outcome import Evaluation, merit
 from vitray.training.student import (
     Student,
@@ -35,6 +36,7 @@ from vitray.training.student import (
     vector_loss,
 )
 from vitray.training.teachers import OnlineTeacher, normalised
+from vitray.training.work_meter import WorkMeter
 
 log = logging.getLogger(__name__)
 
@@ -116,22 +118,34 @@ class Fitting:
         self.weights = class_weights(config, batches.examples.ids, batches.classes).to(self.device)
         self.progress = TrainingProgress()
         self.steps = config.epochs * batches.steps
+        learning = {id(parameter) for parameter in self.learning.values()}
+        self.meter = WorkMeter(student.blocks, learning)
 
-    def run(self, report: Callable[[dict[str, float]], None]) -> TrainingProgress:
+    def run(
+        self, report: Callable[[dict[str, float]], None], watch: Watch = unwatched
+    ) -> TrainingProgress:
         """Train to the end, from the last checkpoint if there is one.
 
-        report: gets the record of each epoch. If the worker is alone, it also gets {"step",
-        "steps", "loss"} every PROGRESS_S. Raises Diverged.
+        report: gets the record of each epoch. watch: gets what is done within a step and an epoch.
+        Raises Diverged.
         """
         self.restore()
-        reported = time.monotonic()
+        self.meter.watch = watch
+        self._start_meter()
         wrapped = self.group.wrap(self.student)
         every = max(1, self.steps // RECORDED_STEPS)
         progress = self.progress
         while not progress.done:
             started = time.monotonic()
             epoch, step_in_epoch = divmod(progress.step, self.batches.steps)
+            self.meter.begin(
+                self.batches.size,
+                self.meter.step_units * self.config.accumulate,
+                f"epoch {epoch + 1} of {self.config.epochs}, step {progress.step + 1} of "
+                f"{self.steps}",
+            )
             rate, loss = self._step(wrapped, epoch, step_in_epoch)
+            self.meter.end()
             progress.step += 1
             progress.seconds += time.monotonic() - started
             if (progress.step - 1) % every == 0:
@@ -140,14 +154,18 @@ class Fitting:
                 record = self._end_epoch(epoch + 1, loss)
                 self.save()
                 report(record)
-                reported = time.monotonic()
             elif self.config.save_steps and progress.step % self.config.save_steps == 0:
                 self.save()
-            if self.group.world == 1 and time.monotonic() - reported > PROGRESS_S:
-                reported = time.monotonic()
-                report({"step": progress.step, "steps": self.steps, "loss": loss})
             crash_point("train-step", str(progress.step))
         return progress
+
+    def _start_meter(self) -> None:
+        """Show what is done already. An epoch is all of its steps, and the held-out images."""
+        held_out = len(self.held_out.ids)
+        an_epoch = self.batches.steps * self.batches.size + held_out
+        epochs, steps = divmod(self.progress.step, self.batches.steps)
+        done = epochs * an_epoch + steps * self.batches.size
+        self.meter.start(Phase.TRAINING, done, self.config.epochs * an_epoch)
 
     def _step(self, wrapped: Any, epoch: int, step_in_epoch: int) -> tuple[float, float]:
         """One step of the optimizer: its learning rate, and the mean loss of its images."""
@@ -236,7 +254,9 @@ class Fitting:
         own = np.arange(self.group.rank, count, self.group.world)
         for start in range(0, len(own), EVALUATION_BATCH):
             images = own[start : start + EVALUATION_BATCH]
+            self.meter.begin(len(images), self.meter.forward_units, "measuring the held-out images")
             columns[images] = self._evaluated(examples, images, spec)
+            self.meter.end()
         if self.group.world > 1:
             columns = columns.to(self.device)
         ids, scores, losses = self.group.total(columns).cpu().numpy().T

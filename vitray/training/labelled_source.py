@@ -11,13 +11,14 @@ from functools import cached_property
 import pyarrow as pa
 
 from vitray.dataset import Dataset, read, read_errors, require_complete, require_outside
-from vitray.errors import JobError
+from vitray.errors import JobError, count
 from vitray.pipeline import list_source, prepare_job
 from vitray.schema import Encoded, Shard, ShardKind, short_hash
 from vitray.sources import file_passthrough_schema, list_shards, python_value, read_shard
 from vitray.storage import absolute
 from vitray.training.config import TrainingConfig
 from vitray.training.labels import KEYS_SHOWN, field_of, labels_by_key, text_of
+from vitray.training.out_folder import is_begun
 
 log = logging.getLogger(__name__)
 ImageId = tuple[str, int]  # shard and index: keys may repeat
@@ -36,11 +37,12 @@ class LabelledImage:
 class LabelledVectors:
     """What a linear probe learns from.
 
-    pairs: (key, label) of each row, None for no label. vectors: one a row. undecodable: key,
-    reason and message of the dataset's bad images.
+    pairs: (key, label) of each row, None for no label. images: where each row is. vectors: one a
+    row. undecodable: key, reason and message of the dataset's bad images.
     """
 
     pairs: list[tuple[str, str | None]]
+    images: list[ImageId]
     vectors: pa.ChunkedArray
     undecodable: list[dict[str, str]]
 
@@ -78,12 +80,23 @@ class LabelledSource:
         file_passthrough_schema(shard, self.job)  # raises JobError for a missing column
 
     def _require_dataset_column(self, dataset: Dataset) -> None:
+        if self._is_label_missing():
+            raise JobError(_missing_label(dataset))
         columns = [*dataset.schema.names, "folder"]
         if self.table is None and self.config.label_column not in columns:
             raise JobError(
                 f"{dataset.out} has no column `{self.config.label_column}`. `label` may be one of "
                 f"{', '.join(columns)}."
             )
+
+    def _is_label_missing(self) -> bool:
+        """Whether a training on a dataset would silently learn the labels of the dataset's model.
+
+        A teacher's labels are what its student learns.
+        """
+        config = self.config
+        has_label = config.label or config.label_table or config.teacher or config.teacher_model
+        return not has_label and not is_begun(config.out)
 
     @cached_property
     def shards(self) -> list[Shard]:
@@ -129,11 +142,11 @@ class LabelledSource:
     def vectors(self, column: str) -> LabelledVectors:
         """The dataset's stored embeddings with their labels; no image is read."""
         table = self._dataset_rows([column])
-        images = zip(table["shard"].to_pylist(), table["index"].to_pylist())
+        images = list(zip(table["shard"].to_pylist(), table["index"].to_pylist()))
         rows = zip(table["key"].to_pylist(), self._label_values(table), images)
         pairs = [(self.short(key), self.label_of(key, value, image)) for key, value, image in rows]
         self._warn_of_unused_keys()
-        return LabelledVectors(pairs, table[column], self.undecodable())
+        return LabelledVectors(pairs, images, table[column], self.undecodable())
 
     def _dataset_rows(self, columns: list[str]) -> pa.Table:
         """The dataset's rows whose score is at least min_score."""
@@ -172,7 +185,7 @@ class LabelledSource:
         if missing := values.keys() - {shard.id for shard in self.shards}:
             rows = sum(len(values[shard]) for shard in missing)
             raise JobError(
-                f"{rows:,} of {len(table):,} images of {self.dataset.out} are no longer "
+                f"{rows:,} of {count(len(table), 'image')} of {self.dataset.out} are no longer "
                 f"where they were labelled: {len(missing)} of its shards changed or are gone. "
                 "Run its job again (vitray run --prune, if they are gone), then this one."
             )
@@ -187,7 +200,7 @@ class LabelledSource:
         """The label as text, None for no label. value: that of the label column."""
         if self.table is not None:
             label: object = self._label_in_table(self.table, key, image)
-        elif self.config.label_column == "folder":
+        elif self.config.label_column == "folder" and value is None:
             label = key.rpartition("/")[0].rpartition("/")[2]
         else:
             label = value
@@ -224,6 +237,20 @@ class LabelledSource:
                 self.config.label_table,
                 ", ".join(unused[:KEYS_SHOWN]),
             )
+
+
+def _missing_label(dataset: Dataset) -> str:
+    names = ", ".join(f"`{name}`" for name in dataset.passthrough.names)
+    columns = (
+        f"The passthrough columns of {dataset.out} are {names}."
+        if names
+        else f"{dataset.out} has no passthrough columns."
+    )
+    return (
+        f"`label` is missing: the column with the true labels. {columns} `label: folder` takes the "
+        "names of the images' folders, and label_table a CSV file. To learn the labels that the "
+        "dataset's own model chose, set `label: label`."
+    )
 
 
 def _every_index(_index: int) -> bool:

@@ -147,8 +147,8 @@ def class_ids(pairs: Sequence[tuple[str, str]], classes: tuple[str, ...]) -> np.
         ids |= {str(n): n for n in range(len(classes))}
     if unknown := [f"{label} of {key}" for key, label in pairs if label not in ids]:
         raise JobError(
-            f"{len(unknown):,} labels are not among the {len(classes)} classes, such as "
-            f"{', '.join(unknown[:KEYS_SHOWN])}. Correct `classes`."
+            f"not among the {count(len(classes), 'class')}: {count(len(unknown), 'label')}, such "
+            f"as {', '.join(unknown[:KEYS_SHOWN])}. Correct `classes`."
         )
     return np.array([ids[label] for _, label in pairs], np.int64)
 

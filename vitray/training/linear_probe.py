@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from vitray.training.activity import Activity, Phase, Watch, unwatched
 from vitray.training.outcome import Evaluation, merit
 
 # of the L2 penalty on standardised features; the held-out images choose
@@ -52,11 +53,12 @@ def fit_linear_probe(
     weights: torch.Tensor,
     smoothing: float,
     metric: str = "accuracy",
+    watch: Watch = unwatched,
 ) -> LinearProbe:
     """The head of the best strength. weights: float32 [C], of the classes.
 
     metric: of the held-out rows, chooses the strength: accuracy (of equal ones the smaller loss)
-    or loss.
+    or loss. watch: gets how many strengths are done.
     """
     problem = _Problem.of(train, weights, smoothing)
     weight = torch.zeros(problem.target.shape[1], problem.rows.shape[1], requires_grad=True)
@@ -64,7 +66,10 @@ def fit_linear_probe(
     has_held_out = len(held_out.ids) > 0
     solutions: list[_Solution] = []
     with _one_thread_if_small(problem.rows.numel()):
-        for strength in sorted(STRENGTHS if has_held_out else [STRENGTH], reverse=True):
+        strengths = sorted(STRENGTHS if has_held_out else [STRENGTH], reverse=True)
+        for strength in strengths:
+            at = f"regularisation {strength:g}"
+            watch(Activity(Phase.FITTING_HEAD, len(solutions), len(strengths), detail=at))
             objective = functools.partial(problem.loss, weight, bias, strength)
             record = {"strength": strength, "loss": _minimise(objective, [weight, bias])}
             solution = problem.solution(weight, bias, record)

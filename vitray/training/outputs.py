@@ -13,7 +13,7 @@ import time
 from typing import Any
 
 from vitray.dataset import package_versions
-from vitray.errors import StorageError, one_line
+from vitray.errors import StorageError, count, one_line
 from vitray.models.checkpoint import Checkpoint, quiet
 from vitray.models.linear_head import Head, write_head
 from vitray.models.pixels import FILES
@@ -123,7 +123,13 @@ def _card(outcome: TrainingOutcome, is_model: bool) -> str:
     ]
     if base:
         metadata.append(f"base_model: {json.dumps(base)}")
-    lines = [*metadata, "---", "", f"# An image classifier of {len(outcome.classes)} classes", ""]
+    lines = [
+        *metadata,
+        "---",
+        "",
+        f"# An image classifier of {count(len(outcome.classes), 'class')}",
+        "",
+    ]
     lines.append(f"Trained by vitray {versions['vitray']}: {_what_learnt(outcome.config)}.")
     lines += _card_notes(outcome.config)
     if not is_model:
@@ -147,7 +153,7 @@ def _what_learnt(config: TrainingConfig) -> str:
     what = {
         "probe": "a linear probe of stored embeddings",
         "head": "its head",
-        "last": f"its last {config.last} blocks and its head",
+        "last": f"its last {count(config.last, 'block')} and its head",
         "lora": f"low-rank adapters (rank {config.rank}, merged) and its head",
         "full": "all of it",
     }

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-from base64 import b64encode
 from typing import Any
 
 import numpy as np
 
 from vitray.evaluation.metrics import accuracy, commonest_mistakes, confusion
 from vitray.html import axis, rendered
-from vitray.training.outcome import HeldOut, TrainingOutcome
+from vitray.training.outcome import HeldOut, TrainingOutcome, shown_images
 
 MOST_CLASSES = 20  # of a table of all classes against all
 MOST_PAIRS = 20
-MOST_WORST = 24
 MOST_SKIPPED = 100
 LEFT, BOTTOM, WIDTH, HEIGHT = 48, 220, 424, 208  # of the frame in macros.html, in SVG units
 
@@ -30,14 +28,17 @@ def page_of(outcome: TrainingOutcome) -> str:
         "confusion": None,
         "pairs": [],
         "worst": [],
+        "right": [],
         "accuracy": None,
         "images": 0,
     }
     if held_out is not None:
+        shown = shown_images(held_out.truth, held_out.evaluation)
         values = {
             "confusion": _confusion(outcome.classes, held_out),
             "pairs": _mistakes(outcome.classes, held_out),
-            "worst": _worst(outcome.classes, held_out),
+            "worst": _cards(outcome.classes, held_out, shown.wrong),
+            "right": _cards(outcome.classes, held_out, shown.right),
             "accuracy": accuracy(held_out.evaluation.ids, held_out.truth),
             "images": len(held_out.truth),
         }
@@ -46,11 +47,12 @@ def page_of(outcome: TrainingOutcome) -> str:
         "page.html",
         maker="vitray finetune",
         name=outcome.config.out.rstrip("/").rpartition("/")[2],
-        notes=(),
+        notes=outcome.notes,
         made_from="the training's own records",
-        holds_pictures=any(image["picture"] for image in values["worst"]),
+        holds_pictures=held_out is not None and bool(held_out.pictures),
         config={name: json.dumps(value) for name, value in config.items()},
-        curves=curves(outcome.records),
+        curves=curves(outcome.records) if outcome.chosen is None else [],
+        sweep=sweep(outcome.records, outcome.chosen),
         skipped=outcome.skipped[:MOST_SKIPPED],
         skipped_total=len(outcome.skipped),
         **values,
@@ -62,6 +64,40 @@ def curves(records: list[dict[str, float]]) -> list[dict[str, Any]]:
     names = ("loss", "validation_loss", "validation_accuracy", "lr")
     drawn = [_curve(name, _points(name, records)) for name in names]
     return [curve for curve in drawn if curve is not None]
+
+
+def sweep(
+    records: list[dict[str, float]], chosen: dict[str, float] | None
+) -> dict[str, Any] | None:
+    """The strengths of a linear probe's regularisation, the weakest first.
+
+    Each has its figures, whether it is the chosen one, and where its point stands in the chart.
+    None for any other training. path: None without held-out images, which leave one strength.
+    """
+    if chosen is None:
+        return None
+    ordered = sorted(records, key=lambda record: record["strength"])
+    strengths = [
+        {
+            **record,
+            "name": strength_name(record["strength"]),
+            "is_chosen": record == chosen,
+            "x": LEFT + WIDTH * (n + 0.5) / len(ordered),
+            "y": BOTTOM - HEIGHT * record.get("validation_accuracy", 0.0),
+        }
+        for n, record in enumerate(ordered)
+    ]
+    points = "L".join(f"{each['x']:.1f} {each['y']:.1f}" for each in strengths)
+    is_measured = all("validation_accuracy" in record for record in ordered)
+    return {"strengths": strengths, "path": f"M{points}" if is_measured else None}
+
+
+def strength_name(strength: float) -> str:
+    """A strength in few characters: 10, 0.01, 1e-3."""
+    if strength >= 0.01:
+        return f"{strength:g}"
+    mantissa, exponent = f"{strength:e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def _points(name: str, records: list[dict[str, float]]) -> list[tuple[float, float]]:
@@ -105,26 +141,16 @@ def _mistakes(classes: tuple[str, ...], held_out: HeldOut) -> list[tuple[str, st
     return [(classes[true], classes[predicted], images) for true, predicted, images in pairs]
 
 
-def _worst(classes: tuple[str, ...], held_out: HeldOut) -> list[dict[str, Any]]:
-    """The wrongly labelled images with the largest losses."""
+def _cards(classes: tuple[str, ...], held_out: HeldOut, numbers: list[int]) -> list[dict[str, Any]]:
+    """What the page shows of these held-out images."""
     evaluation, truth = held_out.evaluation, held_out.truth
-    by_loss = np.argsort(-evaluation.losses, kind="stable")
-    wrong = by_loss[evaluation.ids[by_loss] != truth[by_loss]]
     return [
         {
             "key": held_out.keys[n],
             "true": classes[truth[n]],
             "predicted": classes[evaluation.ids[n]],
             "score": float(evaluation.scores[n]),
-            "picture": _picture(held_out.pixels[n]) if held_out.pixels is not None else None,
+            "picture": held_out.pictures.get(n),
         }
-        for n in wrong[:MOST_WORST]
+        for n in numbers
     ]
-
-
-def _picture(pixels: np.ndarray) -> str:
-    """The model's input as a JPEG in a data URL. No byte of the original file reaches the page."""
-    import simplejpeg
-
-    jpeg = simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), 90, "RGB", "444")
-    return "data:image/jpeg;base64," + b64encode(jpeg).decode()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from vitray.errors import JobError
+from vitray.errors import JobError, count
 from vitray.models.checkpoint import Checkpoint, VisionConfig, read_config
 from vitray.models.loading import Network, load_trainable
 from vitray.training.config import TrainingConfig
@@ -35,6 +35,7 @@ class Student(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
         self.adapters: Any = None
         self.depth = _depths(network)
         self.layers = len(network.blocks)
+        self.blocks = tuple(network.blocks)  # a tuple, so that torch does not list them twice
         self.projector = None
         if teacher_dimension is not None:
             self.projector = torch.nn.Linear(vision_config.dimension, teacher_dimension)
@@ -94,7 +95,7 @@ def _freeze(student: Student, network: Network, config: TrainingConfig) -> None:
     if config.train == "last":
         if config.last > len(network.blocks):
             raise JobError(
-                f"last: {config.last}, and the model has {len(network.blocks)} blocks. "
+                f"last: {config.last}, and the model has {count(len(network.blocks), 'block')}. "
                 "Set a smaller one, or train: full."
             )
         learning += network.blocks[-config.last :]

@@ -13,6 +13,7 @@ from vitray.models.checkpoint import Checkpoint
 from vitray.models.exported import read_graph
 from vitray.models.pixels import read_pixels
 from vitray.schema import PixelSpec
+from vitray.training.activity import Activity, Phase, Watch, unwatched
 from vitray.training.config import TrainingConfig
 from vitray.training.examples import TrainingData, gather, work_folder
 
@@ -38,8 +39,9 @@ class TrainingRun:
     online_teacher: Checkpoint | None
 
     @classmethod
-    def of(cls, config: TrainingConfig) -> TrainingRun:
+    def of(cls, config: TrainingConfig, watch: Watch = unwatched) -> TrainingRun:
         """Raises JobError, ModelError and StorageError for what the config cannot be trained on."""
+        watch(Activity(Phase.READING_MODEL))
         base = _trainable(str(config.model), config.revision)
         vision_config = checkpoint.read_config(base)
         if config.init == "scratch":
@@ -50,7 +52,7 @@ class TrainingRun:
         teacher = require_complete(config.teacher) if config.teacher else None
         online_teacher = _trainable(config.teacher_model, None) if config.teacher_model else None
         classes = _teacher_classes(config, teacher, online_teacher)
-        training_data = gather(config, pixels, classes, work_folder(config.out))
+        training_data = gather(config, pixels, classes, work_folder(config.out), watch)
         return cls(config, base, weights, pixels, training_data, teacher, online_teacher)
 
     def fitting(self, group: WorkerGroup | None = None) -> Fitting:

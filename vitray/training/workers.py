@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vitray.dataset import training_url
-from vitray.errors import ClusterError, TakenOver, one_line
+from vitray.errors import ClusterError, TakenOver, count, one_line
 from vitray.pipeline.cluster import RETRIES, alive_nodes, ray_session, root_error
 from vitray.storage import exists, store_for
 from vitray.training.config import TrainingConfig
@@ -84,8 +84,8 @@ def _require_resources(workers: int, resource: str) -> None:
     available = sum(node["Resources"].get(resource, 0) for node in alive_nodes())
     if available < workers:
         raise ClusterError(
-            f"{workers} workers need a {resource} each, and the cluster has {available:g}. "
-            "Set fewer `workers`, add machines, or set device: cpu."
+            f"{count(workers, 'worker')} need a {resource} each, and the cluster has "
+            f"{available:g}. Set fewer `workers`, add machines, or set device: cpu."
         )
 
 

@@ -21,6 +21,7 @@ from factories import hand_made, shards
 from support.reports import Tables
 from vitray.consume.report import report, write_card
 from vitray.consume.report.counts import count
+from vitray.consume.report.truth import ColumnLabels
 from vitray.dataset import Dataset, card_url, data_files, open_dataset
 from vitray.errors import JobError
 
@@ -71,7 +72,7 @@ def test_its_numbers_are_those_of_duckdb(shapes_dataset: str, tmp_path: Path) ->
     )
     expected_rows = [(f"{score:.3f}", f"{100 * right:.1f}%", f"{n}") for score, right, n in bins]
     assert [tuple(row) for row in page.tables["Right labels by score"]] == expected_rows
-    counts = count(_dataset(shapes_dataset), data_files(shapes_dataset), "cls")
+    counts = count(_dataset(shapes_dataset), data_files(shapes_dataset), ColumnLabels("cls"))
     twins = ask(
         f"select list((shard, index) order by shard, index) from {data} group by content_hash "
         f"having count(*) > 1"

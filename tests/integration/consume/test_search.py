@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 
 from factories import embedded
 from factories.embedded import HOSTILE, noise
+from support.schemas import checked
 
 
 def test_the_command_prints_rows_and_json(tmp_path: Path) -> None:
@@ -23,7 +23,7 @@ def test_the_command_prints_rows_and_json(tmp_path: Path) -> None:
     assert lines[1].startswith("  1.0000  'two\\nlines'  (s_000-") and lines[1].endswith(
         ", 0)  cat 0.750"
     )
-    printed = json.loads(
+    printed = checked(
         subprocess.run([*argv, "--json"], capture_output=True, text=True, timeout=60).stdout
     )
     assert printed["neighbours"][0]["key"] == HOSTILE[0] and printed["neighbours"][0][

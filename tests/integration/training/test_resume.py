@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from support.schemas import checked
 from support.training_runs import equal, weights
+from vitray.cli.json_output import json_text
 from vitray.errors import ClusterError, StorageError
 from vitray.models import checkpoint_store
 from vitray.storage import store_for
@@ -127,6 +129,7 @@ def test_a_training_that_another_machine_took_over_ends_and_spoils_nothing(
     }  # what is the other's now
     finetune(TrainingConfig(**small, out=out))
     whole = finetune(TrainingConfig(**small, out=str(tmp_path / "whole")))
+    assert checked(json_text(whole))["schema"] == "vitray/finetune/v1"
     assert whole.epochs == 3 and equal(weights(out), weights(str(tmp_path / "whole")))
 
 

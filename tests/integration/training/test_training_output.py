@@ -90,7 +90,7 @@ def test_a_browser_shows_the_page_asks_for_nothing_and_runs_nothing(
         seen = chromium.visit(out / "report.html", width, asked, scheme)
         pictures, *nothing, title, sections = seen.values
         assert pictures >= 3 and nothing == [0, 0, 0] and title == "out: vitray finetune"
-        assert sections == "curves,confusion,pairs,worst,skipped,config"
+        assert sections == "curves,confusion,pairs,worst,right,skipped,config"
         assert (seen.requests, seen.said, seen.dialogs) == ([], [], []) and seen.width <= width
 
 
@@ -160,7 +160,7 @@ def test_a_missing_label_is_reported_with_the_place_of_its_lookup(
 def test_a_number_is_no_class_id_if_classes_are_called_numbers() -> None:
     assert class_ids([("a", "7"), ("b", "9")], ("5", "7", "9")).tolist() == [1, 2]
     assert class_ids([("a", "1"), ("b", "dog")], ("cat", "dog")).tolist() == [1, 1]
-    with pytest.raises(JobError, match="1 labels are not among the 3 classes, such as 1 of a"):
+    with pytest.raises(JobError, match="not among the 3 classes: 1 label, such as 1 of a"):
         class_ids([("a", "1")], ("5", "7", "9"))
 
 

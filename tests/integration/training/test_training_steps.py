@@ -9,7 +9,7 @@ import torch
 
 from support.training_runs import weights
 from vitray.models import checkpoint_store
-from vitray.training import examples, fitting
+from vitray.training.activity import Activity, Phase
 from vitray.training.config import TrainingConfig
 from vitray.training.finetuning import finetune
 from vitray.training.student import parameter_groups, prepare
@@ -68,14 +68,7 @@ def test_training_stops_when_it_gets_no_better(small: dict[str, object], tmp_pat
     assert result.figures["validation_loss"] == pytest.approx(best["validation_loss"], rel=1e-6)
 
 
-def test_precision_bf16_and_class_weights_train(
-    small: dict[str, object],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    for module in (examples, fitting):
-        monkeypatch.setattr(module, "PROGRESS_S", -1.0)
+def test_precision_bf16_and_class_weights_train(small: dict[str, object], tmp_path: Path) -> None:
     fields = {
         **small,
         "out": str(tmp_path / "out"),
@@ -84,17 +77,25 @@ def test_precision_bf16_and_class_weights_train(
         "epochs": 8,
     }
     reported: list[dict[str, float]] = []
-    finetune(TrainingConfig(**fields), report=reported.append)
-    between = [record for record in reported if "epoch" not in record]
-    reported = [record for record in reported if "epoch" in record]
-    assert [record["step"] for record in between] == list(range(1, int(reported[-1]["step"]) + 1))
-    assert {record["steps"] for record in between} == {reported[-1]["step"]}
-    decoded = [
-        int(record.message.split()[0])
-        for record in caplog.records
-        if record.message.endswith(" images read and decoded")
+    seen: list[Activity] = []
+    finetune(TrainingConfig(**fields), report=reported.append, watch=seen.append)
+    assert list(dict.fromkeys(each.phase for each in seen)) == [
+        Phase.READING_MODEL,
+        Phase.READING_SOURCE,
+        Phase.DECODING,
+        Phase.OPENING_MODEL,
+        Phase.TRAINING,
+        Phase.MEASURING,
+        Phase.WRITING,
     ]
-    assert len(decoded) == 4 and decoded == sorted(decoded) and decoded[-1] <= 200
+    for phase in (Phase.DECODING, Phase.TRAINING, Phase.MEASURING):
+        shares = [each.share for each in seen if each.phase is phase]
+        assert None not in shares and shares == sorted(shares)
+    training = [each for each in seen if each.phase is Phase.TRAINING]
+    assert training[-1].share == 1
+    steps = {each.detail for each in training if "step" in each.detail}
+    # each step reports its blocks, forward and backward
+    assert len(steps) == reported[-1]["step"] and len(training) > 5 * len(steps)
     assert (
         reported[-1]["loss"] < reported[0]["loss"]
         and weights(fields["out"])["classifier.weight"].dtype == torch.float32

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 from factories import hand_made
+from support.schemas import checked
 from vitray.dataset import open_dataset
 
 
@@ -40,8 +40,8 @@ def test_the_command_prints_it_and_is_a_gate(two: tuple[str, str]) -> None:
     page = two[1] + "-page.html"
     printed = call("--json", "--page", page, "--min-agreement", "0.38")
     assert (
-        json.loads(printed.stdout)["agreement"] == 0.375
-        and json.loads(printed.stdout)["moves"][1]["examples"][0] == "0/01"
+        checked(printed.stdout)["agreement"] == 0.375
+        and checked(printed.stdout)["moves"][1]["examples"][0] == "0/01"
     )
     assert printed.returncode == 5 and printed.stderr.startswith(f"{page}: 16 images, 0 pictures")
     assert "Images by move" in Path(page).read_text()

@@ -49,7 +49,7 @@ def test_an_empty_and_an_unfinished_dataset_say_so(tmp_path: Path) -> None:
     assert "This dataset is empty: nothing is committed yet" in (tmp_path / "page.html").read_text()
     hand_made.make_dataset(tmp_path, commit=2)
     assert report(str(tmp_path / "out"), str(tmp_path / "page.html")).images == 20
-    assert "not complete: 1 of 3 shards are still to do" in (tmp_path / "page.html").read_text()
+    assert "not complete: 1 of 3 shards still to do" in (tmp_path / "page.html").read_text()
 
 
 def test_a_dataset_on_s3_is_shown_from_here(

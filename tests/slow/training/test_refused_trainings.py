@@ -113,7 +113,7 @@ def test_one_class_and_a_checkpoint_of_another_shape_are_refused(
         (
             {"batch_size": 10, "accumulate": 3},
             JobError,
-            "batch_size 10 is not a multiple of 1 workers x 3 parts",
+            "batch_size 10 is not a multiple of 1 worker x 3 parts",
         ),
         ({"label": "txt"}, JobError, "200 images without a label .txt., such as"),
         (
@@ -121,7 +121,7 @@ def test_one_class_and_a_checkpoint_of_another_shape_are_refused(
             JobError,
             "200 images without a label .json, field digits., such as",
         ),
-        ({"classes": ["0", "1", "2"]}, JobError, "140 labels are not among the 3 classes, such as"),
+        ({"classes": ["0", "1", "2"]}, JobError, "not among the 3 classes: 140 labels, such as"),
         (
             {"label_table": "nowhere.csv", "label": "x"},
             JobError,
@@ -142,7 +142,7 @@ def test_one_class_and_a_checkpoint_of_another_shape_are_refused(
         (
             {"workers": 64, "batch_size": 640, "accumulate": 10},
             JobError,
-            "images are too few for 640 parts",
+            "images cannot be divided into 640 parts",
         ),
         ({"validation": 1e-9}, JobError, "no image fell into the held-out share"),
         ({"init": "weights"}, ModelError, "holds no model.safetensors"),

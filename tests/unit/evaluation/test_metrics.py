@@ -33,7 +33,7 @@ def test_accuracy_is_the_share_of_equal_labels(
 
 
 def test_accuracy_of_labels_and_truths_of_different_length_is_an_error() -> None:
-    with pytest.raises(ValueError, match="2 labels and 1 true labels"):
+    with pytest.raises(ValueError, match="2 labels and 1 true label"):
         accuracy([0, 1], [0])
 
 

@@ -1,7 +1,7 @@
 """Reports: one self-contained HTML file of a dataset or of a comparison, and a dataset card.
 
 counts.py    sums from one pass over the data files     page.py      content of page.html
-pictures.py  small pictures, read from the source       changes.py   content of changes.html
+truth.py     the true labels                            changes.py   content of changes.html
 space.py     map of the vectors, groups of near ones    card.py      the dataset card
 """
 
@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 from vitray.consume.report.card import write_card
 from vitray.consume.report.changes import changes_page
 from vitray.consume.report.page import Page, page_of
-from vitray.dataset import Dataset, data_files, require_dataset
-from vitray.errors import JobError, ObjectMissing
+from vitray.consume.report.truth import true_labels
+from vitray.dataset import data_files, require_dataset
+from vitray.errors import JobError, ObjectMissing, count
 from vitray.storage import absolute, store_for
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Report:
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
-        content = f"{self.images:,} images, {self.pictures} pictures"
+        content = f"{count(self.images, 'image')}, {count(self.pictures, 'picture')}"
         size = f"{self.size_bytes / 1e6:.1f} MB"
         return "\n".join(
             [f"{self.page}: {content}, {size}", *(f"note       {note}" for note in self.notes)]
@@ -51,16 +52,18 @@ def report(
 
     to: the path of the page; by default <name of out>-report.html in the current directory. A file
     that is not a report is not overwritten.
-    truth: a passthrough column with the true label, for accuracy and calibration.
+    truth: the true labels, for accuracy and calibration: a passthrough column, `folder`, or the
+    path of a CSV file with the columns key and label.
     pictures: whether to read images of the source again.
 
-    Raises JobError for a directory without a dataset, CommitError for an unreadable data file.
+    Raises JobError for a directory without a dataset and for true labels that fit none of its
+    images, CommitError for an unreadable data file.
     """
     dataset = require_dataset(out)
-    _require_truth(dataset, truth)
     target = absolute(to or f"{dataset.out.rpartition('/')[2]}-report.html")
     _require_ours(target, "report")
-    return _written(page_of(dataset, data_files(dataset.out), truth, pictures), target, "report")
+    labels = true_labels(dataset, truth) if truth is not None else None
+    return _written(page_of(dataset, data_files(dataset.out), labels, pictures), target, "report")
 
 
 def report_changes(changes: Comparison, to: str) -> Report:
@@ -79,16 +82,6 @@ def _written(page: Page, target: str, command: str) -> Report:
         _require_ours(target, command)
         store_for(target).replace(target, body)
     return Report(target, len(body), page.images, page.pictures, page.notes)
-
-
-def _require_truth(dataset: Dataset, truth: str | None) -> None:
-    if truth is not None and (truth not in dataset.passthrough.names or not dataset.job.labelled):
-        names = ", ".join(dataset.passthrough.names)
-        has = names or "none: set `keep` in a job with another `out`"
-        raise JobError(
-            f"--truth {truth}: a dataset with labels has no passthrough column of that name. "
-            f"Passthrough columns: {has}."
-        )
 
 
 def _require_ours(target: str, command: str) -> None:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import yaml
 
 from vitray.dataset import DATA_GLOB, Dataset, card_url, data_files, read_footer, require_dataset
-from vitray.errors import JobError, ObjectMissing
+from vitray.errors import JobError, ObjectMissing, count
 from vitray.schema import ModelSpec
 from vitray.storage import read, store_for
 
@@ -60,7 +60,7 @@ def card_of(dataset: Dataset, rows: int, errors: int, license: str) -> str:
     lines = [
         f"---\n{front_matter}---\n",
         f"# `{_code(name)}`\n",
-        f"{rows:,} images, labelled or embedded by `{_code(model)}`{revision} with vitray. "
+        f"{count(rows, 'image')}, labelled or embedded by `{_code(model)}`{revision} with vitray. "
         f"{errors:,} more could not be decoded:",
         f"they are in `{dataset.errors_folder}/`, each with a reason. "
         "The images themselves are not part of this dataset.\n",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vitray.consume.report.page import Page, listed_shards
-from vitray.consume.report.pictures import pictures_of, rows_of
 from vitray.dataset import require_dataset
+from vitray.evaluation.pictures import pictures_of, rows_of
 from vitray.html import rendered
 
 if TYPE_CHECKING:

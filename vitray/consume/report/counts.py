@@ -16,8 +16,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from vitray.consume.report.truth import TrueLabels
 from vitray.dataset import Dataset, matrix_of, read_footer, read_table
 from vitray.errors import CommitError
+from vitray.evaluation.pictures import Ref
 from vitray.storage import store_for
 
 SAMPLE_SHARDS = 16  # whose vectors and pictures are read
@@ -29,8 +31,6 @@ EACH_LABEL = 6
 MEMBERS = 3  # shown of each group of duplicates
 EXAMPLES = 4  # shown of each reason
 HASHES = 2_000_000  # 48 MB
-
-Ref = tuple[str, int]  # of a row: (shard, index)
 
 
 class SameBytes:
@@ -107,10 +107,10 @@ class Counts:
         return self.rows + self.errors
 
 
-def count(dataset: Dataset, urls: Sequence[str], truth: str | None) -> Counts:
+def count(dataset: Dataset, urls: Sequence[str], truth: TrueLabels | None) -> Counts:
     """The sums over these data files. Raises CommitError for a file that cannot be read.
 
-    truth: a passthrough column with the true label, by name or by id.
+    truth: the true labels, by name or by id.
     """
     counts = Counts()
     positions = np.linspace(0, len(urls) - 1, min(SAMPLE_SHARDS, len(urls))).astype(int)
@@ -127,7 +127,7 @@ def count(dataset: Dataset, urls: Sequence[str], truth: str | None) -> Counts:
     return counts
 
 
-def _add(counts: Counts, dataset: Dataset, url: str, truth: str | None, sample: int) -> None:
+def _add(counts: Counts, dataset: Dataset, url: str, truth: TrueLabels | None, sample: int) -> None:
     """Add one data file. sample: how many of its vectors to keep."""
     footer = read_footer(url)
     labelled = dataset.job.labelled
@@ -138,7 +138,8 @@ def _add(counts: Counts, dataset: Dataset, url: str, truth: str | None, sample: 
     names = ["index", "format", "content_hash"]
     if labelled:
         names += ["label", "label_id", "score"]
-    names += [name for name in (truth, vector) if name and name not in names]
+    truth_column = truth.column if truth else None
+    names += [name for name in (truth_column, vector) if name and name not in names]
     with store_for(url).open(url) as stream:
         table = read_table(stream, names)
     indexes = table["index"].to_numpy()
@@ -191,8 +192,8 @@ def _add_examples(counts: Counts, shard: str, labels: list[str], indexes: np.nda
         counts.by_label[label] = sorted(merged, key=lambda ref: ref[1])[:EACH_LABEL]
 
 
-def _add_truth(counts: Counts, table: pa.Table, dataset: Dataset, column: str) -> None:
-    true_labels = [text_of(value) for value in table[column].to_pylist()]
+def _add_truth(counts: Counts, table: pa.Table, dataset: Dataset, truth: TrueLabels) -> None:
+    true_labels = [truth.label_of(value) for value in table[truth.column].to_pylist()]
     has_truth = np.array([value != "" for value in true_labels], bool)
     labels = zip(true_labels, table["label"].to_pylist(), table["label_id"].to_pylist())
     right = np.array([is_right(dataset, *row) for row in labels], bool)
@@ -210,14 +211,6 @@ def is_right(dataset: Dataset, true_label: str, label: str, label_id: int) -> bo
         return True
     has_numbers = any(name.isdecimal() for name in dataset.spec.labels)
     return true_label == str(label_id) and not has_numbers
-
-
-def text_of(value: object) -> str:
-    """A passthrough value as text, empty for null; members of a tar can be bytes."""
-    if value is None:
-        return ""
-    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
-    return text.strip()
 
 
 def _values(column: pa.ChunkedArray) -> dict[str, int]:

@@ -11,11 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from vitray.consume.report.counts import MEMBERS, SCORE_BINS, Counts, Ref, count, is_right, text_of
-from vitray.consume.report.pictures import pictures_of, rows_of
+from vitray.consume.report.counts import MEMBERS, SCORE_BINS, Counts, is_right
+from vitray.consume.report.counts import count as counts_of
 from vitray.consume.report.space import NEAR, near_groups, on_a_plane
+from vitray.consume.report.truth import TrueLabels
 from vitray.dataset import Dataset, dataset_url, is_complete, read_run_records
 from vitray.errors import VitrayError, one_line
+from vitray.errors import count as count_text
+from vitray.evaluation.pictures import Ref, pictures_of, rows_of
 from vitray.html import axis, rendered
 from vitray.pipeline import list_source
 from vitray.schema import Shard, describe_reason
@@ -45,10 +48,13 @@ class Page:
     notes: tuple[str, ...]
 
 
-def page_of(dataset: Dataset, urls: Sequence[str], truth: str | None, pictures: bool) -> Page:
+def page_of(
+    dataset: Dataset, urls: Sequence[str], truth: TrueLabels | None, pictures: bool
+) -> Page:
     """The page of a dataset with these data files."""
-    counts = count(dataset, urls, truth)
+    counts = counts_of(dataset, urls, truth)
     shards, notes = listed_shards(dataset)
+    notes += _truth_notes(truth, counts)
     twin_rows, twins = counts.same_bytes.groups(TWINS)
     groups = {
         "twins": [(n, [(counts.shards[s], i) for s, i in first]) for n, first in twins],
@@ -68,7 +74,7 @@ def page_of(dataset: Dataset, urls: Sequence[str], truth: str | None, pictures: 
         state=_state(dataset, counts, shards),
         notes=notes,
         counts=counts,
-        truth=truth,
+        truth=truth.name if truth else None,
         runs=_runs(dataset),
         labels=counts.labels.most_common(LABELS),
         scores=_score_bins(counts),
@@ -93,9 +99,9 @@ def page_of(dataset: Dataset, urls: Sequence[str], truth: str | None, pictures: 
 
 
 class _Cards:
-    """What the page shows of single rows. truth: the passthrough column of true labels."""
+    """What the page shows of single rows."""
 
-    def __init__(self, dataset: Dataset, truth: str | None) -> None:
+    def __init__(self, dataset: Dataset, truth: TrueLabels | None) -> None:
         self._dataset = dataset
         self._truth = truth
         self._rows: dict[Ref, dict[str, Any]] = {}
@@ -106,8 +112,8 @@ class _Cards:
         names = ["key", "content_hash"]
         if self._dataset.job.labelled:
             names += ["label", "label_id", "score"]
-        if self._truth and self._truth not in names:
-            names.append(self._truth)
+        if self._truth and self._truth.column not in names:
+            names.append(self._truth.column)
         self._rows = rows_of(self._dataset, refs, names)
 
     def add_pictures(self, shards: dict[str, Shard]) -> list[str]:
@@ -123,10 +129,22 @@ class _Cards:
 
     def _card(self, ref: Ref) -> dict[str, Any]:
         row = self._rows[ref]
-        true = text_of(row[self._truth]) if self._truth else ""
+        true = self._truth.label_of(row[self._truth.column]) if self._truth else ""
         is_wrong = true != "" and not is_right(self._dataset, true, row["label"], row["label_id"])
         picture = "" if self.pictures is None else self.pictures.get(ref)
         return {**row, "picture": picture, "true": true if is_wrong else ""}
+
+
+def _truth_notes(truth: TrueLabels | None, counts: Counts) -> list[str]:
+    if truth is None:
+        return []
+    notes = truth.notes()
+    if counts.unknown_truth:
+        notes.append(
+            f"{counts.unknown_truth:,} of {counts.rows:,} labelled images have no true label in "
+            f"{truth.name}."
+        )
+    return notes
 
 
 def _score_bins(counts: Counts) -> list[tuple[float, float, int]]:
@@ -215,7 +233,7 @@ def _state(dataset: Dataset, counts: Counts, shards: dict[str, Shard]) -> str:
     if not counts.shards:
         return "empty: nothing is committed yet"
     if pending:
-        return f"not complete: {pending:,} of {len(planned):,} shards are still to do"
+        return f"not complete: {pending:,} of {count_text(len(planned), 'shard')} still to do"
     return "complete" if is_complete(dataset) else "not complete"
 
 

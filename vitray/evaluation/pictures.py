@@ -10,13 +10,14 @@ from typing import Any, cast
 import numpy as np
 import simplejpeg
 
-from vitray.consume.report.counts import Ref
 from vitray.dataset import Dataset, base_of, read_table
 from vitray.decoding.decode import decode
 from vitray.errors import VitrayError, one_line
 from vitray.schema import DecodeSpec, Encoded, PixelSpec, Shard, ShardKind, content_hash
 from vitray.sources import read_shard
 from vitray.storage import store_for
+
+Ref = tuple[str, int]  # of a row: (shard, index)
 
 SIDE = 128
 SOURCE_BYTES = 2 << 30  # of tars and Parquet files, which are read up to the last picture
