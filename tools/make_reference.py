@@ -1,5 +1,5 @@
-"""Writes docs/reference.md from the code: `python tools/make_reference.py`, or `make docs`.
-tests/unit/docs/test_docs.py fails where it is stale.
+"""Writes docs/reference.md and docs/schemas from the code: `python tools/make_reference.py`, or
+`make docs`. tests/unit/docs/test_docs.py fails where it is stale.
 
 Tables come from the job, the schema, the command line, the exception tree and the metrics. What a
 column holds stands here, since an Arrow schema has no room for it.
@@ -20,14 +20,17 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+import make_schemas
 import vitray
 from vitray import errors
 from vitray.cli import app
+from vitray.cli.help_page import value_of
+from vitray.cli.json_output import SCHEMAS, Schema
 from vitray.dataset.ledger import MANIFEST_SCHEMA
 from vitray.job import FORMATS, Embedding, Job
 from vitray.left_out import LEFT_OUT
 from vitray.pipeline import Result
-from vitray.pipeline.metrics import COUNTERS, STEP_SECONDS
+from vitray.pipeline.metrics import COUNTERS, GAUGES, STEP_SECONDS
 from vitray.schema import ERROR_SCHEMA, IMAGE_FIELDS, LABEL_FIELDS, REASONS
 from vitray.training.config import TrainingConfig
 
@@ -95,12 +98,17 @@ RESULT_FIELDS = {
     "gone": "shards of the dataset whose input is not listed any more",
     "deleted": "files of groups that are not listed any more. Each is one of `errors`, and does "
     "not count as bad.",
+    "pruned": "images whose rows `--prune` removed, good and bad",
+    "accepted": "shards that are cut short, or were not read, and who accepted that",
     "pending": "planned shards without a data file",
     "left_out": "files, members and pages without a row, by [reason](#left-out)",
     "suffixes": "suffixes of those files",
     "shards_not_selected": "shards that `since`, `sample` or `limit` leave for later",
     "images_not_selected": "their images; estimated for tars",
     "too_many_errors": "whether more of the dataset's images are bad than `max_error_rate` allows",
+    "cost": "cost of this run in the currency of the prices: `machines`, `requests` (estimated) "
+    "and `total`; none without prices",
+    "ended_by": "`max_hours` or `max_cost`, if that limit ended the run while shards were pending",
 }
 SECTIONS = (
     "Job",
@@ -114,6 +122,7 @@ SECTIONS = (
     "Manifest",
     "Exit codes",
     "Commands",
+    "JSON",
     "Python",
     "Metrics",
 )
@@ -141,6 +150,10 @@ EXIT_CODES = """
 - 4: the share counts the whole dataset. Once a run has 1,000 images, it stops as soon as the share
   of its own images is above `max_error_rate`.
 - 5: `compare` and `export-model` end with it, if fewer labels agree than `--min-agreement`.
+- 6: `status --max-age` ends with it, if no run ended with 0 within that time. A run with nothing
+  to do counts.
+- 7: `run --max-hours` and `--max-cost` end with it, if shards are left. Everything that the run
+  computed is stored.
 - 129, 130: a terminal that closes, and Ctrl-C, end a run at once.
 - 137: not from vitray. The process was killed with kill -9, or memory was short. The same command
   continues.
@@ -175,6 +188,14 @@ vitray clean s3://out                            # remove staging that nothing n
 ```
 
 Options before the command:
+"""
+JSON = """
+`--json` prints one JSON object on stdout. With `--log-format json` each line on stderr is one, too:
+progress, log messages, and the error that ends a command. The field `schema` names the schema of
+the object. [How to use them in scripts](how-to/json.md).
+
+Within a version, fields and values of an enum are only added. So programs should ignore fields that
+they do not know. Where a field is removed, or its type or meaning changes, the version is raised.
 """
 
 
@@ -225,14 +246,18 @@ def page() -> str:
         COMMANDS.strip(),
         _table("option | meaning", _option_rows(group())),
         *[part for name, command in group().commands.items() for part in _command(name, command)],
+        "## JSON",
+        JSON.strip(),
+        _table("schema | printed by | what it is", [_schema_row(schema) for schema in SCHEMAS]),
         "## Python",
         *[part for name in vitray.__all__ if name[0].islower() for part in _function(name)],
         "### `Result`",
         "What `vitray.run` returns. `vitray run --json` prints all of it but `exit_code`.",
         _table("field | type | meaning", _result_rows()),
         "## Metrics",
-        "Ray's own exporter serves these while a run on Ray works. Without Ray there are none. "
-        "The run record in `OUT/_vitray/runs/` has the same counts.",
+        "Ray's own exporter serves those called `ray_…` while a run on Ray works. `vitray run "
+        "--metrics-file` and `--metrics-port` export all of them, on Ray and without it, and call "
+        "them `vitray_…`. The run record in `OUT/_vitray/runs/` has the same counts.",
         _table("metric | kind | tags | meaning", metrics()),
     ]
     return "\n\n".join(parts) + "\n"
@@ -260,6 +285,18 @@ def _result_rows() -> list[list[str]]:
     return [*rows, ["`exit_code`", "`int`", "[exit code](#exit-codes) of the command"]]
 
 
+def _schema_row(schema: Schema) -> list[str]:
+    """The name with a link to its file, the commands, and the beginning of its description."""
+    file = make_schemas.file_of(schema)
+    command = {"progress": "`run`", "training-progress": "`finetune`"}.get(schema.name, "all")
+    commands = ", ".join(f"`{name} --json`" for name in schema.commands)
+    return [
+        f"[{schema}](schemas/{file.name})",
+        commands or f"{command}, on stderr",
+        make_schemas.json_schema(schema)["description"],
+    ]
+
+
 def group() -> Any:
     return typer.main.get_command(app)
 
@@ -278,6 +315,7 @@ def metrics() -> list[list[str]]:
     rows = [(f"ray_{name}_total", "counter", tags, what) for name, (what, tags) in COUNTERS.items()]
     name, what, tags = STEP_SECONDS
     rows.append((f"ray_{name}", "histogram", tags, what))
+    rows += [(name, "gauge", (), what) for name, what in GAUGES.items()]
     return [
         [f"`{name}`", kind, ", ".join(f"`{tag}`" for tag in tags), what]
         for name, kind, tags, what in rows
@@ -359,23 +397,51 @@ def _command(name: str, command: Any) -> list[str]:
         f"### `vitray {name}`",
         f"`{usage} [OPTIONS]`",
         command.help,
+        *_field_note(command),
         _table("name | meaning", rows + _option_rows(command)),
+        *_schema_note(name),
     ]
 
 
 def _option_rows(command: Any) -> list[list[str]]:
-    kinds, rows = typing.get_type_hints(inspect.unwrap(command.callback)), []
+    """The options of a command, without those that are fields of a job or a training."""
+    rows = []
     for option in command.params:
-        if option.param_type_name == "option":
-            choices = (
-                "|".join(typing.get_args(kinds[option.name]))
-                if typing.get_origin(kinds[option.name]) is typing.Literal
-                else ""
+        if option.param_type_name == "option" and not _is_field(option):
+            value = value_of(option)
+            names = ", ".join(
+                f"`{name} {value}`" if value else f"`{name}`"
+                for name in [*option.opts, *option.secondary_opts]
             )
-            value = "" if option.is_flag else f" {option.metavar or choices or option.name.upper()}"
-            names = ", ".join(f"`{name}{value}`" for name in [*option.opts, *option.secondary_opts])
             rows.append([names, (option.help or "") + _with_default(option)])
     return rows
+
+
+def _is_field(option: Any) -> bool:
+    """Whether the option is one of those that are made from a field; see job_flags.py."""
+    fields = Job.model_fields | TrainingConfig.model_fields
+    return option.name in fields and isinstance(getattr(option, "rich_help_panel", None), str)
+
+
+def _field_note(command: Any) -> list[str]:
+    """A sentence about the options that _option_rows leaves out."""
+    fields = [parameter for parameter in command.params if _is_field(parameter)]
+    if not fields:
+        return []
+    config = "training" if command.name == "finetune" else "job"
+    option = max((field.opts[0] for field in fields), key=lambda name: name == "--batch-size")
+    name = option.removeprefix("--").replace("-", "_")
+    return [f"The fields of the [{config}](#{config}) are options, too: `{name}` is `{option}`."]
+
+
+def _schema_note(name: str) -> list[str]:
+    """Links to the schemas of what a command prints with --json."""
+    schemas = [
+        f"[{schema}](schemas/{make_schemas.file_of(schema).name})"
+        for schema in SCHEMAS
+        if any(command.split()[0] == name for command in schema.commands)
+    ]
+    return [f"Schema of `--json`: {' or '.join(schemas)}."] if schemas else []
 
 
 def _with_default(parameter: Any) -> str:
@@ -443,4 +509,5 @@ def _cell(text: str) -> str:
 
 
 if __name__ == "__main__":
+    make_schemas.write()
     PAGE.write_text(page(), encoding="utf-8")

@@ -51,6 +51,11 @@ _LAZY_NAMES = {
 }
 
 
+def __dir__() -> list[str]:
+    """The public names, for dir() and for completion in a notebook."""
+    return sorted(__all__)
+
+
 def __getattr__(name: str) -> object:
     """Import a heavy name on first use, so that `import vitray` stays quick."""
     if name in _LAZY_NAMES:

@@ -5,11 +5,12 @@
     |  |- SourceError           nothing to read, or the source is not what the job says
     |  |- ModelError            no such checkpoint, no trained head, or no such layer
     |  `- FingerprintError      OUT belongs to another job
-    |- StorageError         a store does not answer, refuses a request, or is full
+    |- StorageError         a store does not answer, or is full
+    |  |- AccessError           exit code 2: no such bucket, wrong credentials, or no rights
     |  |- ObjectMissing         the object does not exist
     |  |- ObjectChanged         the object is not the version that was planned
-    |  |- ObjectRefused         this object can never be read; it is a ShardError too
-    |  |- UnsafeStore           the store ignores a conditional create
+    |  |- ObjectRefused         exit code 2: this object can never be read; it is a ShardError too
+    |  |- UnsafeStore           exit code 2: the store ignores a conditional create
     |  `- TakenOver             another command trains into the same OUT
     |- CommitError          a data file exists that this run could not have written
     |- ShardError           one shard cannot be read: it is set aside, and the run continues
@@ -18,6 +19,8 @@
     |- Disagreement         exit code 5: an exported model agrees too little with the original
     |- ErrorRateExceeded    exit code 4: more bad images than `max_error_rate` allows
     `- Interrupted          exit code 143: the run was asked to stop
+
+Running again may help after exit code 1, and does not help after exit code 2.
 
 A bad image raises none of these. It becomes an error row (schema.REASONS).
 """
@@ -54,7 +57,7 @@ class FingerprintError(JobError):
 
 
 class StorageError(VitrayError):
-    """A store does not answer, refuses a request, or is full."""
+    """A store does not answer, or is full: running again may help."""
 
 
 class ObjectMissing(StorageError):
@@ -65,8 +68,16 @@ class ObjectChanged(StorageError):
     """The object is not the version that was planned."""
 
 
+class AccessError(StorageError):
+    """The store serves others, and not this job: no such bucket, wrong credentials, no rights."""
+
+    exit_code = ExitCode.BAD_USAGE
+
+
 class UnsafeStore(StorageError):
     """The store ignores a conditional create."""
+
+    exit_code = ExitCode.BAD_USAGE
 
 
 class TakenOver(StorageError):
@@ -79,6 +90,8 @@ class ShardError(VitrayError):
 
 class ObjectRefused(StorageError, ShardError):
     """The object can never be read."""
+
+    exit_code = ExitCode.BAD_USAGE
 
 
 class CommitError(VitrayError):
@@ -137,5 +150,7 @@ def shortened(text: str, limit: int) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """The number and its noun, with an s unless the number is one."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+    """The number and its noun, in the plural unless the number is one."""
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number:,} {noun}{'es' if noun.endswith(('s', 'x', 'ch')) else 's'}"

@@ -14,6 +14,8 @@ class ExitCode(IntEnum):
     INCOMPLETE = 3  # done, but shards were cut short or set aside
     TOO_MANY_BAD_IMAGES = 4
     TOO_LITTLE_AGREEMENT = 5
+    STALE = 6  # the last complete run is older than --max-age
+    BUDGET_SPENT = 7  # the run ended at --max-hours or --max-cost: running again continues
     TERMINAL_CLOSED = 129
     INTERRUPTED = 130
     TERMINATED = 143

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import yaml
 from pydantic import (
@@ -27,7 +27,9 @@ from pydantic import (
 )
 
 from vitray.errors import JobError, one_line
-from vitray.schema import RESERVED, SourceRules
+
+if TYPE_CHECKING:
+    from vitray.schema import SourceRules
 
 PROMPT = "This is a photo of {}."  # of transformers' zero-shot pipeline
 FORMATS = ("bmp", "gif", "jpeg", "png", "tiff", "webp")
@@ -56,12 +58,21 @@ def _whole_or(word: str, most: int) -> BeforeValidator:
 
 
 def _labels(value: object) -> object:
-    """The value of `labels`, with one message for all branches of the union."""
+    """The value of `labels`, with one message for all branches of the union.
+
+    A text with a comma is a list, as in `keep`, unless it is the name of a file.
+    """
+    if isinstance(value, str) and "," in value and not _may_be_file(value):
+        value = value.split(",")
     if isinstance(value, list):
         return distinct_labels(value)
     if not isinstance(value, bool) and (not isinstance(value, str) or not value):
         raise ValueError("true, false, a list of labels, or a file with one label per line")
     return expand_home(value) if isinstance(value, str) else value
+
+
+def _may_be_file(text: str) -> bool:
+    return "://" in text or text.endswith(".txt") or os.path.exists(expand_home(text))
 
 
 def distinct_labels(names: Sequence[object]) -> list[str]:
@@ -113,6 +124,7 @@ TYPES = {
     "string_type": "is not text; put it in quotes",
     "list_type": "is not a list; write [a, b]",
 }
+YAML_SYNTAX = ("[", "{", "!", "&", "*", "'", '"', "|", ">")  # how a value begins that is no text
 # ValueError: a date like 2024-13-45, or bytes that are not UTF-8
 # RecursionError: thousands of open brackets
 BAD_YAML = (yaml.YAMLError, ValueError, RecursionError)
@@ -178,9 +190,9 @@ class Job(UserConfig):
     )
     labels: Labels = Field(
         True,
-        description="`true`: classify with the checkpoint's trained head. A list, or a file with "
-        "one label in each line: classify with the text tower of CLIP or SigLIP. `false`: only "
-        "embed",
+        description="`true`: classify with the checkpoint's trained head. A list, a,b, or a file "
+        "with one label in each line: classify with the text tower of CLIP or SigLIP. `false`: "
+        "only embed. Text with a comma is a list unless such a file exists",
     )
     prompts: Prompts = Field(
         [PROMPT],
@@ -265,7 +277,7 @@ class Job(UserConfig):
     since: str | None = Field(
         None,
         description="only shards modified since a time: 2026-11-01, 2026-11-01T06:00Z (UTC if no "
-        "zone is given), or 36h, 7d ago",
+        "zone is given), or a span that ends now: 36h, 7d, 7d ago",
     )
     sample: float | None = Field(
         None, description="only this share of the shards, chosen by their names", gt=0, le=1
@@ -333,9 +345,9 @@ class Job(UserConfig):
             raise ValueError(
                 f"two embeddings are called {max(names, key=names.count)}; give them a `name`"
             )
-        taken = set(RESERVED) | {self.column(e) for e in self.embeddings}
-        for name in map(self.passthrough_name, self.keep):
-            if name in taken or [self.passthrough_name(k) for k in self.keep].count(name) > 1:
+        columns = [self.passthrough_name(name) for name in self.keep]
+        for name in columns:
+            if name in self._taken_columns() or columns.count(name) > 1:
                 raise ValueError(f"keep: two columns of the output would be called {name}")
         return self
 
@@ -355,6 +367,8 @@ class Job(UserConfig):
     @property
     def rules(self) -> SourceRules:
         """The source rules: the newest, if the dataset has not set them."""
+        from vitray.schema import SourceRules
+
         return SourceRules.V2 if self.source_rules == "auto" else SourceRules(self.source_rules)
 
     @property
@@ -363,8 +377,13 @@ class Job(UserConfig):
 
     def passthrough_name(self, name: str) -> str:
         """The output column of an input column: its own name, or input_<name> if that is taken."""
-        taken = {*RESERVED, *(self.column(e) for e in self.embeddings)}
-        return f"input_{name}" if name in taken else name
+        return f"input_{name}" if name in self._taken_columns() else name
+
+    def _taken_columns(self) -> set[str]:
+        """The columns that rows have without `keep`."""
+        from vitray.schema import RESERVED  # pyarrow, which --help does not need
+
+        return {*RESERVED, *(self.column(embedding) for embedding in self.embeddings)}
 
     def column(self, embedding: Embedding) -> str:
         return (
@@ -377,7 +396,7 @@ class Job(UserConfig):
 def _moment(text: str | None) -> float | None:
     if text is None:
         return None
-    if ago := re.fullmatch(r"(\d{1,6})\s*([hd])", text):
+    if ago := re.fullmatch(r"(\d{1,6})\s*([hd])(\s+ago)?", text):
         return time.time() - int(ago[1]) * {"h": 3600, "d": 86400}[ago[2]]
     try:
         moment = datetime.fromisoformat(text)
@@ -504,13 +523,18 @@ def parse_set(pairs: list[str]) -> dict[str, object]:
         name, equals, value = pair.partition("=")
         if not equals:
             raise JobError(f"--set {pair}: write --set field=value")
-        try:
-            fields[name.strip()] = (
-                value if value.startswith("#") else _Loader(value).get_single_data()
-            )
-        except BAD_YAML as error:
-            raise JobError(f"--set {pair}: the value is not valid YAML") from error
+        fields[name.strip()] = read_value(f"--set {pair}", value)
     return fields
+
+
+def read_value(option: str, value: str) -> object:
+    """The value of an option, read as YAML. option: as the user wrote it, for messages."""
+    try:
+        return value if value.startswith("#") else _Loader(value).get_single_data()
+    except BAD_YAML as error:
+        if not value.startswith(YAML_SYNTAX):
+            return value  # the field has a message of its own
+        raise JobError(f"{option}: the value is not valid YAML") from error
 
 
 def load_job(path: str | Path, overrides: dict[str, object] | None = None) -> Job:

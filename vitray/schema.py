@@ -267,6 +267,11 @@ class ShardKind(StrEnum):
     FILES = "files"  # a group of loose image files
     MANIFEST = "manifest"  # rows that name images elsewhere
 
+    @property
+    def noun(self) -> str:
+        """What one shard of the kind is called, for errors.count()."""
+        return "file shard" if self is ShardKind.FILES else f"{self} shard"
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:

@@ -6,10 +6,13 @@ from typing import Annotated
 
 import typer
 
-from vitray.cli.options import Address, Json, Open, Sets, expand_path, job_of
+from vitray.cli.job_flags import JOB_PANELS, config_flags
+from vitray.cli.options import Address, Fields, Json, Open, expand_path, job_of
 from vitray.cli.running import run_and_exit
+from vitray.job import Job
 
 
+@config_flags(Job, JOB_PANELS, without=["model", "out", "revision"])
 def backfill(
     target: Annotated[
         str,
@@ -17,6 +20,7 @@ def backfill(
             metavar="JOB.yaml", help="the job of the existing dataset", callback=expand_path
         ),
     ],
+    fields: Fields,
     model: Annotated[
         str,
         typer.Option(
@@ -36,7 +40,6 @@ def backfill(
     revision: Annotated[
         str | None, typer.Option("--revision", help="branch, tag or commit of the next model")
     ] = None,
-    sets: Sets = None,
     address: Address = None,
     allow_open_cluster: Open = False,
     as_json: Json = False,
@@ -44,5 +47,5 @@ def backfill(
     """Run another model on the same shards, into a new dataset. Safe to repeat."""
     from vitray.operations.backfilling import next_job
 
-    job = next_job(job_of(target, None, None, sets), model, out, revision)
+    job = next_job(job_of(target, fields), model, out, revision)
     run_and_exit(job, address, allow_open_cluster, as_json)

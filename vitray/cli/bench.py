@@ -8,22 +8,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vitray.cli.console import show
+from vitray.cli.console import say, show
 from vitray.cli.interrupts import end_at_once_when_interrupted, remove_when_interrupted
-from vitray.cli.options import Json, Model, Open, Sets, Target, is_file, job_of
+from vitray.cli.job_flags import JOB_PANELS, config_flags
+from vitray.cli.options import Fields, Json, Open, Target, is_file, job_of
+from vitray.job import Job
 
 if TYPE_CHECKING:
-    from vitray.job import Job
     from vitray.operations.bench import Bench
     from vitray.operations.bench_free_figures import FreeBench
 
 UNUSED_MODEL = "free"  # the free model replaces it, so --model may be left out
 
 
+@config_flags(Job, JOB_PANELS, without=["out"])
 def bench(
     target: Target,
-    model: Model = None,
-    sets: Sets = None,
+    fields: Fields,
     images: Annotated[
         int, typer.Option(help="number of images of the source to measure with", min=32)
     ] = 256,
@@ -65,11 +66,13 @@ def bench(
             "temporary files may remain in `out`; the next vitray bench --address, run or clean "
             "removes them."
         )
-    if free_model is not None and model is None and not is_file(target):
-        model = UNUSED_MODEL
+    if free_model is not None and not is_file(target):
+        fields.setdefault("model", UNUSED_MODEL)
     with tempfile.TemporaryDirectory(prefix="vitray-bench-") as folder:
         remove_when_interrupted(folder)
-        job = job_of(target, model, None if is_file(target) else f"{folder}/out", sets)
+        if not is_file(target):
+            fields.setdefault("out", f"{folder}/out")
+        job = job_of(target, fields)
         result: Bench | FreeBench
         if free_model is None:
             result = _bench(job, images, seconds, address, allow_open_cluster)
@@ -82,7 +85,7 @@ def bench(
                 allow_open_cluster,
                 seconds=seconds,
                 folder=folder,
-                report=lambda text: typer.echo(text, err=True),
+                report=lambda text: say(text, err=True),
             )
     show(result, as_json, str(result))
 

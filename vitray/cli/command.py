@@ -6,11 +6,13 @@ import glob
 import os
 import shlex
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
 from vitray.cli.export_model import is_of_model
+from vitray.cli.help_page import print_help
 from vitray.cli.options import is_file
 
 # Options whose value may be left out, which typer has no means to declare.
@@ -25,18 +27,27 @@ class CommandGroup(TyperGroup):
             args = ["export-model", *args[1:]]
         return super().resolve_command(ctx, args)
 
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        print_help(self, ctx)
+
 
 class Command(TyperCommand):
     """A command that explains a pattern that the shell expanded, and knows IMPLIED_VALUES."""
 
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        print_help(self, ctx)
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        args = with_implied_values(args)
+        given = args
+        args = with_implied_values(given)
         original = list(args)  # the parser empties the list
         try:
             return super().parse_args(ctx, args)
         except Exception as error:
-            if is_usage_error(error) and (why := self._explain_extra_files(ctx, original)):
-                ctx.fail(why)
+            if is_usage_error(error):
+                why = self._explain_extra_files(ctx, original) or _explain_value(error, given)
+                if why:
+                    ctx.fail(why)
             raise
 
     def _explain_extra_files(self, ctx: Any, args: list[str]) -> str:
@@ -77,6 +88,14 @@ def with_implied_values(args: Sequence[str]) -> list[str]:
     return [*complete, *args[len(options) :]]
 
 
+def _explain_value(error: Any, args: Sequence[str]) -> str:
+    """What is wrong with a word after one of IMPLIED_VALUES that is left over; else empty."""
+    for option, word in pairwise(args):
+        if option in IMPLIED_VALUES and f"({word})" in str(error.format_message()):
+            return f"{option} {word}: not a whole number. Write a number, or nothing, after it"
+    return ""
+
+
 def is_usage_error(error: Exception) -> bool:
     """Whether it is a usage error of click; Typer has its own copy of click, with other classes."""
     return hasattr(error, "exit_code") and hasattr(error, "format_message")
@@ -84,14 +103,8 @@ def is_usage_error(error: Exception) -> bool:
 
 def usage_text(error: Any) -> str:
     """What is wrong with the arguments, and how to write them if we know that."""
-    from vitray.job import Job
-
     option = getattr(error, "option_name", "")
     command = error.ctx.command if error.ctx is not None else None
-    options = {parameter.name for parameter in command.params} if command is not None else set()
-    field = option.lstrip("-").replace("-", "_")
-    if "sets" in options and field in Job.model_fields.keys() - {"source", "model", "out"}:
-        return f"`{field}` is a field of the job: write --set {field}=…"
     if command is not None and (sibling := _sibling_with(error.ctx, option)):
         return f"vitray {command.name} takes no {option}: that is an option of vitray {sibling}"
     return str(error.format_message())

@@ -9,10 +9,13 @@ from typing import Annotated
 import typer
 
 from vitray.cli.console import show
-from vitray.cli.options import Json, expand_path, scratch_out
+from vitray.cli.job_flags import JOB_PANELS, config_flags
+from vitray.cli.options import Fields, Json, expand_path, scratch_out
 from vitray.errors import Disagreement, JobError
+from vitray.job import Job, make_job
 
 
+@config_flags(Job, JOB_PANELS, without=["model", "out"])
 def export_model(
     model: Annotated[
         str,
@@ -24,6 +27,7 @@ def export_model(
     ],
     to: Annotated[str, typer.Option("--to", help="onnx, openvino, torch-export or coreml")],
     into: Annotated[str, typer.Option("--into", help="a new local folder", callback=expand_path)],
+    fields: Fields,
     calibrate: Annotated[
         str | None,
         typer.Option(
@@ -50,16 +54,9 @@ def export_model(
         float | None,
         typer.Option(help="exit code 5, and no output, if fewer labels agree", min=0, max=1),
     ] = None,
-    sets: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="FIELD=VALUE", help="a field of the job, such as embeddings=[…]"
-        ),
-    ] = None,
     as_json: Json = False,
 ) -> None:
     """Export a model to another format, smaller if you ask, and judge it on your images."""
-    from vitray.job import make_job, parse_set
     from vitray.model_export.export import ExportedModel
     from vitray.model_export.export import export_model as export_checkpoint
 
@@ -79,15 +76,14 @@ def export_model(
         )
     quantisation = quantisations[0] if quantisations else ""
     with scratch_out() as out:
-        fields = {"source": calibrate, "model": model, "out": out}
-        job = make_job({**parse_set(sets or []), **fields})
+        job = make_job({**fields, "source": calibrate, "model": model, "out": out})
         try:
             exported = export_checkpoint(job, to, quantisation, into, min_agreement)
         except Disagreement as error:
             assert isinstance(error.export, ExportedModel)
-            show(error.export.as_json(), as_json, str(error.export))
+            show(error.export.figures(), as_json, str(error.export))
             raise
-    show(exported.as_json(), as_json, str(exported))
+    show(exported.figures(), as_json, str(exported))
 
 
 def is_of_model(arguments: Sequence[str]) -> bool:

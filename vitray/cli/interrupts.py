@@ -9,13 +9,15 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import NoReturn
 
-from vitray.cli.console import screen
+from vitray.cli.console import error_json, screen
 
 STOP_S = 15.0  # for writes that have begun, and for removing temporary files
+TELL_S = 3.0  # for telling other systems that the command ends
 RUN_RESUMES = "what is staged stays. Run the same command again to continue."
 
 
@@ -62,6 +64,7 @@ class _Command:
     """The running command, as the handlers see it.
 
     advice: the next step for the user. folders: temporary ones, removed before an exit at once.
+    listeners: are told the exit code before an exit at once.
     """
 
     policy: InterruptPolicy = InterruptPolicy(Phase.TEMPORARY_FILES)
@@ -70,6 +73,7 @@ class _Command:
     signals: list[int] = field(default_factory=list)
     stop: threading.Event = field(default_factory=threading.Event)
     folders: list[str] = field(default_factory=list)
+    listeners: list[Callable[[int], object]] = field(default_factory=list)
 
 
 _command = _Command()
@@ -92,6 +96,16 @@ def end_at_once_when_interrupted(advice: str) -> None:
 def remove_when_interrupted(folder: str) -> None:
     """Remove this temporary folder also where a signal ends the process at once."""
     _command.folders.append(folder)
+
+
+@contextlib.contextmanager
+def told_when_interrupted(listener: Callable[[int], object]) -> Iterator[None]:
+    """Call this with the exit code where a signal ends the process at once. It has TELL_S."""
+    _command.listeners.append(listener)
+    try:
+        yield
+    finally:
+        _command.listeners.clear()
 
 
 def finish_writes_when_terminated(advice: str) -> threading.Event:
@@ -125,14 +139,31 @@ def on_signal(number: int, _frame: object) -> None:
 
 
 def _end(number: int, action: Action) -> NoReturn:
+    code = 128 + number
     with contextlib.suppress(OSError, ValueError):
         if screen.view is not None:
             os.write(sys.stderr.fileno(), b"\x1b[?25h")  # the view hides the cursor
-        os.write(sys.stderr.fileno(), f"\ninterrupted; {_command.advice}\n".encode())
-    code = 128 + number
+        line = f"\ninterrupted; {_command.advice}"
+        if screen.is_json:
+            line = error_json("Interrupted", line.strip(), code)
+        os.write(sys.stderr.fileno(), f"{line}\n".encode())
     if action is Action.EXIT:
+        _tell(code)
         for folder in _command.folders:
             shutil.rmtree(folder, ignore_errors=True)
         os._exit(code)
     threading.Timer(STOP_S, os._exit, [code]).start()
     raise SystemExit(code)  # it runs the code that removes temporary files
+
+
+def _tell(code: int) -> None:
+    """Call the listeners, each once, also where a second signal arrives meanwhile.
+
+    In a thread: the main one may hold a lock that a listener needs.
+    """
+    listeners = list(_command.listeners)
+    _command.listeners.clear()
+    for listener in listeners:
+        thread = threading.Thread(target=listener, args=(code,), daemon=True)
+        thread.start()
+        thread.join(TELL_S)

@@ -38,21 +38,10 @@ Target = Annotated[
         callback=expand_path,
     ),
 ]
-Model = Annotated[
-    str | None,
-    typer.Option(
-        "--model", help="Hugging Face id, local directory or s3:// directory", callback=expand_path
-    ),
-]
-Out = Annotated[
-    str | None,
-    typer.Option(
-        "--out", help="output directory, local (~ is your home) or s3://", callback=expand_path
-    ),
-]
+Fields = dict[str, object]  # of a job, as given on the command line: see job_flags.py
 Sets = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="FIELD=VALUE", help="override a field of the job (repeatable)"),
+    typer.Option("--set", metavar="FIELD=VALUE", help="any field, read as YAML (repeatable)"),
 ]
 OutArgument = Annotated[
     str, typer.Argument(metavar="OUT", help="a dataset directory", callback=expand_path)
@@ -83,18 +72,13 @@ def scratch_out() -> Iterator[str]:
         yield out
 
 
-def job_of(target: str, model: str | None, out: str | None, sets: list[str] | None) -> Job:
-    """The job of a job file, or of a source, with the options on top."""
-    from vitray.job import load_job, make_job, parse_set
+def job_of(target: str, fields: Fields) -> Job:
+    """The job of a job file, or of a source, with the fields of the command line on top."""
+    from vitray.job import load_job, make_job
 
-    overrides = parse_set(sets or [])
-    if model is not None:
-        overrides["model"] = model
-    if out is not None:
-        overrides["out"] = out
     if is_file(target):
-        return load_job(target, overrides)
-    return make_job({"source": target, **overrides})
+        return load_job(target, fields)
+    return make_job({"source": target, **fields})
 
 
 def is_file(target: str) -> bool:

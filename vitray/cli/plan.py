@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vitray.budget import PRICES
 from vitray.cli.console import show
 from vitray.cli.interrupts import end_at_once_when_interrupted
-from vitray.cli.options import Json, Model, Open, Out, Sets, Target, expand_path, job_of
+from vitray.cli.job_flags import job_flags
+from vitray.cli.options import Fields, Json, Open, Target, expand_path, job_of
 from vitray.errors import JobError
-from vitray.operations.costing import PRICES, estimate, read_prices
+from vitray.operations.costing import estimate, read_prices
 
 if TYPE_CHECKING:
     from vitray.job import Job
@@ -20,11 +22,10 @@ if TYPE_CHECKING:
 PROBE_S = 3.0
 
 
+@job_flags
 def plan(
     target: Target,
-    model: Model = None,
-    out: Out = None,
-    sets: Sets = None,
+    fields: Fields,
     probe: Annotated[
         int,
         typer.Option(
@@ -55,18 +56,22 @@ def plan(
     allow_open_cluster: Open = False,
     as_json: Json = False,
 ) -> None:
-    """Show what a run would do; with --probe also its time and cost. Leaves nothing behind."""
+    """Show what a run would do; with --probe also its time and cost. Leaves nothing behind.
+
+    A job that a run would refuse is refused here, too.
+    """
     from vitray.operations.planning import plan as plan_job
 
     if not probe:
         _refuse_without_probe(address, machines, prices)
     table = read_prices(prices) if prices is not None else None
-    job = job_of(target, model, out, sets)
-    job_plan = plan_job(job)
+    job = job_of(target, fields)
+    address = address or os.environ.get("RAY_ADDRESS")
+    job_plan = plan_job(job, runs_here=not address)
     if not (probe and as_json):
         show(job_plan, as_json, str(job_plan))
     if probe:
-        rates = _rates(job, probe, address or os.environ.get("RAY_ADDRESS"), allow_open_cluster)
+        rates = _rates(job, probe, address, allow_open_cluster)
         expected = estimate(job_plan.pending_images, job_plan.pending, rates, machines, table)
         show(expected, as_json, str(expected))
 

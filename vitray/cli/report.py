@@ -24,7 +24,9 @@ def report(
     truth: Annotated[
         str | None,
         typer.Option(
-            metavar="COLUMN", help="passthrough column with the true label, for calibration"
+            metavar="COLUMN|folder|FILE.csv",
+            help="true labels, for accuracy and calibration: a passthrough column, the names of "
+            "the images' folders, or a CSV file with the columns key and label",
         ),
     ] = None,
     pictures: Annotated[

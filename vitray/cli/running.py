@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NoReturn
@@ -11,13 +13,21 @@ from typing import TYPE_CHECKING, NoReturn
 import typer
 
 from vitray.cli.console import screen, show
-from vitray.cli.interrupts import RUN_RESUMES, finish_writes_when_terminated
+from vitray.cli.interrupts import (
+    RUN_RESUMES,
+    end_at_once_when_interrupted,
+    finish_writes_when_terminated,
+    remove_when_interrupted,
+)
+from vitray.cli.nightly import NOT_NIGHTLY, Nightly, reported
+from vitray.cli.options import Fields, job_of
 
 if TYPE_CHECKING:
     from vitray.job import Job
     from vitray.pipeline import Progress
 
 VIEW_EVERY_S = 0.5
+VIEWS_PER_S = 8
 LOG_EVERY_S = 10.0
 
 
@@ -30,20 +40,22 @@ def run_and_exit(
     prune: bool = False,
     planned: str | None = None,
     partition: str | None = None,
+    nightly: Nightly = NOT_NIGHTLY,
 ) -> NoReturn:
     """Run the job, print its result, and exit with its code.
 
     planned: the file of a plan to compare the run with. partition: such as 3/16.
     """
-    from vitray.cli.summary import summary
-    from vitray.operations.costing import read_plan
-    from vitray.pipeline import parse_partition
-    from vitray.pipeline import run as run_job
-
-    expected = None if planned is None else read_plan(planned)
-    part = None if partition is None else parse_partition(partition)
     stop = finish_writes_when_terminated(RUN_RESUMES)
-    with watched() as report:
+    budget = nightly.budget()
+    with watched() as report, reported(nightly, job.out) as to_others:
+        from vitray.cli.summary import summary
+        from vitray.operations.costing import read_plan
+        from vitray.pipeline import parse_partition
+        from vitray.pipeline import run as run_job
+
+        expected = None if planned is None else read_plan(planned)
+        part = None if partition is None else parse_partition(partition)
         result = run_job(
             job,
             address=address,
@@ -53,40 +65,84 @@ def run_and_exit(
             allow_open_cluster=allow_open_cluster,
             planned=expected,
             partition=part,
+            budget=budget,
+            meter=to_others.meter,
         )
+        to_others.exit_code = result.exit_code
     show(result, as_json, summary(result, job))
     raise typer.Exit(result.exit_code)
+
+
+def try_and_exit(
+    target: str,
+    fields: Fields,
+    images: int,
+    address: str | None,
+    allow_open_cluster: bool,
+    as_json: bool,
+) -> NoReturn:
+    """Label the first images of the job's source into a scratch folder, and print their labels.
+
+    The job's own `out` may be left out; it is not used.
+    """
+    end_at_once_when_interrupted("nothing was kept.")
+    folder = tempfile.mkdtemp(prefix="vitray-try-")
+    remove_when_interrupted(folder)
+    try:
+        job = job_of(target, {**fields, "out": f"{folder}/dataset"})
+        with watched() as report:
+            from vitray.operations.trying import try_job
+            from vitray.pipeline import run as run_job
+
+            trial = try_job(
+                job,
+                images,
+                lambda sample: run_job(
+                    sample,
+                    address=address,
+                    progress=report,
+                    allow_open_cluster=allow_open_cluster,
+                ),
+            )
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    show(trial, as_json, str(trial))
+    raise typer.Exit(trial.exit_code)
 
 
 @contextlib.contextmanager
 def watched() -> Iterator[Callable[[Progress], None]]:
     """A function that shows a run's progress.
 
-    On a terminal it updates a view. Elsewhere it prints a JSON line every LOG_EVERY_S seconds, and
-    one at the end.
+    On a terminal it updates a view, which is removed after a run that ended well. Elsewhere, and
+    where stderr is JSON, it prints a JSON line for each phase, every LOG_EVERY_S seconds, and at
+    the end.
     """
     from rich.console import Console
     from rich.live import Live
 
-    from vitray.cli.progress_view import json_line, view
+    from vitray.cli.progress_view import RunView, json_line, starting_line
 
-    if not sys.stderr.isatty():
+    if screen.is_json or not sys.stderr.isatty():
+        print(starting_line(), file=sys.stderr, flush=True)
         yield _at_most_every(
             LOG_EVERY_S, lambda progress: print(json_line(progress), file=sys.stderr, flush=True)
         )
         return
+    run_view = RunView()
     live_view = Live(
+        run_view,
         console=Console(stderr=True),
-        auto_refresh=False,
+        refresh_per_second=VIEWS_PER_S,
         redirect_stdout=False,
         redirect_stderr=False,
     )
     with live_view:
         screen.view = live_view
         try:
-            yield _at_most_every(
-                VIEW_EVERY_S, lambda progress: live_view.update(view(progress), refresh=True)
-            )
+            yield _at_most_every(VIEW_EVERY_S, run_view.update)
+            live_view.transient = True
         finally:
             screen.view = None
 
@@ -94,7 +150,7 @@ def watched() -> Iterator[Callable[[Progress], None]]:
 def _at_most_every(
     seconds: float, report: Callable[[Progress], None]
 ) -> Callable[[Progress], None]:
-    """A function that calls `report` at most every `seconds`, and when the last shard is done."""
+    """A function that calls `report` at most every `seconds`, and at the end of each phase."""
     return _Throttled(seconds, report).report
 
 
@@ -103,12 +159,11 @@ class _Throttled:
         self._seconds = seconds
         self._report = report
         self._last = time.monotonic() - seconds
-        self._was_over = False
+        self._phase = ""
 
     def report(self, progress: Progress) -> None:
-        is_over = progress.shards_done + progress.set_aside >= progress.shards
         is_due = time.monotonic() - self._last >= self._seconds
-        if progress.shards and (is_due or (is_over and not self._was_over)):
+        if is_due or progress.phase != self._phase:
             self._last = time.monotonic()
+            self._phase = progress.phase
             self._report(progress)
-        self._was_over = is_over

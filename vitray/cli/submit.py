@@ -8,19 +8,19 @@ import typer
 
 from vitray.cli.console import say, show
 from vitray.cli.interrupts import end_at_once_when_interrupted
-from vitray.cli.options import JobAddress, Json, Model, Open, Out, Sets, Target, expand_path, job_of
+from vitray.cli.job_flags import job_flags
+from vitray.cli.options import Fields, JobAddress, Json, Open, Target, expand_path, job_of
 from vitray.exit_codes import ExitCode
 
 if TYPE_CHECKING:
     from vitray.operations.submitting import Cluster, Submission
 
 
+@job_flags
 def submit(
     target: Target,
     address: JobAddress,
-    model: Model = None,
-    out: Out = None,
-    sets: Sets = None,
+    fields: Fields,
     working_dir: Annotated[
         str | None,
         typer.Option(
@@ -44,7 +44,7 @@ def submit(
     end_at_once_when_interrupted(
         f"it may have been submitted. Look: vitray status {name} --address {cluster.address}"
     )
-    submission = cluster.submit(job_of(target, model, out, sets), working_dir, name)
+    submission = cluster.submit(job_of(target, fields), working_dir, name)
     show_submission(cluster, submission, wait, as_json)
 
 

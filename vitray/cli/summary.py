@@ -28,13 +28,32 @@ def _totals(result: Result) -> list[str]:
     if result.images:
         speed = f", {result.images / result.seconds:.1f} images/s with start-up"
     by_others = f", {result.adopted} of them by another run" if result.adopted else ""
+    is_idle = not result.committed and not result.images and not result.set_aside
+    if is_idle and result.ended_by is None:
+        first = "nothing to do: all of the source is committed"
+        return [first, *_dataset_lines(result)]
     took = f"{count(result.images, 'image')} computed in {result.seconds:.1f} s{speed}"
     return [
         f"{count(result.committed, 'shard')} committed now{by_others} ({took})",
-        f"{result.out}: {count(result.shards, 'shard')}, {count(result.rows, 'row')}, "
-        f"{count(result.errors, 'error')}",
+        *_dataset_lines(result),
         *(f"  {images} {reason} in this run" for reason, images in sorted(result.reasons.items())),
     ]
+
+
+def _dataset_lines(result: Result) -> list[str]:
+    lines = [
+        f"{result.out}: {count(result.shards, 'shard')}, {count(result.rows, 'row')}, "
+        f"{count(result.errors, 'error')}"
+    ]
+    if result.pruned:
+        lines.append(f"pruned     {count(result.pruned, 'image')} that left the source")
+    if result.cost is not None:
+        cost = result.cost
+        lines.append(
+            f"cost       {cost.total:,.2f} (machines {cost.machines:,.2f}, requests "
+            f"{cost.requests:,.2f})"
+        )
+    return lines
 
 
 def _shard_lines(result: Result) -> list[str]:
@@ -44,7 +63,9 @@ def _shard_lines(result: Result) -> list[str]:
         *(
             f"cut short  {shard}: truncated at byte {byte}; the rows before it are committed"
             for shard, byte in result.truncated.items()
+            if shard not in result.accepted
         ),
+        *(f"accepted   {shard}: {text}" for shard, text in result.accepted.items()),
         *(f"note       {shard}: {text}" for shard, text in result.notes.items()),
     ]
 
@@ -73,11 +94,24 @@ def _next_steps(result: Result, job: Job) -> list[str]:
         lines.append(
             f"too many bad images: {share}; see {result.errors_path}, or raise max_error_rate"
         )
-    if arrived := result.pending - len(result.set_aside):
+    left = result.pending - len(result.set_aside)
+    if result.ended_by is not None:
+        option = f"--{result.ended_by.replace('_', '-')}"
+        lines.append(
+            f"ended by {option}: {count(left, 'shard')} left; "
+            "run the same command again to continue"
+        )
+    elif arrived := left:
         lines.append(f"arrived since: {count(arrived, 'shard')}; run again")
     if result.set_aside:
         lines.append(
             "next: repair or remove those shards, then run again "
             f"(vitray status {shlex.quote(job.out)})"
         )
+    kinds = {"set-aside": set(result.set_aside), "truncated": set(result.truncated)}
+    reasons = [name for name, shards in kinds.items() if shards - result.accepted.keys()]
+    if reasons:
+        options = " ".join(f"--reason {name}" for name in reasons)
+        accept = f"vitray accept {shlex.quote(job.out)} {options}"
+        lines.append(f"if this is known, and later runs should exit with 0: {accept}")
     return lines

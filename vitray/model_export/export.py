@@ -9,16 +9,16 @@ import json
 import os
 import re
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from vitray.cpus import cores
 from vitray.errors import Disagreement, JobError, ModelError
 from vitray.evaluation.agreement import (
+    Judgement,
     ModelComparison,
     Size,
     measure_agreement,
@@ -65,16 +65,32 @@ class ExportedModel:
         rows = self.comparison.rows()
         return "\n".join([title, *(f"{figure:24}{text}" for figure, text in rows)])
 
-    def as_json(self) -> dict[str, Any]:
+    def figures(self) -> ExportFigures:
         """What `--json` prints."""
-        return {
-            "into": self.into,
-            "model": self.model,
-            "to": self.to,
-            "how": self.how,
-            "weights_sha256": self.weights_sha256,
-            "judgement": self.comparison.as_json(),
-        }
+        return ExportFigures(
+            into=self.into,
+            model=self.model,
+            to=self.to,
+            how=self.how,
+            weights_sha256=self.weights_sha256,
+            judgement=self.comparison.figures(),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ExportFigures:
+    """An exported model and how well it agrees with the original.
+
+    model: the original. how: the quantisation, "" for float32. weights_sha256: as in the
+    fingerprint of a dataset of this model; None if vitray cannot run it.
+    """
+
+    into: str
+    model: str
+    to: str
+    how: str
+    weights_sha256: str | None
+    judgement: Judgement
 
 
 def export_model(
@@ -274,7 +290,7 @@ def _open(job: Job, source: graphs.Source, spec: ModelSpec, precision: str, top_
 def _write_comparison(folder: Path, source: graphs.Source, export: ExportedModel) -> None:
     """Add the comparison to vitray_export.json, and write the model card."""
     description = json.loads((folder / EXPORT).read_text())
-    description["judgement"] = export.comparison.as_json()
+    description["judgement"] = asdict(export.comparison.figures())
     (folder / EXPORT).write_text(json.dumps(seal(description), indent=1))
     (folder / "README.md").write_text(_card(source, export))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from vitray.dataset import copy_groups, open_dataset, with_source_rules
+from vitray.dataset import copy_groups, copy_removed_keys, open_dataset, with_source_rules
 from vitray.errors import JobError
 from vitray.job import Job
 from vitray.storage import absolute
@@ -14,7 +14,7 @@ def next_job(job: Job, model: str, out: str | None = None, revision: str | None 
     """The job with another model, into `out` (default: job.out with the model's name appended).
 
     Loose files get the groups of the dataset in job.out, so that both datasets have the same
-    shards. Raises JobError if job.out holds no dataset.
+    shards. Keys that were removed there stay removed. Raises JobError if job.out holds no dataset.
     """
     if open_dataset(job.out) is None:
         raise JobError(
@@ -30,6 +30,7 @@ def next_job(job: Job, model: str, out: str | None = None, revision: str | None 
     if absolute(next_out) == absolute(job.out):
         raise JobError(f"--out {next_out} is the existing dataset: choose another directory.")
     copy_groups(job.out, next_out)
+    copy_removed_keys(absolute(job.out), absolute(next_out))
     return with_source_rules(job).model_copy(
         update={"model": model, "revision": revision, "out": next_out}
     )

@@ -14,6 +14,7 @@ from functools import partial
 from vitray.cpus import cores
 from vitray.dataset import RUN_RECORDS, drop_scratch, scratch, with_frozen
 from vitray.decoding.decode import ON_DEVICE
+from vitray.errors import count
 from vitray.job import Job
 from vitray.models import with_label_names
 from vitray.operations.bench_pipeline import Launch, PipelineRate, measure_pipeline
@@ -75,10 +76,10 @@ class Bench:
             (
                 "read",
                 self.read,
-                f"the first {self.images} images of the source, {megabytes:.0f} MB/s",
+                f"the first {count(self.images, 'image')} of the source, {megabytes:.0f} MB/s",
             ),
             ("decode, 1 core", self.decode_core, self.decode_mode),
-            (f"decode, {self.cores} cores", self.decode, self.decode_mode + share),
+            (f"decode, {count(self.cores, 'core')}", self.decode, self.decode_mode + share),
             ("model alone", self.model, self._model_note()),
             ("roofline", self.ceiling, self._ceiling_note()),
             ("whole pipeline", self.line, self._pipeline_note()),

@@ -17,7 +17,7 @@ from typing import Any
 from vitray.cpus import cores
 from vitray.dataset import drop_scratch, read_run_records, scratch
 from vitray.decoding.decode import ON_DEVICE
-from vitray.errors import JobError
+from vitray.errors import JobError, count
 from vitray.job import PROMPT, Job
 from vitray.models import resolve_device, usable_gpus
 from vitray.models.free import free_spec
@@ -256,7 +256,7 @@ class _Launcher:
         progress = recorder.progress
         if not progress.good:
             raise JobError(
-                f"none of the first {len(self.sample)} images can be decoded. "
+                f"none of the first {count(len(self.sample), 'image')} can be decoded. "
                 "Check `source` and the job."
             )
         last = recorder.last or machine_moment()

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from vitray.dataset import Dataset
 from vitray.decoding.decode import ON_DEVICE, decode
-from vitray.errors import JobError
+from vitray.errors import JobError, count
 from vitray.job import Job
 from vitray.models import identify, open_model, resolve_device, torch_threads_kept, vector_columns
 from vitray.models.machine import roofline
@@ -131,7 +131,7 @@ def _require_decodable(dataset: Dataset, sample: list[Encoded]) -> None:
             return
     reason = decode(sample[:1], dataset.decode_spec)[1][0].reason
     raise JobError(
-        f"none of the first {len(sample)} images can be decoded ({reason}). "
+        f"none of the first {count(len(sample), 'image')} can be decoded ({reason}). "
         "Check `source` and the job."
     )
 

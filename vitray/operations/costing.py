@@ -11,22 +11,14 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from rich.filesize import decimal
 
+from vitray.budget import PRICES, request_cost
 from vitray.errors import JobError, count
 from vitray.job import BAD_YAML
 
 if TYPE_CHECKING:
     from vitray.operations.bench import Bench
 
-PRICES = {
-    "machine_hour": "one machine like the one measured, per hour",
-    "put_1000": "a thousand PUT, LIST and COPY requests",
-    "get_1000": "a thousand GET and HEAD requests",
-    "gb_month": "a gigabyte stored for a month",
-}
 START_S = 1.0  # Python, and its imports before the first line of a command
-# requests per shard on S3, measured: see BENCHMARKS.md. Each fragment adds a PUT, a HEAD and a GET.
-WRITES_PER_SHARD = 6
-READS_PER_SHARD = 13
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +43,7 @@ class Estimate:
     def __str__(self) -> str:
         gpu = "" if self.more_gpu is None else f", one more GPU {self.more_gpu:,.1f}"
         lines = [
-            f"time       {_span(self.seconds)} on {count(self.machines, 'such machine')} "
+            f"time       {span(self.seconds)} on {count(self.machines, 'such machine')} "
             f"({self.images_per_s:,.1f} images/s each)",
             f"measured   {self.measured}",
             f"limit      {self.limit}; one more core would give {self.more_cpu:,.1f} images/s{gpu}",
@@ -87,7 +79,7 @@ def estimate(
         fragments = math.ceil(images / rates.fragment_rows)
         money = {
             "machines": seconds / 3600 * machines * prices.get("machine_hour", 0),
-            "requests": _request_cost(shards, fragments, prices),
+            "requests": request_cost(shards, fragments, prices),
             "gb_month": stored_bytes / 1e9 * prices.get("gb_month", 0),
         }
     return Estimate(
@@ -102,12 +94,6 @@ def estimate(
         money=money,
         measured=rates.measured,
     )
-
-
-def _request_cost(shards: int, fragments: int, prices: dict[str, float]) -> float:
-    writes = shards * WRITES_PER_SHARD + fragments
-    reads = shards * READS_PER_SHARD + 2 * fragments
-    return writes / 1000 * prices.get("put_1000", 0) + reads / 1000 * prices.get("get_1000", 0)
 
 
 def _rate_with_one_more_core(rates: Bench) -> float:
@@ -159,7 +145,8 @@ def _is_count(value: Any) -> bool:
     return is_number and 0 <= value < math.inf
 
 
-def _span(seconds: float) -> str:
+def span(seconds: float) -> str:
+    """A length of time as text, in the unit that suits it."""
     if seconds < 120:
         return f"{seconds:,.0f} s"
     if seconds < 7200:

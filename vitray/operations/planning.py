@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 from rich.filesize import decimal
@@ -13,24 +15,35 @@ from rich.filesize import decimal
 from vitray.dataset import (
     FROZEN_FIELDS,
     Dataset,
+    accepted_ids,
+    base_of,
     committed_files,
     is_marked_complete,
     last_source,
     list_staged,
     manifest_row,
     open_dataset,
+    read_acceptances,
     read_footer,
     read_manifest,
     read_run_records,
     require_dataset,
     staged_shards,
+    with_frozen,
 )
 from vitray.errors import count
 from vitray.job import Job
 from vitray.left_out import describe
-from vitray.models import describe_compile, require_precision
+from vitray.models import (
+    describe_compile,
+    require_machine,
+    require_precision,
+    with_label_names,
+)
+from vitray.operations.checking import PLAN_FOOTERS, require_fitting_model, require_same_job
+from vitray.operations.runs import age_of_complete
 from vitray.pipeline import list_source, prepare_job
-from vitray.sources import count_selection, estimate_images, passthrough_schema, select_shards
+from vitray.sources import count_selection, estimate_images, select_shards
 
 # what a plan shows of the values that the first run chooses
 SHOWN_FIELDS = ("model", *FROZEN_FIELDS, "fragment_rows")
@@ -44,7 +57,8 @@ class Plan:
     first run. left_out: files without a row, by left_out.LEFT_OUT; suffixes: of these files. Other
     members of tars are known when a run reads them. shards_not_selected, images_not_selected: what
     since, sample and limit exclude; for tars images are estimated. selection: what these choose,
-    as text; "" if they are not set.
+    as text; "" if they are not set. accepted: shards that a person accepted without rows: a run
+    does not read them.
     """
 
     out: str
@@ -63,6 +77,7 @@ class Plan:
     selection: str
     compile: str
     decided: dict[str, str] | None
+    accepted: int = 0
 
     def __str__(self) -> str:
         about = "" if self.images_exact else "about "
@@ -73,6 +88,8 @@ class Plan:
             f"source     {shards}, {images}, {decimal(self.size_bytes)}",
             f"committed  {count(self.committed, 'shard')}",
         ]
+        if self.accepted:
+            lines.append(f"accepted   {count(self.accepted, 'shard')} as they are, not read")
         if self.left_out:
             lines.append(f"left out   {describe(self.left_out, self.suffixes)}")
         if self.selection:
@@ -97,11 +114,14 @@ class Status:
 
     complete: _SUCCESS.json exists, and so does every file that it counts. truncated: {shard: byte
     at which it was cut}; notes: {such a shard: what its run noted}. staged: {pending shard: images
-    staged of it}.
+    staged of it}. accepted: {shard: its problem, and who accepted that}, of shards that are cut
+    short or not committed.
 
     left_out: what has no row, by left_out.LEFT_OUT: files in the source at the last run, and other
     contents of the committed shards. suffixes: of these files. image_members: images by the tar
-    member that they came from.
+    member that they came from. complete_age_s: seconds since a run last ended with exit code 0,
+    also one with nothing to do; None if none did. max_age_s: of --max-age; None without it. stale:
+    whether complete_age_s is more, or unknown; None without --max-age.
     """
 
     out: str
@@ -117,6 +137,10 @@ class Status:
     left_out: dict[str, int]
     suffixes: dict[str, int]
     image_members: dict[str, int]
+    accepted: dict[str, str] = field(default_factory=dict)
+    complete_age_s: float | None = None
+    max_age_s: float | None = None
+    stale: bool | None = None
 
     def __str__(self) -> str:
         staged_images = count(sum(self.staged.values()), "image")
@@ -124,7 +148,12 @@ class Status:
             f"{self.out}: {self._state()}",
             f"committed  {count(self.shards, 'shard')}, {count(self.rows, 'row')}, "
             f"{count(self.errors, 'error')}, {count(len(self.truncated), 'shard')} cut short",
-            *(f"cut short  {self._cut(shard)}" for shard in self.truncated),
+            *(
+                f"cut short  {self._cut(shard)}"
+                for shard in self.truncated
+                if shard not in self.accepted
+            ),
+            *(f"accepted   {shard}: {text}" for shard, text in self.accepted.items()),
         ]
         if self.left_out:
             lines.append(f"left out   {describe(self.left_out, self.suffixes)}")
@@ -143,7 +172,10 @@ class Status:
         if self.complete:
             return "complete"
         if self._last().get("set_aside"):
-            return "not complete: repair or remove the shards set aside, then run the job again"
+            return (
+                "not complete: repair or remove the shards set aside, then run the job again; "
+                f"or accept them (vitray accept {shlex.quote(self.out)} --reason set-aside)"
+            )
         return "not complete: run the job again to continue"
 
     def _cut(self, shard: str) -> str:
@@ -156,7 +188,7 @@ class Status:
             return []
         figures = ""  # a run that failed before it read an image recorded none
         if "images" in last:
-            figures = f": {last['images']:,} images, {last['images_per_s']}/s"
+            figures = f": {count(last['images'], 'image')}, {last['images_per_s']}/s"
         lines = [f"last run   {last['finished']}{figures}"]
         if "ended" in last:
             lines.append(f"ended      {last['ended']}")
@@ -166,7 +198,11 @@ class Status:
             )
         set_aside = last.get("set_aside")
         if isinstance(set_aside, dict) and not self.complete:
-            lines += [f"set aside  {shard}: {why}" for shard, why in set_aside.items()]
+            lines += [
+                f"set aside  {shard}: {why}"
+                for shard, why in set_aside.items()
+                if shard not in self.accepted
+            ]
         return lines
 
     def _excluded(self) -> str:
@@ -187,26 +223,35 @@ def describe_excluded(shards: int, images: int, is_exact: bool = True) -> str:
     )
 
 
-def plan(job: Job) -> Plan:
+def plan(job: Job, *, runs_here: bool = True) -> Plan:
     """What `run` would do now.
 
-    Raises SourceError for an empty or unreadable source, JobError for an `out` inside it,
-    ModelError for an engine without the precision.
+    runs_here: False for a job that runs on other machines, which may have other engines.
+
+    Raises what `run` would raise before any work: SourceError for an empty or unreadable source,
+    JobError for an `out` inside it, ModelError for a model that is missing, does not fit or cannot
+    run here, FingerprintError for an `out` of another job. Weights of more than 1 GB, and those
+    that are not on this machine, are not read.
     """
     require_precision(job.engine, job.precision)
-    job = prepare_job(job)
+    job = with_label_names(prepare_job(job))
     listing = list_source(job)
     shards = select_shards(listing.shards, job)
     selection = count_selection(listing, job)
+    dataset = open_dataset(job.out)
     committed_ids = committed_files(job.out).keys()
-    pending = [shard for shard in shards if shard.id not in committed_ids]
+    if runs_here:
+        require_machine(with_frozen(job))
+    is_description_lost = dataset is None and bool(committed_ids)
+    model = require_fitting_model(job, dataset, reads_weights=is_description_lost)
+    require_same_job(job, dataset, listing, model, PLAN_FOOTERS)
+    uncommitted = [shard for shard in shards if shard.id not in committed_ids]
+    accepted = accepted_ids(job.out)
+    pending = [shard for shard in uncommitted if shard.id not in accepted]
     images, exact = estimate_images(shards, job)
     pending_images = images
     if len(pending) < len(shards):
         pending_images = estimate_images(pending, job)[0] if pending else 0
-    dataset = open_dataset(job.out)
-    if dataset is None and job.keep:
-        passthrough_schema(listing.shards, job)  # refuses what a run would refuse
     return Plan(
         out=job.out,
         kind="/".join(sorted({shard.kind for shard in shards})),
@@ -214,7 +259,7 @@ def plan(job: Job) -> Plan:
         images=images,
         images_exact=exact,
         size_bytes=sum(shard.size for shard in shards),
-        committed=len(shards) - len(pending),
+        committed=len(shards) - len(uncommitted),
         pending=len(pending),
         pending_images=pending_images,
         left_out=listing.left_out,
@@ -224,6 +269,7 @@ def plan(job: Job) -> Plan:
         selection=str(selection) if selection.is_set else "",
         compile=describe_compile(job.engine, job.compile, pending_images),
         decided=None if dataset is None else frozen_values(dataset),
+        accepted=len(uncommitted) - len(pending),
     )
 
 
@@ -245,7 +291,8 @@ def status(out: str) -> Status:
     for row in rows:
         left_out.update(json.loads(row.get("left_out") or "{}"))
         image_members.update(json.loads(row.get("image_members") or "{}"))
-    records = read_run_records(dataset.out)
+    records = [record for record in read_run_records(dataset.out) if is_run(record)]
+    newest = [(str(record.get("run", "")), record) for record in reversed(records)]
     return Status(
         out=dataset.out,
         complete=is_marked_complete(dataset.out) and manifest_rows.keys() <= committed_ids,
@@ -262,7 +309,28 @@ def status(out: str) -> Status:
         left_out=dict(left_out),
         suffixes=source.suffixes,
         image_members=dict(image_members),
+        accepted=_accepted(dataset, rows, committed_ids),
+        complete_age_s=age_of_complete(newest, datetime.now(UTC)),
     )
+
+
+def _accepted(
+    dataset: Dataset, rows: list[dict[str, Any]], committed_ids: Collection[str]
+) -> dict[str, str]:
+    """The acceptances that still count, as text: none of a shard that has a newer version."""
+    truncated = {row["shard"] for row in rows if row["truncated_at"] is not None}
+    committed_inputs = {base_of(shard) for shard in committed_ids}
+    return {
+        shard: str(acceptance)
+        for shard, acceptance in read_acceptances(dataset.out).items()
+        if shard in truncated
+        or (shard not in committed_ids and base_of(shard) not in committed_inputs)
+    }
+
+
+def is_run(record: Mapping[str, Any]) -> bool:
+    """Whether a record is of a run; records of other changes have another `kind`."""
+    return bool(record.get("kind", "run") == "run")
 
 
 def _staged_images(dataset: Dataset, committed_ids: Collection[str]) -> dict[str, int]:
@@ -293,7 +361,7 @@ def frozen_values(dataset: Dataset) -> dict[str, str]:
     values = {"model": spec.model + (f"@{spec.revision}" if spec.revision else "")}
     if spec.prompts:
         more = f" and {len(spec.prompts) - 1} more" if len(spec.prompts) > 1 else ""
-        values["prompts"] = f"{spec.prompts[0]!r}{more} for {len(spec.labels)} labels"
+        values["prompts"] = f"{spec.prompts[0]!r}{more} for {count(len(spec.labels), 'label')}"
     elif spec.head:
         column = f", over the stored {spec.head_column}" if spec.head_column else ""
         values["head"] = f"{spec.head} (sha256 {spec.head_sha256[:12]}…){column}"

@@ -13,7 +13,7 @@ from dataclasses import replace
 from urllib.parse import unquote
 
 from vitray import storage
-from vitray.errors import ShardError
+from vitray.errors import ShardError, count
 from vitray.job import Job
 from vitray.schema import Encoded, End, Reason, Shard, SourceRules
 from vitray.sources.objects import part_of, printable, read_in_order
@@ -109,7 +109,8 @@ def _rows(shard: Shard, job: Job, total: int, notes: list[str]) -> Iterator[Enco
         )
     if index + 1 != total:
         raise ShardError(
-            f"{shard.url} has {index + 1} rows, {total} were listed. Replace or remove it, then "
+            f"{shard.url} has {count(index + 1, 'row')}, {total:,} were listed. "
+            "Replace or remove it, then "
             "run again."
         )
 

@@ -60,7 +60,7 @@ class Selection:
 
     def __str__(self) -> str:
         about = "" if self.exact else "about "
-        noun = f"{self.kind} shard".replace("files", "file").strip()
+        noun = "shard" if self.kind is None else self.kind.noun
         shards = f"{self.shards:,} of {count(self.all_shards, noun)}"
         images = f"{about}{self.images:,} of {count(self.all_images, 'image')}"
         verb = "choose" if len(self.fields) > 1 else "chooses"

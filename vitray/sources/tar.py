@@ -483,13 +483,19 @@ class _Reader:
     def _passthrough(self, sample: _Sample) -> PassthroughRow:
         columns = list[pa.Array]()
         for column in self.passthrough_schema:
-            folder = self.folders.get(column.name)
+            folder = self._folder_of(sample, column.name)
             value: object = sample.passthrough.get(_extension(column.name), folder)
             if isinstance(value, bytes) and column.type == pa.string():
                 value = self._text(value)
             columns.append(pa.array([value], column.type))
         batch = pa.RecordBatch.from_arrays(columns, schema=self.passthrough_schema)
         return PassthroughRow(batch, 0)
+
+    def _folder_of(self, sample: _Sample, name: str) -> str | None:
+        """The value of a folder column. `folder` is the member's, else that of the tar."""
+        if name == "folder" and name in self.folders and "/" in sample.key:
+            return folder_value(name, printable(sample.key))
+        return self.folders.get(name)
 
     def _text(self, data: bytes) -> str:
         if self.job.rules == SourceRules.V1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -19,6 +20,9 @@ def test_clean_removes_orphans_and_keeps_what_a_run_needs(vitray: Call, tmp_path
         folder.mkdir(parents=True)
         (folder / "0000000000-0000000004.arrow").write_bytes(b"x")
     code, out, _ = vitray("clean", dataset.out)
-    assert (code, out) == (0, f"gone-0000000000-00000000\n{done}\nremoved 2 items\n")
+    assert (code, out) == (0, f"gone-0000000000-00000000\n{done}\ndeleted 2 items\n")
+    code, out, _ = vitray("clean", dataset.out, "--json")
+    assert code == 0
+    assert json.loads(out) == {"schema": "vitray/clean/v1", "out": dataset.out, "removed": []}
     assert os.listdir(tmp_path / "out" / "_vitray" / "staging") == [waiting]
     assert len(committed_files(dataset.out)) == 2

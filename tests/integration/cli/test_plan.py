@@ -8,7 +8,10 @@ import pytest
 
 from factories import hand_made
 from support.command_line import Call, plan_of
+from support.paths import TESTS
 from support.s3 import new_bucket
+
+MODEL = TESTS / "data" / "dataset-v1" / "model"
 
 
 def test_plan_on_s3_counts_the_same(
@@ -21,7 +24,7 @@ def test_plan_on_s3_counts_the_same(
     for path in (tmp_path / "in").iterdir():
         assert store_for(bucket).create(f"{bucket}/in/{path.name}", path.read_bytes())
     plan = plan_of(
-        vitray, f"{bucket}/in/s-{{000..001}}.tar", "--model", "m", "--out", f"{bucket}/out"
+        vitray, f"{bucket}/in/s-{{000..001}}.tar", "--model", MODEL, "--out", f"{bucket}/out"
     )
     size = (tmp_path / "in" / "s-000.tar").stat().st_size
     assert (plan["shards"], plan["images"], plan["size_bytes"], plan["pending"]) == (

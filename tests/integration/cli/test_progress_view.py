@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pty
 import re
@@ -11,6 +10,7 @@ import sys
 from pathlib import Path
 
 from factories.shards import pictures, put_tars
+from support.schemas import checked
 
 VITRAY = [sys.executable, "-m", "vitray"]
 
@@ -32,12 +32,11 @@ def test_without_a_terminal_a_run_prints_json_lines(shapes_model: str, tmp_path:
         [*argv, "--set", "engine=auto"], capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in done.stderr.splitlines()]
-    reports = [line for line in lines if "images" in line]
-    assert reports[-1]["shards_done"] == 2 and reports[-1]["images"] == 60 and len(reports) <= 3
-    assert all(
-        {"level", "logger", "message"} <= line.keys() for line in lines if "images" not in line
-    )
+    lines = [checked(line) for line in done.stderr.splitlines()]
+    reports = [line for line in lines if line["schema"] == "vitray/progress/v1"]
+    assert reports[0]["phase"] == "starting"
+    assert reports[-1]["shards_done"] == 2 and reports[-1]["images"] == 60
+    assert {line["schema"] for line in lines} <= {"vitray/progress/v1", "vitray/log/v1"}
 
 
 def test_on_a_terminal_a_run_draws_a_view_and_restores_the_cursor(

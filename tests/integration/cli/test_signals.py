@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from support.command_line import waiting
+from support.command_line import waiting, without_progress
 from vitray.dataset import Dataset
 
 
@@ -19,7 +19,7 @@ def interrupted(running: subprocess.Popen[str], number: int) -> tuple[int, str]:
     running.send_signal(number)
     out, err = running.communicate(timeout=20)
     assert time.monotonic() - started < 10 and out == ""
-    return running.returncode, err.strip()
+    return running.returncode, without_progress(err).strip()
 
 
 @pytest.mark.parametrize(

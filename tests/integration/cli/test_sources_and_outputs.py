@@ -8,17 +8,16 @@ from pathlib import Path
 import pytest
 
 from factories import hand_made
-from support.command_line import Call, refused, subprocess_vitray
+from support.command_line import Call, refused, subprocess_vitray, without_progress
 from support.s3 import KEYS, free_port
 
 
 def test_an_address_where_nobody_listens_is_named_at_once(labelled: Path, tmp_path: Path) -> None:
     argv = ["run", labelled / "in", "--model", labelled / "model", "--out", tmp_path / "out"]
     found = subprocess_vitray(*argv, "--address", f"127.0.0.1:{free_port()}")
-    assert found.returncode == 1 and found.stderr.startswith("ClusterError: Ray at 127.0.0.1:"), (
-        found.stderr
-    )
-    assert "Connection refused" in found.stderr and found.stderr.count("\n") == 1
+    err = without_progress(found.stderr)
+    assert found.returncode == 1 and err.startswith("ClusterError: Ray at 127.0.0.1:"), err
+    assert "Connection refused" in err and err.count("\n") == 1
 
 
 def test_a_missing_bucket_is_named(
@@ -38,8 +37,8 @@ def test_a_missing_bucket_is_named(
             vitray,
             tmp_path,
             argv,
-            1,
-            "StorageError: s3://no-such-bucket",
+            2,
+            "AccessError: s3://no-such-bucket",
             "the bucket does not exist. Check its name",
         )
     argv = ["run", tmp_path / "in", "--model", "m", "--out", "s3://no-such-bucket/out"]
@@ -47,8 +46,8 @@ def test_a_missing_bucket_is_named(
         vitray,
         tmp_path,
         argv,
-        1,
-        "StorageError: s3://no-such-bucket/out",
+        2,
+        "AccessError: s3://no-such-bucket/out",
         "the bucket does not exist. Check its name",
     )
 
@@ -67,7 +66,7 @@ def test_s3_without_credentials_says_which_variables(
         vitray,
         tmp_path,
         argv,
-        1,
-        "StorageError: s3://bucket/in: access refused",
+        2,
+        "AccessError: s3://bucket/in: access refused",
         "AWS_ACCESS_KEY_ID",
     )

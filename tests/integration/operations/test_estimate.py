@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from factories.shards import pictures, put_tars
+from support.paths import TESTS
 from support.s3 import free_port
 
+MODEL = TESTS / "data" / "dataset-v1" / "model"
 VITRAY = [sys.executable, "-m", "vitray"]
 
 
@@ -44,7 +46,7 @@ def test_what_only_a_probe_takes_is_refused_without_one(option: list[str], tmp_p
 
 def test_a_cluster_that_is_none_is_one_line(tmp_path: Path) -> None:
     put_tars(f"{tmp_path}/in", pictures(4), 1, tmp_path)
-    job = [f"{tmp_path}/in", "--model", "m", "--out", f"{tmp_path}/out"]
+    job = [f"{tmp_path}/in", "--model", str(MODEL), "--out", f"{tmp_path}/out"]
     argv = [*VITRAY, "plan", *job, "--address", f"127.0.0.1:{free_port()}"]
     nobody = subprocess.run(
         [*argv, "--probe", "4", "--json"], capture_output=True, text=True, timeout=120

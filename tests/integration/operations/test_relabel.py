@@ -13,6 +13,8 @@ import pytest
 import vitray
 from support.linear_heads import NAMES, expected_scores, make_head
 from support.s3 import new_bucket
+from support.schemas import checked
+from vitray.cli.json_output import json_text
 from vitray.dataset import open_dataset
 from vitray.errors import FingerprintError
 from vitray.job import Job
@@ -34,7 +36,7 @@ def test_a_dataset_that_has_no_labels_gets_some_and_goes_on_after_a_kill(
     )
     for name in ("head.json", "head.safetensors"):
         store_for(head).create(join(head, name), Path(local, name).read_bytes())
-    assert relabel(unlabelled.out, head, into).written == 2
+    assert checked(json_text(relabel(unlabelled.out, head, into)))["written"] == 2
     rows = vitray.read(into)
     shard = rows["shard"][0].as_py()
     store_for(into).delete([join(into, "_SUCCESS.json"), join(into, "data", f"{shard}.parquet")])

@@ -85,7 +85,10 @@ def test_a_bad_job_gets_one_line_that_names_the_field(
         ("embeddings=[{pol: cls}]", "unknown field `embeddings.0.pol`; did you mean `pool`?"),
         ("source=", "`source`"),
         ("embeddings=[{layer: 1, layer: 2}]", "the value is not valid YAML"),
-        ("out=2024-13-45", "--set out=2024-13-45: the value is not valid YAML"),
+        ("since=2027-13-01", "`since`: a date like 2026-11-01, a time like 2026-11-01T06:00Z"),
+        ("keep=,", "`keep.0`: String should have at least 1 character"),
+        ("labels=cat,", "`labels`: label 2 is empty"),
+        ("labels=cat,cat", "`labels`: label cat appears twice"),
     ],
 )
 def test_a_bad_set_gets_one_line(vitray: Call, tmp_path: Path, pair: str, says: str) -> None:
@@ -209,6 +212,11 @@ def test_a_job_is_copied_and_pickled_whole() -> None:
         ("allow", "s3://a/,s3://b/", ["s3://a/", "s3://b/"]),
         ("allow", ["in, out/"], ["in, out/"]),
         ("formats", "png,jpg", ["jpeg", "png"]),
+        ("labels", "cat, dog", ["cat", "dog"]),
+        ("labels", "classes.txt", "classes.txt"),
+        ("labels", "a,b.txt", "a,b.txt"),
+        ("labels", "s3://b/a,b", "s3://b/a,b"),
+        ("labels", "cat", "cat"),
         ("source", "in, out/*.tar", ["in, out/*.tar"]),
     ],
 )
@@ -229,6 +237,29 @@ def test_a_text_of_names_is_cut_at_its_commas(
             )
             == expected
         )
+
+
+def test_a_file_of_labels_may_have_a_comma_in_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fields = {"source": "a", "model": "m", "out": "o", **parse_set(["labels=cats,dogs"])}
+    assert make_job(fields).labels == ["cats", "dogs"]
+    (tmp_path / "cats,dogs").write_text("cat\ndog\n")
+    assert make_job(fields).labels == "cats,dogs"
+
+
+def test_prompts_are_not_cut_at_their_commas() -> None:
+    fields = {"source": "a", "model": "m", "out": "o", "labels": "cat,dog"}
+    prompt = "A photo of a {}, at night."
+    assert make_job({**fields, **parse_set([f"prompts={prompt}"])}).prompts == [prompt]
+
+
+@pytest.mark.parametrize("text", ["7d", "7d ago", "168h", "168 h  ago"])
+def test_since_takes_a_span_that_ends_now(text: str) -> None:
+    fields = {"source": "a", "model": "m", "out": "o", **parse_set([f"since={text}"])}
+    since = make_job(fields).since_s()
+    assert since is not None and abs(time.time() - 7 * 86400 - since) < 60
 
 
 def test_yaml_anchors_and_merges_are_no_duplicates(tmp_path: Path) -> None:

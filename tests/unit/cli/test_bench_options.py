@@ -19,9 +19,9 @@ def called(monkeypatch: pytest.MonkeyPatch) -> Recorded:
     calls: Recorded = []
 
     def stand_in(name: str) -> Any:
-        def record(job: Any, *arguments: Any, **named: Any) -> dict[str, str]:
+        def record(job: Any, *arguments: Any, **named: Any) -> str:
             calls.append((name, (job.source, *arguments), named))
-            return {"name": name}
+            return name
 
         return record
 
@@ -45,8 +45,8 @@ def called(monkeypatch: pytest.MonkeyPatch) -> Recorded:
 def test_free_model_takes_microseconds(
     vitray: Call, called: Recorded, arguments: list[str], microseconds: int
 ) -> None:
-    code, out, err = vitray("bench", *arguments, "--json")
-    assert (code, out, err) == (0, '{"name": "bench_free"}\n', "")
+    code, out, err = vitray("bench", *arguments)
+    assert (code, out, err) == (0, "bench_free\n", "")
     ((name, positional, keywords),) = called
     assert (name, positional) == ("bench_free", (["images"], microseconds, 256, None, False))
     assert keywords["seconds"] == 6.0 and not os.path.exists(keywords["folder"])
@@ -56,6 +56,18 @@ def test_free_model_takes_microseconds(
 def test_a_negative_wait_is_refused(vitray: Call, called: Recorded, arguments: list[str]) -> None:
     code, _, err = vitray("bench", "images", *arguments)
     assert code == 2 and "--free-model" in err
+    assert called == []
+
+
+def test_a_wait_that_is_no_number_is_named(vitray: Call, called: Recorded) -> None:
+    code, _, err = vitray("bench", "images", "--free-model", "abc")
+    assert (code, err) == (
+        2,
+        "vitray: --free-model abc: not a whole number. Write a number, or nothing, after it "
+        "(vitray --help)\n",
+    )
+    code, _, err = vitray("bench", "images", "--free-model=abc")
+    assert code == 2 and "--free-model" in err and "valid integer" in err
     assert called == []
 
 
@@ -78,13 +90,13 @@ def test_an_address_is_measured(
 ) -> None:
     for variable, value in environment.items():
         monkeypatch.setenv(variable, value)
-    code, _, err = vitray("bench", "images", *arguments, "--allow-open-cluster", "--json")
+    code, _, err = vitray("bench", "images", *arguments, "--allow-open-cluster")
     assert (code, err) == (0, "")
     assert called[0][0] == name
     assert {address, True} <= set(called[0][1][1:])
 
 
 def test_without_an_address_this_machine_is_measured(vitray: Call, called: Recorded) -> None:
-    code, _, err = vitray("bench", "images", "--model", "m", "--images", "64", "--json")
+    code, _, err = vitray("bench", "images", "--model", "m", "--images", "64")
     assert (code, err) == (0, "")
     assert called == [("bench", (["images"], 64, 6.0), {})]

@@ -131,14 +131,20 @@ def test_redo_deletes_only_what_was_chosen_and_only_with_yes(vitray: Call, tmp_p
     assert (code, out) == (0, f"{first}\n1 data file would be deleted; add --yes to do it\n")
     assert (
         vitray("redo", dataset.out, "--reason", "empty")[1]
-        == "0 data files would be deleted; add --yes to do it\n"
+        == f"{dataset.out}: no data file has such an error; nothing to redo\n"
     )
+    assert json.loads(vitray("redo", dataset.out, "--shard", first, "--json")[1]) == {
+        "schema": "vitray/redo/v1",
+        "out": dataset.out,
+        "shards": [first],
+        "deleted": False,
+    }
     assert snapshot(tmp_path) == before
     assert vitray("redo", dataset.out, "--shard", first, "--yes")[0] == 0
     assert sorted(committed_files(dataset.out)) == others
     assert not (tmp_path / "out" / "_errors" / f"{first}.parquet").exists()
     assert not (tmp_path / "out" / "_SUCCESS.json").exists()
     assert vitray("validate", dataset.out)[0] == 0
-    code, out, _ = vitray("redo", dataset.out, "--reason", "not_an_image", "--yes")
-    assert (code, out.splitlines()[:2]) == (0, others)
+    code, out, _ = vitray("redo", dataset.out, "--reason", "not_an_image", "--yes", "--json")
+    assert code == 0 and json.loads(out)["shards"] == others and json.loads(out)["deleted"]
     assert committed_files(dataset.out) == {}

@@ -52,7 +52,7 @@ def test_a_job_file_is_known_by_its_suffix_in_any_case(
     path = tmp_path / name
     path.write_text(json.dumps(FIELDS))
     assert is_job_file(path) and is_file(str(path))
-    job = job_of(str(path), None, None, ["top_k=4"])
+    job = job_of(str(path), {"top_k": 4})
     assert (job.source, job.model, job.out, job.top_k) == (["in/*.tar"], "m", "out", 4)
     assert (job.embeddings[0].layer, job.embeddings[0].pool) == (2, "mean")
     code, _, err = vitray("plan", path)
@@ -67,7 +67,7 @@ def test_a_job_file_is_known_by_its_suffix_in_any_case(
 )
 def test_other_arguments_are_sources(name: str) -> None:
     assert not is_job_file(name)
-    assert job_of(name, "m", "out", None).source == [name]
+    assert job_of(name, {"model": "m", "out": "out"}).source == [name]
 
 
 @pytest.mark.parametrize("name", ["config.json", "config.JSON", "config.YAML"])
@@ -160,7 +160,7 @@ def test_an_unknown_field_in_json_names_the_nearest_one(vitray: Call, tmp_path: 
 
 def test_a_missing_json_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(JobError) as caught:
-        job_of(str(tmp_path / "no.json"), None, None, None)
+        job_of(str(tmp_path / "no.json"), {})
     assert str(caught.value) == (
         f"cannot read the job file {tmp_path}/no.json: No such file or directory. Give the path "
         f"of a YAML or JSON file."

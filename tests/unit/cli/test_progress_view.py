@@ -10,9 +10,9 @@ from collections import deque
 import pytest
 from rich.console import Console
 
-from vitray.cli.progress_view import json_line, view
+from vitray.cli.progress_view import RunView, json_line, view
 from vitray.pipeline.events import FragmentSkipped, FragmentWritten
-from vitray.pipeline.progress import TIMELINE_POINTS, Progress
+from vitray.pipeline.progress import TIMELINE_POINTS, Phase, Progress
 
 
 def some_progress() -> Progress:
@@ -81,3 +81,42 @@ def test_recent_rate_is_of_the_last_seconds_and_the_timeline_stays_short() -> No
     progress.recent = deque([(0.0, 0), (980.0, 4000), (995.0, 4900)])
     assert 45 < progress.recent_rate() < 55  # 1,000 images since the mark at 980 s
     assert 4.9 < progress.rate() < 5.1
+
+
+def test_progress_grows_with_each_batch_before_a_fragment_is_written() -> None:
+    progress = Progress(shards=1, images_expected=200, started=time.monotonic() - 10)
+    assert progress.share() == 0.0 and progress.remaining_s() is None
+    progress.predicted["worker 1"] = 50
+    assert (progress.images_seen, progress.images, progress.share()) == (50, 0, 0.25)
+    assert progress.remaining_s() == pytest.approx(30, rel=0.01)
+    progress.predicted["worker 2"] = 900  # the first one died, and more was predicted again
+    assert (progress.images_seen, progress.share()) == (200, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("progress", "share"),
+    [
+        (Progress(), None),
+        (Progress(shards=2, bytes_expected=100), None),
+        (Progress(shards=1, images_expected=100, good=40), 0.4),
+        (Progress(shards=1, images_expected=100, good=40, resumed=40, predicted={"a": 10}), 0.5),
+        (Progress(shards=2, bytes_expected=1000, good=10, size_bytes=100), 0.1),
+        (Progress(shards=2, shards_done=1, set_aside=1), 1.0),
+    ],
+)
+def test_share_of_the_work(progress: Progress, share: float | None) -> None:
+    assert progress.share() == (share if share is None else pytest.approx(share))
+
+
+def test_a_terminal_shows_the_phase_until_there_are_figures() -> None:
+    console = Console(file=io.StringIO(), width=80, force_terminal=False)
+    run_view = RunView()
+    console.print(run_view)
+    assert "starting… 0 s" in console.file.getvalue()
+    run_view.update(Progress(phase=Phase.OPENING_MODEL))
+    console.print(run_view)
+    assert "opening the model… 0 s" in console.file.getvalue()
+    run_view.update(Progress(phase=Phase.COMPUTING, shards=1, images_expected=10, good=5))
+    console.print(run_view)
+    shown = console.file.getvalue()
+    assert "50%" in shown and "5 of 10" in shown and "computing… 0 s" in shown

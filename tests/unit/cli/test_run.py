@@ -54,7 +54,17 @@ def test_source_model_out_on_the_line_equal_the_job_file(vitray: Call, labelled:
     assert plans[0] == plans[1]
     after = only_files(labelled)
     assert after.pop(f"{labelled}/out/_vitray/source.json")  # a dataset made by hand has none
-    assert after == before  # nothing pending writes nothing
+    records = [path for path in after if path.startswith(f"{labelled}/out/_vitray/runs/")]
+    assert len(records) == 2  # a run with nothing to do leaves its record, and nothing else
+    assert {path: marks for path, marks in after.items() if path not in records} == before
+
+
+def test_a_run_with_nothing_to_do_says_so_and_leaves_a_record(vitray: Call, labelled: Path) -> None:
+    code, out, err = vitray("run", labelled / "a job.yaml")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[0] == "nothing to do: all of the source is committed"
+    (record,) = json.loads(vitray("runs", labelled / "out", "--last", "1", "--json")[1])["runs"]
+    assert (record["images"], record["exit_code"], record["pruned"]) == (0, 0, 0)
 
 
 def test_run_says_what_it_did(vitray: Call, labelled: Path) -> None:
@@ -73,8 +83,8 @@ def test_run_says_when_there_was_nothing_to_see(
     argv = [f"{tmp_path}/in/*.tar", "--model", labelled / "model", "--out", tmp_path / "out", *LINE]
     code, out, err = vitray("run", *argv)
     assert (code, err) == (0, "")
-    assert out.splitlines()[0].startswith("0 shards committed now (0 images computed in ")
-    assert out.splitlines()[1:] == [
+    assert out.splitlines() == [
+        "nothing to do: all of the source is committed",
         f"{tmp_path}/out: 1 shard, 0 rows, 0 errors",
         "the shards held no image: check `source`",
     ]
@@ -99,6 +109,10 @@ def test_the_summary_counts_in_proper_words() -> None:
         "images": 1,
         "seconds": 1.0,
         "gone": 1,
+        "pruned": 0,
+        "cost": None,
+        "ended_by": None,
+        "accepted": {},
         "deleted": 1,
         "pending": 0,
         "shards_not_selected": 2,
@@ -179,9 +193,11 @@ def test_labels_from_a_model_without_head_are_refused(vitray: Call, labelled: Pa
     )
 
 
-def test_set_wins_over_the_file_and_flags_over_both(vitray: Call, tmp_path: Path) -> None:
+def test_set_wins_over_the_file_and_flags_over_both(
+    vitray: Call, labelled: Path, tmp_path: Path
+) -> None:
     hand_made.write_tars(tmp_path / "in")
-    job = write_job(tmp_path / "a job file.yml", limit=3)
+    job = write_job(tmp_path / "a job file.yml", model=f"{labelled}/model", limit=3)
     plan = plan_of(vitray, job)
     assert (plan["shards"], plan["out"]) == (3, f"{tmp_path}/out")
     plan = plan_of(

@@ -93,7 +93,7 @@ def test_a_file_in_place_of_out_is_named(vitray: Call, tmp_path: Path) -> None:
         vitray,
         tmp_path,
         argv,
-        1,
+        2,
         f"{tmp_path}/out",
         "A file stands where a folder must be: choose another path.",
     )
@@ -114,13 +114,13 @@ def test_an_out_without_write_permission_is_named(vitray: Call) -> None:
             folder / "locked" / "out",
         ]
         says = (
-            f"StorageError: {folder}/locked/out: ",
+            f"AccessError: {folder}/locked/out: ",
             "Permission denied. Check the permissions, or choose another path.",
         )
         user = os.geteuid()
         if user == 0:
             os.seteuid(pwd.getpwnam("nobody").pw_uid)  # root may write everywhere
         try:
-            refused(vitray, folder, argv, 1, *says)
+            refused(vitray, folder, argv, 2, *says)
         finally:
             os.seteuid(user)

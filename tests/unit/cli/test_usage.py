@@ -10,7 +10,6 @@ import pytest
 
 from factories import hand_made
 from support.command_line import ESCAPE, Call, raw, refused
-from vitray.job import Job
 from vitray.version import __version__
 
 
@@ -22,16 +21,6 @@ from vitray.version import __version__
         (["plan", "x", "--modle", "m"], "No such option: --modle"),
         (["plan", "a", "b"], "unexpected extra argument"),
         (["redo"], "Missing argument 'OUT'"),
-        (["run", "x", "--keep", "cls"], "`keep` is a field of the job: write --set keep=…"),
-        (
-            ["plan", "--batch-size=8", "x"],
-            "`batch_size` is a field of the job: write --set batch_size=…",
-        ),
-        (["bench", "x", "--limit", "1"], "`limit` is a field of the job: write --set limit=…"),
-        (
-            ["submit", "x", "--address", "http://h:1", "--top-k", "1"],
-            "`top_k` is a field of the job: write --set top_k=…",
-        ),
         (["run", "--source", "x"], "No such option: --source"),
         (["status", "x", "--keep", "cls"], "No such option: --keep"),
         (["plan", "x", "--set"], "requires an argument"),
@@ -41,20 +30,6 @@ from vitray.version import __version__
 )
 def test_bad_usage_exits_2(vitray: Call, tmp_path: Path, argv: list[object], says: str) -> None:
     refused(vitray, tmp_path, argv, 2, "vitray: ", says, "(vitray --help)")
-
-
-@pytest.mark.parametrize("field", sorted(set(Job.model_fields) - {"source", "model", "out"}))
-def test_a_field_given_as_an_option_is_told_how_to_be_set(
-    vitray: Call, tmp_path: Path, field: str
-) -> None:
-    refused(
-        vitray,
-        tmp_path,
-        ["run", "x", f"--{field}", "1"],
-        2,
-        f"vitray: `{field}` is a field of the job",
-        f"write --set {field}=…",
-    )
 
 
 @pytest.mark.parametrize("argv", [["--version"], ["--debug", "--version"], ["--version", "run"]])
@@ -84,7 +59,8 @@ def test_a_hostile_file_name_does_not_reach_the_terminal_raw(vitray: Call, tmp_p
 def test_hostile_text_on_stdout_is_not_raw(vitray: Call, tmp_path: Path) -> None:
     """Names on the line, keys of a tar, and messages that a run record kept."""
     out = tmp_path / f"o{ESCAPE}ut"
-    dataset = hand_made.make_dataset(tmp_path, out=str(out))
+    spec = hand_made.checkpoint_spec(tmp_path)
+    dataset = hand_made.make_dataset(tmp_path, out=str(out), spec=spec)
     path = tmp_path / "in" / "s-000.tar"
     stat = path.stat()
     hand_made.write_tar(
@@ -108,7 +84,8 @@ def test_hostile_text_on_stdout_is_not_raw(vitray: Call, tmp_path: Path) -> None
     code, text, err = vitray("status", dataset.out)
     assert code == 0 and "set aside  s: cannot ?]0;owned??[31m read" in text
     assert raw(text + err) == []
-    code, text, err = vitray("plan", f"{tmp_path}/in", "--model", "m", "--out", out)
+    argv = [f"{tmp_path}/in", "--model", f"{tmp_path}/model", "--out", out, *hand_made.SAME_JOB]
+    code, text, err = vitray("plan", *argv)
     assert code == 0 and raw(text + err) == []
     code, text, err = vitray("status", dataset.out, "--json")
     assert raw(text + err) == [] and json.loads(text)["last_run"] == record

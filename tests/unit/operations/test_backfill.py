@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from vitray.dataset import NO_GROUP, append_group_log, copy_groups, load_group_log
+from vitray.dataset import (
+    NO_GROUP,
+    append_group_log,
+    block_keys,
+    copy_groups,
+    load_group_log,
+    removed_keys,
+)
 from vitray.errors import JobError
 from vitray.job import make_job
 from vitray.operations.backfilling import next_job
@@ -31,6 +38,7 @@ def test_groups_that_the_old_dataset_got_since_are_taken_over_as_they_are(tmp_pa
 def test_beside_a_bucket_is_no_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vitray.operations.backfilling.open_dataset", lambda out: object())
     monkeypatch.setattr("vitray.operations.backfilling.copy_groups", lambda old, new: None)
+    monkeypatch.setattr("vitray.operations.backfilling.copy_removed_keys", lambda old, new: None)
     monkeypatch.setattr("vitray.operations.backfilling.with_source_rules", lambda job: job)
     job = make_job({"source": "in", "model": "a/old", "out": "s3://photos-vit/"})
     with pytest.raises(
@@ -54,6 +62,16 @@ def test_without_an_old_dataset_or_into_it_nothing_is_done(tmp_path: Path) -> No
     with pytest.raises(JobError, match="holds no vitray dataset to continue from"):
         next_job(make_job({"source": "x", "model": "m", "out": str(tmp_path / "none")}), "n")
     assert next_job(dataset.job, "google/vit-base:../x", None).out == f"{dataset.out}-x"
+
+
+def test_removed_keys_stay_removed_in_the_next_dataset(tmp_path: Path) -> None:
+    from factories import hand_made
+
+    dataset = hand_made.make_dataset(tmp_path)
+    block_keys(dataset.out, ["0/00"], {})
+    for _ in range(2):
+        job = next_job(dataset.job, "m")
+        assert removed_keys(job.out) == removed_keys(dataset.out)
 
 
 def test_the_next_model_has_its_own_revision_or_none(
