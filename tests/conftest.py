@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 import subprocess
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,6 +57,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(group))
         elif "s3" in marks:
             item.add_marker(pytest.mark.xdist_group("s3"))
+
+
+@pytest.fixture(autouse=True)
+def printed_json_fits_its_schema() -> Iterator[None]:
+    """Fail a test in which vitray, in this process, prints JSON that its schema does not allow."""
+    from support.schemas import checked
+    from vitray.cli import json_output
+
+    make_object = json_output.as_object
+
+    def checked_object(result: object) -> dict[str, Any]:
+        made = make_object(result)
+        checked(json.dumps(made))
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_output, "as_object", checked_object)
+        yield
 
 
 @pytest.fixture(scope="session")

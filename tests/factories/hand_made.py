@@ -4,9 +4,12 @@ a formula of the index.
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import tarfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +41,7 @@ CLASSES = ("cat", "dog", "emu")
 DIMENSION = 4
 IMAGES = 10  # a shard
 BAD = 3  # the index of the one image of a shard that is an error row
+SAME_JOB = ("--set", "top_k=2", "--set", "embeddings=[{normalize: true}]")  # as in job_of()
 PIXELS = PixelSpec((32, 32), 3, None, 1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
@@ -177,3 +181,34 @@ def error(shard: Shard, image: Encoded) -> dict[str, object]:
         "content_hash": content_hash(data),
         "size_bytes": len(data),
     }
+
+
+def checkpoint_spec(folder: Path) -> ModelSpec:
+    """The spec of a new checkpoint in folder/model, which has a head and no other weights."""
+    from safetensors.numpy import save_file
+
+    directory = folder / "model"
+    directory.mkdir(parents=True)
+    config = {
+        "model_type": "vit",
+        "hidden_size": DIMENSION,
+        "num_hidden_layers": 2,
+        "image_size": 32,
+        "patch_size": 8,
+        "id2label": dict(enumerate(CLASSES)),
+    }
+    processor = {
+        "image_processor_type": "ViTImageProcessor",
+        **dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True),
+        "size": {"height": 32, "width": 32},
+        "resample": PIXELS.resample,
+        "rescale_factor": PIXELS.rescale,
+        "image_mean": PIXELS.mean,
+        "image_std": PIXELS.std,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "preprocessor_config.json").write_text(json.dumps(processor))
+    weights = directory / "model.safetensors"
+    save_file({"classifier.weight": np.zeros((len(CLASSES), DIMENSION), np.float32)}, weights)
+    weights_sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
+    return replace(spec_of(str(directory)), weights_sha256=weights_sha256)

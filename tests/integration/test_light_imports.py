@@ -11,6 +11,7 @@ from pathlib import Path
 
 import vitray
 from factories import hand_made
+from support.command_line import write_job
 
 PACKAGE = Path(vitray.__file__).parent
 
@@ -93,11 +94,11 @@ def test_help_imports_nothing_heavy_and_is_quick() -> None:
 
 
 def test_plan_status_validate_and_report_import_nothing_heavy(tmp_path: Path) -> None:
-    dataset = hand_made.make_dataset(tmp_path)
-    file = tmp_path / "job.yaml"
-    file.write_text(f"source: {tmp_path}/in/*.tar\nmodel: {tmp_path}/model\nout: {tmp_path}/out\n")
+    dataset = hand_made.make_dataset(tmp_path, spec=hand_made.checkpoint_spec(tmp_path))
+    file = write_job(tmp_path / "job.yaml", top_k=2, embeddings=[{"normalize": True}])
     assert "committed  3 shards" in run_light("plan", str(file))
     assert "chosen by the first run" in run_light("plan", str(file), "--out", str(tmp_path / "new"))
+    assert "The job would start." in run_light("check", str(file))
     assert ": complete" in run_light("status", dataset.out)
     assert ": valid; 3 files, 27 rows, 3 errors" in run_light("validate", dataset.out, "--content")
     # pictures need Numba; test_report.py holds that they need neither torch nor Ray
@@ -111,5 +112,5 @@ def test_no_command_but_run_and_demo_needs_torch_or_ray(tmp_path: Path) -> None:
     assert "3 data files would be deleted" in run_light(
         "redo", dataset.out, "--reason", "not_an_image"
     )
-    assert "removed 0 items" in run_light("clean", dataset.out)
+    assert "nothing to delete" in run_light("clean", dataset.out)
     assert not os.path.exists(tmp_path / "model")

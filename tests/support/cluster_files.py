@@ -35,6 +35,7 @@ TREES = (
     "kubernetes/indexed-job.yaml",
     "aws.yaml",
     "prometheus.yaml",
+    "alerts.yaml",
     "grafana.json",
 )
 FILES = (*TREES, "Dockerfile", "slurm.sbatch", "slurm-array.sbatch")
@@ -48,7 +49,7 @@ FREE_AT = {
     ("head", "resources", "CPU"),
 }
 
-# vitray's own metrics and their tags
+# vitray's own metrics and their tags, as Ray exports them
 COUNTERS = {
     "vitray_images": {"outcome"},
     "vitray_bytes": set(),
@@ -94,6 +95,7 @@ PROMETHEUS = {  # of Prometheus' configuration the part that is used here
                 "evaluation_interval": {"pattern": r"^\d+(ms|s|m)$"},
             },
         },
+        "rule_files": {"type": "array", "items": {"enum": ["alerts.yaml"]}},
         "scrape_configs": {
             "type": "array",
             "items": {
@@ -155,6 +157,56 @@ PROMETHEUS = {  # of Prometheus' configuration the part that is used here
     },
 }
 
+# Prometheus' alerting rules: https://prometheus.io/docs/prometheus/latest/configuration/alerting_rules/
+ALERTS = {
+    "type": "object",
+    "required": ["groups"],
+    "additionalProperties": False,
+    "properties": {
+        "groups": {
+            "type": "array",
+            "minItems": 1,
+            "items": {
+                "type": "object",
+                "required": ["name", "rules"],
+                "additionalProperties": False,
+                "properties": {
+                    "name": {"type": "string"},
+                    "rules": {
+                        "type": "array",
+                        "minItems": 1,
+                        "items": {
+                            "type": "object",
+                            "required": ["alert", "expr", "labels", "annotations"],
+                            "additionalProperties": False,
+                            "properties": {
+                                "alert": {"pattern": "^Vitray[A-Za-z]+$"},
+                                "expr": {"type": "string"},
+                                "for": {"pattern": r"^\d+(s|m|h)$"},
+                                "labels": {
+                                    "type": "object",
+                                    "required": ["severity"],
+                                    "additionalProperties": False,
+                                    "properties": {"severity": {"enum": ["warning", "critical"]}},
+                                },
+                                "annotations": {
+                                    "type": "object",
+                                    "required": ["summary", "description"],
+                                    "additionalProperties": False,
+                                    "properties": {
+                                        "summary": {"type": "string"},
+                                        "description": {"type": "string"},
+                                    },
+                                },
+                            },
+                        },
+                    },
+                },
+            },
+        }
+    },
+}
+
 # `man sbatch`, Slurm 22.05
 SBATCH = """
 account acctg-freq array batch bb bbf begin chdir cluster-constraint clusters comment constraint container contiguous
@@ -186,6 +238,8 @@ def faults_of(name: str, docs: list[Any]) -> list[str]:
         return faults_of_aws(docs[0])
     if name == "prometheus.yaml":
         return broken(docs[0], jsonschema.Draft202012Validator(PROMETHEUS))
+    if name == "alerts.yaml":
+        return broken(docs[0], jsonschema.Draft202012Validator(ALERTS)) + faults_of_alerts(docs[0])
     if name == "grafana.json":
         return faults_of_dashboard(docs[0])
     return [fault for doc in docs for fault in faults_of_object(doc)]
@@ -332,6 +386,19 @@ def faults_of_dashboard(doc: Any) -> list[str]:
     return faults + ([] if doc.get("panels") else ["no panels"])
 
 
+def faults_of_alerts(doc: Any) -> list[str]:
+    """Of the queries of alerts: metrics or labels that no run exports."""
+    rules = [rule for group in doc.get("groups", []) for rule in group.get("rules", [])]
+    faults = [fault for rule in rules for fault in faults_of_query(rule.get("expr", ""), "")]
+    shown = {
+        label
+        for rule in rules
+        for text in rule.get("annotations", {}).values()
+        for label in re.findall(r"\$labels\.(\w+)", text)
+    }
+    return faults + [f"no metric has the label {label}" for label in shown - {"dataset"}]
+
+
 def lost(given: Any, kept: Any, at: str) -> Iterator[str]:
     if isinstance(given, dict) and isinstance(kept, dict):
         for key, value in given.items():
@@ -464,11 +531,29 @@ def vitray_options(command: str) -> set[str]:
 def exported() -> dict[str, set[str]]:
     """Names under which Prometheus sees vitray's metrics, with their tags."""
     names = {f"ray_{name}_total": tags for name, tags in COUNTERS.items()}
-    return names | {
+    names |= {
         f"ray_{name}_{end}": tags
         for name, tags in HISTOGRAMS.items()
         for end in ("bucket", "count", "sum")
     }
+    return names | exported_without_ray()
+
+
+@functools.cache
+def exported_without_ray() -> dict[str, set[str]]:
+    """The names and labels that a run with --metrics-file writes, read from such a file."""
+    from prometheus_client import generate_latest
+    from prometheus_client.parser import text_string_to_metric_families
+
+    from vitray.pipeline.events import FragmentWritten
+    from vitray.pipeline.metrics import PrometheusMeter
+
+    meter = PrometheusMeter("photos", last_complete=1.0)
+    meter.fragment(FragmentWritten("s", 0, 2, {"empty": 1}, {"read": 0.1}, 10))
+    meter.ended(0)
+    text = generate_latest(meter.registry).decode()
+    samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
+    return {sample.name: set(sample.labels) for sample in samples}
 
 
 @functools.cache

@@ -22,12 +22,13 @@ from vitray.dataset import Dataset
 from vitray.errors import count
 
 Call = Callable[..., tuple[int, str, str]]
+PROGRESS = '{"schema": "vitray/progress/'
 ESCAPE = "\x1b]0;owned\x07\x1b[31m"
 
 
 @pytest.fixture
 def vitray(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Call]:
-    """vitray(*argv) -> (exit code, stdout, stderr), in this process."""
+    """vitray(*argv) -> (exit code, stdout, stderr without progress), in this process."""
     before = signal.getsignal(signal.SIGTERM)
 
     def call(*argv: object) -> tuple[int, str, str]:
@@ -36,10 +37,16 @@ def vitray(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
         with pytest.raises(SystemExit) as stopped:
             main()
         assert isinstance(stopped.value.code, int)
-        return (stopped.value.code, *capsys.readouterr())
+        out, err = capsys.readouterr()
+        return stopped.value.code, out, without_progress(err)
 
     yield call
     signal.signal(signal.SIGTERM, before)
+
+
+def without_progress(err: str) -> str:
+    """The text on stderr without the lines that say how far a run is."""
+    return "".join(line for line in err.splitlines(True) if not line.startswith(PROGRESS))
 
 
 def subprocess_vitray(*argv: object, **options: object) -> subprocess.CompletedProcess[str]:

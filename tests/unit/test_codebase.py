@@ -76,6 +76,11 @@ def test_the_public_names_are_these_and_each_is_documented() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+", vitray.__version__)
 
 
+def test_dir_lists_the_public_names() -> None:
+    assert dir(vitray) == sorted(vitray.__all__)
+    assert {"run", "plan", "read", "validate", "Job"} <= set(dir(vitray))
+
+
 def test_example_of_the_package_is_python_and_uses_existing_names() -> None:
     example = inspect.cleandoc(vitray.__doc__ or "").split("\n\n", 1)[1]
     tree = ast.parse(textwrap.dedent(example))

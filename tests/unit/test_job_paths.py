@@ -17,7 +17,7 @@ import typer
 from vitray.cli import app
 from vitray.cli.options import job_of
 from vitray.errors import JobError
-from vitray.job import Job, load_job, make_job
+from vitray.job import Job, load_job, make_job, parse_set
 from vitray.schema import Encoded
 from vitray.sources import list_shards, read_shard
 from vitray.training.config import load_config
@@ -55,19 +55,15 @@ def from_python(folder: Path, fields: dict[str, object]) -> Job:
 
 def from_set(folder: Path, fields: dict[str, object]) -> Job:
     (folder / "job.yaml").write_text(json.dumps(BASE))
-    return job_of(
-        str(folder / "job.yaml"),
-        None,
-        None,
-        [f"{name}={json.dumps(value)}" for name, value in fields.items()],
-    )
+    sets = parse_set([f"{name}={json.dumps(value)}" for name, value in fields.items()])
+    return job_of(str(folder / "job.yaml"), sets)
 
 
 def from_options(folder: Path, fields: dict[str, object]) -> Job:
-    rest = [f"{name}={json.dumps(value)}" for name, value in fields.items() if name not in BASE]
+    rest = {name: value for name, value in fields.items() if name != "source"}
     if not isinstance(fields["source"], str):
-        rest.append(f"source={json.dumps(fields['source'])}")
-    return job_of(str(fields["source"]), str(fields["model"]), str(fields["out"]), rest)
+        rest["source"] = fields["source"]
+    return job_of(str(fields["source"]), rest)
 
 
 @pytest.mark.parametrize("make", [from_yaml, from_python, from_set, from_options])
@@ -188,7 +184,6 @@ def test_the_column_of_a_training_is_no_path(tmp_path: Path) -> None:
     ("argv", "name"),
     [
         (["run", "~/x"], "target"),
-        (["run", "in", "--out=~/x"], "out"),
         (["backfill", "job.yaml", "--model", "m", "--out=~/x"], "out"),
         (["backfill", "job.yaml", "--model=~/x"], "model"),
         (["compact", "out", "--into=~/x"], "into"),

@@ -6,6 +6,7 @@ test_docs_run.py runs what the pages show.
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -14,15 +15,15 @@ import pytest
 import yaml
 
 from support.docpages import PAGES, README, ROOT, fences, place_of
+from vitray.budget import PRICES
 from vitray.job import Job
-from vitray.operations.costing import PRICES
 from vitray.training.config import TrainingConfig
 
 FIRST_WORDS = {
-    *("vitray", "export", "python", "pip", "make", "mkdir", ".", "hf"),
-    *("for", "until", "case", "done"),
+    *("#!/bin/sh", "vitray", "export", "python", "pip", "make", "mkdir", ".", "hf"),
+    *("for", "until", "case", "esac", "done", "set", "jq"),
 }
-LANGUAGES = {"sh", "crontab", "yaml", "python", "text", "sql"}
+LANGUAGES = {"sh", "crontab", "ini", "json", "yaml", "python", "text", "sql"}
 
 
 @pytest.mark.parametrize("page", [README, *PAGES], ids=place_of)
@@ -33,12 +34,16 @@ def test_every_code_block_has_a_known_language_and_valid_content(page: Path) -> 
             check_shell(fence.text)
         elif fence.language == "yaml":
             check_yaml(fence.text)
+        elif fence.language == "json":
+            json.loads(fence.text)
 
 
 def check_shell(text: str) -> None:
     subprocess.run(["bash", "-n"], input=text, text=True, check=True, timeout=10)
     lines = text.replace("\\\n", " ").splitlines()
-    assert {line.split()[0] for line in lines if line.strip()} <= FIRST_WORDS
+    words = {line.split()[0] for line in lines if line.strip()}
+    # without the labels of a `case`, and assignments
+    assert {word for word in words if not re.match(r"\S+\)|\w+=", word)} <= FIRST_WORDS
     for script in re.findall(r"^python (\S+)", text, re.MULTILINE):
         assert (ROOT / script).is_file(), script
 

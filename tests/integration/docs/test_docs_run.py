@@ -14,7 +14,7 @@ from support.page_runs import Ended, missing_lines, run_command, run_python
 TIMES = re.compile(r"\d[\d.]*(?= s\b| images/s| pictures| MB)")
 
 
-def test_the_readme_labels_a_folder_in_three_commands(demo_folder: Path) -> None:
+def test_the_readme_tries_and_labels_a_folder(demo_folder: Path) -> None:
     section = (
         README.read_text(encoding="utf-8").partition("## Label a folder")[2].partition("\n## ")[0]
     )
@@ -24,8 +24,9 @@ def test_the_readme_labels_a_folder_in_three_commands(demo_folder: Path) -> None
     for line in commands(section):
         quick = line.replace("demo/model", "demo/model --set engine=torch")  # no engine is timed
         ended.append(run_command(quick, demo_folder))
-    assert [done.code for done in ended] == [0, 0, 0], ended
-    assert [done.command.split()[1] for done in ended] == ["run", "validate", "report"]
+    assert [done.code for done in ended] == [0, 0, 0, 0], ended
+    assert [done.command.split()[1] for done in ended] == ["run", "run", "validate", "report"]
+    assert "tried 20 images" in ended[0].output
     (shown,) = blocks(section, "text")
     output = "".join(done.output for done in ended)
     assert missing_lines(shown.replace("/home/you", str(demo_folder)), output, TIMES) == []

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ import pytest
 import vitray
 from factories.small_models import job_for, open_job, run
 from support.model_exports import UNSEEN, export_job
+from support.schemas import checked
+from vitray.cli.json_output import json_text
 from vitray.errors import ModelError, StorageError
 from vitray.evaluation import agreement
 from vitray.job import Embedding
@@ -62,7 +65,8 @@ def test_the_directory_describes_the_export_and_its_original(
         "int8",
         ["scores", "mean_2", "cls_last"],
     )
-    assert said["judgement"] == exported.comparison.as_json()
+    assert said["judgement"] == asdict(exported.comparison.figures())
+    assert checked(json_text(exported.figures()))["judgement"] == said["judgement"]
     assert list(said["judgement"]) == [
         "images", "calibrated_on", "apart", "megabytes", "ratio", "torch_precision", "precision",
         "agreement", "top5", "cosine", "least_cosine", "error", "speed", "slowest", "fastest",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
 import uuid
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,8 @@ from support.s3 import KEYS, new_bucket
 from support.s3_proxy import FORWARD, LOSE, Proxy, proxied
 from support.stores import below, first, put, require_one_line_with_next_step
 from vitray.dataset import check_store
-from vitray.errors import ObjectRefused, StorageError, UnsafeStore
+from vitray.errors import AccessError, ObjectRefused, StorageError, UnsafeStore
+from vitray.exit_codes import ExitCode
 from vitray.storage import exists, expand, join, read, store_for
 
 
@@ -144,21 +148,91 @@ def test_wrong_keys_are_one_error_and_not_retried(s3: str, monkeypatch: pytest.M
     put(join(s3, "x"))
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("retried"))
-    for kind, work in (
-        (ObjectRefused, lambda: read(join(s3, "x"))),  # a HEAD, to which S3 says 403 and no more
-        (StorageError, lambda: store_for(s3).create(join(s3, "y"), b"")),
-        (StorageError, lambda: expand(s3)),
-        (StorageError, lambda: expand(join(s3, "*"))),
-        (StorageError, lambda: store_for(s3).delete([join(s3, "x")])),
+    for work in (
+        lambda: read(join(s3, "x")),  # a HEAD, to which S3 says 403 and no more
+        lambda: store_for(s3).create(join(s3, "y"), b""),
+        lambda: expand(s3),
+        lambda: expand(join(s3, "*")),
+        lambda: store_for(s3).delete([join(s3, "x")]),
     ):
         with pytest.raises(StorageError) as caught:
             work()
         require_one_line_with_next_step(
             caught.value, s3, "access refused", "Check AWS_PROFILE or AWS_ACCESS_KEY_ID"
         )
-        assert type(caught.value) is kind
+        assert type(caught.value) is AccessError
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", KEYS["AWS_SECRET_ACCESS_KEY"])
     assert read(join(s3, "x")) == b"x"
+
+
+@contextlib.contextmanager
+def refusing(status: int, code: str) -> Iterator[str]:
+    """The endpoint of an S3 that answers every request with this error."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def refuse(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            body = f"<Error><Code>{code}</Code><Message>no</Message></Error>".encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Quiet."""
+
+        do_GET = do_PUT = do_HEAD = do_DELETE = refuse
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "listing", "reading"),
+    [
+        (403, "InvalidAccessKeyId", AccessError, AccessError),
+        (403, "SignatureDoesNotMatch", AccessError, AccessError),
+        (403, "AccessDenied", AccessError, ObjectRefused),
+        (400, "AuthorizationHeaderMalformed", AccessError, None),
+        (403, "ExpiredToken", StorageError, StorageError),
+        (403, "RequestTimeTooSkewed", StorageError, StorageError),
+    ],
+)
+def test_a_refusal_that_no_later_run_mends_is_bad_usage(
+    status: int,
+    code: str,
+    listing: type[StorageError],
+    reading: type[StorageError] | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("retried"))
+    with refusing(status, code) as endpoint:
+        for name, value in {**KEYS, "AWS_ENDPOINT_URL": endpoint}.items():
+            monkeypatch.setenv(name, value)
+        works = {
+            lambda: expand("s3://b/in"): listing,
+            lambda: store_for("s3://b").create("s3://b/x", b"x"): listing,
+            lambda: read("s3://b/x"): reading,
+        }
+        for work, kind in works.items():
+            if kind is None:
+                continue
+            with pytest.raises(StorageError) as caught:
+                work()
+            assert type(caught.value) is kind
+            is_final = kind is not StorageError
+            assert caught.value.exit_code == (
+                ExitCode.BAD_USAGE if is_final else ExitCode.BROKEN_SYSTEM
+            )
+            require_one_line_with_next_step(caught.value, "s3://b/", "Check ")
 
 
 def test_no_keys_at_all_are_one_error(
@@ -174,6 +248,7 @@ def test_no_keys_at_all_are_one_error(
     with pytest.raises(StorageError) as caught:
         store_for("s3://b").create("s3://b/x", b"x")
     require_one_line_with_next_step(caught.value, "s3://b/x", "AWS_ACCESS_KEY_ID")
+    assert caught.value.exit_code is ExitCode.BAD_USAGE
 
 
 @pytest.mark.parametrize("kind", ["mock", pytest.param("real", marks=pytest.mark.s3)])
@@ -199,7 +274,7 @@ def test_a_missing_bucket_is_one_error(
         require_one_line_with_next_step(
             caught.value, url, "bucket does not exist", "Check its name"
         )
-        assert type(caught.value) is StorageError
+        assert type(caught.value) is AccessError
 
 
 def test_a_bucket_that_may_not_be_asked_for_is_no_missing_one(
@@ -238,6 +313,7 @@ def test_an_unknown_profile_is_one_error(
         require_one_line_with_next_step(
             caught.value, url, "(nobody)", "Check ~/.aws/config, or unset AWS_PROFILE."
         )
+        assert type(caught.value) is AccessError
     (tmp_path / "config").write_text("no section\n[x")
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     with pytest.raises(StorageError) as caught:

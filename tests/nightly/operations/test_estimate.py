@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from factories.shards import pictures, put_tars
+from support.schemas import checked
 from vitray.storage import store_for
 
 VITRAY = [sys.executable, "-m", "vitray"]
@@ -29,7 +30,7 @@ def test_the_plan_for_drawn_shapes_comes_true_within_a_quarter(
             check=True,
         )
         (tmp_path / "plan.json").write_bytes(planned.stdout)
-        assert json.loads(planned.stdout)["images"] == pytest.approx(600, rel=0.05)
+        assert checked(planned.stdout)["images"] == pytest.approx(600, rel=0.05)
         subprocess.run(
             [*VITRAY, "run", *job, "--planned", f"{tmp_path}/plan.json"],
             capture_output=True,
@@ -59,7 +60,7 @@ def test_a_plan_with_everything_on_s3_measures_there_and_leaves_nothing(
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
+    said = checked(done.stdout)
     assert (
         said["images"] == pytest.approx(96, rel=0.1)
         and said["seconds"] > 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import secrets
 import signal
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import vitray
 from support.clusters import Cluster
+from support.schemas import checked
 from support.submissions import IMAGES, METRICS, VITRAY, url, vitray_on
 
 
@@ -137,7 +137,7 @@ def test_a_submitted_job_is_followed_and_ends_as_a_run_does(
         text for text in everywhere if head.environment["CANARY"].encode() in text
     ]
 
-    found = json.loads(vitray_on(head, "status", "first", "--json").stdout)
+    found = checked(vitray_on(head, "status", "first", "--json").stdout)
     assert (found["status"], found["exit_code"], found["out"]) == (
         "SUCCEEDED",
         0,

@@ -11,6 +11,7 @@ from pathlib import Path
 import vitray
 from factories.shards import pictures, put_files
 from factories.small_models import make_checkpoint
+from support.schemas import checked
 from vitray.dataset import committed_files, load_group_log
 
 
@@ -49,7 +50,7 @@ def test_the_next_dataset_has_the_shards_of_the_old_one(shapes_model: str, tmp_p
     )
     assert load_group_log(new) == load_group_log(old)
     assert cli(*argv).stdout.startswith("0 shards committed now")
-    told = json.loads(cli("compare", old, new, "--json").stdout)
+    told = checked(cli("compare", old, new, "--json").stdout)
     assert (told["rows"], told["only_old_shards"], told["only_new_shards"]) == (70, 0, 0)
     labels = [
         vitray.read(out, columns=["uri", "label"]).sort_by("uri")["label"].to_pylist()

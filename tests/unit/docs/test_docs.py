@@ -29,6 +29,7 @@ from support.docpages import (
     place_of,
     prose,
 )
+from vitray.cli import split_options
 from vitray.dataset.identity import DECIDING_FIELDS
 from vitray.errors import JobError
 from vitray.job import Job, make_job, parse_set
@@ -45,6 +46,8 @@ def parse(line: str) -> None:
     ends = (";", "|", "&&", ">")
     words = list(takewhile(lambda word: word not in ends, shlex.split(line, comments=True)))[1:]
     group = make_reference.group()
+    everywhere, words = split_options(words)  # those of all commands
+    group.make_context("vitray", [*everywhere, "run"])
     options = list(takewhile(lambda word: word not in group.commands, words))
     group.make_context("vitray", [*options, "run"])
     if len(options) == len(words):
@@ -94,7 +97,7 @@ def test_the_reference_has_the_description_of_every_job_field() -> None:
 
 def test_the_reference_and_the_cluster_page_name_every_exit_code_and_metric() -> None:
     codes = [row[0].strip("`") for row in make_reference.exit_codes()]
-    assert codes == ["0", "1", "2", "3", "4", "5", "129/130/143"]
+    assert codes == ["0", "1", "2", "3", "4", "5", "6", "7", "129/130/143"]
     cluster = (ROOT / "cluster" / "README.md").read_text(encoding="utf-8")
     assert all(row[0] in cluster for row in make_reference.metrics())
 
@@ -162,7 +165,7 @@ def test_every_command_within_the_text_exists_and_has_these_options(page: Path) 
         parameters = known[name].params
         options = {option for p in parameters for option in [*p.opts, *p.secondary_opts]}
         used = set(re.findall(r"(?<=\s)--[a-z0-9-]+", span))
-        assert used <= options | {"--debug", "--log-format"}, span
+        assert used <= options | {"--debug", "--help", "--log-format"}, span
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,19 @@ def test_a_sample_is_consecutive_members_with_one_key(tmp_path: Path) -> None:
     assert file_passthrough_schema(only_shard(job), job) == want
 
 
+def test_keep_folder_is_the_folder_of_the_member_else_that_of_the_tar(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    members: Members = [
+        ("cat/1.jpg", b"1"),
+        ("a/dog/2.jpg", b"2"),
+        ("3.jpg", b"3"),
+        ("x/4.jpg", b"4"),
+        ("x/4.folder", b"own"),  # a member of that extension comes first
+    ]
+    rows, _ = read_tar(write_tar(tmp_path / "train" / "a.tar", members), keep=["folder"])
+    assert [kept(row) for row in rows] == [("cat",), ("dog",), ("train",), ("own",)]
+
+
 def test_one_name_twice_is_two_rows(tmp_path: Path) -> None:
     rows, _ = read_tar(write_tar(tmp_path / "a.tar", [("x.jpg", b"old"), ("x.JPG", b"new")]))
     assert pairs(rows) == [(0, "x", b"old"), (1, "x", b"new")]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from support.stores import MIB, below, put, require_one_line_with_next_step
 from vitray.dataset import check_store
-from vitray.errors import ObjectRefused, StorageError, UnsafeStore
+from vitray.errors import AccessError, ObjectRefused, StorageError, UnsafeStore
 from vitray.storage import exists, expand, join, read, reads, sha256_of, store_for
 
 
@@ -86,7 +86,7 @@ def test_a_folder_under_a_file_is_no_missing_object(tmp_path: Path) -> None:
         for work in (store_for(url).create, store_for(url).replace):
             with pytest.raises(StorageError) as caught:
                 work(url, b"x")
-            assert type(caught.value) is StorageError
+            assert type(caught.value) is AccessError
             require_one_line_with_next_step(caught.value, url)
         assert not exists(url)
 
