@@ -288,11 +288,15 @@ def _result_rows() -> list[list[str]]:
 def _schema_row(schema: Schema) -> list[str]:
     """The name with a link to its file, the commands, and the beginning of its description."""
     file = make_schemas.file_of(schema)
-    command = {"progress": "`run`", "training-progress": "`finetune`"}.get(schema.name, "all")
+    others = {
+        "progress": "`run`, on stderr",
+        "training-progress": "`finetune`, on stderr",
+        "notification": "`run --notify`",
+    }
     commands = ", ".join(f"`{name} --json`" for name in schema.commands)
     return [
         f"[{schema}](schemas/{file.name})",
-        commands or f"{command}, on stderr",
+        commands or others.get(schema.name, "all, on stderr"),
         make_schemas.json_schema(schema)["description"],
     ]
 

@@ -47,7 +47,8 @@ class Cost:
 class Usage:
     """What a run has used so far.
 
-    machines: of this moment. machine_seconds: the sum over all machines.
+    machines: of this moment. machine_seconds: the sum over all machines. shards, fragments: those
+    that this run wrote; others that it found cost next to nothing.
     """
 
     machines: int = 1

@@ -28,9 +28,8 @@ POINTS = (
     "manifest-marked",
     "driver-recorded",
 )
-# of `vitray remove`, and of a run that meets a removal
+# of `vitray remove`
 REMOVAL_POINTS = (
-    "commit-unchecked",
     "removal-blocked",
     "removal-written",
     "removal-replaced",

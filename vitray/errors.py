@@ -10,7 +10,7 @@
     |  |- ObjectMissing         the object does not exist
     |  |- ObjectChanged         the object is not the version that was planned
     |  |- ObjectRefused         exit code 2: this object can never be read; it is a ShardError too
-    |  |- UnsafeStore           exit code 2: the store ignores a conditional create
+    |  |- UnsafeStore           exit code 2: the store ignores a conditional create or replace
     |  `- TakenOver             another command trains into the same OUT
     |- CommitError          a data file exists that this run could not have written
     |- ShardError           one shard cannot be read: it is set aside, and the run continues
@@ -75,7 +75,7 @@ class AccessError(StorageError):
 
 
 class UnsafeStore(StorageError):
-    """The store ignores a conditional create."""
+    """The store ignores a conditional create or replace."""
 
     exit_code = ExitCode.BAD_USAGE
 

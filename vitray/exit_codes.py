@@ -17,5 +17,5 @@ class ExitCode(IntEnum):
     STALE = 6  # the last complete run is older than --max-age
     BUDGET_SPENT = 7  # the run ended at --max-hours or --max-cost: running again continues
     TERMINAL_CLOSED = 129
-    INTERRUPTED = 130
+    INTERRUPTED = 130  # by Ctrl-C, or by a no to a question
     TERMINATED = 143

@@ -42,7 +42,7 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-def _cut_at_commas(value: object) -> object:
+def cut_at_commas(value: object) -> object:
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
@@ -112,10 +112,10 @@ def expand_home(url: str) -> str:
 Text = Annotated[str, Field(min_length=1)]  # as a path, "" would be the current directory
 Location = Annotated[Text, AfterValidator(expand_home)]  # a path or URL that a user writes
 Urls = Annotated[list[Location], BeforeValidator(_as_list)]
-Prefixes = Annotated[list[Location], BeforeValidator(_cut_at_commas)]
+Prefixes = Annotated[list[Location], BeforeValidator(cut_at_commas)]
 Labels = Annotated[bool | Text | list[Text], BeforeValidator(_labels)]
 Prompts = Annotated[list[Text], BeforeValidator(_as_list), Field(min_length=1)]
-Strings = Annotated[list[Text], BeforeValidator(_cut_at_commas)]
+Strings = Annotated[list[Text], BeforeValidator(cut_at_commas)]
 Color = Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$")]
 Count = Annotated[int | Literal["auto"], _whole_or("auto", 8192)]
 Layer = Annotated[int | Literal["last"], _whole_or("last", 999)]

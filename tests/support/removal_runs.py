@@ -158,14 +158,15 @@ def removal_scenario(
     return Scenario(begin, check_removed(*indexes))
 
 
-def a_commit(name: str) -> Callable[[], Any]:
-    """A worker that commits the shard, and no manifest step after it."""
+def a_commit(name: str, bad: dict[int, str] | None = None) -> Callable[[], Any]:
+    """A worker that commits the shard, and no manifest step after it. bad: as of `a_run`."""
 
     def work() -> Any:
         writer.name = name
-        shard = planned()
-        rows = rows_of(current.dataset, shard.id, range(TOTAL))
-        return commit_whole(current.dataset, shard, rows, errors_of(shard.id, {}), End(TOTAL))
+        shard, errors = planned(), bad or {}
+        good = [index for index in range(TOTAL) if index not in errors]
+        rows = rows_of(current.dataset, shard.id, good)
+        return commit_whole(current.dataset, shard, rows, errors_of(shard.id, errors), End(TOTAL))
 
     return work
 
@@ -177,6 +178,9 @@ REMOVALS: dict[str, Callable[[], Scenario]] = {
     ),
     "a removal beside a worker": lambda: removal_scenario(
         lambda: [a_commit("a"), a_removal("r", 1)], 1
+    ),
+    "a removal beside a worker with bad images": lambda: removal_scenario(
+        lambda: [a_commit("a", {1: "empty", 2: "empty"}), a_removal("r", 1)], 1
     ),
     "two removals of a committed shard": lambda: removal_scenario(
         lambda: [a_removal("r", 0), a_removal("s", 1)], 0, 1, committed=True

@@ -28,7 +28,7 @@ def accept(
     by: By = None,
     list_all: Annotated[bool, typer.Option("--list", help="list the accepted shards")] = False,
     undo: Annotated[
-        bool, typer.Option("--undo", help="withdraw: later runs report --shard again")
+        bool, typer.Option("--undo", help="withdraw the acceptance of --shard")
     ] = False,
     as_json: Json = False,
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from enum import Enum
 
 import typer
 
@@ -11,10 +12,17 @@ from vitray.errors import JobError
 from vitray.exit_codes import ExitCode
 
 
-def require_consent(what: str, yes: bool, listed: str = "") -> None:
+class Change(Enum):
+    """What a person agrees to: the verb, and its participle."""
+
+    DELETE = ("delete", "deleted")
+    BLOCK = ("block", "blocked")
+
+
+def require_consent(what: str, yes: bool, listed: str = "", change: Change = Change.DELETE) -> None:
     """Go on only with --yes, or if a person at the terminal agrees.
 
-    what: what would be deleted, such as "3 data files". listed: lines about it, shown first.
+    what: what would change, such as "3 data files". listed: lines about it, shown first.
     Raises JobError where there is neither --yes nor a terminal, or stderr is JSON; exits after a
     no.
     """
@@ -22,8 +30,23 @@ def require_consent(what: str, yes: bool, listed: str = "") -> None:
         return
     if listed:
         say(listed, err=True)
-    if screen.is_json or not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise JobError(f"{what} would be deleted. Add --yes to delete without a question.")
-    if not typer.confirm(printable(f"Delete {what}?"), err=True):
-        say("nothing was deleted", err=True)
+    verb, participle = change.value
+    if not _can_ask():
+        raise JobError(f"{what} would be {participle}. Add --yes to {verb} without a question.")
+    try:
+        agrees = typer.confirm(printable(f"{verb.capitalize()} {what}?"), err=True)
+    except typer.Abort:  # Ctrl-D
+        agrees = False
+    if not agrees:
+        say(f"nothing was {participle}", err=True)
         raise typer.Exit(ExitCode.INTERRUPTED)
+
+
+def require_terminal(why: str) -> None:
+    """Raise JobError where nobody can be asked. why: what asks, as the start of the message."""
+    if not _can_ask():
+        raise JobError(f"{why}, and here is nobody to ask. Add --yes.")
+
+
+def _can_ask() -> bool:
+    return not screen.is_json and sys.stdin.isatty() and sys.stderr.isatty()

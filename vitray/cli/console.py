@@ -37,6 +37,11 @@ class Screen:
 screen = Screen()
 
 
+def draws_view() -> bool:
+    """Whether progress is a live view: stderr is a terminal, and its lines are not JSON."""
+    return sys.stderr.isatty() and not screen.is_json
+
+
 def show(result: Any, as_json: bool, text: str) -> None:
     """Print a result as one JSON object, or its text. result: of a type in json_output.SCHEMAS."""
     say(json_text(result) if as_json else text)

@@ -17,7 +17,7 @@ from typing import NoReturn
 from vitray.cli.console import error_json, screen
 
 STOP_S = 15.0  # for writes that have begun, and for removing temporary files
-TELL_S = 3.0  # for telling other systems that the command ends
+REPORT_S = 3.0  # for reporting the end of the command to other systems
 RUN_RESUMES = "what is staged stays. Run the same command again to continue."
 
 
@@ -64,7 +64,7 @@ class _Command:
     """The running command, as the handlers see it.
 
     advice: the next step for the user. folders: temporary ones, removed before an exit at once.
-    listeners: are told the exit code before an exit at once.
+    listeners: are called with the exit code before an exit at once.
     """
 
     policy: InterruptPolicy = InterruptPolicy(Phase.TEMPORARY_FILES)
@@ -99,13 +99,17 @@ def remove_when_interrupted(folder: str) -> None:
 
 
 @contextlib.contextmanager
-def told_when_interrupted(listener: Callable[[int], object]) -> Iterator[None]:
-    """Call this with the exit code where a signal ends the process at once. It has TELL_S."""
+def on_interrupt(listener: Callable[[int], object]) -> Iterator[None]:
+    """Within the block, call this with the exit code where a signal ends the process at once.
+
+    It has REPORT_S.
+    """
     _command.listeners.append(listener)
     try:
         yield
     finally:
-        _command.listeners.clear()
+        with contextlib.suppress(ValueError):  # a signal has taken it
+            _command.listeners.remove(listener)
 
 
 def finish_writes_when_terminated(advice: str) -> threading.Event:
@@ -148,7 +152,7 @@ def _end(number: int, action: Action) -> NoReturn:
             line = error_json("Interrupted", line.strip(), code)
         os.write(sys.stderr.fileno(), f"{line}\n".encode())
     if action is Action.EXIT:
-        _tell(code)
+        _call_listeners(code)
         for folder in _command.folders:
             shutil.rmtree(folder, ignore_errors=True)
         os._exit(code)
@@ -156,8 +160,8 @@ def _end(number: int, action: Action) -> NoReturn:
     raise SystemExit(code)  # it runs the code that removes temporary files
 
 
-def _tell(code: int) -> None:
-    """Call the listeners, each once, also where a second signal arrives meanwhile.
+def _call_listeners(code: int) -> None:
+    """Call each listener once, also where a second signal arrives meanwhile.
 
     In a thread: the main one may hold a lock that a listener needs.
     """
@@ -166,4 +170,4 @@ def _tell(code: int) -> None:
     for listener in listeners:
         thread = threading.Thread(target=listener, args=(code,), daemon=True)
         thread.start()
-        thread.join(TELL_S)
+        thread.join(REPORT_S)

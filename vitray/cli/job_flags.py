@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from vitray.cli.help_page import metavar
 from vitray.cli.options import Sets
-from vitray.job import Embedding, Job, UserConfig, parse_set, read_value
+from vitray.job import Embedding, Job, UserConfig, cut_at_commas, parse_set, read_value
 
 # The panels of --help, each with its fields in the order in which they are listed.
 JOB_PANELS: Mapping[str, Sequence[str]] = {
@@ -127,10 +127,17 @@ def _is_text(annotation: Any) -> bool:
 def _value(name: str, field: FieldInfo, text: str | list[str]) -> object:
     """The value of a field, from the text of its flag. Raises JobError."""
     if isinstance(text, list):
-        return text[0] if len(text) == 1 else text
+        parts = [part for each in text for part in _parts(each, field)]
+        return text[0] if len(text) == 1 else parts
     if _is_text(field.annotation):
         return text
     return read_value(f"--{name.replace('_', '-')} {text}", text)
+
+
+def _parts(text: str, field: FieldInfo) -> list[str]:
+    """The parts of a text between commas, for a field that is cut at commas."""
+    cuts = any(getattr(each, "func", None) is cut_at_commas for each in field.metadata)
+    return [part.strip() for part in text.split(",")] if cuts else [text]
 
 
 job_flags = config_flags(Job, JOB_PANELS)

@@ -18,7 +18,8 @@ class Schema:
     """The schema of one kind of output.
 
     type: `module:class` of the dataclass that is printed; named, as some import heavy libraries.
-    commands: the commands that print it with --json; none for lines on stderr.
+    commands: the commands that print it with --json; none for lines on stderr, and for what
+    `run --notify` posts.
     """
 
     name: str
@@ -75,6 +76,7 @@ SCHEMAS = (
     Schema("training-progress", 1, "vitray.cli.training_view:TrainingLine"),
     Schema("log", 1, "vitray.cli.json_output:LogLine"),
     Schema("error", 1, "vitray.cli.json_output:ErrorLine"),
+    Schema("notification", 1, "vitray.operations.notifying:Notification"),
 )
 _BY_TYPE = {schema.type: schema for schema in SCHEMAS}
 

@@ -12,18 +12,22 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vitray.budget import PRICES
-from vitray.cli.interrupts import TELL_S, told_when_interrupted
+from vitray.cli.interrupts import REPORT_S, on_interrupt
+from vitray.cli.json_output import json_text
 from vitray.cli.options import expand_path
 from vitray.errors import JobError, VitrayError
 from vitray.exit_codes import ExitCode
 
 if TYPE_CHECKING:
     from vitray.budget import Budget
+    from vitray.operations.notifying import Notification
     from vitray.operations.run_metrics import MetricsFile
+    from vitray.operations.run_reports import Send
     from vitray.pipeline.metrics import Meter, PrometheusMeter
 
 PANEL = "Every night"
 DEFAULT_HOST = "127.0.0.1"
+NOTIFY = "VITRAY_NOTIFY"  # environment variable that replaces the option
 SIGNALLED = 128  # exit codes above it are of signals
 
 log = logging.getLogger(__name__)
@@ -72,7 +76,8 @@ Notify = Annotated[
     typer.Option(
         "--notify",
         metavar="URL",
-        help="post a JSON summary there when the run ends, also when it fails",
+        envvar=NOTIFY,  # other users of the machine can read the command line
+        help=f"post a JSON summary there when the run ends, also when it fails; or set {NOTIFY}",
         rich_help_panel=PANEL,
     ),
 ]
@@ -129,7 +134,7 @@ class Nightly:
 
 
 @dataclass(slots=True)
-class Report:
+class RunReporting:
     """What a run gives to other systems. exit_code: of a run that returns; set it then."""
 
     meter: Meter | None = None
@@ -140,38 +145,49 @@ NOT_NIGHTLY = Nightly()
 
 
 @contextlib.contextmanager
-def reported(options: Nightly, out: str) -> Iterator[Report]:
+def report_end(options: Nightly, out: str) -> Iterator[RunReporting]:
     """Report a run to other systems, from its start to its end, however it ends.
 
-    The exit code is that of the exception that leaves the block, else the report's own. Raises
+    The exit code is that of the exception that leaves the block, else the one set in it. Raises
     JobError, before the block, where an option does not fit.
     """
     _require_metrics(options)
     if options.notify is None and options.metrics_file is None and options.metrics_port is None:
-        yield Report()  # which does without the imports below
+        yield RunReporting()  # which does without the imports below
         return
-    from vitray.operations.notifying import parse_target
     from vitray.operations.run_reports import EndReport
     from vitray.pipeline.metrics import Meters
 
-    target = None if options.notify is None else parse_target(options.notify)
+    send = None if options.notify is None else _sender(options.notify)
     with contextlib.ExitStack() as stack:
         meter, file = _metrics(options, stack)
-        end = EndReport(out, target, meter, file)
-        listener = functools.partial(end.report, tries=1, timeout_s=TELL_S)
-        stack.enter_context(told_when_interrupted(listener))
+        end = EndReport(out, send, meter, file)
+        listener = functools.partial(end.report, tries=1, timeout_s=REPORT_S)
+        stack.enter_context(on_interrupt(listener))
         try:
-            report = Report(Meters([one for one in (meter, file, end) if one is not None]))
-            yield report
+            reporting = RunReporting(Meters([m for m in (meter, file, end) if m is not None]))
+            yield reporting
         except BaseException as error:
             code = _code_of(error)
             name = "" if isinstance(error, (typer.Exit, SystemExit)) else type(error).__name__
             if code > SIGNALLED:  # the process has little time left
-                end.report(code, name, tries=1, timeout_s=TELL_S)
+                end.report(code, name, tries=1, timeout_s=REPORT_S)
             else:
                 end.report(code, name)
             raise
-        end.report(report.exit_code)
+        end.report(reporting.exit_code)
+
+
+def _sender(url: str) -> Send:
+    """What sends a notification to a URL. Raises JobError where it is not http or https."""
+    from vitray.operations.notifying import parse_target, post
+
+    target = parse_target(url)
+
+    def send(notification: Notification, tries: int, timeout_s: float) -> None:
+        post(target, json_text(notification), tries, timeout_s)
+
+    return send
 
 
 def _require_metrics(options: Nightly) -> None:
@@ -191,9 +207,16 @@ def _metrics(
     path, port = options.metrics_file, options.metrics_port
     if path is None and port is None:
         return None, None
-    from vitray.operations.run_metrics import MetricsFile, last_complete_in, served
+    from vitray.operations.run_metrics import (
+        MetricsFile,
+        last_complete_in,
+        require_metrics_path,
+        served,
+    )
     from vitray.pipeline.metrics import PrometheusMeter
 
+    if path is not None:
+        require_metrics_path(path)
     meter = PrometheusMeter(
         options.metrics_name or "", None if path is None else last_complete_in(path)
     )

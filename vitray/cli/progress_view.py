@@ -21,11 +21,13 @@ from rich.text import Text
 
 from vitray.cli.json_output import json_text
 from vitray.clock import utc_now
+from vitray.phases import Phase
 
 if TYPE_CHECKING:
     from vitray.pipeline import Progress
 
 GPU_EVERY_S = 5.0
+BAR_WIDTH = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,7 @@ class ProgressLine:
     """
 
     at: str
-    phase: str
+    phase: Phase
     percent: float | None = None
     images_seen: int = 0
     images: int = 0
@@ -68,7 +70,7 @@ class ProgressLine:
 
 def starting_line() -> str:
     """The first line of a run, before it has begun to read."""
-    return json_text(ProgressLine(utc_now(), "starting"))
+    return json_text(ProgressLine(utc_now(), Phase.STARTING))
 
 
 def json_line(progress: Progress) -> str:
@@ -109,12 +111,12 @@ class RunView:
 
     def __init__(self) -> None:
         self._spinner = Spinner("dots")
-        self._phase = "starting"
+        self._phase = Phase.STARTING
         self._began = time.monotonic()
         self._figures: Table | None = None
 
     def update(self, progress: Progress) -> None:
-        if progress.phase != self._phase:
+        if progress.phase is not self._phase:
             self._phase = progress.phase
             self._began = time.monotonic()
         if progress.shards:
@@ -131,7 +133,10 @@ def view(progress: Progress) -> Table:
     share = progress.share()
     table = Table.grid(padding=(0, 2))
     percent = "" if share is None else f"{100 * share:.0f}%"
-    table.add_row(percent, ProgressBar(total=1.0, completed=share or 0.0))
+    bar = ProgressBar(
+        1.0, share or 0.0, width=BAR_WIDTH, complete_style="cyan", finished_style="cyan"
+    )
+    table.add_row(percent, bar)
     for name, text in _view_rows(progress):
         table.add_row(name, Text(text))
     return table

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from vitray.cli.consent import require_consent
+from vitray.cli.consent import Change, require_consent
 from vitray.cli.console import show
 from vitray.cli.options import Json, OutArgument, expand_path
-from vitray.errors import JobError, ObjectMissing
+from vitray.errors import JobError, ObjectMissing, count
 
 
 def remove(
@@ -42,6 +42,10 @@ def remove(
     names = parse_keys(data, keys)
     if not yes:
         preview = preview_removal(out, names, by)
-        require_consent(preview.what, yes, preview.describe_shards())
+        if preview.would_delete:
+            require_consent(preview.would_delete, yes, preview.describe_preview())
+        elif preview.new_keys:
+            what = f"{count(preview.new_keys, 'key')} that no row has"
+            require_consent(what, yes, preview.describe_preview(), Change.BLOCK)
     removal = remove_rows(out, names, by=by, note=note or "")
     show(removal, as_json, str(removal))

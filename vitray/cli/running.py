@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import sys
 import tempfile
@@ -12,19 +13,19 @@ from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
-from vitray.cli.console import screen, show
+from vitray.cli.console import draws_view, screen, show
 from vitray.cli.interrupts import (
     RUN_RESUMES,
     end_at_once_when_interrupted,
     finish_writes_when_terminated,
     remove_when_interrupted,
 )
-from vitray.cli.nightly import NOT_NIGHTLY, Nightly, reported
+from vitray.cli.nightly import NOT_NIGHTLY, Nightly, report_end
 from vitray.cli.options import Fields, job_of
 
 if TYPE_CHECKING:
     from vitray.job import Job
-    from vitray.pipeline import Progress
+    from vitray.pipeline import Gone, Progress
 
 VIEW_EVERY_S = 0.5
 VIEWS_PER_S = 8
@@ -37,7 +38,7 @@ def run_and_exit(
     allow_open_cluster: bool,
     as_json: bool,
     *,
-    prune: bool = False,
+    prune: bool | Gone = False,
     planned: str | None = None,
     partition: str | None = None,
     nightly: Nightly = NOT_NIGHTLY,
@@ -48,7 +49,7 @@ def run_and_exit(
     """
     stop = finish_writes_when_terminated(RUN_RESUMES)
     budget = nightly.budget()
-    with watched() as report, reported(nightly, job.out) as to_others:
+    with watched() as report, report_end(nightly, job.out) as reporting:
         from vitray.cli.summary import summary
         from vitray.operations.costing import read_plan
         from vitray.pipeline import parse_partition
@@ -66,25 +67,20 @@ def run_and_exit(
             planned=expected,
             partition=part,
             budget=budget,
-            meter=to_others.meter,
+            meter=reporting.meter,
         )
-        to_others.exit_code = result.exit_code
+        reporting.exit_code = result.exit_code
     show(result, as_json, summary(result, job))
     raise typer.Exit(result.exit_code)
 
 
-def try_and_exit(
-    target: str,
-    fields: Fields,
-    images: int,
-    address: str | None,
-    allow_open_cluster: bool,
-    as_json: bool,
-) -> NoReturn:
+def try_and_exit(target: str, fields: Fields, images: int, as_json: bool) -> NoReturn:
     """Label the first images of the job's source into a scratch folder, and print their labels.
 
-    The job's own `out` may be left out; it is not used.
+    The job's own `out` may be left out; it is not used. A trial runs on this machine alone, since
+    others do not see the folder.
     """
+    os.environ.pop("RAY_ADDRESS", None)
     end_at_once_when_interrupted("nothing was kept.")
     folder = tempfile.mkdtemp(prefix="vitray-try-")
     remove_when_interrupted(folder)
@@ -94,16 +90,7 @@ def try_and_exit(
             from vitray.operations.trying import try_job
             from vitray.pipeline import run as run_job
 
-            trial = try_job(
-                job,
-                images,
-                lambda sample: run_job(
-                    sample,
-                    address=address,
-                    progress=report,
-                    allow_open_cluster=allow_open_cluster,
-                ),
-            )
+            trial = try_job(job, images, lambda sample: run_job(sample, progress=report))
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -124,7 +111,7 @@ def watched() -> Iterator[Callable[[Progress], None]]:
 
     from vitray.cli.progress_view import RunView, json_line, starting_line
 
-    if screen.is_json or not sys.stderr.isatty():
+    if not draws_view():
         print(starting_line(), file=sys.stderr, flush=True)
         yield _at_most_every(
             LOG_EVERY_S, lambda progress: print(json_line(progress), file=sys.stderr, flush=True)

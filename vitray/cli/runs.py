@@ -20,5 +20,5 @@ def runs(
     """List the runs of a dataset: start, duration, images, exit code; the newest last."""
     from vitray.operations.runs import list_runs
 
-    found = list_runs(out, last)
-    show(found, as_json, str(found))
+    listed = list_runs(out, last)
+    show(listed, as_json, str(listed))

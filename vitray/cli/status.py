@@ -84,6 +84,6 @@ def _age_line(age_s: float | None, max_age: str, is_stale: bool) -> str:
     from vitray.operations.costing import span
 
     if age_s is None:
-        return f"too old    no run was complete yet; --max-age allows {max_age}"
+        return f"too old    no complete run yet; --max-age allows {max_age}"
     age = f"the last complete run ended {span(age_s)} ago; --max-age allows {max_age}"
     return f"{'too old' if is_stale else 'age':<10} {age}"

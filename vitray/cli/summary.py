@@ -28,9 +28,10 @@ def _totals(result: Result) -> list[str]:
     if result.images:
         speed = f", {result.images / result.seconds:.1f} images/s with start-up"
     by_others = f", {result.adopted} of them by another run" if result.adopted else ""
-    is_idle = not result.committed and not result.images and not result.set_aside
-    if is_idle and result.ended_by is None:
-        first = "nothing to do: all of the source is committed"
+    work = result.committed or result.images or result.set_aside or result.pruned
+    if not work and result.ended_by is None:
+        or_accepted = " or accepted" if result.accepted else ""
+        first = f"nothing to do: every selected shard is committed{or_accepted}"
         return [first, *_dataset_lines(result)]
     took = f"{count(result.images, 'image')} computed in {result.seconds:.1f} s{speed}"
     return [
@@ -101,8 +102,8 @@ def _next_steps(result: Result, job: Job) -> list[str]:
             f"ended by {option}: {count(left, 'shard')} left; "
             "run the same command again to continue"
         )
-    elif arrived := left:
-        lines.append(f"arrived since: {count(arrived, 'shard')}; run again")
+    elif left:
+        lines.append(f"{count(left, 'new shard')} arrived during the run; run again to label them")
     if result.set_aside:
         lines.append(
             "next: repair or remove those shards, then run again "

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.live import Live
@@ -18,13 +17,11 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from vitray.cli.console import say, screen
+from vitray.cli.console import draws_view, say, screen
 from vitray.cli.json_output import json_text
 from vitray.clock import utc_now
 from vitray.errors import count
-
-if TYPE_CHECKING:
-    from vitray.training.activity import Activity
+from vitray.training.activity import Activity, Phase
 
 VIEWS_PER_S = 8
 LINE_EVERY_S = 10.0
@@ -43,7 +40,7 @@ class TrainingLine:
     """
 
     at: str
-    phase: str
+    phase: Phase
     percent: float | None
     images: int
     detail: str
@@ -67,8 +64,8 @@ class TrainingClock:
         self.began = self.now()
 
     @property
-    def phase(self) -> str:
-        return "starting" if self.activity is None else str(self.activity.phase)
+    def phase(self) -> Phase:
+        return Phase.STARTING if self.activity is None else self.activity.phase
 
     def update(self, activity: Activity) -> None:
         if self.activity is None or activity.phase is not self.activity.phase:
@@ -147,11 +144,12 @@ class TrainingView:
 def watched_training() -> Iterator[Callable[[Activity], None]]:
     """A function that shows what a training does.
 
-    On a terminal it updates one line, which is removed after a training that ended well. Elsewhere
-    it prints a JSON line for each phase and every LINE_EVERY_S, also while nothing is reported.
+    On a terminal it updates one line, which is removed after a training that ended well. Elsewhere,
+    and where stderr is JSON, it prints a JSON line for each phase and every LINE_EVERY_S, also
+    while nothing is reported.
     """
     clock = TrainingClock()
-    if not sys.stderr.isatty():
+    if not draws_view():
         with _lines(clock) as watch:
             yield watch
         return

@@ -38,10 +38,7 @@ from vitray.dataset.files import (
     append_group_log,
     copy_groups,
     load_group_log,
-    newest_run_records,
-    read_run_records,
     read_table,
-    write_run_record,
 )
 from vitray.dataset.footer import Footer, read_footer
 from vitray.dataset.identity import (
@@ -70,7 +67,7 @@ from vitray.dataset.layout import (
     success_url,
     training_url,
 )
-from vitray.dataset.leases import Leases
+from vitray.dataset.leases import Leases, has_live_run
 from vitray.dataset.ledger import (
     ManifestSummary,
     clean,
@@ -135,7 +132,16 @@ from vitray.dataset.resolve import (
     with_source_rules,
 )
 from vitray.dataset.row_digest import RowsDigest
-from vitray.dataset.scratch_space import check_store, drop_scratch, scratch
+from vitray.dataset.run_records import (
+    RecordKind,
+    is_run,
+    new_run_id,
+    newest_run_records,
+    read_run_records,
+    run_start,
+    write_run_record,
+)
+from vitray.dataset.scratch_space import check_replace, check_store, drop_scratch, scratch
 from vitray.dataset.staging import (
     drop_removed_fragments,
     list_staged,
@@ -166,6 +172,7 @@ __all__ = [
     "ManifestSummary",
     "Pointer",
     "Problem",
+    "RecordKind",
     "RemovedKeys",
     "RowsDigest",
     "Version",
@@ -177,6 +184,7 @@ __all__ = [
     "block_keys",
     "card_url",
     "change_pointer",
+    "check_replace",
     "check_store",
     "choose_vector",
     "clean",
@@ -203,9 +211,11 @@ __all__ = [
     "find_dataset",
     "find_rows",
     "has_ended_without_rows",
+    "has_live_run",
     "hash_of",
     "is_complete",
     "is_marked_complete",
+    "is_run",
     "is_scratch",
     "last_source",
     "list_dataset_files",
@@ -214,6 +224,7 @@ __all__ = [
     "manifest_row",
     "manifest_url",
     "matrix_of",
+    "new_run_id",
     "newest_run_records",
     "open_dataset",
     "package_versions",
@@ -245,6 +256,7 @@ __all__ = [
     "row_blocks",
     "row_counts",
     "rows_in",
+    "run_start",
     "scratch",
     "shard_of",
     "shards_to_redo",

@@ -5,15 +5,17 @@ A shard id names one version of an input, so a new version of it is not accepted
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from functools import lru_cache
 
 from vitray.dataset.files import under
 from vitray.dataset.layout import accepted_url
-from vitray.errors import ObjectMissing
+from vitray.errors import ObjectChanged, ObjectMissing, StorageError
 from vitray.storage import read, store_for
 
 log = logging.getLogger(__name__)
@@ -53,9 +55,17 @@ def cut_text(byte: int) -> str:
 
 
 def accept_shard(out: str, acceptance: Acceptance) -> bool:
-    """Store the acceptance of a shard. False: it was accepted before, and that stays."""
+    """Store the acceptance of a shard. False: it was accepted before, and that stays.
+
+    Raises StorageError where a damaged file stands in its place.
+    """
     body = json.dumps(asdict(acceptance), indent=1).encode()
-    return store_for(out).create(accepted_url(out, acceptance.shard + _SUFFIX), body)
+    url = accepted_url(out, acceptance.shard + _SUFFIX)
+    if store_for(out).create(url, body):
+        return True
+    if acceptance.shard not in read_acceptances(out, {acceptance.shard}):
+        raise StorageError(f"{url} is damaged: delete it, then run the same command again.")
+    return False
 
 
 def withdraw_acceptance(out: str, shards: Iterable[str]) -> None:
@@ -64,24 +74,36 @@ def withdraw_acceptance(out: str, shards: Iterable[str]) -> None:
 
 
 def accepted_ids(out: str) -> set[str]:
-    """The ids of all accepted shards, by one listing."""
-    names = (info.url.rsplit("/", 1)[-1] for info in under(accepted_url(out)))
-    return {name.removesuffix(_SUFFIX) for name in names if name.endswith(_SUFFIX)}
+    """The ids of all accepted shards. A damaged file accepts none."""
+    return set(read_acceptances(out))
 
 
 def read_acceptances(out: str, shards: Collection[str] | None = None) -> dict[str, Acceptance]:
     """Acceptances by shard id, of these shards or of all. A damaged file is left out."""
-    wanted = accepted_ids(out) if shards is None else accepted_ids(out) & set(shards)
     acceptances = {}
-    for shard in sorted(wanted):
-        url = accepted_url(out, shard + _SUFFIX)
-        try:
-            acceptances[shard] = _parse(json.loads(read(url)))
-        except ObjectMissing:  # withdrawn meanwhile
+    for info in under(accepted_url(out)):
+        name = info.url.rsplit("/", 1)[-1]
+        shard = name.removesuffix(_SUFFIX)
+        if not name.endswith(_SUFFIX) or (shards is not None and shard not in shards):
             continue
-        except (ValueError, KeyError, TypeError):
-            log.warning("%s is damaged: delete it, and accept the shard again", url)
+        with contextlib.suppress(ObjectMissing, ObjectChanged):  # withdrawn meanwhile
+            acceptance = _read(info.url, info.version)
+            if acceptance is not None and acceptance.shard == shard:
+                acceptances[shard] = acceptance
     return acceptances
+
+
+@lru_cache(maxsize=1024)  # a run reads them at each step, and a version of one never changes
+def _read(url: str, version: str) -> Acceptance | None:
+    """The acceptance in a file; None for a damaged one."""
+    try:
+        return _parse(json.loads(read(url, version)))
+    except (ValueError, KeyError, TypeError):
+        log.warning(
+            "%s is damaged, so its shard is not accepted: delete it, and accept the shard again",
+            url,
+        )
+        return None
 
 
 def _parse(fields: Mapping[str, object]) -> Acceptance:

@@ -6,8 +6,8 @@ The protocol, in the order of the code:
 3. Write the file on the scratch disk.
    Rows with removed keys stay out of it.
 4. Create the object. If it is refused, or no answer comes, look which run created it.
-   Then take out keys that were removed meanwhile.
-5. Write the file of error rows, then delete the staging.
+5. Write the file of error rows. Then take out keys that were removed meanwhile, also from it.
+6. Delete the staging.
 
 Nothing looks for a data file before the create, which is refused where one exists. Where a step
 before it fails, a data file that exists counts.
@@ -25,7 +25,7 @@ from itertools import chain
 import pyarrow as pa
 
 from vitray.crash import crash_point
-from vitray.dataset.data_file import object_metadata, parquet_of, repair_errors
+from vitray.dataset.data_file import object_metadata, parquet_of, write_errors
 from vitray.dataset.footer import Footer, ShardInput, footer_metadata, parse_footer, read_footer
 from vitray.dataset.identity import Dataset
 from vitray.dataset.removal import drop_rows
@@ -114,8 +114,10 @@ def uncommitted(dataset: Dataset, shard_ids: Sequence[str]) -> list[str]:
 def _finished(dataset: Dataset, footer: Footer, adopted: bool, staged: bool) -> Commit:
     """The commit of a data file that exists, after everything else that follows from it."""
     crash_point("commit-created", footer.shard)
-    repair_errors(dataset, footer)
+    write_errors(dataset, footer)
     crash_point("commit-errors", footer.shard)
+    # only now: a removal that this look misses begins after the write, and repairs the error rows
+    footer = _checked_again(dataset, footer)
     if staged:
         drop_staging(dataset, footer.shard)
     crash_point("commit-cleaned", footer.shard)
@@ -151,8 +153,7 @@ def commit_rows(dataset: Dataset, origin: Footer, rows: Iterable[pa.Table]) -> C
         [Fragment(pa.Table.from_batches([], dataset.schema), origin.error_rows, {})],
     )
     footer, adopted = _create_data_file(dataset, source, end, parts)
-    repair_errors(dataset, footer)
-    return _commit_of(footer, adopted)
+    return _finished(dataset, footer, adopted, staged=False)
 
 
 def _find_committed(dataset: Dataset, shard_id: str) -> Footer | None:
@@ -222,19 +223,17 @@ def _create_or_adopt(
 def _create_data_file(
     dataset: Dataset, source: ShardInput, end: End, fragments: Iterable[Fragment]
 ) -> tuple[Footer, bool]:
-    """The footer that counts, of a file without removed keys, and whether another run made it."""
+    """The footer that counts, and whether another run made the file."""
     removed = recent_removed_keys(dataset.out)
     data, metadata = _parquet_of(dataset, source, end, fragments, removed)
-    footer, adopted = create_data_file(dataset, data, metadata)
-    crash_point("commit-unchecked", footer.shard)
-    return _checked_again(dataset, footer), adopted
+    return create_data_file(dataset, data, metadata)
 
 
 def _checked_again(dataset: Dataset, footer: Footer) -> Footer:
     """The footer of a data file that exists, without keys that were removed meanwhile.
 
     A removal stores its keys before it lists data files. So either it sees this file, or the file
-    is changed here.
+    is changed here. Its file of error rows follows.
     """
     removed = removed_keys(dataset.out)
     if footer.removals >= removed.lists:

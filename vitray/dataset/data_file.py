@@ -11,14 +11,15 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vitray.dataset.files import parquet_bytes
-from vitray.dataset.footer import Footer
+from vitray.dataset.files import parquet_bytes, read_table
+from vitray.dataset.footer import Footer, read_footer
 from vitray.dataset.identity import Dataset
-from vitray.errors import StorageError
-from vitray.storage import store_for
+from vitray.errors import ObjectMissing, StorageError
+from vitray.storage import exists, read, store_for
 
 # 50 MB of a 768-float vector: small enough for a laptop, large enough for a scan
 ROW_GROUP_ROWS = 16_384
+ATTEMPTS = 10  # at the error rows of a data file that others rewrite
 # object metadata are HTTP headers: visible ASCII, 2 kB in all
 _IN_HEADER = re.compile(r"[!-~]{1,64}")
 
@@ -52,12 +53,49 @@ def object_metadata(data: bytes, metadata: dict[str, str]) -> dict[str, str]:
     return headers | {"vitray-sha256": hashlib.sha256(data).hexdigest()}
 
 
-def repair_errors(dataset: Dataset, footer: Footer) -> None:
-    """Write the shard's file of error rows from the footer, when it has errors."""
+def write_errors(dataset: Dataset, footer: Footer) -> None:
+    """Write the shard's file of error rows from the footer, when it has errors.
+
+    A removal may replace the data file meanwhile. Look for removed keys afterwards.
+    """
     if footer.errors:
         store_for(dataset.out).replace(
             dataset.errors_url(footer.shard), parquet_bytes(footer.error_rows)
         )
+
+
+def repair_errors(dataset: Dataset, footer: Footer) -> Footer:
+    """Make the shard's file of error rows a copy of those in its data file. Returns its footer.
+
+    footer: as it was read last. It is read again after each write: of two writers, the one that
+    writes last has seen the footer that counts. Raises ObjectMissing where the data file is gone,
+    StorageError where others keep rewriting it.
+    """
+    for _ in range(ATTEMPTS):
+        if _is_copied(dataset, footer):
+            return footer
+        if footer.errors:
+            write_errors(dataset, footer)
+        else:
+            store_for(dataset.out).delete([dataset.errors_url(footer.shard)])
+        current = read_footer(dataset.data_url(footer.shard))
+        if current.write_id == footer.write_id:
+            return footer
+        footer = current
+    raise StorageError(
+        f"{dataset.data_url(footer.shard)}: others keep rewriting it. Run the same command again."
+    )
+
+
+def _is_copied(dataset: Dataset, footer: Footer) -> bool:
+    """Whether the shard's file of error rows is what its data file says. Without errors: none."""
+    url = dataset.errors_url(footer.shard)
+    if not footer.errors:
+        return not exists(url)
+    try:
+        return bool(read_table(pa.BufferReader(read(url))).equals(footer.error_rows))
+    except (ObjectMissing, pa.ArrowException, OSError, ValueError):  # absent or damaged
+        return False
 
 
 def _write_parquet(

@@ -1,16 +1,14 @@
-"""Listing and reading the files of an output directory; the log of groups and the run records."""
+"""Listing and reading the files of an output directory; the log of groups."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vitray.dataset.identity import Dataset
-from vitray.dataset.layout import group_log_url, is_group_log, runs_url
+from vitray.dataset.layout import group_log_url, is_group_log
 from vitray.errors import ObjectMissing, StorageError
 from vitray.storage import ObjectInfo, absolute, join, read, store_for
 
@@ -98,27 +96,3 @@ def copy_groups(old: str, new: str) -> None:
     count = len(new_log)
     if len(old_log) > count and old_log[:count] == new_log:
         append_group_log(absolute(new), old_log[count:])  # refused: another call did the same
-
-
-def write_run_record(dataset: Dataset, run_id: str, record: dict[str, object]) -> None:
-    url = runs_url(dataset.out, f"{run_id}.json")
-    store_for(dataset.out).create(url, json.dumps(record, indent=1).encode())
-
-
-def read_run_records(out: str) -> list[dict[str, Any]]:
-    """Every readable run record, oldest first."""
-    return [record for _, record in newest_run_records(out) if record is not None][::-1]
-
-
-def newest_run_records(out: str) -> Iterator[tuple[str, dict[str, Any] | None]]:
-    """(file name, record) of every run, newest first. The record is None where it is damaged.
-
-    Reads each only when it is asked for: a dataset of a nightly job has hundreds.
-    """
-    for info in reversed(under(runs_url(out))):
-        name = info.url.rsplit("/", 1)[-1]
-        try:
-            record = json.loads(read(info.url))
-        except ValueError:
-            record = None
-        yield name, record if isinstance(record, dict) else None

@@ -458,6 +458,15 @@ class Leases:
             log.warning("leases do not work, so runs at the same time may repeat work: %s", error)
 
 
+def has_live_run(out: str, sleep: Callable[[float], None] = time.sleep) -> bool:
+    """Whether a run works in a directory now. Waits EXPIRE_S where there is a lease."""
+    view = Leases(out, "")  # it is not entered, so it has no lease of its own
+    if not view.has_others:
+        return False
+    sleep(EXPIRE_S)  # until then, that of a killed run looks like any other
+    return view.has_others
+
+
 def drop_abandoned_leases(out: str) -> list[str]:
     """Delete the leases of killed runs, unchanged for an hour or more; returns their URLs."""
     oldest = time.time() - ABANDONED_S

@@ -91,8 +91,7 @@ def committed_files(out: str) -> dict[str, ObjectInfo]:
 
 def error_files(dataset: Dataset) -> list[str]:
     """The URL of every file of error rows."""
-    infos = under(dataset.out, dataset.errors_folder)
-    return [info.url for info in infos if info.url.endswith(".parquet")]
+    return [info.url for info in _error_files(dataset).values()]
 
 
 def is_marked_complete(out: str) -> bool:
@@ -124,18 +123,20 @@ def write_manifest(
     dataset: Dataset,
     list_ids: Callable[[], tuple[Sequence[str], Sequence[str]]],
     prune: bool = False,
+    agreed: Container[str] | None = None,
     fresh: Container[str] = (),
 ) -> ManifestSummary:
     """The manifest step.
 
     list_ids: lists the source now: every shard id, and those of them that `limit` leaves.
+    agreed: with prune, the only data files to delete because their input is gone; None for all.
     fresh: ids of data files that the last manifest cannot contain, even if a clock says otherwise.
 
     Removes superseded files and, with prune, those whose input is gone; repairs error files; writes
     the manifest and _SUCCESS.json. Writes nothing that exists already. Starts over when another
     run commits or removes something meanwhile.
     """
-    return _again(lambda: _write_manifest_once(dataset, list_ids, prune, fresh))
+    return _again(lambda: _write_manifest_once(dataset, list_ids, prune, agreed, fresh))
 
 
 def _again(work: Callable[[], T]) -> T:
@@ -153,16 +154,16 @@ def _write_manifest_once(
     dataset: Dataset,
     list_ids: Callable[[], tuple[Sequence[str], Sequence[str]]],
     prune: bool,
+    agreed: Container[str] | None,
     fresh: Container[str],
 ) -> ManifestSummary:
     crash_point("manifest-started")
     removals = _drop_removed_rows(dataset)
     seen = committed_files(dataset.out)  # before the listing: no other file may be removed
     listed, planned = list_ids()
-    # before the data files: error files are written after them
-    error_files = {shard_of(info.url) for info in under(dataset.out, dataset.errors_folder)}
+    error_files = _error_files(dataset)  # before the data files: they are written after them
     existing = committed_files(dataset.out)
-    actions = reconcile(listed, planned, existing.keys(), seen.keys(), prune)
+    actions = reconcile(listed, planned, existing.keys(), seen.keys(), prune, agreed)
     if actions.unlisted:
         raise ObjectMissing(
             f"{dataset.out}: another run committed {min(actions.unlisted)}, which was not listed. "
@@ -232,7 +233,7 @@ def _refresh_manifest_once(dataset: Dataset) -> bool:
     manifest = read_manifest(dataset.out)
     if manifest is None:
         return True
-    error_files = {shard_of(info.url) for info in under(dataset.out, dataset.errors_folder)}
+    error_files = _error_files(dataset)
     data = committed_files(dataset.out)
     states = {
         row["shard"]: FileState(row.get("state") or FileState.CURRENT)
@@ -241,7 +242,11 @@ def _refresh_manifest_once(dataset: Dataset) -> bool:
     }
     rows = _manifest_rows(dataset, data, states, ())
     with_errors = {row["shard"] for row in rows if row["errors"]}
-    _repair_error_files(dataset, with_errors, error_files & states.keys())
+    # not those of data files that the next run adds to the manifest
+    repairable = {
+        shard: info for shard, info in error_files.items() if shard in states or shard not in data
+    }
+    _repair_error_files(dataset, with_errors, repairable)
     nothing = frozenset[str]()
     actions = Actions(
         unlisted=nothing, delete=nothing, pruned=nothing, admit=states, pending=nothing
@@ -462,11 +467,7 @@ def _unchanged_rows(dataset: Dataset, data: dict[str, ObjectInfo]) -> dict[str, 
 
 def _is_same(row: dict[str, object], info: ObjectInfo, manifest: ObjectInfo) -> bool:
     """Whether a data file is unchanged since the manifest; on a local disk: older than it."""
-    same = (
-        _modified_ns(info) < _modified_ns(manifest)
-        if is_local(info.url)
-        else row["etag"] == info.version
-    )
+    same = _is_older(info, manifest) if is_local(info.url) else row["etag"] == info.version
     return same and row["size_bytes"] == info.size
 
 
@@ -491,16 +492,39 @@ def manifest_row(footer: Footer) -> dict[str, Any]:
     return values | {name: json.dumps(getattr(footer, name)) for name in COUNTS}
 
 
-def _repair_error_files(dataset: Dataset, needed: set[str], existing: set[str]) -> None:
-    """Write the missing files of error rows and delete the superfluous ones.
+def _repair_error_files(
+    dataset: Dataset, needed: set[str], existing: Mapping[str, ObjectInfo]
+) -> None:
+    """Write the missing files of error rows, repair different ones, and delete superfluous ones.
 
-    needed: admitted shards with errors. existing: those with a file, before they were listed.
+    needed: admitted shards with errors. existing: the files, by shard, before the data files were
+    listed. Files older than the last manifest were compared when that was written.
     """
+    manifest = _manifest_info(dataset.out) if existing else None
+    compared = set[str]()
+    if manifest is not None:
+        compared = {shard for shard, info in existing.items() if _is_older(info, manifest)}
     _of_each(
-        needed - existing,
+        needed - compared,
         lambda shard: repair_errors(dataset, read_footer(dataset.data_url(shard))),
     )
-    store_for(dataset.out).delete(dataset.errors_url(s) for s in sorted(existing - needed))
+    superfluous = sorted(existing.keys() - needed)
+    store_for(dataset.out).delete(dataset.errors_url(shard) for shard in superfluous)
+
+
+def _error_files(dataset: Dataset) -> dict[str, ObjectInfo]:
+    """Every file of error rows, by shard id."""
+    infos = under(dataset.out, dataset.errors_folder)
+    return {shard_of(info.url): info for info in infos if info.url.endswith(".parquet")}
+
+
+def _is_older(info: ObjectInfo, manifest: ObjectInfo) -> bool:
+    """Whether an object was written before the manifest, by the clock of the store."""
+    if is_local(info.url):
+        return _modified_ns(info) < _modified_ns(manifest)
+    if info.modified is None or manifest.modified is None:
+        return False
+    return info.modified < manifest.modified
 
 
 def _mark_success(dataset: Dataset, summary: ManifestSummary) -> None:

@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
 from typing import Any
 
-from vitray.errors import JobError, ObjectChanged, ObjectMissing, StorageError, UnsafeStore
+from vitray.dataset.scratch_space import require_conditional_replace
+from vitray.errors import JobError, ObjectChanged, ObjectMissing, StorageError
 from vitray.storage import absolute, exists, is_local, read, store_for
 
 MARK = "vitray_pointer"  # the field that tells a pointer from any other file; its value: the format
 FORMAT = 1
 MAX_BYTES = 16 << 20  # 60,000 versions; a larger file is no pointer, and is not read
-NO_VERSION = "0" * 32  # an etag that no object has
 ATTEMPTS = 20  # of a change, when others change the pointer meanwhile
 
 
@@ -288,9 +288,9 @@ def change_pointer(url: str, change: Callable[[Pointer | None], Pointer]) -> Poi
         if stored is None:
             is_written = not exists(url) and store.create(url, body)
             if is_written:
-                _require_conditions(url, body)
+                require_conditional_replace(url, body)
         else:
-            _require_conditions(url, to_json(stored.pointer))
+            require_conditional_replace(url, to_json(stored.pointer))
             is_written = store.replace_version(url, stored.version, body)
         # refused: it may be this very change, whose answer was lost
         if is_written or _content(url) == body:
@@ -300,18 +300,6 @@ def change_pointer(url: str, change: Callable[[Pointer | None], Pointer]) -> Poi
                 f"{url} is a folder, or a file that is no pointer of vitray: choose another name."
             )
     raise StorageError(f"{url}: others keep changing this pointer. Run the same command again.")
-
-
-def _require_conditions(url: str, content: bytes) -> None:
-    """Raises UnsafeStore for a store that replaces an object whatever its version is.
-
-    content: of the pointer, which such a store writes again.
-    """
-    if not is_local(url) and store_for(url).replace_version(url, NO_VERSION, content):
-        raise UnsafeStore(
-            f"{url}: the store ignored the condition of a replace (If-Match), so two promotions at "
-            "once could lose one. Use a store that honours it (AWS S3, Ceph, MinIO)."
-        )
 
 
 def _content(url: str) -> bytes | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Container
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from enum import StrEnum
@@ -46,12 +46,14 @@ def reconcile(
     existing: AbstractSet[str],
     seen: AbstractSet[str],
     prune: bool,
+    agreed: Container[str] | None = None,
 ) -> Actions:
     """The actions for the shards of a source and the data files of a dataset, all as shard ids.
 
     listed: every shard of the source; planned: those that `limit` and the like leave.
     existing: the data files after the listing; seen: those before it. Only a file that was seen
-    may be deleted: the listing is older than any other.
+    may be deleted: the listing is older than any other. agreed: with prune, the only files that may
+    be deleted because their input is gone; None for all.
     """
     current = set(listed)
     listed_bases = {base_of(shard) for shard in current}
@@ -64,7 +66,9 @@ def reconcile(
             admit[shard] = FileState.CURRENT
         elif base in uncommitted_bases:
             admit[shard] = FileState.OUTDATED
-        elif base not in listed_bases and not (prune and shard in seen):
+        elif base not in listed_bases and not (
+            prune and shard in seen and (agreed is None or shard in agreed)
+        ):
             admit[shard] = FileState.GONE
         elif shard in seen:
             delete.add(shard)

@@ -6,8 +6,9 @@ file or the new one, and of two writers one starts over.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import BinaryIO
 
 import pyarrow as pa
@@ -74,7 +75,8 @@ def _found(footer: Footer, stream: BinaryIO, removed: RemovedKeys) -> Drop:
 def drop_rows(dataset: Dataset, shard: str, removed: RemovedKeys) -> Drop:
     """Rewrite a data file without the rows and errors of removed keys, if it holds any.
 
-    Its file of error rows follows. Raises StorageError where others keep rewriting the file.
+    Its file of error rows becomes a copy of what is left, also where an earlier writer failed to
+    do so. Raises StorageError where others keep rewriting the file.
     """
     url = dataset.data_url(shard)
     for _ in range(ATTEMPTS):
@@ -86,7 +88,7 @@ def drop_rows(dataset: Dataset, shard: str, removed: RemovedKeys) -> Drop:
             with store_for(url).open(url, version) as stream:
                 drop = _found(footer, stream, removed)
                 if not drop.hashes:
-                    return drop
+                    return replace(drop, footer=repair_errors(dataset, footer))
                 stream.seek(0)
                 data, metadata = _rewritten(dataset, footer, stream, removed)
         except ObjectMissing:
@@ -99,8 +101,8 @@ def drop_rows(dataset: Dataset, shard: str, removed: RemovedKeys) -> Drop:
         crash_point("removal-written", shard)
         if _replace(url, version, data, new_footer, metadata):
             crash_point("removal-replaced", shard)
-            if drop.errors:
-                repair_errors(dataset, new_footer)
+            with contextlib.suppress(ObjectMissing):  # another command deleted the data file
+                new_footer = repair_errors(dataset, new_footer)
             crash_point("removal-rewritten", shard)
             return Drop(new_footer, drop.rows, drop.errors, drop.hashes)
     raise StorageError(f"{url}: others keep rewriting it. Run the same command again.")

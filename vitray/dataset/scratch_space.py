@@ -9,10 +9,11 @@ from collections.abc import Iterator
 
 from vitray.dataset.layout import internal_url, is_scratch, scratch_url
 from vitray.errors import ObjectMissing, StorageError, UnsafeStore
-from vitray.storage import ABANDONED_S, read, store_for
+from vitray.storage import ABANDONED_S, is_local, read, store_for
 
 _FIRST = b"vitray probe"
 _SECOND = b"vitray probe again"
+_NO_VERSION = "0" * 32  # an etag that no object has
 
 
 def check_store(out: str) -> None:
@@ -28,6 +29,28 @@ def check_store(out: str) -> None:
             f"{out}: the store ignored a conditional create (If-None-Match), "
             "so two runs could overwrite each other. "
             "Use a store that honours it (AWS S3, Ceph, MinIO) or a local disk with hard links."
+        )
+
+
+def check_replace(out: str) -> None:
+    """Raises UnsafeStore for a store that replaces an object whatever its version is."""
+    if is_local(out):  # vitray itself compares the versions there
+        return
+    with scratch(out) as url:
+        store_for(url).create(url, _FIRST)
+        require_conditional_replace(url, _FIRST)
+
+
+def require_conditional_replace(url: str, content: bytes) -> None:
+    """Raises UnsafeStore for a store that replaces an object whatever its version is.
+
+    content: of the object at the URL, which such a store writes again.
+    """
+    if not is_local(url) and store_for(url).replace_version(url, _NO_VERSION, content):
+        raise UnsafeStore(
+            f"{url}: the store ignored the condition of a replace (If-Match), so of two commands "
+            "at once one could undo the other. "
+            "Use a store that honours it (AWS S3, Ceph, MinIO)."
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Container, Mapping
 from dataclasses import dataclass
 
 from vitray.clock import utc_now
@@ -13,13 +13,14 @@ from vitray.dataset import (
     accept_shard,
     committed_files,
     cut_text,
+    is_run,
+    newest_run_records,
     read_acceptances,
-    read_run_records,
     require_dataset,
     withdraw_acceptance,
 )
 from vitray.errors import JobError, count, one_line
-from vitray.operations.planning import is_run, status
+from vitray.operations.planning import status
 from vitray.operations.requester import default_requester
 
 
@@ -67,9 +68,9 @@ def accept(
     by: who accepts; user@host by default. Shards that were accepted before stay as they are. Raises
     JobError where nothing is chosen, or a chosen shard has no such problem.
     """
-    dataset = require_dataset(out)
+    dataset = require_dataset(out, follow=False)
     existing = read_acceptances(dataset.out)
-    known = known_problems(dataset)
+    known = known_problems(dataset, existing)
     chosen = choose(known, existing, shards, problems)
     moment = utc_now()
     requester = by or default_requester()
@@ -95,7 +96,7 @@ def list_accepted(out: str) -> AcceptedShards:
 
 def withdraw(out: str, shards: Collection[str]) -> AcceptedShards:
     """Withdraw the acceptance of these shards. Raises JobError for one that is not accepted."""
-    dataset = require_dataset(out)
+    dataset = require_dataset(out, follow=False)
     existing = read_acceptances(dataset.out)
     unknown = sorted(set(shards) - existing.keys())
     if unknown or not shards:
@@ -132,18 +133,22 @@ def _with(accepted: Mapping[str, Acceptance], problems: Collection[Problem]) -> 
     return {shard for shard, one in accepted.items() if one.problem in problems}
 
 
-def known_problems(dataset: Dataset) -> dict[str, KnownProblem]:
-    """The shards that make a run incomplete and are not accepted yet."""
+def known_problems(dataset: Dataset, accepted: Container[str]) -> dict[str, KnownProblem]:
+    """The shards that make a run incomplete, except those that are accepted."""
     problems = {
         shard: KnownProblem(Problem.TRUNCATED, cut_text(byte))
         for shard, byte in status(dataset.out).truncated.items()
     }
     committed = committed_files(dataset.out)
-    runs = [record for record in read_run_records(dataset.out) if is_run(record)]
-    set_aside = [record["set_aside"] for record in runs if "set_aside" in record][-1:]
-    for shard, why in (item for shards in set_aside for item in shards.items()):
+    for shard, why in _set_aside_last(dataset).items():
         if shard not in committed:
             problems[shard] = KnownProblem(Problem.SET_ASIDE, f"set aside: {one_line(why)}")
-    for shard in read_acceptances(dataset.out):
-        problems.pop(shard, None)
-    return problems
+    return {shard: problem for shard, problem in problems.items() if shard not in accepted}
+
+
+def _set_aside_last(dataset: Dataset) -> dict[str, str]:
+    """{shard: why} of the last run that recorded which shards it set aside."""
+    for _, record in newest_run_records(dataset.out):
+        if record is not None and is_run(record) and "set_aside" in record:
+            return dict(record["set_aside"])
+    return {}

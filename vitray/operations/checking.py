@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import os
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Generic, TypeVar
 
-import pyarrow as pa
 from rich.filesize import decimal
 
 from vitray.dataset import (
@@ -20,8 +19,6 @@ from vitray.dataset import (
     check_store,
     committed_files,
     open_dataset,
-    passthrough_in_data,
-    require_continuable,
     with_frozen,
     with_source_rules,
 )
@@ -38,11 +35,10 @@ from vitray.exit_codes import ExitCode
 from vitray.job import Job
 from vitray.models import (
     CheckedModel,
-    check_model,
-    possible_specs,
     require_machine,
     with_label_names,
 )
+from vitray.operations.refusals import require_fitting_model, require_same_job
 from vitray.pipeline import list_source, with_absolute_paths
 from vitray.schema import Encoded, Shard
 from vitray.sources import (
@@ -50,7 +46,6 @@ from vitray.sources import (
     count_selection,
     estimate_images,
     list_shards,
-    passthrough_schema,
     read_shard,
     select_shards,
 )
@@ -58,8 +53,18 @@ from vitray.storage import is_local, missing_folders, store_for
 
 COLUMNS = 80
 INDENT = 24
-PLAN_FOOTERS = 64  # of data files that no manifest lists, which a plan reads
 T = TypeVar("T")
+
+
+class CheckName(StrEnum):
+    """The checks, in the order in which they are listed."""
+
+    FIELDS = "fields"
+    SOURCE = "source"
+    MODEL = "model"
+    MACHINE = "machine"
+    OUT = "out"
+    FINGERPRINT = "fingerprint"
 
 
 class Verdict(StrEnum):
@@ -75,7 +80,7 @@ class Verdict(StrEnum):
 class Finding:
     """One check. text: what was found; where something is wrong, also the next step."""
 
-    check: str
+    check: CheckName
     verdict: Verdict
     text: str
 
@@ -99,10 +104,7 @@ class Check:
     @property
     def exit_code(self) -> ExitCode:
         """BAD_USAGE where something is wrong, BROKEN_SYSTEM where a store gives no answer."""
-        verdicts = {finding.verdict for finding in self.findings}
-        if Verdict.WRONG in verdicts:
-            return ExitCode.BAD_USAGE
-        return ExitCode.BROKEN_SYSTEM if Verdict.NO_ANSWER in verdicts else ExitCode.DONE
+        return _code_of(self.findings)
 
     def __str__(self) -> str:
         lines = [str(finding) for finding in self.findings]
@@ -113,51 +115,15 @@ class Check:
         return "\n".join([*lines, "", end])
 
 
-# ---------------------------------------------------------------- what a plan refuses, too
+def _code_of(findings: Sequence[Finding]) -> ExitCode:
+    verdicts = {finding.verdict for finding in findings}
+    if Verdict.WRONG in verdicts:
+        return ExitCode.BAD_USAGE
+    return ExitCode.BROKEN_SYSTEM if Verdict.NO_ANSWER in verdicts else ExitCode.DONE
 
 
-def require_fitting_model(
-    job: Job, dataset: Dataset | None, *, reads_weights: bool
-) -> CheckedModel:
-    """The job's model, if it is there and gives what the job asks for. Raises ModelError.
-
-    dataset: of the job's `out`; with it the weights are hashed, unless they are large.
-    reads_weights: hash them in any case.
-    """
-    known = None if dataset is None else dataset.spec
-    frozen_job = job if dataset is None else with_frozen(job)
-    return check_model(frozen_job, known, reads_weights=reads_weights)
-
-
-def require_same_job(
-    job: Job,
-    dataset: Dataset | None,
-    listing: Listing,
-    model: CheckedModel,
-    most_footers: int | None = None,
-) -> None:
-    """Raise FingerprintError where `out` holds rows of another job.
-
-    most_footers: of data files that no manifest lists, to read at most.
-    """
-    specs = [model.spec] if dataset is not None else possible_specs(job, model.spec)
-    columns = _passthrough(job, dataset, listing)
-    require_continuable(job, specs, model.vectors, columns, most_footers)
-
-
-def _passthrough(job: Job, dataset: Dataset | None, listing: Listing) -> pa.Schema:
-    """The types of the passthrough columns, as a run takes them."""
-    if dataset is not None and dataset.job.keep == job.keep:
-        return dataset.passthrough
-    if dataset is None:
-        names = [job.passthrough_name(name) for name in job.keep]
-        schema = passthrough_in_data(job.out, names)
-        if schema is not None:
-            return schema
-    return passthrough_schema(listing.shards, job)
-
-
-# ---------------------------------------------------------------- all checks
+def _check_of(findings: list[Finding]) -> Check:
+    return Check(_code_of(findings) == ExitCode.DONE, findings)
 
 
 def check(job: Job, *, runs_here: bool = True) -> Check:
@@ -165,23 +131,24 @@ def check(job: Job, *, runs_here: bool = True) -> Check:
 
     runs_here: also whether this machine has the engine and the device; False for a cluster.
     """
-    fields = _find("fields", lambda: _with_absolute_paths(job), lambda _: "all are valid")
+    fields = _find(CheckName.FIELDS, lambda: _with_absolute_paths(job), lambda _: "all are valid")
     if fields.value is None:
-        return _check_of([fields.finding])
+        return _only_fields(fields.finding)
     whole_job = fields.value
-    out = _find("out", lambda: _open_place(whole_job), str)
+    out = _find(CheckName.OUT, lambda: _open_place(whole_job), str)
     place = out.value
     final_job = whole_job if place is None else place.job
-    source = _find("source", lambda: _list(final_job, place), _source_text(final_job))
+    source = _find(CheckName.SOURCE, lambda: _list(final_job, place), _source_text(final_job))
     dataset = None if place is None else place.dataset
     model = _find(
-        "model",
+        CheckName.MODEL,
         lambda: require_fitting_model(final_job, dataset, reads_weights=_has_rows(place)),
         _describe_model,
     )
     findings = [fields.finding, source.finding, model.finding]
     if runs_here:
-        findings.append(_find("machine", lambda: _machine(final_job, dataset), str).finding)
+        machine = _find(CheckName.MACHINE, lambda: _machine(final_job, dataset), str)
+        findings.append(machine.finding)
     findings.append(out.finding)
     findings.append(_fingerprint(place, source.value, model.value))
     return _check_of(findings)
@@ -192,25 +159,20 @@ def _fingerprint(
 ) -> Finding:
     if place is None or listing is None or model is None:
         text = "not compared, because of what is wrong above"
-        return Finding("fingerprint", Verdict.SKIPPED, text)
-    return _find("fingerprint", lambda: _compare(place, listing, model), str).finding
+        return Finding(CheckName.FINGERPRINT, Verdict.SKIPPED, text)
+    return _find(CheckName.FINGERPRINT, lambda: _compare(place, listing, model), str).finding
 
 
 def refused_fields(error: VitrayError) -> Check:
     """The result for a job that cannot be read."""
-    return _check_of([_finding_of("fields", error)])
+    return _only_fields(_finding_of(CheckName.FIELDS, error))
 
 
-CHECKS = ("fields", "source", "model", "machine", "out", "fingerprint")
-
-
-def _check_of(findings: list[Finding]) -> Check:
-    """The result, with what was not reached because the fields are wrong."""
-    if len(findings) == 1:
-        text = "not checked, because the fields are wrong"
-        findings = findings + [Finding(name, Verdict.SKIPPED, text) for name in CHECKS[1:]]
-    bad = {Verdict.WRONG, Verdict.NO_ANSWER} & {finding.verdict for finding in findings}
-    return Check(not bad, findings)
+def _only_fields(fields: Finding) -> Check:
+    """The result where the fields are wrong, so that nothing else was checked."""
+    text = "not checked, because the fields are wrong"
+    others = [name for name in CheckName if name is not fields.check]
+    return _check_of([fields, *(Finding(name, Verdict.SKIPPED, text) for name in others)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +183,7 @@ class _Outcome(Generic[T]):
     finding: Finding
 
 
-def _find(name: str, work: Callable[[], T], describe: Callable[[T], str]) -> _Outcome[T]:
+def _find(name: CheckName, work: Callable[[], T], describe: Callable[[T], str]) -> _Outcome[T]:
     """The outcome of one check. describe: raises, too, where something is wrong."""
     try:
         value = work()
@@ -230,11 +192,9 @@ def _find(name: str, work: Callable[[], T], describe: Callable[[T], str]) -> _Ou
         return _Outcome(None, _finding_of(name, error))
 
 
-def _finding_of(check_name: str, error: VitrayError) -> Finding:
+def _finding_of(name: CheckName, error: VitrayError) -> Finding:
     is_wrong = error.exit_code == ExitCode.BAD_USAGE
-    return Finding(
-        check_name, Verdict.WRONG if is_wrong else Verdict.NO_ANSWER, one_line(error, 1000)
-    )
+    return Finding(name, Verdict.WRONG if is_wrong else Verdict.NO_ANSWER, one_line(error, 1000))
 
 
 def _with_absolute_paths(job: Job) -> Job:

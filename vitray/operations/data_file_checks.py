@@ -35,10 +35,22 @@ UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, Syste
 
 @dataclass(frozen=True, slots=True)
 class FileCheck:
-    """What is wrong with a data file. footer: None if the file cannot be read."""
+    """What is wrong with a data file.
+
+    footer: None if the file cannot be read. removed: rows and error rows with a removed key.
+    """
 
     footer: Footer | None
     problems: list[str] = field(default_factory=list)
+    removed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Leftovers:
+    """Removed keys outside data files. removed: error rows and staged fragments with one."""
+
+    problems: list[str] = field(default_factory=list)
+    removed: int = 0
 
 
 def check_file(
@@ -58,17 +70,22 @@ def check_file(
     except (CommitError, ObjectMissing, *UNREADABLE) as error:
         return FileCheck(None, [one_line(error)])
     problems = list(_check_footer(dataset, shard, footer))
+    rows = errors = 0
     if manifest_row is not None:
         problems += _check_manifest_row(manifest_row, footer, body)
     try:
         file = pq.ParquetFile(pa.BufferReader(body), pre_buffer=False)
         problems += _check_rows(dataset, shard, footer, file)
-        problems += _check_removed(footer, file, removed)
+        rows, errors = _count_removed(footer, file, removed)
     except UNREADABLE as error:
         problems.append(f"cannot be read: {one_line(error)}")
+    if rows:
+        problems.append(f"{count(rows, 'row')} with a removed key{REMOVE_AGAIN}")
+    if errors:
+        problems.append(f"{count(errors, 'error row')} with a removed key{REMOVE_AGAIN}")
     if footer.errors:
         problems += _check_errors(dataset, shard, footer)
-    return FileCheck(footer, problems)
+    return FileCheck(footer, problems, rows + errors)
 
 
 def _check_footer(dataset: Dataset, shard: str, footer: Footer) -> Iterator[str]:
@@ -105,30 +122,34 @@ def _check_errors(dataset: Dataset, shard: str, footer: Footer) -> Iterator[str]
         )
 
 
-def _check_removed(footer: Footer, file: pq.ParquetFile, removed: RemovedKeys) -> Iterator[str]:
+def _count_removed(footer: Footer, file: pq.ParquetFile, removed: RemovedKeys) -> tuple[int, int]:
+    """The rows and the error rows of a data file that have a removed key."""
     if not removed.hashes or "key" not in file.schema_arrow.names:
-        return
+        return 0, 0
     rows = 0
     for batch in file.iter_batches(batch_size=4096, columns=["key"], use_threads=False):
         rows += len(removed.blocked(batch.column(0)))
-    if rows:
-        yield f"{count(rows, 'row')} with a removed key{REMOVE_AGAIN}"
-    if errors := len(removed.blocked(footer.error_rows["key"])):
-        yield f"{count(errors, 'error row')} with a removed key{REMOVE_AGAIN}"
+    return rows, len(removed.blocked(footer.error_rows["key"]))
 
 
-def check_leftovers(dataset: Dataset, removed: RemovedKeys) -> Iterator[str]:
+def check_leftovers(dataset: Dataset, removed: RemovedKeys) -> Leftovers:
     """Removed keys outside data files: in files of error rows, and in staging."""
     if not removed.hashes:
-        return
+        return Leftovers()
+    problems = list[str]()
+    remaining = 0
     for url in error_files(dataset):
         with contextlib.suppress(ObjectMissing, *UNREADABLE):  # _check_errors reports these
             keys = read_table(pa.BufferReader(read(url)), ["key"])["key"]
             if rows := len(removed.blocked(keys)):
                 name = url.removeprefix(f"{dataset.out}/")
-                yield f"{name}: {count(rows, 'error row')} with a removed key{REMOVE_AGAIN}"
+                problems.append(
+                    f"{name}: {count(rows, 'error row')} with a removed key{REMOVE_AGAIN}"
+                )
+                remaining += rows
     if staged := drop_removed_fragments(dataset, removed, only_look=True):
-        yield f"staging: {count(staged, 'fragment')} with a removed key{REMOVE_AGAIN}"
+        problems.append(f"staging: {count(staged, 'fragment')} with a removed key{REMOVE_AGAIN}")
+    return Leftovers(problems, remaining + staged)
 
 
 def _check_rows(

@@ -1,10 +1,8 @@
-"""Tell a URL how a run ended, by a JSON object. A failure here never fails the run."""
+"""Notify a URL of the end of a run, by a JSON object. A failure here never fails the run."""
 
 from __future__ import annotations
 
 import base64
-import dataclasses
-import json
 import logging
 import threading
 import time
@@ -16,17 +14,15 @@ from http import HTTPStatus
 from typing import Any
 from urllib.parse import SplitResult, unquote, urlsplit
 
+from vitray.budget import Limit
 from vitray.errors import JobError, count, one_line
 from vitray.operations.costing import span
-from vitray.operations.runs import RunSummary
+from vitray.operations.runs import Outcome, RunSummary
 from vitray.version import __version__
 
-VERSION = 1  # of the JSON; a field that is added does not change it
 TRIES = 3
 TIMEOUT_S = 10.0
 WAITS_S = (1.0, 4.0)  # before the second and the third try
-# What a message may have of a run. The text of an error is left out: it can have keys and paths.
-FIELDS = tuple(f.name for f in dataclasses.fields(RunSummary) if f.name != "message")
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +47,9 @@ def parse_target(url: str) -> Target:
     except ValueError:
         parts, port = SplitResult("", "", "", "", ""), None
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise JobError("--notify: give a URL that begins with http:// or https://.")
+        raise JobError(
+            "--notify or VITRAY_NOTIFY: give a URL that begins with http:// or https://."
+        )
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     place = host if port is None else f"{host}:{port}"
     headers = {"Content-Type": "application/json", "User-Agent": f"vitray/{__version__}"}
@@ -62,17 +60,68 @@ def parse_target(url: str) -> Target:
     return Target(bare, headers, f"{parts.scheme}://{place}")
 
 
-def message_of(summary: RunSummary, out: str) -> dict[str, Any]:
-    """The JSON object about a run: counts and times, no keys of images and no error text."""
-    fields = {name: getattr(summary, name) for name in FIELDS}
-    return {"version": VERSION, "text": _text(summary, out), "out": out, **fields}
+@dataclass(frozen=True, slots=True)
+class Notification:
+    """How a run ended, as `run --notify` posts it: counts and times, no keys and no error text.
+
+    Values are null where they are not known. text: one line for people, which chat systems such as
+    Slack show. out: the dataset. run: the id of the run. kind: `run`. started, finished: in ISO
+    format, in UTC. bad_images: by reason. committed, set_aside, truncated, pending: shards. pruned:
+    removed rows. cost: by purpose, with its `total`; null without prices. error: the type of the
+    error that ended the run. limit: of the budget, which ended it.
+    """
+
+    text: str
+    out: str
+    run: str
+    kind: str
+    outcome: Outcome
+    exit_code: int
+    started: str | None
+    finished: str | None
+    seconds: float | None
+    images: int | None
+    bad_images: dict[str, int]
+    committed: int | None
+    set_aside: int | None
+    truncated: int | None
+    pending: int | None
+    pruned: int | None
+    cost: dict[str, float] | None
+    error: str | None
+    limit: Limit | None
+
+
+def notification_of(summary: RunSummary, out: str) -> Notification:
+    """The notification about a run. Texts of errors are left out: they can have keys and paths."""
+    return Notification(
+        text=_text(summary, out),
+        out=out,
+        run=summary.run,
+        kind=summary.kind,
+        outcome=summary.outcome,
+        exit_code=summary.exit_code,
+        started=summary.started,
+        finished=summary.finished,
+        seconds=summary.seconds,
+        images=summary.images,
+        bad_images=summary.bad_images,
+        committed=summary.committed,
+        set_aside=summary.set_aside,
+        truncated=summary.truncated,
+        pending=summary.pending,
+        pruned=summary.pruned,
+        cost=summary.cost,
+        error=summary.error,
+        limit=summary.limit,
+    )
 
 
 def _text(summary: RunSummary, out: str) -> str:
-    """One line for people; chat systems such as Slack show this field."""
+    """One line for people."""
     parts = [f"vitray: {out}: {summary.outcome}"]
-    if summary.error:
-        parts[0] += f" ({summary.error})"
+    if cause := summary.error or summary.limit:
+        parts[0] += f" ({cause})"
     if summary.images is not None:
         parts.append(count(summary.images, "image"))
     if summary.seconds is not None:
@@ -80,14 +129,12 @@ def _text(summary: RunSummary, out: str) -> str:
     return ", ".join([*parts, f"exit code {summary.exit_code}"])
 
 
-def post(
-    target: Target, message: Mapping[str, Any], tries: int = TRIES, timeout_s: float = TIMEOUT_S
-) -> bool:
-    """Whether the target took the message. Logs a warning if it did not; raises nothing.
+def post(target: Target, body: str, tries: int = TRIES, timeout_s: float = TIMEOUT_S) -> bool:
+    """Whether the target took the JSON in `body`. Logs a warning if it did not; raises nothing.
 
     timeout_s: of each try. A redirect is not followed: it could lead to another scheme or host.
     """
-    body = json.dumps(message).encode()
+    content = body.encode()
     problem: list[str] = ["no answer in time"]
     is_taken = threading.Event()
 
@@ -95,7 +142,7 @@ def post(
         for attempt in range(tries):
             if attempt:
                 time.sleep(WAITS_S[attempt - 1])
-            why, may_help = _attempt(target, body, timeout_s)
+            why, may_help = _attempt(target, content, timeout_s)
             if not why:
                 is_taken.set()
                 return
@@ -108,7 +155,7 @@ def post(
     thread.start()
     thread.join(tries * timeout_s + sum(WAITS_S[: tries - 1]))
     if not is_taken.is_set():
-        log.warning("--notify: %s was not told how the run ended: %s", target.shown, problem[0])
+        log.warning("--notify: could not notify %s: %s", target.shown, problem[0])
     return is_taken.is_set()
 
 
@@ -117,9 +164,9 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def _attempt(target: Target, body: bytes, timeout_s: float) -> tuple[str, bool]:
+def _attempt(target: Target, content: bytes, timeout_s: float) -> tuple[str, bool]:
     """(why it failed, whether another try may help); ("", False) when it was taken."""
-    request = urllib.request.Request(target.url, body, dict(target.headers), method="POST")
+    request = urllib.request.Request(target.url, content, dict(target.headers), method="POST")
     try:
         urllib.request.build_opener(_NoRedirect).open(request, timeout=timeout_s).close()
     except urllib.error.HTTPError as error:

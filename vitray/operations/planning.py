@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -19,6 +19,7 @@ from vitray.dataset import (
     base_of,
     committed_files,
     is_marked_complete,
+    is_run,
     last_source,
     list_staged,
     manifest_row,
@@ -40,13 +41,14 @@ from vitray.models import (
     require_precision,
     with_label_names,
 )
-from vitray.operations.checking import PLAN_FOOTERS, require_fitting_model, require_same_job
+from vitray.operations.refusals import require_fitting_model, require_same_job
 from vitray.operations.runs import age_of_complete
 from vitray.pipeline import list_source, prepare_job
 from vitray.sources import count_selection, estimate_images, select_shards
 
 # what a plan shows of the values that the first run chooses
 SHOWN_FIELDS = ("model", *FROZEN_FIELDS, "fragment_rows")
+PLAN_FOOTERS = 64  # of data files that no manifest lists, which a plan reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +173,10 @@ class Status:
     def _state(self) -> str:
         if self.complete:
             return "complete"
-        if self._last().get("set_aside"):
+        set_aside = self._last().get("set_aside") or {}
+        if set_aside and not set(set_aside) - self.accepted.keys():
+            return "not complete: run the job again to mark it complete"
+        if set_aside:
             return (
                 "not complete: repair or remove the shards set aside, then run the job again; "
                 f"or accept them (vitray accept {shlex.quote(self.out)} --reason set-aside)"
@@ -326,11 +331,6 @@ def _accepted(
         if shard in truncated
         or (shard not in committed_ids and base_of(shard) not in committed_inputs)
     }
-
-
-def is_run(record: Mapping[str, Any]) -> bool:
-    """Whether a record is of a run; records of other changes have another `kind`."""
-    return bool(record.get("kind", "run") == "run")
 
 
 def _staged_images(dataset: Dataset, committed_ids: Collection[str]) -> dict[str, int]:

@@ -15,6 +15,7 @@ from vitray.dataset import (
     change_pointer,
     delete_dataset,
     find_dataset,
+    has_live_run,
     is_complete,
     list_dataset_files,
     promoted,
@@ -197,8 +198,8 @@ def delete_old_versions(
 
     listed: only versions with these numbers, such as those that a person agreed to; None for all.
     Deletes only files that vitray writes. After a kill, the same call continues. Raises JobError
-    where there is no pointer, and FingerprintError where data files of another job are among those
-    of a dataset.
+    where there is no pointer, or where a run works in one of these datasets, and FingerprintError
+    where data files of another job are among those of a dataset.
     """
     url = absolute(pointer)
     doomed: tuple[Version, ...] = ()
@@ -216,6 +217,7 @@ def delete_old_versions(
     begin(_pointer_at(url))
     listed = [version.number for version in doomed]
     # before the first change: nothing is deleted if one of them is refused
+    _require_no_run(doomed)
     old = tuple(map(_old_version, doomed))
     known = change_pointer(url, begin)
     crash_point("version-marked")
@@ -227,6 +229,16 @@ def delete_old_versions(
     begun = {version.number for version in doomed}
     went = tuple(version for version in old if version.version in begun)
     return Retention(url, known.current, _kept(known, ()), went, deleted=bool(went))
+
+
+def _require_no_run(versions: Collection[Version]) -> None:
+    """Raises JobError where a run works in a dataset of these versions."""
+    for version in versions:
+        if _found(version) is not None and has_live_run(version.dataset):
+            raise JobError(
+                f"a run works in {version.dataset} (version {version.number}) now: "
+                "wait until it ends, or stop it, then run the same command again."
+            )
 
 
 def _mark(url: str, number: int) -> Callable[[Pointer | None], Pointer]:

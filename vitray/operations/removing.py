@@ -7,11 +7,9 @@ call leaves a dataset in which some rows are gone; the same call does the rest.
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 
 from vitray.clock import utc_now
 from vitray.crash import crash_point
@@ -19,13 +17,16 @@ from vitray.dataset import (
     Dataset,
     Drop,
     Leases,
+    RecordKind,
     RemovedKeys,
     block_keys,
+    check_replace,
     committed_files,
     drop_removed_fragments,
     drop_rows,
     find_rows,
     hash_of,
+    new_run_id,
     refresh_manifest,
     removed_keys,
     require_dataset,
@@ -36,7 +37,6 @@ from vitray.errors import JobError, count, one_line
 from vitray.exit_codes import ExitCode
 from vitray.operations.requester import default_requester
 
-KIND = "remove"  # of the run record
 MISSING_SHOWN = 3  # keys without a row
 THREADS = 4  # each may hold a whole data file
 COPIES = (
@@ -79,6 +79,26 @@ class Removal:
         errors = f" and {count(self.errors, 'error row')}" if self.errors else ""
         return f"{count(self.rows, 'row')}{errors} of {count(len(self.shards), 'shard')}"
 
+    @property
+    def would_delete(self) -> str:
+        """What a preview says of rows and staging, as text; "" where no key has any."""
+        if self.shards:
+            return self.what
+        return count(self.staged, "staged fragment") if self.staged else ""
+
+    @property
+    def new_keys(self) -> int:
+        """The keys that no earlier call has blocked."""
+        return self.keys - self.blocked_before
+
+    def describe_preview(self) -> str:
+        """Like describe_shards, with the keys that would be blocked."""
+        lines = [self.describe_shards()]
+        if self.new_keys:
+            keys = count(self.new_keys, "key")
+            lines.append(f"to block: {keys}. Later runs will write no row for them.")
+        return "\n".join(filter(None, lines))
+
     def describe_shards(self) -> str:
         """A line for each shard, and one for keys without a row."""
         lines = [f"{shard}: {count(rows, 'row')}" for shard, rows in sorted(self.shards.items())]
@@ -96,7 +116,7 @@ class Removal:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.out}: {self.what} removed, asked by {self.by}",
+            f"{self.out}: {self.what} removed; requested by {self.by}",
             self.describe_shards(),
             f"blocked    {count(self.blocked_keys, 'key')}: later runs write no row for them",
         ]
@@ -141,14 +161,15 @@ def remove(out: str, keys: Collection[str], *, by: str | None = None, note: str 
     """Take the rows and error rows with these keys out of a dataset, and block the keys for good.
 
     keys: exactly as in the column `key`. by: who asks; user@host by default. Raises JobError if
-    there is no dataset, FingerprintError for data files of another job. After any other error, or a
-    kill, the same call continues.
+    there is no dataset, FingerprintError for data files of another job, UnsafeStore where the store
+    ignores conditions. After any other error, or a kill, the same call continues.
     """
     started = time.monotonic()
     started_at = utc_now()
     dataset = require_dataset(out, follow=False)
     require_own_data_files(dataset)
-    run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
+    check_replace(dataset.out)
+    run = new_run_id()
     requester = by or default_requester()
     request: dict[str, object] = {
         "by": requester,
@@ -169,7 +190,7 @@ def remove(out: str, keys: Collection[str], *, by: str | None = None, note: str 
     removal = replace(removal, is_beside_run=beside)
     record = {
         **request,
-        "kind": KIND,
+        "kind": RecordKind.REMOVE,
         "finished": utc_now(),
         "seconds": time.monotonic() - started,
         "fingerprint": dataset.fingerprint,

@@ -13,9 +13,31 @@ from vitray.pipeline.metrics import Meter, PrometheusMeter
 from vitray.pipeline.progress import Progress
 
 WRITE_EVERY_S = 10.0
+SUFFIX = ".prom"  # node_exporter reads no other files
+FIRST_BYTES = b"# HELP vitray_"  # of a file that vitray wrote
 LAST_COMPLETE = "vitray_run_last_complete_timestamp_seconds"
 
 log = logging.getLogger(__name__)
+
+
+def require_metrics_path(path: str) -> None:
+    """Raise JobError unless this is FILE.prom, new, empty or with the metrics of an earlier run."""
+    if not path.endswith(SUFFIX):
+        raise JobError(f"--metrics-file {path}: give a path that ends in {SUFFIX}.")
+    try:
+        with open(path, "rb") as file:
+            start = file.read(len(FIRST_BYTES))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise JobError(
+            f"--metrics-file {path} cannot be read: {error.strerror or error}."
+        ) from error
+    if start not in (b"", FIRST_BYTES):
+        raise JobError(
+            f"--metrics-file {path} exists, and is no metrics file of vitray: it would be "
+            "replaced. Give another path, or delete the file."
+        )
 
 
 class MetricsFile(Meter):
@@ -66,7 +88,7 @@ def last_complete_in(path: str) -> float | None:
                 for sample in family.samples:
                     if sample.name == LAST_COMPLETE:
                         return float(sample.value)
-    except (OSError, ValueError):  # no such file yet, or another one, which this run replaces
+    except (OSError, ValueError):  # no such file yet, or a damaged one, which this run replaces
         pass
     return None
 

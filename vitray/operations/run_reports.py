@@ -4,32 +4,35 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 from vitray.clock import utc_now
-from vitray.operations.notifying import TIMEOUT_S, TRIES, Target, message_of, post
+from vitray.operations.notifying import TIMEOUT_S, TRIES, Notification, notification_of
 from vitray.operations.run_metrics import MetricsFile
 from vitray.operations.runs import summary_of
 from vitray.pipeline.metrics import Meter, PrometheusMeter
 from vitray.pipeline.progress import Progress
 
+# of a notification, with the number of tries and the seconds for each of them
+Send: TypeAlias = Callable[[Notification, int, float], object]
+
 
 class EndReport(Meter):
     """Follows a run, and reports once how it ended.
 
-    meter: of the run, which `file` publishes. target: gets the JSON message. Each may be None.
+    send: called with the notification. meter: of the run, which `file` publishes. Each may be None.
     """
 
     def __init__(
         self,
         out: str,
-        target: Target | None = None,
+        send: Send | None = None,
         meter: PrometheusMeter | None = None,
         file: MetricsFile | None = None,
     ) -> None:
         self._out = out
-        self._target = target
+        self._send = send
         self._meter = meter
         self._file = file
         self._record: dict[str, Any] = {}
@@ -57,21 +60,21 @@ class EndReport(Meter):
             self._meter.ended(exit_code)
         if self._file is not None:
             self._file.write()
-        if self._target is not None:
+        if self._send is not None:
             summary = summary_of(self._last_record(exit_code, error))
-            post(self._target, message_of(summary, self._out), tries, timeout_s)
+            self._send(notification_of(summary, self._out), tries, timeout_s)
 
     def _last_record(self, exit_code: int, error: str) -> dict[str, Any]:
-        """The run record. Without one, as where the source cannot be read, what is known."""
-        known: dict[str, Any] = {
+        """The run record; without one, as where the source cannot be read, a part of it."""
+        measured: dict[str, Any] = {
             "started": self._started_at,
             "finished": utc_now(),
             "seconds": time.monotonic() - self._started,
         }
         if self._progress is not None:
-            known["images"] = self._progress.computed
-            known["reasons"] = dict(self._progress.reasons)
-        record = {**known, **self._record, "exit_code": exit_code}
+            measured["images"] = self._progress.computed
+            measured["reasons"] = dict(self._progress.reasons)
+        record = {**measured, **self._record, "exit_code": exit_code}
         if error:
             record.setdefault("ended", error)
         return record

@@ -9,11 +9,11 @@ from enum import StrEnum
 from itertools import islice
 from typing import Any
 
-from vitray.dataset import newest_run_records, require_dataset
+from vitray.budget import Limit
+from vitray.dataset import RecordKind, is_run, newest_run_records, require_dataset, run_start
 from vitray.exit_codes import ExitCode
 from vitray.operations.costing import span
 
-RUN = "run"  # the `kind` of a run; other commands write their own
 LINE_CHARS = 80
 # Exit codes of runs whose record has none, by the error in `ended`; of any other error it is 1.
 CODES_OF_ERRORS: Mapping[str, ExitCode] = {
@@ -41,7 +41,7 @@ class RunSummary:
     run: its id. kind: `run`, or the command that changed the dataset. started, finished: in ISO
     format, in UTC. bad_images: by reason. committed, set_aside, truncated: shards. pruned: removed
     rows. cost: by purpose, with its `total`; None without prices. error: the type of the error that
-    ended the run, or the limit of its budget; message: its text.
+    ended the run. message: the text of that error. limit: of the budget, which ended the run.
     """
 
     run: str
@@ -61,6 +61,7 @@ class RunSummary:
     cost: dict[str, float] | None = None
     error: str | None = None
     message: str | None = None
+    limit: Limit | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,15 +96,17 @@ def list_runs(out: str, last: int | None = None) -> Runs:
 
 def summary_of(record: Mapping[str, Any]) -> RunSummary:
     """What a run record says, also one of an earlier version of vitray."""
-    error, _, message = str(record.get("ended") or "").partition(": ")
+    ended = str(record.get("ended") or "")
+    limit = next((one for one in Limit if one == ended), None)
+    error, _, message = ("", "", "") if limit else ended.partition(": ")
     code = _exit_code(record, error)
     run = str(record.get("run", ""))
     return RunSummary(
         run=run,
-        kind=str(record.get("kind", RUN)),
+        kind=str(record.get("kind", RecordKind.RUN)),
         outcome=_outcome(record, code),
         exit_code=code,
-        started=record.get("started") or _time_in(run),
+        started=record.get("started") or _start_in(run),
         finished=record.get("finished"),
         seconds=_rounded(record.get("seconds")),
         images=record.get("images"),
@@ -116,28 +119,24 @@ def summary_of(record: Mapping[str, Any]) -> RunSummary:
         cost=record.get("cost"),
         error=error or None,
         message=message or None,
+        limit=limit,
     )
-
-
-def seconds_since_complete(out: str, now: datetime) -> float | None:
-    """Age in seconds of the last run that ended with exit code 0; None if there is none.
-
-    A run with nothing to do counts; a removal, or another command that changes the dataset, does
-    not. Raises JobError if `out` holds no dataset.
-    """
-    return age_of_complete(newest_run_records(require_dataset(out).out), now)
 
 
 def age_of_complete(
     records: Iterable[tuple[str, dict[str, Any] | None]], now: datetime
 ) -> float | None:
-    """Age of the first complete run of (name, record) pairs, newest first."""
+    """Age in seconds of the last run that ended with exit code 0; None if there is none.
+
+    A run with nothing to do counts; a removal, or another command that changes the dataset, does
+    not. records: pairs of name and record, newest first.
+    """
     for name, record in records:
         if record is None:
             continue
         summary = summary_of({"run": name.removesuffix(".json"), **record})
         finished = _moment(summary.finished)
-        is_complete = summary.kind == RUN and summary.exit_code == ExitCode.DONE
+        is_complete = is_run(record) and summary.exit_code == ExitCode.DONE
         if is_complete and finished is not None:
             return max(0.0, (now - finished).total_seconds())
     return None
@@ -158,8 +157,7 @@ def _exit_code(record: Mapping[str, Any], error: str) -> int:
 def _outcome(record: Mapping[str, Any], code: int) -> Outcome:
     if code == ExitCode.DONE:
         is_idle = not record.get("images") and not record.get("committed")
-        is_run = record.get("kind", RUN) == RUN
-        return Outcome.NOTHING_TO_DO if is_run and is_idle else Outcome.DONE
+        return Outcome.NOTHING_TO_DO if is_run(record) and is_idle else Outcome.DONE
     return {
         int(ExitCode.INCOMPLETE): Outcome.INCOMPLETE,
         int(ExitCode.TOO_MANY_BAD_IMAGES): Outcome.TOO_MANY_BAD_IMAGES,
@@ -170,13 +168,10 @@ def _outcome(record: Mapping[str, Any], code: int) -> Outcome:
     }.get(code, Outcome.FAILED)
 
 
-def _time_in(run: str) -> str | None:
-    """The start of a run, from its id such as 20261201T030000-1a2b3c4d; None for another id."""
-    try:
-        start = datetime.strptime(run.partition("-")[0], "%Y%m%dT%H%M%S")
-    except ValueError:
-        return None
-    return start.replace(tzinfo=UTC).isoformat(timespec="seconds")
+def _start_in(run: str) -> str | None:
+    """The start of a run by its id, in ISO format; None for an id of another form."""
+    start = run_start(run)
+    return None if start is None else start.isoformat(timespec="seconds")
 
 
 def _moment(text: str | None) -> datetime | None:
@@ -226,7 +221,7 @@ def _number(value: int | None) -> str:
 
 def _end(summary: RunSummary) -> str:
     """How a run ended, in few words. Other commands than `run` are named."""
-    text = str(summary.outcome)
-    if summary.error and summary.outcome in (Outcome.FAILED, Outcome.BUDGET_SPENT):
+    text = summary.limit or str(summary.outcome)
+    if summary.error and summary.outcome is Outcome.FAILED:
         text = summary.error
-    return text if summary.kind == RUN else f"{summary.kind}: {text}"
+    return text if summary.kind == RecordKind.RUN else f"{summary.kind}: {text}"

@@ -49,7 +49,8 @@ class Validation:
     left_out: what the source holds besides these images, by left_out.LEFT_OUT; suffixes: of the
     files among it. truncated: {shard: byte at which it was cut}; images behind that byte are in no
     count. accepted: shards without a data file that a person accepted; they are not pending.
-    blocked_keys: that `vitray remove` took out; a row of one of them is a problem.
+    blocked_keys: that `vitray remove` took out. blocked_rows: rows, error rows and staged fragments
+    that hold one of them; each is among the problems.
     """
 
     out: str
@@ -67,6 +68,7 @@ class Validation:
     truncated: dict[str, int] = field(default_factory=dict)
     accepted: int = 0
     blocked_keys: int = 0
+    blocked_rows: int = 0
 
     @property
     def ok(self) -> bool:
@@ -107,8 +109,9 @@ class Validation:
 
     def _removed(self) -> str:
         keys = f"{count(self.blocked_keys, 'key')} blocked"
-        is_clean = not any("removed key" in problem for problem in self.problems)
-        return f"{keys}; no row, error row or staged fragment holds one" if is_clean else keys
+        if self.blocked_rows:
+            return f"{keys}; {self.blocked_rows:,} rows or staged fragments hold one"
+        return f"{keys}; no row, error row or staged fragment holds one"
 
     def _uncounted_note(self) -> str:
         if not self.uncounted:
@@ -148,7 +151,7 @@ def validate(out: str, inputs: bool = True, content: bool = False) -> Validation
         errors=totals.errors,
         pending=len(uncommitted - accepted),
         gone=len(set(shard_ids) - inputs_by_id.keys()) if inputs_by_id else 0,
-        problems=(*problems, *totals.problems, *leftovers),
+        problems=(*problems, *totals.problems, *leftovers.problems),
         compared=totals.compared if content else None,
         images=totals.images if listing is not None else None,
         uncounted=totals.uncounted,
@@ -157,6 +160,7 @@ def validate(out: str, inputs: bool = True, content: bool = False) -> Validation
         truncated=totals.truncated,
         accepted=len(uncommitted & accepted),
         blocked_keys=len(removed.hashes),
+        blocked_rows=totals.removed + leftovers.removed,
     )
 
 
@@ -169,6 +173,7 @@ class _Totals:
     compared: int = 0
     images: int = 0
     uncounted: int = 0
+    removed: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
     truncated: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -207,6 +212,7 @@ def _check_files(
         )
         for shard_id, check in zip(shard_ids, checks):
             totals.add_problems(shard_id, check.problems)
+            totals.removed += check.removed
             if check.footer is None:
                 continue
             totals.add_footer(shard_id, check.footer)

@@ -19,6 +19,7 @@ from vitray.pipeline.source_listing import (
     find_gone,
     groups_of,
     list_source,
+    passthrough_of,
     prepare_job,
     with_absolute_paths,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "list_source",
     "on_machine",
     "parse_partition",
+    "passthrough_of",
     "prepare_job",
     "run",
     "with_absolute_paths",

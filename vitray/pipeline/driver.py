@@ -9,16 +9,22 @@ from __future__ import annotations
 import logging
 import threading
 import time
-import uuid
 from collections.abc import Callable, Sequence, Set
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Protocol
 
 from vitray.budget import Budget, Limit, Usage
 from vitray.clock import utc_now
-from vitray.dataset import Commit, Dataset, Leases, committed_files, find_commit, uncommitted
+from vitray.dataset import (
+    Commit,
+    Dataset,
+    Leases,
+    committed_files,
+    find_commit,
+    new_run_id,
+    uncommitted,
+)
 from vitray.errors import (
     ClusterError,
     CommitError,
@@ -29,6 +35,7 @@ from vitray.errors import (
     count,
 )
 from vitray.job import Job
+from vitray.phases import Phase
 from vitray.pipeline.cluster import NOTICE_S, PLACEMENT_TIMEOUT_S, report_waiting, root_error
 from vitray.pipeline.events import (
     Event,
@@ -49,9 +56,10 @@ from vitray.pipeline.events import (
 from vitray.pipeline.machines import WorkerShare
 from vitray.pipeline.metrics import Meter
 from vitray.pipeline.partition import Partition, partition_first
-from vitray.pipeline.progress import Phase, Progress
+from vitray.pipeline.progress import Progress
 from vitray.pipeline.retry import Verdict
 from vitray.pipeline.schedule import Schedule
+from vitray.pipeline.source_listing import Gone
 from vitray.schema import ModelSpec, Reason, Shard
 from vitray.sources import Selection
 
@@ -74,6 +82,7 @@ class RunState:
     started, started_at: when the run began, by time.monotonic() and as vitray stores it.
     counted: by shard, the starts of the fragments that `progress` includes.
     deleted_files: files of groups that no longer exist; `missing` rows, but not bad images.
+    prune, agreed: remove rows whose input is gone, all of them or only what a user agreed to.
     pruned_files: those that this run removed from their groups.
     stop: set when the run should end soon.
     usage: what the run has used so far. ended_by: the limit of the budget at which it ends.
@@ -83,6 +92,7 @@ class RunState:
     started: float = field(default_factory=time.monotonic)
     started_at: str = field(default_factory=utc_now)
     prune: bool = False
+    agreed: Gone | None = None
     report: Callable[[Progress], None] = lambda _: None
     progress: Progress = field(default_factory=Progress)
     meter: Meter = field(default_factory=Meter)
@@ -101,9 +111,7 @@ class RunState:
     is_recorded: bool = False
     partition: Partition = field(default_factory=lambda: Partition(0, 1))
     selection: Selection = field(default_factory=Selection)
-    run_id: str = field(
-        default_factory=lambda: f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
-    )
+    run_id: str = field(default_factory=new_run_id)
 
     @property
     def is_ending(self) -> bool:
@@ -118,10 +126,8 @@ class RunState:
         self.report(self.progress)
 
     def update_usage(self) -> None:
-        """Count the time and the work up to now."""
+        """Count the time up to now."""
         self.usage.advance(time.monotonic() - self.started)
-        self.usage.shards = len(self.commits)
-        self.usage.fragments = self.progress.fragments
 
 
 class Executor(Protocol):
@@ -319,6 +325,7 @@ class _Driver:
         counted.add(event.start)
         state.progress.add(event)
         if isinstance(event, FragmentWritten):
+            state.usage.fragments += 1
             state.meter.fragment(event)
         _check_error_rate(self._dataset.job, state.progress, state.deleted_files)
 
@@ -328,6 +335,8 @@ class _Driver:
         self._schedule.shard_committed(shard)
         self._supply.ended(shard)
         state.commits[shard] = commit
+        if not commit.adopted:
+            state.usage.shards += 1
         state.failures.pop(shard, None)
         state.counted.pop(shard, None)
         state.progress.shards_done += 1

@@ -6,24 +6,14 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import StrEnum
 
 from vitray.budget import Cost, Limit
 from vitray.exit_codes import ExitCode
+from vitray.phases import Phase
 from vitray.pipeline.events import FragmentEvent, FragmentSkipped, errors_of
 
 TIMELINE_POINTS = 400
 RECENT_S = 10.0
-
-
-class Phase(StrEnum):
-    """What a run does now, in the order of a run."""
-
-    READING_SOURCE = "reading the source"
-    OPENING_MODEL = "opening the model"
-    TIMING_ENGINES = "timing engines"
-    COMPUTING = "computing"
-    FINISHING = "writing the manifest"
 
 
 @dataclass
@@ -42,7 +32,7 @@ class Progress:
     written yet.
     """
 
-    phase: Phase = Phase.READING_SOURCE
+    phase: Phase = Phase.STARTING
     shards: int = 0
     shards_done: int = 0
     shards_staged: int = 0
@@ -103,8 +93,8 @@ class Progress:
         """Images per second, over the last RECENT_S or longer."""
         elapsed_s = self._elapsed_s()
         old_points = (point for point in reversed(self.recent) if elapsed_s - point[0] >= RECENT_S)
-        seconds, images = next(old_points, (0.0, 0))
-        return (self.computed - images) / max(1e-9, elapsed_s - seconds)
+        seconds, images = next(old_points, (elapsed_s - self._computing_s(), 0))
+        return (self.images_seen - self.resumed - images) / max(1e-9, elapsed_s - seconds)
 
     def remaining_s(self) -> float | None:
         """Seconds that the remaining images take at the mean rate so far; None without a rate."""

@@ -21,8 +21,6 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
-import pyarrow as pa
-
 from vitray.budget import Budget
 from vitray.clock import utc_now
 from vitray.crash import crash_point
@@ -30,6 +28,7 @@ from vitray.dataset import (
     Dataset,
     LastSource,
     Leases,
+    RecordKind,
     accepted_ids,
     base_of,
     check_store,
@@ -39,7 +38,6 @@ from vitray.dataset import (
     drop_unstarted,
     open_dataset,
     package_versions,
-    passthrough_in_data,
     read_acceptances,
     record_source,
     require_own_data_files,
@@ -71,20 +69,25 @@ from vitray.models import (
     vector_columns,
     with_label_names,
 )
+from vitray.phases import Phase
 from vitray.pipeline.cluster import own_cpus, ray_session
 from vitray.pipeline.driver import Executor, RunState, complete_shards
 from vitray.pipeline.local_executor import LocalExecutor
 from vitray.pipeline.machines import local_share
 from vitray.pipeline.metrics import Meter, Meters, RayMeter
 from vitray.pipeline.partition import Partition
-from vitray.pipeline.progress import Phase, Progress, Result
+from vitray.pipeline.progress import Progress, Result
 from vitray.pipeline.ray_executor import RayExecutor
 from vitray.pipeline.source_listing import (
+    Gone,
     deleted_files,
+    files_to_prune,
     list_source,
+    passthrough_of,
     pending_shards,
     prepare_job,
     settle_groups,
+    stored_passthrough,
 )
 from vitray.schema import ModelSpec, Shard
 from vitray.sources import (
@@ -93,7 +96,6 @@ from vitray.sources import (
     count_selection,
     estimate_images,
     find_key_column,
-    passthrough_schema,
     select_shards,
 )
 from vitray.storage import exists, join
@@ -109,7 +111,7 @@ def run(
     job: Job,
     *,
     address: str | None = None,
-    prune: bool = False,
+    prune: bool | Gone = False,
     progress: Callable[[Progress], None] | None = None,
     stop: threading.Event | None = None,
     allow_open_cluster: bool = False,
@@ -121,7 +123,8 @@ def run(
 ) -> Result:
     """Label and embed what is missing in `job.out`. It is safe to repeat, at any time and place.
 
-    address: of a Ray cluster; `local` starts one for this run. prune: remove rows of deleted files.
+    address: of a Ray cluster; `local` starts one for this run. prune: remove rows of deleted files;
+    a Gone of find_gone(): only those.
     progress: called with the state of the run, again and again.
     stop: once it is set, the run stops reading, finishes the writes that have begun, and raises
     Interrupted.
@@ -142,7 +145,8 @@ def run(
     started = time.monotonic()
     state = RunState(
         started=started,
-        prune=prune,
+        prune=bool(prune),
+        agreed=prune if isinstance(prune, Gone) else None,
         report=progress or (lambda _: None),
         stop=stop or threading.Event(),
         partition=partition or Partition(0, 1),
@@ -173,9 +177,11 @@ def _run(
     drop_scratch(job.out)
     if not exists(dataset_url(job.out)):
         check_store(job.out)
-    _announce_other_source(job)
-    if _is_complete(job, listing, state.prune):
-        return _finish_complete(job, listing, state)
+    existing = open_dataset(job.out)
+    if existing is not None:
+        _announce_other_source(job, existing)
+        if _is_complete(job, listing, state):
+            return _finish_complete(job, existing, listing, state)
     crash_point("driver-listed")
     frozen = with_frozen(job)
     images = _images_of_source(job, listing) if frozen.engine == "auto" else 0
@@ -203,10 +209,9 @@ def _run(
         return result
 
 
-def _announce_other_source(job: Job) -> None:
+def _announce_other_source(job: Job, existing: Dataset) -> None:
     """Say that the dataset has images of another source, which stay."""
-    existing = open_dataset(job.out)
-    if existing is not None and existing.job.source != job.source:
+    if existing.job.source != job.source:
         log.warning(
             "%s has images of %s; this run adds those of %s. Rows of the former stay, unless "
             "--prune removes them.",
@@ -216,11 +221,9 @@ def _announce_other_source(job: Job) -> None:
         )
 
 
-def _finish_complete(job: Job, listing: Listing, state: RunState) -> Result:
+def _finish_complete(job: Job, existing: Dataset, listing: Listing, state: RunState) -> Result:
     """The result of a run with nothing to do. The model is compared, and not opened."""
-    existing = open_dataset(job.out)
-    known = None if existing is None else existing.spec
-    model = check_model(with_frozen(job), known, reads_weights=False)
+    model = check_model(with_frozen(job), existing.spec, reads_weights=False)
     dataset = _resolve(job, model.spec, listing)
     record_source(dataset, _last_source(listing), always=True)
     result = finish_run(dataset, job, state)
@@ -235,11 +238,14 @@ def _images_of_source(job: Job, listing: Listing) -> int:
     return images if images < TIMING_PAYS else estimate_images(listing.shards, job)[0]
 
 
-def _is_complete(job: Job, listing: Listing, prune: bool) -> bool:
-    """Whether the dataset exists and nothing of the source is missing in it."""
-    if listing.new_groups or (prune and any(map(deleted_files, listing.shards))):
+def _is_complete(job: Job, listing: Listing, state: RunState) -> bool:
+    """Whether nothing of the source is missing in the dataset, and nothing is to be pruned.
+
+    Files that are gone as a whole are pruned by the manifest step.
+    """
+    if listing.new_groups or (state.prune and files_to_prune(listing, state.agreed)):
         return False
-    return open_dataset(job.out) is not None and not pending_shards(job, listing)
+    return not pending_shards(job, listing)
 
 
 @contextlib.contextmanager
@@ -287,8 +293,8 @@ def _label_missing(
     with Leases(dataset.out, state.run_id) as leases:
         for _ in range(ATTEMPTS):
             if state.prune:
-                state.pruned_files += sum(map(len, map(deleted_files, listing.shards)))
-            listing = settle_groups(job, listing, state.prune)
+                state.pruned_files += len(files_to_prune(listing, state.agreed))
+            listing = settle_groups(job, listing, state.prune, state.agreed)
             state.changed.clear()
             crash_point("driver-planned")
             if pending := pending_shards(job, listing):
@@ -333,8 +339,9 @@ def _failure_recorded(dataset: Dataset, state: RunState, executor: Executor) -> 
 def _record_early_failure(job: Job, state: RunState, error: Exception) -> None:
     """Write a record of a run that failed before its work, as where the source does not answer.
 
-    Only into a dataset with rows: in one without, a record says that it may be replaced. A refused
-    job leaves no record.
+    Only into a dataset with rows: in one without, a record says that it may be replaced. A job that
+    does not fit leaves no record. A store that denies access does, although its exit code is the
+    same: rights change from night to night.
     """
     if state.is_recorded or isinstance(error, JobError):
         return
@@ -360,23 +367,15 @@ def _with_key_column(job: Job, listing: Listing) -> Job:
 
 
 def _resolve(job: Job, spec: ModelSpec, listing: Listing) -> Dataset:
-    passthrough = _passthrough(job, listing)
+    passthrough = stored_passthrough(job)
+    if passthrough is None:
+        passthrough = passthrough_of(job, listing)
+        _announce_absent_members(job, listing)
     return resolve_dataset(job, spec, vector_columns(job, spec), passthrough, utc_now())
 
 
-def _passthrough(job: Job, listing: Listing) -> pa.Schema:
-    """The types of the passthrough columns: those of the dataset, else those of the first files.
-
-    Raises ShardError when no file can be read.
-    """
-    existing = open_dataset(job.out)
-    if existing is not None and existing.job.keep == job.keep:
-        return existing.passthrough
-    if existing is None:
-        schema = passthrough_in_data(job.out, [job.passthrough_name(name) for name in job.keep])
-        if schema is not None:  # dataset.json was lost
-            return schema
-    schema = passthrough_schema(listing.shards, job)
+def _announce_absent_members(job: Job, listing: Listing) -> None:
+    """Say which members of `keep` the first file has not; those columns are null."""
     for shard in listing.shards:
         with contextlib.suppress(ShardError):
             if absent := absent_members(shard, job):
@@ -386,7 +385,6 @@ def _passthrough(job: Job, listing: Listing) -> pa.Schema:
                     ", .".join(absent),
                 )
             break
-    return schema
 
 
 def _compiles(job: Job, pending: list[Shard], executor: Executor) -> bool:
@@ -439,7 +437,8 @@ def finish_run(dataset: Dataset, job: Job, state: RunState) -> Result:
     state.enter(Phase.FINISHING)
     source = _SourceNow(job)
     restore_dataset(dataset)  # another first run that failed may have removed it
-    ledger = write_manifest(dataset, source.list_ids, state.prune, state.commits)
+    agreed = None if state.agreed is None else state.agreed.shards
+    ledger = write_manifest(dataset, source.list_ids, state.prune, agreed, state.commits)
     listing, selected = source.listing, source.selected
     record_source(dataset, _last_source(listing))
     deleted = sum(len(deleted_files(shard)) for shard in listing.shards)
@@ -538,7 +537,7 @@ def _work(dataset: Dataset, state: RunState, executor: Executor | None) -> dict[
     cost = state.budget.cost(state.usage)
     return {
         "run": state.run_id,
-        "kind": "run",
+        "kind": RecordKind.RUN,
         "started": state.started_at,
         "finished": utc_now(),
         "host": socket.gethostname(),

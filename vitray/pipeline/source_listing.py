@@ -6,6 +6,8 @@ import contextlib
 import os
 from dataclasses import dataclass
 
+import pyarrow as pa
+
 from vitray.dataset import (
     NO_GROUP,
     accepted_ids,
@@ -16,6 +18,7 @@ from vitray.dataset import (
     last_source,
     load_group_log,
     open_dataset,
+    passthrough_in_data,
     read_manifest,
     reconcile,
     with_source_rules,
@@ -23,7 +26,14 @@ from vitray.dataset import (
 from vitray.errors import JobError, SourceError, StorageError
 from vitray.job import Job
 from vitray.schema import Shard, ShardKind
-from vitray.sources import Group, Listing, kind_of, list_shards, select_shards
+from vitray.sources import (
+    Group,
+    Listing,
+    kind_of,
+    list_shards,
+    passthrough_schema,
+    select_shards,
+)
 from vitray.storage import absolute, expand_braces, reads
 
 SETTLE_ATTEMPTS = 20
@@ -88,15 +98,15 @@ def groups_of(out: str) -> list[Group]:
     ]
 
 
-def settle_groups(job: Job, listing: Listing, prune: bool) -> Listing:
+def settle_groups(job: Job, listing: Listing, prune: bool, agreed: Gone | None = None) -> Listing:
     """The listing with all its groups in the log, written by this run or by a faster one.
 
-    prune: remove deleted files from their groups.
+    prune, agreed: remove deleted files from their groups, all of them or only those.
     """
     for _ in range(SETTLE_ATTEMPTS):
         deleted = list[tuple[int, str]]()
         if prune:
-            deleted = [(NO_GROUP, url) for shard in listing.shards for url in deleted_files(shard)]
+            deleted = [(NO_GROUP, url) for url in files_to_prune(listing, agreed)]
         new = [(group.number, url) for group in listing.new_groups for url in group.urls]
         entries = deleted or new
         # After new groups the source is not listed again: files that arrive in the meantime would
@@ -113,6 +123,29 @@ def settle_groups(job: Job, listing: Listing, prune: bool) -> Listing:
 def deleted_files(shard: Shard) -> list[str]:
     """Files of a group that no longer exist. Each is an error row until it is pruned."""
     return [member.url for member in shard.members if member.size < 0 and not member.version]
+
+
+def files_to_prune(listing: Listing, agreed: Gone | None) -> list[str]:
+    """The deleted files of all groups. agreed: only those among its files; None for all."""
+    files = [url for shard in listing.shards for url in deleted_files(shard)]
+    return files if agreed is None else [url for url in files if url in set(agreed.files)]
+
+
+def passthrough_of(job: Job, listing: Listing) -> pa.Schema:
+    """The types of the passthrough columns: those of the dataset, else those of the first files.
+
+    Raises ShardError when no file can be read.
+    """
+    stored = stored_passthrough(job)
+    return passthrough_schema(listing.shards, job) if stored is None else stored
+
+
+def stored_passthrough(job: Job) -> pa.Schema | None:
+    """The types of the passthrough columns in the dataset, if it has those of the job."""
+    existing = open_dataset(job.out)
+    if existing is None:  # not there yet, or dataset.json was lost
+        return passthrough_in_data(job.out, [job.passthrough_name(name) for name in job.keep])
+    return existing.passthrough if existing.job.keep == job.keep else None
 
 
 def pending_shards(job: Job, listing: Listing) -> list[Shard]:
@@ -168,5 +201,5 @@ def find_gone(job: Job) -> Gone:
     committed = committed_files(job.out).keys()
     listed = [shard.id for shard in listing.shards]
     actions = reconcile(listed, listed, committed, committed, prune=True)
-    files = [url for shard in listing.shards for url in deleted_files(shard)]
+    files = files_to_prune(listing, None)
     return Gone(count_rows(dataset, actions.pruned), files)

@@ -10,6 +10,7 @@ from enum import StrEnum
 class Phase(StrEnum):
     """The parts of a training, in the words of its progress view."""
 
+    STARTING = "starting"
     READING_MODEL = "reading the model"
     READING_SOURCE = "reading the source"
     DECODING = "decoding the images"

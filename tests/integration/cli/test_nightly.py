@@ -12,6 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from support.command_line import Call, waiting
+from support.schemas import checked
 from support.webhooks import webhook
 from vitray.operations import notifying
 
@@ -33,7 +34,9 @@ def test_a_run_with_nothing_to_do_is_reported(vitray: Call, labelled: Path, tmp_
         )
     assert code == 0, err
     result = json.loads(out)
-    (message,) = hook.messages
+    (posted,) = hook.messages
+    message = checked(json.dumps(posted))
+    assert message["schema"] == "vitray/notification/v1"
     assert (message["outcome"], message["exit_code"], message["images"]) == ("nothing to do", 0, 0)
     assert message["out"] == f"{labelled}/out"
     assert message["cost"] == result["cost"]
@@ -65,6 +68,28 @@ def test_a_run_that_is_refused_by_its_job_is_reported_too(
     assert "vitray_run_last_complete_timestamp_seconds" not in metrics
 
 
+def test_the_environment_names_the_webhook_that_no_command_line_shows(
+    vitray: Call, labelled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with webhook() as hook:
+        monkeypatch.setenv("VITRAY_NOTIFY", hook.url)
+        assert vitray("run", labelled / "a job.yaml")[0] == 0
+        monkeypatch.setenv("VITRAY_NOTIFY", "")
+        assert vitray("run", labelled / "a job.yaml")[0] == 0
+    assert [message["outcome"] for message in hook.messages] == ["nothing to do"]
+
+
+def test_a_file_that_is_not_of_metrics_is_kept(
+    vitray: Call, labelled: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.prom"
+    other.write_text("# HELP node_load1 load\nnode_load1 0.5\n")
+    code, out, err = vitray("run", labelled / "a job.yaml", "--metrics-file", other)
+    assert (code, out) == (2, "")
+    assert "other.prom exists, and is no metrics file of vitray" in err
+    assert other.read_text().startswith("# HELP node_load1")
+
+
 def test_a_webhook_that_fails_changes_nothing(
     vitray: Call,
     labelled: Path,
@@ -76,7 +101,9 @@ def test_a_webhook_that_fails_changes_nothing(
         code, out, _ = vitray("run", labelled / "a job.yaml", "--notify", f"{hook.url}/SECRET")
     assert (code, len(hook.requests)) == (0, 3)
     assert "nothing to do" in out
-    assert "was not told how the run ended: it answered 500" in caplog.text
+    assert (
+        "could not notify http://127.0.0.1:" in caplog.text and ": it answered 500" in caplog.text
+    )
     assert "SECRET" not in caplog.text
 
 
@@ -116,9 +143,10 @@ def test_port_0_is_a_free_one_which_is_said(
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["--notify", "ftp://host/SECRET"], "--notify: give a URL that begins with http://"),
+        (["--notify", "ftp://host/SECRET"], "VITRAY_NOTIFY: give a URL that begins with http://"),
         (["--metrics-host", "0.0.0.0"], "--metrics-host is for --metrics-port"),
         (["--metrics-name", "pets"], "--metrics-name names the metrics of"),
+        (["--metrics-file", "/nowhere/a.txt"], "a.txt: give a path that ends in .prom"),
         (["--metrics-file", "/nowhere/a.prom"], "/nowhere/a.prom cannot be written: No such file"),
         (["--max-cost", "5"], "max_cost needs a price for time"),
         (["--max-hours", "0"], "max_hours is 0. Give a number above 0"),

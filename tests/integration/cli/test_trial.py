@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 
 from factories.shards import pictures, put_tars
 from support.command_line import Call, snapshot
@@ -57,8 +58,29 @@ def test_a_trial_shows_bad_images_and_needs_no_out(
     shutil.rmtree(os.path.dirname(trial["out"]))
 
 
-def test_a_trial_that_fails_leaves_no_folder(
-    vitray: Call, shapes_model: str, tmp_path: Path, monkeypatch: object
+@pytest.mark.parametrize(
+    ("option", "value"), [("--max-cost", "3"), ("--prune", None), ("--address", "h:1")]
+)
+def test_a_trial_refuses_options_that_it_would_ignore(
+    vitray: Call, tmp_path: Path, option: str, value: str | None
 ) -> None:
+    given = [option] if value is None else [option, value]
+    code, out, err = vitray("run", tmp_path, "--model", "m", "--try", "2", *given)
+    assert (code, out) == (2, "") and err.startswith(f"JobError: {option}: --try labels a few")
+
+
+def test_a_trial_does_not_mind_the_webhook_of_the_environment(
+    vitray: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VITRAY_NOTIFY", "http://127.0.0.1:1/")
+    code, _, err = vitray("run", tmp_path / "none", "--model", "m", "--try", "2")
+    assert code == 2 and "none" in err and "--notify" not in err and "VITRAY" not in err
+
+
+def test_a_trial_that_fails_leaves_no_folder(
+    vitray: Call, shapes_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     code, out, err = vitray("run", f"{tmp_path}/none", "--model", shapes_model, "--try", "2")
     assert (code, out) == (2, "") and err.startswith("SourceError: ")
+    assert list(tmp_path.iterdir()) == []

@@ -31,6 +31,13 @@ def test_no_order_and_no_fault_leaves_a_removed_key(name: str) -> None:
     assert result.ends >= 10
 
 
+def test_no_order_brings_a_removed_key_back_among_error_rows() -> None:
+    play = REMOVALS["a removal beside a worker with bad images"]()
+    result = explore(play, Bounds(preemptions=2, faults=0, states=3000))
+    tell("error rows", result)
+    assert result.complete
+
+
 def rewritten_without_condition(patch: pytest.MonkeyPatch) -> None:
     def replace(url: str, version: str, data: bytes, *_: Any) -> bool:
         current.store.replace(url, data)
@@ -43,7 +50,20 @@ def committed_without_a_second_look(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(commit, "_checked_again", lambda dataset, footer: footer)
 
 
+def error_rows_after_the_second_look(patch: pytest.MonkeyPatch) -> None:
+    look, write = commit._checked_again, commit.write_errors
+
+    def look_then_write(dataset: Any, footer: Any) -> Any:
+        footer = look(dataset, footer)
+        write(dataset, footer)
+        return footer
+
+    patch.setattr(commit, "write_errors", lambda *_: None)
+    patch.setattr(commit, "_checked_again", look_then_write)
+
+
 MUTANTS = {
+    error_rows_after_the_second_look: "a removal beside a worker with bad images",
     rewritten_without_condition: "two removals of a committed shard",
     committed_without_a_second_look: "a removal beside a worker",
 }

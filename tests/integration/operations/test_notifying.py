@@ -12,7 +12,7 @@ from support.webhooks import webhook
 from vitray.operations import notifying
 from vitray.operations.notifying import parse_target, post
 
-MESSAGE = {"version": 1, "exit_code": 0}
+MESSAGE = '{"exit_code": 0}'
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def test_passing_failures_are_tried_three_times(
 ) -> None:
     with webhook(answers) as hook, caplog.at_level(logging.WARNING):
         assert post(parse_target(f"{hook.url}/SECRET?key=SECRET"), MESSAGE) == is_taken
-    assert hook.messages == [MESSAGE] * requests
+    assert hook.messages == [{"exit_code": 0}] * requests
     assert says in caplog.text and bool(caplog.text) == (not is_taken)
     assert "SECRET" not in caplog.text
 
@@ -66,4 +66,4 @@ def test_a_server_that_never_answers_costs_the_time_out_of_each_try(
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
         assert not post(parse_target(url), MESSAGE, tries=2, timeout_s=0.3)
         assert time.monotonic() - started < 3
-    assert "was not told how the run ended" in caplog.text
+    assert "could not notify http://127.0.0.1:" in caplog.text

@@ -11,7 +11,7 @@ import vitray
 from factories.shards import pictures, put_tars
 from vitray.budget import Budget, Limit, Usage
 from vitray.dataset import read_run_records
-from vitray.errors import Interrupted
+from vitray.errors import AccessError, Interrupted, SourceError, StorageError, VitrayError
 from vitray.exit_codes import ExitCode
 from vitray.operations.runs import list_runs
 
@@ -81,20 +81,29 @@ def test_a_request_to_stop_is_still_an_interruption(job: vitray.Job) -> None:
 
 
 def test_a_later_run_that_fails_is_in_the_list(
-    job: vitray.Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    job: vitray.Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vitray.errors import StorageError
+    """One whose rights were taken away, too; a job that does not fit is not."""
     from vitray.pipeline import runner
 
     vitray.run(job)
+    errors: list[VitrayError] = [
+        StorageError("s3://photos does not answer"),
+        AccessError("s3://photos: access refused"),
+        SourceError("s3://photos holds nothing"),
+    ]
+    for error in errors:
 
-    def away(_: vitray.Job) -> None:
-        raise StorageError("s3://photos does not answer")
+        def away(_: vitray.Job, error: VitrayError = error) -> None:
+            raise error
 
-    monkeypatch.setattr(runner, "list_source", away)
-    with pytest.raises(StorageError):
-        vitray.run(job)
-    done, failed = list_runs(job.out).runs
+        monkeypatch.setattr(runner, "list_source", away)
+        with pytest.raises(type(error)):
+            vitray.run(job)
+    done, *failed = list_runs(job.out).runs
     assert (done.outcome, done.exit_code) == ("done", 0)
-    assert (failed.outcome, failed.exit_code, failed.error) == ("failed", 1, "StorageError")
-    assert failed.started is not None and failed.images == 0
+    assert sorted((run.outcome, run.exit_code, run.error) for run in failed) == [
+        ("failed", 1, "StorageError"),
+        ("failed", 2, "AccessError"),
+    ]
+    assert all(run.started is not None and run.images == 0 for run in failed)

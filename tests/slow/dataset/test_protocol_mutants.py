@@ -100,7 +100,7 @@ def errors_before_the_commit(patch: pytest.MonkeyPatch) -> None:
                 if k.startswith(b"vitray.")
             }
         )
-        protocol.repair_errors(current.dataset, body)
+        protocol.write_errors(current.dataset, body)
         is_created: bool = current.store.create(url, data, metadata)
         return is_created
 
@@ -164,7 +164,10 @@ MUTANTS: dict[Callable[[pytest.MonkeyPatch], None], tuple[str, Bounds]] = {
     errors_before_the_commit: ("two runs that disagree on a bad row", SHORT),
     errors_of_the_loser: ("two runs that disagree on a bad row", SHORT),
     record_before_data: ("two runs that disagree on a bad row", SHORT),
-    fragments_written_again: ("two runs that disagree on a bad row", SHORT),
+    fragments_written_again: (
+        "two runs that disagree on a bad row",
+        Bounds(preemptions=2, faults=1, states=8000),
+    ),
     listed_before_looking: (
         "two runs, and the input changes",
         Bounds(preemptions=2, faults=0, states=60_000),
@@ -175,7 +178,7 @@ MUTANTS: dict[Callable[[pytest.MonkeyPatch], None], tuple[str, Bounds]] = {
 @pytest.mark.parametrize(
     "mutant",
     [
-        pytest.param(m, id=m.__name__, marks=[] if bounds is SHORT else [NIGHTLY])
+        pytest.param(m, id=m.__name__, marks=[] if bounds.states <= 8000 else [NIGHTLY])
         for m, (_, bounds) in MUTANTS.items()
     ],
 )

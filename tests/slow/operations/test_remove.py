@@ -19,7 +19,7 @@ def test_a_run_killed_beside_a_removal_leaves_no_key_after_the_next_run(
     removed = first.joinpath("keys").read_text().split()
     shutil.rmtree(folder / "out")
     run = argv_of(folder, shapes_model)
-    assert commands.run(run, VITRAY_CRASH_AT="commit-unchecked") == -9
+    assert commands.run(run, VITRAY_CRASH_AT="commit-errors") == -9
     assert commands.run(removal_of(folder), VITRAY_CRASH_AT="removal-blocked") == -9
     assert commands.run(run) == 0
     assert not set(removed) & set(all_keys(str(folder / "out")))

@@ -10,7 +10,13 @@ import pytest
 from factories.hand_made import finish_with
 from support.command_line import Call, refused
 from support.dataset_parts import input_shard, make, stage
-from vitray.dataset import Dataset, commit_shard, write_run_record
+from vitray.dataset import (
+    Dataset,
+    accepted_ids,
+    commit_shard,
+    read_acceptances,
+    write_run_record,
+)
 from vitray.schema import Shard
 
 WHY = "not a tar. Replace it."
@@ -65,6 +71,52 @@ def test_a_shard_set_aside_is_not_pending_once_it_is_accepted(
     status = json.loads(out)
     assert list(status["accepted"]) == [broken.id]
     assert status["truncated"] == {cut.id: 1234}
+
+
+def test_status_after_an_acceptance_asks_for_one_more_run(
+    vitray: Call, nightly: tuple[Dataset, Shard, Shard]
+) -> None:
+    dataset, _, _ = nightly
+    _, out, _ = vitray("status", dataset.out)
+    assert f"or accept them (vitray accept {dataset.out} --reason set-aside)" in out
+    vitray("accept", dataset.out, "--reason", "set-aside")
+    _, out, _ = vitray("status", dataset.out)
+    first = out.splitlines()[0]
+    assert first == f"{dataset.out}: not complete: run the job again to mark it complete"
+    assert "set aside  " not in out
+
+
+@pytest.mark.parametrize("content", ["", "{}", '["shard"]', '{"shard": "another"}'])
+def test_a_damaged_acceptance_accepts_nothing(
+    vitray: Call,
+    nightly: tuple[Dataset, Shard, Shard],
+    caplog: pytest.LogCaptureFixture,
+    content: str,
+) -> None:
+    dataset, _, broken = nightly
+    vitray("accept", dataset.out, "--shard", broken.id)
+    stored = Path(dataset.out, "_vitray/accepted", f"{broken.id}.json")
+    stored.write_text(content)
+    assert accepted_ids(dataset.out) == set(read_acceptances(dataset.out)) == set()
+    _, out, _ = vitray("status", dataset.out)
+    assert f"set aside  {broken.id}: {WHY}" in out
+    assert f"{stored} is damaged, so its shard is not accepted" in caplog.text
+    code, _, err = vitray("accept", dataset.out, "--shard", broken.id)
+    assert code == 1 and f"{stored} is damaged: delete it" in err
+    stored.unlink()
+    assert vitray("accept", dataset.out, "--shard", broken.id)[0] == 0
+    assert accepted_ids(dataset.out) == {broken.id}
+
+
+def test_an_acceptance_under_the_name_of_another_shard_is_damaged(
+    vitray: Call, nightly: tuple[Dataset, Shard, Shard]
+) -> None:
+    dataset, cut, broken = nightly
+    vitray("accept", dataset.out, "--shard", broken.id)
+    folder = Path(dataset.out, "_vitray/accepted")
+    (folder / f"{broken.id}.json").rename(folder / f"{cut.id}.json")
+    _, out, _ = vitray("accept", dataset.out, "--list")
+    assert out == f"{dataset.out}: no shard is accepted\n"
 
 
 def test_acceptances_are_listed_and_withdrawn(

@@ -46,6 +46,23 @@ def test_a_second_signal_ends_the_process(phase: Phase, number: int, is_ray_load
     assert policy.action(number, is_first=False, is_ray_loaded=is_ray_loaded) is Action.EXIT
 
 
+def test_each_listener_is_called_once_within_its_own_block() -> None:
+    script = """
+import os, signal
+from vitray.cli.interrupts import end_at_once_when_interrupted, install_handlers, on_interrupt
+install_handlers()
+end_at_once_when_interrupted("nothing was kept.")
+with on_interrupt(lambda code: print("outer", code, flush=True)):
+    with on_interrupt(lambda code: print("inner", code, flush=True)):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (143, "outer 143\n")
+
+
 def test_temporary_folders_go_also_where_the_process_ends_at_once(tmp_path: Path) -> None:
     """As while Ray is loaded, where no exception may be raised."""
     folder = tmp_path / "copies"

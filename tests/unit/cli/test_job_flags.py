@@ -58,6 +58,8 @@ def test_every_field_but_the_source_is_in_one_panel() -> None:
         # lists: one text, which the field may cut at commas, or several flags
         (["--keep", "a,b"], {"keep": "a,b"}),
         (["--keep", "a", "--keep", "b"], {"keep": ["a", "b"]}),
+        (["--keep", "a,b", "--keep", "c"], {"keep": ["a", "b", "c"]}),
+        (["--prompts", "a, {}", "--prompts", "b {}"], {"prompts": ["a, {}", "b {}"]}),
         (["--prompts", "a photo: {}"], {"prompts": "a photo: {}"}),
         # --set stays, and counts less than a flag
         (["--set", "top_k=2"], {"top_k": 2}),

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import pytest
 from jsonschema import Draft202012Validator, ValidationError
@@ -16,6 +19,8 @@ from vitray.cli import is_json_asked, split_options
 from vitray.cli.console import QuietLogger, say, screen
 from vitray.cli.json_output import SCHEMAS, Schema, schema_of
 from vitray.cli.progress_view import json_line, starting_line
+from vitray.cli.running import watched
+from vitray.cli.training_view import watched_training
 from vitray.pipeline import Progress
 
 __all__ = ["vitray"]
@@ -88,6 +93,12 @@ def test_progress_lines_fit_their_schema() -> None:
     assert (line["schema"], line["images"], line["percent"]) == ("vitray/progress/v1", 5, 50.0)
 
 
+@pytest.mark.parametrize("name", ["progress", "training-progress"])
+def test_the_schema_of_progress_lists_the_phases(name: str) -> None:
+    (schema,) = (schema for schema in SCHEMAS if schema.name == name)
+    assert "starting" in make_schemas.json_schema(schema)["$defs"]["Phase"]["enum"]
+
+
 @pytest.mark.parametrize(
     ("argv", "code", "error", "message"),
     [
@@ -141,6 +152,24 @@ def test_the_last_format_counts() -> None:
     assert not is_json_asked(both, {"VITRAY_LOG_FORMAT": "json"})
     assert is_json_asked(both[:2], {})
     assert is_json_asked([], {"VITRAY_LOG_FORMAT": "json"}) and not is_json_asked([], {})
+
+
+@pytest.mark.parametrize(
+    ("watch", "schema"),
+    [(watched, "vitray/progress/v1"), (watched_training, "vitray/training-progress/v1")],
+)
+def test_a_terminal_shows_json_lines_where_they_are_asked_for(
+    as_json: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    watch: Callable[[], AbstractContextManager[object]],
+    schema: str,
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with watch():
+        assert screen.view is None
+    line = checked(capsys.readouterr().err)
+    assert (line["schema"], line["phase"]) == (schema, "starting")
 
 
 def test_a_note_of_several_lines_is_one_object(

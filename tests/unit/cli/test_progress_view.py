@@ -11,8 +11,9 @@ import pytest
 from rich.console import Console
 
 from vitray.cli.progress_view import RunView, json_line, view
+from vitray.phases import Phase
 from vitray.pipeline.events import FragmentSkipped, FragmentWritten
-from vitray.pipeline.progress import TIMELINE_POINTS, Phase, Progress
+from vitray.pipeline.progress import TIMELINE_POINTS, Progress
 
 
 def some_progress() -> Progress:

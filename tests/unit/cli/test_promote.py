@@ -16,7 +16,7 @@ import vitray as library
 from factories import hand_made
 from support.command_line import Call
 from support.schemas import checked
-from vitray.dataset import Dataset, unmark_success
+from vitray.dataset import Dataset, leases, unmark_success
 
 Versions = list[Dataset]
 ROWS = 3 * (hand_made.IMAGES - 1)
@@ -134,7 +134,6 @@ def test_reading_commands_follow_a_pointer(
         ["runs"],
         ["validate"],
         ["accept", "--list"],
-        ["clean"],
         ["search", "--key", "0/00"],
         ["export", "--to", "csv", "--into", tmp_path / "csv"],
         ["compact", "--into", tmp_path / "large"],
@@ -161,6 +160,9 @@ def test_commands_that_change_rows_refuse_a_pointer(
         ["redo", pointer, "--reason", "not_an_image"],
         ["remove", pointer, "--keys", keys],
         ["remove", pointer, "--keys", keys, "--yes"],
+        ["accept", pointer, "--reason", "truncated"],
+        ["accept", pointer, "--undo", "--shard", "x"],
+        ["clean", pointer],
         ["run", *job],
         ["plan", *job],
     ):
@@ -168,6 +170,9 @@ def test_commands_that_change_rows_refuse_a_pointer(
         assert (code, f"is a pointer to {versions[0].out} (version 1)" in err) == (2, True), err
     assert pointer.read_bytes() == before
     assert library.read(versions[0].out).num_rows == ROWS
+    _, _, err = vitray("clean", pointer)
+    assert "name that directory to clean it, or add --keep-versions N" in err
+    assert vitray("accept", pointer, "--list")[0] == 0
 
 
 def test_a_pointer_to_a_missing_dataset_is_a_clear_error(
@@ -316,6 +321,28 @@ def test_a_dataset_with_data_files_of_another_job_stays(
     assert code == 2 and "of another job" in err
     assert Path(versions[0].out, "_SUCCESS.json").exists()
     assert states(pointer) == ["kept", "kept"]
+
+
+def test_a_dataset_in_which_a_run_works_stays(
+    vitray: Call,
+    versions: Versions,
+    pointer: Path,
+    promote: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    promote(3)
+    monkeypatch.setattr(leases, "EXPIRE_S", 0.5)
+    monkeypatch.setattr(leases, "LOOK_S", 0.0)
+    clean = ["clean", pointer, "--keep-versions", "1", "--yes"]
+    with leases.Leases(versions[1].out, "a-run", renew_s=0.1):
+        code, _, err = vitray(*clean)
+    assert code == 2 and f"a run works in {versions[1].out} (version 2) now" in err
+    assert states(pointer) == ["kept", "kept", "kept"]
+    left = Path(versions[1].out, "_vitray", "leases", "killed.json")
+    left.parent.mkdir(exist_ok=True)
+    left.write_text(json.dumps({"counter": 7, "holder": None, "shards": []}))
+    assert vitray(*clean)[0] == 0
+    assert states(pointer) == ["deleted", "deleted", "kept"]
 
 
 def test_a_dataset_that_stands_in_the_place_of_an_old_version_stays(

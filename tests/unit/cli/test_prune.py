@@ -15,7 +15,9 @@ from factories import hand_made
 from factories.small_models import make_checkpoint
 from support.command_line import Call, snapshot, write_job
 from vitray.cli.consent import require_consent
+from vitray.job import load_job
 from vitray.models import identify
+from vitray.pipeline import Gone, find_gone, run
 from vitray.schema import ModelSpec
 
 
@@ -39,12 +41,10 @@ def test_without_a_terminal_prune_needs_yes_and_does_nothing_before(
     vitray: Call, gone: list[object], tmp_path: Path
 ) -> None:
     before = snapshot(tmp_path / "out")
-    code, out, err = vitray(*gone, "--prune")
-    assert (code, out) == (2, "")
-    lines = err.splitlines()
-    assert lines[0] == "no longer in the source:" and lines[1].endswith(": 10 images")
-    assert lines[-1] == (
-        "JobError: the rows of 10 images would be deleted. Add --yes to delete without a question."
+    assert vitray(*gone, "--prune") == (
+        2,
+        "",
+        "JobError: --prune asks before it deletes rows, and here is nobody to ask. Add --yes.\n",
     )
     assert snapshot(tmp_path / "out") == before
 
@@ -61,11 +61,13 @@ def test_prune_counts_what_it_deleted_in_the_output_and_the_record(
     record = json.loads(sorted(Path(tmp_path, "out/_vitray/runs").glob("*.json"))[-1].read_text())
     assert (record["pruned"], record["exit_code"]) == (10, 0)
     # nothing is left to prune: no question
-    code, out, err = vitray(*gone, "--prune")
-    assert (code, out.splitlines()[0]) == (0, "nothing to do: all of the source is committed")
+    code, out, err = vitray(*gone, "--prune", "--yes")
+    assert (code, out.splitlines()[0]) == (0, "nothing to do: every selected shard is committed")
 
 
-@pytest.mark.parametrize(("answer", "code", "rows"), [("n", 130, 27), ("y", 0, 18)])
+@pytest.mark.parametrize(
+    ("answer", "code", "rows"), [("n", 130, 27), ("\x04", 130, 27), ("y", 0, 18)]
+)
 def test_at_a_terminal_prune_shows_and_asks(
     gone: list[object], tmp_path: Path, answer: str, code: int, rows: int
 ) -> None:
@@ -82,7 +84,7 @@ def test_at_a_terminal_prune_shows_and_asks(
         out = run.communicate(timeout=60)[0]
     assert run.returncode == code, shown
     assert "Delete the rows of 10 images? [y/N]" in shown.decode()
-    assert (b"nothing was deleted" in shown) == (answer == "n")
+    assert (b"nothing was deleted" in shown) == (answer != "y")
     if answer == "y":
         assert json.loads(out)["rows"] == rows
 
@@ -92,6 +94,17 @@ def _read(terminal: int) -> bytes:
         return os.read(terminal, 1 << 16)
     except OSError:  # the other end is closed
         return b""
+
+
+def test_only_what_the_user_agreed_to_is_pruned(gone: list[object], tmp_path: Path) -> None:
+    job = load_job(str(gone[1]))
+    agreed = find_gone(job)
+    assert agreed.images == 10
+    (tmp_path / "in" / "s-001.tar").unlink()  # after the question
+    result = run(job, prune=agreed)
+    assert (result.pruned, result.gone, result.shards) == (10, 1, 2)
+    assert run(job, prune=Gone({}, [])).pruned == 0
+    assert run(job, prune=True).pruned == 10
 
 
 def test_consent_is_not_asked_twice() -> None:

@@ -11,12 +11,19 @@ from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
+import typer
 
 import vitray as library
 from factories.hand_made import BAD, IMAGES
 from support.command_line import Call, files, problems_of, refused, snapshot
 from vitray.consume.comparing import compare
-from vitray.dataset import Dataset, block_keys, is_marked_complete, read_footer
+from vitray.dataset import (
+    Dataset,
+    block_keys,
+    is_marked_complete,
+    read_footer,
+    removed_keys,
+)
 from vitray.operations.removing import parse_keys, remove
 
 KEYS = ["0/00", f"0/{BAD:02d}", "2/09"]
@@ -43,7 +50,7 @@ def test_rows_are_removed_and_counted(vitray: Call, dataset: Dataset, keys_file:
     before = all_keys(dataset)
     code, out, err = vitray("remove", dataset.out, "--keys", keys_file, "--yes", "--by", "ann")
     assert (code, err) == (0, "")
-    assert f"{dataset.out}: 2 rows and 1 error row of 2 shards removed, asked by ann\n" in out
+    assert f"{dataset.out}: 2 rows and 1 error row of 2 shards removed; requested by ann\n" in out
     assert "blocked    3 keys: later runs write no row for them" in out
     assert "Copies are not changed" in out
     assert all_keys(dataset) == sorted(set(before) - set(KEYS))
@@ -72,6 +79,18 @@ def test_validate_finds_a_key_that_is_left(vitray: Call, dataset: Dataset) -> No
         f"data/{last}: 1 row with a removed key{again}",
         f"_errors/{first}: 1 error row with a removed key{again}",
     ]
+    _, out, _ = vitray("validate", dataset.out)
+    assert "removed    3 keys blocked; 4 rows or staged fragments hold one" in out
+
+
+def test_a_problem_that_is_called_like_a_removed_key_is_none(
+    vitray: Call, dataset: Dataset, keys_file: Path
+) -> None:
+    vitray("remove", dataset.out, "--keys", keys_file, "--yes")
+    files(dataset)[1].with_name("a removed key.parquet").write_bytes(b"")
+    code, out, _ = vitray("validate", dataset.out)
+    assert code == 1
+    assert "no row, error row or staged fragment holds one" in out
 
 
 def test_without_a_terminal_it_asks_for_yes_before_any_work(
@@ -80,8 +99,35 @@ def test_without_a_terminal_it_asks_for_yes_before_any_work(
     before = snapshot(Path(dataset.out))
     code, out, err = vitray("remove", dataset.out, "--keys", keys_file)
     assert (code, out) == (2, "")
+    assert "to block: 3 keys. Later runs will write no row for them.\n" in err
     assert "2 rows and 1 error row of 2 shards would be deleted. Add --yes" in err
     assert snapshot(Path(dataset.out)) == before
+
+
+def test_keys_that_no_row_has_are_blocked_only_after_a_yes(
+    vitray: Call, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "k").write_text("0/00.jpg\n0/01.jpg\n")
+    argv = ["remove", dataset.out, "--keys", tmp_path / "k"]
+    code, out, err = vitray(*argv)
+    assert (code, out) == (2, "")
+    assert "2 keys that no row has would be blocked. Add --yes to block" in err
+    questions = list[str]()
+    monkeypatch.setattr(typer, "confirm", lambda text, **_: questions.append(text))  # a no
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    code, _, err = vitray(*argv)
+    assert (code, questions) == (130, ["Block 2 keys that no row has?"])
+    assert "nothing was blocked" in err
+    assert not removed_keys(dataset.out).hashes
+
+
+def test_a_removal_that_is_done_already_asks_nothing(
+    vitray: Call, dataset: Dataset, keys_file: Path
+) -> None:
+    vitray("remove", dataset.out, "--keys", keys_file, "--yes")
+    code, out, _ = vitray("remove", dataset.out, "--keys", keys_file)
+    assert code == 0 and "removed before: 3 of 3 keys" in out
 
 
 def test_the_record_says_who_asked_and_what_was_removed(

@@ -62,7 +62,7 @@ def test_source_model_out_on_the_line_equal_the_job_file(vitray: Call, labelled:
 def test_a_run_with_nothing_to_do_says_so_and_leaves_a_record(vitray: Call, labelled: Path) -> None:
     code, out, err = vitray("run", labelled / "a job.yaml")
     assert (code, err) == (0, "")
-    assert out.splitlines()[0] == "nothing to do: all of the source is committed"
+    assert out.splitlines()[0] == "nothing to do: every selected shard is committed"
     (record,) = json.loads(vitray("runs", labelled / "out", "--last", "1", "--json")[1])["runs"]
     assert (record["images"], record["exit_code"], record["pruned"]) == (0, 0, 0)
 
@@ -84,7 +84,7 @@ def test_run_says_when_there_was_nothing_to_see(
     code, out, err = vitray("run", *argv)
     assert (code, err) == (0, "")
     assert out.splitlines() == [
-        "nothing to do: all of the source is committed",
+        "nothing to do: every selected shard is committed",
         f"{tmp_path}/out: 1 shard, 0 rows, 0 errors",
         "the shards held no image: check `source`",
     ]

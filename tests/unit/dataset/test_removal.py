@@ -149,6 +149,41 @@ def test_a_file_that_was_rewritten_meanwhile_stays(local_out: str) -> None:
     assert not store.replace_version(url, version, b"fourth")
 
 
+def test_stale_error_rows_are_repaired_by_the_same_removal(local_out: str) -> None:
+    dataset, shard = make(local_out), input_shard(local_out)
+    commit(dataset, shard, TOTAL, {3: "empty", 5: "truncated"})
+    stale = read(dataset.errors_url(shard.id))
+    blocked = block_keys(local_out, keys_of(shard, 3), {})
+    drop_rows(dataset, shard.id, blocked)
+    store_for(local_out).replace(dataset.errors_url(shard.id), stale)
+    drop = drop_rows(dataset, shard.id, blocked)
+    assert (drop.rows, drop.errors) == (0, 0)
+    assert error_table(dataset, shard).equals(errors_of(shard.id, {5: "truncated"}))
+
+
+def test_stale_error_rows_of_a_shard_without_errors_are_deleted(local_out: str) -> None:
+    dataset, shard = make(local_out), input_shard(local_out)
+    commit(dataset, shard, TOTAL, {3: "empty"})
+    stale = read(dataset.errors_url(shard.id))
+    blocked = block_keys(local_out, keys_of(shard, 3), {})
+    drop_rows(dataset, shard.id, blocked)
+    store_for(local_out).replace(dataset.errors_url(shard.id), stale)
+    drop_rows(dataset, shard.id, blocked)
+    assert names_of(local_out, "_errors/") == []
+
+
+@pytest.mark.parametrize("content", [b"", None], ids=["damaged", "stale"])
+def test_the_next_run_repairs_error_rows_that_differ(local_out: str, content: bytes | None) -> None:
+    dataset, shard = make(local_out), input_shard(local_out)
+    commit(dataset, shard, TOTAL, {3: "empty", 5: "truncated"})
+    stale = read(dataset.errors_url(shard.id)) if content is None else content
+    drop_rows(dataset, shard.id, block_keys(local_out, keys_of(shard, 3), {}))
+    finish_with(dataset, [shard.id], [shard.id])
+    store_for(local_out).replace(dataset.errors_url(shard.id), stale)
+    finish_with(dataset, [shard.id], [shard.id])
+    assert error_table(dataset, shard).equals(errors_of(shard.id, {5: "truncated"}))
+
+
 def removed_dataset(out: str) -> tuple[Dataset, Shard]:
     dataset, shard = make(out), input_shard(out)
     commit(dataset, shard, TOTAL, {3: "empty"})

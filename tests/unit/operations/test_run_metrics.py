@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from pathlib import Path
 
 import pytest
 
+from support.schemas import checked
+from vitray.cli.json_output import json_text
 from vitray.errors import JobError
 from vitray.operations import run_metrics
-from vitray.operations.notifying import message_of, parse_target
-from vitray.operations.run_metrics import MetricsFile, last_complete_in
+from vitray.operations.notifying import notification_of, parse_target
+from vitray.operations.run_metrics import MetricsFile, last_complete_in, require_metrics_path
 from vitray.operations.runs import summary_of
 from vitray.pipeline.metrics import PrometheusMeter
 from vitray.pipeline.progress import Progress
@@ -36,6 +39,40 @@ def test_the_file_is_there_from_the_start_and_is_replaced_now_and_then(
 def test_a_folder_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(JobError, match=r"--metrics-file .*none/a.prom cannot be written: No such"):
         MetricsFile(f"{tmp_path}/none/a.prom", PrometheusMeter())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.prom", None, ""),
+        ("a.prom", "", ""),
+        ("a.prom", "# HELP vitray_images_total images\n", ""),
+        ("a.prom", "# HELP node_load1 load\n", "exists, and is no metrics file of vitray"),
+        ("a.prom", "vitray", "exists, and is no metrics file of vitray"),
+        ("job.yaml", "source: in\n", "give a path that ends in .prom"),
+        ("a.txt", None, "give a path that ends in .prom"),
+    ],
+)
+def test_only_a_file_of_vitrays_metrics_is_replaced(
+    tmp_path: Path, name: str, content: str | None, says: str
+) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(JobError, match=says) if says else contextlib.nullcontext():
+        require_metrics_path(str(path))
+
+
+def test_the_file_of_an_earlier_run_is_replaced(tmp_path: Path) -> None:
+    path = f"{tmp_path}/a.prom"
+    MetricsFile(path, PrometheusMeter("pets"))
+    require_metrics_path(path)
+
+
+def test_a_folder_in_place_of_the_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.prom").mkdir()
+    with pytest.raises(JobError, match=r"a.prom cannot be read: Is a directory"):
+        require_metrics_path(f"{tmp_path}/a.prom")
 
 
 def test_a_disk_that_fills_up_later_costs_one_warning(
@@ -73,7 +110,7 @@ def test_a_failed_night_keeps_the_time_of_the_last_complete_one(tmp_path: Path) 
     ["", "hooks.example/x", "ftp://h/x", "file:///etc/passwd", "http://", "https://[x", "//h"],
 )
 def test_a_target_that_is_not_http_is_refused_without_being_shown(url: str) -> None:
-    with pytest.raises(JobError, match="--notify: give a URL") as refusal:
+    with pytest.raises(JobError, match="VITRAY_NOTIFY: give a URL") as refusal:
         parse_target(url)
     assert url in ("", "http://") or url not in str(refusal.value)
 
@@ -102,10 +139,10 @@ def test_a_message_has_counts_and_no_text_of_errors() -> None:
         "ended": "StorageError: s3://SECRET/key.jpg does not answer",
         "cost": {"machines": 1.0, "requests": 0.5, "total": 1.5},
     }
-    message = message_of(summary_of(record), "s3://photos-vit")
+    message = checked(json_text(notification_of(summary_of(record), "s3://photos-vit")))
     assert "SECRET" not in json.dumps(message)
     assert message == {
-        "version": 1,
+        "schema": "vitray/notification/v1",
         "text": "vitray: s3://photos-vit: failed (StorageError), 1,200 images, 60.0 min, "
         "exit code 1",
         "out": "s3://photos-vit",
@@ -125,4 +162,12 @@ def test_a_message_has_counts_and_no_text_of_errors() -> None:
         "pruned": None,
         "cost": {"machines": 1.0, "requests": 0.5, "total": 1.5},
         "error": "StorageError",
+        "limit": None,
     }
+
+
+def test_a_message_names_the_limit_that_ended_a_run() -> None:
+    record = {"exit_code": 7, "ended": "max_cost", "images": 1}
+    message = notification_of(summary_of(record), "out")
+    assert (message.error, message.limit) == (None, "max_cost")
+    assert message.text == "vitray: out: budget spent (max_cost), 1 image, exit code 7"

@@ -142,6 +142,8 @@ def test_a_program_reads_the_whole_of_each_run(vitray: Call, nights: Dataset) ->
     assert failed["error"] == "StorageError"
     assert failed["message"] == "s3://photos does not answer"
     assert (failed["outcome"], failed["images"]) == ("failed", None)
+    assert (failed["limit"], found["runs"][-1]["limit"]) == (None, "max_hours")
+    assert (found["runs"][-1]["error"], found["runs"][-1]["message"]) == (None, None)
     assert found["runs"][1]["cost"]["total"] == 3.61
     assert found["runs"][1]["bad_images"] == {"empty": 3}
 
@@ -192,7 +194,7 @@ def test_a_dataset_without_a_complete_run_is_too_old(vitray: Call, tmp_path: Pat
     write_run(dataset, "20261201T000000-a", timedelta(minutes=1), exit_code=143)
     code, out, _ = vitray("status", dataset.out, "--max-age", "7d")
     assert code == 6
-    line = "too old    no run was complete yet; --max-age allows 7d"
+    line = "too old    no complete run yet; --max-age allows 7d"
     assert out.splitlines()[-1] == line
     assert json.loads(vitray("status", dataset.out, "--json")[1])["complete_age_s"] is None
 

@@ -301,6 +301,24 @@ def test_a_shard_that_is_tried_again_is_counted_once(dataset: Dataset) -> None:
     assert set(state.schedule.policy.attempts.values()) == {1}
 
 
+def test_the_requests_of_a_run_are_those_for_what_it_wrote(dataset: Dataset) -> None:
+    staged_before, by_another, *_ = shards_of(dataset)
+    hand_made.stage(dataset, staged_before)
+    fragments = len(list_staged(dataset, staged_before.id).ranges())
+
+    class Overlaps(DrawnExecutor):
+        def commit(self, shard: Shard) -> Event:
+            event = super().commit(shard)
+            assert isinstance(event, ShardCommitted)
+            is_adopted = shard.id == by_another.id
+            commit = dataclasses.replace(event.commit, adopted=is_adopted)
+            return ShardCommitted(shard.id, commit)
+
+    usage = complete(dataset, Overlaps(dataset)).usage
+    assert usage.shards == SHARDS - 1
+    assert usage.fragments == (SHARDS - 1) * fragments
+
+
 def test_shards_that_are_staged_and_not_committed_are_counted(dataset: Dataset) -> None:
     seen = list[tuple[int, int]]()
     complete(
