@@ -170,7 +170,7 @@ def test_a_whole_commit_takes_three_requests_and_one_more_for_errors(
     store_for(dataset.out).delete([dataset.data_url(shard.id)])
     requests()
     whole(dataset, shard, bad=EMPTY)
-    assert requests() == ["HEAD /in/", "PUT data/", "GET list removed", "PUT _errors"]
+    assert requests() == ["HEAD /in/", "PUT data/", "PUT _errors", "GET list removed"]
 
 
 def test_a_staged_commit_looks_for_a_data_file_only_when_it_has_to(
