@@ -124,6 +124,16 @@ TYPES = {
     "string_type": "is not text; put it in quotes",
     "list_type": "is not a list; write [a, b]",
 }
+# parts of pydantic's messages, and ours
+WORDS = {
+    "Input should be greater than or equal to": "must be at least",
+    "Input should be less than or equal to": "must be at most",
+    "Input should be greater than": "must be more than",
+    "Input should be less than": "must be less than",
+    "Input should be a valid integer": "must be a whole number",
+    "Input should be a valid number": "must be a number",
+    "Input should be ": "must be ",
+}
 YAML_SYNTAX = ("[", "{", "!", "&", "*", "'", '"', "|", ">")  # how a value begins that is no text
 # ValueError: a date like 2024-13-45, or bytes that are not UTF-8
 # RecursionError: thousands of open brackets
@@ -430,8 +440,16 @@ def _problem_text(
         return f"`{name}` is missing: {config.model_fields[name].description}"
     if kind in TYPES:
         return f"`{name}`: {_beginning(value)} {TYPES[kind]}"
-    text = message.removeprefix("Value error, ")
+    text = _in_our_words(message)
     return f"`{name}`: {text}" if name else text  # without a name it is about several fields
+
+
+def _in_our_words(message: str) -> str:
+    """A message of pydantic, or of a validator of ours."""
+    text = message.removeprefix("Value error, ").partition(", unable to parse")[0]
+    for theirs, ours in WORDS.items():
+        text = text.replace(theirs, ours)
+    return text
 
 
 def _beginning(value: object) -> str:

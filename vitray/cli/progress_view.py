@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-import psutil
 from rich.console import Group, RenderableType
 from rich.filesize import decimal
 from rich.progress_bar import ProgressBar
@@ -96,7 +95,7 @@ def json_line(progress: Progress) -> str:
         bytes=progress.size_bytes,
         seconds_by_step={step: round(seconds, 1) for step, seconds in progress.seconds.items()},
         waiting=progress.waiting(),
-        cpu=round(psutil.cpu_percent() / 100, 3),
+        cpu=round(_cpu_percent() / 100, 3),
         gpu=_gpu_shares(),
     )
     return json_text(line)
@@ -169,12 +168,19 @@ def _view_rows(progress: Progress) -> list[tuple[str, str]]:
             for step, seconds in progress.seconds.items()
         ),
         ("waiting", progress.waiting()),
-        ("CPU here", f"{psutil.cpu_percent():.0f}%"),
+        ("CPU here", f"{_cpu_percent():.0f}%"),
         *(
             (f"GPU {number} here", f"{100 * share:.0f}%")
             for number, share in enumerate(_gpu_shares())
         ),
     ]
+
+
+def _cpu_percent() -> float:
+    """How busy the cores of this machine were since the last call."""
+    import psutil  # not before the first line of a run
+
+    return float(psutil.cpu_percent())
 
 
 @dataclass(slots=True)

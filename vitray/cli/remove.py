@@ -19,7 +19,8 @@ def remove(
         str,
         typer.Option(
             metavar="FILE",
-            help="one key on each line, as in the column `key`; - is stdin",
+            help="one key on each line, as in the column `key` or as a JSON string in double "
+            "quotes; - is stdin",
             callback=expand_path,
         ),
     ],

@@ -62,7 +62,7 @@ def _shard_lines(result: Result) -> list[str]:
     return [
         *(f"set aside  {shard}: {why}" for shard, why in result.set_aside.items()),
         *(
-            f"cut short  {shard}: truncated at byte {byte}; the rows before it are committed"
+            f"cut short  {shard}: truncated at byte {byte:,}; the rows before it are committed"
             for shard, byte in result.truncated.items()
             if shard not in result.accepted
         ),

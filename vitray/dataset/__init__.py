@@ -11,6 +11,7 @@ leases.py    which shards each run works on
 acceptance.py known-bad inputs that a person accepted
 removed_keys.py keys without a row, for good  removal.py    rows without these keys
 pointer.py   the current version of a dataset, and earlier ones
+pointer_notes.py which pointers name a dataset
 deletion.py  a whole dataset goes
 """
 
@@ -97,6 +98,7 @@ from vitray.dataset.pointer import (
     versions_to_delete,
     with_state,
 )
+from vitray.dataset.pointer_notes import note_pointer, other_use
 from vitray.dataset.reading import (
     choose_vector,
     data_files,
@@ -226,7 +228,9 @@ __all__ = [
     "matrix_of",
     "new_run_id",
     "newest_run_records",
+    "note_pointer",
     "open_dataset",
+    "other_use",
     "package_versions",
     "parquet_of",
     "passthrough_in_data",

@@ -14,7 +14,7 @@ from vitray.dataset.layout import (
     is_own_file,
     success_url,
 )
-from vitray.dataset.ledger import require_own_data_files
+from vitray.dataset.ledger import require_own_remaining_files
 from vitray.storage import ObjectInfo, join, store_for
 
 
@@ -34,11 +34,11 @@ class DatasetFiles:
 
 
 def list_dataset_files(dataset: Dataset) -> DatasetFiles:
-    """The files in a dataset's directory.
+    """The files in a dataset's directory. Another command may delete them meanwhile.
 
     Raises FingerprintError or CommitError where data files are of another job, or renamed.
     """
-    require_own_data_files(dataset)
+    require_own_remaining_files(dataset)
     infos = under(dataset.out)
     own = [info for info in infos if is_own_file(dataset.out, dataset.job.rules, info.url)]
     own_urls = {info.url for info in own}
@@ -49,6 +49,7 @@ def delete_dataset(dataset: Dataset, files: DatasetFiles) -> None:
     """Delete these files of a dataset, and the folders that are empty then.
 
     dataset.json goes last: until then the directory holds a dataset, and the same call continues.
+    A file that is gone already counts as deleted.
     """
     store = store_for(dataset.out)
     first, last = success_url(dataset.out), dataset_url(dataset.out)

@@ -83,6 +83,11 @@ def removed_url(out: str, *name: str) -> str:
     return internal_url(out, "removed", *name)
 
 
+def pointers_url(out: str, *name: str) -> str:
+    """The URL of the folder of notes about pointers to this dataset, or of one note."""
+    return internal_url(out, "pointers", *name)
+
+
 def manifest_url(out: str, name: str) -> str:
     """The URL of the manifest with that name."""
     return internal_url(out, name)

@@ -283,7 +283,16 @@ def _delete_data(dataset: Dataset, shards: Collection[str]) -> None:
 
 
 def _store_manifest(dataset: Dataset, rows: list[dict[str, Any]]) -> str:
-    """The name of the manifest with these rows; the same rows have the same name."""
+    """The name of the manifest with these rows; the same rows have the same name.
+
+    The last manifest stays if it has them. To write one, pyarrow imports pandas where that is
+    installed, which takes longer than all else in a run with nothing to do.
+    """
+    last = _manifest_info(dataset.out)
+    if last is not None:
+        table = read_parquet(last.url)
+        if len(table) == len(rows) and table.to_pylist() == rows:
+            return last.url.rpartition("/")[2]
     body = parquet_bytes(pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA))
     name = f"{MANIFEST_PREFIX}{hashlib.sha256(body).hexdigest()[:16]}.parquet"
     _replace_if_different(manifest_url(dataset.out, name), body)
@@ -381,6 +390,21 @@ def require_own_data_files(dataset: Dataset, most_footers: int | None = None) ->
     manifest_rows = _unchanged_rows(dataset, data)
     unlisted = [shard for shard in data if shard not in manifest_rows]
     require_own(dataset, footers_of(dataset, unlisted[:most_footers]))
+
+
+def require_own_remaining_files(dataset: Dataset) -> None:
+    """Like require_own_data_files, while another command may delete the files of this dataset."""
+    data = committed_files(dataset.out)
+    manifest_rows = _again(lambda: _unchanged_rows(dataset, data))
+
+    def footer_of(shard: str) -> Footer | None:
+        try:
+            return read_footer(dataset.data_url(shard))
+        except ObjectMissing:
+            return None
+
+    footers = _of_each(data.keys() - manifest_rows.keys(), footer_of)
+    require_own(dataset, {shard: footer for shard, footer in footers.items() if footer})
 
 
 def unmark_success(out: str) -> None:

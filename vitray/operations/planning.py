@@ -314,22 +314,26 @@ def status(out: str) -> Status:
         left_out=dict(left_out),
         suffixes=source.suffixes,
         image_members=dict(image_members),
-        accepted=_accepted(dataset, rows, committed_ids),
+        accepted=_accepted(dataset, rows, committed_ids, records[-1] if records else {}),
         complete_age_s=age_of_complete(newest, datetime.now(UTC)),
     )
 
 
 def _accepted(
-    dataset: Dataset, rows: list[dict[str, Any]], committed_ids: Collection[str]
+    dataset: Dataset,
+    rows: list[dict[str, Any]],
+    committed_ids: Collection[str],
+    last_run: dict[str, Any],
 ) -> dict[str, str]:
     """The acceptances that still count, as text: none of a shard that has a newer version."""
     truncated = {row["shard"] for row in rows if row["truncated_at"] is not None}
-    committed_inputs = {base_of(shard) for shard in committed_ids}
+    set_aside = set(last_run.get("set_aside") or ())
+    newer = {base_of(shard) for shard in {*committed_ids, *set_aside}}
     return {
         shard: str(acceptance)
         for shard, acceptance in read_acceptances(dataset.out).items()
-        if shard in truncated
-        or (shard not in committed_ids and base_of(shard) not in committed_inputs)
+        if shard in truncated | set_aside
+        or (shard not in committed_ids and base_of(shard) not in newer)
     }
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
+from rich.filesize import decimal
+
 from vitray.clock import utc_now
 from vitray.crash import crash_point
 from vitray.dataset import (
@@ -18,6 +20,8 @@ from vitray.dataset import (
     has_live_run,
     is_complete,
     list_dataset_files,
+    note_pointer,
+    other_use,
     promoted,
     read_pointer,
     require_complete,
@@ -98,7 +102,7 @@ class OldVersion:
         head = f"version {self.version}: {self.dataset}, "
         if self.gone:
             return f"{head}gone already"
-        text = f"{head}{count(self.files, 'file')}, {self.size_bytes / 1e6:,.1f} MB"
+        text = f"{head}{count(self.files, 'file')}, {decimal(self.size_bytes)}"
         if self.others:
             shown = ", ".join(self.others[:OTHERS_SHOWN])
             text += f"; {count(len(self.others), 'file')} of others stay, such as {shown}"
@@ -154,12 +158,15 @@ def promote(
     url = absolute(pointer)
     _require_place(dataset, url)
     before = _Before()
-    new = change_pointer(
-        url,
-        lambda old: promoted(
-            before.note(old), dataset.out, dataset.fingerprint, utc_now(), by or default_requester()
-        ),
-    )
+    requester = by or default_requester()
+
+    def change(old: Pointer | None) -> Pointer:
+        at = utc_now()
+        new = promoted(before.note(old), dataset.out, dataset.fingerprint, at, requester)
+        note_pointer(dataset, url, at)
+        return new
+
+    new = change_pointer(url, change)
     return _change_of(url, before.pointer, new, dataset)
 
 
@@ -173,10 +180,10 @@ def rollback(pointer: str, to: int | None = None, *, by: str | None = None) -> P
     datasets = dict[int, Dataset]()
 
     def change(old: Pointer | None) -> Pointer:
-        new = rolled_back(
-            _required(url, before.note(old)), to, utc_now(), by or default_requester()
-        )
-        datasets[new.current] = _dataset_of(new.current_version)
+        at = utc_now()
+        new = rolled_back(_required(url, before.note(old)), to, at, by or default_requester())
+        dataset = datasets[new.current] = _dataset_of(new.current_version)
+        note_pointer(dataset, url, at)
         return new
 
     new = change_pointer(url, change)
@@ -184,10 +191,14 @@ def rollback(pointer: str, to: int | None = None, *, by: str | None = None) -> P
 
 
 def preview_retention(pointer: str, keep: int) -> Retention:
-    """What delete_old_versions would delete. Reads only. keep: 1 or more."""
+    """What delete_old_versions would delete. Reads only. keep: 1 or more.
+
+    Raises JobError where there is no pointer, or where another one names one of these datasets.
+    """
     url = absolute(pointer)
     known = _required(url, _pointer_at(url))
     doomed = versions_to_delete(known, keep)
+    _require_no_other_pointer(url, doomed)
     return _retention(url, known, doomed, deleted=False)
 
 
@@ -198,8 +209,8 @@ def delete_old_versions(
 
     listed: only versions with these numbers, such as those that a person agreed to; None for all.
     Deletes only files that vitray writes. After a kill, the same call continues. Raises JobError
-    where there is no pointer, or where a run works in one of these datasets, and FingerprintError
-    where data files of another job are among those of a dataset.
+    where there is no pointer, where another one names one of these datasets or a run works in it,
+    and FingerprintError where data files of another job are among those of a dataset.
     """
     url = absolute(pointer)
     doomed: tuple[Version, ...] = ()
@@ -217,6 +228,7 @@ def delete_old_versions(
     begin(_pointer_at(url))
     listed = [version.number for version in doomed]
     # before the first change: nothing is deleted if one of them is refused
+    _require_no_other_pointer(url, doomed)
     _require_no_run(doomed)
     old = tuple(map(_old_version, doomed))
     known = change_pointer(url, begin)
@@ -238,6 +250,20 @@ def _require_no_run(versions: Collection[Version]) -> None:
             raise JobError(
                 f"a run works in {version.dataset} (version {version.number}) now: "
                 "wait until it ends, or stop it, then run the same command again."
+            )
+
+
+def _require_no_other_pointer(url: str, versions: Collection[Version]) -> None:
+    """Raises JobError where another pointer names a dataset of these versions. url: the pointer."""
+    for version in versions:
+        dataset = _found(version)
+        use = None if dataset is None else other_use(dataset, url)
+        if use is not None:
+            raise JobError(
+                f"{version.dataset} (version {version.number}) stays: {use.pointer} names it as "
+                f"version {use.version}, its current version. Nothing was deleted. Keep more "
+                "versions; or, if that pointer does not need this dataset, delete "
+                f"{use.note} and run this again."
             )
 
 

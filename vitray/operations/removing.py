@@ -6,6 +6,8 @@ call leaves a dataset in which some rows are gone; the same call does the rest.
 
 from __future__ import annotations
 
+import json
+import logging
 import time
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +39,10 @@ from vitray.errors import JobError, count, one_line
 from vitray.exit_codes import ExitCode
 from vitray.operations.requester import default_requester
 
+log = logging.getLogger(__name__)
+
 MISSING_SHOWN = 3  # keys without a row
+QUOTE = '"'  # begins a JSON string
 THREADS = 4  # each may hold a whole data file
 COPIES = (
     "Copies are not changed: delete or make again what compact, export, relabel, report and "
@@ -55,7 +60,7 @@ class Removal:
     without a row or an error row; missing: the first of these. rows, errors: taken out now.
     shards: {shard: rows and errors taken out}. staged: fragments of incomplete shards that held a
     key. blocked_keys: of the dataset, with those of earlier removals. is_beside_run: whether a run
-    worked on the dataset meanwhile.
+    or another removal worked on the dataset meanwhile.
     """
 
     out: str
@@ -92,27 +97,41 @@ class Removal:
         return self.keys - self.blocked_before
 
     def describe_preview(self) -> str:
-        """Like describe_shards, with the keys that would be blocked."""
+        """Like describe_shards, with keys without a row, and the keys that would be blocked."""
         lines = [self.describe_shards()]
+        if self.keys_without_row:
+            lines.append(
+                f"without a row: {self._missing_text}. Keys are those of the column `key`."
+            )
         if self.new_keys:
             keys = count(self.new_keys, "key")
             lines.append(f"to block: {keys}. Later runs will write no row for them.")
         return "\n".join(filter(None, lines))
 
     def describe_shards(self) -> str:
-        """A line for each shard, and one for keys without a row."""
+        """A line for each shard, and one for keys that were blocked before."""
         lines = [f"{shard}: {count(rows, 'row')}" for shard, rows in sorted(self.shards.items())]
         keys = count(self.keys, "key")
         if self.blocked_before:
             lines.append(f"removed before: {self.blocked_before:,} of {keys}")
-        if self.keys_without_row:
-            lines.append(
-                f"without a row: {self.keys_without_row:,} of {keys}, such as "
-                f"{', '.join(self.missing)}. Keys are those of the column `key`."
-            )
         if self.staged:
             lines.append(f"{count(self.staged, 'staged fragment')}: computed again by the next run")
         return "\n".join(lines)
+
+    @property
+    def _missing_text(self) -> str:
+        shown = ", ".join(map(as_line, self.missing))
+        return f"{self.keys_without_row:,} of {count(self.keys, 'key')}, such as {shown}"
+
+    @property
+    def missing_warning(self) -> str:
+        """What to tell a person about keys that no row had; "" where there are none."""
+        if not self.keys_without_row:
+            return ""
+        return (
+            f"keys without a row in {self.out}, and not blocked before: {self._missing_text}. "
+            "They are blocked now. Compare them with the column `key`."
+        )
 
     def __str__(self) -> str:
         lines = [
@@ -122,8 +141,8 @@ class Removal:
         ]
         if self.is_beside_run:
             lines.append(
-                "A run works on this dataset now. It leaves these keys out of what it commits. "
-                "When it has ended, vitray validate proves it."
+                "A run or another removal works on this dataset now. A run leaves these keys out "
+                "of what it commits. When it has ended, vitray validate proves it."
             )
         return "\n".join([*filter(None, lines), self.copies])
 
@@ -131,7 +150,9 @@ class Removal:
 def parse_keys(data: bytes, name: str) -> list[str]:
     """The keys of a file with one key on each line, without duplicates, in order.
 
-    Raises JobError for a file that is not UTF-8, or has no key.
+    A line that begins with a double quote is a JSON string. Any other line is a key as it is, with
+    its spaces. Raises JobError for a file that is not UTF-8 or has no key, and for such a line that
+    is no JSON string.
     """
     try:
         lines = data.decode("utf-8-sig").split("\n")
@@ -139,12 +160,34 @@ def parse_keys(data: bytes, name: str) -> list[str]:
         raise JobError(
             f"--keys {name} is not UTF-8 ({error}): write one key on each line."
         ) from error
-    keys = [line.removesuffix("\r") for line in lines]
+    keys = [
+        _key_of(line.removesuffix("\r"), f"--keys {name}, line {number}")
+        for number, line in enumerate(lines, 1)
+    ]
     if not any(keys):
         raise JobError(
             f"--keys {name} has no key: write one on each line, as the column `key` has it."
         )
     return list(dict.fromkeys(key for key in keys if key))
+
+
+def _key_of(line: str, where: str) -> str:
+    """The key in a line; "" in an empty one. where: names the line in a message."""
+    if not line.startswith(QUOTE):
+        return line
+    try:
+        return str(json.loads(line))
+    except ValueError as error:
+        raise JobError(
+            f"{where} begins with a double quote and is no JSON string: "
+            r'write the key as JSON, such as "new\nline.jpg" or "\"quoted\".jpg".'
+        ) from error
+
+
+def as_line(key: str) -> str:
+    """A key as a line of a file of keys: as it is if that is one printable line, else as JSON."""
+    is_plain = key.isprintable() and key == key.strip() and not key.startswith(QUOTE)
+    return key if is_plain else json.dumps(key)
 
 
 def preview_removal(out: str, keys: Collection[str], by: str | None = None) -> Removal:
@@ -188,6 +231,8 @@ def remove(out: str, keys: Collection[str], *, by: str | None = None, note: str 
         beside = leases.has_others
     removal = _removal(dataset, run, requester, keys, drops, staged, before, blocked)
     removal = replace(removal, is_beside_run=beside)
+    if removal.missing_warning:
+        log.warning("%s", removal.missing_warning)
     record = {
         **request,
         "kind": RecordKind.REMOVE,

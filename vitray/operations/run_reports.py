@@ -13,6 +13,7 @@ from vitray.operations.run_metrics import MetricsFile
 from vitray.operations.runs import summary_of
 from vitray.pipeline.metrics import Meter, PrometheusMeter
 from vitray.pipeline.progress import Progress
+from vitray.storage import absolute
 
 # of a notification, with the number of tries and the seconds for each of them
 Send: TypeAlias = Callable[[Notification, int, float], object]
@@ -31,7 +32,7 @@ class EndReport(Meter):
         meter: PrometheusMeter | None = None,
         file: MetricsFile | None = None,
     ) -> None:
-        self._out = out
+        self._out = absolute(out)
         self._send = send
         self._meter = meter
         self._file = file

@@ -11,6 +11,7 @@ from typing import Any
 
 from vitray.budget import Limit
 from vitray.dataset import RecordKind, is_run, newest_run_records, require_dataset, run_start
+from vitray.errors import count
 from vitray.exit_codes import ExitCode
 from vitray.operations.costing import span
 
@@ -42,6 +43,7 @@ class RunSummary:
     format, in UTC. bad_images: by reason. committed, set_aside, truncated: shards. pruned: removed
     rows. cost: by purpose, with its `total`; None without prices. error: the type of the error that
     ended the run. message: the text of that error. limit: of the budget, which ended the run.
+    by, removed_rows: who asked for a removal, and how many rows and error rows it removed.
     """
 
     run: str
@@ -62,6 +64,8 @@ class RunSummary:
     error: str | None = None
     message: str | None = None
     limit: Limit | None = None
+    by: str | None = None
+    removed_rows: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +124,8 @@ def summary_of(record: Mapping[str, Any]) -> RunSummary:
         error=error or None,
         message=message or None,
         limit=limit,
+        by=record.get("by"),
+        removed_rows=record.get("removed_rows"),
     )
 
 
@@ -156,7 +162,7 @@ def _exit_code(record: Mapping[str, Any], error: str) -> int:
 
 def _outcome(record: Mapping[str, Any], code: int) -> Outcome:
     if code == ExitCode.DONE:
-        is_idle = not record.get("images") and not record.get("committed")
+        is_idle = not any(record.get(name) for name in ("images", "committed", "pruned"))
         return Outcome.NOTHING_TO_DO if is_run(record) and is_idle else Outcome.DONE
     return {
         int(ExitCode.INCOMPLETE): Outcome.INCOMPLETE,
@@ -224,4 +230,8 @@ def _end(summary: RunSummary) -> str:
     text = summary.limit or str(summary.outcome)
     if summary.error and summary.outcome is Outcome.FAILED:
         text = summary.error
-    return text if summary.kind == RecordKind.RUN else f"{summary.kind}: {text}"
+    if summary.kind == RecordKind.RUN:
+        return text
+    if summary.removed_rows is not None:
+        text = f"{count(summary.removed_rows, 'row')}, by {summary.by}"
+    return f"{summary.kind}: {text}"

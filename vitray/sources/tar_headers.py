@@ -187,5 +187,5 @@ def not_a_tar(source: TarSource) -> ShardError:
             f"{source.url} is {packed}, not a tar. Compressed archives cannot be streamed "
             "exactly: unpack it."
         )
-    what = f"it begins with {head!r}" if head else "it is empty"
+    what = f"it begins with the bytes {head[:8].hex(' ')}" if head else "it is empty"
     return ShardError(f"{source.url} is not a tar: {what}. Replace or remove it, or set `format`.")

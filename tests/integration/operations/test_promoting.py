@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -76,6 +77,35 @@ def test_versions_are_promoted_rolled_back_and_deleted(root: str, tmp_path: Path
     assert library.read(pointer).num_rows == ROWS
     with pytest.raises(JobError, match="version 1 was deleted"):
         rollback(pointer)
+
+
+def test_a_dataset_that_another_pointer_names_is_not_deleted(root: str, tmp_path: Path) -> None:
+    first, second = (version(tmp_path, root, number) for number in (1, 2))
+    promote(first.out, f"{root}/live")
+    for dataset in (first, second):
+        promote(dataset.out, f"{root}/current")
+    before = names(root)
+    with pytest.raises(JobError, match=f"{root}/live names it as version 1"):
+        delete_old_versions(f"{root}/current", 1)
+    assert names(root) == before
+    promote(second.out, f"{root}/live")
+    assert delete_old_versions(f"{root}/current", 1).deleted
+
+
+def test_a_note_in_a_bucket_names_no_pointer_on_a_disk(
+    mock_s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3 = new_bucket(mock_s3, monkeypatch)
+    first, second = (version(tmp_path, s3, number) for number in (1, 2))
+    local = str(tmp_path / "local")
+    promote(first.out, local)
+    assert not store_for(s3).find(f"{first.out}/_vitray/pointers")
+    for dataset in (first, second):
+        promote(dataset.out, f"{s3}/current")
+    name = hashlib.sha256(local.encode()).hexdigest()[:16]
+    forged = json.dumps({"pointer": local, "promoted": ""}).encode()
+    store_for(s3).create(f"{first.out}/_vitray/pointers/{name}.json", forged)
+    assert delete_old_versions(f"{s3}/current", 1).deleted
 
 
 def test_a_new_place_without_a_pointer_is_a_new_dataset(root: str) -> None:

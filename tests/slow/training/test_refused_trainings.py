@@ -137,7 +137,7 @@ def test_one_class_and_a_checkpoint_of_another_shape_are_refused(
         (
             {"weight_decay": float("inf")},
             JobError,
-            "`weight_decay`: Input should be a finite number",
+            "`weight_decay`: must be a finite number",
         ),
         (
             {"workers": 64, "batch_size": 640, "accumulate": 10},

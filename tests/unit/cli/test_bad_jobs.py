@@ -21,8 +21,8 @@ from vitray.job import Embedding, Job, make_job, parse_set, read_fields
         ({"batchsize": 8}, "unknown field `batchsize`; did you mean `batch_size`?"),
         ({"embeddings": [{"layr": 3}]}, "unknown field `embeddings.0.layr`; did you mean `layer`?"),
         ({"zzzzzz": 1}, "unknown field `zzzzzz`"),
-        ({"top_k": "many"}, "`top_k`: Input should be a valid integer"),
-        ({"max_error_rate": 2}, "`max_error_rate`: Input should be less than or equal to 1"),
+        ({"top_k": "many"}, "`top_k`: must be a whole number"),
+        ({"max_error_rate": 2}, "`max_error_rate`: must be at most 1"),
         ({"batch_size": 0}, "valid: `batch_size`: a whole number from 1 to 8192, or auto\n"),
         ({"batch_size": "abc"}, "valid: `batch_size`: a whole number from 1 to 8192, or auto\n"),
         (
@@ -35,7 +35,7 @@ from vitray.job import Embedding, Job, make_job, parse_set, read_fields
         ),
         (
             {"precision": "bf17"},
-            "`precision`: Input should be 'auto', 'bf16', 'fp16', 'fp32' or 'fp8'",
+            "`precision`: must be 'auto', 'bf16', 'fp16', 'fp32' or 'fp8'",
         ),
         (
             {"formats": ["jpg", "heic"]},
@@ -57,7 +57,7 @@ from vitray.job import Embedding, Job, make_job, parse_set, read_fields
         ({"source": ""}, "`source.0`: String should have at least 1 character"),
         ({"source": ["in/*.tar", ""]}, "`source.1`: String should have at least 1 character"),
         ({"out": ""}, "`out`: String should have at least 1 character"),
-        ({"format": "zip"}, "`format`: Input should be 'auto', 'tar'"),
+        ({"format": "zip"}, "`format`: must be 'auto', 'tar'"),
     ],
 )
 @pytest.mark.parametrize("command", ["run", "plan"])
@@ -79,7 +79,7 @@ def test_a_bad_job_gets_one_line_that_names_the_field(
     ("pair", "says"),
     [
         ("topk=3", "unknown field `topk`; did you mean `top_k`?"),
-        ("top_k=x", "`top_k`: Input should be a valid integer"),
+        ("top_k=x", "`top_k`: must be a whole number"),
         ("top_k", "--set top_k: write --set field=value"),
         ("keep=[a", "--set keep=[a: the value is not valid YAML"),
         ("embeddings=[{pol: cls}]", "unknown field `embeddings.0.pol`; did you mean `pool`?"),

@@ -16,7 +16,9 @@ import vitray as library
 from factories import hand_made
 from support.command_line import Call
 from support.schemas import checked
-from vitray.dataset import Dataset, leases, unmark_success
+from vitray.dataset import Dataset, leases, ledger, unmark_success
+from vitray.operations.promoting import delete_old_versions
+from vitray.storage import ObjectInfo
 
 Versions = list[Dataset]
 ROWS = 3 * (hand_made.IMAGES - 1)
@@ -238,7 +240,7 @@ def test_old_versions_are_listed_without_yes(
     before = pointer.read_bytes()
     code, out, err = vitray("clean", pointer, "--keep-versions", "3")
     assert (code, out) == (2, "")
-    assert f"version 1: {versions[0].out}, " in err and " files, 0." in err
+    assert f"version 1: {versions[0].out}, " in err and " files, " in err and " kB\n" in err
     assert "kept       versions 2, 3, 4; 4 is current" in err
     assert "1 dataset would be deleted. Add --yes" in err
     assert pointer.read_bytes() == before
@@ -343,6 +345,85 @@ def test_a_dataset_in_which_a_run_works_stays(
     left.write_text(json.dumps({"counter": 7, "holder": None, "shards": []}))
     assert vitray(*clean)[0] == 0
     assert states(pointer) == ["deleted", "deleted", "kept"]
+
+
+@pytest.mark.parametrize("listing", [1, 2, 3])
+def test_two_deletions_at_once_both_end_well(
+    vitray: Call,
+    versions: Versions,
+    pointer: Path,
+    promote: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+    listing: int,
+) -> None:
+    """listing: after which listing of the old dataset another command deletes all of it."""
+    promote(2)
+    listings = list[str]()
+    list_files = ledger.committed_files
+
+    def list_slowly(out: str) -> dict[str, ObjectInfo]:
+        infos = list_files(out)
+        listings.append(out)
+        if len(listings) == listing:
+            delete_old_versions(str(pointer), 1)
+        return infos
+
+    monkeypatch.setattr(ledger, "committed_files", list_slowly)
+    code, out, err = vitray("clean", pointer, "--keep-versions", "1", "--yes")
+    assert (code, err) == (0, "")
+    assert "kept       version 2; 2 is current" in out
+    assert len(listings) > listing
+    assert not Path(versions[0].out).exists() and states(pointer) == ["deleted", "kept"]
+
+
+def test_a_dataset_that_another_pointer_names_stays(
+    vitray: Call,
+    versions: Versions,
+    pointer: Path,
+    promote: Callable[[int], None],
+) -> None:
+    promote(3)
+    live = pointer.with_name("live")
+    assert vitray("promote", versions[1].out, "--as", live)[0] == 0
+    clean = ["clean", pointer, "--keep-versions", "1"]
+    for argv in (clean, [*clean, "--yes"]):
+        code, _, err = vitray(*argv)
+        assert code == 2
+        assert f"{versions[1].out} (version 2) stays: {live} names it as version 1" in err
+    assert states(pointer) == ["kept"] * 3
+    assert all(library.read(dataset.out).num_rows == ROWS for dataset in versions)
+    live.unlink()
+    code, _, err = vitray(*clean, "--yes")
+    assert (code, err) == (0, "")
+    assert states(pointer) == ["deleted", "deleted", "kept"]
+
+
+def test_a_deletion_ignores_pointers_that_do_not_name_the_dataset(
+    vitray: Call, versions: Versions, pointer: Path, promote: Callable[[int], None], tmp_path: Path
+) -> None:
+    promote(2)
+    notes = Path(versions[0].out, "_vitray", "pointers")
+    (note,) = notes.iterdir()
+    assert json.loads(note.read_text())["pointer"] == str(pointer)
+    live = tmp_path / "live"
+    vitray("promote", versions[0].out, "--as", live)
+    live.write_bytes(live.read_bytes().replace(b"/v1", b"/v4"))
+    for number, damaged in enumerate((b"", b"{}", b"[1]", b'{"pointer": "/etc/passwd"}')):
+        (notes / f"{number}.json").write_bytes(damaged)
+    (tmp_path / "link").symlink_to(tmp_path)  # the same pointer by another path
+    argv = ["clean", tmp_path / "link" / "current", "--keep-versions", "1", "--yes"]
+    code, _, err = vitray(*argv)
+    assert (code, err) == (0, "")
+    assert not Path(versions[0].out).exists()
+
+
+def test_a_promotion_without_the_right_to_leave_a_note_warns(
+    vitray: Call, versions: Versions, pointer: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Path(versions[0].out, "_vitray", "pointers").write_text("no folder")
+    code, out, _ = vitray("promote", versions[0].out, "--as", pointer)
+    assert code == 0 and "is at version 1" in out
+    assert f"will not know that {pointer} names this dataset" in caplog.text
 
 
 def test_a_dataset_that_stands_in_the_place_of_an_old_version_stays(

@@ -19,7 +19,9 @@ from support.command_line import Call, files, problems_of, refused, snapshot
 from vitray.consume.comparing import compare
 from vitray.dataset import (
     Dataset,
+    Leases,
     block_keys,
+    hash_of,
     is_marked_complete,
     read_footer,
     removed_keys,
@@ -143,21 +145,27 @@ def test_the_record_says_who_asked_and_what_was_removed(
     assert {"started", "finished", "seconds"} <= record.keys()
     assert not any(key in json.dumps(record) for key in KEYS)
     code, out, _ = vitray("runs", dataset.out)
-    assert "remove: done" in out
+    assert "remove: 2 rows, by ann" in out
 
 
 def test_keys_without_a_row_are_named_and_blocked(
-    vitray: Call, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+    vitray: Call,
+    dataset: Dataset,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     stdin = SimpleNamespace(buffer=io.BytesIO(b"0/00\r\n0/00.jpg\n"))
     monkeypatch.setattr("sys.stdin", stdin)
     code, out, _ = vitray("remove", dataset.out, "--keys", "-", "--yes")
-    assert code == 0
-    assert (
-        "without a row: 1 of 2 keys, such as 0/00.jpg. Keys are those of the column `key`." in out
+    assert code == 0 and "blocked    2 keys" in out
+    warning = (
+        f"keys without a row in {dataset.out}, and not blocked before: 1 of 2 keys, such as "
+        "0/00.jpg. They are blocked now. Compare them with the column `key`."
     )
+    assert [(one.levelname, one.message) for one in caplog.records] == [("WARNING", warning)]
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(b"0/00\n")))
     code, out, _ = vitray("remove", dataset.out, "--keys", "-", "--yes")
+    assert len(caplog.records) == 1
     assert "0 rows of 0 shards removed" in out and "removed before: 1 of 1 key" in out
 
 
@@ -181,6 +189,42 @@ def test_a_missing_file_of_keys_is_a_usage_error(
 def test_keys_keep_their_spaces_and_lose_line_ends() -> None:
     data = "\ufeffa b \r\n\tc\r\n\na b \n".encode()
     assert parse_keys(data, "k") == ["a b ", "\tc"]
+
+
+def test_a_line_in_double_quotes_is_a_json_string(
+    vitray: Call, dataset: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = tmp_path / "k"
+    keys.write_text(r""""\u0030/01"
+"weird/new\nline.jpg"
+"\"quoted\""
+ 0/02
+""")
+    before = all_keys(dataset)
+    code, out, _ = vitray("remove", dataset.out, "--keys", keys, "--yes")
+    assert code == 0 and "1 row of 1 shard removed" in out
+    assert r'3 of 4 keys, such as "weird/new\nline.jpg", "\"quoted\"", " 0/02". They' in caplog.text
+    assert all_keys(dataset) == sorted(set(before) - {"0/01"})
+    blocked = removed_keys(dataset.out).hashes
+    names = ("0/01", "weird/new\nline.jpg", '"quoted"', " 0/02")
+    assert blocked == {hash_of(key) for key in names}
+
+
+@pytest.mark.parametrize("line", ['"0/01', '"0/01" x', '"0/01", "0/02"', '"\\x"'])
+def test_a_line_that_begins_with_a_quote_and_is_no_json_is_refused(
+    vitray: Call, dataset: Dataset, tmp_path: Path, line: str
+) -> None:
+    (tmp_path / "k").write_text(f"0/00\n{line}\n")
+    argv = ["remove", dataset.out, "--keys", tmp_path / "k", "--yes"]
+    refused(vitray, tmp_path, argv, 2, "k, line 2 begins with a double quote", "no JSON string")
+
+
+def test_a_removal_beside_a_run_or_another_removal_says_so(
+    vitray: Call, dataset: Dataset, keys_file: Path
+) -> None:
+    with Leases(dataset.out, "another"):
+        code, out, _ = vitray("remove", dataset.out, "--keys", keys_file, "--yes")
+    assert code == 0 and "A run or another removal works on this dataset now." in out
 
 
 def test_two_removals_at_once_leave_no_key_of_either(dataset: Dataset) -> None:

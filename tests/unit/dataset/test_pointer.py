@@ -176,6 +176,7 @@ def test_a_pointer_in_a_bucket_names_only_datasets_in_buckets(dataset: str) -> N
         ("_SUCCESS.json", True),
         ("_vitray/dataset.json", True),
         ("_vitray/runs/1.json", True),
+        ("_vitray/pointers/0123456789abcdef.json", True),
         ("data/s-1.parquet", True),
         ("_errors/s-1.parquet", True),
         ("data/s-1.csv", False),
