@@ -110,7 +110,7 @@ class Validation:
     def _removed(self) -> str:
         keys = f"{count(self.blocked_keys, 'key')} blocked"
         if self.blocked_rows:
-            return f"{keys}; {self.blocked_rows:,} rows or staged fragments hold one"
+            return f"{keys}; {count(self.blocked_rows, 'row')} or staged fragments hold one"
         return f"{keys}; no row, error row or staged fragment holds one"
 
     def _uncounted_note(self) -> str:
