@@ -42,7 +42,7 @@ def test_on_a_full_cluster_the_executor_waits_for_a_machine(
         ClusterError,
         match=r"^reading the model on a machine with room for it did not finish in 1\.8 s\.",
     ):
-        executor.identify(dataset.job)
+        executor.identify(dataset.job, 10, lambda: None)
     words = [record.message for record in caplog.records if record.name == cluster.__name__]
     assert len(words) in (2, 3)  # beside other state a wait may take longer than it was given
     assert set(words) == {

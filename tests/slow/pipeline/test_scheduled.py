@@ -109,6 +109,6 @@ def test_two_days_of_a_nightly_job(
 
     (folder / "x.tar").unlink()
     (folder / "y.tar").unlink()
-    code, last = run(commands, tmp_path, shapes_model, out, "--prune")
+    code, last = run(commands, tmp_path, shapes_model, out, "--prune", "--yes")
     assert (code, last["gone"], keys(out)) == (0, 0, of(a, c, e, f, g))
     assert vitray.validate(str(out)).ok

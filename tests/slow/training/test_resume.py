@@ -102,7 +102,7 @@ def test_no_space_is_one_clear_error(small: dict[str, object], tmp_path: Path) -
     )
     assert (
         done.returncode == 1
-        and done.stderr.startswith("StorageError: ")
+        and done.stderr.splitlines()[-1].startswith("StorageError: ")
         and "free some" in done.stderr
     ), done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and not list((tmp_path / "out").rglob("*.u8"))
