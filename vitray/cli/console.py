@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
 import threading
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -15,11 +17,13 @@ from vitray.clock import utc_now
 from vitray.errors import one_line, shortened
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.live import Live
 
 ERROR_CHARS = 4000
 OWN = "vitray"  # the first part of the names of vitray's own loggers
 
+VIEWS_PER_S = 8
 log = logging.getLogger(__name__)
 
 
@@ -40,6 +44,31 @@ screen = Screen()
 def draws_view() -> bool:
     """Whether progress is a live view: stderr is a terminal, and its lines are not JSON."""
     return sys.stderr.isatty() and not screen.is_json
+
+
+@contextlib.contextmanager
+def live_view(view: RenderableType) -> Iterator[None]:
+    """Draw a view on stderr during a `with` block, several times a second, by another thread.
+
+    It is removed after a block that ended well, and stays after an error.
+    """
+    from rich.console import Console
+    from rich.live import Live
+
+    live = Live(
+        view,
+        console=Console(stderr=True),
+        refresh_per_second=VIEWS_PER_S,
+        redirect_stdout=False,
+        redirect_stderr=False,
+    )
+    with live:
+        screen.view = live
+        try:
+            yield
+            live.transient = True
+        finally:
+            screen.view = None
 
 
 def show(result: Any, as_json: bool, text: str) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
-from vitray.cli.console import draws_view, screen, show
+from vitray.cli.console import draws_view, live_view, show
 from vitray.cli.interrupts import (
     RUN_RESUMES,
     end_at_once_when_interrupted,
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from vitray.pipeline import Gone, Progress
 
 VIEW_EVERY_S = 0.5
-VIEWS_PER_S = 8
 LOG_EVERY_S = 10.0
 
 
@@ -106,42 +105,22 @@ def watched() -> Iterator[Callable[[Progress], None]]:
     where stderr is JSON, it prints a JSON line for each phase, every LOG_EVERY_S seconds, and at
     the end.
     """
-    from rich.console import Console
-    from rich.live import Live
-
     from vitray.cli.progress_view import RunView, json_line, starting_line
 
     if not draws_view():
         print(starting_line(), file=sys.stderr, flush=True)
-        yield _at_most_every(
+        yield _Throttled(
             LOG_EVERY_S, lambda progress: print(json_line(progress), file=sys.stderr, flush=True)
-        )
+        ).report
         return
     run_view = RunView()
-    live_view = Live(
-        run_view,
-        console=Console(stderr=True),
-        refresh_per_second=VIEWS_PER_S,
-        redirect_stdout=False,
-        redirect_stderr=False,
-    )
-    with live_view:
-        screen.view = live_view
-        try:
-            yield _at_most_every(VIEW_EVERY_S, run_view.update)
-            live_view.transient = True
-        finally:
-            screen.view = None
-
-
-def _at_most_every(
-    seconds: float, report: Callable[[Progress], None]
-) -> Callable[[Progress], None]:
-    """A function that calls `report` at most every `seconds`, and at the end of each phase."""
-    return _Throttled(seconds, report).report
+    with live_view(run_view):
+        yield _Throttled(VIEW_EVERY_S, run_view.update).report
 
 
 class _Throttled:
+    """Calls `report` at most every `seconds`, and at the start of each phase."""
+
     def __init__(self, seconds: float, report: Callable[[Progress], None]) -> None:
         self._seconds = seconds
         self._report = report

@@ -10,20 +10,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 
-from rich.console import Console
-from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from vitray.cli.console import draws_view, say, screen
+from vitray.cli.console import draws_view, live_view, say, screen
 from vitray.cli.json_output import json_text
 from vitray.clock import utc_now
 from vitray.errors import count
 from vitray.training.activity import Activity, Phase
 
-VIEWS_PER_S = 8
 LINE_EVERY_S = 10.0
 BAR_WIDTH = 20
 LEAST_S = 1.0  # of work before its remaining time is estimated
@@ -153,20 +150,8 @@ def watched_training() -> Iterator[Callable[[Activity], None]]:
         with _lines(clock) as watch:
             yield watch
         return
-    live_view = Live(
-        TrainingView(clock),
-        console=Console(stderr=True),
-        refresh_per_second=VIEWS_PER_S,
-        redirect_stdout=False,
-        redirect_stderr=False,
-    )
-    with live_view:
-        screen.view = live_view
-        try:
-            yield clock.update
-            live_view.transient = True
-        finally:
-            screen.view = None
+    with live_view(TrainingView(clock)):
+        yield clock.update
 
 
 @contextlib.contextmanager
