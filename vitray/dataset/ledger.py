@@ -172,9 +172,10 @@ def _write_manifest_once(
     old_manifests = _manifests(dataset.out)
     pruned = count_rows(dataset, actions.pruned)
     _delete_data(dataset, actions.delete)
-    rows = _manifest_rows(dataset, existing, actions.admit, fresh)
+    last = _last_manifest(dataset.out)
+    rows = _manifest_rows(dataset, last, existing, actions.admit, fresh)
     _repair_error_files(dataset, {row["shard"] for row in rows if row["errors"]}, error_files)
-    summary = _summary_of(rows, _store_manifest(dataset, rows), actions, pruned)
+    summary = _summary_of(rows, _store_manifest(dataset, last, rows), actions, pruned)
     crash_point("manifest-written")
     _mark_or_unmark(dataset, summary, actions.pending)
     if removals:
@@ -197,7 +198,7 @@ def _drop_removed_rows(dataset: Dataset) -> int:
     removed = removed_keys(dataset.out)
     if removed.lists:
         data = committed_files(dataset.out)
-        unchecked = data.keys() - _unchanged_rows(dataset, data).keys()
+        unchecked = data.keys() - _unchanged_rows(_last_manifest(dataset.out), data).keys()
         _of_each(unchecked, lambda shard: drop_rows(dataset, shard, removed))
     return removed.lists
 
@@ -240,7 +241,8 @@ def _refresh_manifest_once(dataset: Dataset) -> bool:
         for row in manifest.to_pylist()
         if row["shard"] in data
     }
-    rows = _manifest_rows(dataset, data, states, ())
+    last = _last_manifest(dataset.out)
+    rows = _manifest_rows(dataset, last, data, states, ())
     with_errors = {row["shard"] for row in rows if row["errors"]}
     # not those of data files that the next run adds to the manifest
     repairable = {
@@ -251,7 +253,7 @@ def _refresh_manifest_once(dataset: Dataset) -> bool:
     actions = Actions(
         unlisted=nothing, delete=nothing, pruned=nothing, admit=states, pending=nothing
     )
-    summary = _summary_of(rows, _store_manifest(dataset, rows), actions, {})
+    summary = _summary_of(rows, _store_manifest(dataset, last, rows), actions, {})
     if success is not None:
         body = _success_document(dataset, summary)
         try:
@@ -282,17 +284,16 @@ def _delete_data(dataset: Dataset, shards: Collection[str]) -> None:
     store.delete(dataset.errors_url(shard) for shard in sorted(shards))
 
 
-def _store_manifest(dataset: Dataset, rows: list[dict[str, Any]]) -> str:
+def _store_manifest(
+    dataset: Dataset, last: _LastManifest | None, rows: list[dict[str, Any]]
+) -> str:
     """The name of the manifest with these rows; the same rows have the same name.
 
     The last manifest stays if it has them. To write one, pyarrow imports pandas where that is
     installed, which takes longer than all else in a run with nothing to do.
     """
-    last = _manifest_info(dataset.out)
-    if last is not None:
-        table = read_parquet(last.url)
-        if len(table) == len(rows) and table.to_pylist() == rows:
-            return last.url.rpartition("/")[2]
+    if last is not None and last.rows == rows and exists(last.info.url):
+        return last.info.url.rpartition("/")[2]
     body = parquet_bytes(pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA))
     name = f"{MANIFEST_PREFIX}{hashlib.sha256(body).hexdigest()[:16]}.parquet"
     _replace_if_different(manifest_url(dataset.out, name), body)
@@ -387,7 +388,7 @@ def require_own_data_files(dataset: Dataset, most_footers: int | None = None) ->
     Footers are read only of files that the last manifest does not contain, and at most as many.
     """
     data = committed_files(dataset.out)
-    manifest_rows = _unchanged_rows(dataset, data)
+    manifest_rows = _unchanged_rows(_last_manifest(dataset.out), data)
     unlisted = [shard for shard in data if shard not in manifest_rows]
     require_own(dataset, footers_of(dataset, unlisted[:most_footers]))
 
@@ -395,7 +396,7 @@ def require_own_data_files(dataset: Dataset, most_footers: int | None = None) ->
 def require_own_remaining_files(dataset: Dataset) -> None:
     """Like require_own_data_files, while another command may delete the files of this dataset."""
     data = committed_files(dataset.out)
-    manifest_rows = _again(lambda: _unchanged_rows(dataset, data))
+    manifest_rows = _unchanged_rows(_again(lambda: _last_manifest(dataset.out)), data)
 
     def footer_of(shard: str) -> Footer | None:
         try:
@@ -457,6 +458,7 @@ def clean(dataset: Dataset, listed: Iterable[str]) -> list[str]:
 
 def _manifest_rows(
     dataset: Dataset,
+    last: _LastManifest | None,
     data: Mapping[str, ObjectInfo],
     states: Mapping[str, FileState],
     fresh: Container[str],
@@ -465,7 +467,7 @@ def _manifest_rows(
 
     A row comes from the last manifest where the file is unchanged, else from the file's footer.
     """
-    rows = _unchanged_rows(dataset, {s: data[s] for s in states if s not in fresh})
+    rows = _unchanged_rows(last, {s: data[s] for s in states if s not in fresh})
     footers = footers_of(dataset, states.keys() - rows.keys())
     require_own(dataset, footers)
     rows |= _of_each(footers, lambda shard: _row(data[shard], footers[shard]))
@@ -477,16 +479,31 @@ def _manifest_rows(
 
 def unchanged_counts(dataset: Dataset) -> dict[str, int]:
     """Good rows by the path of the data file, of files that are as the last manifest says."""
-    rows = _unchanged_rows(dataset, committed_files(dataset.out))
+    rows = _unchanged_rows(_last_manifest(dataset.out), committed_files(dataset.out))
     return {row["path"]: row["rows"] for row in rows.values()}
 
 
-def _unchanged_rows(dataset: Dataset, data: dict[str, ObjectInfo]) -> dict[str, dict[str, Any]]:
+@dataclass(frozen=True, slots=True)
+class _LastManifest:
+    """The last manifest: its object and its rows."""
+
+    info: ObjectInfo
+    rows: list[dict[str, Any]]
+
+
+def _last_manifest(out: str) -> _LastManifest | None:
+    info = _manifest_info(out)
+    return None if info is None else _LastManifest(info, read_parquet(info.url).to_pylist())
+
+
+def _unchanged_rows(
+    last: _LastManifest | None, data: Mapping[str, ObjectInfo]
+) -> dict[str, dict[str, Any]]:
     """The last manifest's rows of the data files that have not changed since, by shard id."""
-    if (last := _manifest_info(dataset.out)) is None:
+    if last is None:
         return {}
-    rows = {row["shard"]: row for row in read_parquet(last.url).to_pylist()}
-    return {s: row for s, row in rows.items() if s in data and _is_same(row, data[s], last)}
+    rows = {row["shard"]: row for row in last.rows}
+    return {s: row for s, row in rows.items() if s in data and _is_same(row, data[s], last.info)}
 
 
 def _is_same(row: dict[str, object], info: ObjectInfo, manifest: ObjectInfo) -> bool:

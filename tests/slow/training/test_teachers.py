@@ -88,7 +88,7 @@ def test_pseudo_labels_are_the_models_own(
         **{
             **small,
             "source": [],
-            "label": None,
+            "label": "label",
             "dataset": dataset,
             "min_score": least,
             "out": str(tmp_path / "out"),
